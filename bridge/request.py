@@ -1,0 +1,90 @@
+"""The one object that travels from a guest's request to the server's reply.
+
+A `Request` is one operation on a byte range. The virtio engine makes it, `disk`, `cache` and
+`nbd` pass it on (or make requests of their own for parts of it), and whoever finishes it calls
+`request.finish(error)`. It is a plain object that a reply completes, not a coroutine: a task or
+a checkpoint per request would cost more than the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+READ = 0
+WRITE = 1
+FLUSH = 2
+DISCARD = 3
+WRITE_ZEROES = 4
+PREFETCH = 5
+BLOCK_STATUS = 6
+
+OP_NAMES = ("read", "write", "flush", "discard", "write_zeroes", "prefetch", "block_status")
+
+FUA = 1
+"""Durable on the server before it is complete (WRITE, DISCARD, WRITE_ZEROES)."""
+MAY_UNMAP = 2
+"""WRITE_ZEROES may leave a hole behind."""
+
+
+class Request:
+    """One operation on the bytes `offset` … `offset + length` of a disk.
+
+    `buffers` are the bytes: the source of a WRITE, the destination of a READ (their lengths add
+    up to `length`), empty for every other operation. `error` is 0 or an errno, valid once `done`
+    was called. `done(request)` is called exactly once, never by a thread, possibly before
+    `submit()` has returned; the buffers may not be touched by the callee after that.
+    `owner` belongs to whoever made the request; `cookie`, `generation` and `progress` to the
+    NBD client.
+    """
+
+    __slots__ = (
+        "buffers",
+        "cookie",
+        "done",
+        "error",
+        "flags",
+        "generation",
+        "length",
+        "offset",
+        "op",
+        "owner",
+        "progress",
+    )
+
+    def __init__(
+        self,
+        op: int,
+        offset: int,
+        length: int,
+        buffers: list[memoryview],
+        done: Callable[[Any], None],
+        flags: int = 0,
+        owner: Any = None,
+    ) -> None:
+        self.op = op
+        self.offset = offset
+        self.length = length
+        self.buffers = buffers
+        self.done = done
+        self.flags = flags
+        self.owner = owner
+        self.error = 0
+        self.cookie = 0
+        self.generation = 0
+        self.progress = 0
+
+    def finish(self, error: int) -> None:
+        """Complete the request with `error` (0 or an errno)."""
+        self.error = error
+        self.done(self)
+
+    def __repr__(self) -> str:
+        return f"<{OP_NAMES[self.op]} {self.length} at {self.offset} error={self.error}>"
+
+
+class Target(Protocol):
+    """What takes requests: the NBD client, the cache over it, the disk over both."""
+
+    def submit(self, request: Request) -> None:
+        """Start `request`; it finishes through its `done`. Never raises, never blocks."""
