@@ -1,0 +1,33 @@
+"""nbd-bridge: a virtual machine's virtio-blk disk that lives on a network block device.
+
+One process serves one guest disk. On one side it is a vhost-user-blk back-end (QEMU, libvirt,
+cloud-hypervisor, crosvm or libblkio connect to its socket), on the other an NBD client.
+
+The map, and which way imports point:
+
+    cli, serve          the command line; puts the pieces together
+    device, ring        the join: vhost-user session, virtqueues, engine, loop
+      vhost_user/       messages and session without I/O; back-end; front-end
+      virtio/           guest memory, virtqueues, virtio-blk requests, configuration space
+    disk                the seam: requests on byte ranges; what the server lacks; flush timer
+      cache/            the local cache
+      nbd/              wire formats and state machines; connection, client, server
+    loop                one epoll under one trio task; turns, batches, adaptive polling
+    request             the object that travels from a guest's request to the server's reply
+    errors              whose fault it is
+
+The life of a read. The guest puts a chain into the available ring and kicks. `Loop` has a turn:
+`RunningRing.poll` takes every new chain from `SplitQueue.pop`, `BlkEngine.start` checks it and
+makes a `BlkRequest` whose buffers are the guest's own memory, `Disk.submit` passes it on, and
+the NBD client gives it a cookie and queues 28 bytes of header. At the turn's end one `sendmsg`
+per connection carries all of them. When replies arrive, a later turn of the same loop receives
+them (large payloads straight into the guest's memory), finishes the requests by cookie,
+`BlkEngine._finish` writes each status byte, `RunningRing.complete` each used element, and at the
+turn's end `RunningRing._publish` stores the used index once and calls the guest at most once.
+
+The life of a write is the same, with the guest's memory as the source of the `sendmsg`. It is
+complete when the server has replied (or, where the guest turned the write cache off, when the
+server has made it durable), and durable when a flush that came after it is complete.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,139 @@
+"""virtio-blk's feature bits and configuration space (virtio 1.3 §5.2.3 and §5.2.4)."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+
+from bridge.errors import ProtocolError
+
+F_SEG_MAX = 1 << 2
+F_RO = 1 << 5
+F_BLK_SIZE = 1 << 6
+F_FLUSH = 1 << 9
+F_TOPOLOGY = 1 << 10
+F_CONFIG_WCE = 1 << 11
+F_MQ = 1 << 12
+F_DISCARD = 1 << 13
+F_WRITE_ZEROES = 1 << 14
+F_INDIRECT = 1 << 28
+F_EVENT_IDX = 1 << 29
+F_VERSION_1 = 1 << 32
+F_RING_PACKED = 1 << 34
+
+SECTOR_BYTES = 512
+
+SEG_MAX = 126
+"""Two less than QEMU's default queue size of 128, which a chain without indirect must fit."""
+
+MAX_DISCARD_SECTORS = 0xFFFFFFFF
+MAX_DISCARD_SEGMENTS = 32
+DEFAULT_DISCARD_ALIGNMENT_SECTORS = 128
+
+_CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
+_WRITEBACK_OFFSET = 32
+
+
+@dataclass(frozen=True)
+class DiskGeometry:
+    """What the disk below can do, as the guest gets to see it."""
+
+    size_bytes: int
+    read_only: bool = False
+    can_flush: bool = True
+    can_discard: bool = True
+    can_write_zeroes: bool = True
+    block_size_bytes: int = 512
+    min_io_bytes: int = 512
+    """The server's minimum block: smaller writes cost it a read-modify-write."""
+    optimal_io_bytes: int = 0
+    """The server's preferred block, 0 when it names none."""
+
+    @property
+    def capacity_sectors(self) -> int:
+        """Whole sectors, and whole logical blocks; a tail that is neither is not exposed."""
+        block = self.block_size_bytes
+        return self.size_bytes // block * block // SECTOR_BYTES
+
+
+class BlkConfig:
+    """The configuration space of one disk, and the `writeback` byte that a guest may set."""
+
+    def __init__(self, geometry: DiskGeometry, *, num_queues: int) -> None:
+        self.geometry = geometry
+        self._num_queues = num_queues
+        self.writeback = geometry.can_flush
+
+    def features(self) -> int:
+        """The feature bits that virtio-blk and the rings offer for this disk."""
+        geometry = self.geometry
+        bits = F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_MQ
+        if geometry.can_flush:
+            bits |= F_FLUSH | F_CONFIG_WCE
+        if geometry.read_only:
+            return bits | F_RO
+        if geometry.can_discard:
+            bits |= F_DISCARD
+        if geometry.can_write_zeroes:
+            bits |= F_WRITE_ZEROES
+        return bits
+
+    def pack(self) -> bytes:
+        """The 60 bytes of `struct virtio_blk_config` up to `write_zeroes_may_unmap`."""
+        geometry = self.geometry
+        block = geometry.block_size_bytes
+        physical = max(block, min(geometry.min_io_bytes, 1 << 20))
+        exponent = (physical // block).bit_length() - 1
+        optimal_blocks = geometry.optimal_io_bytes // block
+        alignment_sectors = (
+            geometry.optimal_io_bytes // SECTOR_BYTES or DEFAULT_DISCARD_ALIGNMENT_SECTORS
+        )
+        writable = not geometry.read_only
+        discard = writable and geometry.can_discard
+        zeroes = writable and geometry.can_write_zeroes
+        return _CONFIG.pack(
+            geometry.capacity_sectors,
+            0,  # size_max: not offered
+            SEG_MAX,
+            0,
+            0,
+            0,  # geometry: not offered
+            block,
+            exponent,
+            0,  # alignment_offset
+            min(physical // block, 0xFFFF),
+            optimal_blocks,
+            int(self.writeback),
+            0,
+            self._num_queues,
+            MAX_DISCARD_SECTORS if discard else 0,
+            MAX_DISCARD_SEGMENTS if discard else 0,
+            alignment_sectors if discard else 0,
+            MAX_DISCARD_SECTORS if zeroes else 0,
+            MAX_DISCARD_SEGMENTS if zeroes else 0,
+            int(zeroes),
+        )
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes of the space from `offset`, zero-filled past its end."""
+        return self.pack()[offset : offset + size].ljust(size, b"\0")
+
+    def write(self, offset: int, data: bytes) -> None:
+        """A guest's write: only `writeback`, and only 0 or 1. Raises ProtocolError otherwise."""
+        if offset != _WRITEBACK_OFFSET or len(data) != 1 or data[0] > 1:
+            raise ProtocolError(
+                f"guest wrote {data.hex()} to configuration offset {offset}: only the writeback "
+                f"byte at {_WRITEBACK_OFFSET} may be written, with 0 or 1"
+            )
+        if not self.geometry.can_flush:
+            raise ProtocolError("guest wrote writeback, which was not offered")
+        self.writeback = bool(data[0])
+
+    def resize(self, size_bytes: int) -> None:
+        """The disk below has another size."""
+        self.geometry = replace(self.geometry, size_bytes=size_bytes)
+
+    def negotiated(self, features: int) -> None:
+        """Take note of the features the driver accepted (virtio 1.3 §5.2.5.2)."""
+        if features & F_CONFIG_WCE and not features & F_FLUSH:
+            self.writeback = False

@@ -1,0 +1,157 @@
+"""Guest memory: the regions that a front-end shares, and the views into them.
+
+Descriptors carry guest-physical addresses, vhost-user ring messages carry the front-end's own
+("user") addresses; both are looked up here. Two regions that touch in the guest's address space
+need not touch in ours, so a range may come back as several views.
+
+Regions live as long as something refers to their views: a request that is still in flight keeps
+its memory mapped after the region was taken away. Nothing is unmapped explicitly (`mmap.close`
+would raise BufferError while a view exists); dropping the last reference does it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Final
+
+from bridge.errors import ProtocolError
+
+_ADDRESS_SPACE_BYTES: Final = 1 << 64
+
+
+class BadAddress(Exception):
+    """A guest address range that no region covers."""
+
+
+class Region:
+    """A piece of guest memory, mapped: `view` is its bytes."""
+
+    __slots__ = ("guest_address", "size_bytes", "user_address", "view")
+
+    def __init__(self, guest_address: int, user_address: int, view: memoryview) -> None:
+        self.guest_address = guest_address
+        self.user_address = user_address
+        self.view = view
+        self.size_bytes = len(view)
+
+
+def map_region(
+    fd: int,
+    *,
+    guest_address: int,
+    user_address: int,
+    size_bytes: int,
+    mmap_offset_bytes: int,
+) -> Region:
+    """Map `size_bytes` of `fd` at `mmap_offset_bytes` as guest memory; `fd` stays the caller's.
+
+    Raises ProtocolError for a range that overflows or that the file does not have (touching it
+    would be a SIGBUS), and for a file that cannot be mapped.
+    """
+    if size_bytes <= 0:
+        raise ProtocolError(f"memory region at {guest_address:#x} has size {size_bytes}")
+    if max(guest_address, user_address, mmap_offset_bytes) + size_bytes > _ADDRESS_SPACE_BYTES:
+        raise ProtocolError(
+            f"memory region at {guest_address:#x} of {size_bytes} bytes wraps around 2^64"
+        )
+    try:
+        status = os.fstat(fd)
+        if status.st_size < mmap_offset_bytes + size_bytes:
+            raise ProtocolError(
+                f"memory region at {guest_address:#x} wants bytes up to "
+                f"{mmap_offset_bytes + size_bytes} of a file of {status.st_size}"
+            )
+        # Huge pages want their own alignment; st_blksize is the page size of a memory file.
+        alignment = max(mmap.ALLOCATIONGRANULARITY, status.st_blksize)
+        start = mmap_offset_bytes // alignment * alignment
+        end = -(-(mmap_offset_bytes + size_bytes) // alignment) * alignment
+        mapping = mmap.mmap(fd, min(end, status.st_size) - start, offset=start)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ProtocolError(
+            f"memory region at {guest_address:#x} of {size_bytes} bytes cannot be mapped: {error}"
+        ) from error
+    skip = mmap_offset_bytes - start
+    return Region(guest_address, user_address, memoryview(mapping)[skip : skip + size_bytes])
+
+
+class GuestMemory:
+    """The regions of one guest, none overlapping another."""
+
+    def __init__(self, regions: list[Region]) -> None:
+        """Raises ProtocolError when two regions overlap in the guest's address space."""
+        self.regions = sorted(regions, key=lambda region: region.guest_address)
+        for low, high in zip(self.regions, self.regions[1:], strict=False):
+            if low.guest_address + low.size_bytes > high.guest_address:
+                raise ProtocolError(
+                    f"memory regions at {low.guest_address:#x} ({low.size_bytes} bytes) and "
+                    f"{high.guest_address:#x} overlap"
+                )
+
+    def with_region(self, region: Region) -> GuestMemory:
+        """The same memory with one region more."""
+        return GuestMemory([*self.regions, region])
+
+    def without_region(
+        self, *, guest_address: int, user_address: int, size_bytes: int
+    ) -> GuestMemory:
+        """The same memory with one region less. Raises ProtocolError if there is none such."""
+        wanted = (guest_address, user_address, size_bytes)
+        kept = [
+            region
+            for region in self.regions
+            if (region.guest_address, region.user_address, region.size_bytes) != wanted
+        ]
+        if len(kept) == len(self.regions):
+            raise ProtocolError(
+                f"no memory region at {guest_address:#x} (user {user_address:#x}) of "
+                f"{size_bytes} bytes to remove"
+            )
+        return GuestMemory(kept)
+
+    def largest_region(self) -> Region:
+        """The region where most addresses are: the virtqueue's fast path tries it first."""
+        if not self.regions:
+            return Region(0, 0, memoryview(b""))
+        return max(self.regions, key=lambda region: region.size_bytes)
+
+    def views(self, address: int, length: int) -> list[memoryview]:
+        """The bytes of the guest range, in order, one view per region it touches.
+
+        Raises BadAddress if any byte of it is outside every region or past 2^64.
+        """
+        views = []
+        end = address + length
+        for region in self.regions:
+            offset = address - region.guest_address
+            if 0 <= offset < region.size_bytes:
+                take = min(length, region.size_bytes - offset)
+                views.append(region.view[offset : offset + take])
+                address += take
+                length -= take
+                if not length:
+                    return views
+        raise BadAddress(
+            f"guest address {address:#x} (range up to {end:#x}) is in no memory region"
+        )
+
+    def user_view(self, user_address: int, length: int) -> memoryview:
+        """The bytes of a range given in the front-end's own addresses, as one view.
+
+        Raises ProtocolError if it is not wholly inside one region.
+        """
+        for region in self.regions:
+            offset = user_address - region.user_address
+            if offset >= 0 and offset + length <= region.size_bytes:
+                return region.view[offset : offset + length]
+        raise ProtocolError(
+            f"ring at user address {user_address:#x} of {length} bytes is in no memory region"
+        )
+
+    def guest_address_of(self, user_address: int) -> int:
+        """The guest-physical address of a front-end address. Raises ProtocolError if unknown."""
+        for region in self.regions:
+            offset = user_address - region.user_address
+            if 0 <= offset < region.size_bytes:
+                return region.guest_address + offset
+        raise ProtocolError(f"user address {user_address:#x} is in no memory region")

@@ -1,0 +1,249 @@
+"""The device's side of a split virtqueue (virtio 1.3 §2.7).
+
+`pop` takes every chain the driver has made available, `push` notes a finished one, `publish`
+makes all that was pushed visible with one store of `used.idx` and says whether the driver wants
+to be told. Ring fields are accessed through native-endian `cast` views, whose 16-bit loads and
+stores are single instructions (byte-swapping formats tear).
+
+Notification suppression (§2.7.7, §2.7.10). While the loop is awake, the driver is not asked for
+kicks: with EVENT_IDX simply by leaving `avail_event` behind, otherwise by NO_NOTIFY. `arm` asks
+for the next kick and then looks again, because the driver may have added a chain just before.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from bridge.virtio.chain import (
+    DESC_INDIRECT,
+    DESC_NEXT,
+    DESC_WRITE,
+    DESCRIPTOR_BYTES,
+    MAX_INDIRECT_ENTRIES,
+    Chain,
+    QueueBroken,
+)
+from bridge.virtio.fence import fence
+from bridge.virtio.memory import BadAddress, GuestMemory
+
+_unpack_descriptor = struct.Struct("=QIHH").unpack_from
+
+_AVAIL_NO_INTERRUPT = 1
+_USED_NO_NOTIFY = 1
+_MAX_CHAIN_BYTES = 1 << 32
+
+
+def ring_sizes_bytes(size: int) -> tuple[int, int, int]:
+    """Bytes of the descriptor table, the available ring and the used ring of a queue."""
+    return DESCRIPTOR_BYTES * size, 6 + 2 * size, 6 + 8 * size
+
+
+class SplitQueue:
+    """One split virtqueue of `size` entries (a power of two), popped from index `base` on."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        *,
+        size: int,
+        descriptors: memoryview,
+        available: memoryview,
+        used: memoryview,
+        base: int,
+        event_idx: bool,
+        indirect: bool,
+    ) -> None:
+        self.size = size
+        self._mask = size - 1
+        self._memory = memory
+        region = memory.largest_region()
+        self._region_address = region.guest_address
+        self._region_size = region.size_bytes
+        self._region_view = region.view
+        self._descriptors = descriptors
+        self._avail = available.cast("H")
+        self._used = used.cast("H")
+        self._used_elements = used[4 : 4 + 8 * size].cast("I")
+        self._event_idx = event_idx
+        self._indirect = indirect
+        self.next_avail = base & 0xFFFF
+        # The used index is the driver's to keep across a stop; it is not in the base
+        # (vhost-user "VHOST_USER_SET_VRING_BASE").
+        self._next_used: int = self._used[1]
+        self._published: int = self._next_used
+        # After a (re)start the driver's used_event says nothing about what it has seen.
+        self._signal_anyway = True
+        self.in_flight = 0
+        """Chains popped and not yet pushed."""
+        self.disarm()
+
+    @property
+    def base(self) -> int:
+        """Where a later start goes on: the next available index."""
+        return self.next_avail
+
+    def has_available(self) -> bool:
+        """Whether the driver has added chains that were not popped."""
+        return bool(self._avail[1] != self.next_avail)
+
+    def pop(self) -> list[Chain]:
+        """Every chain that is available now, oldest first.
+
+        Raises QueueBroken when the driver's index runs further ahead than the ring is long, or
+        names a descriptor that does not exist.
+        """
+        avail = self._avail
+        avail_idx = avail[1]
+        index = self.next_avail
+        count = (avail_idx - index) & 0xFFFF
+        if not count:
+            return []
+        if (avail_idx - self._next_used) & 0xFFFF > self.size:
+            raise QueueBroken(
+                f"available index {avail_idx} is more than {self.size} ahead of used index "
+                f"{self._next_used}"
+            )
+        fence()  # the ring's entries are read after its index
+        mask = self._mask
+        walk = self._walk
+        chains = []
+        for _ in range(count):
+            head = avail[2 + (index & mask)]
+            if head > mask:
+                if chains:
+                    break  # those before it are good; the next pop says what is wrong
+                raise QueueBroken(f"available ring names descriptor {head} of {self.size}")
+            index = (index + 1) & 0xFFFF
+            self.next_avail = index
+            chains.append(walk(head))
+        self.in_flight += len(chains)
+        return chains
+
+    def _walk(self, head: int) -> Chain:
+        """Resolve the chain that starts at `head`; what is wrong with it is in its fault."""
+        table: memoryview | bytes = self._descriptors
+        limit = self.size
+        index = head
+        seen = 0
+        total_bytes = 0
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        fault = None
+        end_known = True
+        region_address = self._region_address
+        region_size = self._region_size
+        region_view = self._region_view
+        while True:
+            address, length, flags, following = _unpack_descriptor(table, index << 4)
+            if flags & DESC_INDIRECT:
+                indirect = self._read_indirect(table, address, length, flags)
+                if isinstance(indirect, str):
+                    return head, readable, [], indirect
+                table = indirect
+                limit = len(table) >> 4
+                index = seen = 0
+                continue
+            seen += 1
+            total_bytes += length
+            # Most descriptors lie in the largest region.
+            offset = address - region_address
+            if offset >= 0 and offset + length <= region_size:
+                if flags & DESC_WRITE:
+                    if length:
+                        writable.append(region_view[offset : offset + length])
+                        end_known = True
+                elif writable:
+                    fault = "a readable descriptor follows a writable one"
+                elif length:
+                    readable.append(region_view[offset : offset + length])
+            else:
+                try:
+                    views = self._memory.views(address, length) if length else []
+                except BadAddress as error:
+                    fault = str(error)
+                    end_known = end_known and not flags & DESC_WRITE
+                else:
+                    if flags & DESC_WRITE:
+                        writable += views
+                        end_known = end_known or bool(views)
+                    elif writable:
+                        fault = "a readable descriptor follows a writable one"
+                    else:
+                        readable += views
+            if not flags & DESC_NEXT:
+                break
+            index = following
+            if index >= limit:
+                return head, readable, [], f"descriptor {index} of a table of {limit}"
+            if seen >= limit:
+                return head, readable, [], f"the chain is longer than its table of {limit}"
+        if total_bytes >= _MAX_CHAIN_BYTES:
+            fault = f"the chain's {total_bytes} bytes are more than 2^32"
+        if not end_known:
+            writable = []
+        return head, readable, writable, fault
+
+    def _read_indirect(
+        self, table: memoryview | bytes, address: int, length: int, flags: int
+    ) -> bytes | str:
+        """A private copy of an indirect table, or what is wrong with it (virtio 1.3 §2.7.5.3)."""
+        if not self._indirect:
+            return "an indirect descriptor was not negotiated"
+        if table is not self._descriptors:
+            return "an indirect descriptor inside an indirect table"
+        if flags & DESC_NEXT:
+            return "an indirect descriptor with a next one"
+        if not length or length % DESCRIPTOR_BYTES:
+            return f"an indirect table of {length} bytes"
+        if length > MAX_INDIRECT_ENTRIES * DESCRIPTOR_BYTES:
+            return f"an indirect table of more than {MAX_INDIRECT_ENTRIES} entries"
+        try:
+            # Copied once: the driver may change it under us.
+            return b"".join(self._memory.views(address, length))
+        except BadAddress as error:
+            return f"indirect table: {error}"
+
+    def push(self, head: int, length: int) -> None:
+        """Give chain `head` back, `length` bytes of it written; seen after `publish`."""
+        index = self._next_used
+        slot = (index & self._mask) << 1
+        self._used_elements[slot] = head
+        self._used_elements[slot + 1] = length
+        self._next_used = (index + 1) & 0xFFFF
+        self.in_flight -= 1
+
+    def publish(self) -> bool:
+        """Show the driver all that was pushed; True if it wants to be called."""
+        old = self._published
+        new = self._next_used
+        if old == new:
+            return False
+        self._published = new
+        fence()  # the elements are in place before the index
+        self._used[1] = new
+        fence()  # the index is out before the driver's wish is read
+        if self._signal_anyway:
+            self._signal_anyway = False
+            return True
+        if self._event_idx:
+            # virtio 1.3 §2.7.7.2: call when used_event is among the entries just published.
+            used_event = self._avail[2 + self.size]
+            return ((new - used_event - 1) & 0xFFFF) < ((new - old) & 0xFFFF)
+        return not self._avail[0] & _AVAIL_NO_INTERRUPT
+
+    def signal_next(self) -> None:
+        """Call the driver at the next publication whatever it asked for (a new call fd)."""
+        self._signal_anyway = True
+
+    def arm(self) -> bool:
+        """Ask for a kick with the next chain; True if one is there already."""
+        if self._event_idx:
+            self._used[2 + 4 * self.size] = self.next_avail
+        else:
+            self._used[0] = 0
+        fence()
+        return bool(self._avail[1] != self.next_avail)
+
+    def disarm(self) -> None:
+        """Kicks are not needed for now."""
+        self._used[0] = 0 if self._event_idx else _USED_NO_NOTIFY
