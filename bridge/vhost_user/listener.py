@@ -1,0 +1,130 @@
+"""The back-end's unix socket: made, guarded, and removed again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+
+from bridge.errors import ConfigError
+
+MAX_PATH_BYTES = 107
+"""sun_path has 108 bytes, one of them the terminator."""
+_BACKLOG = 16
+
+
+class Listener:
+    """A listening unix socket that front-ends connect to.
+
+    Use as a context manager; at the end the socket is closed, and its file removed if it is still
+    the one that was made.
+    """
+
+    def __init__(self, sock: socket.socket, path: str | None, identity: tuple[int, int]) -> None:
+        self.sock = sock
+        self.path = path
+        self._identity = identity
+
+    @classmethod
+    def at_path(cls, path: str | os.PathLike[str]) -> Listener:
+        """Listen at `path`, mode 0600; a dead process's socket there is replaced.
+
+        Raises ConfigError, with the remedy, when that is not possible.
+        """
+        name = os.fspath(path)
+        if len(os.fsencode(name)) > MAX_PATH_BYTES:
+            raise ConfigError(
+                f"socket path {name} is longer than {MAX_PATH_BYTES} bytes: use a shorter one"
+            )
+        _clear_the_way(name)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        # The mode must be right from the first moment, not after a chmod.
+        umask = os.umask(0o177)
+        try:
+            sock.bind(name)
+            sock.listen(_BACKLOG)
+            status = os.stat(name)
+        except OSError as error:
+            sock.close()
+            raise _cannot_listen(name, error) from error
+        finally:
+            os.umask(umask)
+        return cls(sock, name, (status.st_dev, status.st_ino))
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Listener:
+        """Take over `fd`, a unix stream socket: listening, or already connected to a front-end.
+
+        Raises ConfigError when it is anything else.
+        """
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise ConfigError(
+                f"file descriptor {fd} is no socket: {error.strerror}; pass a unix socket"
+            ) from error
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            sock.detach()
+            raise ConfigError(f"file descriptor {fd} is no unix stream socket: pass one")
+        sock.setblocking(False)
+        return cls(sock, None, (0, 0))
+
+    @property
+    def is_connected(self) -> bool:
+        """The socket is one conversation, not a place to wait for front-ends."""
+        return not self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+    def close(self) -> None:
+        """Stop listening; remove the socket's file unless somebody has put another there."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                status = os.stat(self.path, follow_symlinks=False)
+                if (status.st_dev, status.st_ino) == self._identity:
+                    os.unlink(self.path)
+            self.path = None
+        self.sock.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _clear_the_way(path: str) -> None:
+    """Remove a dead process's socket at `path`. Raises ConfigError for anything else there."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        directory = os.path.dirname(path) or "."
+        if not os.path.isdir(directory):
+            raise ConfigError(
+                f"socket path {path}: the directory {directory} does not exist, create it first"
+            ) from None
+        return
+    except OSError as error:
+        raise _cannot_listen(path, error) from error
+    if not stat.S_ISSOCK(status.st_mode):
+        raise ConfigError(f"socket path {path} exists and is no socket: remove it or use another")
+    if _is_alive(path):
+        raise ConfigError(
+            f"another process listens on socket path {path}: stop it or use another path"
+        )
+    try:
+        os.unlink(path)
+    except OSError as error:
+        raise _cannot_listen(path, error) from error
+
+
+def _is_alive(path: str) -> bool:
+    """Somebody has the socket at `path` open."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        error = probe.connect_ex(path)
+    # A full backlog (EAGAIN) or a datagram socket (EPROTOTYPE) is somebody's, too.
+    return error not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+def _cannot_listen(path: str, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen on socket path {path}: {error.strerror}")

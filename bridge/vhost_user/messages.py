@@ -1,0 +1,428 @@
+"""The wire formats of vhost-user: header, requests, payloads; sizes and descriptor counts.
+
+Everything is in the byte order of the host ("native endian"): both sides run on one machine.
+`SHAPES` is the one table that says, for every request that a back-end knows, how long its payload
+is, how many file descriptors come with it, whether it has a reply of its own, and which protocol
+feature must have been negotiated. What is not in it is unknown.
+
+Source: vhost-user "Message Specification", "Front-end message types".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from bridge.errors import ProtocolError
+
+VERSION = 1
+FLAG_VERSION_MASK = 3
+FLAG_REPLY = 4
+FLAG_NEED_REPLY = 8
+
+HEADER_BYTES = 12
+MAX_PAYLOAD_BYTES = 512
+"""The largest legal payload is GET_CONFIG's 12 + 256; anything above is not worth allocating."""
+MAX_FDS = 8
+"""The most that one message carries: SET_MEM_TABLE with 8 regions."""
+MAX_TABLE_REGIONS = 8
+MAX_CONFIG_BYTES = 256
+
+F_LOG_ALL = 1 << 26
+F_PROTOCOL_FEATURES = 1 << 30
+F_RING_PACKED = 1 << 34
+
+P_MQ = 1 << 0
+P_LOG_SHMFD = 1 << 1
+P_REPLY_ACK = 1 << 3
+P_BACKEND_REQ = 1 << 5
+P_CONFIG = 1 << 9
+P_INFLIGHT_SHMFD = 1 << 12
+P_RESET_DEVICE = 1 << 13
+P_CONFIGURE_MEM_SLOTS = 1 << 15
+P_STATUS = 1 << 16
+
+VRING_INDEX_MASK = 0xFF
+VRING_NO_FD = 1 << 8
+VRING_LOG = 1
+"""Flag of SET_VRING_ADDR: log writes to the used ring."""
+
+U64_MAX = (1 << 64) - 1
+
+
+class Request(IntEnum):
+    """What a front-end asks; the numbers are the specification's."""
+
+    GET_FEATURES = 1
+    SET_FEATURES = 2
+    SET_OWNER = 3
+    RESET_OWNER = 4
+    SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
+    SET_VRING_NUM = 8
+    SET_VRING_ADDR = 9
+    SET_VRING_BASE = 10
+    GET_VRING_BASE = 11
+    SET_VRING_KICK = 12
+    SET_VRING_CALL = 13
+    SET_VRING_ERR = 14
+    GET_PROTOCOL_FEATURES = 15
+    SET_PROTOCOL_FEATURES = 16
+    GET_QUEUE_NUM = 17
+    SET_VRING_ENABLE = 18
+    SET_BACKEND_REQ_FD = 21
+    GET_CONFIG = 24
+    SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
+    RESET_DEVICE = 34
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
+    SET_STATUS = 39
+    GET_STATUS = 40
+
+
+class BackendRequest(IntEnum):
+    """What a back-end asks, on the channel of SET_BACKEND_REQ_FD."""
+
+    CONFIG_CHANGE = 2
+
+
+_HEADER = struct.Struct("=III")
+_U32 = struct.Struct("=I")
+_U64 = struct.Struct("=Q")
+_STATE = struct.Struct("=II")
+_ADDRESS = struct.Struct("=IIQQQQ")
+_TABLE_HEAD = struct.Struct("=II")
+_REGION = struct.Struct("=QQQQ")
+_ONE_REGION = struct.Struct("=QQQQQ")
+_CONFIG = struct.Struct("=III")
+_LOG = struct.Struct("=QQ")
+_INFLIGHT = struct.Struct("=QQHH")
+
+U64_BYTES = _U64.size
+REGION_BYTES = _REGION.size
+CONFIG_HEAD_BYTES = _CONFIG.size
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The 12 bytes before every payload; `size` is the payload's length in bytes."""
+
+    request: int
+    flags: int
+    size: int
+
+    @property
+    def need_reply(self) -> bool:
+        """The sender wants to know how it went (counts only with REPLY_ACK negotiated)."""
+        return bool(self.flags & FLAG_NEED_REPLY)
+
+    def pack(self) -> bytes:
+        """The header's bytes."""
+        return _HEADER.pack(self.request, self.flags, self.size)
+
+    @classmethod
+    def unpack_untrusted(cls, data: bytes, *, reply: bool) -> Header:
+        """The header in `data` (12 bytes), its version, direction and size checked.
+
+        Raises ProtocolError: after that nobody knows where the next message starts.
+        """
+        request, flags, size = _HEADER.unpack(data)
+        if flags & FLAG_VERSION_MASK != VERSION:
+            raise ProtocolError(
+                f"message {request} has version {flags & FLAG_VERSION_MASK}, this is {VERSION}"
+            )
+        if bool(flags & FLAG_REPLY) != reply:
+            what = "a reply" if flags & FLAG_REPLY else "a request"
+            raise ProtocolError(f"message {request} is {what}, which nobody waits for")
+        if size > MAX_PAYLOAD_BYTES:
+            raise ProtocolError(
+                f"message {request} announces {size} bytes, the limit is {MAX_PAYLOAD_BYTES}"
+            )
+        return cls(request, flags, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One whole message. Whoever holds it owns the descriptors in `fds`."""
+
+    header: Header
+    payload: bytes = b""
+    fds: list[int] = field(default_factory=list)
+
+
+def request_name(request: int) -> str:
+    """The specification's word for a request, or its number."""
+    try:
+        return Request(request).name
+    except ValueError:
+        return f"request {request}"
+
+
+def pack_message(request: int, payload: bytes = b"", *, flags: int = VERSION) -> bytes:
+    """The bytes of a whole message."""
+    return Header(request, flags, len(payload)).pack() + payload
+
+
+def pack_reply(request: int, payload: bytes) -> bytes:
+    """The bytes of the reply to `request`."""
+    return pack_message(request, payload, flags=VERSION | FLAG_REPLY)
+
+
+# Payloads.
+
+
+def pack_u64(value: int) -> bytes:
+    """A u64 payload."""
+    return _U64.pack(value)
+
+
+def unpack_u64(payload: bytes) -> int:
+    """The value of a u64 payload."""
+    (value,) = _U64.unpack(payload)
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class VringState:
+    """ "A vring state description": SET_VRING_NUM, _BASE, _ENABLE and GET_VRING_BASE."""
+
+    index: int
+    num: int
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return _STATE.pack(self.index, self.num)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> VringState:
+        """The payload of `payload` (8 bytes)."""
+        return cls(*_STATE.unpack(payload))
+
+
+@dataclass(frozen=True, slots=True)
+class VringFile:
+    """The u64 of SET_VRING_KICK, _CALL and _ERR: a ring's index, and whether a file comes along."""
+
+    index: int
+    has_fd: bool
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return _U64.pack(self.index | (0 if self.has_fd else VRING_NO_FD))
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> VringFile:
+        """The payload of `payload` (8 bytes); bits above 8 are reserved and ignored."""
+        value = unpack_u64(payload)
+        return cls(value & VRING_INDEX_MASK, not value & VRING_NO_FD)
+
+
+@dataclass(frozen=True, slots=True)
+class VringAddress:
+    """ "A vring address description": SET_VRING_ADDR. Front-end addresses, `log` guest-physical."""
+
+    index: int
+    flags: int
+    desc: int
+    used: int
+    avail: int
+    log: int
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return _ADDRESS.pack(self.index, self.flags, self.desc, self.used, self.avail, self.log)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> VringAddress:
+        """The payload of `payload` (40 bytes)."""
+        return cls(*_ADDRESS.unpack(payload))
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """ "A region": one piece of guest memory as it stands in a message."""
+
+    guest_address: int
+    size_bytes: int
+    user_address: int
+    mmap_offset_bytes: int
+
+    def pack(self) -> bytes:
+        """The 32 bytes of the region."""
+        return _REGION.pack(
+            self.guest_address, self.size_bytes, self.user_address, self.mmap_offset_bytes
+        )
+
+    def pack_single(self) -> bytes:
+        """The payload of ADD_MEM_REG and REM_MEM_REG (40 bytes)."""
+        return _U64.pack(0) + self.pack()
+
+    @classmethod
+    def unpack_single(cls, payload: bytes) -> Region:
+        """The region in the payload of ADD_MEM_REG or REM_MEM_REG (40 bytes)."""
+        return cls(*_ONE_REGION.unpack(payload)[1:])
+
+
+def pack_memory_table(regions: list[Region]) -> bytes:
+    """The payload of SET_MEM_TABLE."""
+    return _TABLE_HEAD.pack(len(regions), 0) + b"".join(region.pack() for region in regions)
+
+
+def unpack_memory_table(payload: bytes) -> list[Region]:
+    """The regions of a SET_MEM_TABLE whose size fits their number."""
+    return [Region(*fields) for fields in _REGION.iter_unpack(payload[_TABLE_HEAD.size :])]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigAccess:
+    """ "Virtio device config space": GET_CONFIG and SET_CONFIG."""
+
+    offset: int
+    size: int
+    flags: int
+    data: bytes = b""
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return _CONFIG.pack(self.offset, self.size, self.flags) + self.data
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> ConfigAccess:
+        """The payload of `payload` (12 bytes and the data)."""
+        offset, size, flags = _CONFIG.unpack_from(payload)
+        return cls(offset, size, flags, payload[_CONFIG.size :])
+
+
+@dataclass(frozen=True, slots=True)
+class LogRange:
+    """ "Log description": SET_LOG_BASE. Where in the file the dirty bitmap is."""
+
+    mmap_size: int
+    mmap_offset: int
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return _LOG.pack(self.mmap_size, self.mmap_offset)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> LogRange:
+        """The payload of `payload` (16 bytes)."""
+        return cls(*_LOG.unpack(payload))
+
+
+@dataclass(frozen=True, slots=True)
+class InflightRange:
+    """ "Inflight description": GET_INFLIGHT_FD and SET_INFLIGHT_FD."""
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+    def pack(self, length: int = 24) -> bytes:
+        """The payload's bytes: 20 of fields, and 4 of padding as C compilers add them."""
+        fields = _INFLIGHT.pack(self.mmap_size, self.mmap_offset, self.num_queues, self.queue_size)
+        return fields.ljust(length, b"\0")
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> InflightRange:
+        """The payload of `payload` (20 or 24 bytes)."""
+        return cls(*_INFLIGHT.unpack_from(payload))
+
+
+# What every request must look like.
+
+
+def _table_size(payload: bytes) -> int:
+    """What SET_MEM_TABLE's length must be, by the number of regions that it says it has."""
+    if len(payload) < _TABLE_HEAD.size:
+        return _TABLE_HEAD.size
+    (count,) = _U32.unpack_from(payload)
+    return _TABLE_HEAD.size + int(count) * REGION_BYTES
+
+
+def _config_size(payload: bytes) -> int:
+    """What GET_CONFIG's and SET_CONFIG's length must be, by the size field."""
+    if len(payload) < _CONFIG.size:
+        return _CONFIG.size
+    (size,) = _U32.unpack_from(payload, 4)
+    return _CONFIG.size + int(size)
+
+
+def _table_fds(payload: bytes) -> int:
+    return (len(payload) - _TABLE_HEAD.size) // REGION_BYTES
+
+
+def _vring_fds(payload: bytes) -> int:
+    return 1 if VringFile.unpack(payload).has_fd else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a request looks: legal payload sizes, descriptor counts, and what it needs and gets."""
+
+    sizes: tuple[int, ...] | Callable[[bytes], int] = (0,)
+    """Legal lengths in bytes, or a function of the payload that gives the only legal one."""
+    fds: tuple[int, ...] | Callable[[bytes], int] = (0,)
+    """Legal numbers of descriptors, or a function of the (size-checked) payload."""
+    replies: bool = False
+    """Has a reply of its own, and then never a REPLY_ACK one."""
+    feature: int = 0
+    """The protocol feature that must have been negotiated; 0: none."""
+
+
+_STATE_SHAPE = Shape((8,))
+_VRING_FILE_SHAPE = Shape((8,), _vring_fds)
+
+SHAPES: dict[Request, Shape] = {
+    Request.GET_FEATURES: Shape(replies=True),
+    Request.SET_FEATURES: Shape((8,)),
+    Request.SET_OWNER: Shape(),
+    Request.RESET_OWNER: Shape(),
+    Request.SET_MEM_TABLE: Shape(_table_size, _table_fds),
+    Request.SET_LOG_BASE: Shape((16,), (1,), replies=True, feature=P_LOG_SHMFD),
+    Request.SET_LOG_FD: Shape((0,), (1,)),
+    Request.SET_VRING_NUM: _STATE_SHAPE,
+    Request.SET_VRING_ADDR: Shape((40,)),
+    Request.SET_VRING_BASE: _STATE_SHAPE,
+    Request.GET_VRING_BASE: Shape((8,), replies=True),
+    Request.SET_VRING_KICK: _VRING_FILE_SHAPE,
+    Request.SET_VRING_CALL: _VRING_FILE_SHAPE,
+    Request.SET_VRING_ERR: _VRING_FILE_SHAPE,
+    Request.GET_PROTOCOL_FEATURES: Shape(replies=True),
+    Request.SET_PROTOCOL_FEATURES: Shape((8,)),
+    Request.GET_QUEUE_NUM: Shape(replies=True, feature=P_MQ),
+    Request.SET_VRING_ENABLE: _STATE_SHAPE,
+    Request.SET_BACKEND_REQ_FD: Shape((0,), (1,), feature=P_BACKEND_REQ),
+    Request.GET_CONFIG: Shape(_config_size, replies=True, feature=P_CONFIG),
+    Request.SET_CONFIG: Shape(_config_size, feature=P_CONFIG),
+    Request.GET_INFLIGHT_FD: Shape((20, 24), replies=True, feature=P_INFLIGHT_SHMFD),
+    Request.SET_INFLIGHT_FD: Shape((20, 24), (1,), feature=P_INFLIGHT_SHMFD),
+    Request.RESET_DEVICE: Shape(feature=P_RESET_DEVICE),
+    Request.GET_MAX_MEM_SLOTS: Shape(replies=True, feature=P_CONFIGURE_MEM_SLOTS),
+    Request.ADD_MEM_REG: Shape((40,), (1,), feature=P_CONFIGURE_MEM_SLOTS),
+    Request.REM_MEM_REG: Shape((40,), (0, 1), feature=P_CONFIGURE_MEM_SLOTS),
+    Request.SET_STATUS: Shape((8,), feature=P_STATUS),
+    Request.GET_STATUS: Shape(replies=True, feature=P_STATUS),
+}
+
+
+def check_shape(request: Request, payload: bytes, fd_count: int) -> None:
+    """Raises ProtocolError unless `request` may have this payload size and descriptor count."""
+    shape = SHAPES[request]
+    sizes = (shape.sizes(payload),) if callable(shape.sizes) else shape.sizes
+    if len(payload) not in sizes:
+        wanted = " or ".join(map(str, sizes))
+        raise ProtocolError(f"{request.name} has {len(payload)} bytes, {wanted} needed")
+    counts = (shape.fds(payload),) if callable(shape.fds) else shape.fds
+    if fd_count not in counts:
+        wanted = " or ".join(map(str, counts))
+        raise ProtocolError(
+            f"{request.name} came with {fd_count} file descriptors, {wanted} needed"
+        )
