@@ -1,0 +1,17 @@
+"""The storage side: an nbdkit plugin that serves volumes.
+
+    plugin.py        nbdkit's callbacks, nothing else
+    settings.py      nbdkit's command line parameters
+    service.py       joins the parts below; knows nothing of nbdkit
+    names.py         export names: volume, snapshot, session
+    session.py       who may write a volume, and when
+    store.py         the seam: stores have volumes, a volume opens as a disk
+    file_store.py    volumes as sparse files       file_disk.py    a disk on a file descriptor
+    memory_store.py  volumes in memory             fallocate.py    holes
+    rbd_store.py     volumes as Ceph RBD images
+    __main__.py      the command line: create, list, resize, remove, snapshot
+
+It runs in nbdkit's own interpreter: the standard library, and Debian's python3-rbd for the rbd
+store, are all it may import. A request goes `plugin.pread` → `Disk.pread`; a connection goes
+`plugin.open` → `Service.open` → `Fence.enter` → `Store.open`.
+"""

@@ -1,0 +1,108 @@
+"""Volumes in memory, gone with the process: for trying things out, tests and benchmarks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import uuid
+
+from nbd_plugin import names
+from nbd_plugin.errors import PluginError
+from nbd_plugin.file_disk import FileDisk
+from nbd_plugin.store import VolumeInfo, VolumeState
+
+
+class _Volume:
+    def __init__(self, size_bytes: int, read_only: bool) -> None:
+        self.fd = os.memfd_create("nbd-volume", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size_bytes)
+        self.state = VolumeState(read_only=read_only)
+
+
+class MemoryStore:
+    """Volumes in memory. Each is an unnamed sparse file of the kernel's (a memfd)."""
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self._volumes: dict[str, _Volume] = {}
+        self._lock = threading.Lock()
+        self._instance = str(uuid.uuid4())
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def default_volume(self) -> str:
+        return next(iter(self._volumes)) if len(self._volumes) == 1 else ""
+
+    def list_volumes(self) -> list[VolumeInfo]:
+        found = []
+        for name, volume in sorted(self._volumes.items()):
+            info = os.fstat(volume.fd)
+            found.append(
+                VolumeInfo(name, info.st_size, info.st_blocks * 512, volume.state.read_only)
+            )
+        return found
+
+    def open(self, name: str, *, read_only: bool, timeout_s: float) -> MemoryDisk:
+        volume = self._find(name)
+        fd = os.dup(volume.fd)
+        return MemoryDisk(
+            volume,
+            fd,
+            self._instance,
+            size_bytes=os.fstat(fd).st_size,
+            read_only=read_only or volume.state.read_only,
+        )
+
+    def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
+        names.check_volume_name(name, snapshots=False)
+        with self._lock:
+            if name in self._volumes:
+                raise PluginError(f"volume {name} exists already", errno.EEXIST)
+            self._volumes[name] = _Volume(size_bytes, read_only)
+
+    def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
+        volume = self._find(name)
+        if size_bytes < os.fstat(volume.fd).st_size and not shrink:
+            raise PluginError(f"volume {name} is larger: making it smaller loses data")
+        os.ftruncate(volume.fd, size_bytes)
+
+    def remove(self, name: str) -> None:
+        with self._lock:
+            os.close(self._find(name).fd)
+            del self._volumes[name]
+
+    def snapshot(self, name: str, snapshot: str) -> None:
+        raise PluginError("the memory store has no snapshots", errno.EOPNOTSUPP)
+
+    def _find(self, name: str) -> _Volume:
+        try:
+            return self._volumes[name]
+        except KeyError:
+            raise PluginError(f"volume {name} does not exist", errno.ENOENT) from None
+
+
+class MemoryDisk(FileDisk):
+    """A volume of a `MemoryStore`, open."""
+
+    def __init__(
+        self, volume: _Volume, fd: int, instance: str, *, size_bytes: int, read_only: bool
+    ) -> None:
+        super().__init__(fd, size_bytes=size_bytes, read_only=read_only)
+        self._volume = volume
+        self._instance = instance
+
+    def load_state(self) -> VolumeState:
+        return self._volume.state
+
+    def save_state(self, state: VolumeState) -> None:
+        self._volume.state = state
+
+    def instance(self) -> str:
+        """Changes with the process: everything is gone with it."""
+        return self._instance

@@ -1,0 +1,239 @@
+"""nbdkit's entry: `nbdkit python nbd_plugin/plugin.py PARAMETER=VALUE…`
+
+nbdkit calls the functions below by name, from many threads, and runs them in its own Python
+interpreter (the system's). They only translate; `service` and the stores do the work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import nbdkit
+
+from nbd_plugin.errors import PluginError, nbd_errno, one_line
+from nbd_plugin.service import Service
+from nbd_plugin.session import Handle
+from nbd_plugin.settings import Settings
+from nbd_plugin.store import Extents
+
+API_VERSION = 2
+
+_T = TypeVar("_T")
+
+_MAY_TRIM: int = nbdkit.FLAG_MAY_TRIM
+_FUA: int = nbdkit.FLAG_FUA
+_REQ_ONE: int = nbdkit.FLAG_REQ_ONE
+_FAST_ZERO: int = nbdkit.FLAG_FAST_ZERO
+
+_settings = Settings()
+_service: Service
+
+
+def _log_line(_type: object, error: BaseException, *_rest: object) -> list[str]:
+    """What nbdkit logs for an exception, and from 1.42 on also tells the client: one line.
+
+    nbdkit asks `traceback.format_exception` for it, which would give a traceback.
+    """
+    return [one_line(error)]
+
+
+traceback.format_exception = _log_line  # type: ignore[assignment]
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Record the errno for the client; nbdkit logs the exception."""
+    nbdkit.set_error(nbd_errno(error))
+    raise error
+
+
+# --- the server's life -----------------------------------------------------------------------
+
+
+def thread_model() -> int:
+    return nbdkit.THREAD_MODEL_PARALLEL
+
+
+def config(key: str, value: str) -> None:
+    _settings.set(key, value)
+
+
+def config_complete() -> None:
+    _settings.check()
+
+
+def get_ready() -> None:
+    global _service
+    _service = Service(_settings)
+    _service.prepare()
+
+
+def after_fork() -> None:
+    # Here and not in get_ready: threads (librados has some) do not survive nbdkit's fork.
+    _service.start()
+
+
+def cleanup() -> None:
+    _service.stop()
+
+
+# --- exports and connections -----------------------------------------------------------------
+
+
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    return _service.list_exports()
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    return _service.default_export()
+
+
+def open(readonly: bool) -> Handle:
+    try:
+        return _service.open(nbdkit.export_name(), read_only=readonly)
+    except Exception as error:
+        _fail(error)
+
+
+def close(handle: Handle) -> None:
+    _service.close(handle)
+
+
+def export_description(handle: Handle) -> str:
+    return _service.describe(handle)
+
+
+def get_size(handle: Handle) -> int:
+    return handle.disk.size_bytes
+
+
+def block_size(handle: Handle) -> tuple[int, int, int]:
+    return handle.disk.block_sizes
+
+
+def can_write(handle: Handle) -> bool:
+    return not handle.read_only
+
+
+def can_multi_conn(handle: Handle) -> bool:
+    return handle.multi_conn
+
+
+def can_flush(handle: Handle) -> bool:
+    return True
+
+
+def can_fua(handle: Handle) -> int:
+    return nbdkit.FUA_NATIVE
+
+
+def can_trim(handle: Handle) -> bool:
+    return not handle.read_only
+
+
+def can_zero(handle: Handle) -> bool:
+    return not handle.read_only
+
+
+def can_fast_zero(handle: Handle) -> bool:
+    return not handle.read_only
+
+
+def can_extents(handle: Handle) -> bool:
+    return True
+
+
+def can_cache(handle: Handle) -> int:
+    return nbdkit.CACHE_NATIVE
+
+
+# --- requests --------------------------------------------------------------------------------
+#
+# `busy` and `revoked`: see session.Handle. The two frequent ones are written out, a helper would
+# cost a call each.
+
+
+def pread(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    busy = handle.busy
+    busy.append(None)
+    try:
+        if handle.revoked:
+            handle.check_alive()
+        handle.disk.pread(buf, offset)
+    except Exception as error:
+        _fail(error)
+    finally:
+        busy.pop()
+
+
+def pwrite(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    busy = handle.busy
+    busy.append(None)
+    try:
+        _check_write(handle)
+        handle.disk.pwrite(buf, offset, flags & _FUA != 0)
+    except Exception as error:
+        _fail(error)
+    finally:
+        busy.pop()
+
+
+def flush(handle: Handle, flags: int) -> None:
+    _run(handle, handle.disk.flush)
+
+
+def trim(handle: Handle, count: int, offset: int, flags: int) -> None:
+    def do() -> None:
+        _check_write(handle)
+        handle.disk.trim(offset, count, flags & _FUA != 0)
+
+    _run(handle, do)
+
+
+def zero(handle: Handle, count: int, offset: int, flags: int) -> None:
+    def do() -> None:
+        _check_write(handle)
+        handle.disk.zero(
+            offset,
+            count,
+            may_trim=flags & _MAY_TRIM != 0,
+            fua=flags & _FUA != 0,
+            fast=flags & _FAST_ZERO != 0,
+        )
+
+    _run(handle, do)
+
+
+def extents(handle: Handle, count: int, offset: int, flags: int) -> Extents:
+    return _run(handle, lambda: handle.disk.extents(offset, count, flags & _REQ_ONE != 0))
+
+
+def cache(handle: Handle, count: int, offset: int, flags: int) -> None:
+    _run(handle, lambda: handle.disk.cache(offset, count))
+
+
+def _run(handle: Handle, do: Callable[[], _T]) -> _T:
+    handle.busy.append(None)
+    try:
+        handle.check_alive()
+        return do()
+    except Exception as error:
+        _fail(error)
+    finally:
+        handle.busy.pop()
+
+
+def _check_write(handle: Handle) -> None:
+    if handle.revoked:
+        handle.check_alive()
+    session = handle.session
+    if session is None:
+        raise PluginError("this export is read-only", errno.EROFS)
+    if not session.written:
+        session.note_write()

@@ -1,0 +1,236 @@
+"""Who may write a volume, and when: sessions, their fence and their generation.
+
+Why. NBD has no notion of a session. A client that lost its connection comes back on a new one
+and sends its unanswered writes again; a write that the server still holds from the old
+connection may be executed after that, and overwrite newer, flushed data. So a volume is written
+by one **session** at a time, and the next begins only when nothing of the previous one can
+happen any more: nbdkit calls `close` after the connection's last request has ended, and the last
+`close` of a session ends it.
+
+Which connections form a session:
+
+- Those whose export name carries the same `session=TOKEN`. They are admitted together, so
+  multi-conn is announced to them.
+- A connection without a token is a session of its own: multi-conn is not announced, so honest
+  clients (nbdcopy, the kernel, QEMU) open just one connection. A reconnecting client waits for
+  its own old connection to drain, and then goes on.
+- `VOLUME@session=TOKEN,connection=N` replaces an earlier connection N of that session: the
+  earlier one is **revoked** (each further request gets ESHUTDOWN) and its requests in flight are
+  waited for. So one connection of many can be replaced while the old one still looks alive.
+
+Waiting is bounded by `fence_timeout`; then the newcomer is refused (EBUSY), or, with
+`fence=takeover`, the session that is in its way is revoked, drained and ended.
+
+The **generation** counts writable sessions. It is stored before the handshake ends, so the
+number in the export's description is the one of the session being opened (nbdkit 1.32 and 1.42
+call `open`, then `get_size` and the `can_…`, then `export_description`). `written` is the last
+generation that wrote: it is stored before that session's first write is executed. Whoever cached
+the volume under generation G may keep the cache exactly if `written <= G`; looking around
+(`nbdinfo --list` opens and closes every export) raises `generation`, not `written`.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from nbd_plugin.errors import PluginError
+from nbd_plugin.names import ExportName
+from nbd_plugin.store import Disk
+
+_DRAIN_POLL_S = 0.005
+
+OpenDisk = Callable[[float], Disk]
+"""Opens the volume for writing, waiting at most that many seconds for other processes."""
+
+
+class Handle:
+    """One connection: nbdkit's handle.
+
+    `busy` holds one item per request being executed: `append` and `pop` are atomic, a counter
+    would need a lock per request.
+    """
+
+    __slots__ = (
+        "busy",
+        "connection",
+        "disk",
+        "multi_conn",
+        "read_only",
+        "revoked",
+        "session",
+        "volume",
+    )
+
+    def __init__(
+        self, volume: str, disk: Disk, session: Session | None, connection: int | None
+    ) -> None:
+        self.volume = volume
+        self.disk = disk
+        self.session = session
+        self.connection = connection
+        self.read_only = session is None
+        self.multi_conn = session is None or session.shared
+        self.revoked = False
+        self.busy: list[None] = []
+
+    def check_alive(self) -> None:
+        """Raise PluginError (ESHUTDOWN) when another connection took this one's place."""
+        if self.revoked:
+            raise PluginError("this connection was replaced by a newer one", errno.ESHUTDOWN)
+
+
+class Session:
+    """A writable session. `disk` and `generation` are set once it is open."""
+
+    def __init__(self, fence: Fence, token: str | None, *, shared: bool) -> None:
+        self.fence = fence
+        self.token = token
+        self.shared = shared
+        self.is_open = False
+        self.disk: Disk | None = None
+        self.generation = 0
+        self.written = False
+        self.handles: list[Handle] = []
+        self._mark = threading.Lock()
+
+    def admits(self, token: str | None) -> bool:
+        return self.is_open and self.shared and token == self.token
+
+    def note_write(self) -> None:
+        """Store that this generation writes, before its first write is executed."""
+        with self._mark:
+            if self.written or self.disk is None:
+                return
+            state = self.disk.load_state()
+            self.disk.save_state(replace(state, written=self.generation))
+            self.written = True
+
+
+class Fence:
+    """Admits the writable sessions of one volume one after the other."""
+
+    def __init__(self, volume: str, *, takeover: bool = False) -> None:
+        self._volume = volume
+        self._takeover = takeover
+        self._changed = threading.Condition()
+        self._session: Session | None = None
+
+    def enter(
+        self, name: ExportName, *, shared: bool, timeout_s: float, open_disk: OpenDisk
+    ) -> Handle:
+        """Join the present session or begin the next one, waiting at most `timeout_s`.
+
+        `shared`: connections with the same `name.session` belong together. Raises PluginError
+        (EBUSY) and whatever `open_disk` raises.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while (session := self._session) is not None:
+                if session.admits(name.session):
+                    return self._join(session, name, deadline)
+                if not self._changed.wait(deadline - time.monotonic()):
+                    self._break_or_refuse(timeout_s)
+            session = self._session = Session(self, name.session, shared=shared)
+        return self._begin(session, name, deadline, open_disk)
+
+    def leave(self, handle: Handle) -> None:
+        """The connection's last request has ended; the last connection ends the session."""
+        session = handle.session
+        assert session is not None
+        with self._changed:
+            if handle in session.handles:
+                session.handles.remove(handle)
+            if session.handles or not session.is_open:
+                self._changed.notify_all()
+                return
+            session.is_open = False  # nobody joins any more
+        self._end(session)
+
+    def _begin(
+        self, session: Session, name: ExportName, deadline: float, open_disk: OpenDisk
+    ) -> Handle:
+        """Open the disk and raise the generation; others wait meanwhile."""
+        disk = None
+        try:
+            disk = open_disk(max(0.0, deadline - time.monotonic()))
+            if disk.read_only:
+                self._forget(session)
+                return Handle(self._volume, disk, None, None)
+            state = disk.load_state()
+            session.generation = state.generation + 1
+            disk.save_state(replace(state, generation=session.generation))
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            self._forget(session)
+            raise
+        with self._changed:
+            session.disk = disk
+            session.is_open = True
+            handle = Handle(self._volume, disk, session, name.connection)
+            session.handles.append(handle)
+            self._changed.notify_all()
+        return handle
+
+    def _join(self, session: Session, name: ExportName, deadline: float) -> Handle:
+        """Add a connection to an open session. Called and returns with the lock held."""
+        assert session.disk is not None
+        if name.connection is not None:
+            old = [h for h in session.handles if h.connection == name.connection]
+            self._revoke(old, deadline)
+        handle = Handle(self._volume, session.disk, session, name.connection)
+        session.handles.append(handle)
+        return handle
+
+    def _revoke(self, handles: list[Handle], deadline: float) -> None:
+        """End these connections' right to do anything, and wait for what they are doing.
+
+        Keeps the lock: the wait is short, or the volume is stuck anyway.
+        """
+        for handle in handles:
+            handle.revoked = True
+        # A request appends to `busy` before it looks at `revoked`: so it either sees the flag or
+        # is seen here.
+        while any(handle.busy for handle in handles):
+            if time.monotonic() >= deadline:
+                raise PluginError(
+                    f"volume {self._volume}: requests of the replaced connection do not end",
+                    errno.EBUSY,
+                )
+            time.sleep(_DRAIN_POLL_S)
+
+    def _break_or_refuse(self, timeout_s: float) -> None:
+        """The wait is over: end the session in the way, or refuse. Called with the lock held."""
+        session = self._session
+        if session is None:
+            return
+        if not (self._takeover and session.is_open):
+            holder = f"session {session.token}" if session.token else "another connection"
+            raise PluginError(
+                f"volume {self._volume} is open for writing by {holder} "
+                f"({len(session.handles)} connections); waited {timeout_s:g} s",
+                errno.EBUSY,
+            )
+        self._revoke(session.handles, time.monotonic() + timeout_s)
+        session.is_open = False
+        session.handles.clear()
+        assert session.disk is not None
+        session.disk.close()
+        self._session = None
+
+    def _end(self, session: Session) -> None:
+        assert session.disk is not None
+        try:
+            session.disk.close()
+        finally:
+            self._forget(session)
+
+    def _forget(self, session: Session) -> None:
+        with self._changed:
+            if self._session is session:
+                self._session = None
+            self._changed.notify_all()

@@ -1,0 +1,124 @@
+"""The seam between nbdkit's callbacks and the stores: a store has volumes, a volume is opened as
+a disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+EXTENT_HOLE = 1
+EXTENT_ZERO = 2
+"""Extent types (NBD "base:allocation"): both together for a hole that reads as zeroes."""
+
+MAX_PAYLOAD_BYTES = 64 << 20
+"""nbdkit's own limit for the payload of one read or write."""
+
+Extents = list[tuple[int, int, int]]
+"""(offset, length, type), ascending and contiguous."""
+
+
+@dataclass(frozen=True)
+class VolumeState:
+    """What is remembered of a volume beside its data; see `session` for the meaning."""
+
+    generation: int = 0
+    written: int = 0
+    read_only: bool = False
+    losses: int = 0
+    """How often a flush failed, so that writes which were acknowledged may be gone."""
+
+
+@dataclass(frozen=True)
+class VolumeInfo:
+    """One line of `list`."""
+
+    name: str
+    size_bytes: int
+    allocated_bytes: int | None
+    read_only: bool
+
+
+class Disk(Protocol):
+    """An open volume. Its methods are called from many threads at once.
+
+    `offset` and `length` are bytes and lie inside the volume. Every method raises OSError,
+    PluginError or an error with an `errno`.
+    """
+
+    size_bytes: int
+    read_only: bool
+    block_sizes: tuple[int, int, int]
+    """Minimum, preferred and maximum, as NBD_INFO_BLOCK_SIZE has them."""
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        """Fill the whole buffer."""
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
+        """Write the whole buffer; with `fua` it is durable on return."""
+
+    def flush(self) -> None:
+        """Everything that was written before is durable on return."""
+
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Give the space back where that is possible. A hint."""
+
+    def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
+        """Make the range read as zeroes, allocated unless `may_trim`.
+
+        Raises NotSupported when that would not be faster than writing (`fast`) or cannot be done
+        at all other than by writing.
+        """
+
+    def extents(self, offset: int, length: int, req_one: bool) -> Extents:
+        """What is allocated, beginning at `offset`; at least one extent."""
+
+    def cache(self, offset: int, length: int) -> None:
+        """Begin to read the range into memory. A hint."""
+
+    def load_state(self) -> VolumeState:
+        """The volume's remembered state, fresh from the store."""
+
+    def save_state(self, state: VolumeState) -> None:
+        """Replace the remembered state, durably."""
+
+    def instance(self) -> str:
+        """A token that changes when acknowledged, unflushed writes may have been lost."""
+
+    def close(self) -> None:
+        """Let go of the volume. No other call is running or follows."""
+
+
+class Store(Protocol):
+    """A place with volumes."""
+
+    name: str
+
+    def start(self) -> None:
+        """Connect. Called once, in the process that serves (after nbdkit's fork)."""
+
+    def stop(self) -> None:
+        """Disconnect."""
+
+    def default_volume(self) -> str:
+        """The volume of an export without a name; "" when there is none."""
+
+    def list_volumes(self) -> list[VolumeInfo]:
+        """All volumes, by name."""
+
+    def open(self, name: str, *, read_only: bool, timeout_s: float) -> Disk:
+        """Open a volume; for writing only when nobody else has it open for writing.
+
+        Waits up to `timeout_s` for the other writer. Raises PluginError (ENOENT, EBUSY).
+        """
+
+    def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
+        """Make a thin volume that reads as zeroes. Raises PluginError (EEXIST)."""
+
+    def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
+        """Change the size; smaller only with `shrink`."""
+
+    def remove(self, name: str) -> None:
+        """Delete a volume that nobody has open for writing."""
+
+    def snapshot(self, name: str, snapshot: str) -> None:
+        """Keep the present contents as the read-only volume `name@snapshot`."""
