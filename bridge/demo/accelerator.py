@@ -1,0 +1,101 @@
+"""KVM or software emulation: decided by starting a guest, not by looking at `/dev/kvm`.
+
+Inside a virtual machine without working nested virtualisation the device can be there, open, and
+hang the first guest for ever. So a guest that has nothing to do is booted under KVM with a time
+limit; the answer is kept until the machine boots again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bridge.demo.guest import run_guest
+from bridge.demo.qemu import GuestConfig
+from bridge.errors import ConfigError
+
+PROBE_LIMIT_S = 10.0
+"""A guest under a working KVM is done in about a second, on a busy machine in three."""
+
+_KVM = Path("/dev/kvm")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+async def choose_accelerator(
+    kernel: Path,
+    initrd: Path,
+    cache: Path,
+    *,
+    qemu: Sequence[str] = (),
+    timeout_s: float = PROBE_LIMIT_S,
+    device: Path = _KVM,
+) -> str:
+    """ "kvm" when a guest runs under it, else "tcg". Asks `probe_kvm` once per boot.
+
+    The answer is kept in `cache`, per QEMU command; losing that file costs another probe.
+    """
+    if not os.access(device, os.R_OK | os.W_OK):
+        return "tcg"
+    answers = cache / "accelerator.json"
+    boot_id = _boot_id()
+    key = " ".join([boot_id, str(device), *qemu])
+    known = {k: v for k, v in _read_answers(answers).items() if k.startswith(boot_id)}
+    if known.get(key) not in ("kvm", "tcg"):
+        works = await probe_kvm(kernel, initrd, qemu=qemu, timeout_s=timeout_s, device=device)
+        known[key] = "kvm" if works else "tcg"
+        _write_answers(answers, known)
+    return known[key]
+
+
+async def probe_kvm(
+    kernel: Path,
+    initrd: Path,
+    *,
+    qemu: Sequence[str] = (),
+    timeout_s: float = PROBE_LIMIT_S,
+    device: Path = _KVM,
+) -> bool:
+    """Whether a guest under KVM runs to its end within `timeout_s`; it is killed if it does not."""
+    if not os.access(device, os.R_OK | os.W_OK):
+        return False
+    config = GuestConfig(
+        kernel=kernel,
+        initrd=initrd,
+        words={"guest_script": "probe"},
+        accelerator="kvm",
+        memory_mib=128,
+        qemu=qemu,
+    )
+    with tempfile.TemporaryDirectory(prefix="nbd-bridge-probe-") as folder:
+        log = Path(folder) / "probe.log"
+        try:
+            report = await run_guest(config, log, time_limit_s=timeout_s)
+        except ConfigError:
+            return False
+    return report.passed
+
+
+def _boot_id() -> str:
+    return _BOOT_ID.read_text().strip()
+
+
+def _read_answers(path: Path) -> dict[str, str]:
+    try:
+        answers = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return answers if isinstance(answers, dict) else {}
+
+
+def _write_answers(path: Path, answers: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(answers))
+        temporary.rename(path)
+    except OSError:
+        # A read-only home: the next start asks again.
+        return

@@ -1,0 +1,268 @@
+"""The main job, end to end: a Linux guest lives on a disk that an NBD server keeps.
+
+nbdkit with our plugin serves a sparse image; the bridge turns it into a vhost-user-blk socket; a
+guest in QEMU makes a file system on it, writes, discards, verifies, and verifies again in a second
+boot; then everything is stopped in order and the image is looked at from the server's side.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import trio
+
+from bridge.demo.accelerator import choose_accelerator
+from bridge.demo.guest import run_guest
+from bridge.demo.image import allocated_bytes, check_filesystem, check_sums, extract_files
+from bridge.demo.initramfs import build_initramfs
+from bridge.demo.kernel import Kernel, cache_dir, find_kernel
+from bridge.demo.qemu import GuestConfig, VhostUserDisk, find_qemu, qemu_version
+from bridge.demo.report import GuestReport
+from bridge.demo.servers import Server, bridge_command, nbdkit_command, running
+from bridge.demo.without_guest import run_without_guest
+from bridge.errors import BridgeError, ConfigError
+
+SERIAL = "nbd-bridge-demo"
+_MIB = 1 << 20
+_ACCELERATORS = {"kvm": "KVM", "tcg": "software emulation"}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo does."""
+
+    total_mib: int = 200
+    """How much the guest writes; at least 4."""
+    disk_mib: int = 1024
+    guest: bool = True
+    """False: our own front-end plays the guest, no QEMU needed."""
+    accelerator: str = "auto"
+    """"auto" probes KVM; "kvm" or "tcg" is taken as it is."""
+    boot_limit_s: float = 300.0
+
+
+@dataclass
+class DemoResult:
+    """What happened. `failures` is empty when all went well."""
+
+    failures: list[str] = field(default_factory=list)
+    boots: dict[str, GuestReport] = field(default_factory=dict)
+    allocated: dict[str, int] = field(default_factory=dict)
+    """Bytes the image took on the server's disk, by checkpoint."""
+    files_right: int = 0
+    elapsed_s: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was looked at was right."""
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What a guest needs to boot here."""
+
+    kernel: Kernel
+    initrd: Path
+    accelerator: str
+    version: tuple[int, int]
+
+
+async def run_demo(
+    config: DemoConfig | None = None,
+    *,
+    folder: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> DemoResult:
+    """Do the whole job and tell about it through `say`, a line at a time.
+
+    `folder` keeps image, sockets and logs; without one they are in a temporary folder that is
+    gone afterwards. Raises ConfigError, with the remedy, when something is missing on this
+    machine; whatever goes wrong later is in the result's `failures`. Cancellation kills the
+    processes that were started.
+    """
+    config = config or DemoConfig()
+    if folder is not None:
+        os.makedirs(folder, exist_ok=True)
+        return await _Demo(config, folder, say).run()
+    with tempfile.TemporaryDirectory(prefix="nbd-bridge-") as temporary:
+        return await _Demo(config, Path(temporary), say).run()
+
+
+class _Demo:
+    def __init__(self, config: DemoConfig, folder: Path, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.folder = folder
+        self.say = say
+        self.image = folder / "disk.img"
+        self.disk_socket = folder / "disk.sock"
+        self.result = DemoResult()
+
+    async def run(self) -> DemoResult:
+        began_s = time.monotonic()
+        result = self.result
+        machine = await self._prepare_machine() if self.config.guest else None
+        try:
+            await self._serve_and_boot(machine)
+            await self._check_image(has_filesystem=machine is not None)
+        except ConfigError:
+            raise
+        except BridgeError as error:
+            self._fail(str(error))
+        result.elapsed_s = time.monotonic() - began_s
+        verdict = "PASS" if result.passed else "FAIL"
+        self.say(f"{verdict}  in {result.elapsed_s:.1f} s")
+        return result
+
+    async def _prepare_machine(self) -> _Machine | None:
+        """Kernel, initrd and accelerator; None, and a word about it, where QEMU is missing."""
+        try:
+            qemu = find_qemu()
+        except ConfigError as error:
+            self.say(f"guest    {error}; the built-in front-end plays the guest")
+            return None
+        kernel = await trio.to_thread.run_sync(find_kernel)
+        initrd = self.folder / "initrd"
+        initrd.write_bytes(await trio.to_thread.run_sync(build_initramfs, kernel))
+        accelerator = self.config.accelerator
+        if accelerator == "auto":
+            accelerator = await choose_accelerator(kernel.image, initrd, cache_dir())
+        version = await trio.to_thread.run_sync(qemu_version, [qemu])
+        return _Machine(kernel, initrd, accelerator, version)
+
+    async def _serve_and_boot(self, machine: _Machine | None) -> None:
+        nbd_socket = self.folder / "nbd.sock"
+        uri = f"nbd+unix:///?socket={nbd_socket}"
+        async with AsyncExitStack() as stack:
+            command = nbdkit_command(self.image, nbd_socket, size=f"{self.config.disk_mib}M")
+            log = self.folder / "nbdkit.log"
+            nbdkit = await stack.enter_async_context(running("nbdkit", command, nbd_socket, log))
+            self.say(f"server   nbdkit, sparse image of {self.config.disk_mib} MiB ({self.image})")
+            command = bridge_command(uri, self.disk_socket, "--serial", SERIAL)
+            log = self.folder / "bridge.log"
+            bridge = await stack.enter_async_context(
+                running("bridge", command, self.disk_socket, log)
+            )
+            self.say(f"bridge   {uri} -> {self.disk_socket} (process {bridge.process.pid})")
+            if machine is None:
+                await self._without_guest()
+            else:
+                await self._boot_twice(machine)
+            for server in (bridge, nbdkit):
+                await self._stop(server)
+
+    async def _stop(self, server: Server) -> None:
+        began_s = time.monotonic()
+        await server.stop()
+        self.say(f"stopped  {server.name}: exit 0 after {time.monotonic() - began_s:.2f} s")
+
+    async def _without_guest(self) -> None:
+        report = await run_without_guest(self.disk_socket, self.config.total_mib)
+        self.result.boots["front-end"] = report
+        self._judge("front-end", report)
+
+    async def _boot_twice(self, machine: _Machine) -> None:
+        major, minor = machine.version
+        self.say(
+            f"guest    Linux {machine.kernel.release} in QEMU {major}.{minor}, "
+            f"{_ACCELERATORS[machine.accelerator]}"
+        )
+        words: dict[str, str | int] = {
+            "guest_script": "filesystem",
+            "guest_mib": self.config.total_mib,
+            "guest_sectors": self.config.disk_mib * _MIB // 512,
+            "guest_serial": SERIAL,
+        }
+        guest = GuestConfig(
+            disks=[VhostUserDisk(self.disk_socket)],
+            kernel=machine.kernel.image,
+            initrd=machine.initrd,
+            accelerator=machine.accelerator,
+            words=words,
+        )
+        if await self._boot("boot 1", guest):
+            self._tell_filesystem(self.result.boots["boot 1"])
+            if await self._boot("boot 2", replace(guest, words={"guest_script": "verify"})):
+                self._tell_verify(self.result.boots["boot 2"])
+
+    async def _boot(self, name: str, guest: GuestConfig) -> bool:
+        log = self.folder / f"{name.replace(' ', '')}.log"
+        report = await run_guest(
+            guest, log, time_limit_s=self.config.boot_limit_s, checkpoint=self._checkpoint
+        )
+        self.result.boots[name] = report
+        return self._judge(name, report)
+
+    async def _checkpoint(self, name: str) -> None:
+        self.result.allocated[name] = allocated_bytes(self.image)
+
+    def _judge(self, name: str, report: GuestReport) -> bool:
+        if report.passed:
+            self.say(f"{name}   PASS, {report.elapsed_s:.1f} s from power-on to power-off")
+        else:
+            self._fail(f"{name}: {report.reason}")
+        return report.passed
+
+    def _tell_filesystem(self, report: GuestReport) -> None:
+        values = report.values
+        self.say(
+            f"         disk of {values.get('sectors')} sectors, serial {values.get('serial')}, "
+            f"{values.get('write_cache')}; mkfs.ext4 {report.number('mkfs_ms') / 1000:.1f} s"
+        )
+        self.say(
+            f"         wrote {self.config.total_mib} MiB at {values.get('write_mib_s')} MiB/s "
+            f"(sync included), read after a remount at {values.get('read_mib_s')} MiB/s, "
+            "checksums right"
+        )
+        mib = {name: size // _MIB for name, size in self.result.allocated.items()}
+        if len(mib) >= 6:
+            self.say(
+                f"         image on the server: {mib['formatted']} MiB formatted, "
+                f"{mib['written']} written, {mib['deleted']} -> {mib['trimmed']} by fstrim, "
+                f"{mib['raw_written']} -> {mib['raw_discarded']} by blkdiscard"
+            )
+        self._check_discards()
+
+    def _check_discards(self) -> None:
+        """fstrim and blkdiscard must have shrunk the image on the server."""
+        sizes = self.result.allocated
+        for before, after in (("deleted", "trimmed"), ("raw_written", "raw_discarded")):
+            if before not in sizes or after not in sizes:
+                self._fail(f"the guest never came to '{after}'")
+            elif sizes[after] + _MIB > sizes[before]:
+                self._fail(
+                    f"'{after}' left the image at {sizes[after]} bytes ({sizes[before]} before)"
+                )
+
+    def _tell_verify(self, report: GuestReport) -> None:
+        values = report.values
+        self.say(
+            f"         file system clean, {values.get('files')} files read at "
+            f"{values.get('read_mib_s')} MiB/s, checksums right"
+        )
+
+    async def _check_image(self, *, has_filesystem: bool) -> None:
+        """Look at the image with the host's own tools, everything else being stopped."""
+        if not has_filesystem:
+            return
+        complaint = await trio.to_thread.run_sync(check_filesystem, self.image)
+        if complaint:
+            self._fail(f"e2fsck on the server's image: {complaint}")
+        files = self.folder / "files"
+        await trio.to_thread.run_sync(extract_files, self.image, files)
+        right, wrong = await trio.to_thread.run_sync(check_sums, files)
+        self.result.files_right = right
+        if wrong or not right:
+            self._fail(f"on the server's image {right} files are right, these are not: {wrong}")
+        if not complaint and right and not wrong:
+            self.say(f"image    e2fsck clean, {right} files with the right checksums")
+
+    def _fail(self, what: str) -> None:
+        self.result.failures.append(what)
+        self.say(f"FAILED   {what}")

@@ -1,0 +1,1 @@
+# Nothing to do: that this runs at all is the answer.

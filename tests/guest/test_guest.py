@@ -1,0 +1,108 @@
+"""A real Linux guest in QEMU (software emulation), on the bridge and on a peer of it."""
+
+from pathlib import Path
+
+from bridge.demo.demo import DemoConfig, run_demo
+from bridge.demo.guest import open_guest, run_guest
+from bridge.demo.image import allocated_bytes, check_filesystem, check_sums, extract_files
+from bridge.demo.qemu import GuestConfig, VhostUserDisk
+from bridge.demo.servers import running
+from tests.guest.conftest import GuestMachine
+from tests.tools import need
+
+MIB = 1 << 20
+
+
+def config(machine: GuestMachine, script: str, *disks: VhostUserDisk, **words: str) -> GuestConfig:
+    return GuestConfig(
+        disks=disks,
+        kernel=machine.kernel.image,
+        initrd=machine.initrd,
+        words={"guest_script": script, **words},
+    )
+
+
+async def test_guest_without_its_disk_fails_with_the_reason(
+    machine: GuestMachine, folder: Path
+) -> None:
+    report = await run_guest(config(machine, "no-such-script"), folder / "log")
+
+    assert not report.passed
+    assert report.reason == "no script /scripts/no-such-script.sh"
+
+
+async def test_guest_over_its_time_limit_fails_and_is_gone(
+    machine: GuestMachine, folder: Path
+) -> None:
+    report = await run_guest(config(machine, "probe"), folder / "log", time_limit_s=0.2)
+
+    assert not report.passed
+    assert report.reason.startswith("not finished after")
+
+
+async def test_guest_whose_disk_has_no_back_end_fails_with_what_qemu_said(
+    machine: GuestMachine, folder: Path
+) -> None:
+    disk = VhostUserDisk(folder / "nothing.sock")
+
+    report = await run_guest(config(machine, "probe", disk), folder / "log")
+
+    assert not report.passed
+    assert "nothing.sock" in report.reason
+
+
+async def test_guest_on_a_storage_daemon_passes_both_boots(
+    machine: GuestMachine, folder: Path
+) -> None:
+    """The guest's side of every test here, on somebody else's back-end."""
+    image, socket = folder / "disk.img", folder / "disk.sock"
+    with image.open("wb") as file:
+        file.truncate(256 * MIB)
+    command = [
+        need("qemu-storage-daemon"),
+        "--blockdev", f"driver=file,node-name=d,filename={image},discard=unmap",
+        "--export", f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},"
+        "writable=on",
+    ]  # fmt: skip
+    # Its config space says write-through, and such a guest never sends a flush.
+    disk = VhostUserDisk(socket, options="config-wce=off")
+    sizes: dict[str, int] = {}
+
+    async def checkpoint(name: str) -> None:
+        sizes[name] = allocated_bytes(image)
+
+    async with running("storage daemon", command, socket, folder / "daemon.log"):
+        first = await run_guest(
+            config(machine, "filesystem", disk, guest_sectors="524288"),
+            folder / "log",
+            checkpoint=checkpoint,
+        )
+        second = await run_guest(config(machine, "verify", disk), folder / "log")
+
+    assert first.passed, first
+    assert second.passed, second
+    assert sizes["trimmed"] < sizes["deleted"]
+    assert sizes["raw_discarded"] < sizes["raw_written"]
+    assert check_filesystem(image) == ""
+    extract_files(image, folder / "files")
+    assert check_sums(folder / "files") == (2, [])
+
+
+async def test_guest_killed_when_the_block_ends(machine: GuestMachine, folder: Path) -> None:
+    async with open_guest(config(machine, "probe"), folder / "log") as guest:
+        await guest.wait_for("SeaBIOS")
+
+    assert guest.process.returncode is not None
+
+
+async def test_demo_passes_with_every_check(machine: GuestMachine, folder: Path) -> None:
+    """The main job: file system, discards, second boot, image on the server, clean stop."""
+    need("nbdkit")
+
+    result = await run_demo(
+        DemoConfig(total_mib=16, disk_mib=256, accelerator="tcg"), folder=folder
+    )
+
+    assert result.failures == []
+    assert result.files_right == 2
+    assert result.boots["boot 1"].values["write_cache"] == "write back"

@@ -1,0 +1,28 @@
+"""Helpers that more than one folder of tests uses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+
+def need(name: str) -> str:
+    """The path of the external tool `name`.
+
+    A test that cannot have it fails in CI, where everything is installed, and is skipped with the
+    reason elsewhere.
+    """
+    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if found is None:
+        missing(f"{name} is not installed")
+    assert found is not None
+    return found
+
+
+def missing(reason: str) -> None:
+    """What a test needs is not there: fails in CI, skips elsewhere."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
