@@ -1,0 +1,492 @@
+"""One NBD connection: trio until the handshake is done, the data path's loop afterwards.
+
+Theory. `open_connection` connects, negotiates and returns a `Connection` whose raw non-blocking
+socket is registered in the `Loop`. From then on nothing awaits: `send` puts a request into the
+transmission machine, the turn's end sends everything in one system call, and readable sockets
+complete requests from the loop's callback. What a socket does not take is kept and sent when it
+is writable again. On any error the connection is dead at once: its socket is closed, and `lost`
+is told once with the reason; half a frame is never followed by anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from typing import Final
+
+import trio
+
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
+from bridge.loop import EPOLLIN, EPOLLOUT, Loop
+from bridge.nbd import tls
+from bridge.nbd.export import Export
+from bridge.nbd.handshake import Goal, Handshake, State, Wishes
+from bridge.nbd.options import ClientOptions
+from bridge.nbd.transmission import Transmission
+from bridge.nbd.uri import NbdUri
+from bridge.request import Request
+
+_IOV_MAX: Final = 1024
+_RECEIVES_PER_TURN: Final = 8
+"""System calls on one socket before the others get their turn."""
+_SOCKET_BUFFER_BYTES: Final = 4 << 20
+"""A batch of writes should fit: 32 of 4 KiB do not in the default 208 KiB, with its overhead."""
+_TLS_SEND_BYTES: Final = 256 << 10
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
+_KEEPALIVE_IDLE_S: Final = 10
+_KEEPALIVE_PROBES: Final = 4
+
+
+class Negotiated:
+    """A socket after its handshake, not yet in the loop."""
+
+    def __init__(self, sock: socket.socket, handshake: Handshake) -> None:
+        self.sock = sock
+        self.handshake = handshake
+
+    @property
+    def export(self) -> Export:
+        export = self.handshake.export
+        assert export is not None
+        return export
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+async def negotiate(
+    uri: NbdUri, options: ClientOptions, goal: Goal = Goal.GO, export_name: str | None = None
+) -> Negotiated:
+    """Connect to the URI's server and negotiate, within `options.connect_timeout_s`.
+
+    Raises ConfigError, ConnectionLost or ProtocolError with one line that names the server.
+    Cancellation closes the socket.
+    """
+    handshake = Handshake(
+        Wishes(
+            export_name=uri.export_name if export_name is None else export_name,
+            goal=goal,
+            tls=uri.tls,
+            structured=options.structured,
+            extended=options.extended,
+            block_status=options.block_status,
+        )
+    )
+    waits_for = "the connection"
+    try:
+        with trio.fail_after(options.connect_timeout_s):
+            context = tls.client_context(uri, options) if uri.tls else None
+            sock = await _connect(uri)
+            waits_for = ""
+            sock = await _shake_hands(sock, handshake, context, tls.server_name(uri))
+    except trio.TooSlowError:
+        waited_for = waits_for or handshake.waits_for
+        raise ConnectionLost(
+            f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
+            f"{waited_for}): is it an NBD server, and is it alive?"
+        ) from None
+    except BridgeError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(uri.text) else f"{uri.server}: {text}") from None
+    if uri.tls and handshake.export is not None:
+        assert handshake.export.tls
+    return Negotiated(sock, handshake)
+
+
+async def _connect(uri: NbdUri) -> socket.socket:
+    try:
+        if uri.socket_path is not None:
+            stream: trio.SocketStream = await trio.open_unix_socket(uri.socket_path)
+        else:
+            assert uri.host is not None
+            stream = await trio.open_tcp_stream(uri.host, uri.port)
+    except FileNotFoundError:
+        raise ConnectionLost("there is no such socket: is the server running?") from None
+    except socket.gaierror as error:
+        raise ConnectionLost(f"cannot find the host {uri.host}: {error.strerror}") from None
+    except OSError as error:
+        cause: BaseException = error
+        while isinstance(cause.__cause__, (OSError, BaseExceptionGroup)):
+            cause = cause.__cause__
+        if isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        reason = getattr(cause, "strerror", None) or str(cause)
+        raise ConnectionLost(f"cannot connect: {reason}") from None
+    sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
+    stream.socket.close()
+    sock.setblocking(False)
+    _tune(sock)
+    return sock
+
+
+def _tune(sock: socket.socket) -> None:
+    """Buffers for a batch; on TCP no delays, and a peer that is gone is noticed."""
+    for force, plain in (
+        (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
+        (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
+    ):
+        if sock.family != socket.AF_UNIX:
+            break  # TCP tunes its own buffers, better than any fixed size.
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, force, _SOCKET_BUFFER_BYTES)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, plain, _SOCKET_BUFFER_BYTES)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_IDLE_S // 2)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+
+
+async def _shake_hands(
+    sock: socket.socket, handshake: Handshake, context: ssl.SSLContext | None, name: str | None
+) -> socket.socket:
+    """Drive the handshake to its end; the socket, or the TLS socket over it."""
+    try:
+        while handshake.state is not State.DONE:
+            await _send_all(sock, handshake.data_to_send())
+            data = await _receive(sock)
+            if not data:
+                raise handshake.receive_eof()
+            try:
+                handshake.receive(data)
+            except BridgeError:
+                await _say_goodbye(sock, handshake)
+                raise
+            if handshake.state is State.WANTS_TLS:
+                assert context is not None
+                sock = await tls.start_tls(sock, context, server_name=name, server_side=False)
+                handshake.tls_started()
+        await _send_all(sock, handshake.data_to_send())
+        return sock
+    except OSError as error:
+        sock.close()
+        raise ConnectionLost(
+            f"connection lost while waiting for {handshake.waits_for}: {error.strerror or error}"
+        ) from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _say_goodbye(sock: socket.socket, handshake: Handshake) -> None:
+    """Leave the option phase with ABORT, if the socket takes it at once."""
+    with trio.CancelScope(shield=True), trio.move_on_after(1):
+        try:
+            await _send_all(sock, handshake.data_to_send())
+        except OSError:
+            return
+
+
+async def _send_all(sock: socket.socket, data: bytes) -> None:
+    while data:
+        try:
+            data = data[sock.send(data) :]
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            await trio.lowlevel.wait_writable(sock)
+        except ssl.SSLWantReadError:
+            await trio.lowlevel.wait_readable(sock)
+
+
+async def _receive(sock: socket.socket) -> bytes:
+    while True:
+        try:
+            return sock.recv(65536)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            await trio.lowlevel.wait_readable(sock)
+        except ssl.SSLWantWriteError:
+            await trio.lowlevel.wait_writable(sock)
+        except ssl.SSLError as error:
+            # With TLS 1.3 a server refuses our certificate after our handshake is over.
+            raise tls.explain(error, None) from None
+
+
+class Connection:
+    """A connection in the transmission phase. All methods but `drained` are synchronous."""
+
+    __slots__ = (
+        "_closing",
+        "_fd",
+        "_loop",
+        "_lost",
+        "_queued",
+        "_receive_some",
+        "_sendmsg",
+        "_sock",
+        "_tls",
+        "_unsent",
+        "alive",
+        "export",
+        "leaving",
+        "peer_closed",
+        "transmission",
+    )
+
+    def __init__(
+        self,
+        negotiated: Negotiated,
+        loop: Loop,
+        *,
+        lost: Callable[[Connection, BridgeError], None],
+        generation: int = 1,
+        cookies: count[int] | None = None,
+    ) -> None:
+        self._sock = negotiated.sock
+        self._tls = isinstance(self._sock, ssl.SSLSocket)
+        self._fd = self._sock.fileno()
+        self._loop = loop
+        self._lost = lost
+        self._queued = False
+        self._closing = False
+        self._unsent: list[bytes | memoryview] = []
+        self._sendmsg = self._sock.sendmsg
+        self._receive_some = self._receive_tls if self._tls else self._receive_plain
+        self.export = negotiated.export
+        self.alive = True
+        self.leaving = False
+        """The server asked to be left (ESHUTDOWN), or we are hanging up: send nothing new."""
+        self.peer_closed = False
+        """The connection ended with the peer's end of file, in an orderly way."""
+        self.transmission = Transmission(self.export, generation=generation, cookies=cookies)
+        loop.add(self._fd, self._on_event, EPOLLIN)
+        if negotiated.handshake.trailing_data():
+            self._fail(ProtocolError("the server talked before it was asked"))
+        elif self._tls:
+            loop.at_turn_end(self._poll_tls)
+
+    def send(self, request: Request) -> None:
+        """Send `request` at the end of this turn."""
+        self.transmission.start(request)
+        if not self._queued:
+            self._queued = True
+            self._loop.at_turn_end(self.flush_output)
+
+    def flush_output(self) -> None:
+        """Send what has gathered, as far as the socket takes it."""
+        self._queued = False
+        if not self.alive:
+            return
+        transmission = self.transmission
+        if self._unsent:
+            # The loop says when the socket takes more.
+            self._unsent += transmission.output
+            transmission.output = []
+            return
+        output = transmission.output
+        if not output:
+            return
+        transmission.output = []
+        if len(output) > 1 and not self._tls and len(output) <= _IOV_MAX:
+            # The usual case: everything goes out at once.
+            try:
+                sent = self._sendmsg(output)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._fail(_lost_by(error))
+                return
+            total = sum(map(len, output))
+            if sent == total:
+                return
+            output = _rest(output, sent)
+        self._unsent = output
+        self._push()
+
+    def _push(self) -> None:
+        """Send `_unsent` until the socket is full; then wait for EPOLLOUT."""
+        unsent = self._unsent
+        try:
+            while unsent:
+                if self._tls:
+                    piece = _gather(unsent, _TLS_SEND_BYTES)
+                    sent = self._sock.send(piece)
+                else:
+                    sent = self._sendmsg(unsent[:_IOV_MAX])
+                unsent = _rest(unsent, sent)
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            pass
+        except OSError as error:
+            self._fail(_lost_by(error))
+            return
+        transmission = self.transmission
+        self._unsent = unsent
+        if bool(unsent) != transmission.sending:
+            transmission.sending = bool(unsent)
+            self._loop.modify(self._fd, EPOLLIN | EPOLLOUT if unsent else EPOLLIN)
+        if not unsent and transmission.early:
+            early, transmission.early = transmission.early, []
+            for request in early:
+                request.finish(request.error)
+
+    def _on_event(self, events: int) -> None:
+        if events & EPOLLOUT and self._unsent:
+            self._push()
+        if self.alive and events & ~EPOLLOUT:
+            try:
+                self._receive_some()
+            except ProtocolError as error:
+                self._fail(error)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return
+            except OSError as error:
+                self._fail(_lost_by(error))
+            if self.transmission.refused and not self.leaving:
+                self.leaving = True
+                self._lost(self, ConnectionLost("the server is shutting down"))
+
+    def _receive_plain(self) -> None:
+        sock = self._sock
+        transmission = self.transmission
+        for _ in range(_RECEIVES_PER_TURN):
+            if transmission._direct:
+                buffers = transmission.next_buffers()
+                asked = sum(map(len, buffers))
+                n_bytes = sock.recvmsg_into(buffers)[0]
+            else:
+                buffer = transmission.next_buffer()
+                asked = len(buffer)
+                n_bytes = sock.recv_into(buffer)
+            if not n_bytes:
+                self._end_of_file()
+                return
+            transmission.bytes_received(n_bytes)
+            if n_bytes < asked or not self.alive:
+                return
+
+    def _receive_tls(self) -> None:
+        """OpenSSL may hold decrypted bytes that no epoll shows: read until it wants more."""
+        sock = self._sock
+        transmission = self.transmission
+        while self.alive:
+            try:
+                n_bytes = sock.recv_into(transmission.next_buffers()[0])
+            except ssl.SSLEOFError:
+                n_bytes = 0  # No close_notify: tolerated, the protocol has its own lengths.
+            if not n_bytes:
+                self._end_of_file()
+                return
+            transmission.bytes_received(n_bytes)
+
+    def _poll_tls(self) -> None:
+        if self.alive:
+            self._on_event(EPOLLIN)
+
+    def _end_of_file(self) -> None:
+        self.peer_closed = True
+        self._fail(ConnectionLost("the server closed the connection"))
+
+    def _fail(self, error: BridgeError) -> None:
+        """The connection is dead: tell the owner once."""
+        if not self.alive:
+            return
+        self.close()
+        if not self._closing:
+            self._lost(self, error)
+
+    def fail(self, error: BridgeError) -> None:
+        """Give the connection up, as if it had broken."""
+        self._fail(error)
+
+    def close(self) -> None:
+        """Close the socket now, whatever is in flight."""
+        if not self.alive:
+            return
+        self.alive = False
+        self._loop.remove(self._fd)
+        self._sock.close()
+        self._unsent = []
+        self.transmission.output = []
+        early, self.transmission.early = self.transmission.early, []
+        for request in early:
+            request.finish(request.error)
+
+    async def hang_up(self, timeout_s: float) -> None:
+        """Wait for the replies still to come, say DISC, and close.
+
+        Hanging up with requests in flight aborts nbdkit 1.32. After `timeout_s`, or on
+        cancellation, the connection is closed whatever is in flight.
+        """
+        self._closing = self.leaving = True
+        transmission = self.transmission
+        try:
+            with trio.move_on_after(timeout_s):
+                while self.alive and (transmission.pending or self._unsent or transmission.output):
+                    await trio.sleep(0.002)
+                if self.alive:
+                    transmission.disconnect()
+                    self.flush_output()
+                while self.alive and self._unsent:
+                    await trio.sleep(0.002)
+        finally:
+            self.close()
+
+
+def _lost_by(error: OSError) -> ConnectionLost:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH):
+        reason = "the server cannot be reached any more"
+    return ConnectionLost(f"connection lost: {reason}")
+
+
+def _rest(output: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
+    """What is left of `output` after `sent` bytes."""
+    for index, piece in enumerate(output):
+        size = len(piece)
+        if sent < size:
+            rest = output[index:]
+            if sent:
+                rest[0] = memoryview(piece)[sent:]
+            return rest
+        sent -= size
+    return []
+
+
+def _gather(output: list[bytes | memoryview], limit_bytes: int) -> bytes:
+    """The first bytes of `output` in one piece, about `limit_bytes` of them."""
+    pieces: list[bytes | memoryview] = []
+    total = 0
+    for piece in output:
+        room = limit_bytes - total
+        if len(piece) > room:
+            pieces.append(memoryview(piece)[:room])
+            break
+        pieces.append(piece)
+        total += len(piece)
+        if total >= limit_bytes:
+            break
+    return b"".join(pieces)
+
+
+async def leave(negotiated: Negotiated) -> None:
+    """Say goodbye on a connection that never entered the loop, and close it."""
+    if negotiated.handshake.in_transmission:
+        farewell = Transmission(negotiated.export)
+        farewell.disconnect()
+        with trio.move_on_after(1):
+            try:
+                await _send_all(negotiated.sock, b"".join(farewell.output))
+            except OSError:
+                pass
+    negotiated.close()
+
+
+def with_export_name(uri: NbdUri, name: str) -> NbdUri:
+    """The same server, another export."""
+    return replace(uri, export_name=name)
+
+
+__all__ = [
+    "ConfigError",
+    "Connection",
+    "Negotiated",
+    "leave",
+    "negotiate",
+    "with_export_name",
+]

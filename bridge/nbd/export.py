@@ -1,0 +1,88 @@
+"""What a server said about an export."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from bridge.nbd.protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
+
+_WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One export, as negotiated on one connection (NBD "Transmission flags", "Info types").
+
+    Block sizes are in bytes; `min_block_bytes` is 1 where the server named none.
+    """
+
+    name: str
+    size_bytes: int
+    flags: TransmissionFlags = TransmissionFlags(0)
+    description: str = ""
+    canonical_name: str | None = None
+    min_block_bytes: int = 1
+    preferred_block_bytes: int = 4096
+    max_payload_bytes: int = PAYLOAD_DEFAULT_MAX_BYTES
+    has_block_sizes: bool = False
+    """The server named its block sizes."""
+    structured: bool = False
+    extended: bool = False
+    tls: bool = False
+    contexts: dict[str, int] = field(default_factory=dict)
+    """Metadata contexts selected on this connection: name → id."""
+
+    @property
+    def read_only(self) -> bool:
+        return bool(self.flags & TransmissionFlags.READ_ONLY)
+
+    @property
+    def can_flush(self) -> bool:
+        return bool(self.flags & TransmissionFlags.SEND_FLUSH)
+
+    @property
+    def can_fua(self) -> bool:
+        return bool(self.flags & TransmissionFlags.SEND_FUA)
+
+    @property
+    def can_trim(self) -> bool:
+        return bool(self.flags & TransmissionFlags.SEND_TRIM)
+
+    @property
+    def can_write_zeroes(self) -> bool:
+        return bool(self.flags & TransmissionFlags.SEND_WRITE_ZEROES)
+
+    @property
+    def can_fast_zero(self) -> bool:
+        return bool(self.flags & TransmissionFlags.SEND_FAST_ZERO)
+
+    @property
+    def can_df(self) -> bool:
+        return bool(self.flags & TransmissionFlags.SEND_DF)
+
+    @property
+    def can_multi_conn(self) -> bool:
+        return bool(self.flags & TransmissionFlags.CAN_MULTI_CONN)
+
+    @property
+    def can_cache(self) -> bool:
+        return bool(self.flags & TransmissionFlags.SEND_CACHE)
+
+    @property
+    def can_block_status(self) -> bool:
+        return bool(self.contexts)
+
+    @property
+    def rotational(self) -> bool:
+        return bool(self.flags & TransmissionFlags.ROTATIONAL)
+
+    @property
+    def usable_bytes(self) -> int:
+        """The size down to a whole minimum block: the rest cannot be reached by any request."""
+        return self.size_bytes - self.size_bytes % self.min_block_bytes
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """The `key=value` words of the description, which our nbdkit plugin puts there."""
+        return dict(_WORD.findall(self.description))
