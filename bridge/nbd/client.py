@@ -9,7 +9,7 @@ from typing import Final
 
 import trio
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.loop import Loop
 from bridge.nbd.connection import Connection, Negotiated, leave, negotiate
 from bridge.nbd.export import Export
@@ -125,6 +125,18 @@ class Client:
         if op in (READ, WRITE) and (request.offset | request.length) & self._align_mask:
             return errno.EINVAL
         return None
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are not finished."""
+        return len(self._connection.transmission.pending) if self._connection is not None else 0
+
+    def fail_pending(self, errno: int) -> None:
+        """Finish every unfinished request with `errno`, at once; their buffers are left alone."""
+        if self._connection is not None:
+            for request in self._connection.transmission.unanswered():
+                request.finish(errno)
+            self._connection.fail(ConnectionLost("given up: requests took too long"))
 
     async def run(self) -> None:
         """Look after the connection for ever."""

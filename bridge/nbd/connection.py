@@ -10,6 +10,7 @@ is told once with the reason; half a frame is never followed by anything.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -214,6 +215,7 @@ class Connection:
     __slots__ = (
         "_closing",
         "_fd",
+        "_idle",
         "_loop",
         "_lost",
         "_queued",
@@ -245,6 +247,7 @@ class Connection:
         self._lost = lost
         self._queued = False
         self._closing = False
+        self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
         self._sendmsg = self._sock.sendmsg
         self._receive_some = self._receive_tls if self._tls else self._receive_plain
@@ -328,6 +331,8 @@ class Connection:
     def _on_event(self, events: int) -> None:
         if events & EPOLLOUT and self._unsent:
             self._push()
+            if self._idle is not None:
+                self._check_idle()
         if self.alive and events & ~EPOLLOUT:
             try:
                 self._receive_some()
@@ -337,6 +342,8 @@ class Connection:
                 return
             except OSError as error:
                 self._fail(_lost_by(error))
+            if self._idle is not None:
+                self._check_idle()
             if self.transmission.refused and not self.leaving:
                 self.leaving = True
                 self._lost(self, ConnectionLost("the server is shutting down"))
@@ -403,9 +410,23 @@ class Connection:
         self._sock.close()
         self._unsent = []
         self.transmission.output = []
+        if self._idle is not None:
+            self._idle.set()
         early, self.transmission.early = self.transmission.early, []
         for request in early:
             request.finish(request.error)
+
+    async def _quiet(self) -> None:
+        """Wait until nothing is in flight and nothing unsent, or the connection is dead."""
+        self._idle = trio.Event()
+        self._check_idle()
+        await self._idle.wait()
+
+    def _check_idle(self) -> None:
+        transmission = self.transmission
+        busy = transmission.pending or self._unsent or transmission.output
+        if self._idle is not None and not (self.alive and busy):
+            self._idle.set()
 
     async def hang_up(self, timeout_s: float) -> None:
         """Wait for the replies still to come, say DISC, and close.
@@ -417,13 +438,11 @@ class Connection:
         transmission = self.transmission
         try:
             with trio.move_on_after(timeout_s):
-                while self.alive and (transmission.pending or self._unsent or transmission.output):
-                    await trio.sleep(0.002)
+                await self._quiet()
                 if self.alive:
                     transmission.disconnect()
                     self.flush_output()
-                while self.alive and self._unsent:
-                    await trio.sleep(0.002)
+                await self._quiet()
         finally:
             self.close()
 
@@ -470,10 +489,8 @@ async def leave(negotiated: Negotiated) -> None:
         farewell = Transmission(negotiated.export)
         farewell.disconnect()
         with trio.move_on_after(1):
-            try:
+            with contextlib.suppress(OSError):
                 await _send_all(negotiated.sock, b"".join(farewell.output))
-            except OSError:
-                pass
     negotiated.close()
 
 

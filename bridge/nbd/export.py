@@ -19,7 +19,7 @@ class Export:
 
     name: str
     size_bytes: int
-    flags: TransmissionFlags = TransmissionFlags(0)
+    flags: TransmissionFlags = field(default=TransmissionFlags(0))
     description: str = ""
     canonical_name: str | None = None
     min_block_bytes: int = 1

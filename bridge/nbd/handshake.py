@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import Enum
+from struct import Struct
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.nbd import protocol as p
@@ -461,4 +462,4 @@ def _not_nbd(greeting: bytes) -> ProtocolError:
     return ProtocolError(f"this is not an NBD server: it said {_printable(greeting[:16])!r}")
 
 
-_OLDSTYLE_REST = p.Struct(">QI")
+_OLDSTYLE_REST = Struct(">QI")

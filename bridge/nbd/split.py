@@ -86,7 +86,7 @@ class Split:
         self._send(part)
 
     def _limit_bytes(self, op: int) -> int:
-        if op == READ or op == WRITE:
+        if op in (READ, WRITE):
             return self._limits.payload_bytes
         if op == WRITE_ZEROES and not self._export.can_write_zeroes:
             return min(_ZEROES_BYTES, self._limits.payload_bytes)
@@ -97,7 +97,7 @@ class Split:
         op = request.op
         flags = request.flags & ~FUA if self._then_flush else request.flags
         buffers: list[memoryview] = []
-        if op == READ or op == WRITE:
+        if op in (READ, WRITE):
             buffers = slice_buffers(request.buffers, offset - request.offset, length)
         elif op == WRITE_ZEROES and not self._export.can_write_zeroes:
             op = WRITE

@@ -58,6 +58,8 @@ COMMANDS: Final = (
 )
 """NBD command of each `request.op`."""
 
+_CHANGING: Final = (WRITE, WRITE_ZEROES)
+
 _pack_request = p.REQUEST.pack
 _pack_extended = p.EXTENDED_REQUEST.pack
 _unpack_simple = p.SIMPLE_REPLY.unpack_from
@@ -520,7 +522,7 @@ class Transmission:
         if op == READ:
             if request.length >= DIRECT_MIN_BYTES:
                 self._long_reads -= 1
-        elif error == 0 and (op == WRITE or op == WRITE_ZEROES) and not request.flags & 1:
+        elif error == 0 and op in _CHANGING and not request.flags & 1:
             self.unflushed += 1
         if error == errno.ESHUTDOWN:
             self.refused.append(request)
@@ -548,7 +550,7 @@ class Transmission:
 
 def command_flags(op: int, flags: int) -> int:
     """The command flags of a request: FUA where it is allowed, NO_HOLE for allocated zeroes."""
-    if op == WRITE or op == DISCARD:
+    if op in (WRITE, DISCARD):
         return flags & p.CMD_FLAG_FUA
     if op == WRITE_ZEROES:
         return flags & p.CMD_FLAG_FUA | (0 if flags & MAY_UNMAP else p.CMD_FLAG_NO_HOLE)
