@@ -141,6 +141,20 @@ class Disk:
             if self._deadline_s is None:
                 self._arm_timer()
 
+    async def flush(self) -> None:
+        """Flush what was written since the last flush, for a clean stop.
+
+        Failure is logged; when cancelled, the flush goes on without anybody waiting for it.
+        """
+        if self._deadline_s is None or not self._backend.can_flush:
+            return
+        finished = trio.Event()
+        request = Request(FLUSH, 0, 0, [], lambda _: finished.set())
+        self.submit(request)
+        await finished.wait()
+        if request.error:
+            _log.error("the last flush failed", errno=request.error)
+
     async def run_flush_timer(self) -> None:
         """Fire the timer whenever it is due, for ever."""
         while True:

@@ -51,7 +51,7 @@ class Poller(Protocol):
 class Loop:
     """Callbacks on file descriptors, batched by turns. See the module's text."""
 
-    def __init__(self, *, poll_us: int = 32) -> None:
+    def __init__(self, *, poll_us: float = 32) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._turn_end: list[Callable[[], None]] = []
@@ -62,6 +62,7 @@ class Loop:
         self._callbacks[self._wake_fd] = _ignore
         self._asleep = False
         self._poll_max_s = poll_us / 1e6
+        self._poll_min_s = self._poll_max_s / 8
         self._poll_s = self._poll_max_s
         self.now = perf_counter()
         """The time of the current turn, in seconds of the monotonic clock."""
@@ -112,27 +113,34 @@ class Loop:
     async def run(self) -> None:
         """Run turns until cancelled."""
         epoll_fd = self._epoll.fileno()
-        checkpoint = trio.lowlevel.checkpoint
-        yielded_at = perf_counter()
+        polling = False
+        until_s = perf_counter() + _YIELD_EVERY_S
         while True:
-            self._busy_turns(yielded_at + _YIELD_EVERY_S)
-            if self._arm():
-                await checkpoint()
+            if self._turns(until_s, polling=polling):
+                polling = True
+                await trio.lowlevel.checkpoint()
+            elif self._arm():
+                polling = True
+                continue  # work arrived while falling asleep; until_s still bounds the turns
             else:
+                polling = False
                 await trio.lowlevel.wait_readable(epoll_fd)
                 self._asleep = False
                 for poller in self._pollers:
                     poller.disarm()
-            yielded_at = perf_counter()
+            until_s = perf_counter() + _YIELD_EVERY_S
 
-    def _busy_turns(self, until_s: float) -> None:
-        """Have turns until nothing came for the polling window, or `until_s` has come."""
+    def _turns(self, until_s: float, *, polling: bool) -> bool:
+        """Have turns until nothing came for the polling window (False) or `until_s` (True).
+
+        With `polling` the window is open from the start, otherwise from the first work on.
+        """
         poll = self._epoll.poll
         callbacks = self._callbacks
-        idle_until = 0.0
-        worked_at_all = False
+        now = perf_counter()
+        idle_until_s = now + self._poll_s if polling else 0.0
         while True:
-            now = self.now = perf_counter()
+            self.now = now
             worked = False
             for fd, events in poll(0, _EVENTS_PER_POLL):
                 callback = callbacks.get(fd)
@@ -147,22 +155,22 @@ class Loop:
                 worked = True
                 for finish in pending:
                     finish()
-            if now >= until_s:
-                return
+            now = perf_counter()
             if worked:
-                if worked_at_all and idle_until:
+                if polling and self._poll_s < self._poll_max_s:
                     # Polling paid: look longer next time.
-                    self._poll_s = min(self._poll_max_s, self._poll_s * 2 + 1e-6)
-                worked_at_all = True
-                idle_until = 0.0
-            elif not worked_at_all:
-                return
-            elif not idle_until:
-                idle_until = now + self._poll_s
-            elif now >= idle_until:
-                # Nothing came within the window: look less long next time.
-                self._poll_s = max(self._poll_max_s / 8, self._poll_s / 2)
-                return
+                    self._poll_s = min(self._poll_max_s, self._poll_s * 2)
+                polling = False
+                idle_until_s = now + self._poll_s
+            elif now >= idle_until_s:
+                if idle_until_s:
+                    # Nothing came within the window: look less long next time.
+                    self._poll_s = max(self._poll_min_s, self._poll_s / 2)
+                return False
+            else:
+                polling = True
+            if now >= until_s:
+                return True
 
     def _arm(self) -> bool:
         """Ask every poller for notifications; True when there is work after all."""

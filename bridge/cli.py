@@ -1,0 +1,177 @@
+"""The command line: `nbd-bridge serve`, `info` and their options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NoReturn, ParamSpec
+
+import click
+import trio
+
+from bridge import __version__, logs
+from bridge.errors import BridgeError, ConfigError
+
+P = ParamSpec("P")
+
+_CAPABILITIES = {"type": "block", "features": ["read-only"]}
+"""What `--print-capabilities` says (vhost-user "Backend program conventions")."""
+
+
+def main() -> NoReturn:
+    """The `nbd-bridge` command."""
+    nbd_bridge(prog_name="nbd-bridge")
+    raise SystemExit(0)
+
+
+def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn our errors into one line and an exit status: 2 for configuration, 1 at run time."""
+
+    @wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except* BridgeError as group:
+            errors = _leaves(group)
+            for error in errors:
+                click.echo(f"nbd-bridge: {error}", err=True)
+            sys.exit(2 if all(isinstance(error, ConfigError) for error in errors) else 1)
+        except* (KeyboardInterrupt, BrokenPipeError):
+            sys.exit(130)
+
+    return wrapper
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
+
+
+def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        click.echo(json.dumps(_CAPABILITIES))
+        context.exit()
+
+
+_capabilities_option = click.option(
+    "--print-capabilities",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_capabilities,
+    help="Print what this vhost-user program can do, as JSON, and exit.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nbd-bridge")
+@_capabilities_option
+def nbd_bridge() -> None:
+    """Give a virtual machine a disk that lives on a network block device."""
+
+
+def _block_size(_: click.Context, __: click.Parameter, value: int) -> int:
+    if value & (value - 1):
+        raise click.BadParameter("must be a power of two")
+    return value
+
+
+@nbd_bridge.command()
+@click.argument("uri")
+@click.option("--socket-path", type=click.Path(), help="Listen on this unix socket.")
+@click.option("--fd", type=click.IntRange(0), help="Listen on this inherited socket instead.")
+@_capabilities_option
+@click.option("--read-only", is_flag=True, help="The guest may not write.")
+@click.option("--serial", default="", help="Serial number of the disk, at most 20 bytes.")
+@click.option(
+    "--num-queues",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Virtqueues offered to the guest.",
+)
+@click.option(
+    "--queue-size",
+    type=click.IntRange(2, 1024),
+    default=1024,
+    show_default=True,
+    callback=_block_size,
+    help="Largest virtqueue accepted, in descriptors.",
+)
+@click.option(
+    "--block-size",
+    type=click.IntRange(512, 4096),
+    default=512,
+    show_default=True,
+    callback=_block_size,
+    help="Logical block size that the guest sees, in bytes.",
+)
+@click.option(
+    "--flush-interval",
+    "flush_interval_s",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Flush this many seconds after a write at the latest; 0: never.",
+)
+@click.option(
+    "--poll-us",
+    type=click.FloatRange(0, 10_000),
+    default=32.0,
+    show_default=True,
+    help="Look for work this many microseconds before sleeping; 0: sleep at once.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(logs.LEVELS),
+    default="info",
+    show_default=True,
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    default="text",
+    show_default=True,
+)
+@_one_line_errors
+def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
+    """Serve the export at URI as a vhost-user-blk disk.
+
+    URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
+    """
+    from bridge.serve import ServeOptions, serve_disk
+
+    logs.configure(level=log_level, format_=log_format)
+    if (options["socket_path"] is None) == (options["fd"] is None):
+        raise ConfigError("give either --socket-path or --fd")
+    if len(options["serial"].encode()) > 20:
+        raise ConfigError(f"--serial {options['serial']!r} is longer than the 20 bytes there are")
+    trio.run(serve_disk, ServeOptions(uri=uri, **options))
+
+
+@nbd_bridge.command()
+@click.argument("uri")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_one_line_errors
+def info(uri: str, as_json: bool) -> None:
+    """Print what the server at URI offers."""
+    from bridge.info import describe, inspect_uri
+
+    export = trio.run(inspect_uri, uri)
+    click.echo(json.dumps(export, indent=2) if as_json else describe(export))
+
+
+@nbd_bridge.command()
+@click.option("--no-guest", is_flag=True, help="Let the built-in front-end play the guest.")
+@_one_line_errors
+def demo(no_guest: bool) -> None:
+    """Boot a small Linux guest on a disk served through the bridge, and check the image."""
+    from bridge.demo.demo import DemoConfig, run_demo
+
+    result = trio.run(run_demo, DemoConfig(guest=not no_guest))
+    if not result.passed:
+        sys.exit(1)

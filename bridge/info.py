@@ -1,0 +1,55 @@
+"""`nbd-bridge info`: what a server says about an export, for people and for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bridge.nbd.client import inspect
+from bridge.nbd.uri import parse_uri
+
+
+async def inspect_uri(uri: str) -> dict[str, Any]:
+    """Ask the server at `uri`. Raises ConfigError, ConnectionLost or ProtocolError."""
+    export = await inspect(parse_uri(uri))
+    return {
+        "uri": uri,
+        "export": export.name,
+        "description": export.description,
+        "size_bytes": export.size_bytes,
+        "read_only": export.read_only,
+        "flags": sorted(flag.name for flag in export.flags if flag.name is not None),
+        "block_sizes_bytes": {
+            "minimum": export.min_block_bytes,
+            "preferred": export.preferred_block_bytes,
+            "maximum_payload": export.max_payload_bytes,
+            "named_by_server": export.has_block_sizes,
+        },
+        "structured_replies": export.structured,
+        "extended_headers": export.extended,
+        "tls": export.tls,
+        "contexts": sorted(export.contexts),
+    }
+
+
+def describe(export: dict[str, Any]) -> str:
+    """The same as lines of text."""
+    sizes = export["block_sizes_bytes"]
+    origin = "" if sizes["named_by_server"] else " (not named by the server)"
+    lines = {
+        "export": export["export"] or "(default)",
+        "description": export["description"] or "-",
+        "size": f"{export['size_bytes']} bytes ({export['size_bytes'] / 2**30:.2f} GiB)",
+        "access": "read-only" if export["read_only"] else "read-write",
+        "flags": " ".join(export["flags"]).lower() or "-",
+        "block sizes": f"minimum {sizes['minimum']}, preferred {sizes['preferred']}, "
+        f"maximum payload {sizes['maximum_payload']}{origin}",
+        "replies": "extended"
+        if export["extended_headers"]
+        else "structured"
+        if export["structured_replies"]
+        else "simple",
+        "TLS": "yes" if export["tls"] else "no",
+        "contexts": " ".join(export["contexts"]) or "-",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())

@@ -1,0 +1,158 @@
+"""`nbd-bridge serve`: connect the storage side, then let front-ends come."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from bridge.device import BlkDevice
+from bridge.disk import Disk
+from bridge.errors import ConfigError
+from bridge.loop import Loop
+from bridge.nbd.client import Client
+from bridge.nbd.export import Export
+from bridge.nbd.options import ClientOptions
+from bridge.nbd.uri import parse_uri
+from bridge.storage import NbdBackend
+from bridge.vhost_user import backend
+from bridge.vhost_user.listener import Listener
+from bridge.virtio.blk import ID_BYTES
+from bridge.virtio.blk_config import SECTOR_BYTES, DiskGeometry
+
+_log = structlog.get_logger(__name__)
+
+_STOP_LIMIT_S = 30.0
+"""How long a stop may take to bring everything to the server."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `nbd-bridge serve`, as the command line has them."""
+
+    uri: str
+    socket_path: str | None = None
+    fd: int | None = None
+    read_only: bool = False
+    serial: str = ""
+    num_queues: int = 1
+    queue_size: int = 1024
+    block_size: int = 512
+    flush_interval_s: float = 60.0
+    poll_us: float = 32.0
+
+
+async def serve_disk(options: ServeOptions) -> None:
+    """Serve one disk until SIGTERM or SIGINT, then stop cleanly.
+
+    Raises ConfigError, ConnectionLost or ProtocolError (possibly in a group), each with one line
+    for the operator.
+    """
+    uri = parse_uri(options.uri)
+    loop = Loop(poll_us=options.poll_us)
+    client = Client(uri, loop, ClientOptions(read_only=options.read_only))
+    serving = trio.CancelScope()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            nursery.start_soon(_cancel_at_signal, signals, serving)
+            try:
+                with serving:
+                    await _serve(options, loop, client, nursery)
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _STOP_LIMIT_S):
+                    await client.close()
+            nursery.cancel_scope.cancel()
+    loop.close()
+    _log.info("stopped")
+
+
+async def _serve(options: ServeOptions, loop: Loop, client: Client, nursery: trio.Nursery) -> None:
+    """Connect, then serve front-ends until cancelled; what was written is flushed at the end."""
+    export = await client.connect()
+    nursery.start_soon(client.run)
+    storage = NbdBackend(client)
+    disk = Disk(storage, flush_interval_s=options.flush_interval_s, now=trio.current_time)
+    nursery.start_soon(disk.run_flush_timer)
+    geometry = disk_geometry(export, options)
+    device = BlkDevice(
+        loop,
+        disk,
+        geometry,
+        serial=options.serial or default_serial(export),
+        max_queues=options.num_queues,
+        max_queue_size=options.queue_size,
+        fail_pending=storage.fail_pending,
+    )
+    client.on_export_changed = lambda changed: device.resize(changed.usable_bytes)
+    nursery.start_soon(device.run)
+    with _listener(options) as listener:
+        _log.info(
+            "serving",
+            uri=options.uri,
+            socket=options.socket_path or f"fd {options.fd}",
+            size_bytes=geometry.capacity_sectors * SECTOR_BYTES,
+            read_only=geometry.read_only,
+        )
+        try:
+            await backend.serve(device, listener)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _STOP_LIMIT_S):
+                await disk.flush()
+
+
+async def _cancel_at_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for number in signals:
+        _log.info("stopping", signal=signal.Signals(number).name)
+        scope.cancel()
+
+
+def _listener(options: ServeOptions) -> Listener:
+    if options.socket_path is not None:
+        return Listener.at_path(options.socket_path)
+    if options.fd is None:
+        raise ConfigError("give either --socket-path or --fd")
+    return Listener.from_fd(options.fd)
+
+
+def disk_geometry(export: Export, options: ServeOptions) -> DiskGeometry:
+    """What the guest gets to see of `export`. Raises ConfigError if it is no disk at all."""
+    if export.usable_bytes < options.block_size:
+        raise ConfigError(
+            f"{options.uri}: the export has {export.size_bytes} bytes, less than one block of "
+            f"{options.block_size}: there is no disk to serve"
+        )
+    if tail := export.size_bytes % options.block_size:
+        _log.warning(
+            "the end of the export is no whole block, the guest does not see it",
+            size_bytes=export.size_bytes,
+            hidden_bytes=tail,
+        )
+    if export.read_only and not options.read_only:
+        _log.warning("the export is read-only, so the disk is; say --read-only to expect that")
+    if not export.can_flush and not export.read_only:
+        _log.warning(
+            "the server cannot flush: the guest gets no write cache control, and how durable a "
+            "completed write is, is up to the server"
+        )
+    return DiskGeometry(
+        size_bytes=export.usable_bytes,
+        read_only=options.read_only or export.read_only,
+        can_flush=export.can_flush,
+        can_discard=export.can_trim,
+        block_size_bytes=options.block_size,
+        min_io_bytes=max(export.min_block_bytes, SECTOR_BYTES),
+        optimal_io_bytes=export.preferred_block_bytes if export.has_block_sizes else 0,
+    )
+
+
+def default_serial(export: Export) -> str:
+    """A serial number from the export's name: the name if it fits, else its hash."""
+    name = export.name or "nbd"
+    if len(name.encode()) <= ID_BYTES and name.isascii() and name.isprintable():
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()[:ID_BYTES]
