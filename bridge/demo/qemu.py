@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bridge.errors import ConfigError
 
-SERIAL_SPEED_WORDS = "quiet loglevel=3"
+_QUIET_WORDS = "quiet loglevel=3"
 
 _MACHINES = {
     # No device that the guest does not need: each costs start-up time under emulation.
@@ -32,8 +32,9 @@ class VhostUserDisk:
     socket: Path
     num_queues: int = 1
     queue_size: int = 128
-    reconnect_s: int = 0
-    """Connect again after this time when the back-end goes away; 0: the disk is gone then."""
+    reconnect_ms: int = 0
+    """Connect again after this time when the back-end goes away; 0: the disk is gone then.
+    A QEMU before 9.2 knows whole seconds only: the next one is taken."""
     boot: bool = False
     options: str = ""
     """More properties of the device, "config-wce=off" for example."""
@@ -108,7 +109,7 @@ def command_line(config: GuestConfig, version: tuple[int, int]) -> list[str]:
         arguments += ["-no-reboot"]
     if config.kernel is not None:
         words = " ".join(f"{key}={value}" for key, value in config.words.items())
-        append = f"console={console} {SERIAL_SPEED_WORDS} {_KERNEL_WORDS} {words}"
+        append = f"console={console} {_QUIET_WORDS} {_KERNEL_WORDS} {words}"
         arguments += ["-kernel", str(config.kernel), "-append", append]
     if config.initrd is not None:
         arguments += ["-initrd", str(config.initrd)]
@@ -125,11 +126,11 @@ def command_line(config: GuestConfig, version: tuple[int, int]) -> list[str]:
 
 def _disk_arguments(number: int, disk: VhostUserDisk, version: tuple[int, int]) -> list[str]:
     chardev = f"socket,id=disk{number},path={disk.socket}"
-    if disk.reconnect_s:
+    if disk.reconnect_ms:
         chardev += (
-            f",reconnect-ms={disk.reconnect_s * 1000}"
+            f",reconnect-ms={disk.reconnect_ms}"
             if version >= (9, 2)
-            else f",reconnect={disk.reconnect_s}"
+            else f",reconnect={-(-disk.reconnect_ms // 1000)}"
         )
     device = (
         f"vhost-user-blk-pci,id=vblk{number},chardev=disk{number},"

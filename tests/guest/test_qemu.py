@@ -9,7 +9,7 @@ from bridge.errors import ConfigError
 
 
 def chardev(version: tuple[int, int]) -> str:
-    config = GuestConfig(disks=[VhostUserDisk(Path("/s"), reconnect_s=2)], qemu=["qemu"])
+    config = GuestConfig(disks=[VhostUserDisk(Path("/s"), reconnect_ms=1500)], qemu=["qemu"])
     arguments = command_line(config, version)
     return next(word for word in arguments if word.startswith("socket,"))
 
@@ -19,7 +19,7 @@ def test_reconnect_for_an_old_qemu_is_in_seconds() -> None:
 
 
 def test_reconnect_for_a_new_qemu_is_in_milliseconds() -> None:
-    assert chardev((9, 2)).endswith(",reconnect-ms=2000")
+    assert chardev((9, 2)).endswith(",reconnect-ms=1500")
 
 
 def test_wrapper_comes_before_everything_else() -> None:
