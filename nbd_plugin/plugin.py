@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import nbdkit
 
+from nbd_plugin import thread_state
 from nbd_plugin.errors import PluginError, nbd_errno, one_line
 from nbd_plugin.service import Service
 from nbd_plugin.session import Handle
@@ -57,7 +58,10 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def thread_model() -> int:
-    return nbdkit.THREAD_MODEL_PARALLEL
+    # SERIALIZE_REQUESTS: one request at a time per connection, on the connection's own thread.
+    if _settings.is_parallel:
+        return nbdkit.THREAD_MODEL_PARALLEL
+    return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
 
 
 def config(key: str, value: str) -> None:
@@ -96,12 +100,15 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 def open(readonly: bool) -> Handle:
     try:
-        return _service.open(nbdkit.export_name(), read_only=readonly)
+        handle = _service.open(nbdkit.export_name(), read_only=readonly)
     except Exception as error:
         _fail(error)
+    thread_state.keep()
+    return handle
 
 
 def close(handle: Handle) -> None:
+    thread_state.let_go()
     _service.close(handle)
 
 

@@ -25,6 +25,7 @@ class Settings:
     size: str = ""
     volume: str = ""
     create: str = "off"
+    parallel: str = ""
     fence: str = "on"
     fence_timeout: str = "10"
     pool: str = ""
@@ -58,6 +59,8 @@ class Settings:
             raise PluginError(f"create={self.create!r}: it is on or off")
         if self.create == "on" and not self.size:
             raise PluginError("create=on needs size=, the size of the volumes that it creates")
+        if self.parallel not in ("", "on", "off"):
+            raise PluginError(f"parallel={self.parallel!r}: it is on or off")
         _ = self.size_bytes, self.fence_timeout_s, self.timeout_s
         if self.volume:
             names.check_volume_name(self.volume)
@@ -65,6 +68,16 @@ class Settings:
     @property
     def size_bytes(self) -> int | None:
         return parse_size(self.size) if self.size else None
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the requests of one connection are executed on several threads.
+
+        Measured, 4 KiB from the page cache at depth 16: one thread is as fast as nbdkit's own file
+        plugin, two take more than twice as long, because they wait for each other's hold of
+        the interpreter. So several threads are for stores that really wait.
+        """
+        return self.parallel == "on" or (self.parallel == "" and self.store == "rbd")
 
     @property
     def fence_timeout_s(self) -> float:
