@@ -31,15 +31,18 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        errors: list[BaseException] = []
         try:
             command(*args, **kwargs)
         except* BridgeError as group:
             errors = _leaves(group)
-            for error in errors:
-                click.echo(f"nbd-bridge: {error}", err=True)
+        except* KeyboardInterrupt:
+            errors = [BridgeError("interrupted")]
+        # Outside the except*: it would wrap SystemExit into a group.
+        for error in errors:
+            click.echo(f"nbd-bridge: {error}", err=True)
+        if errors:
             sys.exit(2 if all(isinstance(error, ConfigError) for error in errors) else 1)
-        except* (KeyboardInterrupt, BrokenPipeError):
-            sys.exit(130)
 
     return wrapper
 
