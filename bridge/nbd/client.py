@@ -1,155 +1,294 @@
-"""The NBD client: `submit(request)` and it gets done, whatever the server does meanwhile."""
+"""The NBD client: `submit(request)`, and it gets done, whatever the server does meanwhile.
+
+This is the edge around `session`: it connects, watches the clock, and gives the session its
+connections. Reconnecting is for ever; see `session` for what happens to requests meanwhile.
+
+Connections. One by default: on a machine's own sockets and a fast network one Python process is
+not held up by one connection, and several cost a system call each. Several pay where the server
+bounds the requests in flight of one connection (nbdkit: its threads, 16) and each takes long, or
+where a long fat network bounds one TCP stream. They are used only if the server says that a
+flush on one covers them all (CAN_MULTI_CONN).
+"""
 
 from __future__ import annotations
 
-import errno
+import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import Final
 
+import structlog
 import trio
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.errors import BridgeError, ConnectionLost
 from bridge.loop import Loop
 from bridge.nbd.connection import Connection, Negotiated, leave, negotiate
 from bridge.nbd.export import Export
 from bridge.nbd.handshake import Goal, Listed
 from bridge.nbd.options import ClientOptions
-from bridge.nbd.split import Limits, Split
+from bridge.nbd.session import Phase, Session
 from bridge.nbd.uri import NbdUri
-from bridge.request import BLOCK_STATUS, DISCARD, FLUSH, PREFETCH, READ, WRITE, Request
+from bridge.request import Request
 
-_SECTOR_BYTES: Final = 512
+_log = structlog.get_logger(__name__)
+
+_TICK_S: Final = 1.0
+_DRAIN_S: Final = 2.0
+"""How long the other connections may take to answer when one is lost."""
 
 
 class Client:
-    """One export behind `submit`."""
+    """One export. `submit`, `export`, `generation` and the hooks are the session's."""
 
     def __init__(self, uri: NbdUri, loop: Loop, options: ClientOptions | None = None) -> None:
         self.uri = uri
         self.options = options or ClientOptions()
-        self.generation = 0
-        self.keeps_unflushed = False
-        self.on_reconnect: Callable[[], None] = _nothing
-        self.on_export_changed: Callable[[Export], None] = _nothing_changed
+        self.session = Session(self.options)
+        self.submit: Callable[[Request], None] = self.session.submit
+        """Start a request: never raises, never blocks. One call, no wrapper: it is hot."""
+        self.reconnects_total = 0
         self._loop = loop
-        self._export: Export | None = None
-        self._connection: Connection | None = None
+        self._connections: list[Connection] = []
         self._cookies = count(1)
-        self._size_bytes = 0
-        self._max_read = 0
-        self._max_write = 0
-        self._align_mask = 0
+        self._broken = trio.Event()
+        self._run_scope = trio.CancelScope()
+        self._closing = False
+        self._takes_tokens = False
+        self._last_failure = ""
 
     @property
     def export(self) -> Export:
         """What the server offers. Only after `connect`."""
-        assert self._export is not None
-        return self._export
+        return self.session.export
 
-    async def connect(self) -> Export:
-        """Connect for the first time.
+    @property
+    def generation(self) -> int:
+        """The number of the present set of connections, from 1."""
+        return self.session.generation
 
-        Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
-        """
-        negotiated = await negotiate(self.uri, self.options)
-        self._use(negotiated)
-        return self.export
-
-    def _use(self, negotiated: Negotiated) -> None:
-        export = self._export = negotiated.export
-        self.generation += 1
-        self._limits = Limits(export)
-        self._size_bytes = export.usable_bytes
-        self._max_read = export.max_payload_bytes
-        self._max_write = (
-            0 if export.read_only or self.options.read_only else export.max_payload_bytes
-        )
-        self._align_mask = export.min_block_bytes - 1
-        self._connection = Connection(
-            negotiated,
-            self._loop,
-            lost=self._lost,
-            generation=self.generation,
-            cookies=self._cookies,
-        )
-        self._send = self._connection.send
-
-    def submit(self, request: Request) -> None:
-        """Start `request`. Never raises, never blocks; may finish it at once."""
-        op = request.op
-        length = request.length
-        offset = request.offset
-        if (
-            op <= 1
-            and 0 < length <= (self._max_write if op else self._max_read)
-            and 0 <= offset <= self._size_bytes - length
-            and not (offset | length) & self._align_mask
-            and not request.flags
-        ):
-            self._send(request)
-        else:
-            self._submit_slow(request)
-
-    def _submit_slow(self, request: Request) -> None:
-        export = self.export
-        op = request.op
-        if op == FLUSH:
-            if export.can_flush:
-                self._send(request)
-            else:
-                request.finish(0)
-            return
-        error = self._refuse(request)
-        if error is not None:
-            request.finish(error)
-            return
-        Split(request, export, self._limits, self._send).start()
-
-    def _refuse(self, request: Request) -> int | None:
-        """The errno of a request that cannot be sent, 0 if nothing is to be done, else None."""
-        export = self.export
-        op = request.op
-        if request.offset < 0 or not 0 <= request.length <= self._size_bytes - request.offset:
-            return errno.EINVAL
-        if op not in (READ, PREFETCH, BLOCK_STATUS) and self._max_write == 0:
-            return errno.EPERM
-        if request.length == 0:
-            return 0
-        if op == DISCARD and not export.can_trim:
-            return 0
-        if op == PREFETCH and not export.can_cache:
-            return 0
-        if op == BLOCK_STATUS and not export.can_block_status:
-            return errno.EOPNOTSUPP
-        if op in (READ, WRITE) and (request.offset | request.length) & self._align_mask:
-            return errno.EINVAL
-        return None
+    @property
+    def connected(self) -> bool:
+        return self.session.phase is Phase.UP
 
     @property
     def in_flight(self) -> int:
-        """How many requests are not finished."""
-        return len(self._connection.transmission.pending) if self._connection is not None else 0
+        """How many commands are not finished."""
+        return self.session.in_flight
 
-    def fail_pending(self, errno: int) -> None:
-        """Finish every unfinished request with `errno`, at once; their buffers are left alone."""
-        if self._connection is not None:
-            for request in self._connection.transmission.unanswered():
-                request.finish(errno)
-            self._connection.fail(ConnectionLost("given up: requests took too long"))
+    @property
+    def keeps_unflushed(self) -> bool:
+        """The layer above sends unflushed writes again when `on_reconnect` tells it to."""
+        return self.session.keeps_unflushed
+
+    @keeps_unflushed.setter
+    def keeps_unflushed(self, keeps: bool) -> None:
+        self.session.keeps_unflushed = keeps
+
+    @property
+    def on_reconnect(self) -> Callable[[], None]:
+        """Called, synchronously, before unanswered commands are sent again."""
+        return self.session.on_reconnect
+
+    @on_reconnect.setter
+    def on_reconnect(self, hook: Callable[[], None]) -> None:
+        self.session.on_reconnect = hook
+
+    @property
+    def on_export_changed(self) -> Callable[[Export], None]:
+        """Called after a reconnect when the export has grown."""
+        return self.session.on_export_changed
+
+    @on_export_changed.setter
+    def on_export_changed(self, hook: Callable[[Export], None]) -> None:
+        self.session.on_export_changed = hook
+
+    async def connect(self) -> Export:
+        """Connect for the first time, within `options.connect_timeout_s`.
+
+        Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
+        """
+        await self._establish()
+        return self.export
 
     async def run(self) -> None:
-        """Look after the connection for ever."""
-        await trio.sleep_forever()
-
-    def _lost(self, connection: Connection, error: BridgeError) -> None:
-        for request in connection.transmission.unanswered():
-            request.finish(errno.EIO)
+        """Look after the connections until cancelled or closed: reconnect whenever they break."""
+        with self._run_scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch)
+                while True:
+                    await self._broken.wait()
+                    await self._give_up_connections()
+                    await self._reconnect()
 
     async def close(self) -> None:
-        """Drain, say DISC, close."""
-        if self._connection is not None:
-            await self._connection.hang_up(self.options.close_timeout_s)
+        """Let what is in flight be answered, say DISC, close. What is left then fails with EIO.
+
+        Takes at most `options.close_timeout_s`; when cancelled the connections are closed at once.
+        """
+        self._closing = True
+        self._run_scope.cancel()
+        self.session.leaving()
+        try:
+            await self._hang_up(self.options.close_timeout_s)
+        finally:
+            self.session.closed(self._take_unanswered())
+
+    def fail_pending(self, errno: int) -> None:
+        """Finish everything unfinished with `errno`, at once.
+
+        The connections are closed, so nothing touches the requests' buffers afterwards; commands
+        that the server has received already may still be executed by it.
+        """
+        if not self.in_flight:
+            return
+        for connection in self._connections:
+            connection.close()
+        self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
+        self._broken.set()
+
+    # Connections.
+
+    async def _establish(self) -> None:
+        """Open the connections of a new generation and hand them to the session."""
+        negotiated = await self._negotiate_all()
+        export = replace(negotiated[0].export, name=self.uri.export_name)
+        reason = self.session.refusal(export)
+        if reason is not None:
+            for each in negotiated:
+                await leave(each)
+            raise ConnectionLost(f"{self.uri.server}: {reason}")
+        self._broken = trio.Event()
+        generation = self.session.generation + 1
+        connections = [
+            Connection(
+                each, self._loop, lost=self._lost, generation=generation, cookies=self._cookies
+            )
+            for each in negotiated
+        ]
+        if not all(connection.alive for connection in connections):
+            for connection in connections:
+                connection.close()
+            raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
+        self._connections = connections
+        self.session.established(trio.current_time(), export, connections)
+
+    async def _negotiate_all(self) -> list[Negotiated]:
+        wanted = self.options.connections
+        token = secrets.token_hex(8) if wanted > 1 and self._takes_tokens else None
+        first = await negotiate(self.uri, self.options, export_name=self._name(token, 1))
+        if wanted == 1 or self.session.phase is Phase.CLOSED:
+            return [first]
+        export = first.export
+        if token is None and export.properties.get("session") == "yes" and "@" not in export.name:
+            # Our plugin: connections that name one session are admitted together.
+            self._takes_tokens = True
+            await leave(first)
+            return await self._negotiate_all()
+        if not export.can_multi_conn:
+            _log.warning("the server does not allow several connections: using one")
+            return [first]
+        found = [first]
+
+        async def another(number: int) -> None:
+            try:
+                found.append(
+                    await negotiate(self.uri, self.options, export_name=self._name(token, number))
+                )
+            except BridgeError as error:
+                _log.warning("one connection less", error=str(error))
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for number in range(2, wanted + 1):
+                    nursery.start_soon(another, number)
+        except BaseException:
+            for each in found:
+                each.close()
+            raise
+        sizes = {each.export.size_bytes for each in found}
+        if len(sizes) > 1:
+            for each in found:
+                await leave(each)
+            raise ConnectionLost(f"{self.uri.server}: connections differ in size: {sorted(sizes)}")
+        return found
+
+    def _name(self, token: str | None, number: int) -> str:
+        name = self.uri.export_name
+        return name if token is None else f"{name}@session={token},connection={number}"
+
+    def _lost(self, connection: Connection, error: BridgeError) -> None:
+        """A connection broke, or the server wants to be left."""
+        if not self._broken.is_set():
+            _log.warning("connection lost", server=self.uri.server, reason=str(error))
+        self.session.leaving()
+        self._broken.set()
+
+    async def _give_up_connections(self) -> None:
+        """Let the other connections finish, then take what has no answer."""
+        await self._hang_up(min(_DRAIN_S, self.options.close_timeout_s))
+        if self.session.phase not in (Phase.UP, Phase.LEAVING):
+            return
+        # The end of a unix socket means that the server, on this machine, is through with it.
+        ended = self.uri.socket_path is not None and all(
+            connection.peer_closed for connection in self._connections
+        )
+        self.session.lost(trio.current_time(), self._take_unanswered(), stale_possible=not ended)
+
+    async def _hang_up(self, timeout_s: float) -> None:
+        async with trio.open_nursery() as nursery:
+            for connection in self._connections:
+                if connection.alive:
+                    nursery.start_soon(connection.hang_up, timeout_s)
+
+    def _take_unanswered(self) -> list[Request]:
+        unanswered: list[Request] = []
+        for connection in self._connections:
+            unanswered += connection.transmission.unanswered()
+        unanswered.sort(key=_cookie)
+        return unanswered
+
+    async def _reconnect(self) -> None:
+        while True:
+            await trio.sleep(self.session.next_delay_s())
+            try:
+                await self._establish()
+            except BridgeError as error:
+                if str(error) != self._last_failure:
+                    self._last_failure = str(error)
+                    _log.warning("cannot reconnect yet", reason=str(error))
+                continue
+            self._last_failure = ""
+            self.reconnects_total += 1
+            _log.info("reconnected", server=self.uri.server, generation=self.generation)
+            return
+
+    async def _watch(self) -> None:
+        """Deadlines of the session, and silent servers."""
+        options = self.options
+        tick_s = min(
+            _TICK_S,
+            *(
+                timeout_s / 4
+                for timeout_s in (options.request_timeout_s, options.reconnect_timeout_s)
+                if timeout_s
+            ),
+            _TICK_S,
+        )
+        while True:
+            now = trio.current_time()
+            self.session.tick(now)
+            if options.request_timeout_s:
+                for connection in self._connections:
+                    if connection.alive and connection.stalled(now, options.request_timeout_s):
+                        connection.fail(
+                            ConnectionLost(
+                                f"no answer to a request for {options.request_timeout_s:g} s"
+                            )
+                        )
+            deadline = self.session.next_deadline_s()
+            wait_s = tick_s if deadline is None else min(tick_s, max(deadline - now, 0.001))
+            await trio.sleep(wait_s)
 
 
 async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> list[Listed]:
@@ -172,12 +311,8 @@ async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
     return negotiated.export
 
 
-def _nothing() -> None:
-    """No hook."""
+def _cookie(request: Request) -> int:
+    return request.cookie
 
 
-def _nothing_changed(export: Export) -> None:
-    """No hook."""
-
-
-__all__ = ["Client", "ConfigError", "inspect", "list_exports"]
+__all__ = ["Client", "inspect", "list_exports"]

@@ -218,9 +218,14 @@ class Connection:
         "_idle",
         "_loop",
         "_lost",
+        "_moved",
+        "_moved_at",
+        "_oldest",
+        "_oldest_at",
         "_queued",
         "_receive_some",
         "_sendmsg",
+        "_sent_bytes",
         "_sock",
         "_tls",
         "_unsent",
@@ -246,6 +251,9 @@ class Connection:
         self._loop = loop
         self._lost = lost
         self._queued = False
+        self._sent_bytes = 0
+        self._moved = self._oldest = 0
+        self._moved_at = self._oldest_at = 0.0
         self._closing = False
         self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
@@ -263,6 +271,34 @@ class Connection:
             self._fail(ProtocolError("the server talked before it was asked"))
         elif self._tls:
             loop.at_turn_end(self._poll_tls)
+
+    @property
+    def unflushed(self) -> int:
+        """See session.Channel."""
+        return self.transmission.unflushed
+
+    @property
+    def in_flight(self) -> int:
+        """See session.Channel."""
+        transmission = self.transmission
+        return len(transmission.pending) + len(transmission.refused) + len(transmission.early)
+
+    def stalled(self, now: float, timeout_s: float) -> bool:
+        """Nothing moved for `timeout_s` although something is in flight, or one command is
+        unanswered for ten times as long. To be asked now and then."""
+        transmission = self.transmission
+        oldest = next(iter(transmission.pending), 0)
+        moved = transmission.received_bytes + self._sent_bytes
+        if not oldest or moved != self._moved:
+            self._moved = moved
+            self._moved_at = now
+        if oldest != self._oldest:
+            self._oldest = oldest
+            self._oldest_at = now
+        return bool(oldest) and (
+            now - max(self._moved_at, self._oldest_at) > timeout_s
+            or now - self._oldest_at > 10 * timeout_s
+        )
 
     def send(self, request: Request) -> None:
         """Send `request` at the end of this turn."""
@@ -312,6 +348,7 @@ class Connection:
                     sent = self._sock.send(piece)
                 else:
                     sent = self._sendmsg(unsent[:_IOV_MAX])
+                self._sent_bytes += sent
                 unsent = _rest(unsent, sent)
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
             pass

@@ -50,6 +50,7 @@ class Split:
         "_in_flight",
         "_limits",
         "_next",
+        "_pumping",
         "_request",
         "_send",
         "_stop",
@@ -61,25 +62,41 @@ class Split:
         self._export = export
         self._limits = limits
         self._send = send
-        self._next = request.offset
-        self._stop = request.offset + request.length
+        self._next = 0
+        self._stop = 0
         self._in_flight = 0
+        self._pumping = False
         self._then_flush = bool(request.flags & FUA) and not export.can_fua
-        request.error = 0
-        request.generation = 0
 
     def start(self) -> None:
         """Send the first parts."""
-        # Counted as one part: parts that finish at once must not end the request too early.
-        self._in_flight += 1
-        while self._next < self._stop and self._in_flight <= PARTS_IN_FLIGHT:
+        request = self._request
+        request.error = 0
+        request.generation = 0
+        self._next = request.offset
+        self._stop = request.offset + request.length
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send what may be sent; finish when nothing is left.
+
+        A loop, not a recursion: parts may finish before they have been sent.
+        """
+        if self._pumping:
+            return
+        self._pumping = True
+        while self._next < self._stop and self._in_flight < PARTS_IN_FLIGHT:
             self._send_part()
-        self._finished(0)
+        self._pumping = False
+        if not self._in_flight:
+            self._all_done()
 
     def _send_part(self) -> None:
         request = self._request
         offset = self._next
-        length = min(self._stop - offset, self._limit_bytes(request.op))
+        limit_bytes = self._limit_bytes(request.op)
+        # On the grid of the limit, so that pieces of an aligned range stay aligned.
+        length = min(self._stop - offset, limit_bytes - offset % limit_bytes)
         self._next = offset + length
         part = self._part(offset, length)
         self._in_flight += 1
@@ -139,23 +156,19 @@ class Split:
         if error:
             request.error = request.error or error
             self._next = self._stop
-        elif self._next < self._stop and self._in_flight < PARTS_IN_FLIGHT:
-            self._send_part()
-            return
-        if self._in_flight or self._next < self._stop:
-            return
+        self._pump()
+
+    def _all_done(self) -> None:
+        request = self._request
         if self._then_flush and not request.error and self._export.can_flush:
-            self._then_flush = False
-            self._stop = self._next = 0
-            self._in_flight = 1
             self._send(Request(FLUSH, 0, 0, [], self._flushed))
-            return
-        request.finish(request.error)
+        else:
+            request.finish(request.error)
 
     def _flushed(self, flush: Request) -> None:
         request = self._request
-        error = flush.error
-        if not error and flush.generation != request.generation:
-            # Written to one server, flushed on another: nobody knows.
-            error = errno.EIO
-        request.finish(error)
+        if not flush.error and flush.generation != request.generation:
+            # Written to one server, flushed on another: the bytes are still here, so once more.
+            self.start()
+            return
+        request.finish(flush.error)

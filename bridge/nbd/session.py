@@ -1,0 +1,531 @@
+"""What a client does when its server goes away and comes back, without I/O.
+
+Theory. A session outlives its connections. It takes requests at any time and hands **commands**
+(requests that fit the export's limits) to its channels, the connections of the present
+**generation**. Phases:
+
+    NEW ──established──▶ UP ──leaving──▶ LEAVING ──lost──▶ DOWN ──established──▶ UP …
+                                                            └─closed─▶ CLOSED
+
+- UP: commands go to a channel; with several channels in turn.
+- LEAVING: one channel is broken, or the server said ESHUTDOWN: nothing new is sent, the other
+  channels get their replies. All channels are given up together, so a generation is one set of
+  connections, and "the server has this write" means one thing.
+- DOWN: commands wait. After `reconnect_timeout_s` they, and all that come, fail with EIO, until
+  there is a connection again.
+
+With a new generation the commands without an answer are sent again, in the order in which they
+were sent before, then those that waited. A write that was answered is never sent again, so a
+command that is sent again overwrites only what it overlapped while in flight, and between
+requests in flight at the same time a disk promises no order.
+
+Two things a new connection must not be believed in:
+
+- **A write left behind.** A server without a fence may execute a write of the lost connection
+  after the reconnect. If the loss left that possible (anything but the end of a unix socket), new
+  changes that overlap one that was sent again wait for `stale_write_grace_s`. Our nbdkit plugin
+  fences (`session=yes` in the export's description), so nothing waits.
+- **A flush.** Writes that were answered but not flushed may have died with the old server. Unless
+  the layer above keeps them to send again (`keeps_unflushed`), or the server proves that it is the
+  same one (`instance=` in the description), the next flush fails with EIO, once.
+
+Overlapping changes race only where somebody could make them pass each other: with several
+channels, or blocks that are read, modified and written. Then `Ranges` sends them one by one.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from enum import Enum
+from random import Random
+from typing import Final, Protocol
+
+import structlog
+
+from bridge.nbd.align import cover, send_aligned
+from bridge.nbd.chunks import StatusRequest
+from bridge.nbd.export import Export
+from bridge.nbd.options import ClientOptions
+from bridge.nbd.ranges import Claim, Ranges
+from bridge.nbd.split import Limits, Split
+from bridge.request import (
+    BLOCK_STATUS,
+    DISCARD,
+    FLUSH,
+    FUA,
+    PREFETCH,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
+
+_log = structlog.get_logger(__name__)
+
+_SECTOR_BYTES: Final = 512
+_CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
+_STATUS_MAX_BYTES: Final = 1 << 30
+
+
+class Phase(Enum):
+    """See the module's text."""
+
+    NEW = "new"
+    UP = "up"
+    LEAVING = "leaving"
+    DOWN = "down"
+    CLOSED = "closed"
+
+
+class Channel(Protocol):
+    """One connection, as the session sees it."""
+
+    @property
+    def unflushed(self) -> int:
+        """How many writes without FUA it has answered."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many commands it has not answered."""
+
+    def send(self, request: Request) -> None:
+        """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""
+
+
+class Session:
+    """See the module's text. `now` is in seconds of any monotonic clock."""
+
+    def __init__(self, options: ClientOptions, *, random: Random | None = None) -> None:
+        self.phase = Phase.NEW
+        self.generation = 0
+        self.keeps_unflushed = False
+        self.on_reconnect: Callable[[], None] = _nothing
+        self.on_export_changed: Callable[[Export], None] = _nothing_changed
+        self.given_up = False
+        self.resent_total = 0
+        self.flushes_refused_total = 0
+        self._options = options
+        self._random = random or Random()
+        self._export: Export | None = None
+        self._limits = Limits(Export("", 0))
+        self._channels: Sequence[Channel] = ()
+        self._next_channel = 0
+        self._send: Callable[[Request], None] = self._wait
+        self._waiting: list[Request] = []
+        self._unanswered: list[Request] = []
+        self._ranges = Ranges()
+        self._grace: list[tuple[float, Claim]] = []
+        self._ordered = False
+        self._stale_possible = False
+        self._down_since_s = 0.0
+        self._attempts = 0
+        self._written_before = 0
+        self._flushed_mark = 0
+        self._writes_lost = False
+        self._fail_errno = errno.EIO
+        # Limits of the fast path in `submit`; 0 sends everything the slow way.
+        self._size_bytes = 0
+        self._max_read = 0
+        self._max_write = 0
+        self._align_mask = 0
+
+    # Requests.
+
+    def submit(self, request: Request) -> None:
+        """Start `request`. Never raises, never blocks; may finish it at once."""
+        op = request.op
+        length = request.length
+        offset = request.offset
+        if (
+            op <= 1
+            and 0 < length <= (self._max_write if op else self._max_read)
+            and 0 <= offset <= self._size_bytes - length
+            and not (offset | length) & self._align_mask
+            and not request.flags
+        ):
+            self._send(request)
+        else:
+            self._submit_slow(request)
+
+    def _submit_slow(self, request: Request) -> None:
+        if request.op == FLUSH:
+            self._flush(request)
+            return
+        error = self._refusal(request)
+        if error is not None:
+            request.finish(error)
+        elif request.op in _CHANGES and (self._ordered or self._grace):
+            start, stop = request.offset, request.offset + request.length
+            block_bytes = self._align_mask + 1
+            self._ranges.enter(_Change(self, request, *cover(start, stop - start, block_bytes)))
+        else:
+            self._command(request)
+
+    def _refusal(self, request: Request) -> int | None:
+        """The errno of a request that cannot be done, 0 if nothing is to be done, else None."""
+        op = request.op
+        offset, length = request.offset, request.length
+        if offset < 0 or not 0 <= length <= self._size_bytes - offset:
+            return errno.EINVAL
+        if op in _CHANGES and (self.export.read_only or self._options.read_only):
+            return errno.EPERM
+        if not length:
+            return 0
+        if (offset | length) & self._align_mask and self._align_mask < _SECTOR_BYTES:
+            return errno.EINVAL
+        return None
+
+    def _command(self, request: Request) -> None:
+        """Do a checked request with commands that fit."""
+        op = request.op
+        export = self.export
+        if op == BLOCK_STATUS:
+            self._block_status(request)
+        elif (op == DISCARD and not export.can_trim) or (op == PREFETCH and not export.can_cache):
+            request.generation = self.generation
+            request.finish(0)  # Hints.
+        elif (request.offset | request.length) & self._align_mask:
+            send_aligned(request, export.min_block_bytes, self._command)
+        elif op <= WRITE and self._fits(request):
+            self._send(request)
+        else:
+            Split(request, export, self._limits, self._part).start()
+
+    def _part(self, part: Request) -> None:
+        """A part of a split request; the export may be another one by now."""
+        if part.op == FLUSH:
+            self._flush(part)
+        elif self._fits(part):
+            self._send(part)
+        else:
+            self._command(part)
+
+    def _fits(self, request: Request) -> bool:
+        """The request is one command that the present export takes."""
+        op = request.op
+        export = self.export
+        limits = self._limits
+        if (request.offset | request.length) & self._align_mask:
+            return False
+        if request.flags & FUA and not export.can_fua:
+            return False
+        if op <= WRITE:
+            return request.length <= limits.payload_bytes
+        if op == DISCARD:
+            return export.can_trim and request.length <= limits.effect_bytes
+        if op == WRITE_ZEROES:
+            return export.can_write_zeroes and request.length <= limits.effect_bytes
+        if op == PREFETCH:
+            return export.can_cache and request.length <= limits.effect_bytes
+        return op == BLOCK_STATUS and export.can_block_status
+
+    def _block_status(self, request: Request) -> None:
+        if not isinstance(request, StatusRequest):
+            request.finish(errno.EINVAL)
+        elif not self.export.can_block_status:
+            request.finish(errno.EOPNOTSUPP)
+        elif (request.offset | request.length) & self._align_mask:
+            send_aligned(request, self.export.min_block_bytes, self._command)
+        elif request.length > _STATUS_MAX_BYTES:
+            part = StatusRequest(
+                BLOCK_STATUS, request.offset, _STATUS_MAX_BYTES, [], _status_done, 0, request
+            )
+            part.extents = []
+            self._send(part)
+        else:
+            self._send(request)
+
+    # Flushes.
+
+    def _flush(self, request: Request) -> None:
+        if not self.export.can_flush:
+            request.generation = self.generation
+            request.finish(0)
+            return
+        inner = Request(FLUSH, 0, 0, [], self._flushed, 0, request)
+        if self.phase is Phase.UP and self._writes_lost:
+            self._writes_lost = False
+            self._refuse_flush(inner)
+            return
+        inner.progress = self._written
+        self._send(inner)
+
+    def _refuse_flush(self, inner: Request) -> None:
+        self.flushes_refused_total += 1
+        _log.error("a flush fails: writes before it may have been lost with the old server")
+        inner.generation = self.generation
+        inner.finish(errno.EIO)
+
+    def _flushed(self, inner: Request) -> None:
+        if not inner.error:
+            self._flushed_mark = max(self._flushed_mark, inner.progress)
+        request: Request = inner.owner
+        request.generation = inner.generation
+        request.finish(inner.error)
+
+    @property
+    def _written(self) -> int:
+        """Writes answered since the session began."""
+        return self._written_before + sum(channel.unflushed for channel in self._channels)
+
+    # Where commands go.
+
+    def _wait(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def _spread(self, request: Request) -> None:
+        channels = self._channels
+        index = self._next_channel = (self._next_channel + 1) % len(channels)
+        channels[index].send(request)
+
+    def _fail(self, request: Request) -> None:
+        request.finish(self._fail_errno)
+
+    # Phases.
+
+    @property
+    def export(self) -> Export:
+        """What the server offers; while there is no connection, what it offered last."""
+        assert self._export is not None
+        return self._export
+
+    def refusal(self, export: Export) -> str | None:
+        """Why a server that came back must not be used, or None: it is the same export."""
+        old = self._export
+        if old is None:
+            return None
+        if export.usable_bytes < old.usable_bytes:
+            return f"the export shrank from {old.size_bytes} to {export.size_bytes} bytes"
+        if export.read_only and not (old.read_only or self._options.read_only):
+            return "the export is read-only now"
+        if old.can_flush and not export.can_flush:
+            return "the server cannot flush any more"
+        if export.min_block_bytes > max(old.min_block_bytes, _SECTOR_BYTES) and not self._ordered:
+            return (
+                f"the minimum block size grew from {old.min_block_bytes} to "
+                f"{export.min_block_bytes}"
+            )
+        return None
+
+    def established(self, now: float, export: Export, channels: Sequence[Channel]) -> None:
+        """New connections, all to `export`: a new generation begins."""
+        assert self.phase in (Phase.NEW, Phase.DOWN)
+        assert channels
+        old = self._export
+        self.generation += 1
+        self.phase = Phase.UP
+        self.given_up = False
+        self._attempts = 0
+        self._channels = channels
+        self._judge_unflushed(old, export)
+        self._export = export
+        self._limits = Limits(export)
+        self._size_bytes = export.usable_bytes
+        self._align_mask = export.min_block_bytes - 1
+        self._ordered = len(channels) > 1 or export.min_block_bytes > _SECTOR_BYTES
+        self._send = channels[0].send if len(channels) == 1 else self._spread
+        self._set_fast_limits()
+        if old is not None:
+            self._resume(now, old)
+
+    def _set_fast_limits(self) -> None:
+        export = self.export
+        self._max_read = self._limits.payload_bytes
+        fast = not (self._ordered or self._grace or export.read_only or self._options.read_only)
+        self._max_write = self._limits.payload_bytes if fast else 0
+
+    def _judge_unflushed(self, old: Export | None, export: Export) -> None:
+        """Whether what the old connection answered may be gone (design: trap 14)."""
+        if old is None or self._written_before <= self._flushed_mark:
+            return
+        instance = export.properties.get("instance")
+        if instance and instance == old.properties.get("instance"):
+            return
+        self._flushed_mark = self._written_before
+        if not self.keeps_unflushed:
+            self._writes_lost = True
+            _log.error(
+                "the server came back and may have lost writes that were not flushed: "
+                "the next flush will fail"
+            )
+
+    def _resume(self, now: float, old: Export) -> None:
+        """Send again what was not answered, then what waited."""
+        export = self.export
+        self.on_reconnect()
+        if export.usable_bytes != old.usable_bytes:
+            self.on_export_changed(export)
+        again, self._unanswered = self._unanswered, []
+        waited, self._waiting = self._waiting, []
+        self.resent_total += len(again)
+        if self._stale_possible and export.properties.get("session") != "yes":
+            self._begin_grace(now, again)
+        flushes_fail = self._writes_lost
+        for request in (*again, *waited):
+            if request.op == FLUSH:
+                if flushes_fail:
+                    self._writes_lost = False
+                    self._refuse_flush(request)
+                else:
+                    request.progress = self._written
+                    self._send(request)
+            elif self._fits(request):
+                self._send(request)
+            else:
+                self._command(request)
+
+    def _begin_grace(self, now: float, again: list[Request]) -> None:
+        """Keep new changes away from what the lost connection may still do."""
+        grace_s = self._options.stale_write_grace_s
+        if not grace_s:
+            return
+        for request in again:
+            if request.op in _CHANGES:
+                claim = self._ranges.block(request.offset, request.offset + request.length)
+                self._grace.append((now + grace_s, claim))
+        self._set_fast_limits()
+
+    def leaving(self) -> None:
+        """The connections are being given up: send nothing more on them."""
+        if self.phase is Phase.UP:
+            self.phase = Phase.LEAVING
+            self._send = self._wait
+
+    def lost(self, now: float, unanswered: list[Request], *, stale_possible: bool) -> None:
+        """All connections are closed. `unanswered`: their commands, in the order of sending.
+
+        `stale_possible`: the server may still execute commands that it received.
+        """
+        assert self.phase in (Phase.UP, Phase.LEAVING)
+        self._written_before = self._written
+        self._channels = ()
+        self._unanswered += unanswered
+        self._stale_possible = stale_possible
+        self._down_since_s = now
+        self.phase = Phase.DOWN
+        self._send = self._wait
+
+    def next_delay_s(self) -> float:
+        """How long to wait before the next attempt to connect."""
+        attempts = self._attempts
+        self._attempts += 1
+        if not attempts:
+            return 0.0
+        options = self._options
+        # Bounded before the power is: 2.0 ** 2000 would overflow.
+        delay_s = options.reconnect_first_s * 2.0 ** min(attempts - 1, 30)
+        return min(delay_s, options.reconnect_max_s) * self._random.uniform(0.5, 1.0)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: end grace times, give up waiting."""
+        if self._grace and self._grace[0][0] <= now:
+            over = [claim for until_s, claim in self._grace if until_s <= now]
+            self._grace = [item for item in self._grace if item[0] > now]
+            self._set_fast_limits()
+            for claim in over:
+                self._ranges.release(claim)
+        timeout_s = self._options.reconnect_timeout_s
+        if (
+            self.phase is Phase.DOWN
+            and timeout_s
+            and not self.given_up
+            and now - self._down_since_s >= timeout_s
+        ):
+            self.given_up = True
+            _log.error("no connection for too long: requests fail", seconds=timeout_s)
+            self._fail_all(errno.EIO)
+
+    def next_deadline_s(self) -> float | None:
+        """When `tick` has something to do."""
+        deadlines = [self._grace[0][0]] if self._grace else []
+        if self.phase is Phase.DOWN and self._options.reconnect_timeout_s and not self.given_up:
+            deadlines.append(self._down_since_s + self._options.reconnect_timeout_s)
+        return min(deadlines, default=None)
+
+    def _fail_all(self, error: int) -> None:
+        """Fail what waits, and what comes until there is a connection again."""
+        self._fail_errno = error
+        self._send = self._fail
+        again, self._unanswered = self._unanswered, []
+        waited, self._waiting = self._waiting, []
+        for request in (*again, *waited):
+            request.finish(error)
+
+    def fail_pending(self, now: float, unanswered: list[Request], error: int) -> None:
+        """Finish everything with `error`; the connections are closed already."""
+        if self.phase in (Phase.UP, Phase.LEAVING):
+            self.lost(now, unanswered, stale_possible=True)
+        grace, self._grace = self._grace, []
+        self._fail_all(error)
+        for _, claim in grace:
+            self._ranges.release(claim)
+        if self.phase is Phase.DOWN and not self.given_up:
+            self._send = self._wait
+
+    def closed(self, unanswered: list[Request]) -> None:
+        """No more connections: what is left fails."""
+        self._channels = ()
+        self._unanswered += unanswered
+        self.phase = Phase.CLOSED
+        grace, self._grace = self._grace, []
+        self._fail_all(errno.EIO)
+        for _, claim in grace:
+            self._ranges.release(claim)
+
+    @property
+    def in_flight(self) -> int:
+        """How many commands are not finished."""
+        return (
+            sum(channel.in_flight for channel in self._channels)
+            + len(self._unanswered)
+            + len(self._waiting)
+            + len(self._ranges.waiting)
+        )
+
+
+class _Change(Claim):
+    """A request that waits for its range, and holds it while it is in flight."""
+
+    __slots__ = ("_request", "_session")
+
+    def __init__(self, session: Session, request: Request, start: int, stop: int) -> None:
+        super().__init__(start, stop)
+        self._session = session
+        self._request = request
+
+    def go(self) -> None:
+        request = self._request
+        self._session._command(
+            Request(
+                request.op,
+                request.offset,
+                request.length,
+                request.buffers,
+                self._done,
+                request.flags,
+            )
+        )
+
+    def _done(self, inner: Request) -> None:
+        request = self._request
+        request.generation = inner.generation
+        self._session._ranges.release(self)
+        request.finish(inner.error)
+
+
+def _status_done(part: StatusRequest) -> None:
+    request = part.owner
+    request.extents = part.extents
+    request.generation = part.generation
+    request.finish(part.error)
+
+
+def _nothing() -> None:
+    """No hook."""
+
+
+def _nothing_changed(export: Export) -> None:
+    """No hook."""
+
+
+__all__ = ["Channel", "Phase", "Session"]
