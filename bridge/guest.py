@@ -306,7 +306,8 @@ class Guest:
         self.config = BlkConfig.unpack(bytes(CONFIG_BYTES))
         self._results: dict[tuple[int, int], int] = {}
         self._abandoned: set[tuple[int, int]] = set()
-        self._locks: list[trio.Lock] = []
+        self._lots: list[trio.lowlevel.ParkingLot] = []
+        self._waiting: set[int] = set()
         self._turn = 0
 
     @classmethod
@@ -382,7 +383,7 @@ class Guest:
                     segment_bytes=self._segment_bytes,
                 )
             )
-            self._locks.append(trio.Lock())
+            self._lots.append(trio.lowlevel.ParkingLot())
 
     async def _share(self) -> None:
         """Hand over memory and, if wanted, the in-flight region."""
@@ -570,52 +571,75 @@ class Guest:
         take: Callable[[GuestQueue, int], None] | None,
     ) -> None:
         """One request from submission to its status. Raises RequestError."""
-        while True:
-            try:
-                slot = submit(on)
-                break
-            except QueueFull:
-                await self._progress(on, lambda: bool(on.free))
+        while not on.free:
+            await self._progress(on)
+        slot = submit(on)
         key = (on.index, slot)
         on.kick()
         try:
-            await self._progress(on, lambda: key in self._results)
+            while key not in self._results:
+                await self._progress(on)
         except BaseException:
-            # The slot stays busy until the device is done with it.
-            if self._results.pop(key, None) is None:
+            if key not in self._results:
+                # The slot stays busy until the device is done with it.
                 self._abandoned.add(key)
             else:
-                on.free.append(slot)
+                self._claim(on, slot)
             raise
-        status = self._results.pop(key)
+        status = self._results[key]
         try:
             if status != STATUS_OK:
                 raise _request_error(status)
             if take is not None:
                 take(on, slot)
         finally:
-            on.free.append(slot)
+            self._claim(on, slot)
 
-    async def _progress(self, on: GuestQueue, ready: Callable[[], bool]) -> None:
-        """Wait until `ready()`, taking completions for everybody meanwhile."""
-        lock = self._locks[on.index]
-        self._reap(on)
-        while not ready():
-            async with lock:
-                self._reap(on)
-                if not ready():
-                    await on.wait()
-                    self._reap(on)
+    async def _progress(self, on: GuestQueue) -> None:
+        """Wait until something about `on` changes: results are there, or slots are free.
 
-    def _reap(self, on: GuestQueue) -> None:
-        for slot, status in on.poll():
+        One task waits for the device and takes completions for everybody; the others are parked.
+        With nothing in flight there is nothing to wait for but the owners of the results.
+        """
+        lot = self._lots[on.index]
+        if on.index in self._waiting:
+            # Nobody else may take completions, or that task would wait for what is gone.
+            await lot.park()
+            return
+        if self._reap(on):
+            await trio.lowlevel.checkpoint()
+            return
+        unclaimed = sum(queue == on.index for queue, _ in self._results)
+        if len(on.free) + unclaimed == on.depth:
+            await lot.park()
+            return
+        self._waiting.add(on.index)
+        try:
+            await on.wait()
+        finally:
+            self._waiting.discard(on.index)
+            self._reap(on)
+            lot.unpark_all()
+
+    def _reap(self, on: GuestQueue) -> bool:
+        """Take completions; their slots are not free before their owners have taken the data."""
+        done = on.poll()
+        for slot, status in done:
             key = (on.index, slot)
             if key in self._abandoned:
                 self._abandoned.discard(key)
             else:
                 self._results[key] = status
-                # Not free before its task has taken the data.
                 on.free.remove(slot)
+        if done:
+            self._lots[on.index].unpark_all()
+        return bool(done)
+
+    def _claim(self, on: GuestQueue, slot: int) -> None:
+        """The owner is done with a result; its slot is free."""
+        del self._results[on.index, slot]
+        on.free.append(slot)
+        self._lots[on.index].unpark_all()
 
     def _pick(self, queue: int | None) -> GuestQueue:
         """The queue asked for, or each in turn."""

@@ -1,0 +1,157 @@
+"""A whole back-end in this process: real device, real socket, a disk in memory below."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from bridge.device import BlkDevice
+from bridge.guest import Guest
+from bridge.loop import Loop
+from bridge.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, Request
+from bridge.vhost_user.backend import serve
+from bridge.vhost_user.listener import Listener
+from bridge.virtio.blk_config import DiskGeometry
+
+
+class MemoryTarget:
+    """A disk in memory that answers at once, or when it is told to (`hold`)."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.data = bytearray(size_bytes)
+        self.requests: list[tuple[int, int, int]] = []
+        self.hold = False
+        self.held: list[Request] = []
+        self.fail = 0
+
+    def submit(self, request: Request) -> None:
+        """See `Target`."""
+        self.requests.append((request.op, request.offset, request.length))
+        if self.hold:
+            self.held.append(request)
+        else:
+            self.execute(request)
+
+    def release(self) -> None:
+        """Answer what was held."""
+        self.hold = False
+        held, self.held = self.held, []
+        for request in held:
+            self.execute(request)
+
+    def fail_pending(self, error: int) -> None:
+        """Fail what was held."""
+        held, self.held = self.held, []
+        for request in held:
+            request.finish(error)
+
+    def execute(self, request: Request) -> None:
+        """Do it and finish it."""
+        start, end = request.offset, request.offset + request.length
+        assert 0 <= start <= end <= len(self.data)
+        if self.fail:
+            request.finish(self.fail)
+            return
+        if request.op == READ:
+            for buffer in request.buffers:
+                buffer[:] = self.data[start : start + len(buffer)]
+                start += len(buffer)
+            assert start == end
+        elif request.op == WRITE:
+            self.data[start:end] = b"".join(request.buffers)
+            assert len(self.data) >= end
+        elif request.op in (DISCARD, WRITE_ZEROES):
+            self.data[start:end] = bytes(end - start)
+        elif request.op != FLUSH:
+            request.finish(errno.EOPNOTSUPP)
+            return
+        request.finish(0)
+
+
+@dataclass
+class Running:
+    """A back-end that runs."""
+
+    path: Path
+    device: BlkDevice
+    target: MemoryTarget
+    loop: Loop
+    scope: trio.CancelScope
+    connections: list[bool] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def running_backend(
+    directory: Path,
+    *,
+    size_bytes: int = 16 << 20,
+    max_queues: int = 4,
+    geometry: dict[str, Any] | None = None,
+    make_device: Callable[..., BlkDevice] = BlkDevice,
+    **options: Any,
+) -> AsyncIterator[Running]:
+    """A back-end that listens at `directory`/disk.sock until the block ends."""
+    target = MemoryTarget(size_bytes)
+    loop = Loop(poll_us=0)
+    device = make_device(
+        loop,
+        target,
+        DiskGeometry(
+            **{
+                "size_bytes": size_bytes,
+                "read_only": False,
+                "can_flush": True,
+                "can_discard": True,
+                "block_size_bytes": 512,
+                "min_io_bytes": 512,
+                "optimal_io_bytes": 0,
+            }
+            | (geometry or {})
+        ),
+        serial="test-disk",
+        max_queues=max_queues,
+        fail_pending=target.fail_pending,
+        **options,
+    )
+    path = directory / "disk.sock"
+    try:
+        with Listener.at_path(path) as listener:
+            async with trio.open_nursery() as nursery:
+                running = Running(path, device, target, loop, trio.CancelScope())
+
+                async def serving() -> None:
+                    with running.scope:
+                        await serve(device, listener, on_connected=running.connections.append)
+
+                nursery.start_soon(loop.run)
+                nursery.start_soon(device.run)
+                nursery.start_soon(serving)
+                with trio.fail_after(60):
+                    yield running
+                running.scope.cancel()
+                await until(lambda: not running.connections or not running.connections[-1])
+                nursery.cancel_scope.cancel()
+    finally:
+        loop.close()
+
+
+@asynccontextmanager
+async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Running, Guest]]:
+    """A back-end and a guest that is connected to it with `options`."""
+    async with (
+        running_backend(directory) as backend,
+        await Guest.connect(backend.path, **options) as guest,
+    ):
+        yield backend, guest
+
+
+async def until(ready: Callable[[], object]) -> None:
+    """Let the other tasks run until `ready()`."""
+    while not ready():  # noqa: ASYNC110 - what it waits for has no event
+        await trio.sleep(0.001)
