@@ -1,15 +1,15 @@
 """The vhost-user-blk device: guest memory, rings and the request engine over one disk.
 
 Implements `vhost_user.device.VhostUserDevice`, which says what each call means. Two things are
-this module's own: a ring that has to stop is drained within `drain_timeout_s` (QEMU's main loop
-waits for that answer without a limit of its own), and what is still unanswered then is failed.
+this module's own: rings that have to stop, or whose memory changes, are drained within
+`drain_timeout_s` (QEMU's main loop waits for the answer without a limit of its own), and what is
+still unanswered then is failed; and if even that does not answer it, forgotten.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from errno import EIO
 
@@ -18,26 +18,31 @@ import trio
 
 from bridge.errors import ProtocolError
 from bridge.loop import Loop
-from bridge.request import Target
+from bridge.request import FLUSH, Request, Target
 from bridge.ring import RunningRing
+from bridge.ring_setup import make_queue, ring_areas, written_areas
 from bridge.vhost_user.device import MemoryRegion, RingSetup
 from bridge.virtio.blk import BlkEngine
-from bridge.virtio.blk_config import F_EVENT_IDX, F_INDIRECT, BlkConfig, DiskGeometry
+from bridge.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
 from bridge.virtio.chain import MAX_QUEUE_SIZE
+from bridge.virtio.dirty_log import DirtyBitmap, DirtyLog
+from bridge.virtio.inflight import InflightRegion
 from bridge.virtio.memory import GuestMemory, Region, map_region
-from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
 
 _log = structlog.get_logger(__name__)
 
 _KICKLESS_POLL_S = 0.0005
 """How often a ring without a kick descriptor is looked at."""
 
+_FAILED_DRAIN_S = 1.0
+"""Failing everything takes no longer than the loop's next turn; this is for our own bugs."""
+
 
 class BlkDevice:
     """One virtio-blk disk as a vhost-user session sees it."""
 
-    supports_inflight = False
-    supports_dirty_log = False
+    supports_inflight = True
+    supports_dirty_log = True
 
     def __init__(
         self,
@@ -51,18 +56,22 @@ class BlkDevice:
         drain_timeout_s: float = 30.0,
         fail_pending: Callable[[int], None] = lambda errno: None,
         on_all_stopped: Callable[[], Awaitable[None]] | None = None,
+        withheld_features: int = 0,
     ) -> None:
         """`fail_pending(errno)` finishes everything unfinished below, at once.
 
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
-        image next must find everything there.
+        image next must find everything there. `withheld_features`: see BlkConfig.
         """
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
         self.on_config_changed: Callable[[], None] | None = None
         self._loop = loop
-        self._config = BlkConfig(geometry, num_queues=max_queues)
+        self._config = BlkConfig(
+            geometry, num_queues=max_queues, withheld_features=withheld_features
+        )
         self.guest_faults: Counter[str] = Counter()
+        self._target = target
         self._engine = BlkEngine(self._config, target, serial=serial, fault=self._guest_fault)
         self._drain_timeout_s = drain_timeout_s
         self._fail_pending = fail_pending
@@ -72,6 +81,9 @@ class BlkDevice:
         self._setups: dict[int, RingSetup] = {}
         self._rings: dict[int, RunningRing] = {}
         self._kickless = trio.Event()
+        self._inflight: InflightRegion | None = None
+        self._bitmap: DirtyBitmap | None = None
+        self._logging = False
 
     # Features and configuration space
 
@@ -95,8 +107,12 @@ class BlkDevice:
             offset = 32
             if not data:
                 return
+        was_writeback = self._config.writeback
         self._config.write(offset, data)
         self._engine.writeback_changed()
+        if was_writeback and not self._config.writeback:
+            # From now on the guest sends no flushes; what it wrote before is not to wait for one.
+            self._target.submit(Request(FLUSH, 0, 0, [], _flushed))
 
     def resize(self, size_bytes: int) -> None:
         """The disk below has another size: the guest is told."""
@@ -109,108 +125,123 @@ class BlkDevice:
 
     async def replace_memory(self, regions: list[MemoryRegion]) -> None:
         """See VhostUserDevice."""
-        await self._with_rings_quiesced(lambda: GuestMemory([_map(region) for region in regions]))
+        try:
+            memory = GuestMemory([_map(region) for region in regions])
+        except ProtocolError:
+            await self._use_memory(GuestMemory([]))
+            raise
+        await self._use_memory(memory)
 
     async def add_memory(self, region: MemoryRegion) -> None:
-        """See VhostUserDevice."""
-        await self._with_rings_quiesced(lambda: self._memory.with_region(_map(region)))
+        """See VhostUserDevice. Nothing that was there goes away, so nothing has to wait."""
+        self._move_rings(self._memory.with_region(_map(region)))
 
     async def remove_memory(
         self, *, guest_address: int, user_address: int, size_bytes: int
     ) -> None:
         """See VhostUserDevice."""
-        await self._with_rings_quiesced(
-            lambda: self._memory.without_region(
+        await self._use_memory(
+            self._memory.without_region(
                 guest_address=guest_address, user_address=user_address, size_bytes=size_bytes
             )
         )
 
-    async def _with_rings_quiesced(self, change: Callable[[], GuestMemory]) -> None:
+    async def _use_memory(self, memory: GuestMemory) -> None:
         """Change the memory while no request uses it; rings that ran go on in the new one."""
-        running = dict(self._setups)
-        bases = {index: await self._close_ring(index) for index in running}
+        rings = list(self._rings.values())
         try:
-            self._memory = change()
+            await self._drain(rings)
         finally:
-            for index, setup in running.items():
-                self._open_ring(index, setup, base=bases[index])
+            self._move_rings(memory)
+            for ring in rings:
+                ring.unpause()
+
+    def _move_rings(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        for index, ring in self._rings.items():
+            try:
+                ring.move(memory, ring_areas(memory, self._setups[index], packed=self._packed))
+            except ProtocolError:
+                ring.move(memory, None)
+        self._update_logs()
 
     # Rings
 
     def start_ring(self, index: int, ring: RingSetup) -> None:
         """See VhostUserDevice."""
-        self._open_ring(index, ring, base=ring.base)
-
-    def _open_ring(self, index: int, setup: RingSetup, *, base: int) -> None:
-        queue = self._make_queue(setup, base)
+        queue = make_queue(
+            ring,
+            index,
+            memory=self._memory,
+            features=self._features,
+            max_size=self.max_queue_size,
+            inflight=self._inflight,
+        )
 
         def broken(reason: str) -> None:
-            _log.error("the guest broke a ring, it is stopped", ring=index, reason=reason)
-            self.guest_faults["a broken ring"] += 1
+            self._ring_broken(index, reason)
 
         self._rings[index] = RunningRing(
             self._loop,
             queue,
             self._engine,
-            kick_fd=setup.kick_fd,
-            call_fd=setup.call_fd,
-            error_fd=setup.error_fd,
+            kick_fd=ring.kick_fd,
+            call_fd=ring.call_fd,
+            error_fd=ring.error_fd,
             broken=broken,
         )
-        self._setups[index] = setup
+        self._setups[index] = ring
         self._kickless.set()
+        self._update_logs()
 
-    def _make_queue(self, setup: RingSetup, base: int) -> SplitQueue:
-        """The virtqueue at the set-up's addresses. Raises ProtocolError if it cannot be one."""
-        size = setup.size
-        if not 0 < size <= self.max_queue_size or size & (size - 1):
-            raise ProtocolError(f"ring size {size} is no power of two up to {self.max_queue_size}")
-        lengths = ring_sizes_bytes(size)
-        addresses = (setup.desc_user_address, setup.avail_user_address, setup.used_user_address)
-        for address, alignment in zip(addresses, (16, 2, 4), strict=True):
-            if address % alignment:
-                raise ProtocolError(f"ring address {address:#x} is not aligned to {alignment}")
-        areas = sorted(zip(addresses, lengths, strict=True))
-        for (low, length), (high, _) in itertools.pairwise(areas):
-            if low + length > high:
-                raise ProtocolError(f"ring areas at {low:#x} and {high:#x} overlap")
-        descriptors, available, used = (
-            self._memory.user_view(address, length)
-            for address, length in zip(addresses, lengths, strict=True)
-        )
-        return SplitQueue(
-            self._memory,
-            size=size,
-            descriptors=descriptors,
-            available=available,
-            used=used,
-            base=base,
-            event_idx=bool(self._features & F_EVENT_IDX),
-            indirect=bool(self._features & F_INDIRECT),
-        )
+    @property
+    def _packed(self) -> bool:
+        return bool(self._features & F_RING_PACKED)
 
     async def stop_ring(self, index: int) -> int:
         """See VhostUserDevice."""
-        base = await self._close_ring(index)
-        if not self._rings and self._on_all_stopped is not None:
-            with trio.move_on_after(self._drain_timeout_s):
-                await self._on_all_stopped()
-        return base
+        bases = await self._close_rings([index])
+        return bases[index]
 
-    async def _close_ring(self, index: int) -> int:
-        ring = self._rings.pop(index)
-        del self._setups[index]
-        with trio.move_on_after(self._drain_timeout_s) as scope:
-            await ring.drain()
+    async def _close_rings(self, indexes: Collection[int]) -> dict[int, int]:
+        """Drain and close these rings, all within one `drain_timeout_s`; their bases."""
+        try:
+            await self._drain([self._rings[index] for index in indexes])
+        finally:
+            bases = {index: self._rings.pop(index).close() for index in indexes}
+            for index in indexes:
+                del self._setups[index]
+        if bases and not self._rings and self._on_all_stopped is not None:
+            with trio.move_on_after(self._drain_timeout_s) as scope:
+                await self._on_all_stopped()
+            if scope.cancelled_caught:
+                _log.error("the disk was not brought up to date in time", after="the last ring")
+        return bases
+
+    async def _drain(self, rings: Collection[RunningRing]) -> None:
+        """Pause `rings`; return when everything they popped is answered, or given up.
+
+        Cancellation has to wait for that: what is in flight writes to the guest's memory.
+        """
+        for ring in rings:
+            ring.pause()
+        with trio.move_on_after(self._drain_timeout_s, shield=True) as scope:
+            for ring in rings:
+                await ring.drained()
+        if not scope.cancelled_caught:
+            return
+        unanswered = sum(ring.in_flight for ring in rings)
+        _log.error(
+            "requests were not answered in time while rings stopped, failing them",
+            requests=unanswered,
+            timeout_s=self._drain_timeout_s,
+        )
+        self._fail_pending(EIO)
+        with trio.move_on_after(_FAILED_DRAIN_S, shield=True) as scope:
+            for ring in rings:
+                await ring.drained()
         if scope.cancelled_caught:
-            _log.error(
-                "requests were not answered in time while a ring stopped, failing them",
-                ring=index,
-                timeout_s=self._drain_timeout_s,
-            )
-            self._fail_pending(EIO)
-            await ring.drain()
-        return ring.close()
+            _log.error("requests could not even be failed, they are forgotten")
 
     def suspend_ring(self, index: int) -> None:
         """See VhostUserDevice."""
@@ -236,10 +267,6 @@ class BlkDevice:
         self._rings[index].set_error(fd)
         self._setups[index] = replace(self._setups[index], error_fd=fd)
 
-    def set_ring_log(self, index: int, log_guest_address: int | None) -> None:
-        """See VhostUserDevice."""
-        self._setups[index] = replace(self._setups[index], log_guest_address=log_guest_address)
-
     async def run(self) -> None:
         """Look after rings without a kick descriptor, for ever."""
         while True:
@@ -254,42 +281,83 @@ class BlkDevice:
 
     def create_inflight(self, num_queues: int, queue_size: int) -> tuple[int, int]:
         """See VhostUserDevice."""
-        raise ProtocolError("in-flight tracking is not supported")
+        self._inflight = None
+        self._inflight, fd, size_bytes = InflightRegion.create(
+            num_queues=num_queues, queue_size=queue_size, packed=self._packed
+        )
+        return fd, size_bytes
 
     def set_inflight(
         self, fd: int, offset: int, size: int, num_queues: int, queue_size: int
     ) -> None:
         """See VhostUserDevice."""
-        raise ProtocolError("in-flight tracking is not supported")
+        self._inflight = None
+        self._inflight = InflightRegion.map(
+            fd, offset, size, num_queues=num_queues, queue_size=queue_size, packed=self._packed
+        )
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
         """See VhostUserDevice."""
-        raise ProtocolError("dirty logging is not supported")
+        self._bitmap = DirtyBitmap.map(fd, offset, size)
+        self._update_logs()
 
     def set_logging(self, enabled: bool) -> None:
         """See VhostUserDevice."""
-        if enabled:
-            raise ProtocolError("dirty logging is not supported")
+        self._logging = enabled
+        self._update_logs()
+
+    def set_ring_log(self, index: int, log_guest_address: int | None) -> None:
+        """See VhostUserDevice."""
+        self._setups[index] = replace(self._setups[index], log_guest_address=log_guest_address)
+        self._update_logs()
+
+    def _update_logs(self) -> None:
+        """Every ring marks what it writes if that is wanted."""
+        for index, ring in self._rings.items():
+            if self._bitmap is None or not self._logging:
+                ring.set_log(None)
+            else:
+                areas = written_areas(self._memory, self._setups[index], packed=self._packed)
+                ring.set_log(DirtyLog(self._bitmap, self._memory, areas))
 
     # The end
 
     async def reset(self) -> None:
         """See VhostUserDevice."""
-        for index in list(self._rings):
-            await self.stop_ring(index)
+        await self._close_rings(list(self._rings))
+        self._config.reset()
         self.set_features(0)
+        self._forget_shared()
 
     async def disconnected(self) -> None:
-        """See VhostUserDevice."""
-        await self.reset()
-        self._memory = GuestMemory([])
-        self.on_config_changed = None
+        """See VhostUserDevice. The guest may run on and come back with another front-end, so
+        what it set in the configuration space stays."""
+        try:
+            await self._close_rings(list(self._rings))
+        finally:
+            self.set_features(0)
+            self._forget_shared()
+            self._memory = GuestMemory([])
+            self.on_config_changed = None
+
+    def _forget_shared(self) -> None:
+        self._inflight = None
+        self._bitmap = None
+        self._logging = False
+
+    def _ring_broken(self, index: int, reason: str) -> None:
+        _log.error("the guest broke a ring, it is stopped", ring=index, reason=reason)
+        self.guest_faults["a broken ring"] += 1
 
     def _guest_fault(self, kind: str) -> None:
         """Count what a guest does wrong; say it once per kind, however often it happens."""
         self.guest_faults[kind] += 1
         if self.guest_faults[kind] == 1:
             _log.warning("the guest sent a bad request (said once, counted)", what=kind)
+
+
+def _flushed(flush: Request) -> None:
+    """Nobody waits for it; the flush timer tries again what it could not do."""
 
 
 def _map(region: MemoryRegion) -> Region:

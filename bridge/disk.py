@@ -12,6 +12,7 @@ A guest's own flush clears it. A timed flush that fails is logged, counted and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, Protocol
 
 import structlog
@@ -57,7 +58,7 @@ class Disk:
         """`flush_interval_s` 0 turns the timer off; `now` is a monotonic clock in seconds."""
         self._backend = backend
         self._submit = backend.submit
-        self._flush_interval_s = flush_interval_s if backend.can_flush else 0.0
+        self._flush_interval_s = (backend.can_flush and flush_interval_s) or inf
         self._now = now
         self._deadline_s: float | None = None
         self._armed = trio.Event()
@@ -72,8 +73,9 @@ class Disk:
         if op == READ:
             self._submit(request)
         elif op == FLUSH:
-            self._clear_timer()
-            self._submit(request)
+            was_armed = self._clear_timer()
+            flush = Request(FLUSH, 0, 0, [], self._flush_done, owner=(request, was_armed))
+            self._submit(flush)
         else:
             if self._deadline_s is None:
                 self._arm_timer()
@@ -114,19 +116,31 @@ class Disk:
     @property
     def flush_deadline_s(self) -> float | None:
         """When the timer fires, on the clock `now`; None while it is not armed."""
-        return self._deadline_s
+        return None if self._deadline_s == inf else self._deadline_s
 
     def _arm_timer(self) -> None:
-        if self._flush_interval_s:
-            self._deadline_s = self._now() + self._flush_interval_s
-            self._armed.set()
+        """Something is not durable. (Without a timer the deadline never comes.)"""
+        self._deadline_s = self._now() + self._flush_interval_s
+        self._armed.set()
 
-    def _clear_timer(self) -> None:
-        """A flush is about to be submitted. It covers only what was completed before it."""
-        if self._deadline_s is not None:
-            self._deadline_s = None
-            if self._backend.in_flight:
-                self._arm_timer()
+    def _clear_timer(self) -> bool:
+        """A flush is about to be submitted: it covers what was completed before it.
+
+        True if there was anything to flush, as far as is known here.
+        """
+        if self._deadline_s is None:
+            return False
+        self._deadline_s = None
+        if self._backend.in_flight:
+            self._arm_timer()
+        return True
+
+    def _flush_done(self, flush: Request) -> None:
+        """A guest's flush is done. One that failed has made nothing durable."""
+        request, was_armed = flush.owner
+        if flush.error and was_armed and self._deadline_s is None:
+            self._arm_timer()
+        request.finish(flush.error)
 
     def flush_now(self) -> None:
         """The timer fired: flush, whoever else does."""
@@ -134,7 +148,7 @@ class Disk:
         self.timed_flushes += 1
         self._submit(Request(FLUSH, 0, 0, [], self._timed_flush_done))
 
-    def _timed_flush_done(self, flush: Any) -> None:
+    def _timed_flush_done(self, flush: Request) -> None:
         if flush.error:
             self.timed_flush_failures += 1
             _log.warning("timed flush failed, will be tried again", errno=flush.error)

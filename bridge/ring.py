@@ -5,6 +5,10 @@ This is the one place where chains become requests and finished requests become 
     poll      pop every available chain, hand each to the engine       (once per turn)
     complete  a request is finished: its element goes to the used ring (any time in a turn)
     publish   one store of used.idx, at most one call                  (once per turn)
+
+What is rarely on (the dirty log) or happens at the end (a ring that was closed with requests
+unanswered) costs the data path nothing: `complete` is an attribute that holds the function that
+fits, and a request that is in flight meanwhile finds the new one.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import trio
 
 from bridge.errors import ProtocolError
 from bridge.loop import EPOLLET, EPOLLIN, Loop
-from bridge.virtio.blk import BlkEngine
+from bridge.virtio.blk import BlkEngine, BlkRequest
 from bridge.virtio.chain import QueueBroken
-from bridge.virtio.split_queue import SplitQueue
+from bridge.virtio.dirty_log import DirtyLog
+from bridge.virtio.memory import GuestMemory
+from bridge.virtio.queue import VirtQueue
 
 
 class RunningRing:
@@ -27,7 +33,7 @@ class RunningRing:
     def __init__(
         self,
         loop: Loop,
-        queue: SplitQueue,
+        queue: VirtQueue,
         engine: BlkEngine,
         *,
         kick_fd: int | None,
@@ -36,71 +42,98 @@ class RunningRing:
         broken: Callable[[str], None],
     ) -> None:
         """The descriptors stay the caller's. `broken(reason)` is told when the guest broke the
-        ring. Raises ProtocolError for a descriptor that is no eventfd."""
+        ring. Raises ProtocolError for a descriptor that cannot be waited for."""
         self._loop = loop
         self._queue = queue
+        self._push = queue.push  # bound once
         self._engine = engine
         self._broken = broken
+        self._suspended = False
+        self._stopping = False
         self._popping = True
         self._publishing = False
         self._drained: trio.Event | None = None
+        self._log: DirtyLog | None = None
         self._kick_fd: int | None = None
         self._call_fd: int | None = None
         self._error_fd: int | None = None
         self.requests = 0
         self.is_broken = False
+        self.complete: Callable[[BlkRequest, int, int], None] = self._complete
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
         loop.add_poller(self)
+        if recovered := queue.recovered():
+            self.requests += len(recovered)
+            engine.start(self, recovered)
 
     # The data path
 
     def poll(self) -> bool:
         """Start every request that the guest has made available; True if there was one."""
-        queue = self._queue
-        if not self._popping or not queue.has_available():
+        if not self._popping:
             return False
         try:
-            chains = queue.pop()
+            chains = self._queue.pop()
         except QueueBroken as error:
             self._break(str(error))
             return True
+        if not chains:
+            return False
         self.requests += len(chains)
-        start = self._engine.start
-        for chain in chains:
-            start(self, chain)
+        self._engine.start(self, chains)
         return True
 
-    def complete(self, head: int, length: int) -> None:
-        """The chain `head` is finished with `length` bytes written (see `blk.UsedRing`)."""
-        self._queue.push(head, length)
+    def _complete(self, request: BlkRequest, status: int, length: int) -> None:
+        """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
+        if (view := request.status_view) is not None:
+            view[request.status_at] = status
+        self._push(request.head, length)
         if not self._publishing:
             self._publishing = True
             self._loop.at_turn_end(self._publish)
 
+    def _complete_logged(self, request: BlkRequest, status: int, length: int) -> None:
+        """The same while the memory is being migrated: what was written is marked."""
+        self._complete(request, status, length)
+        assert self._log is not None
+        self._log.mark_request(request)
+
     def _publish(self) -> None:
+        if not self._publishing:
+            return  # closed meanwhile
         self._publishing = False
-        if self._queue.publish() and self._call_fd is not None:
-            os.eventfd_write(self._call_fd, 1)
+        wants_call = self._queue.publish()
+        if self._log is not None:
+            self._log.mark_ring()
+        if wants_call and self._call_fd is not None:
+            _signal(self._call_fd)
         if self._drained is not None and not self._queue.in_flight:
             self._drained.set()
 
     def arm(self) -> bool:
         """Ask the guest for kicks; True if there are requests already (see `loop.Poller`)."""
-        return self._popping and self._queue.arm()
+        if not self._popping:
+            return False
+        more = self._queue.arm()
+        if self._log is not None:
+            self._log.mark_ring()
+        return more
 
     def disarm(self) -> None:
         """Kicks are not needed for now."""
         if self._popping:
             self._queue.disarm()
+            if self._log is not None:
+                self._log.mark_ring()
 
     def _break(self, reason: str) -> None:
         """The guest broke the ring: it is not served any more; the other rings are."""
-        self._popping = False
         self.is_broken = True
+        self._set_popping()
         if self._error_fd is not None:
-            os.eventfd_write(self._error_fd, 1)
+            _signal(self._error_fd)
         self._broken(reason)
 
     # Control
@@ -110,63 +143,117 @@ class RunningRing:
         """The guest sends no kicks: somebody has to wake the loop."""
         return self._kick_fd is None and self._popping
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not answered."""
+        return self._queue.in_flight
+
     def set_kick(self, fd: int | None) -> None:
         """Wait for `fd` from now on."""
-        _check_eventfd(fd, "kick")
         if self._kick_fd is not None:
             self._loop.remove(self._kick_fd)
-        self._kick_fd = fd
+            self._kick_fd = None
         if fd is not None:
-            # Edge-triggered: the counter need not be read, every write to it is an event.
-            self._loop.add(fd, _kicked, EPOLLIN | EPOLLET)
+            try:
+                # Edge-triggered: the counter need not be read, every write to it is an event.
+                self._loop.add(fd, _kicked, EPOLLIN | EPOLLET)
+            except OSError as error:
+                raise ProtocolError(f"the kick descriptor cannot be waited for: {error}") from error
+            self._kick_fd = fd
         self._loop.wake()
 
     def set_call(self, fd: int | None) -> None:
         """Signal `fd` from now on, and once now: an earlier call may have got lost."""
-        _check_eventfd(fd, "call")
         self._call_fd = fd
         if fd is not None:
-            os.eventfd_write(fd, 1)
+            _signal(fd)
 
     def set_error(self, fd: int | None) -> None:
         """Signal `fd` when the ring breaks; now, if it has."""
-        _check_eventfd(fd, "error")
         self._error_fd = fd
         if fd is not None and self.is_broken:
-            os.eventfd_write(fd, 1)
+            _signal(fd)
+
+    def set_log(self, log: DirtyLog | None) -> None:
+        """Mark what is written from now on in `log`, including for what is in flight."""
+        self._log = log
+        self.complete = self._complete if log is None else self._complete_logged
 
     def suspend(self) -> None:
         """Leave new requests in the ring."""
-        self._popping = False
+        self._suspended = True
+        self._set_popping()
 
     def resume(self) -> None:
         """Serve again."""
-        self._popping = not self.is_broken
-        self._loop.wake()
+        self._suspended = False
+        self._set_popping()
 
-    async def drain(self) -> None:
-        """Pop no more; return when everything popped is published. May be cancelled."""
-        self._popping = False
+    def pause(self) -> None:
+        """Pop no more until `unpause` or `close`, whatever suspend and resume say."""
+        self._stopping = True
+        self._set_popping()
+
+    def unpause(self) -> None:
+        """The end of `pause`."""
+        self._stopping = False
+        self._set_popping()
+
+    def _set_popping(self) -> None:
+        self._popping = not (self._suspended or self._stopping or self.is_broken)
+        if self._popping:
+            self._loop.wake()
+
+    async def drained(self) -> None:
+        """Return when everything popped is published. May be cancelled."""
         while self._queue.in_flight or self._publishing:
             self._drained = trio.Event()
             await self._drained.wait()
 
+    def move(
+        self, memory: GuestMemory, areas: tuple[memoryview, memoryview, memoryview] | None
+    ) -> None:
+        """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
+        and is broken."""
+        if areas is not None:
+            self._queue.use_memory(memory, *areas)
+        elif not self.is_broken:
+            self._break("its memory was taken away")
+
     def close(self) -> int:
-        """Let go of the ring and its descriptors; the base to go on from."""
-        self._popping = False
+        """Let go of the ring and its descriptors; the base to go on from.
+
+        Requests that are still unanswered then are forgotten: their end is not reported to the
+        guest, and nothing is written to the ring or a status byte any more.
+        """
+        self.pause()
+        if self._publishing:
+            self._publish()
+        self.complete = _forget
         self._loop.remove_poller(self)
         if self._kick_fd is not None:
             self._loop.remove(self._kick_fd)
             self._kick_fd = None
         self._call_fd = None
-        return self._queue.base
+        self._error_fd = None
+        self._log = None
+        return self._queue.close()
 
 
 def _kicked(events: int) -> None:
     """A kick says only that a turn is due; `poll` looks at the ring in every turn."""
 
 
-def _check_eventfd(fd: int | None, what: str) -> None:
-    """Raises ProtocolError unless `fd` is an eventfd: writing to anything else could block."""
-    if fd is not None and os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
-        raise ProtocolError(f"the {what} descriptor that the front-end sent is no eventfd")
+def _forget(request: BlkRequest, status: int, length: int) -> None:
+    """The end of a request whose ring was closed before."""
+
+
+def _signal(fd: int) -> None:
+    """Write to an eventfd of the front-end's.
+
+    A full one (EAGAIN) is readable already; one that cannot be written to is its own loss.
+    """
+    try:  # noqa: SIM105 (contextlib.suppress costs as much as the system call)
+        os.eventfd_write(fd, 1)
+    except OSError:
+        pass

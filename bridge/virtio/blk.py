@@ -9,9 +9,9 @@ used length never claims a byte that was not written (§2.7.8.2).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from errno import EOPNOTSUPP
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from bridge.request import (
     DISCARD,
@@ -29,50 +29,75 @@ from bridge.virtio.blk_config import (
     F_DISCARD,
     F_FLUSH,
     F_WRITE_ZEROES,
-    MAX_DISCARD_SECTORS,
     MAX_DISCARD_SEGMENTS,
     SECTOR_BYTES,
     BlkConfig,
 )
 from bridge.virtio.chain import Chain
 
-T_IN = 0
-T_OUT = 1
-T_FLUSH = 4
-T_GET_ID = 8
-T_DISCARD = 11
-T_WRITE_ZEROES = 13
+T_IN: Final = 0
+T_OUT: Final = 1
+T_FLUSH: Final = 4
+T_GET_ID: Final = 8
+T_DISCARD: Final = 11
+T_WRITE_ZEROES: Final = 13
 
-S_OK = 0
-S_IOERR = 1
-S_UNSUPP = 2
+S_OK: Final = 0
+S_IOERR: Final = 1
+S_UNSUPP: Final = 2
 
 ID_BYTES = 20
 
-_HEADER_BYTES = 16
-_unpack_header = struct.Struct("<I4xQ").unpack_from
 _SEGMENT = struct.Struct("<QII")
 _FLAG_UNMAP = 1
+_MAX_RANGES_BYTES = 4096
+"""Far above what 32 segments need; a guest's 4 GiB of them are not joined."""
 
 
 class UsedRing(Protocol):
-    """Where a finished chain goes: the queue it came from."""
+    """Where a finished request goes: the ring it came from."""
 
-    def complete(self, head: int, length: int) -> None:
-        """Chain `head` is finished, `length` bytes of it were written."""
+    def complete(self, request: BlkRequest, status: int, length: int) -> None:
+        """Write the status byte (if there is one) and use the chain, `length` bytes written."""
 
 
 class BlkRequest(Request):
     """A guest's request on its way: a `Request` that knows its chain and its status byte."""
 
-    __slots__ = ("head", "ring", "status", "used_bytes")
+    __slots__ = ("head", "ring", "status_at", "status_view", "used_bytes")
 
-    ring: UsedRing
-    head: int
-    status: memoryview
-    """The one byte that gets the status."""
-    used_bytes: int
-    """The used length if the request succeeds."""
+    def __init__(
+        self,
+        ring: UsedRing,
+        head: int,
+        op: int,
+        offset: int,
+        length: int,
+        buffers: list[memoryview],
+        done: Callable[[Any], None],
+        flags: int,
+        status_view: memoryview | None,
+        status_at: int,
+        used_bytes: int,
+    ) -> None:
+        """`used_bytes` is the used length if the request succeeds."""
+        # All slots in one call: another level of __init__ is 10 % of a request's cost.
+        self.op = op
+        self.offset = offset
+        self.length = length
+        self.buffers = buffers
+        self.done = done
+        self.flags = flags
+        self.owner = None
+        self.error = 0
+        self.cookie = 0
+        self.generation = 0
+        self.progress = 0
+        self.ring = ring
+        self.head = head
+        self.status_view = status_view
+        self.status_at = status_at
+        self.used_bytes = used_bytes
 
 
 class BlkEngine:
@@ -90,6 +115,7 @@ class BlkEngine:
         wrong, so that it is counted and logged once per kind."""
         self.config = config
         self._submit = target.submit
+        self._done = self._finish  # bound once
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._fault = fault
         self._features = 0
@@ -98,8 +124,10 @@ class BlkEngine:
 
     def geometry_changed(self) -> None:
         """The disk below has another size."""
-        self._capacity_sectors = self.config.geometry.capacity_sectors
-        self._read_only = self.config.geometry.read_only
+        geometry = self.config.geometry
+        self._capacity_bytes = geometry.capacity_sectors * SECTOR_BYTES
+        self._read_only = geometry.read_only
+        self._block_mask = geometry.block_size_bytes - 1
 
     def negotiated(self, features: int) -> None:
         """The driver accepted `features`."""
@@ -119,129 +147,126 @@ class BlkEngine:
             durable = not self._features & F_FLUSH
         self._write_flags = FUA if durable else 0
 
-    def start(self, ring: UsedRing, chain: Chain) -> None:
-        """Execute the request in `chain`; `ring.complete` is called when it is finished."""
-        head, readable, writable, fault = chain
-        if not writable:
-            self._fault(fault or "a request without a status byte")
-            ring.complete(head, 0)
-            return
-        # The usual framing first: a header descriptor, data, a status descriptor.
-        status = writable.pop()
-        if len(status) != 1:
-            writable.append(status[:-1])
-            status = status[-1:]
-        if fault is not None:
-            self._refuse(ring, head, status, S_IOERR, fault)
-            return
-        if readable and len(readable[0]) == _HEADER_BYTES:
-            type_, sector = _unpack_header(readable[0])
-            del readable[0]
-        else:
-            header = _take(readable, _HEADER_BYTES)
-            if header is None:
-                self._refuse(ring, head, status, S_IOERR, "a request without a whole header")
-                return
-            type_, sector = _unpack_header(header)
-        request = BlkRequest(READ, 0, 0, writable, self._finish)
-        request.ring = ring
-        request.head = head
-        request.status = status
-        if type_ == T_IN:
-            self._data(request, READ, sector, writable, readable)
-        elif type_ == T_OUT:
-            self._data(request, WRITE, sector, readable, writable)
-        elif type_ == T_FLUSH:
-            self._flush(request)
-        elif type_ == T_GET_ID:
-            self._get_id(request, writable)
-        elif type_ == T_DISCARD and self._features & F_DISCARD:
-            self._ranges(request, DISCARD, readable)
-        elif type_ == T_WRITE_ZEROES and self._features & F_WRITE_ZEROES:
-            self._ranges(request, WRITE_ZEROES, readable)
-        else:
-            self._refuse(ring, head, status, S_UNSUPP, f"request type {type_:#x}")
-
-    def _data(
-        self,
-        request: BlkRequest,
-        op: int,
-        sector: int,
-        buffers: list[memoryview],
-        wrong_way: list[memoryview],
-    ) -> None:
-        """IN and OUT (§5.2.6): `buffers` is the data, `wrong_way` must be empty."""
-        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
-        # In sectors against the capacity first: the guest's 64 bits times 512 mean what they say.
-        count = length // SECTOR_BYTES
-        if (
-            sector > self._capacity_sectors - count
-            or length % SECTOR_BYTES
-            or wrong_way
-            or (op == WRITE and self._read_only)
-        ):
-            if wrong_way:
-                problem = "data that points the wrong way"
-            elif length % SECTOR_BYTES:
-                problem = "data that is no whole number of sectors"
-            elif op == WRITE and self._read_only:
-                problem = "a write to a read-only disk"
+    def start(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
+        """Execute the requests in `chains`; `ring.complete` is called as each is finished."""
+        # One loop over the batch: what it needs of `self` is looked up once.
+        submit = self._submit
+        done = self._done
+        capacity_bytes = self._capacity_bytes
+        block_mask = self._block_mask
+        write_flags = self._write_flags
+        for chain in chains:
+            head, type_, sector, readable, writable, status_view, status_at, _ = chain
+            if type_ == T_IN:
+                buffers = writable
+                wrong_way = readable
+            elif type_ == T_OUT and not self._read_only:
+                buffers = readable
+                wrong_way = writable
             else:
-                problem = "a request past the end of the disk"
-            self._refuse(request.ring, request.head, request.status, S_IOERR, problem)
-            return
-        request.op = op
-        request.offset = sector * SECTOR_BYTES
-        request.length = length
-        request.buffers = buffers
-        if op == READ:
-            request.used_bytes = length + 1
-        else:
-            request.used_bytes = 1
-            request.flags = self._write_flags
-        if length:
-            self._submit(request)
-        else:
-            request.finish(0)
+                self._start_other(ring, chain)
+                continue
+            length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+            # Python's integers do not wrap: the guest's 64 bits mean what they say.
+            offset = sector * SECTOR_BYTES
+            if (
+                offset + length > capacity_bytes
+                or (offset | length) & block_mask
+                or wrong_way
+                or not length
+            ):
+                self._refuse_data(ring, chain, offset, length)
+            elif type_ == T_IN:
+                submit(
+                    BlkRequest(
+                        *(ring, head, READ, offset, length, buffers, done, 0),
+                        *(status_view, status_at, length + 1),
+                    )
+                )
+            else:
+                submit(
+                    BlkRequest(
+                        *(ring, head, WRITE, offset, length, buffers, done, write_flags),
+                        *(status_view, status_at, 1),
+                    )
+                )
 
-    def _flush(self, request: BlkRequest) -> None:
+    def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
+        """Answer an IN or OUT that reaches no disk (virtio 1.3 §5.2.6.2)."""
+        _, type_, _, readable, writable, *_ = chain
+        if writable if type_ == T_OUT else readable:
+            problem = "data that points the wrong way"
+        elif (offset | length) & self._block_mask:
+            problem = "data that is no whole number of blocks"
+        elif offset + length > self._capacity_bytes:
+            problem = "a request past the end of the disk"
+        else:
+            # No data: there is nothing to do and nothing wrong.
+            ring.complete(self._request(ring, chain), S_OK, 1)
+            return
+        self._refuse(ring, chain, S_IOERR, problem)
+
+    def _start_other(self, ring: UsedRing, chain: Chain) -> None:
+        """Everything that is no read and no write that is allowed."""
+        type_ = chain[1]
+        fault = chain[-1]
+        if fault is not None:
+            self._refuse(ring, chain, S_IOERR, fault)
+        elif type_ == T_FLUSH:
+            self._flush(ring, chain)
+        elif type_ == T_GET_ID:
+            self._get_id(ring, chain)
+        elif self._read_only and type_ in (T_OUT, T_DISCARD, T_WRITE_ZEROES):
+            self._refuse(ring, chain, S_IOERR, "a write to a read-only disk")
+        elif type_ == T_DISCARD and self._features & F_DISCARD:
+            self._ranges(ring, chain, DISCARD)
+        elif type_ == T_WRITE_ZEROES and self._features & F_WRITE_ZEROES:
+            self._ranges(ring, chain, WRITE_ZEROES)
+        else:
+            # A guest may send any number here: not one kind of fault for each.
+            known = type_ in (T_DISCARD, T_WRITE_ZEROES)
+            what = "a request that was not negotiated" if known else "an unknown request type"
+            self._refuse(ring, chain, S_UNSUPP, what)
+
+    def _request(self, ring: UsedRing, chain: Chain, op: int = READ) -> BlkRequest:
+        """A request without data; its used length counts the status if no data precedes it."""
+        head, _, _, _, writable, status_view, status_at, _ = chain
+        return BlkRequest(
+            *(ring, head, op, 0, 0, [], self._done, 0),
+            *(status_view, status_at, 0 if writable else 1),
+        )
+
+    def _flush(self, ring: UsedRing, chain: Chain) -> None:
         """FLUSH: the sector and any data are the driver's mistake, and harmless."""
-        if not self.config.geometry.can_flush:
-            self._refuse(
-                request.ring, request.head, request.status, S_UNSUPP, "a flush that was not offered"
-            )
-            return
-        request.op = FLUSH
-        request.buffers = []
-        request.used_bytes = 1
-        self._submit(request)
+        if self.config.geometry.can_flush:
+            self._submit(self._request(ring, chain, FLUSH))
+        else:
+            self._refuse(ring, chain, S_UNSUPP, "a flush that was not offered")
 
-    def _get_id(self, request: BlkRequest, writable: list[memoryview]) -> None:
+    def _get_id(self, ring: UsedRing, chain: Chain) -> None:
         """GET_ID: the serial, NUL-padded to 20 bytes, or as much as there is room for."""
+        writable = chain[4]
         rest = self._serial
-        written = 0
         for view in writable:
             part = rest[: len(view)]
             view[: len(part)] = part
             rest = rest[len(part) :]
-            written += len(part)
+        request = self._request(ring, chain)
+        request.buffers = writable
         room = sum(map(len, writable))
-        # The status byte follows the data; between a short serial and it nothing was written.
-        request.used_bytes = written + 1 if written == room else written
-        request.finish(0)
+        # The status follows the data; between a short serial and it nothing was written.
+        ring.complete(request, S_OK, room + 1 if room <= ID_BYTES else ID_BYTES)
 
-    def _ranges(self, request: BlkRequest, op: int, readable: list[memoryview]) -> None:
+    def _ranges(self, ring: UsedRing, chain: Chain, op: int) -> None:
         """DISCARD and WRITE_ZEROES: every segment is checked before any is executed."""
+        readable = chain[3]
         segments = b"".join(readable) if sum(map(len, readable)) <= _MAX_RANGES_BYTES else b""
         status, problem, parts = self._check_ranges(op, segments)
         if status != S_OK:
-            self._refuse(request.ring, request.head, request.status, status, problem)
+            self._refuse(ring, chain, status, problem)
             return
-        request.op = op
-        request.buffers = []
-        request.used_bytes = 1
+        request = self._request(ring, chain, op)
         request.flags = self._write_flags
-        parts = [part for part in parts if part[1]]
         if not parts:
             request.finish(0)
         elif len(parts) == 1:
@@ -255,42 +280,40 @@ class BlkEngine:
         self, op: int, segments: bytes
     ) -> tuple[int, str, list[tuple[int, int, int]]]:
         """The status for `struct virtio_blk_discard_write_zeroes[]`, why, and the byte ranges."""
-        if self._read_only:
-            return S_IOERR, "a discard or write-zeroes to a read-only disk", []
         if not segments or len(segments) % _SEGMENT.size:
             return S_IOERR, "a discard or write-zeroes without whole segments", []
         if len(segments) > MAX_DISCARD_SEGMENTS * _SEGMENT.size:
             return S_UNSUPP, "more discard or write-zeroes segments than offered", []
         parts = []
         for sector, count, flags in _SEGMENT.iter_unpack(segments):
+            offset = sector * SECTOR_BYTES
+            length = count * SECTOR_BYTES
             if flags & ~_FLAG_UNMAP or (flags and op == DISCARD):
                 return S_UNSUPP, "an unknown discard or write-zeroes flag", []
-            if sector > self._capacity_sectors - count or count > MAX_DISCARD_SECTORS:
+            if offset + length > self._capacity_bytes:
                 return S_IOERR, "a discard or write-zeroes past the end of the disk", []
-            parts.append((sector * SECTOR_BYTES, count * SECTOR_BYTES, MAY_UNMAP if flags else 0))
+            if (offset | length) & self._block_mask:
+                return S_IOERR, "a discard or write-zeroes of no whole number of blocks", []
+            if length:
+                parts.append((offset, length, MAY_UNMAP if flags else 0))
         return S_OK, "", parts
 
-    def _refuse(
-        self, ring: UsedRing, head: int, status: memoryview, value: int, problem: str
-    ) -> None:
+    def _refuse(self, ring: UsedRing, chain: Chain, status: int, problem: str) -> None:
         """Answer a request that reached no disk. The data before the status was not written."""
         self._fault(problem)
-        status[0] = value
-        ring.complete(head, 0)
+        request = self._request(ring, chain)
+        used_bytes = request.used_bytes if request.status_view is not None else 0
+        ring.complete(request, status, used_bytes)
 
     def _finish(self, request: BlkRequest) -> None:
         """The disk is done with `request`: tell the guest."""
         error = request.error
         if not error:
-            request.status[0] = S_OK
-            request.ring.complete(request.head, request.used_bytes)
+            request.ring.complete(request, S_OK, request.used_bytes)
             return
-        request.status[0] = S_UNSUPP if error == EOPNOTSUPP else S_IOERR
-        request.ring.complete(request.head, 0 if request.op == READ else 1)
-
-
-_MAX_RANGES_BYTES = 4096
-"""Far above what 32 segments need; a guest's 4 GiB of them are not joined."""
+        status = S_UNSUPP if error == EOPNOTSUPP else S_IOERR
+        # A read that failed has not filled the data before the status.
+        request.ring.complete(request, status, 0 if request.op == READ else request.used_bytes)
 
 
 class _Segments:
@@ -315,17 +338,3 @@ class _Segments:
         self._left -= 1
         if not self._left:
             self._request.finish(self._error)
-
-
-def _take(views: list[memoryview], count: int) -> bytes | None:
-    """The first `count` bytes of `views`, which keeps the rest; None if there are fewer."""
-    taken = b""
-    while len(taken) < count:
-        if not views:
-            return None
-        first = views.pop(0)
-        wanted = count - len(taken)
-        taken += first[:wanted]
-        if len(first) > wanted:
-            views.insert(0, first[wanted:])
-    return taken

@@ -21,6 +21,21 @@ F_EVENT_IDX = 1 << 29
 F_VERSION_1 = 1 << 32
 F_RING_PACKED = 1 << 34
 
+FEATURE_BITS: dict[str, int] = {
+    "seg_max": F_SEG_MAX,
+    "blk_size": F_BLK_SIZE,
+    "flush": F_FLUSH,
+    "topology": F_TOPOLOGY,
+    "config_wce": F_CONFIG_WCE,
+    "mq": F_MQ,
+    "discard": F_DISCARD,
+    "write_zeroes": F_WRITE_ZEROES,
+    "indirect_desc": F_INDIRECT,
+    "event_idx": F_EVENT_IDX,
+    "ring_packed": F_RING_PACKED,
+}
+"""The features that can be withheld, by the specification's names. VERSION_1 and RO cannot."""
+
 SECTOR_BYTES = 512
 
 SEG_MAX = 126
@@ -59,13 +74,36 @@ class DiskGeometry:
 class BlkConfig:
     """The configuration space of one disk, and the `writeback` byte that a guest may set."""
 
-    def __init__(self, geometry: DiskGeometry, *, num_queues: int) -> None:
+    def __init__(
+        self, geometry: DiskGeometry, *, num_queues: int, withheld_features: int = 0
+    ) -> None:
+        """`withheld_features`: bits that are not offered although they could be. CONFIG_WCE goes
+        with FLUSH, without which it may not be offered (virtio 1.3 §5.2.5.2)."""
+        if withheld_features & F_FLUSH:
+            withheld_features |= F_CONFIG_WCE
         self.geometry = geometry
         self._num_queues = num_queues
-        self.writeback = geometry.can_flush
+        self._withheld = withheld_features
+        self._features = 0
+        self._guest_writeback: bool | None = None
+
+    @property
+    def writeback(self) -> bool:
+        """Whether the disk has a volatile write cache: what the guest wrote last, if anything.
+
+        Otherwise it has one, unless the driver could not flush it (virtio 1.3 §5.2.5.2).
+        """
+        if self._guest_writeback is not None:
+            return self._guest_writeback
+        if self._features & F_CONFIG_WCE and not self._features & F_FLUSH:
+            return False
+        return self.geometry.can_flush and not self._withheld & F_FLUSH
 
     def features(self) -> int:
         """The feature bits that virtio-blk and the rings offer for this disk."""
+        return self._all_features() & ~self._withheld
+
+    def _all_features(self) -> int:
         geometry = self.geometry
         bits = F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_MQ
         if geometry.can_flush:
@@ -125,15 +163,19 @@ class BlkConfig:
                 f"guest wrote {data.hex()} to configuration offset {offset}: only the writeback "
                 f"byte at {_WRITEBACK_OFFSET} may be written, with 0 or 1"
             )
-        if not self.geometry.can_flush:
+        if not self.features() & F_CONFIG_WCE:
             raise ProtocolError("guest wrote writeback, which was not offered")
-        self.writeback = bool(data[0])
+        self._guest_writeback = bool(data[0])
 
     def resize(self, size_bytes: int) -> None:
         """The disk below has another size."""
         self.geometry = replace(self.geometry, size_bytes=size_bytes)
 
     def negotiated(self, features: int) -> None:
-        """Take note of the features the driver accepted (virtio 1.3 §5.2.5.2)."""
-        if features & F_CONFIG_WCE and not features & F_FLUSH:
-            self.writeback = False
+        """Take note of the features the driver accepted."""
+        self._features = features
+
+    def reset(self) -> None:
+        """A new driver starts: what the former one wrote does not count."""
+        self._guest_writeback = None
+        self._features = 0

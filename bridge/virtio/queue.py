@@ -1,0 +1,55 @@
+"""What every kind of virtqueue can do for the ring that runs it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bridge.virtio.chain import Chain
+from bridge.virtio.memory import GuestMemory
+
+
+class VirtQueue(Protocol):
+    """The device's side of a virtqueue, split or packed, tracked in an in-flight region or not.
+
+    The data path is `pop`, `push` and `publish`; `arm` and `disarm` are the device's half of
+    notification suppression.
+    """
+
+    in_flight: int
+    """Chains popped (or recovered) and not yet pushed; never more than the queue has entries."""
+
+    def recovered(self) -> list[Chain]:
+        """The chains that a former process had popped and not answered, in the order in which it
+        popped them; to be executed again before anything else. Asked for once, at the start."""
+
+    def pop(self) -> list[Chain]:
+        """Every chain that is available now, oldest first.
+
+        Raises QueueBroken when the driver broke the ring; chains before that come first.
+        """
+
+    def push(self, head: int, length: int, /) -> None:
+        """Give a chain back, `length` bytes of it written; seen after `publish`."""
+
+    def publish(self) -> bool:
+        """Show the driver all that was pushed; True if it wants to be called."""
+
+    def arm(self) -> bool:
+        """Ask for a kick with the next chain; True if one is there already."""
+
+    def disarm(self) -> None:
+        """Kicks are not needed for now."""
+
+    def use_memory(
+        self,
+        memory: GuestMemory,
+        descriptors: memoryview,
+        driver: memoryview,
+        device: memoryview,
+        /,
+    ) -> None:
+        """The guest's memory was mapped anew, the ring's three areas are these. What was popped
+        keeps its old views."""
+
+    def close(self) -> int:
+        """The end: nothing is written any more. The base to go on from (see RingSetup.base)."""
