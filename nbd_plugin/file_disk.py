@@ -23,7 +23,7 @@ class FileDisk:
 
     def __init__(self, fd: int, *, size_bytes: int, read_only: bool) -> None:
         self._fd = fd
-        self._flush_failed = False
+        self.failed = False
         self.size_bytes = size_bytes
         self.read_only = read_only
         preferred = os.fstat(fd).st_blksize
@@ -51,17 +51,17 @@ class FileDisk:
             done += count
 
     def flush(self) -> None:
-        """fdatasync(2). After a failure every further flush fails too.
+        """fdatasync(2). After a failure every further flush fails too, see `Disk`.
 
         The kernel reports a lost page once and then calls it clean: a second fdatasync would
         succeed although the data is gone.
         """
-        if self._flush_failed:
-            raise PluginError("an earlier flush failed: written data may be lost", errno.EIO)
+        if self.failed:
+            raise PluginError("an earlier flush failed: written data may be lost", errno.ESHUTDOWN)
         try:
             os.fdatasync(self._fd)
         except OSError:
-            self._flush_failed = True
+            self.failed = True
             self.note_loss()
             raise
 

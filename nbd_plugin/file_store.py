@@ -14,7 +14,7 @@ import os
 import stat
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from nbd_plugin import names
@@ -22,10 +22,10 @@ from nbd_plugin.errors import PluginError
 from nbd_plugin.file_disk import FileDisk
 from nbd_plugin.sparse_copy import sparse_copy
 from nbd_plugin.store import VolumeInfo, VolumeState
+from nbd_plugin.volume_state import MAX_STATE_BYTES, parse_state
 
 _STATE_DIR = ".nbd_plugin"
 _LOCK_POLL_S = 0.02
-_MAX_STATE_BYTES = 4096
 
 
 class FileStore:
@@ -43,6 +43,9 @@ class FileStore:
         self._only = only if only is None or names.is_volume_name(only) else "disk"
         if not directory.is_dir():
             raise PluginError(f"directory {directory} does not exist", errno.ENOENT)
+
+    def check(self) -> None:
+        pass
 
     def start(self) -> None:
         pass
@@ -110,9 +113,9 @@ class FileStore:
         # A removed volume of the same name may have left its counters: go on from there, so that
         # nobody mistakes the new contents for the old.
         state = self.load_state(name)
+        number = state.generation + 1
         self.save_state(
-            name,
-            VolumeState(state.generation + 1, state.generation + 1, read_only, state.losses),
+            name, replace(state, generation=number, written=number, read_only=read_only)
         )
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
@@ -160,7 +163,7 @@ class FileStore:
         path = self._state_path(name)
         try:
             with open(path, "rb") as file:
-                return _parse_state(file.read(_MAX_STATE_BYTES + 1))
+                return parse_state(file.read(MAX_STATE_BYTES + 1))
         except FileNotFoundError:
             return VolumeState()
         except ValueError:
@@ -184,7 +187,7 @@ class FileStore:
     def _note_foreign_write(self, disk: VolumeFile) -> None:
         state = disk.load_state()
         number = state.generation + 1
-        disk.save_state(VolumeState(number, number, state.read_only, state.losses))
+        disk.save_state(replace(state, generation=number, written=number))
 
     def _check_still_there(self, fd: int, name: str) -> None:
         """The lock was waited for; meanwhile its holder may have removed the file."""
@@ -233,9 +236,7 @@ class VolumeFile(FileDisk):
 
     def note_loss(self) -> None:
         state = self.load_state()
-        self.save_state(
-            VolumeState(state.generation, state.written, state.read_only, state.losses + 1)
-        )
+        self.save_state(replace(state, losses=state.losses + 1))
 
 
 def lock_file(fd: int, name: str, timeout_s: float) -> None:
@@ -251,18 +252,6 @@ def lock_file(fd: int, name: str, timeout_s: float) -> None:
                     f"volume {name} is open for writing in another process", errno.EBUSY
                 ) from None
             time.sleep(_LOCK_POLL_S)
-
-
-def _parse_state(data: bytes) -> VolumeState:
-    if len(data) > _MAX_STATE_BYTES:
-        raise ValueError("too long")
-    fields = json.loads(data)
-    if not isinstance(fields, dict):
-        raise ValueError("not an object")
-    counters = [fields.get(key, 0) for key in ("generation", "written", "losses")]
-    if not all(type(value) is int and 0 <= value < 2**63 for value in counters):
-        raise ValueError("not a counter")
-    return VolumeState(counters[0], counters[1], fields.get("read_only") is True, counters[2])
 
 
 def _sync_directory(path: Path) -> None:

@@ -30,6 +30,9 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._instance = str(uuid.uuid4())
 
+    def check(self) -> None:
+        pass
+
     def start(self) -> None:
         pass
 

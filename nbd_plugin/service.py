@@ -48,6 +48,8 @@ class Service:
         settings = self._settings
         if settings.store == "memory":
             self._store.create(settings.volume or "memory", settings.size_bytes or 0)
+        elif settings.store == "rbd":
+            self._store.check()
         elif settings.file:
             self._prepare_file(Path(settings.file), settings.size_bytes)
 

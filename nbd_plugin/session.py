@@ -98,6 +98,8 @@ class Session:
         self._mark = threading.Lock()
 
     def admits(self, token: str | None) -> bool:
+        if self.disk is None or self.disk.failed:
+            return False
         return self.is_open and self.shared and token == self.token
 
     def note_write(self) -> None:

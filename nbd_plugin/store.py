@@ -47,6 +47,11 @@ class Disk(Protocol):
 
     size_bytes: int
     read_only: bool
+    failed: bool
+    """A flush failed: acknowledged writes may be gone, and no later flush may say otherwise. Every
+    further one fails with ESHUTDOWN, until the client opens the volume anew and is told by
+    `instance` that it has to send again what was not flushed."""
+
     block_sizes: tuple[int, int, int]
     """Minimum, preferred and maximum, as NBD_INFO_BLOCK_SIZE has them."""
 
@@ -92,6 +97,9 @@ class Store(Protocol):
     """A place with volumes."""
 
     name: str
+
+    def check(self) -> None:
+        """Find out whether `start` will succeed. Called before nbdkit's fork."""
 
     def start(self) -> None:
         """Connect. Called once, in the process that serves (after nbdkit's fork)."""

@@ -1,0 +1,69 @@
+"""A time limit for calls that have none: librbd waits for ever for a lost cluster."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from nbd_plugin.errors import PluginError
+
+_T = TypeVar("_T")
+
+
+class _Call(Generic[_T]):
+    """One call on a thread of its own, and who is to take its outcome."""
+
+    def __init__(self, function: Callable[[], _T], too_late: Callable[[_T], object] | None) -> None:
+        self._function = function
+        self._too_late = too_late
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self.done = threading.Event()
+        self.result: _T | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            result = self._function()
+        except BaseException as error:
+            self.error = error
+        else:
+            with self._lock:
+                self.result = result
+                if not self._abandoned:
+                    self.done.set()
+                    return
+            if self._too_late is not None:
+                self._too_late(result)
+        self.done.set()
+
+    def abandon(self) -> bool:
+        """Nobody waits any more. False if the outcome arrived at the last moment."""
+        with self._lock:
+            if self.done.is_set():
+                return False
+            self._abandoned = True
+            return True
+
+
+def call_within(
+    timeout_s: float,
+    what: str,
+    function: Callable[[], _T],
+    *,
+    too_late: Callable[[_T], object] | None = None,
+) -> _T:
+    """Return what `function` returns, or raise what it raises.
+
+    After `timeout_s` raises PluginError (ETIMEDOUT) naming `what`; the call goes on by itself
+    (it cannot be cancelled), and `too_late` gets what it returns in the end.
+    """
+    call = _Call(function, too_late)
+    threading.Thread(target=call.run, name=f"nbd_plugin: {what}", daemon=True).start()
+    if not call.done.wait(timeout_s) and call.abandon():
+        raise PluginError(f"{what}: no answer in {timeout_s:g} s", errno.ETIMEDOUT)
+    if call.error is not None:
+        raise call.error
+    return call.result  # type: ignore[return-value]

@@ -1,0 +1,297 @@
+"""Volumes as RBD images of one Ceph pool (and namespace)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import rados
+import rbd
+
+from nbd_plugin import names
+from nbd_plugin.deadline import call_within
+from nbd_plugin.errors import PluginError, one_line
+from nbd_plugin.rbd_disk import RbdDisk, load_state
+from nbd_plugin.settings import Settings
+from nbd_plugin.store import VolumeInfo, VolumeState
+
+_T = TypeVar("_T")
+
+_LOCK_RETRY_S = 0.5
+_LOCK_LEAST_S = 1.0
+"""A free lock takes a few milliseconds, one that has to be asked back from a client more."""
+
+_STOP_TIMEOUT_S = 5.0
+
+_FEATURES = (
+    "layering",
+    "exclusive-lock",
+    "object-map",
+    "fast-diff",
+    "deep-flatten",
+)
+
+
+class RbdStore:
+    """The images of a pool; with `image` just that one."""
+
+    name = "rbd"
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._timeout_s = settings.timeout_s
+        self._only = settings.image
+        self._cluster: rados.Rados | None = None
+        self._pool: rados.Ioctx | None = None  # set by start
+        self._process = uuid.uuid4()
+        self._losses: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    # --- the connection to the cluster -------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect and open the pool. Raises PluginError within the time limit."""
+        settings = self._settings
+        options = {"client_mount_timeout": str(max(1, round(self._timeout_s)))}
+        try:
+            cluster = rados.Rados(
+                conffile=settings.conf or rados.Rados.DEFAULT_CONF_FILES,
+                rados_id=settings.id or None,
+                conf=options,
+            )
+        except Exception as error:
+            raise PluginError(
+                f"conf={settings.conf or 'default'}: {one_line(error)}", errno.EINVAL
+            ) from None
+        try:
+            call_within(self._timeout_s, "connecting to the Ceph cluster", cluster.connect)
+        except Exception as error:
+            raise PluginError(
+                f"the Ceph cluster cannot be reached: {one_line(error)}", errno.EIO
+            ) from None
+        self._cluster = cluster
+        self._pool = self._bounded(f"opening pool {settings.pool}", self._open_pool)
+        if self._only:
+            self.open(self._only, read_only=True, timeout_s=0).close()
+
+    def stop(self) -> None:
+        """Disconnect. Gives up after a while: nobody can be told any more."""
+        cluster = self._cluster
+        if cluster is not None:
+            self._cluster = None
+            with contextlib.suppress(PluginError):
+                call_within(_STOP_TIMEOUT_S, "disconnecting", cluster.shutdown)
+
+    def check(self) -> None:
+        """Try `start` in a child process, and raise the PluginError that it would raise.
+
+        For the time before nbdkit's fork: librados' threads do not survive a fork, but a daemon
+        that has forked cannot say any more why it does not start.
+        """
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            self._check_in_child(writer)
+        os.close(writer)
+        try:
+            # More than one step has the time limit.
+            if not select.select([reader], [], [], 2 * self._timeout_s + 2)[0]:
+                os.kill(child, signal.SIGKILL)
+                raise PluginError("the Ceph cluster does not answer", errno.EIO)
+            text = os.read(reader, 4096).decode()
+        finally:
+            os.close(reader)
+            os.waitpid(child, 0)
+        if text != "ok":
+            raise PluginError(text or "librados ended the process", errno.EIO)
+
+    def _check_in_child(self, writer: int) -> None:
+        text = "ok"
+        try:
+            self.start()
+        except BaseException as error:
+            text = one_line(error)
+        finally:
+            os.write(writer, text.encode())
+            os._exit(0)  # and not through nbdkit's exit handlers
+
+    # --- volumes -----------------------------------------------------------------------------
+
+    def default_volume(self) -> str:
+        return self._only
+
+    def list_volumes(self) -> list[VolumeInfo]:
+        if self._only:
+            images = [self._only]
+        else:
+            images = sorted(self._bounded("listing images", lambda: rbd.RBD().list(self._pool)))
+        found = []
+        for name in filter(names.is_volume_name, images):
+            try:
+                disk = self.open(name, read_only=True, timeout_s=0)
+            except PluginError as error:
+                if error.errno == errno.ENOENT:
+                    continue  # removed meanwhile
+                raise
+            found.append(VolumeInfo(name, disk.size_bytes, None, disk.load_state().read_only))
+            disk.close()
+        return found
+
+    def open(self, name: str, *, read_only: bool, timeout_s: float) -> RbdDisk:
+        volume, _, snapshot = self._check(name).partition("@")
+        image = self._open_image(volume, snapshot, read_only=read_only or bool(snapshot))
+        try:
+            if snapshot:
+                read_only = True
+            elif not read_only and load_state(image).read_only:
+                image.close()
+                return self.open(name, read_only=True, timeout_s=timeout_s)
+            if not read_only:
+                self._take_lock(image, name, timeout_s)
+            instance = uuid.uuid5(self._process, f"{name} {self._losses.get(name, 0)}")
+            return RbdDisk(
+                image,
+                read_only=read_only,
+                instance=str(instance),
+                on_loss=lambda: self._note_loss(name),
+            )
+        except BaseException:
+            # In the background: it hangs if what failed was the cluster.
+            threading.Thread(target=image.close, daemon=True).start()
+            raise
+
+    def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
+        self._check(name)
+        features = rbd.RBD().features_from_string(",".join(_FEATURES))
+
+        def make() -> None:
+            rbd.RBD().create(self._pool, name, size_bytes, features=features)
+
+        try:
+            self._bounded(f"creating volume {name}", make)
+        except rbd.ImageExists:
+            raise PluginError(f"volume {name} exists already", errno.EEXIST) from None
+        if read_only:
+            disk = self.open(name, read_only=False, timeout_s=self._timeout_s)
+            disk.save_state(VolumeState(generation=1, written=1, read_only=True))
+            disk.close()
+
+    def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
+        disk = self.open(name, read_only=False, timeout_s=0)
+        try:
+            if disk.read_only:
+                raise PluginError(f"volume {name} is read-only", errno.EROFS)
+            if size_bytes < disk.size_bytes and not shrink:
+                raise PluginError(
+                    f"volume {name} has {disk.size_bytes} bytes: making it smaller loses data"
+                )
+            state = disk.load_state()
+            number = state.generation + 1
+            disk.save_state(replace(state, generation=number, written=number))
+            disk.image.resize(size_bytes)
+        finally:
+            disk.close()
+
+    def remove(self, name: str) -> None:
+        volume, _, snapshot = self._check(name).partition("@")
+        if not snapshot:
+            self.open(volume, read_only=False, timeout_s=0).close()
+        try:
+            if snapshot:
+                image = self._open_image(volume, "", read_only=False)
+                try:
+                    image.remove_snap(snapshot)
+                finally:
+                    image.close()
+            else:
+                rbd.RBD().remove(self._pool, volume)
+        except rbd.ImageHasSnapshots:
+            raise PluginError(f"volume {name} has snapshots: remove them first") from None
+        except rbd.ImageBusy:
+            raise PluginError(f"volume {name} is open", errno.EBUSY) from None
+        except rbd.ImageNotFound:
+            raise PluginError(f"volume {name} does not exist", errno.ENOENT) from None
+
+    def snapshot(self, name: str, snapshot: str) -> None:
+        disk = self.open(name, read_only=False, timeout_s=0)
+        try:
+            disk.image.create_snap(snapshot)
+        except rbd.ImageExists:
+            raise PluginError(f"volume {name}@{snapshot} exists already", errno.EEXIST) from None
+        finally:
+            disk.close()
+
+    # --- helpers -----------------------------------------------------------------------------
+
+    def _check(self, name: str) -> str:
+        names.check_volume_name(name)
+        if self._only and name.partition("@")[0] != self._only:
+            raise PluginError(f"volume {name} does not exist", errno.ENOENT)
+        return name
+
+    def _open_pool(self) -> rados.Ioctx:
+        assert self._cluster is not None
+        try:
+            pool = self._cluster.open_ioctx(self._settings.pool)
+        except rados.ObjectNotFound:
+            raise PluginError(f"pool {self._settings.pool} does not exist", errno.ENOENT) from None
+        if self._settings.namespace:
+            pool.set_namespace(self._settings.namespace)
+        return pool
+
+    def _open_image(self, volume: str, snapshot: str, *, read_only: bool) -> rbd.Image:
+        def opened() -> rbd.Image:
+            return rbd.Image(self._pool, volume, snapshot=snapshot or None, read_only=read_only)
+
+        try:
+            return call_within(
+                self._timeout_s, f"opening volume {volume}", opened, too_late=rbd.Image.close
+            )
+        except rbd.ImageNotFound:
+            shown = f"{volume}@{snapshot}" if snapshot else volume
+            raise PluginError(
+                f"volume {shown} does not exist in pool {self._settings.pool}", errno.ENOENT
+            ) from None
+
+    def _take_lock(self, image: rbd.Image, name: str, timeout_s: float) -> None:
+        """Take the exclusive lock and keep it: nobody else's request makes librbd hand it over.
+
+        A holder that died is waited for and shut out (blocklisted) by librbd itself.
+        """
+        if not image.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
+            raise PluginError(
+                f"volume {name} lacks the exclusive-lock feature: "
+                f"rbd feature enable {self._settings.pool}/{name} exclusive-lock"
+            )
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(deadline - time.monotonic(), _LOCK_LEAST_S)
+            try:
+                call_within(
+                    left_s,
+                    f"locking volume {name}",
+                    lambda: image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE),
+                )
+                return
+            except (rbd.ReadOnlyImage, rbd.ImageBusy, PluginError):
+                if time.monotonic() >= deadline:
+                    raise PluginError(
+                        f"volume {name} is open for writing by another Ceph client", errno.EBUSY
+                    ) from None
+            time.sleep(_LOCK_RETRY_S)
+
+    def _bounded(self, what: str, function: Callable[[], _T]) -> _T:
+        return call_within(self._timeout_s, what, function)
+
+    def _note_loss(self, name: str) -> None:
+        with self._lock:
+            self._losses[name] = self._losses.get(name, 0) + 1

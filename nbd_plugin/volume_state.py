@@ -1,0 +1,27 @@
+"""The remembered state of a volume as text, the same for every store."""
+
+from __future__ import annotations
+
+import json
+
+from nbd_plugin.store import VolumeState
+
+MAX_STATE_BYTES = 4096
+
+
+def parse_state(data: bytes) -> VolumeState:
+    """From JSON. Raises ValueError for anything that `json.dumps(asdict(state))` cannot be."""
+    if len(data) > MAX_STATE_BYTES:
+        raise ValueError("too long")
+    fields = json.loads(data)
+    if not isinstance(fields, dict):
+        raise ValueError("not an object")
+    counters = [fields.get(key, 0) for key in ("generation", "written", "losses")]
+    if not all(type(value) is int and 0 <= value < 2**63 for value in counters):
+        raise ValueError("not a counter")
+    return VolumeState(
+        generation=counters[0],
+        written=counters[1],
+        read_only=fields.get("read_only") is True,
+        losses=counters[2],
+    )
