@@ -1,0 +1,63 @@
+# A disk that is used for a while and kept: run it again and it finds what it left.
+#
+# guest_seconds: how long to write at least; guest_files: how many files, over and over;
+# guest_mib: the size of each. An ext4 file system is made when there is none. SUMS has the MD5
+# of every file that was completely written and synced; it is computed from the source of the
+# bytes, not from the disk.
+
+disk=/dev/vda
+seconds=${guest_seconds:-10} files=${guest_files:-8} mib=${guest_mib:-8}
+
+wait_disk vda
+report sectors="$(cat /sys/block/vda/size)"
+report write_cache="$(cat /sys/block/vda/queue/write_cache)"
+mount -t tmpfs none /tmp
+dd if=/dev/urandom of=/tmp/random bs=1M count="$mib" 2>/dev/null
+
+if [ "$(dd if=$disk bs=1 skip=1080 count=2 2>/dev/null | hexdump -e '2/1 "%02x"')" != 53ef ]; then
+    timed mkfs 0 /bin/mke2fs -q -F -t ext4 -E lazy_itable_init=0,lazy_journal_init=0 $disk
+    report made=yes
+fi
+mount -t ext4 -o discard $disk /mnt || fail mount
+cd /mnt
+if [ -s SUMS ]; then
+    timed verify_found 0 md5sum -cs SUMS
+    report found="$(wc -l <SUMS)"
+fi
+
+# content ROUND: random bytes, no two rounds with the same byte at the same place.
+content() {
+    shift_bytes=$(( $1 * 4099 % (mib << 20) + 1 ))
+    { dd bs=$shift_bytes count=1 of=/tmp/skipped; cat; cat /tmp/skipped; } </tmp/random 2>/dev/null
+}
+
+# check FILE: what the disk has is what SUMS says; from the disk, not from memory.
+check() {
+    echo 3 >/proc/sys/vm/drop_caches
+    grep " $1\$" SUMS | md5sum -cs || fail "$1 has other bytes than were written"
+}
+
+# errors: what the kernel said about the disk.
+errors() { dmesg | grep -Ei 'I/O error|EXT4-fs (error|warning)|remounting|Buffer I/O' | head -n 3; }
+
+round=0
+end=$(( $(now_ms) + seconds * 1000 ))
+while [ "$(now_ms)" -lt $end ]; do
+    round=$(( round + 1 ))
+    name=file$(( round % files ))
+    sum=$(content $round | tee "$name.new" | md5sum) || fail "write $name"
+    sync "$name.new" || fail "sync $name"
+    { grep -v " $name\$" SUMS 2>/dev/null; echo "${sum%% *}  $name"; } >/tmp/SUMS
+    mv "$name.new" "$name" && cp /tmp/SUMS SUMS && sync || fail "rename $name"
+    [ $(( round % 4 )) != 0 ] || check file$(( (round + files / 2) % (round < files ? round : files) ))
+    report round=$round
+done
+cd / && umount /mnt || fail umount
+timed fsck 0 sh -c "/bin/e2fsck -fn $disk >/tmp/e2fsck 2>&1"
+mount -t ext4 -o ro $disk /mnt || fail "second mount"
+cd /mnt
+timed verify $(( files * mib * 1024 )) md5sum -cs SUMS
+report files="$(wc -l <SUMS)"
+cd / && umount /mnt || fail "second umount"
+said=$(errors)
+[ -z "$said" ] || fail "the kernel said: $said"

@@ -1,0 +1,107 @@
+"""The bridge container's first process: settings, then `nbd-bridge serve`.
+
+Every setting is an environment variable of docker/README.md's table.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from environment import SettingError, choice, number, run, size, switch, text
+
+SOCKET_FOLDER = Path("/run/nbd-bridge")
+CACHE_FOLDER = Path("/var/cache/nbd-bridge")
+CERTIFICATES = Path("/certificates/client")
+
+_NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"
+_NAME_HINT = "letters, digits and _ . + -"
+
+
+def main() -> None:
+    command = ["nbd-bridge", "serve", server_uri(), *options()]
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise SettingError(f"cannot run {command[0]}: {error.strerror}") from None
+
+
+def volume_name() -> str:
+    """The volume; the socket is called after it. Raises SettingError."""
+    return text("NBD_VOLUME", "disk", pattern=_NAME_PATTERN, hint=_NAME_HINT)
+
+
+def socket_path() -> Path:
+    """Where the virtual machine connects. Raises SettingError."""
+    return SOCKET_FOLDER / f"{volume_name()}.sock"
+
+
+def server_uri() -> str:
+    """NBD_URI, or the storage service's volume with the certificates that it made.
+
+    Raises SettingError.
+    """
+    if uri := text("NBD_URI", ""):
+        if urlsplit(uri).scheme not in ("nbd", "nbds", "nbd+unix", "nbds+unix"):
+            raise SettingError(f"NBD_URI={uri[:200]!r} does not start with nbd:// or nbds://")
+        return uri
+    if not switch("NBD_TLS", "on"):
+        return f"nbd://storage/{volume_name()}"
+    for name in ("ca-cert.pem", "client-cert.pem", "client-key.pem"):
+        if not os.access(CERTIFICATES / name, os.R_OK):
+            raise SettingError(
+                f"{CERTIFICATES / name} cannot be read by user {os.getuid()}, group {os.getgid()}: "
+                "the storage makes it at its first start, or mount your own"
+            )
+    return f"nbds://storage/{volume_name()}?tls-certificates={quote(str(CERTIFICATES))}"
+
+
+def options() -> list[str]:
+    """The options of `nbd-bridge serve`. Raises SettingError."""
+    check_folder(SOCKET_FOLDER)
+    chosen = [
+        f"--socket-path={socket_path()}",
+        "--num-queues=" + number("BRIDGE_NUM_QUEUES", "1"),
+        "--block-size=" + choice("BRIDGE_BLOCK_SIZE", "512", ("512", "1024", "2048", "4096")),
+        "--flush-interval=" + number("BRIDGE_FLUSH_INTERVAL", "60"),
+        "--poll-us=" + number("BRIDGE_POLL_US", "32"),
+        "--log-level=" + choice("BRIDGE_LOG_LEVEL", "info", ("debug", "info", "warning", "error")),
+        "--log-format=" + choice("BRIDGE_LOG_FORMAT", "text", ("text", "json")),
+    ]
+    if serial := text("BRIDGE_SERIAL", "", pattern=r"[!-~]{0,20}", hint="at most 20 characters"):
+        chosen.append(f"--serial={serial}")
+    if switch("BRIDGE_READ_ONLY", "off"):
+        chosen.append("--read-only")
+    return chosen + cache_options()
+
+
+def cache_options() -> list[str]:
+    """The local cache's options. Raises SettingError."""
+    mode = choice("BRIDGE_CACHE_MODE", "off", ("off", "writethrough", "writeback"))
+    if mode == "off":
+        return []
+    check_folder(CACHE_FOLDER)
+    return [
+        f"--cache-mode={mode}",
+        f"--cache-dir={CACHE_FOLDER}",
+        "--cache-size=" + size("BRIDGE_CACHE_SIZE", "1G"),
+    ]
+
+
+def check_folder(folder: Path) -> None:
+    """Raises SettingError, with the remedy, when we may not make files in `folder`."""
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        if not folder.is_dir():
+            raise SettingError(f"{folder} is not there: mount a volume at it")
+        owner = folder.stat().st_uid
+        raise SettingError(
+            f"{folder} belongs to user {owner}, user {os.getuid()} cannot write it: "
+            f"chown {os.getuid()} it, or set BRIDGE_UID={owner}"
+        )
+
+
+if __name__ == "__main__":
+    sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    run("bridge", main)

@@ -1,0 +1,94 @@
+"""The guest container's first process: a small Linux in QEMU that uses the disk and reports.
+
+What it prints on its console is this container's log; the exit status is 0 after PASS. Every
+setting is an environment variable of docker/README.md's table.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import trio
+from environment import SettingError, choice, number, run, text
+
+from bridge.demo.accelerator import choose_accelerator
+from bridge.demo.guest import Guest, open_guest
+from bridge.demo.qemu import GuestConfig, VhostUserDisk
+from bridge.errors import ConfigError
+
+KERNEL = Path("/opt/guest/kernel")
+INITRD = Path("/opt/guest/initrd")
+SOCKET_FOLDER = Path("/run/nbd-bridge")
+
+_NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"
+_SHOW_EVERY_S = 0.2
+
+
+def main() -> None:
+    limit_s = float(number("GUEST_LIMIT", "600"))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            passed = trio.run(run_guest, Path(folder), limit_s)
+        except* ConfigError as group:
+            raise SettingError(str(group.exceptions[0])) from None
+    sys.exit(0 if passed else 1)
+
+
+async def run_guest(folder: Path, limit_s: float) -> bool:
+    """Boot, show the console, tell whether the guest said PASS. Raises ConfigError."""
+    accelerator = choice("GUEST_ACCELERATOR", "auto", ("auto", "kvm", "tcg"))
+    if accelerator == "auto":
+        accelerator = await choose_accelerator(KERNEL, INITRD, folder)
+    config = guest_config(accelerator)
+    print(f"guest: starting, {accelerator}, disk {config.disks[0].socket}", flush=True)
+    log = folder / "console"
+    async with open_guest(config, log) as guest:
+        with trio.move_on_after(limit_s) as scope:
+            await show_console(guest, log)
+    if scope.cancelled_caught:
+        print(f"guest: not finished after {limit_s:.0f} s", flush=True)
+        return False
+    if not guest.report.passed:
+        print(f"guest: {guest.report.reason}", flush=True)
+    return guest.report.passed
+
+
+def guest_config(accelerator: str) -> GuestConfig:
+    """The virtual machine. Raises SettingError."""
+    volume = text("NBD_VOLUME", "disk", pattern=_NAME_PATTERN, hint="letters, digits and _ . + -")
+    words: dict[str, str | int] = {
+        "guest_script": text("GUEST_SCRIPT", "use", pattern="[a-z_]{1,40}", hint="a script's name"),
+        "guest_seconds": number("GUEST_SECONDS", "10"),
+        "guest_mib": number("GUEST_MIB", "8"),
+        "guest_files": number("GUEST_FILES", "8"),
+    }
+    return GuestConfig(
+        # Tried again every second: the guest lives on when the bridge is restarted.
+        disks=[VhostUserDisk(SOCKET_FOLDER / f"{volume}.sock", reconnect_s=1)],
+        kernel=KERNEL,
+        initrd=INITRD,
+        words=words,
+        accelerator=accelerator,
+        memory_mib=int(float(number("GUEST_MEMORY_MIB", "256"))),
+    )
+
+
+async def show_console(guest: Guest, log: Path) -> None:
+    """Copy the console to standard output until the guest has ended."""
+    with log.open("rb") as console:
+        while True:
+            ended = guest.ended
+            if data := console.read():
+                sys.stdout.write(data.decode(errors="replace").replace("\r", ""))
+                sys.stdout.flush()
+            if ended:
+                return
+            await trio.sleep(_SHOW_EVERY_S)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HOME", "/tmp")
+    run("guest", main)
