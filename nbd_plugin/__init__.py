@@ -6,6 +6,7 @@
     names.py         export names: volume, snapshot, session
     session.py       who may write a volume, and when
     store.py         the seam: stores have volumes, a volume opens as a disk
+    keepalive.py     vanished clients
     file_store.py    volumes as sparse files       file_disk.py    a disk on a file descriptor
     memory_store.py  volumes in memory             fallocate.py    holes
     rbd_store.py     volumes as Ceph RBD images

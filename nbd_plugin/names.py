@@ -6,6 +6,8 @@
     VOLUME@session=TOKEN       a connection of the session TOKEN
     VOLUME@session=TOKEN,connection=N
                                its connection number N: a new one replaces the old one
+    VOLUME@session=TOKEN,client=ID
+                               a session of the client ID: it replaces that client's older one
 
 An empty VOLUME means the default volume.
 """
@@ -24,7 +26,7 @@ MAX_NAME_CHARS = 128
 # shell, a log line or an NBD URI would have to quote.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 _TOKEN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_CONNECTION = re.compile(r"[0-9]{1,4}")
+_VALUES = {"session": _TOKEN, "client": _TOKEN, "connection": re.compile(r"[0-9]{1,4}")}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ExportName:
     read_only: bool = False
     session: str | None = None
     connection: int | None = None
+    client: str | None = None
 
 
 def is_volume_name(name: str) -> bool:
@@ -67,16 +70,22 @@ def parse_export_name_untrusted(name: str) -> ExportName:
         return ExportName(volume, read_only=True)
     if "=" not in suffix:
         return ExportName(check_volume_name(name), read_only=True)
-    session: str | None = None
-    connection: int | None = None
+    return _with_session(volume, suffix, shown=repr(name[:300]))
+
+
+def _with_session(volume: str, suffix: str, *, shown: str) -> ExportName:
+    values: dict[str, str] = {}
     for item in suffix.split(","):
         key, _, value = item.partition("=")
-        if key == "session" and session is None and _TOKEN.fullmatch(value):
-            session = value
-        elif key == "connection" and connection is None and _CONNECTION.fullmatch(value):
-            connection = int(value)
-        else:
-            raise PluginError(f"export name {name[:300]!r}: {item[:100]!r} is not understood")
-    if session is None:
-        raise PluginError(f"export name {name[:300]!r} has a connection but no session")
-    return ExportName(volume, session=session, connection=connection)
+        pattern = _VALUES.get(key)
+        if pattern is None or key in values or pattern.fullmatch(value) is None:
+            raise PluginError(f"export name {shown}: {item[:100]!r} is not understood")
+        values[key] = value
+    if "session" not in values:
+        raise PluginError(f"export name {shown} has no session=")
+    return ExportName(
+        volume,
+        session=values["session"],
+        connection=int(values["connection"]) if "connection" in values else None,
+        client=values.get("client"),
+    )

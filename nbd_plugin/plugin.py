@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import nbdkit
 
-from nbd_plugin import thread_state
+from nbd_plugin import keepalive, thread_state
 from nbd_plugin.errors import PluginError, nbd_errno, one_line
 from nbd_plugin.service import Service
 from nbd_plugin.session import Handle
@@ -103,6 +103,7 @@ def open(readonly: bool) -> Handle:
         handle = _service.open(nbdkit.export_name(), read_only=readonly)
     except Exception as error:
         _fail(error)
+    keepalive.enable()
     thread_state.keep()
     return handle
 

@@ -17,6 +17,9 @@ Which connections form a session:
 - `VOLUME@session=TOKEN,connection=N` replaces an earlier connection N of that session: the
   earlier one is **revoked** (each further request gets ESHUTDOWN) and its requests in flight are
   waited for. So one connection of many can be replaced while the old one still looks alive.
+- `VOLUME@session=TOKEN,client=ID` replaces, in the same way, the whole earlier session of the
+  client ID (a name that no other client uses): after a network failure the server may believe in
+  the old connections for long.
 
 Waiting is bounded by `fence_timeout`; then the newcomer is refused (EBUSY), or, with
 `fence=takeover`, the session that is in its way is revoked, drained and ended.
@@ -86,9 +89,10 @@ class Handle:
 class Session:
     """A writable session. `disk` and `generation` are set once it is open."""
 
-    def __init__(self, fence: Fence, token: str | None, *, shared: bool) -> None:
+    def __init__(self, fence: Fence, name: ExportName, *, shared: bool) -> None:
         self.fence = fence
-        self.token = token
+        self.token = name.session
+        self.client = name.client
         self.shared = shared
         self.is_open = False
         self.disk: Disk | None = None
@@ -134,9 +138,12 @@ class Fence:
             while (session := self._session) is not None:
                 if session.admits(name.session):
                     return self._join(session, name, deadline)
+                if session.is_open and name.client is not None and name.client == session.client:
+                    self._break(session, deadline)
+                    continue
                 if not self._changed.wait(deadline - time.monotonic()):
                     self._break_or_refuse(timeout_s)
-            session = self._session = Session(self, name.session, shared=shared)
+            session = self._session = Session(self, name, shared=shared)
         return self._begin(session, name, deadline, open_disk)
 
     def leave(self, handle: Handle) -> None:
@@ -217,12 +224,19 @@ class Fence:
                 f"({len(session.handles)} connections); waited {timeout_s:g} s",
                 errno.EBUSY,
             )
-        self._revoke(session.handles, time.monotonic() + timeout_s)
+        self._break(session, time.monotonic() + timeout_s)
+
+    def _break(self, session: Session, deadline: float) -> None:
+        """End a session whose connections are still there. Called with the lock held."""
+        self._revoke(session.handles, deadline)
         session.is_open = False
         session.handles.clear()
         assert session.disk is not None
-        session.disk.close()
-        self._session = None
+        try:
+            session.disk.close()
+        finally:
+            self._session = None
+            self._changed.notify_all()
 
     def _end(self, session: Session) -> None:
         assert session.disk is not None
