@@ -15,7 +15,6 @@ from pathlib import Path
 
 import trio
 
-from bridge.demo.guest import end_process
 from bridge.errors import BridgeError, ConfigError
 
 _START_LIMIT_S = 20.0
@@ -34,9 +33,25 @@ class Server:
     """A running server process that listens on a unix socket."""
 
     name: str
-    process: trio.Process
+    process: subprocess.Popen[bytes]
     socket: Path
     log_path: Path
+
+    async def wait(self) -> int:
+        """The exit status, once the process has ended."""
+        if self.process.poll() is None:
+            fd = os.pidfd_open(self.process.pid)
+            try:
+                await trio.lowlevel.wait_readable(fd)
+            finally:
+                os.close(fd)
+        return self.process.wait()
+
+    async def kill(self) -> None:
+        """SIGKILL, and wait until it is gone; nothing happens when it is gone already."""
+        self.process.kill()
+        with trio.CancelScope(shield=True):
+            await self.wait()
 
     async def stop(self) -> None:
         """SIGTERM, and wait for the end.
@@ -44,12 +59,11 @@ class Server:
         Raises ServerFailed when it takes too long (it is killed then) or ends with a status
         other than 0.
         """
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         with trio.move_on_after(_STOP_LIMIT_S):
-            await self.process.wait()
-        if self.process.returncode is None:
-            await end_process(self.process)
+            await self.wait()
+        if self.process.poll() is None:
+            await self.kill()
             raise ServerFailed(f"{self.name} did not stop within {_STOP_LIMIT_S:.0f} s of SIGTERM")
         if self.process.returncode != 0:
             raise ServerFailed(
@@ -67,22 +81,49 @@ async def running(
 ) -> AsyncIterator[Server]:
     """Run `command` until the block ends; enters once `socket` is there.
 
-    Stops it with SIGTERM when the block ends well and has not done so itself; kills it when the
-    block fails or is cancelled. Raises ServerFailed as `Server.stop` does, or when it does not
+    Stops it with SIGTERM when the block ends well, unless that was done; kills it when the block
+    fails or is cancelled. Raises ServerFailed as `Server.stop` does, or when it does not
     start.
     """
-    with log_path.open("ab") as log:
-        process = await trio.lowlevel.open_process(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment()
-        )
-    server = Server(name, process, socket, log_path)
+    server = Server(name, _start(command, log_path), socket, log_path)
     try:
         await _wait_listening(server)
         yield server
         await server.stop()
     finally:
-        if process.returncode is None:
-            await end_process(process)
+        await server.kill()
+
+
+@asynccontextmanager
+async def watched(*servers: Server) -> AsyncIterator[None]:
+    """The block is cancelled, and ServerFailed raised, when one of `servers` ends meanwhile."""
+    dead: list[Server] = []
+
+    async def watch(server: Server, scope: trio.CancelScope) -> None:
+        await server.wait()
+        dead.append(server)
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for server in servers:
+            nursery.start_soon(watch, server, nursery.cancel_scope)
+        yield
+        nursery.cancel_scope.cancel()
+    for server in dead:
+        status = server.process.returncode
+        raise ServerFailed(f"{server.name} ended by itself (status {status}): {server.said()}")
+
+
+def _start(command: Sequence[str], log_path: Path) -> subprocess.Popen[bytes]:
+    """Start `command` from this very thread.
+
+    nbdkit in the foreground ends with its parent (PR_SET_PDEATHSIG), and to Linux the parent is
+    the thread: trio's own way starts processes from a worker thread that is gone after 10 s idle.
+    """
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment()
+        )
 
 
 def _environment() -> dict[str, str]:
@@ -94,7 +135,6 @@ def _environment() -> dict[str, str]:
 async def _wait_listening(server: Server) -> None:
     with trio.move_on_after(_START_LIMIT_S):
         while not server.socket.is_socket():
-            # poll() and not wait(): the server is expected to live.
             if server.process.poll() is not None:
                 raise ServerFailed(f"{server.name} did not start: {server.said()}")
             await trio.sleep(_LOOK_EVERY_S)
@@ -118,7 +158,7 @@ def nbdkit_command(image: Path, socket: Path, *, size: str, plugin: Path = PLUGI
     if not plugin.exists():
         raise ConfigError(f"no nbdkit plugin at {plugin}: run from the project's source folder")
     return [
-        nbdkit, "--foreground", "--exit-with-parent", "--unix", str(socket),
+        nbdkit, "--foreground", "--unix", str(socket),
         "python", str(plugin), f"file={image}", f"size={size}",
     ]  # fmt: skip
 

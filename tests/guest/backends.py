@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ async def nbdkit_on(image: Path, folder: Path) -> AsyncIterator[str]:
     """nbdkit with our plugin serving `image`; its NBD URI."""
     need("nbdkit")
     socket = folder / "nbd.sock"
-    command = nbdkit_command(image, socket, size=str(image.stat().st_size))
+    command = nbdkit_command(image, socket, size=str(os.stat(image).st_size))
     async with running("nbdkit", command, socket, folder / "nbdkit.log"):
         yield f"nbd+unix:///?socket={socket}"
 

@@ -122,7 +122,9 @@ def _assemble(parts: list[_Part]) -> bytes:
 def _size(part: _Part) -> int:
     if isinstance(part, bytes):
         return len(part)
-    return 0 if isinstance(part, _Label) else len(part.opcode) + (1 if isinstance(part, _Jump) else 2)
+    return (
+        0 if isinstance(part, _Label) else len(part.opcode) + (1 if isinstance(part, _Jump) else 2)
+    )
 
 
 def _word(value: int) -> bytes:

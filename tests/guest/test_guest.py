@@ -1,5 +1,7 @@
 """A real Linux guest in QEMU (software emulation), on the bridge and on a peer of it."""
 
+import os
+import signal
 from pathlib import Path
 
 from bridge.demo.demo import DemoConfig, run_demo
@@ -106,3 +108,26 @@ async def test_demo_passes_with_every_check(machine: GuestMachine, folder: Path)
     assert result.failures == []
     assert result.files_right == 2
     assert result.boots["boot 1"].values["write_cache"] == "write back"
+
+
+async def test_demo_without_a_guest_passes_with_every_check(folder: Path) -> None:
+    need("nbdkit")
+
+    result = await run_demo(DemoConfig(total_mib=8, disk_mib=32, guest=False), folder=folder)
+
+    assert result.failures == []
+    assert result.boots["front-end"].values["written_chunks"] == "4"
+
+
+async def test_demo_notices_a_server_that_dies(folder: Path) -> None:
+    need("nbdkit")
+
+    def say(line: str) -> None:
+        if line.startswith("bridge "):
+            os.kill(int(line.split("process ")[1].rstrip(")")), signal.SIGKILL)
+
+    result = await run_demo(
+        DemoConfig(total_mib=8, disk_mib=32, guest=False), folder=folder, say=say
+    )
+
+    assert any("bridge ended" in failure for failure in result.failures)
