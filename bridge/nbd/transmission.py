@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import errno
 from itertools import count
+from struct import Struct
 from typing import Final
 
 from bridge.errors import ProtocolError
@@ -64,6 +65,7 @@ _pack_request = p.REQUEST.pack
 _pack_extended = p.EXTENDED_REQUEST.pack
 _unpack_simple = p.SIMPLE_REPLY.unpack_from
 _unpack_chunk = p.CHUNK.unpack_from
+_unpack_data_chunk = Struct(">IHHQIQ").unpack_from
 _unpack_extended = p.EXTENDED_CHUNK.unpack_from
 _unpack_offset = p.U64.unpack_from
 
@@ -91,6 +93,7 @@ class Transmission:
         "_view",
         "early",
         "generation",
+        "has_payload",
         "output",
         "pending",
         "received_bytes",
@@ -105,6 +108,8 @@ class Transmission:
         self.pending: dict[int, Request] = {}
         self.output: list[bytes | memoryview] = []
         """Headers and payloads to be sent, in this order."""
+        self.has_payload = False
+        """Something in the output is not a header."""
         self.sending = False
         """The owner has output that the socket did not take yet."""
         self.early: list[Request] = []
@@ -146,6 +151,7 @@ class Transmission:
             self.output.append(_pack_request(0x25609513, 0, 0, cookie, request.offset, length))
         elif op == WRITE:
             output = self.output
+            self.has_payload = True
             output.append(
                 _pack_request(
                     0x25609513, request.flags & 1, 1, cookie, request.offset, request.length
@@ -182,6 +188,7 @@ class Transmission:
             )
         )
         if op == WRITE:
+            self.has_payload = True
             self.output += request.buffers
 
     def disconnect(self) -> None:
@@ -290,6 +297,13 @@ class Transmission:
                     self._long_reads -= 1
                 request.generation = self.generation
                 request.finish(0)
+            elif request.op == 1 and not (error or self.sending):  # WRITE
+                start += 16
+                del pending[cookie]
+                if not request.flags & 1:
+                    self.unflushed += 1
+                request.generation = self.generation
+                request.finish(0)
             else:
                 start += 16
                 self._answered(request, error)
@@ -300,51 +314,78 @@ class Transmission:
         staging = self._staging
         view = self._view
         pending = self.pending
-        while True:
-            start = self._start
-            end = self._end
-            if end - start < 16:
-                return
-            magic, error, cookie = _unpack_simple(staging, start)
-            request = pending.get(cookie)
-            if request is None or (magic != 0x668E33EF and magic != 0x67446698):
-                raise self._bad_reply(magic, cookie)
-            if magic == 0x67446698:
-                if request.op == READ or request.op == BLOCK_STATUS:
-                    raise ProtocolError("server sent a simple reply to a command with payload")
-                self._start = start + 16
-                self._answered(request, error)
-                continue
-            if end - start < 20:
-                return
-            _, flags, kind, _, length = _unpack_chunk(staging, start)
-            if kind == 1:  # OFFSET_DATA
-                if end - start < 28:
-                    return
-                # The whole read in one chunk, all of it here: the usual case.
-                stop = start + 20 + length
-                if (
-                    flags & 1
-                    and stop <= end
-                    and length == request.length + 8
-                    and request.op == 0
-                    and _unpack_offset(staging, start + 20)[0] == request.offset
-                    and cookie not in self._assemblies
+        start = self._start
+        end = self._end
+        while end - start >= 16:
+            if end - start >= 28:
+                # One look at the fields of both kinds of reply; the two usual cases first.
+                magic, flags, kind, cookie, length, offset = _unpack_data_chunk(staging, start)
+                request = pending.get(cookie)
+                if request is None:
+                    raise self._bad_reply(magic, cookie)
+                if magic == 0x668E33EF:
+                    stop = start + 20 + length
+                    if (
+                        kind == 1
+                        and flags & 1
+                        and stop <= end
+                        and length == request.length + 8
+                        and request.op == 0
+                        and offset == request.offset
+                        and cookie not in self._assemblies
+                    ):
+                        # A whole read in one chunk, all of it here.
+                        buffers = request.buffers
+                        if len(buffers) == 1:
+                            buffers[0][:] = view[start + 28 : stop]
+                        else:
+                            scatter(buffers, 0, view[start + 28 : stop])
+                        start = stop
+                        del pending[cookie]
+                        if length >= 32776:
+                            self._long_reads -= 1
+                        request.generation = self.generation
+                        request.finish(0)
+                        continue
+                elif (
+                    magic == 0x67446698 and request.op == 1 and not (flags or kind or self.sending)
                 ):
-                    buffers = request.buffers
-                    if len(buffers) == 1:
-                        buffers[0][:] = view[start + 28 : stop]
-                    else:
-                        scatter(buffers, 0, view[start + 28 : stop])
-                    self._start = stop
+                    # A write is done.
+                    start += 16
                     del pending[cookie]
-                    if length >= 32776:
-                        self._long_reads -= 1
+                    if not request.flags & 1:
+                        self.unflushed += 1
                     request.generation = self.generation
                     request.finish(0)
                     continue
-            if not self._chunk(request, flags, kind, length, 20):
+            self._start = start
+            if not self._reply():
                 return
+            start = self._start
+            end = self._end
+        self._start = start
+        self._end = end
+
+    def _reply(self) -> bool:
+        """Take the simple reply or chunk at the start of the staging buffer, of any kind.
+
+        False if more bytes are needed.
+        """
+        start = self._start
+        magic, error, cookie = _unpack_simple(self._staging, start)
+        request = self.pending.get(cookie)
+        if request is None or magic not in (_STRUCTURED, _SIMPLE):
+            raise self._bad_reply(magic, cookie)
+        if magic == _SIMPLE:
+            if request.op == READ or request.op == BLOCK_STATUS:
+                raise ProtocolError("server sent a simple reply to a command with payload")
+            self._start = start + 16
+            self._answered(request, error)
+            return True
+        if self._end - start < 20:
+            return False
+        _, flags, kind, _, length = _unpack_chunk(self._staging, start)
+        return self._chunk(request, flags, kind, length, 20)
 
     def _parse_extended(self) -> None:
         staging = self._staging

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import trio
@@ -140,6 +140,13 @@ async def status(client: Client, offset: int, length: int) -> list[tuple[int, in
     assert error == 0, os.strerror(error)
     assert isinstance(waiter.request, StatusRequest)
     return waiter.request.extents
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that has no event of its own."""
+    with trio.fail_after(30):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.001)
 
 
 def cut(data: bytearray, pieces: int) -> list[memoryview]:

@@ -37,6 +37,7 @@ from tests.nbd.helpers import (
     start,
     status,
     unix_uri,
+    until,
     write,
 )
 
@@ -201,7 +202,7 @@ async def test_server_error_fails_one_request_only(settings: ServerSettings) -> 
 
 async def test_long_requests_are_split_at_the_maximum_payload(settings: ServerSettings) -> None:
     settings.block_sizes = (512, 4096, 65536)
-    async with served(1 << 20, settings) as (client, server, disk):
+    async with served(1 << 20, settings) as (client, server, _disk):
         server.commands = []
         data = pattern(0, 300_032)
         assert await write(client, 1024, data, pieces=2) == 0
@@ -252,7 +253,7 @@ async def test_large_minimum_block_any_sector_range_is_exact(block: int) -> None
     random = Random(block)
     settings = ServerSettings(block_sizes=(block, max(block, 4096), 1 << 20))
     size = 1 << 20
-    async with served(size, settings) as (client, server, disk):
+    async with served(size, settings) as (client, _server, disk):
         shadow = bytearray(size)
         for round_ in range(60):
             offset = random.randrange(size // 512) * 512
@@ -348,8 +349,7 @@ async def test_misbehaving_server_is_left_and_requests_survive(fault: dict[str, 
         for i in range(10):
             data = bytearray(4096)
             waiters.append((start(client, READ, i * 4096, 4096, [memoryview(data)]), i, data))
-        while client.generation == 1 and client.connected:
-            await trio.sleep(0.005)
+        await until(lambda: not (client.generation == 1 and client.connected))
         for name in fault:
             setattr(faults, name, False if name == "stall" else None)
         for waiter, i, data in waiters:
@@ -361,21 +361,19 @@ async def test_misbehaving_server_is_left_and_requests_survive(fault: dict[str, 
 async def test_server_shutting_down_is_left_in_order_and_requests_are_sent_again() -> None:
     """Obligation 23: ESHUTDOWN means a soft disconnect, and it is no answer."""
     faults = Faults(shutting_down=True)
-    async with served(faults=faults) as (client, server, disk):
+    async with served(faults=faults) as (client, _server, disk):
         waiter = start(client, WRITE, 0, 512, [memoryview(b"a" * 512)])
-        while client.generation < 2:
-            await trio.sleep(0.005)
+        await until(lambda: client.generation >= 2)
         faults.shutting_down = False
         assert await waiter.wait() == 0
         assert disk.data[:512] == b"a" * 512
 
 
 async def test_new_requests_while_down_wait_for_the_server() -> None:
-    async with served() as (client, server, disk):
+    async with served() as (client, server, _disk):
         server.faults.refuse_connections = True
         server.cut()
-        while client.connected:
-            await trio.sleep(0.001)
+        await until(lambda: not client.connected)
         waiter = start(client, WRITE, 0, 512, [memoryview(b"b" * 512)])
         await trio.sleep(0.05)
         assert not waiter.finished.is_set()
@@ -389,14 +387,12 @@ async def test_reconnect_timeout_fails_requests_until_the_server_is_back() -> No
     async with served(options=options) as (client, server, _):
         server.faults.refuse_connections = True
         server.cut()
-        while client.connected:
-            await trio.sleep(0.001)
+        await until(lambda: not client.connected)
         assert await write(client, 0, bytes(512)) == errno.EIO
         assert client.session.given_up
         assert await write(client, 0, bytes(512)) == errno.EIO
         server.faults.refuse_connections = False
-        while not client.connected:
-            await trio.sleep(0.005)
+        await until(lambda: client.connected)
         assert await write(client, 0, bytes(512)) == 0
 
 
@@ -406,8 +402,7 @@ async def test_export_grown_while_away_is_reported() -> None:
         client.on_export_changed = lambda export: seen.append(export.size_bytes)
         disk.resize(2 << 20)
         server.cut()
-        while client.generation < 2:
-            await trio.sleep(0.001)
+        await until(lambda: client.generation >= 2)
         assert seen == [2 << 20]
         assert await write(client, (2 << 20) - 512, bytes(512)) == 0
 
@@ -424,8 +419,7 @@ async def test_export_worse_after_reconnect_is_not_used(change: str) -> None:
             server.settings = replace(good, flags=good.flags & ~TransmissionFlags.SEND_FLUSH)
         server.cut()
         connections = server.connections_total
-        while server.connections_total < connections + 2:  # it keeps trying
-            await trio.sleep(0.001)
+        await until(lambda: server.connections_total >= connections + 2)
         waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
         await trio.sleep(0.02)
         assert not waiter.finished.is_set()
@@ -436,17 +430,16 @@ async def test_export_worse_after_reconnect_is_not_used(change: str) -> None:
 
 async def test_flush_after_crash_with_unflushed_writes_fails_once() -> None:
     """Trap 14: QEMU's client says OK here, and the data is gone."""
-    async with served(volatile=True) as (client, server, disk):
+    async with served(volatile=True) as (client, server, _disk):
         assert await write(client, 0, b"a" * 512) == 0
         server.crash()
-        while client.generation < 2:
-            await trio.sleep(0.001)
+        await until(lambda: client.generation >= 2)
         assert await do(client, FLUSH) == errno.EIO
         assert await do(client, FLUSH) == 0
 
 
 async def test_flush_in_flight_when_the_server_crashes_fails() -> None:
-    async with served(volatile=True) as (client, server, disk):
+    async with served(volatile=True) as (client, server, _disk):
         assert await write(client, 0, b"a" * 512) == 0
         server.faults.stall = True
         waiter = start(client, FLUSH, 0, 0, [])
@@ -461,31 +454,28 @@ async def test_flush_after_crash_with_everything_flushed_succeeds() -> None:
         assert await write(client, 0, b"a" * 512) == 0
         assert await do(client, FLUSH) == 0
         server.crash()
-        while client.generation < 2:
-            await trio.sleep(0.001)
+        await until(lambda: client.generation >= 2)
         assert await do(client, FLUSH) == 0
         assert disk.data[:512] == b"a" * 512
 
 
 async def test_flush_after_reconnect_to_the_same_instance_succeeds() -> None:
     settings = ServerSettings(description="disk instance=abc session=yes")
-    async with served(settings=settings) as (client, server, disk):
+    async with served(settings=settings) as (client, server, _disk):
         assert await write(client, 0, b"a" * 512) == 0
         server.cut()
-        while client.generation < 2:
-            await trio.sleep(0.001)
+        await until(lambda: client.generation >= 2)
         assert await do(client, FLUSH) == 0
 
 
 async def test_layer_that_keeps_unflushed_writes_is_told_and_flush_succeeds() -> None:
-    async with served(volatile=True) as (client, server, disk):
+    async with served(volatile=True) as (client, server, _disk):
         client.keeps_unflushed = True
         told: list[int] = []
         client.on_reconnect = lambda: told.append(client.generation)
         assert await write(client, 0, b"a" * 512) == 0
         server.crash()
-        while client.generation < 2:
-            await trio.sleep(0.001)
+        await until(lambda: client.generation >= 2)
         assert told == [2]
         assert await do(client, FLUSH) == 0
 
@@ -512,8 +502,7 @@ async def test_close_while_the_server_is_away_fails_what_waits() -> None:
     async with served() as (client, server, _):
         server.faults.refuse_connections = True
         server.cut()
-        while client.connected:
-            await trio.sleep(0.001)
+        await until(lambda: not client.connected)
         waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
         await client.close()
         assert await waiter.wait() == errno.EIO
@@ -603,7 +592,7 @@ async def test_stale_write_with_grace_does_not_overwrite_newer_data() -> None:
 async def test_stale_write_no_grace_with_a_fencing_server() -> None:
     options = replace(FAST, request_timeout_s=0.1, stale_write_grace_s=3600)
     settings = ServerSettings(description="volume=x session=yes instance=1")
-    async with served(settings=settings, options=options) as (client, server, disk):
+    async with served(settings=settings, options=options) as (client, server, _disk):
         server.faults.stall = True
         first = start(client, WRITE, 0, 512, [memoryview(b"A" * 512)])
         await trio.sleep(0.02)
