@@ -1,0 +1,39 @@
+"""Copying between a request's buffers and one flat range of bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def slices(buffers: list[memoryview], start: int, length: int) -> list[memoryview]:
+    """The parts of `buffers` that are the bytes `start` … `start + length`."""
+    if len(buffers) == 1:
+        return [buffers[0][start : start + length]]
+    found = []
+    for buffer in buffers:
+        size = len(buffer)
+        if start < size:
+            part = buffer[start : start + length]
+            found.append(part)
+            length -= len(part)
+            if not length:
+                break
+            start = 0
+        else:
+            start -= size
+    return found
+
+
+def scatter(buffers: list[memoryview], start: int, source: Any) -> None:
+    """Copy `source` into `buffers` from byte `start` on."""
+    at = 0
+    for part in slices(buffers, start, len(source)):
+        part[:] = source[at : at + len(part)]
+        at += len(part)
+
+
+def gather(buffers: list[memoryview], start: int, target: Any, position: int, length: int) -> None:
+    """Copy the bytes `start` … `start + length` of `buffers` to `target[position …]`."""
+    for part in slices(buffers, start, length):
+        target[position : position + len(part)] = part
+        position += len(part)

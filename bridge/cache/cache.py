@@ -1,0 +1,258 @@
+"""The cache: a `Target` over another one. Hits are served inside `submit()`.
+
+`Cache` joins the parts; what each of them guarantees is said there. The fast path is here: a
+read of blocks that are all `ready`, a write to blocks that are all `open`, within one granule.
+Both are one look-up, one bit test, one copy and the completion. Everything else goes to `reads`,
+`store`, `flush` or `exclusive`.
+
+The cache has no task and no clock: whoever drives it calls `tick()` at `next_deadline()`, which
+may move to an earlier time whenever `woken` is called.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from bridge.request import (
+    BLOCK_STATUS,
+    DISCARD,
+    FLUSH,
+    PREFETCH,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
+
+from .backend import Backend, Stats
+from .cold import Cold, InlineCold
+from .eviction import UP, Evictor
+from .exclusive import Exclusives
+from .fetch import Fetcher
+from .file import MappedImage
+from .flush import Flusher
+from .index import Index
+from .layout import BITS
+from .options import Options
+from .ranges import Ranges
+from .readahead import Readahead
+from .reads import Reads
+from .slots import Slots
+from .store import Store
+from .writeback import Writeback
+
+
+class Cache:
+    """One disk's cache over `backend`, in `image`.
+
+    `clock` returns seconds of a monotonic clock; `call_at_turn_end(callback)` has `callback`
+    called once, after what is being submitted now; `cold` runs reads that would block.
+    Raises ValueError when the index of `image` is damaged.
+    """
+
+    def __init__(
+        self,
+        image: MappedImage,
+        backend: Backend,
+        options: Options,
+        *,
+        clock: Callable[[], float],
+        call_at_turn_end: Callable[[Callable[[], None]], None],
+        cold: Cold | None = None,
+    ) -> None:
+        self.options = options
+        self.stats = stats = Stats()
+        self._image = image
+        self._backend = backend
+        self._clock = clock
+        cold = cold or InlineCold()
+        index = self.index = Index(image)
+        self.size_bytes = index.geometry.disk_bytes
+        evictor = self._evictor = Evictor(index.slots)
+        slots = self._slots = Slots(index, evictor)
+        turn_end = call_at_turn_end
+        self._fetcher = Fetcher(index, slots, backend, options, stats, turn_end)
+        self._writeback = Writeback(index, backend, options, stats, clock, turn_end)
+        self._flusher = Flusher(index, self._writeback, backend, options, stats, clock)
+        self._exclusives = Exclusives(
+            index, slots, self._fetcher, self._writeback, self._flusher, backend
+        )
+        self._readahead = Readahead(index, self._fetcher, options, stats)
+        self._reads = Reads(
+            index, image, slots, self._fetcher, self._exclusives, self._readahead, cold, stats
+        )
+        self._store = Store(
+            index,
+            image,
+            slots,
+            self._fetcher,
+            self._exclusives,
+            self._writeback,
+            self._flusher,
+            backend,
+            cold,
+            options,
+            stats,
+            turn_end,
+        )
+        self._ranges = Ranges(index, self._exclusives, backend, options, self.submit)
+        index.cleaned = slots.cleaned
+        slots.unpinned = self._store.wake
+        self._flusher.ended = self._store.wake
+        self._exclusives.ended = self._store.wake
+        self._writeback.landed = self._store.wake
+        self._residency_due = clock() + options.residency_s
+        # What the fast path touches, flat.
+        self._shift = index.granule_shift
+        self._block_shift = index.block_shift
+        self._block_up = index.block_bytes - 1
+        self._within = index.granule_bytes - 1
+        self._bucket_mask = index.bucket_mask
+        self._head = index.head
+        self._granule_of = index.granule_of
+        self._ready = index.ready
+        self._open = index.open
+        self._data = index.data
+        self._touched = evictor.touched
+        self._adopt(index.load())
+
+    def _adopt(self, dirty: list[int]) -> None:
+        """Take over the slots that were found in the file."""
+        index, evictor = self.index, self._evictor
+        granule_of, state = index.granule_of, index.state
+        for slot in range(1, index.slots + 1):
+            if state[slot]:
+                evictor.admit(slot, granule_of[slot])
+        for slot in dirty:
+            self._writeback.enqueue(slot)
+        if dirty:
+            self._flusher.arm()
+
+    def submit(self, request: Request) -> None:
+        """Start `request`; a hit is finished when this returns. Never raises, never blocks."""
+        op = request.op
+        if op <= WRITE:
+            offset = request.offset
+            granule = offset >> self._shift
+            slot = self._head[granule & self._bucket_mask]
+            if self._granule_of[slot] == granule:
+                # A range that leaves the granule has bits that no granule has.
+                within = offset & self._within
+                length = request.length
+                shift = self._block_shift
+                bits = (1 << (within + length + self._block_up >> shift)) - (1 << (within >> shift))
+                if op:
+                    if bits & ~self._open[slot] == 0 and not request.flags:
+                        at = (slot << self._shift) + within
+                        buffers = request.buffers
+                        if len(buffers) == 1:
+                            self._data[at : at + length] = buffers[0]
+                        else:
+                            data = self._data
+                            for buffer in buffers:
+                                end = at + len(buffer)
+                                data[at:end] = buffer
+                                at = end
+                        self._touched[slot] = UP[self._touched[slot]]
+                        self.stats.write_hits += 1
+                        request.error = 0
+                        request.done(request)
+                        return
+                elif bits & ~self._ready[slot] == 0:
+                    at = (slot << self._shift) + within
+                    buffers = request.buffers
+                    if len(buffers) == 1:
+                        buffers[0][:] = self._data[at : at + length]
+                    else:
+                        data = self._data
+                        for buffer in buffers:
+                            end = at + len(buffer)
+                            buffer[:] = data[at:end]
+                            at = end
+                    self._touched[slot] = UP[self._touched[slot]]
+                    self.stats.read_hits += 1
+                    request.error = 0
+                    request.done(request)
+                    return
+        self._submit_slowly(request)
+
+    def _submit_slowly(self, request: Request) -> None:
+        op, length = request.op, request.length
+        if op == FLUSH:
+            self._flusher.request(_FlushRequest(request))
+        elif length <= 0 or request.offset < 0 or request.offset + length > self.size_bytes:
+            request.finish(0 if length == 0 else errno.EINVAL)
+        elif op == READ:
+            self._reads.read(request)
+        elif op == WRITE:
+            self._store.write(request)
+        elif op == PREFETCH:
+            self._reads.prefetch(request)
+        elif op == DISCARD:
+            self._ranges.discard(request)
+        elif op == WRITE_ZEROES:
+            self._ranges.write_zeroes(request)
+        elif op == BLOCK_STATUS:
+            self._backend.submit(request)
+        else:
+            request.finish(errno.EOPNOTSUPP)
+
+    def backend_reconnected(self) -> None:
+        """The connection was replaced: call this after `backend.generation` was raised and
+        before unanswered requests are sent again."""
+        self._writeback.unflushed = True
+        self._writeback.lost()
+        if self.index.dirty_slots:
+            self._flusher.arm()
+
+    def next_deadline(self) -> float | None:
+        """When `tick()` has something to do, on the clock of the constructor; None: not before
+        the next `woken`."""
+        due = self._flusher.due if not self._flusher.running else None
+        other = self._writeback.next_deadline()
+        if due is None or (other is not None and other < due):
+            due = other
+        return due
+
+    def tick(self, now: float) -> None:
+        """Do what is due: the flush timer, write-out by age."""
+        self._flusher.tick(now)
+        self._writeback.tick(now)
+
+    @property
+    def woken(self) -> Callable[[], None]:
+        """Called when `next_deadline()` may have moved to an earlier time."""
+        return self._writeback.woken
+
+    @woken.setter
+    def woken(self, callback: Callable[[], None]) -> None:
+        self._writeback.woken = callback
+
+    def drop_clean(self) -> int:
+        """Forget every clean block (somebody else changed the image); returns how many blocks.
+
+        Fetches in flight are not filled in either. Dirty blocks stay.
+        """
+        index = self.index
+        before = index.valid_blocks
+        for granule in list(self._fetcher.fetching):
+            self._fetcher.overtaken(granule, BITS)
+        for slot in range(1, index.slots + 1):
+            if index.state[slot]:
+                clean = index.valid(slot) & ~index.dirty(slot)
+                if clean:
+                    self._slots.drop(slot, clean)
+        return before - index.valid_blocks
+
+
+class _FlushRequest:
+    """A guest's FLUSH waiting for a flush."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def flushed(self, error: int) -> None:
+        self._request.finish(error)

@@ -1,0 +1,91 @@
+"""Reads of cached blocks that are not in the page cache any more.
+
+A page fault would stop the whole loop for as long as the disk takes. So a block that is not
+believed resident is read with RWF_NOWAIT, and when that would wait, by a thread; the loop hears
+of the end through an eventfd. Measured here, 4 KiB, random, resident: copy out of the map 0.8 us,
+preadv with RWF_NOWAIT 1.7 us, mincore 2.2 us, pwritev 21-26 us against 0.7 us for a store into
+the map; hence the map for what is believed resident, and `preadv` only to find out.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+_THREADS = 4
+"""Cold reads at a time: enough to keep a disk's queue filled, few enough to be cheap."""
+
+Job = Callable[[], None]
+Done = Callable[[int], None]
+
+
+class Cold(Protocol):
+    """Who runs a job that may wait for a disk."""
+
+    def run(self, job: Job, done: Done) -> None:
+        """Run `job` somewhere; then call `done(0 or errno)` on the loop."""
+
+
+class InlineCold:
+    """Runs jobs at once: for tests, and for tools that have no loop."""
+
+    def run(self, job: Job, done: Done) -> None:
+        done(attempt(job))
+
+
+class ThreadedCold:
+    """A few threads; add `fd` to the loop and call `collect` when it is readable."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._jobs: queue.SimpleQueue[tuple[Job, Done] | None] = queue.SimpleQueue()
+        self._finished: deque[tuple[Done, int]] = deque()
+        self._threads: list[threading.Thread] = []
+        self.outstanding = 0
+
+    def run(self, job: Job, done: Done) -> None:
+        self.outstanding += 1
+        if len(self._threads) < min(_THREADS, self.outstanding):
+            thread = threading.Thread(target=self._work, name="cold-read", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put((job, done))
+
+    def collect(self, events: int = 0) -> None:
+        """Call `done` of everything that has ended: the loop's callback for `fd`."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return
+        while self._finished:
+            done, error = self._finished.popleft()
+            self.outstanding -= 1
+            done(error)
+
+    def close(self) -> None:
+        """End the threads; jobs that have not begun are forgotten."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        os.close(self.fd)
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, done = item
+            self._finished.append((done, attempt(job)))
+            os.eventfd_write(self.fd, 1)
+
+
+def attempt(job: Job) -> int:
+    """Run `job`; 0 or the errno it failed with."""
+    try:
+        job()
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0

@@ -1,0 +1,181 @@
+"""Discard and write-zeroes, ordered against everything else on the same range.
+
+While one is in progress on a range, nothing else changes that range: writes to it and reads of
+absent blocks wait, its dirty blocks are not sent, fetches in flight are overtaken. It waits for
+the write-outs in flight there, then goes to the server, and when the server did it (not before:
+a failed discard must lose nothing) the cached blocks of the range are dropped, dirty or not.
+Reads of cached blocks go on meanwhile and return the old content.
+
+Write-zeroes is complete only when durable (FUA, or a flush of the same connection generation):
+nothing of it is kept that could be sent again after the server lost power.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bridge.request import DISCARD, FLUSH, FUA, MAY_UNMAP, Request
+
+from .backend import Backend
+from .fetch import Fetcher
+from .flush import Flusher
+from .index import Index
+from .slots import Slots
+from .writeback import Ticket, Writeback
+
+
+class Exclusive(Ticket):
+    """One discard or write-zeroes in progress; a ticket for the write-outs before it."""
+
+    __slots__ = ("_ready", "done", "end", "first", "flags", "generation", "op", "waiting")
+
+    def __init__(
+        self,
+        op: int,
+        first: int,
+        end: int,
+        flags: int,
+        done: Callable[[int], None],
+        ready: Callable[[Exclusive], None],
+    ) -> None:
+        super().__init__(fua=False)
+        self.op = op
+        self.first = first
+        self.end = end
+        self.flags = flags
+        self.done = done
+        self.generation = 0
+        self._ready = ready
+        self.waiting: list[Callable[[], None]] = []
+        """What is to be tried again when this one has ended."""
+
+    def settled(self) -> None:
+        self._ready(self)
+
+
+class Exclusives:
+    """All discards and write-zeroes of one cache. Ranges are `first` … `end` in blocks."""
+
+    def __init__(
+        self,
+        index: Index,
+        slots: Slots,
+        fetcher: Fetcher,
+        writeback: Writeback,
+        flusher: Flusher,
+        backend: Backend,
+    ) -> None:
+        self._index = index
+        self._slots = slots
+        self._fetcher = fetcher
+        self._writeback = writeback
+        self._flusher = flusher
+        self._backend = backend
+        self._shift = index.granule_shift - index.block_shift
+        self.active: list[Exclusive] = []
+        self.ended: Callable[[], None] = _nothing
+        """Called when one ended: dirty slots may have become free."""
+
+    def start(self, op: int, first: int, end: int, flags: int, done: Callable[[int], None]) -> None:
+        """Discard or zero the blocks `first` … `end`; `done(errno)` when that has happened."""
+        self._begin(Exclusive(op, first, end, flags, done, self._ready))
+
+    def overlapping(self, first: int, end: int) -> Exclusive | None:
+        """One that is in progress on any of the blocks `first` … `end`, or None."""
+        for each in self.active:
+            if each.first < end and first < each.end:
+                return each
+        return None
+
+    def _begin(self, each: Exclusive) -> None:
+        before = self.overlapping(each.first, each.end)
+        if before is not None:
+            before.waiting.append(lambda: self._begin(each))
+            return
+        self.active.append(each)
+        self._writeback.is_held = self._is_held
+        for slot in self._slots_of(each):
+            self._index.open[slot] = 0
+        self._fetcher.overtaken_range(each.first, each.end)
+        each.pending = 1
+        shift = self._index.block_shift
+        self._writeback.wait_for_flying(each.first << shift, each.end << shift, each)
+        each.release()
+
+    def _is_held(self, granule: int) -> bool:
+        first = granule << self._shift
+        return self.overlapping(first, first + (1 << self._shift)) is not None
+
+    def _slots_of(self, each: Exclusive) -> list[int]:
+        """The slots with blocks of the range, by whichever way is shorter."""
+        index = self._index
+        first, end = each.first >> self._shift, (each.end - 1 >> self._shift) + 1
+        if end - first <= index.slots:
+            return [slot for granule in range(first, end) if (slot := index.find(granule))]
+        return [
+            slot
+            for slot in range(1, index.slots + 1)
+            if index.state[slot] and first <= index.granule_of[slot] < end
+        ]
+
+    def _ready(self, each: Exclusive) -> None:
+        """Nothing is in flight on the range: to the server."""
+        shift = self._index.block_shift
+        offset = each.first << shift
+        length = min(each.end << shift, self._index.geometry.disk_bytes) - offset
+        flags = each.flags & MAY_UNMAP
+        if each.op != DISCARD and self._backend.can_fua:
+            flags |= FUA
+        elif each.op == DISCARD:
+            flags = each.flags & FUA if self._backend.can_fua else 0
+        each.generation = self._backend.generation
+        self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
+
+    def _replied(self, request: Request) -> None:
+        each: Exclusive = request.owner
+        if not request.flags & FUA:
+            self._writeback.unflushed = True
+        if request.error or request.flags & FUA or not self._backend.can_flush:
+            self._end(each, request.error)
+        elif each.op == DISCARD and not each.flags & FUA:
+            self._end(each, 0)
+        else:
+            each.generation = request.generation
+            self._backend.submit(Request(FLUSH, 0, 0, [], self._flushed, owner=each))
+
+    def _flushed(self, request: Request) -> None:
+        each: Exclusive = request.owner
+        lost = not request.generation == each.generation == self._backend.generation
+        if lost and not request.error:
+            self._ready(each)
+        else:
+            self._end(each, request.error)
+
+    def _end(self, each: Exclusive, error: int) -> None:
+        if not error:
+            self._drop(each)
+        # Reads of absent blocks waited, but a fetch may have been asked for before that.
+        self._fetcher.overtaken_range(each.first, each.end)
+        self.active.remove(each)
+        if not self.active:
+            self._writeback.is_held = None
+        self._flusher.writes += 1
+        self._flusher.arm()
+        self._writeback.unhold()
+        waiting, each.waiting = each.waiting, []
+        for again in waiting:
+            again()
+        each.done(error)
+        self.ended()
+
+    def _drop(self, each: Exclusive) -> None:
+        per_granule = 1 << self._shift
+        for slot in self._slots_of(each):
+            base = self._index.granule_of[slot] << self._shift
+            low = max(each.first - base, 0)
+            high = min(each.end - base, per_granule)
+            self._slots.drop(slot, (1 << high) - (1 << low))
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

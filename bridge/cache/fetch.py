@@ -1,0 +1,263 @@
+"""Reads from the server: merged misses, and filling the cache with what they bring.
+
+A fetch is one run of absent blocks. Everyone who needs one of them waits for the same fetch.
+Fetches asked for within a turn are merged into one READ when they are adjacent, and land in
+private buffers: what is copied into the cache never was in the guest's hands.
+
+A write, discard or write-zeroes that completes while a fetch of the same block is in flight
+*overtakes* it: the block of that fetch is stale, it is not filled and nobody new may wait for it.
+Those who waited already asked before the write completed, so the old bytes are right for them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from bridge.request import READ, Request
+
+from .backend import Backend, Stats
+from .index import Index
+from .options import Options
+from .slots import Slots
+
+
+class Waiter(Protocol):
+    """Who waits for a fetch."""
+
+    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
+        """The blocks `first` … `end` are in `view`, unless `error` is an errno."""
+
+
+class Fetch:
+    """The blocks `first` … `end` of the disk, on their way from the server."""
+
+    __slots__ = ("buffer", "end", "first", "sent", "stale", "waiters")
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first = first
+        self.end = end
+        self.stale = 0
+        """Bit i: block `first + i` was overtaken."""
+        self.buffer = bytearray()
+        self.waiters: list[tuple[Waiter, int, int]] = []
+        """Who waits, and for which blocks: the others may have newer content elsewhere."""
+        self.sent = False
+
+
+class Fetcher:
+    """All fetches of one cache."""
+
+    def __init__(
+        self,
+        index: Index,
+        slots: Slots,
+        backend: Backend,
+        options: Options,
+        stats: Stats,
+        call_at_turn_end: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._index = index
+        self._slots = slots
+        self._backend = backend
+        self._stats = stats
+        self._call_at_turn_end = call_at_turn_end
+        self._block_shift = index.block_shift
+        self._shift = index.granule_shift - index.block_shift
+        self._run_blocks = max(1, options.fetch_run_bytes >> index.block_shift)
+        self._budget_blocks = max(self._run_blocks, options.fetch_bytes >> index.block_shift)
+        self._blocks_in_flight = 0
+        self._pending: deque[Fetch] = deque()
+        self._scheduled = False
+        self.fetching: dict[int, list[Fetch]] = {}
+        """Granule → the fetches, sent or not, that have blocks of it."""
+
+    @property
+    def busy(self) -> bool:
+        """True when reads in flight use up their memory: no time for read-ahead."""
+        return bool(self._pending) or self._blocks_in_flight * 2 > self._budget_blocks
+
+    def need(self, first: int, end: int, waiter: Waiter | None) -> int:
+        """See to it that the absent blocks `first` … `end` come; returns how often
+        `waiter.fetched()` will be called."""
+        count = 0
+        at = gap = first
+        while at < end:
+            limit = min(end, ((at >> self._shift) + 1) << self._shift)
+            fetch, until = self._covering(at, limit)
+            if fetch is not None:
+                count += self._start_runs(gap, at, waiter)
+                if waiter is not None:
+                    count += _attach(fetch, at, until, waiter)
+                gap = until
+            at = until
+        return count + self._start_runs(gap, end, waiter)
+
+    def overtaken(self, granule: int, bits: int) -> None:
+        """Blocks of `granule` have newer content than any fetch in flight will bring."""
+        for fetch in self.fetching.get(granule, ()):
+            offset = (granule << self._shift) - fetch.first
+            relative = bits << offset if offset >= 0 else bits >> -offset
+            fetch.stale |= relative & (1 << fetch.end - fetch.first) - 1
+
+    def overtaken_range(self, first: int, end: int) -> None:
+        """The same for the blocks `first` … `end`."""
+        for granule in list(self.fetching):
+            base = granule << self._shift
+            low = max(first - base, 0)
+            high = min(end - base, 1 << self._shift)
+            if low < high:
+                self.overtaken(granule, (1 << high) - (1 << low))
+
+    def _covering(self, at: int, limit: int) -> tuple[Fetch | None, int]:
+        """The fetch that brings block `at`, or None, and the block up to which that is so.
+
+        `limit` is at most the end of the granule of `at`.
+        """
+        for fetch in self.fetching.get(at >> self._shift, ()):
+            if at < fetch.first:
+                limit = min(limit, fetch.first)
+            elif at < fetch.end:
+                stale = fetch.stale >> at - fetch.first
+                if stale & 1:
+                    # Another fetch may have been started for this block alone.
+                    limit = min(limit, at + 1)
+                    continue
+                until = min(limit, fetch.end)
+                if stale:
+                    until = min(until, at + (stale & -stale).bit_length() - 1)
+                return fetch, until
+        return None, limit
+
+    def _start_runs(self, first: int, end: int, waiter: Waiter | None) -> int:
+        """Start fetches for blocks that nothing brings yet; returns how many."""
+        count = 0
+        while first < end:
+            until = min(end, first + self._run_blocks)
+            fetch = self._start(first, until)
+            if waiter is not None:
+                fetch.waiters.append((waiter, first, until))
+            first = until
+            count += 1
+        return count
+
+    def _start(self, first: int, end: int) -> Fetch:
+        fetch = Fetch(first, end)
+        for granule in range(first >> self._shift, (end - 1 >> self._shift) + 1):
+            self.fetching.setdefault(granule, []).append(fetch)
+        self._pending.append(fetch)
+        if not self._scheduled:
+            self._scheduled = True
+            self._call_at_turn_end(self._issue)
+        return fetch
+
+    def _issue(self) -> None:
+        """Send what is pending, in disk order and merged, as far as memory allows."""
+        self._scheduled = False
+        if not self._pending:
+            return
+        if len(self._pending) > 1:
+            self._pending = deque(sorted(self._pending, key=lambda fetch: fetch.first))
+        while self._pending:
+            group = [self._pending.popleft()]
+            blocks = group[0].end - group[0].first
+            while self._pending and self._pending[0].first == group[-1].end:
+                more = self._pending[0].end - self._pending[0].first
+                if blocks + more > self._run_blocks:
+                    break
+                blocks += more
+                group.append(self._pending.popleft())
+            if self._blocks_in_flight and self._blocks_in_flight + blocks > self._budget_blocks:
+                self._pending.extendleft(reversed(group))
+                return
+            self._send(group, blocks)
+
+    def _send(self, group: list[Fetch], blocks: int) -> None:
+        index = self._index
+        shift = index.block_shift
+        self._blocks_in_flight += blocks
+        buffers = []
+        offset = group[0].first << shift
+        # The disk may end within its last block: the rest of that block stays zero.
+        length = min(group[-1].end << shift, index.geometry.disk_bytes) - offset
+        left = length
+        for fetch in group:
+            fetch.sent = True
+            fetch.buffer = bytearray(fetch.end - fetch.first << shift)
+            view = memoryview(fetch.buffer)[:left]
+            left -= len(view)
+            buffers.append(view)
+        self._stats.fetches += 1
+        self._stats.fetched_bytes += length
+        self._backend.submit(Request(READ, offset, length, buffers, self._replied, owner=group))
+
+    def _replied(self, request: Request) -> None:
+        group: list[Fetch] = request.owner
+        for fetch in group:
+            self._blocks_in_flight -= fetch.end - fetch.first
+            for granule in range(fetch.first >> self._shift, (fetch.end - 1 >> self._shift) + 1):
+                fetches = self.fetching[granule]
+                fetches.remove(fetch)
+                if not fetches:
+                    del self.fetching[granule]
+        for fetch in group:
+            if not request.error:
+                self._fill(fetch)
+        for fetch in group:
+            waiters, fetch.waiters = fetch.waiters, []
+            view = memoryview(fetch.buffer)
+            for waiter, first, end in waiters:
+                start, stop = first - fetch.first, end - fetch.first
+                part = view[start << self._block_shift : stop << self._block_shift]
+                waiter.fetched(first, end, part, request.error)
+        if self._pending and not self._scheduled:
+            self._issue()
+
+    def _fill(self, fetch: Fetch) -> None:
+        """Store what is still absent and was not overtaken."""
+        index = self._index
+        per_granule = 1 << self._shift
+        for granule in range(fetch.first >> self._shift, (fetch.end - 1 >> self._shift) + 1):
+            base = granule << self._shift
+            low, high = max(fetch.first - base, 0), min(fetch.end - base, per_granule)
+            wanted = (1 << high) - (1 << low)
+            offset = base - fetch.first
+            stale = fetch.stale >> offset if offset >= 0 else fetch.stale << -offset
+            slot = index.find(granule)
+            wanted &= ~stale & ~(index.valid(slot) if slot else 0)
+            if not wanted:
+                continue
+            slot = slot or self._slots.obtain(granule)
+            if not slot:
+                continue
+            self._store(slot, wanted, fetch.buffer, offset)
+
+    def _store(self, slot: int, bits: int, buffer: bytearray, offset: int) -> None:
+        """Copy the blocks `bits` of `slot` out of `buffer`, whose block 0 is block -`offset`."""
+        index = self._index
+        shift = index.block_shift
+        base = slot << index.granule_shift
+        view = memoryview(buffer)
+        left = bits
+        while left:
+            first = (left & -left).bit_length() - 1
+            run = left >> first
+            count = (~run & run + 1).bit_length() - 1
+            at = base + (first << shift)
+            source = view[offset + first << shift : offset + first + count << shift]
+            index.put(at, source)
+            left &= ~((1 << first + count) - (1 << first))
+        index.set_valid(slot, bits, 0)
+        index.ready[slot] |= bits
+
+
+def _attach(fetch: Fetch, first: int, end: int, waiter: Waiter) -> int:
+    """Let `waiter` wait for some blocks of `fetch`; returns 0 when a wait was only extended."""
+    if fetch.waiters:
+        last, start, until = fetch.waiters[-1]
+        if last is waiter and until == first:
+            fetch.waiters[-1] = (waiter, start, end)
+            return 0
+    fetch.waiters.append((waiter, first, end))
+    return 1

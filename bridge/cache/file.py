@@ -1,0 +1,320 @@
+"""A cache file: create, lock, check, map, close.
+
+The file lives in the page cache as far as this process is concerned: a kill -9 loses nothing
+that was stored, in program order. Only a clean shutdown and the header use `fsync`. Whether
+the content may be believed is decided here, once, at the start:
+
+- written under this kernel's boot id: every store that happened is there;
+- another boot id with the clean-shutdown mark: it was synced before the mark was;
+- another boot id without the mark: the host lost power, the content is discarded.
+
+All of the file is preallocated: a store into a hole of a full disk would be a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import time
+import zlib
+from contextlib import suppress
+from typing import Any
+
+from bridge.errors import ConfigError
+
+from .layout import (
+    HEADER_AREA_BYTES,
+    HEADER_BYTES,
+    NO_GRANULE,
+    Geometry,
+    Header,
+    Identity,
+    new_header,
+    parse_header_untrusted,
+)
+
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+def boot_id() -> bytes:
+    """16 bytes that change with every boot of the host."""
+    with open(_BOOT_ID, encoding="ascii") as file:
+        return bytes.fromhex(file.read().strip().replace("-", ""))
+
+
+class MappedImage:
+    """The parts of a cache file in a writable buffer: a memory map, or a bytearray in tests."""
+
+    def __init__(self, buffer: Any, header: Header) -> None:
+        geometry = header.geometry
+        count = geometry.slots + 1
+        whole = memoryview(buffer)
+        self.header = header
+        self.geometry: Geometry = geometry
+        self._whole = whole
+        self.granule_of: Any = whole[HEADER_AREA_BYTES:][: count * 4].cast("I")
+        self.state: Any = whole[geometry.states_offset :][: count * 8].cast("Q")
+        self.data: Any = whole[geometry.data_offset : geometry.file_bytes]
+        self.granule_of[0] = NO_GRANULE
+
+    def save_header(self, **changes: object) -> None:
+        """Write the next header over the older of the two copies."""
+        header = self.header = self.header.next(**changes)
+        at = HEADER_BYTES * (header.sequence & 1)
+        self._whole[at : at + HEADER_BYTES] = header.pack()
+
+    def index_crc(self) -> int:
+        """The checksum of the whole index."""
+        return zlib.crc32(self._whole[HEADER_AREA_BYTES : self.geometry.data_offset])
+
+    def put(self, position: int, source: Any) -> None:
+        """Store `source` into the data at `position`, a whole number of blocks."""
+        self.data[position : position + len(source)] = source
+
+    def read_nowait(self, views: list[memoryview], position: int) -> bool:
+        """Fill `views` from the data at `position` if that needs no waiting; else False."""
+        for view in views:
+            view[:] = self.data[position : position + len(view)]
+            position += len(view)
+        return True
+
+    def read_wait(self, views: list[memoryview], position: int) -> None:
+        """Fill `views`, however long that takes; may run in a thread. Raises OSError."""
+        self.read_nowait(views, position)
+
+    def resident(self, position: int, length: int) -> bool:
+        """Would touching the data at `position` need no waiting?"""
+        return True
+
+    def sync(self) -> None:
+        """Everything stored so far is on the medium."""
+
+    def release(self) -> None:
+        """Let go of the views, so that the buffer can be closed."""
+        for view in (self.granule_of, self.state, self.data, self._whole):
+            with suppress(BufferError):
+                view.release()
+
+
+class CacheFile(MappedImage):
+    """A cache file on a disk, locked for this process."""
+
+    def __init__(self, path: str, fd: int, header: Header) -> None:
+        self.path = path
+        self.fd = fd
+        self.notes: list[str] = []
+        """What the operator should know about how the file was opened."""
+        self._map = mmap.mmap(fd, header.geometry.file_bytes)
+        super().__init__(self._map, header)
+        self._nowait = os.RWF_NOWAIT
+        # No read-around on a fault: what is cold is read by threads, in the size that is needed.
+        self._map.madvise(mmap.MADV_RANDOM)
+
+    def read_nowait(self, views: list[memoryview], position: int) -> bool:
+        try:
+            count = os.preadv(self.fd, views, self.geometry.data_offset + position, self._nowait)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            return False  # A file system without RWF_NOWAIT: always through a thread.
+        return count == sum(len(view) for view in views)
+
+    def read_wait(self, views: list[memoryview], position: int) -> None:
+        position += self.geometry.data_offset
+        for view in views:
+            done = 0
+            while done < len(view):
+                count = os.preadv(self.fd, [view[done:]], position + done)
+                if not count:
+                    raise OSError(errno.EIO, "cache file is cut short")
+                done += count
+            position += done
+
+    def sync(self) -> None:
+        self._map.flush()
+        os.fsync(self.fd)
+
+    def begin(self) -> None:
+        """From here on the content changes: take the clean mark off, on the medium too."""
+        self.save_header(clean=False, boot_id=boot_id(), index_crc=0)
+        self._map.flush(0, HEADER_AREA_BYTES)
+        os.fdatasync(self.fd)
+
+    def close(self, *, clean: bool) -> None:
+        """Unmap and unlock. `clean`: sync everything first, then the clean-shutdown mark."""
+        if clean:
+            self.sync()
+            self.save_header(clean=True, index_crc=self.index_crc())
+            self.sync()
+        self.release()
+        with suppress(BufferError):  # A guest's request still holds a view: the exit unmaps.
+            self._map.close()
+        os.close(self.fd)
+
+
+def open_file(path: str) -> CacheFile:
+    """Open and lock an existing cache file; its content is as it is.
+
+    Raises ConfigError naming the file and the remedy.
+    """
+    fd = _open_locked(path, os.O_RDWR)
+    try:
+        area = os.pread(fd, HEADER_AREA_BYTES, 0)
+        try:
+            header = parse_header_untrusted(area)
+        except ConfigError as error:
+            raise ConfigError(f"cache file {path} {error}; {_drop_hint(path)}") from None
+        if header is None:
+            raise ConfigError(f"cache file {path} holds nothing; {_drop_hint(path)}")
+        size = os.fstat(fd).st_size
+        if size < header.geometry.file_bytes:
+            raise ConfigError(
+                f"cache file {path} is cut short: {size} bytes, its header says "
+                f"{header.geometry.file_bytes}; {_drop_hint(path)}"
+            )
+        file = CacheFile(path, fd, header)
+    except BaseException:
+        os.close(fd)
+        raise
+    return file
+
+
+def believe(file: CacheFile) -> bool:
+    """May the content of `file` be used? Raises ConfigError when the index is damaged."""
+    header = file.header
+    if header.clean:
+        if file.index_crc() != header.index_crc:
+            raise ConfigError(
+                f"cache file {file.path} has a damaged index (its checksum does not match); "
+                + _drop_hint(file.path)
+            )
+        return True
+    return header.boot_id == boot_id()
+
+
+def open_or_create(path: str, *, geometry: Geometry, identity: Identity) -> CacheFile:
+    """The cache file of an export, opened, checked and marked as being in use.
+
+    A file that holds nothing dirty and does not fit `geometry` any more is made anew; `notes`
+    of the result says what was discarded and why. Raises ConfigError, naming the file and the
+    remedy: directory missing or not writable, disk full, in use, foreign, damaged, or dirty
+    data that does not fit.
+    """
+    if not _has_content(path):
+        return _create(path, geometry, identity, [])
+    file = open_file(path)
+    try:
+        note = _unfit(file, geometry, identity)
+    except BaseException:
+        file.close(clean=False)
+        raise
+    if note is None:
+        file.begin()
+        return file
+    # A second descriptor of the same open file keeps the lock while the map goes.
+    fd = os.dup(file.fd)
+    file.close(clean=False)
+    return _create(path, geometry, identity, [note], fd)
+
+
+def _unfit(file: CacheFile, geometry: Geometry, identity: Identity) -> str | None:
+    """Why the content of `file` has to go, None if it may stay. Raises ConfigError."""
+    header, path = file.header, file.path
+    if header.digest != identity.digest:
+        raise ConfigError(
+            f"cache file {path} belongs to export {header.export!r} of {header.uri}, not to "
+            f"{identity.export!r} of {identity.uri}; choose another file or {_drop_hint(path)}"
+        )
+    if not believe(file):
+        return f"cache file {path}: discarded, the host went down without a clean shutdown"
+    dirty = dirty_bytes(file)
+    if header.geometry == geometry:
+        return None
+    if dirty:
+        raise ConfigError(
+            f"cache file {path} holds {dirty} bytes of unwritten data for a disk of "
+            f"{header.geometry.disk_bytes} bytes in a cache of {header.geometry.slots} granules; "
+            f"now they are {geometry.disk_bytes} and {geometry.slots}: "
+            f"run 'nbd-bridge cache flush {path}' first"
+        )
+    if header.geometry.disk_bytes != geometry.disk_bytes:
+        return (
+            f"cache file {path}: discarded, the export has {geometry.disk_bytes} bytes, "
+            f"it had {header.geometry.disk_bytes}"
+        )
+    return f"cache file {path}: made anew with another size"
+
+
+def dirty_bytes(image: MappedImage) -> int:
+    """How many bytes of `image` are not known to be durable on the server."""
+    states = image.state
+    blocks: int = sum((states[slot] >> 16 & 0xFFFF).bit_count() for slot in range(len(states)))
+    return blocks * image.geometry.block_bytes
+
+
+def _has_content(path: str) -> bool:
+    """False for a file that is missing, empty, or whose creation was cut off."""
+    try:
+        with open(path, "rb") as file:
+            return any(file.read(HEADER_AREA_BYTES))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ConfigError(f"cache file {path}: {error.strerror}") from None
+
+
+def _create(
+    path: str, geometry: Geometry, identity: Identity, notes: list[str], fd: int = -1
+) -> CacheFile:
+    """Make `path` an empty cache: the header comes last, so a cut-off creation is seen."""
+    if fd < 0:
+        fd = _open_locked(path, os.O_RDWR | os.O_CREAT)
+    try:
+        os.ftruncate(fd, 0)
+        try:
+            os.posix_fallocate(fd, 0, geometry.file_bytes)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(fd, 0)
+                os.unlink(path)
+            raise ConfigError(
+                f"cache file {path}: no room for {geometry.file_bytes} bytes "
+                f"({error.strerror}); make room or choose a smaller cache size"
+            ) from None
+        file = CacheFile(path, fd, new_header(geometry, identity, boot_id(), int(time.time())))
+    except BaseException:
+        os.close(fd)
+        raise
+    file.notes = notes
+    file.begin()
+    return file
+
+
+def _open_locked(path: str, flags: int) -> int:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        where = os.path.dirname(path) or "."
+        if error.errno == errno.ENOENT and not os.path.isdir(where):
+            raise ConfigError(
+                f"cache directory {where} does not exist; create it or choose another"
+            ) from None
+        raise ConfigError(f"cache file {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise ConfigError(
+                f"cache file {path} is in use by another process; stop that one first"
+            ) from None
+        raise ConfigError(f"cache file {path}: cannot be locked: {error.strerror}") from None
+    return fd
+
+
+def _drop_hint(path: str) -> str:
+    return f"to start anew: nbd-bridge cache drop {path}"

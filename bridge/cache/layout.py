@@ -1,0 +1,257 @@
+"""The layout of a cache file: two copies of a header, the index, the data.
+
+    0        header, copy A      4096 bytes, checksummed, with a sequence number
+    4096     header, copy B      the valid copy with the higher sequence number counts
+    8192     granule numbers     u32 per slot: which granule of the disk the slot holds
+    …        states              u64 per slot: valid bits, dirty bits, a check over both
+    …        data                granule_bytes per slot
+
+Two copies, because a process can be killed in the middle of writing one. Native byte order:
+a cache file never leaves its host. Slot 0 holds nothing: 0 means "no slot" everywhere.
+
+A slot's state is one u64, stored at once: bits 0-15 valid, 16-31 dirty (dirty or written: not
+known to be durable on the server), 32-63 a check over these bits and the granule number, so
+that a flipped bit in either is found. A slot whose state is 0 is free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from dataclasses import dataclass, replace
+
+from bridge.errors import ConfigError
+
+MAGIC = b"NBDBCACH"
+VERSION = 1
+HEADER_BYTES = 4096
+HEADER_AREA_BYTES = 2 * HEADER_BYTES
+
+BITS = 0xFFFF
+"""All blocks of a granule of 16 blocks; no granule has more."""
+DIRTY_SHIFT = 16
+LOW_MASK = 0xFFFFFFFF
+NO_GRANULE = 0xFFFFFFFF
+"""The granule number of slot 0, and the bound of all others."""
+
+MIN_SLOTS = 64
+"""A cache of 4 MiB; below this the dirty limits round to nothing."""
+MAX_SLOTS = 1 << 28
+"""16 TiB of cache: 3 GiB of index. A header that asks for more is not ours."""
+
+_PAGE = 4096
+_FIXED = struct.Struct("=8sIIIIIIQQQQ16sI32sHH")
+_TEXT_BYTES = 1500
+"""Of the URI and of the export's name, for `cache show`; the identity is their hash."""
+_CRC = struct.Struct("=I")
+
+
+def check_of(granule: int, low: int) -> int:
+    """The upper half of a state word: every single flipped bit changes it."""
+    return ((low ^ granule * 0x9E3779B1) * 0x85EBCA6B >> 7) & LOW_MASK
+
+
+def state_word(granule: int, valid: int, dirty: int) -> int:
+    """The state of a slot that holds `granule`."""
+    low = valid | dirty << DIRTY_SHIFT
+    return low | ((low ^ granule * 0x9E3779B1) * 0x85EBCA6B >> 7 & LOW_MASK) << 32
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a cache and of the disk behind it, all in bytes except `slots`."""
+
+    disk_bytes: int
+    block_bytes: int
+    granule_bytes: int
+    slots: int
+    """Usable slots; the arrays have one more."""
+
+    @property
+    def granules(self) -> int:
+        """Granules of the disk, the last one possibly cut short."""
+        return -(-self.disk_bytes // self.granule_bytes)
+
+    @property
+    def states_offset(self) -> int:
+        return HEADER_AREA_BYTES + _page_up((self.slots + 1) * 4)
+
+    @property
+    def data_offset(self) -> int:
+        return self.states_offset + _page_up((self.slots + 1) * 8)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.data_offset + (self.slots + 1) * self.granule_bytes
+
+    def fault(self) -> str | None:
+        """What is wrong with these numbers, or None."""
+        block, granule = self.block_bytes, self.granule_bytes
+        if block & (block - 1) or not 512 <= block <= 65536:
+            return f"block of {block} bytes (a power of two, 512 to 65536)"
+        if granule & (granule - 1) or not block <= granule <= 16 * block:
+            return f"granule of {granule} bytes (1, 2, 4, 8 or 16 blocks of {block})"
+        if not 1 <= self.slots <= MAX_SLOTS:
+            return f"{self.slots} granules (1 to {MAX_SLOTS})"
+        if self.disk_bytes < 1 or self.granules >= NO_GRANULE:
+            return f"disk of {self.disk_bytes} bytes"
+        return None
+
+
+def geometry_for(*, disk_bytes: int, cache_bytes: int, min_block_bytes: int = 1) -> Geometry:
+    """The geometry of a cache of about `cache_bytes` over a disk.
+
+    Blocks are 4 KiB or the server's minimum block, granules 64 KiB. No more slots than the disk
+    has granules. Raises ConfigError when `cache_bytes` is below the minimum.
+    """
+    block = max(4096, min_block_bytes)
+    granule = max(65536, block)
+    slots = cache_bytes // granule
+    if slots < MIN_SLOTS:
+        raise ConfigError(
+            f"cache size {cache_bytes} is below the minimum of {MIN_SLOTS * granule} bytes"
+        )
+    geometry = Geometry(disk_bytes, block, granule, min(slots, -(-disk_bytes // granule)))
+    fault = geometry.fault()
+    if fault:
+        raise ConfigError(f"no cache possible: {fault}")
+    return geometry
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which export a cache file belongs to."""
+
+    uri: str
+    export: str
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that differ when the URI or the export's name does."""
+        uri, export = self.uri.encode(), self.export.encode()
+        return hashlib.sha256(struct.pack(">I", len(uri)) + uri + export).digest()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first pages of a cache file say."""
+
+    geometry: Geometry
+    uri: str
+    export: str
+    digest: bytes
+    sequence: int
+    boot_id: bytes
+    clean: bool
+    """Shut down in order: data and index were synced before this mark, `index_crc` holds."""
+    index_crc: int
+    export_generation: int
+    """The export's generation that the clean blocks belong to; 0: the server has none."""
+    created_s: int
+
+    def next(self, **changes: object) -> Header:
+        """The header that follows this one."""
+        return replace(self, sequence=self.sequence + 1, **changes)  # type: ignore[arg-type]
+
+    def pack(self) -> bytes:
+        """One header page."""
+        uri = self.uri.encode()[:_TEXT_BYTES]
+        export = self.export.encode()[:_TEXT_BYTES]
+        sizes = self.geometry
+        fixed = _FIXED.pack(
+            MAGIC,
+            VERSION,
+            HEADER_BYTES,
+            sizes.block_bytes,
+            sizes.granule_bytes,
+            sizes.slots,
+            int(self.clean),
+            sizes.disk_bytes,
+            self.sequence,
+            self.export_generation,
+            self.created_s,
+            self.boot_id,
+            self.index_crc,
+            self.digest,
+            len(uri),
+            len(export),
+        )
+        page = (fixed + uri + export).ljust(HEADER_BYTES - _CRC.size, b"\0")
+        return page + _CRC.pack(zlib.crc32(page))
+
+
+def new_header(geometry: Geometry, identity: Identity, boot_id: bytes, created_s: int) -> Header:
+    """The first header of a file."""
+    return Header(
+        geometry=geometry,
+        uri=identity.uri,
+        export=identity.export,
+        digest=identity.digest,
+        sequence=1,
+        boot_id=boot_id,
+        clean=False,
+        index_crc=0,
+        export_generation=0,
+        created_s=created_s,
+    )
+
+
+def parse_header_untrusted(area: bytes) -> Header | None:
+    """The header of a file whose first bytes are `area`; None if nothing was written yet.
+
+    Raises ConfigError (without the file's name) when neither copy is whole, or for another
+    version.
+    """
+    if len(area) < HEADER_AREA_BYTES:
+        raise ConfigError(f"is cut short: {len(area)} bytes, no room for a header")
+    if not any(area[:HEADER_AREA_BYTES]):
+        return None
+    pages = (area[:HEADER_BYTES], area[HEADER_BYTES:HEADER_AREA_BYTES])
+    headers = [header for page in pages if (header := _parse_page(page)) is not None]
+    if headers:
+        return max(headers, key=lambda header: header.sequence)
+    raise ConfigError(_blame(pages))
+
+
+def _parse_page(page: bytes) -> Header | None:
+    if zlib.crc32(page[: -_CRC.size]) != _CRC.unpack(page[-_CRC.size :])[0]:
+        return None
+    fields = _FIXED.unpack_from(page)
+    magic, version, header_bytes = fields[:3]
+    if magic != MAGIC or version != VERSION or header_bytes != HEADER_BYTES:
+        return None
+    block, granule, slots, clean, disk, sequence, generation, created = fields[3:11]
+    boot_id, index_crc, digest, uri_bytes, export_bytes = fields[11:]
+    geometry = Geometry(disk, block, granule, slots)
+    if geometry.fault() or uri_bytes > _TEXT_BYTES or export_bytes > _TEXT_BYTES:
+        return None
+    text = page[_FIXED.size :]
+    return Header(
+        geometry=geometry,
+        uri=text[:uri_bytes].decode(errors="replace"),
+        export=text[uri_bytes : uri_bytes + export_bytes].decode(errors="replace"),
+        digest=digest,
+        sequence=sequence,
+        boot_id=boot_id,
+        clean=bool(clean),
+        index_crc=index_crc,
+        export_generation=generation,
+        created_s=created,
+    )
+
+
+def _blame(pages: tuple[bytes, bytes]) -> str:
+    """Why neither page is a header of ours."""
+    for page in pages:
+        magic, version = struct.unpack_from("=8sI", page)
+        whole = zlib.crc32(page[: -_CRC.size]) == _CRC.unpack(page[-_CRC.size :])[0]
+        if whole and magic == MAGIC and version != VERSION:
+            return f"has layout version {version}, this program reads version {VERSION}"
+    if any(page[:8] == MAGIC for page in pages):
+        return "has a damaged header (its checksum does not match)"
+    return "is not a cache file"
+
+
+def _page_up(count: int) -> int:
+    return -(-count // _PAGE) * _PAGE

@@ -1,0 +1,151 @@
+"""Read-ahead for several sequential streams.
+
+Two reads that follow each other make a stream. Its first block beyond what was asked for is
+fetched in a window, and the first block of that window carries a *mark*: it is not made `ready`,
+so the read that reaches it takes the slow path and comes here, and the next window is fetched
+while the reader works through this one. Hits in between cost nothing.
+
+A window doubles each time the reader reaches a mark, and is halved when blocks that were read
+ahead are gone before the reader came (the cache is too small for so many streams).
+"""
+
+from __future__ import annotations
+
+from .backend import Stats
+from .fetch import Fetcher
+from .index import Index
+from .options import Options
+
+_STREAMS = 32
+"""Streams that are followed at a time; a table scan or a copy in a guest is one or two."""
+_FIRST_WINDOW_BYTES = 128 * 1024
+
+
+class _Stream:
+    """A reader that was seen to go forward. All positions in blocks."""
+
+    __slots__ = ("ahead", "mark", "next", "window")
+
+    def __init__(self, next_block: int) -> None:
+        self.next = next_block
+        """Where the next read begins if it follows."""
+        self.ahead = 0
+        """Up to where was read ahead; 0: not yet."""
+        self.mark = -1
+        self.window = 0
+
+
+class Readahead:
+    """The streams of one cache."""
+
+    def __init__(self, index: Index, fetcher: Fetcher, options: Options, stats: Stats) -> None:
+        self._index = index
+        self._fetcher = fetcher
+        self._stats = stats
+        self._shift = index.granule_shift - index.block_shift
+        self._disk_blocks = index.geometry.disk_bytes >> index.block_shift
+        # All streams together may not use more than half of the cache, one not more than 1/8.
+        limit = min(options.readahead_bytes, index.slots * index.granule_bytes // 8)
+        self._window_max = limit >> index.block_shift
+        self._window_min = max(1, min(_FIRST_WINDOW_BYTES >> index.block_shift, self._window_max))
+        self._streams: dict[int, _Stream] = {}
+        """By `next`, the one that has not moved for longest first."""
+        self._marks: dict[int, _Stream] = {}
+
+    def accessed(self, start: int, end: int, missed: bool) -> None:
+        """The bytes `start` … `end` were read, and not by the fast path."""
+        if not self._window_max:
+            return
+        shift = self._index.block_shift
+        first, last = start >> shift, (end - 1 >> shift) + 1
+        stream = self._marked(first, last)
+        if stream is None:
+            stream = self._streams.get(first)
+            if stream is None:
+                self._remember(_Stream(last))
+                return
+        elif self._streams.get(stream.next) is stream:
+            del self._streams[stream.next]
+        self._streams.pop(first, None)
+        self._advance(stream, first, last, missed)
+        self._remember(stream)
+
+    def _marked(self, first: int, last: int) -> _Stream | None:
+        """The stream whose mark lies in the blocks `first` … `last`; the mark goes."""
+        for block, stream in self._marks.items():
+            if first <= block < last:
+                del self._marks[block]
+                stream.mark = -1
+                return stream
+        return None
+
+    def _remember(self, stream: _Stream) -> None:
+        self._streams[stream.next] = stream
+        if len(self._streams) > _STREAMS:
+            oldest = self._streams.pop(next(iter(self._streams)))
+            if self._marks.get(oldest.mark) is oldest:
+                del self._marks[oldest.mark]
+
+    def _advance(self, stream: _Stream, first: int, last: int, missed: bool) -> None:
+        """The stream has come to block `last`: fetch on if its window is used up."""
+        stream.next = last
+        if missed and first < stream.ahead and not self._is_coming(first):
+            stream.window = max(self._window_min, stream.window // 2)
+        elif stream.mark < 0:
+            stream.window = min(self._window_max, max(self._window_min, stream.window * 2))
+        if stream.mark >= 0 and last <= stream.mark:
+            return
+        if self._fetcher.busy:
+            return
+        begin = max(last, stream.ahead)
+        end = min(
+            last + stream.window * 2 if stream.ahead else last + stream.window, self._disk_blocks
+        )
+        if begin >= end:
+            return
+        self._fetch(begin, end)
+        stream.ahead = end
+        self._set_mark(stream, begin)
+
+    def _is_coming(self, block: int) -> bool:
+        return block >> self._shift in self._fetcher.fetching
+
+    def _fetch(self, begin: int, end: int) -> None:
+        """Fetch the absent ones of the blocks `begin` … `end`."""
+        index, shift = self._index, self._shift
+        at = begin
+        while at < end:
+            granule = at >> shift
+            stop = min(end, granule + 1 << shift)
+            slot = index.find(granule)
+            valid = index.valid(slot) >> (at & (1 << shift) - 1) if slot else 0
+            while at < stop:
+                if valid & 1:
+                    at += 1
+                    valid >>= 1
+                    continue
+                absent = (valid & -valid).bit_length() - 1 if valid else stop - at
+                until = min(stop, at + absent)
+                self._fetcher.need(at, until, None)
+                self._stats.readahead_bytes += until - at << index.block_shift
+                valid >>= until - at
+                at = until
+
+    def _set_mark(self, stream: _Stream, block: int) -> None:
+        """Have the read that reaches `block` come here."""
+        if self._marks.get(stream.mark) is stream:
+            del self._marks[stream.mark]
+        stream.mark = block
+        self._marks[block] = stream
+        slot = self._index.find(block >> self._shift)
+        bit = 1 << (block & (1 << self._shift) - 1)
+        if slot and self._index.valid(slot) & bit:
+            self._index.ready[slot] &= ~bit
+        elif self._is_coming(block):
+            self._fetcher.need(block, block + 1, self)
+
+    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
+        """A marked block has come."""
+        slot = self._index.find(first >> self._shift)
+        if slot and first in self._marks:
+            self._index.ready[slot] &= ~(1 << (first & (1 << self._shift) - 1))

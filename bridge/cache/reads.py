@@ -1,0 +1,205 @@
+"""Reads that are no plain hit: misses, blocks that left the page cache, mixtures."""
+
+from __future__ import annotations
+
+import errno
+
+from bridge.request import Request
+
+from .backend import Stats
+from .buffers import scatter, slices
+from .cold import Cold
+from .exclusive import Exclusives
+from .fetch import Fetcher
+from .file import MappedImage
+from .index import Index
+from .readahead import Readahead
+from .slots import Slots
+
+
+class _ReadOp:
+    """One read in progress; completes its request when nothing is pending."""
+
+    __slots__ = ("block_shift", "error", "pending", "request")
+
+    def __init__(self, request: Request, block_shift: int) -> None:
+        self.request = request
+        self.block_shift = block_shift
+        self.pending = 1
+        self.error = 0
+
+    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
+        """Some blocks have come from the server."""
+        if error:
+            self.error = self.error or error
+        elif self.request.buffers:
+            request = self.request
+            at = first << self.block_shift
+            low = max(at, request.offset)
+            high = min(end << self.block_shift, request.offset + request.length)
+            scatter(request.buffers, low - request.offset, view[low - at : high - at])
+        self.release()
+
+    def release(self) -> None:
+        """One thing less is pending."""
+        self.pending -= 1
+        if not self.pending:
+            self.request.finish(self.error)
+
+
+class Reads:
+    """The slow path of READ, and PREFETCH."""
+
+    def __init__(
+        self,
+        index: Index,
+        image: MappedImage,
+        slots: Slots,
+        fetcher: Fetcher,
+        exclusives: Exclusives,
+        readahead: Readahead,
+        cold: Cold,
+        stats: Stats,
+    ) -> None:
+        self._index = index
+        self._image = image
+        self._slots = slots
+        self._fetcher = fetcher
+        self._exclusives = exclusives
+        self._readahead = readahead
+        self._cold = cold
+        self._stats = stats
+
+    def read(self, request: Request) -> None:
+        """Do a READ whose range lies within the disk."""
+        op = _ReadOp(request, self._index.block_shift)
+        end = request.offset + request.length
+        missed = self._walk(op, request.offset, end)
+        if missed:
+            self._stats.read_misses += 1
+        else:
+            self._stats.read_hits += 1
+        self._readahead.accessed(request.offset, end, missed)
+        op.release()
+
+    def prefetch(self, request: Request) -> None:
+        """Have the absent blocks of a range fetched."""
+        op = _ReadOp(request, self._index.block_shift)
+        self._walk(op, request.offset, request.offset + request.length)
+        op.release()
+
+    def _walk(self, op: _ReadOp, start: int, end: int) -> bool:
+        """Copy what is cached, fetch the rest; True when there was a rest."""
+        index = self._index
+        granule_shift, shift = index.granule_shift, index.block_shift
+        absent: list[tuple[int, int]] = []
+        at = start
+        while at < end:
+            granule = at >> granule_shift
+            base = granule << granule_shift
+            stop = min(end, base + index.granule_bytes)
+            first, last = at - base >> shift, (stop - 1 - base) >> shift
+            bits = (2 << last) - (1 << first)
+            slot = index.find(granule)
+            valid = index.valid(slot) & bits if slot else 0
+            if valid == bits:
+                self._copy(op, slot, bits, at, stop)
+            else:
+                self._copy_some(op, slot, valid, base, at, stop)
+                _add_runs(absent, bits & ~valid, base >> shift)
+            at = stop
+        for first, last in absent:
+            self._fetch(op, first, last)
+        return bool(absent)
+
+    def _copy_some(
+        self, op: _ReadOp, slot: int, valid: int, base: int, start: int, end: int
+    ) -> None:
+        """Copy the cached blocks `valid` of a granule within the bytes `start` … `end`."""
+        runs: list[tuple[int, int]] = []
+        _add_runs(runs, valid, 0)
+        shift = self._index.block_shift
+        for first, last in runs:
+            low, high = max(start, base + (first << shift)), min(end, base + (last << shift))
+            self._copy(op, slot, (1 << last) - (1 << first), low, high)
+
+    def _copy(self, op: _ReadOp, slot: int, bits: int, start: int, end: int) -> None:
+        """Copy the bytes `start` … `end` of the disk, blocks `bits` of `slot`, all valid."""
+        request, index = op.request, self._index
+        if not request.buffers:
+            return
+        self._index_touch(slot)
+        position = (slot << index.granule_shift) + (start & index.granule_bytes - 1)
+        if index.ready[slot] & bits == bits:
+            source = index.data[position : position + end - start]
+            scatter(request.buffers, start - request.offset, source)
+            return
+        views = slices(request.buffers, start - request.offset, end - start)
+        try:
+            if self._image.read_nowait(views, position):
+                index.ready[slot] |= bits
+                return
+        except OSError as error:
+            self._broken(op, slot, bits, start, end, error.errno or errno.EIO)
+            return
+        self._stats.read_cold += 1
+        op.pending += 1
+        self._slots.pin(slot)
+
+        def done(error: int) -> None:
+            self._slots.unpin(slot)
+            if error:
+                self._broken(op, slot, bits, start, end, error)
+            elif index.valid(slot) & bits == bits:
+                index.ready[slot] |= bits
+            op.release()
+
+        self._cold.run(lambda: self._image.read_wait(views, position), done)
+
+    def _broken(self, op: _ReadOp, slot: int, bits: int, start: int, end: int, error: int) -> None:
+        """The cache file cannot be read there: the server still has what is clean."""
+        self._stats.file_errors += 1
+        index = self._index
+        if index.dirty(slot) & bits:
+            # Never old bytes from the server for a dirty block.
+            op.error = op.error or error
+            return
+        self._slots.drop(slot, bits & index.valid(slot))
+        shift = index.block_shift
+        self._fetch(op, start >> shift, (end - 1 >> shift) + 1)
+
+    def _index_touch(self, slot: int) -> None:
+        touched = self._slots.touched
+        if touched[slot] < 3:
+            touched[slot] += 1
+
+    def _fetch(self, op: _ReadOp, first: int, end: int) -> None:
+        """Get absent blocks from the server, after a discard of them has ended."""
+        before = self._exclusives.overlapping(first, end) if self._exclusives.active else None
+        if before is None:
+            op.pending += self._fetcher.need(first, end, op)
+            return
+        op.pending += 1
+        shift = self._index.block_shift
+        low = max(op.request.offset, first << shift)
+        high = min(op.request.offset + op.request.length, end << shift)
+
+        def again() -> None:
+            self._walk(op, low, high)
+            op.release()
+
+        before.waiting.append(again)
+
+
+def _add_runs(runs: list[tuple[int, int]], bits: int, base: int) -> None:
+    """Append the runs of set bits as (first, end) blocks from `base` on, joining adjacent."""
+    while bits:
+        low = (bits & -bits).bit_length() - 1
+        run = bits >> low
+        count = (~run & run + 1).bit_length() - 1
+        first, end = base + low, base + low + count
+        if runs and runs[-1][1] == first:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((first, end))
+        bits &= ~((1 << low + count) - (1 << low))

@@ -1,0 +1,83 @@
+"""Taking and giving slots: the index and the evictor kept in step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .eviction import Evictor
+from .index import Index
+from .layout import BITS, DIRTY_SHIFT
+
+_DIRTY = BITS << DIRTY_SHIFT
+
+
+class Slots:
+    """Allocation of slots. A pinned slot is not given to another granule."""
+
+    def __init__(self, index: Index, evictor: Evictor) -> None:
+        self._index = index
+        self._evictor = evictor
+        self._pins: dict[int, int] = {}
+        self._orphans: set[int] = set()
+        """Pinned slots whose granule was dropped meanwhile."""
+        self.touched = evictor.touched
+        self.unpinned: Callable[[], None] = _nothing
+        """Called when a slot can be had again that could not."""
+
+    def obtain(self, granule: int) -> int:
+        """A slot bound to `granule`, evicting a clean one if need be; 0: everything is dirty."""
+        index = self._index
+        slot = index.take_free() or self._evict()
+        if slot:
+            index.bind(slot, granule)
+            self._evictor.admit(slot, granule)
+        return slot
+
+    def _evict(self) -> int:
+        """An unbound slot that was clean, or 0."""
+        index, evictor = self._index, self._evictor
+        while slot := evictor.candidate():
+            if index.state[slot] & _DIRTY or slot in self._pins:
+                evictor.park(slot)
+                continue
+            evictor.evict(slot, index.granule_of[slot])
+            index.drop(slot, BITS)
+            return slot
+        return 0
+
+    def drop(self, slot: int, bits: int) -> None:
+        """Forget blocks of `slot`, dirty or not, none of them in flight."""
+        if self._index.drop(slot, bits):
+            self._evictor.remove(slot)
+            if slot in self._pins:
+                self._orphans.add(slot)
+            else:
+                self._index.give_back(slot)
+        elif not self._index.dirty(slot) and slot not in self._pins:
+            self._evictor.release(slot)
+
+    def cleaned(self, slot: int) -> None:
+        """The last dirty block of `slot` became clean."""
+        if slot not in self._pins:
+            self._evictor.release(slot)
+
+    def pin(self, slot: int) -> None:
+        """Somebody reads from `slot` outside the turn."""
+        self._pins[slot] = self._pins.get(slot, 0) + 1
+
+    def unpin(self, slot: int) -> None:
+        """Undo one `pin()`."""
+        self._pins[slot] -= 1
+        if self._pins[slot]:
+            return
+        del self._pins[slot]
+        if slot in self._orphans:
+            self._orphans.discard(slot)
+            self._index.give_back(slot)
+        elif not self._index.dirty(slot):
+            self._evictor.release(slot)
+        self.unpinned()
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

@@ -1,0 +1,353 @@
+"""Guest writes into the cache, and when each of them is complete.
+
+A write lands in the cache in every mode; what differs is when it completes: in write-back mode
+at once, in write-through mode after the server's reply, with FUA when it is durable there. So
+whatever completed is in the cache as dirty until a flush covered it, and is sent again if the
+server loses it.
+
+Store order, for a kill -9 between any two stores: a present block is marked dirty first and gets
+its data after; an absent block gets its data first and becomes valid (and dirty) after.
+
+What can stand in the way: a write that covers part of an absent block needs that block from the
+server first; at the hard dirty limit writes wait in order; a discard of the range comes first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from bridge.request import FUA, Request
+
+from .backend import Backend, Stats
+from .buffers import gather
+from .cold import Cold
+from .exclusive import Exclusives
+from .fetch import Fetcher
+from .file import MappedImage
+from .flush import Flusher
+from .index import Index
+from .layout import BITS, DIRTY_SHIFT
+from .options import WRITEBACK, Options
+from .slots import Slots
+from .writeback import Ticket, Writeback
+
+
+class _WriteOp(Ticket):
+    """A write that could not complete at once."""
+
+    __slots__ = ("fetches", "position", "request", "store")
+
+    def __init__(self, request: Request, store: Store, position: int) -> None:
+        super().__init__(fua=bool(request.flags & FUA))
+        self.request = request
+        self.store = store
+        self.position = position
+        """Bytes that are in the cache already."""
+        self.fetches = 0
+
+    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
+        """The rest of a partly written block came; it is in the cache if there was room."""
+        self.error = self.error or error
+        self.fetches -= 1
+        if self.fetches:
+            return
+        if self.error:
+            self.request.finish(self.error)
+        else:
+            self.store.fetched(self)
+
+    def settled(self) -> None:
+        """Everything written was replied to."""
+        if not self.error and self.fua and self.unstable:
+            self.store.flusher.request(self)
+        else:
+            self.request.finish(self.error)
+
+    def flushed(self, error: int) -> None:
+        """The flush that makes this write durable ended."""
+        self.request.finish(error)
+
+
+class Store:
+    """The slow path of WRITE."""
+
+    def __init__(
+        self,
+        index: Index,
+        image: MappedImage,
+        slots: Slots,
+        fetcher: Fetcher,
+        exclusives: Exclusives,
+        writeback: Writeback,
+        flusher: Flusher,
+        backend: Backend,
+        cold: Cold,
+        options: Options,
+        stats: Stats,
+        call_at_turn_end: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._index = index
+        self._image = image
+        self._slots = slots
+        self._fetcher = fetcher
+        self._exclusives = exclusives
+        self._writeback = writeback
+        self.flusher = flusher
+        self._backend = backend
+        self._cold = cold
+        self._stats = stats
+        self._call_at_turn_end = call_at_turn_end
+        self._through = options.mode != WRITEBACK
+        self._hard_slots = max(1, int(index.slots * options.dirty_hard_ratio))
+        self._flush_slots = max(1, int(index.slots * options.dirty_flush_ratio))
+        self._waiting: deque[_WriteOp] = deque()
+        self._waking = False
+        self._pressed = False
+        self._lacks_blocks = False
+        """The obstacle is that blocks have to be fetched first."""
+        self._obstacle: Callable[[_WriteOp], None] = self._wait_for_room
+
+    def write(self, request: Request) -> None:
+        """Do a WRITE whose range lies within the disk."""
+        self._stats.writes += 1
+        if not self._waiting:
+            position = self._store(request, 0)
+            if position == request.length and not (self._through or request.flags & FUA):
+                request.finish(0)
+                return
+            op = _WriteOp(request, self, position)
+            if position == request.length:
+                self._stored(op)
+            else:
+                self._obstacle(op)
+        else:
+            self._wait_for_room(_WriteOp(request, self, 0))
+
+    def advance(self, op: _WriteOp) -> None:
+        """Go on with a write whose obstacle may be gone."""
+        op.position = self._store(op.request, op.position)
+        if op.position == op.request.length:
+            self._stored(op)
+        else:
+            self._obstacle(op)
+
+    def fetched(self, op: _WriteOp) -> None:
+        """The blocks that `op` covers only partly were fetched."""
+        position = op.position
+        op.position = self._store(op.request, op.position)
+        if op.position == op.request.length:
+            self._stored(op)
+        elif op.position == position and self._lacks_blocks:
+            # They found no room in the cache: asking the server again would not help.
+            self._wait_for_room(op)
+        else:
+            self._obstacle(op)
+
+    def wake(self) -> None:
+        """There may be room for writes that wait."""
+        if self._waking:
+            return
+        self._waking = True
+        waiting = self._waiting
+        while waiting and self._index.dirty_slots < self._hard_slots:
+            op = waiting.popleft()
+            op.position = self._store(op.request, op.position)
+            if op.position == op.request.length:
+                self._stored(op)
+            elif self._obstacle == self._wait_for_room:
+                waiting.appendleft(op)
+                break
+            else:
+                self._obstacle(op)
+        self._waking = False
+        if waiting and self._index.dirty_slots >= self._hard_slots:
+            self._press()
+
+    @property
+    def waiting(self) -> int:
+        """Writes that wait at the hard dirty limit."""
+        return len(self._waiting)
+
+    def _stored(self, op: _WriteOp) -> None:
+        """All of the write is in the cache: complete it when its time has come."""
+        if op.fua and not self._backend.can_fua:
+            self.flusher.request(op)
+        elif op.fua or self._through:
+            index, request = self._index, op.request
+            first = request.offset >> index.granule_shift
+            last = request.offset + request.length - 1 >> index.granule_shift
+            slots = [slot for each in range(first, last + 1) if (slot := index.find(each))]
+            op.pending = 1
+            self._writeback.want(slots, op)
+            op.release()
+        else:
+            op.request.finish(0)
+
+    def _store(self, request: Request, position: int) -> int:
+        """Store from byte `position` on; returns how far that went. If not to the end,
+        `_obstacle` deals with why."""
+        index = self._index
+        granule_bytes = index.granule_bytes
+        length = request.length
+        while position < length:
+            at = request.offset + position
+            within = at & granule_bytes - 1
+            size = min(length - position, granule_bytes - within)
+            if not self._store_piece(request, position, at, within, size):
+                return position
+            position += size
+        return position
+
+    def _store_piece(
+        self, request: Request, position: int, at: int, within: int, size: int
+    ) -> bool:
+        """Store `size` bytes that lie in one granule; False (nothing changed) if that has to
+        wait."""
+        index = self._index
+        shift = index.block_shift
+        granule = at >> index.granule_shift
+        end = within + size
+        first, last = within >> shift, end - 1 >> shift
+        bits = (2 << last) - (1 << first)
+        base_block = granule << index.granule_shift - shift
+        if self._exclusives.active and self._held(base_block + first, base_block + last + 1):
+            return False
+        self._lacks_blocks = False
+        slot = index.find(granule)
+        word = index.state[slot] if slot else 0
+        valid = word & BITS
+        dirty = word >> DIRTY_SHIFT & BITS
+        partial = self._partial(at, within, end, first, last)
+        if not dirty and index.dirty_slots >= self._hard_slots:
+            self._obstacle = self._wait_for_room
+            return False
+        if partial & ~valid:
+            self._lacks_blocks = True
+            self._obstacle = lambda op: self._fetch_partial(op, base_block, partial & ~valid)
+            return False
+        if partial & ~index.ready[slot] and not self._image.resident(
+            (slot << index.granule_shift) + within, size
+        ):
+            self._obstacle = lambda op: self._load(op, slot, partial)
+            return False
+        if not slot:
+            slot = self._slots.obtain(granule)
+            if not slot:
+                self._obstacle = self._wait_for_room
+                return False
+        target = (slot << index.granule_shift) + within
+        self._put(request, position, size, slot, target, bits, bits & valid & ~dirty)
+        self._now_dirty(slot, granule, bits, bits & ~valid)
+        return True
+
+    def _put(
+        self,
+        request: Request,
+        position: int,
+        size: int,
+        slot: int,
+        target: int,
+        bits: int,
+        clean: int,
+    ) -> None:
+        """The dirty mark on the `clean` blocks, then the data."""
+        index = self._index
+        if index.sent[slot] & bits:
+            index.sent[slot] &= ~bits
+            index.covered[slot] &= ~bits
+        if clean:
+            index.mark_dirty(slot, clean)
+        if index.ready[slot] & bits == bits:
+            gather(request.buffers, position, index.data, target, size)
+        elif len(request.buffers) == 1:
+            index.put(target, request.buffers[0][position : position + size])
+        else:
+            joined = bytearray(size)
+            gather(request.buffers, position, joined, 0, size)
+            index.put(target, joined)
+
+    def _now_dirty(self, slot: int, granule: int, bits: int, absent: int) -> None:
+        """The data of `bits` is there; the `absent` ones become valid."""
+        index = self._index
+        if absent:
+            index.set_valid(slot, absent, absent)
+            if self._fetcher.fetching:
+                self._fetcher.overtaken(granule, absent)
+        index.ready[slot] |= bits
+        if not self._through:
+            index.open[slot] |= bits
+        self._writeback.enqueue(slot)
+        self.flusher.writes += 1
+        if self.flusher.due is None:
+            self.flusher.arm()
+        if not self._pressed and (
+            self._writeback.over_background() or index.dirty_slots > self._flush_slots
+        ):
+            self._press()
+
+    def _partial(self, at: int, within: int, end: int, first: int, last: int) -> int:
+        """Blocks of which this write covers only a part."""
+        block = self._index.block_bytes
+        partial = 0
+        if within & block - 1:
+            partial = 1 << first
+        if end & block - 1 and at - within + end != self._index.geometry.disk_bytes:
+            partial |= 1 << last
+        return partial
+
+    # What can stand in the way.
+
+    def _held(self, first: int, end: int) -> bool:
+        before = self._exclusives.overlapping(first, end)
+        if before is None:
+            return False
+        waiting = before.waiting
+        self._obstacle = lambda op: waiting.append(lambda: self.advance(op))
+        return True
+
+    def _wait_for_room(self, op: _WriteOp) -> None:
+        self._stats.writes_waited += 1
+        self._waiting.append(op)
+        self._press()
+
+    def _fetch_partial(self, op: _WriteOp, base_block: int, bits: int) -> None:
+        """Fetch the blocks that the write covers only partly."""
+        op.error = 0
+        op.fetches = 1
+        while bits:
+            block = base_block + (bits & -bits).bit_length() - 1
+            op.fetches += self._fetcher.need(block, block + 1, op)
+            bits &= bits - 1
+        op.fetches -= 1
+
+    def _load(self, op: _WriteOp, slot: int, bits: int) -> None:
+        """Bring blocks that are written partly back into the page cache, then go on."""
+        index = self._index
+        scratch = [memoryview(bytearray(index.granule_bytes))]
+        self._slots.pin(slot)
+
+        def done(error: int) -> None:
+            self._slots.unpin(slot)
+            if error:
+                self._stats.file_errors += 1
+                op.request.finish(error)
+                return
+            index.ready[slot] |= bits & index.valid(slot)
+            self.advance(op)
+
+        position = slot << index.granule_shift
+        self._cold.run(lambda: self._image.read_wait(scratch, position), done)
+
+    def _press(self) -> None:
+        """Much is dirty: see to it at the end of this turn."""
+        if not self._pressed:
+            self._pressed = True
+            self._call_at_turn_end(self._pressure)
+
+    def _pressure(self) -> None:
+        self._pressed = False
+        if self._waiting or self._index.dirty_slots > self._flush_slots:
+            self.flusher.press()
+        else:
+            self._writeback.tick_now()

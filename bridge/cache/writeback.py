@@ -1,0 +1,469 @@
+"""Dirty blocks on their way to the server.
+
+Dirty slots stand in a ring in the order in which they became dirty; a slot is in it at most
+once. A *batch* is what is taken from the ring at once and sent in disk order, adjacent blocks
+coalesced into one WRITE, several in flight, each from a private copy, so that a guest may go on
+writing to the blocks meanwhile. A block that is in flight is never sent a second time before
+the reply: two writes of it could pass each other on different connections.
+
+A *ticket* (a guest write that must reach the server, a flush) says it *wants* slots: it is
+settled when everything that was dirty in them has been replied to. A wanted block whose older
+content is in flight is deferred until that reply.
+
+A failed write leaves its blocks dirty and back in the ring; background write-out then pauses,
+for longer each time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+
+from bridge.request import FUA, WRITE, Request
+
+from .backend import Backend, Stats
+from .index import Index, zeroed
+from .options import Options
+
+
+class Ticket:
+    """Somebody waiting for write-outs."""
+
+    __slots__ = ("error", "fua", "pending", "unstable")
+
+    def __init__(self, *, fua: bool) -> None:
+        self.pending = 0
+        self.error = 0
+        """The first errno of a write-out."""
+        self.fua = fua
+        """Send with FUA what is sent for this ticket."""
+        self.unstable = False
+        """Something it waited for was written without FUA: only a flush makes it durable."""
+
+    def settled(self) -> None:
+        """Everything wanted was replied to."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """One thing less to wait for."""
+        self.pending -= 1
+        if not self.pending:
+            self.settled()
+
+
+class WriteOut:
+    """One WRITE in flight: blocks of one or more slots, one contiguous range of the disk."""
+
+    __slots__ = ("end", "fua", "offset", "parts", "tickets")
+
+    def __init__(self, offset: int, end: int, parts: list[tuple[int, int]], fua: bool) -> None:
+        self.offset = offset
+        self.end = end
+        self.parts = parts
+        """(slot, bits) in disk order."""
+        self.fua = fua
+        self.tickets: list[Ticket] = []
+
+
+class Writeback:
+    """The ring of dirty slots and the write-outs in flight."""
+
+    def __init__(
+        self,
+        index: Index,
+        backend: Backend,
+        options: Options,
+        stats: Stats,
+        clock: Callable[[], float],
+        call_at_turn_end: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._index = index
+        self._backend = backend
+        self._options = options
+        self._stats = stats
+        self._clock = clock
+        self._call_at_turn_end = call_at_turn_end
+        self._per_granule_shift = index.granule_shift - index.block_shift
+        self._run_blocks = max(1, options.writeback_run_bytes >> index.block_shift)
+        self._background_slots = int(index.slots * options.dirty_background_ratio)
+        self._ring = zeroed("I", index.slots + 1)
+        self._ring_size = index.slots + 1
+        self._queued = bytearray(index.slots + 1)
+        self.head = 0
+        self.tail = 0
+        """Free-running positions in the ring; `head == tail`: nothing is dirty and unsent."""
+        self._marks: deque[tuple[float, int]] = deque()
+        """(time, position): what stands before the position was dirty at that time."""
+        self._goal = 0
+        """Write out everything before this position of the ring."""
+        self._batch: list[int] = []
+        self._batch_at = 0
+        self._urgent: list[int] = []
+        self._urgent_scheduled = False
+        self._wanted: dict[int, list[Ticket]] = {}
+        self._deferred: dict[int, list[Ticket]] = {}
+        self._flying: list[WriteOut] = []
+        self._bytes_in_flight = 0
+        self._pumping = False
+        self.barrier: Ticket | None = None
+        """The flush in progress, which wants every slot before `barrier_at`."""
+        self.barrier_at = 0
+        self.written: list[int] = []
+        """Slots with *written* blocks since the last flush was sent."""
+        self._is_written = bytearray(index.slots + 1)
+        self.unflushed = True
+        """The server may hold something that finished after the last flush was sent. True at
+        the start: the process before this one may have left that."""
+        self.paused_until = 0.0
+        self._pause_s = options.retry_s
+        self.is_held: Callable[[int], bool] | None = None
+        """Says whether a discard keeps a granule from being sent; None: there is no discard."""
+        self._held: list[int] = []
+        self.landed: Callable[[], None] = _nothing
+        """Called after replies changed what is dirty."""
+        self.woken: Callable[[], None] = _nothing
+        """Called when a deadline appeared where there was none."""
+
+    # What the other parts of the cache say.
+
+    def enqueue(self, slot: int) -> None:
+        """`slot` has dirty blocks that are to be sent some time."""
+        if self._queued[slot]:
+            return
+        self._queued[slot] = 1
+        now = self._clock()
+        if not self._marks or now - self._marks[-1][0] >= 1.0:
+            # One mark a second bounds their number; the age is right to a second.
+            self._marks.append((now, self.tail + 1))
+        else:
+            self._marks[-1] = (self._marks[-1][0], self.tail + 1)
+        self._ring[self.tail % self._ring_size] = slot
+        self.tail += 1
+        if self.tail == self.head + 1:
+            self.woken()
+
+    def want(self, slots: Iterable[int], ticket: Ticket) -> None:
+        """Send the dirty blocks of `slots` at the end of this turn, for `ticket`."""
+        for slot in slots:
+            ticket.pending += 1
+            self._wanted.setdefault(slot, []).append(ticket)
+            self._urgent.append(slot)
+        self._schedule_urgent()
+
+    def want_all(self, ticket: Ticket) -> None:
+        """`ticket` is the barrier: it waits for all that is dirty or in flight now.
+
+        It holds one extra token until the ring was gone through.
+        """
+        self.barrier = ticket
+        self.barrier_at = self.tail
+        ticket.pending += 1
+        for flying in self._flying:
+            self._attach(flying, ticket)
+        # What was taken from the ring already and has not been sent counts as well.
+        for slot in {*self._batch[self._batch_at :], *self._held, *self._urgent}:
+            ticket.pending += 1
+            self._wanted.setdefault(slot, []).append(ticket)
+        for tickets in self._deferred.values():
+            ticket.pending += 1
+            tickets.append(ticket)
+        self.write_out_to(self.tail)
+
+    def write_out_to(self, position: int) -> None:
+        """Write out what stands in the ring before `position`."""
+        self._goal = max(self._goal, position)
+        self._pump()
+
+    def wait_for_flying(self, first: int, end: int, ticket: Ticket) -> None:
+        """`ticket` waits for the write-outs in flight within the bytes `first` … `end`."""
+        for flying in self._flying:
+            if flying.offset < end and first < flying.end:
+                self._attach(flying, ticket)
+
+    def unhold(self) -> None:
+        """A discard ended: look again at what it kept from being sent."""
+        self._urgent += self._held
+        self._held = []
+        if self._urgent:
+            self._schedule_urgent()
+
+    def lost(self) -> None:
+        """The server is a new one: what was only written is dirty again."""
+        index = self._index
+        for slot in self.written:
+            self._is_written[slot] = 0
+            self.revive(slot, index.dirty(slot) & index.sent[slot] & ~index.inflight[slot])
+        self.written = []
+
+    def revive(self, slot: int, bits: int) -> None:
+        """Written blocks of `slot` have to be sent again."""
+        index = self._index
+        if bits:
+            index.sent[slot] &= ~bits
+            index.covered[slot] &= ~bits
+            self._stats.resent_blocks += bits.bit_count()
+            self.enqueue(slot)
+
+    def take_written(self) -> list[int]:
+        """The slots with written blocks, which a flush covers from here on."""
+        slots, self.written = self.written, []
+        for slot in slots:
+            self._is_written[slot] = 0
+        self.unflushed = False
+        return slots
+
+    # Time.
+
+    def next_deadline(self) -> float | None:
+        """When `tick()` has something to do."""
+        if self.tail <= max(self.head, self._goal):
+            return None
+        if self._marks and not self.over_background():
+            return max(self._marks[0][0] + self._options.writeback_age_s, self.paused_until)
+        return self.paused_until
+
+    def tick(self, now: float) -> None:
+        """Start writing out what is old enough, or all when too much is dirty."""
+        if now < self.paused_until or self.head >= self.tail:
+            return
+        if not self._marks:
+            self.write_out_to(self.tail)
+            return
+        if self.over_background():
+            # The oldest go; what was written last may still grow into a longer run.
+            self.write_out_to(self.tail - self._background_slots * 3 // 4)
+        goal = 0
+        while self._marks and self._marks[0][0] + self._options.writeback_age_s <= now:
+            goal = self._marks.popleft()[1]
+        if goal:
+            self.write_out_to(goal)
+
+    def tick_now(self) -> None:
+        """Much became dirty: do not wait for the timer."""
+        self.tick(self._clock())
+
+    def over_background(self) -> bool:
+        """More stands in the ring than should wait for its age."""
+        return self.tail - max(self.head, self._goal) > self._background_slots
+
+    # Sending.
+
+    def _schedule_urgent(self) -> None:
+        if not self._urgent_scheduled:
+            self._urgent_scheduled = True
+            self._call_at_turn_end(self._turn_end)
+
+    def _turn_end(self) -> None:
+        self._urgent_scheduled = False
+        # The urgent ones join what is being sent, in disk order.
+        self._refill(self._batch[self._batch_at :] + self._urgent)
+        self._urgent = []
+        self._pump()
+
+    def _refill(self, slots: list[int]) -> None:
+        granule_of = self._index.granule_of
+        pairs = sorted({(granule_of[slot], slot) for slot in slots})
+        self._batch = list(map(itemgetter(1), pairs))
+        self._batch_at = 0
+
+    def _pump(self) -> None:
+        """Send as much as may be in flight."""
+        if self._pumping:
+            return
+        self._pumping = True
+        options = self._options
+        while (
+            len(self._flying) < options.writeback_requests
+            and self._bytes_in_flight < options.writeback_bytes
+        ):
+            if self._batch_at < len(self._batch):
+                self._send_next()
+            elif self.head < min(self._goal, self.tail):
+                self._take_batch()
+            else:
+                break
+        self._pumping = False
+        if self.barrier is not None and self.head >= self.barrier_at:
+            barrier, self.barrier = self.barrier, None
+            barrier.release()
+
+    def _take_batch(self) -> None:
+        """Take slots from the ring, at most so many that sorting is a matter of 1 ms."""
+        goal = min(self._goal, self.tail, self.head + 1024)
+        slots = []
+        for position in range(self.head, goal):
+            slot = self._ring[position % self._ring_size]
+            self._queued[slot] = 0
+            slots.append(slot)
+            if self.barrier is not None and position < self.barrier_at:
+                self.barrier.pending += 1
+                self._wanted.setdefault(slot, []).append(self.barrier)
+        self.head = goal
+        while self._marks and self._marks[0][1] <= goal:
+            self._marks.popleft()
+        self._refill(slots)
+
+    def _send_next(self) -> None:
+        """Send the next run of the batch, or be done with its next slot."""
+        index, batch = self._index, self._batch
+        slot = batch[self._batch_at]
+        if self.is_held is not None and self.is_held(index.granule_of[slot]):
+            self._held.append(slot)
+            self._batch_at += 1
+            return
+        bits = index.to_send(slot)
+        if not bits:
+            self._batch_at += 1
+            self._done_with(slot)
+            return
+        shift, per_granule = index.block_shift, self._per_granule_shift
+        granule = index.granule_of[slot]
+        first = (bits & -bits).bit_length() - 1
+        count = _ones(bits >> first)
+        offset = (granule << index.granule_shift) + (first << shift)
+        parts = [(slot, (1 << first + count) - (1 << first))]
+        at = self._batch_at
+        # On into the next granule, while this run reaches its end and the next begins with it.
+        while first + count == 1 << per_granule and at + 1 < len(batch):
+            following = batch[at + 1]
+            granule += 1
+            if index.granule_of[following] != granule:
+                break
+            more = _ones(index.to_send(following))
+            if not more or (self.is_held is not None and self.is_held(granule)):
+                break
+            if sum(part.bit_count() for _, part in parts) + more > self._run_blocks:
+                break
+            at += 1
+            parts.append((following, (1 << more) - 1))
+            first, count = 0, more
+        self._send(offset, parts)
+
+    def _send(self, offset: int, parts: list[tuple[int, int]]) -> None:
+        """Send a private copy of these blocks."""
+        index = self._index
+        shift = index.block_shift
+        blocks = sum(bits.bit_count() for _, bits in parts)
+        buffer = bytearray(blocks << shift)
+        tickets = [ticket for slot, _ in parts for ticket in self._wanted.get(slot, ())]
+        # The disk may end within its last block.
+        end = min(offset + len(buffer), index.geometry.disk_bytes)
+        fua = self._backend.can_fua and any(ticket.fua for ticket in tickets)
+        flying = WriteOut(offset, end, parts, fua)
+        at = 0
+        for slot, bits in parts:
+            base = (slot << index.granule_shift) + ((bits & -bits).bit_length() - 1 << shift)
+            size = bits.bit_count() << shift
+            buffer[at : at + size] = index.data[base : base + size]
+            at += size
+            index.sent[slot] |= bits
+            index.inflight[slot] |= bits
+            index.open[slot] &= ~bits
+        for ticket in tickets:
+            self._attach(flying, ticket)
+        self._flying.append(flying)
+        self._bytes_in_flight += len(buffer)
+        self._stats.writebacks += 1
+        self._stats.writeback_bytes += len(buffer)
+        view = memoryview(buffer)[: end - offset]
+        flags = FUA if fua else 0
+        self._backend.submit(
+            Request(WRITE, offset, end - offset, [view], self._replied, flags, owner=flying)
+        )
+
+    def _done_with(self, slot: int) -> None:
+        """Nothing of `slot` can be sent now: settle, attach or defer those who want it."""
+        tickets = self._wanted.pop(slot, [])
+        index = self._index
+        dirty, sent, inflight = index.dirty(slot), index.sent[slot], index.inflight[slot]
+        if dirty & ~sent & inflight:
+            # Also when nobody asks: the slot has left the ring, and must not be forgotten.
+            self._deferred.setdefault(slot, []).extend(tickets)
+            return
+        if dirty & sent & inflight:
+            for flying in self._flying:
+                if any(part == slot for part, _ in flying.parts):
+                    for ticket in tickets:
+                        self._attach(flying, ticket)
+        for ticket in tickets:
+            if dirty & sent & ~inflight:
+                ticket.unstable = True
+            ticket.release()
+
+    def _attach(self, flying: WriteOut, ticket: Ticket) -> None:
+        flying.tickets.append(ticket)
+        ticket.pending += 1
+        if not flying.fua:
+            ticket.unstable = True
+
+    # Replies.
+
+    def _replied(self, request: Request) -> None:
+        flying: WriteOut = request.owner
+        self._flying.remove(flying)
+        self._bytes_in_flight -= sum(bits.bit_count() for _, bits in flying.parts) << (
+            self._index.block_shift
+        )
+        stable = flying.fua or not self._backend.can_flush
+        # Only what this connection generation received is covered by a flush of it.
+        kept = stable or request.generation == self._backend.generation
+        if request.error:
+            self._failed()
+        else:
+            self._pause_s = self._options.retry_s
+            if not stable:
+                self.unflushed = True
+        for slot, bits in flying.parts:
+            self._index.inflight[slot] &= ~bits
+            if request.error or not kept:
+                self._again(slot, bits)
+            else:
+                self._arrived(slot, bits, stable)
+            deferred = self._deferred.pop(slot, None)
+            if deferred is not None:
+                if deferred:
+                    self._wanted.setdefault(slot, []).extend(deferred)
+                self._urgent.append(slot)
+                self._schedule_urgent()
+        for ticket in flying.tickets:
+            ticket.error = ticket.error or request.error
+            ticket.release()
+        self.landed()
+        self._pump()
+
+    def _arrived(self, slot: int, bits: int, stable: bool) -> None:
+        """The server has these blocks, as they were when they were sent."""
+        index = self._index
+        newest = bits & index.sent[slot] & index.dirty(slot)
+        if not newest:
+            return
+        if stable:
+            index.clean(slot, newest)
+        elif not self._is_written[slot]:
+            self._is_written[slot] = 1
+            self.written.append(slot)
+
+    def _again(self, slot: int, bits: int) -> None:
+        """These blocks did not arrive: they are still dirty."""
+        index = self._index
+        index.sent[slot] &= ~bits
+        if index.dirty(slot) & bits:
+            self.enqueue(slot)
+
+    def _failed(self) -> None:
+        self._stats.writeback_errors += 1
+        self.paused_until = self._clock() + self._pause_s
+        self._pause_s = min(self._pause_s * 2, self._options.retry_max_s)
+        if self.barrier is None:
+            # Stop the background write-out; what a flush or a write asks for is tried.
+            self._goal = min(self._goal, self.head)
+
+
+def _ones(bits: int) -> int:
+    """How many of the lowest bits are set without a gap."""
+    return (~bits & bits + 1).bit_length() - 1
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

@@ -1,0 +1,711 @@
+"""A simulated world around a cache: guest, server, time, faults; and the oracle.
+
+Everything is decided by one `random.Random`, so a seed is a program. The oracle works on sectors
+of 512 bytes; every sector that is written holds the number of its write, which only grows, so
+what a read or the server's medium shows can be judged: is it new enough?
+
+The server is as bad as NBD allows: it executes what is in flight in any order, replies in any
+order, keeps what was not flushed in memory and loses any of it, sector by sector, at a power
+loss; a flush covers only what it had replied to when the flush was submitted.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable
+from typing import Any
+
+from bridge.cache.cache import Cache
+from bridge.cache.file import MappedImage
+from bridge.cache.layout import Geometry, Identity, new_header
+from bridge.cache.options import Options
+from bridge.request import (
+    DISCARD,
+    FLUSH,
+    FUA,
+    MAY_UNMAP,
+    PREFETCH,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
+
+SECTOR = 512
+ZERO = bytes(SECTOR)
+
+
+class Killed(BaseException):
+    """The process of the cache is gone, between two stores."""
+
+
+def sector_bytes(number: int) -> bytes:
+    """A sector that holds the write `number`."""
+    return number.to_bytes(8, "little") * (SECTOR // 8)
+
+
+class _HookedItems:
+    """A view whose stores are counted, and may be the last."""
+
+    def __init__(self, view: memoryview, stored: Callable[[], None]) -> None:
+        self._view = view
+        self._stored = stored
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._view[at]
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        self._stored()
+        self._view[at] = value
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+
+class _HookedData(_HookedItems):
+    """The same for data: the store that is the last may be there in part."""
+
+    def __init__(self, view: memoryview, stored: Callable[[], None], rng: random.Random) -> None:
+        super().__init__(view, stored)
+        self._rng = rng
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        try:
+            self._stored()
+        except Killed:
+            # Whole sectors: the torn one belongs to a request that is executed again, and
+            # the oracle can only read whole numbers.
+            part = self._rng.randrange(len(value) // SECTOR + 1) * SECTOR
+            self._view[at.start : at.start + part] = value[:part]
+            raise
+        self._view[at] = value
+
+
+class TestImage(MappedImage):
+    """A cache image in memory that can end at any store, and whose blocks can be cold."""
+
+    __test__ = False
+
+    def __init__(self, buffer: bytearray, header: Any, rng: random.Random) -> None:
+        super().__init__(buffer, header)
+        self.stores_left: int | None = None
+        self.cold_ratio = 0.0
+        self._rng = rng
+        self._raw_data = self.data
+        self.granule_of = _HookedItems(self.granule_of, self._stored)
+        self.state = _HookedItems(self.state, self._stored)
+        self.data = _HookedData(self.data, self._stored, rng)
+
+    def _stored(self) -> None:
+        if self.stores_left is not None:
+            if not self.stores_left:
+                raise Killed
+            self.stores_left -= 1
+
+    def read_nowait(self, views: list[memoryview], position: int) -> bool:
+        if self._rng.random() < self.cold_ratio:
+            return False
+        self.read_wait(views, position)
+        return True
+
+    def read_wait(self, views: list[memoryview], position: int) -> None:
+        super().read_nowait(views, position)
+
+    def resident(self, position: int, length: int) -> bool:
+        return self._rng.random() >= self.cold_ratio
+
+
+class LaterCold:
+    """Cold reads that end when the world says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Callable[[], None], Callable[[int], None]]] = []
+
+    def run(self, job: Callable[[], None], done: Callable[[int], None]) -> None:
+        self.jobs.append((job, done))
+
+    def finish_one(self, rng: random.Random) -> None:
+        job, done = self.jobs.pop(rng.randrange(len(self.jobs)))
+        job()
+        done(0)
+
+
+class Server:
+    """The storage server with one connection; a `Backend`."""
+
+    def __init__(self, size_bytes: int, rng: random.Random, **can: bool) -> None:
+        self.size_bytes = size_bytes
+        self.min_block_bytes = 1
+        self.can_fua = can.get("fua", True)
+        self.can_flush = can.get("flush", True)
+        self.can_trim = can.get("trim", True)
+        self.can_write_zeroes = can.get("zeroes", True)
+        self.generation = 1
+        self.rng = rng
+        count = size_bytes // SECTOR
+        # Per sector: every content since the one that is certainly on the medium.
+        self.history: list[list[bytes]] = [[ZERO] for _ in range(count)]
+        self.replied_upto = [0] * count
+        """Per sector: contents before this index of the history were replied to."""
+        self.pending: list[_Command] = []
+        self.commands = 0
+
+    def submit(self, request: Request) -> None:
+        assert request.length > 0 or request.op == FLUSH
+        assert request.offset >= 0 and request.offset + request.length <= self.size_bytes
+        assert request.offset % SECTOR == 0 and request.length % SECTOR == 0
+        assert not request.flags & FUA or self.can_fua
+        assert sum(map(len, request.buffers)) == (
+            request.length if request.op in (READ, WRITE) else 0
+        )
+        self.commands += 1
+        first, end = request.offset // SECTOR, (request.offset + request.length) // SECTOR
+        for other in self.pending:
+            if request.op == WRITE and other.request.op in (WRITE, DISCARD, WRITE_ZEROES):
+                assert other.end <= first or end <= other.first, "writes could pass each other"
+        command = _Command(request, first, end)
+        if request.op == FLUSH:
+            command.floor = [upto - 1 for upto in self.replied_upto]
+        self.pending.append(command)
+
+    def execute(self, command: _Command) -> None:
+        """Do what the command says; may happen twice, if the connection is lost meanwhile."""
+        request = command.request
+        command.executed = True
+        if request.op == READ:
+            data = b"".join(self.history[at][-1] for at in range(command.first, command.end))
+            for buffer in request.buffers:
+                buffer[:] = data[: len(buffer)]
+                data = data[len(buffer) :]
+        elif request.op == WRITE:
+            data = b"".join(bytes(buffer) for buffer in request.buffers)
+            for at in range(command.first, command.end):
+                start = (at - command.first) * SECTOR
+                self._put(at, data[start : start + SECTOR], request.flags)
+        elif request.op == WRITE_ZEROES or (request.op == DISCARD and self.rng.random() < 0.5):
+            for at in range(command.first, command.end):
+                self._put(at, ZERO, request.flags)
+        elif request.op == FLUSH:
+            for at, floor in enumerate(command.floor):
+                if floor > 0:
+                    self._forget(at, floor)
+                    for other in self.pending:
+                        if other.floor:
+                            other.floor[at] -= floor
+
+    def _put(self, at: int, content: bytes, flags: int) -> None:
+        self.history[at].append(content)
+        if flags & FUA:
+            gone = len(self.history[at]) - 1
+            self._forget(at, gone)
+            for other in self.pending:
+                if other.floor:
+                    other.floor[at] = max(0, other.floor[at] - gone)
+
+    def _forget(self, at: int, count: int) -> None:
+        del self.history[at][:count]
+        self.replied_upto[at] = max(1, self.replied_upto[at] - count)
+
+    def reply(self, command: _Command, error: int = 0) -> None:
+        self.pending.remove(command)
+        if not error and command.request.op in (WRITE, DISCARD, WRITE_ZEROES):
+            for at in range(command.first, command.end):
+                self.replied_upto[at] = len(self.history[at])
+        command.request.generation = self.generation
+        command.request.finish(error)
+
+    def cut(self) -> None:
+        """The connection is lost; commands in flight may or may not have been executed."""
+        for command in self.pending:
+            if not command.executed and self.rng.random() < 0.5:
+                self.execute(command)
+            command.executed = False
+        self.generation += 1
+
+    def lose_power(self) -> None:
+        """Of what was not flushed, any may be gone."""
+        if not self.can_flush:
+            return  # Such a server says that it needs none.
+        for at, contents in enumerate(self.history):
+            self.history[at] = [self.rng.choice(contents)]
+            self.replied_upto[at] = 1
+
+    def forget_client(self) -> None:
+        """The client is gone for good."""
+        self.cut()
+        self.pending.clear()
+
+    def resend(self) -> None:
+        """Commands that were not replied to come again, on the new connection."""
+        for command in self.pending:
+            if command.request.op == FLUSH:
+                command.floor = [upto - 1 for upto in self.replied_upto]
+
+
+class _Command:
+    """One command in flight."""
+
+    def __init__(self, request: Request, first: int, end: int) -> None:
+        self.request = request
+        self.first = first
+        self.end = end
+        self.executed = False
+        self.floor: list[int] = []
+
+
+class _GuestOp:
+    """One request of the guest in flight."""
+
+    def __init__(self, op: int, first: int, end: int, flags: int) -> None:
+        self.op = op
+        self.first = first
+        self.end = end
+        self.flags = flags
+        self.number = 0
+        self.buffers: list[memoryview] = []
+        self.memory = bytearray()
+        self.allowed: list[set[int] | None] = []
+        self.completed_before: list[int] = []
+
+
+class World:
+    """Guest, cache and server; `step()` does one random thing."""
+
+    def __init__(self, seed: int | str, **choices: Any) -> None:
+        self.seed = seed
+        rng = self.rng = random.Random(seed)
+        self.now = 1000.0
+        sectors = choices.pop("sectors", rng.choice((159, 160, 97)))
+        self.sectors = sectors
+        self.server = Server(
+            sectors * SECTOR,
+            rng,
+            fua=choices.pop("fua", rng.random() < 0.7),
+            flush=choices.pop("flush", rng.random() < 0.9),
+            trim=True,
+            zeroes=rng.random() < 0.8,
+        )
+        if not self.server.can_flush:
+            self.server.can_fua = False
+        self.faults = choices.pop("faults", True)
+        slots = choices.pop("slots", rng.choice((3, 4, 6, 12)))
+        self.geometry = Geometry(sectors * SECTOR, 1024, 4096, slots)
+        self.options = Options(
+            mode=choices.pop("mode", "writeback" if rng.random() < 0.75 else "writethrough"),
+            flush_interval_s=rng.choice((0, 5, 60)),
+            writeback_age_s=rng.choice((1, 5)),
+            dirty_background_ratio=rng.choice((0.1, 0.5)),
+            dirty_flush_ratio=rng.choice((0.3, 0.9)),
+            dirty_hard_ratio=rng.choice((0.5, 0.9, 1.0)),
+            writeback_run_bytes=rng.choice((1024, 8192)),
+            writeback_requests=rng.choice((1, 3, 32)),
+            writeback_bytes=rng.choice((4096, 65536)),
+            fua_blocks=rng.choice((0, 2, 64)),
+            fetch_run_bytes=rng.choice((1024, 8192)),
+            fetch_bytes=rng.choice((8192, 65536)),
+            readahead_bytes=rng.choice((0, 8192)),
+            exclusive_run_bytes=rng.choice((4096, 65536)),
+            zero_copy_bytes=rng.choice((0, 4096)),
+        )
+        assert not choices, choices
+        self.cold_ratio = rng.choice((0.0, 0.3))
+        self.guest: list[_GuestOp] = []
+        self.number = 0
+        # Per sector: the writes it may show now, None if it was discarded.
+        self.possible: list[set[int] | None] = [{0} for _ in range(sectors)]
+        self.zeroed_by = [0] * sectors
+        """Per sector: the last write that wrote zeroes (0: the beginning)."""
+        self.discarded_by = [0] * sectors
+        """Per sector: the last discard; promises up to it are void."""
+        self.completed = [0] * sectors
+        """Per sector: the last write that completed."""
+        self.durable = [0] * sectors
+        """Per sector: the write that a flush promised."""
+        self.log: list[str] = []
+        self._new_image()
+        self._start()
+
+    # The process of the cache.
+
+    def _new_image(self) -> None:
+        identity = Identity("nbd://test", "")
+        self.header = new_header(self.geometry, identity, bytes(16), 0)
+        self.buffer = bytearray(self.geometry.file_bytes)
+
+    def _start(self) -> None:
+        self.turn: list[Callable[[], None]] = []
+        self.cold = LaterCold()
+        self.image = TestImage(self.buffer, self.header, self.rng)
+        self.image.cold_ratio = self.cold_ratio
+        self.cache = Cache(
+            self.image,
+            self.server,
+            self.options,
+            clock=lambda: self.now,
+            call_at_turn_end=self.turn.append,
+            cold=self.cold,
+        )
+
+    def run_turn(self) -> None:
+        """What was put off to the end of the turn happens."""
+        rounds = 0
+        while self.turn:
+            pending, self.turn[:] = list(self.turn), []
+            for callback in pending:
+                callback()
+            rounds += 1
+            assert rounds < 100, "the turn does not end"
+
+    # The guest.
+
+    def _free_range(self, most: int) -> tuple[int, int] | None:
+        """Sectors that no write in flight touches."""
+        first = self.rng.randrange(self.sectors)
+        end = min(self.sectors, first + self.rng.randint(1, most))
+        for op in self.guest:
+            if op.op in (WRITE, DISCARD, WRITE_ZEROES) and op.first < end and first < op.end:
+                return None
+        return first, end
+
+    def guest_write(self, op: int = WRITE) -> None:
+        chosen = self._free_range(24)
+        if chosen is None:
+            return
+        first, end = chosen
+        flags = FUA if self.rng.random() < 0.15 else 0
+        if op == WRITE_ZEROES:
+            flags |= MAY_UNMAP * self.rng.randrange(2)
+        elif op == DISCARD:
+            flags = 0
+        guest = _GuestOp(op, first, end, flags)
+        self.number += 1
+        guest.number = self.number
+        if op == WRITE:
+            content = sector_bytes(self.number) * (end - first)
+            guest.memory = bytearray(content)
+            guest.buffers = self._split(guest.memory)
+        for at in range(first, end):
+            possible = self.possible[at]
+            if op == DISCARD:
+                self.possible[at] = None
+                self.discarded_by[at] = self.number
+            elif possible is not None:
+                self.possible[at] = possible | {self.number}
+            if op == WRITE_ZEROES:
+                self.zeroed_by[at] = self.number
+            for other in self.guest:
+                if other.op == READ and other.first <= at < other.end:
+                    allowed = other.allowed[at - other.first]
+                    if op == DISCARD or allowed is None:
+                        other.allowed[at - other.first] = None
+                    else:
+                        allowed.add(self.number)
+        self.guest.append(guest)
+        self._submit(guest)
+
+    def guest_read(self) -> None:
+        first = self.rng.randrange(self.sectors)
+        end = min(self.sectors, first + self.rng.randint(1, 24))
+        guest = _GuestOp(READ, first, end, 0)
+        guest.memory = bytearray(b"?" * ((end - first) * SECTOR))
+        guest.buffers = self._split(guest.memory)
+        guest.allowed = [
+            None if (possible := self.possible[at]) is None else set(possible)
+            for at in range(first, end)
+        ]
+        self.guest.append(guest)
+        self._submit(guest)
+
+    def guest_flush(self) -> None:
+        guest = _GuestOp(FLUSH, 0, 0, 0)
+        guest.completed_before = list(self.completed)
+        self.guest.append(guest)
+        self._submit(guest)
+
+    def guest_prefetch(self) -> None:
+        first = self.rng.randrange(self.sectors)
+        guest = _GuestOp(PREFETCH, first, min(self.sectors, first + 30), 0)
+        self.guest.append(guest)
+        self._submit(guest)
+
+    def _split(self, memory: bytearray) -> list[memoryview]:
+        view = memoryview(memory)
+        if self.rng.random() < 0.6:
+            return [view]
+        # A kill between two parts of one sector tears it (see `_HookedData`).
+        unit = SECTOR if self.faults else 1
+        cuts = sorted(self.rng.randrange(len(view) // unit + 1) * unit for _ in range(2))
+        parts = [view[: cuts[0]], view[cuts[0] : cuts[1]], view[cuts[1] :]]
+        return [part for part in parts if len(part)]
+
+    def _submit(self, guest: _GuestOp) -> None:
+        length = 0 if guest.op == FLUSH else (guest.end - guest.first) * SECTOR
+        offset = guest.first * SECTOR
+        cache = self.cache
+
+        def done(request: Request) -> None:
+            assert cache is self.cache, "a dead cache completed a request"
+            self._done(guest, request.error)
+
+        cache.submit(Request(guest.op, offset, length, guest.buffers, done, guest.flags))
+
+    def _done(self, guest: _GuestOp, error: int) -> None:
+        assert guest in self.guest, "completed twice"
+        self.guest.remove(guest)
+        if guest.op == READ:
+            if not error:
+                self._judge_read(guest)
+        elif guest.op == FLUSH:
+            if not error:
+                self._flushed(guest.completed_before)
+        elif guest.op in (WRITE, WRITE_ZEROES):
+            self._written(guest, error)
+        elif guest.op == DISCARD and not error:
+            for at in range(guest.first, guest.end):
+                self.completed[at] = guest.number
+        assert not error or self.faults
+
+    def _written(self, guest: _GuestOp, error: int) -> None:
+        for at in range(guest.first, guest.end):
+            if error:
+                continue  # Old or new from here on; `possible` has both.
+            self.possible[at] = {guest.number}
+            self.completed[at] = guest.number
+            if guest.op == WRITE_ZEROES:
+                self.zeroed_by[at] = guest.number
+        if not error and guest.flags & FUA and self.server.can_flush:
+            before = list(self.durable)
+            before[guest.first : guest.end] = [guest.number] * (guest.end - guest.first)
+            self.durable = before
+            self.check_medium()
+
+    def _number_of(self, at: int, content: bytes) -> int:
+        """Which write `content` of sector `at` is."""
+        number = int.from_bytes(content[:8], "little")
+        assert content == sector_bytes(number), f"sector {at} is torn: {content[:16].hex()}"
+        return number or self.zeroed_by[at]
+
+    def _judge_read(self, guest: _GuestOp) -> None:
+        for at in range(guest.first, guest.end):
+            allowed = guest.allowed[at - guest.first]
+            start = (at - guest.first) * SECTOR
+            if allowed is None:
+                continue
+            content = bytes(guest.memory[start : start + SECTOR])
+            number = int.from_bytes(content[:8], "little")
+            assert content == sector_bytes(number), f"sector {at}: torn or never read"
+            if not number:
+                assert 0 in allowed or self.zeroed_by[at] in allowed, (at, allowed)
+            else:
+                assert number in allowed, f"sector {at}: read the write {number}, may be {allowed}"
+
+    def _flushed(self, completed_before: list[int]) -> None:
+        for at, number in enumerate(completed_before):
+            if self.durable[at] < number and self.possible[at] is not None:
+                self.durable[at] = number
+        if self.server.can_flush:
+            self.check_medium()
+
+    def check_medium(self) -> None:
+        """Whatever the server may lose now, what was promised is on the medium."""
+        for at, promised in enumerate(self.durable):
+            if promised <= self.discarded_by[at] or self.possible[at] is None:
+                continue
+            for content in self.server.history[at]:
+                number = self._number_of(at, content)
+                assert number >= promised, (
+                    f"sector {at}: the write {promised} was flushed, "
+                    f"the server may be left with {number}"
+                )
+
+    # Faults.
+
+    def reconnect(self, *, power_loss: bool) -> None:
+        self.server.cut()
+        if power_loss:
+            self.server.lose_power()
+        if self.rng.random() < 0.5:
+            self.server.resend()
+            self.cache.backend_reconnected()
+        else:
+            self.cache.backend_reconnected()
+            self.server.resend()
+
+    def kill(self) -> None:
+        """kill -9 of the cache's process; it starts again and the guest submits again."""
+        self.server.forget_client()
+        header = self.image.header
+        self.cache.index.cleaned = lambda slot: None
+        self.header = header
+        self._start()
+        for guest in list(self.guest):
+            if guest.op == FLUSH:
+                guest.completed_before = list(guest.completed_before)
+            if guest in self.guest:
+                self._submit(guest)
+
+    def lose_host(self) -> None:
+        """The host loses power: cache file and guest are gone, the server may lose power too."""
+        self.server.forget_client()
+        if self.rng.random() < 0.5:
+            self.server.lose_power()
+        if self.server.can_flush:
+            self.check_medium()
+        self.guest.clear()
+        for at, contents in enumerate(self.server.history):
+            # Writes that nobody flushed may be there, and may still be lost.
+            self.possible[at] = {self._number_of(at, content) for content in contents}
+            self.completed[at] = max(0, self.durable[at])
+        self._new_image()
+        self._start()
+
+    # Steps.
+
+    def serve(self, *, error: int = 0) -> None:
+        """The server replies to one command, or executes one without a reply."""
+        if not self.server.pending:
+            return
+        command = self.rng.choice(self.server.pending)
+        if error:
+            if self.rng.random() < 0.5:
+                self.server.execute(command)
+            self.server.reply(command, error)
+            return
+        if not command.executed:
+            self.server.execute(command)
+            if self.rng.random() < 0.3:
+                return
+        self.server.reply(command)
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        due = self.cache.next_deadline()
+        if due is not None and due <= self.now:
+            self.cache.tick(self.now)
+
+    def step(self) -> None:
+        """One random thing happens."""
+        rng = self.rng
+        if self.faults and rng.random() < 0.03:
+            self.image.stores_left = rng.randrange(12)
+        try:
+            self._step()
+            if rng.random() < 0.7:
+                self.run_turn()
+        except Killed:
+            self.kill()
+        except AssertionError as error:
+            raise AssertionError(f"seed {self.seed!r}: {error}") from error
+
+    def _step(self) -> None:
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.22:
+            self.guest_write()
+        elif kind < 0.40:
+            self.guest_read()
+        elif kind < 0.44:
+            self.guest_flush()
+        elif kind < 0.47:
+            self.guest_write(DISCARD)
+        elif kind < 0.50:
+            self.guest_write(WRITE_ZEROES)
+        elif kind < 0.52:
+            self.guest_prefetch()
+        elif kind < 0.57:
+            self.tick(rng.choice((0.1, 1, 10, 100)))
+        elif kind < 0.60 and self.cold.jobs:
+            self.cold.finish_one(rng)
+        elif kind < 0.66 and self.faults:
+            self._fault()
+        else:
+            for _ in range(rng.choice((1, 1, 3, 10))):
+                self.serve()
+
+    def _fault(self) -> None:
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.4:
+            self.serve(error=rng.choice((errno.EIO, errno.ENOSPC)))
+        elif kind < 0.6:
+            self.reconnect(power_loss=False)
+        elif kind < 0.8:
+            self.reconnect(power_loss=True)
+        elif kind < 0.9:
+            self.kill()
+        elif kind < 0.95:
+            self.lose_host()
+        else:
+            self.cache.drop_clean()
+
+    def settle(self) -> None:
+        """No more faults: everything in flight completes, and all is what it should be."""
+        try:
+            self._settle()
+        except AssertionError as error:
+            raise AssertionError(f"seed {self.seed!r}: {error}") from error
+
+    def _settle(self) -> None:
+        self.image.stores_left = None
+        self._drain()
+        assert not self.guest, f"{len(self.guest)} requests never completed"
+        for first in range(0, self.sectors, 16):
+            guest = _GuestOp(READ, first, min(self.sectors, first + 16), 0)
+            guest.memory = bytearray((guest.end - first) * SECTOR)
+            guest.buffers = [memoryview(guest.memory)]
+            possible = self.possible[first : guest.end]
+            guest.allowed = [None if each is None else set(each) for each in possible]
+            self.guest.append(guest)
+            self._submit(guest)
+            self._drain()
+        self.faults = False
+        self.guest_flush()
+        self._drain()
+        assert not self.guest
+        index = self.cache.index
+        assert index.dirty_blocks == index.dirty_slots == 0
+        if not self.server.can_flush:
+            return
+        self.server.forget_client()
+        self.server.lose_power()
+        for at, possible in enumerate(self.possible):
+            number = self._number_of(at, self.server.history[at][0])
+            assert possible is None or number in possible, (
+                f"sector {at}: the medium has {number}, must be {possible}"
+            )
+        self.check_index()
+
+    def _drain(self) -> None:
+        idle = 0
+        for _ in range(20000):
+            self.run_turn()
+            if self.cold.jobs and (not self.server.pending or self.rng.random() < 0.3):
+                self.cold.finish_one(self.rng)
+            elif self.server.pending:
+                self.serve()
+                idle = 0
+            elif not self.guest:
+                return
+            else:
+                self.tick(40)
+                idle += 1
+                assert idle < 200, f"stuck with {len(self.guest)} requests"
+        raise AssertionError("no end")
+
+    def check_index(self) -> None:
+        """The counters say what the arrays say."""
+        index = self.cache.index
+        used = [slot for slot in range(1, index.slots + 1) if index.state[slot]]
+        assert index.used == len(used)
+        assert index.valid_blocks == sum(index.valid(slot).bit_count() for slot in used)
+        assert all(index.find(index.granule_of[slot]) == slot for slot in used)
+
+
+def run(seed: int | str, steps: int = 120, **choices: Any) -> World:
+    """One program: random steps, then everything must settle."""
+    world = World(seed, **choices)
+    for _ in range(steps):
+        world.step()
+    world.settle()
+    return world
