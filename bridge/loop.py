@@ -125,10 +125,15 @@ class Loop:
             else:
                 polling = False
                 await trio.lowlevel.wait_readable(epoll_fd)
-                self._asleep = False
-                for poller in self._pollers:
-                    poller.disarm()
+                self._wake_up()
             until_s = perf_counter() + _YIELD_EVERY_S
+
+    def _wake_up(self) -> None:
+        # Not inside `run`: its frame would keep the last poller, and the guest memory behind
+        # it, for as long as the loop sleeps.
+        self._asleep = False
+        for poller in self._pollers:
+            poller.disarm()
 
     def _turns(self, until_s: float, *, polling: bool) -> bool:
         """Have turns until nothing came for the polling window (False) or `until_s` (True).
@@ -180,9 +185,7 @@ class Loop:
             if poller.arm():
                 more = True
         if more or self._turn_end:
-            self._asleep = False
-            for poller in self._pollers:
-                poller.disarm()
+            self._wake_up()
             return True
         return False
 
