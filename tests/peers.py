@@ -93,15 +93,24 @@ def _mount() -> None:
     for name in _MOUNTS:
         target = ROOT / name
         target.mkdir(exist_ok=True)
-        if not os.path.ismount(target):
+        if not _mount_count(target):
             _run("mount", "--bind", f"/{name}", str(target))
+
+
+def _mount_count(target: Path) -> int:
+    """How many mounts sit on `target`.
+
+    From the kernel's list: os.path.ismount takes a bind mount within one file system for none.
+    """
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return sum(line.split()[4] == str(target) for line in lines)
 
 
 def _remove() -> None:
     for name in reversed(_MOUNTS):
-        if os.path.ismount(ROOT / name):
+        for _ in range(_mount_count(ROOT / name)):
             _run("umount", str(ROOT / name))
-    if any(os.path.ismount(ROOT / name) for name in _MOUNTS):
+    if any(_mount_count(ROOT / name) for name in _MOUNTS):
         raise PeersMissing(f"something is still mounted under {ROOT}")
     if ROOT.exists():
         _run("rm", "-rf", "--one-file-system", str(ROOT))
