@@ -1,0 +1,86 @@
+"""Processes for the end-to-end tests: servers, and the bridge as its users start it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import trio
+
+_START_LIMIT_S = 30.0
+
+
+@contextmanager
+def short_directory() -> Iterator[Path]:
+    """A directory under /tmp: socket paths have 107 bytes, and the peers' chroot shares /tmp."""
+    with tempfile.TemporaryDirectory(prefix="nbb-", dir="/tmp") as name:
+        yield Path(name)
+
+
+def bridge_argv(*arguments: str) -> list[str]:
+    """The command line of `nbd-bridge ARGUMENTS…`."""
+    return [sys.executable, "-m", "bridge", *arguments]
+
+
+def unix_uri(socket: Path, export: str = "") -> str:
+    """The URI of `export` of the server at `socket`."""
+    return f"nbd+unix:///{export}?socket={socket}"
+
+
+@asynccontextmanager
+async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """A process that has made its socket `ready`; it is ended, by force if need be."""
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    try:
+        with trio.fail_after(_START_LIMIT_S):
+            while not ready.exists():
+                assert child.poll() is None, f"{argv[0]} ended with {child.returncode}"
+                await trio.sleep(0.02)
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            with trio.CancelScope(shield=True):
+                await wait_for(child, limit_s=20)
+
+
+async def wait_for(child: subprocess.Popen[bytes], *, limit_s: float) -> int:
+    """The exit status of `child`, which is killed if it takes longer than `limit_s`."""
+    with trio.move_on_after(limit_s):
+        while child.poll() is None:
+            await trio.sleep(0.02)
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+        raise AssertionError(f"{child.args!r} did not end")
+    return child.returncode
+
+
+@asynccontextmanager
+async def serving(uri: str, socket: Path, *options: str) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """`nbd-bridge serve URI --socket-path SOCKET OPTIONS…`; it must end cleanly."""
+    argv = bridge_argv("serve", uri, "--socket-path", str(socket), *options)
+    async with process(argv, ready=socket) as child:
+        yield child
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            assert await wait_for(child, limit_s=20) == 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that the process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def private_memory_bytes(pid: int) -> int:
+    """Resident memory of the process without what it shares (the guest's memory)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    values = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    return sum(int(values[key].split()[0]) for key in ("RssAnon", "RssFile")) * 1024
