@@ -50,6 +50,9 @@ class Service:
             self._store.create(settings.volume or "memory", settings.size_bytes or 0)
         elif settings.store == "rbd":
             self._store.check()
+        elif settings.dir and settings.volume and settings.create == "on":
+            if settings.volume not in [each.name for each in self._store.list_volumes()]:
+                self._store.create(settings.volume, settings.size_bytes or 0)
         elif settings.file:
             self._prepare_file(Path(settings.file), settings.size_bytes)
 

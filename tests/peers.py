@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(os.environ.get("NBD_BRIDGE_PEERS", "/var/tmp/nbd-bridge-peers"))
+ROOT = Path(os.environ.get("NBD_BRIDGE_PEERS", "/var/tmp/nbd-bridge-peers")).resolve()
 RELEASE = "trixie"
 PACKAGES = (
     "qemu-utils",
@@ -110,8 +110,10 @@ def _remove() -> None:
     for name in reversed(_MOUNTS):
         for _ in range(_mount_count(ROOT / name)):
             _run("umount", str(ROOT / name))
-    if any(_mount_count(ROOT / name) for name in _MOUNTS):
-        raise PeersMissing(f"something is still mounted under {ROOT}")
+    for name in _MOUNTS:
+        # Asked of the files themselves: deleting through a bind mount would empty the host's /tmp.
+        if (ROOT / name).exists() and os.path.samefile(ROOT / name, f"/{name}"):
+            raise PeersMissing(f"/{name} is still mounted at {ROOT / name}")
     if ROOT.exists():
         _run("rm", "-rf", "--one-file-system", str(ROOT))
 
