@@ -145,7 +145,7 @@ async def status(client: Client, offset: int, length: int) -> list[tuple[int, in
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that has no event of its own."""
     with trio.fail_after(30):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await trio.sleep(0.001)
 
 

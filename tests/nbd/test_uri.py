@@ -1,0 +1,72 @@
+"""NBD URIs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.errors import ConfigError
+from bridge.nbd.uri import NbdUri, parse_uri
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nbd://example.com", {"host": "example.com", "port": 10809, "export_name": ""}),
+        ("nbd://example.com/", {"export_name": ""}),
+        ("nbd://example.com:10810/disk", {"port": 10810, "export_name": "disk"}),
+        ("nbd://[::1]:1/a%20b", {"host": "::1", "port": 1, "export_name": "a b"}),
+        ("nbd://h//x", {"export_name": "/x"}),
+        ("nbd:///x", {"host": "localhost", "export_name": "x"}),
+        ("nbd://h/gr%C3%BC%C3%9Fe", {"export_name": "grüße"}),
+        ("nbds://h/x?tls-hostname=y", {"tls": True, "tls_hostname": "y"}),
+        ("nbds://h/?tls-verify-peer=false", {"tls_verify_peer": False}),
+        ("nbds://h/?tls-certificates=/etc/pki", {"tls_certificates": "/etc/pki"}),
+        ("nbds://h/?tls-psk-file=/k", {"tls_psk_file": "/k"}),
+        ("nbd+unix:///?socket=/run/s", {"host": None, "socket_path": "/run/s", "tls": False}),
+        ("nbds+unix:///e?socket=/run/s%20x", {"socket_path": "/run/s x", "tls": True}),
+    ],
+)
+def test_parse_uri_good_one_has_its_parts(text: str, expected: dict[str, object]) -> None:
+    uri = parse_uri(text)
+    assert {name: getattr(uri, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("http://x", "must start with"),
+        ("disk.img", "must start with"),
+        ("nbd+vsock://1", "must start with"),
+        ("nbd://h:port/", "not a URI"),
+        ("nbd://h:99999/", "not a URI"),
+        ("nbd://h:0/", "port 0"),
+        ("nbd://[::1/", "not a URI"),
+        ("nbd://h/x?socket=/s", "needs the scheme nbd\\+unix"),
+        ("nbd+unix:///x", "which socket"),
+        ("nbd+unix://h/x?socket=/s", "has no host"),
+        ("nbd+unix:///x?socket=/" + "s" * 107, "longer than the 107 bytes"),
+        ("nbd+unix:///x?socket=/s&socket=/t", "twice"),
+        ("nbd://h/?nonsense=1", "unknown parameter nonsense"),
+        ("nbd://h/?tls-hostname=x", "needs TLS"),
+        ("nbds://h/?tls-verify-peer=perhaps", "true or false"),
+        ("nbd://h/%ff", "not UTF-8"),
+        ("nbd://h/a%00b", "NUL"),
+        ("nbd://h/" + "x" * 4097, "longer than 4096"),
+        ("nbd://h/x#y", "%23"),
+    ],
+)
+def test_parse_uri_bad_one_says_what_is_wrong(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_uri(text)
+
+
+@given(st.text(max_size=60).map(lambda text: "nbd" + text) | st.text(max_size=60))
+def test_parse_uri_anything_is_an_uri_or_a_config_error(text: str) -> None:
+    try:
+        uri = parse_uri(text)
+    except ConfigError:
+        return
+    assert isinstance(uri, NbdUri)
+    assert (uri.host is None) != (uri.socket_path is None)
