@@ -24,7 +24,7 @@ from bridge.virtio.blk import BlkEngine, BlkRequest
 from bridge.virtio.chain import QueueBroken
 from bridge.virtio.dirty_log import DirtyLog
 from bridge.virtio.memory import GuestMemory
-from bridge.virtio.queue import VirtQueue
+from bridge.virtio.queue import RingAreas, VirtQueue
 
 
 class RunningRing:
@@ -210,13 +210,11 @@ class RunningRing:
             self._drained = trio.Event()
             await self._drained.wait()
 
-    def move(
-        self, memory: GuestMemory, areas: tuple[memoryview, memoryview, memoryview] | None
-    ) -> None:
+    def move(self, memory: GuestMemory, areas: RingAreas | None) -> None:
         """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
         and is broken."""
         if areas is not None:
-            self._queue.use_memory(memory, *areas)
+            self._queue.use_memory(memory, areas)
         elif not self.is_broken:
             self._break("its memory was taken away")
 

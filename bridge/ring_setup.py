@@ -7,13 +7,18 @@ import itertools
 from bridge.errors import ProtocolError
 from bridge.vhost_user.device import RingSetup
 from bridge.virtio.blk_config import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED
+from bridge.virtio.chain import DESCRIPTOR_BYTES
 from bridge.virtio.inflight import InflightRegion, TrackedSplitQueue
+from bridge.virtio.inflight_packed import TrackedPackedQueue
 from bridge.virtio.memory import GuestMemory
-from bridge.virtio.queue import VirtQueue
+from bridge.virtio.packed_queue import EVENT_AREA_BYTES, PackedQueue
+from bridge.virtio.queue import RingAreas, VirtQueue
 from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
 
 _SPLIT_ALIGNMENT_BYTES = (16, 2, 4)
 """Of descriptor table, available ring and used ring (virtio 1.3 §2.7)."""
+_PACKED_ALIGNMENT_BYTES = (16, 4, 4)
+"""Of descriptor ring, driver and device event suppression (virtio 1.3 §2.8.10)."""
 
 
 def make_queue(
@@ -29,26 +34,24 @@ def make_queue(
     packed = bool(features & F_RING_PACKED)
     if not 0 < setup.size <= max_size or (setup.size & (setup.size - 1) and not packed):
         raise ProtocolError(f"ring size {setup.size} is no power of two up to {max_size}")
-    descriptors, available, used = ring_areas(memory, setup, packed=packed)
+    areas = ring_areas(memory, setup, packed=packed)
     event_idx = bool(features & F_EVENT_IDX)
     indirect = bool(features & F_INDIRECT)
     if inflight is None:
-        return SplitQueue(
-            memory,
+        plain = PackedQueue if packed else SplitQueue
+        return plain(
+            *(memory, areas),
             size=setup.size,
-            descriptors=descriptors,
-            available=available,
-            used=used,
             base=setup.base,
             event_idx=event_idx,
             indirect=indirect,
         )
-    return TrackedSplitQueue(
-        memory,
+    if inflight.packed != packed:
+        raise ProtocolError("the in-flight region is for the other kind of ring")
+    tracked = TrackedPackedQueue if packed else TrackedSplitQueue
+    return tracked(
+        *(memory, areas),
         size=setup.size,
-        descriptors=descriptors,
-        available=available,
-        used=used,
         base=setup.base,
         event_idx=event_idx,
         indirect=indirect,
@@ -57,22 +60,27 @@ def make_queue(
     )
 
 
-def ring_areas(
-    memory: GuestMemory, setup: RingSetup, *, packed: bool
-) -> tuple[memoryview, memoryview, memoryview]:
+def ring_areas(memory: GuestMemory, setup: RingSetup, *, packed: bool) -> RingAreas:
     """The ring's three areas. Raises ProtocolError when one is misaligned or not wholly inside
     one memory region, or two overlap."""
-    lengths = ring_sizes_bytes(setup.size)
+    lengths = _area_bytes(setup.size, packed=packed)
+    alignments = _PACKED_ALIGNMENT_BYTES if packed else _SPLIT_ALIGNMENT_BYTES
     addresses = (setup.desc_user_address, setup.avail_user_address, setup.used_user_address)
-    for address, alignment in zip(addresses, _SPLIT_ALIGNMENT_BYTES, strict=True):
+    for address, alignment in zip(addresses, alignments, strict=True):
         if address % alignment:
             raise ProtocolError(f"ring address {address:#x} is not aligned to {alignment}")
     areas = sorted(zip(addresses, lengths, strict=True))
     for (low, length), (high, _) in itertools.pairwise(areas):
         if low + length > high:
             raise ProtocolError(f"ring areas at {low:#x} and {high:#x} overlap")
-    descriptors, available, used = map(memory.user_view, addresses, lengths)
-    return descriptors, available, used
+    descriptors, driver, device = map(memory.user_view, addresses, lengths)
+    return descriptors, driver, device
+
+
+def _area_bytes(size: int, *, packed: bool) -> tuple[int, int, int]:
+    if packed:
+        return DESCRIPTOR_BYTES * size, EVENT_AREA_BYTES, EVENT_AREA_BYTES
+    return ring_sizes_bytes(size)
 
 
 def written_areas(memory: GuestMemory, setup: RingSetup, *, packed: bool) -> list[tuple[int, int]]:
@@ -80,4 +88,9 @@ def written_areas(memory: GuestMemory, setup: RingSetup, *, packed: bool) -> lis
     nothing when the front-end does not want the ring logged."""
     if setup.log_guest_address is None:
         return []
-    return [(setup.log_guest_address, ring_sizes_bytes(setup.size)[2])]
+    descriptor_bytes, _, device_bytes = _area_bytes(setup.size, packed=packed)
+    areas = [(setup.log_guest_address, device_bytes)]
+    if packed:
+        # The log's address is that of the device area; used descriptors go into the ring.
+        areas.append((memory.guest_address_of(setup.desc_user_address), descriptor_bytes))
+    return areas

@@ -105,7 +105,8 @@ class BlkConfig:
 
     def _all_features(self) -> int:
         geometry = self.geometry
-        bits = F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_MQ
+        bits = F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_RING_PACKED
+        bits |= F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_MQ
         if geometry.can_flush:
             bits |= F_FLUSH | F_CONFIG_WCE
         if geometry.read_only:

@@ -26,6 +26,7 @@ from typing import Final
 from bridge.errors import ProtocolError
 from bridge.virtio.chain import Chain
 from bridge.virtio.memory import GuestMemory
+from bridge.virtio.queue import RingAreas
 from bridge.virtio.split_queue import SplitQueue
 
 _VERSION: Final = 1
@@ -143,11 +144,9 @@ class TrackedSplitQueue(SplitQueue):
     def __init__(
         self,
         memory: GuestMemory,
+        areas: RingAreas,
         *,
         size: int,
-        descriptors: memoryview,
-        available: memoryview,
-        used: memoryview,
         base: int,
         event_idx: bool,
         indirect: bool,
@@ -161,14 +160,7 @@ class TrackedSplitQueue(SplitQueue):
         be what a process left behind.
         """
         super().__init__(
-            memory,
-            size=size,
-            descriptors=descriptors,
-            available=available,
-            used=used,
-            base=base,
-            event_idx=event_idx,
-            indirect=indirect,
+            memory, areas, size=size, base=base, event_idx=event_idx, indirect=indirect
         )
         if size > n_entries:
             raise ProtocolError(f"queue of {size}, its in-flight region is for {n_entries}")

@@ -7,6 +7,10 @@ from typing import Protocol
 from bridge.virtio.chain import Chain
 from bridge.virtio.memory import GuestMemory
 
+RingAreas = tuple[memoryview, memoryview, memoryview]
+"""Split: descriptor table, available ring, used ring. Packed: descriptor ring, driver's and
+device's event suppression."""
+
 
 class VirtQueue(Protocol):
     """The device's side of a virtqueue, split or packed, tracked in an in-flight region or not.
@@ -40,16 +44,8 @@ class VirtQueue(Protocol):
     def disarm(self) -> None:
         """Kicks are not needed for now."""
 
-    def use_memory(
-        self,
-        memory: GuestMemory,
-        descriptors: memoryview,
-        driver: memoryview,
-        device: memoryview,
-        /,
-    ) -> None:
-        """The guest's memory was mapped anew, the ring's three areas are these. What was popped
-        keeps its old views."""
+    def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
+        """The guest's memory was mapped anew. What was popped keeps its old views."""
 
     def close(self) -> int:
         """The end: nothing is written any more. The base to go on from (see RingSetup.base)."""

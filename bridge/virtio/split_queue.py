@@ -29,6 +29,7 @@ from bridge.virtio.chain import (
 )
 from bridge.virtio.fence import fence
 from bridge.virtio.memory import BadAddress, GuestMemory
+from bridge.virtio.queue import RingAreas
 
 _unpack_descriptor = struct.Struct("=QIHH").unpack_from
 _unpack_two = struct.Struct("=QIHHQIHH").unpack_from
@@ -49,11 +50,9 @@ class SplitQueue:
     def __init__(
         self,
         memory: GuestMemory,
+        areas: RingAreas,
         *,
         size: int,
-        descriptors: memoryview,
-        available: memoryview,
-        used: memoryview,
         base: int,
         event_idx: bool,
         indirect: bool,
@@ -62,7 +61,7 @@ class SplitQueue:
         self._mask = size - 1
         self._event_idx = event_idx
         self._indirect = indirect
-        self.use_memory(memory, descriptors, available, used)
+        self.use_memory(memory, areas)
         self.next_avail = base & 0xFFFF
         # The used index is the driver's to keep across a stop; it is not in the base
         # (vhost-user "VHOST_USER_SET_VRING_BASE").
@@ -74,21 +73,14 @@ class SplitQueue:
         """Chains popped and not yet pushed."""
         self.disarm()
 
-    def use_memory(
-        self,
-        memory: GuestMemory,
-        descriptors: memoryview,
-        available: memoryview,
-        used: memoryview,
-        /,
-    ) -> None:
+    def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
         """See VirtQueue."""
+        self._descriptors, available, used = areas
         self._memory = memory
         region = memory.largest_region()
         self._region_address = region.guest_address
         self._region_size = region.size_bytes
         self._region_view = region.view
-        self._descriptors = descriptors
         self._avail = available.cast("H")
         self._used = used.cast("H")
         self._used_elements = used[4 : 4 + 8 * self.size].cast("I")

@@ -80,23 +80,21 @@ def _queue(
     memory: GuestMemory, driver: SplitDriver, guest: memoryview, *, tracked: bool
 ) -> VirtQueue:
     table, available, used = ring_sizes_bytes(_QUEUE_SIZE)
-    areas = {
-        "descriptors": guest[:table],
-        "available": guest[driver.avail_offset : driver.avail_offset + available],
-        "used": guest[driver.used_offset : driver.used_offset + used],
-    }
+    areas = (
+        guest[:table],
+        guest[driver.avail_offset : driver.avail_offset + available],
+        guest[driver.used_offset : driver.used_offset + used],
+    )
     if not tracked:
-        return SplitQueue(memory, size=_QUEUE_SIZE, base=0, event_idx=True, indirect=True, **areas)
-    region = memoryview(bytearray(64 + 16 * _QUEUE_SIZE))
+        return SplitQueue(memory, areas, size=_QUEUE_SIZE, base=0, event_idx=True, indirect=True)
     return TrackedSplitQueue(
-        memory,
+        *(memory, areas),
         size=_QUEUE_SIZE,
         base=0,
         event_idx=True,
         indirect=True,
-        region=region,
+        region=memoryview(bytearray(64 + 16 * _QUEUE_SIZE)),
         n_entries=_QUEUE_SIZE,
-        **areas,
     )
 
 

@@ -62,13 +62,10 @@ class Guest:
 
     def make_queue(self, *, base: int) -> SplitQueue:
         """Another device on the same ring."""
-        descriptors, available, used = self.areas
         return SplitQueue(
             self.memory,
+            self.areas,
             size=self.size,
-            descriptors=descriptors,
-            available=available,
-            used=used,
             base=base,
             event_idx=self.event_idx,
             indirect=self.indirect,

@@ -339,7 +339,7 @@ def test_3_2_more_than_4_gib_is_malformed() -> None:
     guest = Guest(size=8)
     guest.memory.regions[0].size_bytes = 1 << 32  # a region big enough, for the bounds check
     assert isinstance(guest.queue, SplitQueue)
-    guest.queue.use_memory(guest.memory, *guest.areas)
+    guest.queue.use_memory(guest.memory, guest.areas)
     for index in range(2):
         guest.raw(index, 0, 0x80000000, DESC_NEXT, index + 1)
     guest.raw(2, 0x8000, 1, DESC_WRITE)
