@@ -45,6 +45,7 @@ from bridge.virtio.driver import (
     SplitDriver,
     write_chain,
 )
+from bridge.virtio.packed_driver import PackedDriver
 
 T_IN = 0
 T_OUT = 1
@@ -69,6 +70,7 @@ F_RING_PACKED = 1 << 34
 
 FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~(1 << 26)
 """Everything that is offered, but split rings and no dirty log."""
+PACKED_FEATURES = FEATURES | F_RING_PACKED
 
 SECTOR_BYTES = 512
 ID_BYTES = 20
@@ -149,11 +151,13 @@ class GuestQueue:
         self.calls = 0
         self._indirect = bool(features & F_INDIRECT)
         self._segment_bytes = segment_bytes or request_bytes
-        area_bytes = SplitDriver.area_bytes(size)
+        kind = PackedDriver if features & F_RING_PACKED else SplitDriver
+        area_bytes = kind.area_bytes(size)
         self.ring_address = memory.allocate(area_bytes, align=4096)
-        self._area = memory.view(self.ring_address, area_bytes)
-        self._event_idx = bool(features & F_EVENT_IDX)
-        self.driver = SplitDriver(self._area, size=size, event_idx=self._event_idx)
+        area = memory.view(self.ring_address, area_bytes)
+        self.driver: SplitDriver | PackedDriver = kind(
+            area, size=size, event_idx=bool(features & F_EVENT_IDX)
+        )
         self._make_slots(memory)
         self.free = list(range(depth - 1, -1, -1))
         """Slots that are not in flight."""
@@ -343,7 +347,7 @@ class Guest:
         await self._negotiate()
         await self._share()
         for queue in self.queues:
-            await self._start_queue(queue, base=queue.driver.device_used_idx)
+            await self._start_queue(queue, base=queue.driver.restore_base)
 
     async def _negotiate(self) -> None:
         self.front_end = await FrontEnd.connect(self.path)

@@ -180,6 +180,11 @@ class SplitDriver:
         """What SET_VRING_BASE says for a ring that starts now."""
         return self.avail_idx
 
+    @property
+    def restore_base(self) -> int:
+        """What SET_VRING_BASE says after the back-end died: where it has got to."""
+        return self._used[1]
+
     # The hostile way.
 
     def put_head(self, head: int) -> None:

@@ -153,5 +153,5 @@ async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Runni
 
 async def until(ready: Callable[[], object]) -> None:
     """Let the other tasks run until `ready()`."""
-    while not ready():  # noqa: ASYNC110 - what it waits for has no event
+    while not ready():
         await trio.sleep(0.001)
