@@ -17,12 +17,17 @@ import trio
 
 from bridge.demo.qemu import GuestConfig, command_line, find_qemu, qemu_version
 from bridge.demo.report import GuestReport, SerialParser
-from bridge.errors import ConfigError
+from bridge.errors import BridgeError
 
 _LOG_MAX_BYTES = 16 << 20
 """A guest that floods its console does not fill the disk."""
 _READ_BYTES = 65536
 _KILL_WAIT_S = 5.0
+
+
+class GuestEnded(BridgeError):
+    """The guest is gone, and somebody was waiting for it to say something."""
+
 
 Checkpoint = Callable[[str], Awaitable[None]]
 """Called with a checkpoint's name while the guest waits."""
@@ -47,20 +52,24 @@ class Guest:
         """The verdict so far; final once `wait()` has returned."""
         return self._parser.report
 
-    async def wait_for(self, text: str) -> str:
-        """The first line that contains `text`, as soon as the console shows it.
+    async def wait_for_line(self) -> None:
+        """Return when the console shows more. Raises GuestEnded when it never will."""
+        if self.ended:
+            raise GuestEnded(f"the guest has ended: {self.report.reason or 'no failure'}")
+        await self._changed.wait()
 
-        Raises ConfigError when the guest ends before.
+    async def wait_for(self, text: str, *, after: int = 0) -> str:
+        """The first line from number `after` on that contains `text`, as soon as it is there.
+
+        Raises GuestEnded when the guest ends before.
         """
-        seen = 0
+        seen = after
         while True:
             while seen < len(self.lines):
                 if text in self.lines[seen]:
                     return self.lines[seen]
                 seen += 1
-            if self.ended:
-                raise ConfigError(f"the guest ended before '{text}': {self.report.reason}")
-            await self._changed.wait()
+            await self.wait_for_line()
 
     async def send_line(self, line: str = "") -> None:
         """Type a line at the guest's console; nothing happens when the guest is gone."""

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -85,13 +86,44 @@ async def running(
     fails or is cancelled. Raises ServerFailed as `Server.stop` does, or when it does not
     start.
     """
-    server = Server(name, _start(command, log_path), socket, log_path)
+    server = await start_server(name, command, socket, log_path)
     try:
-        await _wait_listening(server)
         yield server
         await server.stop()
     finally:
         await server.kill()
+
+
+async def start_server(name: str, command: Sequence[str], socket: Path, log_path: Path) -> Server:
+    """Run `command`; returns once it listens on `socket`. A dead process's socket does not count.
+
+    Raises ServerFailed when it does not get that far; then, and when cancelled, it is killed.
+    """
+    before = _socket_identity(socket)
+    server = Server(name, _start(command, log_path), socket, log_path)
+    try:
+        with trio.fail_after(_START_LIMIT_S):
+            while _socket_identity(socket) in (None, before):
+                if server.process.poll() is not None:
+                    raise ServerFailed(f"{name} did not start: {server.said()}")
+                await trio.sleep(_LOOK_EVERY_S)
+    except BaseException as error:
+        await server.kill()
+        if isinstance(error, trio.TooSlowError):
+            raise ServerFailed(
+                f"{name} was not listening on {socket} after {_START_LIMIT_S:.0f} s"
+            ) from None
+        raise
+    return server
+
+
+def _socket_identity(path: Path) -> tuple[int, int] | None:
+    """Which socket it is; None while there is none. Inode numbers alone are used again."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return (status.st_ino, status.st_ctime_ns) if stat.S_ISSOCK(status.st_mode) else None
 
 
 @asynccontextmanager
@@ -132,20 +164,10 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-async def _wait_listening(server: Server) -> None:
-    with trio.move_on_after(_START_LIMIT_S):
-        while not server.socket.is_socket():
-            if server.process.poll() is not None:
-                raise ServerFailed(f"{server.name} did not start: {server.said()}")
-            await trio.sleep(_LOOK_EVERY_S)
-        return
-    raise ServerFailed(
-        f"{server.name} was not listening on {server.socket} after {_START_LIMIT_S:.0f} s"
-    )
-
-
-def nbdkit_command(image: Path, socket: Path, *, size: str, plugin: Path = PLUGIN) -> list[str]:
-    """nbdkit serving the sparse file `image` with our plugin.
+def nbdkit_command(
+    image: Path, socket: Path, *parameters: str, size: str, plugin: Path = PLUGIN
+) -> list[str]:
+    """nbdkit serving the sparse file `image` with our plugin, and more of its `parameters`.
 
     Raises ConfigError when nbdkit, its Python plugin or ours is missing.
     """
@@ -159,7 +181,7 @@ def nbdkit_command(image: Path, socket: Path, *, size: str, plugin: Path = PLUGI
         raise ConfigError(f"no nbdkit plugin at {plugin}: run from the project's source folder")
     return [
         nbdkit, "--foreground", "--unix", str(socket),
-        "python", str(plugin), f"file={image}", f"size={size}",
+        "python", str(plugin), f"file={image}", f"size={size}", *parameters,
     ]  # fmt: skip
 
 

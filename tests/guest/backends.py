@@ -23,11 +23,11 @@ def make_image(folder: Path, size_mib: int, content: bytes = b"") -> Path:
 
 
 @asynccontextmanager
-async def nbdkit_on(image: Path, folder: Path) -> AsyncIterator[str]:
+async def nbdkit_on(image: Path, folder: Path, *parameters: str) -> AsyncIterator[str]:
     """nbdkit with our plugin serving `image`; its NBD URI."""
     need("nbdkit")
     socket = folder / "nbd.sock"
-    command = nbdkit_command(image, socket, size=str(os.stat(image).st_size))
+    command = nbdkit_command(image, socket, *parameters, size=str(os.stat(image).st_size))
     async with running("nbdkit", command, socket, folder / "nbdkit.log"):
         yield f"nbd+unix:///?socket={socket}"
 

@@ -1,0 +1,198 @@
+"""What a guest's life does to its disk: queues, resets, resizing, migration, a bridge that dies.
+
+Most tests run the guest's `stress` script: it writes and verifies until a line is typed at its
+console, and fails if ever a byte is not what it last wrote there.
+"""
+
+import os
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import trio
+
+from bridge.demo.guest import Guest, open_guest, run_guest
+from bridge.demo.qemu import GuestConfig, VhostUserDisk
+from bridge.demo.servers import bridge_command, start_server
+from tests.guest.backends import MIB, bridge_on, bridge_to, make_image, nbdkit_on
+from tests.guest.conftest import GuestMachine
+from tests.guest.qmp import open_qmp
+
+KILLS = int(os.environ.get("NBD_BRIDGE_KILLS", "3"))
+"""How often the bridge is killed; 100 takes about four minutes."""
+LIMIT_S = 60.0 + 5 * KILLS
+
+
+def config(machine: GuestMachine, script: str, *disks: VhostUserDisk, **words: int) -> GuestConfig:
+    return GuestConfig(
+        disks=disks,
+        kernel=machine.kernel.image,
+        initrd=machine.initrd,
+        words={"guest_script": script, **words},
+    )
+
+
+@asynccontextmanager
+async def stressed(config: GuestConfig, folder: Path) -> AsyncIterator[Guest]:
+    """A guest that has begun to write; it must end well once it is told to stop."""
+    with trio.fail_after(LIMIT_S):
+        async with open_guest(config, folder / "guest.log") as guest:
+            await progress(guest, 1)
+            yield guest
+            await guest.send_line("stop")
+            report = await guest.wait()
+            assert report.passed, report
+
+
+def rounds_done(guest: Guest) -> int:
+    """How many rounds of writing and verifying the guest has told of, since it last booted."""
+    for line in reversed(guest.lines):
+        if line.startswith("PROGRESS "):
+            return int(line.split()[1])
+    return 0
+
+
+async def progress(guest: Guest, more: int) -> None:
+    """Wait until the guest has done `more` rounds more than now."""
+    wanted = rounds_done(guest) + more
+    while rounds_done(guest) < wanted:
+        await guest.wait_for_line()
+
+
+async def test_four_queues_are_all_there_and_carry_writes(
+    machine: GuestMachine, folder: Path
+) -> None:
+    async with bridge_on(make_image(folder, 128), folder, "--num-queues", "4") as server:
+        disk = VhostUserDisk(server.socket, num_queues=4)
+        guest_config = replace(config(machine, "stress", disk, guest_queues=4), cpus=4)
+        async with stressed(guest_config, folder) as guest:
+            await progress(guest, 12)
+
+
+async def test_blocks_of_4096_bytes_carry_a_file_system(
+    machine: GuestMachine, folder: Path
+) -> None:
+    async with bridge_on(make_image(folder, 128), folder, "--block-size", "4096") as server:
+        disk = VhostUserDisk(server.socket)
+        guest_config = config(machine, "filesystem", disk, guest_block=4096)
+        report = await run_guest(guest_config, folder / "log", time_limit_s=LIMIT_S)
+
+    assert report.passed, report
+
+
+async def test_guest_that_reboots_finds_what_it_wrote(machine: GuestMachine, folder: Path) -> None:
+    async with bridge_on(make_image(folder, 16), folder) as server:
+        guest_config = config(machine, "reboot", VhostUserDisk(server.socket))
+        guest_config = replace(guest_config, may_reboot=True)
+        report = await run_guest(guest_config, folder / "log", time_limit_s=LIMIT_S)
+
+    assert report.passed, report
+    assert report.values["boots"] == "3"
+
+
+async def test_guest_reset_while_it_writes_comes_back(machine: GuestMachine, folder: Path) -> None:
+    async with bridge_on(make_image(folder, 128), folder) as server:
+        guest_config = replace(
+            config(machine, "stress", VhostUserDisk(server.socket)),
+            may_reboot=True,
+            qmp_socket=folder / "qmp",
+        )
+        async with stressed(guest_config, folder) as guest, open_qmp(folder / "qmp") as qmp:
+            await qmp.execute("system_reset")
+            await guest.wait_for("SeaBIOS", after=len(guest.lines))
+            await guest.wait_for("PROGRESS 0", after=len(guest.lines))
+            await progress(guest, 1)
+
+    assert sum("SeaBIOS" in line for line in guest.lines) == 2
+
+
+async def test_disk_that_grows_is_seen_in_the_guest(machine: GuestMachine, folder: Path) -> None:
+    image = make_image(folder, 16)
+    command = bridge_command("nbd+unix:///?socket=" + str(folder / "nbd.sock"), folder / "vu")
+    async with nbdkit_on(image, folder):
+        bridge = await start_server("bridge", command, folder / "vu", folder / "bridge.log")
+    try:
+
+        async def grow(name: str) -> None:
+            os.truncate(image, 32 * MIB)
+            await nursery.start(serve_again)
+
+        async def serve_again(
+            task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+        ) -> None:
+            async with nbdkit_on(image, folder):
+                task_status.started()
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            disk = VhostUserDisk(folder / "vu")
+            guest_config = config(machine, "resize", disk, guest_new_sectors=32 * MIB // 512)
+            report = await run_guest(
+                guest_config, folder / "log", time_limit_s=LIMIT_S, checkpoint=grow
+            )
+            nursery.cancel_scope.cancel()
+    finally:
+        await bridge.kill()
+
+    assert report.passed, report
+
+
+async def test_guest_moves_to_another_qemu_while_it_writes(
+    machine: GuestMachine, folder: Path
+) -> None:
+    """Two QEMU processes, a bridge for each, one export."""
+    async with (
+        nbdkit_on(make_image(folder, 128), folder, "fence=off") as uri,
+        bridge_to(uri, folder, name="old") as old,
+        bridge_to(uri, folder, name="new") as new,
+    ):
+        here = replace(
+            config(machine, "stress", VhostUserDisk(old.socket)), qmp_socket=folder / "old.qmp"
+        )
+        there = replace(
+            here,
+            disks=[VhostUserDisk(new.socket)],
+            qmp_socket=folder / "new.qmp",
+            incoming=f"unix:{folder}/migration",
+        )
+        with trio.fail_after(LIMIT_S):
+            async with (
+                open_guest(here, folder / "old.log") as source,
+                open_guest(there, folder / "new.log") as target,
+                open_qmp(folder / "old.qmp") as source_qmp,
+            ):
+                await progress(source, 1)
+                status = await source_qmp.migrate(f"unix:{folder}/migration")
+                await source_qmp.execute("quit")
+                await source.wait()
+                await target.wait_for("PROGRESS")
+                await progress(target, 5)
+                await target.send_line("stop")
+                report = await target.wait()
+
+    assert status["status"] == "completed"
+    assert report.passed, report
+
+
+async def test_bridge_killed_while_the_guest_writes_loses_nothing(
+    machine: GuestMachine, folder: Path
+) -> None:
+    """The in-flight region: the next bridge executes what the killed one had begun."""
+    dice = random.Random(KILLS)
+    socket = folder / "disk.sock"
+    disk = VhostUserDisk(socket, reconnect_ms=100)
+    async with nbdkit_on(make_image(folder, 128), folder) as uri:
+        command = bridge_command(uri, socket)
+        bridge = await start_server("bridge", command, socket, folder / "bridge.log")
+        try:
+            async with stressed(config(machine, "stress", disk), folder) as guest:
+                for _ in range(KILLS):
+                    await progress(guest, 1)
+                    await trio.sleep(dice.random() / 4)
+                    await bridge.kill()
+                    bridge = await start_server("bridge", command, socket, folder / "bridge.log")
+                await progress(guest, 1)
+        finally:
+            await bridge.kill()
