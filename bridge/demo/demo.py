@@ -143,7 +143,7 @@ class _Demo:
         nbd_socket = self.folder / "nbd.sock"
         uri = f"nbd+unix:///?socket={nbd_socket}"
         async with AsyncExitStack() as stack:
-            command = nbdkit_command(self.image, nbd_socket, size=f"{self.config.disk_mib}M")
+            command = nbdkit_command(self.image, nbd_socket, f"size={self.config.disk_mib}M")
             log = self.folder / "nbdkit.log"
             nbdkit = await stack.enter_async_context(running("nbdkit", command, nbd_socket, log))
             self.say(f"server   nbdkit, sparse image of {self.config.disk_mib} MiB ({self.image})")

@@ -164,10 +164,10 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def nbdkit_command(
-    image: Path, socket: Path, *parameters: str, size: str, plugin: Path = PLUGIN
-) -> list[str]:
+def nbdkit_command(image: Path, socket: Path, *parameters: str, plugin: Path = PLUGIN) -> list[str]:
     """nbdkit serving the sparse file `image` with our plugin, and more of its `parameters`.
+
+    An image that is not there yet needs the parameter `size=…`.
 
     Raises ConfigError when nbdkit, its Python plugin or ours is missing.
     """
@@ -181,7 +181,7 @@ def nbdkit_command(
         raise ConfigError(f"no nbdkit plugin at {plugin}: run from the project's source folder")
     return [
         nbdkit, "--foreground", "--unix", str(socket),
-        "python", str(plugin), f"file={image}", f"size={size}", *parameters,
+        "python", str(plugin), f"file={image}", *parameters,
     ]  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ async def nbdkit_on(image: Path, folder: Path, *parameters: str) -> AsyncIterato
     """nbdkit with our plugin serving `image`; its NBD URI."""
     need("nbdkit")
     socket = folder / "nbd.sock"
-    command = nbdkit_command(image, socket, *parameters, size=str(os.stat(image).st_size))
+    command = nbdkit_command(image, socket, *parameters)
     async with running("nbdkit", command, socket, folder / "nbdkit.log"):
         yield f"nbd+unix:///?socket={socket}"
 

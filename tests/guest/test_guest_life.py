@@ -15,7 +15,7 @@ import trio
 
 from bridge.demo.guest import Guest, open_guest, run_guest
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
-from bridge.demo.servers import bridge_command, start_server
+from bridge.demo.servers import bridge_command, nbdkit_command, start_server
 from tests.guest.backends import MIB, bridge_on, bridge_to, make_image, nbdkit_on
 from tests.guest.conftest import GuestMachine
 from tests.guest.qmp import open_qmp
@@ -109,32 +109,28 @@ async def test_guest_reset_while_it_writes_comes_back(machine: GuestMachine, fol
 
 
 async def test_disk_that_grows_is_seen_in_the_guest(machine: GuestMachine, folder: Path) -> None:
-    image = make_image(folder, 16)
-    command = bridge_command("nbd+unix:///?socket=" + str(folder / "nbd.sock"), folder / "vu")
-    async with nbdkit_on(image, folder):
-        bridge = await start_server("bridge", command, folder / "vu", folder / "bridge.log")
+    """The server comes back with a larger export; the guest is told without a restart."""
+    image, nbd_socket = make_image(folder, 16), folder / "nbd.sock"
+    command = nbdkit_command(image, nbd_socket)
+    log = folder / "nbdkit.log"
+    nbdkit = await start_server("nbdkit", command, nbd_socket, log)
+
+    async def grow(name: str) -> None:
+        nonlocal nbdkit
+        await nbdkit.kill()
+        os.truncate(image, 32 * MIB)
+        os.unlink(nbd_socket)
+        nbdkit = await start_server("nbdkit", command, nbd_socket, log)
+
     try:
-
-        async def grow(name: str) -> None:
-            os.truncate(image, 32 * MIB)
-            await nursery.start(serve_again)
-
-        async def serve_again(
-            task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-        ) -> None:
-            async with nbdkit_on(image, folder):
-                task_status.started()
-                await trio.sleep_forever()
-
-        async with trio.open_nursery() as nursery:
-            disk = VhostUserDisk(folder / "vu")
+        async with bridge_to(f"nbd+unix:///?socket={nbd_socket}", folder) as server:
+            disk = VhostUserDisk(server.socket)
             guest_config = config(machine, "resize", disk, guest_new_sectors=32 * MIB // 512)
             report = await run_guest(
                 guest_config, folder / "log", time_limit_s=LIMIT_S, checkpoint=grow
             )
-            nursery.cancel_scope.cancel()
     finally:
-        await bridge.kill()
+        await nbdkit.kill()
 
     assert report.passed, report
 
