@@ -45,7 +45,7 @@ from bridge.virtio.driver import (
     SplitDriver,
     write_chain,
 )
-from bridge.virtio.packed_driver import PackedDriver
+from bridge.virtio.packed_driver import PackedDriver, write_packed_chain
 
 T_IN = 0
 T_OUT = 1
@@ -152,6 +152,7 @@ class GuestQueue:
         self._indirect = bool(features & F_INDIRECT)
         self._segment_bytes = segment_bytes or request_bytes
         kind = PackedDriver if features & F_RING_PACKED else SplitDriver
+        self._write_table = write_packed_chain if kind is PackedDriver else write_chain
         area_bytes = kind.area_bytes(size)
         self.ring_address = memory.allocate(area_bytes, align=4096)
         area = memory.view(self.ring_address, area_bytes)
@@ -224,7 +225,7 @@ class GuestQueue:
             self._status_buffers[slot],
         ]
         if self._indirect:
-            table_bytes = write_chain(self._tables[slot], chain)
+            table_bytes = self._write_table(self._tables[slot], chain)
             self._chains[slot] = [(self._table_addresses[slot], table_bytes, INDIRECT)]
         else:
             self._chains[slot] = chain

@@ -27,6 +27,16 @@ _pack_first = struct.Struct("=QIH").pack_into
 _WRAP = 1 << 15
 
 
+def write_packed_chain(table: memoryview, buffers: Sequence[Buffer]) -> int:
+    """Fill an indirect table from its beginning; its length in bytes.
+
+    In a packed ring the table's descriptors follow one another without NEXT (virtio 1.3 §2.8.7).
+    """
+    for index, (address, length, flags) in enumerate(buffers):
+        _pack_descriptor(table, index * 16, address, length, 0, flags)
+    return len(buffers) * 16
+
+
 class PackedDriver:
     """One packed virtqueue from the driver's side, in `area` (`area_bytes(size)` bytes, zeroed).
 

@@ -13,7 +13,9 @@ from bridge.errors import RequestError
 from bridge.guest import (
     F_EVENT_IDX,
     F_INDIRECT,
+    F_RING_PACKED,
     FEATURES,
+    PACKED_FEATURES,
     STATUS_OK,
     T_FLUSH,
     T_IN,
@@ -26,15 +28,18 @@ from bridge.vhost_user.messages import P_REPLY_ACK, Region
 from bridge.virtio.driver import QueueFull
 from tests.vhost_user.backends import guest_on, running_backend, until
 
+RINGS = [pytest.param(FEATURES, id="split"), pytest.param(PACKED_FEATURES, id="packed")]
+
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
 
 @pytest.mark.parametrize("indirect", [0, F_INDIRECT])
 @pytest.mark.parametrize("event_idx", [0, F_EVENT_IDX])
+@pytest.mark.parametrize("packed", [0, F_RING_PACKED])
 async def test_data_written_is_read_back_and_on_the_disk(
-    short_dir: Path, indirect: int, event_idx: int
+    short_dir: Path, indirect: int, event_idx: int, packed: int
 ) -> None:
-    features = FEATURES & ~(F_INDIRECT | F_EVENT_IDX) | indirect | event_idx
+    features = FEATURES & ~(F_INDIRECT | F_EVENT_IDX) | indirect | event_idx | packed
     data = os.urandom(200 * 1024)
     async with guest_on(short_dir, features=features) as (backend, guest):
         await guest.write(8192, data)
@@ -76,9 +81,13 @@ async def test_request_past_the_end_fails_and_the_next_works(short_dir: Path) ->
         assert await guest.read(0, 512) == b"y" * 512
 
 
-async def test_index_wraps_on_all_queues_under_depth(short_dir: Path) -> None:
+@pytest.mark.parametrize("features", RINGS)
+async def test_index_wraps_on_all_queues_under_depth(short_dir: Path, features: int) -> None:
     """Rule 3.1.2: indexes run freely over 65535."""
-    async with guest_on(short_dir, num_queues=4, request_bytes=512) as (_backend, guest):
+    async with guest_on(short_dir, num_queues=4, request_bytes=512, features=features) as (
+        _backend,
+        guest,
+    ):
         for queue in guest.queues:
             for round_ in range(70_000 // queue.depth):
                 while queue.free:
@@ -150,13 +159,14 @@ async def test_guest_without_acknowledgements_works_too(short_dir: Path, acknowl
         await guest.write(0, b"z" * 512)
 
 
-async def test_stopped_rings_go_on_where_they_were(short_dir: Path) -> None:
+@pytest.mark.parametrize("features", RINGS)
+async def test_stopped_rings_go_on_where_they_were(short_dir: Path, features: int) -> None:
     """Rule 3.8: GET_VRING_BASE gives the next available index; nothing is lost or repeated."""
-    async with guest_on(short_dir) as (_backend, guest):
+    async with guest_on(short_dir, features=features) as (_backend, guest):
         for turn in range(5):
             await guest.write(turn * 512, b"a" * 512)
             (base,) = await guest.stop()
-            assert base == guest.queues[0].driver.avail_idx == turn + 1
+            assert base == guest.queues[0].driver.base
             await guest._start_queue(guest.queues[0], base=base)
         assert await guest.read(0, 2560) == b"a" * 2560
 
@@ -252,8 +262,9 @@ async def test_front_end_that_leaves_can_come_back(short_dir: Path) -> None:
         assert backend.target.data[:2560] == b"".join(bytes([n]) * 512 for n in range(5))
 
 
-async def test_guest_reconnects_with_the_same_rings(short_dir: Path) -> None:
-    async with guest_on(short_dir, num_queues=2) as (_backend, guest):
+@pytest.mark.parametrize("features", RINGS)
+async def test_guest_reconnects_with_the_same_rings(short_dir: Path, features: int) -> None:
+    async with guest_on(short_dir, num_queues=2, features=features) as (_backend, guest):
         for number in range(10):
             await guest.write(number * 512, bytes([number]) * 512)
             await guest.reconnect()
