@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from typing import Any, NoReturn, ParamSpec
 
@@ -83,6 +85,29 @@ def _block_size(_: click.Context, __: click.Parameter, value: int) -> int:
     return value
 
 
+def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
+    """The bits of `-name,-name`."""
+    from bridge.virtio.blk_config import FEATURE_BITS
+
+    bits = 0
+    for word in filter(None, value.split(",")):
+        name = word.strip().removeprefix("-").lower()
+        if not word.strip().startswith("-") or name not in FEATURE_BITS:
+            raise click.BadParameter(
+                f"{word!r}: write -NAME with NAME of {', '.join(sorted(FEATURE_BITS))}"
+            )
+        bits |= FEATURE_BITS[name]
+    return bits
+
+
+def _size(_: click.Context, __: click.Parameter, value: str) -> int:
+    """Bytes of a size such as 512M."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise click.BadParameter(f"{value!r} is no size: write a number with K, M, G or T")
+    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
+
+
 @nbd_bridge.command()
 @click.argument("uri")
 @click.option("--socket-path", type=click.Path(), help="Listen on this unix socket.")
@@ -129,31 +154,100 @@ def _block_size(_: click.Context, __: click.Parameter, value: int) -> int:
     help="Look for work this many microseconds before sleeping; 0: sleep at once.",
 )
 @click.option(
-    "--log-level",
-    type=click.Choice(logs.LEVELS),
-    default="info",
-    show_default=True,
+    "--features",
+    default="",
+    help="Features to withhold from the guest, such as -mq,-discard.",
+    callback=_withheld,
+    metavar="-NAME,…",
 )
 @click.option(
-    "--log-format",
-    type=click.Choice(logs.FORMATS),
-    default="text",
+    "--cache-mode",
+    type=click.Choice(["off", "writethrough", "writeback"]),
+    default="off",
     show_default=True,
+    help="Keep a local cache; writeback also completes writes in it.",
 )
+@click.option(
+    "--cache-size",
+    default="1G",
+    show_default=True,
+    callback=_size,
+    help="Size of the cache file, such as 512M or 20G.",
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(),
+    help="Where the cache file is. Default: /var/cache/nbd-bridge, or ~/.cache/nbd-bridge.",
+)
+@click.option(
+    "--connections",
+    type=click.IntRange(1, 16),
+    default=1,
+    show_default=True,
+    help="Connections to the server, where it allows several.",
+)
+@click.option(
+    "--connect-timeout",
+    "connect_timeout_s",
+    type=click.FloatRange(0.1),
+    default=10.0,
+    show_default=True,
+    help="Seconds for one attempt to connect.",
+)
+@click.option(
+    "--request-timeout",
+    "request_timeout_s",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Reconnect when the server is silent for this many seconds; 0: never.",
+)
+@click.option(
+    "--reconnect-timeout",
+    "reconnect_timeout_s",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Fail the guest's requests after this many seconds without a server; 0: they wait.",
+)
+@click.option(
+    "--stale-write-grace",
+    "stale_write_grace_s",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="Seconds that a write of a lost connection may still reach a server without a fence.",
+)
+@click.option("--tls-ca", "tls_ca_file", type=click.Path(), help="CA certificates (PEM).")
+@click.option("--tls-cert", "tls_certificate_file", type=click.Path(), help="Our certificate.")
+@click.option("--tls-key", "tls_key_file", type=click.Path(), help="The key to --tls-cert.")
+@click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
+@click.option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 @_one_line_errors
 def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
     """Serve the export at URI as a vhost-user-blk disk.
 
-    URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
+    URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds:// and nbds+unix://
+    with TLS.
     """
+    from bridge.nbd.options import ClientOptions
     from bridge.serve import ServeOptions, serve_disk
+    from bridge.storage import CacheSettings
 
     logs.configure(level=log_level, format_=log_format)
     if (options["socket_path"] is None) == (options["fd"] is None):
         raise ConfigError("give either --socket-path or --fd")
     if len(options["serial"].encode()) > 20:
         raise ConfigError(f"--serial {options['serial']!r} is longer than the 20 bytes there are")
-    trio.run(serve_disk, ServeOptions(uri=uri, **options))
+    cache = CacheSettings(
+        mode=options.pop("cache_mode"),
+        size_bytes=options.pop("cache_size"),
+        directory=options.pop("cache_dir"),
+    )
+    names = {each.name for each in fields(ClientOptions)} - {"read_only"}
+    client = ClientOptions(**{name: options.pop(name) for name in names & options.keys()})
+    options["withheld_features"] = options.pop("features")
+    trio.run(serve_disk, ServeOptions(uri=uri, client=client, cache=cache, **options))
 
 
 @nbd_bridge.command()

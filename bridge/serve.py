@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import structlog
 import trio
@@ -14,11 +14,10 @@ from bridge.device import BlkDevice
 from bridge.disk import Disk
 from bridge.errors import ConfigError
 from bridge.loop import Loop
-from bridge.nbd.client import Client
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import parse_uri
-from bridge.storage import NbdBackend
+from bridge.storage import OFF, CacheSettings, Storage
 from bridge.vhost_user import backend
 from bridge.vhost_user.listener import Listener
 from bridge.virtio.blk import ID_BYTES
@@ -44,6 +43,9 @@ class ServeOptions:
     block_size: int = 512
     flush_interval_s: float = 60.0
     poll_us: float = 32.0
+    withheld_features: int = 0
+    client: ClientOptions = field(default_factory=ClientOptions)
+    cache: CacheSettings = field(default_factory=CacheSettings)
 
 
 async def serve_disk(options: ServeOptions) -> None:
@@ -54,7 +56,9 @@ async def serve_disk(options: ServeOptions) -> None:
     """
     uri = parse_uri(options.uri)
     loop = Loop(poll_us=options.poll_us)
-    client = Client(uri, loop, ClientOptions(read_only=options.read_only))
+    client_options = replace(options.client, read_only=options.read_only)
+    cache = replace(options.cache, flush_interval_s=options.flush_interval_s)
+    storage = Storage(uri, loop, client_options, cache)
     serving = trio.CancelScope()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
@@ -62,21 +66,24 @@ async def serve_disk(options: ServeOptions) -> None:
             nursery.start_soon(_cancel_at_signal, signals, serving)
             try:
                 with serving:
-                    await _serve(options, loop, client, nursery)
+                    await _serve(options, loop, storage, nursery)
             finally:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + _STOP_LIMIT_S):
-                    await client.close()
+                with trio.CancelScope(shield=True):
+                    await storage.close(_STOP_LIMIT_S)
             nursery.cancel_scope.cancel()
     loop.close()
     _log.info("stopped")
 
 
-async def _serve(options: ServeOptions, loop: Loop, client: Client, nursery: trio.Nursery) -> None:
+async def _serve(
+    options: ServeOptions, loop: Loop, storage: Storage, nursery: trio.Nursery
+) -> None:
     """Connect, then serve front-ends until cancelled; what was written is flushed at the end."""
-    export = await client.connect()
-    nursery.start_soon(client.run)
-    storage = NbdBackend(client)
-    disk = Disk(storage, flush_interval_s=options.flush_interval_s, now=trio.current_time)
+    export = await storage.open()
+    nursery.start_soon(storage.run)
+    # A cache has a flush timer of its own.
+    interval_s = options.flush_interval_s if options.cache.mode == OFF else 0
+    disk = Disk(storage.backend, flush_interval_s=interval_s, now=trio.current_time)
     nursery.start_soon(disk.run_flush_timer)
     geometry = disk_geometry(export, options)
     device = BlkDevice(
@@ -87,8 +94,10 @@ async def _serve(options: ServeOptions, loop: Loop, client: Client, nursery: tri
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
         fail_pending=storage.fail_pending,
+        on_all_stopped=disk.flush,
+        withheld_features=options.withheld_features,
     )
-    client.on_export_changed = lambda changed: device.resize(changed.usable_bytes)
+    storage.client.on_export_changed = lambda changed: device.resize(changed.usable_bytes)
     nursery.start_soon(device.run)
     with _listener(options) as listener:
         _log.info(
@@ -97,6 +106,7 @@ async def _serve(options: ServeOptions, loop: Loop, client: Client, nursery: tri
             socket=options.socket_path or f"fd {options.fd}",
             size_bytes=geometry.capacity_sectors * SECTOR_BYTES,
             read_only=geometry.read_only,
+            cache=options.cache.mode,
         )
         try:
             await backend.serve(device, listener)

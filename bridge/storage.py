@@ -1,37 +1,234 @@
-"""The NBD client as a disk's back-end: what `disk.Backend` asks for, in one place."""
+"""The storage side of a disk: the NBD client, and the cache over it where there is one.
+
+`Storage` connects the client, opens the cache file, and gives the disk something to submit to.
+At the end it brings what is dirty to the server within a limit; what cannot be brought there
+stays in the cache file, marked and synced, and goes to the server at the next start.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+import trio
+
+from bridge.cache.cache import Cache
+from bridge.cache.cold import ThreadedCold
+from bridge.cache.file import CacheFile, open_or_create
+from bridge.cache.layout import Identity, geometry_for
+from bridge.cache.options import Options
+from bridge.errors import ConfigError
+from bridge.loop import Loop
 from bridge.nbd.client import Client
+from bridge.nbd.export import Export
+from bridge.nbd.options import ClientOptions
+from bridge.nbd.uri import NbdUri
+from bridge.request import FLUSH, Request
+
+_log = structlog.get_logger(__name__)
+
+WRITEBACK = "writeback"
+WRITETHROUGH = "writethrough"
+OFF = "off"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """The cache as the command line has it."""
+
+    mode: str = OFF
+    size_bytes: int = 1 << 30
+    directory: str | None = None
+    """None: `default_directory()`."""
+    flush_interval_s: float = 60.0
+
+
+def default_directory() -> Path:
+    """Where cache files go when nothing else is said: of the system for root, else the user's."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/nbd-bridge")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbd-bridge"
+
+
+def cache_path(uri: NbdUri, directory: str | None) -> Path:
+    """The cache file of the export at `uri`. The default directory is made if need be.
+
+    Raises ConfigError if it cannot be.
+    """
+    if directory is None:
+        chosen = default_directory()
+        try:
+            chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cache directory {chosen} cannot be made ({error.strerror}): "
+                "choose another with --cache-dir, or --cache-mode off"
+            ) from None
+    else:
+        chosen = Path(directory)
+    identity = cache_identity(uri)
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{uri.server}-{uri.export_name}").strip("-.")
+    return chosen / f"{readable[-80:]}-{identity.digest.hex()[:12]}.cache"
+
+
+def cache_identity(uri: NbdUri) -> Identity:
+    """What a cache file must belong to, to be used for `uri`: the server and the export."""
+    return Identity(uri=uri.server, export=uri.export_name)
+
+
+class Backend(Protocol):
+    """See `disk.Backend`."""
+
+    can_flush: bool
+    can_fua: bool
+    can_write_zeroes: bool
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def submit(self, request: Request) -> None: ...
 
 
 class NbdBackend:
-    """`client`, connected, as the storage side of a `Disk`."""
+    """A connected client, as the disk or the cache above it sees it."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self.submit = client.submit  # bound once: no second call per request
+        export = client.export
+        self.size_bytes = export.usable_bytes
+        self.min_block_bytes = export.min_block_bytes
+        self.can_flush = export.can_flush
+        self.can_fua = export.can_fua
+        self.can_trim = export.can_trim
+        self.can_write_zeroes = export.can_write_zeroes
 
     @property
-    def can_flush(self) -> bool:
-        """See disk.Backend."""
-        return self._client.export.can_flush
-
-    @property
-    def can_fua(self) -> bool:
-        """See disk.Backend."""
-        return self._client.export.can_fua
-
-    @property
-    def can_write_zeroes(self) -> bool:
-        """See disk.Backend."""
-        return self._client.export.can_write_zeroes
+    def generation(self) -> int:
+        """Raised by each reconnect."""
+        return self._client.generation
 
     @property
     def in_flight(self) -> int:
-        """See disk.Backend."""
+        """How many commands are not finished."""
         return self._client.in_flight
+
+
+class CachedBackend:
+    """The cache, as the disk sees it: it has its own flush timer, and does what a server lacks."""
+
+    can_flush = True
+    can_fua = True
+    can_write_zeroes = True
+    in_flight = 0
+
+    def __init__(self, cache: Cache) -> None:
+        self.submit = cache.submit
+
+
+class Storage:
+    """One export, with or without a cache. `open`, then `backend`, then `close`."""
+
+    def __init__(
+        self, uri: NbdUri, loop: Loop, options: ClientOptions, cache: CacheSettings
+    ) -> None:
+        self.client = Client(uri, loop, options)
+        self._uri = uri
+        self._loop = loop
+        self._read_only = options.read_only
+        self._settings = cache
+        self._cache: Cache | None = None
+        self._file: CacheFile | None = None
+        self._cold: ThreadedCold | None = None
+        self._woken = trio.Event()
+
+    async def open(self) -> Export:
+        """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
+        export = await self.client.connect()
+        if self._settings.mode == OFF or export.read_only or self._read_only:
+            return export
+        geometry = geometry_for(
+            disk_bytes=export.usable_bytes,
+            cache_bytes=self._settings.size_bytes,
+            min_block_bytes=export.min_block_bytes,
+        )
+        path = cache_path(self._uri, self._settings.directory)
+        self._file = open_or_create(
+            str(path), geometry=geometry, identity=cache_identity(self._uri)
+        )
+        for note in self._file.notes:
+            _log.warning(note)
+        cold = self._cold = ThreadedCold()
+        self._loop.add(cold.fd, cold.collect)
+        cache = self._cache = Cache(
+            self._file,
+            NbdBackend(self.client),
+            Options(mode=self._settings.mode, flush_interval_s=self._settings.flush_interval_s),
+            clock=trio.current_time,
+            call_at_turn_end=self._loop.at_turn_end,
+            cold=cold,
+        )
+        cache.woken = self._wake
+        self.client.keeps_unflushed = True
+        self.client.on_reconnect = cache.backend_reconnected
+        return export
+
+    @property
+    def backend(self) -> Backend:
+        """What the disk submits to. Only after `open`."""
+        return NbdBackend(self.client) if self._cache is None else CachedBackend(self._cache)
+
+    async def run(self) -> None:
+        """Look after the connection and the cache's deadlines, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.client.run)
+            if self._cache is not None:
+                nursery.start_soon(self._run_cache, self._cache)
+
+    async def _run_cache(self, cache: Cache) -> None:
+        while True:
+            deadline_s = cache.next_deadline()
+            self._woken = trio.Event()
+            with trio.move_on_at(deadline_s if deadline_s is not None else float("inf")):
+                await self._woken.wait()
+            cache.tick(trio.current_time())
+
+    def _wake(self) -> None:
+        self._woken.set()
 
     def fail_pending(self, errno: int) -> None:
         """Finish everything unfinished with `errno`, at once: nothing is written afterwards."""
-        self._client.fail_pending(errno)
+        self.client.fail_pending(errno)
+
+    async def close(self, limit_s: float) -> None:
+        """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up."""
+        deadline_s = trio.current_time() + limit_s
+        if self._cache is not None:
+            with trio.move_on_at(deadline_s):
+                await self._flush_cache(self._cache)
+        with trio.move_on_at(deadline_s + 1):
+            await self.client.close()
+        if self._cold is not None:
+            self._loop.remove(self._cold.fd)
+            self._cold.close()
+        if self._file is not None and self._cache is not None:
+            dirty_blocks = self._cache.index.dirty_slots
+            self._file.close(clean=True)
+            if dirty_blocks:
+                _log.error(
+                    "the server did not take everything in time: what is missing is kept in the "
+                    "cache file and goes to the server at the next start",
+                    cache_file=self._file.path,
+                )
+
+    async def _flush_cache(self, cache: Cache) -> None:
+        finished = trio.Event()
+        request = Request(FLUSH, 0, 0, [], lambda _: finished.set())
+        cache.submit(request)
+        await finished.wait()
+        if request.error:
+            _log.error("the last flush failed", errno=request.error)

@@ -23,7 +23,10 @@ class Backend(Protocol):
     can_flush: bool
     can_trim: bool
     can_write_zeroes: bool
-    generation: int
+
+    @property
+    def generation(self) -> int:
+        """Raised by each reconnect."""
 
     def submit(self, request: Request) -> None:
         """Start `request`; it finishes through its `done`. Never raises, never blocks."""
