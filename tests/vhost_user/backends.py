@@ -23,8 +23,8 @@ from bridge.virtio.blk_config import DiskGeometry
 class MemoryTarget:
     """A disk in memory that answers at once, or when it is told to (`hold`)."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self.data = bytearray(size_bytes)
+    def __init__(self, size_bytes: int, data: Any = None) -> None:
+        self.data = bytearray(size_bytes) if data is None else data
         self.requests: list[tuple[int, int, int]] = []
         self.hold = False
         self.held: list[Request] = []
