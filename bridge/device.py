@@ -200,15 +200,15 @@ class BlkDevice:
 
     async def stop_ring(self, index: int) -> int:
         """See VhostUserDevice."""
-        bases = await self._close_rings([index])
+        bases = await self._close_rings([index], told=True)
         return bases[index]
 
-    async def _close_rings(self, indexes: Collection[int]) -> dict[int, int]:
+    async def _close_rings(self, indexes: Collection[int], *, told: bool = False) -> dict[int, int]:
         """Drain and close these rings, all within one `drain_timeout_s`; their bases."""
         try:
             await self._drain([self._rings[index] for index in indexes])
         finally:
-            bases = {index: self._rings.pop(index).close() for index in indexes}
+            bases = {index: self._rings.pop(index).close(told=told) for index in indexes}
             for index in indexes:
                 del self._setups[index]
         if bases and not self._rings and self._on_all_stopped is not None:

@@ -218,8 +218,8 @@ class RunningRing:
         elif not self.is_broken:
             self._break("its memory was taken away")
 
-    def close(self) -> int:
-        """Let go of the ring and its descriptors; the base to go on from.
+    def close(self, *, told: bool) -> int:
+        """Let go of the ring and its descriptors; the base to go on from (see VirtQueue.close).
 
         Requests that are still unanswered then are forgotten: their end is not reported to the
         guest, and nothing is written to the ring or a status byte any more.
@@ -235,7 +235,7 @@ class RunningRing:
         self._call_fd = None
         self._error_fd = None
         self._log = None
-        return self._queue.close()
+        return self._queue.close(told=told)
 
 
 def _kicked(events: int) -> None:

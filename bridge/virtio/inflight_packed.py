@@ -99,11 +99,6 @@ class TrackedPackedQueue(PackedQueue):
     def _recover(self) -> None:
         """Complete or take back what was under way; find what was not answered."""
         n_entries = self._n_entries
-        if not any(self._region[32 : 32 + 32 * n_entries : 32]):
-            # Nothing was in flight: the front-end knows the indexes, perhaps of another driver.
-            self._h[_VERSION_AT] = 0
-            self._initialise()
-            return
         h, region = self._h, self._region
         used = h[_USED_IDX_AT], region[_USED_WRAP_AT]
         old = h[_OLD_USED_IDX_AT], region[_OLD_USED_WRAP_AT]
@@ -235,6 +230,12 @@ class TrackedPackedQueue(PackedQueue):
         h[_OLD_USED_IDX_AT] = self._next_used
         region[_OLD_USED_WRAP_AT] = self._used_wrap
         self._visible = True
+
+    def close(self, *, told: bool) -> int:
+        """See VirtQueue. While the base is not told, only the region knows the indexes."""
+        if told and not self.in_flight:
+            self._h[_VERSION_AT] = 0
+        return super().close(told=told)
 
     def publish(self) -> bool:
         """See VirtQueue. It is all visible already; what is left is the call."""

@@ -271,7 +271,7 @@ class PackedQueue:
         """See VirtQueue."""
         self._device_event[1] = EVENT_DISABLE
 
-    def close(self) -> int:
+    def close(self, *, told: bool) -> int:
         """See VirtQueue."""
         return (
             self._next_avail

@@ -47,5 +47,8 @@ class VirtQueue(Protocol):
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
         """The guest's memory was mapped anew. What was popped keeps its old views."""
 
-    def close(self) -> int:
-        """The end: nothing is written any more. The base to go on from (see RingSetup.base)."""
+    def close(self, *, told: bool) -> int:
+        """The end: nothing is written any more. The base to go on from (see RingSetup.base).
+
+        `told`: the front-end gets it, and the next start is from what it then says.
+        """

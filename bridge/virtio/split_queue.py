@@ -89,7 +89,7 @@ class SplitQueue:
         """See VirtQueue. Nothing was kept track of."""
         return []
 
-    def close(self) -> int:
+    def close(self, *, told: bool) -> int:
         """See VirtQueue. The base is the next available index."""
         return self.next_avail
 
