@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from bridge.errors import ConfigError
 from bridge.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -38,6 +39,7 @@ from .options import Options
 from .ranges import Ranges
 from .readahead import Readahead
 from .reads import Reads
+from .sample import check_sample
 from .slots import Slots
 from .store import Store
 from .writeback import Writeback
@@ -48,7 +50,7 @@ class Cache:
 
     `clock` returns seconds of a monotonic clock; `call_at_turn_end(callback)` has `callback`
     called once, after what is being submitted now; `cold` runs reads that would block.
-    Raises ValueError when the index of `image` is damaged.
+    Raises ConfigError when the index of `image` is damaged.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Cache:
         self._exclusives = Exclusives(
             index, slots, self._fetcher, self._writeback, self._flusher, backend
         )
-        self._readahead = Readahead(index, self._fetcher, options, stats)
+        self._readahead = Readahead(index, self._fetcher, slots.forgive, options, stats)
         self._reads = Reads(
             index, image, slots, self._fetcher, self._exclusives, self._readahead, cold, stats
         )
@@ -115,7 +117,17 @@ class Cache:
         self._open = index.open
         self._data = index.data
         self._touched = evictor.touched
-        self._adopt(index.load())
+        self._adopt(self._load())
+
+    def _load(self) -> list[int]:
+        try:
+            return self.index.load()
+        except ValueError as error:
+            path = getattr(self._image, "path", "")
+            raise ConfigError(
+                f"cache file {path} has a damaged index ({error}); "
+                f"to start anew: nbd-bridge cache drop {path}"
+            ) from None
 
     def _adopt(self, dirty: list[int]) -> None:
         """Take over the slots that were found in the file."""
@@ -219,6 +231,10 @@ class Cache:
         """Do what is due: the flush timer, write-out by age."""
         self._flusher.tick(now)
         self._writeback.tick(now)
+        if now >= self._residency_due:
+            # Blocks that are used have stayed in the page cache; the others are asked about.
+            self._residency_due = now + self.options.residency_s
+            self.index.forget_residency()
 
     @property
     def woken(self) -> Callable[[], None]:
@@ -228,6 +244,26 @@ class Cache:
     @woken.setter
     def woken(self, callback: Callable[[], None]) -> None:
         self._writeback.woken = callback
+
+    def note_export_generation(self, generation: int, written: int) -> int:
+        """The server counts its writable sessions: ours is `generation`, the last one that wrote
+        was `written`. Call it before serving, and after each reconnect before anything is sent
+        again.
+
+        Drops every clean block if somebody else wrote since the cache was filled; returns how
+        many. The number is stored before this session can write anything.
+        """
+        known = self._image.header.export_generation
+        dropped = self.drop_clean() if written > known else 0
+        if generation != known:
+            self._image.save_header(export_generation=generation)
+        return dropped
+
+    def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
+        """Compare up to `count` clean cached blocks with the server, for servers that count no
+        sessions; if any differs drop all clean blocks. `done(differences)`, -1 if the server
+        did not answer. Call it before serving."""
+        check_sample(self, self._backend, done, count)
 
     def drop_clean(self) -> int:
         """Forget every clean block (somebody else changed the image); returns how many blocks.

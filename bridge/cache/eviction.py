@@ -23,7 +23,10 @@ UP = bytes((1, 2, 3, 3))
 
 _SMALL_SHARE = 10
 """Percent of the slots that probation keeps when the main queue has something to give."""
-_GHOST_HASH = 0x9E3779B1
+_HASH = 0x9E3779B97F4A7C15
+_WAYS = 4
+_AGES = 256
+"""Steps in which the age of a ghost is known; ages wrap after 256 lives."""
 
 
 class Evictor:
@@ -43,23 +46,25 @@ class Evictor:
             self._next[end] = self._prev[end] = end
         self._length = [0, 0, 0, 0]
         self._small_target = max(1, slots * _SMALL_SHARE // 100)
-        ghosts = 1 << max(4, (slots - 1).bit_length())
-        self._ghost = zeroed("I", ghosts)
-        self._ghost_stamp = zeroed("I", ghosts)
-        self._ghost_mask = ghosts - 1
-        self._ghost_life = max(1, slots)
-        self._stamp = self._ghost_life + 1
+        self._ghost = Ghost(slots)
         self.evicted = 0
 
     def admit(self, slot: int, granule: int) -> None:
         """`slot` holds `granule` from now on."""
         self.touched[slot] = 0
-        self._push(_MAIN if self._was_here(granule) else _SMALL, slot)
+        # While the cache fills, probation keeps its size and the rest begins in the main queue:
+        # a loop larger than the cache then keeps a part of itself instead of nothing.
+        filling = not self.evicted and self._length[_SMALL] >= self._small_target
+        self._push(_MAIN if filling or self._ghost.take(granule) else _SMALL, slot)
 
     def remove(self, slot: int) -> None:
         """`slot` holds nothing any more."""
         self._unlink(slot)
         self._queue[slot] = _NONE
+
+    def on_probation(self, slot: int) -> bool:
+        """`slot` has yet to prove itself."""
+        return self._queue[slot] == _SMALL
 
     def park(self, slot: int) -> None:
         """`slot` may not go until `release(slot)`."""
@@ -101,20 +106,9 @@ class Evictor:
     def evict(self, slot: int, granule: int) -> None:
         """The candidate goes; its granule is remembered for a while."""
         if self._queue[slot] == _SMALL:
-            at = granule * _GHOST_HASH >> 8 & self._ghost_mask
-            self._ghost[at] = granule
-            self._ghost_stamp[at] = self._stamp & 0xFFFFFFFF
-            self._stamp += 1
+            self._ghost.add(granule)
         self.evicted += 1
         self.remove(slot)
-
-    def _was_here(self, granule: int) -> bool:
-        at = granule * _GHOST_HASH >> 8 & self._ghost_mask
-        if self._ghost[at] != granule or not self._ghost_stamp[at]:
-            return False
-        age: int = (self._stamp - self._ghost_stamp[at]) & 0xFFFFFFFF
-        self._ghost_stamp[at] = 0
-        return age <= self._ghost_life
 
     def _push(self, queue: int, slot: int) -> None:
         end = self._ends[queue]
@@ -133,3 +127,52 @@ class Evictor:
             self._next[before] = after
             self._prev[after] = before
         self._length[queue] -= 1
+
+
+class Ghost:
+    """Which granules left lately: as many as there are slots, 4 bytes each.
+
+    A hash table of buckets of four; an entry is 16 bits of the granule's hash and 16 bits of the
+    time it left, in steps of 1/256 of the number of slots. The oldest entry of a full bucket
+    goes. A wrong answer (1 in 16,000) costs a place in the main queue.
+    """
+
+    def __init__(self, slots: int) -> None:
+        entries = 1 << max(4, (slots * 5 // 4 - 1).bit_length())
+        self._entries = zeroed("I", entries)
+        self._mask = entries - _WAYS
+        self._per_step = max(1, slots // _AGES)
+        self._life = -(-slots // self._per_step)
+        self._count = 0
+
+    def add(self, granule: int) -> None:
+        """`granule` left now."""
+        entries = self._entries
+        self._count += 1
+        # A fingerprint is never 0, so that an empty entry matches nothing.
+        now = self._count // self._per_step & 0xFFFF
+        mixed = granule * _HASH >> 20
+        bucket = mixed & self._mask
+        oldest, age = bucket, -1
+        for at in range(bucket, bucket + _WAYS):
+            entry = entries[at]
+            if not entry:
+                oldest = at
+                break
+            entry_age = now - entry & 0xFFFF
+            if entry_age > age:
+                oldest, age = at, entry_age
+        entries[oldest] = (mixed >> 28 & 0xFFFF | 1) << 16 | now
+
+    def take(self, granule: int) -> bool:
+        """Was `granule` here? It is forgotten with the answer."""
+        entries = self._entries
+        mixed = granule * _HASH >> 20
+        bucket = mixed & self._mask
+        fingerprint = mixed >> 28 & 0xFFFF | 1
+        for at in range(bucket, bucket + _WAYS):
+            entry = entries[at]
+            if entry >> 16 == fingerprint:
+                entries[at] = 0
+                return (self._count // self._per_step - entry & 0xFFFF) <= self._life
+        return False

@@ -13,6 +13,7 @@ All of the file is preallocated: a store into a hole of a full disk would be a S
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -34,6 +35,13 @@ from .layout import (
     new_header,
     parse_header_untrusted,
 )
+
+_PAGE = mmap.PAGESIZE
+_RESIDENT = bytes(range(1, 256, 2))
+"""Values of a mincore vector whose lowest bit is set."""
+
+_mincore = ctypes.CDLL(None, use_errno=True).mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -104,11 +112,17 @@ class CacheFile(MappedImage):
     def __init__(self, path: str, fd: int, header: Header) -> None:
         self.path = path
         self.fd = fd
+        self._stored: memoryview | None = None
+        """For a file made by this process: which blocks of each slot were ever written."""
         self.notes: list[str] = []
         """What the operator should know about how the file was opened."""
         self._map = mmap.mmap(fd, header.geometry.file_bytes)
         super().__init__(self._map, header)
         self._nowait = os.RWF_NOWAIT
+        # The map's address, for mincore(2): the array exports the map's buffer until `close`.
+        anchor = (ctypes.c_char * self._map.size()).from_buffer(self._map)
+        self._anchor: ctypes.Array[ctypes.c_char] | None = anchor
+        self._data_address = ctypes.addressof(anchor) + header.geometry.data_offset
         # No read-around on a fault: what is cold is read by threads, in the size that is needed.
         self._map.madvise(mmap.MADV_RANDOM)
 
@@ -134,6 +148,43 @@ class CacheFile(MappedImage):
                 done += count
             position += done
 
+    def put(self, position: int, source: Any) -> None:
+        # A store into a page that is on the disk only would read it first, for nothing. One
+        # that never was written since the file was made has nothing to be read, and a fault
+        # is a third of the cost of a pwrite.
+        sizes = self.geometry
+        end = position + len(source)
+        if self._stored is not None:
+            slot, within = divmod(position, sizes.granule_bytes)
+            first, last = within // sizes.block_bytes, (end - 1) % sizes.granule_bytes
+            bits = (2 << last // sizes.block_bytes) - (1 << first)
+            if not self._stored[slot] & bits:
+                self._stored[slot] |= bits
+                self.data[position:end] = source
+                return
+            self._stored[slot] |= bits
+        if self.resident(position, len(source)):
+            self.data[position:end] = source
+        else:
+            self._write(position, source)
+
+    def _write(self, position: int, source: Any) -> None:
+        """Write through the page cache. Raises OSError when the file system refuses."""
+        position += self.geometry.data_offset
+        view = memoryview(source)
+        while view:
+            count = os.pwrite(self.fd, view, position)
+            position += count
+            view = view[count:]
+
+    def resident(self, position: int, length: int) -> bool:
+        first = self._data_address + position & -_PAGE
+        pages = (self._data_address + position + length - first + _PAGE - 1) // _PAGE
+        vector = ctypes.create_string_buffer(pages)
+        if _mincore(first, pages * _PAGE, vector):
+            return True  # Nothing is known: a fault at worst.
+        return vector.raw.translate(None, _RESIDENT) == b""
+
     def sync(self) -> None:
         self._map.flush()
         os.fsync(self.fd)
@@ -150,6 +201,7 @@ class CacheFile(MappedImage):
             self.sync()
             self.save_header(clean=True, index_crc=self.index_crc())
             self.sync()
+        self._anchor = None
         self.release()
         with suppress(BufferError):  # A guest's request still holds a view: the exit unmaps.
             self._map.close()
@@ -290,6 +342,8 @@ def _create(
         os.close(fd)
         raise
     file.notes = notes
+    slots = memoryview(mmap.mmap(-1, 2 * (geometry.slots + 1)))
+    file._stored = slots.cast("H")
     file.begin()
     return file
 

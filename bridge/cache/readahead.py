@@ -11,6 +11,8 @@ ahead are gone before the reader came (the cache is too small for so many stream
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .backend import Stats
 from .fetch import Fetcher
 from .index import Index
@@ -38,8 +40,16 @@ class _Stream:
 class Readahead:
     """The streams of one cache."""
 
-    def __init__(self, index: Index, fetcher: Fetcher, options: Options, stats: Stats) -> None:
+    def __init__(
+        self,
+        index: Index,
+        fetcher: Fetcher,
+        forgive: Callable[[int], None],
+        options: Options,
+        stats: Stats,
+    ) -> None:
         self._index = index
+        self._forgive = forgive
         self._fetcher = fetcher
         self._stats = stats
         self._shift = index.granule_shift - index.block_shift
@@ -88,6 +98,10 @@ class Readahead:
 
     def _advance(self, stream: _Stream, first: int, last: int, missed: bool) -> None:
         """The stream has come to block `last`: fetch on if its window is used up."""
+        # Reading a granule block by block is one use of it, not sixteen: otherwise every scan
+        # would look like a hot set.
+        for granule in range(stream.next >> self._shift, last >> self._shift):
+            self._forgive(granule)
         stream.next = last
         if missed and first < stream.ahead and not self._is_coming(first):
             stream.window = max(self._window_min, stream.window // 2)

@@ -61,6 +61,12 @@ class Slots:
         if slot not in self._pins:
             self._evictor.release(slot)
 
+    def forgive(self, granule: int) -> None:
+        """The hits on `granule` were one sequential pass: in probation they do not count."""
+        slot = self._index.find(granule)
+        if slot and self._evictor.on_probation(slot):
+            self.touched[slot] = 0
+
     def pin(self, slot: int) -> None:
         """Somebody reads from `slot` outside the turn."""
         self._pins[slot] = self._pins.get(slot, 0) + 1

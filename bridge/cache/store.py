@@ -112,6 +112,12 @@ class Store:
         """Do a WRITE whose range lies within the disk."""
         self._stats.writes += 1
         if not self._waiting:
+            if not (self._through or request.flags or self._exclusives.active) and (
+                self._write_whole(request)
+            ):
+                request.error = 0
+                request.done(request)
+                return
             position = self._store(request, 0)
             if position == request.length and not (self._through or request.flags & FUA):
                 request.finish(0)
@@ -123,6 +129,47 @@ class Store:
                 self._obstacle(op)
         else:
             self._wait_for_room(_WriteOp(request, self, 0))
+
+    def _write_whole(self, request: Request) -> bool:
+        """The common case in one go: whole blocks of one granule, one buffer. False: it is not
+        that case, nothing was done. (Half the time of the general way.)"""
+        index = self._index
+        offset, length = request.offset, request.length
+        within = offset & index.granule_bytes - 1
+        if (
+            (offset | length) & index.block_bytes - 1
+            or within + length > index.granule_bytes
+            or len(request.buffers) != 1
+        ):
+            return False
+        shift = index.block_shift
+        bits = (1 << (within + length >> shift)) - (1 << (within >> shift))
+        granule = offset >> index.granule_shift
+        slot = index.head[granule & index.bucket_mask]
+        if index.granule_of[slot] != granule:
+            slot = index.find(granule)
+        word = index.state[slot]
+        dirty = word >> DIRTY_SHIFT & BITS
+        if not dirty and index.dirty_slots >= self._hard_slots:
+            return False
+        slot = slot or self._slots.obtain(granule)
+        if not slot:
+            return False
+        sent = index.sent[slot]
+        if sent & bits:
+            index.sent[slot] = sent & ~bits
+            index.covered[slot] &= ~bits
+        clean = bits & word & ~dirty
+        if clean:
+            index.set_valid(slot, 0, clean)
+        target = (slot << index.granule_shift) + within
+        ready = index.ready[slot]
+        if ready & bits == bits:
+            index.data[target : target + length] = request.buffers[0]
+        else:
+            index.put(target, request.buffers[0])
+        self._now_dirty(slot, granule, bits, bits & ~word)
+        return True
 
     def advance(self, op: _WriteOp) -> None:
         """Go on with a write whose obstacle may be gone."""
@@ -277,12 +324,14 @@ class Store:
         index.ready[slot] |= bits
         if not self._through:
             index.open[slot] |= bits
-        self._writeback.enqueue(slot)
-        self.flusher.writes += 1
-        if self.flusher.due is None:
-            self.flusher.arm()
+        flusher = self.flusher
+        flusher.writes += 1
+        if flusher.due is None:
+            flusher.arm()
+        if not self._writeback.enqueue(slot):
+            return
         if not self._pressed and (
-            self._writeback.over_background() or index.dirty_slots > self._flush_slots
+            index.dirty_slots > self._flush_slots or self._writeback.over_background()
         ):
             self._press()
 

@@ -127,10 +127,10 @@ class Writeback:
 
     # What the other parts of the cache say.
 
-    def enqueue(self, slot: int) -> None:
-        """`slot` has dirty blocks that are to be sent some time."""
+    def enqueue(self, slot: int) -> bool:
+        """`slot` has dirty blocks that are to be sent some time; False if that was known."""
         if self._queued[slot]:
-            return
+            return False
         self._queued[slot] = 1
         now = self._clock()
         if not self._marks or now - self._marks[-1][0] >= 1.0:
@@ -142,6 +142,7 @@ class Writeback:
         self.tail += 1
         if self.tail == self.head + 1:
             self.woken()
+        return True
 
     def want(self, slots: Iterable[int], ticket: Ticket) -> None:
         """Send the dirty blocks of `slots` at the end of this turn, for `ticket`."""

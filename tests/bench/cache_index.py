@@ -1,0 +1,76 @@
+"""What the index of a large cache costs: `python -m tests.bench.cache_index [directory]`.
+
+A 100 GiB cache for a 1 TiB disk, every slot in use at a random granule, in a sparse file.
+Prints how long a warm start takes and how much memory the index keeps resident.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+from bridge.cache.cache import Cache
+from bridge.cache.file import CacheFile, boot_id
+from bridge.cache.layout import Identity, geometry_for, new_header, state_word
+from bridge.cache.options import Options
+
+from .cache_core import NullServer
+
+
+def _resident_mib() -> dict[str, int]:
+    with open("/proc/self/status", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return {name: int(fields[name].split()[0]) // 1024 for name in ("RssAnon", "RssFile", "VmRSS")}
+
+
+def main() -> None:
+    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir()
+    geometry = geometry_for(disk_bytes=1 << 40, cache_bytes=100 << 30)
+    path = os.path.join(directory, f"cache-index-{os.getpid()}.cache")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    os.ftruncate(fd, geometry.file_bytes)
+    header = new_header(geometry, Identity("nbd://bench", ""), boot_id(), 0)
+    file = CacheFile(path, fd, header)
+    granules = random.Random(1).sample(range(geometry.granules), geometry.slots)
+    for slot, granule in enumerate(granules, 1):
+        file.granule_of[slot] = granule
+        file.state[slot] = state_word(granule, 0xFFFF, 0)
+    del granules
+    file.close(clean=False)
+    print(
+        f"{geometry.slots:,} slots, index {geometry.data_offset >> 20} MiB in the file", flush=True
+    )
+    try:
+        # A fresh process: nothing of the filling in its memory.
+        subprocess.run([sys.executable, "-m", __spec__.name, directory, path], check=True)
+    finally:
+        os.unlink(path)
+
+
+def measure(path: str) -> None:
+    before = _resident_mib()
+    fd = os.open(path, os.O_RDWR)
+    geometry = geometry_for(disk_bytes=1 << 40, cache_bytes=100 << 30)
+    header = new_header(geometry, Identity("nbd://bench", ""), boot_id(), 0)
+    began = time.perf_counter()
+    file = CacheFile(path, fd, header)
+    server = NullServer()
+    server.size_bytes = 1 << 40
+    cache = Cache(
+        file, server, Options(), clock=time.monotonic, call_at_turn_end=lambda callback: None
+    )
+    took = time.perf_counter() - began
+    after = _resident_mib()
+    print(f"warm start {took:.2f} s, {cache.index.used:,} slots in use")
+    print({name: after[name] - before[name] for name in after}, "MiB more than before")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        measure(sys.argv[2])
+    else:
+        main()
