@@ -6,7 +6,7 @@
 # bytes, not from the disk.
 
 disk=/dev/vda
-seconds=${guest_seconds:-10} files=${guest_files:-8} mib=${guest_mib:-8}
+seconds=${guest_seconds:-10} files=${guest_files:-8} mib=${guest_mib:-4}
 
 wait_disk vda
 report sectors="$(cat /sys/block/vda/size)"
@@ -49,7 +49,7 @@ while [ "$(now_ms)" -lt $end ]; do
     sync "$name.new" || fail "sync $name"
     { grep -v " $name\$" SUMS 2>/dev/null; echo "${sum%% *}  $name"; } >/tmp/SUMS
     mv "$name.new" "$name" && cp /tmp/SUMS SUMS && sync || fail "rename $name"
-    [ $(( round % 4 )) != 0 ] || check file$(( (round + files / 2) % (round < files ? round : files) ))
+    [ $(( round % 4 )) != 0 ] || check file$(( (round - 1) % files ))
     report round=$round
 done
 cd / && umount /mnt || fail umount

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 _SIZE = re.compile(r"[0-9]{1,19}[bkmgtpe]?(i?b)?", re.IGNORECASE)
+_AGAIN_S = 1.0
 _NUMBER = re.compile(r"[0-9]{1,10}(\.[0-9]{1,6})?")
 
 
@@ -52,10 +54,26 @@ def number(name: str, default: str) -> str:
     return text(name, default, pattern=_NUMBER.pattern, hint="a number such as 60 or 0.5")
 
 
+def integer(name: str, default: int) -> int:
+    """A whole number that is not 0. Raises SettingError."""
+    return int(text(name, str(default), pattern="[1-9][0-9]{0,8}", hint="a whole number above 0"))
+
+
 def run(program: str, start: Callable[[], None]) -> None:
-    """Run `start`; a SettingError becomes one line on standard error and exit status 2."""
-    try:
-        start()
-    except SettingError as error:
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    """Call `start` until it raises no SettingError; what it complains of is said once.
+
+    The container stays, and its health says that something is wrong. What waiting can mend (a
+    volume's owner, a certificate that is not there yet) mends itself; a variable is mended by
+    `up`, which makes a new container.
+    """
+    said = ""
+    while True:
+        try:
+            start()
+        except SettingError as error:
+            if str(error) != said:
+                said = str(error)
+                print(f"{program}: {said}", file=sys.stderr, flush=True)
+            time.sleep(_AGAIN_S)
+        else:
+            return

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from environment import SettingError, choice, number, run, size, switch, text
+from environment import SettingError, choice, integer, number, run, size, switch, text
+from supervise import supervise
 
 SOCKET_FOLDER = Path("/run/nbd-bridge")
 CACHE_FOLDER = Path("/var/cache/nbd-bridge")
@@ -22,10 +23,7 @@ _NAME_HINT = "letters, digits and _ . + -"
 
 def main() -> None:
     command = ["nbd-bridge", "serve", server_uri(), *options()]
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        raise SettingError(f"cannot run {command[0]}: {error.strerror}") from None
+    supervise(command)
 
 
 def volume_name() -> str:
@@ -63,7 +61,7 @@ def options() -> list[str]:
     check_folder(SOCKET_FOLDER)
     chosen = [
         f"--socket-path={socket_path()}",
-        "--num-queues=" + number("BRIDGE_NUM_QUEUES", "1"),
+        "--num-queues=" + str(integer("BRIDGE_NUM_QUEUES", 1)),
         "--block-size=" + choice("BRIDGE_BLOCK_SIZE", "512", ("512", "1024", "2048", "4096")),
         "--flush-interval=" + number("BRIDGE_FLUSH_INTERVAL", "60"),
         "--poll-us=" + number("BRIDGE_POLL_US", "32"),

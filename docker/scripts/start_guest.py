@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import trio
-from environment import SettingError, choice, number, run, text
+from environment import SettingError, choice, integer, run, text
 
 from bridge.demo.accelerator import choose_accelerator
 from bridge.demo.guest import Guest, open_guest
@@ -28,7 +28,7 @@ _SHOW_EVERY_S = 0.2
 
 
 def main() -> None:
-    limit_s = float(number("GUEST_LIMIT", "600"))
+    limit_s = integer("GUEST_LIMIT", 600)
     with tempfile.TemporaryDirectory() as folder:
         try:
             passed = trio.run(run_guest, Path(folder), limit_s)
@@ -37,19 +37,18 @@ def main() -> None:
     sys.exit(0 if passed else 1)
 
 
-async def run_guest(folder: Path, limit_s: float) -> bool:
+async def run_guest(folder: Path, limit_s: int) -> bool:
     """Boot, show the console, tell whether the guest said PASS. Raises ConfigError."""
     accelerator = choice("GUEST_ACCELERATOR", "auto", ("auto", "kvm", "tcg"))
     if accelerator == "auto":
         accelerator = await choose_accelerator(KERNEL, INITRD, folder)
     config = guest_config(accelerator)
     print(f"guest: starting, {accelerator}, disk {config.disks[0].socket}", flush=True)
-    log = folder / "console"
-    async with open_guest(config, log) as guest:
+    async with open_guest(config, folder / "console") as guest:
         with trio.move_on_after(limit_s) as scope:
-            await show_console(guest, log)
+            await show_console(guest)
     if scope.cancelled_caught:
-        print(f"guest: not finished after {limit_s:.0f} s", flush=True)
+        print(f"guest: not finished after {limit_s} s", flush=True)
         return False
     if not guest.report.passed:
         print(f"guest: {guest.report.reason}", flush=True)
@@ -61,32 +60,32 @@ def guest_config(accelerator: str) -> GuestConfig:
     volume = text("NBD_VOLUME", "disk", pattern=_NAME_PATTERN, hint="letters, digits and _ . + -")
     words: dict[str, str | int] = {
         "guest_script": text("GUEST_SCRIPT", "use", pattern="[a-z_]{1,40}", hint="a script's name"),
-        "guest_seconds": number("GUEST_SECONDS", "10"),
-        "guest_mib": number("GUEST_MIB", "8"),
-        "guest_files": number("GUEST_FILES", "8"),
+        "guest_seconds": integer("GUEST_SECONDS", 10),
+        "guest_mib": integer("GUEST_MIB", 4),
+        "guest_files": integer("GUEST_FILES", 8),
     }
     return GuestConfig(
         # Tried again every second: the guest lives on when the bridge is restarted.
-        disks=[VhostUserDisk(SOCKET_FOLDER / f"{volume}.sock", reconnect_s=1)],
+        disks=[VhostUserDisk(SOCKET_FOLDER / f"{volume}.sock", reconnect_ms=1000)],
         kernel=KERNEL,
         initrd=INITRD,
         words=words,
         accelerator=accelerator,
-        memory_mib=int(float(number("GUEST_MEMORY_MIB", "256"))),
+        memory_mib=integer("GUEST_MEMORY_MIB", 256),
     )
 
 
-async def show_console(guest: Guest, log: Path) -> None:
-    """Copy the console to standard output until the guest has ended."""
-    with log.open("rb") as console:
-        while True:
-            ended = guest.ended
-            if data := console.read():
-                sys.stdout.write(data.decode(errors="replace").replace("\r", ""))
-                sys.stdout.flush()
-            if ended:
-                return
-            await trio.sleep(_SHOW_EVERY_S)
+async def show_console(guest: Guest) -> None:
+    """Copy the console's lines to standard output until the guest has ended."""
+    shown = 0
+    while True:
+        ended = guest.ended
+        for line in guest.lines[shown:]:
+            print(line, flush=True)
+        shown = len(guest.lines)
+        if ended:
+            return
+        await trio.sleep(_SHOW_EVERY_S)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import certificates
 from environment import SettingError, choice, number, run, size, switch, text
+from supervise import supervise
 
 PORT = 10809
 LIBRARY = Path(__file__).parent
@@ -37,10 +38,7 @@ def main() -> None:
         "python", str(LIBRARY / "nbd_plugin" / "plugin.py"), f"store={store}", *parameters,
     ]  # fmt: skip
     say(f"serving volume {volume}, store {store}, TLS {'on' if tls else 'off'}, port {PORT}")
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        raise SettingError(f"cannot run {command[0]}: {error.strerror}") from None
+    supervise(command)
 
 
 def store_parameters(store: str, volume: str) -> list[str]:

@@ -1,0 +1,64 @@
+"""Runs the container's program and starts it again when it cannot begin its work yet.
+
+Docker's own restarts would do, but a container that is restarted over and over never becomes
+unhealthy, and Docker waits up to a minute between its attempts. So a program that gives up soon
+after its start (its server is not there yet, a certificate is wrong) is tried again here. One
+that ran for a while, or was killed, ends the container: then Docker's restart policy decides.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from environment import SettingError
+
+SOON_S = 10.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 8.0
+
+
+def supervise(command: Sequence[str]) -> NoReturn:
+    """Run `command` until it ends for good, then exit with its status (128 + a signal's number).
+
+    SIGTERM and SIGINT are passed on. Raises SettingError when the program is not there.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    stopping = False
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+        if process is None or process.returncode is not None:
+            sys.exit(0)
+        process.send_signal(number)
+
+    for number in _SIGNALS:
+        signal.signal(number, stop)
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        began_s = time.monotonic()
+        # A signal that comes meanwhile waits until there is somebody to pass it on to.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            process = subprocess.Popen(command, preexec_fn=_unblock)
+        except OSError as error:
+            raise SettingError(f"cannot run {command[0]}: {error.strerror}") from None
+        finally:
+            _unblock()
+        status = process.wait()
+        gave_up_soon = status > 0 and time.monotonic() - began_s < SOON_S
+        if stopping or not gave_up_soon:
+            sys.exit(status if status >= 0 else 128 - status)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
