@@ -349,11 +349,12 @@ class BlkDevice:
         _log.error("the guest broke a ring, it is stopped", ring=index, reason=reason)
         self.guest_faults["a broken ring"] += 1
 
-    def _guest_fault(self, kind: str) -> None:
+    def _guest_fault(self, problem: str) -> None:
         """Count what a guest does wrong; say it once per kind, however often it happens."""
+        kind = problem.partition(":")[0]
         self.guest_faults[kind] += 1
         if self.guest_faults[kind] == 1:
-            _log.warning("the guest sent a bad request (said once, counted)", what=kind)
+            _log.warning("the guest sent a bad request (said once, counted)", what=problem)
 
 
 def _flushed(flush: Request) -> None:

@@ -111,8 +111,8 @@ class BlkEngine:
         serial: str,
         fault: Callable[[str], None],
     ) -> None:
-        """`serial`: what GET_ID answers, at most 20 bytes. `fault(kind)` is told what a guest did
-        wrong, so that it is counted and logged once per kind."""
+        """`serial`: what GET_ID answers, at most 20 bytes. `fault(problem)` is told what a guest
+        did wrong, "kind" or "kind: details", so that it is counted and logged once per kind."""
         self.config = config
         self._submit = target.submit
         self._done = self._finish  # bound once

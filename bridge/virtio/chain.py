@@ -11,7 +11,8 @@ request starts with a 16-byte header that we read and ends with a status byte th
     writable        views of the data that we may write, in chain order
     status_view     the memory that holds the status byte, None when the chain has none
     status_at       where in it
-    fault           None, or what is wrong with the chain
+    fault           None, or what is wrong with the chain: "kind" or "kind: details", where the
+                    kind is one of a few (a guest can produce any number of details)
 
 Without a fault it is guaranteed that every view lies in guest memory and none is empty, that the
 readable ones came before the writable ones (virtio 1.3 §2.7.4.2), that the lengths add up to

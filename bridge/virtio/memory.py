@@ -132,7 +132,7 @@ class GuestMemory:
                 if not length:
                     return views
         raise BadAddress(
-            f"guest address {address:#x} (range up to {end:#x}) is in no memory region"
+            f"a bad address: {address:#x} (range up to {end:#x}) is in no memory region"
         )
 
     def user_view(self, user_address: int, length: int) -> memoryview:

@@ -156,7 +156,7 @@ class PackedQueue:
                 return request_chain(head, [], [], table)
             descriptors = table
         if sum(descriptor[1] for descriptor in descriptors) >= MAX_CHAIN_BYTES:
-            return request_chain(head, [], [], "the chain's bytes are more than 2^32")
+            return request_chain(head, [], [], "a chain of more than 2^32 bytes")
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         fault = None
@@ -189,13 +189,13 @@ class PackedQueue:
         if not self._indirect:
             return "an indirect descriptor was not negotiated"
         if not length or length % DESCRIPTOR_BYTES:
-            return "an indirect table of no whole number of entries"
+            return f"an indirect table of a bad length: {length} bytes"
         if length > MAX_INDIRECT_ENTRIES * DESCRIPTOR_BYTES:
             return f"an indirect table of more than {MAX_INDIRECT_ENTRIES} entries"
         try:
             table = b"".join(self._memory.views(address, length))
         except BadAddress as error:
-            return f"indirect table: {error}"
+            return str(error)
         return list(_DESCRIPTOR.iter_unpack(table))
 
     def push(self, head: int, length: int, /) -> None:

@@ -233,11 +233,15 @@ class SplitQueue:
                 break
             index = following
             if index >= limit:
-                return request_chain(head, [], [], f"descriptor {index} of a table of {limit}")
+                return request_chain(
+                    head, [], [], f"a bad next: descriptor {index} of a table of {limit}"
+                )
             if seen >= limit:
-                return request_chain(head, [], [], f"the chain is longer than its table of {limit}")
+                return request_chain(
+                    head, [], [], f"a chain without an end: longer than its table of {limit}"
+                )
         if total_bytes >= MAX_CHAIN_BYTES:
-            fault = f"the chain's {total_bytes} bytes are more than 2^32"
+            fault = f"a chain of more than 2^32 bytes: {total_bytes}"
         return request_chain(head, readable, writable if end_known else [], fault)
 
     def _read_indirect(
@@ -251,14 +255,14 @@ class SplitQueue:
         if flags & DESC_NEXT:
             return "an indirect descriptor with a next one"
         if not length or length % DESCRIPTOR_BYTES:
-            return f"an indirect table of {length} bytes"
+            return f"an indirect table of a bad length: {length} bytes"
         if length > MAX_INDIRECT_ENTRIES * DESCRIPTOR_BYTES:
             return f"an indirect table of more than {MAX_INDIRECT_ENTRIES} entries"
         try:
             # Copied once: the driver may change it under us.
             return b"".join(self._memory.views(address, length))
         except BadAddress as error:
-            return f"indirect table: {error}"
+            return str(error)
 
     def push(self, head: int, length: int) -> None:
         """Give chain `head` back, `length` bytes of it written; seen after `publish`."""

@@ -154,8 +154,8 @@ def test_indirect_table_is_used_in_order_whatever_its_next_says() -> None:
     [
         ([(0x8000, 16, 0), (0x8000, 16, DESC_INDIRECT)], "among others"),
         ([(0x8000, 16, DESC_INDIRECT), (0x8000, 1, 2)], "among others"),
-        ([(0x8000, 0, DESC_INDIRECT)], "no whole number"),
-        ([(0x8000, 17, DESC_INDIRECT)], "no whole number"),
+        ([(0x8000, 0, DESC_INDIRECT)], "bad length"),
+        ([(0x8000, 17, DESC_INDIRECT)], "bad length"),
         ([(0, 1025 * 16, DESC_INDIRECT)], "more than 1024"),
         ([(1 << 40, 16, DESC_INDIRECT)], "no memory region"),
         ([(1 << 40, 16, 0), (0x8000, 1, 2)], "no memory region"),

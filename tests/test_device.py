@@ -1,0 +1,786 @@
+"""The device: rings, memory, draining, recovery, migration (§3.3, §3.5, §3.8, §3.10, §3.11)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from errno import EIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from bridge.errors import ProtocolError
+from bridge.request import FLUSH, WRITE, Request
+from bridge.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
+from bridge.virtio.blk_config import F_FLUSH, F_VERSION_1
+from tests.device_guest import (
+    MEMORY_BYTES,
+    USER_BASE,
+    DeviceGuest,
+    a_while,
+    running_device,
+    signals,
+    until,
+)
+from tests.virtio.mock import FakeDisk
+
+
+@pytest.fixture(params=[False, True], ids=["split", "packed"])
+async def guest(request: pytest.FixtureRequest) -> AsyncIterator[DeviceGuest]:
+    """A connected device without a ring, for either kind of ring."""
+    async with running_device(packed=request.param, drain_timeout_s=30) as running:
+        await running.connect()
+        yield running
+
+
+# The ordinary way
+
+
+async def test_requests_are_served_after_a_kick(guest: DeviceGuest) -> None:
+    guest.start()
+    assert await guest.request(T_OUT, 4, out=b"w" * 1024) == (S_OK, b"")
+    assert await guest.request(T_IN, 4, room=1024) == (S_OK, b"w" * 1024)
+    assert await guest.request(T_FLUSH) == (S_OK, b"")
+
+
+async def test_requests_that_wait_at_the_start_are_served_without_a_kick(
+    guest: DeviceGuest,
+) -> None:
+    """A kick may have been consumed before (rust-vmm/vhost#247, #343)."""
+    guest.make_ring()
+    pending = guest.put(T_GET_ID, room=20)
+    guest.start()
+    await until(lambda: pending.status == S_OK)
+
+
+async def test_3_5_start_calls_once_in_case_a_call_was_lost(guest: DeviceGuest) -> None:
+    """SPDK dbe47004e5 (#3150)."""
+    ring = guest.start()
+    assert ring.calls() == 1
+
+
+async def test_3_5_new_call_descriptor_is_signalled_at_once(guest: DeviceGuest) -> None:
+    guest.start()
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    guest.device.set_call(0, fd)
+    assert signals(fd) == 1
+    guest.device.set_call(0, None)
+    await guest.request(T_FLUSH)
+    assert signals(fd) == 0
+    os.close(fd)
+
+
+async def test_3_5_completion_calls_the_driver(guest: DeviceGuest) -> None:
+    ring = guest.start()
+    ring.calls()
+    await guest.request(T_FLUSH)
+    assert ring.calls() == 1
+
+
+async def test_3_5_batch_calls_once(guest: DeviceGuest) -> None:
+    ring = guest.start()
+    ring.calls()
+    last = [guest.put(T_FLUSH) for _ in range(5)][-1]
+    ring.kick_device()
+    await until(lambda: last.status == S_OK)
+    await a_while()
+    assert ring.calls() == 1
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+async def test_no_kick_is_lost_however_it_falls_in_the_loops_turn(event_idx: bool) -> None:
+    """§3.1.6, §3.1.7: a driver that kicks only when asked to, again and again.
+
+    The loop falls asleep between requests each time; a lost kick would stop everything.
+    """
+    async with running_device(event_idx=event_idx) as guest:
+        await guest.connect()
+        ring = guest.start()
+        for number in range(300):
+            guest._next = 0x100000
+            guest._token += 1
+            header = guest.alloc(bytes([4] + [0] * 15))
+            status = guest.alloc(b"\xee")
+            ring.driver.add(guest._token, [(header, 16, 0), (status, 1, 2)])
+            if ring.driver.publish():
+                ring.kick_device()
+            for _ in range(number % 7):
+                await trio.lowlevel.checkpoint()
+            await until(lambda: bool(ring.driver.poll()))
+
+
+async def test_3_5_polling_guest_needs_neither_kick_nor_call(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    """KICK and CALL with bit 8: the back-end looks by itself, and signals nobody."""
+    ring = guest.start(kick_fd=None, call_fd=None)
+    for _ in range(3):
+        pending = guest.put(T_FLUSH)
+        with trio.fail_after(1):
+            while pending.status != S_OK:
+                await trio.sleep(0.001)
+    assert ring.calls() == 0
+
+
+async def test_ring_without_kick_gets_one_later(guest: DeviceGuest) -> None:
+    ring = guest.start(kick_fd=None)
+    guest.device.set_kick(0, ring.kick)
+    await guest.request(T_FLUSH)
+    guest.device.set_kick(0, None)
+    await guest.request(T_FLUSH)
+
+
+async def test_queues_are_served_side_by_side(guest: DeviceGuest) -> None:
+    for index in range(4):
+        guest.start(index)
+    guest.disk.hold = True
+    pending = [guest.put(T_IN, index, room=512, index=index) for index in range(4)]
+    for ring in guest.rings.values():
+        ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 4)
+    guest.disk.release()
+    await until(lambda: all(each.status == S_OK for each in pending))
+
+
+async def test_full_call_eventfd_harms_nobody(guest: DeviceGuest) -> None:
+    """A front-end may fill its counter: writing would block, or raise."""
+    ring = guest.start()
+    ring.calls()
+    os.eventfd_write(ring.call, (1 << 64) - 2)
+    await guest.request(T_FLUSH)
+
+
+async def test_read_only_call_descriptor_harms_nobody(guest: DeviceGuest, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    guest.start(call_fd=fd)
+    await guest.request(T_FLUSH)
+    os.close(fd)
+
+
+async def test_kick_descriptor_that_cannot_be_waited_for_is_refused(
+    guest: DeviceGuest, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    with pytest.raises(ProtocolError, match="kick"):
+        guest.start(kick_fd=fd)
+    os.close(fd)
+    guest.start()
+    await guest.request(T_FLUSH)
+
+
+# Impossible rings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 0},
+        {"size": 2048},
+        {"desc_user_address": USER_BASE + 8},
+        {"avail_user_address": USER_BASE + 0x4001},
+        {"used_user_address": USER_BASE + 0x4002},
+        {"desc_user_address": 0},
+        {"desc_user_address": USER_BASE + MEMORY_BYTES},
+        {"used_user_address": USER_BASE + MEMORY_BYTES - 4 + 4},
+        {"used_user_address": USER_BASE},  # over the descriptors
+    ],
+)
+async def test_3_1_1_impossible_ring_is_refused(guest: DeviceGuest, change: dict[str, int]) -> None:
+    """T41-T49; CVE-2026-61402."""
+    with pytest.raises(ProtocolError):
+        guest.start(**change)
+    guest.start()
+    await guest.request(T_FLUSH)
+
+
+async def test_3_1_1_split_ring_of_no_power_of_two_is_refused(autojump_clock: MockClock) -> None:
+    async with running_device() as guest:
+        await guest.connect()
+        with pytest.raises(ProtocolError, match="power of two"):
+            guest.start(size=12)
+
+
+async def test_packed_ring_may_have_any_size(autojump_clock: MockClock) -> None:
+    async with running_device(packed=True, size=12) as guest:
+        await guest.connect()
+        guest.start()
+        for _ in range(20):
+            await guest.request(T_FLUSH)
+
+
+# Broken rings
+
+
+async def test_3_3_broken_ring_stops_alone_and_says_so_once() -> None:
+    """Its error descriptor is signalled; the other queue and the disk live on."""
+    async with running_device() as guest:
+        await guest.connect()
+        bad, good = guest.start(0), guest.start(1)
+        bad.driver.set_avail_idx(1000)
+        bad.kick_device()
+        await until(lambda: guest.device.guest_faults["a broken ring"] == 1)
+        assert signals(bad.error) == 1
+        bad.kick_device()
+        await a_while()
+        assert guest.device.guest_faults["a broken ring"] == 1
+        assert signals(bad.error) == 0
+        assert signals(good.error) == 0
+        assert (await guest.request(T_FLUSH, index=1))[0] == S_OK
+        guest.device.set_error(0, bad.error)
+        assert signals(bad.error) == 1
+        await guest.device.stop_ring(0)
+
+
+async def test_3_3_broken_ring_stays_broken_through_resume_and_memory_changes() -> None:
+    async with running_device() as guest:
+        await guest.connect()
+        bad = guest.start()
+        bad.driver.set_avail_idx(1000)
+        bad.kick_device()
+        await until(lambda: guest.device.guest_faults["a broken ring"] == 1)
+        guest.device.suspend_ring(0)
+        guest.device.resume_ring(0)
+        await guest.device.replace_memory([guest.region()])
+        await a_while()
+        assert guest.device.guest_faults["a broken ring"] == 1
+
+
+async def test_faults_are_counted_and_said_once(
+    guest: DeviceGuest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guest.start()
+    for _ in range(5):
+        await guest.request(99)
+    assert guest.device.guest_faults["an unknown request type"] == 5
+    assert capsys.readouterr().out.count("an unknown request type") == 1
+
+
+async def test_faults_with_any_details_are_one_kind(
+    guest: DeviceGuest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A guest that tries every address fills neither the log nor our memory."""
+    ring = guest.start()
+    for number in range(20):
+        ring.add(1000 + number, [((1 << 40) + number, 16, 0), (guest.alloc(b"x"), 1, 2)])
+        ring.kick_device()
+        await until(lambda: bool(ring.driver.poll()))
+    assert guest.device.guest_faults == {"a bad address": 20}
+    assert capsys.readouterr().out.count("bad address") == 1
+
+
+# Suspend and resume
+
+
+async def test_3_8_suspended_ring_leaves_requests_and_completes_what_it_has(
+    guest: DeviceGuest,
+) -> None:
+    ring = guest.start()
+    guest.disk.hold = True
+    first = guest.put(T_FLUSH)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    guest.device.suspend_ring(0)
+    guest.device.suspend_ring(0)
+    second = guest.put(T_FLUSH)
+    ring.kick_device()
+    await a_while()
+    assert len(guest.disk.held) == 1
+    guest.disk.release()
+    await until(lambda: first.status == S_OK)
+    guest.disk.hold = False
+    guest.device.resume_ring(0)
+    guest.device.resume_ring(0)
+    await until(lambda: second.status == S_OK)
+
+
+# Stopping
+
+
+async def test_3_8_stop_answers_everything_first_and_names_the_base(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = [guest.put(T_IN, 1, room=512) for _ in range(3)]
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 3)
+    bases = []
+    async with trio.open_nursery() as nursery:
+
+        async def stop() -> None:
+            bases.append(await guest.device.stop_ring(0))
+
+        nursery.start_soon(stop)
+        await a_while()
+        late = guest.put(T_FLUSH)
+        ring.kick_device()
+        await a_while()
+        assert bases == []
+        guest.disk.release(2)
+        await a_while()
+        assert bases == []
+        guest.disk.release()
+    assert [each.status for each in pending] == [S_OK] * 3
+    assert len(ring.driver.poll()) == 3
+    assert late.status == 0xEE
+    assert guest.stopped_all == 1
+    # Another start goes on there.
+    guest.disk.hold = False
+    guest.start(base=bases[0])
+    await until(lambda: late.status == S_OK)
+
+
+async def test_3_8_stop_is_bounded_and_fails_what_nobody_answers(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    """A dead server must not hang QEMU's main loop."""
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    started_s = trio.current_time()
+    await guest.device.stop_ring(0)
+    assert trio.current_time() - started_s == pytest.approx(30)
+    assert pending.status == S_IOERR
+    assert ring.driver.poll() == [(pending.token, 0)]
+
+
+async def test_ring_closed_with_requests_unanswered_is_never_written_again(
+    autojump_clock: MockClock,
+) -> None:
+    """Even a storage side that ignores being told to give up cannot reach ring or status."""
+    async with running_device(fail_pending=lambda errno: None, drain_timeout_s=5) as guest:
+        await guest.connect()
+        ring = guest.start()
+        guest.disk.hold = True
+        guest.put(T_OUT, out=b"x" * 512)
+        ring.kick_device()
+        await until(lambda: len(guest.disk.held) == 1)
+        await guest.device.stop_ring(0)
+        await guest.device.disconnected()
+        before = bytes(guest.memory)
+        ring.calls()
+        guest.disk.release()
+        await a_while()
+        assert bytes(guest.memory) == before
+        assert ring.calls() == 0
+
+
+async def test_all_rings_share_one_drain_timeout(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    guest.disk.hold = True
+    for index in range(4):
+        guest.start(index)
+        guest.put(T_FLUSH, index=index)
+    await until(lambda: len(guest.disk.held) == 4)
+    started_s = trio.current_time()
+    await guest.device.reset()
+    assert trio.current_time() - started_s == pytest.approx(30)
+
+
+async def test_cancelled_stop_leaves_nothing_behind(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    with trio.move_on_after(1):
+        await guest.device.stop_ring(0)
+    assert pending.status == S_IOERR
+    guest.disk.hold = False
+    guest.start()
+
+
+async def test_3_8_last_stop_waits_for_the_disk_to_be_up_to_date(
+    autojump_clock: MockClock,
+) -> None:
+    """Another host may open the image next."""
+    order = []
+
+    async def on_all_stopped() -> None:
+        await trio.sleep(3)
+        order.append("up to date")
+
+    async with running_device(on_all_stopped=on_all_stopped) as guest:
+        await guest.connect()
+        guest.start(0)
+        guest.start(1)
+        await guest.device.stop_ring(0)
+        assert order == []
+        await guest.device.stop_ring(1)
+        assert order == ["up to date"]
+
+
+async def test_3_8_last_stop_does_not_wait_for_ever(autojump_clock: MockClock) -> None:
+    async with running_device(on_all_stopped=trio.sleep_forever, drain_timeout_s=7) as guest:
+        await guest.connect()
+        guest.start(0)
+        await guest.device.stop_ring(0)
+
+
+async def test_disconnect_twice_and_before_anything_is_fine(guest: DeviceGuest) -> None:
+    await guest.device.disconnected()
+    await guest.device.disconnected()
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:device-guest")
+
+
+async def test_disconnect_gives_the_memory_back(guest: DeviceGuest) -> None:
+    guest.start()
+    await guest.request(T_IN, room=512)
+    guest.disk.requests.clear()
+    before = mappings()
+    await guest.device.disconnected()
+    await a_while()
+    assert mappings() == before - 1
+
+
+# Memory
+
+
+async def test_memory_added_while_requests_are_in_flight_does_not_wait(guest: DeviceGuest) -> None:
+    await guest.device.replace_memory([guest.region(0, 0x200000)])
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    await guest.device.add_memory(guest.region(0x200000, 0x100000))
+    guest.disk.release()
+    await until(lambda: pending.status == S_OK)
+    guest.disk.hold = False
+    guest._next = 0x200000
+    assert (await guest.request(T_IN, 3, room=512))[0] == S_OK
+
+
+async def test_memory_removed_waits_for_what_is_in_flight(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    """SPDK#3132."""
+    await guest.device.replace_memory([guest.region(0, 0x200000), guest.region(0x200000, 0x100000)])
+    ring = guest.start()
+    guest._next = 0x200000
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    removed = False
+    async with trio.open_nursery() as nursery:
+
+        async def remove() -> None:
+            nonlocal removed
+            await guest.device.remove_memory(
+                guest_address=0x200000,
+                user_address=USER_BASE + 0x200000,
+                size_bytes=0x100000,
+            )
+            removed = True
+
+        nursery.start_soon(remove)
+        await a_while()
+        assert not removed
+        guest.disk.release()
+    assert pending.status == S_OK
+    guest.disk.hold = False
+    # What lies there now is a bad address; the rest works.
+    assert (await guest.request(T_IN, room=512))[0] in (S_IOERR, 0xEE)
+    guest._next = 0x180000
+    assert (await guest.request(T_IN, room=512))[0] == S_OK
+
+
+async def test_memory_replaced_by_the_same_goes_on(guest: DeviceGuest) -> None:
+    ring = guest.start()
+    guest.device.suspend_ring(0)
+    await guest.device.replace_memory([guest.region()])
+    pending = guest.put(T_FLUSH)
+    ring.kick_device()
+    await a_while()
+    assert pending.status == 0xEE  # still suspended
+    guest.device.resume_ring(0)
+    await until(lambda: pending.status == S_OK)
+    await guest.request(T_IN, room=512)
+
+
+async def test_memory_that_cannot_be_mapped_leaves_none(guest: DeviceGuest) -> None:
+    ring = guest.start()
+    with pytest.raises(ProtocolError):
+        await guest.device.replace_memory([guest.region(0, MEMORY_BYTES * 2)])
+    assert signals(ring.error) == 1  # its memory is gone
+    await guest.device.stop_ring(0)
+    with pytest.raises(ProtocolError):
+        guest.start()
+
+
+async def test_memory_under_a_ring_removed_breaks_that_ring_only(guest: DeviceGuest) -> None:
+    await guest.device.replace_memory([guest.region(0, 0x8000), guest.region(0x8000, 0x300000)])
+    first, second = guest.start(0), guest.start(1)
+    await guest.device.remove_memory(guest_address=0, user_address=USER_BASE, size_bytes=0x8000)
+    assert (signals(first.error), signals(second.error)) == (1, 0)
+    assert (await guest.request(T_FLUSH, index=1))[0] == S_OK
+    assert await guest.device.stop_ring(0) == first.base
+
+
+async def test_memory_unknown_cannot_be_removed(guest: DeviceGuest) -> None:
+    with pytest.raises(ProtocolError):
+        await guest.device.remove_memory(guest_address=1, user_address=2, size_bytes=3)
+
+
+# Configuration
+
+
+async def test_resize_is_told_and_counts_at_once(guest: DeviceGuest) -> None:
+    told: list[None] = []
+    guest.device.on_config_changed = lambda: told.append(None)
+    guest.start()
+    assert (await guest.request(T_IN, 2048, room=512))[0] == S_IOERR
+    guest.disk.data += bytes(1 << 20)
+    guest.device.resize(2 << 20)
+    assert len(told) == 1
+    assert guest.device.read_config(0, 8) == (4096).to_bytes(8, "little")
+    assert (await guest.request(T_IN, 2048, room=512))[0] == S_OK
+
+
+async def test_writeback_turned_off_flushes_what_was_written_before(guest: DeviceGuest) -> None:
+    guest.device.write_config(32, b"\0", migration=False)
+    assert [request.op for request in guest.disk.requests] == [FLUSH]
+    guest.device.write_config(32, b"\0", migration=False)
+    assert len(guest.disk.requests) == 1
+    guest.start()
+    await guest.request(T_OUT, out=b"x" * 512)
+    assert (guest.disk.requests[-1].op, guest.disk.requests[-1].flags) == (WRITE, 1)
+
+
+@pytest.mark.parametrize(("offset", "data"), [(32, b"\0"), (0, bytes(60)), (30, bytes(4))])
+async def test_migrated_configuration_restores_writeback(
+    guest: DeviceGuest, offset: int, data: bytes
+) -> None:
+    guest.device.write_config(offset, data, migration=True)
+    assert guest.device.read_config(32, 1) == b"\0"
+
+
+async def test_migrated_configuration_without_writeback_is_ignored(guest: DeviceGuest) -> None:
+    guest.device.write_config(0, bytes(8), migration=True)
+    assert guest.device.read_config(32, 1) == b"\1"
+
+
+async def test_features_withheld_are_not_offered(autojump_clock: MockClock) -> None:
+    async with running_device(withheld_features=F_FLUSH) as guest:
+        assert not guest.device.offered_features() & F_FLUSH
+
+
+async def test_driver_that_accepts_nothing_but_version_1_works(
+    autojump_clock: MockClock,
+) -> None:
+    """§3.7: no INDIRECT, no EVENT_IDX, no FLUSH."""
+    async with running_device(event_idx=False) as guest:
+        await guest.connect(F_VERSION_1)
+        guest.start()
+        assert (await guest.request(T_OUT, out=b"x" * 512))[0] == S_OK
+        assert guest.disk.requests[-1].flags == 1  # write-through
+
+
+# Crash recovery
+
+
+async def test_3_10_requests_of_a_dead_process_are_executed_again(guest: DeviceGuest) -> None:
+    fd, size = guest.device.create_inflight(1, 16)
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = [guest.put(T_IN, sector, room=512) for sector in range(3)]
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 3)
+    guest.disk.release(1)
+    await until(lambda: pending[0].status == S_OK)
+    await a_while()
+    guest.disk.held.clear()  # the process dies; another one comes
+    # (Its own clean-up would drain; it must not be given the chance.)
+    guest.device._rings.clear()
+    guest.device._setups.clear()
+    guest.disk.hold = False
+    async with running_device(packed=guest.packed, disk=guest.disk) as second:
+        second.fd, second.memory, second.rings, first_fd, first_memory = (
+            *(guest.fd, guest.memory, guest.rings),
+            *(second.fd, second.memory),
+        )
+        await second.connect()
+        second.device.set_inflight(fd, 0, size, 1, 16)
+        second.start(base=0)
+        await until(lambda: all(each.status == S_OK for each in pending))
+        await a_while()
+        assert len(ring.driver.poll()) == 3
+        assert pending[2].data == bytes(guest.disk.data[1024:1536])
+        await second.device.stop_ring(0)
+        second.fd, second.memory, second.rings = first_fd, first_memory, {}
+    os.close(fd)
+
+
+async def test_3_10_stopped_in_order_nothing_is_executed_again(guest: DeviceGuest) -> None:
+    fd, size = guest.device.create_inflight(1, 16)
+    guest.start()
+    await guest.request(T_FLUSH)
+    base = await guest.device.stop_ring(0)
+    guest.device.set_inflight(fd, 0, size, 1, 16)
+    guest.start(base=base)
+    await a_while()
+    assert len(guest.disk.requests) == 1
+    await guest.request(T_FLUSH)
+    os.close(fd)
+
+
+async def test_3_10_region_for_smaller_queues_is_refused(guest: DeviceGuest) -> None:
+    fd, _ = guest.device.create_inflight(1, 8)
+    os.close(fd)
+    with pytest.raises(ProtocolError):
+        guest.start()
+    with pytest.raises(ProtocolError):
+        guest.start(1)
+
+
+async def test_3_10_region_that_does_not_fit_is_refused(guest: DeviceGuest) -> None:
+    fd, size = guest.device.create_inflight(1, 8)
+    with pytest.raises(ProtocolError):
+        guest.device.set_inflight(fd, 0, size, 4, 128)
+    os.close(fd)
+    guest.start()  # without tracking
+    await guest.request(T_FLUSH)
+
+
+# Migration
+
+
+def dirty(fd: int) -> set[int]:
+    data = os.pread(fd, 4096, 0)
+    return {page for page in range(len(data) * 8) if data[page >> 3] >> (page & 7) & 1}
+
+
+@pytest.fixture
+def log_fd() -> Any:
+    fd = os.memfd_create("dirty-log")
+    os.ftruncate(fd, MEMORY_BYTES >> 15)
+    yield fd
+    os.close(fd)
+
+
+async def test_3_11_everything_written_is_marked_while_logging(
+    guest: DeviceGuest, log_fd: int
+) -> None:
+    ring = guest.start(log_guest_address=0x300000)
+    await guest.request(T_IN, room=4096)
+    guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
+    assert dirty(log_fd) == set()
+    guest.device.set_logging(True)
+    before = bytes(guest.memory)
+    pending = guest.put(T_IN, 8, room=8192)
+    others = guest.put(T_GET_ID, room=20)
+    written = bytes(guest.memory)
+    ring.kick_device()
+    await until(lambda: others.status == S_OK and pending.status == S_OK)
+    await a_while()
+    changed = {
+        page
+        for page in range(MEMORY_BYTES >> 12)
+        if guest.memory[page << 12 : page + 1 << 12] != written[page << 12 : page + 1 << 12]
+    }
+    data_pages = {page for page in changed if page >= 0x100}
+    assert len(data_pages) >= 2
+    assert dirty(log_fd) >= data_pages | {0x300}
+    if guest.packed:
+        assert dirty(log_fd) >= changed
+    assert before is not written
+
+
+async def test_3_11_request_from_before_logging_is_marked_when_it_ends(
+    guest: DeviceGuest, log_fd: int
+) -> None:
+    """The front-end has copied the page meanwhile."""
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=4096)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
+    guest.device.set_logging(True)
+    guest.disk.release()
+    await until(lambda: pending.status == S_OK)
+    assert pending.data_address >> 12 in dirty(log_fd)
+    assert pending.status_address >> 12 in dirty(log_fd)
+
+
+async def test_3_11_nothing_is_marked_after_logging(guest: DeviceGuest, log_fd: int) -> None:
+    guest.start(log_guest_address=0)
+    guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
+    guest.device.set_logging(True)
+    guest.device.set_logging(False)
+    await guest.request(T_IN, room=4096)
+    assert dirty(log_fd) == set()
+
+
+async def test_3_11_ring_is_logged_from_when_the_front_end_says_so(
+    guest: DeviceGuest, log_fd: int
+) -> None:
+    ring = guest.start()
+    guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
+    guest.device.set_logging(True)
+    guest.device.set_ring_log(0, 0x300000)
+    await guest.request(T_FLUSH)
+    assert 0x300 in dirty(log_fd)
+    assert ring.index == 0
+
+
+async def test_3_11_log_beyond_its_file_is_refused(guest: DeviceGuest, log_fd: int) -> None:
+    with pytest.raises(ProtocolError):
+        guest.device.set_log(log_fd, 0, (MEMORY_BYTES >> 15) + 1)
+
+
+async def test_3_11_read_of_many_pages_marks_them_all(guest: DeviceGuest, log_fd: int) -> None:
+    guest.start()
+    guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
+    guest.device.set_logging(True)
+    guest._next = 0x180000
+    pending = guest.put(T_IN, room=1 << 19)
+    guest.rings[0].kick_device()
+    await until(lambda: pending.status == S_OK)
+    first, last = pending.data_address >> 12, pending.data_address + (1 << 19) - 1 >> 12
+    assert dirty(log_fd) >= set(range(first, last + 1))
+
+
+# Errors of the disk
+
+
+async def test_failed_requests_are_answered(guest: DeviceGuest) -> None:
+    guest.start()
+    guest.disk.error = EIO
+    assert (await guest.request(T_IN, room=512))[0] == S_IOERR
+    guest.disk.error = 0
+    assert (await guest.request(T_IN, room=512))[0] == S_OK
+
+
+async def test_target_that_finishes_out_of_turn_wakes_the_loop(guest: DeviceGuest) -> None:
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_FLUSH)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    await a_while()  # the loop sleeps
+    ring.calls()
+    guest.disk.release()
+    await until(lambda: pending.status == S_OK and ring.calls() == 1)
+
+
+def test_fake_disk_executes_what_it_gets() -> None:
+    disk = FakeDisk()
+    done: list[Request] = []
+    disk.submit(Request(WRITE, 0, 4, [memoryview(b"abcd")], done.append))
+    assert disk.data[:4] == b"abcd"
+    assert done[0].error == 0
