@@ -32,14 +32,15 @@ class NbdError(OSError):
 class RawClient:
     """One connection, opened with NBD_OPT_GO; one request at a time unless `send` is used."""
 
-    def __init__(self, path: str, export: str = "", *, timeout_s: float = 30) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, address: str | int, export: str = "", *, timeout_s: float = 30) -> None:
+        """`address`: the path of a unix socket, or a port on the loopback interface."""
+        self._socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         self._socket.settimeout(timeout_s)
         self.size_bytes = 0
         self.description = ""
         self._cookie = 0
         try:
-            self._socket.connect(path)
+            self._socket.connect(address if isinstance(address, str) else ("127.0.0.1", address))
             self._handshake(export.encode())
         except BaseException:
             self._socket.close()

@@ -31,9 +31,12 @@ class Nbdkit:
         filters: tuple[str, ...] = (),
         where: str = HOST,
         plugin: Path | None = PLUGIN,
-        module: tuple[str, ...] = (),
+        unix: bool = True,
     ) -> None:
-        """`plugin=None` runs another nbdkit plugin, `module`, in place of ours."""
+        """`plugin=None` runs another nbdkit plugin: the first parameter is its name.
+
+        With `unix=False` the options say where to listen.
+        """
         # Not under pytest's directory: a socket's path has at most 107 bytes.
         self.directory = Path(tempfile.mkdtemp(prefix="nbp-"))
         self.socket = self.directory / "s"
@@ -42,10 +45,10 @@ class Nbdkit:
         script = () if plugin is None else ("python", str(self._visible(plugin, where)))
         command = [
             *self._nbdkit(where),
-            *("-f", "-U", str(self.socket), "-P", str(pidfile), *options),
+            *("-f", "-P", str(pidfile), *options),
+            *(("-U", str(self.socket)) if unix else ()),
             *(f"--filter={name}" for name in filters),
             *script,
-            *module,
             *parameters,
         ]
         with open(self._log, "wb") as log:
