@@ -306,8 +306,13 @@ async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
 
     Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
     """
-    negotiated = await negotiate(uri, options or ClientOptions(), Goal.INFO)
+    options = options or ClientOptions()
+    negotiated = await negotiate(uri, options, Goal.INFO)
     await leave(negotiated)
+    if not negotiated.export.size_bytes:
+        # nbd-server 3.24 answers INFO with a size of 0, and knows better when it is to GO.
+        negotiated = await negotiate(uri, options, Goal.GO)
+        await leave(negotiated)
     return negotiated.export
 
 

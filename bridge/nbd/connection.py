@@ -35,6 +35,8 @@ from bridge.request import Request
 _IOV_MAX: Final = 1024
 _RECEIVES_PER_TURN: Final = 8
 """System calls on one socket before the others get their turn."""
+_TLS_RECEIVES_PER_TURN: Final = 64
+"""The same over TLS, where each call brings at most 16 KiB."""
 _SOCKET_BUFFER_BYTES: Final = 4 << 20
 """A batch of writes should fit: 32 of 4 KiB do not in the default 208 KiB, with its overhead."""
 _TLS_SEND_BYTES: Final = 256 << 10
@@ -408,10 +410,13 @@ class Connection:
                 return
 
     def _receive_tls(self) -> None:
-        """OpenSSL may hold decrypted bytes that no epoll shows: read until it wants more."""
+        """OpenSSL may hold decrypted bytes that no epoll shows: never stop while it does."""
         sock = self._sock
+        assert isinstance(sock, ssl.SSLSocket)
         transmission = self.transmission
-        while self.alive:
+        turns = _TLS_RECEIVES_PER_TURN
+        while self.alive and (turns > 0 or sock.pending()):
+            turns -= 1
             try:
                 n_bytes = sock.recv_into(transmission.next_buffers()[0])
             except ssl.SSLEOFError:

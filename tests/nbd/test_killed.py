@@ -1,0 +1,122 @@
+"""nbdkit with our plugin, killed and restarted under load: no error, nothing stale or lost."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+
+from bridge.nbd.client import Client
+from bridge.request import FLUSH
+from tests.nbd.helpers import FAST, do, pattern, read, running_client, short_dir, until, write
+from tests.tools import need
+
+ROOT = Path(__file__).parents[2]
+SIZE = 16 << 20
+BLOCK = 4096
+KILLS = 50
+WORKERS = 8
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with short_dir() as path:
+        yield path
+
+
+class Nbdkit:
+    """nbdkit with our plugin on a file, to be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._argv = [
+            need("nbdkit"),
+            "-f",
+            "-U",
+            str(folder / "s"),
+            "python",
+            str(ROOT / "nbd_plugin" / "plugin.py"),
+            f"file={folder / 'disk.img'}",
+            f"size={SIZE}",
+        ]
+        self._socket = folder / "s"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._socket.unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            self._argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.start()
+        try:
+            await until(self._socket.exists)
+            yield
+        finally:
+            self.kill()
+
+
+async def _work(client: Client, number: int, versions: dict[int, int], stop: trio.Event) -> int:
+    """Write and read blocks of one's own; the number of operations."""
+    random = Random(number)
+    mine = range(number, SIZE // BLOCK, WORKERS)
+    count = 0
+    while not stop.is_set():
+        block = random.choice(mine)
+        if random.randrange(3):
+            version = versions.get(block, 0) + 1
+            assert await write(client, block * BLOCK, pattern(block, BLOCK, version)) == 0
+            versions[block] = version
+        elif block in versions:
+            expected = pattern(block, BLOCK, versions[block])
+            assert await read(client, block * BLOCK, BLOCK) == expected
+        if random.randrange(50) == 0:
+            assert await do(client, FLUSH) == 0
+        count += 1
+    return count
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("connections", [1, 4])
+async def test_server_killed_under_load_no_error_nothing_lost(
+    folder: Path, connections: int
+) -> None:
+    server = Nbdkit(folder)
+    versions: dict[int, int] = {}
+    kills = KILLS if connections == 1 else 10
+    options = replace(FAST, connections=connections)
+    async with server.running():
+        uri = f"nbd+unix:///?socket={folder}/s"
+        async with running_client(uri, options) as client:
+            stop = trio.Event()
+            async with trio.open_nursery() as nursery:
+                for number in range(WORKERS):
+                    nursery.start_soon(_work, client, number, versions, stop)
+                random = Random(1)
+                for kill in range(kills):
+                    await trio.sleep(random.uniform(0, 0.1))
+                    server.kill()
+                    server.start()
+                    await until(lambda kill=kill: client.generation >= kill + 2)
+                stop.set()
+            assert client.generation == kills + 1
+            for block, version in versions.items():
+                found = await read(client, block * BLOCK, BLOCK)
+                assert found == pattern(block, BLOCK, version), f"block {block}"
+    image = (folder / "disk.img").read_bytes()
+    for block, version in versions.items():
+        assert image[block * BLOCK : (block + 1) * BLOCK] == pattern(block, BLOCK, version)

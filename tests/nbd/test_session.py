@@ -1,0 +1,570 @@
+"""The session without I/O: rules one by one, then a simulated server that dies at any moment.
+
+The simulation knows every value that a block may hold: reads and the server's stable storage are
+checked against the history of completed and overlapping writes. A failing seed is in the message.
+"""
+
+from __future__ import annotations
+
+import errno
+from itertools import count
+from random import Random
+
+import pytest
+
+from bridge.nbd.export import Export
+from bridge.nbd.options import ClientOptions
+from bridge.nbd.protocol import TransmissionFlags
+from bridge.nbd.server_core import DEFAULT_FLAGS
+from bridge.nbd.session import Phase, Session
+from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
+
+BLOCK = 512
+GRACE_S = 5.0
+
+
+_cookies = count(1)
+
+
+class FakeChannel:
+    """A connection that a test answers by hand."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._generation = session.generation + 1
+        self.pending: list[Request] = []
+        self.unflushed = 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.pending)
+
+    def send(self, request: Request) -> None:
+        request.cookie = next(_cookies)
+        self.pending.append(request)
+
+    def answer(self, request: Request, error: int = 0) -> None:
+        self.pending.remove(request)
+        if not error and request.op in (WRITE, WRITE_ZEROES) and not request.flags & FUA:
+            self.unflushed += 1
+        request.generation = self._generation
+        request.finish(error)
+
+    def answer_all(self) -> None:
+        while self.pending:
+            self.answer(self.pending[0])
+
+
+def export(size: int = 1 << 20, flags: TransmissionFlags = DEFAULT_FLAGS, **more: object) -> Export:
+    return Export("", size, flags, **more)  # type: ignore[arg-type]
+
+
+class World:
+    """A session with fake channels and a clock."""
+
+    def __init__(self, options: ClientOptions | None = None, **more: object) -> None:
+        self.session = Session(options or ClientOptions(), random=Random(1))
+        self.now = 0.0
+        self.export = export(**more)  # type: ignore[arg-type]
+        self.channels: list[FakeChannel] = []
+        self.log: list[tuple[int, int]] = []
+        self.up()
+
+    def up(self, changed: Export | None = None, count: int = 1) -> None:
+        self.channels = [FakeChannel(self.session) for _ in range(count)]
+        self.session.established(self.now, changed or self.export, self.channels)
+
+    def down(self, *, stale_possible: bool = False) -> None:
+        self.session.leaving()
+        unanswered = [request for channel in self.channels for request in channel.pending]
+        self.session.lost(self.now, unanswered, stale_possible=stale_possible)
+
+    def ask(self, op: int, block: int = 0, count: int = 1, flags: int = 0) -> Request:
+        length = 0 if op == FLUSH else count * BLOCK
+        buffers = [memoryview(bytearray(length))] if op in (READ, WRITE) else []
+        offset = 0 if op == FLUSH else block * BLOCK
+        request = Request(op, offset, length, buffers, self._done, flags)
+        request.error = -1
+        self.session.submit(request)
+        return request
+
+    def _done(self, request: Request) -> None:
+        self.log.append((request.op, request.error))
+
+    @property
+    def sent(self) -> list[tuple[int, int]]:
+        return [(r.op, r.offset // BLOCK) for channel in self.channels for r in channel.pending]
+
+
+def test_unanswered_commands_are_sent_again_in_order_before_those_that_waited() -> None:
+    world = World()
+    for block in (3, 1, 2):
+        world.ask(WRITE, block)
+    world.channels[0].answer(world.channels[0].pending[1])
+    world.down()
+    world.ask(READ, 9)
+    assert world.session.phase is Phase.DOWN
+    world.up()
+    assert world.sent == [(WRITE, 3), (WRITE, 2), (READ, 9)]
+    assert world.session.resent_total == 2
+
+
+def test_answered_write_is_never_sent_again() -> None:
+    world = World()
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    world.down()
+    world.up()
+    assert world.sent == []
+
+
+def test_backoff_grows_with_jitter_to_its_limit() -> None:
+    world = World(ClientOptions(reconnect_first_s=0.1, reconnect_max_s=2.0))
+    world.down()
+    delays = [world.session.next_delay_s() for _ in range(2000)]
+    assert delays[0] == 0
+    assert 0.05 <= delays[1] <= 0.1
+    assert all(1.0 <= delay <= 2.0 for delay in delays[6:])
+    assert len(set(delays[6:])) > 100
+    world.up()
+    world.down()
+    assert world.session.next_delay_s() == 0
+
+
+def test_reconnect_timeout_fails_what_waits_and_what_comes_until_up() -> None:
+    world = World(ClientOptions(reconnect_timeout_s=10))
+    first = world.ask(WRITE, 1)
+    world.down()
+    second = world.ask(READ, 1)
+    assert world.session.next_deadline_s() == 10
+    world.session.tick(9.9)
+    assert (first.error, second.error) == (-1, -1)
+    world.session.tick(10)
+    assert (first.error, second.error) == (errno.EIO, errno.EIO)
+    assert world.ask(READ, 1).error == errno.EIO
+    assert world.ask(FLUSH).error == errno.EIO
+    world.up()
+    assert world.ask(READ, 1).error == -1
+    assert world.sent == [(READ, 1)]
+
+
+def test_no_reconnect_timeout_waits_for_ever() -> None:
+    world = World()
+    request = world.ask(WRITE, 1)
+    world.down()
+    world.session.tick(1e9)
+    assert request.error == -1
+    assert world.session.next_deadline_s() is None
+
+
+def test_flush_mark_is_what_was_answered_when_the_flush_was_sent() -> None:
+    """Obligation 19: a flush covers only writes whose replies we had received."""
+    world = World()
+    world.ask(WRITE, 1)
+    flush = world.ask(FLUSH)
+    world.channels[0].answer_all()
+    assert flush.error == 0
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == errno.EIO  # the write was answered after the flush was sent
+
+
+def test_obligation_19_flush_over_several_connections_is_one_command() -> None:
+    world = World()
+    world.down()
+    world.up(count=3)
+    for block in range(3):
+        world.ask(WRITE, block)
+        assert len(world.channels[(block + 1) % 3].pending) == 1
+    for channel in world.channels:
+        channel.answer_all()
+    world.ask(FLUSH)
+    assert world.sent == [(FLUSH, 0)]
+
+
+def test_flush_fails_once_although_two_wait() -> None:
+    world = World()
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    flushes = [world.ask(FLUSH), world.ask(FLUSH)]
+    world.down()
+    third = world.ask(FLUSH)
+    world.up()
+    assert [flush.error for flush in (*flushes, third)] == [errno.EIO] * 3
+    assert world.ask(FLUSH).error == -1
+    assert world.session.flushes_refused_total == 3
+
+
+def test_fua_writes_and_trims_need_no_flush() -> None:
+    world = World()
+    world.ask(WRITE, 1, flags=FUA)
+    world.ask(DISCARD, 2)
+    world.channels[0].answer_all()
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == -1
+
+
+def test_same_instance_keeps_answered_writes_through_two_reconnects() -> None:
+    world = World(description="instance=a")
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == -1
+    world.down()
+    world.up(export(description="instance=b"))
+    assert world.log[-1] == (FLUSH, errno.EIO)  # never flushed, and another instance now
+
+
+def test_empty_instance_proves_nothing() -> None:
+    world = World(description="instance=")
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == errno.EIO
+
+
+def test_layer_above_is_told_before_anything_is_sent_again() -> None:
+    world = World()
+    world.session.keeps_unflushed = True
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    world.ask(WRITE, 2)
+    world.down()
+
+    def resend() -> None:
+        assert world.sent == []
+        world.ask(WRITE, 1)
+
+    world.session.on_reconnect = resend
+    world.up()
+    assert world.sent == [(WRITE, 1), (WRITE, 2)]
+    assert world.ask(FLUSH).error == -1
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (export(1 << 19), "shrank"),
+        (export(flags=DEFAULT_FLAGS | TransmissionFlags.READ_ONLY), "read-only"),
+        (export(flags=DEFAULT_FLAGS & ~TransmissionFlags.SEND_FLUSH), "flush"),
+        (export(min_block_bytes=4096), "block size"),
+        (export(2 << 20), None),
+        (export(flags=DEFAULT_FLAGS & ~TransmissionFlags.SEND_TRIM), None),
+        (export(max_payload_bytes=4096), None),
+    ],
+)
+def test_worse_export_is_refused_other_is_not(changed: Export, says: str | None) -> None:
+    world = World()
+    world.down()
+    reason = world.session.refusal(changed)
+    assert (reason is None) if says is None else (says in (reason or ""))
+
+
+def test_smaller_limits_after_reconnect_apply_to_what_is_sent_again() -> None:
+    world = World()
+    write = world.ask(WRITE, 0, count=8)
+    trim = world.ask(DISCARD, 0, count=8)
+    world.down()
+    flags = DEFAULT_FLAGS & ~TransmissionFlags.SEND_TRIM
+    world.up(export(flags=flags, max_payload_bytes=1024))
+    assert trim.error == 0
+    assert world.sent == [(WRITE, 0), (WRITE, 2), (WRITE, 4), (WRITE, 6)]
+    world.channels[0].answer_all()
+    assert write.error == 0
+
+
+def test_fua_lost_at_reconnect_becomes_write_and_flush() -> None:
+    world = World()
+    write = world.ask(WRITE, 0, flags=FUA)
+    world.down()
+    world.up(export(flags=DEFAULT_FLAGS & ~TransmissionFlags.SEND_FUA))
+    assert world.sent == [(WRITE, 0)]
+    world.channels[0].answer_all()
+    assert write.error == 0
+    assert world.log == [(WRITE, 0)]
+
+
+def test_emulated_fua_whose_flush_meets_another_server_starts_again() -> None:
+    world = World(flags=DEFAULT_FLAGS & ~TransmissionFlags.SEND_FUA, description="instance=1")
+    write = world.ask(WRITE, 0, flags=FUA)
+    world.channels[0].answer(world.channels[0].pending[0])
+    assert world.sent == [(FLUSH, 0)]
+    world.down()
+    world.up()
+    world.channels[0].answer(world.channels[0].pending[0])
+    assert world.sent == [(WRITE, 0)]  # once more, on this server
+    world.channels[0].answer_all()
+    assert write.error == 0
+
+
+def test_grace_holds_overlapping_changes_only_and_only_for_its_time() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.ask(WRITE, 4, count=2)
+    world.down(stale_possible=True)
+    world.up()
+    world.channels[0].answer_all()
+    world.ask(WRITE, 5)
+    world.ask(WRITE, 6)
+    world.ask(READ, 4)
+    world.ask(DISCARD, 0, count=5)
+    assert world.sent == [(WRITE, 6), (READ, 4)]
+    assert world.session.next_deadline_s() == GRACE_S
+    world.session.tick(GRACE_S - 0.1)
+    assert len(world.sent) == 2
+    world.session.tick(GRACE_S)
+    assert world.sent == [(WRITE, 6), (READ, 4), (WRITE, 5), (DISCARD, 0)]
+    assert world.session.next_deadline_s() is None
+
+
+def test_grace_also_stops_writes_that_were_waiting_already() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.down()
+    world.up(count=2)
+    world.ask(WRITE, 1)
+    world.ask(WRITE, 1)  # waits for the first
+    world.down(stale_possible=True)
+    world.up(count=2)
+    for channel in world.channels:
+        channel.answer_all()
+    assert world.sent == []
+    world.session.tick(GRACE_S)
+    assert world.sent == [(WRITE, 1)]
+
+
+def test_closed_session_fails_everything_held() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.ask(WRITE, 1)
+    world.down(stale_possible=True)
+    world.up()
+    held = world.ask(WRITE, 1)
+    pending = list(world.channels[0].pending)
+    world.session.closed(pending)
+    assert held.error == errno.EIO
+    assert world.session.in_flight == 0
+    assert world.ask(READ).error == errno.EIO
+
+
+def test_fail_pending_fails_everything_once_and_goes_on() -> None:
+    world = World()
+    requests = [world.ask(WRITE, 1), world.ask(READ, 2), world.ask(FLUSH)]
+    unanswered = list(world.channels[0].pending)
+    world.session.fail_pending(0.0, unanswered, errno.ENODEV)
+    assert [request.error for request in requests] == [errno.ENODEV] * 3
+    later = world.ask(READ, 3)
+    assert later.error == -1
+    world.up()
+    assert world.sent == [(READ, 3)]
+
+
+# The simulation.
+
+
+class History:
+    """The writes of one block: which values may it hold?"""
+
+    def __init__(self) -> None:
+        self.writes: list[list[float]] = [[0.0, 0.0, 0.0]]
+        """[value, submitted, completed]; completed is infinite while in flight."""
+
+    def allowed(self, started: float, ended: float) -> set[float]:
+        """What a read between two times may return (a regular register)."""
+        found = set()
+        for value, submitted, completed in self.writes:
+            if submitted > ended:
+                continue
+            if not any(s > completed and c < started for _, s, c in self.writes):
+                found.add(value)
+        return found
+
+
+class Simulation:
+    """One session against one server; everything drawn from one seed."""
+
+    def __init__(self, seed: int, *, volatile: bool) -> None:
+        self.random = Random(seed)
+        self.seed = seed
+        self.volatile = volatile
+        self.blocks = 6
+        self.time = 0.0
+        self.connections = self.random.choice([1, 1, 3])
+        self.options = ClientOptions(stale_write_grace_s=GRACE_S)
+        self.session = Session(self.options, random=Random(seed))
+        self.session.keeps_unflushed = False
+        self.memory = [0.0] * self.blocks
+        self.stable = [0.0] * self.blocks
+        self.history = [History() for _ in range(self.blocks)]
+        self.values = 0
+        self.open_requests = 0
+        self.channels: list[FakeChannel] = []
+        self.executed: set[int] = set()
+        self.left_behind: list[tuple[float, Request, list[float]]] = []
+        self.instance = 0
+        self.proves = bool(self.random.randrange(2))
+        """The server says which instance it is."""
+        self.flush_failed_at = -1.0
+        self.crashes: list[float] = []
+        self.up()
+
+    # The server.
+
+    def up(self) -> None:
+        description = f"instance={self.instance}" if self.proves else ""
+        self.channels = [FakeChannel(self.session) for _ in range(self.connections)]
+        self.session.established(
+            self.time, export(self.blocks * BLOCK, description=description), self.channels
+        )
+
+    def execute(self, request: Request) -> None:
+        if id(request) in self.executed:
+            return
+        self.executed.add(id(request))
+        first = request.offset // BLOCK
+        if request.op == WRITE:
+            for i in range(request.length // BLOCK):
+                data = request.buffers[0][i * BLOCK : i * BLOCK + 8]
+                self.memory[first + i] = float(int.from_bytes(data))
+        elif request.op == READ:
+            for i in range(request.length // BLOCK):
+                value = int(self.memory[first + i]).to_bytes(8)
+                request.buffers[0][i * BLOCK : i * BLOCK + 8] = value
+        else:
+            self.stable = list(self.memory)
+        if request.flags & FUA:
+            for i in range(request.length // BLOCK):
+                self.stable[first + i] = self.memory[first + i]
+
+    def answer_one(self) -> None:
+        busy = [channel for channel in self.channels if channel.pending]
+        if not busy:
+            return
+        channel = self.random.choice(busy)
+        request = self.random.choice(channel.pending)
+        self.execute(request)
+        if self.random.randrange(3):
+            self.executed.discard(id(request))
+            channel.answer(request)
+
+    def lose(self) -> None:
+        self.session.leaving()
+        unanswered: list[Request] = []
+        crash = self.volatile and self.random.randrange(2)
+        stale = not crash and self.random.randrange(2)
+        for channel in self.channels:
+            for request in channel.pending:
+                if stale and request.op == WRITE and id(request) not in self.executed:
+                    late = self.time + self.random.uniform(0, GRACE_S * 0.9)
+                    values = [
+                        float(int.from_bytes(request.buffers[0][i : i + 8]))
+                        for i in range(0, request.length, BLOCK)
+                    ]
+                    self.left_behind.append((late, request, values))
+                unanswered.append(request)
+        unanswered.sort(key=lambda request: request.cookie)
+        self.executed.clear()
+        if crash:
+            self.memory = list(self.stable)
+            self.crashes.append(self.time)
+            self.left_behind.clear()
+            self.instance += 1
+        self.channels = []
+        self.session.lost(self.time, unanswered, stale_possible=bool(stale or self.left_behind))
+
+    def stale_writes(self) -> None:
+        due = [item for item in self.left_behind if item[0] <= self.time]
+        self.left_behind = [item for item in self.left_behind if item[0] > self.time]
+        for _, request, values in due:
+            for i, value in enumerate(values):
+                self.memory[request.offset // BLOCK + i] = value
+
+    # The guest.
+
+    def submit(self) -> None:
+        op = self.random.choice([READ, WRITE, WRITE, FLUSH])
+        first = self.random.randrange(self.blocks)
+        n_blocks = self.random.randrange(1, min(3, self.blocks - first) + 1)
+        started = self.time
+        self.open_requests += 1
+        if op == FLUSH:
+            self.session.submit(Request(FLUSH, 0, 0, [], lambda r: self.flushed(r, started)))
+            return
+        data = bytearray(n_blocks * BLOCK)
+        records: list[list[float]] = []
+        if op == WRITE:
+            for i in range(n_blocks):
+                self.values += 1
+                data[i * BLOCK : i * BLOCK + 8] = self.values.to_bytes(8)
+                record = [float(self.values), started, float("inf")]
+                self.history[first + i].writes.append(record)
+                records.append(record)
+
+        def done(request: Request) -> None:
+            self.open_requests -= 1
+            assert request.error == 0, f"seed {self.seed}: {request}"
+            for record in records:
+                record[2] = self.time
+            if op == READ and not self.crashes:
+                for i in range(n_blocks):
+                    value = float(int.from_bytes(data[i * BLOCK : i * BLOCK + 8]))
+                    allowed = self.history[first + i].allowed(started, self.time)
+                    assert value in allowed, f"seed {self.seed}: block {first + i} read {value}"
+
+        flags = FUA if op == WRITE and not self.random.randrange(8) else 0
+        self.session.submit(Request(op, first * BLOCK, len(data), [memoryview(data)], done, flags))
+
+    def flushed(self, request: Request, started: float) -> None:
+        self.open_requests -= 1
+        if request.error:
+            # The guest knows now: what was completed before is not promised any more.
+            assert self.crashes or not self.proves, (
+                f"seed {self.seed}: flush failed without a crash"
+            )
+            self.flush_failed_at = self.time
+            return
+        for block, history in enumerate(self.history):
+            last = max((c for _, _, c in history.writes if c < started), default=0.0)
+            if last <= self.flush_failed_at and self.flush_failed_at >= 0:
+                continue
+            allowed = history.allowed(started, self.time)
+            # A crash that was told of may have brought an older value back under a newer one.
+            assert self.stable[block] in allowed, (
+                f"seed {self.seed}: flush said yes, block {block} holds {self.stable[block]}, "
+                f"allowed {allowed}"
+            )
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.time += self.random.uniform(0.001, 0.2)
+            self.stale_writes()
+            self.session.tick(self.time)
+            what = self.random.randrange(100)
+            if what < 35 and self.open_requests < 12:
+                self.submit()
+            elif what < 94:
+                self.answer_one()
+            elif self.channels:
+                self.lose()
+            elif not self.channels:
+                self.up()
+        if not self.channels:
+            self.up()
+        for _ in range(2000):
+            self.time += 0.05
+            self.stale_writes()
+            self.session.tick(self.time)
+            self.answer_one()
+            if not self.open_requests:
+                break
+        assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
+        assert self.session.in_flight == 0
+
+
+@pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
+@pytest.mark.parametrize("batch", range(4))
+def test_simulated_server_dying_at_any_moment_every_value_is_explained(
+    batch: int, volatile: bool
+) -> None:
+    for seed in range(batch * 100, batch * 100 + 60):
+        Simulation(seed, volatile=volatile).run(400)
