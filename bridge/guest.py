@@ -18,7 +18,6 @@ Source: virtio 1.3 §5.2 (block device), vhost-user.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import struct
@@ -28,8 +27,16 @@ from dataclasses import dataclass
 import trio
 
 from bridge.errors import ProtocolError, RequestError
+from bridge.guest_queue import (
+    STATUS_IOERR,
+    STATUS_OK,
+    STATUS_UNSUPP,
+    GuestQueue,
+    queue_memory_bytes,
+)
 from bridge.vhost_user.frontend import PROTOCOL_FEATURES, FrontEnd
 from bridge.vhost_user.messages import (
+    F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     P_BACKEND_REQ,
     P_INFLIGHT_SHMFD,
@@ -37,56 +44,33 @@ from bridge.vhost_user.messages import (
     Request,
 )
 from bridge.vhost_user.shared_memory import SharedMemory
-from bridge.virtio.driver import (
-    DESCRIPTOR_BYTES,
-    INDIRECT,
-    WRITE,
-    QueueFull,
-    SplitDriver,
-    write_chain,
+from bridge.virtio.blk import (
+    ID_BYTES,
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
 )
-from bridge.virtio.packed_driver import PackedDriver, write_packed_chain
+from bridge.virtio.blk_config import F_INDIRECT, F_RING_PACKED, SECTOR_BYTES
 
-T_IN = 0
-T_OUT = 1
-T_FLUSH = 4
-T_GET_ID = 8
-T_DISCARD = 11
-T_WRITE_ZEROES = 13
-
-STATUS_OK = 0
-STATUS_IOERR = 1
-STATUS_UNSUPP = 2
-STATUS_NONE = 0xFF
-"""What a status byte holds until the device has written it."""
-
-F_BLK_SIZE = 1 << 6
-F_CONFIG_WCE = 1 << 11
-F_MQ = 1 << 12
-F_INDIRECT = 1 << 28
-F_EVENT_IDX = 1 << 29
-F_VERSION_1 = 1 << 32
-F_RING_PACKED = 1 << 34
-
-FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~(1 << 26)
+FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~F_LOG_ALL
 """Everything that is offered, but split rings and no dirty log."""
 PACKED_FEATURES = FEATURES | F_RING_PACKED
 
-SECTOR_BYTES = 512
-ID_BYTES = 20
 CONFIG_BYTES = 60
 WRITEBACK_OFFSET = 32
 _GUEST_MEMORY_START = 0x1_0000_0000
 _REGION_GAP = 0x1000_0000
 
-_HEADER = struct.Struct("<IIQ")
 _SEGMENT = struct.Struct("<QII")
 _CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 _UNMAP = 1
 
 
 @dataclass(frozen=True, slots=True)
-class BlkConfig:
+class DiskConfig:
     """The configuration space of a virtio-blk device (virtio 1.3 §5.2.4), as far as it is used."""
 
     capacity_sectors: int
@@ -102,7 +86,7 @@ class BlkConfig:
     write_zeroes_may_unmap: int
 
     @classmethod
-    def unpack(cls, data: bytes) -> BlkConfig:
+    def unpack(cls, data: bytes) -> DiskConfig:
         """The configuration in the first 60 bytes."""
         fields = _CONFIG.unpack(data[:CONFIG_BYTES])
         return cls(
@@ -118,158 +102,6 @@ class BlkConfig:
             max_write_zeroes_segments=fields[18],
             write_zeroes_may_unmap=fields[19],
         )
-
-
-class GuestQueue:
-    """One virtqueue with `depth` request slots: the fast, synchronous way.
-
-    `submit` puts a request into the ring and returns its slot, `kick` shows what was submitted to
-    the device, `poll` returns what is complete. Before a slot is submitted again its data can be
-    read with `data(slot)`.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        memory: SharedMemory,
-        *,
-        size: int,
-        depth: int,
-        request_bytes: int,
-        features: int,
-        segment_bytes: int | None = None,
-    ) -> None:
-        self.index = index
-        self.size = size
-        self.depth = depth
-        self.request_bytes = request_bytes
-        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.error_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.kicks = 0
-        """Kicks sent, and calls waited for: what notification suppression saves."""
-        self.calls = 0
-        self._indirect = bool(features & F_INDIRECT)
-        self._segment_bytes = segment_bytes or request_bytes
-        kind = PackedDriver if features & F_RING_PACKED else SplitDriver
-        self._write_table = write_packed_chain if kind is PackedDriver else write_chain
-        area_bytes = kind.area_bytes(size)
-        self.ring_address = memory.allocate(area_bytes, align=4096)
-        area = memory.view(self.ring_address, area_bytes)
-        self.driver: SplitDriver | PackedDriver = kind(
-            area, size=size, event_idx=bool(features & F_EVENT_IDX)
-        )
-        self._make_slots(memory)
-        self.free = list(range(depth - 1, -1, -1))
-        """Slots that are not in flight."""
-
-    def _make_slots(self, memory: SharedMemory) -> None:
-        """Header, status byte, data buffer and indirect table of every slot."""
-        depth = self.depth
-        segments = -(-self.request_bytes // self._segment_bytes)
-        headers = memory.allocate(depth * 16)
-        statuses = memory.allocate(depth)
-        self._headers = memory.view(headers, depth * 16)
-        self._statuses = memory.view(statuses, depth)
-        self._header_buffers = [(headers + slot * 16, 16, 0) for slot in range(depth)]
-        self._status_buffers = [(statuses + slot, 1, WRITE) for slot in range(depth)]
-        self._data_addresses = [
-            memory.allocate(self.request_bytes, align=4096) for _ in range(depth)
-        ]
-        self._data = [memory.view(each, self.request_bytes) for each in self._data_addresses]
-        table_bytes = (segments + 2) * DESCRIPTOR_BYTES
-        tables = [memory.allocate(table_bytes) for _ in range(depth)] if self._indirect else []
-        self._table_addresses = tables
-        self._tables = [memory.view(each, table_bytes) for each in tables]
-        self._shapes: list[tuple[int, int]] = [(-1, -1)] * depth
-        self._chains: list[Sequence[tuple[int, int, int]]] = [()] * depth
-
-    # The fast way.
-
-    def submit(
-        self,
-        kind: int,
-        sector: int = 0,
-        length: int = 0,
-        data: bytes | bytearray | memoryview | None = None,
-    ) -> int:
-        """Put a request of `length` data bytes into the ring; its slot. Nothing is kicked.
-
-        `data` is copied into the slot's buffer, None leaves what is there. Raises QueueFull.
-        """
-        free = self.free
-        if not free:
-            raise QueueFull("every slot is in flight")
-        slot = free[-1]
-        if data is not None:
-            self._data[slot][: len(data)] = data
-        _HEADER.pack_into(self._headers, slot * 16, kind, 0, sector)
-        self._statuses[slot] = STATUS_NONE
-        flags = 0 if kind in (T_OUT, T_DISCARD, T_WRITE_ZEROES) else WRITE
-        if self._shapes[slot] != (length, flags):
-            self._shape(slot, length, flags)
-        self.driver.add(slot, self._chains[slot])
-        free.pop()
-        return slot
-
-    def _shape(self, slot: int, length: int, flags: int) -> None:
-        """Describe the slot's buffers anew; most of the time the old description still fits."""
-        start = self._data_addresses[slot]
-        step = self._segment_bytes
-        chain = [
-            self._header_buffers[slot],
-            *(
-                (start + offset, min(step, length - offset), flags)
-                for offset in range(0, length, step)
-            ),
-            self._status_buffers[slot],
-        ]
-        if self._indirect:
-            table_bytes = self._write_table(self._tables[slot], chain)
-            self._chains[slot] = [(self._table_addresses[slot], table_bytes, INDIRECT)]
-        else:
-            self._chains[slot] = chain
-        self._shapes[slot] = (length, flags)
-
-    def kick(self) -> None:
-        """Show the device what was submitted, and wake it if it wants to be woken."""
-        if self.driver.publish():
-            self.kicks += 1
-            os.eventfd_write(self.kick_fd, 1)
-
-    def poll(self) -> list[tuple[int, int]]:
-        """Every new completion: slot and status byte. Its buffers stay until the next submit."""
-        done = self.driver.poll()
-        if not done:
-            return []
-        statuses = self._statuses
-        free = self.free
-        results = []
-        for slot, _ in done:
-            free.append(slot)
-            results.append((slot, statuses[slot]))
-        return results
-
-    def data(self, slot: int, length: int | None = None) -> memoryview:
-        """The slot's data buffer."""
-        return self._data[slot][:length]
-
-    async def wait(self) -> None:
-        """Return when `poll` has something to return, asleep until the device calls."""
-        if self.driver.arm():
-            await trio.lowlevel.checkpoint()
-        else:
-            while not self.driver.has_used:
-                await trio.lowlevel.wait_readable(self.call_fd)
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self.call_fd)
-                self.calls += 1
-        self.driver.disarm()
-
-    def close(self) -> None:
-        """Close the eventfds."""
-        for fd in (self.kick_fd, self.call_fd, self.error_fd):
-            os.close(fd)
 
 
 class Guest:
@@ -308,7 +140,7 @@ class Guest:
         self.queues: list[GuestQueue] = []
         self.front_end: FrontEnd | None = None
         self.features = 0
-        self.config = BlkConfig.unpack(bytes(CONFIG_BYTES))
+        self.config = DiskConfig.unpack(bytes(CONFIG_BYTES))
         self._results: dict[tuple[int, int], int] = {}
         self._abandoned: set[tuple[int, int]] = set()
         self._lots: list[trio.lowlevel.ParkingLot] = []
@@ -364,13 +196,15 @@ class Guest:
     def _make_queues(self) -> None:
         """Memory for everything, in as many regions as were asked for, then the queues in it."""
         segments = -(-self._request_bytes // (self._segment_bytes or self._request_bytes))
-        indirect = bool(self.features & F_INDIRECT)
-        descriptors = 1 if indirect else segments + 2
+        descriptors = 1 if self.features & F_INDIRECT else segments + 2
         depth = max(1, self._queue_size // descriptors)
         depth = min(self._depth or depth, depth)
-        table_bytes = (segments + 2) * DESCRIPTOR_BYTES + 64
-        per_slot = self._request_bytes + 4096 + table_bytes + 32
-        per_queue = SplitDriver.area_bytes(self._queue_size) + 8192 + depth * per_slot
+        per_queue = queue_memory_bytes(
+            size=self._queue_size,
+            depth=depth,
+            request_bytes=self._request_bytes,
+            segments=segments,
+        )
         total = per_queue * self._num_queues + 65536
         share = max(-(-total // self._regions) + self._request_bytes, 65536)
         for number in range(self._regions):
@@ -449,12 +283,12 @@ class Guest:
 
     # Configuration.
 
-    async def refresh_config(self) -> BlkConfig:
+    async def refresh_config(self) -> DiskConfig:
         """Read the configuration space again."""
-        self.config = BlkConfig.unpack(await self._connected().get_config(0, CONFIG_BYTES))
+        self.config = DiskConfig.unpack(await self._connected().get_config(0, CONFIG_BYTES))
         return self.config
 
-    async def config_changed(self) -> BlkConfig:
+    async def config_changed(self) -> DiskConfig:
         """Wait for the back-end to announce a change (a resize); the new configuration."""
         await self._connected().config_changed()
         return await self.refresh_config()

@@ -76,9 +76,10 @@ async def _serve_one(
     log.info("front-end connected")
     if on_connected is not None:
         on_connected(True)
-    reason = "closed the connection"
+    reason = "the back-end stops"  # what a cancellation leaves
     try:
         await _converse(session, transport)
+        reason = "closed the connection"
     except ProtocolError as error:
         reason = f"broke the protocol: {error}"
     except ConnectionLost as error:

@@ -24,7 +24,8 @@ from bridge.vhost_user.messages import (
     pack_u64,
     unpack_u64,
 )
-from bridge.vhost_user.session import Reply, Session
+from bridge.vhost_user.reply import Reply
+from bridge.vhost_user.session import Session
 
 F_VERSION_1 = 1 << 32
 F_PACKED = 1 << 34

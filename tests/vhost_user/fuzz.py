@@ -28,7 +28,6 @@ from bridge.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
     P_REPLY_ACK,
-    SHAPES,
     VERSION,
     ConfigAccess,
     InflightRange,
@@ -46,6 +45,7 @@ from bridge.vhost_user.messages import (
 )
 from bridge.vhost_user.reader import MessageReader
 from bridge.vhost_user.session import Session
+from bridge.vhost_user.shapes import SHAPES
 from bridge.virtio.blk_config import DiskGeometry
 from tests.vhost_user.backends import MemoryTarget
 from tests.vhost_user.fakes import FakeDevice, open_fds

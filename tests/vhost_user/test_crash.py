@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.guest import FEATURES, PACKED_FEATURES, STATUS_OK, T_FLUSH, T_IN, T_OUT, Guest
+from bridge.guest import FEATURES, PACKED_FEATURES, Guest
+from bridge.guest_queue import STATUS_OK
+from bridge.virtio.blk import T_FLUSH, T_IN, T_OUT
 from tests.vhost_user.crashing import Zygote
 
 KINDS = [

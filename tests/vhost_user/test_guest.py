@@ -10,21 +10,13 @@ import pytest
 import trio
 
 from bridge.errors import RequestError
-from bridge.guest import (
-    F_EVENT_IDX,
-    F_INDIRECT,
-    F_RING_PACKED,
-    FEATURES,
-    PACKED_FEATURES,
-    STATUS_OK,
-    T_FLUSH,
-    T_IN,
-    T_OUT,
-    Guest,
-)
+from bridge.guest import FEATURES, PACKED_FEATURES, Guest
+from bridge.guest_queue import STATUS_OK
 from bridge.request import FLUSH
 from bridge.vhost_user.frontend import PROTOCOL_FEATURES
 from bridge.vhost_user.messages import P_REPLY_ACK, Region
+from bridge.virtio.blk import T_FLUSH, T_IN, T_OUT
+from bridge.virtio.blk_config import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED
 from bridge.virtio.driver import QueueFull
 from tests.vhost_user.backends import guest_on, running_backend, until
 

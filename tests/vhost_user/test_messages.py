@@ -8,7 +8,6 @@ import pytest
 
 from bridge.errors import ProtocolError
 from bridge.vhost_user.messages import (
-    SHAPES,
     ConfigAccess,
     Header,
     InflightRange,
@@ -18,13 +17,13 @@ from bridge.vhost_user.messages import (
     VringAddress,
     VringFile,
     VringState,
-    check_shape,
     pack_memory_table,
     pack_message,
     pack_reply,
     pack_u64,
     unpack_memory_table,
 )
+from bridge.vhost_user.shapes import SHAPES, check_shape
 
 little = pytest.mark.skipif(sys.byteorder != "little", reason="the sample bytes are little-endian")
 

@@ -13,13 +13,13 @@ from bridge.vhost_user.messages import (
     P_INFLIGHT_SHMFD,
     P_LOG_SHMFD,
     P_REPLY_ACK,
-    SHAPES,
     ConfigAccess,
     Request,
     VringState,
     pack_u64,
     unpack_u64,
 )
+from bridge.vhost_user.shapes import SHAPES
 from tests.vhost_user.fakes import F_VERSION_1, OFFERED, FakeDevice, Talk, eventfd, memfd
 
 BIT_30 = F_PROTOCOL_FEATURES

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from bridge.errors import ProtocolError
+from bridge.vhost_user.memory_table import MAX_MEMORY_SLOTS
 from bridge.vhost_user.messages import (
     InflightRange,
     LogRange,
@@ -15,7 +16,6 @@ from bridge.vhost_user.messages import (
     pack_memory_table,
     unpack_u64,
 )
-from bridge.vhost_user.session import MAX_MEMORY_SLOTS
 from tests.vhost_user.fakes import Talk, memfd, region
 
 U64 = 1 << 64
