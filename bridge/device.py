@@ -26,7 +26,7 @@ from bridge.virtio.blk import BlkEngine
 from bridge.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
 from bridge.virtio.chain import MAX_QUEUE_SIZE
 from bridge.virtio.dirty_log import DirtyBitmap, DirtyLog
-from bridge.virtio.inflight import InflightRegion
+from bridge.virtio.inflight import InflightRegion, queue_region_bytes
 from bridge.virtio.memory import GuestMemory, Region, map_region
 
 _log = structlog.get_logger(__name__)
@@ -280,18 +280,26 @@ class BlkDevice:
     # Crash recovery and migration
 
     def create_inflight(self, num_queues: int, queue_size: int) -> tuple[int, int]:
-        """See VhostUserDevice."""
+        """See VhostUserDevice.
+
+        The region is for queues of the largest size, whatever `queue_size` says: QEMU 10 asks for
+        its `queue-size` (128), and then its guest's driver starts a ring of 1024 (SeaBIOS: 256).
+        """
         self._inflight = None
         self._inflight, fd, size_bytes = InflightRegion.create(
-            num_queues=num_queues, queue_size=queue_size, packed=self._packed
+            num_queues=num_queues,
+            queue_size=max(queue_size, self.max_queue_size),
+            packed=self._packed,
         )
         return fd, size_bytes
 
     def set_inflight(
         self, fd: int, offset: int, size: int, num_queues: int, queue_size: int
     ) -> None:
-        """See VhostUserDevice."""
+        """See VhostUserDevice. By its size one sees that a region is from `create_inflight`."""
         self._inflight = None
+        if size == num_queues * queue_region_bytes(self.max_queue_size, packed=self._packed):
+            queue_size = self.max_queue_size
         self._inflight = InflightRegion.map(
             fd, offset, size, num_queues=num_queues, queue_size=queue_size, packed=self._packed
         )
