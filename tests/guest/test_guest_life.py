@@ -6,6 +6,7 @@ console, and fails if ever a byte is not what it last wrote there.
 
 import os
 import random
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,9 +16,10 @@ import trio
 
 from bridge.demo.guest import Guest, open_guest, run_guest
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
-from bridge.demo.servers import bridge_command, nbdkit_command, start_server
+from bridge.demo.servers import Server, bridge_command, nbdkit_command, start_server
 from tests.guest.backends import MIB, bridge_on, bridge_to, make_image, nbdkit_on
 from tests.guest.conftest import GuestMachine
+from tests.guest.newer_qemu import newer_qemu
 from tests.guest.qmp import open_qmp
 
 KILLS = int(os.environ.get("NBD_BRIDGE_KILLS", "3"))
@@ -172,23 +174,77 @@ async def test_guest_moves_to_another_qemu_while_it_writes(
     assert report.passed, report
 
 
+class KillableBridge:
+    """A bridge that may be killed and started again on the same socket."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self.socket = folder / "disk.sock"
+        self._command = bridge_command(uri, self.socket)
+        self._log = folder / "bridge.log"
+        self._server: Server | None = None
+
+    async def start(self) -> None:
+        """Start it; it listens when this returns."""
+        self._server = await start_server("bridge", self._command, self.socket, self._log)
+
+    async def kill(self) -> None:
+        """SIGKILL."""
+        if self._server is not None:
+            await self._server.kill()
+
+
+@asynccontextmanager
+async def killable_bridge(uri: str, folder: Path) -> AsyncIterator[KillableBridge]:
+    """A running bridge, killed in the end."""
+    bridge = KillableBridge(uri, folder)
+    await bridge.start()
+    try:
+        yield bridge
+    finally:
+        await bridge.kill()
+
+
+async def kill_repeatedly(bridge: KillableBridge, guest: Guest, times: int) -> None:
+    """Kill and restart at random moments, each time after the guest has come a bit further."""
+    dice = random.Random(times)
+    for _ in range(times):
+        await progress(guest, 1)
+        await trio.sleep(dice.random() / 4)
+        await bridge.kill()
+        await bridge.start()
+    await progress(guest, 1)
+
+
 async def test_bridge_killed_while_the_guest_writes_loses_nothing(
     machine: GuestMachine, folder: Path
 ) -> None:
     """The in-flight region: the next bridge executes what the killed one had begun."""
-    dice = random.Random(KILLS)
-    socket = folder / "disk.sock"
-    disk = VhostUserDisk(socket, reconnect_ms=100)
-    async with nbdkit_on(make_image(folder, 128), folder) as uri:
-        command = bridge_command(uri, socket)
-        bridge = await start_server("bridge", command, socket, folder / "bridge.log")
-        try:
-            async with stressed(config(machine, "stress", disk), folder) as guest:
-                for _ in range(KILLS):
-                    await progress(guest, 1)
-                    await trio.sleep(dice.random() / 4)
-                    await bridge.kill()
-                    bridge = await start_server("bridge", command, socket, folder / "bridge.log")
-                await progress(guest, 1)
-        finally:
-            await bridge.kill()
+    async with (
+        nbdkit_on(make_image(folder, 128), folder) as uri,
+        killable_bridge(uri, folder) as bridge,
+    ):
+        disk = VhostUserDisk(bridge.socket, reconnect_ms=100)
+        async with stressed(config(machine, "stress", disk), folder) as guest:
+            await kill_repeatedly(bridge, guest, KILLS)
+
+
+async def test_newer_qemu_runs_the_file_system_and_survives_a_killed_bridge(
+    machine: GuestMachine, folder: Path
+) -> None:
+    """QEMU 10: other features, another spelling of reconnect, 20 times as often."""
+    qemu = await trio.to_thread.run_sync(newer_qemu)
+    kernel, initrd = folder / "kernel", folder / "initrd"
+    shutil.copy(machine.kernel.image, kernel)
+    shutil.copy(machine.initrd, initrd)
+    async with (
+        nbdkit_on(make_image(folder, 128), folder) as uri,
+        killable_bridge(uri, folder) as bridge,
+    ):
+        disk = VhostUserDisk(bridge.socket, reconnect_ms=50)
+        first = replace(
+            config(machine, "filesystem", disk), qemu=qemu, kernel=kernel, initrd=initrd
+        )
+        report = await run_guest(first, folder / "log", time_limit_s=LIMIT_S)
+        assert report.passed, report
+        async with stressed(replace(first, words={"guest_script": "stress"}), folder) as guest:
+            await kill_repeatedly(bridge, guest, KILLS)

@@ -1,4 +1,4 @@
-# Booted from the disk itself: its FAT file system must be there, with this guest's initrd on it.
+# Booted from the disk itself, by a firmware's driver: now the kernel's driver reads all of it.
 
 wait_disk vda
 report sectors=$(cat /sys/block/vda/size)
