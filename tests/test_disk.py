@@ -1,0 +1,351 @@
+"""The disk: the flush timer, and what a server may lack."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from errno import EIO
+from math import inf
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from bridge.disk import Disk
+from bridge.request import (
+    DISCARD,
+    FLUSH,
+    FUA,
+    MAY_UNMAP,
+    OP_NAMES,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
+from tests.virtio.mock import FakeDisk
+
+
+class FakeBackend(FakeDisk):
+    """A server with or without FUA, flush and write-zeroes."""
+
+    def __init__(self, *, flush: bool = True, fua: bool = True, zeroes: bool = True) -> None:
+        super().__init__(8 << 20)
+        self.can_flush = flush
+        self.can_fua = fua
+        self.can_write_zeroes = zeroes
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.held)
+
+    def execute(self, request: Request) -> None:
+        assert self.can_fua or not request.flags & FUA, request
+        assert self.can_flush or request.op != FLUSH, request
+        assert self.can_write_zeroes or request.op != WRITE_ZEROES, request
+        super().execute(request)
+
+    @property
+    def ops(self) -> list[str]:
+        """What reached the server, oldest first."""
+        return [OP_NAMES[request.op] for request in self.requests]
+
+
+class Client:
+    """Makes requests on a disk and remembers how they ended."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self.errors: list[int] = []
+
+    def do(self, op: int, offset: int = 0, length: int = 4096, flags: int = 0) -> None:
+        buffers = [memoryview(bytearray(b"w" * length))] if op in (READ, WRITE) else []
+        if op == FLUSH:
+            length = 0
+        self.disk.submit(Request(op, offset, length, buffers, self._done, flags))
+
+    def _done(self, request: Request) -> None:
+        self.errors.append(request.error)
+
+
+@asynccontextmanager
+async def timed(backend: FakeBackend, interval_s: float = 60) -> AsyncIterator[Client]:
+    """A disk whose timer runs."""
+    disk = Disk(backend, flush_interval_s=interval_s, now=trio.current_time)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk.run_flush_timer)
+        yield Client(disk)
+        nursery.cancel_scope.cancel()
+
+
+# The timer
+
+
+async def test_timer_flushes_a_minute_after_the_first_write(autojump_clock: MockClock) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        started_s = trio.current_time()
+        client.do(WRITE)
+        await trio.sleep(30)
+        client.do(WRITE)
+        assert client.disk.flush_deadline_s == started_s + 60
+        await trio.sleep(29)
+        assert backend.ops == ["write", "write"]
+        await trio.sleep(2)
+        assert backend.ops == ["write", "write", "flush"]
+        assert client.disk.flush_deadline_s is None
+        assert client.disk.timed_flushes == 1
+
+
+@pytest.mark.parametrize("op", [WRITE, DISCARD, WRITE_ZEROES])
+async def test_timer_is_armed_by_whatever_changes_the_disk(
+    op: int, autojump_clock: MockClock
+) -> None:
+    async with timed(FakeBackend()) as client:
+        client.do(op)
+        assert client.disk.flush_deadline_s is not None
+
+
+async def test_timer_is_not_armed_by_reads_and_flushes(autojump_clock: MockClock) -> None:
+    async with timed(FakeBackend()) as client:
+        client.do(READ)
+        client.do(FLUSH)
+        assert client.disk.flush_deadline_s is None
+
+
+async def test_timer_is_cleared_by_a_guests_flush(autojump_clock: MockClock) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        client.do(FLUSH)
+        await trio.sleep(120)
+        assert backend.ops == ["write", "flush"]
+
+
+async def test_timer_stays_armed_when_a_flush_overtakes_a_write(
+    autojump_clock: MockClock,
+) -> None:
+    """A flush covers what was complete before it: not what is in flight."""
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        backend.hold = True
+        client.do(WRITE)
+        client.do(FLUSH)
+        assert client.disk.flush_deadline_s is not None
+        backend.hold = False
+        backend.release()
+        await trio.sleep(61)
+        assert backend.ops == ["write", "flush", "flush"]
+
+
+async def test_timer_is_armed_again_when_a_guests_flush_fails(autojump_clock: MockClock) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.error = EIO
+        client.do(FLUSH)
+        assert client.errors == [0, EIO]
+        backend.error = 0
+        await trio.sleep(61)
+        assert backend.ops == ["write", "flush", "flush"]
+
+
+async def test_timed_flush_that_fails_is_counted_said_and_tried_again(
+    autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.error = EIO
+        await trio.sleep(61)
+        assert client.disk.timed_flush_failures == 1
+        assert "timed flush failed" in capsys.readouterr().out
+        backend.error = 0
+        await trio.sleep(61)
+        assert backend.ops == ["write", "flush", "flush"]
+        assert client.disk.flush_deadline_s is None
+
+
+@pytest.mark.parametrize("flush", [True, False])
+async def test_timer_that_is_off_never_fires(flush: bool, autojump_clock: MockClock) -> None:
+    backend = FakeBackend(flush=flush)
+    async with timed(backend, 0 if flush else 60) as client:
+        client.do(WRITE)
+        assert client.disk.flush_deadline_s is None
+        await trio.sleep(80_000)
+        assert backend.ops == ["write"]
+
+
+async def test_timer_goes_on_through_many_rounds(autojump_clock: MockClock) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        for _ in range(5):
+            client.do(WRITE)
+            await trio.sleep(100)
+        assert backend.ops == ["write", "flush"] * 5
+
+
+# The last flush
+
+
+@pytest.mark.parametrize("interval_s", [0, 60])
+async def test_flush_at_the_end_flushes_what_was_written(
+    interval_s: float, autojump_clock: MockClock
+) -> None:
+    backend = FakeBackend()
+    async with timed(backend, interval_s) as client:
+        await client.disk.flush()
+        assert backend.ops == []
+        client.do(WRITE)
+        await client.disk.flush()
+        assert backend.ops == ["write", "flush"]
+
+
+async def test_flush_at_the_end_that_fails_is_said(
+    autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.error = EIO
+        await client.disk.flush()
+        assert "the last flush failed" in capsys.readouterr().out
+
+
+async def test_flush_at_the_end_can_be_cancelled(autojump_clock: MockClock) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.hold = True
+        with trio.move_on_after(1) as scope:
+            await client.disk.flush()
+        assert scope.cancelled_caught
+        backend.release()
+
+
+async def test_flush_at_the_end_of_a_server_without_flush_is_nothing(
+    autojump_clock: MockClock,
+) -> None:
+    async with timed(FakeBackend(flush=False)) as client:
+        client.do(WRITE)
+        await client.disk.flush()
+
+
+# What a server may lack
+
+
+def client_of(backend: FakeBackend) -> Client:
+    return Client(Disk(backend, flush_interval_s=60, now=lambda: 0.0))
+
+
+@pytest.mark.parametrize("op", [READ, WRITE, DISCARD, WRITE_ZEROES])
+def test_request_that_the_server_understands_goes_through_untouched(op: int) -> None:
+    backend = FakeBackend()
+    client = client_of(backend)
+    request = Request(op, 512, 512, [memoryview(bytearray(512))], client._done, FUA | MAY_UNMAP)
+    if op in (DISCARD, WRITE_ZEROES):
+        request.buffers = []
+    client.disk.submit(request)
+    assert backend.requests == [request]
+    assert request.flags == FUA | MAY_UNMAP
+
+
+@pytest.mark.parametrize("op", [WRITE, DISCARD, WRITE_ZEROES])
+def test_fua_without_server_support_is_write_then_flush(op: int) -> None:
+    backend = FakeBackend(fua=False)
+    backend.hold = True
+    client = client_of(backend)
+    client.do(op, flags=FUA | (MAY_UNMAP if op == WRITE_ZEROES else 0))
+    assert [request.op for request in backend.held] == [op]
+    assert backend.held[0].flags == (MAY_UNMAP if op == WRITE_ZEROES else 0)
+    backend.release()
+    assert client.errors == []
+    assert [request.op for request in backend.held] == [FLUSH]
+    backend.release()
+    assert client.errors == [0]
+
+
+def test_fua_write_that_fails_is_not_flushed() -> None:
+    backend = FakeBackend(fua=False)
+    backend.error = EIO
+    client = client_of(backend)
+    client.do(WRITE, flags=FUA)
+    assert (client.errors, backend.ops) == ([EIO], ["write"])
+
+
+def test_fua_write_whose_flush_fails_fails() -> None:
+    backend = FakeBackend(fua=False)
+    backend.hold = True
+    client = client_of(backend)
+    client.do(WRITE, flags=FUA)
+    backend.release()
+    backend.release(error=EIO)
+    assert client.errors == [EIO]
+
+
+def test_fua_without_flush_either_is_a_write() -> None:
+    """There is nothing better; the operator was warned."""
+    backend = FakeBackend(fua=False, flush=False)
+    client = client_of(backend)
+    client.do(WRITE, flags=FUA)
+    assert (client.errors, backend.ops) == ([0], ["write"])
+
+
+@pytest.mark.parametrize("length", [512, 1 << 20, (1 << 20) + 512, 5 << 20])
+@pytest.mark.parametrize("fua", [0, FUA])
+@pytest.mark.parametrize("server_fua", [False, True])
+def test_zeroes_without_server_support_are_written(length: int, fua: int, server_fua: bool) -> None:
+    backend = FakeBackend(zeroes=False, fua=server_fua)
+    client = client_of(backend)
+    before = bytes(backend.data)
+    client.do(WRITE_ZEROES, 4096, length, MAY_UNMAP | fua)
+    assert client.errors == [0]
+    assert backend.data == before[:4096] + bytes(length) + before[4096 + length :]
+    assert (backend.ops[-1] == "flush") is bool(fua and not server_fua)
+    writes = [request for request in backend.requests if request.op == WRITE]
+    assert all(bool(request.flags & FUA) is bool(fua and server_fua) for request in writes)
+
+
+def test_zeroes_that_are_written_are_a_few_pieces_at_a_time() -> None:
+    """Other requests are not starved, memory is not filled."""
+    backend = FakeBackend(zeroes=False)
+    backend.hold = True
+    client = client_of(backend)
+    client.do(WRITE_ZEROES, 0, 8 << 20)
+    most = 0
+    while backend.held:
+        most = max(most, len(backend.held))
+        backend.release(1)
+    assert most == 4
+    assert client.errors == [0]
+    assert len(backend.ops) == 8
+
+
+def test_zeroes_end_with_the_first_error() -> None:
+    backend = FakeBackend(zeroes=False)
+    backend.hold = True
+    client = client_of(backend)
+    client.do(WRITE_ZEROES, 0, 8 << 20)
+    backend.release(1, error=EIO)
+    assert client.errors == []
+    backend.release()
+    assert client.errors == [EIO]
+    assert len(backend.ops) == 4
+
+
+@pytest.mark.parametrize("finish_at_once", [False, True])
+def test_zeroes_of_any_size_do_not_recurse(finish_at_once: bool) -> None:
+    backend = FakeBackend(zeroes=False)
+    submit: Callable[[Request], None] = lambda request: request.finish(0)  # noqa: E731
+    if finish_at_once:
+        backend.submit = submit  # type: ignore[method-assign]
+    client = client_of(backend)
+    client.do(WRITE_ZEROES, 0, (8 << 20) if not finish_at_once else (4 << 30))
+    assert client.errors == [0]
+
+
+def test_deadline_without_a_timer_is_none() -> None:
+    disk = Disk(FakeBackend(), flush_interval_s=0, now=lambda: 5.0)
+    Client(disk).do(WRITE)
+    assert disk.flush_deadline_s is None
+    assert disk._deadline_s == inf
