@@ -76,7 +76,7 @@ class Fetcher:
     @property
     def busy(self) -> bool:
         """True when reads in flight use up their memory: no time for read-ahead."""
-        return bool(self._pending) or self._blocks_in_flight * 2 > self._budget_blocks
+        return self._blocks_in_flight * 2 > self._budget_blocks
 
     def need(self, first: int, end: int, waiter: Waiter | None) -> int:
         """See to it that the absent blocks `first` … `end` come; returns how often

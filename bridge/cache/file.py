@@ -191,7 +191,9 @@ class CacheFile(MappedImage):
 
     def begin(self) -> None:
         """From here on the content changes: take the clean mark off, on the medium too."""
-        self.save_header(clean=False, boot_id=boot_id(), index_crc=0)
+        # Both copies: an older one that still says "clean" must not come back.
+        for _ in range(2):
+            self.save_header(clean=False, boot_id=boot_id(), index_crc=0)
         self._map.flush(0, HEADER_AREA_BYTES)
         os.fdatasync(self.fd)
 
@@ -306,6 +308,11 @@ def dirty_bytes(image: MappedImage) -> int:
     states = image.state
     blocks: int = sum((states[slot] >> 16 & 0xFFFF).bit_count() for slot in range(len(states)))
     return blocks * image.geometry.block_bytes
+
+
+def lock_to_drop(path: str) -> int:
+    """A descriptor of `path`, locked. Raises ConfigError when somebody uses it."""
+    return _open_locked(path, os.O_RDWR)
 
 
 def _has_content(path: str) -> bool:

@@ -54,8 +54,9 @@ class Readahead:
         self._stats = stats
         self._shift = index.granule_shift - index.block_shift
         self._disk_blocks = index.geometry.disk_bytes >> index.block_shift
-        # All streams together may not use more than half of the cache, one not more than 1/8.
-        limit = min(options.readahead_bytes, index.slots * index.granule_bytes // 8)
+        # Up to two windows are ahead of a reader, all of it on probation (a tenth of the cache):
+        # one stream takes half of that at most, or it pushes out what it has not read yet.
+        limit = min(options.readahead_bytes, index.slots * index.granule_bytes // 40)
         self._window_max = limit >> index.block_shift
         self._window_min = max(1, min(_FIRST_WINDOW_BYTES >> index.block_shift, self._window_max))
         self._streams: dict[int, _Stream] = {}
@@ -70,13 +71,12 @@ class Readahead:
         first, last = start >> shift, (end - 1 >> shift) + 1
         stream = self._marked(first, last)
         if stream is None:
-            stream = self._streams.get(first)
+            stream = self._streams.get(first) or (self._ahead_of(first) if missed else None)
             if stream is None:
                 self._remember(_Stream(last))
                 return
-        elif self._streams.get(stream.next) is stream:
+        if self._streams.get(stream.next) is stream:
             del self._streams[stream.next]
-        self._streams.pop(first, None)
         self._advance(stream, first, last, missed)
         self._remember(stream)
 
@@ -86,6 +86,13 @@ class Readahead:
             if first <= block < last:
                 del self._marks[block]
                 stream.mark = -1
+                return stream
+        return None
+
+    def _ahead_of(self, block: int) -> _Stream | None:
+        """The stream that has read `block` ahead: it is gone again, or still to come."""
+        for stream in self._streams.values():
+            if stream.next <= block < stream.ahead:
                 return stream
         return None
 

@@ -11,7 +11,9 @@ OBJECTS = 10_000
 LENGTH = 100_000
 
 
-def zipf(seed: int = 1, skew: float = 0.9, objects: int = OBJECTS, length: int = LENGTH) -> list[int]:
+def zipf(
+    seed: int = 1, skew: float = 0.9, objects: int = OBJECTS, length: int = LENGTH
+) -> list[int]:
     """Independent draws, popularity 1 / rank ** skew, ranks spread over the disk."""
     rng = random.Random(seed)
     sums = list(itertools.accumulate(1 / rank**skew for rank in range(1, objects + 1)))

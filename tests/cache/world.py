@@ -153,8 +153,10 @@ class Server:
 
     def submit(self, request: Request) -> None:
         assert request.length > 0 or request.op == FLUSH
-        assert request.offset >= 0 and request.offset + request.length <= self.size_bytes
-        assert request.offset % SECTOR == 0 and request.length % SECTOR == 0
+        assert request.offset >= 0
+        assert request.offset + request.length <= self.size_bytes
+        assert request.offset % SECTOR == 0
+        assert request.length % SECTOR == 0
         assert not request.flags & FUA or self.can_fua
         assert sum(map(len, request.buffers)) == (
             request.length if request.op in (READ, WRITE) else 0

@@ -1,0 +1,183 @@
+"""A plain server and a rig around one cache, for tests of one behaviour each."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+from bridge.cache.cache import Cache
+from bridge.cache.cold import Cold
+from bridge.cache.file import MappedImage
+from bridge.cache.layout import Geometry, Identity, new_header
+from bridge.cache.options import Options
+from bridge.request import (
+    DISCARD,
+    FLUSH,
+    PREFETCH,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
+
+BLOCK = 4096
+GRANULE = 65536
+
+
+class FakeServer:
+    """Keeps requests in `pending` until told; `image` is what it holds."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.min_block_bytes = 1
+        self.can_fua = True
+        self.can_flush = True
+        self.can_trim = True
+        self.can_write_zeroes = True
+        self.generation = 1
+        self.image = bytearray(size_bytes)
+        self.pending: list[Request] = []
+        self.seen: list[tuple[int, int, int, int]] = []
+        """(op, offset, length, flags) of everything submitted."""
+
+    def submit(self, request: Request) -> None:
+        self.pending.append(request)
+        self.seen.append((request.op, request.offset, request.length, request.flags))
+
+    def answer(self, index: int = 0, error: int = 0) -> None:
+        """Execute and answer one request."""
+        request = self.pending.pop(index)
+        at, length = request.offset, request.length
+        if not error and request.op == READ:
+            for buffer in request.buffers:
+                buffer[:] = self.image[at : at + len(buffer)]
+                at += len(buffer)
+        elif not error and request.op == WRITE:
+            self.image[at : at + length] = b"".join(bytes(each) for each in request.buffers)
+        elif not error and request.op in (DISCARD, WRITE_ZEROES):
+            self.image[at : at + length] = bytes(length)
+        request.generation = self.generation
+        request.finish(error)
+
+    def ops(self, op: int) -> list[tuple[int, int]]:
+        """(offset, length) of all requests of one kind."""
+        return [(offset, length) for each, offset, length, _ in self.seen if each == op]
+
+
+class Rig:
+    """One cache in memory over a `FakeServer`, and a guest's view of it."""
+
+    def __init__(
+        self,
+        *,
+        granules: int = 64,
+        slots: int = 64,
+        image: MappedImage | None = None,
+        cold: Cold | None = None,
+        **options: Any,
+    ) -> None:
+        size = granules * GRANULE
+        geometry = Geometry(size, BLOCK, GRANULE, slots)
+        if image is None:
+            header = new_header(geometry, Identity("nbd://test", "x"), bytes(16), 0)
+            image = MappedImage(bytearray(geometry.file_bytes), header)
+        self.image = image
+        self.now = 0.0
+        self.turn: list[Callable[[], None]] = []
+        self.server = FakeServer(size)
+        self.options = Options(**{"readahead_bytes": 0, **options})
+        self.cache = Cache(
+            image,
+            self.server,
+            self.options,
+            clock=lambda: self.now,
+            call_at_turn_end=self.turn.append,
+            cold=cold,
+        )
+
+    def end_turn(self) -> None:
+        while self.turn:
+            self.turn.pop(0)()
+
+    def start(self, op: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0):
+        """Submit; the result's `error` is None until it is done."""
+        buffers = []
+        if op == WRITE:
+            buffers, length = [memoryview(bytearray(data))], len(data)
+        elif op == READ:
+            buffers = [memoryview(bytearray(length))]
+        request = Request(op, offset, length, buffers, lambda _: None, flags)
+        result = Result(request)
+        request.done = result.finished
+        self.cache.submit(request)
+        self.end_turn()
+        return result
+
+    def serve(self) -> None:
+        """The server answers everything, in order."""
+        while self.server.pending:
+            self.server.answer()
+            self.end_turn()
+
+    def tick(self, now: float) -> None:
+        self.now = now
+        self.cache.tick(now)
+        self.end_turn()
+
+    def write(self, offset: int, data: bytes, flags: int = 0) -> int:
+        result = self.start(WRITE, offset, data=data, flags=flags)
+        self.serve()
+        return result.value
+
+    def read(self, offset: int, length: int) -> bytes:
+        result = self.start(READ, offset, length)
+        self.serve()
+        assert result.value == 0
+        return bytes(result.request.buffers[0])
+
+    def flush(self) -> int:
+        result = self.start(FLUSH)
+        self.serve()
+        return result.value
+
+    def prefetch(self, offset: int, length: int) -> int:
+        result = self.start(PREFETCH, offset, length)
+        self.serve()
+        return result.value
+
+
+class Result:
+    """How a request ended."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.error: int | None = None
+
+    def finished(self, request: Request) -> None:
+        assert self.error is None, "finished twice"
+        self.error = request.error
+
+    @property
+    def value(self) -> int:
+        assert self.error is not None, "not finished"
+        return self.error
+
+
+class LaterCold:
+    """Cold reads that end when told."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Callable[[], None], Callable[[int], None]]] = []
+
+    def run(self, job: Callable[[], None], done: Callable[[int], None]) -> None:
+        self.jobs.append((job, done))
+
+    def finish(self, error: int = 0) -> None:
+        job, done = self.jobs.pop(0)
+        if not error:
+            job()
+        done(error)
+
+
+EIO = errno.EIO

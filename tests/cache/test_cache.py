@@ -1,0 +1,626 @@
+"""What the cache does for a guest, one behaviour each; `test_model` has the combinations."""
+
+from __future__ import annotations
+
+import errno
+
+from bridge.cache.file import MappedImage
+from bridge.request import DISCARD, FLUSH, FUA, PREFETCH, READ, WRITE, WRITE_ZEROES
+
+from .fakes import BLOCK, EIO, GRANULE, LaterCold, Rig
+
+
+def test_read_of_absent_block_fetches_it_once() -> None:
+    rig = Rig()
+    rig.server.image[:BLOCK] = b"s" * BLOCK
+
+    first = rig.read(0, BLOCK)
+    second = rig.read(512, 1024)
+
+    assert (first, second) == (b"s" * BLOCK, b"s" * 1024)
+    assert rig.server.ops(READ) == [(0, BLOCK)]
+
+
+def test_reads_of_adjacent_absent_blocks_in_one_turn_are_one_fetch() -> None:
+    rig = Rig()
+    rig.end_turn = lambda: None  # type: ignore[method-assign]
+    for block in (3, 1, 2):
+        rig.start(READ, block * BLOCK, BLOCK)
+    del rig.end_turn
+
+    rig.end_turn()
+
+    assert rig.server.ops(READ) == [(BLOCK, 3 * BLOCK)]
+
+
+def test_two_reads_of_one_absent_block_share_a_fetch() -> None:
+    rig = Rig()
+    first = rig.start(READ, 0, BLOCK)
+    second = rig.start(READ, 0, BLOCK)
+
+    rig.serve()
+
+    assert first.value == second.value == 0
+    assert len(rig.server.seen) == 1
+
+
+def test_fetch_overtaken_by_a_write_does_not_overwrite_it() -> None:
+    rig = Rig()
+    reading = rig.start(READ, 0, 2 * BLOCK)
+    rig.start(WRITE, 0, data=b"n" * BLOCK)
+
+    rig.serve()
+
+    assert reading.value == 0
+    assert rig.read(0, BLOCK) == b"n" * BLOCK
+
+
+def test_read_error_of_the_server_reaches_the_guest_and_is_not_cached() -> None:
+    rig = Rig()
+    result = rig.start(READ, 0, BLOCK)
+    rig.server.answer(error=EIO)
+
+    assert result.value == EIO
+    assert rig.read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_write_in_writeback_mode_completes_before_the_server_hears_of_it() -> None:
+    rig = Rig()
+
+    result = rig.start(WRITE, 0, data=b"a" * BLOCK)
+
+    assert result.value == 0
+    assert rig.server.seen == []
+
+
+def test_write_of_part_of_an_absent_block_keeps_the_rest_of_it() -> None:
+    rig = Rig()
+    rig.server.image[:BLOCK] = b"s" * BLOCK
+
+    rig.write(512, b"a" * 512)
+
+    assert rig.read(0, BLOCK) == b"s" * 512 + b"a" * 512 + b"s" * (BLOCK - 1024)
+
+
+def test_write_through_completes_with_the_servers_reply() -> None:
+    rig = Rig(mode="writethrough")
+    result = rig.start(WRITE, 0, data=b"a" * BLOCK)
+    before = result.error
+
+    rig.serve()
+
+    assert (before, result.error) == (None, 0)
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
+
+
+def test_write_through_error_reaches_the_guest() -> None:
+    rig = Rig(mode="writethrough")
+    result = rig.start(WRITE, 0, data=b"a" * BLOCK)
+
+    rig.server.answer(error=errno.ENOSPC)
+
+    assert result.value == errno.ENOSPC
+
+
+def test_fua_write_is_sent_with_fua_and_needs_no_flush() -> None:
+    rig = Rig()
+
+    rig.write(0, b"a" * BLOCK, flags=FUA)
+
+    assert rig.server.seen == [(WRITE, 0, BLOCK, FUA)]
+
+
+def test_fua_write_without_server_fua_is_write_and_flush() -> None:
+    rig = Rig()
+    rig.server.can_fua = False
+
+    rig.write(0, b"a" * BLOCK, flags=FUA)
+
+    assert [op for op, *_ in rig.server.seen] == [WRITE, FLUSH]
+
+
+def test_flush_writes_out_in_disk_order_and_coalesced() -> None:
+    rig = Rig(fua_blocks=0, writeback_run_bytes=1 << 20)
+    for granule in (9, 2, 1):
+        rig.write(granule * GRANULE, b"a" * GRANULE)
+
+    rig.flush()
+
+    assert rig.server.ops(WRITE) == [(GRANULE, 2 * GRANULE), (9 * GRANULE, GRANULE)]
+    assert rig.server.seen[-1][0] == FLUSH
+
+
+def test_flush_is_sent_only_after_every_write_was_replied_to() -> None:
+    rig = Rig(fua_blocks=0)
+    rig.write(0, b"a" * BLOCK)
+    rig.write(5 * GRANULE, b"b" * BLOCK)
+    rig.start(FLUSH)
+
+    rig.server.answer()
+    rig.end_turn()
+
+    assert rig.server.ops(FLUSH) == []
+
+
+def test_flush_of_few_dirty_blocks_is_fua_writes_alone() -> None:
+    rig = Rig()
+    rig.flush()  # The first one cannot know what an earlier process left on the server.
+    rig.server.seen.clear()
+    rig.write(0, b"a" * BLOCK)
+
+    assert rig.flush() == 0
+    assert rig.server.seen == [(WRITE, 0, BLOCK, FUA)]
+
+
+def test_flush_with_nothing_written_since_the_last_asks_nothing_of_the_server() -> None:
+    rig = Rig()
+    rig.write(0, b"a" * BLOCK)
+    rig.flush()
+    rig.server.seen.clear()
+
+    assert rig.flush() == 0
+    assert rig.server.seen == []
+
+
+def test_flush_after_background_write_out_uses_a_real_flush() -> None:
+    rig = Rig()
+    rig.flush()
+    rig.write(0, b"a" * BLOCK)
+    rig.tick(6.0)
+    rig.serve()
+    rig.server.seen.clear()
+    rig.write(9 * GRANULE, b"b" * BLOCK)
+
+    rig.flush()
+
+    assert [op for op, *_ in rig.server.seen] == [WRITE, FLUSH]
+
+
+def test_failed_write_out_fails_the_flush_and_the_data_is_tried_again() -> None:
+    rig = Rig()
+    rig.write(0, b"a" * BLOCK)
+    result = rig.start(FLUSH)
+
+    rig.server.answer(error=EIO)
+
+    assert result.value == EIO
+    assert rig.read(0, BLOCK) == b"a" * BLOCK
+    assert rig.flush() == 0
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
+
+
+def test_failed_server_flush_makes_written_blocks_dirty_again() -> None:
+    rig = Rig(fua_blocks=0)
+    rig.write(0, b"a" * BLOCK)
+    result = rig.start(FLUSH)
+    rig.server.answer()
+
+    rig.server.answer(error=EIO)
+
+    assert result.value == EIO
+    rig.server.seen.clear()
+    assert rig.flush() == 0
+    assert rig.server.ops(WRITE) == [(0, BLOCK)]
+
+
+def test_written_blocks_are_sent_again_after_a_reconnect() -> None:
+    """A server that lost power forgets what it acknowledged; its next flush says OK all the
+    same (QEMU's nbd driver loses data that way)."""
+    rig = Rig(fua_blocks=0)
+    rig.write(0, b"a" * BLOCK)
+    rig.tick(6.0)
+    rig.serve()
+    rig.server.image[:BLOCK] = bytes(BLOCK)
+    rig.server.generation += 1
+
+    rig.cache.backend_reconnected()
+
+    assert rig.flush() == 0
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
+
+
+def test_flush_whose_connection_was_replaced_begins_again() -> None:
+    rig = Rig(fua_blocks=0)
+    rig.write(0, b"a" * BLOCK)
+    result = rig.start(FLUSH)
+    rig.server.answer()
+    rig.server.image[:BLOCK] = bytes(BLOCK)
+    rig.server.generation += 1
+    rig.cache.backend_reconnected()
+
+    rig.serve()
+
+    assert result.value == 0
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
+    assert len(rig.server.ops(FLUSH)) == 2
+
+
+def test_block_written_again_while_in_flight_is_sent_after_the_reply_only() -> None:
+    rig = Rig()
+    rig.write(0, b"1" * BLOCK)
+    rig.tick(6.0)
+    rig.start(WRITE, 0, data=b"2" * BLOCK)
+    flush = rig.start(FLUSH)
+    in_flight = list(rig.server.pending)
+
+    rig.serve()
+
+    assert len(in_flight) == 1
+    assert bytes(in_flight[0].buffers[0]) == b"1" * BLOCK
+    assert flush.value == 0
+    assert rig.server.image[:BLOCK] == b"2" * BLOCK
+
+
+def test_flush_timer_is_armed_by_the_first_write_and_makes_it_durable() -> None:
+    rig = Rig(writeback_age_s=1000.0, flush_interval_s=60.0)
+    idle = rig.cache.next_deadline()
+    rig.write(0, b"a" * BLOCK)
+
+    due = rig.cache.next_deadline()
+    rig.tick(60.0)
+    rig.serve()
+
+    assert (idle, due) == (None, 60.0)
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
+    assert rig.cache.index.dirty_blocks == 0
+    assert rig.cache.next_deadline() is None
+
+
+def test_failed_timed_flush_is_tried_again() -> None:
+    rig = Rig(writeback_age_s=1000.0)
+    rig.write(0, b"a" * BLOCK)
+    rig.tick(60.0)
+    rig.server.answer(error=EIO)
+
+    due = rig.cache.next_deadline()
+    assert due is not None
+    rig.tick(due)
+    rig.serve()
+
+    assert rig.cache.index.dirty_blocks == 0
+
+
+def test_write_out_by_age_starts_without_a_flush() -> None:
+    rig = Rig(writeback_age_s=5.0)
+    rig.write(0, b"a" * BLOCK)
+
+    rig.tick(4.0)
+    early = list(rig.server.seen)
+    rig.tick(6.0)
+
+    assert early == []
+    assert rig.server.ops(WRITE) == [(0, BLOCK)]
+
+
+def test_failed_background_write_out_pauses_before_the_next() -> None:
+    rig = Rig(flush_interval_s=0)
+    rig.write(0, b"a" * BLOCK)
+    rig.tick(6.0)
+    rig.server.answer(error=EIO)
+
+    due = rig.cache.next_deadline()
+
+    assert due is not None
+    assert due >= 7.0
+
+
+def test_writers_wait_in_order_at_the_hard_dirty_limit() -> None:
+    rig = Rig(slots=64, dirty_hard_ratio=4 / 64, dirty_flush_ratio=1.0, fua_blocks=0)
+    done = [rig.start(WRITE, at * GRANULE, data=b"%d" % at * BLOCK) for at in range(8)]
+
+    finished = [result.error for result in done]
+    rig.serve()
+
+    assert finished == [0] * 4 + [None] * 4
+    assert [result.value for result in done] == [0] * 8
+    assert rig.read(7 * GRANULE, BLOCK) == b"7" * BLOCK
+
+
+def test_dirty_set_larger_than_the_cache_loses_nothing() -> None:
+    """nbdkit's cache filter evicts dirty blocks: 920 of 1024 were lost."""
+    rig = Rig(granules=256, slots=64)
+    for at in range(256):
+        rig.write(at * GRANULE + BLOCK, b"%03d" % at * 1024 + b"x" * 1024)
+
+    rig.flush()
+
+    for at in range(256):
+        base = at * GRANULE + BLOCK
+        assert rig.server.image[base : base + 3] == b"%03d" % at
+
+
+def test_discard_waits_for_write_out_and_drops_the_range() -> None:
+    rig = Rig()
+    rig.write(0, b"a" * GRANULE)
+    rig.tick(6.0)
+    discard = rig.start(DISCARD, 0, GRANULE)
+    sent_early = rig.server.ops(DISCARD)
+
+    rig.serve()
+
+    assert (sent_early, discard.value) == ([], 0)
+    assert rig.cache.index.dirty_blocks == 0
+    assert rig.read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_failed_discard_keeps_what_the_guest_wrote() -> None:
+    rig = Rig()
+    rig.write(0, b"a" * GRANULE)
+    discard = rig.start(DISCARD, 0, GRANULE)
+
+    rig.server.answer(error=EIO)
+
+    assert discard.value == EIO
+    assert rig.read(0, BLOCK) == b"a" * BLOCK
+
+
+def test_write_during_a_discard_comes_after_it() -> None:
+    rig = Rig()
+    rig.start(DISCARD, 0, GRANULE)
+    write = rig.start(WRITE, 0, data=b"a" * BLOCK)
+    early = write.error
+
+    rig.serve()
+    rig.flush()
+
+    assert (early, write.error) == (None, 0)
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
+
+
+def test_large_write_zeroes_is_durable_when_it_completes() -> None:
+    rig = Rig(zero_copy_bytes=0)
+
+    result = rig.start(WRITE_ZEROES, 0, 4 * GRANULE)
+    rig.serve()
+
+    assert result.value == 0
+    assert rig.server.seen == [(WRITE_ZEROES, 0, 4 * GRANULE, FUA)]
+
+
+def test_write_zeroes_over_cached_data_reads_as_zeroes() -> None:
+    rig = Rig(zero_copy_bytes=0)
+    rig.write(0, b"a" * GRANULE)
+
+    rig.start(WRITE_ZEROES, 512, 3 * BLOCK)
+    rig.serve()
+
+    assert rig.read(0, 4 * BLOCK + 512) == (b"a" * 512 + bytes(3 * BLOCK) + b"a" * BLOCK)
+
+
+def test_discard_longer_than_a_piece_is_split() -> None:
+    rig = Rig(exclusive_run_bytes=GRANULE)
+
+    rig.start(DISCARD, 0, 3 * GRANULE)
+    rig.serve()
+
+    assert rig.server.ops(DISCARD) == [(at * GRANULE, GRANULE) for at in range(3)]
+
+
+def test_write_zeroes_on_a_server_without_it_does_not_grow_the_stack() -> None:
+    rig = Rig(granules=4096, slots=4096, dirty_hard_ratio=1.0)
+    rig.server.can_write_zeroes = False
+
+    result = rig.start(WRITE_ZEROES, 0, 4096 * GRANULE)
+    rig.serve()
+
+    assert result.value == 0
+
+
+def test_request_beyond_the_disk_is_refused() -> None:
+    rig = Rig()
+    size = rig.server.size_bytes
+
+    assert rig.start(READ, size - 512, 1024).value == errno.EINVAL
+    assert rig.start(WRITE, size, data=b"a" * 512).value == errno.EINVAL
+
+
+def test_fetches_in_flight_are_bounded_and_the_rest_follows() -> None:
+    rig = Rig(fetch_bytes=2 * GRANULE, fetch_run_bytes=GRANULE)
+    results = [rig.start(READ, at * 2 * GRANULE, GRANULE) for at in range(8)]
+
+    in_flight = len(rig.server.pending)
+    rig.serve()
+
+    assert in_flight == 2
+    assert [result.value for result in results] == [0] * 8
+
+
+def test_prefetch_makes_later_reads_hits() -> None:
+    rig = Rig()
+    rig.prefetch(0, 4 * GRANULE)
+    rig.server.seen.clear()
+
+    rig.read(0, 4 * GRANULE)
+
+    assert rig.server.seen == []
+
+
+def test_sequential_reads_are_read_ahead_with_a_growing_window() -> None:
+    rig = Rig(granules=1024, slots=1024, readahead_bytes=1 << 20)
+    misses = []
+    for at in range(0, 8 << 20, GRANULE):
+        result = rig.start(READ, at, GRANULE)
+        misses.append(result.error is None)
+        rig.serve()
+
+    lengths = [length for _, length in rig.server.ops(READ)]
+
+    assert sum(misses) == 2
+    assert max(lengths) >= 512 * 1024
+
+
+def test_several_sequential_streams_are_read_ahead_at_a_time() -> None:
+    rig = Rig(granules=1024, slots=1024, readahead_bytes=1 << 20)
+    misses = 0
+    for at in range(0, 2 << 20, GRANULE):
+        for stream in range(8):
+            misses += rig.start(READ, (stream * 8 << 20) + at, GRANULE).error is None
+            rig.serve()
+
+    assert misses == 2 * 8
+
+
+def test_random_reads_are_not_read_ahead() -> None:
+    rig = Rig(granules=1024, slots=1024, readahead_bytes=1 << 20)
+    for at in (500, 3, 77, 900, 41, 600, 2, 333):
+        rig.read(at * GRANULE, BLOCK)
+
+    assert all(length == BLOCK for _, length in rig.server.ops(READ))
+
+
+def test_sequential_scan_in_small_reads_leaves_the_hot_set_alone() -> None:
+    rig = Rig(granules=4096, slots=256, readahead_bytes=1 << 20)
+    for _ in range(3):
+        for at in range(150):
+            rig.read(at * GRANULE, BLOCK)
+    for at in range(300 * GRANULE, 1500 * GRANULE, BLOCK):
+        rig.read(at, BLOCK)
+    rig.server.seen.clear()
+
+    for at in range(150):
+        rig.read(at * GRANULE, BLOCK)
+
+    assert len(rig.server.seen) < 25
+
+
+class _ColdImage(MappedImage):
+    """Nothing is in the page cache until a thread read it."""
+
+    warm = False
+
+    def read_nowait(self, views: list[memoryview], position: int) -> bool:
+        return self.warm and super().read_nowait(views, position)
+
+    def read_wait(self, views: list[memoryview], position: int) -> None:
+        MappedImage.read_nowait(self, views, position)
+
+    def resident(self, position: int, length: int) -> bool:
+        return self.warm
+
+
+def _cold_rig() -> tuple[Rig, LaterCold]:
+    cold = LaterCold()
+    first = Rig()
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(image=image, cold=cold)
+    rig.prefetch(0, 2 * GRANULE)
+    rig.cache.index.forget_residency()
+    return rig, cold
+
+
+def test_read_of_a_cold_block_does_not_hold_up_others() -> None:
+    rig, cold = _cold_rig()
+    rig.cache.index.ready[rig.cache.index.find(1)] = 0xFFFF
+
+    slow = rig.start(READ, 0, BLOCK)
+    hot = rig.start(READ, GRANULE, BLOCK)
+    early = slow.error
+    cold.finish()
+
+    assert (early, hot.error, slow.error) == (None, 0, 0)
+
+
+def test_cold_block_that_cannot_be_read_comes_from_the_server_when_clean() -> None:
+    rig, cold = _cold_rig()
+    rig.server.image[:BLOCK] = b"s" * BLOCK
+    result = rig.start(READ, 0, BLOCK)
+
+    cold.finish(error=EIO)
+    rig.end_turn()
+    rig.serve()
+
+    assert result.value == 0
+    assert bytes(result.request.buffers[0]) == b"s" * BLOCK
+
+
+def test_cold_dirty_block_that_cannot_be_read_fails_the_read() -> None:
+    """The server's bytes are old: an error is right, a fallback would be silent corruption."""
+    rig, cold = _cold_rig()
+    rig.write(0, b"a" * BLOCK)
+    rig.cache.index.forget_residency()
+    result = rig.start(READ, 0, BLOCK)
+
+    cold.finish(error=EIO)
+    rig.end_turn()
+
+    assert result.value == EIO
+    assert rig.server.ops(READ) == [(0, 2 * GRANULE)]
+
+
+def test_write_of_part_of_a_cold_block_waits_for_the_thread() -> None:
+    rig, cold = _cold_rig()
+    result = rig.start(WRITE, 512, data=b"a" * 512)
+    early = result.error
+
+    cold.finish()
+    rig.end_turn()
+
+    assert (early, result.error) == (None, 0)
+
+
+def test_foreign_write_seen_by_generation_drops_the_clean_part_only() -> None:
+    rig = Rig()
+    rig.cache.note_export_generation(5, 4)
+    rig.prefetch(0, GRANULE)
+    rig.write(GRANULE, b"a" * BLOCK)
+
+    kept = rig.cache.note_export_generation(6, 5)
+    dropped = rig.cache.note_export_generation(9, 8)
+
+    assert (kept, dropped) == (0, 16)
+    assert rig.read(GRANULE, BLOCK) == b"a" * BLOCK
+
+
+def test_sample_that_differs_drops_the_clean_part() -> None:
+    rig = Rig()
+    rig.prefetch(0, 8 * GRANULE)
+    rig.write(9 * GRANULE, b"a" * BLOCK)
+    rig.server.image[:] = b"z" * len(rig.server.image)
+    results: list[int] = []
+
+    rig.cache.check_sample(results.append)
+    rig.serve()
+
+    assert results[0] > 0
+    assert rig.cache.index.valid_blocks == 1
+
+
+def test_sample_that_is_the_same_keeps_everything() -> None:
+    rig = Rig()
+    rig.prefetch(0, 8 * GRANULE)
+    results: list[int] = []
+
+    rig.cache.check_sample(results.append)
+    rig.serve()
+
+    assert results == [0]
+    assert rig.cache.index.valid_blocks == 8 * 16
+
+
+def test_many_turns_keep_memory_flat() -> None:
+    rig = Rig(granules=512, slots=64, readahead_bytes=1 << 20)
+    cache = rig.cache
+    for turn in range(3000):
+        at = turn * 7919 % 512
+        rig.write(at * GRANULE, b"a" * BLOCK)
+        rig.read((at * 31 % 512) * GRANULE, BLOCK)
+        if turn % 50 == 0:
+            rig.flush()
+            rig.tick(rig.now + 3)
+
+    rig.flush()
+    writeback, fetcher = cache._writeback, cache._fetcher
+    assert not writeback._wanted
+    assert not writeback._deferred
+    assert not writeback._flying
+    assert not writeback.written
+    assert len(writeback._marks) < 10
+    assert not fetcher.fetching
+    assert len(cache._readahead._streams) <= 32
+    assert len(cache._readahead._marks) <= 32
+
+
+def test_prefetch_is_not_written_to_guest_buffers_twice() -> None:
+    rig = Rig()
+    assert rig.prefetch(0, BLOCK) == 0
+    assert rig.start(PREFETCH, 0, BLOCK).value == 0

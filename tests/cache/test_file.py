@@ -1,0 +1,523 @@
+"""Cache files: bad ones, foreign ones, full disks, two processes, restarts."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bridge.cache import file as cache_file
+from bridge.cache.cache import Cache
+from bridge.cache.cold import ThreadedCold
+from bridge.cache.file import CacheFile, open_or_create
+from bridge.cache.inspect import drop, open_to_flush, show
+from bridge.cache.layout import (
+    HEADER_AREA_BYTES,
+    MIN_SLOTS,
+    Geometry,
+    Header,
+    Identity,
+    geometry_for,
+    new_header,
+    parse_header_untrusted,
+    state_word,
+)
+from bridge.cache.options import Options
+from bridge.errors import ConfigError
+from bridge.request import FLUSH, READ, WRITE, Request
+
+from .fakes import BLOCK, GRANULE, FakeServer
+
+GEOMETRY = Geometry(64 * GRANULE, BLOCK, GRANULE, 64)
+IDENTITY = Identity("nbd://server", "disk")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "disk.cache")
+
+
+def _open(path: str, geometry: Geometry = GEOMETRY, identity: Identity = IDENTITY) -> CacheFile:
+    return open_or_create(path, geometry=geometry, identity=identity)
+
+
+def _cache(file: CacheFile, server: FakeServer) -> tuple[Cache, list[Callable[[], None]]]:
+    turn: list[Callable[[], None]] = []
+    cache = Cache(file, server, Options(), clock=lambda: 0.0, call_at_turn_end=turn.append)
+    return cache, turn
+
+
+def _write_one(path: str, content: bytes = b"a", *, clean: bool = True) -> None:
+    """A file with one dirty block at the start of the disk."""
+    file = _open(path)
+    cache, _ = _cache(file, FakeServer(64 * GRANULE))
+    data = [memoryview(content * BLOCK)]
+    cache.submit(Request(WRITE, 0, BLOCK, data, lambda _: None))
+    file.close(clean=clean)
+
+
+def _damage(path: str, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes((byte ^ 0x10,)))
+
+
+def _read_first(file: CacheFile) -> bytes:
+    cache, _ = _cache(file, FakeServer(64 * GRANULE))
+    buffer = bytearray(BLOCK)
+    cache.submit(Request(READ, 0, BLOCK, [memoryview(buffer)], lambda _: None))
+    return bytes(buffer)
+
+
+def test_clean_shutdown_keeps_dirty_data_for_the_next_start(path: str) -> None:
+    _write_one(path)
+
+    file = _open(path)
+    server = FakeServer(64 * GRANULE)
+    cache, turn = _cache(file, server)
+    cache.submit(Request(FLUSH, 0, 0, [], lambda _: None))
+    while turn or server.pending:
+        for callback in turn[:]:
+            turn.remove(callback)
+            callback()
+        if server.pending:
+            server.answer()
+    file.close(clean=True)
+
+    assert server.image[:BLOCK] == b"a" * BLOCK
+    assert show(path).dirty_bytes == 0
+
+
+def test_unclean_end_under_the_same_boot_keeps_everything(path: str) -> None:
+    _write_one(path, clean=False)
+
+    file = _open(path)
+
+    assert file.notes == []
+    assert _read_first(file) == b"a" * BLOCK
+    file.close(clean=False)
+
+
+def test_unclean_end_under_another_boot_is_discarded(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_one(path, clean=False)
+    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+
+    file = _open(path)
+
+    assert "without a clean shutdown" in file.notes[0]
+    assert not any(file.state)
+    file.close(clean=False)
+
+
+def test_clean_end_under_another_boot_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_one(path)
+    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+
+    file = _open(path)
+
+    assert _read_first(file) == b"a" * BLOCK
+    file.close(clean=False)
+
+
+def test_clean_mark_is_gone_as_soon_as_the_file_is_in_use(path: str) -> None:
+    _write_one(path)
+
+    file = _open(path)
+
+    assert not file.header.clean
+    with open(path, "rb") as raw:
+        header = parse_header_untrusted(raw.read(HEADER_AREA_BYTES))
+    assert header is not None
+    assert not header.clean
+    file.close(clean=False)
+
+
+def test_second_process_is_refused(path: str) -> None:
+    file = _open(path)
+
+    with pytest.raises(ConfigError, match="in use by another process"):
+        _open(path)
+    file.close(clean=False)
+
+
+def test_lock_is_held_while_a_file_is_made_anew(path: str) -> None:
+    _open(path).close(clean=True)
+
+    file = _open(path, Geometry(64 * GRANULE, BLOCK, GRANULE, 65))
+
+    with pytest.raises(ConfigError, match="in use"):
+        _open(path)
+    file.close(clean=False)
+
+
+def test_file_of_another_export_is_refused_with_the_remedy(path: str) -> None:
+    _write_one(path)
+
+    with pytest.raises(ConfigError, match=f"belongs to .*cache drop {path}"):
+        _open(path, identity=Identity("nbd://server", "other"))
+
+
+def test_file_with_dirty_data_and_another_geometry_is_refused(path: str) -> None:
+    _write_one(path)
+
+    with pytest.raises(ConfigError, match="cache flush"):
+        _open(path, Geometry(64 * GRANULE, BLOCK, GRANULE, 65))
+
+
+def test_clean_file_of_an_export_that_changed_size_is_made_anew(path: str) -> None:
+    _open(path).close(clean=True)
+
+    file = _open(path, Geometry(65 * GRANULE, BLOCK, GRANULE, 64))
+
+    assert "it had" in file.notes[0]
+    file.close(clean=False)
+
+
+@pytest.mark.parametrize("offset", [0, 9, 20, 60, 100, 4092])
+def test_flipped_bit_in_both_headers_is_refused(path: str, offset: int) -> None:
+    _write_one(path)
+    _damage(path, offset)
+    _damage(path, 4096 + offset)
+
+    with pytest.raises(ConfigError, match="cache drop"):
+        _open(path)
+
+
+def test_flipped_bit_in_one_header_is_survived_by_the_other(path: str) -> None:
+    """A process can be killed in the middle of writing one."""
+    _write_one(path, clean=False)
+    newest = 4096 * (show(path).clean_shutdown or _sequence(path) & 1)
+    _damage(path, newest + 100)
+
+    file = _open(path)
+
+    assert _read_first(file) == b"a" * BLOCK
+    file.close(clean=False)
+
+
+def _sequence(path: str) -> int:
+    with open(path, "rb") as raw:
+        header = parse_header_untrusted(raw.read(HEADER_AREA_BYTES))
+    assert header is not None
+    return header.sequence
+
+
+@pytest.mark.parametrize("bit", range(0, 96, 5))
+def test_flipped_bit_in_the_index_after_a_kill_is_refused(path: str, bit: int) -> None:
+    _write_one(path, clean=False)
+    at = HEADER_AREA_BYTES + 4 if bit < 32 else GEOMETRY.states_offset + 8
+    within = bit if bit < 32 else bit - 32
+    with open(path, "r+b") as raw:
+        raw.seek(at + within // 8)
+        byte = raw.read(1)[0]
+        raw.seek(at + within // 8)
+        raw.write(bytes((byte ^ 1 << within % 8,)))
+
+    file = _open(path)
+    with pytest.raises(ConfigError, match=f"{path} has a damaged index.*cache drop"):
+        _cache(file, FakeServer(64 * GRANULE))
+    file.close(clean=False)
+
+
+def test_flipped_bit_in_the_index_after_a_clean_end_is_refused(path: str) -> None:
+    _write_one(path)
+    _damage(path, GEOMETRY.states_offset + 8 * 40)
+
+    with pytest.raises(ConfigError, match="damaged index"):
+        _open(path)
+
+
+def test_granule_held_twice_is_refused(path: str) -> None:
+    file = _open(path)
+    for slot in (1, 2):
+        file.granule_of[slot] = 7
+        file.state[slot] = state_word(7, 1, 0)
+
+    with pytest.raises(ConfigError, match="held twice"):
+        _cache(file, FakeServer(64 * GRANULE))
+    file.close(clean=False)
+
+
+def test_file_cut_short_is_refused(path: str) -> None:
+    _write_one(path)
+    os.truncate(path, GEOMETRY.file_bytes - 1)
+
+    with pytest.raises(ConfigError, match="cut short"):
+        _open(path)
+
+
+def test_file_of_another_version_is_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.cache.layout.VERSION", 2)
+    _open(path).close(clean=True)
+    monkeypatch.undo()
+
+    with pytest.raises(ConfigError, match="version 2"):
+        _open(path)
+
+
+def test_something_else_is_not_overwritten(path: str) -> None:
+    Path(path).write_bytes(b"precious" * 10000)
+
+    with pytest.raises(ConfigError, match="is not a cache file"):
+        _open(path)
+    assert Path(path).read_bytes().startswith(b"precious")
+
+
+def test_creation_that_was_cut_off_is_begun_again(path: str) -> None:
+    Path(path).write_bytes(bytes(100_000))
+
+    _open(path).close(clean=False)
+
+    assert os.path.getsize(path) == GEOMETRY.file_bytes
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist; create it"):
+        _open(str(tmp_path / "no" / "disk.cache"))
+
+
+def test_full_disk_is_named_and_leaves_no_file(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    with pytest.raises(ConfigError, match="No space left"):
+        _open(path)
+    assert not os.path.exists(path)
+
+
+def test_file_is_preallocated(path: str) -> None:
+    """A store into a hole on a full disk is a SIGBUS."""
+    _open(path).close(clean=False)
+
+    assert os.stat(path).st_blocks * 512 >= GEOMETRY.file_bytes
+
+
+def test_symbolic_link_is_not_followed(tmp_path: Path, path: str) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"")
+    os.symlink(target, path)
+
+    with pytest.raises(ConfigError):
+        _open(path)
+
+
+def test_cache_size_below_the_minimum_is_refused() -> None:
+    with pytest.raises(ConfigError, match="below the minimum"):
+        geometry_for(disk_bytes=1 << 30, cache_bytes=MIN_SLOTS * GRANULE - 1)
+
+
+def test_cache_is_not_larger_than_the_disk() -> None:
+    assert geometry_for(disk_bytes=10 * GRANULE + 1, cache_bytes=1 << 30).slots == 11
+
+
+def test_servers_minimum_block_becomes_the_block() -> None:
+    geometry = geometry_for(disk_bytes=1 << 30, cache_bytes=1 << 26, min_block_bytes=65536)
+
+    assert (geometry.block_bytes, geometry.granule_bytes) == (65536, 65536)
+
+
+def test_header_with_long_names_round_trips() -> None:
+    identity = Identity("nbd://" + "ü" * 2000, "e" * 4000)
+    header = new_header(GEOMETRY, identity, bytes(16), 1)
+
+    parsed = parse_header_untrusted(header.pack() + bytes(4096))
+
+    assert isinstance(parsed, Header)
+    assert parsed.digest == identity.digest
+
+
+def test_show_says_what_is_dirty(path: str) -> None:
+    _write_one(path)
+
+    summary = show(path)
+
+    assert (summary.dirty_bytes, summary.granules_used) == (BLOCK, 1)
+    assert (summary.export, summary.clean_shutdown, summary.usable) == ("disk", True, True)
+
+
+def test_show_leaves_the_file_as_it_is(path: str) -> None:
+    _write_one(path)
+    before = Path(path).read_bytes()
+
+    show(path)
+
+    assert Path(path).read_bytes() == before
+
+
+def test_drop_of_a_dirty_file_needs_to_be_told(path: str) -> None:
+    _write_one(path)
+
+    with pytest.raises(ConfigError, match="does not have"):
+        drop(path)
+    drop(path, discard_dirty=True)
+
+    assert not os.path.exists(path)
+
+
+def test_drop_of_a_damaged_file_needs_to_be_told(path: str) -> None:
+    Path(path).write_bytes(b"junk" * 5000)
+
+    with pytest.raises(ConfigError, match="--discard-dirty"):
+        drop(path)
+    drop(path, discard_dirty=True)
+
+    assert not os.path.exists(path)
+
+
+def test_drop_of_a_file_in_use_is_refused(path: str) -> None:
+    file = _open(path)
+
+    for force in (False, True):
+        with pytest.raises(ConfigError, match="in use"):
+            drop(path, discard_dirty=force)
+    file.close(clean=False)
+
+
+def test_drop_of_a_clean_file_removes_it(path: str) -> None:
+    _open(path).close(clean=True)
+
+    drop(path)
+
+    assert not os.path.exists(path)
+
+
+def test_flush_of_a_file_to_a_smaller_export_is_refused(path: str) -> None:
+    _write_one(path)
+
+    with pytest.raises(ConfigError, match="nothing was written"):
+        open_to_flush(path, export_bytes=GRANULE)
+
+
+def test_open_to_flush_hands_the_dirty_data_over(path: str) -> None:
+    _write_one(path)
+
+    file = open_to_flush(path, export_bytes=64 * GRANULE)
+
+    assert _read_first(file) == b"a" * BLOCK
+    file.close(clean=True)
+
+
+def test_block_that_left_the_page_cache_is_seen_and_read_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "disk.cache")
+    file = _open(path)
+    file.put(GRANULE, b"c" * GRANULE)
+    resident_before = file.resident(GRANULE, GRANULE)
+    file.sync()
+    file._map.madvise(mmap.MADV_DONTNEED)  # The map's own hold on the pages goes.
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if file.resident(GRANULE, BLOCK):
+        file.close(clean=False)
+        pytest.skip("the file system does not drop pages when told to")
+    view = memoryview(bytearray(BLOCK))
+
+    nowait = file.read_nowait([view], GRANULE)
+    file.read_wait([view], GRANULE)
+
+    assert (resident_before, nowait) == (True, False)
+    assert bytes(view) == b"c" * BLOCK
+    assert file.read_nowait([view], GRANULE)
+    file.close(clean=False)
+
+
+def test_store_to_a_page_on_the_disk_only_is_seen_through_the_map(tmp_path: Path) -> None:
+    file = _open(str(tmp_path / "disk.cache"))
+    file.put(GRANULE, b"c" * GRANULE)
+    file.sync()
+    file._map.madvise(mmap.MADV_DONTNEED)
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    file.put(GRANULE + BLOCK, b"d" * BLOCK)
+
+    assert file.data[GRANULE + BLOCK : GRANULE + 2 * BLOCK] == b"d" * BLOCK
+    assert file.data[GRANULE : GRANULE + BLOCK] == b"c" * BLOCK
+    file.close(clean=False)
+
+
+def test_threaded_cold_runs_jobs_and_reports_on_the_callers_side() -> None:
+    cold = ThreadedCold()
+    results: list[int] = []
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "no")
+
+    cold.run(lambda: None, results.append)
+    cold.run(fail, results.append)
+    while len(results) < 2:
+        select.select([cold.fd], [], [], 10)
+        cold.collect()
+    cold.close()
+
+    assert sorted(results) == [0, errno.EIO]
+
+
+_WRITER = """
+import os, sys, struct
+from bridge.cache.cache import Cache
+from bridge.cache.file import open_or_create
+from bridge.cache.layout import Geometry, Identity
+from bridge.cache.options import Options
+from bridge.request import WRITE, Request
+class Server:
+    size_bytes = 64 * 65536
+    min_block_bytes = 1
+    can_fua = can_flush = can_trim = can_write_zeroes = True
+    generation = 1
+    def submit(self, request):
+        pass
+file = open_or_create(sys.argv[1], geometry=Geometry(64 * 65536, 4096, 65536, 64),
+                      identity=Identity("nbd://server", "disk"))
+cache = Cache(file, Server(), Options(dirty_hard_ratio=1.0), clock=lambda: 0.0,
+              call_at_turn_end=lambda callback: None)
+number = 0
+while True:
+    number += 1
+    block = number * 7919 % 1024
+    data = struct.pack("<I", number) * 1024
+    request = Request(WRITE, block * 4096, 4096, [memoryview(data)], lambda _: None)
+    cache.submit(request)
+    os.write(1, struct.pack("<II", number, block))
+"""
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_killed_process_leaves_every_completed_write(path: str, attempt: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, path],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    done = process.stdout.read(8 * (500 + 777 * attempt))
+    process.send_signal(signal.SIGKILL)
+    done += process.stdout.read()
+    process.stdout.close()
+    process.wait()
+
+    last = {}
+    for at in range(0, len(done) - 7, 8):
+        number = int.from_bytes(done[at : at + 4], "little")
+        last[int.from_bytes(done[at + 4 : at + 8], "little")] = number
+    file = _open(path)
+    cache, _ = _cache(file, FakeServer(64 * GRANULE))
+    for block, number in last.items():
+        buffer = bytearray(BLOCK)
+        cache.submit(Request(READ, block * BLOCK, BLOCK, [memoryview(buffer)], lambda _: None))
+        found = int.from_bytes(buffer[:4], "little")
+        # One more write may have been stored whose report did not come through.
+        assert found >= number
+    assert cache.index.dirty_blocks >= len(last)
+    file.close(clean=False)

@@ -1,0 +1,84 @@
+"""Preloading ranges."""
+
+from __future__ import annotations
+
+from bridge.cache.warm import HOLE, ZERO, Warmer, data_ranges
+from bridge.request import READ, Request
+
+from .fakes import GRANULE, Rig
+
+
+def test_holes_are_left_out_and_data_is_joined() -> None:
+    extents = [(10, HOLE | ZERO), (5, 0), (7, ZERO), (100, HOLE | ZERO), (1, 0)]
+
+    assert list(data_ranges(extents, 1000)) == [(1010, 12), (1122, 1)]
+
+
+def _warm(rig: Rig, ranges: list[tuple[int, int]], limit: int) -> tuple[list[int], list[int]]:
+    progress: list[int] = []
+    done: list[int] = []
+    Warmer(
+        rig.cache.submit,
+        ranges,
+        limit_bytes=limit,
+        progress=progress.append,
+        done=done.append,
+    ).start()
+    rig.end_turn()
+    rig.serve()
+    return progress, done
+
+
+def test_warm_cache_needs_no_server() -> None:
+    rig = Rig()
+
+    progress, done = _warm(rig, [(0, 40 * GRANULE)], 64 * GRANULE)
+    rig.server.seen.clear()
+    rig.read(39 * GRANULE, GRANULE)
+
+    assert progress[-1] == 40 * GRANULE
+    assert done == [0]
+    assert rig.server.seen == []
+
+
+def test_warming_stops_at_its_limit() -> None:
+    rig = Rig()
+
+    progress, done = _warm(rig, [(0, 40 * GRANULE)], 3 * GRANULE)
+
+    assert (progress[-1], done) == (3 * GRANULE, [0])
+    assert sum(length for _, length in rig.server.ops(READ)) == 3 * GRANULE
+
+
+def test_warming_bounds_what_is_in_flight() -> None:
+    seen: list[Request] = []
+    warmer = Warmer(
+        seen.append,
+        [(0, 1 << 30)],
+        limit_bytes=1 << 30,
+        progress=lambda done_bytes: None,
+        done=lambda errors: None,
+    )
+
+    warmer.start()
+
+    assert len(seen) == 8
+
+
+def test_stopped_warming_ends_when_what_is_in_flight_has_ended() -> None:
+    seen: list[Request] = []
+    done: list[int] = []
+    warmer = Warmer(
+        seen.append,
+        [(0, 1 << 30)],
+        limit_bytes=1 << 30,
+        progress=lambda done_bytes: None,
+        done=done.append,
+    )
+    warmer.start()
+    warmer.stop()
+    early = list(done)
+    for request in seen[:]:
+        request.finish(0)
+
+    assert (early, done, len(seen)) == ([], [0], 8)
