@@ -26,7 +26,7 @@ from bridge.virtio.blk import BlkEngine
 from bridge.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
 from bridge.virtio.chain import MAX_QUEUE_SIZE
 from bridge.virtio.dirty_log import DirtyBitmap, DirtyLog
-from bridge.virtio.inflight import InflightRegion, queue_region_bytes
+from bridge.virtio.inflight import InflightRegion, queue_size_by_region
 from bridge.virtio.memory import GuestMemory, Region, map_region
 
 _log = structlog.get_logger(__name__)
@@ -296,12 +296,16 @@ class BlkDevice:
     def set_inflight(
         self, fd: int, offset: int, size: int, num_queues: int, queue_size: int
     ) -> None:
-        """See VhostUserDevice. By its size one sees that a region is from `create_inflight`."""
+        """See VhostUserDevice. A region from `create_inflight` has room for more than it says."""
         self._inflight = None
-        if size == num_queues * queue_region_bytes(self.max_queue_size, packed=self._packed):
-            queue_size = self.max_queue_size
+        room = queue_size_by_region(size, num_queues, packed=self._packed)
         self._inflight = InflightRegion.map(
-            fd, offset, size, num_queues=num_queues, queue_size=queue_size, packed=self._packed
+            fd,
+            offset,
+            size,
+            num_queues=num_queues,
+            queue_size=max(queue_size, room),
+            packed=self._packed,
         )
 
     def set_log(self, fd: int, offset: int, size: int) -> None:

@@ -49,6 +49,22 @@ def queue_region_bytes(queue_size: int, *, packed: bool) -> int:
     return -(-length // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
+def queue_size_by_region(size_bytes: int, num_queues: int, *, packed: bool) -> int:
+    """The power of two that a region of exactly `size_bytes` was made for; 0 if there is none.
+
+    The back-end that made it may have left more room than the front-end asked for, and only its
+    size, which the front-end hands on unchanged, tells.
+    """
+    header = _PACKED_HEADER_BYTES if packed else _SPLIT_HEADER_BYTES
+    entry = _PACKED_ENTRY_BYTES if packed else _SPLIT_ENTRY_BYTES
+    n_entries = (size_bytes // num_queues - header) // entry
+    if n_entries <= 0:
+        return 0
+    queue_size = 1 << n_entries.bit_length() - 1
+    needed_bytes = num_queues * queue_region_bytes(queue_size, packed=packed)
+    return queue_size if needed_bytes == size_bytes else 0
+
+
 class InflightRegion:
     """The mapped region of all queues."""
 

@@ -18,6 +18,7 @@ take back those that the driver has not come to yet.
 
 from __future__ import annotations
 
+import itertools
 from typing import Final
 
 from bridge.errors import ProtocolError
@@ -168,9 +169,10 @@ class TrackedPackedQueue(PackedQueue):
     def _rebuild_free(self, taken: set[int]) -> None:
         """Every entry that no chain takes is free: the list that was there could be any."""
         free = [entry for entry in range(self._n_entries) if entry not in taken]
-        for entry, following in zip(free, [*free[1:], self._n_entries], strict=True):
+        free.append(self._n_entries)
+        for entry, following in itertools.pairwise(free):
             self._h[17 + 16 * entry] = self._next[entry] = following
-        self._free_head = free[0] if free else self._n_entries
+        self._free_head = free[0]
         self._h[_FREE_HEAD_AT] = self._h[_OLD_FREE_HEAD_AT] = self._free_head
 
     def _copy(self, entry: int) -> Descriptor:

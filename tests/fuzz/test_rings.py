@@ -8,7 +8,7 @@ from tests.fuzz.rings import Campaign
 
 _CASES = 5000
 
-REGRESSIONS: list[int] = []
+REGRESSIONS = [49070]
 """Cases that failed once."""
 
 

@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bridge.errors import ProtocolError
-from bridge.virtio.inflight import InflightRegion, TrackedSplitQueue, queue_region_bytes
+from bridge.virtio.inflight import (
+    InflightRegion,
+    TrackedSplitQueue,
+    queue_region_bytes,
+    queue_size_by_region,
+)
 from bridge.virtio.inflight_packed import TrackedPackedQueue
 from bridge.virtio.queue import VirtQueue
 from tests.virtio.dying import Died, Life
@@ -290,6 +295,21 @@ def test_3_10_packed_ring_whose_front_end_vanished_starts_where_it_was() -> None
     assert serve_all(ring, ring.start(Life(), base=0)) == [2]
 
 
+def test_3_10_full_ring_is_recovered(make_ring: Callable[..., Split]) -> None:
+    """Found by fuzzing: with no free entry left the packed region's free list is empty."""
+    ring = make_ring(0)
+    for _ in range(SIZE // 2):
+        ring.add()
+    ring.start(Life()).pop()
+    tokens = list(range(1, SIZE // 2 + 1))
+    queue = ring.start(Life())
+    assert serve_all(ring, queue) == tokens
+    assert ring.poll() == tokens
+    for token in range(SIZE // 2 + 1, SIZE + 1):
+        ring.add()
+        assert serve_all(ring, queue) == [token]
+
+
 def test_3_10_layout_of_a_split_entry() -> None:
     ring = Split()
     ring.add()
@@ -415,6 +435,19 @@ def test_3_10_queues_are_64_byte_aligned() -> None:
     assert 4 * queue_region_bytes(1024, packed=False) == 65792
     assert queue_region_bytes(1, packed=False) == 64
     assert queue_region_bytes(1, packed=True) == 64
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_queues", [1, 3, 4])
+def test_3_10_size_tells_what_a_region_was_made_for(packed: bool, num_queues: int) -> None:
+    """QEMU 10 asks for queues of 128 and starts rings of 1024; a restart may have other options."""
+    for exponent in range(11):
+        size = num_queues * queue_region_bytes(1 << exponent, packed=packed)
+        told = queue_size_by_region(size, num_queues, packed=packed)
+        assert num_queues * queue_region_bytes(told, packed=packed) == size
+        assert told >= 1 << exponent
+    for size in (8, 4096, 16384, 65792 + 64):
+        assert queue_size_by_region(size, num_queues, packed=packed) == 0
 
 
 def test_3_10_created_region_is_sealed_and_can_be_mapped_again() -> None:
