@@ -24,12 +24,20 @@ from bridge.demo.initramfs import build_initramfs
 from bridge.demo.kernel import Kernel, cache_dir, find_kernel
 from bridge.demo.qemu import GuestConfig, VhostUserDisk, find_qemu, qemu_version
 from bridge.demo.report import GuestReport
-from bridge.demo.servers import Server, bridge_command, nbdkit_command, running, watched
+from bridge.demo.servers import (
+    Server,
+    bridge_command,
+    nbdkit_command,
+    running,
+    small_server_command,
+    watched,
+)
 from bridge.demo.without_guest import CHUNK_BYTES, pattern, run_without_guest
 from bridge.errors import BridgeError, ConfigError
 
 SERIAL = "nbd-bridge-demo"
 _MIB = 1 << 20
+_LOG_LINES = 8
 _ACCELERATORS = {"kvm": "KVM", "tcg": "software emulation"}
 
 
@@ -119,6 +127,8 @@ class _Demo:
         except BridgeError as error:
             self._fail(str(error))
         result.elapsed_s = time.monotonic() - began_s
+        if not result.passed:
+            self._tell_logs()
         verdict = "PASS" if result.passed else "FAIL"
         self.say(f"{verdict}  in {result.elapsed_s:.1f} s")
         return result
@@ -143,23 +153,33 @@ class _Demo:
         nbd_socket = self.folder / "nbd.sock"
         uri = f"nbd+unix:///?socket={nbd_socket}"
         async with AsyncExitStack() as stack:
-            command = nbdkit_command(self.image, nbd_socket, f"size={self.config.disk_mib}M")
-            log = self.folder / "nbdkit.log"
-            nbdkit = await stack.enter_async_context(running("nbdkit", command, nbd_socket, log))
-            self.say(f"server   nbdkit, sparse image of {self.config.disk_mib} MiB ({self.image})")
+            name, command = self._server_command(nbd_socket)
+            log = self.folder / "server.log"
+            server = await stack.enter_async_context(running(name, command, nbd_socket, log))
+            self.say(f"server   {name}, sparse image of {self.config.disk_mib} MiB ({self.image})")
             command = bridge_command(uri, self.disk_socket, "--serial", SERIAL)
             log = self.folder / "bridge.log"
             bridge = await stack.enter_async_context(
                 running("bridge", command, self.disk_socket, log)
             )
             self.say(f"bridge   {uri} -> {self.disk_socket} (process {bridge.process.pid})")
-            async with watched(bridge, nbdkit):
+            async with watched(bridge, server):
                 if machine is None:
                     await self._without_guest()
                 else:
                     await self._boot_twice(machine)
-            for server in (bridge, nbdkit):
-                await self._stop(server)
+            for process in (bridge, server):
+                await self._stop(process)
+
+    def _server_command(self, socket: Path) -> tuple[str, list[str]]:
+        """The NBD server's name and command line: nbdkit if it is here."""
+        try:
+            size = f"size={self.config.disk_mib}M"
+            return "nbdkit", nbdkit_command(self.image, socket, size)
+        except ConfigError as error:
+            self.say(f"server   {error}; the small NBD server of the bridge takes its place")
+            size_bytes = self.config.disk_mib * _MIB
+            return "small NBD server", small_server_command(self.image, socket, size_bytes)
 
     async def _stop(self, server: Server) -> None:
         began_s = time.monotonic()
@@ -281,6 +301,14 @@ class _Demo:
             self._fail(f"on the server's image these MiB are wrong: {wrong}")
         elif chunks:
             self.say(f"image    {chunks} MiB compared, all right")
+
+    def _tell_logs(self) -> None:
+        """The ends of the logs, which may be gone afterwards."""
+        for log in sorted(self.folder.glob("*.log")):
+            lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+            for line in lines:
+                printable = "".join(each if each.isprintable() else "?" for each in line)
+                self.say(f"{log.name}: {printable}")
 
     def _fail(self, what: str) -> None:
         self.result.failures.append(what)

@@ -176,13 +176,19 @@ def nbdkit_command(image: Path, socket: Path, *parameters: str, plugin: Path = P
         raise ConfigError("nbdkit is missing: install the packages nbdkit and nbdkit-plugin-python")
     probe = subprocess.run([nbdkit, "python", "--dump-plugin"], capture_output=True, check=False)
     if probe.returncode:
-        raise ConfigError("nbdkit has no python plugin: install the package nbdkit-plugin-python")
+        raise ConfigError("nbdkit has no Python plugin: install the package nbdkit-plugin-python")
     if not plugin.exists():
         raise ConfigError(f"no nbdkit plugin at {plugin}: run from the project's source folder")
     return [
         nbdkit, "--foreground", "--unix", str(socket),
         "python", str(plugin), f"file={image}", *parameters,
     ]  # fmt: skip
+
+
+def small_server_command(image: Path, socket: Path, size_bytes: int) -> list[str]:
+    """The bridge's own NBD server on the sparse file `image`, where nbdkit is missing."""
+    module = "bridge.demo.small_server"
+    return [sys.executable, "-m", module, str(image), str(size_bytes), str(socket)]
 
 
 def bridge_command(uri: str, socket: Path, *options: str) -> list[str]:

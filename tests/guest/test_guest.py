@@ -4,6 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from bridge.demo.demo import DemoConfig, run_demo
 from bridge.demo.guest import open_guest, run_guest
 from bridge.demo.image import allocated_bytes, check_filesystem, check_sums, extract_files
@@ -131,3 +133,14 @@ async def test_demo_notices_a_server_that_dies(folder: Path) -> None:
     )
 
     assert any("bridge ended" in failure for failure in result.failures)
+
+
+async def test_demo_without_nbdkit_uses_the_small_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+
+    result = await run_demo(DemoConfig(total_mib=8, disk_mib=32, guest=False), folder=folder)
+
+    assert result.failures == []
+    assert result.allocated["trimmed"] < result.allocated["written"]
