@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-from bridge.demo.servers import Server, bridge_command, nbdkit_command, running
+from bridge.demo.servers import Server, bridge_command, nbdkit_command, running, start_server
 from tests.tools import need
 
 MIB = 1 << 20
@@ -65,3 +65,49 @@ async def storage_daemon_on(
     ]  # fmt: skip
     async with running("storage daemon", command, socket, folder / f"{name}.log") as server:
         yield server
+
+
+class Killable:
+    """A server that may be killed and started again on the same socket."""
+
+    def __init__(self, name: str, command: list[str], socket: Path, log_path: Path) -> None:
+        self.name = name
+        self.socket = socket
+        self._command = command
+        self._log_path = log_path
+        self._server: Server | None = None
+
+    async def start(self) -> None:
+        """Start it; it listens when this returns."""
+        self._server = await start_server(self.name, self._command, self.socket, self._log_path)
+
+    async def kill(self) -> None:
+        """SIGKILL."""
+        if self._server is not None:
+            await self._server.kill()
+            if self.name == "nbdkit":
+                self.socket.unlink(missing_ok=True)  # It does not replace a dead one's socket.
+
+
+@asynccontextmanager
+async def _killed_in_the_end(server: Killable) -> AsyncIterator[Killable]:
+    try:
+        await server.start()
+        yield server
+    finally:
+        await server.kill()
+
+
+def killable_bridge(uri: str, folder: Path, *options: str) -> AbstractAsyncContextManager[Killable]:
+    """A running bridge to `uri` on `folder/disk.sock`."""
+    socket = folder / "disk.sock"
+    command = bridge_command(uri, socket, *options)
+    return _killed_in_the_end(Killable("bridge", command, socket, folder / "bridge.log"))
+
+
+def killable_nbdkit(image: Path, folder: Path) -> AbstractAsyncContextManager[Killable]:
+    """A running nbdkit on `image` and `folder/nbd.sock`."""
+    need("nbdkit")
+    socket = folder / "nbd.sock"
+    command = nbdkit_command(image, socket)
+    return _killed_in_the_end(Killable("nbdkit", command, socket, folder / "nbdkit.log"))

@@ -12,12 +12,25 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import trio
 
 from bridge.demo.guest import Guest, open_guest, run_guest
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
-from bridge.demo.servers import Server, bridge_command, nbdkit_command, start_server
-from tests.guest.backends import MIB, bridge_on, bridge_to, make_image, nbdkit_on
+from bridge.nbd.protocol import CMD_FLAG_FUA, CMD_WRITE
+from bridge.nbd.server import Server
+from bridge.nbd.server_core import Command
+from bridge.nbd.server_disk import MemoryDisk
+from tests.guest.backends import (
+    MIB,
+    Killable,
+    bridge_on,
+    bridge_to,
+    killable_bridge,
+    killable_nbdkit,
+    make_image,
+    nbdkit_on,
+)
 from tests.guest.conftest import GuestMachine
 from tests.guest.newer_qemu import newer_qemu
 from tests.guest.qmp import open_qmp
@@ -112,29 +125,62 @@ async def test_guest_reset_while_it_writes_comes_back(machine: GuestMachine, fol
 
 async def test_disk_that_grows_is_seen_in_the_guest(machine: GuestMachine, folder: Path) -> None:
     """The server comes back with a larger export; the guest is told without a restart."""
-    image, nbd_socket = make_image(folder, 16), folder / "nbd.sock"
-    command = nbdkit_command(image, nbd_socket)
-    log = folder / "nbdkit.log"
-    nbdkit = await start_server("nbdkit", command, nbd_socket, log)
+    image = make_image(folder, 16)
 
     async def grow(name: str) -> None:
-        nonlocal nbdkit
         await nbdkit.kill()
         os.truncate(image, 32 * MIB)
-        os.unlink(nbd_socket)
-        nbdkit = await start_server("nbdkit", command, nbd_socket, log)
+        await nbdkit.start()
 
-    try:
-        async with bridge_to(f"nbd+unix:///?socket={nbd_socket}", folder) as server:
-            disk = VhostUserDisk(server.socket)
-            guest_config = config(machine, "resize", disk, guest_new_sectors=32 * MIB // 512)
-            report = await run_guest(
-                guest_config, folder / "log", time_limit_s=LIMIT_S, checkpoint=grow
-            )
-    finally:
-        await nbdkit.kill()
+    async with (
+        killable_nbdkit(image, folder) as nbdkit,
+        bridge_to(f"nbd+unix:///?socket={nbdkit.socket}", folder) as server,
+    ):
+        disk = VhostUserDisk(server.socket)
+        guest_config = config(machine, "resize", disk, guest_new_sectors=32 * MIB // 512)
+        report = await run_guest(
+            guest_config, folder / "log", time_limit_s=LIMIT_S, checkpoint=grow
+        )
 
     assert report.passed, report
+
+
+async def test_read_only_disk_is_one_in_the_guest(machine: GuestMachine, folder: Path) -> None:
+    async with bridge_on(make_image(folder, 16), folder, "--read-only") as server:
+        guest_config = config(machine, "readonly", VhostUserDisk(server.socket))
+        report = await run_guest(guest_config, folder / "log", time_limit_s=LIMIT_S)
+
+    assert report.passed, report
+
+
+async def test_write_cache_switched_off_by_the_guest_makes_writes_durable(
+    machine: GuestMachine, folder: Path
+) -> None:
+    """With `write through` the guest sends no flush: every write has to be durable by itself."""
+    nbd_socket = folder / "nbd.sock"
+    server = Server({"": MemoryDisk(16 * MIB)})
+    commands: list[Command] = []
+    by_mode: dict[str, list[Command]] = {}
+
+    async def checkpoint(name: str) -> None:
+        if name.endswith(" end"):
+            writes = [each for each in commands if each.kind == CMD_WRITE]
+            by_mode[name.removesuffix(" end")] = writes
+        commands.clear()
+
+    server.commands = commands
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve_unix, nbd_socket)
+        async with bridge_to(f"nbd+unix:///?socket={nbd_socket}", folder) as bridge:
+            guest_config = config(machine, "writethrough", VhostUserDisk(bridge.socket))
+            report = await run_guest(
+                guest_config, folder / "log", time_limit_s=LIMIT_S, checkpoint=checkpoint
+            )
+        nursery.cancel_scope.cancel()
+
+    assert report.passed, report
+    assert [each.flags & CMD_FLAG_FUA for each in by_mode["write through"]] == [CMD_FLAG_FUA] * 16
+    assert [each.flags & CMD_FLAG_FUA for each in by_mode["write back"]] == [0] * 16
 
 
 async def test_guest_moves_to_another_qemu_while_it_writes(
@@ -174,58 +220,47 @@ async def test_guest_moves_to_another_qemu_while_it_writes(
     assert report.passed, report
 
 
-class KillableBridge:
-    """A bridge that may be killed and started again on the same socket."""
-
-    def __init__(self, uri: str, folder: Path) -> None:
-        self.socket = folder / "disk.sock"
-        self._command = bridge_command(uri, self.socket)
-        self._log = folder / "bridge.log"
-        self._server: Server | None = None
-
-    async def start(self) -> None:
-        """Start it; it listens when this returns."""
-        self._server = await start_server("bridge", self._command, self.socket, self._log)
-
-    async def kill(self) -> None:
-        """SIGKILL."""
-        if self._server is not None:
-            await self._server.kill()
-
-
-@asynccontextmanager
-async def killable_bridge(uri: str, folder: Path) -> AsyncIterator[KillableBridge]:
-    """A running bridge, killed in the end."""
-    bridge = KillableBridge(uri, folder)
-    await bridge.start()
-    try:
-        yield bridge
-    finally:
-        await bridge.kill()
-
-
-async def kill_repeatedly(bridge: KillableBridge, guest: Guest, times: int) -> None:
+async def kill_repeatedly(victim: Killable, guest: Guest, times: int) -> None:
     """Kill and restart at random moments, each time after the guest has come a bit further."""
     dice = random.Random(times)
     for _ in range(times):
         await progress(guest, 1)
         await trio.sleep(dice.random() / 4)
-        await bridge.kill()
-        await bridge.start()
+        await victim.kill()
+        await victim.start()
     await progress(guest, 1)
 
 
+@pytest.mark.parametrize("cache_mode", ["off", "writeback"])
 async def test_bridge_killed_while_the_guest_writes_loses_nothing(
-    machine: GuestMachine, folder: Path
+    machine: GuestMachine, folder: Path, cache_mode: str
 ) -> None:
-    """The in-flight region: the next bridge executes what the killed one had begun."""
+    """The in-flight region: the next bridge executes what the killed one had begun.
+
+    With a write-back cache it also finds there what the guest wrote and the server has not.
+    """
+    options = ["--cache-mode", cache_mode, "--cache-size", "16M", "--cache-dir", str(folder)]
     async with (
-        nbdkit_on(make_image(folder, 128), folder) as uri,
-        killable_bridge(uri, folder) as bridge,
+        nbdkit_on(make_image(folder, 128), folder, "fence=off") as uri,
+        killable_bridge(uri, folder, *options) as bridge,
     ):
         disk = VhostUserDisk(bridge.socket, reconnect_ms=100)
         async with stressed(config(machine, "stress", disk), folder) as guest:
             await kill_repeatedly(bridge, guest, KILLS)
+
+
+async def test_server_killed_while_the_guest_writes_loses_nothing(
+    machine: GuestMachine, folder: Path
+) -> None:
+    """The bridge connects again and sends once more what was not answered."""
+    image = make_image(folder, 128)
+    async with (
+        killable_nbdkit(image, folder) as nbdkit,
+        bridge_to(f"nbd+unix:///?socket={nbdkit.socket}", folder) as bridge,
+    ):
+        disk = VhostUserDisk(bridge.socket)
+        async with stressed(config(machine, "stress", disk), folder) as guest:
+            await kill_repeatedly(nbdkit, guest, KILLS)
 
 
 async def test_newer_qemu_runs_the_file_system_and_survives_a_killed_bridge(
