@@ -103,18 +103,28 @@ class SplitDriver:
         free = self._free
         if len(buffers) > len(free):
             raise QueueFull(f"{len(free)} descriptors free, {len(buffers)} needed")
-        heads = [free.pop() for _ in buffers]
         table = self.table
-        last = len(buffers) - 1
-        for position, (address, length, flags) in enumerate(buffers):
-            if position < last:
-                flags |= NEXT
-                following = heads[position + 1]
-            else:
-                following = 0
-            _pack_descriptor(table, heads[position] * 16, address, length, flags, following)
-        self._chains[heads[0]] = (token, heads)
-        self.put_head(heads[0])
+        idx = self.avail_idx
+        if len(buffers) == 1:
+            # The usual case: one indirect descriptor.
+            head = free.pop()
+            address, length, flags = buffers[0]
+            _pack_descriptor(table, head * 16, address, length, flags, 0)
+            self._chains[head] = (token, [head])
+        else:
+            heads = [free.pop() for _ in buffers]
+            head = heads[0]
+            last = len(buffers) - 1
+            for position, (address, length, flags) in enumerate(buffers):
+                if position < last:
+                    flags |= NEXT
+                    following = heads[position + 1]
+                else:
+                    following = 0
+                _pack_descriptor(table, heads[position] * 16, address, length, flags, following)
+            self._chains[head] = (token, heads)
+        self._avail[2 + (idx & self._mask)] = head
+        self.avail_idx = (idx + 1) & 0xFFFF
 
     def publish(self) -> bool:
         """Show the device what was added; True when it wants to be kicked."""

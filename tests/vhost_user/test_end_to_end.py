@@ -28,6 +28,7 @@ from bridge.vhost_user.messages import (
 )
 from bridge.vhost_user.shared_memory import USER_OFFSET, SharedMemory
 from bridge.virtio.blk import T_GET_ID, T_IN, T_OUT
+from bridge.virtio.blk_config import F_EVENT_IDX, F_VERSION_1
 from bridge.virtio.driver import WRITE, SplitDriver
 from tests.vhost_user.backends import Running, guest_on, running_backend, until
 from tests.vhost_user.fakes import memfd
@@ -145,6 +146,58 @@ async def test_kick_fd_replaced_while_running_is_the_one_waited_for(short_dir: P
             queue.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
             await front_end_of(guest).set_ring_file(Request.SET_VRING_KICK, 0, queue.kick_fd)
             await guest.write(0, b"k" * 512)
+
+
+def calls(queue: GuestQueue) -> int:
+    """How often the device has called since the last look."""
+    try:
+        return os.eventfd_read(queue.call_fd)
+    except BlockingIOError:
+        return 0
+
+
+async def test_event_idx_counts_and_the_flags_do_not(short_dir: Path) -> None:
+    """Rule 3.5: with EVENT_IDX avail.flags is ignored and used.flags stays 0."""
+    async with guest_on(short_dir) as (_backend, guest):
+        queue = guest.queues[0]
+        driver = queue.driver
+        assert isinstance(driver, SplitDriver)
+        await guest.write(0, b"e" * 512)
+        for wanted in (True, False):
+            calls(queue)
+            driver.set_avail_flags(1 if wanted else 0)
+            driver.set_used_event((driver.used_idx + (0 if wanted else 100)) & 0xFFFF)
+            queue.submit(T_IN, 0, 512)
+            queue.kick()
+            await complete(queue)
+            await trio.sleep(0.002)
+            assert bool(calls(queue)) == wanted
+            assert driver.device_used_flags == 0
+
+
+async def test_flags_count_without_event_idx(short_dir: Path) -> None:
+    """Rule 3.5: flags 1 means no call, 0 means a call; used_event means nothing."""
+    async with guest_on(short_dir, features=FEATURES & ~F_EVENT_IDX) as (_backend, guest):
+        queue = guest.queues[0]
+        driver = queue.driver
+        assert isinstance(driver, SplitDriver)
+        await guest.write(0, b"f" * 512)
+        for wanted in (True, False):
+            calls(queue)
+            driver.set_avail_flags(0 if wanted else 1)
+            driver.set_used_event((driver.used_idx + (100 if wanted else 0)) & 0xFFFF)
+            queue.submit(T_IN, 0, 512)
+            queue.kick()
+            await complete(queue)
+            await trio.sleep(0.002)
+            assert bool(calls(queue)) == wanted
+
+
+async def test_device_offers_version_1_and_as_many_queues_as_it_has(short_dir: Path) -> None:
+    """Rules 3.7 and 3.8: VERSION_1 is offered; GET_QUEUE_NUM and num_queues agree."""
+    async with guest_on(short_dir) as (_backend, guest):
+        assert guest.features & F_VERSION_1
+        assert await front_end_of(guest).get_u64(Request.GET_QUEUE_NUM) == guest.config.num_queues
 
 
 # Ring addresses.

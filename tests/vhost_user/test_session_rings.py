@@ -218,6 +218,7 @@ async def test_packed_base_keeps_all_32_bits_and_any_size(talk: Talk) -> None:
 
 @pytest.mark.parametrize("size", [0, 1025, 0x10001, 0xFFFFFFFF])
 async def test_queue_size_out_of_range_is_refused(talk: Talk, size: int) -> None:
+    """CVE-2026-61402: the size was taken as it came."""
     await talk.negotiate()
 
     assert await talk.ask(Request.SET_VRING_NUM, state(size)) == 1
