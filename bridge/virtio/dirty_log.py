@@ -76,6 +76,8 @@ class DirtyBitmap:
 
     def mark(self, guest_address: int, length: int) -> None:
         """Every page of this range was written to. Pages beyond the bitmap are not in it."""
+        if length <= 0:
+            return
         first = guest_address >> PAGE_SHIFT
         last = (guest_address + length - 1) >> PAGE_SHIFT
         byte = first >> 3

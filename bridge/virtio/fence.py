@@ -8,7 +8,12 @@ instructions, which are full barriers on x86 and acquire/release on ARM.
 
 from __future__ import annotations
 
+import platform
 from threading import Lock
+from typing import Final
+
+WEAK_ORDER: Final = platform.machine() not in ("x86_64", "i686", "i386")
+"""Whether loads can pass loads, or stores stores: there a ring needs fences that x86 does not."""
 
 _lock = Lock()
 _acquire = _lock.acquire

@@ -23,7 +23,7 @@ from typing import Final
 
 from bridge.errors import ProtocolError
 from bridge.virtio.chain import Chain
-from bridge.virtio.fence import fence
+from bridge.virtio.fence import WEAK_ORDER, fence
 from bridge.virtio.memory import GuestMemory
 from bridge.virtio.packed_queue import Descriptor, PackedQueue
 from bridge.virtio.queue import RingAreas
@@ -215,6 +215,7 @@ class TrackedPackedQueue(PackedQueue):
 
     def push(self, head: int, length: int, /) -> None:
         """See VirtQueue."""
+        self._long.pushed(head)
         last, count, buffer_id = self._chains.pop(head)
         h, region = self._h, self._region
         h[17 + 16 * last] = self._next[last] = self._free_head
@@ -225,7 +226,8 @@ class TrackedPackedQueue(PackedQueue):
         self._give_back(count)
         h[_USED_IDX_AT] = self._next_used
         region[_USED_WRAP_AT] = self._used_wrap
-        fence()
+        if WEAK_ORDER:
+            fence()
         self._halves[8 * slot + 7] = flags
         region[32 + 32 * head] = 0
         h[_OLD_FREE_HEAD_AT] = head

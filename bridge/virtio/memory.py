@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from bisect import bisect_right
 from typing import Final
 
 from bridge.errors import ProtocolError
@@ -81,6 +82,7 @@ class GuestMemory:
     def __init__(self, regions: list[Region]) -> None:
         """Raises ProtocolError when two regions overlap in the guest's address space."""
         self.regions = sorted(regions, key=lambda region: region.guest_address)
+        self._starts = [region.guest_address for region in self.regions]
         for low, high in zip(self.regions, self.regions[1:], strict=False):
             if low.guest_address + low.size_bytes > high.guest_address:
                 raise ProtocolError(
@@ -120,17 +122,28 @@ class GuestMemory:
 
         Raises BadAddress if any byte of it is outside every region or past 2^64.
         """
+        position = bisect_right(self._starts, address) - 1
+        if position >= 0:
+            region = self.regions[position]
+            offset = address - region.guest_address
+            if offset + length <= region.size_bytes:
+                return [region.view[offset : offset + length]]
+        return self._views_over_regions(position, address, length)
+
+    def _views_over_regions(self, position: int, address: int, length: int) -> list[memoryview]:
+        """A range that does not end in the region where it begins."""
         views = []
         end = address + length
-        for region in self.regions:
+        for region in self.regions[max(position, 0) :]:
             offset = address - region.guest_address
-            if 0 <= offset < region.size_bytes:
-                take = min(length, region.size_bytes - offset)
-                views.append(region.view[offset : offset + take])
-                address += take
-                length -= take
-                if not length:
-                    return views
+            if not 0 <= offset < region.size_bytes:
+                break
+            take = min(length, region.size_bytes - offset)
+            views.append(region.view[offset : offset + take])
+            address += take
+            length -= take
+            if not length:
+                return views
         raise BadAddress(
             f"a bad address: {address:#x} (range up to {end:#x}) is in no memory region"
         )

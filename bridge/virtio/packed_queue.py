@@ -28,7 +28,8 @@ from bridge.virtio.chain import (
     QueueBroken,
     request_chain,
 )
-from bridge.virtio.fence import fence
+from bridge.virtio.fence import WEAK_ORDER, fence
+from bridge.virtio.long_chains import LONG_CHAIN_VIEWS, LongChains
 from bridge.virtio.memory import BadAddress, GuestMemory
 from bridge.virtio.queue import RingAreas
 
@@ -82,6 +83,7 @@ class PackedQueue:
         """Slot and flags of the first descriptor of a batch that is not visible yet."""
         self.in_flight = 0
         self._descriptors_in_flight = 0
+        self._long = LongChains()
         self.disarm()
 
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
@@ -105,8 +107,9 @@ class PackedQueue:
         """See VirtQueue. More descriptors than the ring has, or a chain without an end, break
         the queue: the driver then rewrites what we have not used, or nobody knows its buffer."""
         chains: list[Chain] = []
-        while self._has_available():
-            fence()  # the descriptor is read after its flags
+        while self._has_available() and not self._long.too_many:
+            if WEAK_ORDER:
+                fence()  # the descriptor is read after its flags
             try:
                 descriptors = self._collect()
             except QueueBroken:
@@ -179,6 +182,8 @@ class PackedQueue:
                 fault = "a readable descriptor follows a writable one"
             else:
                 readable += views
+        if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
+            self._long.popped(head, n_views)
         return request_chain(head, readable, writable if end_known else [], fault)
 
     def _read_indirect(self, address: int, length: int) -> list[Descriptor] | str:
@@ -200,6 +205,7 @@ class PackedQueue:
 
     def push(self, head: int, length: int, /) -> None:
         """See VirtQueue."""
+        self._long.pushed(head)
         slot = self._next_used
         self._write_used(slot, head & 0xFFFF, length)
         flags = self._used_flags(length)
@@ -233,7 +239,8 @@ class PackedQueue:
             return False
         slot, flags = self._first
         self._first = None
-        fence()  # the rest of the batch is in place
+        if WEAK_ORDER:
+            fence()  # the rest of the batch is in place
         self._halves[8 * slot + 7] = flags
         return self._wants_call()
 
@@ -260,12 +267,13 @@ class PackedQueue:
         """See VirtQueue."""
         if self._event_idx:
             self._device_event[0] = self._next_avail | self._avail_wrap << 15
-            fence()  # the position is in place before the wish
+            if WEAK_ORDER:
+                fence()  # the position is in place before the wish
             self._device_event[1] = EVENT_AT_DESCRIPTOR
         else:
             self._device_event[1] = EVENT_ENABLE
         fence()
-        return self._has_available()
+        return self._has_available() and not self._long.too_many
 
     def disarm(self) -> None:
         """See VirtQueue."""

@@ -22,7 +22,7 @@ from bridge.virtio.queue import VirtQueue
 from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
 
 _QUEUE_SIZE = 256
-_ROUND_REQUESTS = 4096
+_ROUND_REQUESTS = 256
 
 
 class _Finished:

@@ -77,6 +77,15 @@ def test_3_11_pages_beyond_the_bitmap_are_ignored(fetch_or: FetchOr, address: in
     assert dirty_pages(log) == set()
 
 
+@pytest.mark.parametrize("address", [0, 4096, 32768, (1 << 64) - 1])
+@pytest.mark.parametrize("fetch_or", FETCH_OR)
+def test_3_11_no_bytes_mark_nothing(fetch_or: FetchOr, address: int) -> None:
+    """CVE-2019-14835: a zero-length descriptor during a migration."""
+    marks, log = bitmap(fetch_or)
+    marks.mark(address, 0)
+    assert dirty_pages(log) == set()
+
+
 def test_3_11_concurrent_marks_lose_no_bit() -> None:
     """Two back-ends of one VM share the bitmap: each clears and sets bits of the same byte."""
     if _fetch_or is None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bridge.errors import ProtocolError
 from bridge.virtio.memory import BadAddress, GuestMemory, Region, map_region
@@ -138,6 +140,31 @@ def test_range_into_a_hole_is_a_bad_address() -> None:
     memory = GuestMemory([Region(0, 0, view), Region(8192, 8192, view)])
     with pytest.raises(BadAddress, match=r"0x1000 \(range up to 0x2001\)"):
         memory.views(4095, 4098)
+
+
+@given(
+    layout=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=12),
+    address=st.integers(0, 80),
+    length=st.integers(1, 30),
+)
+def test_views_of_any_layout_are_the_bytes_or_a_bad_address(
+    layout: list[tuple[int, int]], address: int, length: int
+) -> None:
+    """Against the plain definition: a byte per guest address."""
+    regions, guest, at = [], dict[int, int](), 0
+    for gap, size in layout:
+        at += gap
+        content = bytearray(at + position & 0xFF for position in range(size))
+        regions.append(Region(at, 0, memoryview(content)))
+        guest |= {at + position: content[position] for position in range(size)}
+        at += size
+    memory = GuestMemory(regions[::-1])
+    wanted = range(address, address + length)
+    if all(each in guest for each in wanted):
+        assert b"".join(memory.views(address, length)) == bytes(guest[each] for each in wanted)
+    else:
+        with pytest.raises(BadAddress):
+            memory.views(address, length)
 
 
 def test_user_view_finds_a_ring_by_the_front_ends_address() -> None:

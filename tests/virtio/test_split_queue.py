@@ -16,6 +16,7 @@ from bridge.virtio.chain import (
     Chain,
     QueueBroken,
 )
+from bridge.virtio.long_chains import MAX_LONG_VIEWS, LongChains
 from bridge.virtio.split_queue import SplitQueue
 from tests.virtio.mock import DEVICE_WRITES, MEMORY_BYTES, Guest, data_of
 
@@ -408,6 +409,42 @@ def test_random_tables_end_in_chains_or_a_broken_queue(table: bytes, heads: list
     except QueueBroken:
         pass
     assert guest.queue.in_flight == 0
+
+
+def test_long_chains_in_flight_are_bounded_and_the_rest_waits() -> None:
+    """A view takes 200 bytes here: 1024 tables of 1024 entries would be 200 MB."""
+    guest = Guest(size=256)
+    entries = 1024
+    table = guest.alloc(
+        b"".join(
+            struct.pack("<QIHH", 0x8000, 1, DESC_WRITE | (DESC_NEXT if n < 1023 else 0), n + 1)
+            for n in range(entries)
+        )
+    )
+    for _ in range(256):
+        guest.put((table, 16 * entries, DESC_INDIRECT))
+    first = guest.queue.pop()
+    assert len(first) == MAX_LONG_VIEWS // entries + 1
+    assert guest.queue.pop() == []
+    assert not guest.queue.arm()  # nothing to be awake for until something ends
+    for chain in first[:2]:
+        guest.queue.push(chain[0], 1)
+    assert guest.queue.arm()
+    assert len(guest.queue.pop()) == 2
+    assert guest.queue.in_flight == len(first)
+
+
+def test_long_chains_of_one_head_are_all_counted() -> None:
+    counted = LongChains()
+    for _ in range(3):
+        counted.popped(7, 1000)
+    counted.pushed(1)
+    counted.pushed(7)
+    assert counted.views == 2000
+    counted.pushed(7)
+    counted.pushed(7)
+    counted.pushed(7)
+    assert counted.views == 0
 
 
 # §3.5: notifications
