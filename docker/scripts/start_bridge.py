@@ -18,6 +18,7 @@ CACHE_FOLDER = Path("/var/cache/nbd-bridge")
 CERTIFICATES = Path("/certificates/client")
 
 _NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"
+_FEATURES = r"(-[a-z0-9_-]+(,-[a-z0-9_-]+)*)?"
 _NAME_HINT = "letters, digits and _ . + -"
 
 
@@ -61,15 +62,21 @@ def options() -> list[str]:
     check_folder(SOCKET_FOLDER)
     chosen = [
         f"--socket-path={socket_path()}",
-        "--num-queues=" + str(integer("BRIDGE_NUM_QUEUES", 1)),
+        f"--num-queues={integer('BRIDGE_NUM_QUEUES', 1)}",
         "--block-size=" + choice("BRIDGE_BLOCK_SIZE", "512", ("512", "1024", "2048", "4096")),
         "--flush-interval=" + number("BRIDGE_FLUSH_INTERVAL", "60"),
         "--poll-us=" + number("BRIDGE_POLL_US", "32"),
+        f"--connections={integer('BRIDGE_CONNECTIONS', 1)}",
+        "--reconnect-timeout=" + number("BRIDGE_RECONNECT_TIMEOUT", "0"),
         "--log-level=" + choice("BRIDGE_LOG_LEVEL", "info", ("debug", "info", "warning", "error")),
         "--log-format=" + choice("BRIDGE_LOG_FORMAT", "text", ("text", "json")),
     ]
     if serial := text("BRIDGE_SERIAL", "", pattern=r"[!-~]{0,20}", hint="at most 20 characters"):
         chosen.append(f"--serial={serial}")
+    if features := text(
+        "BRIDGE_FEATURES", "", pattern="(-[a-z-]+(,-[a-z-]+)*)?", hint="-mq,-discard"
+    ):
+        chosen.append(f"--features={features}")
     if switch("BRIDGE_READ_ONLY", "off"):
         chosen.append("--read-only")
     return chosen + cache_options()
@@ -77,7 +84,7 @@ def options() -> list[str]:
 
 def cache_options() -> list[str]:
     """The local cache's options. Raises SettingError."""
-    mode = choice("BRIDGE_CACHE_MODE", "off", ("off", "writethrough", "writeback"))
+    mode = choice("BRIDGE_CACHE_MODE", "writeback", ("off", "writethrough", "writeback"))
     if mode == "off":
         return []
     check_folder(CACHE_FOLDER)

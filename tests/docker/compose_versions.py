@@ -42,7 +42,7 @@ def compose_v2(docker: str, cache: Path) -> list[str] | None:
             _fetch(folder)
         except (Failed, OSError):
             return None
-    return [str(plugin), "compose"] if plugin.exists() else None
+    return [docker, "--config", str(folder), "compose"] if plugin.exists() else None
 
 
 def _major(*command: str) -> str:

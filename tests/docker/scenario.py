@@ -21,6 +21,7 @@ IMAGE_LIMIT_BYTES = 250 * 1000 * 1000
 UP_LIMIT_S = 15.0
 IDLE_LIMIT_PERCENT = 1.0
 
+_FILE_MIB = 4
 _HEALTHY_LIMIT_S = 40.0
 _ROUND_LIMIT_S = 60.0
 _GUEST_LIMIT_S = 300.0
@@ -131,7 +132,7 @@ def _cpu_s(compose: Compose, service: str) -> float:
 def write_through_kills(compose: Compose, say: Say, seed: int) -> None:
     """A guest writes; storage and bridge are killed meanwhile; it ends well. Raises Failed."""
     chance = random.Random(seed)
-    compose.up("guest", GUEST_SECONDS="90")
+    compose.up("guest", GUEST_SECONDS="90", GUEST_MIB=str(_FILE_MIB))
     victims = ["storage", "bridge"] * KILLS
     chance.shuffle(victims)
     began_s = time.monotonic()
@@ -181,6 +182,25 @@ def run_guest(compose: Compose, say: Say, **settings: str) -> str:
     began_s = time.monotonic()
     compose.up("guest", **settings)
     return _finish_guest(compose, say, began_s)
+
+
+def check_warm_cache(compose: Compose, say: Say) -> None:
+    """A guest reads every file again, and little of it comes from the storage. Raises Failed."""
+    before = _received_bytes(compose, "bridge")
+    said = run_guest(compose, say, GUEST_SCRIPT="verify")
+    files = re.search(r"^REPORT files=(\d+)$", said, re.MULTILINE)
+    read_mib = int(files[1]) * _FILE_MIB if files else 0
+    fetched_mib = (_received_bytes(compose, "bridge") - before) / (1 << 20)
+    say(f"warm     {read_mib} MiB of files verified, {fetched_mib:.1f} MiB came from the storage")
+    if not read_mib or fetched_mib > read_mib / 4:
+        raise Failed(f"the cache is not warm:\n{compose.logs('bridge')[-1500:]}")
+
+
+def _received_bytes(compose: Compose, service: str) -> int:
+    """What came over the service's network so far."""
+    table = compose.engine("exec", compose.container(service), "cat", "/proc/net/dev")
+    rows = (line.partition(":") for line in table.splitlines())
+    return sum(int(row[2].split()[0]) for row in rows if row[1] and row[0].strip() != "lo")
 
 
 def _finish_guest(compose: Compose, say: Say, began_s: float) -> str:
