@@ -6,8 +6,8 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
-from functools import wraps
+from dataclasses import asdict, fields
+from functools import partial, wraps
 from typing import Any, NoReturn, ParamSpec
 
 import click
@@ -24,7 +24,7 @@ _CAPABILITIES = {"type": "block", "features": ["read-only"]}
 
 def main() -> NoReturn:
     """The `nbd-bridge` command."""
-    nbd_bridge(prog_name="nbd-bridge")
+    nbd_bridge(prog_name="nbd-bridge", auto_envvar_prefix="NBD_BRIDGE")
     raise SystemExit(0)
 
 
@@ -76,7 +76,11 @@ _capabilities_option = click.option(
 @click.version_option(__version__, prog_name="nbd-bridge")
 @_capabilities_option
 def nbd_bridge() -> None:
-    """Give a virtual machine a disk that lives on a network block device."""
+    """Give a virtual machine a disk that lives on a network block device.
+
+    Every option can also be set by an environment variable: NBD_BRIDGE_SERVE_CACHE_SIZE for
+    `serve --cache-size`, and so on.
+    """
 
 
 def _block_size(_: click.Context, __: click.Parameter, value: int) -> int:
@@ -106,6 +110,20 @@ def _size(_: click.Context, __: click.Parameter, value: str) -> int:
     if match is None or not int(match[1]):
         raise click.BadParameter(f"{value!r} is no size: write a number with K, M, G or T")
     return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
+
+
+def _ranges(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[int, int]]:
+    """(offset, length) in bytes of each `OFFSET:LENGTH`; either may be a size such as 10M."""
+    found = []
+    for value in values:
+        offset, separator, length = value.partition(":")
+        if not separator:
+            raise click.BadParameter(f"{value!r}: write OFFSET:LENGTH")
+        start = 0 if offset == "0" else _size(context, parameter, offset)
+        found.append((start, _size(context, parameter, length)))
+    return found
 
 
 @nbd_bridge.command()
@@ -163,7 +181,7 @@ def _size(_: click.Context, __: click.Parameter, value: str) -> int:
 @click.option(
     "--cache-mode",
     type=click.Choice(["off", "writethrough", "writeback"]),
-    default="off",
+    default="writeback",
     show_default=True,
     help="Keep a local cache; writeback also completes writes in it.",
 )
@@ -218,6 +236,14 @@ def _size(_: click.Context, __: click.Parameter, value: str) -> int:
     show_default=True,
     help="Seconds that a write of a lost connection may still reach a server without a fence.",
 )
+@click.option(
+    "--stop-timeout",
+    "stop_timeout_s",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that a stop may take to bring everything to the server.",
+)
 @click.option("--tls-ca", "tls_ca_file", type=click.Path(), help="CA certificates (PEM).")
 @click.option("--tls-cert", "tls_certificate_file", type=click.Path(), help="Our certificate.")
 @click.option("--tls-key", "tls_key_file", type=click.Path(), help="The key to --tls-cert.")
@@ -260,6 +286,88 @@ def info(uri: str, as_json: bool) -> None:
 
     export = trio.run(inspect_uri, uri)
     click.echo(json.dumps(export, indent=2) if as_json else describe(export))
+
+
+@nbd_bridge.group()
+def cache() -> None:
+    """Look after a cache file that no process uses."""
+
+
+@cache.command("show")
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_one_line_errors
+def cache_show(file: str, as_json: bool) -> None:
+    """Print what cache FILE holds."""
+    from bridge.cache.inspect import show
+
+    summary = asdict(show(file))
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+        return
+    for name, value in summary.items():
+        click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):17} {value}")
+
+
+@cache.command("drop")
+@click.argument("file")
+@click.option("--discard-dirty", is_flag=True, help="Even if it holds what the server has not.")
+@_one_line_errors
+def cache_drop(file: str, discard_dirty: bool) -> None:
+    """Remove cache FILE."""
+    from bridge.cache.inspect import drop
+
+    drop(file, discard_dirty=discard_dirty)
+
+
+@cache.command("flush")
+@click.argument("file")
+@click.argument("uri", required=False)
+@click.option("--moved", is_flag=True, help="URI is where the export is now.")
+@click.option("--timeout", type=click.FloatRange(1), default=60.0, show_default=True)
+@_one_line_errors
+def cache_flush(file: str, uri: str | None, moved: bool, timeout: float) -> None:
+    """Bring what only cache FILE holds to the server.
+
+    URI is needed where the server wants TLS, or has moved.
+    """
+    from bridge.cache_tools import flush_file
+
+    logs.configure(level="warning", format_="text")
+    flushed = trio.run(partial(flush_file, file, uri, moved=moved, timeout_s=timeout))
+    click.echo(f"{flushed} bytes written to the server and flushed")
+
+
+@cache.command("warm")
+@click.argument("uri")
+@click.option("--cache-size", default="1G", show_default=True, callback=_size)
+@click.option("--cache-dir", type=click.Path(), help="Where the cache file is.")
+@click.option(
+    "--range",
+    "ranges",
+    multiple=True,
+    callback=_ranges,
+    metavar="OFFSET:LENGTH",
+    help="Only this part of the disk; may be given several times.",
+)
+@_one_line_errors
+def cache_warm(
+    uri: str, cache_size: int, cache_dir: str | None, ranges: list[tuple[int, int]]
+) -> None:
+    """Read the export at URI into its cache before it is served; holes are left out."""
+    from bridge.cache_tools import warm
+    from bridge.storage import WRITEBACK, CacheSettings
+
+    logs.configure(level="warning", format_="text")
+    settings = CacheSettings(mode=WRITEBACK, size_bytes=cache_size, directory=cache_dir)
+    with click.progressbar(length=1, label="warming", file=sys.stderr) as bar:
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            bar.length = total_bytes
+            bar.update(done_bytes - bar.pos)
+
+        warmed = trio.run(partial(warm, uri, settings, ranges=ranges, progress=progress))
+    click.echo(f"{warmed} bytes are in the cache")
 
 
 @nbd_bridge.command()

@@ -25,9 +25,6 @@ from bridge.virtio.blk_config import SECTOR_BYTES, DiskGeometry
 
 _log = structlog.get_logger(__name__)
 
-_STOP_LIMIT_S = 30.0
-"""How long a stop may take to bring everything to the server."""
-
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -43,6 +40,8 @@ class ServeOptions:
     block_size: int = 512
     flush_interval_s: float = 60.0
     poll_us: float = 32.0
+    stop_timeout_s: float = 30.0
+    """How long a stop may take to bring everything to the server."""
     withheld_features: int = 0
     client: ClientOptions = field(default_factory=ClientOptions)
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -69,7 +68,7 @@ async def serve_disk(options: ServeOptions) -> None:
                     await _serve(options, loop, storage, nursery)
             finally:
                 with trio.CancelScope(shield=True):
-                    await storage.close(_STOP_LIMIT_S)
+                    await storage.close(options.stop_timeout_s)
             nursery.cancel_scope.cancel()
     loop.close()
     _log.info("stopped")
@@ -93,6 +92,7 @@ async def _serve(
         serial=options.serial or default_serial(export),
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
+        drain_timeout_s=options.stop_timeout_s,
         fail_pending=storage.fail_pending,
         on_all_stopped=disk.flush,
         withheld_features=options.withheld_features,
@@ -111,7 +111,7 @@ async def _serve(
         try:
             await backend.serve(device, listener)
         finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _STOP_LIMIT_S):
+            with trio.CancelScope(shield=True), trio.move_on_after(options.stop_timeout_s):
                 await disk.flush()
 
 

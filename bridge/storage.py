@@ -36,6 +36,10 @@ WRITETHROUGH = "writethrough"
 OFF = "off"
 
 
+_SAMPLE_LIMIT_S = 10.0
+"""How long the comparison of a sample of the cache with the server may take."""
+
+
 @dataclass(frozen=True)
 class CacheSettings:
     """The cache as the command line has it."""
@@ -174,8 +178,55 @@ class Storage:
         )
         cache.woken = self._wake
         self.client.keeps_unflushed = True
-        self.client.on_reconnect = cache.backend_reconnected
+        self.client.on_reconnect = self._reconnected
+        if not self._note_generation(cache):
+            await self._compare_sample(cache)
         return export
+
+    def _reconnected(self) -> None:
+        """A new connection is up; nothing was sent on it yet."""
+        assert self._cache is not None
+        self._cache.backend_reconnected()
+        self._note_generation(self._cache)
+
+    def _note_generation(self, cache: Cache) -> bool:
+        """Drop what is clean if somebody else wrote since; False if the server does not say."""
+        properties = self.client.export.properties
+        try:
+            generation, written = int(properties["generation"]), int(properties["written"])
+        except (KeyError, ValueError):
+            return False
+        if dropped := cache.note_export_generation(generation, written):
+            _log.warning(
+                "somebody else wrote the export since: the clean part of the cache is discarded",
+                blocks=dropped,
+            )
+        return True
+
+    async def _compare_sample(self, cache: Cache) -> None:
+        """For a server that does not count its writers: compare some of what is cached."""
+        differing = -1
+        ended = trio.Event()
+
+        def done(differences: int) -> None:
+            nonlocal differing
+            differing = differences
+            ended.set()
+
+        cache.check_sample(done)
+        # Nobody looks after the connection yet: if it is lost now, nothing answers.
+        with trio.move_on_after(_SAMPLE_LIMIT_S):
+            await ended.wait()
+        if differing > 0:
+            _log.warning(
+                "the export has changed since: the clean part of the cache is discarded",
+                differing_blocks=differing,
+            )
+        elif differing < 0:
+            _log.warning(
+                "the cache could not be compared with the export: its clean part is discarded"
+            )
+            cache.drop_clean()
 
     @property
     def backend(self) -> Backend:

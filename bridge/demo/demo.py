@@ -157,7 +157,10 @@ class _Demo:
             log = self.folder / "server.log"
             server = await stack.enter_async_context(running(name, command, nbd_socket, log))
             self.say(f"server   {name}, sparse image of {self.config.disk_mib} MiB ({self.image})")
-            command = bridge_command(uri, self.disk_socket, "--serial", SERIAL)
+            command = bridge_command(
+                *(uri, self.disk_socket, "--serial", SERIAL),
+                *("--cache-dir", str(self.folder), "--cache-size", "256M"),
+            )
             log = self.folder / "bridge.log"
             bridge = await stack.enter_async_context(
                 running("bridge", command, self.disk_socket, log)

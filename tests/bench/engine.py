@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.peers import peer_command
@@ -33,6 +33,10 @@ class Workload:
     count: int
     write: bool
     required: float
+    step_blocks: int = 5
+    """Distance from one request to the next: 1 is sequential."""
+    flush_every: int = 0
+    """A flush after this many writes; 0: none."""
 
 
 WORKLOADS = [
@@ -84,7 +88,7 @@ def bridge(
         str(socket),
         "--log-level",
         "warning",
-        *options,
+        *(options or ("--cache-mode", "off")),
         ready=socket,
     )
 
@@ -122,8 +126,9 @@ def measure(socket: Path, workload: Workload) -> float:
         *("-c", str(workload.count)),
         *("-d", str(workload.depth)),
         *("-s", str(workload.block_bytes)),
-        *("-S", str(workload.block_bytes * 5)),
+        *("-S", str(workload.block_bytes * workload.step_blocks)),
         *(("-w",) if workload.write else ()),
+        *((f"--flush-interval={workload.flush_every}",) if workload.flush_every else ()),
         "--image-opts",
         f"driver=virtio-blk-vhost-user,path={socket},cache.direct=on",
     )
@@ -154,7 +159,7 @@ def main() -> None:
         for workload in WORKLOADS:
             if arguments.only not in workload.name:
                 continue
-            scaled = Workload(**{**vars(workload), "count": int(workload.count * arguments.scale)})
+            scaled = replace(workload, count=int(workload.count * arguments.scale))
             results: dict[Path, list[float]] = {ours: [], theirs: []}
             for _ in range(arguments.rounds):
                 for socket, rates in results.items():

@@ -36,6 +36,7 @@ def unix_uri(socket: Path, export: str = "") -> str:
 @asynccontextmanager
 async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
     """A process that has made its socket `ready`; it is ended, by force if need be."""
+    ready.unlink(missing_ok=True)  # of one that was killed
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
         with trio.fail_after(_START_LIMIT_S):

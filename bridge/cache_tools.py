@@ -1,0 +1,177 @@
+"""What `nbd-bridge cache` does with a server: flush a cache file to it, warm one from it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+import trio
+
+from bridge.cache.cache import Cache
+from bridge.cache.inspect import open_to_flush, show
+from bridge.cache.options import Options
+from bridge.cache.warm import Warmer, data_ranges
+from bridge.errors import BridgeError, ConfigError
+from bridge.loop import Loop
+from bridge.nbd.chunks import StatusRequest
+from bridge.nbd.client import Client
+from bridge.nbd.options import ClientOptions
+from bridge.nbd.uri import NbdUri, parse_uri
+from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
+from bridge.storage import CacheSettings, NbdBackend, Storage, cache_identity
+
+_STATUS_BYTES = 1 << 30
+"""How much of a disk one question about its extents covers."""
+
+
+def uri_of(path: str) -> NbdUri:
+    """Where the export of a cache file was, without TLS."""
+    summary = show(path)
+    name = quote(summary.export, safe="")
+    if summary.uri.startswith("/"):
+        return parse_uri(f"nbd+unix:///{name}?socket={quote(summary.uri)}")
+    return parse_uri(f"nbd://{summary.uri}/{name}")
+
+
+async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s: float) -> int:
+    """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
+
+    `uri_text` None: where the file says that the export was. `moved`: it may be another one.
+    Raises ConfigError, ConnectionLost or ProtocolError; on any error the data stays in the file.
+    """
+    summary = show(path)
+    uri = uri_of(path) if uri_text is None else parse_uri(uri_text)
+    identity = cache_identity(uri)
+    if not moved and (identity.uri, identity.export) != (summary.uri, summary.export):
+        raise ConfigError(
+            f"cache file {path} belongs to export {summary.export!r} of {summary.uri}, not to "
+            f"{identity.export!r} of {identity.uri}; if that export moved there, add --moved"
+        )
+    async with _client(uri, ClientOptions(reconnect_timeout_s=timeout_s)) as (client, loop):
+        backend = NbdBackend(client)
+        if client.export.read_only:
+            raise ConfigError(f"{uri.text}: the export is read-only, nothing can be flushed to it")
+        file = open_to_flush(path, export_bytes=backend.size_bytes)
+        try:
+            cache = Cache(
+                file,
+                backend,
+                Options(flush_interval_s=0),
+                clock=trio.current_time,
+                call_at_turn_end=loop.at_turn_end,
+            )
+            client.keeps_unflushed = True
+            client.on_reconnect = cache.backend_reconnected
+            request = Request(FLUSH, 0, 0, [], _nothing)
+            with trio.move_on_after(timeout_s) as scope:
+                await _finish(cache, request)
+            if scope.cancelled_caught or request.error:
+                raise BridgeError(
+                    f"{uri.text}: the server did not take everything; what is missing is still in "
+                    f"{path}"
+                )
+        finally:
+            file.close(clean=True)
+    return summary.dirty_bytes
+
+
+async def warm(
+    uri_text: str,
+    settings: CacheSettings,
+    *,
+    ranges: list[tuple[int, int]],
+    progress: Callable[[int, int], None],
+) -> int:
+    """Read `ranges` (all of the disk if there are none) into its cache; how many bytes it was.
+
+    Holes that the server reports are left out. `progress(done_bytes, total_bytes)` is called as
+    it goes. Raises ConfigError, ConnectionLost or ProtocolError.
+    """
+    uri = parse_uri(uri_text)
+    loop = Loop(poll_us=0)
+    storage = Storage(uri, loop, ClientOptions(), settings)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        try:
+            export = await storage.open()
+            nursery.start_soon(storage.run)
+            size = export.usable_bytes
+            wanted = [(offset, min(length, size - offset)) for offset, length in ranges]
+            for offset, length in wanted:
+                if length <= 0:
+                    raise ConfigError(f"range {offset}: the disk has only {size} bytes")
+            allocated: list[tuple[int, int]] = []
+            for offset, length in wanted or [(0, size)]:
+                allocated += await _data(storage.backend, offset, length, export.can_block_status)
+            # More than the cache holds would only push out what came first.
+            total = min(sum(length for _, length in allocated), settings.size_bytes)
+            ended = trio.Event()
+            warmer = Warmer(
+                storage.backend.submit,
+                allocated,
+                limit_bytes=total,
+                progress=lambda done: progress(done, total),
+                done=lambda errors: ended.set(),
+            )
+            warmer.start()
+            await ended.wait()
+            if warmer.errors:
+                raise BridgeError(f"{uri_text}: {warmer.errors} MiB could not be read")
+        finally:
+            with trio.CancelScope(shield=True):
+                await storage.close(limit_s=10)
+        nursery.cancel_scope.cancel()
+    loop.close()
+    return total
+
+
+async def _data(
+    target: Target, offset: int, length: int, can_block_status: bool
+) -> list[tuple[int, int]]:
+    """The parts of a range that are no holes, as far as the server says."""
+    if not can_block_status:
+        return [(offset, length)]
+    found: list[tuple[int, int]] = []
+    end = offset + length
+    while offset < end:
+        request = StatusRequest(
+            BLOCK_STATUS, offset, min(end - offset, _STATUS_BYTES), [], _nothing
+        )
+        await _finish(target, request)
+        if request.error or not request.extents:
+            found.append((offset, end - offset))  # no answer: everything may be data
+            break
+        found += data_ranges(request.extents, offset)
+        offset += sum(length for length, _ in request.extents)
+    return found
+
+
+async def _finish(target: Target, request: Request) -> None:
+    """Submit `request` and wait until it is finished."""
+    ended = trio.Event()
+    request.done = lambda _: ended.set()
+    target.submit(request)
+    await ended.wait()
+
+
+def _nothing(request: Request) -> None:
+    """Replaced by `_finish`."""
+
+
+@asynccontextmanager
+async def _client(uri: NbdUri, options: ClientOptions) -> AsyncIterator[tuple[Client, Loop]]:
+    """A connected client with its loop, for as long as the block lasts."""
+    loop = Loop(poll_us=0)
+    client = Client(uri, loop, options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        await client.connect()
+        nursery.start_soon(client.run)
+        try:
+            yield client, loop
+        finally:
+            with trio.CancelScope(shield=True):
+                await client.close()
+            nursery.cancel_scope.cancel()
+    loop.close()

@@ -1,0 +1,276 @@
+"""The cache end to end: kills, clean stops without a server, and the commands on its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from bridge.guest import Guest
+from tests.serve.processes import (
+    bridge_argv,
+    process,
+    serving,
+    short_directory,
+    unix_uri,
+    wait_for,
+)
+from tests.tools import need
+
+PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
+SIZE_BYTES = 64 << 20
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with short_directory() as path:
+        (path / "cache").mkdir()
+        yield path
+
+
+def nbdkit(directory: Path) -> list[str]:
+    return [
+        *(need("nbdkit"), "-f", "-U", str(directory / "nbd")),
+        *("python", str(PLUGIN), f"file={directory / 'disk.img'}", f"size={SIZE_BYTES}"),
+    ]
+
+
+def cached(directory: Path, mode: str = "writeback") -> list[str]:
+    return [
+        *("--cache-mode", mode, "--cache-dir", str(directory / "cache")),
+        *("--cache-size", "32M", "--log-level", "warning"),
+    ]
+
+
+def cache_file(directory: Path) -> Path:
+    (path,) = (directory / "cache").iterdir()
+    return path
+
+
+def command(*arguments: str, status: int = 0) -> str:
+    """The output of `nbd-bridge ARGUMENTS`."""
+    done = subprocess.run(bridge_argv(*arguments), capture_output=True, timeout=60, check=False)
+    text = (done.stdout + done.stderr).decode()
+    assert "Traceback" not in text
+    assert done.returncode == status, text
+    return text
+
+
+def shown(directory: Path) -> dict[str, int]:
+    told: dict[str, int] = json.loads(
+        command("cache", "show", "--json", str(cache_file(directory)))
+    )
+    return told
+
+
+async def write_and_leave_dirty(directory: Path) -> bytes:
+    """Write through a bridge that is killed before it could write anything out."""
+    data = os.urandom(1 << 20)
+    vhost = directory / "vhost"
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        argv = bridge_argv(
+            "serve", unix_uri(directory / "nbd"), "--socket-path", str(vhost), *cached(directory)
+        )
+        async with process(argv, ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(8 << 20, data)
+                child.send_signal(signal.SIGKILL)
+            await wait_for(child, limit_s=10)
+    return data
+
+
+async def test_killed_bridge_next_start_brings_completed_writes_to_the_server(directory):
+    data = await write_and_leave_dirty(directory)
+    assert shown(directory)["dirty_bytes"] > 0
+    vhost = directory / "vhost"
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                assert await guest.read(8 << 20, 1 << 20) == data
+                await guest.flush()
+    assert (directory / "disk.img").read_bytes()[8 << 20 : 9 << 20] == data
+    assert shown(directory)["dirty_bytes"] == 0
+
+
+async def test_flush_in_writeback_is_on_the_server(directory):
+    data = os.urandom(3 << 20)
+    vhost = directory / "vhost"
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(4096, data)
+                await guest.flush()
+                image = (directory / "disk.img").read_bytes()
+    assert image[4096 : 4096 + len(data)] == data
+
+
+async def test_writethrough_completed_write_is_on_the_server(directory):
+    vhost = directory / "vhost"
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory, "writethrough")):
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(4096, b"a" * 4096)
+                image = (directory / "disk.img").read_bytes()
+    assert image[4096:8192] == b"a" * 4096
+
+
+async def test_server_killed_and_started_again_guest_sees_no_error(directory):
+    data = [os.urandom(256 << 10) for _ in range(8)]
+    vhost = directory / "vhost"
+    nbd = directory / "nbd"
+    server = subprocess.Popen(nbdkit(directory))
+    try:
+        with trio.fail_after(20):
+            while not nbd.exists():
+                await trio.sleep(0.02)
+        async with serving(unix_uri(nbd), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                for number, each in enumerate(data):
+                    await guest.write(number << 20, each)
+                    if number % 3 == 1:
+                        server.kill()
+                        server.wait()
+                        nbd.unlink(missing_ok=True)
+                        server = subprocess.Popen(nbdkit(directory))
+                await guest.flush()
+                for number, each in enumerate(data):
+                    assert await guest.read(number << 20, len(each)) == each
+    finally:
+        server.terminate()
+        server.wait()
+    image = (directory / "disk.img").read_bytes()
+    for number, each in enumerate(data):
+        assert image[number << 20 : (number << 20) + len(each)] == each
+
+
+async def test_cache_flush_brings_what_a_killed_bridge_left(directory):
+    data = await write_and_leave_dirty(directory)
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        text = await trio.to_thread.run_sync(command, "cache", "flush", str(cache_file(directory)))
+    assert "flushed" in text
+    assert (directory / "disk.img").read_bytes()[8 << 20 : 9 << 20] == data
+    assert shown(directory)["dirty_bytes"] == 0
+
+
+async def test_cache_flush_to_another_export_is_refused(directory):
+    await write_and_leave_dirty(directory)
+    dirty = shown(directory)["dirty_bytes"]
+    text = command(
+        "cache", "flush", str(cache_file(directory)), unix_uri(directory / "other"), status=2
+    )
+    assert "--moved" in text
+    assert shown(directory)["dirty_bytes"] == dirty
+
+
+async def test_cache_drop_dirty_needs_to_be_told_twice(directory):
+    await write_and_leave_dirty(directory)
+    path = str(cache_file(directory))
+    assert "--discard-dirty" in command("cache", "drop", path, status=2)
+    command("cache", "drop", "--discard-dirty", path)
+    assert not list((directory / "cache").iterdir())
+
+
+async def test_cache_file_in_use_is_left_alone(directory):
+    vhost = directory / "vhost"
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
+            path = str(cache_file(directory))
+            assert "in use" in await trio.to_thread.run_sync(
+                lambda: command("cache", "drop", path, status=2)
+            )
+
+
+async def test_cache_warm_preloads_what_is_no_hole(directory):
+    data = os.urandom(2 << 20)
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        with open(directory / "disk.img", "r+b") as image:
+            image.seek(16 << 20)
+            image.write(data)
+        arguments = ("cache", "warm", unix_uri(directory / "nbd"), "--cache-size", "32M")
+        arguments += ("--cache-dir", str(directory / "cache"))
+        await trio.to_thread.run_sync(command, *arguments)
+        assert 2 << 20 <= shown(directory)["valid_bytes"] < 4 << 20
+
+
+async def test_image_changed_meanwhile_is_read_anew(directory):
+    vhost = directory / "vhost"
+    argv = [need("nbdkit"), "-f", "-U", str(directory / "nbd"), "file", str(directory / "disk.img")]
+    (directory / "disk.img").write_bytes(b"a" * SIZE_BYTES)
+    for expected in (b"a", b"b"):
+        (directory / "disk.img").write_bytes(expected * SIZE_BYTES)
+        async with process(argv, ready=directory / "nbd"):
+            async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
+                async with await Guest.connect(vhost) as guest:
+                    assert await guest.read(0, 4 << 20) == expected * (4 << 20)
+        (directory / "nbd").unlink(missing_ok=True)
+
+
+async def test_stop_without_a_server_keeps_dirty_data_for_the_next_start(directory):
+    data = os.urandom(1 << 20)
+    vhost = directory / "vhost"
+    argv = bridge_argv(
+        "serve", unix_uri(directory / "nbd"), "--socket-path", str(vhost), *cached(directory)
+    )
+    async with process(nbdkit(directory), ready=directory / "nbd") as server:
+        async with process([*argv, "--stop-timeout", "1"], ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                server.kill()
+                server.wait()
+                await guest.write(8 << 20, data)
+            child.terminate()
+            assert await wait_for(child, limit_s=30) == 0
+    assert shown(directory)["dirty_bytes"] >= 1 << 20
+    (directory / "nbd").unlink(missing_ok=True)
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                assert await guest.read(8 << 20, 1 << 20) == data
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda file: file.write_bytes(os.urandom(1 << 20)), "cache file"),
+        (lambda file: os.truncate(file, 1 << 20), "cut short"),
+        (lambda file: _flip(file, 24), "cache file"),
+    ],
+    ids=["foreign", "truncated", "flipped header"],
+)
+async def test_damaged_cache_file_is_refused_with_its_name(change, says, directory):
+    await write_and_leave_dirty(directory)
+    path = cache_file(directory)
+    change(path)
+    async with process(nbdkit(directory), ready=directory / "nbd"):
+        arguments = ("serve", unix_uri(directory / "nbd"), *cached(directory))
+        arguments += ("--socket-path", str(directory / "vhost"))
+        text = await trio.to_thread.run_sync(lambda: command(*arguments, status=2))
+    assert str(path) in text
+    assert says in text
+    assert "cache drop" in text
+
+
+def _flip(path: Path, position: int) -> None:
+    """Flip a bit in both copies of the header."""
+    with open(path, "r+b") as file:
+        for start in (0, 4096):
+            file.seek(start + position)
+            byte = file.read(1)[0]
+            file.seek(start + position)
+            file.write(bytes([byte ^ 1]))
+
+
+def test_cache_directory_missing_is_named(directory):
+    argv = [need("nbdkit"), "-U", str(directory / "nbd"), "memory", "64M", "--run"]
+    words = bridge_argv("serve", unix_uri(directory / "nbd"), "--socket-path", "/tmp/x")
+    words += ["--cache-mode", "writeback", "--cache-dir", str(directory / "none")]
+    done = subprocess.run(
+        [*argv, " ".join(f"'{word}'" for word in words)], capture_output=True, check=False
+    )
+    assert done.returncode == 2
+    assert str(directory / "none") in done.stderr.decode()
