@@ -406,7 +406,7 @@ class Connection:
                 self._end_of_file()
                 return
             transmission.bytes_received(n_bytes)
-            if n_bytes < asked or not self.alive:
+            if not self.alive or (n_bytes < asked and not transmission._direct):
                 return
 
     def _receive_tls(self) -> None:

@@ -13,9 +13,11 @@ from random import Random
 import pytest
 import trio
 
+from bridge.guest import Guest
 from bridge.nbd.client import Client
 from bridge.request import FLUSH
 from tests.nbd.helpers import FAST, do, pattern, read, running_client, short_dir, until, write
+from tests.serve.processes import serving
 from tests.tools import need
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +72,25 @@ class Nbdkit:
             self.kill()
 
 
-async def _work(client: Client, number: int, versions: dict[int, int], stop: trio.Event) -> int:
+class Plain:
+    """The client itself, with errors raised as the built-in guest raises them."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return await read(self._client, offset, length)
+
+    async def write(self, offset: int, data: bytes) -> None:
+        assert await write(self._client, offset, data) == 0
+
+    async def flush(self) -> None:
+        assert await do(self._client, FLUSH) == 0
+
+
+async def _work(
+    disk: Plain | Guest, number: int, versions: dict[int, int], stop: trio.Event
+) -> int:
     """Write and read blocks of one's own; the number of operations."""
     random = Random(number)
     mine = range(number, SIZE // BLOCK, WORKERS)
@@ -79,13 +99,13 @@ async def _work(client: Client, number: int, versions: dict[int, int], stop: tri
         block = random.choice(mine)
         if random.randrange(3):
             version = versions.get(block, 0) + 1
-            assert await write(client, block * BLOCK, pattern(block, BLOCK, version)) == 0
+            await disk.write(block * BLOCK, pattern(block, BLOCK, version))
             versions[block] = version
         elif block in versions:
             expected = pattern(block, BLOCK, versions[block])
-            assert await read(client, block * BLOCK, BLOCK) == expected
+            assert await disk.read(block * BLOCK, BLOCK) == expected
         if random.randrange(50) == 0:
-            assert await do(client, FLUSH) == 0
+            await disk.flush()
         count += 1
     return count
 
@@ -105,7 +125,7 @@ async def test_server_killed_under_load_no_error_nothing_lost(
             stop = trio.Event()
             async with trio.open_nursery() as nursery:
                 for number in range(WORKERS):
-                    nursery.start_soon(_work, client, number, versions, stop)
+                    nursery.start_soon(_work, Plain(client), number, versions, stop)
                 random = Random(1)
                 for kill in range(kills):
                     await trio.sleep(random.uniform(0, 0.1))
@@ -117,6 +137,35 @@ async def test_server_killed_under_load_no_error_nothing_lost(
             for block, version in versions.items():
                 found = await read(client, block * BLOCK, BLOCK)
                 assert found == pattern(block, BLOCK, version), f"block {block}"
+    image = (folder / "disk.img").read_bytes()
+    for block, version in versions.items():
+        assert image[block * BLOCK : (block + 1) * BLOCK] == pattern(block, BLOCK, version)
+
+
+@pytest.mark.timeout(120)
+async def test_server_killed_50_times_under_a_guest_no_error_nothing_lost(folder: Path) -> None:
+    """The whole path: what the guest was told is written, is there, and nothing older."""
+    server = Nbdkit(folder)
+    versions: dict[int, int] = {}
+    disk_socket = folder / "vm"
+    async with server.running(), serving(f"nbd+unix:///?socket={folder}/s", disk_socket):
+        async with await Guest.connect(disk_socket) as guest:
+            stop = trio.Event()
+            async with trio.open_nursery() as nursery:
+                for number in range(WORKERS):
+                    nursery.start_soon(_work, guest, number, versions, stop)
+                random = Random(2)
+                for _ in range(KILLS):
+                    await trio.sleep(random.uniform(0, 0.1))
+                    server.kill()
+                    server.start()
+                    # A request that was sent after the kill is answered by the new server.
+                    await guest.flush()
+                stop.set()
+            for block, version in versions.items():
+                found = await guest.read(block * BLOCK, BLOCK)
+                assert found == pattern(block, BLOCK, version), f"block {block}"
+            await guest.flush()
     image = (folder / "disk.img").read_bytes()
     for block, version in versions.items():
         assert image[block * BLOCK : (block + 1) * BLOCK] == pattern(block, BLOCK, version)
