@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import trio
 
-from bridge.errors import ProtocolError, RequestError
+from bridge.errors import ConnectionLost, ProtocolError, RequestError
 from bridge.guest_queue import (
     STATUS_IOERR,
     STATUS_OK,
@@ -61,6 +61,8 @@ PACKED_FEATURES = FEATURES | F_RING_PACKED
 
 CONFIG_BYTES = 60
 WRITEBACK_OFFSET = 32
+_ALIVE_CHECK_S = 1.0
+"""How long to wait for a completion before looking whether the back-end is still there."""
 _GUEST_MEMORY_START = 0x1_0000_0000
 _REGION_GAP = 0x1000_0000
 
@@ -108,7 +110,8 @@ class Guest:
     """A virtio-blk disk as its guest sees it. Make one with `await Guest.connect(path)`.
 
     The async methods may be used by many tasks at once. They fail with RequestError (EIO for
-    IOERR, ENOTSUP for UNSUPP); cancelled, the request goes on and its result is dropped.
+    IOERR, ENOTSUP for UNSUPP); cancelled, the request goes on and its result is dropped. When the
+    back-end hangs up they raise ConnectionLost, or, with `inflight`, wait for `reconnect`.
     """
 
     def __init__(
@@ -454,11 +457,18 @@ class Guest:
             return
         self._waiting.add(on.index)
         try:
-            await on.wait()
+            with trio.move_on_after(_ALIVE_CHECK_S) as scope:
+                await on.wait()
         finally:
             self._waiting.discard(on.index)
             self._reap(on)
             lot.unpark_all()
+        if scope.cancelled_caught and not (self._use_inflight or self._is_alive):
+            raise ConnectionLost("the back-end hung up with requests in flight")
+
+    @property
+    def _is_alive(self) -> bool:
+        return self.front_end is not None and self.front_end.is_alive
 
     def _reap(self, on: GuestQueue) -> bool:
         """Take completions; their slots are not free before their owners have taken the data."""

@@ -305,6 +305,11 @@ class FrontEnd:
             if message.header.request == BackendRequest.CONFIG_CHANGE:
                 return
 
+    @property
+    def is_alive(self) -> bool:
+        """The back-end has not hung up."""
+        return self._transport.is_open
+
     def close(self) -> None:
         """Hang up. Idempotent."""
         self._transport.close()

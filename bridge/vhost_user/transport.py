@@ -38,7 +38,7 @@ class Transport:
                 await trio.lowlevel.wait_readable(self.sock)
                 continue
             except OSError as error:
-                raise ConnectionLost(f"front-end connection: {error.strerror}") from error
+                raise ConnectionLost(f"vhost-user connection: {error.strerror}") from error
             if not data and not fds:
                 if reader.between_messages:
                     return None
@@ -78,9 +78,19 @@ class Transport:
                 await trio.lowlevel.wait_writable(self.sock)
                 continue
             except OSError as error:
-                raise ConnectionLost(f"front-end connection: {error.strerror}") from error
+                raise ConnectionLost(f"vhost-user connection: {error.strerror}") from error
             control = []
             view = view[sent:]
+
+    @property
+    def is_open(self) -> bool:
+        """The other side has not hung up; does not wait and takes nothing."""
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Hang up. Idempotent."""

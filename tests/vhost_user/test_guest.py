@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 
 import pytest
 import trio
 
-from bridge.errors import RequestError
+from bridge.errors import ConnectionLost, RequestError
 from bridge.guest import FEATURES, PACKED_FEATURES, Guest
 from bridge.guest_queue import STATUS_OK
 from bridge.request import FLUSH
@@ -275,3 +276,22 @@ async def test_back_end_stopped_with_requests_in_flight_finishes_them(short_dir:
         backend.target.release()
         await guest.queues[0].wait()
         assert guest.queues[0].poll()
+
+
+async def test_back_end_that_dies_fails_what_is_in_flight(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.guest._ALIVE_CHECK_S", 0.02)
+    async with (
+        running_backend(short_dir, drain_timeout_s=0.01) as backend,
+        await Guest.connect(backend.path) as guest,
+    ):
+        backend.target.hold = True
+        with pytest.RaisesGroup(ConnectionLost):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.read, 0, 512)
+                nursery.start_soon(guest.read, 0, 512)
+                await until(lambda: len(backend.target.held) == 2)
+                await trio.sleep(0.05)  # that nothing comes is no reason to fail
+                assert guest.front_end is not None
+                guest.front_end._transport.sock.shutdown(socket.SHUT_RDWR)
