@@ -21,7 +21,7 @@ from typing import Final
 import structlog
 import trio
 
-from bridge.errors import BridgeError, ConnectionLost
+from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.loop import Loop
 from bridge.nbd.connection import Connection, Negotiated, leave, negotiate
 from bridge.nbd.export import Export
@@ -307,13 +307,32 @@ async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
     Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
     """
     options = options or ClientOptions()
-    negotiated = await negotiate(uri, options, Goal.INFO)
+    try:
+        negotiated = await negotiate(uri, options, Goal.INFO)
+    except (ConfigError, ConnectionLost):
+        if not await _has_sessions(uri, options):
+            raise
+        # Our plugin: the volume is in use. It may be looked at read-only all the same.
+        name = f"{uri.export_name}@readonly"
+        negotiated = await negotiate(uri, options, Goal.INFO, export_name=name)
     await leave(negotiated)
     if not negotiated.export.size_bytes:
         # nbd-server 3.24 answers INFO with a size of 0, and knows better when it is to GO.
         negotiated = await negotiate(uri, options, Goal.GO)
         await leave(negotiated)
     return negotiated.export
+
+
+async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
+    """The server is our plugin and has that export, says its list."""
+    try:
+        listed = await list_exports(uri, options)
+    except BridgeError:
+        return False
+    return "@" not in uri.export_name and any(
+        "session=yes" in each.description and each.name == (uri.export_name or each.name)
+        for each in listed
+    )
 
 
 def _cookie(request: Request) -> int:

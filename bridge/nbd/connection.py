@@ -373,40 +373,35 @@ class Connection:
     def _on_event(self, events: int) -> None:
         if events & EPOLLOUT and self._unsent:
             self._push()
-            if self._idle is not None:
-                self._check_idle()
         if self.alive and events & ~EPOLLOUT:
-            try:
-                self._receive_some()
-            except ProtocolError as error:
-                self._fail(error)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return
-            except OSError as error:
-                self._fail(_lost_by(error))
-            if self._idle is not None:
-                self._check_idle()
+            self._receive_some()
             if self.transmission.refused and not self.leaving:
                 self.leaving = True
                 self._lost(self, ConnectionLost("the server is shutting down"))
+        if self._idle is not None:
+            self._check_idle()
 
     def _receive_plain(self) -> None:
         sock = self._sock
         transmission = self.transmission
         for _ in range(_RECEIVES_PER_TURN):
-            if transmission._direct:
-                buffers = transmission.next_buffers()
-                asked = sum(map(len, buffers))
-                n_bytes = sock.recvmsg_into(buffers)[0]
-            else:
-                buffer = transmission.next_buffer()
-                asked = len(buffer)
-                n_bytes = sock.recv_into(buffer)
-            if not n_bytes:
-                self._end_of_file()
+            # Only the system call is guarded: what a completion raises is not the socket's.
+            try:
+                if transmission.direct:
+                    buffers = transmission.next_buffers()
+                    n_bytes = sock.recvmsg_into(buffers)[0]
+                    # In the middle of a long payload the next piece is about to come.
+                    drained = False
+                else:
+                    buffer = transmission.next_buffer()
+                    n_bytes = sock.recv_into(buffer)
+                    drained = n_bytes < len(buffer)
+            except BlockingIOError:
                 return
-            transmission.bytes_received(n_bytes)
-            if not self.alive or (n_bytes < asked and not transmission._direct):
+            except OSError as error:
+                self._fail(_lost_by(error))
+                return
+            if not self._received(n_bytes) or (drained and not transmission.direct):
                 return
 
     def _receive_tls(self) -> None:
@@ -415,16 +410,30 @@ class Connection:
         assert isinstance(sock, ssl.SSLSocket)
         transmission = self.transmission
         turns = _TLS_RECEIVES_PER_TURN
-        while self.alive and (turns > 0 or sock.pending()):
+        while turns > 0 or sock.pending():
             turns -= 1
             try:
                 n_bytes = sock.recv_into(transmission.next_buffers()[0])
             except ssl.SSLEOFError:
                 n_bytes = 0  # No close_notify: tolerated, the protocol has its own lengths.
-            if not n_bytes:
-                self._end_of_file()
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
-            transmission.bytes_received(n_bytes)
+            except OSError as error:
+                self._fail(_lost_by(error))
+                return
+            if not self._received(n_bytes):
+                return
+
+    def _received(self, n_bytes: int) -> bool:
+        """Bytes have come, or the end of file; False if the connection is dead now."""
+        if not n_bytes:
+            self._end_of_file()
+            return False
+        try:
+            self.transmission.bytes_received(n_bytes)
+        except ProtocolError as error:
+            self._fail(error)
+        return self.alive
 
     def _poll_tls(self) -> None:
         if self.alive:

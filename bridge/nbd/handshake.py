@@ -299,7 +299,8 @@ class Handshake:
                     f"name of {length} bytes in a list entry of {len(payload)} bytes"
                 )
             name = _text(payload[4 : 4 + length], "export name")
-            self.exports.append(Listed(name, _text(payload[4 + length :], "description")))
+            description = _text(payload[4 + length :], "description")
+            self.exports.append(Listed(name, _clean(description)))
 
         final, text = yield from self._option(p.OPT_LIST, b"", reply, replies_max=_EXPORTS_MAX)
         self._abort()
@@ -413,7 +414,7 @@ class _Infos:
         elif info == p.INFO_NAME:
             self.name = _text(body, "export name")
         elif info == p.INFO_DESCRIPTION:
-            self.description = _text(body, "description")
+            self.description = _clean(_text(body, "description"))
         elif info == p.INFO_BLOCK_SIZE:
             _expect_length("BLOCK_SIZE", body, p.BLOCK_SIZE_INFO.size)
             self.block_sizes = _checked_block_sizes(*p.BLOCK_SIZE_INFO.unpack(body))
@@ -449,7 +450,10 @@ def _text(data: bytes, what: str) -> str:
 
 def _printable(data: bytes) -> str:
     """A server's message, fit for a log: it may hold anything."""
-    text = data[:512].decode("utf-8", "replace")
+    return _clean(data[:512].decode("utf-8", "replace"))
+
+
+def _clean(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 

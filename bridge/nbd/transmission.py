@@ -82,7 +82,6 @@ class Transmission:
         "_assemblies",
         "_context_id",
         "_cookies",
-        "_direct",
         "_direct_left",
         "_end",
         "_extended",
@@ -91,6 +90,7 @@ class Transmission:
         "_start",
         "_structured",
         "_view",
+        "direct",
         "early",
         "generation",
         "has_payload",
@@ -129,7 +129,8 @@ class Transmission:
         self._start = 0
         self._end = 0
         self._long_reads = 0
-        self._direct: list[memoryview] = []
+        self.direct: list[memoryview] = []
+        """Not empty: a payload is being received into a request's buffers; use `next_buffers`."""
         self._direct_left = 0
         self._after_direct: tuple[int, int, int, bytearray | None] = (0, 0, 0, None)
         """Cookie, chunk flags, chunk type, and where a chunk without data is collected."""
@@ -209,15 +210,10 @@ class Transmission:
         self.refused.clear()
         self.pending.clear()
         self._assemblies.clear()
-        self._direct = []
+        self.direct = []
         return found
 
     # Receiving.
-
-    @property
-    def direct(self) -> bool:
-        """A payload is being received into a request's buffers: use `next_buffers`."""
-        return bool(self._direct)
 
     def next_buffer(self) -> memoryview:
         """Where the next bytes go, while not `direct`."""
@@ -238,7 +234,7 @@ class Transmission:
 
     def next_buffers(self) -> list[memoryview]:
         """Where the next bytes go: for recvmsg_into."""
-        direct = self._direct
+        direct = self.direct
         if not direct:
             return [self.next_buffer()]
         if len(direct) > _IOV_MAX:
@@ -251,9 +247,9 @@ class Transmission:
         Raises ProtocolError when the server broke a rule; the machine is dead then.
         """
         self.received_bytes += n_bytes
-        if self._direct:
+        if self.direct:
             n_bytes = self._direct_received(n_bytes)
-            if self._direct:
+            if self.direct:
                 return
             self._start = 0
             self._end = n_bytes
@@ -464,7 +460,7 @@ class Transmission:
         buffers = request.buffers
         if here:
             scatter(buffers, skip, self._view[start:end])
-        self._direct = slice_buffers(buffers, skip + here, length - here)
+        self.direct = slice_buffers(buffers, skip + here, length - here)
         self._direct_left = length - here
         self._after_direct = (cookie, flags, p.REPLY_TYPE_OFFSET_DATA, None)
 
@@ -474,7 +470,7 @@ class Transmission:
         here = self._end - start
         store[:here] = self._view[start : self._end]
         self._start = self._end = 0
-        self._direct = [memoryview(store)[here:]]
+        self.direct = [memoryview(store)[here:]]
         self._direct_left = length - here
         self._after_direct = (request.cookie, flags, kind, store)
 
@@ -483,9 +479,9 @@ class Transmission:
         left = self._direct_left
         if n_bytes < left:
             self._direct_left = left - n_bytes
-            self._direct = slice_buffers(self._direct, n_bytes, left - n_bytes)
+            self.direct = slice_buffers(self.direct, n_bytes, left - n_bytes)
             return 0
-        self._direct = []
+        self.direct = []
         cookie, flags, kind, store = self._after_direct
         request = self.pending[cookie]
         if store is not None:

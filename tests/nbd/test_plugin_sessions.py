@@ -1,0 +1,76 @@
+"""Our client and our nbdkit plugin: what they tell each other in names and descriptions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bridge.nbd.client import inspect, list_exports
+from bridge.nbd.uri import parse_uri
+from bridge.request import FLUSH
+from tests.nbd import servers
+from tests.nbd.helpers import FAST, do, read, running_client, short_dir, until, write
+
+PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
+
+
+@pytest.fixture
+def uri() -> Iterator[str]:
+    with short_dir() as folder, _plugin(folder) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _plugin(folder: Path, *options: str) -> Iterator[str]:
+    image = folder / "disk.img"
+    with servers.nbdkit(
+        folder, "python", str(PLUGIN), f"file={image}", "size=4M", *options
+    ) as found:
+        yield found
+
+
+async def test_description_names_instance_and_session(uri: str) -> None:
+    properties = (await inspect(parse_uri(uri))).properties
+    assert properties["instance"]
+    assert properties["session"] == "yes"
+    assert int(properties["generation"]) >= 1
+
+
+async def test_several_connections_form_one_session(uri: str) -> None:
+    async with running_client(uri, replace(FAST, connections=4)) as client:
+        assert len(client._connections) == 4
+        for i in range(32):
+            assert await write(client, i * 4096, bytes([i]) * 4096) == 0
+        assert await do(client, FLUSH) == 0
+        for i in range(32):
+            assert await read(client, i * 4096, 4096) == bytes([i]) * 4096
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+async def test_reconnect_waits_for_its_own_old_session_and_flush_goes_on(
+    uri: str, connections: int
+) -> None:
+    async with running_client(uri, replace(FAST, connections=connections)) as client:
+        assert await write(client, 0, b"a" * 4096) == 0
+        for generation in range(2, 6):
+            client._connections[0]._end_of_file()
+            await until(lambda generation=generation: client.generation == generation)
+            assert len(client._connections) == connections
+            assert await do(client, FLUSH) == 0  # the same instance: nothing was lost
+            assert await read(client, 0, 4096) == b"a" * 4096
+        generations = client.export.properties
+        assert int(generations["generation"]) >= 5
+
+
+async def test_volume_in_use_can_be_looked_at() -> None:
+    with short_dir() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
+        async with running_client(uri) as client:
+            assert await write(client, 0, b"a" * 512) == 0
+            export = await inspect(parse_uri(uri))
+            assert export.size_bytes == 4 << 20
+            assert export.properties["session"] == "yes"
+            assert await list_exports(parse_uri(uri))
