@@ -86,7 +86,7 @@ def cache_options() -> list[str]:
     """The local cache's options. Raises SettingError."""
     mode = choice("BRIDGE_CACHE_MODE", "writeback", ("off", "writethrough", "writeback"))
     if mode == "off":
-        return []
+        return ["--cache-mode=off"]
     check_folder(CACHE_FOLDER)
     return [
         f"--cache-mode={mode}",
