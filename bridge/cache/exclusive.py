@@ -152,8 +152,7 @@ class Exclusives:
             self._end(each, request.error)
 
     def _end(self, each: Exclusive, error: int) -> None:
-        if not error:
-            self._drop(each)
+        self._drop(each, error)
         # Reads of absent blocks waited, but a fetch may have been asked for before that.
         self._fetcher.overtaken_range(each.first, each.end)
         self.active.remove(each)
@@ -168,13 +167,19 @@ class Exclusives:
         each.done(error)
         self.ended()
 
-    def _drop(self, each: Exclusive) -> None:
+    def _drop(self, each: Exclusive, error: int) -> None:
+        """Forget the range. After an error nobody knows what the server did: what is dirty stays,
+        what is clean may differ from what the server has now."""
+        index = self._index
         per_granule = 1 << self._shift
         for slot in self._slots_of(each):
-            base = self._index.granule_of[slot] << self._shift
+            base = index.granule_of[slot] << self._shift
             low = max(each.first - base, 0)
             high = min(each.end - base, per_granule)
-            self._slots.drop(slot, (1 << high) - (1 << low))
+            bits = (1 << high) - (1 << low)
+            if error:
+                bits &= ~index.dirty(slot)
+            self._slots.drop(slot, bits)
 
 
 def _nothing() -> None:

@@ -269,6 +269,8 @@ class _GuestOp:
         self.memory = bytearray()
         self.allowed: list[set[int] | None] = []
         self.completed_before: list[int] = []
+        self.rivals: list[_GuestOp] = []
+        """Writes that were in flight on the same sectors at the same time: no order."""
 
 
 class World:
@@ -318,6 +320,11 @@ class World:
         self.possible: list[set[int] | None] = [{0} for _ in range(sectors)]
         self.zeroed_by = [0] * sectors
         """Per sector: the last write that wrote zeroes (0: the beginning)."""
+        self.settled = [False] * sectors
+        """Per sector: the last writer died with its write in flight; what is read first stays."""
+        self.unsure = [False] * sectors
+        """Per sector: since it was written last it was discarded or zeroed, or the host was lost:
+        a clean block and the server may rightly differ."""
         self.discarded_by = [0] * sectors
         """Per sector: the last discard; promises up to it are void."""
         self.completed = [0] * sectors
@@ -362,9 +369,11 @@ class World:
     # The guest.
 
     def _free_range(self, most: int) -> tuple[int, int] | None:
-        """Sectors that no write in flight touches."""
+        """Sectors that no write in flight touches; now and then any."""
         first = self.rng.randrange(self.sectors)
         end = min(self.sectors, first + self.rng.randint(1, most))
+        if self.rng.random() < 0.05:
+            return first, end
         for op in self.guest:
             if op.op in (WRITE, DISCARD, WRITE_ZEROES) and op.first < end and first < op.end:
                 return None
@@ -387,8 +396,16 @@ class World:
             content = sector_bytes(self.number) * (end - first)
             guest.memory = bytearray(content)
             guest.buffers = self._split(guest.memory)
+        for other in self.guest:
+            if other.op in (WRITE, DISCARD, WRITE_ZEROES) and (
+                other.first < end and first < other.end
+            ):
+                guest.rivals.append(other)
+                other.rivals.append(guest)
         for at in range(first, end):
             possible = self.possible[at]
+            self.settled[at] = False
+            self.unsure[at] |= op != WRITE
             if op == DISCARD:
                 self.possible[at] = None
                 self.discarded_by[at] = self.number
@@ -470,16 +487,17 @@ class World:
 
     def _written(self, guest: _GuestOp, error: int) -> None:
         for at in range(guest.first, guest.end):
+            rivals = [each for each in guest.rivals if each.first <= at < each.end]
             if error:
                 continue  # Old or new from here on; `possible` has both.
-            self.possible[at] = {guest.number}
-            self.completed[at] = guest.number
-            if guest.op == WRITE_ZEROES:
-                self.zeroed_by[at] = guest.number
+            if any(each.op == DISCARD for each in rivals):
+                continue
+            self.possible[at] = {guest.number, *(each.number for each in rivals)}
+            self.completed[at] = min(self.possible[at])
+            self.unsure[at] &= guest.op != WRITE or bool(rivals)
         if not error and guest.flags & FUA and self.server.can_flush:
-            before = list(self.durable)
-            before[guest.first : guest.end] = [guest.number] * (guest.end - guest.first)
-            self.durable = before
+            for at in range(guest.first, guest.end):
+                self.durable[at] = max(self.durable[at], self.completed[at])
             self.check_medium()
 
     def _number_of(self, at: int, content: bytes) -> int:
@@ -537,15 +555,40 @@ class World:
     def kill(self) -> None:
         """kill -9 of the cache's process; it starts again and the guest submits again."""
         self.server.forget_client()
-        header = self.image.header
-        self.cache.index.cleaned = lambda slot: None
-        self.header = header
+        self.header = self.image.header
+        self._check_clean()
         self._start()
+        if self.rng.random() < 0.3:
+            self._guest_dies()
         for guest in list(self.guest):
-            if guest.op == FLUSH:
-                guest.completed_before = list(guest.completed_before)
             if guest in self.guest:
                 self._submit(guest)
+
+    def _check_clean(self) -> None:
+        """What the file calls clean is what the server has: the order of stores was right."""
+        image = MappedImage(self.buffer, self.header)
+        per_block = self.geometry.block_bytes // SECTOR
+        for slot in range(1, self.geometry.slots + 1):
+            word, granule = image.state[slot], image.granule_of[slot]
+            clean = word & ~(word >> 16) & 0xFFFF
+            first = granule * self.geometry.granule_bytes // SECTOR
+            for index in range(16 * per_block):
+                at = first + index
+                if not clean >> index // per_block & 1 or at >= self.sectors or self.unsure[at]:
+                    continue
+                start = slot * self.geometry.granule_bytes + index * SECTOR
+                content = bytes(image.data[start : start + SECTOR])
+                assert content in self.server.history[at], (
+                    f"sector {at}: a clean block has {content[:8].hex()}, not the server's"
+                )
+
+    def _guest_dies(self) -> None:
+        """Nobody executes again what was in flight: each sector is old or new, and stays so."""
+        for guest in self.guest:
+            if guest.op == WRITE:
+                for at in range(guest.first, guest.end):
+                    self.settled[at] = self.possible[at] is not None and not guest.rivals
+        self.guest.clear()
 
     def lose_host(self) -> None:
         """The host loses power: cache file and guest are gone, the server may lose power too."""
@@ -559,6 +602,8 @@ class World:
             # Writes that nobody flushed may be there, and may still be lost.
             self.possible[at] = {self._number_of(at, content) for content in contents}
             self.completed[at] = max(0, self.durable[at])
+            self.settled[at] = False
+            self.unsure[at] = True
         self._new_image()
         self._start()
 
@@ -596,6 +641,12 @@ class World:
             if rng.random() < 0.7:
                 self.run_turn()
         except Killed:
+            self._kill()
+        except AssertionError as error:
+            raise AssertionError(f"seed {self.seed!r}: {error}") from error
+
+    def _kill(self) -> None:
+        try:
             self.kill()
         except AssertionError as error:
             raise AssertionError(f"seed {self.seed!r}: {error}") from error

@@ -1,0 +1,142 @@
+"""The oracle itself: planted bugs, each of which cost some storage software data, are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bridge.cache.exclusive import Exclusives
+from bridge.cache.fetch import Fetcher
+from bridge.cache.flush import Flusher
+from bridge.cache.index import Index
+from bridge.cache.store import Store
+from bridge.cache.writeback import Writeback
+
+from .world import run
+
+PROGRAMS = 1500
+
+
+def _fill_ignores_writes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Fetcher, "overtaken", lambda *_: None)
+
+
+def _reconnect_ignores_written(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Writeback, "lost", lambda self: None)
+
+
+def _write_does_not_clear_covered(patch: pytest.MonkeyPatch) -> None:
+    real = Store._now_dirty
+
+    def broken(self: Store, slot: int, granule: int, bits: int, absent: int) -> None:
+        real(self, slot, granule, bits, absent)
+        self._index.covered[slot] |= bits & self._index.dirty(slot)
+
+    patch.setattr(Store, "_now_dirty", broken)
+
+
+def _state_before_data(patch: pytest.MonkeyPatch) -> None:
+    real = Store._put
+
+    def broken(self: Store, *arguments: Any) -> None:
+        slot, bits = arguments[3], arguments[5]
+        self._index.set_valid(slot, bits, bits)
+        real(self, *arguments)
+
+    patch.setattr(Store, "_put", broken)
+    patch.setattr(Store, "_write_whole", lambda self, request: False)
+
+
+def _data_before_dirty_mark(patch: pytest.MonkeyPatch) -> None:
+    real = Store._put
+
+    def broken(self: Store, *arguments: Any) -> None:
+        real(self, *arguments[:-1], 0)
+        if arguments[-1]:
+            self._index.mark_dirty(arguments[3], arguments[-1])
+
+    patch.setattr(Store, "_put", broken)
+    patch.setattr(Store, "_write_whole", lambda self, request: False)
+
+
+def _flush_does_not_wait_for_flying(patch: pytest.MonkeyPatch) -> None:
+    real = Writeback.want_all
+
+    def broken(self: Writeback, ticket: Any) -> None:
+        flying, self._flying = self._flying, []
+        real(self, ticket)
+        self._flying = flying + self._flying
+
+    patch.setattr(Writeback, "want_all", broken)
+
+
+def _fua_whatever_is_unflushed(patch: pytest.MonkeyPatch) -> None:
+    real = Flusher._written_out
+
+    def broken(self: Flusher, running: Any) -> None:
+        if running.fua:
+            self._writeback.unflushed = False
+        real(self, running)
+
+    patch.setattr(Flusher, "_written_out", broken)
+
+
+def _evicts_dirty(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("bridge.cache.slots._DIRTY", 0)
+
+
+def _discard_drops_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Exclusives, "_drop", lambda self, each, error: None)
+
+
+def _clean_by_any_reply(patch: pytest.MonkeyPatch) -> None:
+    real = Writeback._arrived
+
+    def broken(self: Writeback, slot: int, bits: int, stable: bool) -> None:
+        real(self, slot, bits, True)
+
+    patch.setattr(Writeback, "_arrived", broken)
+
+
+def _flush_cleans_what_came_after(patch: pytest.MonkeyPatch) -> None:
+    real = Index.clean
+
+    def broken(self: Index, slot: int, bits: int) -> None:
+        real(self, slot, bits | (self.sent[slot] if bits else 0))
+
+    patch.setattr(Index, "clean", broken)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _fill_ignores_writes,
+        _reconnect_ignores_written,
+        _write_does_not_clear_covered,
+        _state_before_data,
+        _data_before_dirty_mark,
+        _flush_does_not_wait_for_flying,
+        _fua_whatever_is_unflushed,
+        _evicts_dirty,
+        _discard_drops_nothing,
+        _clean_by_any_reply,
+        _flush_cleans_what_came_after,
+    ],
+)
+def test_planted_bug_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+
+    assert _finds_something()
+
+
+def _finds_something() -> bool:
+    for seed in range(PROGRAMS):
+        try:
+            run(seed)
+        except Exception:  # The oracle's assertions, or what breaks before it can speak.
+            return True
+    return False
