@@ -225,6 +225,8 @@ class Cache:
         other = self._writeback.next_deadline()
         if due is None or (other is not None and other < due):
             due = other
+        if self._image.may_go_cold and (due is None or self._residency_due < due):
+            due = self._residency_due
         return due
 
     def tick(self, now: float) -> None:

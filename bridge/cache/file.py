@@ -55,6 +55,9 @@ def boot_id() -> bytes:
 class MappedImage:
     """The parts of a cache file in a writable buffer: a memory map, or a bytearray in tests."""
 
+    may_go_cold = False
+    """What was stored can leave the memory again."""
+
     def __init__(self, buffer: Any, header: Header) -> None:
         geometry = header.geometry
         count = geometry.slots + 1
@@ -108,6 +111,8 @@ class MappedImage:
 
 class CacheFile(MappedImage):
     """A cache file on a disk, locked for this process."""
+
+    may_go_cold = True
 
     def __init__(self, path: str, fd: int, header: Header) -> None:
         self.path = path

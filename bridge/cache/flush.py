@@ -112,7 +112,7 @@ class Flusher:
 
     def _start(self, waiters: list[Flushed]) -> None:
         writeback = self._writeback
-        few = writeback.tail - writeback.head <= self._options.fua_blocks
+        few = writeback.tail - writeback.head <= self._options.fua_granules
         fua = self._backend.can_fua and few and not writeback.unflushed
         running = self._pass = _Pass(
             self._written_out,
@@ -183,6 +183,9 @@ class Flusher:
         if self._next and self._pass is None:
             waiters, self._next = self._next, []
             self._start(waiters)
+        if self.due is not None:
+            # Armed while the flush was in progress, when nobody looked at it.
+            self._writeback.woken()
         self.ended()
 
 

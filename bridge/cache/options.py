@@ -29,8 +29,9 @@ class Options:
     writeback_requests: int = 32
     writeback_bytes: int = 8 << 20
     """Write-out in flight: private copies, so this bounds memory."""
-    fua_blocks: int = 64
-    """A flush with at most this many dirty granules sends them with FUA, all at once."""
+    fua_granules: int = 8
+    """A flush with at most this many dirty granules sends them with FUA, all at once. More
+    would be slower where FUA is a flush of its own (nbdkit emulates it that way)."""
     fetch_run_bytes: int = 512 * 1024
     """Longest read of merged misses."""
     fetch_bytes: int = 64 << 20
@@ -40,8 +41,9 @@ class Options:
     retry_s: float = 1.0
     retry_max_s: float = 30.0
     """After the server refused a write-out: wait this long, doubling."""
-    residency_s: float = 10.0
-    """How long a block that was in the page cache is believed to be there still."""
+    residency_s: float = 30.0
+    """How long a block that was in the page cache is believed to be there still. Asking again
+    costs 2 us per granule."""
     exclusive_run_bytes: int = 1 << 30
     """A discard or write-zeroes is done in pieces of this size (32-bit lengths, short turns)."""
     zero_copy_bytes: int = 256 * 1024

@@ -80,6 +80,15 @@ class Readahead:
         self._advance(stream, first, last, missed)
         self._remember(stream)
 
+    def marked(self, granule: int) -> int:
+        """The blocks of `granule` that carry a mark."""
+        shift = self._shift
+        bits = 0
+        for block in self._marks:
+            if block >> shift == granule:
+                bits |= 1 << (block & (1 << shift) - 1)
+        return bits
+
     def _marked(self, first: int, last: int) -> _Stream | None:
         """The stream whose mark lies in the blocks `first` … `last`; the mark goes."""
         for block, stream in self._marks.items():

@@ -130,6 +130,15 @@ class Reads:
             return
         self._index_touch(slot)
         position = (slot << index.granule_shift) + (start & index.granule_bytes - 1)
+        if index.ready[slot] & bits != bits and self._image.resident(
+            slot << index.granule_shift, index.granule_bytes
+        ):
+            # One question for the whole granule, so that a hot set is believed again quickly.
+            granule = start >> index.granule_shift
+            index.ready[slot] = index.valid(slot) & ~self._readahead.marked(granule)
+            source = index.data[position : position + end - start]
+            scatter(request.buffers, start - request.offset, source)
+            return
         if index.ready[slot] & bits == bits:
             source = index.data[position : position + end - start]
             scatter(request.buffers, start - request.offset, source)

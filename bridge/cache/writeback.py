@@ -132,6 +132,7 @@ class Writeback:
         if self._queued[slot]:
             return False
         self._queued[slot] = 1
+        idle = self.tail <= max(self.head, self._goal)
         now = self._clock()
         if not self._marks or now - self._marks[-1][0] >= 1.0:
             # One mark a second bounds their number; the age is right to a second.
@@ -140,7 +141,7 @@ class Writeback:
             self._marks[-1] = (self._marks[-1][0], self.tail + 1)
         self._ring[self.tail % self._ring_size] = slot
         self.tail += 1
-        if self.tail == self.head + 1:
+        if idle:
             self.woken()
         return True
 
@@ -459,6 +460,7 @@ class Writeback:
         if self.barrier is None:
             # Stop the background write-out; what a flush or a write asks for is tried.
             self._goal = min(self._goal, self.head)
+            self.woken()
 
 
 def _ones(bits: int) -> int:

@@ -120,7 +120,7 @@ def test_fua_write_without_server_fua_is_write_and_flush() -> None:
 
 
 def test_flush_writes_out_in_disk_order_and_coalesced() -> None:
-    rig = Rig(fua_blocks=0, writeback_run_bytes=1 << 20)
+    rig = Rig(fua_granules=0, writeback_run_bytes=1 << 20)
     for granule in (9, 2, 1):
         rig.write(granule * GRANULE, b"a" * GRANULE)
 
@@ -131,7 +131,7 @@ def test_flush_writes_out_in_disk_order_and_coalesced() -> None:
 
 
 def test_flush_is_sent_only_after_every_write_was_replied_to() -> None:
-    rig = Rig(fua_blocks=0)
+    rig = Rig(fua_granules=0)
     rig.write(0, b"a" * BLOCK)
     rig.write(5 * GRANULE, b"b" * BLOCK)
     rig.start(FLUSH)
@@ -190,7 +190,7 @@ def test_failed_write_out_fails_the_flush_and_the_data_is_tried_again() -> None:
 
 
 def test_failed_server_flush_makes_written_blocks_dirty_again() -> None:
-    rig = Rig(fua_blocks=0)
+    rig = Rig(fua_granules=0)
     rig.write(0, b"a" * BLOCK)
     result = rig.start(FLUSH)
     rig.server.answer()
@@ -206,7 +206,7 @@ def test_failed_server_flush_makes_written_blocks_dirty_again() -> None:
 def test_written_blocks_are_sent_again_after_a_reconnect() -> None:
     """A server that lost power forgets what it acknowledged; its next flush says OK all the
     same (QEMU's nbd driver loses data that way)."""
-    rig = Rig(fua_blocks=0)
+    rig = Rig(fua_granules=0)
     rig.write(0, b"a" * BLOCK)
     rig.tick(6.0)
     rig.serve()
@@ -220,7 +220,7 @@ def test_written_blocks_are_sent_again_after_a_reconnect() -> None:
 
 
 def test_flush_whose_connection_was_replaced_begins_again() -> None:
-    rig = Rig(fua_blocks=0)
+    rig = Rig(fua_granules=0)
     rig.write(0, b"a" * BLOCK)
     result = rig.start(FLUSH)
     rig.server.answer()
@@ -292,6 +292,33 @@ def test_write_out_by_age_starts_without_a_flush() -> None:
     assert rig.server.ops(WRITE) == [(0, BLOCK)]
 
 
+def test_deadline_that_appears_while_older_data_is_being_sent_is_told() -> None:
+    rig = Rig(writeback_requests=1)
+    rig.write(0, b"a" * BLOCK)
+    rig.write(9 * GRANULE, b"a" * BLOCK)
+    rig.tick(6.0)
+    told: list[float | None] = []
+    rig.cache.woken = lambda: told.append(rig.now)
+
+    rig.write(20 * GRANULE, b"b" * BLOCK)
+
+    assert told
+
+
+def test_timer_armed_during_a_flush_is_told_when_that_ends() -> None:
+    rig = Rig(writeback_age_s=1000.0, fua_granules=0)
+    rig.write(0, b"a" * BLOCK)
+    rig.start(FLUSH)
+    rig.server.answer()
+    rig.start(WRITE, 9 * GRANULE, data=b"b" * BLOCK)
+    deadlines: list[float | None] = []
+    rig.cache.woken = lambda: deadlines.append(rig.cache.next_deadline())
+
+    rig.server.answer()
+
+    assert deadlines[-1] == 60.0
+
+
 def test_failed_background_write_out_pauses_before_the_next() -> None:
     rig = Rig(flush_interval_s=0)
     rig.write(0, b"a" * BLOCK)
@@ -305,7 +332,7 @@ def test_failed_background_write_out_pauses_before_the_next() -> None:
 
 
 def test_writers_wait_in_order_at_the_hard_dirty_limit() -> None:
-    rig = Rig(slots=64, dirty_hard_ratio=4 / 64, dirty_flush_ratio=1.0, fua_blocks=0)
+    rig = Rig(slots=64, dirty_hard_ratio=4 / 64, dirty_flush_ratio=1.0, fua_granules=0)
     done = [rig.start(WRITE, at * GRANULE, data=b"%d" % at * BLOCK) for at in range(8)]
 
     finished = [result.error for result in done]

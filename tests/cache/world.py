@@ -305,7 +305,7 @@ class World:
             writeback_run_bytes=rng.choice((1024, 8192)),
             writeback_requests=rng.choice((1, 3, 32)),
             writeback_bytes=rng.choice((4096, 65536)),
-            fua_blocks=rng.choice((0, 2, 64)),
+            fua_granules=rng.choice((0, 2, 64)),
             fetch_run_bytes=rng.choice((1024, 8192)),
             fetch_bytes=rng.choice((8192, 65536)),
             readahead_bytes=rng.choice((0, 8192)),
