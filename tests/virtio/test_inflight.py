@@ -224,6 +224,26 @@ def test_3_10_base_of_the_front_end_does_not_count_when_requests_were_lost(
     assert sorted(ring.poll()) == [1, 2, 3]
 
 
+def test_3_10_requests_are_repeated_in_the_order_of_popping_not_of_their_heads(
+    make_ring: Callable[..., Split],
+) -> None:
+    """Writes to the same place must not pass each other."""
+    ring = make_ring(0)
+    for _ in range(3):
+        ring.add()
+    queue = ring.start(Life())
+    chains = queue.pop()
+    for chain in (chains[1], chains[0], chains[2]):  # heads become free in another order
+        queue.push(chain[0], 1)
+    queue.publish()
+    ring.poll()
+    for _ in range(3):
+        ring.add()
+    again = queue.pop()
+    assert [chain[0] for chain in again] != sorted(chain[0] for chain in again)
+    assert serve_all(ring, ring.start(Life())) == [4, 5, 6]
+
+
 def test_3_10_recovered_requests_come_first_in_the_order_of_their_popping() -> None:
     ring = Split()
     for _ in range(4):
