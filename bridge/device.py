@@ -124,13 +124,16 @@ class BlkDevice:
     # Memory
 
     async def replace_memory(self, regions: list[MemoryRegion]) -> None:
-        """See VhostUserDevice."""
+        """See VhostUserDevice. Front-ends without memory slots do this to add a region."""
         try:
             memory = GuestMemory([_map(region) for region in regions])
         except ProtocolError:
             await self._use_memory(GuestMemory([]))
             raise
-        await self._use_memory(memory)
+        if memory.has_all_of(self._memory):
+            self._move_rings(memory)
+        else:
+            await self._use_memory(memory)
 
     async def add_memory(self, region: MemoryRegion) -> None:
         """See VhostUserDevice. Nothing that was there goes away, so nothing has to wait."""
@@ -147,14 +150,17 @@ class BlkDevice:
         )
 
     async def _use_memory(self, memory: GuestMemory) -> None:
-        """Change the memory while no request uses it; rings that ran go on in the new one."""
+        """Change the memory while no request uses it; rings that ran go on in the new one.
+
+        A request that takes too long is no reason to fail it: it keeps the mapping that it
+        uses, which the guest has given up.
+        """
         rings = list(self._rings.values())
-        try:
-            await self._drain(rings)
-        finally:
-            self._move_rings(memory)
-            for ring in rings:
-                ring.unpause()
+        if not await self._drained(rings):
+            _log.warning("requests are still in flight in memory that is taken away")
+        self._move_rings(memory)
+        for ring in rings:
+            ring.unpause()
 
     def _move_rings(self, memory: GuestMemory) -> None:
         self._memory = memory
@@ -219,16 +225,8 @@ class BlkDevice:
         return bases
 
     async def _drain(self, rings: Collection[RunningRing]) -> None:
-        """Pause `rings`; return when everything they popped is answered, or given up.
-
-        Cancellation has to wait for that: what is in flight writes to the guest's memory.
-        """
-        for ring in rings:
-            ring.pause()
-        with trio.move_on_after(self._drain_timeout_s, shield=True) as scope:
-            for ring in rings:
-                await ring.drained()
-        if not scope.cancelled_caught:
+        """Pause `rings`; return when everything they popped is answered, or given up."""
+        if await self._drained(rings):
             return
         unanswered = sum(ring.in_flight for ring in rings)
         _log.error(
@@ -242,6 +240,18 @@ class BlkDevice:
                 await ring.drained()
         if scope.cancelled_caught:
             _log.error("requests could not even be failed, they are forgotten")
+
+    async def _drained(self, rings: Collection[RunningRing]) -> bool:
+        """Pause `rings`; whether everything they popped was answered in time.
+
+        Cancellation has to wait for that: what is in flight writes to the guest's memory.
+        """
+        for ring in rings:
+            ring.pause()
+        with trio.move_on_after(self._drain_timeout_s, shield=True) as scope:
+            for ring in rings:
+                await ring.drained()
+        return not scope.cancelled_caught
 
     def suspend_ring(self, index: int) -> None:
         """See VhostUserDevice."""

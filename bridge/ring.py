@@ -227,6 +227,11 @@ class RunningRing:
         self.pause()
         if self._publishing:
             self._publish()
+        if not self.is_broken:
+            # Whoever serves the ring next finds a driver that kicks.
+            self._queue.arm()
+            if self._log is not None:
+                self._log.mark_ring()
         self.complete = _forget
         self._loop.remove_poller(self)
         if self._kick_fd is not None:

@@ -513,6 +513,38 @@ async def test_memory_replaced_by_the_same_goes_on(guest: DeviceGuest) -> None:
     await guest.request(T_IN, room=512)
 
 
+async def test_memory_replaced_by_more_does_not_wait(guest: DeviceGuest) -> None:
+    """QEMU without memory slots hot-plugs like that, perhaps while the server is away."""
+    await guest.device.replace_memory([guest.region(0, 0x200000)])
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    await guest.device.replace_memory([guest.region(0, 0x200000), guest.region(0x200000, 0x100000)])
+    guest.disk.release()
+    await until(lambda: pending.status == S_OK)
+    guest.disk.hold = False
+    guest._next = 0x200000
+    assert (await guest.request(T_IN, 3, room=512))[0] == S_OK
+
+
+async def test_memory_taken_away_under_a_slow_request_does_not_fail_it(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    await guest.device.replace_memory([guest.region(0, 0x200000)])
+    assert pending.status == 0xEE
+    guest.disk.release()
+    await until(lambda: pending.status == S_OK)
+    guest.disk.hold = False
+    assert (await guest.request(T_IN, room=512))[0] == S_OK
+
+
 async def test_memory_that_cannot_be_mapped_leaves_none(guest: DeviceGuest) -> None:
     ring = guest.start()
     with pytest.raises(ProtocolError):

@@ -26,15 +26,34 @@ class BadAddress(Exception):
 
 
 class Region:
-    """A piece of guest memory, mapped: `view` is its bytes."""
+    """A piece of guest memory, mapped: `view` is its bytes.
 
-    __slots__ = ("guest_address", "size_bytes", "user_address", "view")
+    `source` says which bytes of which file: device, inode and offset.
+    """
 
-    def __init__(self, guest_address: int, user_address: int, view: memoryview) -> None:
+    __slots__ = ("guest_address", "size_bytes", "source", "user_address", "view")
+
+    def __init__(
+        self,
+        guest_address: int,
+        user_address: int,
+        view: memoryview,
+        source: tuple[int, int, int] | None = None,
+    ) -> None:
         self.guest_address = guest_address
         self.user_address = user_address
         self.view = view
         self.size_bytes = len(view)
+        self.source = source
+
+    def is_the_same_as(self, other: Region) -> bool:
+        """The same bytes of the same file at the same addresses."""
+        return self.source is not None and (
+            self.source,
+            self.guest_address,
+            self.user_address,
+            self.size_bytes,
+        ) == (other.source, other.guest_address, other.user_address, other.size_bytes)
 
 
 def map_region(
@@ -73,7 +92,9 @@ def map_region(
             f"memory region at {guest_address:#x} of {size_bytes} bytes cannot be mapped: {error}"
         ) from error
     skip = mmap_offset_bytes - start
-    return Region(guest_address, user_address, memoryview(mapping)[skip : skip + size_bytes])
+    view = memoryview(mapping)[skip : skip + size_bytes]
+    source = (status.st_dev, status.st_ino, mmap_offset_bytes)
+    return Region(guest_address, user_address, view, source)
 
 
 class GuestMemory:
@@ -89,6 +110,12 @@ class GuestMemory:
                     f"memory regions at {low.guest_address:#x} ({low.size_bytes} bytes) and "
                     f"{high.guest_address:#x} overlap"
                 )
+
+    def has_all_of(self, other: GuestMemory) -> bool:
+        """Every region of `other` is here, too: nothing that is in use went away."""
+        return all(
+            any(mine.is_the_same_as(theirs) for mine in self.regions) for theirs in other.regions
+        )
 
     def with_region(self, region: Region) -> GuestMemory:
         """The same memory with one region more."""
