@@ -128,7 +128,7 @@ class VhostUserDevice(Protocol):
 
         Bounded in time by the device, which then fails what is left. Afterwards nothing touches
         the ring, its memory or its descriptors. The base is what `RingSetup.base` would be to
-        go on from here.
+        go on from here. Also called for a ring that is broken or suspended.
         """
 
     def suspend_ring(self, index: int) -> None:

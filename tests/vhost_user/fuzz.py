@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import structlog
 import trio
 
 from bridge.device import BlkDevice
@@ -404,6 +405,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
     start = time.perf_counter()
     messages = trio.run(campaign, options.cases, options.seed)
     seconds = time.perf_counter() - start

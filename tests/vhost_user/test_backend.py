@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 import structlog
 import trio
+import trio.testing
 from structlog.testing import capture_logs
 
 from bridge.errors import ConnectionLost
 from bridge.guest import Guest
-from bridge.vhost_user.backend import serve
+from bridge.vhost_user.backend import _accept, serve
 from bridge.vhost_user.frontend import FrontEnd, Refused
 from bridge.vhost_user.listener import Listener
 from bridge.vhost_user.messages import (
@@ -340,6 +342,35 @@ async def test_why_a_front_end_left_is_logged(short_dir: Path) -> None:
 
     (log,) = [log for log in logs if log["event"] == "front-end disconnected"]
     assert log["reason"] == "broke the protocol: SET_FEATURES: SET_FEATURES has 4 bytes, 8 needed"
+
+
+class Listening:
+    """A listening socket whose accept() fails before it works."""
+
+    def __init__(self, *errors: int) -> None:
+        self._errors = list(errors)
+
+    def accept(self) -> tuple[socket.socket, str]:
+        """See socket.socket."""
+        if self._errors:
+            raise OSError(self._errors.pop(0), "")
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return ours, ""
+
+
+async def test_process_out_of_descriptors_accepts_later(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    errors = (errno.EMFILE, errno.ECONNABORTED, errno.ENFILE, errno.ENOMEM)
+    (await _accept(Listening(*errors))).close()  # type: ignore[arg-type]
+
+    assert autojump_clock.current_time() > 0.2
+
+
+async def test_listening_socket_that_is_broken_is_an_error() -> None:
+    with pytest.raises(OSError, match="Errno"):
+        await _accept(Listening(errno.EINVAL))  # type: ignore[arg-type]
 
 
 async def abort_somewhere(path: Path, dice: random.Random) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from bridge.errors import ConnectionLost, ProtocolError
 from bridge.vhost_user.frontend import FrontEnd, Refused
@@ -190,3 +192,46 @@ async def test_receive_that_was_cancelled_loses_no_byte(both: Scripted) -> None:
     await both.back_end.send(data[9:])
 
     assert unpack_u64((await both.front_end.receive()).payload) == 7
+
+
+async def test_send_to_a_back_end_that_left_is_a_lost_connection(both: Scripted) -> None:
+    both.back_end.close()
+
+    with pytest.raises(ConnectionLost):
+        await both.front_end.send_raw(pack_message(Request.GET_FEATURES))
+
+
+async def test_send_that_nobody_receives_waits_and_can_be_cancelled(both: Scripted) -> None:
+    flood = pack_message(Request.GET_FEATURES) * 1_000_000
+
+    with trio.move_on_after(0.01) as scope:
+        await both.front_end.send_raw(flood)
+
+    assert scope.cancelled_caught
+
+
+async def test_connecting_to_a_full_backlog_waits_for_room(short_dir: Path) -> None:
+    path = short_dir / "s"
+    waiting = []
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(0)
+        waiting.append(await FrontEnd.connect(path))
+        with trio.move_on_after(0.03) as scope:
+            await FrontEnd.connect(path)
+        assert scope.cancelled_caught
+        listening.accept()[0].close()
+        waiting.append(await FrontEnd.connect(path))
+    for front_end in waiting:
+        front_end.close()
+
+
+async def test_channel_says_when_the_back_end_closes_it(both: Scripted) -> None:
+    with pytest.raises(RuntimeError):
+        await both.front_end.config_changed()
+    await both.front_end.open_channel()
+    for fd in (await both.hear()).fds:
+        os.close(fd)
+
+    with pytest.raises(ConnectionLost):
+        await both.front_end.config_changed()

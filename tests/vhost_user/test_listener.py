@@ -136,3 +136,8 @@ def test_passed_descriptor_is_told_listening_from_connected(short_dir: Path) -> 
     ours, theirs = socket.socketpair()
     with ours, Listener.from_fd(theirs.detach()) as listener:
         assert listener.is_connected
+
+
+def test_directory_that_takes_no_socket_is_named() -> None:
+    with pytest.raises(ConfigError, match="cannot listen on socket path /proc/s"):
+        Listener.at_path("/proc/s")
