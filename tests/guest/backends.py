@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -77,9 +78,24 @@ class Killable:
         self._log_path = log_path
         self._server: Server | None = None
 
+    @property
+    def uri(self) -> str:
+        """Of an NBD server: its NBD URI."""
+        return f"nbd+unix:///?socket={self.socket}"
+
     async def start(self) -> None:
         """Start it; it listens when this returns."""
         self._server = await start_server(self.name, self._command, self.socket, self._log_path)
+
+    def pause(self) -> None:
+        """SIGSTOP: requests gather."""
+        assert self._server is not None
+        self._server.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        assert self._server is not None
+        self._server.process.send_signal(signal.SIGCONT)
 
     async def kill(self) -> None:
         """SIGKILL."""

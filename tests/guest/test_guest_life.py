@@ -134,7 +134,7 @@ async def test_disk_that_grows_is_seen_in_the_guest(machine: GuestMachine, folde
 
     async with (
         killable_nbdkit(image, folder) as nbdkit,
-        bridge_to(f"nbd+unix:///?socket={nbdkit.socket}", folder) as server,
+        bridge_to(nbdkit.uri, folder) as server,
     ):
         disk = VhostUserDisk(server.socket)
         guest_config = config(machine, "resize", disk, guest_new_sectors=32 * MIB // 512)
@@ -220,13 +220,27 @@ async def test_guest_moves_to_another_qemu_while_it_writes(
     assert report.passed, report
 
 
-async def kill_repeatedly(victim: Killable, guest: Guest, times: int) -> None:
-    """Kill and restart at random moments, each time after the guest has come a bit further."""
+async def kill_repeatedly(
+    victim: Killable, guest: Guest, times: int, *, server: Killable | None = None
+) -> None:
+    """Kill and restart at random moments, each time after the guest has come a bit further.
+
+    Twice a bit, because the first news may be from before the last kill: a QEMU before 9.0 whose
+    back-end dies during the first message of a reconnect never tries again. With `server` every
+    other kill comes while that is paused: then the guest surely has requests in flight, and the
+    server has commands of the dead bridge before it when it goes on.
+    """
     dice = random.Random(times)
-    for _ in range(times):
+    for number in range(times):
         await progress(guest, 1)
+        await progress(guest, 1)
+        paused = server if number % 2 else None
+        if paused is not None:
+            paused.pause()
         await trio.sleep(dice.random() / 4)
         await victim.kill()
+        if paused is not None:
+            paused.resume()
         await victim.start()
     await progress(guest, 1)
 
@@ -241,12 +255,12 @@ async def test_bridge_killed_while_the_guest_writes_loses_nothing(
     """
     options = ["--cache-mode", cache_mode, "--cache-size", "16M", "--cache-dir", str(folder)]
     async with (
-        nbdkit_on(make_image(folder, 128), folder, "fence=off") as uri,
-        killable_bridge(uri, folder, *options) as bridge,
+        killable_nbdkit(make_image(folder, 128), folder) as nbdkit,
+        killable_bridge(nbdkit.uri, folder, *options) as bridge,
     ):
         disk = VhostUserDisk(bridge.socket, reconnect_ms=100)
         async with stressed(config(machine, "stress", disk), folder) as guest:
-            await kill_repeatedly(bridge, guest, KILLS)
+            await kill_repeatedly(bridge, guest, KILLS, server=nbdkit)
 
 
 async def test_server_killed_while_the_guest_writes_loses_nothing(
@@ -256,7 +270,7 @@ async def test_server_killed_while_the_guest_writes_loses_nothing(
     image = make_image(folder, 128)
     async with (
         killable_nbdkit(image, folder) as nbdkit,
-        bridge_to(f"nbd+unix:///?socket={nbdkit.socket}", folder) as bridge,
+        bridge_to(nbdkit.uri, folder) as bridge,
     ):
         disk = VhostUserDisk(bridge.socket)
         async with stressed(config(machine, "stress", disk), folder) as guest:
@@ -272,8 +286,8 @@ async def test_newer_qemu_runs_the_file_system_and_survives_a_killed_bridge(
     shutil.copy(machine.kernel.image, kernel)
     shutil.copy(machine.initrd, initrd)
     async with (
-        nbdkit_on(make_image(folder, 128), folder) as uri,
-        killable_bridge(uri, folder) as bridge,
+        killable_nbdkit(make_image(folder, 128), folder) as nbdkit,
+        killable_bridge(nbdkit.uri, folder) as bridge,
     ):
         disk = VhostUserDisk(bridge.socket, reconnect_ms=50)
         first = replace(
@@ -282,4 +296,4 @@ async def test_newer_qemu_runs_the_file_system_and_survives_a_killed_bridge(
         report = await run_guest(first, folder / "log", time_limit_s=LIMIT_S)
         assert report.passed, report
         async with stressed(replace(first, words={"guest_script": "stress"}), folder) as guest:
-            await kill_repeatedly(bridge, guest, KILLS)
+            await kill_repeatedly(bridge, guest, KILLS, server=nbdkit)

@@ -1,12 +1,13 @@
 # Writes and verifies without a pause, in several processes, until the host types a line.
 #
-# guest_workers: processes (4), spread over the CPUs. guest_queues: how many the disk must have.
-# Each worker has 16 slots of 1 MiB on the raw disk. A round rewrites one slot with bytes that no
+# guest_workers: processes (3), spread over the CPUs. guest_queues: how many the disk must have.
+# One more process, the flood, keeps many large requests in flight, which the workers, busy with
+# verifying, do not. Each worker has 16 slots of 1 MiB on the raw disk. A round rewrites one slot with bytes that no
 # other round has, and reads it back past the page cache; before that it reads what the slot held
 # since 16 rounds ago: a write that was lost, torn, misplaced or executed again later shows there.
 
 disk=/dev/vda
-workers=${guest_workers:-4} slots=16
+workers=${guest_workers:-3} slots=16 flood_mib=8
 
 wait_disk vda
 expect queues "$(ls /sys/block/vda/mq | wc -l)" "$guest_queues"
@@ -53,6 +54,29 @@ worker() {
         echo $round >/tmp/count.$1
     done
 }
+
+# flood: the same 8 MiB behind the slots over and over, in turn with two contents.
+flood() {
+    round=0
+    at=$(( workers * slots ))
+    while [ ! -e /tmp/stop ]; do
+        round=$(( round + 1 ))
+        dd if=/tmp/flood.$(( round % 2 )) of=$disk bs=8M seek=$(( at / 8 )) oflag=direct \
+            2>/tmp/error.flood || bad flood "write: $(cat /tmp/error.flood)"
+        [ $(( round % 4 )) != 0 ] || check_flood
+    done
+    check_flood
+}
+
+check_flood() {
+    [ "$(dd if=$disk bs=8M skip=$(( at / 8 )) count=1 iflag=direct 2>/dev/null | md5sum)" = \
+        "$(md5sum </tmp/flood.$(( round % 2 )))" ] || bad flood "wrong after round $round"
+}
+
+for each in 0 1; do
+    dd if=/dev/urandom of=/tmp/flood.$each bs=1M count=$flood_mib 2>/dev/null
+done
+flood &
 
 cpus=$(nproc)
 w=0
