@@ -40,7 +40,8 @@ _PAGE = mmap.PAGESIZE
 _RESIDENT = bytes(range(1, 256, 2))
 """Values of a mincore vector whose lowest bit is set."""
 
-_mincore = ctypes.CDLL(None, use_errno=True).mincore
+# PyDLL: mincore does not wait, and giving the GIL away to ask would cost more than the answer.
+_mincore = ctypes.PyDLL(None).mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -84,16 +85,11 @@ class MappedImage:
         """Store `source` into the data at `position`, a whole number of blocks."""
         self.data[position : position + len(source)] = source
 
-    def read_nowait(self, views: list[memoryview], position: int) -> bool:
-        """Fill `views` from the data at `position` if that needs no waiting; else False."""
+    def read_wait(self, views: list[memoryview], position: int) -> None:
+        """Fill `views`, however long that takes; may run in a thread. Raises OSError."""
         for view in views:
             view[:] = self.data[position : position + len(view)]
             position += len(view)
-        return True
-
-    def read_wait(self, views: list[memoryview], position: int) -> None:
-        """Fill `views`, however long that takes; may run in a thread. Raises OSError."""
-        self.read_nowait(views, position)
 
     def resident(self, position: int, length: int) -> bool:
         """Would touching the data at `position` need no waiting?"""
@@ -123,24 +119,12 @@ class CacheFile(MappedImage):
         """What the operator should know about how the file was opened."""
         self._map = mmap.mmap(fd, header.geometry.file_bytes)
         super().__init__(self._map, header)
-        self._nowait = os.RWF_NOWAIT
         # The map's address, for mincore(2): the array exports the map's buffer until `close`.
         anchor = (ctypes.c_char * self._map.size()).from_buffer(self._map)
         self._anchor: ctypes.Array[ctypes.c_char] | None = anchor
         self._data_address = ctypes.addressof(anchor) + header.geometry.data_offset
         # No read-around on a fault: what is cold is read by threads, in the size that is needed.
         self._map.madvise(mmap.MADV_RANDOM)
-
-    def read_nowait(self, views: list[memoryview], position: int) -> bool:
-        try:
-            count = os.preadv(self.fd, views, self.geometry.data_offset + position, self._nowait)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-            return False  # A file system without RWF_NOWAIT: always through a thread.
-        return count == sum(len(view) for view in views)
 
     def read_wait(self, views: list[memoryview], position: int) -> None:
         position += self.geometry.data_offset

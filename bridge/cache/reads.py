@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-
 from bridge.request import Request
 
 from .backend import Stats
@@ -130,27 +128,11 @@ class Reads:
             return
         self._index_touch(slot)
         position = (slot << index.granule_shift) + (start & index.granule_bytes - 1)
-        if index.ready[slot] & bits != bits and self._image.resident(
-            slot << index.granule_shift, index.granule_bytes
-        ):
-            # One question for the whole granule, so that a hot set is believed again quickly.
-            granule = start >> index.granule_shift
-            index.ready[slot] = index.valid(slot) & ~self._readahead.marked(granule)
-            source = index.data[position : position + end - start]
-            scatter(request.buffers, start - request.offset, source)
-            return
-        if index.ready[slot] & bits == bits:
+        if index.ready[slot] & bits == bits or self._is_resident(slot, bits, start, end):
             source = index.data[position : position + end - start]
             scatter(request.buffers, start - request.offset, source)
             return
         views = slices(request.buffers, start - request.offset, end - start)
-        try:
-            if self._image.read_nowait(views, position):
-                index.ready[slot] |= bits
-                return
-        except OSError as error:
-            self._broken(op, slot, bits, start, end, error.errno or errno.EIO)
-            return
         self._stats.read_cold += 1
         op.pending += 1
         self._slots.pin(slot)
@@ -164,6 +146,20 @@ class Reads:
             op.release()
 
         self._cold.run(lambda: self._image.read_wait(views, position), done)
+
+    def _is_resident(self, slot: int, bits: int, start: int, end: int) -> bool:
+        """Ask about blocks of `slot` that are not believed to be in the page cache."""
+        index = self._index
+        base = slot << index.granule_shift
+        # One question for the whole granule, so that a hot set is believed again quickly.
+        if self._image.resident(base, index.granule_bytes):
+            granule = start >> index.granule_shift
+            index.ready[slot] = index.valid(slot) & ~self._readahead.marked(granule)
+            return True
+        if self._image.resident(base + (start & index.granule_bytes - 1), end - start):
+            index.ready[slot] |= bits
+            return True
+        return False
 
     def _broken(self, op: _ReadOp, slot: int, bits: int, start: int, end: int, error: int) -> None:
         """The cache file cannot be read there: the server still has what is clean."""

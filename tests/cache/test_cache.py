@@ -515,12 +515,6 @@ class _ColdImage(MappedImage):
 
     warm = False
 
-    def read_nowait(self, views: list[memoryview], position: int) -> bool:
-        return self.warm and super().read_nowait(views, position)
-
-    def read_wait(self, views: list[memoryview], position: int) -> None:
-        MappedImage.read_nowait(self, views, position)
-
     def resident(self, position: int, length: int) -> bool:
         return self.warm
 

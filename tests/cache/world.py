@@ -103,15 +103,6 @@ class TestImage(MappedImage):
                 raise Killed
             self.stores_left -= 1
 
-    def read_nowait(self, views: list[memoryview], position: int) -> bool:
-        if self._rng.random() < self.cold_ratio:
-            return False
-        self.read_wait(views, position)
-        return True
-
-    def read_wait(self, views: list[memoryview], position: int) -> None:
-        super().read_nowait(views, position)
-
     def resident(self, position: int, length: int) -> bool:
         return self._rng.random() >= self.cold_ratio
 
