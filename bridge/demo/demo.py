@@ -19,19 +19,13 @@ import trio
 
 from bridge.demo.accelerator import choose_accelerator
 from bridge.demo.guest import run_guest
-from bridge.demo.image import allocated_bytes, check_filesystem, check_sums, extract_files
+from bridge.demo.image import check_filesystem, check_sums, extract_files
 from bridge.demo.initramfs import build_initramfs
 from bridge.demo.kernel import Kernel, cache_dir, find_kernel
 from bridge.demo.qemu import GuestConfig, VhostUserDisk, find_qemu, qemu_version
 from bridge.demo.report import GuestReport
-from bridge.demo.servers import (
-    Server,
-    bridge_command,
-    nbdkit_command,
-    running,
-    small_server_command,
-    watched,
-)
+from bridge.demo.servers import Server, bridge_command, running, watched
+from bridge.demo.volume import FileVolume, Volume
 from bridge.demo.without_guest import CHUNK_BYTES, pattern, run_without_guest
 from bridge.errors import BridgeError, ConfigError
 
@@ -87,28 +81,35 @@ async def run_demo(
     *,
     folder: Path | None = None,
     say: Callable[[str], None] = print,
+    volume: Volume | None = None,
 ) -> DemoResult:
     """Do the whole job and tell about it through `say`, a line at a time.
 
-    `folder` keeps image, sockets and logs; without one they are in a temporary folder that is
-    gone afterwards. Raises ConfigError, with the remedy, when something is missing on this
-    machine; whatever goes wrong later is in the result's `failures`. Cancellation kills the
-    processes that were started.
+    `volume` is served instead of a sparse image, `config.disk_mib` being its size. `folder` keeps
+    image, sockets and logs; without one they are in a temporary folder that is gone afterwards.
+    Raises ConfigError, with the remedy, when something is missing on this machine; whatever goes
+    wrong later is in the result's `failures`. Cancellation kills the processes that were started.
     """
     config = config or DemoConfig()
     if folder is not None:
         os.makedirs(folder, exist_ok=True)
-        return await _Demo(config, folder, say).run()
+        return await _Demo(config, folder, say, volume).run()
     with tempfile.TemporaryDirectory(prefix="nbd-bridge-") as temporary:
-        return await _Demo(config, Path(temporary), say).run()
+        return await _Demo(config, Path(temporary), say, volume).run()
 
 
 class _Demo:
-    def __init__(self, config: DemoConfig, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: DemoConfig,
+        folder: Path,
+        say: Callable[[str], None],
+        volume: Volume | None,
+    ) -> None:
         self.config = config
         self.folder = folder
         self.say = say
-        self.image = folder / "disk.img"
+        self.volume = volume or FileVolume(folder / "disk.img", config.disk_mib, say)
         self.disk_socket = folder / "disk.sock"
         self.result = DemoResult()
 
@@ -153,10 +154,10 @@ class _Demo:
         nbd_socket = self.folder / "nbd.sock"
         uri = f"nbd+unix:///?socket={nbd_socket}"
         async with AsyncExitStack() as stack:
-            name, command = self._server_command(nbd_socket)
+            name, command = self.volume.server_command(nbd_socket)
             log = self.folder / "server.log"
             server = await stack.enter_async_context(running(name, command, nbd_socket, log))
-            self.say(f"server   {name}, sparse image of {self.config.disk_mib} MiB ({self.image})")
+            self.say(f"server   {name}, {self.volume.description}")
             command = bridge_command(
                 *(uri, self.disk_socket, "--serial", SERIAL),
                 *("--cache-dir", str(self.folder), "--cache-size", "256M"),
@@ -173,16 +174,6 @@ class _Demo:
                     await self._boot_twice(machine)
             for process in (bridge, server):
                 await self._stop(process)
-
-    def _server_command(self, socket: Path) -> tuple[str, list[str]]:
-        """The NBD server's name and command line: nbdkit if it is here."""
-        try:
-            size = f"size={self.config.disk_mib}M"
-            return "nbdkit", nbdkit_command(self.image, socket, size)
-        except ConfigError as error:
-            self.say(f"server   {error}; the small NBD server of the bridge takes its place")
-            size_bytes = self.config.disk_mib * _MIB
-            return "small NBD server", small_server_command(self.image, socket, size_bytes)
 
     async def _stop(self, server: Server) -> None:
         began_s = time.monotonic()
@@ -239,7 +230,7 @@ class _Demo:
         return self._judge(name, report)
 
     async def _checkpoint(self, name: str) -> None:
-        self.result.allocated[name] = allocated_bytes(self.image)
+        self.result.allocated[name] = await trio.to_thread.run_sync(self.volume.allocated_bytes)
 
     def _judge(self, name: str, report: GuestReport) -> bool:
         if report.passed:
@@ -284,11 +275,12 @@ class _Demo:
 
     async def _check_filesystem(self) -> None:
         """Look at the image with the host's own tools, everything else being stopped."""
-        complaint = await trio.to_thread.run_sync(check_filesystem, self.image)
+        image = await trio.to_thread.run_sync(self.volume.image)
+        complaint = await trio.to_thread.run_sync(check_filesystem, image)
         if complaint:
             self._fail(f"e2fsck on the server's image: {complaint}")
         files = self.folder / "files"
-        await trio.to_thread.run_sync(extract_files, self.image, files)
+        await trio.to_thread.run_sync(extract_files, image, files)
         right, wrong = await trio.to_thread.run_sync(check_sums, files)
         self.result.files_right = right
         if wrong or not right:
@@ -299,7 +291,8 @@ class _Demo:
     async def _check_pattern(self) -> None:
         """Look for what the front-end wrote in the image."""
         chunks = int(self.result.boots["front-end"].number("written_chunks"))
-        wrong = await trio.to_thread.run_sync(_wrong_chunks, self.image, chunks)
+        image = await trio.to_thread.run_sync(self.volume.image)
+        wrong = await trio.to_thread.run_sync(_wrong_chunks, image, chunks)
         if wrong:
             self._fail(f"on the server's image these MiB are wrong: {wrong}")
         elif chunks:
