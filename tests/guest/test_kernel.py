@@ -2,6 +2,7 @@
 
 import lzma
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -93,35 +94,46 @@ def test_find_kernel_with_an_installed_one_takes_it(tmp_path: Path) -> None:
     assert len(kernel.modules) == 3
 
 
-def fake_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, depends: str) -> None:
-    """apt tools that know one kernel package, made by the real dpkg-deb; no network."""
-    package = tmp_path / "package"
-    make_tree(package, {f"{name}.ko": "" for name in kernel_module.WANTED_MODULES})
-    (package / "DEBIAN").mkdir()
-    (package / "DEBIAN/control").write_text(
-        f"Package: linux-image-{RELEASE}\nVersion: 1\nArchitecture: all\n"
+def build_package(name: str, folder: Path, archive: Path) -> None:
+    """Make the package `name` of `folder`, with the real dpkg-deb."""
+    (folder / "DEBIAN").mkdir()
+    (folder / "DEBIAN/control").write_text(
+        f"Package: {name}\nVersion: 1\nArchitecture: all\n"
         "Maintainer: nobody <nobody@example.org>\nDescription: a test\n"
     )
+    archive.mkdir(exist_ok=True)
     subprocess.run(
-        [need("dpkg-deb"), "--build", package, tmp_path / "kernel.deb"],
+        [need("dpkg-deb"), "--build", folder, archive / f"{name}.deb"],
         check=True, capture_output=True,
     )  # fmt: skip
-    tools = tmp_path / "tools"
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages, NAME.deb and NAME.depends, that apt's tools know; no network."""
+    folder, tools = tmp_path / "archive", tmp_path / "tools"
+    folder.mkdir()
     tools.mkdir()
-    (tools / "apt-cache").write_text(f"#!/bin/sh\necho '{depends}'\n")
+    (tools / "apt-cache").write_text(
+        f"#!/bin/sh\n[ $2 = -- ] && shift\n"
+        f'for each in $(cat {folder}/$2.depends 2>/dev/null); do echo "  Depends: $each"; done\n'
+    )
     (tools / "apt-get").write_text(
-        f"#!/bin/sh\n[ \"$1\" = download ] && cp '{tmp_path}/kernel.deb' ./linux.deb\n"
+        f"#!/bin/sh\n[ $1 = download ] || exit 0\nshift 2\n"
+        f"for each; do cp {folder}/$each.deb . || exit 100; done\n"
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return folder
 
 
-def test_find_kernel_without_one_unpacks_the_package_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_archive(tmp_path, monkeypatch, depends=f"  Depends: linux-image-{RELEASE}")
-    cache = tmp_path / "cache"
+def test_find_kernel_without_one_unpacks_the_package_once(tmp_path: Path, archive: Path) -> None:
+    package, cache = tmp_path / "package", tmp_path / "cache"
+    make_tree(package, {f"{name}.ko": "" for name in kernel_module.WANTED_MODULES})
+    build_package(f"linux-image-{RELEASE}", package, archive)
+    for meta in kernel_module._META_PACKAGES[platform.machine()]:
+        (archive / f"{meta}.depends").write_text(f"linux-image-{RELEASE}")
 
     first = find_kernel(cache, root=tmp_path / "nothing")
     (tmp_path / "tools/apt-get").write_text("#!/bin/sh\nexit 100\n")
@@ -132,10 +144,31 @@ def test_find_kernel_without_one_unpacks_the_package_once(
     assert first.image.is_relative_to(cache)
 
 
-def test_find_kernel_without_a_package_names_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_find_kernel_with_its_modules_in_another_package_unpacks_both(
+    tmp_path: Path, archive: Path
 ) -> None:
-    fake_archive(tmp_path, monkeypatch, depends="nothing")
+    """As on Ubuntu; some modules are compressed, others built in."""
+    image, modules = tmp_path / "image", tmp_path / "modules"
+    folder = make_tree(
+        modules, {"virtio_blk.ko.xz": ""}, builtin="fs/ext4.ko\ndrivers/virtio_pci.ko"
+    )
+    image.mkdir()
+    (modules / "boot").rename(image / "boot")
+    folder.rename(folder.parent / "moved")
+    (modules / "usr").mkdir()
+    (modules / "lib").rename(modules / "usr/lib")
+    (modules / "usr/lib/modules/moved").rename(modules / "usr/lib/modules" / RELEASE)
+    build_package(f"linux-image-{RELEASE}", image, archive)
+    build_package(f"linux-modules-{RELEASE}", modules, archive)
+    (archive / "linux-image-virtual.depends").write_text(f"linux-image-{RELEASE} linux-headers-9")
+    (archive / f"linux-image-{RELEASE}.depends").write_text(f"kmod linux-modules-{RELEASE}")
 
+    kernel = find_kernel(tmp_path / "cache", root=tmp_path / "nothing")
+
+    assert kernel.image.read_bytes() == b"kernel"
+    assert names(kernel.modules) == ["virtio_blk.ko"]
+
+
+def test_find_kernel_without_a_package_names_the_remedy(tmp_path: Path, archive: Path) -> None:
     with pytest.raises(ConfigError, match="apt-get update"):
         find_kernel(tmp_path / "cache", root=tmp_path / "nothing")
