@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from threading import get_ident
 from typing import NoReturn, TypeVar
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -23,6 +24,7 @@ from nbd_plugin.service import Service
 from nbd_plugin.session import Handle
 from nbd_plugin.settings import Settings
 from nbd_plugin.store import Extents
+from nbd_plugin.thread_state import keep_worker, kept
 
 API_VERSION = 2
 
@@ -168,6 +170,8 @@ def can_cache(handle: Handle) -> int:
 
 
 def pread(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    if get_ident() not in kept:
+        keep_worker()
     busy = handle.busy
     busy.append(None)
     try:
@@ -181,6 +185,8 @@ def pread(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
 
 
 def pwrite(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    if get_ident() not in kept:
+        keep_worker()
     busy = handle.busy
     busy.append(None)
     try:

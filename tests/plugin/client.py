@@ -92,6 +92,8 @@ class RawClient:
         """Leave as the protocol wants it, and wait until the server has closed, too."""
         try:
             self.send(DISCONNECT, 0, 0)
+            # nbdkit 1.42 with several threads does not close before it has seen our end.
+            self._socket.shutdown(socket.SHUT_WR)
             while self._socket.recv(4096):
                 pass
         except OSError:
