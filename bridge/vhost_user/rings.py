@@ -271,7 +271,10 @@ class Rings:
         if state.num not in (0, 1):
             raise ProtocolError(f"queue {state.index}: enable is {state.num}, not 0 or 1")
         if self.features is not None and not self.features & F_PROTOCOL_FEATURES:
-            raise ProtocolError(f"queue {state.index}: enabled from the start (no bit 30)")
+            # Rings are enabled from the start then; whoever says so anyway says nothing wrong.
+            if not state.num:
+                raise ProtocolError(f"queue {state.index}: disabled without bit 30")
+            return
         ring.enabled = bool(state.num)
         self._start_if_ready(ring)
 

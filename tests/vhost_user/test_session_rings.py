@@ -273,9 +273,10 @@ async def test_enable_other_than_0_or_1_is_refused(talk: Talk, num: int) -> None
     assert await talk.ask(Request.SET_VRING_ENABLE, state(num)) == 1
 
 
-async def test_enable_without_bit_30_is_refused(talk: Talk) -> None:
+async def test_without_bit_30_rings_can_be_enabled_but_not_disabled(talk: Talk) -> None:
     await talk.negotiate(F_VERSION_1)
 
+    assert await talk.ask(Request.SET_VRING_ENABLE, state(1)) == 0
     assert await talk.ask(Request.SET_VRING_ENABLE, state(0)) == 1
 
 
