@@ -17,6 +17,7 @@ import trio
 
 from bridge.demo.qemu import GuestConfig, command_line, find_qemu, qemu_version
 from bridge.demo.report import GuestReport, SerialParser
+from bridge.demo.unwrap import unwrapped
 from bridge.errors import BridgeError
 
 _LOG_MAX_BYTES = 16 << 20
@@ -151,10 +152,11 @@ async def open_guest(
         )
     guest = Guest(process, log_path, checkpoint)
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(guest.read_console)
-            yield guest
-            nursery.cancel_scope.cancel()
+        with unwrapped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.read_console)
+                yield guest
+                nursery.cancel_scope.cancel()
     finally:
         await end_process(process)
 

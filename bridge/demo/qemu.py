@@ -68,10 +68,10 @@ class GuestConfig:
 def find_qemu() -> str:
     """The path of QEMU for this machine's architecture. Raises ConfigError without one."""
     machine = platform.machine()
-    name = _MACHINES[machine][0] if machine in _MACHINES else f"qemu-system-{machine}"
+    name = f"qemu-system-{machine}"
     found = shutil.which(name)
     if found is None:
-        package = "qemu-system-x86" if machine == "x86_64" else "qemu-system-arm"
+        package = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}.get(machine, name)
         raise ConfigError(f"{name} is missing: install the package {package}")
     return found
 
@@ -91,8 +91,13 @@ def qemu_version(qemu: Sequence[str]) -> tuple[int, int]:
 
 
 def command_line(config: GuestConfig, version: tuple[int, int]) -> list[str]:
-    """QEMU's arguments for `config`; the serial console is standard input and output."""
+    """QEMU's arguments for `config`; the serial console is standard input and output.
+
+    Raises ConfigError on a machine of an unknown architecture.
+    """
     machine = platform.machine()
+    if machine not in _MACHINES:
+        raise ConfigError(f"no guest is known for {machine}: x86_64 and aarch64 are")
     program, machine_type, switches, console = _MACHINES[machine]
     # `-cpu max` has RDRAND: without it the guest waits seconds for entropy.
     arguments = [

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trio
 
+from bridge.demo.unwrap import unwrapped
 from bridge.errors import BridgeError, ConfigError
 
 _START_LIMIT_S = 20.0
@@ -136,11 +137,12 @@ async def watched(*servers: Server) -> AsyncIterator[None]:
         dead.append(server)
         scope.cancel()
 
-    async with trio.open_nursery() as nursery:
-        for server in servers:
-            nursery.start_soon(watch, server, nursery.cancel_scope)
-        yield
-        nursery.cancel_scope.cancel()
+    with unwrapped():
+        async with trio.open_nursery() as nursery:
+            for server in servers:
+                nursery.start_soon(watch, server, nursery.cancel_scope)
+            yield
+            nursery.cancel_scope.cancel()
     for server in dead:
         status = server.process.returncode
         raise ServerFailed(f"{server.name} ended by itself (status {status}): {server.said()}")

@@ -11,6 +11,7 @@ import trio
 
 from bridge.demo.guest import Checkpoint
 from bridge.demo.report import GuestReport
+from bridge.demo.unwrap import unwrapped
 from bridge.errors import BridgeError
 from bridge.guest import Guest
 
@@ -45,8 +46,8 @@ async def run_without_guest(
         async with await Guest.connect(socket_path, request_bytes=_REQUEST_BYTES) as guest:
             await _Workout(guest, report, total_mib, checkpoint).run()
         report.passed = not report.reason
-    except* (BridgeError, OSError) as group:
-        report.reason = f"the front-end: {_first(group)}"
+    except (BridgeError, OSError) as error:
+        report.reason = f"the front-end: {error}"
     report.elapsed_s = time.monotonic() - began_s
     return report
 
@@ -98,9 +99,10 @@ class _Workout:
             for chunk in numbers:
                 await action(chunk)
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(_TASKS):
-                nursery.start_soon(work)
+        with unwrapped():
+            async with trio.open_nursery() as nursery:
+                for _ in range(_TASKS):
+                    nursery.start_soon(work)
 
     async def _write(self, chunk: int) -> None:
         await self.guest.write(chunk * CHUNK_BYTES, pattern(chunk))
@@ -109,11 +111,3 @@ class _Workout:
         found = await self.guest.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
         if found != pattern(chunk):
             self.report.reason = self.report.reason or f"MiB {chunk} of the disk reads wrong"
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first exception in a group of groups."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -5,12 +5,19 @@ import signal
 from pathlib import Path
 
 import pytest
+import trio
 
 from bridge.demo.demo import DemoConfig, run_demo
 from bridge.demo.guest import open_guest, run_guest
 from bridge.demo.image import allocated_bytes, check_filesystem, check_sums, extract_files
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
-from bridge.demo.servers import running
+from bridge.demo.servers import (
+    ServerFailed,
+    running,
+    small_server_command,
+    start_server,
+    watched,
+)
 from tests.guest.conftest import GuestMachine
 from tests.tools import need
 
@@ -144,3 +151,30 @@ async def test_demo_without_nbdkit_uses_the_small_server(
 
     assert result.failures == []
     assert result.allocated["trimmed"] < result.allocated["written"]
+
+
+async def test_watched_block_that_fails_fails_as_itself(folder: Path) -> None:
+    socket = folder / "s"
+    command = small_server_command(folder / "i", socket, 512)
+    async with running("server", command, socket, folder / "log") as server:
+        with pytest.raises(ZeroDivisionError):
+            async with watched(server):
+                raise ZeroDivisionError
+
+
+async def test_watched_block_is_cancelled_when_a_server_ends(folder: Path) -> None:
+    socket = folder / "s"
+    server = await start_server(
+        "server", small_server_command(folder / "i", socket, 512), socket, folder / "log"
+    )
+    server.process.kill()
+
+    with pytest.raises(ServerFailed, match="server ended by itself"):
+        async with watched(server):
+            await trio.sleep_forever()
+
+
+async def test_server_that_does_not_start_says_why(folder: Path) -> None:
+    command = ["sh", "-c", "echo no such disk; exit 3"]
+    with pytest.raises(ServerFailed, match="server did not start: no such disk"):
+        await start_server("server", command, folder / "s", folder / "log")
