@@ -1,8 +1,8 @@
 """The cache beside qemu-storage-daemon, which has none: same server, same client, alternating.
 
 `qemu-img bench` with libblkio plays the guest of both. "null-co" is qemu-storage-daemon without any
-storage behind it, the limit of its engine. The far server is nbdkit with its delay filter: a
-millisecond for every read and every write.
+storage behind it, the limit of its engine. The far server takes a millisecond more for every
+command.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tests.bench.engine import Workload, bridge, measure, running, storage_daemo
 
 _DISK_BYTES = 256 << 20
 _KIB = 1024
+_FAR_PLUGIN = Path(__file__).with_name("far_plugin.py")
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,12 @@ ROWS = [
 
 def server(kind: str, socket: Path) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     """nbdkit's memory plugin, near or a millisecond away."""
-    far = ("--filter=delay",), ("rdelay=1ms", "wdelay=1ms")
-    filters, delays = far if kind == "far" else ((), ())
-    return running(
-        *("nbdkit", "-f", "-U", str(socket), *filters),
-        *("memory", str(_DISK_BYTES), *delays),
-        ready=socket,
-    )
+    argv = ["nbdkit", "-f", "-U", str(socket)]
+    if kind == "far":
+        argv += ["python", str(_FAR_PLUGIN), f"size={_DISK_BYTES}"]
+    else:
+        argv += ["memory", str(_DISK_BYTES)]
+    return running(*argv, ready=socket)
 
 
 def run_row(row: Row, rounds: int, scale: float) -> tuple[float, float]:
