@@ -23,11 +23,11 @@ def make_image(folder: Path, size_mib: int, content: bytes = b"") -> Path:
 
 
 @asynccontextmanager
-async def nbdkit_on(image: Path, folder: Path, *parameters: str) -> AsyncIterator[str]:
+async def nbdkit_on(image: Path, folder: Path) -> AsyncIterator[str]:
     """nbdkit with our plugin serving `image`; its NBD URI."""
     need("nbdkit")
     socket = folder / "nbd.sock"
-    command = nbdkit_command(image, socket, *parameters)
+    command = nbdkit_command(image, socket)
     async with running("nbdkit", command, socket, folder / "nbdkit.log"):
         yield f"nbd+unix:///?socket={socket}"
 
@@ -80,8 +80,12 @@ class Killable:
 
     @property
     def uri(self) -> str:
-        """Of an NBD server: its NBD URI."""
-        return f"nbd+unix:///?socket={self.socket}"
+        """Of an NBD server: the URI of its default export."""
+        return self.uri_of("")
+
+    def uri_of(self, export: str) -> str:
+        """Of an NBD server: the URI of `export`."""
+        return f"nbd+unix:///{export}?socket={self.socket}"
 
     async def start(self) -> None:
         """Start it; it listens when this returns."""
