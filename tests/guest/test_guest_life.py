@@ -122,6 +122,26 @@ async def test_guest_reset_while_it_writes_comes_back(machine: GuestMachine, fol
     assert sum("SeaBIOS" in line for line in guest.lines) == 2
 
 
+async def test_memory_plugged_in_while_the_guest_writes(
+    machine: GuestMachine, folder: Path
+) -> None:
+    """The guest's memory gets a region more under running rings."""
+    async with bridge_on(make_image(folder, 128), folder) as server:
+        guest_config = replace(
+            config(machine, "stress", VhostUserDisk(server.socket)),
+            qmp_socket=folder / "qmp",
+            extra=["-m", "256M,slots=2,maxmem=1G"],
+        )
+        async with stressed(guest_config, folder) as guest, open_qmp(folder / "qmp") as qmp:
+            for number in range(2):
+                memory = {"id": f"more{number}", "size": 128 * MIB, "share": True}
+                await qmp.execute("object-add", qom_type="memory-backend-memfd", **memory)
+                await qmp.execute(
+                    "device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"more{number}"
+                )
+                await progress(guest, 2)
+
+
 async def test_disk_that_grows_is_seen_in_the_guest(machine: GuestMachine, folder: Path) -> None:
     """The server comes back with a larger export; the guest is told without a restart."""
     image = make_image(folder, 16)
