@@ -2,17 +2,24 @@
 
 Life of a block: absent → clean ⇄ dirty → written (the server replied, not flushed) → clean.
 
-- `layout`: what is on the file's first pages, and how it is checked.
-- `file`: opening, locking, preallocating, mapping and closing a cache file.
-- `index`: granule → slot, and the bits of every block, in flat arrays.
-- `eviction`: which clean granule goes when room is needed.
-- `cache`: the `Target` that joins them; hits are served inside `submit()`.
-- `fetch`, `readahead`: reads from the server. `store`: guest writes into the cache.
-- `writeback`, `flush`: dirty blocks to the server, and the barrier after them.
-- `exclusive`: discard and write-zeroes against everything in flight.
-- `cold`: blocks that left the page cache, read by threads.
-- `inspect`, `warm`: what the command line does with a cache file.
+- `layout`: what is on the file's first pages, and how it is checked; `file`: opening, locking,
+  preallocating, mapping and closing one; `options`: the limits.
+- `index`: granule → slot, and the bits of every block, in flat arrays; `eviction`: which clean
+  granule goes when room is needed; `slots`: both in step.
+- `cache`: the `Target` that joins everything; hits are served inside `submit()`.
+- `reads`, `fetch`, `readahead`: reads that are no hit; `cold`: blocks that left the page cache.
+- `store`: guest writes into the cache, and when each is complete.
+- `writeback`, `ticket`, `flush`: dirty blocks to the server, those who wait for that, and the
+  barrier after it.
+- `ranges`, `exclusive`: discard and write-zeroes, ordered against everything in flight.
+- `sample`: did somebody else write the image? `inspect`, `warm`: for the command line.
 
-Nothing here does I/O except `file`, `cold` and the edge `flusher`; time comes from an injected
-clock, the end of a turn from an injected `call_at_turn_end`.
+Life of a read: `Cache.submit` finds every block `ready` and copies it; else `reads` copies what
+is there and has `fetch` bring the rest, which is filled in unless a write overtook it. Life of a
+write: `Cache.submit` finds every block `open` and copies into it; else `store` marks, copies and
+puts the slot into `writeback`'s ring, from where age, a limit or a flush sends it; it is clean
+when a flush succeeded that was sent after the reply.
+
+Nothing here does I/O except `file` and `cold`; time comes from an injected clock, the end of a
+turn from an injected `call_at_turn_end`, and whoever owns the cache calls `tick()`.
 """

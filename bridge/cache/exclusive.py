@@ -21,7 +21,8 @@ from .fetch import Fetcher
 from .flush import Flusher
 from .index import Index
 from .slots import Slots
-from .writeback import Ticket, Writeback
+from .ticket import Ticket
+from .writeback import Writeback
 
 
 class Exclusive(Ticket):

@@ -19,6 +19,7 @@ from bridge.request import READ, Request
 
 from .backend import Backend, Stats
 from .index import Index
+from .layout import BITS
 from .options import Options
 from .slots import Slots
 
@@ -231,7 +232,13 @@ class Fetcher:
             slot = slot or self._slots.obtain(granule)
             if not slot:
                 continue
-            self._store(slot, wanted, fetch.buffer, offset)
+            try:
+                self._store(slot, wanted, fetch.buffer, offset)
+            except OSError:
+                # The cache file fails: the readers have their bytes, nothing is cached.
+                self._stats.file_errors += 1
+                if not index.state[slot]:
+                    self._slots.drop(slot, BITS)
 
     def _store(self, slot: int, bits: int, buffer: bytearray, offset: int) -> None:
         """Copy the blocks `bits` of `slot` out of `buffer`, whose block 0 is block -`offset`."""

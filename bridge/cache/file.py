@@ -37,6 +37,7 @@ from .layout import (
 )
 
 _PAGE = mmap.PAGESIZE
+_PWRITE_BYTES = 16384
 _RESIDENT = bytes(range(1, 256, 2))
 """Values of a mincore vector whose lowest bit is set."""
 
@@ -138,24 +139,30 @@ class CacheFile(MappedImage):
             position += done
 
     def put(self, position: int, source: Any) -> None:
-        # A store into a page that is on the disk only would read it first, for nothing. One
-        # that never was written since the file was made has nothing to be read, and a fault
-        # is a third of the cost of a pwrite.
-        sizes = self.geometry
+        # A page fault on a page that was never written costs 10 us here, a pwrite 11 us per
+        # call and 1.5 us per page: so runs of pages are written, single ones stored. A store
+        # into a page that is on the disk only would read it first, for nothing.
         end = position + len(source)
-        if self._stored is not None:
-            slot, within = divmod(position, sizes.granule_bytes)
-            first, last = within // sizes.block_bytes, (end - 1) % sizes.granule_bytes
-            bits = (2 << last // sizes.block_bytes) - (1 << first)
-            if not self._stored[slot] & bits:
-                self._stored[slot] |= bits
-                self.data[position:end] = source
-                return
-            self._stored[slot] |= bits
-        if self.resident(position, len(source)):
+        if self._is_fresh(position, end):
+            store = len(source) < _PWRITE_BYTES
+        else:
+            store = self.resident(position, len(source))
+        if store:
             self.data[position:end] = source
         else:
             self._write(position, source)
+
+    def _is_fresh(self, position: int, end: int) -> bool:
+        """These blocks were not stored before, in a file that this process made."""
+        if self._stored is None:
+            return False
+        sizes = self.geometry
+        slot, within = divmod(position, sizes.granule_bytes)
+        last = (within + end - position - 1) // sizes.block_bytes
+        bits = (2 << last) - (1 << within // sizes.block_bytes)
+        before = self._stored[slot]
+        self._stored[slot] = before | bits
+        return not before & bits
 
     def _write(self, position: int, source: Any) -> None:
         """Write through the page cache. Raises OSError when the file system refuses."""

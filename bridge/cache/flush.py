@@ -20,7 +20,8 @@ from bridge.request import FLUSH, Request
 from .backend import Backend, Stats
 from .index import Index
 from .options import Options
-from .writeback import Ticket, Writeback
+from .ticket import Ticket
+from .writeback import Writeback
 
 
 class Flushed(Protocol):

@@ -32,7 +32,7 @@ class Options:
     fua_granules: int = 8
     """A flush with at most this many dirty granules sends them with FUA, all at once. More
     would be slower where FUA is a flush of its own (nbdkit emulates it that way)."""
-    fetch_run_bytes: int = 512 * 1024
+    fetch_run_bytes: int = 256 * 1024
     """Longest read of merged misses."""
     fetch_bytes: int = 64 << 20
     """Reads in flight: private buffers. Further misses wait in order."""

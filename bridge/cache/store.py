@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from errno import EIO
 
 from bridge.request import FUA, Request
 
@@ -30,7 +31,8 @@ from .index import Index
 from .layout import BITS, DIRTY_SHIFT
 from .options import WRITEBACK, Options
 from .slots import Slots
-from .writeback import Ticket, Writeback
+from .ticket import Ticket
+from .writeback import Writeback
 
 
 class _WriteOp(Ticket):
@@ -112,12 +114,16 @@ class Store:
         """Do a WRITE whose range lies within the disk."""
         self._stats.writes += 1
         if not self._waiting:
-            if not (self._through or request.flags or self._exclusives.active) and (
-                self._write_whole(request)
-            ):
-                request.error = 0
-                request.done(request)
-                return
+            if not (self._through or request.flags or self._exclusives.active):
+                try:
+                    done = self._write_whole(request)
+                except OSError as error:
+                    request.finish(self._file_failed(request.offset, error))
+                    return
+                if done:
+                    request.error = 0
+                    request.done(request)
+                    return
             position = self._store(request, 0)
             if position == request.length and not (self._through or request.flags & FUA):
                 request.finish(0)
@@ -241,7 +247,13 @@ class Store:
             at = request.offset + position
             within = at & granule_bytes - 1
             size = min(length - position, granule_bytes - within)
-            if not self._store_piece(request, position, at, within, size):
+            try:
+                stored = self._store_piece(request, position, at, within, size)
+            except OSError as error:
+                self._lacks_blocks = False
+                self._obstacle = _fail_with(self._file_failed(at, error))
+                return position
+            if not stored:
                 return position
             position += size
         return position
@@ -345,6 +357,23 @@ class Store:
             partial |= 1 << last
         return partial
 
+    def _file_failed(self, offset: int, error: OSError) -> int:
+        """The cache file refused a store at `offset` of the disk; returns the errno.
+
+        An absent block stays absent. A present one stays dirty with part of the new content,
+        which is what a failed write may leave.
+        """
+        self._stats.file_errors += 1
+        index = self._index
+        slot = index.find(offset >> index.granule_shift)
+        if slot and not index.state[slot]:
+            self._slots.drop(slot, BITS)
+        elif slot and index.dirty(slot):
+            self._writeback.enqueue(slot)
+            self.flusher.writes += 1
+            self.flusher.arm()
+        return error.errno or EIO
+
     # What can stand in the way.
 
     def _held(self, first: int, end: int) -> bool:
@@ -400,3 +429,12 @@ class Store:
             self.flusher.press()
         else:
             self._writeback.tick_now()
+
+
+def _fail_with(errno: int) -> Callable[[_WriteOp], None]:
+    """An obstacle that nothing removes."""
+
+    def fail(op: _WriteOp) -> None:
+        op.request.finish(errno)
+
+    return fail

@@ -25,31 +25,7 @@ from bridge.request import FUA, WRITE, Request
 from .backend import Backend, Stats
 from .index import Index, zeroed
 from .options import Options
-
-
-class Ticket:
-    """Somebody waiting for write-outs."""
-
-    __slots__ = ("error", "fua", "pending", "unstable")
-
-    def __init__(self, *, fua: bool) -> None:
-        self.pending = 0
-        self.error = 0
-        """The first errno of a write-out."""
-        self.fua = fua
-        """Send with FUA what is sent for this ticket."""
-        self.unstable = False
-        """Something it waited for was written without FUA: only a flush makes it durable."""
-
-    def settled(self) -> None:
-        """Everything wanted was replied to."""
-        raise NotImplementedError
-
-    def release(self) -> None:
-        """One thing less to wait for."""
-        self.pending -= 1
-        if not self.pending:
-            self.settled()
+from .ticket import Ticket
 
 
 class WriteOut:
