@@ -195,7 +195,7 @@ class _Demo:
             f"         wrote {self.config.total_mib} MiB at {values['write_mib_s']} MiB/s (flush "
             f"included), read and compared at {values['read_mib_s']} MiB/s"
         )
-        self._tell_shrunk("written", "trimmed")
+        self._tell_shrunk("discarding half of it", "written", "trimmed")
 
     async def _boot_twice(self, machine: _Machine) -> None:
         major, minor = machine.version
@@ -250,20 +250,20 @@ class _Demo:
             f"(sync included), read after a remount at {values.get('read_mib_s')} MiB/s, "
             "checksums right"
         )
-        self._tell_shrunk("deleted", "trimmed")
-        self._tell_shrunk("raw_written", "raw_discarded")
+        self._tell_shrunk("fstrim", "deleted", "trimmed")
+        self._tell_shrunk("blkdiscard", "raw_written", "raw_discarded")
 
-    def _tell_shrunk(self, before: str, after: str) -> None:
+    def _tell_shrunk(self, what: str, before: str, after: str) -> None:
         """Discarding must have shrunk the image on the server."""
         sizes = self.result.allocated
         if before not in sizes or after not in sizes:
             self._fail(f"the guest never came to '{after}'")
         elif sizes[after] + _MIB > sizes[before]:
-            self._fail(f"'{after}' left the image at {sizes[after]} bytes ({sizes[before]} before)")
+            self._fail(f"{what} left the image at {sizes[after]} bytes ({sizes[before]} before)")
         else:
             self.say(
-                f"         the image on the server takes {sizes[before] // _MIB} MiB {before}, "
-                f"{sizes[after] // _MIB} MiB {after}"
+                f"         {what} shrank the image on the server from "
+                f"{sizes[before] // _MIB} to {sizes[after] // _MIB} MiB"
             )
 
     def _tell_verify(self, report: GuestReport) -> None:
