@@ -177,19 +177,17 @@ class BlkEngine:
             ):
                 self._refuse_data(ring, chain, offset, length)
             elif type_ == T_IN:
-                submit(
-                    BlkRequest(
-                        *(ring, head, READ, offset, length, buffers, done, 0),
-                        *(status_view, status_at, length + 1),
-                    )
-                )
+                request = BlkRequest(
+                    ring, head, READ, offset, length, buffers, done, 0,
+                    status_view, status_at, length + 1,
+                )  # fmt: skip
+                submit(request)
             else:
-                submit(
-                    BlkRequest(
-                        *(ring, head, WRITE, offset, length, buffers, done, write_flags),
-                        *(status_view, status_at, 1),
-                    )
-                )
+                request = BlkRequest(
+                    ring, head, WRITE, offset, length, buffers, done, write_flags,
+                    status_view, status_at, 1,
+                )  # fmt: skip
+                submit(request)
 
     def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
         """Answer an IN or OUT that reaches no disk (virtio 1.3 §5.2.6.2)."""
