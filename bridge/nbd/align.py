@@ -165,13 +165,14 @@ class _ReadModifyWrite:
 class _WriteZeroes:
     """Zero the whole blocks with a command, write zeroes at the ends."""
 
-    __slots__ = ("_block_bytes", "_left", "_request", "_send")
+    __slots__ = ("_block_bytes", "_left", "_mixed", "_request", "_send")
 
     def __init__(self, request: Request, block_bytes: int, send: Send) -> None:
         self._request = request
         self._block_bytes = block_bytes
         self._send = send
         self._left = 0
+        self._mixed = False
 
     def start(self) -> None:
         request = self._request
@@ -181,6 +182,7 @@ class _WriteZeroes:
         last = max(stop - stop % block_bytes, first)
         request.error = 0
         request.generation = 0
+        self._mixed = False
         parts = []
         for start, end in ((request.offset, first), (last, stop)):
             if start < end:
@@ -197,8 +199,14 @@ class _WriteZeroes:
     def _done(self, part: Request) -> None:
         request = self._request
         request.error = request.error or part.error
-        if not request.generation or part.generation < request.generation:
+        if not request.generation:
             request.generation = part.generation
+        elif part.generation != request.generation:
+            self._mixed = True
         self._left -= 1
-        if not self._left:
+        if self._left:
+            return
+        if self._mixed and not request.error:
+            self.start()  # As in `split`: all of it by the same generation.
+        else:
             request.finish(request.error)

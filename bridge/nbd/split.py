@@ -2,8 +2,9 @@
 
 NBD "Block size constraints", "Request types". A `Split` owns one request and sends parts of it,
 at most `PARTS_IN_FLIGHT` at a time, so that the discard of a terabyte does not starve the reads
-beside it. The first error wins; nothing new is sent after it. Commands without payload may be
-longer than the maximum payload, but a server may refuse that: then they are tried again smaller.
+beside it. The first error wins; nothing new is sent after it. All parts of a write end up on the
+same generation of connections. Commands without payload may be longer than the maximum payload,
+but a server may refuse that: then they are tried again smaller.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Split:
         "_export",
         "_in_flight",
         "_limits",
+        "_mixed",
         "_next",
         "_pumping",
         "_request",
@@ -66,6 +68,7 @@ class Split:
         self._stop = 0
         self._in_flight = 0
         self._pumping = False
+        self._mixed = False
         self._then_flush = bool(request.flags & FUA) and not export.can_fua
 
     def start(self) -> None:
@@ -73,6 +76,7 @@ class Split:
         request = self._request
         request.error = 0
         request.generation = 0
+        self._mixed = False
         self._next = request.offset
         self._stop = request.offset + request.length
         self._pump()
@@ -127,9 +131,10 @@ class Split:
         error = part.error
         if error in (errno.EINVAL, errno.EOVERFLOW) and self._retry_smaller(part):
             return
-        # A part of an older generation makes the whole as old as that.
-        if not request.generation or part.generation < request.generation:
+        if not request.generation:
             request.generation = part.generation
+        elif part.generation != request.generation:
+            self._mixed = True
         self._finished(error)
 
     def _retry_smaller(self, part: Request) -> bool:
@@ -160,7 +165,11 @@ class Split:
 
     def _all_done(self) -> None:
         request = self._request
-        if self._then_flush and not request.error and self._export.can_flush:
+        if self._mixed and not request.error and request.op in (WRITE, WRITE_ZEROES):
+            # Some parts went to a server that died since, unflushed: a flush that failed before
+            # this request is complete would not have told of them. So all of it once more.
+            self.start()
+        elif self._then_flush and not request.error and self._export.can_flush:
             self._send(Request(FLUSH, 0, 0, [], self._flushed))
         else:
             request.finish(request.error)

@@ -12,6 +12,7 @@ from random import Random
 
 import pytest
 
+from bridge.nbd.chunks import scatter
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.protocol import TransmissionFlags
@@ -300,6 +301,24 @@ def test_emulated_fua_whose_flush_meets_another_server_starts_again() -> None:
     assert write.error == 0
 
 
+@pytest.mark.parametrize("op", [WRITE, WRITE_ZEROES])
+def test_split_write_that_outlives_a_server_is_written_whole_to_the_next(op: int) -> None:
+    """Found by the simulation: the first part died with the old server, unflushed; a flush that
+    failed before the write was complete told of it too early, and the next one said yes."""
+    flags = DEFAULT_FLAGS & ~TransmissionFlags.SEND_WRITE_ZEROES
+    world = World(flags=flags, max_payload_bytes=1024)
+    write = world.ask(op, 0, count=4)
+    world.channels[0].answer(world.channels[0].pending[0])
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == errno.EIO
+    world.channels[0].answer(world.channels[0].pending[0])
+    assert write.error == -1
+    assert world.sent == [(WRITE, 0), (WRITE, 2)]
+    world.channels[0].answer_all()
+    assert (write.error, write.generation) == (0, 2)
+
+
 def test_grace_holds_overlapping_changes_only_and_only_for_its_time() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
     world.ask(WRITE, 4, count=2)
@@ -380,6 +399,12 @@ class History:
         return found
 
 
+def values_of(request: Request) -> list[float]:
+    """What a write puts into each block."""
+    data = b"".join(request.buffers)
+    return [float(int.from_bytes(data[i : i + 8])) for i in range(0, len(data), BLOCK)]
+
+
 class Simulation:
     """One session against one server; everything drawn from one seed."""
 
@@ -390,6 +415,8 @@ class Simulation:
         self.blocks = 6
         self.time = 0.0
         self.connections = self.random.choice([1, 1, 3])
+        self.min_block_bytes = self.random.choice([1, 512, 1024])
+        self.max_payload_bytes = self.random.choice([1024, 32 << 20])
         self.options = ClientOptions(stale_write_grace_s=GRACE_S)
         self.session = Session(self.options, random=Random(seed))
         self.session.keeps_unflushed = False
@@ -414,7 +441,14 @@ class Simulation:
         description = f"instance={self.instance}" if self.proves else ""
         self.channels = [FakeChannel(self.session) for _ in range(self.connections)]
         self.session.established(
-            self.time, export(self.blocks * BLOCK, description=description), self.channels
+            self.time,
+            export(
+                self.blocks * BLOCK,
+                description=description,
+                min_block_bytes=self.min_block_bytes,
+                max_payload_bytes=self.max_payload_bytes,
+            ),
+            self.channels,
         )
 
     def execute(self, request: Request) -> None:
@@ -423,13 +457,12 @@ class Simulation:
         self.executed.add(id(request))
         first = request.offset // BLOCK
         if request.op == WRITE:
-            for i in range(request.length // BLOCK):
-                data = request.buffers[0][i * BLOCK : i * BLOCK + 8]
-                self.memory[first + i] = float(int.from_bytes(data))
+            for i, value in enumerate(values_of(request)):
+                self.memory[first + i] = value
         elif request.op == READ:
             for i in range(request.length // BLOCK):
                 value = int(self.memory[first + i]).to_bytes(8)
-                request.buffers[0][i * BLOCK : i * BLOCK + 8] = value
+                scatter(request.buffers, i * BLOCK, memoryview(value))
         else:
             self.stable = list(self.memory)
         if request.flags & FUA:
@@ -456,11 +489,7 @@ class Simulation:
             for request in channel.pending:
                 if stale and request.op == WRITE and id(request) not in self.executed:
                     late = self.time + self.random.uniform(0, GRACE_S * 0.9)
-                    values = [
-                        float(int.from_bytes(request.buffers[0][i : i + 8]))
-                        for i in range(0, request.length, BLOCK)
-                    ]
-                    self.left_behind.append((late, request, values))
+                    self.left_behind.append((late, request, values_of(request)))
                 unanswered.append(request)
         unanswered.sort(key=lambda request: request.cookie)
         self.executed.clear()
