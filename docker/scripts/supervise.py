@@ -1,9 +1,9 @@
 """Runs the container's program and starts it again when it cannot begin its work yet.
 
 Docker's own restarts would do, but a container that is restarted over and over never becomes
-unhealthy, and Docker waits up to a minute between its attempts. So a program that gives up soon
-after its start (its server is not there yet, a certificate is wrong) is tried again here. One
-that ran for a while, or was killed, ends the container: then Docker's restart policy decides.
+unhealthy, and Docker waits up to a minute between its attempts. So a program that gives up (its
+server is not there yet, a certificate is wrong) is tried again here. One that was killed ends the
+container: then Docker's restart policy decides.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import NoReturn
 
 from environment import SettingError
 
-SOON_S = 10.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
+_LONG_RUN_S = 60.0
+"""After a run of this length the next pause is a short one again."""
 
 
 def supervise(command: Sequence[str]) -> NoReturn:
@@ -53,9 +54,10 @@ def supervise(command: Sequence[str]) -> NoReturn:
         finally:
             _unblock()
         status = process.wait()
-        gave_up_soon = status > 0 and time.monotonic() - began_s < SOON_S
-        if stopping or not gave_up_soon:
+        if stopping or status <= 0:
             sys.exit(status if status >= 0 else 128 - status)
+        if time.monotonic() - began_s > _LONG_RUN_S:
+            pause_s = _FIRST_PAUSE_S
         time.sleep(pause_s)
         pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 

@@ -26,7 +26,7 @@ def run_bad_input(compose: Compose, say: Say) -> None:
     compose.settings = {**settings, **_QUICK}
     try:
         for case in (wrong_setting, port_in_use, storage_not_there, wrong_certificate,
-                     volume_of_root):  # fmt: skip
+                     volume_of_root, cache_of_another_version):  # fmt: skip
             compose.down(volumes=True)
             case(compose)
             say(f"bad      {case.__doc__}")
@@ -98,6 +98,43 @@ def volume_of_root(compose: Compose) -> None:
     _expect_one_line(compose, "storage", "/volumes belongs to user 0")
     compose.engine(*own, "10809:10809", "/volumes")
     compose.wait_health("storage", "healthy", _LIMIT_S)
+
+
+def cache_of_another_version(compose: Compose) -> None:
+    """a cache file of a later version: refused and kept, used again by the program it is for"""
+    compose.up("storage", "bridge")
+    compose.wait_health("bridge", "healthy", _LIMIT_S)
+    compose.compose("stop", "bridge")
+    _set_cache_version(compose, 99)
+    compose.compose("start", "bridge")
+    compose.wait_health("bridge", "unhealthy", _LIMIT_S)
+    compose.wait_log("bridge", "has layout version 99, this program reads version", 1)
+    _set_cache_version(compose, 1)
+    compose.wait_health("bridge", "healthy", _LIMIT_S)
+
+
+_SET_VERSION = """
+import glob, struct, sys, zlib
+from bridge.cache.layout import HEADER_AREA_BYTES, HEADER_BYTES
+for name in glob.glob("/var/cache/nbd-bridge/*.cache"):
+    with open(name, "r+b") as file:
+        for offset in range(0, HEADER_AREA_BYTES, HEADER_BYTES):
+            file.seek(offset)
+            page = bytearray(file.read(HEADER_BYTES))
+            struct.pack_into("=I", page, 8, int(sys.argv[1]))
+            page[-4:] = struct.pack("=I", zlib.crc32(page[:-4]))
+            file.seek(offset)
+            file.write(page)
+"""
+"""Gives each header page another version and a checksum that fits, as another program would."""
+
+
+def _set_cache_version(compose: Compose, version: int) -> None:
+    image = compose.inspect("bridge")["Config"]["Image"]
+    volume = f"{compose.name}_cache:/var/cache/nbd-bridge"
+    python = ["--entrypoint", "/opt/nbd-bridge/bin/python", image]
+    run = ["run", "--rm", "--network", "none", "-v", volume, *python]
+    compose.engine(*run, "-c", _SET_VERSION, str(version))
 
 
 def _expect_one_line(compose: Compose, service: str, texts: str) -> None:
