@@ -70,6 +70,10 @@ def request_chain(
     else:
         del writable[-1]
     if fault is None:
+        if readable and len(readable[0]) == HEADER_BYTES:
+            type_, sector = unpack_header(readable[0])
+            del readable[0]
+            return head, type_, sector, readable, writable, status_view, status_at, None
         header = _take(readable, HEADER_BYTES)
         if header is not None:
             type_, sector = unpack_header(header)

@@ -89,6 +89,10 @@ class PackedQueue:
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
         """See VirtQueue."""
         self._memory = memory
+        region = memory.largest_region()
+        self._region_address = region.guest_address
+        self._region_size = region.size_bytes
+        self._region_view = region.view
         self._descriptors, driver, device = areas
         self._halves = self._descriptors.cast("H")
         self._lengths = self._descriptors.cast("I")
@@ -149,32 +153,38 @@ class PackedQueue:
 
     def _chain(self, head: int, descriptors: list[Descriptor]) -> Chain:
         """Resolve the copied descriptors; what is wrong with them is in the chain's fault."""
-        if any(descriptor[3] & DESC_INDIRECT for descriptor in descriptors):
-            if len(descriptors) > 1:
-                # virtio 1.3 §2.8.19: not in a list with others, before or after.
-                return request_chain(head, [], [], "an indirect descriptor among others")
+        if descriptors[0][3] & DESC_INDIRECT and len(descriptors) == 1:
             address, length, _, _ = descriptors[0]
             table = self._read_indirect(address, length)
             if isinstance(table, str):
                 return request_chain(head, [], [], table)
             descriptors = table
-        if sum(descriptor[1] for descriptor in descriptors) >= MAX_CHAIN_BYTES:
-            return request_chain(head, [], [], "a chain of more than 2^32 bytes")
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         fault = None
         end_known = True
+        total_bytes = 0
+        region_address = self._region_address
+        region_size = self._region_size
+        region_view = self._region_view
         for address, length, _, flags in descriptors:
+            total_bytes += length
             if flags & DESC_INDIRECT:
-                return request_chain(head, [], [], "an indirect descriptor inside a table")
+                # virtio 1.3 §2.8.19: neither in a list with others nor in a table.
+                return request_chain(head, [], [], "an indirect descriptor among others")
             if not length:
                 continue
-            try:
-                views = self._memory.views(address, length)
-            except BadAddress as error:
-                fault = str(error)
-                end_known = end_known and not flags & DESC_WRITE
-                continue
+            # Most descriptors lie in the largest region.
+            offset = address - region_address
+            if offset >= 0 and offset + length <= region_size:
+                views = [region_view[offset : offset + length]]
+            else:
+                try:
+                    views = self._memory.views(address, length)
+                except BadAddress as error:
+                    fault = str(error)
+                    end_known = end_known and not flags & DESC_WRITE
+                    continue
             if flags & DESC_WRITE:
                 writable += views
                 end_known = True
@@ -182,6 +192,8 @@ class PackedQueue:
                 fault = "a readable descriptor follows a writable one"
             else:
                 readable += views
+        if total_bytes >= MAX_CHAIN_BYTES:
+            fault = f"a chain of more than 2^32 bytes: {total_bytes}"
         if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
             self._long.popped(head, n_views)
         return request_chain(head, readable, writable if end_known else [], fault)
@@ -198,14 +210,16 @@ class PackedQueue:
         if length > MAX_INDIRECT_ENTRIES * DESCRIPTOR_BYTES:
             return f"an indirect table of more than {MAX_INDIRECT_ENTRIES} entries"
         try:
-            table = b"".join(self._memory.views(address, length))
+            views = self._memory.views(address, length)
         except BadAddress as error:
             return str(error)
-        return list(_DESCRIPTOR.iter_unpack(table))
+        # Copied once: the driver may change it under us.
+        return list(_DESCRIPTOR.iter_unpack(b"".join(views)))
 
     def push(self, head: int, length: int, /) -> None:
         """See VirtQueue."""
-        self._long.pushed(head)
+        if self._long.views:
+            self._long.pushed(head)
         slot = self._next_used
         self._write_used(slot, head & 0xFFFF, length)
         flags = self._used_flags(length)

@@ -1,6 +1,6 @@
 """The data path without I/O: microseconds per 4 KiB request from pop to used element.
 
-A split queue, the engine and a target that finishes every request at once. Run it before and
+A queue, the engine and a target that finishes every request at once. Run it before and
 after a change to `SplitQueue`, `BlkEngine` or their in-flight and packed variants; the lowest of
 many short rounds is printed, since whatever else the machine does only adds.
 """
@@ -8,6 +8,7 @@ many short rounds is printed, since whatever else the machine does only adds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import mmap
 import time
 from collections.abc import Callable
@@ -16,8 +17,11 @@ from bridge.request import Request
 from bridge.virtio.blk import BlkEngine, BlkRequest
 from bridge.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.virtio.driver import INDIRECT, WRITE, SplitDriver, write_chain
-from bridge.virtio.inflight import TrackedSplitQueue
+from bridge.virtio.inflight import TrackedSplitQueue, queue_region_bytes
+from bridge.virtio.inflight_packed import TrackedPackedQueue
 from bridge.virtio.memory import GuestMemory, Region
+from bridge.virtio.packed_driver import PackedDriver, write_packed_chain
+from bridge.virtio.packed_queue import EVENT_AREA_BYTES, PackedQueue
 from bridge.virtio.queue import VirtQueue
 from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
 
@@ -46,18 +50,21 @@ class _Ring:
         self._push(request.head, length)
 
 
-def measure(*, depth: int, indirect: bool, tracked: bool, seconds: float = 1.0) -> float:
+def measure(
+    *, depth: int, indirect: bool, tracked: bool, packed: bool, seconds: float = 1.0
+) -> float:
     """Microseconds per request: the lowest of as many rounds as fit into `seconds`."""
     guest = memoryview(mmap.mmap(-1, 16 << 20))
     memory = GuestMemory([Region(0, 0, guest)])
-    area = guest[: SplitDriver.area_bytes(_QUEUE_SIZE)]
-    driver = SplitDriver(area, size=_QUEUE_SIZE, event_idx=True)
+    make_driver = PackedDriver if packed else SplitDriver
+    area = guest[: make_driver.area_bytes(_QUEUE_SIZE)]
+    driver = make_driver(area, size=_QUEUE_SIZE, event_idx=True)
     queue = _queue(memory, driver, guest, tracked=tracked)
     config = BlkConfig(DiskGeometry(1 << 30), num_queues=1)
     engine = BlkEngine(config, _Finished(), serial="x", fault=print)
     engine.negotiated(config.features())
     ring = _Ring(queue.push)
-    chains = [_chain(guest, slot, indirect=indirect) for slot in range(depth)]
+    chains = [_chain(guest, slot, indirect=indirect, packed=packed) for slot in range(depth)]
     best_s = float("inf")
     end_s = time.perf_counter() + seconds
     while time.perf_counter() < end_s:
@@ -77,28 +84,43 @@ def measure(*, depth: int, indirect: bool, tracked: bool, seconds: float = 1.0) 
 
 
 def _queue(
-    memory: GuestMemory, driver: SplitDriver, guest: memoryview, *, tracked: bool
+    memory: GuestMemory, driver: SplitDriver | PackedDriver, guest: memoryview, *, tracked: bool
 ) -> VirtQueue:
-    table, available, used = ring_sizes_bytes(_QUEUE_SIZE)
+    packed = isinstance(driver, PackedDriver)
+    table, available, used = (
+        (16 * _QUEUE_SIZE, EVENT_AREA_BYTES, EVENT_AREA_BYTES)
+        if packed
+        else ring_sizes_bytes(_QUEUE_SIZE)
+    )
     areas = (
         guest[:table],
         guest[driver.avail_offset : driver.avail_offset + available],
         guest[driver.used_offset : driver.used_offset + used],
     )
     if not tracked:
-        return SplitQueue(memory, areas, size=_QUEUE_SIZE, base=0, event_idx=True, indirect=True)
-    return TrackedSplitQueue(
+        plain = PackedQueue if packed else SplitQueue
+        return plain(
+            *(memory, areas),
+            size=_QUEUE_SIZE,
+            base=driver.base,
+            event_idx=True,
+            indirect=True,
+        )
+    kept = TrackedPackedQueue if packed else TrackedSplitQueue
+    return kept(
         *(memory, areas),
         size=_QUEUE_SIZE,
-        base=0,
+        base=driver.base,
         event_idx=True,
         indirect=True,
-        region=memoryview(bytearray(64 + 16 * _QUEUE_SIZE)),
+        region=memoryview(bytearray(queue_region_bytes(_QUEUE_SIZE, packed=packed))),
         n_entries=_QUEUE_SIZE,
     )
 
 
-def _chain(guest: memoryview, slot: int, *, indirect: bool) -> list[tuple[int, int, int]]:
+def _chain(
+    guest: memoryview, slot: int, *, indirect: bool, packed: bool
+) -> list[tuple[int, int, int]]:
     """A 4 KiB read as Linux lays it out."""
     header = 0x100000 + slot * 64
     guest[header + 8 : header + 16] = (slot * 8).to_bytes(8, "little")
@@ -106,7 +128,8 @@ def _chain(guest: memoryview, slot: int, *, indirect: bool) -> list[tuple[int, i
     if not indirect:
         return buffers
     table = 0x180000 + slot * 64
-    return [(table, write_chain(guest[table : table + 48], buffers), INDIRECT)]
+    write = write_packed_chain if packed else write_chain
+    return [(table, write(guest[table : table + 48], buffers), INDIRECT)]
 
 
 def main() -> None:
@@ -114,16 +137,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="./run bench queue_core", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line")
     arguments = parser.parse_args()
-    print(f"{'':36}{'µs per request':>15}")
-    for depth in (1, 32):
-        for indirect in (False, True):
-            for tracked in (False, True):
-                name = f"depth {depth}, {'indirect' if indirect else 'direct'}"
-                name += ", in-flight region" if tracked else ""
-                spent_us = measure(
-                    depth=depth, indirect=indirect, tracked=tracked, seconds=arguments.seconds
-                )
-                print(f"{name:36}{spent_us:15.2f}", flush=True)
+    print(f"{'':44}{'µs per request':>15}")
+    for packed, depth, indirect, tracked in itertools.product(
+        (False, True), (1, 32), (False, True), (False, True)
+    ):
+        name = f"{'packed' if packed else 'split'}, depth {depth}, "
+        name += "indirect" if indirect else "direct"
+        name += ", in-flight region" if tracked else ""
+        spent_us = measure(
+            depth=depth,
+            indirect=indirect,
+            tracked=tracked,
+            packed=packed,
+            seconds=arguments.seconds,
+        )
+        print(f"{name:44}{spent_us:15.2f}", flush=True)
 
 
 if __name__ == "__main__":
