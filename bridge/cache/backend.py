@@ -38,6 +38,8 @@ class Stats:
     def __init__(self) -> None:
         self.read_hits = 0
         self.read_misses = 0
+        self.read_bypassed = 0
+        """Large sequential reads that went past the cache."""
         self.read_cold = 0
         """Reads of cached blocks that had left the page cache."""
         self.write_hits = 0

@@ -82,7 +82,16 @@ class Cache:
         )
         self._readahead = Readahead(index, self._fetcher, slots.forgive, options, stats)
         self._reads = Reads(
-            index, image, slots, self._fetcher, self._exclusives, self._readahead, cold, stats
+            index,
+            image,
+            slots,
+            self._fetcher,
+            self._exclusives,
+            self._readahead,
+            backend,
+            cold,
+            options,
+            stats,
         )
         self._store = Store(
             index,

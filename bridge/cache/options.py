@@ -38,6 +38,11 @@ class Options:
     """Reads in flight: private buffers. Further misses wait in order."""
     readahead_bytes: int = 4 << 20
     """Largest read-ahead window of one stream; 0 turns read-ahead off."""
+    bypass_bytes: int = 512 * 1024
+    """Reads of at least this size go past the cache when they belong to a sequential stream of
+    more than `bypass_after_bytes` and nothing of them is cached: copying them in and out would
+    cost more than it could ever save. 0: never."""
+    bypass_after_bytes: int = 4 << 20
     retry_s: float = 1.0
     retry_max_s: float = 30.0
     """After the server refused a write-out: wait this long, doubling."""

@@ -26,9 +26,10 @@ _FIRST_WINDOW_BYTES = 128 * 1024
 class _Stream:
     """A reader that was seen to go forward. All positions in blocks."""
 
-    __slots__ = ("ahead", "mark", "next", "window")
+    __slots__ = ("ahead", "begin", "mark", "next", "window")
 
-    def __init__(self, next_block: int) -> None:
+    def __init__(self, begin: int, next_block: int) -> None:
+        self.begin = begin
         self.next = next_block
         """Where the next read begins if it follows."""
         self.ahead = 0
@@ -59,6 +60,8 @@ class Readahead:
         limit = min(options.readahead_bytes, index.slots * index.granule_bytes // 40)
         self._window_max = limit >> index.block_shift
         self._window_min = max(1, min(_FIRST_WINDOW_BYTES >> index.block_shift, self._window_max))
+        self._bypass_blocks = options.bypass_bytes >> index.block_shift
+        self._bypass_after_blocks = options.bypass_after_bytes >> index.block_shift
         self._streams: dict[int, _Stream] = {}
         """By `next`, the one that has not moved for longest first."""
         self._marks: dict[int, _Stream] = {}
@@ -73,12 +76,31 @@ class Readahead:
         if stream is None:
             stream = self._streams.get(first) or (self._ahead_of(first) if missed else None)
             if stream is None:
-                self._remember(_Stream(last))
+                self._remember(_Stream(first, last))
                 return
         if self._streams.get(stream.next) is stream:
             del self._streams[stream.next]
         self._advance(stream, first, last, missed)
         self._remember(stream)
+
+    def bypasses(self, start: int, end: int) -> bool:
+        """A read of the bytes `start` … `end`, none of them cached, need not go through the
+        cache: it is a large one of a long stream."""
+        shift = self._index.block_shift
+        first, last = start >> shift, (end - 1 >> shift) + 1
+        stream = self._streams.get(first)
+        if stream is None or not self._is_large(stream, first, last):
+            return False
+        del self._streams[first]
+        stream.next = last
+        self._remember(stream)
+        return True
+
+    def _is_large(self, stream: _Stream, first: int, last: int) -> bool:
+        return (
+            0 < self._bypass_blocks <= last - first
+            and last - stream.begin > self._bypass_after_blocks
+        )
 
     def marked(self, granule: int) -> int:
         """The blocks of `granule` that carry a mark."""
@@ -125,7 +147,7 @@ class Readahead:
             stream.window = min(self._window_max, max(self._window_min, stream.window * 2))
         if stream.mark >= 0 and last <= stream.mark:
             return
-        if self._fetcher.busy:
+        if self._fetcher.busy or self._is_large(stream, first, last):
             return
         begin = max(last, stream.ahead)
         end = min(

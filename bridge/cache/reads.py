@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from bridge.request import Request
+from bridge.request import READ, Request
 
-from .backend import Stats
+from .backend import Backend, Stats
 from .buffers import scatter, slices
 from .cold import Cold
 from .exclusive import Exclusives
 from .fetch import Fetcher
 from .file import MappedImage
 from .index import Index
+from .options import Options
 from .readahead import Readahead
 from .slots import Slots
 
@@ -56,9 +57,13 @@ class Reads:
         fetcher: Fetcher,
         exclusives: Exclusives,
         readahead: Readahead,
+        backend: Backend,
         cold: Cold,
+        options: Options,
         stats: Stats,
     ) -> None:
+        self._backend = backend
+        self._bypass_bytes = options.bypass_bytes
         self._index = index
         self._image = image
         self._slots = slots
@@ -70,8 +75,10 @@ class Reads:
 
     def read(self, request: Request) -> None:
         """Do a READ whose range lies within the disk."""
-        op = _ReadOp(request, self._index.block_shift)
         end = request.offset + request.length
+        if 0 < self._bypass_bytes <= request.length and self._bypass(request, end):
+            return
+        op = _ReadOp(request, self._index.block_shift)
         missed = self._walk(op, request.offset, end)
         if missed:
             self._stats.read_misses += 1
@@ -79,6 +86,24 @@ class Reads:
             self._stats.read_hits += 1
         self._readahead.accessed(request.offset, end, missed)
         op.release()
+
+    def _bypass(self, request: Request, end: int) -> bool:
+        """Have the server fill the guest's buffers, if this is a read for that."""
+        index = self._index
+        first, last = request.offset >> index.granule_shift, end - 1 >> index.granule_shift
+        fetching = self._fetcher.fetching
+        for granule in range(first, last + 1):
+            if granule in fetching or index.find(granule):
+                return False
+        if self._exclusives.active or not self._readahead.bypasses(request.offset, end):
+            return False
+        self._stats.read_bypassed += 1
+
+        def done(inner: Request) -> None:
+            request.finish(inner.error)
+
+        self._backend.submit(Request(READ, request.offset, request.length, request.buffers, done))
+        return True
 
     def prefetch(self, request: Request) -> None:
         """Have the absent blocks of a range fetched."""

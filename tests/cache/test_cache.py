@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 
 from bridge.cache.file import MappedImage
 from bridge.request import DISCARD, FLUSH, FUA, PREFETCH, READ, WRITE, WRITE_ZEROES
@@ -508,6 +509,25 @@ def test_sequential_scan_in_small_reads_leaves_the_hot_set_alone() -> None:
         rig.read(at * GRANULE, BLOCK)
 
     assert len(rig.server.seen) < 25
+
+
+def test_large_reads_of_a_long_stream_go_past_the_cache() -> None:
+    rig = Rig(granules=1024, slots=1024, readahead_bytes=1 << 20)
+    rig.server.image[:] = random.Random(1).randbytes(1 << 20) * 64
+    for at in range(0, 16 << 20, 1 << 20):
+        assert rig.read(at, 1 << 20) == rig.server.image[at : at + (1 << 20)]
+
+    assert rig.cache.stats.read_bypassed >= 8
+    assert rig.cache.index.valid_blocks * BLOCK < 8 << 20
+
+
+def test_large_read_with_a_dirty_block_does_not_go_past_the_cache() -> None:
+    rig = Rig(granules=1024, slots=1024, readahead_bytes=1 << 20)
+    rig.write((12 << 20) + 5 * BLOCK, b"n" * BLOCK)
+    for at in range(0, 16 << 20, 1 << 20):
+        data = rig.read(at, 1 << 20)
+        if at == 12 << 20:
+            assert data[5 * BLOCK : 6 * BLOCK] == b"n" * BLOCK
 
 
 class _ColdImage(MappedImage):

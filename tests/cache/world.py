@@ -300,6 +300,8 @@ class World:
             fetch_run_bytes=rng.choice((1024, 8192)),
             fetch_bytes=rng.choice((8192, 65536)),
             readahead_bytes=rng.choice((0, 8192)),
+            bypass_bytes=rng.choice((0, 2048)),
+            bypass_after_bytes=rng.choice((0, 4096)),
             exclusive_run_bytes=rng.choice((4096, 65536)),
             zero_copy_bytes=rng.choice((0, 4096)),
         )
