@@ -35,8 +35,10 @@ from tests.guest.newer_qemu import newer_qemu
 from tests.guest.qmp import open_qmp
 
 KILLS = int(os.environ.get("NBD_BRIDGE_KILLS", "3"))
-"""How often the bridge is killed; 100 takes about four minutes."""
-LIMIT_S = 60.0 + 5 * KILLS
+"""How often something is killed in each of those tests; 100 takes about ten minutes."""
+LIMIT_S = 90.0 + 9 * KILLS
+
+pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 
 
 def config(machine: GuestMachine, script: str, *disks: VhostUserDisk, **words: int) -> GuestConfig:
