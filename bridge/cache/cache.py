@@ -108,6 +108,10 @@ class Cache:
             turn_end,
         )
         self._ranges = Ranges(index, self._exclusives, backend, options, self.submit)
+        self.woken: Callable[[], None] = _nothing
+        """Called when `next_deadline()` has moved to an earlier time."""
+        self._promised = float("inf")
+        self._writeback.woken = self._deadline_appeared
         index.cleaned = slots.cleaned
         slots.unpinned = self._store.wake
         self._flusher.ended = self._store.wake
@@ -230,6 +234,11 @@ class Cache:
     def next_deadline(self) -> float | None:
         """When `tick()` has something to do, on the clock of the constructor; None: not before
         the next `woken`."""
+        due = self._deadline()
+        self._promised = float("inf") if due is None else due
+        return due
+
+    def _deadline(self) -> float | None:
         due = self._flusher.due if not self._flusher.running else None
         other = self._writeback.next_deadline()
         if due is None or (other is not None and other < due):
@@ -237,6 +246,14 @@ class Cache:
         if self._image.may_go_cold and (due is None or self._residency_due < due):
             due = self._residency_due
         return due
+
+    def _deadline_appeared(self) -> None:
+        """Tell only of a deadline that is earlier than the one told last: waking a task costs
+        30 us, and a guest that writes and flushes in turn arms the timer every time."""
+        due = self._deadline()
+        if due is not None and due < self._promised:
+            self._promised = due
+            self.woken()
 
     def tick(self, now: float) -> None:
         """Do what is due: the flush timer, write-out by age."""
@@ -246,15 +263,6 @@ class Cache:
             # Blocks that are used have stayed in the page cache; the others are asked about.
             self._residency_due = now + self.options.residency_s
             self.index.forget_residency()
-
-    @property
-    def woken(self) -> Callable[[], None]:
-        """Called when `next_deadline()` may have moved to an earlier time."""
-        return self._writeback.woken
-
-    @woken.setter
-    def woken(self, callback: Callable[[], None]) -> None:
-        self._writeback.woken = callback
 
     def note_export_generation(self, generation: int, written: int) -> int:
         """The server counts its writable sessions: ours is `generation`, the last one that wrote
@@ -291,6 +299,10 @@ class Cache:
                 if clean:
                     self._slots.drop(slot, clean)
         return before - index.valid_blocks
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 class _FlushRequest:

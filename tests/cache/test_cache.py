@@ -299,11 +299,26 @@ def test_deadline_that_appears_while_older_data_is_being_sent_is_told() -> None:
     rig.write(9 * GRANULE, b"a" * BLOCK)
     rig.tick(6.0)
     told: list[float | None] = []
+    rig.cache.next_deadline()
     rig.cache.woken = lambda: told.append(rig.now)
 
     rig.write(20 * GRANULE, b"b" * BLOCK)
 
     assert told
+
+
+def test_later_deadline_is_not_told() -> None:
+    rig = Rig()
+    rig.write(0, b"a" * BLOCK)
+    rig.cache.next_deadline()
+    told: list[float] = []
+    rig.cache.woken = lambda: told.append(rig.now)
+    rig.flush()
+    rig.now = 1.0
+
+    rig.write(0, b"b" * BLOCK)
+
+    assert told == []
 
 
 def test_timer_armed_during_a_flush_is_told_when_that_ends() -> None:
@@ -313,6 +328,7 @@ def test_timer_armed_during_a_flush_is_told_when_that_ends() -> None:
     rig.server.answer()
     rig.start(WRITE, 9 * GRANULE, data=b"b" * BLOCK)
     deadlines: list[float | None] = []
+    rig.cache.next_deadline()
     rig.cache.woken = lambda: deadlines.append(rig.cache.next_deadline())
 
     rig.server.answer()
