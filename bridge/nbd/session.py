@@ -64,6 +64,8 @@ _log = structlog.get_logger(__name__)
 
 _SECTOR_BYTES: Final = 512
 _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
+_FOR_ONE_WRITE: Final = FUA
+"""Mark of a flush that the guest did not ask for; NBD gives FUA no meaning there."""
 _STATUS_MAX_BYTES: Final = 1 << 30
 
 
@@ -194,7 +196,8 @@ class Session:
     def _part(self, part: Request) -> None:
         """A part of a split request; the export may be another one by now."""
         if part.op == FLUSH:
-            self._flush(part)
+            # It stands for FUA: what it must vouch for is that write only, and `Split` sees to it.
+            self._flush(part, flags=_FOR_ONE_WRITE)
         elif self._fits(part):
             self._send(part)
         else:
@@ -237,13 +240,13 @@ class Session:
 
     # Flushes.
 
-    def _flush(self, request: Request) -> None:
+    def _flush(self, request: Request, flags: int = 0) -> None:
         if not self.export.can_flush:
             request.generation = self.generation
             request.finish(0)
             return
-        inner = Request(FLUSH, 0, 0, [], self._flushed, 0, request)
-        if self.phase is Phase.UP and self._writes_lost:
+        inner = Request(FLUSH, 0, 0, [], self._flushed, flags, request)
+        if self.phase is Phase.UP and self._writes_lost and not flags:
             self._writes_lost = False
             self._refuse_flush(inner)
             return
@@ -363,7 +366,7 @@ class Session:
         flushes_fail = self._writes_lost
         for request in (*again, *waited):
             if request.op == FLUSH:
-                if flushes_fail:
+                if flushes_fail and not request.flags:
                     self._writes_lost = False
                     self._refuse_flush(request)
                 else:

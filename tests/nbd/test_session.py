@@ -401,6 +401,8 @@ class History:
 
 def values_of(request: Request) -> list[float]:
     """What a write puts into each block."""
+    if request.op == WRITE_ZEROES:
+        return [0.0] * (request.length // BLOCK)
     data = b"".join(request.buffers)
     return [float(int.from_bytes(data[i : i + 8])) for i in range(0, len(data), BLOCK)]
 
@@ -415,6 +417,10 @@ class Simulation:
         self.blocks = 6
         self.time = 0.0
         self.connections = self.random.choice([1, 1, 3])
+        self.flags = DEFAULT_FLAGS
+        for flag in (TransmissionFlags.SEND_FUA, TransmissionFlags.SEND_WRITE_ZEROES):
+            if not self.random.randrange(3):
+                self.flags &= ~flag
         self.min_block_bytes = self.random.choice([1, 512, 1024])
         self.max_payload_bytes = self.random.choice([1024, 32 << 20])
         self.options = ClientOptions(stale_write_grace_s=GRACE_S)
@@ -445,6 +451,7 @@ class Simulation:
             export(
                 self.blocks * BLOCK,
                 description=description,
+                flags=self.flags,
                 min_block_bytes=self.min_block_bytes,
                 max_payload_bytes=self.max_payload_bytes,
             ),
@@ -463,7 +470,11 @@ class Simulation:
             for i in range(request.length // BLOCK):
                 value = int(self.memory[first + i]).to_bytes(8)
                 scatter(request.buffers, i * BLOCK, memoryview(value))
+        elif request.op == WRITE_ZEROES:
+            for i in range(request.length // BLOCK):
+                self.memory[first + i] = 0.0
         else:
+            assert request.op == FLUSH
             self.stable = list(self.memory)
         if request.flags & FUA:
             for i in range(request.length // BLOCK):
@@ -487,7 +498,8 @@ class Simulation:
         stale = not crash and self.random.randrange(2)
         for channel in self.channels:
             for request in channel.pending:
-                if stale and request.op == WRITE and id(request) not in self.executed:
+                change = request.op in (WRITE, WRITE_ZEROES)
+                if stale and change and id(request) not in self.executed:
                     late = self.time + self.random.uniform(0, GRACE_S * 0.9)
                     self.left_behind.append((late, request, values_of(request)))
                 unanswered.append(request)
@@ -511,7 +523,7 @@ class Simulation:
     # The guest.
 
     def submit(self) -> None:
-        op = self.random.choice([READ, WRITE, WRITE, FLUSH])
+        op = self.random.choice([READ, WRITE, WRITE, FLUSH, WRITE_ZEROES])
         first = self.random.randrange(self.blocks)
         n_blocks = self.random.randrange(1, min(3, self.blocks - first) + 1)
         started = self.time
@@ -525,31 +537,37 @@ class Simulation:
             for i in range(n_blocks):
                 self.values += 1
                 data[i * BLOCK : i * BLOCK + 8] = self.values.to_bytes(8)
-                record = [float(self.values), started, float("inf")]
+        if op != READ:
+            for i in range(n_blocks):
+                value = int.from_bytes(data[i * BLOCK : i * BLOCK + 8])
+                record = [float(value), started, float("inf")]
                 self.history[first + i].writes.append(record)
                 records.append(record)
+        flags = FUA if op != READ and not self.random.randrange(6) else 0
 
         def done(request: Request) -> None:
             self.open_requests -= 1
             assert request.error == 0, f"seed {self.seed}: {request}"
             for record in records:
                 record[2] = self.time
+            for i in range(n_blocks if flags & FUA else 0):
+                found = self.stable[first + i]
+                allowed = self.history[first + i].allowed(started, self.time)
+                assert found in allowed, f"seed {self.seed}: FUA, block {first + i} holds {found}"
             if op == READ and not self.crashes:
                 for i in range(n_blocks):
                     value = float(int.from_bytes(data[i * BLOCK : i * BLOCK + 8]))
                     allowed = self.history[first + i].allowed(started, self.time)
                     assert value in allowed, f"seed {self.seed}: block {first + i} read {value}"
 
-        flags = FUA if op == WRITE and not self.random.randrange(8) else 0
-        self.session.submit(Request(op, first * BLOCK, len(data), [memoryview(data)], done, flags))
+        buffers = [memoryview(data)] if op != WRITE_ZEROES else []
+        self.session.submit(Request(op, first * BLOCK, len(data), buffers, done, flags))
 
     def flushed(self, request: Request, started: float) -> None:
         self.open_requests -= 1
         if request.error:
             # The guest knows now: what was completed before is not promised any more.
-            assert self.crashes or not self.proves, (
-                f"seed {self.seed}: flush failed without a crash"
-            )
+            assert self.crashes or not self.proves, f"seed {self.seed}: flush failed, no crash"
             self.flush_failed_at = self.time
             return
         for block, history in enumerate(self.history):
