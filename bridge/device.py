@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from errno import EIO
+from math import inf
 
 import structlog
 import trio
@@ -74,6 +75,7 @@ class BlkDevice:
         self._target = target
         self._engine = BlkEngine(self._config, target, serial=serial, fault=self._guest_fault)
         self._drain_timeout_s = drain_timeout_s
+        self._gave_up_until_s = -inf
         self._fail_pending = fail_pending
         self._on_all_stopped = on_all_stopped
         self._memory = GuestMemory([])
@@ -248,9 +250,14 @@ class BlkDevice:
         """
         for ring in rings:
             ring.pause()
-        with trio.move_on_after(self._drain_timeout_s, shield=True) as scope:
+        limit_s = self._drain_timeout_s
+        if trio.current_time() < self._gave_up_until_s:
+            limit_s = _FAILED_DRAIN_S  # many rings stop one after the other: not each that long
+        with trio.move_on_after(limit_s, shield=True) as scope:
             for ring in rings:
                 await ring.drained()
+        if scope.cancelled_caught:
+            self._gave_up_until_s = trio.current_time() + self._drain_timeout_s
         return not scope.cancelled_caught
 
     def suspend_ring(self, index: int) -> None:
@@ -368,8 +375,11 @@ class BlkDevice:
         self._logging = False
 
     def _ring_broken(self, index: int, reason: str) -> None:
-        _log.error("the guest broke a ring, it is stopped", ring=index, reason=reason)
         self.guest_faults["a broken ring"] += 1
+        count = self.guest_faults["a broken ring"]
+        if not count & (count - 1):
+            # A guest can reset its disk and break it again for ever: said at 1, 2, 4, 8 …
+            _log.error("a ring broke, it is stopped", ring=index, reason=reason, count=count)
 
     def _guest_fault(self, problem: str) -> None:
         """Count what a guest does wrong; say it once per kind, however often it happens."""

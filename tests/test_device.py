@@ -274,6 +274,21 @@ async def test_faults_with_any_details_are_one_kind(
     assert capsys.readouterr().out.count("bad address") == 1
 
 
+async def test_rings_broken_again_and_again_do_not_fill_the_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with running_device() as guest:
+        await guest.connect()
+        for count in range(1, 40):
+            ring = guest.start()
+            ring.driver.set_avail_idx(1000)
+            ring.kick_device()
+            await until(lambda count=count: guest.device.guest_faults["a broken ring"] == count)
+            await guest.device.stop_ring(0)
+            ring.driver.set_avail_idx(0)
+    assert capsys.readouterr().out.count("a ring broke") == 6
+
+
 # Suspend and resume
 
 
@@ -384,6 +399,21 @@ async def test_all_rings_share_one_drain_timeout(
     started_s = trio.current_time()
     await guest.device.reset()
     assert trio.current_time() - started_s == pytest.approx(30)
+
+
+async def test_rings_stopped_one_after_the_other_do_not_each_take_that_long(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    guest.disk.hold = True
+    for index in range(4):
+        guest.start(index)
+    started_s = trio.current_time()
+    for index in range(4):
+        guest.put(T_FLUSH, index=index)
+        guest.rings[index].kick_device()
+        await until(lambda: len(guest.disk.held) == 1)
+        await guest.device.stop_ring(index)
+    assert trio.current_time() - started_s == pytest.approx(30 + 3)
 
 
 async def test_cancelled_stop_leaves_nothing_behind(

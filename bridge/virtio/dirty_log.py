@@ -86,10 +86,10 @@ class DirtyBitmap:
             last_byte = len(self._view) - 1
             last = (last_byte << 3) + 7
         bits = 0xFF << (first & 7) & 0xFF
-        while byte < last_byte:
+        if byte < last_byte:
             self._set(byte, bits)
-            bits = 0xFF
-            byte += 1
+            self._view[byte + 1 : last_byte] = b"\xff" * (last_byte - byte - 1)
+            byte, bits = last_byte, 0xFF
         if byte == last_byte:
             self._set(byte, bits & 0xFF >> (7 - (last & 7)))
 
