@@ -124,9 +124,8 @@ class BlkConfig:
         physical = max(block, min(geometry.min_io_bytes, 1 << 20))
         exponent = (physical // block).bit_length() - 1
         optimal_blocks = geometry.optimal_io_bytes // block
-        alignment_sectors = (
-            geometry.optimal_io_bytes // SECTOR_BYTES or DEFAULT_DISCARD_ALIGNMENT_SECTORS
-        )
+        # Not the preferred block: Linux' fstrim passes over free space shorter than this.
+        alignment_sectors = max(physical // SECTOR_BYTES, DEFAULT_DISCARD_ALIGNMENT_SECTORS)
         writable = not geometry.read_only
         discard = writable and geometry.can_discard
         zeroes = writable and geometry.can_write_zeroes

@@ -118,7 +118,13 @@ def test_topology_is_the_servers_block_sizes() -> None:
     assert field(config, "B", 25) == 0
     assert field(config, "H", 26) == 8  # min_io_size in logical blocks
     assert field(config, "I", 28) == 8192  # opt_io_size
-    assert field(config, "I", 44) == 8192  # discard alignment in sectors
+    assert field(config, "I", 44) == 128  # discard alignment in sectors
+
+
+def test_discard_alignment_is_no_less_than_the_servers_minimum_block() -> None:
+    """And no more than needed: fstrim passes over free space that is shorter."""
+    geometry = DiskGeometry(1 << 30, min_io_bytes=1 << 17, optimal_io_bytes=1 << 25)
+    assert field(BlkConfig(geometry, num_queues=1), "I", 44) == 256
 
 
 def test_topology_of_4096_byte_blocks() -> None:
