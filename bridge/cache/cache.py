@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 
 from bridge.errors import ConfigError
 from bridge.request import (
@@ -75,7 +76,16 @@ class Cache:
         slots = self._slots = Slots(index, evictor)
         turn_end = call_at_turn_end
         self._fetcher = Fetcher(index, slots, backend, options, stats, turn_end)
-        self._writeback = Writeback(index, backend, options, stats, clock, turn_end)
+        self._writeback = Writeback(
+            index,
+            backend,
+            options,
+            stats,
+            clock,
+            turn_end,
+            image.resident,
+            partial(slots.load, image, cold),
+        )
         self._flusher = Flusher(index, self._writeback, backend, options, stats, clock)
         self._exclusives = Exclusives(
             index, slots, self._fetcher, self._writeback, self._flusher, backend

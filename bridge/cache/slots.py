@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .cold import Cold
 from .eviction import Evictor
+from .file import MappedImage
 from .index import Index
 from .layout import BITS, DIRTY_SHIFT
 
@@ -66,6 +68,18 @@ class Slots:
         slot = self._index.find(granule)
         if slot and self._evictor.on_probation(slot):
             self.touched[slot] = 0
+
+    def load(self, image: MappedImage, cold: Cold, slot: int, done: Callable[[int], None]) -> None:
+        """Have a thread read `slot` into the page cache; it is pinned meanwhile."""
+        size = self._index.granule_bytes
+        scratch = [memoryview(bytearray(size))]
+        self.pin(slot)
+
+        def loaded(error: int) -> None:
+            self.unpin(slot)
+            done(error)
+
+        cold.run(lambda: image.read_wait(scratch, slot * size), loaded)
 
     def pin(self, slot: int) -> None:
         """Somebody reads from `slot` outside the turn."""

@@ -402,11 +402,8 @@ class Store:
     def _load(self, op: _WriteOp, slot: int, bits: int) -> None:
         """Bring blocks that are written partly back into the page cache, then go on."""
         index = self._index
-        scratch = [memoryview(bytearray(index.granule_bytes))]
-        self._slots.pin(slot)
 
         def done(error: int) -> None:
-            self._slots.unpin(slot)
             if error:
                 self._stats.file_errors += 1
                 op.request.finish(error)
@@ -414,8 +411,7 @@ class Store:
             index.ready[slot] |= bits & index.valid(slot)
             self.advance(op)
 
-        position = slot << index.granule_shift
-        self._cold.run(lambda: self._image.read_wait(scratch, position), done)
+        self._slots.load(self._image, self._cold, slot, done)
 
     def _press(self) -> None:
         """Much is dirty: see to it at the end of this turn."""

@@ -53,7 +53,13 @@ class Writeback:
         stats: Stats,
         clock: Callable[[], float],
         call_at_turn_end: Callable[[Callable[[], None]], None],
+        resident: Callable[[int, int], bool],
+        load: Callable[[int, Callable[[int], None]], None],
     ) -> None:
+        """`resident(position, length)` asks whether that data is in memory, `load(slot, done)`
+        has a thread bring it there."""
+        self._resident = resident
+        self._load = load
         self._index = index
         self._backend = backend
         self._options = options
@@ -79,6 +85,8 @@ class Writeback:
         self._urgent_scheduled = False
         self._wanted: dict[int, list[Ticket]] = {}
         self._deferred: dict[int, list[Ticket]] = {}
+        self._thawing: set[int] = set()
+        """Slots whose data a thread brings back into memory, to be sent then."""
         self._flying: list[WriteOut] = []
         self._bytes_in_flight = 0
         self._pumping = False
@@ -140,7 +148,12 @@ class Writeback:
         for flying in self._flying:
             self._attach(flying, ticket)
         # What was taken from the ring already and has not been sent counts as well.
-        for slot in {*self._batch[self._batch_at :], *self._held, *self._urgent}:
+        for slot in {
+            *self._batch[self._batch_at :],
+            *self._held,
+            *self._urgent,
+            *self._thawing,
+        }:
             ticket.pending += 1
             self._wanted.setdefault(slot, []).append(ticket)
         for tickets in self._deferred.values():
@@ -295,6 +308,9 @@ class Writeback:
             self._batch_at += 1
             self._done_with(slot)
             return
+        if self._is_cold(slot, bits):
+            self._thaw(slot)
+            return
         shift, per_granule = index.block_shift, self._per_granule_shift
         granule = index.granule_of[slot]
         first = (bits & -bits).bit_length() - 1
@@ -311,12 +327,49 @@ class Writeback:
             more = _ones(index.to_send(following))
             if not more or (self.is_held is not None and self.is_held(granule)):
                 break
+            if self._is_cold(following, (1 << more) - 1):
+                break
             if sum(part.bit_count() for _, part in parts) + more > self._run_blocks:
                 break
             at += 1
             parts.append((following, (1 << more) - 1))
             first, count = 0, more
         self._send(offset, parts)
+
+    def _is_cold(self, slot: int, bits: int) -> bool:
+        """These blocks are on the disk only: copying them would stop the loop."""
+        index = self._index
+        return bool(bits & ~index.ready[slot]) and not self._resident(
+            slot << index.granule_shift, index.granule_bytes
+        )
+
+    def _thaw(self, slot: int) -> None:
+        """Send the next slot of the batch when a thread has brought its data into memory."""
+        self._batch_at += 1
+        if slot in self._thawing:
+            return
+        self._thawing.add(slot)
+
+        def done(error: int) -> None:
+            self._thawing.discard(slot)
+            if error:
+                self._unreadable(slot, error)
+                return
+            self._index.ready[slot] |= self._index.to_send(slot)
+            self._urgent.append(slot)
+            self._schedule_urgent()
+
+        self._load(slot, done)
+
+    def _unreadable(self, slot: int, error: int) -> None:
+        """The cache file does not give dirty data back: those who want it fail, it stays dirty."""
+        self._stats.file_errors += 1
+        self._failed()
+        if self._index.dirty(slot):
+            self.enqueue(slot)
+        for ticket in self._wanted.pop(slot, []):
+            ticket.error = ticket.error or error
+            ticket.release()
 
     def _send(self, offset: int, parts: list[tuple[int, int]]) -> None:
         """Send a private copy of these blocks."""

@@ -604,6 +604,34 @@ def test_cold_dirty_block_that_cannot_be_read_fails_the_read() -> None:
     assert rig.server.ops(READ) == [(0, 2 * GRANULE)]
 
 
+def test_dirty_block_that_went_cold_is_read_by_a_thread_before_it_is_sent() -> None:
+    rig, cold = _cold_rig()
+    rig.write(0, b"a" * BLOCK)
+    rig.cache.index.forget_residency()
+    flush = rig.start(FLUSH)
+    early = rig.server.ops(WRITE)
+
+    cold.finish()
+    rig.end_turn()
+    rig.serve()
+
+    assert (early, flush.value) == ([], 0)
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
+
+
+def test_dirty_block_that_cannot_be_read_back_fails_the_flush() -> None:
+    rig, cold = _cold_rig()
+    rig.write(0, b"a" * BLOCK)
+    rig.cache.index.forget_residency()
+    flush = rig.start(FLUSH)
+
+    cold.finish(error=EIO)
+    rig.end_turn()
+
+    assert flush.value == EIO
+    assert rig.cache.index.dirty_blocks == 1
+
+
 def test_write_of_part_of_a_cold_block_waits_for_the_thread() -> None:
     rig, cold = _cold_rig()
     result = rig.start(WRITE, 512, data=b"a" * 512)
