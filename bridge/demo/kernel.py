@@ -9,6 +9,7 @@ it differs between distributions and releases.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import lzma
 import os
@@ -191,7 +192,11 @@ def _fetch_kernel(folder: Path, meta_packages: tuple[str, ...]) -> Kernel:
     reason = _try_fetch(folder, meta_packages)
     if reason and os.geteuid() == 0:
         # A fresh container has no package lists, an old machine outdated ones.
-        subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                ["apt-get", "update", "-q"],
+                capture_output=True, check=False, timeout=_DOWNLOAD_LIMIT_S,
+            )  # fmt: skip
         reason = _try_fetch(folder, meta_packages)
     kernel = _cached_kernel(folder)
     if kernel is None:
