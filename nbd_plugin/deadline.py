@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from nbd_plugin.errors import PluginError
 
 _T = TypeVar("_T")
+
+
+_threads: set[threading.Thread] = set()
+
+
+def in_background(what: str, function: Callable[[], object]) -> None:
+    """Call `function` on a thread of its own; what it returns or raises is dropped."""
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            function()
+        _threads.discard(threading.current_thread())
+
+    thread = threading.Thread(target=run, name=f"nbd_plugin: {what}", daemon=True)
+    _threads.add(thread)
+    thread.start()
+
+
+def wait_for_background(timeout_s: float) -> bool:
+    """Wait for all calls that still run, abandoned ones too; False if some do afterwards."""
+    deadline = time.monotonic() + timeout_s
+    for thread in list(_threads):
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not _threads
 
 
 class _Call(Generic[_T]):
@@ -61,7 +87,7 @@ def call_within(
     (it cannot be cancelled), and `too_late` gets what it returns in the end.
     """
     call = _Call(function, too_late)
-    threading.Thread(target=call.run, name=f"nbd_plugin: {what}", daemon=True).start()
+    in_background(what, call.run)
     if not call.done.wait(timeout_s) and call.abandon():
         raise PluginError(f"{what}: no answer in {timeout_s:g} s", errno.ETIMEDOUT)
     if call.error is not None:

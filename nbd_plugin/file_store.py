@@ -21,7 +21,7 @@ from nbd_plugin import names
 from nbd_plugin.errors import PluginError
 from nbd_plugin.file_disk import FileDisk
 from nbd_plugin.sparse_copy import sparse_copy
-from nbd_plugin.store import VolumeInfo, VolumeState
+from nbd_plugin.store import COMMAND_WAIT_S, VolumeInfo, VolumeState
 from nbd_plugin.volume_state import MAX_STATE_BYTES, parse_state
 
 _STATE_DIR = ".nbd_plugin"
@@ -119,7 +119,7 @@ class FileStore:
         )
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
-        disk = self.open(name, read_only=False, timeout_s=0)
+        disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         try:
             if disk.read_only:
                 raise PluginError(f"volume {name} is read-only", errno.EROFS)
@@ -134,7 +134,7 @@ class FileStore:
             disk.close()
 
     def remove(self, name: str) -> None:
-        disk = self.open(name, read_only=False, timeout_s=0)
+        disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         try:
             os.unlink(self._path(name))
             _sync_directory(self._directory)
@@ -147,7 +147,7 @@ class FileStore:
         target = self._path(f"{name}@{snapshot}")
         if target.exists():
             raise PluginError(f"volume {name}@{snapshot} exists already", errno.EEXIST)
-        disk = self.open(name, read_only=False, timeout_s=0)
+        disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         partial = self._state_path(name).with_name(f"{name}@{snapshot}.{os.getpid()}.copy")
         try:
             partial.parent.mkdir(mode=0o700, exist_ok=True)

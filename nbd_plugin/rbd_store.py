@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import select
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,17 +18,14 @@ import rados
 import rbd
 
 from nbd_plugin import names
-from nbd_plugin.deadline import call_within
+from nbd_plugin.deadline import call_within, in_background, wait_for_background
 from nbd_plugin.errors import PluginError, one_line
 from nbd_plugin.rbd_disk import RbdDisk, load_state
+from nbd_plugin.rbd_lock import take_lock
 from nbd_plugin.settings import Settings
-from nbd_plugin.store import VolumeInfo, VolumeState
+from nbd_plugin.store import COMMAND_WAIT_S, VolumeInfo, VolumeState
 
 _T = TypeVar("_T")
-
-_LOCK_RETRY_S = 0.5
-_LOCK_LEAST_S = 1.0
-"""A free lock takes a few milliseconds, one that has to be asked back from a client more."""
 
 _STOP_TIMEOUT_S = 5.0
 
@@ -84,12 +81,20 @@ class RbdStore:
             self.open(self._only, read_only=True, timeout_s=0).close()
 
     def stop(self) -> None:
-        """Disconnect. Gives up after a while: nobody can be told any more."""
+        """Disconnect, unless something still waits for the cluster.
+
+        librados ends the process (an assertion) when it is shut down under a running call. The
+        connection is then left to the end of the process, and kept from Python's own cleaning up.
+        """
         cluster = self._cluster
-        if cluster is not None:
-            self._cluster = None
+        if cluster is None:
+            return
+        self._cluster = None
+        if wait_for_background(_STOP_TIMEOUT_S):
             with contextlib.suppress(PluginError):
                 call_within(_STOP_TIMEOUT_S, "disconnecting", cluster.shutdown)
+                return
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(cluster))
 
     def check(self) -> None:
         """Try `start` in a child process, and raise the PluginError that it would raise.
@@ -166,7 +171,7 @@ class RbdStore:
             )
         except BaseException:
             # In the background: it hangs if what failed was the cluster.
-            threading.Thread(target=image.close, daemon=True).start()
+            in_background(f"closing volume {name}", image.close)
             raise
 
     def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
@@ -186,7 +191,7 @@ class RbdStore:
             disk.close()
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
-        disk = self.open(name, read_only=False, timeout_s=0)
+        disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         try:
             if disk.read_only:
                 raise PluginError(f"volume {name} is read-only", errno.EROFS)
@@ -204,7 +209,7 @@ class RbdStore:
     def remove(self, name: str) -> None:
         volume, _, snapshot = self._check(name).partition("@")
         if not snapshot:
-            self.open(volume, read_only=False, timeout_s=0).close()
+            self.open(volume, read_only=False, timeout_s=COMMAND_WAIT_S).close()
         try:
             if snapshot:
                 image = self._open_image(volume, "", read_only=False)
@@ -222,7 +227,7 @@ class RbdStore:
             raise PluginError(f"volume {name} does not exist", errno.ENOENT) from None
 
     def snapshot(self, name: str, snapshot: str) -> None:
-        disk = self.open(name, read_only=False, timeout_s=0)
+        disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         try:
             disk.image.create_snap(snapshot)
         except rbd.ImageExists:
@@ -263,31 +268,12 @@ class RbdStore:
             ) from None
 
     def _take_lock(self, image: rbd.Image, name: str, timeout_s: float) -> None:
-        """Take the exclusive lock and keep it: nobody else's request makes librbd hand it over.
-
-        A holder that died is waited for and shut out (blocklisted) by librbd itself.
-        """
         if not image.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
             raise PluginError(
                 f"volume {name} lacks the exclusive-lock feature: "
                 f"rbd feature enable {self._settings.pool}/{name} exclusive-lock"
             )
-        deadline = time.monotonic() + timeout_s
-        while True:
-            left_s = max(deadline - time.monotonic(), _LOCK_LEAST_S)
-            try:
-                call_within(
-                    left_s,
-                    f"locking volume {name}",
-                    lambda: image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE),
-                )
-                return
-            except (rbd.ReadOnlyImage, rbd.ImageBusy, PluginError):
-                if time.monotonic() >= deadline:
-                    raise PluginError(
-                        f"volume {name} is open for writing by another Ceph client", errno.EBUSY
-                    ) from None
-            time.sleep(_LOCK_RETRY_S)
+        take_lock(image, name, timeout_s)
 
     def _bounded(self, what: str, function: Callable[[], _T]) -> _T:
         return call_within(self._timeout_s, what, function)

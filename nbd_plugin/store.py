@@ -13,6 +13,10 @@ EXTENT_ZERO = 2
 MAX_PAYLOAD_BYTES = 64 << 20
 """nbdkit's own limit for the payload of one read or write."""
 
+COMMAND_WAIT_S = 3.0
+"""How long resize, remove and snapshot wait for a writer: one that has just hung up is still about
+to close."""
+
 Extents = list[tuple[int, int, int]]
 """(offset, length, type), ascending and contiguous."""
 

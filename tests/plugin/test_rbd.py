@@ -158,6 +158,16 @@ def test_nbdkit_killed_next_writer_is_let_in_and_flushed_data_is_there(
         client.flush()
 
 
+def test_lock_of_a_live_holder_on_this_machine_is_not_broken(ceph: Cluster, image: str) -> None:
+    with serve(ceph) as first, RawClient(str(first.socket), image) as writer:
+        writer.write(0, block(1))
+        for _ in range(2):
+            with serve(ceph, "fence_timeout=1") as second, pytest.raises(Refused):
+                RawClient(str(second.socket), image)
+        writer.write(0, block(2))
+        writer.flush()
+
+
 def test_osd_killed_and_restarted_clients_wait_and_lose_nothing(ceph: Cluster, image: str) -> None:
     with serve(ceph) as server, RawClient(str(server.socket), image, timeout_s=120) as client:
         for number in range(100):
