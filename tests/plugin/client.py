@@ -60,7 +60,7 @@ class RawClient:
     def read(self, offset: int, length: int) -> bytes:
         self.send(READ, offset, length)
         self._answer()
-        return self._receive(length)
+        return self.receive(length)
 
     def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
         self.send(WRITE, offset, len(data), data, flags=FUA if fua else 0)
@@ -101,14 +101,14 @@ class RawClient:
         self._socket.close()
 
     def _handshake(self, export: bytes) -> None:
-        magic, option_magic, _flags = struct.unpack(">QQH", self._receive(18))
+        magic, option_magic, _flags = struct.unpack(">QQH", self.receive(18))
         assert (magic, option_magic) == (_MAGIC, _OPTION_MAGIC)
         self._socket.sendall(struct.pack(">I", 3))
         data = struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, _INFO_DESCRIPTION)
         self._socket.sendall(struct.pack(">QII", _OPTION_MAGIC, _OPT_GO, len(data)) + data)
         while True:
-            _, _, kind, length = struct.unpack(">QIII", self._receive(20))
-            payload = self._receive(length)
+            _, _, kind, length = struct.unpack(">QIII", self.receive(20))
+            payload = self.receive(length)
             if kind & 0x80000000:
                 raise Refused(f"{kind:#x} {payload.decode(errors='replace')}")
             if kind == _REP_ACK:
@@ -120,13 +120,14 @@ class RawClient:
                 self.description = payload[2:].decode()
 
     def _answer(self) -> None:
-        magic, error, cookie = struct.unpack(">IIQ", self._receive(16))
+        magic, error, cookie = struct.unpack(">IIQ", self.receive(16))
         assert magic == _SIMPLE_MAGIC
         assert cookie == self._cookie
         if error:
             raise NbdError(error, os.strerror(error))
 
-    def _receive(self, length: int) -> bytes:
+    def receive(self, length: int) -> bytes:
+        """Exactly so many bytes of what the server sends."""
         data = bytearray()
         while len(data) < length:
             piece = self._socket.recv(length - len(data))
