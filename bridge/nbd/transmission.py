@@ -385,16 +385,36 @@ class Transmission:
 
     def _parse_extended(self) -> None:
         staging = self._staging
+        pending = self.pending
         while self._end - self._start >= 32:
-            magic, flags, kind, cookie, offset, length = _unpack_extended(staging, self._start)
-            request = self.pending.get(cookie)
-            if magic != _EXTENDED or request is None:
+            start = self._start
+            magic, flags, kind, cookie, offset, length = _unpack_extended(staging, start)
+            request = pending.get(cookie)
+            if magic != 0x6E8A278C or request is None:
                 raise self._bad_reply(magic, cookie)
             if offset != request.offset:
                 raise ProtocolError(
                     f"server answered for offset {offset}, request asked at {request.offset}"
                 )
-            if not self._chunk(request, flags, kind, length, 32):
+            stop = start + 32 + length
+            if (
+                kind == 1
+                and flags & 1
+                and stop <= self._end
+                and length == request.length + 8
+                and request.op == 0
+                and _unpack_offset(staging, start + 32)[0] == offset
+                and cookie not in self._assemblies
+            ):
+                # A whole read in one chunk, all of it here: the usual case.
+                scatter(request.buffers, 0, self._view[start + 40 : stop])
+                self._start = stop
+                del pending[cookie]
+                if length >= 32776:
+                    self._long_reads -= 1
+                request.generation = self.generation
+                request.finish(0)
+            elif not self._chunk(request, flags, kind, length, 32):
                 return
 
     def _chunk(

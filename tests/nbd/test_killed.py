@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -62,11 +63,16 @@ class Nbdkit:
             self._process.wait()
             self._process = None
 
+    def _listens(self) -> bool:
+        """The file is there a moment before anybody may connect to it."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            return sock.connect_ex(str(self._socket)) == 0
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.start()
         try:
-            await until(self._socket.exists)
+            await until(self._listens)
             yield
         finally:
             self.kill()
