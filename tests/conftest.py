@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 
+from hypothesis import settings
+
 # A bridge that a test starts has no cache unless the test says so: the default one is a large
 # file in the system's cache directory.
 os.environ["NBD_BRIDGE_SERVE_CACHE_MODE"] = "off"
+
+# No test asserts a time: on a busy machine any example may take long.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
