@@ -78,7 +78,7 @@ class RbdStore:
         self._cluster = cluster
         self._pool = self._bounded(f"opening pool {settings.pool}", self._open_pool)
         if self._only:
-            self.open(self._only, read_only=True, timeout_s=0).close()
+            self._open_or_create_only()
 
     def stop(self) -> None:
         """Disconnect, unless something still waits for the cluster.
@@ -242,6 +242,17 @@ class RbdStore:
         if self._only and name.partition("@")[0] != self._only:
             raise PluginError(f"volume {name} does not exist", errno.ENOENT)
         return name
+
+    def _open_or_create_only(self) -> None:
+        """Find out at start that the one image is there; with create=on see to it."""
+        try:
+            self.open(self._only, read_only=True, timeout_s=0).close()
+        except PluginError as error:
+            size_bytes = self._settings.size_bytes
+            creates = self._settings.create == "on" and size_bytes is not None
+            if error.errno != errno.ENOENT or not creates:
+                raise
+            self.create(self._only, size_bytes or 0)
 
     def _open_pool(self) -> rados.Ioctx:
         assert self._cluster is not None

@@ -231,6 +231,14 @@ def test_created_on_request(ceph: Cluster) -> None:
         assert client.size_bytes == 10 << 30
 
 
+def test_lone_image_created_at_start(ceph: Cluster) -> None:
+    name = f"t{uuid.uuid4().hex[:8]}"
+    with serve(ceph, f"image={name}", "create=on", "size=1G") as server:
+        assert "1073741824" in ceph.rbd("info", "--format", "json", name)
+        with RawClient(str(server.socket)) as client:
+            assert client.properties["volume"] == name
+
+
 def test_image_without_exclusive_lock_refused_with_the_remedy(ceph: Cluster) -> None:
     name = f"t{uuid.uuid4().hex[:8]}"
     ceph.rbd("create", name, "--size", "4M", "--image-feature", "layering")
