@@ -154,11 +154,9 @@ class Cache:
 
     def _adopt(self, dirty: list[int]) -> None:
         """Take over the slots that were found in the file."""
-        index, evictor = self.index, self._evictor
-        granule_of, state = index.granule_of, index.state
-        for slot in range(1, index.slots + 1):
-            if state[slot]:
-                evictor.admit(slot, granule_of[slot])
+        index = self.index
+        states = index.state[1 : index.slots + 1]
+        self._evictor.adopt([slot for slot, word in enumerate(states, 1) if word])
         for slot in dirty:
             self._writeback.enqueue(slot)
         if dirty:

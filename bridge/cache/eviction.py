@@ -57,6 +57,19 @@ class Evictor:
         filling = not self.evicted and self._length[_SMALL] >= self._small_target
         self._push(_MAIN if filling or self._ghost.take(granule) else _SMALL, slot)
 
+    def adopt(self, slots: list[int]) -> None:
+        """All of `slots` hold something from an earlier run: they begin in the main queue."""
+        after, before, queue = self._next, self._prev, self._queue
+        end = previous = self._ends[_MAIN]
+        for slot in slots:
+            after[previous] = slot
+            before[slot] = previous
+            queue[slot] = _MAIN
+            previous = slot
+        after[previous] = end
+        before[end] = previous
+        self._length[_MAIN] = len(slots)
+
     def remove(self, slot: int) -> None:
         """`slot` holds nothing any more."""
         self._unlink(slot)
