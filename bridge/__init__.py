@@ -9,7 +9,7 @@ The map, and which way imports point:
     device, ring        the join: vhost-user session, virtqueues, engine, loop
       vhost_user/       messages and session without I/O; back-end; front-end
       virtio/           guest memory, virtqueues, virtio-blk requests, configuration space
-    disk                the seam: requests on byte ranges; what the server lacks; flush timer
+    disk                the seam: requests on byte ranges; flush timer
       cache/            the local cache
       nbd/              wire formats and state machines; connection, client, server
     loop                one epoll under one trio task; turns, batches, adaptive polling

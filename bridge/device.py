@@ -390,7 +390,9 @@ class BlkDevice:
 
 
 def _flushed(flush: Request) -> None:
-    """Nobody waits for it; the flush timer tries again what it could not do."""
+    """Nobody waits for it: the guest sends no more flushes that could fail."""
+    if flush.error:
+        _log.error("what was written before the write cache was turned off may not be durable")
 
 
 def _map(region: MemoryRegion) -> Region:

@@ -1,32 +1,28 @@
 """The disk: the one seam between the guest's side and the storage side.
 
-`Disk` is a `Target` over a back-end (the NBD client, or the cache over it). It adds what the
-back-end's server may lack (FUA by write and flush, write-zeroes by writing zeroes) and the
-periodic flush timer. Pass-through requests go on untouched, without an object of their own.
+`Disk` is a `Target` over a back-end: the NBD client, or the cache over it, which do themselves
+what a server lacks. It adds the periodic flush timer; requests go on untouched, without an
+object of their own, except for flushes.
 
 **The flush timer.** A guest that never flushes would leave its writes in the server's volatile
 cache for ever. The first write after a flush arms a timer; when it fires, everything is flushed.
-A guest's own flush clears it. A timed flush that fails is logged, counted and tried again.
+A guest's own flush clears it. A timed flush that fails is logged, counted and tried again, and
+the guest's next flush fails, too: a server that could not flush may have dropped what it had, and
+the storage side says so only once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 import trio
 
-from bridge.request import FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request, Target
+from bridge.request import FLUSH, READ, Request, Target
 
 _log = structlog.get_logger(__name__)
-
-_ZERO_CHUNK_BYTES = 1 << 20
-_ZERO_CHUNKS_IN_FLIGHT = 4
-"""Zeroes written for a server without WRITE_ZEROES: big enough to be fast, few enough not to
-starve the guest's other requests."""
-_ZEROES = memoryview(bytes(_ZERO_CHUNK_BYTES))
 
 
 class Backend(Target, Protocol):
@@ -35,14 +31,6 @@ class Backend(Target, Protocol):
     @property
     def can_flush(self) -> bool:
         """FLUSH means something."""
-
-    @property
-    def can_fua(self) -> bool:
-        """The FUA flag means something."""
-
-    @property
-    def can_write_zeroes(self) -> bool:
-        """WRITE_ZEROES is understood."""
 
     @property
     def in_flight(self) -> int:
@@ -62,8 +50,7 @@ class Disk:
         self._now = now
         self._deadline_s: float | None = None
         self._armed = trio.Event()
-        self._emulate_fua = not backend.can_fua
-        self._emulate_zeroes = not backend.can_write_zeroes
+        self._untold_error = 0
         self.timed_flushes = 0
         self.timed_flush_failures = 0
 
@@ -79,37 +66,7 @@ class Disk:
         else:
             if self._deadline_s is None:
                 self._arm_timer()
-            if request.flags & FUA and self._emulate_fua:
-                self._write_then_flush(request)
-            elif op == WRITE_ZEROES and self._emulate_zeroes:
-                self._write_zeroes(request)
-            else:
-                self._submit(request)
-
-    # What the server cannot do by itself
-
-    def _write_then_flush(self, request: Request) -> None:
-        """FUA for a server without it: the write, and a flush after its reply."""
-
-        def written(part: Request) -> None:
-            if part.error or not self._backend.can_flush:
-                request.finish(part.error)
-            else:
-                self._submit(Request(FLUSH, 0, 0, [], flushed))
-
-        def flushed(flush: Request) -> None:
-            request.finish(flush.error)
-
-        flags = request.flags & ~FUA
-        part = Request(request.op, request.offset, request.length, request.buffers, written, flags)
-        if part.op == WRITE_ZEROES and self._emulate_zeroes:
-            self._write_zeroes(part)
-        else:
-            self._submit(part)
-
-    def _write_zeroes(self, request: Request) -> None:
-        """WRITE_ZEROES for a server without it: zeroes are written, a few pieces at a time."""
-        _ZeroWriter(request, self._submit).run()
+            self._submit(request)
 
     # The flush timer
 
@@ -140,7 +97,9 @@ class Disk:
         request, was_armed = flush.owner
         if flush.error and was_armed and self._deadline_s is None:
             self._arm_timer()
-        request.finish(flush.error)
+        error = flush.error or self._untold_error
+        self._untold_error = 0
+        request.finish(error)
 
     def flush_now(self) -> None:
         """The timer fired: flush, whoever else does."""
@@ -150,6 +109,7 @@ class Disk:
 
     def _timed_flush_done(self, flush: Request) -> None:
         if flush.error:
+            self._untold_error = flush.error
             self.timed_flush_failures += 1
             _log.warning("timed flush failed, will be tried again", errno=flush.error)
             if self._deadline_s is None:
@@ -180,39 +140,3 @@ class Disk:
                 await trio.sleep(left_s)
             else:
                 self.flush_now()
-
-
-class _ZeroWriter:
-    """A write-zeroes that is carried out by writing zeroes. The first error ends it."""
-
-    __slots__ = ("_error", "_in_flight", "_left", "_request", "_running", "_submit")
-
-    def __init__(self, request: Request, submit: Callable[[Request], None]) -> None:
-        self._request = request
-        self._submit = submit
-        self._left = request.length
-        self._in_flight = 0
-        self._error = 0
-        self._running = False
-
-    def run(self) -> None:
-        """Keep some pieces in flight; finish the request when none is left."""
-        if self._running:
-            return  # a piece was done before its submit returned: the loop below goes on
-        self._running = True
-        request = self._request
-        while self._left and not self._error and self._in_flight < _ZERO_CHUNKS_IN_FLIGHT:
-            length = min(self._left, _ZERO_CHUNK_BYTES)
-            offset = request.offset + request.length - self._left
-            self._left -= length
-            self._in_flight += 1
-            flags = request.flags & FUA
-            self._submit(Request(WRITE, offset, length, [_ZEROES[:length]], self._done, flags))
-        self._running = False
-        if not self._in_flight:
-            request.finish(self._error)
-
-    def _done(self, piece: Any) -> None:
-        self._in_flight -= 1
-        self._error = self._error or piece.error
-        self.run()
