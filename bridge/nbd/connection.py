@@ -325,12 +325,12 @@ class Connection:
         if not output:
             return
         transmission.output = []
+        has_payload, transmission.has_payload = transmission.has_payload, False
         if not self._tls and len(output) <= _IOV_MAX:
             # The usual case: everything goes out at once.
-            if not transmission.has_payload:
+            if not has_payload:
                 # Headers only: joining 32 of them costs less than 32 pieces in one call.
                 output = [b"".join(output)]
-            transmission.has_payload = False
             try:
                 sent = self._sendmsg(output)
             except BlockingIOError:

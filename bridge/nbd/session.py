@@ -63,6 +63,7 @@ from bridge.request import (
 _log = structlog.get_logger(__name__)
 
 _SECTOR_BYTES: Final = 512
+_GOOD_CONNECTION_S: Final = 1.0
 _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _FOR_ONE_WRITE: Final = FUA
 """Mark of a flush that the guest did not ask for; NBD gives FUA no meaning there."""
@@ -120,6 +121,10 @@ class Session:
         self._ordered = False
         self._stale_possible = False
         self._down_since_s = 0.0
+        self._up_since_s = 0.0
+        self._stuck_on = 0
+        """`id` of the first command that had no answer at the last loss. Not the request itself:
+        it would keep views of the guest's memory alive."""
         self._attempts = 0
         self._written_before = 0
         self._flushed_mark = 0
@@ -318,7 +323,7 @@ class Session:
         self.generation += 1
         self.phase = Phase.UP
         self.given_up = False
-        self._attempts = 0
+        self._up_since_s = now
         self._channels = channels
         self._judge_unflushed(old, export)
         self._export = export
@@ -405,8 +410,21 @@ class Session:
         self._unanswered += unanswered
         self._stale_possible = stale_possible
         self._down_since_s = now
+        self._note_progress(now)
         self.phase = Phase.DOWN
         self._send = self._wait
+
+    def _note_progress(self, now: float) -> None:
+        """Begin the backoff anew only after a connection that was good for something.
+
+        A server that takes connections and then drops them, or refuses every command with
+        ESHUTDOWN, must not be connected to without a pause.
+        """
+        first = id(self._unanswered[0]) if self._unanswered else 0
+        answered = first not in (0, self._stuck_on)
+        if answered or now - self._up_since_s >= _GOOD_CONNECTION_S:
+            self._attempts = 0
+        self._stuck_on = first
 
     def next_delay_s(self) -> float:
         """How long to wait before the next attempt to connect."""

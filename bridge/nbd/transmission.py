@@ -210,6 +210,7 @@ class Transmission:
         self.refused.clear()
         self.pending.clear()
         self._assemblies.clear()
+        self.output = []  # Views of the requests' memory: they must not outlive them here.
         self.direct = []
         return found
 

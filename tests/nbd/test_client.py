@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from dataclasses import replace
 from random import Random
 
@@ -655,3 +656,20 @@ async def test_connect_to_something_else_says_so_in_time(says: bytes, text: str)
             with pytest.raises(BridgeError, match=text):
                 await client.connect()
         nursery.cancel_scope.cancel()
+
+
+async def test_finished_requests_leave_no_view_of_their_memory() -> None:
+    """Design trap 10: a region of guest memory with a view of it cannot be unmapped."""
+    async with served(8 << 20, options=replace(FAST, connections=1)) as (client, server, _):
+        memory = mmap.mmap(-1, 4 << 20)
+        views = [memoryview(memory)[i << 20 : (i + 1) << 20] for i in range(4)]
+        for op in (WRITE, READ):
+            waiters = [start(client, op, 0, 1 << 20, [view]) for view in views]
+            server.cut()
+            for waiter in waiters:
+                assert await waiter.wait() == 0
+            waiters.clear()
+        del waiter
+        for view in views:
+            view.release()
+        memory.close()

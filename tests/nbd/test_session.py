@@ -128,8 +128,32 @@ def test_backoff_grows_with_jitter_to_its_limit() -> None:
     assert all(1.0 <= delay <= 2.0 for delay in delays[6:])
     assert len(set(delays[6:])) > 100
     world.up()
+    world.now += 10
     world.down()
     assert world.session.next_delay_s() == 0
+
+
+def test_backoff_goes_on_while_connections_are_good_for_nothing() -> None:
+    """Dropped as soon as they are up, or refusing the same command again and again."""
+    world = World()
+    for request in (None, world.ask(READ, 1)):
+        delays = []
+        for _ in range(8):
+            world.down()
+            delays.append(world.session.next_delay_s())
+            world.up()
+        assert min(delays[3:]) >= 0.1, request
+
+
+def test_backoff_begins_anew_when_something_was_answered() -> None:
+    world = World()
+    for _ in range(8):
+        world.ask(READ, 1)
+        world.ask(READ, 2)
+        world.channels[0].answer(world.channels[0].pending[0])
+        world.down()
+        assert world.session.next_delay_s() == 0
+        world.up()
 
 
 def test_reconnect_timeout_fails_what_waits_and_what_comes_until_up() -> None:
