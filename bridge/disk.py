@@ -103,17 +103,13 @@ class Disk:
 
     def flush_now(self) -> None:
         """The timer fired: flush, whoever else does."""
-        self._clear_timer()
         self.timed_flushes += 1
-        self._submit(Request(FLUSH, 0, 0, [], self._timed_flush_done))
+        self._flush_unasked(self._timed_flush_done)
 
     def _timed_flush_done(self, flush: Request) -> None:
         if flush.error:
-            self._untold_error = flush.error
             self.timed_flush_failures += 1
             _log.warning("timed flush failed, will be tried again", errno=flush.error)
-            if self._deadline_s is None:
-                self._arm_timer()
 
     async def flush(self) -> None:
         """Flush what was written since the last flush, for a clean stop.
@@ -123,11 +119,27 @@ class Disk:
         if self._deadline_s is None or not self._backend.can_flush:
             return
         finished = trio.Event()
-        request = Request(FLUSH, 0, 0, [], lambda _: finished.set())
-        self.submit(request)
+
+        def done(flush: Request) -> None:
+            if flush.error:
+                _log.error("the last flush failed", errno=flush.error)
+            finished.set()
+
+        self._flush_unasked(done)
         await finished.wait()
-        if request.error:
-            _log.error("the last flush failed", errno=request.error)
+
+    def _flush_unasked(self, then: Callable[[Request], None]) -> None:
+        """A flush that the guest did not send. If it fails, the guest's next one does, too."""
+
+        def done(flush: Request) -> None:
+            if flush.error:
+                self._untold_error = flush.error
+                if self._deadline_s is None:
+                    self._arm_timer()
+            then(flush)
+
+        self._clear_timer()
+        self._submit(Request(FLUSH, 0, 0, [], done))
 
     async def run_flush_timer(self) -> None:
         """Fire the timer whenever it is due, for ever."""

@@ -176,6 +176,20 @@ async def test_guest_is_told_of_a_timed_flush_that_failed_once(autojump_clock: M
         assert client.errors == [0, EIO, 0]
 
 
+async def test_guest_is_told_of_a_flush_at_a_stop_that_failed(autojump_clock: MockClock) -> None:
+    """The guest was only paused, and goes on."""
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.error = EIO
+        await client.disk.flush()
+        backend.error = 0
+        assert client.disk.flush_deadline_s is not None
+        client.do(FLUSH)
+        client.do(FLUSH)
+        assert client.errors == [0, EIO, 0]
+
+
 @pytest.mark.parametrize("flush", [True, False])
 async def test_timer_that_is_off_never_fires(flush: bool, autojump_clock: MockClock) -> None:
     backend = FakeBackend(flush=flush)
