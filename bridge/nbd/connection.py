@@ -267,7 +267,7 @@ class Connection:
         self.leaving = False
         """The server asked to be left (ESHUTDOWN), or we are hanging up: send nothing new."""
         self.peer_closed = False
-        """The connection ended with the peer's end of file, in an orderly way."""
+        """The connection ended because the peer's end was closed (or a reset says so)."""
         self.transmission = Transmission(self.export, generation=generation, cookies=cookies)
         loop.add(self._fd, self._on_event, EPOLLIN)
         if negotiated.handshake.trailing_data():
@@ -336,7 +336,7 @@ class Connection:
             except BlockingIOError:
                 sent = 0
             except OSError as error:
-                self._fail(_lost_by(error))
+                self._fail_by(error)
                 return
             if sent == sum(map(len, output)):
                 return
@@ -359,7 +359,7 @@ class Connection:
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
             pass
         except OSError as error:
-            self._fail(_lost_by(error))
+            self._fail_by(error)
             return
         transmission = self.transmission
         self._unsent = unsent
@@ -399,7 +399,7 @@ class Connection:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._fail(_lost_by(error))
+                self._fail_by(error)
                 return
             # Asking again to be told that there is nothing costs more than the next turn.
             if not self._received(n_bytes) or drained:
@@ -420,7 +420,7 @@ class Connection:
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
             except OSError as error:
-                self._fail(_lost_by(error))
+                self._fail_by(error)
                 return
             if not self._received(n_bytes):
                 return
@@ -443,6 +443,11 @@ class Connection:
     def _end_of_file(self) -> None:
         self.peer_closed = True
         self._fail(ConnectionLost("the server closed the connection"))
+
+    def _fail_by(self, error: OSError) -> None:
+        # A server that ends with our commands unread resets the connection.
+        self.peer_closed = error.errno in (errno.ECONNRESET, errno.EPIPE)
+        self._fail(_lost_by(error))
 
     def _fail(self, error: BridgeError) -> None:
         """The connection is dead: tell the owner once."""
