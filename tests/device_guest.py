@@ -196,6 +196,10 @@ class DeviceGuest:
         for ring in self.rings.values():
             ring.close()
         os.close(self.fd)
+        # Not left to the garbage collector: another test may be counting descriptors.
+        self.rings.clear()
+        self.disk.requests.clear()
+        del self.memory, self.device
 
 
 class PendingRequest:
