@@ -9,6 +9,15 @@ WRITETHROUGH = "writethrough"
 
 
 @dataclass(frozen=True)
+class DirtyLimits:
+    """How many slots may be dirty before something happens (see Options)."""
+
+    background: int
+    flush: int
+    hard: int
+
+
+@dataclass(frozen=True)
 class Options:
     """How a cache behaves. Ratios are of the number of slots."""
 
@@ -18,12 +27,18 @@ class Options:
     writeback_age_s: float = 5.0
     """Write-out of a granule starts this long after it became dirty, so that a flush finds
     little to do."""
-    dirty_background_ratio: float = 0.10
-    """Above this share of dirty slots write-out starts whatever the age."""
-    dirty_flush_ratio: float = 0.40
+    dirty_background_ratio: float = 0.25
+    """Above this share of dirty slots write-out starts whatever the age, gently at first."""
+    dirty_flush_ratio: float = 0.50
     """Above this share a flush is started: written blocks pin their slots until one."""
-    dirty_hard_ratio: float = 0.60
+    dirty_hard_ratio: float = 0.75
     """At this share writers wait. The rest is left to reads, so that a slot can be had."""
+    roomy_ratios: tuple[float, float, float] | None = (0.50, 0.90, 1.0)
+    """The same three where the cache has a slot for every granule of the disk: a dirty slot is
+    in nobody's way then, and a block that is overwritten meanwhile is sent only once."""
+    background_requests: int = 4
+    """Write-out in flight while nobody waits for it: the guest's own requests come first. More
+    as the share of dirty slots nears `dirty_flush_ratio`."""
     writeback_run_bytes: int = 256 * 1024
     """Longest write of coalesced dirty blocks."""
     writeback_requests: int = 32
@@ -54,3 +69,11 @@ class Options:
     zero_copy_bytes: int = 256 * 1024
     """Write-zeroes up to this length become zero bytes in the cache: cheaper than a round trip
     and a flush."""
+
+    def dirty_limits(self, *, slots: int, granules: int) -> DirtyLimits:
+        """The three ratios in slots, for a cache of `slots` over a disk of `granules`."""
+        ratios = (self.dirty_background_ratio, self.dirty_flush_ratio, self.dirty_hard_ratio)
+        if slots >= granules and self.roomy_ratios is not None:
+            ratios = self.roomy_ratios
+        background, flush, hard = (int(slots * ratio) for ratio in ratios)
+        return DirtyLimits(background, max(1, flush), max(1, hard))

@@ -101,8 +101,9 @@ class Store:
         self._stats = stats
         self._call_at_turn_end = call_at_turn_end
         self._through = options.mode != WRITEBACK
-        self._hard_slots = max(1, int(index.slots * options.dirty_hard_ratio))
-        self._flush_slots = max(1, int(index.slots * options.dirty_flush_ratio))
+        limits = options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
+        self._hard_slots = limits.hard
+        self._flush_slots = limits.flush
         self._waiting: deque[_WriteOp] = deque()
         self._waking = False
         self._pressed = False

@@ -68,7 +68,7 @@ class Writeback:
         self._call_at_turn_end = call_at_turn_end
         self._per_granule_shift = index.granule_shift - index.block_shift
         self._run_blocks = max(1, options.writeback_run_bytes >> index.block_shift)
-        self._background_slots = int(index.slots * options.dirty_background_ratio)
+        self._limits = options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
         self._ring = zeroed("I", index.slots + 1)
         self._ring_size = index.slots + 1
         self._queued = bytearray(index.slots + 1)
@@ -223,7 +223,7 @@ class Writeback:
             return
         if self.over_background():
             # The oldest go; what was written last may still grow into a longer run.
-            self.write_out_to(self.tail - self._background_slots * 3 // 4)
+            self.write_out_to(self.tail - self._limits.background * 3 // 4)
         goal = 0
         while self._marks and self._marks[0][0] + self._options.writeback_age_s <= now:
             goal = self._marks.popleft()[1]
@@ -236,7 +236,7 @@ class Writeback:
 
     def over_background(self) -> bool:
         """More stands in the ring than should wait for its age."""
-        return self.tail - max(self.head, self._goal) > self._background_slots
+        return self.tail - max(self.head, self._goal) > self._limits.background
 
     # Sending.
 
@@ -263,10 +263,9 @@ class Writeback:
         if self._pumping:
             return
         self._pumping = True
-        options = self._options
         while (
-            len(self._flying) < options.writeback_requests
-            and self._bytes_in_flight < options.writeback_bytes
+            len(self._flying) < self._requests_allowed()
+            and self._bytes_in_flight < self._options.writeback_bytes
         ):
             if self._batch_at < len(self._batch):
                 self._send_next()
@@ -278,6 +277,17 @@ class Writeback:
         if self.barrier is not None and self.head >= self.barrier_at:
             barrier, self.barrier = self.barrier, None
             barrier.release()
+
+    def _requests_allowed(self) -> int:
+        """How many write-outs may be in flight: all while somebody waits for one, few otherwise."""
+        options, limits = self._options, self._limits
+        if self.barrier is not None or self._wanted:
+            return options.writeback_requests
+        above = self._index.dirty_slots - limits.background
+        if above <= 0:
+            return options.background_requests
+        more = options.writeback_requests * above // max(1, limits.flush - limits.background)
+        return min(options.writeback_requests, options.background_requests + more)
 
     def _take_batch(self) -> None:
         """Take slots from the ring, at most so many that sorting is a matter of 1 ms."""

@@ -349,7 +349,9 @@ def test_failed_background_write_out_pauses_before_the_next() -> None:
 
 
 def test_writers_wait_in_order_at_the_hard_dirty_limit() -> None:
-    rig = Rig(slots=64, dirty_hard_ratio=4 / 64, dirty_flush_ratio=1.0, fua_granules=0)
+    rig = Rig(
+        slots=64, dirty_hard_ratio=4 / 64, dirty_flush_ratio=1.0, roomy_ratios=None, fua_granules=0
+    )
     done = [rig.start(WRITE, at * GRANULE, data=b"%d" % at * BLOCK) for at in range(8)]
 
     finished = [result.error for result in done]

@@ -293,6 +293,7 @@ class World:
             dirty_background_ratio=rng.choice((0.1, 0.5)),
             dirty_flush_ratio=rng.choice((0.3, 0.9)),
             dirty_hard_ratio=rng.choice((0.5, 0.9, 1.0)),
+            roomy_ratios=rng.choice((None, (0.5, 0.9, 1.0))),
             writeback_run_bytes=rng.choice((1024, 8192)),
             writeback_requests=rng.choice((1, 3, 32)),
             writeback_bytes=rng.choice((4096, 65536)),
