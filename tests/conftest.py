@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # A bridge that a test starts has no cache unless the test says so: the default one is a large
@@ -13,3 +16,10 @@ os.environ["NBD_BRIDGE_SERVE_CACHE_MODE"] = "off"
 # No test asserts a time: on a busy machine any example may take long.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_to_collect() -> Iterator[None]:
+    """Tests of other files count descriptors: those of tracebacks, in cycles, go before that."""
+    yield
+    gc.collect()
