@@ -412,13 +412,13 @@ def main() -> None:
     started_s = time.perf_counter()
     grown_from_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(arguments.seed, arguments.seed + arguments.cases):
-        case_s = time.perf_counter()
+        case_s = time.process_time()  # what else the machine does is not the case's fault
         try:
             campaign.run(seed)
         except BaseException:
             print(f"case {seed} failed (run it with --seed {seed} --cases 1)", file=sys.stderr)
             raise
-        case_s = time.perf_counter() - case_s
+        case_s = time.process_time() - case_s
         if case_s > slowest_s:
             slowest_s, slowest = case_s, seed
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown_from_kib
