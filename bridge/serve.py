@@ -97,7 +97,7 @@ async def _serve(
         on_all_stopped=disk.flush,
         withheld_features=options.withheld_features,
     )
-    storage.client.on_export_changed = lambda changed: device.resize(changed.usable_bytes)
+    storage.on_resized = device.resize
     nursery.start_soon(device.run)
     with _listener(options) as listener:
         _log.info(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +22,7 @@ from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import CacheFile, open_or_create
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, ConnectionLost
 from bridge.loop import Loop
 from bridge.nbd.client import Client
 from bridge.nbd.export import Export
@@ -36,8 +37,8 @@ WRITETHROUGH = "writethrough"
 OFF = "off"
 
 
-_SAMPLE_LIMIT_S = 10.0
-"""How long the comparison of a sample of the cache with the server may take."""
+_ANSWER_LIMIT_S = 10.0
+"""How long what the cache asks of the server at the start may take."""
 
 
 @dataclass(frozen=True)
@@ -149,45 +150,86 @@ class Storage:
         self._file: CacheFile | None = None
         self._cold: ThreadedCold | None = None
         self._woken = trio.Event()
+        self._opened = False
+        self._closed = False
+        self.on_resized: Callable[[int], None] = _nothing
+        """Called with the new size in bytes when the disk has grown, and may be used so far."""
 
     async def open(self) -> Export:
         """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
         export = await self.client.connect()
         if self._settings.mode == OFF or export.read_only or self._read_only:
+            self.client.on_export_changed = lambda changed: self.on_resized(changed.usable_bytes)
             return export
+        try:
+            cache = self._cache = self._open_cache(export)
+        except BaseException:
+            self._close_file(clean=False)
+            raise
+        cache.woken = self._wake
+        self.client.keeps_unflushed = True
+        self.client.on_reconnect = self._reconnected
+        if not self._note_generation(cache):
+            await self._compare_sample(cache)
+        if await _answer(lambda done: cache.resize(export.usable_bytes, done)) != 0:
+            raise ConnectionLost(
+                f"{self._uri.server}: the end of the disk, which has grown, could not be read"
+            )
+        self._opened = True
+        return export
+
+    def _open_cache(self, export: Export) -> Cache:
         geometry = geometry_for(
             disk_bytes=export.usable_bytes,
             cache_bytes=self._settings.size_bytes,
             min_block_bytes=export.min_block_bytes,
         )
         path = cache_path(self._uri, self._settings.directory)
-        self._file = open_or_create(
+        file = self._file = open_or_create(
             str(path), geometry=geometry, identity=cache_identity(self._uri)
         )
-        for note in self._file.notes:
+        for note in file.notes:
             _log.warning(note)
         cold = self._cold = ThreadedCold()
         self._loop.add(cold.fd, cold.collect)
-        cache = self._cache = Cache(
-            self._file,
+        return Cache(
+            file,
             NbdBackend(self.client),
             Options(mode=self._settings.mode, flush_interval_s=self._settings.flush_interval_s),
             clock=trio.current_time,
-            call_at_turn_end=self._loop.at_turn_end,
+            call_at_turn_end=self._at_turn_end,
             cold=cold,
         )
-        cache.woken = self._wake
-        self.client.keeps_unflushed = True
-        self.client.on_reconnect = self._reconnected
-        if not self._note_generation(cache):
-            await self._compare_sample(cache)
-        return export
+
+    def _at_turn_end(self, callback: Callable[[], None]) -> None:
+        """For the cache: nothing of it runs any more when its file is closed."""
+
+        def run() -> None:
+            if not self._closed:
+                callback()
+
+        self._loop.at_turn_end(run)
 
     def _reconnected(self) -> None:
         """A new connection is up; nothing was sent on it yet."""
+        cache = self._cache
+        assert cache is not None
+        cache.backend_reconnected()
+        self._note_generation(cache)
+        if self.client.export.usable_bytes > cache.size_bytes:
+            cache.resize(self.client.export.usable_bytes, self._grown)
+
+    def _grown(self, error: int) -> None:
+        """The cache has the size of the disk, which has grown."""
         assert self._cache is not None
-        self._cache.backend_reconnected()
-        self._note_generation(self._cache)
+        if error:
+            _log.error(
+                "the disk has grown, but its cache cannot: the guest keeps the old size until "
+                "the next reconnect",
+                errno=error,
+            )
+        else:
+            self.on_resized(self._cache.size_bytes)
 
     def _note_generation(self, cache: Cache) -> bool:
         """Drop what is clean if somebody else wrote since; False if the server does not say."""
@@ -205,18 +247,7 @@ class Storage:
 
     async def _compare_sample(self, cache: Cache) -> None:
         """For a server that does not count its writers: compare some of what is cached."""
-        differing = -1
-        ended = trio.Event()
-
-        def done(differences: int) -> None:
-            nonlocal differing
-            differing = differences
-            ended.set()
-
-        cache.check_sample(done)
-        # Nobody looks after the connection yet: if it is lost now, nothing answers.
-        with trio.move_on_after(_SAMPLE_LIMIT_S):
-            await ended.wait()
+        differing = await _answer(cache.check_sample)
         if differing > 0:
             _log.warning(
                 "the export has changed since: the clean part of the cache is discarded",
@@ -241,12 +272,13 @@ class Storage:
                 nursery.start_soon(self._run_cache, self._cache)
 
     async def _run_cache(self, cache: Cache) -> None:
-        while True:
+        while not self._closed:
             deadline_s = cache.next_deadline()
             self._woken = trio.Event()
             with trio.move_on_at(deadline_s if deadline_s is not None else float("inf")):
                 await self._woken.wait()
-            cache.tick(trio.current_time())
+            if not self._closed:
+                cache.tick(trio.current_time())
 
     def _wake(self) -> None:
         self._woken.set()
@@ -256,25 +288,37 @@ class Storage:
         self.client.fail_pending(errno)
 
     async def close(self, limit_s: float) -> None:
-        """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up."""
+        """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up.
+
+        What the cache still reads is waited for: hanging up with requests in flight aborts
+        nbdkit 1.32. That takes what is left of the limit, or the client's own if that is longer.
+        """
         deadline_s = trio.current_time() + limit_s
-        if self._cache is not None:
+        if self._cache is not None and self._opened:
             with trio.move_on_at(deadline_s):
                 await self._flush_cache(self._cache)
-        with trio.move_on_at(deadline_s + 1):
-            await self.client.close()
+        left_s = deadline_s - trio.current_time()
+        await self.client.close(max(left_s, self.client.options.close_timeout_s))
+        dirty = self._cache is not None and self._cache.index.dirty_slots
+        path = self._file.path if self._file is not None else ""
+        self._close_file(clean=True)
+        if dirty:
+            _log.error(
+                "the server did not take everything in time: what is missing is kept in the "
+                "cache file and goes to the server at the next start",
+                cache_file=path,
+            )
+
+    def _close_file(self, *, clean: bool) -> None:
+        """Let go of the cache file. From here on nothing touches it."""
+        self._closed = True
         if self._cold is not None:
             self._loop.remove(self._cold.fd)
             self._cold.close()
-        if self._file is not None and self._cache is not None:
-            dirty_blocks = self._cache.index.dirty_slots
-            self._file.close(clean=True)
-            if dirty_blocks:
-                _log.error(
-                    "the server did not take everything in time: what is missing is kept in the "
-                    "cache file and goes to the server at the next start",
-                    cache_file=self._file.path,
-                )
+            self._cold = None
+        if self._file is not None:
+            self._file.close(clean=clean)
+            self._file = None
 
     async def _flush_cache(self, cache: Cache) -> None:
         finished = trio.Event()
@@ -283,3 +327,26 @@ class Storage:
         await finished.wait()
         if request.error:
             _log.error("the last flush failed", errno=request.error)
+
+
+async def _answer(start: Callable[[Callable[[int], None]], None]) -> int:
+    """What `start` reports, -1 if it does not within a time.
+
+    For the start, when nobody looks after the connection yet: if it is lost, nothing answers.
+    """
+    answer = -1
+    ended = trio.Event()
+
+    def done(value: int) -> None:
+        nonlocal answer
+        answer = value
+        ended.set()
+
+    start(done)
+    with trio.move_on_after(_ANSWER_LIMIT_S):
+        await ended.wait()
+    return answer
+
+
+def _nothing(size_bytes: int) -> None:
+    """Nobody wants to know."""

@@ -40,6 +40,7 @@ from .options import Options
 from .ranges import Ranges
 from .readahead import Readahead
 from .reads import Reads
+from .resize import Resizer
 from .sample import check_sample
 from .slots import Slots
 from .store import Store
@@ -117,6 +118,7 @@ class Cache:
             stats,
             turn_end,
         )
+        self._resizer = Resizer(index, image, self._fetcher, backend, self._grown)
         self._ranges = Ranges(index, self._exclusives, backend, options, self.submit)
         self.woken: Callable[[], None] = _nothing
         """Called when `next_deadline()` has moved to an earlier time."""
@@ -238,6 +240,20 @@ class Cache:
         self._writeback.lost()
         if self.index.dirty_slots:
             self._flusher.arm()
+
+    def resize(self, size_bytes: int, done: Callable[[int], None]) -> None:
+        """The disk behind has grown to `size_bytes`; `done(0 or an errno)` when that is so here.
+
+        Before `done(0)` requests past the old size fail with EINVAL, and after an error as well:
+        the last block could not be read, or no cache can be for a disk of that size (EFBIG).
+        A size that is not larger changes nothing. The number of slots stays.
+        """
+        self._resizer.resize(size_bytes, done)
+
+    def _grown(self) -> None:
+        self.size_bytes = self.index.geometry.disk_bytes
+        self._store.set_limits()
+        self._writeback.set_limits()
 
     def next_deadline(self) -> float | None:
         """When `tick()` has something to do, on the clock of the constructor; None: not before

@@ -28,13 +28,14 @@ from .writeback import Writeback
 class Exclusive(Ticket):
     """One discard or write-zeroes in progress; a ticket for the write-outs before it."""
 
-    __slots__ = ("_ready", "done", "end", "first", "flags", "generation", "op", "waiting")
+    __slots__ = ("_ready", "done", "end", "first", "flags", "generation", "op", "stop", "waiting")
 
     def __init__(
         self,
         op: int,
         first: int,
         end: int,
+        stop: int,
         flags: int,
         done: Callable[[int], None],
         ready: Callable[[Exclusive], None],
@@ -43,6 +44,9 @@ class Exclusive(Ticket):
         self.op = op
         self.first = first
         self.end = end
+        self.stop = stop
+        """Where it ends in bytes: within the last block if that was the disk's, which may have
+        grown since."""
         self.flags = flags
         self.done = done
         self.generation = 0
@@ -77,9 +81,12 @@ class Exclusives:
         self.ended: Callable[[], None] = _nothing
         """Called when one ended: dirty slots may have become free."""
 
-    def start(self, op: int, first: int, end: int, flags: int, done: Callable[[int], None]) -> None:
-        """Discard or zero the blocks `first` … `end`; `done(errno)` when that has happened."""
-        self._begin(Exclusive(op, first, end, flags, done, self._ready))
+    def start(
+        self, op: int, first: int, end: int, stop: int, flags: int, done: Callable[[int], None]
+    ) -> None:
+        """Discard or zero the blocks `first` … `end`, up to the byte `stop`; `done(errno)` when
+        that has happened."""
+        self._begin(Exclusive(op, first, end, stop, flags, done, self._ready))
 
     def overlapping(self, first: int, end: int) -> Exclusive | None:
         """One that is in progress on any of the blocks `first` … `end`, or None."""
@@ -121,9 +128,8 @@ class Exclusives:
 
     def _ready(self, each: Exclusive) -> None:
         """Nothing is in flight on the range: to the server."""
-        shift = self._index.block_shift
-        offset = each.first << shift
-        length = min(each.end << shift, self._index.geometry.disk_bytes) - offset
+        offset = each.first << self._index.block_shift
+        length = each.stop - offset
         flags = each.flags & MAY_UNMAP
         if each.op != DISCARD and self._backend.can_fua:
             flags |= FUA

@@ -71,6 +71,7 @@ class Fetcher:
         self._blocks_in_flight = 0
         self._pending: deque[Fetch] = deque()
         self._scheduled = False
+        self._issuing = False
         self.fetching: dict[int, list[Fetch]] = {}
         """Granule → the fetches, sent or not, that have blocks of it."""
 
@@ -156,8 +157,9 @@ class Fetcher:
     def _issue(self) -> None:
         """Send what is pending, in disk order and merged, as far as memory allows."""
         self._scheduled = False
-        if not self._pending:
-            return
+        if self._issuing:
+            return  # A reply came at once: the loop below goes on, the stack does not grow.
+        self._issuing = True
         if len(self._pending) > 1:
             self._pending = deque(sorted(self._pending, key=lambda fetch: fetch.first))
         while self._pending:
@@ -171,8 +173,9 @@ class Fetcher:
                 group.append(self._pending.popleft())
             if self._blocks_in_flight and self._blocks_in_flight + blocks > self._budget_blocks:
                 self._pending.extendleft(reversed(group))
-                return
+                break
             self._send(group, blocks)
+        self._issuing = False
 
     def _send(self, group: list[Fetch], blocks: int) -> None:
         index = self._index

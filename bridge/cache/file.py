@@ -21,6 +21,7 @@ import os
 import time
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from bridge.errors import ConfigError
@@ -77,6 +78,11 @@ class MappedImage:
         header = self.header = self.header.next(**changes)
         at = HEADER_BYTES * (header.sequence & 1)
         self._whole[at : at + HEADER_BYTES] = header.pack()
+
+    def resize(self, disk_bytes: int) -> None:
+        """The disk has another size from here on; the slots stay as they are."""
+        self.save_header(geometry=replace(self.geometry, disk_bytes=disk_bytes))
+        self.geometry = self.header.geometry
 
     def index_crc(self) -> int:
         """The checksum of the whole index."""
@@ -250,9 +256,11 @@ def open_or_create(path: str, *, geometry: Geometry, identity: Identity) -> Cach
     """The cache file of an export, opened, checked and marked as being in use.
 
     A file that holds nothing dirty and does not fit `geometry` any more is made anew; `notes`
-    of the result says what was discarded and why. Raises ConfigError, naming the file and the
-    remedy: directory missing or not writable, disk full, in use, foreign, damaged, or dirty
-    data that does not fit.
+    of the result says what was discarded and why. One with dirty data keeps its own number of
+    slots, and the size of a disk that has grown since: see `Cache.resize`.
+
+    Raises ConfigError, naming the file and the remedy: directory missing or not writable, disk
+    full, in use, foreign, damaged, or dirty data that does not fit.
     """
     if not _has_content(path):
         return _create(path, geometry, identity, [])
@@ -281,14 +289,19 @@ def _unfit(file: CacheFile, geometry: Geometry, identity: Identity) -> str | Non
         )
     if not believe(file):
         return f"cache file {path}: discarded, the host went down without a clean shutdown"
-    dirty = dirty_bytes(file)
     if header.geometry == geometry:
         return None
-    if dirty:
+    if dirty := dirty_bytes(file):
+        if _can_take_over(header.geometry, geometry):
+            if header.geometry.slots != geometry.slots:
+                file.notes.append(
+                    f"cache file {path}: keeps its size for now, it holds {dirty} unwritten bytes"
+                )
+            return None
         raise ConfigError(
             f"cache file {path} holds {dirty} bytes of unwritten data for a disk of "
-            f"{header.geometry.disk_bytes} bytes in a cache of {header.geometry.slots} granules; "
-            f"now they are {geometry.disk_bytes} and {geometry.slots}: "
+            f"{header.geometry.disk_bytes} bytes in blocks of {header.geometry.block_bytes}; "
+            f"now they are {geometry.disk_bytes} and {geometry.block_bytes}: "
             f"run 'nbd-bridge cache flush {path}' first"
         )
     if header.geometry.disk_bytes != geometry.disk_bytes:
@@ -297,6 +310,18 @@ def _unfit(file: CacheFile, geometry: Geometry, identity: Identity) -> str | Non
             f"it had {header.geometry.disk_bytes}"
         )
     return f"cache file {path}: made anew with another size"
+
+
+def _can_take_over(held: Geometry, wanted: Geometry) -> bool:
+    """Is a file of `held` good for a disk of `wanted`, in a cache of another size?
+
+    The disk may have grown since, before or after the one who wrote the file was told.
+    """
+    blocks = (held.block_bytes, held.granule_bytes)
+    return (
+        blocks == (wanted.block_bytes, wanted.granule_bytes)
+        and held.disk_bytes <= wanted.disk_bytes
+    )
 
 
 def dirty_bytes(image: MappedImage) -> int:

@@ -79,7 +79,8 @@ class Ranges:
             request.finish(errno.EOPNOTSUPP)
             return
         first, end = self._whole_blocks(request)
-        _Steps(request, self._exclusive_steps(DISCARD, first, end, request.flags)).go_on()
+        stop = request.offset + request.length
+        _Steps(request, self._exclusive_steps(DISCARD, first, end, stop, request.flags)).go_on()
 
     def write_zeroes(self, request: Request) -> None:
         """Make a range read as zeroes."""
@@ -92,7 +93,7 @@ class Ranges:
         else:
             steps = chain(
                 self._write_steps(start, first << shift, flags),
-                self._exclusive_steps(WRITE_ZEROES, first, end, flags),
+                self._exclusive_steps(WRITE_ZEROES, first, end, stop, flags),
                 self._write_steps(min(end << shift, stop), stop, flags),
             )
         _Steps(request, steps).go_on()
@@ -107,10 +108,15 @@ class Ranges:
             end = -(-stop >> shift)
         return first, max(first, end)
 
-    def _exclusive_steps(self, op: int, first: int, end: int, flags: int) -> Iterator[Step]:
+    def _exclusive_steps(
+        self, op: int, first: int, end: int, stop: int, flags: int
+    ) -> Iterator[Step]:
+        shift = self._index.block_shift
         while first < end:
             until = min(end, first + self._run_blocks)
-            yield partial(self._exclusives.start, op, first, until, flags)
+            yield partial(
+                self._exclusives.start, op, first, until, min(until << shift, stop), flags
+            )
             first = until
 
     def _write_steps(self, start: int, stop: int, flags: int) -> Iterator[Step]:

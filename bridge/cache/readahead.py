@@ -54,7 +54,6 @@ class Readahead:
         self._fetcher = fetcher
         self._stats = stats
         self._shift = index.granule_shift - index.block_shift
-        self._disk_blocks = index.geometry.disk_bytes >> index.block_shift
         # Up to two windows are ahead of a reader, all of it on probation (a tenth of the cache):
         # one stream takes half of that at most, or it pushes out what it has not read yet.
         limit = min(options.readahead_bytes, index.slots * index.granule_bytes // 40)
@@ -150,9 +149,8 @@ class Readahead:
         if self._fetcher.busy or self._is_large(stream, first, last):
             return
         begin = max(last, stream.ahead)
-        end = min(
-            last + stream.window * 2 if stream.ahead else last + stream.window, self._disk_blocks
-        )
+        disk_blocks = self._index.geometry.disk_bytes >> self._index.block_shift
+        end = min(last + stream.window * 2 if stream.ahead else last + stream.window, disk_blocks)
         if begin >= end:
             return
         self._fetch(begin, end)

@@ -101,15 +101,21 @@ class Store:
         self._stats = stats
         self._call_at_turn_end = call_at_turn_end
         self._through = options.mode != WRITEBACK
-        limits = options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
-        self._hard_slots = limits.hard
-        self._flush_slots = limits.flush
+        self._options = options
+        self.set_limits()
         self._waiting: deque[_WriteOp] = deque()
         self._waking = False
         self._pressed = False
         self._lacks_blocks = False
         """The obstacle is that blocks have to be fetched first."""
         self._obstacle: Callable[[_WriteOp], None] = self._wait_for_room
+
+    def set_limits(self) -> None:
+        """Take the limits from the sizes of cache and disk, at the start and when that grows."""
+        index = self._index
+        limits = self._options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
+        self._hard_slots = limits.hard
+        self._flush_slots = limits.flush
 
     def write(self, request: Request) -> None:
         """Do a WRITE whose range lies within the disk."""

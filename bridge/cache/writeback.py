@@ -68,7 +68,7 @@ class Writeback:
         self._call_at_turn_end = call_at_turn_end
         self._per_granule_shift = index.granule_shift - index.block_shift
         self._run_blocks = max(1, options.writeback_run_bytes >> index.block_shift)
-        self._limits = options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
+        self.set_limits()
         self._ring = zeroed("I", index.slots + 1)
         self._ring_size = index.slots + 1
         self._queued = bytearray(index.slots + 1)
@@ -205,6 +205,13 @@ class Writeback:
         return slots
 
     # Time.
+
+    def set_limits(self) -> None:
+        """Take the limits from the sizes of cache and disk, at the start and when that grows."""
+        index = self._index
+        self._limits = self._options.dirty_limits(
+            slots=index.slots, granules=index.geometry.granules
+        )
 
     def next_deadline(self) -> float | None:
         """When `tick()` has something to do."""

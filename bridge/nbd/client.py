@@ -123,16 +123,18 @@ class Client:
                     await self._give_up_connections()
                     await self._reconnect()
 
-    async def close(self) -> None:
+    async def close(self, timeout_s: float | None = None) -> None:
         """Let what is in flight be answered, say DISC, close. What is left then fails with EIO.
 
-        Takes at most `options.close_timeout_s`; when cancelled the connections are closed at once.
+        Takes at most `timeout_s` (None: `options.close_timeout_s`); when cancelled the
+        connections are closed at once.
         """
+        timeout_s = self.options.close_timeout_s if timeout_s is None else timeout_s
         self._closing = True
         self._run_scope.cancel()
         self.session.leaving()
         try:
-            await self._hang_up(self.options.close_timeout_s)
+            await self._hang_up(timeout_s)
         finally:
             self.session.closed(self._take_unanswered())
 

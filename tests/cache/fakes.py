@@ -73,11 +73,12 @@ class Rig:
         *,
         granules: int = 64,
         slots: int = 64,
+        size: int = 0,
         image: MappedImage | None = None,
         cold: Cold | None = None,
         **options: Any,
     ) -> None:
-        size = granules * GRANULE
+        size = size or granules * GRANULE
         geometry = Geometry(size, BLOCK, GRANULE, slots)
         if image is None:
             header = new_header(geometry, Identity("nbd://test", "x"), bytes(16), 0)

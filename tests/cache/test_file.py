@@ -169,11 +169,60 @@ def test_file_of_another_export_is_refused_with_the_remedy(path: str) -> None:
         _open(path, identity=Identity("nbd://server", "other"))
 
 
-def test_file_with_dirty_data_and_another_geometry_is_refused(path: str) -> None:
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(63 * GRANULE, BLOCK, GRANULE, 64),
+        Geometry(64 * GRANULE, 2 * BLOCK, GRANULE, 64),
+        Geometry(64 * GRANULE, BLOCK, 2 * GRANULE, 64),
+    ],
+    ids=["smaller disk", "other blocks", "other granules"],
+)
+def test_file_with_dirty_data_that_does_not_fit_is_refused(path: str, geometry: Geometry) -> None:
     _write_one(path)
 
     with pytest.raises(ConfigError, match="cache flush"):
-        _open(path, Geometry(64 * GRANULE, BLOCK, GRANULE, 65))
+        _open(path, geometry)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(65 * GRANULE, BLOCK, GRANULE, 64),
+        Geometry(65 * GRANULE, BLOCK, GRANULE, 65),
+        Geometry(64 * GRANULE, BLOCK, GRANULE, 32),
+    ],
+    ids=["larger disk", "larger disk and cache", "smaller cache"],
+)
+def test_file_with_dirty_data_keeps_its_sizes_until_that_is_written(
+    path: str, geometry: Geometry
+) -> None:
+    _write_one(path)
+
+    file = _open(path, geometry)
+
+    assert file.geometry == GEOMETRY
+    assert _read_first(file) == b"a" * BLOCK
+    file.close(clean=False)
+
+
+def test_file_of_a_disk_that_grew_in_use_is_taken_over_with_the_new_size(path: str) -> None:
+    larger = Geometry(65 * GRANULE, BLOCK, GRANULE, 64)
+    file = _open(path)
+    cache, _ = _cache(file, FakeServer(65 * GRANULE))
+    cache.resize(65 * GRANULE, lambda error: None)
+    data = [memoryview(b"z" * BLOCK)]
+    cache.submit(Request(WRITE, 64 * GRANULE, BLOCK, data, lambda _: None))
+    file.close(clean=False)
+
+    file = _open(path, larger)
+
+    cache, _ = _cache(file, FakeServer(65 * GRANULE))
+    buffer = bytearray(BLOCK)
+    cache.submit(Request(READ, 64 * GRANULE, BLOCK, [memoryview(buffer)], lambda _: None))
+    assert (file.geometry, file.notes) == (larger, [])
+    assert buffer == b"z" * BLOCK
+    file.close(clean=False)
 
 
 def test_clean_file_of_an_export_that_changed_size_is_made_anew(path: str) -> None:

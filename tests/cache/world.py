@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from bridge.cache.cache import Cache
@@ -34,6 +35,8 @@ from bridge.request import (
 
 SECTOR = 512
 ZERO = bytes(SECTOR)
+MAX_SECTORS = 400
+"""Growth ends here."""
 
 
 class Killed(BaseException):
@@ -224,6 +227,15 @@ class Server:
             self.history[at] = [self.rng.choice(contents)]
             self.replied_upto[at] = 1
 
+    def grow(self, contents: list[bytes]) -> None:
+        """These sectors more; whoever did it saw to it that they are on the medium."""
+        self.history += [[content] for content in contents]
+        self.replied_upto += [1] * len(contents)
+        self.size_bytes = len(self.history) * SECTOR
+        for command in self.pending:
+            if command.floor:
+                command.floor += [0] * len(contents)
+
     def forget_client(self) -> None:
         """The client is gone for good."""
         self.cut()
@@ -273,6 +285,7 @@ class World:
         self.now = 1000.0
         sectors = choices.pop("sectors", rng.choice((159, 160, 97)))
         self.sectors = sectors
+        """What the guest knows of; the server may have more already."""
         self.server = Server(
             sectors * SECTOR,
             rng,
@@ -333,6 +346,7 @@ class World:
 
     def _new_image(self) -> None:
         identity = Identity("nbd://test", "")
+        self.geometry = replace(self.geometry, disk_bytes=self.server.size_bytes)
         self.header = new_header(self.geometry, identity, bytes(16), 0)
         self.buffer = bytearray(self.geometry.file_bytes)
 
@@ -349,6 +363,17 @@ class World:
             call_at_turn_end=self.turn.append,
             cold=self.cold,
         )
+        self._resize()
+
+    def _resize(self) -> None:
+        cache = self.cache
+
+        def done(error: int) -> None:
+            assert cache is self.cache, "a dead cache has grown"
+            if not error:
+                self.sectors = cache.size_bytes // SECTOR
+
+        cache.resize(self.server.size_bytes, done)
 
     def run_turn(self) -> None:
         """What was put off to the end of the turn happens."""
@@ -539,12 +564,30 @@ class World:
         self.server.cut()
         if power_loss:
             self.server.lose_power()
+        if self.rng.random() < 0.2:
+            self.grow_server()
         if self.rng.random() < 0.5:
             self.server.resend()
             self.cache.backend_reconnected()
         else:
             self.cache.backend_reconnected()
             self.server.resend()
+        self._resize()
+
+    def grow_server(self) -> None:
+        """The server has more sectors from now on, and something is in them."""
+        if self.server.size_bytes >= MAX_SECTORS * SECTOR:
+            return
+        count = self.rng.choice((1, 2, 5, 30))
+        self.number += 1
+        self.server.grow([sector_bytes(self.number)] * count)
+        self.possible += [{self.number} for _ in range(count)]
+        for each in (self.completed, self.durable):
+            each += [self.number] * count
+        for each in (self.zeroed_by, self.discarded_by):
+            each += [0] * count
+        self.settled += [False] * count
+        self.unsure += [False] * count
 
     def kill(self) -> None:
         """kill -9 of the cache's process; it starts again and the guest submits again."""

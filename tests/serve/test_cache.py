@@ -149,6 +149,78 @@ async def test_server_killed_and_started_again_guest_sees_no_error(directory):
         assert image[number << 20 : (number << 20) + len(each)] == each
 
 
+def nbdkit_on_image(directory: Path) -> list[str]:
+    return [
+        *(need("nbdkit"), "-f", "-U", str(directory / "nbd")),
+        *("python", str(PLUGIN), f"file={directory / 'disk.img'}"),
+    ]
+
+
+def grow_image(directory: Path, content: bytes) -> None:
+    with open(directory / "disk.img", "ab") as image:
+        image.write(content)
+
+
+@pytest.mark.parametrize("size_bytes", [SIZE_BYTES, SIZE_BYTES + 1536], ids=["whole", "in a block"])
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
+async def test_disk_that_grows_is_used_to_its_new_end_and_after_a_restart(
+    size_bytes, killed, directory
+):
+    image, vhost, nbd = directory / "disk.img", directory / "vhost", directory / "nbd"
+    image.write_bytes(bytes(size_bytes))
+    last, beyond = os.urandom(1024), os.urandom(1 << 20)
+    new_end = size_bytes + (4 << 20)
+    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
+    server_argv = nbdkit_on_image(directory)
+    async with process(server_argv, ready=nbd) as server:
+        async with process(argv, ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(size_bytes - 1024, last)
+                server.kill()
+                server.wait()
+                grow_image(directory, b"s" * (4 << 20))
+                async with process(server_argv, ready=nbd):
+                    with trio.fail_after(20):
+                        assert (await guest.config_changed()).capacity_sectors == new_end // 512
+                    assert await guest.read(size_bytes - 1024, 2048) == last + b"s" * 1024
+                    await guest.write(new_end - (1 << 20), beyond)
+                    child.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
+                    assert await wait_for(child, limit_s=20) == (-signal.SIGKILL if killed else 0)
+    nbd.unlink(missing_ok=True)
+    async with process(server_argv, ready=nbd):
+        async with serving(unix_uri(nbd), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                assert guest.size_bytes == new_end
+                assert await guest.read(size_bytes - 1024, 2048) == last + b"s" * 1024
+                assert await guest.read(new_end - (1 << 20), 1 << 20) == beyond
+    found = image.read_bytes()
+    assert found[size_bytes - 1024 :] == last + b"s" * (3 << 20) + beyond
+
+
+@pytest.mark.parametrize("size_bytes", [SIZE_BYTES, SIZE_BYTES + 1536], ids=["whole", "in a block"])
+async def test_disk_that_grew_while_the_bridge_was_dead_takes_what_is_dirty(size_bytes, directory):
+    image, vhost, nbd = directory / "disk.img", directory / "vhost", directory / "nbd"
+    image.write_bytes(bytes(size_bytes))
+    last = os.urandom(1024)
+    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
+    async with process(nbdkit_on_image(directory), ready=nbd):
+        async with process(argv, ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(size_bytes - 1024, last)
+                child.kill()
+            await wait_for(child, limit_s=10)
+    grow_image(directory, b"s" * (4 << 20))
+    nbd.unlink(missing_ok=True)
+    async with process(nbdkit_on_image(directory), ready=nbd):
+        async with serving(unix_uri(nbd), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                assert guest.size_bytes == size_bytes + (4 << 20)
+                await guest.write(size_bytes + (1 << 20), b"n" * 4096)
+    found = image.read_bytes()
+    assert found[size_bytes - 1024 : size_bytes + 4096] == last + b"s" * 4096
+    assert found[size_bytes + (1 << 20) :][:4096] == b"n" * 4096
+
+
 async def test_cache_flush_brings_what_a_killed_bridge_left(directory):
     data = await write_and_leave_dirty(directory)
     async with process(nbdkit(directory), ready=directory / "nbd"):
