@@ -376,6 +376,9 @@ class Connection:
             self._push()
         if self.alive and events & ~EPOLLOUT:
             self._receive_some()
+            if self.transmission.long_reads or self._unsent:
+                # A long payload comes and goes in many pieces, one right after the other.
+                self._loop.linger()
             if self.transmission.refused and not self.leaving:
                 self.leaving = True
                 self._lost(self, ConnectionLost("the server is shutting down"))

@@ -85,7 +85,6 @@ class Transmission:
         "_direct_left",
         "_end",
         "_extended",
-        "_long_reads",
         "_staging",
         "_start",
         "_structured",
@@ -94,6 +93,7 @@ class Transmission:
         "early",
         "generation",
         "has_payload",
+        "long_reads",
         "output",
         "pending",
         "received_bytes",
@@ -128,7 +128,8 @@ class Transmission:
         self._view = memoryview(self._staging)
         self._start = 0
         self._end = 0
-        self._long_reads = 0
+        self.long_reads = 0
+        """Reads in flight that are long enough to come in many pieces."""
         self.direct: list[memoryview] = []
         """Not empty: a payload is being received into a request's buffers; use `next_buffers`."""
         self._direct_left = 0
@@ -148,7 +149,7 @@ class Transmission:
         elif op == READ:
             length = request.length
             if length >= DIRECT_MIN_BYTES:
-                self._long_reads += 1
+                self.long_reads += 1
             self.output.append(_pack_request(0x25609513, 0, 0, cookie, request.offset, length))
         elif op == WRITE:
             output = self.output
@@ -177,7 +178,7 @@ class Transmission:
         if op == WRITE:
             flags |= p.CMD_FLAG_PAYLOAD_LEN
         elif op == READ and request.length >= DIRECT_MIN_BYTES:
-            self._long_reads += 1
+            self.long_reads += 1
         self.output.append(
             _pack_extended(
                 p.EXTENDED_REQUEST_MAGIC,
@@ -229,7 +230,7 @@ class Transmission:
                 staging[:left] = staging[start:end]
                 start, end = 0, left
             self._start, self._end = start, end
-        if self._long_reads:
+        if self.long_reads:
             return self._view[end : end + STAGING_LONG_BYTES]
         return self._view[end:] if end else self._view
 
@@ -291,7 +292,7 @@ class Transmission:
                 start = stop
                 del pending[cookie]
                 if length >= 32768:
-                    self._long_reads -= 1
+                    self.long_reads -= 1
                 request.generation = self.generation
                 request.finish(0)
             elif request.op == 1 and not (error or self.sending):  # WRITE
@@ -340,7 +341,7 @@ class Transmission:
                         start = stop
                         del pending[cookie]
                         if length >= 32776:
-                            self._long_reads -= 1
+                            self.long_reads -= 1
                         request.generation = self.generation
                         request.finish(0)
                         continue
@@ -412,7 +413,7 @@ class Transmission:
                 self._start = stop
                 del pending[cookie]
                 if length >= 32776:
-                    self._long_reads -= 1
+                    self.long_reads -= 1
                 request.generation = self.generation
                 request.finish(0)
             elif not self._chunk(request, flags, kind, length, 32):
@@ -579,7 +580,7 @@ class Transmission:
         del self.pending[request.cookie]
         if op == READ:
             if request.length >= DIRECT_MIN_BYTES:
-                self._long_reads -= 1
+                self.long_reads -= 1
         elif error == 0 and op in _CHANGING and not request.flags & 1:
             self.unflushed += 1
         if error == errno.ESHUTDOWN:
