@@ -67,6 +67,7 @@ def options() -> list[str]:
         "--flush-interval=" + number("BRIDGE_FLUSH_INTERVAL", "60"),
         "--poll-us=" + number("BRIDGE_POLL_US", "32"),
         f"--connections={integer('BRIDGE_CONNECTIONS', 1)}",
+        "--stop-timeout=" + number("BRIDGE_STOP_TIMEOUT", "20"),
         "--reconnect-timeout=" + number("BRIDGE_RECONNECT_TIMEOUT", "0"),
         "--log-level=" + choice("BRIDGE_LOG_LEVEL", "info", ("debug", "info", "warning", "error")),
         "--log-format=" + choice("BRIDGE_LOG_FORMAT", "text", ("text", "json")),

@@ -7,8 +7,10 @@ setting is an environment variable of docker/README.md's table.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import trio
@@ -45,8 +47,14 @@ async def run_guest(folder: Path, limit_s: int) -> bool:
     config = guest_config(accelerator)
     print(f"guest: starting, {accelerator}, disk {config.disks[0].socket}", flush=True)
     async with open_guest(config, folder / "console") as guest:
-        with trio.move_on_after(limit_s) as scope:
-            await show_console(guest)
+        with (
+            trio.open_signal_receiver(signal.SIGUSR1) as signals,
+            trio.move_on_after(limit_s) as scope,
+        ):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(type_at_signals, guest, signals)
+                await show_console(guest)
+                nursery.cancel_scope.cancel()
     if scope.cancelled_caught:
         print(f"guest: not finished after {limit_s} s", flush=True)
         return False
@@ -73,6 +81,12 @@ def guest_config(accelerator: str) -> GuestConfig:
         accelerator=accelerator,
         memory_mib=integer("GUEST_MEMORY_MIB", 256),
     )
+
+
+async def type_at_signals(guest: Guest, signals: AsyncIterator[int]) -> None:
+    """SIGUSR1 types a line at the console: `use` ends its writing then."""
+    async for _ in signals:
+        await guest.send_line()
 
 
 async def show_console(guest: Guest) -> None:

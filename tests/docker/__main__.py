@@ -99,6 +99,7 @@ def _live(compose: Compose, version: str, seed: int) -> None:
     if took_s > scenario.UP_LIMIT_S:
         raise Failed(f"the second `up` took {took_s:.1f} s")
     scenario.check_warm_cache(compose, say)
+    scenario.stop_with_dirty_cache(compose, say)
     compose.down(volumes=True)
 
 
