@@ -148,11 +148,14 @@ class Cache:
         try:
             return self.index.load()
         except ValueError as error:
-            path = getattr(self._image, "path", "")
-            raise ConfigError(
-                f"cache file {path} has a damaged index ({error}); "
-                f"to start anew: nbd-bridge cache drop {path}"
-            ) from None
+            fault = str(error)
+        # Not inside `except`: the traceback of that error has views of the file, which would
+        # keep it mapped and locked.
+        path = getattr(self._image, "path", "")
+        raise ConfigError(
+            f"cache file {path} has a damaged index ({fault}); "
+            f"to start anew: nbd-bridge cache drop {path}"
+        )
 
     def _adopt(self, dirty: list[int]) -> None:
         """Take over the slots that were found in the file."""

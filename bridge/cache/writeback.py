@@ -81,6 +81,9 @@ class Writeback:
         """Write out everything before this position of the ring."""
         self._batch: list[int] = []
         self._batch_at = 0
+        self._refused: dict[int, int] = {}
+        """Slots of the batch of which something came back with an error: not sent again with it.
+        (Where there is no connection any more, the error comes back at once.)"""
         self._urgent: list[int] = []
         self._urgent_scheduled = False
         self._wanted: dict[int, list[Ticket]] = {}
@@ -264,6 +267,7 @@ class Writeback:
         pairs = sorted({(granule_of[slot], slot) for slot in slots})
         self._batch = list(map(itemgetter(1), pairs))
         self._batch_at = 0
+        self._refused.clear()
 
     def _pump(self) -> None:
         """Send as much as may be in flight."""
@@ -320,6 +324,12 @@ class Writeback:
             self._held.append(slot)
             self._batch_at += 1
             return
+        if slot in self._refused:
+            for ticket in self._wanted.get(slot, ()):
+                ticket.error = ticket.error or self._refused[slot]
+            self._batch_at += 1
+            self._done_with(slot)
+            return
         bits = index.to_send(slot)
         if not bits:
             self._batch_at += 1
@@ -339,7 +349,7 @@ class Writeback:
         while first + count == 1 << per_granule and at + 1 < len(batch):
             following = batch[at + 1]
             granule += 1
-            if index.granule_of[following] != granule:
+            if index.granule_of[following] != granule or following in self._refused:
                 break
             more = _ones(index.to_send(following))
             if not more or (self.is_held is not None and self.is_held(granule)):
@@ -464,6 +474,8 @@ class Writeback:
                 self.unflushed = True
         for slot, bits in flying.parts:
             self._index.inflight[slot] &= ~bits
+            if request.error:
+                self._refused[slot] = request.error
             if request.error or not kept:
                 self._again(slot, bits)
             else:

@@ -37,11 +37,16 @@ class FakeServer:
         self.can_write_zeroes = True
         self.generation = 1
         self.image = bytearray(size_bytes)
+        self.fails = 0
+        """An errno: there is no connection, everything fails inside `submit`."""
         self.pending: list[Request] = []
         self.seen: list[tuple[int, int, int, int]] = []
         """(op, offset, length, flags) of everything submitted."""
 
     def submit(self, request: Request) -> None:
+        if self.fails:
+            request.finish(self.fails)
+            return
         self.pending.append(request)
         self.seen.append((request.op, request.offset, request.length, request.flags))
 

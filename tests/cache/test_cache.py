@@ -758,3 +758,30 @@ def test_prefetch_is_not_written_to_guest_buffers_twice() -> None:
     rig = Rig()
     assert rig.prefetch(0, BLOCK) == 0
     assert rig.start(PREFETCH, 0, BLOCK).value == 0
+
+
+def test_flush_without_any_connection_fails_at_once_and_keeps_what_is_dirty() -> None:
+    rig = Rig()
+    for granule in range(8):
+        rig.start(WRITE, granule * GRANULE, data=b"a" * BLOCK)
+        rig.start(WRITE, granule * GRANULE + 2 * BLOCK, data=b"a" * BLOCK)
+    rig.server.fails = EIO
+
+    assert rig.start(FLUSH).value == EIO
+
+    rig.server.fails = 0
+    assert rig.flush() == 0
+    assert rig.server.image[7 * GRANULE :][:BLOCK] == b"a" * BLOCK
+
+
+def test_reads_that_fail_at_once_do_not_pile_up_on_the_stack() -> None:
+    rig = Rig(granules=4096, fetch_bytes=GRANULE, fetch_run_bytes=BLOCK)
+    results = [rig.start(READ, granule * GRANULE, BLOCK) for granule in range(4096)]
+
+    rig.server.fails = EIO
+    rig.server.answer(error=EIO)
+
+    assert {result.error for result in results} <= {EIO, None}
+    rig.server.fails = 0
+    rig.serve()
+    assert all(result.error is not None for result in results)

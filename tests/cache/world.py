@@ -144,8 +144,13 @@ class Server:
         """Per sector: contents before this index of the history were replied to."""
         self.pending: list[_Command] = []
         self.commands = 0
+        self.given_up = False
+        """There is no connection, and none is waited for any more."""
 
     def submit(self, request: Request) -> None:
+        if self.given_up:
+            request.finish(errno.EIO)
+            return
         assert request.length > 0 or request.op == FLUSH
         assert request.offset >= 0
         assert request.offset + request.length <= self.size_bytes
@@ -219,6 +224,13 @@ class Server:
             command.executed = False
         self.generation += 1
 
+    def give_up(self) -> None:
+        """The connection is lost, and nobody waits for another: everything fails at once."""
+        self.cut()
+        self.given_up = True
+        while self.pending:
+            self.pending.pop(0).request.finish(errno.EIO)
+
     def lose_power(self) -> None:
         """Of what was not flushed, any may be gone."""
         if not self.can_flush:
@@ -240,6 +252,7 @@ class Server:
         """The client is gone for good."""
         self.cut()
         self.pending.clear()
+        self.given_up = False
 
     def resend(self) -> None:
         """Commands that were not replied to come again, on the new connection."""
@@ -562,6 +575,7 @@ class World:
 
     def reconnect(self, *, power_loss: bool) -> None:
         self.server.cut()
+        self.server.given_up = False
         if power_loss:
             self.server.lose_power()
         if self.rng.random() < 0.2:
@@ -716,7 +730,9 @@ class World:
     def _fault(self) -> None:
         rng = self.rng
         kind = rng.random()
-        if kind < 0.4:
+        if kind < 0.05:
+            self.server.give_up()
+        elif kind < 0.4:
             self.serve(error=rng.choice((errno.EIO, errno.ENOSPC)))
         elif kind < 0.6:
             self.reconnect(power_loss=False)
@@ -738,6 +754,8 @@ class World:
 
     def _settle(self) -> None:
         self.image.stores_left = None
+        if self.server.given_up:
+            self.reconnect(power_loss=False)
         self._drain()
         assert not self.guest, f"{len(self.guest)} requests never completed"
         for first in range(0, self.sectors, 16):

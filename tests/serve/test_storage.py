@@ -1,0 +1,176 @@
+"""The storage side of a disk: starts that fail, and ends with requests in flight."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from bridge.cache.file import open_file
+from bridge.cache.layout import HEADER_AREA_BYTES
+from bridge.errors import ConfigError
+from bridge.loop import Loop
+from bridge.nbd.options import ClientOptions
+from bridge.nbd.uri import parse_uri
+from bridge.request import FLUSH, PREFETCH, READ, WRITE, Request
+from bridge.storage import WRITEBACK, CacheSettings, Storage, cache_path
+from tests.serve.processes import process, short_directory, unix_uri, wait_for
+from tests.tools import need
+
+SIZE_BYTES = 64 << 20
+CLOSE_TIMEOUT_S = 0.1
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with short_directory() as path:
+        yield path
+
+
+def slow_nbdkit(directory: Path, *, read_delay: str = "0") -> list[str]:
+    return [
+        *(need("nbdkit"), "-f", "-U", str(directory / "nbd"), "--filter=delay", "memory"),
+        *(str(SIZE_BYTES), f"rdelay={read_delay}"),
+    ]
+
+
+def new_storage(directory: Path, loop: Loop) -> Storage:
+    return Storage(
+        parse_uri(unix_uri(directory / "nbd")),
+        loop,
+        ClientOptions(close_timeout_s=CLOSE_TIMEOUT_S),
+        CacheSettings(mode=WRITEBACK, size_bytes=32 << 20, directory=str(directory)),
+    )
+
+
+def cache_file(directory: Path) -> str:
+    return str(cache_path(parse_uri(unix_uri(directory / "nbd")), str(directory)))
+
+
+@asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[Storage]:
+    """An open storage; its loop runs on for a while after the block, whatever that left there."""
+    loop = Loop(poll_us=0)
+    storage = new_storage(directory, loop)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        await storage.open()
+        nursery.start_soon(storage.run)
+        yield storage
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.cancel_scope.cancel()
+    loop.close()
+
+
+def start(storage: Storage, op: int, offset: int, length: int) -> list[int]:
+    """Submit a request; the result gets its error."""
+    buffers = [memoryview(bytearray(b"w" * length))] if op in (READ, WRITE) else []
+    ended: list[int] = []
+    storage.backend.submit(
+        Request(op, offset, length, buffers, lambda request: ended.append(request.error))
+    )
+    return ended
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_open_with_a_damaged_index_lets_go_of_the_file(directory):
+    loop = Loop(poll_us=0)
+    async with process(slow_nbdkit(directory), ready=directory / "nbd"):
+        async with running(directory) as storage:
+            start(storage, WRITE, 0, 4096)
+            await storage.close(10)
+        path = cache_file(directory)
+        with open(path, "r+b") as file:
+            file.seek(HEADER_AREA_BYTES)
+            file.write(os.urandom(64))
+        mark_as_killed(path)
+        storage = new_storage(directory, loop)
+        before = open_descriptors()
+        threads = threading.active_count()
+
+        with pytest.raises(ConfigError, match="cache drop"):
+            await storage.open()
+
+        open_file(path).close(clean=False)  # It would raise: in use.
+        await storage.close(10)
+        assert open_descriptors() == before
+        assert threading.active_count() == threads
+    loop.close()
+
+
+def mark_as_killed(path: str) -> None:
+    """Take the clean mark off, as every use does that does not end well."""
+    file = open_file(path)
+    file.begin()
+    file.close(clean=False)
+
+
+async def test_close_waits_for_reads_in_flight_longer_than_the_client_would(directory):
+    argv = slow_nbdkit(directory, read_delay="500ms")
+    async with process(argv, ready=directory / "nbd") as server:
+        async with running(directory) as storage:
+            ended = [start(storage, PREFETCH, number << 21, 1 << 20) for number in range(4)]
+            await storage.close(20)
+        assert ended == [[0]] * 4
+        server.terminate()
+        assert await wait_for(server, limit_s=10) == 0, "not aborted by our hanging up"
+
+
+async def test_close_sends_no_further_reads(directory):
+    """What waits for its turn is dropped: only what the server has already is waited for."""
+    argv = slow_nbdkit(directory, read_delay="100ms")
+    async with process(argv, ready=directory / "nbd") as server:
+        async with running(directory) as storage:
+            ended = [start(storage, PREFETCH, number << 20, 1 << 20) for number in range(60)]
+            storage.client.session.leaving()
+            late = start(storage, READ, 63 << 20, 4096)
+            with trio.fail_after(20):
+                await storage.client.close(10)
+                await storage.close(0)
+        assert late != [0]
+        assert all(ended)
+        server.terminate()
+        assert await wait_for(server, limit_s=10) == 0, "not aborted by our hanging up"
+
+
+async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(directory):
+    async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
+        async with running(directory) as storage:
+            server.send_signal(signal.SIGSTOP)
+            reads = [start(storage, PREFETCH, (32 << 20) + (n << 20), 1 << 20) for n in range(8)]
+            for number in range(64):
+                assert start(storage, WRITE, number << 16, 65536) == [0]
+            flush = start(storage, FLUSH, 0, 0)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            for number in range(64):  # Again, while the first content is on its way.
+                assert start(storage, WRITE, number << 16, 65536) == [0]
+            with trio.fail_after(20):
+                await storage.close(0.3)
+            server.send_signal(signal.SIGCONT)
+        assert flush[0]
+        assert all(each and each[0] for each in reads)
+    file = open_file(cache_file(directory))
+    assert file.header.clean
+    file.close(clean=False)
+    async with process(slow_nbdkit(directory), ready=directory / "nbd"):
+        async with running(directory) as storage:
+            buffer = bytearray(4 << 20)
+            done: list[int] = []
+            storage.backend.submit(
+                Request(
+                    *(READ, 0, 4 << 20, [memoryview(buffer)]), lambda each: done.append(each.error)
+                )
+            )
+            assert done == [0]
+            assert buffer == b"w" * (4 << 20)
+            await storage.close(10)
