@@ -56,7 +56,10 @@ class Client:
         self._broken = trio.Event()
         self._run_scope = trio.CancelScope()
         self._closing = False
-        self._takes_tokens = False
+        self._client_id = secrets.token_hex(8)
+        self._takes_names = False
+        self._plain_next = False
+        self._names_refused = False
         self._last_failure = ""
 
     @property
@@ -179,16 +182,35 @@ class Client:
 
     async def _negotiate_all(self) -> list[Negotiated]:
         wanted = self.options.connections
-        token = secrets.token_hex(8) if wanted > 1 and self._takes_tokens else None
-        first = await negotiate(self.uri, self.options, export_name=self._name(token, 1))
-        if wanted == 1 or self.session.phase is Phase.CLOSED:
+        named = self._takes_names and not self._plain_next
+        token = secrets.token_hex(8) if named else None
+        try:
+            first = await negotiate(self.uri, self.options, export_name=self._name(token, 1))
+        except ConfigError:
+            # Perhaps another server took the place of our plugin: try without the names.
+            self._plain_next = self._takes_names and not self._plain_next
+            raise
+        self._plain_next = False
+        if self.session.phase is Phase.CLOSED:
             return [first]
         export = first.export
-        if token is None and export.properties.get("session") == "yes" and "@" not in export.name:
-            # Our plugin: connections that name one session are admitted together.
-            self._takes_tokens = True
+        announced = export.properties.get("session") == "yes" and "@" not in export.name
+        if announced and token is None and not self._names_refused:
+            # Our plugin: connections that name one session are admitted together, and one that
+            # names its client replaces what that client has left behind.
             await leave(first)
-            return await self._negotiate_all()
+            self._takes_names = True
+            try:
+                return await self._negotiate_all()
+            except ConfigError:
+                if self._names_refused:
+                    raise
+                # Announced, but refused: never again.
+                self._names_refused = True
+                self._takes_names = False
+                return await self._negotiate_all()
+        if wanted == 1:
+            return [first]
         if not export.can_multi_conn:
             _log.warning("the server does not allow several connections: using one")
             return [first]
@@ -219,7 +241,9 @@ class Client:
 
     def _name(self, token: str | None, number: int) -> str:
         name = self.uri.export_name
-        return name if token is None else f"{name}@session={token},connection={number}"
+        if token is None:
+            return name
+        return f"{name}@session={token},client={self._client_id},connection={number}"
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
