@@ -343,7 +343,7 @@ class Session:
         self._max_write = self._limits.payload_bytes if fast else 0
 
     def _judge_unflushed(self, old: Export | None, export: Export) -> None:
-        """Whether what the old connection answered may be gone (design: trap 14)."""
+        """Whether what the old connection answered may be gone (a flush must not vouch for it)."""
         if old is None or self._written_before <= self._flushed_mark:
             return
         instance = export.properties.get("instance")

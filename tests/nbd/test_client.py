@@ -430,7 +430,7 @@ async def test_export_worse_after_reconnect_is_not_used(change: str) -> None:
 
 
 async def test_flush_after_crash_with_unflushed_writes_fails_once() -> None:
-    """Trap 14: QEMU's client says OK here, and the data is gone."""
+    """QEMU's client says OK here, and the data is gone."""
     async with served(volatile=True) as (client, server, _disk):
         assert await write(client, 0, b"a" * 512) == 0
         server.crash()
@@ -482,7 +482,7 @@ async def test_layer_that_keeps_unflushed_writes_is_told_and_flush_succeeds() ->
 
 
 async def test_close_with_requests_in_flight_drains_them() -> None:
-    """Design trap 16: hanging up with requests in flight aborts nbdkit 1.32."""
+    """Hanging up with requests in flight aborts nbdkit 1.32."""
     disk = MemoryDisk(1 << 20)
     server = Server({"": disk}, faults=Faults(delay_s=0.05))
     server.commands = []
@@ -571,7 +571,7 @@ async def test_several_connections_one_lost_all_are_replaced() -> None:
 
 
 async def test_stale_write_with_grace_does_not_overwrite_newer_data() -> None:
-    """Trap 13: the old connection's write is executed after the reconnect."""
+    """The old connection's write is executed after the reconnect."""
     options = replace(FAST, request_timeout_s=0.1, stale_write_grace_s=0.4)
     async with served(options=options) as (client, server, disk):
         server.faults.leave_writes_behind = True
@@ -659,7 +659,7 @@ async def test_connect_to_something_else_says_so_in_time(says: bytes, text: str)
 
 
 async def test_finished_requests_leave_no_view_of_their_memory() -> None:
-    """Design trap 10: a region of guest memory with a view of it cannot be unmapped."""
+    """A region of guest memory with a view of it cannot be unmapped."""
     async with served(8 << 20, options=replace(FAST, connections=1)) as (client, server, _):
         memory = mmap.mmap(-1, 4 << 20)
         views = [memoryview(memory)[i << 20 : (i + 1) << 20] for i in range(4)]

@@ -208,7 +208,7 @@ async def test_nbdkit_errors_reach_the_request(folder: Path) -> None:
 
 
 async def test_nbdkit_hung_up_on_with_requests_in_flight_lives_on(folder: Path) -> None:
-    """Design trap 16: nbdkit 1.32 aborts when a client leaves with three requests in flight."""
+    """nbdkit 1.32 aborts when a client leaves with three requests in flight."""
     with servers.nbdkit(folder, "--filter=delay", "memory", "1M", "rdelay=20ms") as uri:
         for _ in range(10):
             async with running_client(uri) as client:

@@ -255,7 +255,7 @@ async def test_ring_that_ends_with_the_region_is_taken_and_one_byte_more_is_not(
 
 
 async def test_memory_file_shorter_than_it_says_is_refused(short_dir: Path) -> None:
-    """Design trap 18: touching a mapping past the file's end would be a SIGBUS."""
+    """Touching a mapping past the file's end would be a SIGBUS."""
     async with guest_on(short_dir) as (_backend, guest):
         for size, region in (
             (4096, Region(1 << 40, 8192, 1 << 41, 0)),
