@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from urllib.parse import quote
 
 import trio
@@ -48,21 +48,14 @@ async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s:
             f"cache file {path} belongs to export {summary.export!r} of {summary.uri}, not to "
             f"{identity.export!r} of {identity.uri}; if that export moved there, add --moved"
         )
-    async with _client(uri, ClientOptions(reconnect_timeout_s=timeout_s)) as (client, loop):
-        backend = NbdBackend(client)
-        if client.export.read_only:
-            raise ConfigError(f"{uri.text}: the export is read-only, nothing can be flushed to it")
-        file = open_to_flush(path, export_bytes=backend.size_bytes)
-        try:
-            cache = Cache(
-                file,
-                backend,
-                Options(flush_interval_s=0),
-                clock=trio.current_time,
-                call_at_turn_end=loop.at_turn_end,
-            )
-            client.keeps_unflushed = True
-            client.on_reconnect = cache.backend_reconnected
+    # The file is closed last: until the loop has ended the cache may look into it.
+    with ExitStack() as at_last:
+        async with _client(uri, ClientOptions(reconnect_timeout_s=timeout_s)) as (client, loop):
+            if client.export.read_only:
+                raise ConfigError(
+                    f"{uri.text}: the export is read-only, nothing can be flushed to it"
+                )
+            cache = _cache_to_flush(path, client, loop, at_last)
             request = Request(FLUSH, 0, 0, [], _nothing)
             with trio.move_on_after(timeout_s) as scope:
                 await _finish(cache, request)
@@ -71,9 +64,28 @@ async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s:
                     f"{uri.text}: the server did not take everything; what is missing is still in "
                     f"{path}"
                 )
-        finally:
-            file.close(clean=True)
     return summary.dirty_bytes
+
+
+def _cache_to_flush(path: str, client: Client, loop: Loop, at_last: ExitStack) -> Cache:
+    """A cache over `client` with the file at `path`, which `at_last` closes."""
+    backend = NbdBackend(client)
+    file = open_to_flush(path, export_bytes=backend.size_bytes)
+    try:
+        cache = Cache(
+            file,
+            backend,
+            Options(flush_interval_s=0),
+            clock=trio.current_time,
+            call_at_turn_end=loop.at_turn_end,
+        )
+    except BaseException:
+        file.close(clean=False)
+        raise
+    at_last.callback(file.close, clean=True)
+    client.keeps_unflushed = True
+    client.on_reconnect = cache.backend_reconnected
+    return cache
 
 
 async def warm(

@@ -230,6 +230,18 @@ async def test_cache_flush_brings_what_a_killed_bridge_left(directory):
     assert shown(directory)["dirty_bytes"] == 0
 
 
+async def test_cache_flush_to_a_server_that_is_too_slow_says_so_and_keeps_the_data(directory):
+    await write_and_leave_dirty(directory)
+    dirty = shown(directory)["dirty_bytes"]
+    slow = [need("nbdkit"), "-f", "-U", str(directory / "nbd"), "--filter=delay", "file"]
+    slow += [str(directory / "disk.img"), "wdelay=3"]
+    async with process(slow, ready=directory / "nbd"):
+        arguments = ("cache", "flush", "--timeout", "1", str(cache_file(directory)))
+        text = await trio.to_thread.run_sync(lambda: command(*arguments, status=1))
+    assert "did not take everything" in text
+    assert shown(directory)["dirty_bytes"] == dirty
+
+
 async def test_cache_flush_to_another_export_is_refused(directory):
     await write_and_leave_dirty(directory)
     dirty = shown(directory)["dirty_bytes"]
