@@ -26,6 +26,12 @@ from bridge.virtio.blk_config import SECTOR_BYTES, DiskGeometry
 _log = structlog.get_logger(__name__)
 
 
+_STOP_STEPS = 4
+"""A stop drains the rings, flushes after the last one, flushes once more what came without a ring,
+and closes the storage. Each may take its share of `stop_timeout_s`; a flush that was given up goes
+on, and the next step waits for the same."""
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """The options of `nbd-bridge serve`, as the command line has them."""
@@ -68,7 +74,7 @@ async def serve_disk(options: ServeOptions) -> None:
                     await _serve(options, loop, storage, nursery)
             finally:
                 with trio.CancelScope(shield=True):
-                    await storage.close(options.stop_timeout_s)
+                    await storage.close(options.stop_timeout_s / _STOP_STEPS)
             nursery.cancel_scope.cancel()
     loop.close()
     _log.info("stopped")
@@ -92,7 +98,7 @@ async def _serve(
         serial=options.serial or default_serial(export),
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
-        drain_timeout_s=options.stop_timeout_s,
+        drain_timeout_s=options.stop_timeout_s / _STOP_STEPS,
         fail_pending=storage.fail_pending,
         on_all_stopped=disk.flush,
         withheld_features=options.withheld_features,
@@ -111,7 +117,10 @@ async def _serve(
         try:
             await backend.serve(device, listener)
         finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(options.stop_timeout_s):
+            with (
+                trio.CancelScope(shield=True),
+                trio.move_on_after(options.stop_timeout_s / _STOP_STEPS),
+            ):
                 await disk.flush()
 
 
