@@ -115,5 +115,5 @@ async def test_what_the_guest_flushed_is_on_the_server_after_many_kills(
                 report = await guest.wait()
 
     assert report.passed, report
-    assert len(told) > 3
+    assert len(told) >= 6
     assert found == told
