@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 import trio
 
+from bridge.errors import RequestError
 from bridge.guest import Guest
 from tests.serve.processes import (
     bridge_argv,
@@ -147,6 +149,37 @@ async def test_server_killed_and_started_again_guest_sees_no_error(directory):
     image = (directory / "disk.img").read_bytes()
     for number, each in enumerate(data):
         assert image[number << 20 : (number << 20) + len(each)] == each
+
+
+async def test_server_given_up_flush_fails_until_it_is_back_and_loses_nothing(directory):
+    data = os.urandom(1 << 20)
+    vhost, nbd = directory / "vhost", directory / "nbd"
+    options = [*cached(directory), "--reconnect-timeout", "0.3"]
+    async with process(nbdkit(directory), ready=nbd) as server, AsyncExitStack() as later:
+        async with serving(unix_uri(nbd), vhost, *options):
+            async with await Guest.connect(vhost) as guest:
+                server.kill()
+                server.wait()
+                await guest.write(8 << 20, data)
+                with trio.fail_after(20):
+                    for _ in range(2):  # The second one finds that there is no connection.
+                        with pytest.raises(RequestError):
+                            await guest.flush()
+                assert await guest.read(8 << 20, len(data)) == data
+                await later.enter_async_context(process(nbdkit(directory), ready=nbd))
+                with trio.fail_after(20):
+                    while not await flushes(guest):
+                        await trio.sleep(0.1)
+                image = (directory / "disk.img").read_bytes()
+    assert image[8 << 20 :][: len(data)] == data
+
+
+async def flushes(guest: Guest) -> bool:
+    try:
+        await guest.flush()
+    except RequestError:
+        return False
+    return True
 
 
 def nbdkit_on_image(directory: Path) -> list[str]:
