@@ -196,10 +196,10 @@ class Loop:
                 if self._lingering:
                     self._lingering = False
                     window_s = max(window_s, min(_LINGER_S, self._poll_max_s * _LINGER_FACTOR))
-                if not window_s:
+                if not window_s and now >= idle_until_s:
                     # The nap that follows sees at once what is there already.
                     return now >= until_s
-                idle_until_s = now + window_s
+                idle_until_s = max(idle_until_s, now + window_s)
             elif now >= idle_until_s:
                 return False
             if now >= until_s:

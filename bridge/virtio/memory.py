@@ -144,6 +144,15 @@ class GuestMemory:
             return Region(0, 0, memoryview(b""))
         return max(self.regions, key=lambda region: region.size_bytes)
 
+    def region_at(self, address: int) -> Region | None:
+        """The region that has `address` in it."""
+        position = bisect_right(self._starts, address) - 1
+        if position >= 0:
+            region = self.regions[position]
+            if address - region.guest_address < region.size_bytes:
+                return region
+        return None
+
     def views(self, address: int, length: int) -> list[memoryview]:
         """The bytes of the guest range, in order, one view per region it touches.
 

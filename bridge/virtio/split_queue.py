@@ -29,7 +29,7 @@ from bridge.virtio.chain import (
 )
 from bridge.virtio.fence import WEAK_ORDER, fence
 from bridge.virtio.long_chains import LONG_CHAIN_VIEWS, LongChains
-from bridge.virtio.memory import BadAddress, GuestMemory
+from bridge.virtio.memory import BadAddress, GuestMemory, Region
 from bridge.virtio.queue import RingAreas
 
 _unpack_descriptor = struct.Struct("=QIHH").unpack_from
@@ -78,13 +78,30 @@ class SplitQueue:
         """See VirtQueue."""
         self._descriptors, available, used = areas
         self._memory = memory
-        region = memory.largest_region()
-        self._region_address = region.guest_address
-        self._region_size = region.size_bytes
-        self._region_view = region.view
+        self._data_in(memory.largest_region())
+        self._headers_in(memory.largest_region())
         self._avail = available.cast("H")
         self._used = used.cast("H")
         self._used_elements = used[4 : 4 + 8 * self.size].cast("I")
+
+    def _data_in(self, region: Region) -> None:
+        """Look for data in `region` first."""
+        self._region_address = region.guest_address
+        self._region_size = region.size_bytes
+        self._region_view = region.view
+
+    def _headers_in(self, region: Region) -> None:
+        """Look for headers, status bytes and indirect tables in `region` first."""
+        self._header_address = region.guest_address
+        self._header_size = region.size_bytes
+        self._header_view = region.view
+
+    def _learn(self, header: int, data: int) -> None:
+        """A usual chain was elsewhere in memory: look there first from now on."""
+        if (region := self._memory.region_at(header)) is not None:
+            self._headers_in(region)
+        if (region := self._memory.region_at(data)) is not None:
+            self._data_in(region)
 
     def recovered(self) -> list[Chain]:
         """See VirtQueue. Nothing was kept track of."""
@@ -134,16 +151,19 @@ class SplitQueue:
         """The chain at `head` if it is the usual one in the usual place; None: walk it.
 
         That is a header of 16 bytes, one buffer and one status byte, in three descriptors (of an
-        indirect table in a row) and all in the largest region: what Linux and libblkio send for
-        data in one piece. `_walk` comes to the same result, half a microsecond later.
+        indirect table in a row): what Linux and libblkio send for data in one piece. Header and
+        status (and table) are in one region, the data in one that may be another, as with
+        libblkio. `_walk` comes to the same result, half a microsecond later.
         """
         address, length, flags, following = _unpack_descriptor(self._descriptors, head << 4)
-        base = self._region_address
-        view = self._region_view
-        size = self._region_size
+        base = self._header_address
+        view = self._header_view
+        size = self._header_size
         if flags == DESC_INDIRECT:
             offset = address - base
             if length != 48 or not 0 <= offset <= size - 48 or not self._indirect:
+                if length == 48:
+                    self._learn(address, self._region_address)
                 return None
             # One unpack: the driver may change the table under us.
             address, length, flags, following, data, data_bytes, way, last, end, room, tail, _ = (
@@ -159,21 +179,20 @@ class SplitQueue:
             if last > mask:
                 return None
             end, room, tail, _ = _unpack_descriptor(self._descriptors, last << 4)
+        if flags != DESC_NEXT or length != HEADER_BYTES or tail != DESC_WRITE or room != 1:
+            return None
         header_at = address - base
-        data_at = data - base
         status_at = end - base
+        data_at = data - self._region_address
         if (
-            flags != DESC_NEXT
-            or length != HEADER_BYTES
-            or tail != DESC_WRITE
-            or room != 1
-            or not data_bytes
+            not data_bytes
             or not 0 <= header_at <= size - HEADER_BYTES
-            or not 0 <= data_at <= size - data_bytes
+            or not 0 <= data_at <= self._region_size - data_bytes
             or not 0 <= status_at < size
         ):
+            self._learn(address, data)
             return None
-        buffers = [view[data_at : data_at + data_bytes]]
+        buffers = [self._region_view[data_at : data_at + data_bytes]]
         type_, sector = unpack_header(view, header_at)
         if way == DESC_NEXT | DESC_WRITE:
             return head, type_, sector, [], buffers, view, status_at, None

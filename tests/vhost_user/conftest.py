@@ -18,9 +18,10 @@ def no_fd_leak() -> Iterator[None]:
     """Fails the test if it leaves more descriptors open than it found."""
     before = open_fds()
     yield
-    if open_fds() != before:
+    if open_fds() > before:
         gc.collect()  # sockets that only wait to be collected are no leak
-    assert open_fds() == before
+    # Fewer than before: those of an earlier test were collected meanwhile.
+    assert open_fds() <= before
 
 
 @pytest.fixture

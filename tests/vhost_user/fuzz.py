@@ -372,7 +372,7 @@ class RealDevice:
 
     def turn(self) -> None:
         """What the loop does when something happened."""
-        self.loop._turns(0.0, polling=False)
+        self.loop._turns([], 0.0, polling=False)
 
 
 async def campaign(cases: int, seed: int) -> int:
