@@ -8,7 +8,8 @@ become readable. A turn is:
 1. every ready descriptor's callback runs, and every poller's `poll()`;
 2. whatever was put off with `at_turn_end` runs once (one `sendmsg` per connection, one used-ring
    publication and at most one call per queue, however many requests the turn brought);
-3. while work keeps coming, go on (adaptive polling: at most `poll_us` without success);
+3. while work keeps coming, go on (adaptive polling: `poll_us` without success, more while that
+   pays, less while it does not);
 4. then tell the pollers to `arm()` their notifications, and wait: shortly in the epoll itself,
    where an answer is most likely to be seen soonest, then in trio.
 
@@ -39,10 +40,10 @@ still: an answer that comes meanwhile (a server on this machine takes 30 to 200 
 wake-up of 13 µs and, unlike polling, leaves the processor to the server. 1 ms is the shortest that
 epoll_wait knows; without work between two waits there is no nap."""
 
-_LINGER_S = 0.0002
-_LINGER_FACTOR = 6
-"""Between the pieces of a long payload (200 KiB, 50 µs each) it pays to poll longer than usual:
-up to 200 µs with the default of 32, not at all with 0."""
+_POLL_GROWTH = 4
+"""The polling window grows up to this many times `poll_us` while polling longer would have paid,
+and shrinks to nothing while it would not; between the pieces of a long payload (200 KiB, 50 µs
+each) it is open that far from the start."""
 
 _EVENTS_PER_POLL = 64
 
@@ -73,8 +74,8 @@ class Loop:
         # is no work.
         self._epoll.register(self._wake_fd, EPOLLIN | EPOLLET)
         self._asleep = False
-        self._poll_max_s = poll_us / 1e6
-        self._poll_s = self._poll_max_s
+        self._poll_max_s = poll_us / 1e6 * _POLL_GROWTH
+        self._poll_s = poll_us / 1e6
         self._lingering = False
         self._worked = False
         self.now = perf_counter()
@@ -195,7 +196,7 @@ class Loop:
                 window_s = self._poll_s
                 if self._lingering:
                     self._lingering = False
-                    window_s = max(window_s, min(_LINGER_S, self._poll_max_s * _LINGER_FACTOR))
+                    window_s = self._poll_max_s
                 if not window_s and now >= idle_until_s:
                     # The nap that follows sees at once what is there already.
                     return now >= until_s
@@ -211,11 +212,12 @@ class Loop:
         ready = self._epoll.poll(_NAP_S, _EVENTS_PER_POLL)
         took_s = perf_counter() - began_s
         self._wake_up()
+        least_s = self._poll_max_s / 32
         if took_s < self._poll_max_s:
             # Polling would have seen it.
-            self._poll_s = min(self._poll_max_s, self._poll_s * 2 + self._poll_max_s / 8)
+            self._poll_s = min(self._poll_max_s, self._poll_s * 2 + least_s)
         else:
-            self._poll_s = self._poll_s / 2 if self._poll_s > self._poll_max_s / 8 else 0.0
+            self._poll_s = self._poll_s / 2 if self._poll_s > least_s else 0.0
         return ready
 
     def _arm(self) -> bool:

@@ -62,6 +62,7 @@ async def serve_disk(options: ServeOptions) -> None:
     uri = parse_uri(options.uri)
     loop = Loop(poll_us=options.poll_us)
     client_options = replace(options.client, read_only=options.read_only)
+    client_options = client_options.for_reading_and_writing(local=uri.socket_path is not None)
     cache = replace(options.cache, flush_interval_s=options.flush_interval_s)
     storage = Storage(uri, loop, client_options, cache)
     serving = trio.CancelScope()
