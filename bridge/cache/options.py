@@ -33,9 +33,10 @@ class Options:
     """Above this share a flush is started: written blocks pin their slots until one."""
     dirty_hard_ratio: float = 0.75
     """At this share writers wait. The rest is left to reads, so that a slot can be had."""
-    roomy_ratios: tuple[float, float, float] | None = (0.50, 0.90, 1.0)
+    roomy_ratios: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
     """The same three where the cache has a slot for every granule of the disk: a dirty slot is
-    in nobody's way then, and a block that is overwritten meanwhile is sent only once."""
+    in nobody's way then, a block that is overwritten meanwhile is sent only once, and only its
+    age (and the guest's flushes) bound how much is dirty."""
     background_requests: int = 4
     """Write-out in flight while nobody waits for it: the guest's own requests come first. More
     as the share of dirty slots nears `dirty_flush_ratio`."""
