@@ -52,6 +52,11 @@ class ServeOptions:
     client: ClientOptions = field(default_factory=ClientOptions)
     cache: CacheSettings = field(default_factory=CacheSettings)
 
+    @property
+    def stop_step_s(self) -> float:
+        """How long each step of a stop may take."""
+        return self.stop_timeout_s / _STOP_STEPS
+
 
 async def serve_disk(options: ServeOptions) -> None:
     """Serve one disk until SIGTERM or SIGINT, then stop cleanly.
@@ -75,7 +80,7 @@ async def serve_disk(options: ServeOptions) -> None:
                     await _serve(options, loop, storage, nursery)
             finally:
                 with trio.CancelScope(shield=True):
-                    await storage.close(options.stop_timeout_s / _STOP_STEPS)
+                    await storage.close(options.stop_step_s)
             nursery.cancel_scope.cancel()
     loop.close()
     _log.info("stopped")
@@ -99,7 +104,7 @@ async def _serve(
         serial=options.serial or default_serial(export),
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
-        drain_timeout_s=options.stop_timeout_s / _STOP_STEPS,
+        drain_timeout_s=options.stop_step_s,
         fail_pending=storage.fail_pending,
         on_all_stopped=disk.flush,
         withheld_features=options.withheld_features,
@@ -120,7 +125,7 @@ async def _serve(
         finally:
             with (
                 trio.CancelScope(shield=True),
-                trio.move_on_after(options.stop_timeout_s / _STOP_STEPS),
+                trio.move_on_after(options.stop_step_s),
             ):
                 await disk.flush()
 

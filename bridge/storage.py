@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 import trio
@@ -22,6 +21,7 @@ from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import CacheFile, open_or_create
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
+from bridge.disk import Backend
 from bridge.errors import ConfigError, ConnectionLost
 from bridge.loop import Loop
 from bridge.nbd.client import Client
@@ -85,19 +85,6 @@ def cache_identity(uri: NbdUri) -> Identity:
     return Identity(uri=uri.server, export=uri.export_name)
 
 
-class Backend(Protocol):
-    """See `disk.Backend`."""
-
-    can_flush: bool
-    can_fua: bool
-    can_write_zeroes: bool
-
-    @property
-    def in_flight(self) -> int: ...
-
-    def submit(self, request: Request) -> None: ...
-
-
 class NbdBackend:
     """A connected client, as the disk or the cache above it sees it."""
 
@@ -127,8 +114,6 @@ class CachedBackend:
     """The cache, as the disk sees it: it has its own flush timer, and does what a server lacks."""
 
     can_flush = True
-    can_fua = True
-    can_write_zeroes = True
     in_flight = 0
 
     def __init__(self, cache: Cache) -> None:
