@@ -25,6 +25,9 @@ them (large payloads straight into the guest's memory), finishes the requests by
 `BlkEngine._finish` writes each status byte, `RunningRing.complete` each used element, and at the
 turn's end `RunningRing._publish` stores the used index once and calls the guest at most once.
 
+With a cache the engine first asks for a hit (`Disk.hits`): the cache copies what it has between
+its file and the guest's memory, and the chain is used without a request.
+
 The life of a write is the same, with the guest's memory as the source of the `sendmsg`. It is
 complete when the server has replied (or, where the guest turned the write cache off, when the
 server has made it durable), and durable when a flush that came after it is complete.

@@ -19,7 +19,7 @@ import trio
 
 from bridge.errors import ProtocolError
 from bridge.loop import Loop
-from bridge.request import FLUSH, Request, Target
+from bridge.request import FLUSH, Hits, Request, Target
 from bridge.ring import RunningRing
 from bridge.ring_setup import make_queue, ring_areas, written_areas
 from bridge.vhost_user.device import MemoryRegion, RingSetup
@@ -52,6 +52,7 @@ class BlkDevice:
         geometry: DiskGeometry,
         *,
         serial: str,
+        hits: Hits | None = None,
         max_queues: int = 1,
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
@@ -59,7 +60,8 @@ class BlkDevice:
         on_all_stopped: Callable[[], Awaitable[None]] | None = None,
         withheld_features: int = 0,
     ) -> None:
-        """`fail_pending(errno)` finishes everything unfinished below, at once.
+        """`hits`: what can be asked before `target`. `fail_pending(errno)` finishes everything
+        unfinished below, at once.
 
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
         image next must find everything there. `withheld_features`: see BlkConfig.
@@ -73,7 +75,9 @@ class BlkDevice:
         )
         self.guest_faults: Counter[str] = Counter()
         self._target = target
-        self._engine = BlkEngine(self._config, target, serial=serial, fault=self._guest_fault)
+        self._engine = BlkEngine(
+            self._config, target, hits=hits, serial=serial, fault=self._guest_fault
+        )
         self._drain_timeout_s = drain_timeout_s
         self._gave_up_until_s = -inf
         self._fail_pending = fail_pending

@@ -2,7 +2,7 @@
 
 `Disk` is a `Target` over a back-end: the NBD client, or the cache over it, which do themselves
 what a server lacks. It adds the periodic flush timer; requests go on untouched, without an
-object of their own, except for flushes.
+object of their own, except for flushes; a back-end with a cache may serve `hits` without any.
 
 **The flush timer.** A guest that never flushes would leave its writes in the server's volatile
 cache for ever. The first write after a flush arms a timer; when it fires, everything is flushed.
@@ -20,7 +20,7 @@ from typing import Protocol
 import structlog
 import trio
 
-from bridge.request import FLUSH, READ, Request, Target
+from bridge.request import FLUSH, READ, Hits, Request, Target
 
 _log = structlog.get_logger(__name__)
 
@@ -36,6 +36,10 @@ class Backend(Target, Protocol):
     def in_flight(self) -> int:
         """How many requests are not finished."""
 
+    @property
+    def hits(self) -> Hits | None:
+        """What serves requests on the spot; None: nothing does."""
+
 
 class Disk:
     """The guest's disk over `backend`. See the module's text."""
@@ -46,6 +50,13 @@ class Disk:
         """`flush_interval_s` 0 turns the timer off; `now` is a monotonic clock in seconds."""
         self._backend = backend
         self._submit = backend.submit
+        hits = backend.hits
+        self.hits: Hits | None = None
+        """What may be asked before `submit`."""
+        if hits is not None:
+            self.hits = self
+            self.read_hit = hits.read_hit  # bound once: no second call per request
+            self._write_hit = hits.write_hit
         self._flush_interval_s = (backend.can_flush and flush_interval_s) or inf
         self._now = now
         self._deadline_s: float | None = None
@@ -67,6 +78,14 @@ class Disk:
             if self._deadline_s is None:
                 self._arm_timer()
             self._submit(request)
+
+    def write_hit(self, offset: int, length: int, buffers: list[memoryview]) -> bool:
+        """See `Hits`. Only where `hits` is not None."""
+        if not self._write_hit(offset, length, buffers):
+            return False
+        if self._deadline_s is None:
+            self._arm_timer()
+        return True
 
     # The flush timer
 

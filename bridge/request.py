@@ -88,3 +88,17 @@ class Target(Protocol):
 
     def submit(self, request: Request) -> None:
         """Start `request`; it finishes through its `done`. Never raises, never blocks."""
+
+
+class Hits(Protocol):
+    """What can serve a request on the spot, without an object for it: the cache, for what it holds.
+
+    Most requests of a guest with a warm cache are hits, and making, passing on and finishing a
+    `Request` costs more than the copy. After False nothing has happened: submit a `Request`.
+    """
+
+    def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        """Fill `buffers` with the bytes `offset` … `offset + length`, or return False."""
+
+    def write_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        """Complete a write of `buffers` that need not be durable, or return False."""

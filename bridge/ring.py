@@ -20,8 +20,8 @@ import trio
 
 from bridge.errors import ProtocolError
 from bridge.loop import EPOLLET, EPOLLIN, Loop
-from bridge.virtio.blk import BlkEngine, BlkRequest
-from bridge.virtio.chain import QueueBroken
+from bridge.virtio.blk import BlkEngine
+from bridge.virtio.chain import Chain, QueueBroken
 from bridge.virtio.dirty_log import DirtyLog
 from bridge.virtio.memory import GuestMemory
 from bridge.virtio.queue import RingAreas, VirtQueue
@@ -59,7 +59,7 @@ class RunningRing:
         self._error_fd: int | None = None
         self.requests = 0
         self.is_broken = False
-        self.complete: Callable[[BlkRequest, int, int], None] = self._complete
+        self.complete: Callable[[Chain, int, int], None] = self._complete
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
@@ -85,20 +85,21 @@ class RunningRing:
         self._engine.start(self, chains)
         return True
 
-    def _complete(self, request: BlkRequest, status: int, length: int) -> None:
+    def _complete(self, chain: Chain, status: int, length: int) -> None:
         """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
-        if (view := request.status_view) is not None:
-            view[request.status_at] = status
-        self._push(request.head, length)
+        head, _, _, _, _, status_view, status_at, _ = chain
+        if status_view is not None:
+            status_view[status_at] = status
+        self._push(head, length)
         if not self._publishing:
             self._publishing = True
             self._loop.at_turn_end(self._publish)
 
-    def _complete_logged(self, request: BlkRequest, status: int, length: int) -> None:
+    def _complete_logged(self, chain: Chain, status: int, length: int) -> None:
         """The same while the memory is being migrated: what was written is marked."""
-        self._complete(request, status, length)
+        self._complete(chain, status, length)
         assert self._log is not None
-        self._log.mark_request(request)
+        self._log.mark_chain(chain)
 
     def _publish(self) -> None:
         if not self._publishing:
@@ -247,7 +248,7 @@ def _kicked(events: int) -> None:
     """A kick says only that a turn is due; `poll` looks at the ring in every turn."""
 
 
-def _forget(request: BlkRequest, status: int, length: int) -> None:
+def _forget(chain: Chain, status: int, length: int) -> None:
     """The end of a request whose ring was closed before."""
 
 

@@ -101,6 +101,7 @@ async def _serve(
         loop,
         disk,
         geometry,
+        hits=disk.hits,
         serial=options.serial or default_serial(export),
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,

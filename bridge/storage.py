@@ -88,6 +88,8 @@ def cache_identity(uri: NbdUri) -> Identity:
 class NbdBackend:
     """A connected client, as the disk or the cache above it sees it."""
 
+    hits = None
+
     def __init__(self, client: Client) -> None:
         self._client = client
         self.submit = client.submit  # bound once: no second call per request
@@ -117,7 +119,8 @@ class CachedBackend:
     in_flight = 0
 
     def __init__(self, cache: Cache) -> None:
-        self.submit = cache.submit
+        self.hits = cache
+        self.submit = cache.submit_slowly  # whoever submits has asked for a hit before
 
 
 class Storage:

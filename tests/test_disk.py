@@ -23,15 +23,16 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
-from tests.virtio.mock import FakeDisk
+from tests.virtio.mock import FakeDisk, FakeHits
 
 
 class FakeBackend(FakeDisk):
-    """A server with or without flush."""
+    """A server with or without flush, and with what it has at hand, if anything."""
 
-    def __init__(self, *, flush: bool = True) -> None:
+    def __init__(self, *, flush: bool = True, hits_end: int = 0) -> None:
         super().__init__(8 << 20)
         self.can_flush = flush
+        self.hits = FakeHits(self, hits_end) if hits_end else None
 
     @property
     def in_flight(self) -> int:
@@ -100,6 +101,21 @@ async def test_timer_is_armed_by_whatever_changes_the_disk(
     async with timed(FakeBackend()) as client:
         client.do(op)
         assert client.disk.flush_deadline_s is not None
+
+
+async def test_timer_is_armed_by_a_write_hit_alone(autojump_clock: MockClock) -> None:
+    backend = FakeBackend(hits_end=4096)
+    async with timed(backend) as client:
+        hits = client.disk.hits
+        assert hits is not None
+        data = [memoryview(bytearray(512))]
+        assert hits.read_hit(0, 512, data)
+        assert not hits.write_hit(4096, 512, data)
+        assert client.disk.flush_deadline_s is None
+        assert hits.write_hit(0, 512, data)
+        assert client.disk.flush_deadline_s == trio.current_time() + 60
+        await trio.sleep(61)
+        assert backend.ops == ["flush"]
 
 
 async def test_timer_is_not_armed_by_reads_and_flushes(autojump_clock: MockClock) -> None:
@@ -272,6 +288,10 @@ def test_request_goes_through_untouched(op: int) -> None:
     client.disk.submit(request)
     assert backend.requests == [request]
     assert request.flags == FUA | MAY_UNMAP
+
+
+def test_back_end_without_hits_has_none() -> None:
+    assert Disk(FakeBackend(), flush_interval_s=0, now=lambda: 0.0).hits is None
 
 
 def test_deadline_without_a_timer_is_none() -> None:

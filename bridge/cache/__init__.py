@@ -14,11 +14,11 @@ Life of a block: absent → clean ⇄ dirty → written (the server replied, not
 - `ranges`, `exclusive`: discard and write-zeroes, ordered against everything in flight.
 - `sample`: did somebody else write the image? `inspect`, `warm`: for the command line.
 
-Life of a read: `Cache.submit` finds every block `ready` and copies it; else `reads` copies what
+Life of a read: `Cache.read_hit` finds every block `ready` and copies it; else `reads` copies what
 is there and has `fetch` bring the rest, which is filled in unless a write overtook it. Life of a
-write: `Cache.submit` finds every block `open` and copies into it; else `store` marks, copies and
-puts the slot into `writeback`'s ring, from where age, a limit or a flush sends it; it is clean
-when a flush succeeded that was sent after the reply.
+write: `Cache.write_hit` finds every block `open`, or has `store` open them, and copies into them;
+else `store` marks, copies and puts the slot into `writeback`'s ring, from where age, a limit or a
+flush sends it; it is clean when a flush succeeded that was sent after the reply.
 
 Nothing here does I/O except `file` and `cold`; time comes from an injected clock, the end of a
 turn from an injected `call_at_turn_end`, and whoever owns the cache calls `tick()`.

@@ -1,9 +1,9 @@
-"""The cache: a `Target` over another one. Hits are served inside `submit()`.
+"""The cache: a `Target` over another one, whose hits can be served on the spot.
 
-`Cache` joins the parts; what each of them guarantees is said there. The fast path is here: a
-read of blocks that are all `ready`, a write to blocks that are all `open`, within one granule.
-Both are one look-up, one bit test, one copy and the completion. Everything else goes to `reads`,
-`store`, `flush` or `exclusive`.
+`Cache` joins the parts; what each of them guarantees is said there. The fast path is here:
+`read_hit` of blocks that are all `ready`, `write_hit` of blocks that are all `open`, within one
+granule. Both are one look-up, one bit test and one copy. Everything else goes to `reads`, `store`,
+`flush` or `exclusive`.
 
 The cache has no task and no clock: whoever drives it calls `tick()` at `next_deadline()`, which
 may move to an earlier time whenever `woken` is called.
@@ -141,6 +141,7 @@ class Cache:
         self._ready = index.ready
         self._open = index.open
         self._data = index.data
+        self._open_blocks = self._store.open_blocks
         self._touched = evictor.touched
         self._adopt(self._load())
 
@@ -170,52 +171,68 @@ class Cache:
     def submit(self, request: Request) -> None:
         """Start `request`; a hit is finished when this returns. Never raises, never blocks."""
         op = request.op
-        if op <= WRITE:
-            offset = request.offset
-            granule = offset >> self._shift
-            slot = self._head[granule & self._bucket_mask]
-            if self._granule_of[slot] == granule:
-                # A range that leaves the granule has bits that no granule has.
-                within = offset & self._within
-                length = request.length
-                shift = self._block_shift
-                bits = (1 << (within + length + self._block_up >> shift)) - (1 << (within >> shift))
-                if op:
-                    if bits & ~self._open[slot] == 0 and not request.flags:
-                        at = (slot << self._shift) + within
-                        buffers = request.buffers
-                        if len(buffers) == 1:
-                            self._data[at : at + length] = buffers[0]
-                        else:
-                            data = self._data
-                            for buffer in buffers:
-                                end = at + len(buffer)
-                                data[at:end] = buffer
-                                at = end
-                        self._touched[slot] = UP[self._touched[slot]]
-                        self.stats.write_hits += 1
-                        request.error = 0
-                        request.done(request)
-                        return
-                elif bits & ~self._ready[slot] == 0:
-                    at = (slot << self._shift) + within
-                    buffers = request.buffers
-                    if len(buffers) == 1:
-                        buffers[0][:] = self._data[at : at + length]
-                    else:
-                        data = self._data
-                        for buffer in buffers:
-                            end = at + len(buffer)
-                            buffer[:] = data[at:end]
-                            at = end
-                    self._touched[slot] = UP[self._touched[slot]]
-                    self.stats.read_hits += 1
-                    request.error = 0
-                    request.done(request)
-                    return
-        self._submit_slowly(request)
+        if (
+            self.read_hit(request.offset, request.length, request.buffers)
+            if op == READ
+            else op == WRITE
+            and not request.flags
+            and self.write_hit(request.offset, request.length, request.buffers)
+        ):
+            request.finish(0)
+        else:
+            self.submit_slowly(request)
 
-    def _submit_slowly(self, request: Request) -> None:
+    def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        """See `request.Hits`: blocks of one granule that are all `ready`."""
+        granule = offset >> self._shift
+        slot = self._head[granule & self._bucket_mask]
+        if self._granule_of[slot] != granule:
+            return False
+        # A range that leaves the granule has bits that no granule has.
+        within = offset & self._within
+        shift = self._block_shift
+        bits = (1 << (within + length + self._block_up >> shift)) - (1 << (within >> shift))
+        if bits & ~self._ready[slot]:
+            return False
+        at = (slot << self._shift) + within
+        data = self._data
+        if len(buffers) == 1:
+            buffers[0][:] = data[at : at + length]
+        else:
+            for buffer in buffers:
+                end = at + len(buffer)
+                buffer[:] = data[at:end]
+                at = end
+        self._touched[slot] = UP[self._touched[slot]]
+        self.stats.read_hits += 1
+        return True
+
+    def write_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        """See `request.Hits`: blocks of one granule that are all `open`, or can be at once."""
+        granule = offset >> self._shift
+        slot = self._head[granule & self._bucket_mask]
+        if self._granule_of[slot] != granule:
+            return False
+        within = offset & self._within
+        shift = self._block_shift
+        bits = (1 << (within + length + self._block_up >> shift)) - (1 << (within >> shift))
+        if bits & ~self._open[slot] and not self._open_blocks(slot, bits):
+            return False
+        at = (slot << self._shift) + within
+        data = self._data
+        if len(buffers) == 1:
+            data[at : at + length] = buffers[0]
+        else:
+            for buffer in buffers:
+                end = at + len(buffer)
+                data[at:end] = buffer
+                at = end
+        self._touched[slot] = UP[self._touched[slot]]
+        self.stats.write_hits += 1
+        return True
+
+    def submit_slowly(self, request: Request) -> None:
+        """The same as `submit`, for a request that was found to be no hit."""
         op, length = request.op, request.length
         if op == FLUSH:
             self._flusher.request(_FlushRequest(request))

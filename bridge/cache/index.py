@@ -206,9 +206,23 @@ class Index:
             if not was_dirty:
                 self.dirty_slots += 1
 
-    def mark_dirty(self, slot: int, dirty: int) -> None:
-        """Valid blocks become dirty, before their new data is stored."""
-        self.set_valid(slot, 0, dirty)
+    def mark_dirty(self, slot: int, bits: int) -> None:
+        """Of the blocks `bits` the valid ones get new content next: they are dirty, and not sent.
+
+        To be called before their new data is stored.
+        """
+        # Every first write to a block comes through here: `state_word` is inline.
+        was = self.state[slot] & LOW_MASK
+        low = was | (bits & was & BITS) << DIRTY_SHIFT
+        if low != was:
+            check = (low ^ self.granule_of[slot] * 0x9E3779B1) * 0x85EBCA6B >> 7 & LOW_MASK
+            self.state[slot] = low | check << 32
+            self.dirty_blocks += (low ^ was).bit_count()
+            if was <= BITS:
+                self.dirty_slots += 1
+        if self.sent[slot] & bits:
+            self.sent[slot] &= ~bits
+            self.covered[slot] &= ~bits
 
     def clean(self, slot: int, bits: int) -> None:
         """The content of these blocks is durable on the server."""

@@ -101,6 +101,9 @@ class Store:
         self._stats = stats
         self._call_at_turn_end = call_at_turn_end
         self._through = options.mode != WRITEBACK
+        self._ready = index.ready
+        self._open = index.open
+        self._queued = writeback.queued
         self._options = options
         self.set_limits()
         self._waiting: deque[_WriteOp] = deque()
@@ -143,6 +146,26 @@ class Store:
         else:
             self._wait_for_room(_WriteOp(request, self, 0))
 
+    def open_blocks(self, slot: int, bits: int) -> bool:
+        """Make these blocks of `slot` open, so that a write to them is a copy; False if they are
+        not all `ready` or the write has to wait.
+
+        It is the caller's write that they are dirty for: the dirty mark comes before its data.
+        """
+        index = self._index
+        if (
+            bits & ~self._ready[slot]
+            or self._through
+            or self._waiting
+            or self._exclusives.active
+            or (index.dirty_slots >= self._hard_slots and not index.dirty(slot))
+        ):
+            return False
+        index.mark_dirty(slot, bits)
+        self._open[slot] |= bits
+        self._written(slot)
+        return True
+
     def _write_whole(self, request: Request) -> bool:
         """The common case in one go: whole blocks of one granule, one buffer. False: it is not
         that case, nothing was done. (Half the time of the general way.)"""
@@ -162,19 +185,12 @@ class Store:
         if index.granule_of[slot] != granule:
             slot = index.find(granule)
         word = index.state[slot]
-        dirty = word >> DIRTY_SHIFT & BITS
-        if not dirty and index.dirty_slots >= self._hard_slots:
+        if not word >> DIRTY_SHIFT & BITS and index.dirty_slots >= self._hard_slots:
             return False
         slot = slot or self._slots.obtain(granule)
         if not slot:
             return False
-        sent = index.sent[slot]
-        if sent & bits:
-            index.sent[slot] = sent & ~bits
-            index.covered[slot] &= ~bits
-        clean = bits & word & ~dirty
-        if clean:
-            index.set_valid(slot, 0, clean)
+        index.mark_dirty(slot, bits)
         target = (slot << index.granule_shift) + within
         ready = index.ready[slot]
         if ready & bits == bits:
@@ -303,27 +319,16 @@ class Store:
                 self._obstacle = self._wait_for_room
                 return False
         target = (slot << index.granule_shift) + within
-        self._put(request, position, size, slot, target, bits, bits & valid & ~dirty)
+        index.mark_dirty(slot, bits)
+        self._put(request, position, size, slot, target, bits)
         self._now_dirty(slot, granule, bits, bits & ~valid)
         return True
 
     def _put(
-        self,
-        request: Request,
-        position: int,
-        size: int,
-        slot: int,
-        target: int,
-        bits: int,
-        clean: int,
+        self, request: Request, position: int, size: int, slot: int, target: int, bits: int
     ) -> None:
-        """The dirty mark on the `clean` blocks, then the data."""
+        """The data of the blocks `bits`, all of one granule."""
         index = self._index
-        if index.sent[slot] & bits:
-            index.sent[slot] &= ~bits
-            index.covered[slot] &= ~bits
-        if clean:
-            index.mark_dirty(slot, clean)
         if index.ready[slot] & bits == bits:
             gather(request.buffers, position, index.data, target, size)
         elif len(request.buffers) == 1:
@@ -343,14 +348,20 @@ class Store:
         index.ready[slot] |= bits
         if not self._through:
             index.open[slot] |= bits
+        self._written(slot)
+
+    def _written(self, slot: int) -> None:
+        """Something in `slot` is dirty now: it is to be sent some time, and flushed."""
         flusher = self.flusher
         flusher.writes += 1
         if flusher.due is None:
             flusher.arm()
-        if not self._writeback.enqueue(slot):
+        if self._queued[slot]:
             return
+        writeback = self._writeback
+        writeback.enqueue(slot)
         if not self._pressed and (
-            index.dirty_slots > self._flush_slots or self._writeback.over_background()
+            self._index.dirty_slots > self._flush_slots or writeback.over_background()
         ):
             self._press()
 

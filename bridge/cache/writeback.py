@@ -71,7 +71,8 @@ class Writeback:
         self.set_limits()
         self._ring = zeroed("I", index.slots + 1)
         self._ring_size = index.slots + 1
-        self._queued = bytearray(index.slots + 1)
+        self.queued = bytearray(index.slots + 1)
+        """1 for a slot that stands in the ring."""
         self.head = 0
         self.tail = 0
         """Free-running positions in the ring; `head == tail`: nothing is dirty and unsent."""
@@ -114,11 +115,11 @@ class Writeback:
 
     # What the other parts of the cache say.
 
-    def enqueue(self, slot: int) -> bool:
-        """`slot` has dirty blocks that are to be sent some time; False if that was known."""
-        if self._queued[slot]:
-            return False
-        self._queued[slot] = 1
+    def enqueue(self, slot: int) -> None:
+        """`slot` has dirty blocks that are to be sent some time."""
+        if self.queued[slot]:
+            return
+        self.queued[slot] = 1
         idle = self.tail <= max(self.head, self._goal)
         now = self._clock()
         if not self._marks or now - self._marks[-1][0] >= 1.0:
@@ -130,7 +131,6 @@ class Writeback:
         self.tail += 1
         if idle:
             self.woken()
-        return True
 
     def want(self, slots: Iterable[int], ticket: Ticket) -> None:
         """Send the dirty blocks of `slots` at the end of this turn, for `ticket`."""
@@ -306,7 +306,7 @@ class Writeback:
         slots = []
         for position in range(self.head, goal):
             slot = self._ring[position % self._ring_size]
-            self._queued[slot] = 0
+            self.queued[slot] = 0
             slots.append(slot)
             if self.barrier is not None and position < self.barrier_at:
                 self.barrier.pending += 1

@@ -21,6 +21,7 @@ from bridge.request import (
     READ,
     WRITE,
     WRITE_ZEROES,
+    Hits,
     Request,
     Target,
 )
@@ -57,27 +58,25 @@ _MAX_RANGES_BYTES = 4096
 class UsedRing(Protocol):
     """Where a finished request goes: the ring it came from."""
 
-    def complete(self, request: BlkRequest, status: int, length: int) -> None:
+    def complete(self, chain: Chain, status: int, length: int) -> None:
         """Write the status byte (if there is one) and use the chain, `length` bytes written."""
 
 
 class BlkRequest(Request):
-    """A guest's request on its way: a `Request` that knows its chain and its status byte."""
+    """A guest's request on its way: a `Request` that knows its ring and its chain."""
 
-    __slots__ = ("head", "ring", "status_at", "status_view", "used_bytes")
+    __slots__ = ("chain", "ring", "used_bytes")
 
     def __init__(
         self,
         ring: UsedRing,
-        head: int,
+        chain: Chain,
         op: int,
         offset: int,
         length: int,
         buffers: list[memoryview],
         done: Callable[[Any], None],
         flags: int,
-        status_view: memoryview | None,
-        status_at: int,
         used_bytes: int,
     ) -> None:
         """`used_bytes` is the used length if the request succeeds."""
@@ -94,9 +93,7 @@ class BlkRequest(Request):
         self.generation = 0
         self.progress = 0
         self.ring = ring
-        self.head = head
-        self.status_view = status_view
-        self.status_at = status_at
+        self.chain = chain
         self.used_bytes = used_bytes
 
 
@@ -108,13 +105,17 @@ class BlkEngine:
         config: BlkConfig,
         target: Target,
         *,
+        hits: Hits | None = None,
         serial: str,
         fault: Callable[[str], None],
     ) -> None:
-        """`serial`: what GET_ID answers, at most 20 bytes. `fault(problem)` is told what a guest
-        did wrong, "kind" or "kind: details", so that it is counted and logged once per kind."""
+        """`hits`: what can be asked before `target`. `serial`: what GET_ID answers, at most 20
+        bytes. `fault(problem)` is told what a guest did wrong, "kind" or "kind: details", so that
+        it is counted and logged once per kind."""
         self.config = config
         self._submit = target.submit
+        self._read_hit = hits.read_hit if hits is not None else _no_hit
+        self._write_hit = hits.write_hit if hits is not None else _no_hit
         self._done = self._finish  # bound once
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._fault = fault
@@ -151,12 +152,14 @@ class BlkEngine:
         """Execute the requests in `chains`; `ring.complete` is called as each is finished."""
         # One loop over the batch: what it needs of `self` is looked up once.
         submit = self._submit
+        read_hit = self._read_hit
+        write_hit = self._write_hit
         done = self._done
         capacity_bytes = self._capacity_bytes
         block_mask = self._block_mask
         write_flags = self._write_flags
         for chain in chains:
-            head, type_, sector, readable, writable, status_view, status_at, _ = chain
+            _, type_, sector, readable, writable, _, _, _ = chain
             if type_ == T_IN:
                 buffers = writable
                 wrong_way = readable
@@ -177,17 +180,18 @@ class BlkEngine:
             ):
                 self._refuse_data(ring, chain, offset, length)
             elif type_ == T_IN:
-                request = BlkRequest(
-                    ring, head, READ, offset, length, buffers, done, 0,
-                    status_view, status_at, length + 1,
-                )  # fmt: skip
-                submit(request)
+                if read_hit(offset, length, buffers):
+                    ring.complete(chain, S_OK, length + 1)
+                else:
+                    submit(
+                        BlkRequest(ring, chain, READ, offset, length, buffers, done, 0, length + 1)
+                    )
+            elif not write_flags and write_hit(offset, length, buffers):
+                ring.complete(chain, S_OK, 1)
             else:
-                request = BlkRequest(
-                    ring, head, WRITE, offset, length, buffers, done, write_flags,
-                    status_view, status_at, 1,
-                )  # fmt: skip
-                submit(request)
+                submit(
+                    BlkRequest(ring, chain, WRITE, offset, length, buffers, done, write_flags, 1)
+                )
 
     def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
         """Answer an IN or OUT that reaches no disk (virtio 1.3 §5.2.6.2)."""
@@ -200,7 +204,7 @@ class BlkEngine:
             problem = "a request past the end of the disk"
         else:
             # No data: there is nothing to do and nothing wrong.
-            ring.complete(self._request(ring, chain), S_OK, 1)
+            ring.complete(chain, S_OK, 1)
             return
         self._refuse(ring, chain, S_IOERR, problem)
 
@@ -228,11 +232,7 @@ class BlkEngine:
 
     def _request(self, ring: UsedRing, chain: Chain, op: int = READ) -> BlkRequest:
         """A request without data; its used length counts the status if no data precedes it."""
-        head, _, _, _, writable, status_view, status_at, _ = chain
-        return BlkRequest(
-            *(ring, head, op, 0, 0, [], self._done, 0),
-            *(status_view, status_at, 0 if writable else 1),
-        )
+        return BlkRequest(ring, chain, op, 0, 0, [], self._done, 0, _status_bytes(chain))
 
     def _flush(self, ring: UsedRing, chain: Chain) -> None:
         """FLUSH: the sector and any data are the driver's mistake, and harmless."""
@@ -249,11 +249,9 @@ class BlkEngine:
             part = rest[: len(view)]
             view[: len(part)] = part
             rest = rest[len(part) :]
-        request = self._request(ring, chain)
-        request.buffers = writable
         room = sum(map(len, writable))
         # The status follows the data; between a short serial and it nothing was written.
-        ring.complete(request, S_OK, room + 1 if room <= ID_BYTES else ID_BYTES)
+        ring.complete(chain, S_OK, room + 1 if room <= ID_BYTES else ID_BYTES)
 
     def _ranges(self, ring: UsedRing, chain: Chain, op: int) -> None:
         """DISCARD and WRITE_ZEROES: every segment is checked before any is executed."""
@@ -299,19 +297,29 @@ class BlkEngine:
     def _refuse(self, ring: UsedRing, chain: Chain, status: int, problem: str) -> None:
         """Answer a request that reached no disk. The data before the status was not written."""
         self._fault(problem)
-        request = self._request(ring, chain)
-        used_bytes = request.used_bytes if request.status_view is not None else 0
-        ring.complete(request, status, used_bytes)
+        has_status = chain[5] is not None
+        ring.complete(chain, status, _status_bytes(chain) if has_status else 0)
 
     def _finish(self, request: BlkRequest) -> None:
         """The disk is done with `request`: tell the guest."""
         error = request.error
         if not error:
-            request.ring.complete(request, S_OK, request.used_bytes)
+            request.ring.complete(request.chain, S_OK, request.used_bytes)
             return
         status = S_UNSUPP if error == EOPNOTSUPP else S_IOERR
         # A read that failed has not filled the data before the status.
-        request.ring.complete(request, status, 0 if request.op == READ else request.used_bytes)
+        used_bytes = 0 if request.op == READ else request.used_bytes
+        request.ring.complete(request.chain, status, used_bytes)
+
+
+def _status_bytes(chain: Chain) -> int:
+    """The used length of a chain of which only the status is written: 0 if data precedes that."""
+    return 0 if chain[4] else 1
+
+
+def _no_hit(offset: int, length: int, buffers: list[memoryview]) -> bool:
+    """Nothing is at hand."""
+    return False
 
 
 class _Segments:

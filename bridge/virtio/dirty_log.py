@@ -18,8 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 from bridge.errors import ProtocolError
-from bridge.request import READ
-from bridge.virtio.blk import BlkRequest
+from bridge.virtio.chain import Chain
 from bridge.virtio.memory import GuestMemory
 
 PAGE_SHIFT: Final = 12
@@ -120,13 +119,13 @@ class DirtyLog:
             for region in memory.regions
         ]
 
-    def mark_request(self, request: BlkRequest) -> None:
-        """`request` is finished: its status was written, and if it reads, its data may be."""
-        if request.op == READ:
-            for view in request.buffers:
-                self._mark_memory(address_of(view), len(view))
-        if request.status_view is not None:
-            self._mark_memory(address_of(request.status_view) + request.status_at, 1)
+    def mark_chain(self, chain: Chain) -> None:
+        """`chain` is used: its status was written, and its writable data may be."""
+        _, _, _, _, writable, status_view, status_at, _ = chain
+        for view in writable:
+            self._mark_memory(address_of(view), len(view))
+        if status_view is not None:
+            self._mark_memory(address_of(status_view) + status_at, 1)
 
     def mark_ring(self) -> None:
         """The ring itself was written to: all of it is marked, it is a few pages."""

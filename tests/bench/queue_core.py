@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 
 from bridge.request import Request
-from bridge.virtio.blk import BlkEngine, BlkRequest
+from bridge.virtio.blk import BlkEngine
 from bridge.virtio.blk_config import BlkConfig, DiskGeometry
+from bridge.virtio.chain import Chain
 from bridge.virtio.driver import INDIRECT, WRITE, SplitDriver, write_chain
 from bridge.virtio.inflight import TrackedSplitQueue, queue_region_bytes
 from bridge.virtio.inflight_packed import TrackedPackedQueue
@@ -43,11 +44,11 @@ class _Ring:
     def __init__(self, push: Callable[[int, int], None]) -> None:
         self._push = push
 
-    def complete(self, request: BlkRequest, status: int, length: int) -> None:
-        view = request.status_view
+    def complete(self, chain: Chain, status: int, length: int) -> None:
+        head, _, _, _, _, view, status_at, _ = chain
         assert view is not None
-        view[request.status_at] = status
-        self._push(request.head, length)
+        view[status_at] = status
+        self._push(head, length)
 
 
 def measure(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bridge.cache.cache import Cache
 from bridge.cache.exclusive import Exclusives
 from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
@@ -28,13 +29,25 @@ def _reconnect_ignores_written(patch: pytest.MonkeyPatch) -> None:
 
 
 def _write_does_not_clear_covered(patch: pytest.MonkeyPatch) -> None:
-    real = Store._now_dirty
+    real = Index.mark_dirty
 
-    def broken(self: Store, slot: int, granule: int, bits: int, absent: int) -> None:
-        real(self, slot, granule, bits, absent)
-        self._index.covered[slot] |= bits & self._index.dirty(slot)
+    def broken(self: Index, slot: int, bits: int) -> None:
+        covered = self.covered[slot]
+        real(self, slot, bits)
+        self.covered[slot] = covered
 
-    patch.setattr(Store, "_now_dirty", broken)
+    patch.setattr(Index, "mark_dirty", broken)
+
+
+def _rewritten_block_counts_as_sent(patch: pytest.MonkeyPatch) -> None:
+    real = Index.mark_dirty
+
+    def broken(self: Index, slot: int, bits: int) -> None:
+        sent, covered = self.sent[slot], self.covered[slot]
+        real(self, slot, bits)
+        self.sent[slot], self.covered[slot] = sent, covered
+
+    patch.setattr(Index, "mark_dirty", broken)
 
 
 def _state_before_data(patch: pytest.MonkeyPatch) -> None:
@@ -50,15 +63,32 @@ def _state_before_data(patch: pytest.MonkeyPatch) -> None:
 
 
 def _data_before_dirty_mark(patch: pytest.MonkeyPatch) -> None:
-    real = Store._put
+    mark, put = Index.mark_dirty, Store._put
 
-    def broken(self: Store, *arguments: Any) -> None:
-        real(self, *arguments[:-1], 0)
-        if arguments[-1]:
-            self._index.mark_dirty(arguments[3], arguments[-1])
+    def put_and_mark(self: Store, *arguments: Any) -> None:
+        put(self, *arguments)
+        mark(self._index, arguments[3], arguments[5])
 
-    patch.setattr(Store, "_put", broken)
+    patch.setattr(Index, "mark_dirty", lambda self, slot, bits: None)
+    patch.setattr(Store, "_put", put_and_mark)
     patch.setattr(Store, "_write_whole", lambda self, request: False)
+    patch.setattr(Cache, "write_hit", lambda *_: False)
+
+
+def _data_before_dirty_mark_of_a_hit(patch: pytest.MonkeyPatch) -> None:
+    mark = Index.mark_dirty
+
+    def write_hit(self: Cache, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        marked: list[tuple[int, int]] = []
+        with patch.context() as inner:
+            inner.setattr(Index, "mark_dirty", lambda _, slot, bits: marked.append((slot, bits)))
+            hit = real(self, offset, length, buffers)
+        for slot, bits in marked:
+            mark(self.index, slot, bits)
+        return hit
+
+    real = Cache.write_hit
+    patch.setattr(Cache, "write_hit", write_hit)
 
 
 def _flush_does_not_wait_for_flying(patch: pytest.MonkeyPatch) -> None:
@@ -115,8 +145,10 @@ def _flush_cleans_what_came_after(patch: pytest.MonkeyPatch) -> None:
         _fill_ignores_writes,
         _reconnect_ignores_written,
         _write_does_not_clear_covered,
+        _rewritten_block_counts_as_sent,
         _state_before_data,
         _data_before_dirty_mark,
+        _data_before_dirty_mark_of_a_hit,
         _flush_does_not_wait_for_flying,
         _fua_whatever_is_unflushed,
         _evicts_dirty,

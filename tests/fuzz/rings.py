@@ -29,9 +29,9 @@ from typing import Any
 
 from bridge.errors import ProtocolError
 from bridge.request import FLUSH, READ, WRITE, Request
-from bridge.virtio.blk import BlkEngine, BlkRequest
+from bridge.virtio.blk import BlkEngine
 from bridge.virtio.blk_config import BlkConfig, DiskGeometry
-from bridge.virtio.chain import QueueBroken
+from bridge.virtio.chain import Chain, QueueBroken
 from bridge.virtio.driver import WRITE as DEVICE_WRITES
 from bridge.virtio.driver import SplitDriver
 from bridge.virtio.inflight import TrackedSplitQueue, queue_region_bytes
@@ -110,10 +110,11 @@ class _Ring:
     def __init__(self, queue: VirtQueue) -> None:
         self.queue = queue
 
-    def complete(self, request: BlkRequest, status: int, length: int) -> None:
-        if request.status_view is not None:
-            request.status_view[request.status_at] = status
-        self.queue.push(request.head, length)
+    def complete(self, chain: Chain, status: int, length: int) -> None:
+        head, *_, status_view, status_at, _ = chain
+        if status_view is not None:
+            status_view[status_at] = status
+        self.queue.push(head, length)
 
 
 class Campaign:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from bridge.request import DISCARD, READ, WRITE, WRITE_ZEROES, Request
 from bridge.virtio import driver as guest_driver
-from bridge.virtio.blk import BlkEngine, BlkRequest
+from bridge.virtio.blk import BlkEngine
 from bridge.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.virtio.chain import Chain
 from bridge.virtio.driver import INDIRECT, Buffer, SplitDriver, write_chain
@@ -160,16 +160,39 @@ class FakeDisk:
         request.finish(0)
 
 
+class FakeHits:
+    """Has the bytes of a `FakeDisk` at hand below `end`, and says which hits it was asked for."""
+
+    def __init__(self, disk: FakeDisk, end: int) -> None:
+        self._disk = disk
+        self._end = end
+        self.asked: list[tuple[int, int]] = []
+
+    def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        return self._hit(Request(READ, offset, length, buffers, lambda _: None))
+
+    def write_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        return self._hit(Request(WRITE, offset, length, buffers, lambda _: None))
+
+    def _hit(self, request: Request) -> bool:
+        self.asked.append((request.op, request.offset))
+        if request.offset + request.length > self._end:
+            return False
+        self._disk.execute(request)
+        return True
+
+
 class MockRing:
     """What the engine sees of a ring: writes status and used element at once."""
 
     def __init__(self, queue: VirtQueue) -> None:
         self.queue = queue
 
-    def complete(self, request: BlkRequest, status: int, length: int) -> None:
-        if request.status_view is not None:
-            request.status_view[request.status_at] = status
-        self.queue.push(request.head, length)
+    def complete(self, chain: Chain, status: int, length: int) -> None:
+        head, *_, status_view, status_at, _ = chain
+        if status_view is not None:
+            status_view[status_at] = status
+        self.queue.push(head, length)
         self.queue.publish()
 
 
@@ -182,6 +205,7 @@ class BlkGuest(Guest):
         geometry: DiskGeometry | None = None,
         features: int | None = None,
         disk: FakeDisk | None = None,
+        hits: FakeHits | None = None,
         serial: str = "serial",
         size: int = 64,
         indirect: bool = True,
@@ -190,7 +214,7 @@ class BlkGuest(Guest):
         self.disk = disk or FakeDisk()
         self.config = BlkConfig(geometry or DiskGeometry(len(self.disk.data)), num_queues=1)
         self.faults: Counter[str] = Counter()
-        self.engine = BlkEngine(self.config, self.disk, serial=serial, fault=self._fault)
+        self.engine = BlkEngine(self.config, self.disk, hits=hits, serial=serial, fault=self._fault)
         self.engine.negotiated(self.config.features() if features is None else features)
         self.ring = MockRing(self.queue)
 

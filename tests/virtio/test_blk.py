@@ -31,7 +31,7 @@ from bridge.virtio.blk_config import (
     DiskGeometry,
 )
 from bridge.virtio.driver import Buffer
-from tests.virtio.mock import DEVICE_WRITES, UNWRITTEN, BlkGuest, FakeDisk
+from tests.virtio.mock import DEVICE_WRITES, UNWRITTEN, BlkGuest, FakeDisk, FakeHits
 
 CAPACITY_SECTORS = 2048
 SEGMENT = struct.Struct("<QII")
@@ -515,6 +515,51 @@ def test_reads_never_carry_fua() -> None:
     guest = BlkGuest(features=0)
     guest.request(T_IN, 0, room=512)
     assert [(request.op, request.flags) for request in guest.disk.requests] == [(READ, 0)]
+
+
+# Hits: what needs no request
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_hit_is_answered_without_a_request(indirect: bool) -> None:
+    disk = FakeDisk()
+    guest = BlkGuest(disk=disk, hits=FakeHits(disk, 4096))
+    assert guest.request(T_OUT, 1, out=b"w" * 512, indirect=indirect)[:2] == (S_OK, 1)
+    assert guest.request(T_IN, 1, room=512, indirect=indirect) == (S_OK, 513, b"w" * 512)
+    assert disk.requests == []
+
+
+def test_refused_hit_becomes_a_request() -> None:
+    disk = FakeDisk()
+    hits = FakeHits(disk, 4096)
+    guest = BlkGuest(disk=disk, hits=hits)
+    assert guest.request(T_OUT, 7, out=b"w" * 1024)[:2] == (S_OK, 1)
+    assert guest.request(T_IN, 7, room=1024) == (S_OK, 1025, b"w" * 1024)
+    assert hits.asked == [(WRITE, 3584), (READ, 3584)]
+    assert [(request.op, request.offset) for request in disk.requests] == hits.asked
+
+
+def test_write_that_has_to_be_durable_is_no_hit() -> None:
+    disk = FakeDisk()
+    hits = FakeHits(disk, 4096)
+    guest = BlkGuest(disk=disk, hits=hits, features=0)
+    guest.request(T_OUT, 0, out=b"w" * 512)
+    assert hits.asked == []
+    assert [request.flags for request in disk.requests] == [FUA]
+
+
+@pytest.mark.parametrize("type_", [T_IN, T_OUT])
+def test_hits_are_asked_for_nothing_that_is_refused(type_: int) -> None:
+    """Past the end, of half a block, without data, write to a read-only disk."""
+    disk = FakeDisk()
+    hits = FakeHits(disk, len(disk.data))
+    guest = BlkGuest(disk=disk, hits=hits, geometry=DiskGeometry(len(disk.data), read_only=True))
+    guest.request(T_OUT, 0, out=b"w" * 512)
+    guest = BlkGuest(disk=disk, hits=hits)
+    for sector, length in ((CAPACITY_SECTORS, 512), ((1 << 64) - 1, 512), (0, 100), (0, 0)):
+        data = {"out": bytes(length)} if type_ == T_OUT else {"room": length}
+        guest.request(type_, sector, **data)  # type: ignore[arg-type]
+    assert hits.asked == []
 
 
 # Everything at once

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import ProtocolError
-from bridge.request import READ, WRITE
-from bridge.virtio.blk import BlkRequest
+from bridge.virtio.blk import T_IN, T_OUT
+from bridge.virtio.chain import Chain
 from bridge.virtio.dirty_log import DirtyBitmap, DirtyLog, _fetch_or, address_of
 from bridge.virtio.memory import GuestMemory, Region
-from tests.virtio.mock import MockRing
 
 PAGES = 512
 FETCH_OR = [_fetch_or, None]
@@ -111,9 +110,9 @@ def test_3_11_concurrent_marks_lose_no_bit() -> None:
 # What a ring marks
 
 
-def request(op: int, buffers: list[memoryview], status: memoryview | None, at: int) -> BlkRequest:
-    ring = MockRing(None)  # type: ignore[arg-type]
-    return BlkRequest(ring, 0, op, 0, 0, buffers, lambda _: None, 0, status, at, 0)
+def chain(type_: int, data: list[memoryview], status: memoryview | None, at: int) -> Chain:
+    readable, writable = ([], data) if type_ == T_IN else (data, [])
+    return 0, type_, 0, readable, writable, status, at, None
 
 
 def memory() -> GuestMemory:
@@ -129,7 +128,7 @@ def test_3_11_read_marks_data_and_status() -> None:
     marks, log = bitmap()
     views = [guest.views(0x3000, 10)[0], guest.views((1 << 20) + 0x5FFF, 4096)[0]]
     status = guest.views(0x9000, 4096)[0]
-    DirtyLog(marks, guest, []).mark_request(request(READ, views, status, 4095))
+    DirtyLog(marks, guest, []).mark_chain(chain(T_IN, views, status, 4095))
     assert dirty_pages(log) >= {3, 256 + 5, 256 + 6, 9}
     if _fetch_or is not None:
         assert dirty_pages(log) == {3, 256 + 5, 256 + 6, 9}
@@ -139,7 +138,7 @@ def test_3_11_write_marks_its_status_only() -> None:
     guest = memory()
     marks, log = bitmap()
     data = guest.views(0x100000, 4096)
-    DirtyLog(marks, guest, []).mark_request(request(WRITE, data, guest.views(0, 1)[0], 0))
+    DirtyLog(marks, guest, []).mark_chain(chain(T_OUT, data, guest.views(0, 1)[0], 0))
     assert 0 in dirty_pages(log)
     assert 256 not in dirty_pages(log)
 
@@ -153,7 +152,7 @@ def test_3_11_ring_area_is_marked_where_the_front_end_says() -> None:
 def test_3_11_memory_that_is_not_known_any_more_marks_everything() -> None:
     marks, log = bitmap()
     elsewhere = memoryview(bytearray(16))
-    DirtyLog(marks, memory(), []).mark_request(request(READ, [elsewhere], None, 0))
+    DirtyLog(marks, memory(), []).mark_chain(chain(T_IN, [elsewhere], None, 0))
     assert dirty_pages(log) == set(range(PAGES))
 
 
