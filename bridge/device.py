@@ -116,9 +116,15 @@ class BlkDevice:
         was_writeback = self._config.writeback
         self._config.write(offset, data)
         self._engine.writeback_changed()
+        self._remember_writeback()
         if was_writeback and not self._config.writeback:
             # From now on the guest sends no flushes; what it wrote before is not to wait for one.
             self._target.submit(Request(FLUSH, 0, 0, [], _flushed))
+
+    def _remember_writeback(self) -> None:
+        """For the process after this one: the guest will not write it again."""
+        if self._inflight is not None:
+            self._inflight.write_through = self._config.writeback_refused
 
     def resize(self, size_bytes: int) -> None:
         """The disk below has another size: the guest is told."""
@@ -312,6 +318,7 @@ class BlkDevice:
             queue_size=max(queue_size, self.max_queue_size),
             packed=self._packed,
         )
+        self._remember_writeback()
         return fd, size_bytes
 
     def set_inflight(
@@ -328,6 +335,10 @@ class BlkDevice:
             queue_size=max(queue_size, room),
             packed=self._packed,
         )
+        if self._inflight.write_through:
+            self._config.refuse_writeback()
+            self._engine.writeback_changed()
+        self._remember_writeback()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
         """See VhostUserDevice."""

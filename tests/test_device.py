@@ -16,7 +16,7 @@ from trio.testing import MockClock
 from bridge.errors import ProtocolError
 from bridge.request import FLUSH, WRITE, Request
 from bridge.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
-from bridge.virtio.blk_config import F_FLUSH, F_VERSION_1
+from bridge.virtio.blk_config import F_CONFIG_WCE, F_FLUSH, F_VERSION_1
 from bridge.virtio.inflight import InflightRegion
 from tests.device_guest import (
     MEMORY_BYTES,
@@ -655,6 +655,48 @@ async def test_driver_that_accepts_nothing_but_version_1_works(
 
 
 # Crash recovery
+
+
+async def test_3_10_write_cache_turned_off_stays_off_after_a_death(guest: DeviceGuest) -> None:
+    """The guest believes that what completes is durable, whoever serves it."""
+    fd, size = guest.device.create_inflight(1, 16)
+    guest.device.write_config(32, b"\0", migration=False)
+    async with running_device(packed=guest.packed) as second:
+        await second.connect()
+        second.device.set_inflight(fd, 0, size, 1, 16)
+        assert second.device.read_config(32, 1) == b"\0"
+        second.start()
+        await second.request(T_OUT, out=b"x" * 512)
+        assert [(each.op, each.flags) for each in second.disk.requests] == [(WRITE, 1)]
+        second.device.write_config(32, b"\1", migration=False)
+        async with running_device(packed=guest.packed) as third:
+            await third.connect()
+            third.device.set_inflight(fd, 0, size, 1, 16)
+            assert third.device.read_config(32, 1) == b"\1"
+    os.close(fd)
+
+
+async def test_3_10_write_cache_that_is_off_is_so_in_a_new_region(guest: DeviceGuest) -> None:
+    """Whatever came first: the guest's write or the region."""
+    guest.device.write_config(32, b"\0", migration=False)
+    fd, size = guest.device.create_inflight(1, 16)
+    async with running_device(packed=guest.packed) as second:
+        await second.connect()
+        second.device.set_inflight(fd, 0, size, 1, 16)
+        assert second.device.read_config(32, 1) == b"\0"
+    os.close(fd)
+
+
+async def test_3_10_write_through_is_not_taken_from_a_region_where_it_was_not_offered(
+    guest: DeviceGuest,
+) -> None:
+    guest.device.write_config(32, b"\0", migration=False)
+    fd, size = guest.device.create_inflight(1, 16)
+    async with running_device(packed=guest.packed, withheld_features=F_CONFIG_WCE) as second:
+        await second.connect()
+        second.device.set_inflight(fd, 0, size, 1, 16)
+        assert second.device.read_config(32, 1) == b"\1"
+    os.close(fd)
 
 
 async def test_3_10_requests_of_a_dead_process_are_executed_again(guest: DeviceGuest) -> None:

@@ -167,6 +167,16 @@ class BlkConfig:
             raise ProtocolError("guest wrote writeback, which was not offered")
         self._guest_writeback = bool(data[0])
 
+    @property
+    def writeback_refused(self) -> bool:
+        """The guest has written 0 to `writeback`."""
+        return self._guest_writeback is False
+
+    def refuse_writeback(self) -> None:
+        """The guest has written 0 to `writeback`, to a process before this one."""
+        if self.features() & F_CONFIG_WCE:
+            self._guest_writeback = False
+
     def resize(self, size_bytes: int) -> None:
         """The disk below has another size."""
         self.geometry = replace(self.geometry, size_bytes=size_bytes)

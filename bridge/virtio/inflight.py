@@ -12,6 +12,10 @@ What makes it right is the order of the stores (they are seen in program order a
 A process that dies in between leaves `used_idx` different from the ring's used index; the entries
 of the list from the last batch's head, as many as the difference, are answered.
 
+Beside the requests the region keeps one more thing that must not die with us, in the `features`
+field that the layout has no use for: that the guest turned its write cache off. It believes that
+every completed write is durable, and no front-end tells the next process.
+
 The front-end can write here, too: everything that is read at the start is checked, and nothing
 is read back later.
 """
@@ -36,6 +40,10 @@ _SPLIT_HEADER_BYTES: Final = 16
 _SPLIT_ENTRY_BYTES: Final = 16
 _PACKED_HEADER_BYTES: Final = 32
 _PACKED_ENTRY_BYTES: Final = 32
+
+_WRITE_THROUGH_AT: Final = 7
+_WRITE_THROUGH: Final = 0x80
+"""The highest bit of the first queue's `features`, a little-endian u64 at the start of its part."""
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
@@ -131,6 +139,15 @@ class InflightRegion:
         for index in range(num_queues):
             region._check(index)
         return region
+
+    @property
+    def write_through(self) -> bool:
+        """The guest has its write cache turned off."""
+        return bool(self._view[_WRITE_THROUGH_AT] & _WRITE_THROUGH)
+
+    @write_through.setter
+    def write_through(self, value: bool) -> None:
+        self._view[_WRITE_THROUGH_AT] = _WRITE_THROUGH if value else 0
 
     def queue(self, index: int) -> memoryview:
         """The part of queue `index`. Raises ProtocolError if there is none such."""

@@ -174,10 +174,14 @@ async def test_read_only_disk_is_one_in_the_guest(machine: GuestMachine, folder:
     assert report.passed, report
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed"])
 async def test_write_cache_switched_off_by_the_guest_makes_writes_durable(
-    machine: GuestMachine, folder: Path
+    machine: GuestMachine, folder: Path, killed: bool
 ) -> None:
-    """With `write through` the guest sends no flush: every write has to be durable by itself."""
+    """With `write through` the guest sends no flush: every write has to be durable by itself.
+
+    So it is after the bridge was killed: the guest does not say it again.
+    """
     nbd_socket = folder / "nbd.sock"
     server = Server({"": MemoryDisk(16 * MIB)})
     commands: list[Command] = []
@@ -187,13 +191,17 @@ async def test_write_cache_switched_off_by_the_guest_makes_writes_durable(
         if name.endswith(" end"):
             writes = [each for each in commands if each.kind == CMD_WRITE]
             by_mode[name.removesuffix(" end")] = writes
+        elif killed:
+            await bridge.kill()
+            await bridge.start()
         commands.clear()
 
     server.commands = commands
     async with trio.open_nursery() as nursery:
         await nursery.start(server.serve_unix, nbd_socket)
-        async with bridge_to(f"nbd+unix:///?socket={nbd_socket}", folder) as bridge:
-            guest_config = config(machine, "writethrough", VhostUserDisk(bridge.socket))
+        async with killable_bridge(f"nbd+unix:///?socket={nbd_socket}", folder) as bridge:
+            disk = VhostUserDisk(bridge.socket, reconnect_ms=100)
+            guest_config = config(machine, "writethrough", disk)
             report = await run_guest(
                 guest_config, folder / "log", time_limit_s=LIMIT_S, checkpoint=checkpoint
             )
