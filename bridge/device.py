@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from errno import EIO
 from math import inf
@@ -36,7 +37,7 @@ _KICKLESS_POLL_S = 0.0005
 """How often a ring without a kick descriptor is looked at."""
 
 _FAILED_DRAIN_S = 1.0
-"""Failing everything takes no longer than the loop's next turn; this is for our own bugs."""
+"""Failing everything takes a few turns of the loop; this is for our own bugs."""
 
 
 class BlkDevice:
@@ -56,12 +57,12 @@ class BlkDevice:
         max_queues: int = 1,
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
-        fail_pending: Callable[[int], None] = lambda errno: None,
+        failing: Callable[[int], AbstractContextManager[object]] = nullcontext,
         on_all_stopped: Callable[[], Awaitable[None]] | None = None,
         withheld_features: int = 0,
     ) -> None:
-        """`hits`: what can be asked before `target`. `fail_pending(errno)` finishes everything
-        unfinished below, at once.
+        """`hits`: what can be asked before `target`. Within `failing(errno)` everything unfinished
+        below fails, and whatever that leads to.
 
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
         image next must find everything there. `withheld_features`: see BlkConfig.
@@ -80,7 +81,7 @@ class BlkDevice:
         )
         self._drain_timeout_s = drain_timeout_s
         self._gave_up_until_s = -inf
-        self._fail_pending = fail_pending
+        self._failing = failing
         self._on_all_stopped = on_all_stopped
         self._memory = GuestMemory([])
         self._features = 0
@@ -246,8 +247,7 @@ class BlkDevice:
             requests=unanswered,
             timeout_s=self._drain_timeout_s,
         )
-        self._fail_pending(EIO)
-        with trio.move_on_after(_FAILED_DRAIN_S, shield=True) as scope:
+        with self._failing(EIO), trio.move_on_after(_FAILED_DRAIN_S, shield=True) as scope:
             for ring in rings:
                 await ring.drained()
         if scope.cancelled_caught:

@@ -37,6 +37,10 @@ class Backend(Target, Protocol):
         """How many requests are not finished."""
 
     @property
+    def holds_writes(self) -> bool:
+        """It may hold what the server has not, also from before this process: a cache."""
+
+    @property
     def hits(self) -> Hits | None:
         """What serves requests on the spot; None: nothing does."""
 
@@ -131,11 +135,12 @@ class Disk:
             _log.warning("timed flush failed, will be tried again", errno=flush.error)
 
     async def flush(self) -> None:
-        """Flush what was written since the last flush, for a clean stop.
+        """Bring what was written to the server and flush it, for a clean stop.
 
         Failure is logged; when cancelled, the flush goes on without anybody waiting for it.
         """
-        if self._deadline_s is None or not self._backend.can_flush:
+        backend = self._backend
+        if not backend.can_flush or (self._deadline_s is None and not backend.holds_writes):
             return
         finished = trio.Event()
 

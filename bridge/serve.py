@@ -106,7 +106,7 @@ async def _serve(
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
         drain_timeout_s=options.stop_step_s,
-        fail_pending=storage.fail_pending,
+        failing=storage.failing,
         on_all_stopped=disk.flush,
         withheld_features=options.withheld_features,
     )

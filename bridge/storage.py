@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,7 @@ class NbdBackend:
     """A connected client, as the disk or the cache above it sees it."""
 
     hits = None
+    holds_writes = False
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -100,6 +102,10 @@ class NbdBackend:
         self.can_fua = export.can_fua
         self.can_trim = export.can_trim
         self.can_write_zeroes = export.can_write_zeroes
+
+    def refuse(self, errno: int) -> None:
+        """Whatever is submitted from here on fails with `errno`; 0: no longer."""
+        self.submit = (lambda request: request.finish(errno)) if errno else self._client.submit
 
     @property
     def generation(self) -> int:
@@ -116,6 +122,7 @@ class CachedBackend:
     """The cache, as the disk sees it: it has its own flush timer, and does what a server lacks."""
 
     can_flush = True
+    holds_writes = True
     in_flight = 0
 
     def __init__(self, cache: Cache) -> None:
@@ -135,6 +142,7 @@ class Storage:
         self._read_only = options.read_only
         self._settings = cache
         self._cache: Cache | None = None
+        self._under_cache: NbdBackend | None = None
         self._file: CacheFile | None = None
         self._cold: ThreadedCold | None = None
         self._woken = trio.Event()
@@ -180,9 +188,10 @@ class Storage:
             _log.warning(note)
         cold = self._cold = ThreadedCold()
         self._loop.add(cold.fd, cold.collect)
+        under = self._under_cache = NbdBackend(self.client)
         return Cache(
             file,
-            NbdBackend(self.client),
+            under,
             Options(mode=self._settings.mode, flush_interval_s=self._settings.flush_interval_s),
             clock=trio.current_time,
             call_at_turn_end=self._at_turn_end,
@@ -271,9 +280,25 @@ class Storage:
     def _wake(self) -> None:
         self._woken.set()
 
-    def fail_pending(self, errno: int) -> None:
-        """Finish everything unfinished with `errno`, at once: nothing is written afterwards."""
+    @contextmanager
+    def failing(self, errno: int) -> Iterator[None]:
+        """Within this everything unfinished fails with `errno`, and nothing new is begun.
+
+        A request of the guest's that waits in the cache (for room, for a discard, for the rest of a
+        block) comes to its end within a few turns, and nobody touches its memory afterwards. What
+        is dirty stays.
+        """
+        self._refuse(errno)
         self.client.fail_pending(errno)
+        try:
+            yield
+        finally:
+            self._refuse(0)
+
+    def _refuse(self, errno: int) -> None:
+        if self._cache is not None and self._under_cache is not None:
+            self._under_cache.refuse(errno)
+            self._cache.refuse(errno)
 
     async def close(self, limit_s: float) -> None:
         """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up.

@@ -112,7 +112,7 @@ class DeviceGuest:
             geometry or DiskGeometry(len(disk.data)),
             serial="serial",
             max_queues=max_queues,
-            fail_pending=options.pop("fail_pending", disk.fail_pending),
+            failing=options.pop("failing", disk.failing),
             on_all_stopped=options.pop("on_all_stopped", self._all_stopped),
             **options,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from errno import EIO
 from pathlib import Path
 from typing import Any
@@ -372,7 +373,7 @@ async def test_ring_closed_with_requests_unanswered_is_never_written_again(
     autojump_clock: MockClock,
 ) -> None:
     """Even a storage side that ignores being told to give up cannot reach ring or status."""
-    async with running_device(fail_pending=lambda errno: None, drain_timeout_s=5) as guest:
+    async with running_device(failing=nullcontext, drain_timeout_s=5) as guest:
         await guest.connect()
         ring = guest.start()
         guest.disk.hold = True

@@ -33,6 +33,7 @@ class FakeBackend(FakeDisk):
         super().__init__(8 << 20)
         self.can_flush = flush
         self.hits = FakeHits(self, hits_end) if hits_end else None
+        self.holds_writes = bool(hits_end)
 
     @property
     def in_flight(self) -> int:
@@ -269,6 +270,16 @@ async def test_flush_at_the_end_of_a_server_without_flush_is_nothing(
     async with timed(FakeBackend(flush=False)) as client:
         client.do(WRITE)
         await client.disk.flush()
+
+
+async def test_flush_at_the_end_brings_out_what_a_cache_held_before(
+    autojump_clock: MockClock,
+) -> None:
+    """Found in the file of a bridge that was killed, or completed after the guest's last flush."""
+    backend = FakeBackend(hits_end=4096)
+    async with timed(backend) as client:
+        await client.disk.flush()
+        assert backend.ops == ["flush"]
 
 
 # Everything else

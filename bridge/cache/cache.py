@@ -253,6 +253,11 @@ class Cache:
         else:
             request.finish(errno.EOPNOTSUPP)
 
+    def refuse(self, errno: int) -> None:
+        """Fail whatever waits here for something else than an answer of the server's: writes for
+        room. 0: they may wait again."""
+        self._store.refuse(errno)
+
     def backend_reconnected(self) -> None:
         """The connection was replaced: call this after `backend.generation` was raised and
         before unanswered requests are sent again."""

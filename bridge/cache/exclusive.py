@@ -6,7 +6,7 @@ the write-outs in flight there, then goes to the server, and when the server did
 a failed discard must lose nothing) the cached blocks of the range are dropped, dirty or not.
 Reads of cached blocks go on meanwhile and return the old content.
 
-Write-zeroes is complete only when durable (FUA, or a flush of the same connection generation):
+Write-zeroes is complete only when durable (FUA, or a flush of the same generation and epoch):
 nothing of it is kept that could be sent again after the server lost power.
 """
 
@@ -28,7 +28,10 @@ from .writeback import Writeback
 class Exclusive(Ticket):
     """One discard or write-zeroes in progress; a ticket for the write-outs before it."""
 
-    __slots__ = ("_ready", "done", "end", "first", "flags", "generation", "op", "stop", "waiting")
+    __slots__ = (
+        *("_ready", "done", "end", "epoch", "first", "flags", "generation", "op", "stop"),
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Exclusive(Ticket):
         self.flags = flags
         self.done = done
         self.generation = 0
+        self.epoch = 0
         self._ready = ready
         self.waiting: list[Callable[[], None]] = []
         """What is to be tried again when this one has ended."""
@@ -136,12 +140,15 @@ class Exclusives:
         elif each.op == DISCARD:
             flags = each.flags & FUA if self._backend.can_fua else 0
         each.generation = self._backend.generation
+        each.epoch = self._writeback.epoch
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:
         each: Exclusive = request.owner
         if not request.flags & FUA:
             self._writeback.unflushed = True
+        elif request.error:
+            self._writeback.could_not_flush()
         if request.error or request.flags & FUA or not self._backend.can_flush:
             self._end(each, request.error)
         elif each.op == DISCARD and not each.flags & FUA:
@@ -152,7 +159,12 @@ class Exclusives:
 
     def _flushed(self, request: Request) -> None:
         each: Exclusive = request.owner
-        lost = not request.generation == each.generation == self._backend.generation
+        if request.error:
+            self._writeback.could_not_flush()
+        lost = (
+            not request.generation == each.generation == self._backend.generation
+            or each.epoch != self._writeback.epoch
+        )
         if lost and not request.error:
             self._ready(each)
         else:

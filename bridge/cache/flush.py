@@ -6,8 +6,9 @@ queues costs two. A flush of few dirty blocks sends them as writes with FUA, all
 saves the second round trip; that is right only when the server holds nothing else unflushed.
 
 A block becomes clean when a flush succeeded that was sent after the block's reply, on the same
-connection generation as that reply. If the connection was replaced in between, everything
-begins again: the server may have lost what it acknowledged.
+connection generation as that reply. If the connection was replaced in between, or the server
+failed to make something else durable, everything begins again: the server may have lost what it
+acknowledged.
 """
 
 from __future__ import annotations
@@ -34,14 +35,21 @@ class Flushed(Protocol):
 class _Pass(Ticket):
     """One flush in progress."""
 
-    __slots__ = ("_ended", "covered", "generation", "waiters", "writes_seen")
+    __slots__ = ("_ended", "covered", "epoch", "generation", "waiters", "writes_seen")
 
     def __init__(
-        self, ended: Callable[[_Pass], None], *, fua: bool, generation: int, writes_seen: int
+        self,
+        ended: Callable[[_Pass], None],
+        *,
+        fua: bool,
+        generation: int,
+        epoch: int,
+        writes_seen: int,
     ) -> None:
         super().__init__(fua=fua)
         self._ended = ended
         self.generation = generation
+        self.epoch = epoch
         self.writes_seen = writes_seen
         self.covered: list[int] = []
         self.waiters: list[Flushed] = []
@@ -119,6 +127,7 @@ class Flusher:
             self._written_out,
             fua=fua,
             generation=self._backend.generation,
+            epoch=writeback.epoch,
             writes_seen=self.writes,
         )
         running.waiters = waiters
@@ -129,7 +138,9 @@ class Flusher:
         """Every dirty block was replied to."""
         if running.error:
             self._end(running, running.error)
-        elif running.generation != self._backend.generation:
+        elif (
+            running.generation != self._backend.generation or running.epoch != self._writeback.epoch
+        ):
             self._restart(running)
         elif not self._backend.can_flush:
             self._writeback.take_written()
@@ -150,12 +161,16 @@ class Flusher:
     def _replied(self, request: Request) -> None:
         running: _Pass = request.owner
         index = self._index
-        lost = not request.generation == running.generation == self._backend.generation
+        lost = (
+            not request.generation == running.generation == self._backend.generation
+            or running.epoch != self._writeback.epoch
+        )
         if request.error or lost:
             self._writeback.unflushed = True
             for slot in running.covered:
                 self._writeback.revive(slot, index.covered[slot])
             if request.error:
+                self._writeback.could_not_flush()
                 self._stats.flush_errors += 1
                 self._end(running, request.error)
             else:

@@ -94,7 +94,7 @@ class Ranges:
             steps = chain(
                 self._write_steps(start, first << shift, flags),
                 self._exclusive_steps(WRITE_ZEROES, first, end, stop, flags),
-                self._write_steps(min(end << shift, stop), stop, flags),
+                self._last_write_steps(stop, flags),
             )
         _Steps(request, steps).go_on()
 
@@ -113,11 +113,21 @@ class Ranges:
     ) -> Iterator[Step]:
         shift = self._index.block_shift
         while first < end:
+            if end << shift > stop and stop != self._index.geometry.disk_bytes:
+                # The disk has grown since: its old last block is no whole block of the range.
+                end = stop >> shift
+                continue
             until = min(end, first + self._run_blocks)
             yield partial(
                 self._exclusives.start, op, first, until, min(until << shift, stop), flags
             )
             first = until
+
+    def _last_write_steps(self, stop: int, flags: int) -> Iterator[Step]:
+        """Zero what comes before `stop` in its block, unless that was the end of the disk."""
+        start = stop >> self._index.block_shift << self._index.block_shift
+        if stop != self._index.geometry.disk_bytes:
+            yield from self._write_steps(start, stop, flags)
 
     def _write_steps(self, start: int, stop: int, flags: int) -> Iterator[Step]:
         while start < stop:

@@ -165,7 +165,7 @@ class Reads:
         def done(error: int) -> None:
             self._slots.unpin(slot)
             if error:
-                self._broken(op, slot, bits, start, end, error)
+                self._unreadable(op, slot, bits, start, end, error)
             elif index.valid(slot) & bits == bits:
                 index.ready[slot] |= bits
             op.release()
@@ -186,17 +186,21 @@ class Reads:
             return True
         return False
 
-    def _broken(self, op: _ReadOp, slot: int, bits: int, start: int, end: int, error: int) -> None:
+    def _unreadable(
+        self, op: _ReadOp, slot: int, bits: int, start: int, end: int, error: int
+    ) -> None:
         """The cache file cannot be read there: the server still has what is clean."""
         self._stats.file_errors += 1
         index = self._index
-        if index.dirty(slot) & bits:
-            # Never old bytes from the server for a dirty block.
-            op.error = op.error or error
-            return
-        self._slots.drop(slot, bits & index.valid(slot))
-        shift = index.block_shift
-        self._fetch(op, start >> shift, (end - 1 >> shift) + 1)
+        # Meanwhile the slot may have been dropped, and the granule have come back in another one.
+        if index.find(start >> index.granule_shift) == slot:
+            if index.dirty(slot) & bits:
+                # Never old bytes from the server for a dirty block.
+                op.error = op.error or error
+                return
+            if clean := bits & index.valid(slot):
+                self._slots.drop(slot, clean)
+        self._walk(op, start, end)
 
     def _index_touch(self, slot: int) -> None:
         touched = self._slots.touched

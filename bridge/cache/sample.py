@@ -62,17 +62,18 @@ def check_sample(cache: Sampled, backend: Backend, done: Callable[[int], None], 
 
 
 def _choose(index: Index, count: int) -> list[int]:
-    """Up to `count` slots in use."""
-    if not index.used:
-        return []
-    found = set()
-    for _ in range(count * 8):
-        slot = random.randint(1, index.slots)
-        if index.state[slot]:
-            found.add(slot)
-            if len(found) == count:
-                break
-    return sorted(found)
+    """`count` slots in use, all if there are fewer."""
+    states = index.state
+    if index.used > max(4 * count, index.slots // 8):
+        # At least every tenth try finds one: no walk through millions of slots.
+        found: set[int] = set()
+        while len(found) < count:
+            slot = random.randint(1, index.slots)
+            if states[slot]:
+                found.add(slot)
+        return sorted(found)
+    used = [slot for slot in range(1, index.slots + 1) if states[slot]]
+    return sorted(random.sample(used, min(count, len(used))))
 
 
 def _clean(index: Index, slot: int) -> int:

@@ -107,6 +107,7 @@ class Store:
         self._options = options
         self.set_limits()
         self._waiting: deque[_WriteOp] = deque()
+        self._refused = 0
         self._waking = False
         self._pressed = False
         self._lacks_blocks = False
@@ -239,6 +240,13 @@ class Store:
         self._waking = False
         if waiting and self._index.dirty_slots >= self._hard_slots:
             self._press()
+
+    def refuse(self, errno: int) -> None:
+        """Writes that wait for room fail with `errno`, and so do those that would have to from
+        here on; 0: no longer."""
+        self._refused = errno
+        while errno and self._waiting:
+            self._waiting.popleft().request.finish(errno)
 
     @property
     def waiting(self) -> int:
@@ -403,6 +411,9 @@ class Store:
         return True
 
     def _wait_for_room(self, op: _WriteOp) -> None:
+        if self._refused:
+            op.request.finish(self._refused)
+            return
         self._stats.writes_waited += 1
         self._waiting.append(op)
         self._press()

@@ -31,14 +31,18 @@ from .ticket import Ticket
 class WriteOut:
     """One WRITE in flight: blocks of one or more slots, one contiguous range of the disk."""
 
-    __slots__ = ("end", "fua", "offset", "parts", "tickets")
+    __slots__ = ("end", "epoch", "fua", "offset", "parts", "tickets")
 
-    def __init__(self, offset: int, end: int, parts: list[tuple[int, int]], fua: bool) -> None:
+    def __init__(
+        self, offset: int, end: int, parts: list[tuple[int, int]], *, fua: bool, epoch: int
+    ) -> None:
         self.offset = offset
         self.end = end
         self.parts = parts
         """(slot, bits) in disk order."""
         self.fua = fua
+        self.epoch = epoch
+        """`Writeback.epoch` when it was sent."""
         self.tickets: list[Ticket] = []
 
 
@@ -100,6 +104,9 @@ class Writeback:
         self.written: list[int] = []
         """Slots with *written* blocks since the last flush was sent."""
         self._is_written = bytearray(index.slots + 1)
+        self.epoch = 0
+        """Raised when the server could not make something durable. A flush is good only for what
+        was acknowledged in the epoch in which it ends."""
         self.unflushed = True
         """The server may hold something that finished after the last flush was sent. True at
         the start: the process before this one may have left that."""
@@ -190,6 +197,17 @@ class Writeback:
             self.revive(slot, index.dirty(slot) & index.sent[slot] & ~index.inflight[slot])
         self.written = []
 
+    def could_not_flush(self) -> None:
+        """The server failed to make something durable: a FLUSH, or a request with FUA.
+
+        Whatever it had only acknowledged may be gone with that, whoever's write it was: a Linux
+        server whose fsync fails drops what was to be written, and says so once. That goes for
+        what is in flight, too, if it is acknowledged later.
+        """
+        self.epoch += 1
+        self.unflushed = True
+        self.lost()
+
     def revive(self, slot: int, bits: int) -> None:
         """Written blocks of `slot` have to be sent again."""
         index = self._index
@@ -275,7 +293,7 @@ class Writeback:
             return
         self._pumping = True
         while (
-            len(self._flying) < self._requests_allowed()
+            len(self._flying) + len(self._thawing) < self._requests_allowed()
             and self._bytes_in_flight < self._options.writeback_bytes
         ):
             if self._batch_at < len(self._batch):
@@ -408,7 +426,7 @@ class Writeback:
         # The disk may end within its last block.
         end = min(offset + len(buffer), index.geometry.disk_bytes)
         fua = self._backend.can_fua and any(ticket.fua for ticket in tickets)
-        flying = WriteOut(offset, end, parts, fua)
+        flying = WriteOut(offset, end, parts, fua=fua, epoch=self.epoch)
         at = 0
         for slot, bits in parts:
             base = (slot << index.granule_shift) + ((bits & -bits).bit_length() - 1 << shift)
@@ -465,8 +483,12 @@ class Writeback:
         )
         stable = flying.fua or not self._backend.can_flush
         # Only what this connection generation received is covered by a flush of it.
-        kept = stable or request.generation == self._backend.generation
+        kept = stable or (
+            request.generation == self._backend.generation and flying.epoch == self.epoch
+        )
         if request.error:
+            if flying.fua:
+                self.could_not_flush()
             self._failed()
         else:
             self._pause_s = self._options.retry_s

@@ -17,7 +17,7 @@ from bridge.cache.writeback import Writeback
 
 from .world import run
 
-PROGRAMS = 1500
+PROGRAMS = 2500
 
 
 def _fill_ignores_writes(patch: pytest.MonkeyPatch) -> None:
@@ -121,6 +121,18 @@ def _discard_drops_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Exclusives, "_drop", lambda self, each, error: None)
 
 
+def _failed_flush_loses_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Writeback, "could_not_flush", lambda self: None)
+
+
+def _failed_flush_loses_what_was_replied_to_only(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Writeback) -> None:
+        self.unflushed = True
+        self.lost()
+
+    patch.setattr(Writeback, "could_not_flush", broken)
+
+
 def _clean_by_any_reply(patch: pytest.MonkeyPatch) -> None:
     real = Writeback._arrived
 
@@ -153,6 +165,8 @@ def _flush_cleans_what_came_after(patch: pytest.MonkeyPatch) -> None:
         _fua_whatever_is_unflushed,
         _evicts_dirty,
         _discard_drops_nothing,
+        _failed_flush_loses_nothing,
+        _failed_flush_loses_what_was_replied_to_only,
         _clean_by_any_reply,
         _flush_cleans_what_came_after,
     ],

@@ -239,6 +239,16 @@ class Server:
             self.history[at] = [self.rng.choice(contents)]
             self.replied_upto[at] = 1
 
+    def fail_fsync(self) -> None:
+        """A FLUSH or FUA failed: of what was not durable any may be gone, and nobody says so again.
+
+        That includes what was executed and is not replied to yet.
+        """
+        self.lose_power()
+        for command in self.pending:
+            if command.floor:
+                command.floor = [0] * len(self.history)
+
     def grow(self, contents: list[bytes]) -> None:
         """These sectors more; whoever did it saw to it that they are on the medium."""
         self.history += [[content] for content in contents]
@@ -668,6 +678,9 @@ class World:
         if error:
             if self.rng.random() < 0.5:
                 self.server.execute(command)
+            request = command.request
+            if (request.op == FLUSH or request.flags & FUA) and self.rng.random() < 0.7:
+                self.server.fail_fsync()
             self.server.reply(command, error)
             return
         if not command.executed:

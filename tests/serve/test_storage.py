@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from errno import EIO
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,51 @@ async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(dir
             assert done == [0]
             assert buffer == b"w" * (4 << 20)
             await storage.close(10)
+
+
+async def test_write_that_waits_for_room_fails_when_everything_does(directory: Path) -> None:
+    """Its memory is the guest's again: when the server is back, nothing may be read from there."""
+    async with process(slow_nbdkit(directory), ready=directory / "nbd") as nbdkit:
+        async with running(directory) as storage:
+            nbdkit.send_signal(signal.SIGSTOP)
+            ended, granule, buffer = [0], -1, bytearray()
+            while ended:
+                granule += 1
+                buffer = bytearray(b"w" * 4096)
+                ended = []
+                storage.backend.submit(
+                    Request(
+                        *(WRITE, granule << 16, 4096, [memoryview(buffer)]),
+                        lambda request, ended=ended: ended.append(request.error),
+                    )
+                )
+            with storage.failing(EIO):
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert ended == [EIO]
+                late = start(storage, WRITE, granule << 16, 4096)
+                flush = start(storage, FLUSH, 0, 0)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert (late, flush) == ([EIO], [EIO])
+            buffer[:] = b"!" * 4096
+            nbdkit.send_signal(signal.SIGCONT)
+            with trio.fail_after(30):
+                flush = start(storage, FLUSH, 0, 0)
+                while not flush:
+                    await trio.sleep(0.01)
+            assert flush == [0]
+            assert await read(storage, granule << 16) == bytes(4096)
+            assert await read(storage, (granule - 1) << 16) == b"w" * 4096
+            await storage.close(10)
+
+
+async def read(storage: Storage, offset: int) -> bytes:
+    """4 KiB of the disk."""
+    buffer = bytearray(4096)
+    ended: list[int] = []
+    storage.backend.submit(
+        Request(READ, offset, 4096, [memoryview(buffer)], lambda each: ended.append(each.error))
+    )
+    while not ended:
+        await trio.sleep(0.01)
+    assert ended == [0]
+    return bytes(buffer)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,13 @@ class MemoryTarget:
         for request in held:
             self.execute(request)
 
-    def fail_pending(self, error: int) -> None:
+    @contextmanager
+    def failing(self, error: int) -> Iterator[None]:
         """Fail what was held."""
         held, self.held = self.held, []
         for request in held:
             request.finish(error)
+        yield
 
     def execute(self, request: Request) -> None:
         """Do it and finish it."""
@@ -116,7 +118,7 @@ async def running_backend(
         ),
         serial="test-disk",
         max_queues=max_queues,
-        fail_pending=target.fail_pending,
+        failing=target.failing,
         **options,
     )
     path = directory / "disk.sock"

@@ -367,7 +367,7 @@ class RealDevice:
             geometry,
             serial="fuzz",
             max_queues=2,
-            fail_pending=self.target.fail_pending,
+            failing=self.target.failing,
         )
 
     def turn(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from bridge.request import DISCARD, READ, WRITE, WRITE_ZEROES, Request
 from bridge.virtio import driver as guest_driver
@@ -137,9 +138,11 @@ class FakeDisk:
             self.execute(request)
         self.error = 0
 
-    def fail_pending(self, errno: int) -> None:
+    @contextmanager
+    def failing(self, errno: int) -> Iterator[None]:
         """Finish all that is held, as the storage side does when it has to give up."""
         self.release(error=errno)
+        yield
 
     def execute(self, request: Request) -> None:
         assert request.offset + request.length <= len(self.data), request

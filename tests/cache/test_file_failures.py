@@ -1,0 +1,221 @@
+"""A cache file that is slow (its blocks left the page cache), or fails."""
+
+from __future__ import annotations
+
+import errno
+
+from bridge.cache.file import MappedImage
+from bridge.request import DISCARD, FLUSH, READ, WRITE
+
+from .fakes import BLOCK, EIO, GRANULE, LaterCold, Rig
+
+
+class _ColdImage(MappedImage):
+    """Nothing is in the page cache until a thread read it."""
+
+    warm = False
+
+    def resident(self, position: int, length: int) -> bool:
+        return self.warm
+
+
+def _cold_rig() -> tuple[Rig, LaterCold]:
+    cold = LaterCold()
+    first = Rig()
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(image=image, cold=cold)
+    rig.prefetch(0, 2 * GRANULE)
+    rig.cache.index.forget_residency()
+    return rig, cold
+
+
+def test_read_of_a_cold_block_does_not_hold_up_others() -> None:
+    rig, cold = _cold_rig()
+    rig.cache.index.ready[rig.cache.index.find(1)] = 0xFFFF
+
+    slow = rig.start(READ, 0, BLOCK)
+    hot = rig.start(READ, GRANULE, BLOCK)
+    early = slow.error
+    cold.finish()
+
+    assert (early, hot.error, slow.error) == (None, 0, 0)
+
+
+def test_cold_block_that_cannot_be_read_comes_from_the_server_when_clean() -> None:
+    rig, cold = _cold_rig()
+    rig.server.image[:BLOCK] = b"s" * BLOCK
+    result = rig.start(READ, 0, BLOCK)
+
+    cold.finish(error=EIO)
+    rig.end_turn()
+    rig.serve()
+
+    assert result.value == 0
+    assert bytes(result.request.buffers[0]) == b"s" * BLOCK
+
+
+def test_cold_dirty_block_that_cannot_be_read_fails_the_read() -> None:
+    """The server's bytes are old: an error is right, a fallback would be silent corruption."""
+    rig, cold = _cold_rig()
+    rig.write(0, b"a" * BLOCK)
+    rig.cache.index.forget_residency()
+    result = rig.start(READ, 0, BLOCK)
+
+    cold.finish(error=EIO)
+    rig.end_turn()
+
+    assert result.value == EIO
+    assert rig.server.ops(READ) == [(0, 2 * GRANULE)]
+
+
+def test_dirty_block_that_went_cold_is_read_by_a_thread_before_it_is_sent() -> None:
+    rig, cold = _cold_rig()
+    rig.write(0, b"a" * BLOCK)
+    rig.cache.index.forget_residency()
+    flush = rig.start(FLUSH)
+    early = rig.server.ops(WRITE)
+
+    cold.finish()
+    rig.end_turn()
+    rig.serve()
+
+    assert (early, flush.value) == ([], 0)
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
+
+
+def test_dirty_block_that_cannot_be_read_back_fails_the_flush() -> None:
+    rig, cold = _cold_rig()
+    rig.write(0, b"a" * BLOCK)
+    rig.cache.index.forget_residency()
+    flush = rig.start(FLUSH)
+
+    cold.finish(error=EIO)
+    rig.end_turn()
+
+    assert flush.value == EIO
+    assert rig.cache.index.dirty_blocks == 1
+
+
+def test_write_of_part_of_a_cold_block_waits_for_the_thread() -> None:
+    rig, cold = _cold_rig()
+    result = rig.start(WRITE, 512, data=b"a" * 512)
+    early = result.error
+
+    cold.finish()
+    rig.end_turn()
+
+    assert (early, result.error) == (None, 0)
+
+
+def test_two_reads_of_a_cold_granule_that_cannot_be_read_come_from_the_server() -> None:
+    """The first one drops the granule; the second finds it elsewhere, or nowhere."""
+    rig, cold = _cold_rig()
+    rig.server.image[:GRANULE] = b"s" * GRANULE
+    first = rig.start(READ, 0, GRANULE)
+    second = rig.start(READ, 0, GRANULE)
+
+    for _ in range(2):
+        cold.finish(error=EIO)
+        rig.end_turn()
+    rig.serve()
+
+    assert (first.value, second.value) == (0, 0)
+    for result in (first, second):
+        assert bytes(result.request.buffers[0]) == b"s" * GRANULE
+
+
+def test_cold_block_that_cannot_be_read_and_was_discarded_comes_from_the_server() -> None:
+    rig, cold = _cold_rig()
+    read = rig.start(READ, 0, BLOCK)
+    discard = rig.start(DISCARD, 0, GRANULE)
+    rig.serve()
+
+    cold.finish(error=EIO)
+    rig.end_turn()
+    rig.serve()
+
+    assert (read.value, discard.value) == (0, 0)
+
+
+def test_cold_read_that_fails_gets_what_was_written_to_its_granule_since() -> None:
+    """After a discard the granule has another slot: a dirty one, never to be dropped."""
+    rig, cold = _cold_rig()
+    read = rig.start(READ, 0, BLOCK)
+    rig.start(DISCARD, 0, GRANULE)
+    rig.serve()
+    rig.write(0, b"n" * BLOCK)
+
+    cold.finish(error=EIO)
+    rig.end_turn()
+
+    assert bytes(read.request.buffers[0]) == b"n" * BLOCK
+    assert rig.cache.index.dirty_blocks == 1
+
+
+def test_flush_of_a_cold_dirty_set_reads_it_back_in_bounded_steps() -> None:
+    cold = LaterCold()
+    first = Rig(granules=256, slots=256)
+    for granule in range(256):
+        first.start(WRITE, granule * GRANULE, data=b"a" * BLOCK)
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(granules=256, slots=256, image=image, cold=cold)
+
+    flush = rig.start(FLUSH)
+    most = 0
+    while cold.jobs or rig.server.pending:
+        most = max(most, len(cold.jobs))
+        while cold.jobs:
+            cold.finish()
+        rig.end_turn()
+        rig.serve()
+
+    assert flush.value == 0
+    assert most <= rig.options.writeback_requests
+    assert rig.cache.index.dirty_blocks == 0
+
+
+class _FailingImage(MappedImage):
+    """A cache file whose stores fail."""
+
+    fails = False
+
+    def put(self, position: int, source: object) -> None:
+        if self.fails:
+            raise OSError(errno.ENOSPC, "full")
+        super().put(position, source)
+
+
+def _failing_rig() -> Rig:
+    first = Rig()
+    rig = Rig(image=_FailingImage(first.image._whole.obj, first.image.header))
+    rig.server.image[:BLOCK] = b"s" * BLOCK
+    rig.image.fails = True  # type: ignore[attr-defined]
+    return rig
+
+
+def test_failing_cache_file_does_not_fail_reads() -> None:
+    rig = _failing_rig()
+
+    assert rig.read(0, BLOCK) == b"s" * BLOCK
+    assert rig.read(0, BLOCK) == b"s" * BLOCK
+    assert rig.cache.index.used == 0
+
+
+def test_failing_cache_file_fails_writes_and_keeps_what_was_there() -> None:
+    rig = _failing_rig()
+
+    assert rig.write(0, b"a" * BLOCK) == errno.ENOSPC
+    assert rig.write(0, b"a" * GRANULE + b"a" * BLOCK) == errno.ENOSPC
+    assert rig.read(0, BLOCK) == b"s" * BLOCK
+    assert rig.cache.index.used == 0
+
+
+def test_failing_cache_file_does_not_lose_dirty_data() -> None:
+    rig = _failing_rig()
+    rig.image.fails = False  # type: ignore[attr-defined]
+    rig.write(0, b"a" * BLOCK)
+    rig.image.fails = True  # type: ignore[attr-defined]
+
+    assert rig.write(BLOCK, b"b" * BLOCK) == errno.ENOSPC
+    assert rig.flush() == 0
+    assert rig.server.image[:BLOCK] == b"a" * BLOCK
