@@ -19,7 +19,7 @@ from bridge.nbd.client import Client
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri, parse_uri
 from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
-from bridge.storage import CacheSettings, NbdBackend, Storage, cache_identity
+from bridge.storage import CacheSettings, NbdBackend, Storage, cache_identity, other_volume
 
 _STATUS_BYTES = 1 << 30
 """How much of a disk one question about its extents covers."""
@@ -79,6 +79,9 @@ def _cache_to_flush(path: str, client: Client, loop: Loop, at_last: ExitStack) -
             clock=trio.current_time,
             call_at_turn_end=loop.at_turn_end,
         )
+        export = client.export
+        if export.sessions and cache.is_of_another_volume(export.sessions[0], export.identity):
+            raise ConfigError(other_volume(file))
     except BaseException:
         file.close(clean=False)
         raise

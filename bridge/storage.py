@@ -19,7 +19,7 @@ import trio
 
 from bridge.cache.cache import Cache
 from bridge.cache.cold import ThreadedCold
-from bridge.cache.file import CacheFile, open_or_create
+from bridge.cache.file import CacheFile, dirty_bytes, open_or_create
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
 from bridge.disk import Backend
@@ -84,6 +84,16 @@ def cache_path(uri: NbdUri, directory: str | None) -> Path:
 def cache_identity(uri: NbdUri) -> Identity:
     """What a cache file must belong to, to be used for `uri`: the server and the export."""
     return Identity(uri=uri.server, export=uri.export_name)
+
+
+def other_volume(file: CacheFile) -> str:
+    """The line for an operator whose volume was replaced while its cache held dirty data."""
+    return (
+        f"cache file {file.path} holds {dirty_bytes(file)} bytes of unwritten data for another "
+        "volume that had this name: bring that one back, or write to this one all the same "
+        f"('nbd-bridge cache flush --moved {file.path}'), or give the data up "
+        f"('nbd-bridge cache drop --discard-dirty {file.path}')"
+    )
 
 
 class NbdBackend:
@@ -162,6 +172,7 @@ class Storage:
         except BaseException:
             self._close_file(clean=False)
             raise
+        self._check_volume(cache, export)
         cache.woken = self._wake
         self.client.keeps_unflushed = True
         self.client.on_reconnect = self._reconnected
@@ -198,6 +209,14 @@ class Storage:
             cold=cold,
         )
 
+    def _check_volume(self, cache: Cache, export: Export) -> None:
+        """What the cache has and the server has not must not go to another volume."""
+        if export.sessions is None or not cache.index.dirty_slots:
+            return
+        if cache.is_of_another_volume(export.sessions[0], export.identity):
+            assert self._file is not None
+            raise ConfigError(other_volume(self._file))
+
     def _at_turn_end(self, callback: Callable[[], None]) -> None:
         """For the cache: nothing of it runs any more when its file is closed."""
 
@@ -230,12 +249,10 @@ class Storage:
 
     def _note_generation(self, cache: Cache) -> bool:
         """Drop what is clean if somebody else wrote since; False if the server does not say."""
-        properties = self.client.export.properties
-        try:
-            generation, written = int(properties["generation"]), int(properties["written"])
-        except (KeyError, ValueError):
+        export = self.client.export
+        if export.sessions is None:
             return False
-        if dropped := cache.note_export_generation(generation, written):
+        if dropped := cache.note_export(*export.sessions, export.identity):
             _log.warning(
                 "somebody else wrote the export since: the clean part of the cache is discarded",
                 blocks=dropped,
@@ -312,7 +329,7 @@ class Storage:
                 await self._flush_cache(self._cache)
         left_s = deadline_s - trio.current_time()
         await self.client.close(max(left_s, self.client.options.close_timeout_s))
-        dirty = self._cache is not None and self._cache.index.dirty_slots
+        dirty = self._opened and self._cache is not None and self._cache.index.dirty_slots
         path = self._file.path if self._file is not None else ""
         self._close_file(clean=True)
         if dirty:

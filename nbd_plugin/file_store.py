@@ -115,7 +115,8 @@ class FileStore:
         state = self.load_state(name)
         number = state.generation + 1
         self.save_state(
-            name, replace(state, generation=number, written=number, read_only=read_only)
+            name,
+            replace(state, generation=number, written=number, read_only=read_only, identity=""),
         )
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:

@@ -104,9 +104,10 @@ class Service:
         """
         state = handle.disk.load_state()
         generation = handle.session.generation if handle.session else state.generation
+        identity = f"identity={state.identity} " if state.identity else ""
         return (
             f"nbd-bridge volume={handle.volume} generation={generation} written={state.written} "
-            f"instance={handle.disk.instance()} session=yes"
+            f"{identity}instance={handle.disk.instance()} session=yes"
         )
 
     def _list_line(self, volume: VolumeInfo) -> str:

@@ -29,12 +29,15 @@ number in the export's description is the one of the session being opened (nbdki
 call `open`, then `get_size` and the `can_…`, then `export_description`). `written` is the last
 generation that wrote: it is stored before that session's first write is executed. Whoever cached
 the volume under generation G may keep the cache exactly if `written <= G`; looking around
-(`nbdinfo --list` opens and closes every export) raises `generation`, not `written`.
+(`nbdinfo --list` opens and closes every export) raises `generation`, not `written`. The first
+session also gives the volume its **identity**: one of the same name that was made anew, or came
+back without its counters, has another.
 """
 
 from __future__ import annotations
 
 import errno
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -171,7 +174,8 @@ class Fence:
                 return Handle(self._volume, disk, None, None)
             state = disk.load_state()
             session.generation = state.generation + 1
-            disk.save_state(replace(state, generation=session.generation))
+            identity = state.identity or secrets.token_hex(16)
+            disk.save_state(replace(state, generation=session.generation, identity=identity))
         except BaseException:
             if disk is not None:
                 disk.close()

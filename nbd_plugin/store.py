@@ -28,6 +28,9 @@ class VolumeState:
     generation: int = 0
     written: int = 0
     read_only: bool = False
+    identity: str = ""
+    """32 hexadecimal digits that no other volume has, whatever its name; "" before the first
+    writable session."""
     losses: int = 0
     """How often a flush failed, so that writes which were acknowledged may be gone."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 from nbd_plugin.store import VolumeState
 
 MAX_STATE_BYTES = 4096
+_IDENTITY = re.compile("([0-9a-f]{32})?", re.ASCII)
 
 
 def parse_state(data: bytes) -> VolumeState:
@@ -19,9 +21,13 @@ def parse_state(data: bytes) -> VolumeState:
     counters = [fields.get(key, 0) for key in ("generation", "written", "losses")]
     if not all(type(value) is int and 0 <= value < 2**63 for value in counters):
         raise ValueError("not a counter")
+    identity = fields.get("identity", "")
+    if not (isinstance(identity, str) and _IDENTITY.fullmatch(identity)):
+        raise ValueError("not an identity")
     return VolumeState(
         generation=counters[0],
         written=counters[1],
         read_only=fields.get("read_only") is True,
         losses=counters[2],
+        identity=identity,
     )

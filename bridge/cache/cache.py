@@ -313,18 +313,30 @@ class Cache:
             self._residency_due = now + self.options.residency_s
             self.index.forget_residency()
 
-    def note_export_generation(self, generation: int, written: int) -> int:
+    def is_of_another_volume(self, generation: int, identity: bytes) -> bool:
+        """The export is not the one that the content came from: it has another identity, or has
+        counted fewer sessions."""
+        header = self._image.header
+        return generation < header.export_generation or (
+            bool(identity and header.export_identity) and identity != header.export_identity
+        )
+
+    def note_export(self, generation: int, written: int, identity: bytes) -> int:
         """The server counts its writable sessions: ours is `generation`, the last one that wrote
         was `written`. Call it before serving, and after each reconnect before anything is sent
         again.
 
-        Drops every clean block if somebody else wrote since the cache was filled; returns how
-        many. The number is stored before this session can write anything.
+        Drops every clean block if somebody else wrote since the cache was filled, or if this is
+        another volume; returns how many. The number is stored before this session can write
+        anything.
         """
-        known = self._image.header.export_generation
-        dropped = self.drop_clean() if written > known else 0
-        if generation != known:
-            self._image.save_header(export_generation=generation)
+        header = self._image.header
+        foreign = written > header.export_generation
+        dropped = 0
+        if foreign or self.is_of_another_volume(generation, identity):
+            dropped = self.drop_clean()
+        if (generation, identity) != (header.export_generation, header.export_identity):
+            self._image.save_header(export_generation=generation, export_identity=identity)
         return dropped
 
     def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:

@@ -139,7 +139,9 @@ class Flusher:
         if running.error:
             self._end(running, running.error)
         elif (
-            running.generation != self._backend.generation or running.epoch != self._writeback.epoch
+            running.lost
+            or running.generation != self._backend.generation
+            or running.epoch != self._writeback.epoch
         ):
             self._restart(running)
         elif not self._backend.can_flush:

@@ -44,6 +44,8 @@ _PAGE = 4096
 _FIXED = struct.Struct("=8sIIIIIIQQQQ16sI32sHH")
 _TEXT_BYTES = 1500
 """Of the URI and of the export's name, for `cache show`; the identity is their hash."""
+_TAIL = struct.Struct("=16sI")
+"""At the end of the page: the export's identity, and the checksum of all that is before that."""
 _CRC = struct.Struct("=I")
 
 
@@ -149,6 +151,8 @@ class Header:
     export_generation: int
     """The export's generation that the clean blocks belong to; 0: the server has none."""
     created_s: int
+    export_identity: bytes = b""
+    """16 bytes of the volume that the content belongs to; b"": the server gives none."""
 
     def next(self, **changes: object) -> Header:
         """The header that follows this one."""
@@ -177,7 +181,8 @@ class Header:
             len(uri),
             len(export),
         )
-        page = (fixed + uri + export).ljust(HEADER_BYTES - _CRC.size, b"\0")
+        page = (fixed + uri + export).ljust(HEADER_BYTES - _TAIL.size, b"\0")
+        page += self.export_identity.ljust(16, b"\0")
         return page + _CRC.pack(zlib.crc32(page))
 
 
@@ -227,6 +232,7 @@ def _parse_page(page: bytes) -> Header | None:
     if geometry.fault() or uri_bytes > _TEXT_BYTES or export_bytes > _TEXT_BYTES:
         return None
     text = page[_FIXED.size :]
+    identity, _ = _TAIL.unpack(page[-_TAIL.size :])
     return Header(
         geometry=geometry,
         uri=text[:uri_bytes].decode(errors="replace"),
@@ -238,6 +244,7 @@ def _parse_page(page: bytes) -> Header | None:
         index_crc=index_crc,
         export_generation=generation,
         created_s=created,
+        export_identity=identity if any(identity) else b"",
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 class Ticket:
     """Somebody waiting for write-outs."""
 
-    __slots__ = ("error", "fua", "pending", "unstable")
+    __slots__ = ("error", "fua", "lost", "pending", "unstable")
 
     def __init__(self, *, fua: bool) -> None:
         self.pending = 0
@@ -16,6 +16,8 @@ class Ticket:
         """Send with FUA what is sent for this ticket."""
         self.unstable = False
         """Something it waited for was written without FUA: only a flush makes it durable."""
+        self.lost = False
+        """Something it waited for was acknowledged, and has to be sent again all the same."""
 
     def settled(self) -> None:
         """Everything wanted was replied to."""

@@ -510,6 +510,7 @@ class Writeback:
                 self._schedule_urgent()
         for ticket in flying.tickets:
             ticket.error = ticket.error or request.error
+            ticket.lost = ticket.lost or not kept
             ticket.release()
         self.landed()
         self._pump()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from bridge.nbd.protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
+_IDENTITY = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,22 @@ class Export:
     def usable_bytes(self) -> int:
         """The size down to a whole minimum block: the rest cannot be reached by any request."""
         return self.size_bytes - self.size_bytes % self.min_block_bytes
+
+    @property
+    def sessions(self) -> tuple[int, int] | None:
+        """(generation, written): our plugin's count of writable sessions, this one's and the last
+        that wrote; None from other servers."""
+        properties = self.properties
+        try:
+            return int(properties["generation"]), int(properties["written"])
+        except (KeyError, ValueError):
+            return None
+
+    @property
+    def identity(self) -> bytes:
+        """16 bytes that no other volume of our plugin has; b"" from other servers."""
+        text = self.properties.get("identity", "")
+        return bytes.fromhex(text) if _IDENTITY.fullmatch(text) else b""
 
     @property
     def properties(self) -> dict[str, str]:

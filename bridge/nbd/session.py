@@ -304,6 +304,8 @@ class Session:
             return None
         if export.usable_bytes < old.usable_bytes:
             return f"the export shrank from {old.size_bytes} to {export.size_bytes} bytes"
+        if export.identity and old.identity and export.identity != old.identity:
+            return "it is another volume now, of the same name"
         if export.read_only and not (old.read_only or self._options.read_only):
             return "the export is read-only now"
         if old.can_flush and not export.can_flush:

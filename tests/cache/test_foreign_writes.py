@@ -9,15 +9,43 @@ from .fakes import BLOCK, GRANULE, Rig
 
 def test_foreign_write_seen_by_generation_drops_the_clean_part_only() -> None:
     rig = Rig()
-    rig.cache.note_export_generation(5, 4)
+    rig.cache.note_export(5, 4, b"")
     rig.prefetch(0, GRANULE)
     rig.write(GRANULE, b"a" * BLOCK)
 
-    kept = rig.cache.note_export_generation(6, 5)
-    dropped = rig.cache.note_export_generation(9, 8)
+    kept = rig.cache.note_export(6, 5, b"")
+    dropped = rig.cache.note_export(9, 8, b"")
 
     assert (kept, dropped) == (0, 16)
     assert rig.read(GRANULE, BLOCK) == b"a" * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("generation", "written", "identity"),
+    [(1, 0, b"a" * 16), (58, 57, b"b" * 16), (56, 0, b"")],
+    ids=["counters begin anew", "another identity", "fewer sessions, no identity"],
+)
+def test_another_volume_of_the_same_name_drops_the_clean_part(
+    generation: int, written: int, identity: bytes
+) -> None:
+    """Removed and made again, or restored: whatever its counters say, it is not what was cached."""
+    rig = Rig()
+    rig.cache.note_export(57, 57, b"a" * 16)
+    rig.prefetch(0, GRANULE)
+
+    assert rig.cache.is_of_another_volume(generation, identity)
+    assert rig.cache.note_export(generation, written, identity) == 16
+    assert not rig.cache.is_of_another_volume(generation + 1, identity)
+
+
+def test_identity_is_learnt_of_a_server_that_begins_to_give_one() -> None:
+    rig = Rig()
+    rig.cache.note_export(57, 57, b"")
+    rig.prefetch(0, GRANULE)
+
+    assert not rig.cache.is_of_another_volume(58, b"a" * 16)
+    assert rig.cache.note_export(58, 57, b"a" * 16) == 0
+    assert rig.cache.is_of_another_volume(59, b"b" * 16)
 
 
 def test_sample_that_differs_drops_the_clean_part() -> None:

@@ -109,3 +109,22 @@ def test_write_that_was_at_the_server_when_a_flush_failed_is_sent_again(
     assert rig.flush() == 0
     assert medium(rig, 5 * GRANULE) == b"b" * BLOCK
     assert medium(rig, 0) == b"a" * BLOCK
+
+
+def test_flush_that_waits_for_a_write_from_before_a_failed_one_begins_anew(rig: Rig) -> None:
+    """The acknowledgement that it waited for is worth nothing."""
+    first = rig.start(FLUSH)
+    rig.start(WRITE, 5 * GRANULE, data=b"b" * BLOCK)
+    rig.tick(10)
+    second = rig.start(FLUSH)
+    let_fsync_fail(rig)
+    rig.server.answer(0)
+    assert [request.op for request in rig.server.pending] == [WRITE]
+    write = rig.server.pending.pop(0)
+    write.generation = rig.server.generation
+    write.finish(0)
+    rig.end_turn()
+    rig.serve()
+
+    assert (first.value, second.value) == (EIO, 0)
+    assert medium(rig, 5 * GRANULE) == b"b" * BLOCK
