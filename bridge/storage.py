@@ -123,6 +123,11 @@ class NbdBackend:
         return self._client.generation
 
     @property
+    def gone(self) -> bool:
+        """There was no connection for too long: requests fail."""
+        return self._client.session.given_up
+
+    @property
     def in_flight(self) -> int:
         """How many commands are not finished."""
         return self._client.in_flight

@@ -28,6 +28,10 @@ class Backend(Protocol):
     def generation(self) -> int:
         """Raised by each reconnect."""
 
+    @property
+    def gone(self) -> bool:
+        """There is no connection, and requests do not wait for one any more: they fail."""
+
     def submit(self, request: Request) -> None:
         """Start `request`; it finishes through its `done`. Never raises, never blocks."""
 

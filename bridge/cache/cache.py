@@ -254,9 +254,10 @@ class Cache:
             request.finish(errno.EOPNOTSUPP)
 
     def refuse(self, errno: int) -> None:
-        """Fail whatever waits here for something else than an answer of the server's: writes for
-        room. 0: they may wait again."""
+        """Fail whatever waits here for something else than an answer of the server's: for room, or
+        for the cache's disk. 0: requests may wait again."""
         self._store.refuse(errno)
+        self._reads.refuse(errno)
 
     def backend_reconnected(self) -> None:
         """The connection was replaced: call this after `backend.generation` was raised and

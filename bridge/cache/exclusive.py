@@ -89,7 +89,11 @@ class Exclusives:
         self, op: int, first: int, end: int, stop: int, flags: int, done: Callable[[int], None]
     ) -> None:
         """Discard or zero the blocks `first` … `end`, up to the byte `stop`; `done(errno)` when
-        that has happened."""
+        that has happened.
+
+        The last one may be cut short by the end of the disk. If the disk has grown by the time it
+        is this one's turn, that block is left out.
+        """
         self._begin(Exclusive(op, first, end, stop, flags, done, self._ready))
 
     def overlapping(self, first: int, end: int) -> Exclusive | None:
@@ -104,13 +108,19 @@ class Exclusives:
         if before is not None:
             before.waiting.append(lambda: self._begin(each))
             return
+        shift = self._index.block_shift
+        if each.stop < each.end << shift and each.stop != self._index.geometry.disk_bytes:
+            each.end = each.stop >> shift
+            each.stop = each.end << shift
+            if each.first >= each.end:
+                each.done(0)
+                return
         self.active.append(each)
         self._writeback.is_held = self._is_held
         for slot in self._slots_of(each):
             self._index.open[slot] = 0
         self._fetcher.overtaken_range(each.first, each.end)
         each.pending = 1
-        shift = self._index.block_shift
         self._writeback.wait_for_flying(each.first << shift, each.end << shift, each)
         each.release()
 

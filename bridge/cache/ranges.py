@@ -113,10 +113,6 @@ class Ranges:
     ) -> Iterator[Step]:
         shift = self._index.block_shift
         while first < end:
-            if end << shift > stop and stop != self._index.geometry.disk_bytes:
-                # The disk has grown since: its old last block is no whole block of the range.
-                end = stop >> shift
-                continue
             until = min(end, first + self._run_blocks)
             yield partial(
                 self._exclusives.start, op, first, until, min(until << shift, stop), flags

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bridge.request import READ, Request
 
 from .backend import Backend, Stats
-from .buffers import scatter, slices
+from .buffers import scatter
 from .cold import Cold
 from .exclusive import Exclusives
 from .fetch import Fetcher
@@ -19,19 +19,25 @@ from .slots import Slots
 class _ReadOp:
     """One read in progress; completes its request when nothing is pending."""
 
-    __slots__ = ("block_shift", "error", "pending", "request")
+    __slots__ = ("abandoned", "block_shift", "error", "pending", "request")
 
     def __init__(self, request: Request, block_shift: int) -> None:
         self.request = request
         self.block_shift = block_shift
         self.pending = 1
         self.error = 0
+        self.abandoned = False
+
+    def abandon(self, error: int) -> None:
+        """Finish the request now: what it waits for may still come, and goes nowhere."""
+        self.abandoned = True
+        self.request.finish(error)
 
     def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
         """Some blocks have come from the server."""
         if error:
             self.error = self.error or error
-        elif self.request.buffers:
+        elif self.request.buffers and not self.abandoned:
             request = self.request
             at = first << self.block_shift
             low = max(at, request.offset)
@@ -42,7 +48,7 @@ class _ReadOp:
     def release(self) -> None:
         """One thing less is pending."""
         self.pending -= 1
-        if not self.pending:
+        if not self.pending and not self.abandoned:
             self.request.finish(self.error)
 
 
@@ -72,6 +78,15 @@ class Reads:
         self._readahead = readahead
         self._cold = cold
         self._stats = stats
+        self._cold_ops: dict[_ReadOp, int] = {}
+        """Reads that wait for the cache's disk, and for how many jobs there."""
+
+    def refuse(self, errno: int) -> None:
+        """Reads that wait for the cache's disk fail with `errno`, if that is not 0."""
+        if errno:
+            waiting, self._cold_ops = self._cold_ops, {}
+            for op in waiting:
+                op.abandon(errno)
 
     def read(self, request: Request) -> None:
         """Do a READ whose range lies within the disk."""
@@ -157,20 +172,29 @@ class Reads:
             source = index.data[position : position + end - start]
             scatter(request.buffers, start - request.offset, source)
             return
-        views = slices(request.buffers, start - request.offset, end - start)
+        # Not into the guest's memory: the disk may answer when that is no longer ours.
+        data = memoryview(bytearray(end - start))
         self._stats.read_cold += 1
         op.pending += 1
+        self._cold_ops[op] = self._cold_ops.get(op, 0) + 1
         self._slots.pin(slot)
 
         def done(error: int) -> None:
             self._slots.unpin(slot)
+            if op.abandoned:
+                return
+            self._cold_ops[op] -= 1
+            if not self._cold_ops[op]:
+                del self._cold_ops[op]
             if error:
                 self._unreadable(op, slot, bits, start, end, error)
-            elif index.valid(slot) & bits == bits:
-                index.ready[slot] |= bits
+            else:
+                scatter(request.buffers, start - request.offset, data)
+                if index.valid(slot) & bits == bits:
+                    index.ready[slot] |= bits
             op.release()
 
-        self._cold.run(lambda: self._image.read_wait(views, position), done)
+        self._cold.run(lambda: self._image.read_wait([data], position), done)
 
     def _is_resident(self, slot: int, bits: int, start: int, end: int) -> bool:
         """Ask about blocks of `slot` that are not believed to be in the page cache."""

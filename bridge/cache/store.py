@@ -107,6 +107,8 @@ class Store:
         self._options = options
         self.set_limits()
         self._waiting: deque[_WriteOp] = deque()
+        self._loading: set[_WriteOp] = set()
+        """Writes that wait until a thread has read a part of the cache file."""
         self._refused = 0
         self._waking = False
         self._pressed = False
@@ -222,9 +224,11 @@ class Store:
             self._obstacle(op)
 
     def wake(self) -> None:
-        """There may be room for writes that wait."""
+        """There may be room for writes that wait, or none to be had any more."""
         if self._waking:
             return
+        if self._backend.gone:
+            self._fail_waiting(EIO)
         self._waking = True
         waiting = self._waiting
         while waiting and self._index.dirty_slots < self._hard_slots:
@@ -242,10 +246,17 @@ class Store:
             self._press()
 
     def refuse(self, errno: int) -> None:
-        """Writes that wait for room fail with `errno`, and so do those that would have to from
-        here on; 0: no longer."""
+        """Writes that wait for room or for the cache's disk fail with `errno`, and so do those
+        that would have to wait for room from here on; 0: no longer."""
         self._refused = errno
-        while errno and self._waiting:
+        if errno:
+            self._fail_waiting(errno)
+            loading, self._loading = self._loading, set()
+            for op in loading:
+                op.request.finish(errno)
+
+    def _fail_waiting(self, errno: int) -> None:
+        while self._waiting:
             self._waiting.popleft().request.finish(errno)
 
     @property
@@ -411,8 +422,8 @@ class Store:
         return True
 
     def _wait_for_room(self, op: _WriteOp) -> None:
-        if self._refused:
-            op.request.finish(self._refused)
+        if self._refused or self._backend.gone:
+            op.request.finish(self._refused or EIO)
             return
         self._stats.writes_waited += 1
         self._waiting.append(op)
@@ -433,6 +444,9 @@ class Store:
         index = self._index
 
         def done(error: int) -> None:
+            if op not in self._loading:
+                return  # refused meanwhile
+            self._loading.remove(op)
             if error:
                 self._stats.file_errors += 1
                 op.request.finish(error)
@@ -440,6 +454,7 @@ class Store:
             index.ready[slot] |= bits & index.valid(slot)
             self.advance(op)
 
+        self._loading.add(op)
         self._slots.load(self._image, self._cold, slot, done)
 
     def _press(self) -> None:

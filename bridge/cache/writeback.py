@@ -399,10 +399,10 @@ class Writeback:
             self._thawing.discard(slot)
             if error:
                 self._unreadable(slot, error)
-                return
-            self._index.ready[slot] |= self._index.to_send(slot)
-            self._urgent.append(slot)
-            self._schedule_urgent()
+            else:
+                self._index.ready[slot] |= self._index.to_send(slot)
+                self._urgent.append(slot)
+            self._schedule_urgent()  # in either case there is a place free
 
         self._load(slot, done)
 

@@ -30,6 +30,7 @@ class NullServer:
     size_bytes = DISK_BYTES
     min_block_bytes = 1
     can_fua = can_flush = can_trim = can_write_zeroes = True
+    gone = False
     generation = 1
 
     def submit(self, request: Request) -> None:

@@ -36,6 +36,7 @@ class FakeServer:
         self.can_trim = True
         self.can_write_zeroes = True
         self.generation = 1
+        self.gone = False
         self.image = bytearray(size_bytes)
         self.fails = 0
         """An errno: there is no connection, everything fails inside `submit`."""

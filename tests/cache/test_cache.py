@@ -601,3 +601,35 @@ def test_reads_that_fail_at_once_do_not_pile_up_on_the_stack() -> None:
     rig.server.fails = 0
     rig.serve()
     assert all(result.error is not None for result in results)
+
+
+def test_write_that_waits_for_room_fails_when_the_server_is_given_up() -> None:
+    rig = Rig(granules=128, slots=64)
+    results = [rig.start(WRITE, granule * GRANULE, data=b"a" * BLOCK) for granule in range(64)]
+    waiting = [each for each in results if each.error is None]
+    assert waiting
+
+    rig.server.gone = True
+    while rig.server.pending:
+        rig.server.answer(error=EIO)
+        rig.end_turn()
+    late = rig.start(WRITE, 100 * GRANULE, data=b"b" * BLOCK)
+
+    assert {each.error for each in waiting} == {EIO}
+    assert late.error == EIO
+
+
+def test_write_that_waits_for_room_waits_on_while_the_server_only_refuses_data() -> None:
+    rig = Rig(granules=128, slots=64)
+    results = [rig.start(WRITE, granule * GRANULE, data=b"a" * BLOCK) for granule in range(64)]
+    waiting = [each for each in results if each.error is None]
+
+    while rig.server.pending:
+        rig.server.answer(error=errno.ENOSPC)
+        rig.end_turn()
+    early = {each.error for each in waiting}
+    rig.tick(100)
+    rig.serve()
+
+    assert early == {None}
+    assert {each.error for each in results} == {0}

@@ -523,6 +523,7 @@ class Server:
     size_bytes = 64 * 65536
     min_block_bytes = 1
     can_fua = can_flush = can_trim = can_write_zeroes = True
+    gone = False
     generation = 1
     def submit(self, request):
         pass

@@ -174,6 +174,46 @@ def test_flush_of_a_cold_dirty_set_reads_it_back_in_bounded_steps() -> None:
     assert rig.cache.index.dirty_blocks == 0
 
 
+def test_flush_of_a_cold_dirty_set_that_cannot_be_read_back_fails_at_once() -> None:
+    """Each failed read makes room for the next one; nothing waits for a timer."""
+    cold = LaterCold()
+    first = Rig(granules=100, slots=100)
+    for granule in range(100):
+        first.start(WRITE, granule * GRANULE, data=b"a" * BLOCK)
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(granules=100, slots=100, image=image, cold=cold)
+    flush = rig.start(FLUSH)
+
+    while cold.jobs:
+        cold.finish(error=EIO)
+        rig.end_turn()
+
+    assert flush.value == EIO
+    assert rig.cache.index.dirty_blocks == 100
+
+
+def test_requests_that_wait_for_the_caches_disk_can_be_given_up() -> None:
+    """The guest's memory is its own again: a late answer of the disk goes nowhere."""
+    rig, cold = _cold_rig()
+    rig.server.image[:] = b"s" * len(rig.server.image)
+    read = rig.start(READ, 0, BLOCK)
+    write = rig.start(WRITE, GRANULE + 512, data=b"w" * 512)
+
+    rig.cache.refuse(EIO)
+    rig.cache.refuse(0)
+    ended = (read.error, write.error)
+    read.request.buffers[0][:] = b"w" * BLOCK
+    while cold.jobs:
+        cold.finish()
+        rig.end_turn()
+
+    assert ended == (EIO, EIO)
+    assert bytes(read.request.buffers[0]) == b"w" * BLOCK
+    assert rig.cache.index.dirty_blocks == 0
+    rig.image.warm = True  # type: ignore[attr-defined]
+    assert rig.read(GRANULE + 512, 512) == bytes(512)
+
+
 class _FailingImage(MappedImage):
     """A cache file whose stores fail."""
 

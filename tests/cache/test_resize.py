@@ -194,6 +194,25 @@ def test_range_to_the_old_end_does_not_drop_what_was_written_behind_it_meanwhile
         assert rig.server.image[SHORT : SHORT + 512] == b"w" * 512
 
 
+def test_range_that_waits_its_turn_while_the_disk_grows_leaves_the_old_last_block_alone() -> None:
+    for op in (DISCARD, WRITE_ZEROES):
+        rig = Rig(size=SHORT, zero_copy_bytes=0)
+        start = SHORT - 1024 - 3 * GRANULE
+        before = rig.start(op, start, 3 * GRANULE + 1024)
+        waiting = rig.start(op, start, 3 * GRANULE + 1024)
+        Resize(rig, NEW, content=b"s")
+        rig.server.answer(len(rig.server.pending) - 1)
+        rig.end_turn()
+        write = rig.start(WRITE, SHORT, data=b"w" * 512)
+
+        rig.serve()
+
+        assert (before.value, write.value, waiting.value) == (0, 0, 0)
+        assert rig.read(SHORT, 512) == b"w" * 512
+        assert rig.flush() == 0
+        assert rig.server.image[SHORT : SHORT + 512] == b"w" * 512
+
+
 def test_discard_to_the_old_end_does_not_touch_what_is_behind_it() -> None:
     for op in (DISCARD, WRITE_ZEROES):
         rig = Rig(size=SHORT, zero_copy_bytes=0, exclusive_run_bytes=GRANULE)

@@ -147,6 +147,10 @@ class Server:
         self.given_up = False
         """There is no connection, and none is waited for any more."""
 
+    @property
+    def gone(self) -> bool:
+        return self.given_up
+
     def submit(self, request: Request) -> None:
         if self.given_up:
             request.finish(errno.EIO)
