@@ -352,8 +352,8 @@ class World:
         self.number = 0
         # Per sector: the writes it may show now, None if it was discarded.
         self.possible: list[set[int] | None] = [{0} for _ in range(sectors)]
-        self.zeroed_by = [0] * sectors
-        """Per sector: the last write that wrote zeroes (0: the beginning)."""
+        self.zeroed_by: list[set[int]] = [set() for _ in range(sectors)]
+        """Per sector: the write-zeroes of it, which the content alone does not tell apart."""
         self.settled = [False] * sectors
         """Per sector: the last writer died with its write in flight; what is read first stays."""
         self.unsure = [False] * sectors
@@ -458,7 +458,7 @@ class World:
             elif possible is not None:
                 self.possible[at] = possible | {self.number}
             if op == WRITE_ZEROES:
-                self.zeroed_by[at] = self.number
+                self.zeroed_by[at].add(self.number)
             for other in self.guest:
                 if other.op == READ and other.first <= at < other.end:
                     allowed = other.allowed[at - other.first]
@@ -550,7 +550,7 @@ class World:
         """Which write `content` of sector `at` is."""
         number = int.from_bytes(content[:8], "little")
         assert content == sector_bytes(number), f"sector {at} is torn: {content[:16].hex()}"
-        return number or self.zeroed_by[at]
+        return number or max(self.zeroed_by[at], default=0)
 
     def _judge_read(self, guest: _GuestOp) -> None:
         for at in range(guest.first, guest.end):
@@ -562,7 +562,7 @@ class World:
             number = int.from_bytes(content[:8], "little")
             assert content == sector_bytes(number), f"sector {at}: torn or never read"
             if not number:
-                assert 0 in allowed or self.zeroed_by[at] in allowed, (at, allowed)
+                assert 0 in allowed or self.zeroed_by[at] & allowed, (at, allowed)
             else:
                 assert number in allowed, f"sector {at}: read the write {number}, may be {allowed}"
 
@@ -612,8 +612,8 @@ class World:
         self.possible += [{self.number} for _ in range(count)]
         for each in (self.completed, self.durable):
             each += [self.number] * count
-        for each in (self.zeroed_by, self.discarded_by):
-            each += [0] * count
+        self.zeroed_by += [set() for _ in range(count)]
+        self.discarded_by += [0] * count
         self.settled += [False] * count
         self.unsure += [False] * count
 
