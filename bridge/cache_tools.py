@@ -19,7 +19,14 @@ from bridge.nbd.client import Client
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri, parse_uri
 from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
-from bridge.storage import CacheSettings, NbdBackend, Storage, cache_identity, other_volume
+from bridge.storage import (
+    CacheSettings,
+    NbdBackend,
+    Storage,
+    cache_identity,
+    check_export,
+    note_export,
+)
 
 _STATUS_BYTES = 1 << 30
 """How much of a disk one question about its extents covers."""
@@ -34,10 +41,13 @@ def uri_of(path: str) -> NbdUri:
     return parse_uri(f"nbd://{summary.uri}/{name}")
 
 
-async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s: float) -> int:
+async def flush_file(
+    path: str, uri_text: str | None, *, moved: bool, force: bool, timeout_s: float
+) -> int:
     """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
 
     `uri_text` None: where the file says that the export was. `moved`: it may be another one.
+    `force`: also over what somebody else wrote since.
     Raises ConfigError, ConnectionLost or ProtocolError; on any error the data stays in the file.
     """
     summary = show(path)
@@ -55,7 +65,7 @@ async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s:
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                 )
-            cache = _cache_to_flush(path, client, loop, at_last)
+            cache = _cache_to_flush(path, client, loop, at_last, force=force)
             request = Request(FLUSH, 0, 0, [], _nothing)
             with trio.move_on_after(timeout_s) as scope:
                 await _finish(cache, request)
@@ -67,7 +77,9 @@ async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s:
     return summary.dirty_bytes
 
 
-def _cache_to_flush(path: str, client: Client, loop: Loop, at_last: ExitStack) -> Cache:
+def _cache_to_flush(
+    path: str, client: Client, loop: Loop, at_last: ExitStack, *, force: bool
+) -> Cache:
     """A cache over `client` with the file at `path`, which `at_last` closes."""
     backend = NbdBackend(client)
     file = open_to_flush(path, export_bytes=backend.size_bytes)
@@ -79,15 +91,20 @@ def _cache_to_flush(path: str, client: Client, loop: Loop, at_last: ExitStack) -
             clock=trio.current_time,
             call_at_turn_end=loop.at_turn_end,
         )
-        export = client.export
-        if export.sessions and cache.is_of_another_volume(export.sessions[0], export.identity):
-            raise ConfigError(other_volume(file))
+        if not force:
+            check_export(cache, file, client.export)
     except BaseException:
         file.close(clean=False)
         raise
     at_last.callback(file.close, clean=True)
     client.keeps_unflushed = True
-    client.on_reconnect = cache.backend_reconnected
+    note_export(cache, client.export)
+
+    def reconnected() -> None:
+        cache.backend_reconnected()
+        note_export(cache, client.export)
+
+    client.on_reconnect = reconnected
     return cache
 
 

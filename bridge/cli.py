@@ -324,9 +324,10 @@ def cache_drop(file: str, discard_dirty: bool) -> None:
 @click.argument("file")
 @click.argument("uri", required=False)
 @click.option("--moved", is_flag=True, help="URI is where the export is now.")
+@click.option("--force", is_flag=True, help="Also over what somebody else wrote meanwhile.")
 @click.option("--timeout", type=click.FloatRange(1), default=60.0, show_default=True)
 @_one_line_errors
-def cache_flush(file: str, uri: str | None, moved: bool, timeout: float) -> None:
+def cache_flush(file: str, uri: str | None, moved: bool, force: bool, timeout: float) -> None:
     """Bring what only cache FILE holds to the server.
 
     URI is needed where the server wants TLS, or has moved.
@@ -334,7 +335,7 @@ def cache_flush(file: str, uri: str | None, moved: bool, timeout: float) -> None
     from bridge.cache_tools import flush_file
 
     logs.configure(level="warning", format_="text")
-    flushed = trio.run(partial(flush_file, file, uri, moved=moved, timeout_s=timeout))
+    flushed = trio.run(partial(flush_file, file, uri, moved=moved, force=force, timeout_s=timeout))
     click.echo(f"{flushed} bytes written to the server and flushed")
 
 

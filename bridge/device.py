@@ -58,7 +58,7 @@ class BlkDevice:
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
         failing: Callable[[int], AbstractContextManager[object]] = nullcontext,
-        on_all_stopped: Callable[[], Awaitable[None]] | None = None,
+        on_all_stopped: Callable[[], Awaitable[object]] | None = None,
         withheld_features: int = 0,
     ) -> None:
         """`hits`: what can be asked before `target`. Within `failing(errno)` everything unfinished

@@ -134,23 +134,27 @@ class Disk:
             self.timed_flush_failures += 1
             _log.warning("timed flush failed, will be tried again", errno=flush.error)
 
-    async def flush(self) -> None:
-        """Bring what was written to the server and flush it, for a clean stop.
+    async def flush(self) -> int:
+        """Bring what was written to the server and flush it, for a clean stop; 0 or an errno.
 
         Failure is logged; when cancelled, the flush goes on without anybody waiting for it.
         """
         backend = self._backend
         if not backend.can_flush or (self._deadline_s is None and not backend.holds_writes):
-            return
+            return 0
         finished = trio.Event()
+        result = 0
 
         def done(flush: Request) -> None:
+            nonlocal result
+            result = flush.error
             if flush.error:
                 _log.error("the last flush failed", errno=flush.error)
             finished.set()
 
         self._flush_unasked(done)
         await finished.wait()
+        return result
 
     def _flush_unasked(self, then: Callable[[Request], None]) -> None:
         """A flush that the guest did not send. If it fails, the guest's next one does, too."""

@@ -14,6 +14,10 @@ class ConfigError(BridgeError):
     """The operator asked for something that cannot be: exit status 2, one line, no traceback."""
 
 
+class InUse(ConfigError):
+    """Another process has it."""
+
+
 class ProtocolError(BridgeError):
     """A peer broke a MUST of its protocol.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import trio
 
 from bridge.device import BlkDevice
 from bridge.disk import Disk
-from bridge.errors import ConfigError
+from bridge.errors import BridgeError, ConfigError
 from bridge.loop import Loop
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
@@ -28,8 +29,35 @@ _log = structlog.get_logger(__name__)
 
 _STOP_STEPS = 4
 """A stop drains the rings, flushes after the last one, flushes once more what came without a ring,
-and closes the storage. Each may take its share of `stop_timeout_s`; a flush that was given up goes
-on, and the next step waits for the same."""
+and closes the storage. Each may take its share of `stop_timeout_s`, the last one what the others
+left; a flush that was given up goes on, and the next step waits for the same."""
+
+
+class _Stop:
+    """The end of one `serve`: how long it may take, and what it did not achieve."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._deadline_s: float | None = None
+        self.problem = ""
+        """What the operator has to know: the exit status says that there was something."""
+
+    def begin(self) -> None:
+        """The time runs from here on."""
+        if self._deadline_s is None:
+            self._deadline_s = trio.current_time() + self._limit_s
+
+    @property
+    def step_s(self) -> float:
+        """How long each step may take at least."""
+        return self._limit_s / _STOP_STEPS
+
+    @property
+    def left_s(self) -> float:
+        """How long the last step may take."""
+        self.begin()
+        assert self._deadline_s is not None
+        return max(self.step_s, self._deadline_s - trio.current_time())
 
 
 @dataclass(frozen=True)
@@ -52,17 +80,12 @@ class ServeOptions:
     client: ClientOptions = field(default_factory=ClientOptions)
     cache: CacheSettings = field(default_factory=CacheSettings)
 
-    @property
-    def stop_step_s(self) -> float:
-        """How long each step of a stop may take."""
-        return self.stop_timeout_s / _STOP_STEPS
-
 
 async def serve_disk(options: ServeOptions) -> None:
     """Serve one disk until SIGTERM or SIGINT, then stop cleanly.
 
     Raises ConfigError, ConnectionLost or ProtocolError (possibly in a group), each with one line
-    for the operator.
+    for the operator; BridgeError when the stop left something behind.
     """
     uri = parse_uri(options.uri)
     loop = Loop(poll_us=options.poll_us)
@@ -71,23 +94,27 @@ async def serve_disk(options: ServeOptions) -> None:
     cache = replace(options.cache, flush_interval_s=options.flush_interval_s)
     storage = Storage(uri, loop, client_options, cache)
     serving = trio.CancelScope()
+    stop = _Stop(options.stop_timeout_s)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
-            nursery.start_soon(_cancel_at_signal, signals, serving)
+            nursery.start_soon(_cancel_at_signal, signals, serving, stop)
             try:
                 with serving:
-                    await _serve(options, loop, storage, nursery)
+                    await _serve(options, loop, storage, stop, nursery)
             finally:
                 with trio.CancelScope(shield=True):
-                    await storage.close(options.stop_step_s)
+                    left_behind = await storage.close(stop.left_s)
+                    stop.problem = left_behind or stop.problem
             nursery.cancel_scope.cancel()
     loop.close()
+    if stop.problem:
+        raise BridgeError(stop.problem)
     _log.info("stopped")
 
 
 async def _serve(
-    options: ServeOptions, loop: Loop, storage: Storage, nursery: trio.Nursery
+    options: ServeOptions, loop: Loop, storage: Storage, stop: _Stop, nursery: trio.Nursery
 ) -> None:
     """Connect, then serve front-ends until cancelled; what was written is flushed at the end."""
     export = await storage.open()
@@ -105,7 +132,7 @@ async def _serve(
         serial=options.serial or default_serial(export),
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
-        drain_timeout_s=options.stop_step_s,
+        drain_timeout_s=stop.step_s,
         failing=storage.failing,
         on_all_stopped=disk.flush,
         withheld_features=options.withheld_features,
@@ -124,17 +151,26 @@ async def _serve(
         try:
             await backend.serve(device, listener)
         finally:
-            with (
-                trio.CancelScope(shield=True),
-                trio.move_on_after(options.stop_step_s),
-            ):
-                await disk.flush()
+            stop.begin()
+            error = 0
+            with trio.move_on_after(stop.step_s, shield=True) as flushing:
+                error = await disk.flush()
+            # A cache keeps what could not be flushed, and has another try when it is closed.
+            if not storage.has_cache and (flushing.cancelled_caught or error):
+                why = os.strerror(error) if error else "it did not answer in time"
+                stop.problem = (
+                    f"the server could not flush at the end ({why}): what the guest wrote since "
+                    "its last flush may not be durable"
+                )
 
 
-async def _cancel_at_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+async def _cancel_at_signal(
+    signals: AsyncIterator[int], serving: trio.CancelScope, stop: _Stop
+) -> None:
     async for number in signals:
         _log.info("stopping", signal=signal.Signals(number).name)
-        scope.cancel()
+        stop.begin()
+        serving.cancel()
 
 
 def _listener(options: ServeOptions) -> Listener:

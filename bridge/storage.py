@@ -19,11 +19,11 @@ import trio
 
 from bridge.cache.cache import Cache
 from bridge.cache.cold import ThreadedCold
-from bridge.cache.file import CacheFile, dirty_bytes, open_or_create
+from bridge.cache.file import CacheFile, believe, dirty_bytes, open_file, open_or_create
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
 from bridge.disk import Backend
-from bridge.errors import ConfigError, ConnectionLost
+from bridge.errors import ConfigError, ConnectionLost, InUse
 from bridge.loop import Loop
 from bridge.nbd.client import Client
 from bridge.nbd.export import Export
@@ -61,39 +61,60 @@ def default_directory() -> Path:
 
 
 def cache_path(uri: NbdUri, directory: str | None) -> Path:
-    """The cache file of the export at `uri`. The default directory is made if need be.
-
-    Raises ConfigError if it cannot be.
-    """
-    if directory is None:
-        chosen = default_directory()
-        try:
-            chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"cache directory {chosen} cannot be made ({error.strerror}): "
-                "choose another with --cache-dir, or --cache-mode off"
-            ) from None
-    else:
-        chosen = Path(directory)
+    """Where the cache file of the export at `uri` is, if there is one."""
+    chosen = default_directory() if directory is None else Path(directory)
     identity = cache_identity(uri)
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{uri.server}-{uri.export_name}").strip("-.")
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{identity.uri}-{identity.export}").strip("-.")
     return chosen / f"{readable[-80:]}-{identity.digest.hex()[:12]}.cache"
 
 
+def make_default_directory() -> None:
+    """Raises ConfigError if it cannot be made."""
+    chosen = default_directory()
+    try:
+        chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cache directory {chosen} cannot be made ({error.strerror}): "
+            "choose another with --cache-dir, or --cache-mode off"
+        ) from None
+
+
 def cache_identity(uri: NbdUri) -> Identity:
-    """What a cache file must belong to, to be used for `uri`: the server and the export."""
-    return Identity(uri=uri.server, export=uri.export_name)
+    """What a cache file must belong to, to be used for `uri`: the server and the export.
+
+    Our plugin's `@session=…` is no part of that: the next session of a volume finds its cache.
+    """
+    return Identity(uri=uri.server, export=uri.export_name.partition("@session=")[0])
 
 
-def other_volume(file: CacheFile) -> str:
-    """The line for an operator whose volume was replaced while its cache held dirty data."""
-    return (
-        f"cache file {file.path} holds {dirty_bytes(file)} bytes of unwritten data for another "
-        "volume that had this name: bring that one back, or write to this one all the same "
-        f"('nbd-bridge cache flush --moved {file.path}'), or give the data up "
-        f"('nbd-bridge cache drop --discard-dirty {file.path}')"
+def unwritten(file: CacheFile, reason: str, remedy: str) -> ConfigError:
+    """For the operator: the cache file holds what the server has not, and that is in the way."""
+    return ConfigError(
+        f"cache file {file.path} holds {dirty_bytes(file)} bytes that the server lacks, and "
+        f"{reason}: run '{remedy} {file.path}' first, or give them up with "
+        f"'nbd-bridge cache drop --discard-dirty {file.path}'"
     )
+
+
+def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
+    """What only the cache has must not be written over what somebody else wrote, or to another
+    volume, without being told to. Raises ConfigError."""
+    if export.sessions is None or not cache.index.dirty_slots:
+        return
+    if reason := cache.foreign_change(*export.sessions, export.identity):
+        raise unwritten(file, reason, "nbd-bridge cache flush --force")
+
+
+def note_export(cache: Cache, export: Export) -> None:
+    """Drop what is clean if somebody else wrote since; before anything is sent."""
+    if export.sessions is None:
+        return
+    reason = cache.foreign_change(*export.sessions, export.identity)
+    if reason and (dirty := cache.index.dirty_blocks):
+        _log.error(f"{reason}: what only the cache has goes over it", dirty_blocks=dirty)
+    if dropped := cache.note_export(*export.sessions, export.identity):
+        _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
 
 
 class NbdBackend:
@@ -170,6 +191,7 @@ class Storage:
         """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
         export = await self.client.connect()
         if self._settings.mode == OFF or export.read_only or self._read_only:
+            self._check_unused_cache(export)
             self.client.on_export_changed = lambda changed: self.on_resized(changed.usable_bytes)
             return export
         try:
@@ -177,12 +199,13 @@ class Storage:
         except BaseException:
             self._close_file(clean=False)
             raise
-        self._check_volume(cache, export)
+        assert self._file is not None
+        check_export(cache, self._file, export)
+        note_export(cache, export)
         cache.woken = self._wake
         self.client.keeps_unflushed = True
         self.client.on_reconnect = self._reconnected
-        if not self._note_generation(cache):
-            await self._compare_sample(cache)
+        self._note_sample(await _answer(cache.check_sample))
         if await _answer(lambda done: cache.resize(export.usable_bytes, done)) != 0:
             raise ConnectionLost(
                 f"{self._uri.server}: the end of the disk, which has grown, could not be read"
@@ -196,6 +219,8 @@ class Storage:
             cache_bytes=self._settings.size_bytes,
             min_block_bytes=export.min_block_bytes,
         )
+        if self._settings.directory is None:
+            make_default_directory()
         path = cache_path(self._uri, self._settings.directory)
         file = self._file = open_or_create(
             str(path), geometry=geometry, identity=cache_identity(self._uri)
@@ -214,13 +239,35 @@ class Storage:
             cold=cold,
         )
 
-    def _check_volume(self, cache: Cache, export: Export) -> None:
-        """What the cache has and the server has not must not go to another volume."""
-        if export.sessions is None or not cache.index.dirty_slots:
+    def _check_unused_cache(self, export: Export) -> None:
+        """Serving without a cache: what an earlier run left in one must not be passed over.
+
+        The guest would see an old image; what it then writes would be overwritten by the next run
+        with the cache, or not be seen by it. Raises ConfigError.
+        """
+        path = str(cache_path(self._uri, self._settings.directory))
+        read_only = export.read_only or self._read_only
+        if not os.path.exists(path):
             return
-        if cache.is_of_another_volume(export.sessions[0], export.identity):
-            assert self._file is not None
-            raise ConfigError(other_volume(self._file))
+        try:
+            file = open_file(path)
+        except InUse:
+            if read_only:
+                return  # whoever has it writes the export, and we only look
+            raise
+        try:
+            if not believe(file):
+                return
+            if dirty_bytes(file):
+                raise unwritten(file, "it would be passed over", "nbd-bridge cache flush")
+            if not read_only and export.sessions is None:
+                # Nobody would tell the next run that this one wrote.
+                os.unlink(path)
+                _log.warning(
+                    "the cache file is removed, the export is written without it", path=path
+                )
+        finally:
+            file.close(clean=False)
 
     def _at_turn_end(self, callback: Callable[[], None]) -> None:
         """For the cache: nothing of it runs any more when its file is closed."""
@@ -236,7 +283,9 @@ class Storage:
         cache = self._cache
         assert cache is not None
         cache.backend_reconnected()
-        self._note_generation(cache)
+        note_export(cache, self.client.export)
+        if self.client.export.sessions is None:
+            cache.check_sample(self._note_sample_again)
         if self.client.export.usable_bytes > cache.size_bytes:
             cache.resize(self.client.export.usable_bytes, self._grown)
 
@@ -252,31 +301,30 @@ class Storage:
         else:
             self.on_resized(self._cache.size_bytes)
 
-    def _note_generation(self, cache: Cache) -> bool:
-        """Drop what is clean if somebody else wrote since; False if the server does not say."""
-        export = self.client.export
-        if export.sessions is None:
-            return False
-        if dropped := cache.note_export(*export.sessions, export.identity):
-            _log.warning(
-                "somebody else wrote the export since: the clean part of the cache is discarded",
-                blocks=dropped,
-            )
-        return True
-
-    async def _compare_sample(self, cache: Cache) -> None:
-        """For a server that does not count its writers: compare some of what is cached."""
-        differing = await _answer(cache.check_sample)
+    def _note_sample(self, differing: int) -> None:
+        """The sample at the start was compared: also where sessions are counted, somebody may have
+        written past the server."""
         if differing > 0:
             _log.warning(
                 "the export has changed since: the clean part of the cache is discarded",
                 differing_blocks=differing,
             )
         elif differing < 0:
+            assert self._cache is not None
             _log.warning(
                 "the cache could not be compared with the export: its clean part is discarded"
             )
-            cache.drop_clean()
+            self._cache.drop_clean()
+
+    def _note_sample_again(self, differing: int) -> None:
+        """The same after a reconnect, where no answer means that the connection is lost again."""
+        if differing > 0:
+            self._note_sample(differing)
+
+    @property
+    def has_cache(self) -> bool:
+        """There is a cache between the disk and the server."""
+        return self._cache is not None
 
     @property
     def backend(self) -> Backend:
@@ -322,27 +370,29 @@ class Storage:
             self._under_cache.refuse(errno)
             self._cache.refuse(errno)
 
-    async def close(self, limit_s: float) -> None:
+    async def close(self, limit_s: float) -> str:
         """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up.
 
         What the cache still reads is waited for: hanging up with requests in flight aborts
-        nbdkit 1.32. That takes what is left of the limit, or the client's own if that is longer.
+        nbdkit 1.32. A quarter of the limit is kept for that, if the client's own is not shorter.
+
+        Returns "", or where what the server did not take is, for the operator.
         """
+        hang_up_s = min(self.client.options.close_timeout_s, limit_s / 4)
         deadline_s = trio.current_time() + limit_s
         if self._cache is not None and self._opened:
-            with trio.move_on_at(deadline_s):
+            with trio.move_on_at(deadline_s - hang_up_s):
                 await self._flush_cache(self._cache)
-        left_s = deadline_s - trio.current_time()
-        await self.client.close(max(left_s, self.client.options.close_timeout_s))
+        await self.client.close(max(deadline_s - trio.current_time(), hang_up_s))
         dirty = self._opened and self._cache is not None and self._cache.index.dirty_slots
         path = self._file.path if self._file is not None else ""
         self._close_file(clean=True)
-        if dirty:
-            _log.error(
-                "the server did not take everything in time: what is missing is kept in the "
-                "cache file and goes to the server at the next start",
-                cache_file=path,
-            )
+        if not dirty:
+            return ""
+        return (
+            f"the server did not take everything in time: what is missing is kept in {path} and "
+            "goes to the server at the next start"
+        )
 
     def _close_file(self, *, clean: bool) -> None:
         """Let go of the cache file. From here on nothing touches it."""

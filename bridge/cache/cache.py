@@ -314,36 +314,37 @@ class Cache:
             self._residency_due = now + self.options.residency_s
             self.index.forget_residency()
 
-    def is_of_another_volume(self, generation: int, identity: bytes) -> bool:
-        """The export is not the one that the content came from: it has another identity, or has
-        counted fewer sessions."""
-        header = self._image.header
-        return generation < header.export_generation or (
-            bool(identity and header.export_identity) and identity != header.export_identity
-        )
+    def foreign_change(self, generation: int, written: int, identity: bytes) -> str:
+        """Why the export is not what this cache left behind, "" if it is.
 
-    def note_export(self, generation: int, written: int, identity: bytes) -> int:
-        """The server counts its writable sessions: ours is `generation`, the last one that wrote
-        was `written`. Call it before serving, and after each reconnect before anything is sent
-        again.
-
-        Drops every clean block if somebody else wrote since the cache was filled, or if this is
-        another volume; returns how many. The number is stored before this session can write
-        anything.
+        The server counts its writable sessions: ours is `generation`, the last one that wrote was
+        `written`. `identity` is the volume's, b"" where the server gives none.
         """
         header = self._image.header
-        foreign = written > header.export_generation
-        dropped = 0
-        if foreign or self.is_of_another_volume(generation, identity):
-            dropped = self.drop_clean()
+        known = header.export_generation
+        renamed = identity and header.export_identity and identity != header.export_identity
+        if renamed or generation < known:
+            return "the export is another volume now, of the same name"
+        if written > known:
+            return "somebody else wrote the export since"
+        return ""
+
+    def note_export(self, generation: int, written: int, identity: bytes) -> int:
+        """Take the server's counters over: call it before serving, and after each reconnect
+        before anything is sent again.
+
+        Drops every clean block if there was a `foreign_change`; returns how many. The number is
+        stored before this session can write anything.
+        """
+        dropped = self.drop_clean() if self.foreign_change(generation, written, identity) else 0
+        header = self._image.header
         if (generation, identity) != (header.export_generation, header.export_identity):
             self._image.save_header(export_generation=generation, export_identity=identity)
         return dropped
 
     def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
-        """Compare up to `count` clean cached blocks with the server, for servers that count no
-        sessions; if any differs drop all clean blocks. `done(differences)`, -1 if the server
-        did not answer. Call it before serving."""
+        """Compare up to `count` clean cached blocks with the server; if any differs drop all clean
+        blocks. `done(differences)`, -1 if the server did not answer."""
         check_sample(self, self._backend, done, count)
 
     def drop_clean(self) -> int:

@@ -1,7 +1,8 @@
 """Did somebody else write the image? A sample of clean cached blocks against the server.
 
-Our plugin counts writable sessions, so there the answer is exact. With other servers this finds
-what changed much (an image restored, a disk reinstalled), not a single changed block.
+Our plugin counts writable sessions, so there the answer is exact, as long as nobody writes behind
+its back. Where it is not, this finds what changed much (an image restored, a disk reinstalled), not
+a single changed block.
 """
 
 from __future__ import annotations

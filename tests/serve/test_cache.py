@@ -341,7 +341,7 @@ async def test_stop_without_a_server_keeps_dirty_data_for_the_next_start(directo
                 server.wait()
                 await guest.write(8 << 20, data)
             child.terminate()
-            assert await wait_for(child, limit_s=30) == 0
+            assert await wait_for(child, limit_s=30) == 1  # something was left behind
     assert shown(directory)["dirty_bytes"] >= 1 << 20
     (directory / "nbd").unlink(missing_ok=True)
     async with process(nbdkit(directory), ready=directory / "nbd"):
