@@ -124,6 +124,11 @@ async def _serve(
     disk = Disk(storage.backend, flush_interval_s=interval_s, now=trio.current_time)
     nursery.start_soon(disk.run_flush_timer)
     geometry = disk_geometry(export, options)
+
+    async def all_stopped() -> None:
+        await disk.flush()
+        storage.may_be_written_elsewhere()
+
     device = BlkDevice(
         loop,
         disk,
@@ -134,7 +139,7 @@ async def _serve(
         max_queue_size=options.queue_size,
         drain_timeout_s=stop.step_s,
         failing=storage.failing,
-        on_all_stopped=disk.flush,
+        on_all_stopped=all_stopped,
         withheld_features=options.withheld_features,
     )
     storage.on_resized = device.resize

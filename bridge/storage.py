@@ -201,6 +201,9 @@ class Storage:
             raise
         assert self._file is not None
         check_export(cache, self._file, export)
+        if export.sessions and export.sessions[0] == self._file.header.export_generation:
+            # Somebody kept the session open that this cache belongs to, and may have written.
+            self.may_be_written_elsewhere()
         note_export(cache, export)
         cache.woken = self._wake
         self.client.keeps_unflushed = True
@@ -320,6 +323,15 @@ class Storage:
         """The same after a reconnect, where no answer means that the connection is lost again."""
         if differing > 0:
             self._note_sample(differing)
+
+    def may_be_written_elsewhere(self) -> None:
+        """The guest has left, with everything flushed, and may go on through another bridge.
+
+        A session that is ours alone excludes that. One that is shared for migration does not, and
+        has one number for all of it: what is clean here is not to be believed afterwards.
+        """
+        if self._cache is not None and "@session=" in self._uri.export_name:
+            self._cache.drop_clean()
 
     @property
     def has_cache(self) -> bool:

@@ -225,3 +225,22 @@ async def test_next_session_of_a_volume_finds_its_cache(directory):
             async with await Guest.connect(vhost) as guest:
                 assert await guest.read(0, MIB) == data
     cache_file(directory)  # there is just one
+
+
+async def test_guest_that_moved_away_and_came_back_reads_what_it_wrote_there(directory):
+    """Two bridges in one session, both stay: the counters say nothing of who wrote what."""
+    nbd = directory / "nbd"
+    uri = f"nbd+unix:///@session=move?socket={nbd}"
+    (directory / "there").mkdir()
+    there = [*cached(directory), "--cache-dir", str(directory / "there")]
+    async with (
+        process(nbdkit(directory), ready=nbd),
+        serving(uri, directory / "here.vhost", *cached(directory)),
+        serving(uri, directory / "there.vhost", *there),
+    ):
+        for place, content in (("here", b"1"), ("there", b"2"), ("here", b"3"), ("there", b"4")):
+            async with await Guest.connect(directory / f"{place}.vhost") as guest:
+                before = bytes([content[0] - 1]) if content != b"1" else b"\0"
+                assert await guest.read(0, MIB) == before * MIB
+                await guest.write(0, content * MIB)
+                await guest.stop()  # answered when everything is at the server
