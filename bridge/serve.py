@@ -14,6 +14,7 @@ import trio
 from bridge.device import BlkDevice
 from bridge.disk import Disk
 from bridge.errors import BridgeError, ConfigError
+from bridge.heap import keep_freed_pages
 from bridge.loop import Loop
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
@@ -88,6 +89,7 @@ async def serve_disk(options: ServeOptions) -> None:
     for the operator; BridgeError when the stop left something behind.
     """
     uri = parse_uri(options.uri)
+    keep_freed_pages()
     loop = Loop(poll_us=options.poll_us)
     client_options = replace(options.client, read_only=options.read_only)
     client_options = client_options.for_reading_and_writing(local=uri.socket_path is not None)

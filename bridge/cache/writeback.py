@@ -420,29 +420,26 @@ class Writeback:
         """Send a private copy of these blocks."""
         index = self._index
         shift = index.block_shift
-        blocks = sum(bits.bit_count() for _, bits in parts)
-        buffer = bytearray(blocks << shift)
+        length = sum(bits.bit_count() for _, bits in parts) << shift
         tickets = [ticket for slot, _ in parts for ticket in self._wanted.get(slot, ())]
         # The disk may end within its last block.
-        end = min(offset + len(buffer), index.geometry.disk_bytes)
+        end = min(offset + length, index.geometry.disk_bytes)
         fua = self._backend.can_fua and any(ticket.fua for ticket in tickets)
         flying = WriteOut(offset, end, parts, fua=fua, epoch=self.epoch)
-        at = 0
+        pieces = []
         for slot, bits in parts:
             base = (slot << index.granule_shift) + ((bits & -bits).bit_length() - 1 << shift)
-            size = bits.bit_count() << shift
-            buffer[at : at + size] = index.data[base : base + size]
-            at += size
+            pieces.append(index.data[base : base + (bits.bit_count() << shift)])
             index.sent[slot] |= bits
             index.inflight[slot] |= bits
             index.open[slot] &= ~bits
         for ticket in tickets:
             self._attach(flying, ticket)
         self._flying.append(flying)
-        self._bytes_in_flight += len(buffer)
+        self._bytes_in_flight += length
         self._stats.writebacks += 1
-        self._stats.writeback_bytes += len(buffer)
-        view = memoryview(buffer)[: end - offset]
+        self._stats.writeback_bytes += length
+        view = memoryview(b"".join(pieces))[: end - offset]
         flags = FUA if fua else 0
         self._backend.submit(
             Request(WRITE, offset, end - offset, [view], self._replied, flags, owner=flying)
