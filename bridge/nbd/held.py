@@ -13,7 +13,7 @@ Span = tuple[int, int]
 _SPANS_MAX: Final = 1024
 """Each is compared with every new change. As many as a full ring of small writes can leave behind;
 with more than that all of the disk is held."""
-_WHOLE_DISK: Final = (0, 1 << 64)
+WHOLE_DISK: Final = (0, 1 << 64)
 """Past the end of any disk, also of one that grows."""
 
 
@@ -45,12 +45,8 @@ class Held:
         claims += [(until_s, self._ranges.block(*span)) for span in merged(spans)]
         claims.sort(key=_until_s)
         if len(claims) > _SPANS_MAX:
-            self._claims = [(claims[-1][0], self._ranges.block(*_WHOLE_DISK))]
+            self._claims = [(claims[-1][0], self._ranges.block(*WHOLE_DISK))]
             self._release(claims)
-
-    def hold_all(self, until_s: float) -> None:
-        """Keep changes out of all of the disk."""
-        self.hold([_WHOLE_DISK], until_s)
 
     def begin(self, until_s: float) -> None:
         """What had no time yet is let go at `until_s`."""

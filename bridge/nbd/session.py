@@ -24,8 +24,9 @@ Two things a new connection must not be believed in:
 - **A write left behind.** A server without a fence may execute a write of the lost connection
   after the reconnect. If the loss left that possible (anything but the end of a unix socket), new
   changes that overlap one that had no answer wait for `stale_write_grace_s`, whether that one is
-  sent again or was failed meanwhile. Our nbdkit plugin fences (`session=yes` in the export's
-  description), so nothing waits.
+  sent again or was failed meanwhile. Where a process before this one may have left writes
+  (`expect_stale_writes`), it may have done so anywhere, and all changes wait as long. Our nbdkit
+  plugin fences (`session=yes` in the export's description), so nothing waits.
 - **A flush.** Writes that were answered but not flushed may have died with the old server. Unless
   the layer above keeps them to send again (`keeps_unflushed`), or the server proves that it is the
   same one (`instance=` in the description), the next flush fails with EIO, once.
@@ -48,7 +49,7 @@ import structlog
 from bridge.nbd.align import cover, send_aligned
 from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.export import Export
-from bridge.nbd.held import Held, Span
+from bridge.nbd.held import WHOLE_DISK, Held, Span
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.ranges import Claim, Ranges
 from bridge.nbd.split import Limits, Split
@@ -412,6 +413,25 @@ class Session:
         """What comes fails at once; it must not wait for the end of a grace time."""
         return self.given_up or self.phase is Phase.CLOSED
 
+    def expect_stale_writes(self, now: float) -> None:
+        """A process before this one may have left changes at the server, nobody knows where: all
+        that are not under way yet wait for the grace time. Call it when that process is gone."""
+        # Its connections ended with it, and the server has received what it will (but for what a
+        # kernel still had to send): the grace of our own lost connections counts from no later
+        # point either. It does not count from our first connection, which may be older than the
+        # other's end: that of a bridge that stood by, or of the one that a guest migrates to.
+        if self._fenced:
+            return
+        grace_s = self._options.stale_write_grace_s
+        self._hold([WHOLE_DISK], now + grace_s)
+        if grace_s:
+            _log.info("the process before may have left writes: ours wait", seconds=grace_s)
+
+    @property
+    def may_leave_writes(self) -> bool:
+        """The server may still execute old changes: the process after this one has to expect it."""
+        return bool(self._held) and not self._fenced
+
     def leaving(self) -> None:
         """The connections are being given up: send nothing more on them."""
         if self.phase is Phase.UP:
@@ -507,7 +527,9 @@ class Session:
     def closed(self, unanswered: list[Request]) -> None:
         """No more connections: what is left fails."""
         self._channels = ()
-        self._unanswered += unanswered
+        if unanswered:
+            self._unanswered += unanswered
+            self._stale_possible = True
         self.phase = Phase.CLOSED
         self._fail_all(errno.EIO)
 

@@ -513,6 +513,84 @@ def test_many_failed_changes_hold_all_of_the_disk() -> None:
     assert world.sent == [(WRITE, 1), (WRITE, 4095)]
 
 
+@pytest.mark.parametrize("op", [WRITE, DISCARD, WRITE_ZEROES])
+def test_expected_stale_writes_hold_every_change_for_the_grace_time(op) -> None:
+    """A killed process may have left them anywhere."""
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.session.expect_stale_writes(10.0)
+    world.ask(op, 4)
+    world.ask(READ, 4)
+    world.ask(FLUSH)
+    assert world.sent == [(READ, 4), (FLUSH, 0)]
+    assert world.session.next_deadline_s() == 10 + GRACE_S
+    world.session.tick(10 + GRACE_S - 0.1)
+    assert len(world.sent) == 2
+    world.session.tick(10 + GRACE_S)
+    assert world.sent == [(READ, 4), (FLUSH, 0), (op, 4)]
+    world.ask(op, 5)
+    assert world.sent[3:] == [(op, 5)]
+
+
+def test_expected_stale_writes_hold_also_what_is_new_after_a_growth_and_a_reconnect() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.session.expect_stale_writes(0.0)
+    world.ask(WRITE, 1)
+    world.down(stale_possible=False)
+    world.ask(WRITE, 2)
+    world.up(export(4 << 20))
+    world.ask(WRITE, 8000)
+    assert world.sent == []
+    world.session.tick(GRACE_S)
+    assert world.sent == [(WRITE, 1), (WRITE, 2), (WRITE, 8000)]
+
+
+def test_expected_stale_writes_twice_wait_for_the_later_time() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.session.expect_stale_writes(0.0)
+    world.session.expect_stale_writes(2.0)
+    world.ask(WRITE, 1)
+    world.session.tick(GRACE_S)
+    assert world.sent == []
+    world.session.tick(2 + GRACE_S)
+    assert world.sent == [(WRITE, 1)]
+
+
+@pytest.mark.parametrize("fences", [True, False])
+def test_no_stale_writes_are_expected_with_a_fence_or_without_a_grace(fences) -> None:
+    options = ClientOptions(stale_write_grace_s=GRACE_S if fences else 0)
+    world = World(options, description="session=yes" if fences else "")
+    world.session.expect_stale_writes(0.0)
+    world.ask(WRITE, 1)
+    assert world.sent == [(WRITE, 1)]
+    assert not world.session.may_leave_writes
+
+
+def test_may_leave_writes_while_a_grace_lasts() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    assert not world.session.may_leave_writes
+    world.session.expect_stale_writes(0.0)
+    assert world.session.may_leave_writes
+    world.session.tick(GRACE_S)
+    assert not world.session.may_leave_writes
+
+
+@pytest.mark.parametrize(
+    ("op", "description", "leaves"),
+    [
+        (READ, "", False),
+        (WRITE, "", True),
+        (DISCARD, "", True),
+        (WRITE, "session=yes", False),
+    ],
+)
+def test_may_leave_writes_when_closed_with_a_change_in_flight(op, description, leaves) -> None:
+    world = World(description=description)
+    world.ask(op, 1)
+    world.session.closed(list(world.channels[0].pending))
+    assert world.session.may_leave_writes == leaves
+    assert world.ask(WRITE, 1).error == errno.EIO
+
+
 def test_closed_session_fails_everything_held() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
     world.ask(WRITE, 1)
