@@ -108,6 +108,7 @@ async def _serve(
         drain_timeout_s=options.stop_step_s,
         failing=storage.failing,
         on_all_stopped=disk.flush,
+        on_recovered=storage.client.expect_stale_writes,
         withheld_features=options.withheld_features,
     )
     storage.on_resized = device.resize

@@ -20,7 +20,12 @@ import trio
 from bridge.cache.cache import Cache
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import CacheFile, dirty_bytes, open_or_create
-from bridge.cache.layout import Identity, geometry_for
+from bridge.cache.layout import (
+    HEADER_AREA_BYTES,
+    Identity,
+    geometry_for,
+    parse_header_untrusted,
+)
 from bridge.cache.options import Options
 from bridge.disk import Backend
 from bridge.errors import ConfigError, ConnectionLost
@@ -96,6 +101,16 @@ def other_volume(file: CacheFile) -> str:
     )
 
 
+def was_killed(path: Path) -> bool:
+    """Whoever used this cache file last has not closed it (or still uses it)."""
+    try:
+        with path.open("rb") as file:
+            header = parse_header_untrusted(file.read(HEADER_AREA_BYTES))
+    except (OSError, ConfigError):
+        return False  # There is none, or it will not be opened.
+    return header is not None and not header.clean
+
+
 class NbdBackend:
     """A connected client, as the disk or the cache above it sees it."""
 
@@ -168,7 +183,11 @@ class Storage:
             self.client.on_export_changed = lambda changed: self.on_resized(changed.usable_bytes)
             return export
         try:
+            killed = was_killed(cache_path(self._uri, self._settings.directory))
             cache = self._cache = self._open_cache(export)
+            if killed or cache.index.dirty_slots:
+                # Nothing was sent yet. The file is ours, so the process before has ended.
+                self.client.expect_stale_writes()
         except BaseException:
             self._close_file(clean=False)
             raise
@@ -347,8 +366,14 @@ class Storage:
             self._cold.close()
             self._cold = None
         if self._file is not None:
-            self._file.close(clean=clean)
+            self._file.close(clean=clean and not self._must_warn_the_next)
             self._file = None
+
+    @property
+    def _must_warn_the_next(self) -> bool:
+        """Old writes may come after the next process has begun, and nothing dirty tells it so."""
+        dirty = self._cache is not None and self._cache.index.dirty_slots
+        return self.client.may_leave_writes and not dirty
 
     async def _flush_cache(self, cache: Cache) -> None:
         finished = trio.Event()
