@@ -25,6 +25,8 @@ from bridge.storage import (
     Storage,
     cache_identity,
     check_export,
+    expect_stale_writes,
+    may_call_clean,
     note_export,
 )
 
@@ -93,10 +95,11 @@ def _cache_to_flush(
         )
         if not force:
             check_export(cache, file, client.export)
+        expect_stale_writes(client, file, cache.index.dirty_slots)
     except BaseException:
         file.close(clean=False)
         raise
-    at_last.callback(file.close, clean=True)
+    at_last.callback(lambda: file.close(clean=may_call_clean(client, cache.index.dirty_slots)))
     client.keeps_unflushed = True
     note_export(cache, client.export)
 

@@ -57,11 +57,14 @@ class BlkDevice:
         max_queues: int = 1,
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
+        on_recovered: Callable[[], None] | None = None,
         failing: Callable[[int], AbstractContextManager[object]] = nullcontext,
         on_all_stopped: Callable[[], Awaitable[object]] | None = None,
         withheld_features: int = 0,
     ) -> None:
-        """`hits`: what can be asked before `target`. Within `failing(errno)` everything unfinished
+        """`on_recovered` is called before requests that another process began are executed again.
+
+        `hits`: what can be asked before `target`. Within `failing(errno)` everything unfinished
         below fails, and whatever that leads to.
 
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
@@ -80,6 +83,7 @@ class BlkDevice:
             self._config, target, hits=hits, serial=serial, fault=self._guest_fault
         )
         self._drain_timeout_s = drain_timeout_s
+        self._on_recovered = on_recovered
         self._gave_up_until_s = -inf
         self._failing = failing
         self._on_all_stopped = on_all_stopped
@@ -196,6 +200,10 @@ class BlkDevice:
             max_size=self.max_queue_size,
             inflight=self._inflight,
         )
+
+        if queue.in_flight and self._on_recovered is not None:
+            # In flight before the ring runs: begun by another process, perhaps sent by it.
+            self._on_recovered()
 
         def broken(reason: str) -> None:
             self._ring_broken(index, reason)

@@ -142,6 +142,7 @@ async def _serve(
         drain_timeout_s=stop.step_s,
         failing=storage.failing,
         on_all_stopped=all_stopped,
+        on_recovered=storage.client.expect_stale_writes,
         withheld_features=options.withheld_features,
     )
     storage.on_resized = device.resize

@@ -117,6 +117,19 @@ def note_export(cache: Cache, export: Export) -> None:
         _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
 
 
+def expect_stale_writes(client: Client, file: CacheFile, dirty_slots: int) -> None:
+    """The process before this one may have left writes at the server: nothing was sent yet, and
+    the file is ours, so that one has ended."""
+    if file.was_killed or dirty_slots:
+        client.expect_stale_writes()
+
+
+def may_call_clean(client: Client, dirty_slots: int) -> bool:
+    """Whether a cache file may say that it was closed in order: not when old writes may come after
+    the next process has begun, and nothing dirty would tell it so."""
+    return bool(dirty_slots) or not client.may_leave_writes
+
+
 class NbdBackend:
     """A connected client, as the disk or the cache above it sees it."""
 
@@ -201,6 +214,7 @@ class Storage:
             raise
         assert self._file is not None
         check_export(cache, self._file, export)
+        expect_stale_writes(self.client, self._file, cache.index.dirty_slots)
         if export.sessions and export.sessions[0] == self._file.header.export_generation:
             # Somebody kept the session open that this cache belongs to, and may have written.
             self.may_be_written_elsewhere()
@@ -269,6 +283,7 @@ class Storage:
                 _log.warning(
                     "the cache file is removed, the export is written without it", path=path
                 )
+            expect_stale_writes(self.client, file, 0)
         finally:
             file.close(clean=False)
 
@@ -414,7 +429,8 @@ class Storage:
             self._cold.close()
             self._cold = None
         if self._file is not None:
-            self._file.close(clean=clean)
+            dirty = self._cache.index.dirty_slots if self._cache is not None else 0
+            self._file.close(clean=clean and may_call_clean(self.client, dirty))
             self._file = None
 
     async def _flush_cache(self, cache: Cache) -> None:

@@ -733,6 +733,45 @@ async def test_3_10_requests_of_a_dead_process_are_executed_again(guest: DeviceG
     gc.collect()  # of the ring that was never closed
 
 
+@pytest.mark.parametrize("answered", [True, False])
+async def test_3_10_recovered_requests_are_told_of_before_they_are_executed(
+    guest: DeviceGuest, answered: bool
+) -> None:
+    """Whoever is below may have to wait: the server may be about to execute the same ones."""
+    fd, size = guest.device.create_inflight(1, 16)
+    ring = guest.start()
+    guest.disk.hold = not answered
+    pending = guest.put(T_OUT, out=b"x" * 512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.requests) == 1)
+    await a_while()
+    assert (pending.status == S_OK) == answered
+    guest.disk.held.clear()  # the process dies
+    guest.device._rings.clear()
+    guest.device._setups.clear()
+    guest.disk.hold = False
+    told: list[int] = []
+    async with running_device(
+        packed=guest.packed,
+        disk=guest.disk,
+        on_recovered=lambda: told.append(len(guest.disk.requests)),
+    ) as second:
+        second.fd, second.memory, second.rings, first_fd, first_memory = (
+            *(guest.fd, guest.memory, guest.rings),
+            *(second.fd, second.memory),
+        )
+        await second.connect()
+        second.device.set_inflight(fd, 0, size, 1, 16)
+        second.start(base=ring.base + 1 if answered else ring.base)
+        await a_while()
+        assert told == ([] if answered else [1])
+        assert len(guest.disk.requests) == (1 if answered else 2)
+        await second.device.stop_ring(0)
+        second.fd, second.memory, second.rings = first_fd, first_memory, {}
+    os.close(fd)
+    gc.collect()  # of the ring that was never closed
+
+
 async def test_3_10_stopped_in_order_nothing_is_executed_again(guest: DeviceGuest) -> None:
     fd, size = guest.device.create_inflight(1, 16)
     guest.start()

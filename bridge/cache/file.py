@@ -124,6 +124,8 @@ class CacheFile(MappedImage):
         """For a file made by this process: which blocks of each slot were ever written."""
         self.notes: list[str] = []
         """What the operator should know about how the file was opened."""
+        self.was_killed = not header.clean
+        """Whoever used the file last has not closed it."""
         self._map = mmap.mmap(fd, header.geometry.file_bytes)
         super().__init__(self._map, header)
         # The map's address, for mincore(2): the array exports the map's buffer until `close`.
@@ -275,8 +277,9 @@ def open_or_create(path: str, *, geometry: Geometry, identity: Identity) -> Cach
         return file
     # A second descriptor of the same open file keeps the lock while the map goes.
     fd = os.dup(file.fd)
+    killed = file.was_killed
     file.close(clean=False)
-    return _create(path, geometry, identity, [note], fd)
+    return _create(path, geometry, identity, [note], fd, killed=killed)
 
 
 def _unfit(file: CacheFile, geometry: Geometry, identity: Identity) -> str | None:
@@ -348,7 +351,13 @@ def _has_content(path: str) -> bool:
 
 
 def _create(
-    path: str, geometry: Geometry, identity: Identity, notes: list[str], fd: int = -1
+    path: str,
+    geometry: Geometry,
+    identity: Identity,
+    notes: list[str],
+    fd: int = -1,
+    *,
+    killed: bool = False,
 ) -> CacheFile:
     """Make `path` an empty cache: the header comes last, so a cut-off creation is seen."""
     if fd < 0:
@@ -370,6 +379,7 @@ def _create(
         os.close(fd)
         raise
     file.notes = notes
+    file.was_killed = killed
     slots = memoryview(mmap.mmap(-1, 2 * (geometry.slots + 1)))
     file._stored = slots.cast("H")
     file.begin()

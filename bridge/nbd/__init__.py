@@ -6,7 +6,8 @@ From the wire upwards:
 * `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O;
 * `connection`: one socket with both, driven by trio while it connects and by the data path's
   `Loop` afterwards; `tls`: the same over TLS;
-* `session`: what happens when the server goes away and comes back, sans-I/O;
+* `session`: what happens when the server goes away and comes back, sans-I/O; `held`: where new
+  changes wait because the server may still do something old;
 * `split`, `align`, `ranges`: how a request becomes commands that this server takes;
 * `client`: all of it behind `submit(request)`;
 * `server_core`, `server`: a small server for the demo and the tests, with fault injection;

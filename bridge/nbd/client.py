@@ -108,6 +108,19 @@ class Client:
     def on_export_changed(self, hook: Callable[[Export], None]) -> None:
         self.session.on_export_changed = hook
 
+    def expect_stale_writes(self) -> None:
+        """A process before this one, which is gone, may have left changes at the server.
+
+        Unless the server has a fence, changes wait for `options.stale_write_grace_s` from now on.
+        Only after `connect`.
+        """
+        self.session.expect_stale_writes(trio.current_time())
+
+    @property
+    def may_leave_writes(self) -> bool:
+        """The process after this one has to expect stale writes. Also after `close`."""
+        return self.session.may_leave_writes
+
     async def connect(self) -> Export:
         """Connect for the first time, within `options.connect_timeout_s`.
 

@@ -20,7 +20,8 @@ class ClientOptions:
     """Bounds of the exponential backoff between attempts to reconnect."""
     stale_write_grace_s: float = 5.0
     """A write that a lost connection left behind may still be executed by a server that has no
-    fence. New writes that overlap one that was sent again wait this long after a reconnect."""
+    fence. New writes that overlap one that had no answer wait this long after a reconnect; all of
+    them do after a start when the process before was killed."""
     connections: int = 1
     """Sockets to use where the server allows several."""
     read_only: bool = False

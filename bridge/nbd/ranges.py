@@ -77,3 +77,14 @@ class Ranges:
             if other.start < waiting.stop and waiting.start < other.stop:
                 return True
         return False
+
+
+def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes as `ranges` (start, stop) in as few as possible, in the disk's order."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found

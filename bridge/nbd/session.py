@@ -23,8 +23,10 @@ Two things a new connection must not be believed in:
 
 - **A write left behind.** A server without a fence may execute a write of the lost connection
   after the reconnect. If the loss left that possible (anything but the end of a unix socket), new
-  changes that overlap one that was sent again wait for `stale_write_grace_s`. Our nbdkit plugin
-  fences (`session=yes` in the export's description), so nothing waits.
+  changes that overlap one that had no answer wait for `stale_write_grace_s`, whether that one is
+  sent again or was failed meanwhile. Where a process before this one may have left writes
+  (`expect_stale_writes`), it may have done so anywhere, and all changes wait as long. Our nbdkit
+  plugin fences (`session=yes` in the export's description), so nothing waits.
 - **A flush.** Writes that were answered but not flushed may have died with the old server. Unless
   the layer above keeps them to send again (`keeps_unflushed`), or the server proves that it is the
   same one (`instance=` in the description), the next flush fails with EIO, once.
@@ -38,6 +40,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from enum import Enum
+from math import inf
 from random import Random
 from typing import Final, Protocol
 
@@ -46,6 +49,7 @@ import structlog
 from bridge.nbd.align import cover, send_aligned
 from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.export import Export
+from bridge.nbd.held import WHOLE_DISK, Held, Span
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.ranges import Claim, Ranges
 from bridge.nbd.split import Limits, Split
@@ -117,7 +121,7 @@ class Session:
         self._waiting: list[Request] = []
         self._unanswered: list[Request] = []
         self._ranges = Ranges()
-        self._grace: list[tuple[float, Claim]] = []
+        self._held = Held(self._ranges)
         self._ordered = False
         self._stale_possible = False
         self._down_since_s = 0.0
@@ -161,7 +165,7 @@ class Session:
         error = self._refusal(request)
         if error is not None:
             request.finish(error)
-        elif request.op in _CHANGES and (self._ordered or self._grace):
+        elif request.op in _CHANGES and (self._ordered or self._held) and not self._fails:
             start, stop = request.offset, request.offset + request.length
             block_bytes = self._align_mask + 1
             self._ranges.enter(_Change(self, request, *cover(start, stop - start, block_bytes)))
@@ -341,7 +345,7 @@ class Session:
     def _set_fast_limits(self) -> None:
         export = self.export
         self._max_read = self._limits.payload_bytes
-        fast = not (self._ordered or self._grace or export.read_only or self._options.read_only)
+        fast = not (self._ordered or self._held or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
 
     def _judge_unflushed(self, old: Export | None, export: Export) -> None:
@@ -368,8 +372,7 @@ class Session:
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
         self.resent_total += len(again)
-        if self._stale_possible and export.properties.get("session") != "yes":
-            self._begin_grace(now, again)
+        self._begin_grace(now, _changed(again) if self._stale_possible else [])
         flushes_fail = self._writes_lost
         for request in (*again, *waited):
             if request.op == FLUSH:
@@ -384,16 +387,50 @@ class Session:
             else:
                 self._command(request)
 
-    def _begin_grace(self, now: float, again: list[Request]) -> None:
-        """Keep new changes away from what the lost connection may still do."""
-        grace_s = self._options.stale_write_grace_s
-        if not grace_s:
-            return
-        for request in again:
-            if request.op in _CHANGES:
-                claim = self._ranges.block(request.offset, request.offset + request.length)
-                self._grace.append((now + grace_s, claim))
+    def _begin_grace(self, now: float, again: list[Span]) -> None:
+        """Keep new changes away from what lost connections may still do: in `again`, and where
+        changes were failed since."""
+        if self._fenced:
+            self._held.begin(now)
+            self._held.expire(now)
+        else:
+            self._held.begin(now + self._options.stale_write_grace_s)
+            self._hold(again, now + self._options.stale_write_grace_s)
         self._set_fast_limits()
+
+    @property
+    def _fenced(self) -> bool:
+        """The server executes nothing of a lost connection once there is a new one."""
+        return self.export.properties.get("session") == "yes"
+
+    def _hold(self, spans: list[Span], until_s: float = inf) -> None:
+        if spans and self._options.stale_write_grace_s:
+            self._held.hold(spans, until_s)
+            self._set_fast_limits()
+
+    @property
+    def _fails(self) -> bool:
+        """What comes fails at once; it must not wait for the end of a grace time."""
+        return self.given_up or self.phase is Phase.CLOSED
+
+    def expect_stale_writes(self, now: float) -> None:
+        """A process before this one may have left changes at the server, nobody knows where: all
+        that are not under way yet wait for the grace time. Call it when that process is gone."""
+        # Its connections ended with it, and the server has received what it will (but for what a
+        # kernel still had to send): the grace of our own lost connections counts from no later
+        # point either. It does not count from our first connection, which may be older than the
+        # other's end: that of a bridge that stood by, or of the one that a guest migrates to.
+        if self._fenced:
+            return
+        grace_s = self._options.stale_write_grace_s
+        self._hold([WHOLE_DISK], now + grace_s)
+        if grace_s:
+            _log.info("the process before may have left writes: ours wait", seconds=grace_s)
+
+    @property
+    def may_leave_writes(self) -> bool:
+        """The server may still execute old changes: the process after this one has to expect it."""
+        return bool(self._held) and not self._fenced
 
     def leaving(self) -> None:
         """The connections are being given up: send nothing more on them."""
@@ -441,12 +478,9 @@ class Session:
 
     def tick(self, now: float) -> None:
         """Time has passed: end grace times, give up waiting."""
-        if self._grace and self._grace[0][0] <= now:
-            over = [claim for until_s, claim in self._grace if until_s <= now]
-            self._grace = [item for item in self._grace if item[0] > now]
+        if self._held:
+            self._held.expire(now)
             self._set_fast_limits()
-            for claim in over:
-                self._ranges.release(claim)
         timeout_s = self._options.reconnect_timeout_s
         if (
             self.phase is Phase.DOWN
@@ -460,40 +494,44 @@ class Session:
 
     def next_deadline_s(self) -> float | None:
         """When `tick` has something to do."""
-        deadlines = [self._grace[0][0]] if self._grace else []
+        deadline_s = self._held.deadline_s
+        deadlines = [] if deadline_s is None else [deadline_s]
         if self.phase is Phase.DOWN and self._options.reconnect_timeout_s and not self.given_up:
             deadlines.append(self._down_since_s + self._options.reconnect_timeout_s)
         return min(deadlines, default=None)
 
     def _fail_all(self, error: int) -> None:
-        """Fail what waits, and what comes until there is a connection again."""
+        """Fail what waits, and what comes until there is a connection again.
+
+        The server may execute what it was sent all the same. Nobody sends that again, and whoever
+        was told of the failure may write something else there: it has to be kept in mind.
+        """
         self._fail_errno = error
         self._send = self._fail
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
+        left = _changed(again) if self._stale_possible else []
         for request in (*again, *waited):
             request.finish(error)
+        self._held.hold_again(self._held.let_go())  # What it kept waiting fails, too.
+        self._hold(left)
 
     def fail_pending(self, now: float, unanswered: list[Request], error: int) -> None:
         """Finish everything with `error`; the connections are closed already."""
         if self.phase in (Phase.UP, Phase.LEAVING):
             self.lost(now, unanswered, stale_possible=True)
-        grace, self._grace = self._grace, []
         self._fail_all(error)
-        for _, claim in grace:
-            self._ranges.release(claim)
         if self.phase is Phase.DOWN and not self.given_up:
             self._send = self._wait
 
     def closed(self, unanswered: list[Request]) -> None:
         """No more connections: what is left fails."""
         self._channels = ()
-        self._unanswered += unanswered
+        if unanswered:
+            self._unanswered += unanswered
+            self._stale_possible = True
         self.phase = Phase.CLOSED
-        grace, self._grace = self._grace, []
         self._fail_all(errno.EIO)
-        for _, claim in grace:
-            self._ranges.release(claim)
 
     @property
     def in_flight(self) -> int:
@@ -534,6 +572,11 @@ class _Change(Claim):
         request.generation = inner.generation
         self._session._ranges.release(self)
         request.finish(inner.error)
+
+
+def _changed(requests: list[Request]) -> list[Span]:
+    """What some of `requests` change."""
+    return [(each.offset, each.offset + each.length) for each in requests if each.op in _CHANGES]
 
 
 def _status_done(part: StatusRequest) -> None:

@@ -377,6 +377,220 @@ def test_grace_also_stops_writes_that_were_waiting_already() -> None:
     assert world.sent == [(WRITE, 1)]
 
 
+def fail_by_pending(world: World) -> None:
+    unanswered = [request for channel in world.channels for request in channel.pending]
+    world.session.fail_pending(world.now, unanswered, errno.EIO)
+
+
+def fail_by_timeout(world: World) -> None:
+    world.down(stale_possible=True)
+    world.now += 2
+    world.session.tick(world.now)
+
+
+FAILING = pytest.mark.parametrize("fail", [fail_by_pending, fail_by_timeout])
+
+
+def world_with_grace() -> World:
+    return World(ClientOptions(stale_write_grace_s=GRACE_S, reconnect_timeout_s=2))
+
+
+@FAILING
+@pytest.mark.parametrize("op", [WRITE, DISCARD, WRITE_ZEROES])
+def test_grace_also_holds_where_a_change_was_failed_instead_of_sent_again(fail, op) -> None:
+    """The guest is told of the failure, writes anew, and flushes: that must stay."""
+    world = world_with_grace()
+    failed = world.ask(op, 4, count=2)
+    fail(world)
+    assert failed.error == errno.EIO
+    world.now += 1
+    world.up()
+    world.ask(WRITE, 5)
+    world.ask(WRITE, 6)
+    world.ask(READ, 4)
+    assert world.sent == [(WRITE, 6), (READ, 4)]
+    world.session.tick(world.now + GRACE_S - 0.1)
+    assert len(world.sent) == 2
+    world.session.tick(world.now + GRACE_S)
+    assert world.sent == [(WRITE, 6), (READ, 4), (WRITE, 5)]
+    assert world.session.next_deadline_s() is None
+    world.ask(WRITE, 5)
+    assert len(world.sent) == 4
+
+
+def test_grace_holds_what_comes_between_a_failure_and_the_reconnect() -> None:
+    world = world_with_grace()
+    world.ask(WRITE, 4)
+    fail_by_pending(world)
+    world.ask(WRITE, 4)
+    world.ask(WRITE, 5)
+    world.up()
+    assert world.sent == [(WRITE, 5)]
+    world.session.tick(world.now + GRACE_S)
+    assert world.sent == [(WRITE, 5), (WRITE, 4)]
+
+
+def test_change_that_was_never_sent_leaves_nothing_behind_when_it_fails() -> None:
+    world = world_with_grace()
+    world.down(stale_possible=True)
+    world.ask(WRITE, 4)
+    world.session.tick(2)
+    world.up()
+    world.ask(WRITE, 4)
+    assert world.sent == [(WRITE, 4)]
+
+
+def test_failed_change_of_a_connection_that_the_server_ended_leaves_nothing_behind() -> None:
+    world = world_with_grace()
+    world.ask(WRITE, 4)
+    world.down(stale_possible=False)
+    world.session.tick(2)
+    world.up()
+    world.ask(WRITE, 4)
+    assert world.sent == [(WRITE, 4)]
+
+
+@pytest.mark.parametrize("fences", [True, False])
+def test_nothing_waits_for_failed_changes_with_a_fence_or_without_a_grace(fences) -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S if fences else 0))
+    world.ask(WRITE, 4)
+    fail_by_pending(world)
+    world.ask(WRITE, 4)
+    world.up(export(description="session=yes") if fences else None)
+    assert world.sent == [(WRITE, 4)]
+    world.ask(WRITE, 4)
+    assert world.sent == [(WRITE, 4)] * 2
+
+
+def test_grace_outlives_a_failure_of_everything() -> None:
+    """What the server may still do does not depend on how often we fail what waits for it."""
+    world = world_with_grace()
+    world.ask(WRITE, 4)
+    world.down(stale_possible=True)
+    world.up()
+    world.channels[0].answer_all()
+    held = world.ask(WRITE, 4)
+    world.now = 1.0
+    fail_by_pending(world)
+    assert held.error == errno.EIO
+    world.up()
+    world.ask(WRITE, 4)
+    world.session.tick(GRACE_S - 0.1)
+    assert world.sent == []
+    world.session.tick(GRACE_S)
+    assert world.sent == [(WRITE, 4)]
+
+
+@FAILING
+def test_change_that_waits_for_a_grace_fails_with_everything_else(fail) -> None:
+    world = World(ClientOptions(stale_write_grace_s=3600, reconnect_timeout_s=2))
+    world.ask(WRITE, 4)
+    world.down(stale_possible=True)
+    world.up()
+    held = world.ask(WRITE, 4)
+    fail(world)
+    assert held.error == errno.EIO
+
+
+def test_given_up_change_fails_at_once_although_its_range_is_held() -> None:
+    world = world_with_grace()
+    world.ask(WRITE, 4)
+    fail_by_timeout(world)
+    assert world.ask(WRITE, 4).error == errno.EIO
+    assert world.session.in_flight == 0
+
+
+def test_many_failed_changes_hold_all_of_the_disk() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S), size=2 << 20)
+    for number in range(1025):  # None touches another one.
+        world.ask(WRITE, 2 * number)
+    fail_by_pending(world)
+    world.up()
+    world.ask(WRITE, 1)
+    world.ask(WRITE, 4095)
+    assert world.sent == []
+    world.session.tick(GRACE_S)
+    assert world.sent == [(WRITE, 1), (WRITE, 4095)]
+
+
+@pytest.mark.parametrize("op", [WRITE, DISCARD, WRITE_ZEROES])
+def test_expected_stale_writes_hold_every_change_for_the_grace_time(op) -> None:
+    """A killed process may have left them anywhere."""
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.session.expect_stale_writes(10.0)
+    world.ask(op, 4)
+    world.ask(READ, 4)
+    world.ask(FLUSH)
+    assert world.sent == [(READ, 4), (FLUSH, 0)]
+    assert world.session.next_deadline_s() == 10 + GRACE_S
+    world.session.tick(10 + GRACE_S - 0.1)
+    assert len(world.sent) == 2
+    world.session.tick(10 + GRACE_S)
+    assert world.sent == [(READ, 4), (FLUSH, 0), (op, 4)]
+    world.ask(op, 5)
+    assert world.sent[3:] == [(op, 5)]
+
+
+def test_expected_stale_writes_hold_also_what_is_new_after_a_growth_and_a_reconnect() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.session.expect_stale_writes(0.0)
+    world.ask(WRITE, 1)
+    world.down(stale_possible=False)
+    world.ask(WRITE, 2)
+    world.up(export(4 << 20))
+    world.ask(WRITE, 8000)
+    assert world.sent == []
+    world.session.tick(GRACE_S)
+    assert world.sent == [(WRITE, 1), (WRITE, 2), (WRITE, 8000)]
+
+
+def test_expected_stale_writes_twice_wait_for_the_later_time() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.session.expect_stale_writes(0.0)
+    world.session.expect_stale_writes(2.0)
+    world.ask(WRITE, 1)
+    world.session.tick(GRACE_S)
+    assert world.sent == []
+    world.session.tick(2 + GRACE_S)
+    assert world.sent == [(WRITE, 1)]
+
+
+@pytest.mark.parametrize("fences", [True, False])
+def test_no_stale_writes_are_expected_with_a_fence_or_without_a_grace(fences) -> None:
+    options = ClientOptions(stale_write_grace_s=GRACE_S if fences else 0)
+    world = World(options, description="session=yes" if fences else "")
+    world.session.expect_stale_writes(0.0)
+    world.ask(WRITE, 1)
+    assert world.sent == [(WRITE, 1)]
+    assert not world.session.may_leave_writes
+
+
+def test_may_leave_writes_while_a_grace_lasts() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    assert not world.session.may_leave_writes
+    world.session.expect_stale_writes(0.0)
+    assert world.session.may_leave_writes
+    world.session.tick(GRACE_S)
+    assert not world.session.may_leave_writes
+
+
+@pytest.mark.parametrize(
+    ("op", "description", "leaves"),
+    [
+        (READ, "", False),
+        (WRITE, "", True),
+        (DISCARD, "", True),
+        (WRITE, "session=yes", False),
+    ],
+)
+def test_may_leave_writes_when_closed_with_a_change_in_flight(op, description, leaves) -> None:
+    world = World(description=description)
+    world.ask(op, 1)
+    world.session.closed(list(world.channels[0].pending))
+    assert world.session.may_leave_writes == leaves
+    assert world.ask(WRITE, 1).error == errno.EIO
+
+
 def test_closed_session_fails_everything_held() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
     world.ask(WRITE, 1)
