@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial, wraps
 from typing import Any, NoReturn, ParamSpec
@@ -15,6 +15,7 @@ import trio
 
 from bridge import __version__, logs
 from bridge.errors import BridgeError, ConfigError
+from bridge.parameters import FilePath, Finite, Range, Size
 
 P = ParamSpec("P")
 
@@ -22,10 +23,34 @@ _CAPABILITIES = {"type": "block", "features": ["read-only"]}
 """What `--print-capabilities` says (vhost-user "Backend program conventions")."""
 
 
-def main() -> NoReturn:
-    """The `nbd-bridge` command."""
-    nbd_bridge(prog_name="nbd-bridge", auto_envvar_prefix="NBD_BRIDGE")
-    raise SystemExit(0)
+MIN_CACHE_SIZE = "4M"
+"""What `cache.layout` needs at least, with the blocks that nearly all servers have."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The `nbd-bridge` command; `arguments` None: those of the process."""
+    try:
+        status = nbd_bridge.main(
+            arguments,
+            prog_name="nbd-bridge",
+            auto_envvar_prefix="NBD_BRIDGE",
+            standalone_mode=False,  # It would say an error in four lines.
+        )
+    except click.ClickException as error:
+        click.echo(f"nbd-bridge: {_one_line(error)}", err=True)
+        status = error.exit_code
+    except click.Abort:
+        click.echo("nbd-bridge: interrupted", err=True)
+        status = 1
+    sys.exit(status)
+
+
+def _one_line(error: click.ClickException) -> str:
+    """What click has to say, without its line breaks, and where to read more."""
+    text = " ".join(error.format_message().split("\n")).rstrip(".")
+    context = getattr(error, "ctx", None)
+    more = f" (see '{context.command_path} --help')" if context is not None else ""
+    return text[:1].lower() + text[1:] + more
 
 
 def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -72,7 +97,17 @@ _capabilities_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Commands; without one, its help is printed, and nothing was done."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            click.echo(self.get_help(ctx), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nbd-bridge")
 @_capabilities_option
 def nbd_bridge() -> None:
@@ -104,31 +139,9 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     return bits
 
 
-def _size(_: click.Context, __: click.Parameter, value: str) -> int:
-    """Bytes of a size such as 512M."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
-    if match is None or not int(match[1]):
-        raise click.BadParameter(f"{value!r} is no size: write a number with K, M, G or T")
-    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
-
-
-def _ranges(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> list[tuple[int, int]]:
-    """(offset, length) in bytes of each `OFFSET:LENGTH`; either may be a size such as 10M."""
-    found = []
-    for value in values:
-        offset, separator, length = value.partition(":")
-        if not separator:
-            raise click.BadParameter(f"{value!r}: write OFFSET:LENGTH")
-        start = 0 if offset == "0" else _size(context, parameter, offset)
-        found.append((start, _size(context, parameter, length)))
-    return found
-
-
 @nbd_bridge.command()
 @click.argument("uri")
-@click.option("--socket-path", type=click.Path(), help="Listen on this unix socket.")
+@click.option("--socket-path", type=FilePath(), help="Listen on this unix socket.")
 @click.option("--fd", type=click.IntRange(0), help="Listen on this inherited socket instead.")
 @_capabilities_option
 @click.option("--read-only", is_flag=True, help="The guest may not write.")
@@ -159,14 +172,14 @@ def _ranges(
 @click.option(
     "--flush-interval",
     "flush_interval_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=60.0,
     show_default=True,
     help="Flush this many seconds after a write at the latest; 0: never.",
 )
 @click.option(
     "--poll-us",
-    type=click.FloatRange(0, 10_000),
+    type=Finite(0, 10_000),
     default=32.0,
     show_default=True,
     help="Look for work this many microseconds before sleeping; 0: sleep at once.",
@@ -187,14 +200,14 @@ def _ranges(
 )
 @click.option(
     "--cache-size",
+    type=Size(minimum=MIN_CACHE_SIZE),
     default="1G",
     show_default=True,
-    callback=_size,
-    help="Size of the cache file, such as 512M or 20G.",
+    help=f"Size of the cache file, such as 512M or 20G; at least {MIN_CACHE_SIZE}.",
 )
 @click.option(
     "--cache-dir",
-    type=click.Path(),
+    type=FilePath(),
     help="Where the cache file is. Default: /var/cache/nbd-bridge, or ~/.cache/nbd-bridge.",
 )
 @click.option(
@@ -207,7 +220,7 @@ def _ranges(
 @click.option(
     "--connect-timeout",
     "connect_timeout_s",
-    type=click.FloatRange(0.1),
+    type=Finite(0.1),
     default=10.0,
     show_default=True,
     help="Seconds for one attempt to connect.",
@@ -215,7 +228,7 @@ def _ranges(
 @click.option(
     "--request-timeout",
     "request_timeout_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=60.0,
     show_default=True,
     help="Reconnect when the server is silent for this many seconds; 0: never.",
@@ -223,7 +236,7 @@ def _ranges(
 @click.option(
     "--reconnect-timeout",
     "reconnect_timeout_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=0.0,
     show_default=True,
     help="Fail the guest's requests after this many seconds without a server; 0: they wait.",
@@ -231,7 +244,7 @@ def _ranges(
 @click.option(
     "--stale-write-grace",
     "stale_write_grace_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=5.0,
     show_default=True,
     help="Seconds that a write of a lost connection may still reach a server without a fence.",
@@ -239,14 +252,14 @@ def _ranges(
 @click.option(
     "--stop-timeout",
     "stop_timeout_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=30.0,
     show_default=True,
     help="Seconds that a stop may take to bring everything to the server.",
 )
-@click.option("--tls-ca", "tls_ca_file", type=click.Path(), help="CA certificates (PEM).")
-@click.option("--tls-cert", "tls_certificate_file", type=click.Path(), help="Our certificate.")
-@click.option("--tls-key", "tls_key_file", type=click.Path(), help="The key to --tls-cert.")
+@click.option("--tls-ca", "tls_ca_file", type=FilePath(), help="CA certificates (PEM).")
+@click.option("--tls-cert", "tls_certificate_file", type=FilePath(), help="Our certificate.")
+@click.option("--tls-key", "tls_key_file", type=FilePath(), help="The key to --tls-cert.")
 @click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @click.option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 @_one_line_errors
@@ -288,7 +301,7 @@ def info(uri: str, as_json: bool) -> None:
     click.echo(json.dumps(export, indent=2) if as_json else describe(export))
 
 
-@nbd_bridge.group()
+@nbd_bridge.group(cls=_Group)
 def cache() -> None:
     """Look after a cache file that no process uses."""
 
@@ -324,7 +337,7 @@ def cache_drop(file: str, discard_dirty: bool) -> None:
 @click.argument("file")
 @click.argument("uri", required=False)
 @click.option("--moved", is_flag=True, help="URI is where the export is now.")
-@click.option("--timeout", type=click.FloatRange(1), default=60.0, show_default=True)
+@click.option("--timeout", type=Finite(1), default=60.0, show_default=True)
 @_one_line_errors
 def cache_flush(file: str, uri: str | None, moved: bool, timeout: float) -> None:
     """Bring what only cache FILE holds to the server.
@@ -340,19 +353,19 @@ def cache_flush(file: str, uri: str | None, moved: bool, timeout: float) -> None
 
 @cache.command("warm")
 @click.argument("uri")
-@click.option("--cache-size", default="1G", show_default=True, callback=_size)
-@click.option("--cache-dir", type=click.Path(), help="Where the cache file is.")
+@click.option("--cache-size", type=Size(MIN_CACHE_SIZE), default="1G", show_default=True)
+@click.option("--cache-dir", type=FilePath(), help="Where the cache file is.")
 @click.option(
     "--range",
     "ranges",
+    type=Range(),
     multiple=True,
-    callback=_ranges,
     metavar="OFFSET:LENGTH",
     help="Only this part of the disk; may be given several times.",
 )
 @_one_line_errors
 def cache_warm(
-    uri: str, cache_size: int, cache_dir: str | None, ranges: list[tuple[int, int]]
+    uri: str, cache_size: int, cache_dir: str | None, ranges: tuple[tuple[int, int], ...]
 ) -> None:
     """Read the export at URI into its cache before it is served; holes are left out."""
     from bridge.cache_tools import warm
@@ -360,13 +373,18 @@ def cache_warm(
 
     logs.configure(level="warning", format_="text")
     settings = CacheSettings(mode=WRITEBACK, size_bytes=cache_size, directory=cache_dir)
-    with click.progressbar(length=1, label="warming", file=sys.stderr) as bar:
+    with ExitStack() as at_last:
+        bar: Any = None
 
         def progress(done_bytes: int, total_bytes: int) -> None:
-            bar.length = total_bytes
+            # Not before there is progress: it would be a second line of a refusal.
+            nonlocal bar
+            if bar is None:
+                new = click.progressbar(length=total_bytes, label="warming", file=sys.stderr)
+                bar = at_last.enter_context(new)
             bar.update(done_bytes - bar.pos)
 
-        warmed = trio.run(partial(warm, uri, settings, ranges=ranges, progress=progress))
+        warmed = trio.run(partial(warm, uri, settings, ranges=list(ranges), progress=progress))
     click.echo(f"{warmed} bytes are in the cache")
 
 

@@ -1,0 +1,70 @@
+"""The types of the command line's options: what each accepts, and what it says otherwise."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+import click
+
+from bridge.units import parse_size
+
+
+class Finite(click.FloatRange):
+    """A number of seconds or the like. `nan` passes every comparison of a range, and is neither
+    before nor after any deadline."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes of a size such as 512M, at least `minimum`, which is such a text as well."""
+
+    name = "size"
+
+    def __init__(self, minimum: str = "0") -> None:
+        self._minimum = minimum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            size = parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if size < parse_size(self._minimum):
+            self.fail(f"{value!r} is below the minimum of {self._minimum}", param, ctx)
+        return size
+
+
+class Range(click.ParamType):  # type: ignore[type-arg]
+    """(offset, length) in bytes of `OFFSET:LENGTH`; either may be a size such as 10M."""
+
+    name = "range"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        offset, separator, length = value.partition(":")
+        if not separator:
+            self.fail(f"{value!r}: write OFFSET:LENGTH", param, ctx)
+        try:
+            found = parse_size(offset), parse_size(length)
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+        if not found[1]:
+            self.fail(f"{value!r}: the length is 0, write at least 1", param, ctx)
+        return found
+
+
+class FilePath(click.Path):
+    """A path; the empty one would be the working directory, which nobody means."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not value:
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
