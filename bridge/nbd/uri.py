@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -100,12 +101,28 @@ def _address(
         )
     if not socket:
         raise ConfigError(f"{text}: which socket? write nbd+unix:///EXPORT?socket=PATH")
+    socket = _absolute(text, socket)
     if len(socket.encode()) > _UNIX_PATH_MAX_BYTES:
         raise ConfigError(
             f"{text}: the socket's path is longer than the {_UNIX_PATH_MAX_BYTES} bytes "
             "that the system takes"
         )
     return None, socket
+
+
+def _absolute(text: str, socket: str) -> str:
+    """The path of a socket, whatever the working directory will be: a cache belongs to it."""
+    if os.path.isabs(socket):
+        return socket
+    try:
+        # Not abspath: `..` after a symbolic link is not where the spelling says.
+        directory, name = os.path.split(socket)
+        return os.path.join(os.path.realpath(directory), name)
+    except OSError as error:
+        raise ConfigError(
+            f"{text}: the socket's path is relative, and there is no working directory "
+            f"({error.strerror}): write an absolute path"
+        ) from None
 
 
 def _export_name(text: str, path: str) -> str:
