@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from urllib.parse import quote
 
+import structlog
 import trio
 
 from bridge.cache.cache import Cache
@@ -21,6 +22,8 @@ from bridge.nbd.uri import NbdUri, parse_uri
 from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
 from bridge.storage import CacheSettings, NbdBackend, Storage, cache_identity, other_volume
 
+_log = structlog.get_logger(__name__)
+
 _STATUS_BYTES = 1 << 30
 """How much of a disk one question about its extents covers."""
 
@@ -34,10 +37,18 @@ def uri_of(path: str) -> NbdUri:
     return parse_uri(f"nbd://{summary.uri}/{name}")
 
 
-async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s: float) -> int:
+async def flush_file(
+    path: str,
+    uri_text: str | None,
+    *,
+    moved: bool,
+    timeout_s: float,
+    skip_damaged: bool = False,
+) -> int:
     """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
 
     `uri_text` None: where the file says that the export was. `moved`: it may be another one.
+    `skip_damaged`: what damaged slots hold is given up.
     Raises ConfigError, ConnectionLost or ProtocolError; on any error the data stays in the file.
     """
     summary = show(path)
@@ -55,7 +66,7 @@ async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s:
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                 )
-            cache = _cache_to_flush(path, client, loop, at_last)
+            cache = _cache_to_flush(path, client, loop, at_last, skip_damaged=skip_damaged)
             request = Request(FLUSH, 0, 0, [], _nothing)
             with trio.move_on_after(timeout_s) as scope:
                 await _finish(cache, request)
@@ -67,10 +78,12 @@ async def flush_file(path: str, uri_text: str | None, *, moved: bool, timeout_s:
     return summary.dirty_bytes
 
 
-def _cache_to_flush(path: str, client: Client, loop: Loop, at_last: ExitStack) -> Cache:
+def _cache_to_flush(
+    path: str, client: Client, loop: Loop, at_last: ExitStack, *, skip_damaged: bool
+) -> Cache:
     """A cache over `client` with the file at `path`, which `at_last` closes."""
     backend = NbdBackend(client)
-    file = open_to_flush(path, export_bytes=backend.size_bytes)
+    file = open_to_flush(path, export_bytes=backend.size_bytes, skip_damaged=skip_damaged)
     try:
         cache = Cache(
             file,
@@ -78,6 +91,7 @@ def _cache_to_flush(path: str, client: Client, loop: Loop, at_last: ExitStack) -
             Options(flush_interval_s=0),
             clock=trio.current_time,
             call_at_turn_end=loop.at_turn_end,
+            skip_damaged=skip_damaged,
         )
         export = client.export
         if export.sessions and cache.is_of_another_volume(export.sessions[0], export.identity):
@@ -86,6 +100,8 @@ def _cache_to_flush(path: str, client: Client, loop: Loop, at_last: ExitStack) -
         file.close(clean=False)
         raise
     at_last.callback(file.close, clean=True)
+    if damaged := cache.index.damaged_slots:
+        _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
     client.keeps_unflushed = True
     client.on_reconnect = cache.backend_reconnected
     return cache

@@ -312,14 +312,10 @@ def cache() -> None:
 @_one_line_errors
 def cache_show(file: str, as_json: bool) -> None:
     """Print what cache FILE holds."""
-    from bridge.cache.inspect import show
+    from bridge.cache.inspect import describe, show
 
-    summary = asdict(show(file))
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-        return
-    for name, value in summary.items():
-        click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):17} {value}")
+    summary = show(file)
+    click.echo(json.dumps(asdict(summary), indent=2) if as_json else describe(summary))
 
 
 @cache.command("drop")
@@ -337,9 +333,21 @@ def cache_drop(file: str, discard_dirty: bool) -> None:
 @click.argument("file")
 @click.argument("uri", required=False)
 @click.option("--moved", is_flag=True, help="URI is where the export is now.")
-@click.option("--timeout", type=Finite(1), default=60.0, show_default=True)
+@click.option(
+    "--skip-damaged",
+    is_flag=True,
+    help="Give up what is in damaged parts of the file, and bring all the rest.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=Finite(1),
+    default=60.0,
+    show_default=True,
+    help="Seconds for all of it; what is missing then stays in the file.",
+)
 @_one_line_errors
-def cache_flush(file: str, uri: str | None, moved: bool, timeout: float) -> None:
+def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     """Bring what only cache FILE holds to the server.
 
     URI is needed where the server wants TLS, or has moved.
@@ -347,7 +355,7 @@ def cache_flush(file: str, uri: str | None, moved: bool, timeout: float) -> None
     from bridge.cache_tools import flush_file
 
     logs.configure(level="warning", format_="text")
-    flushed = trio.run(partial(flush_file, file, uri, moved=moved, timeout_s=timeout))
+    flushed = trio.run(partial(flush_file, file, uri, **options))
     click.echo(f"{flushed} bytes written to the server and flushed")
 
 

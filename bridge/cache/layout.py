@@ -202,6 +202,15 @@ def new_header(geometry: Geometry, identity: Identity, boot_id: bytes, created_s
     )
 
 
+def is_ours_untrusted(area: bytes) -> bool:
+    """Is a file whose first bytes are `area` a cache file, damaged perhaps, or one in the making?
+
+    The header is written last, over zeroes.
+    """
+    magics = (area[at : at + len(MAGIC)] for at in (0, HEADER_BYTES))
+    return MAGIC in magics or not any(area[:HEADER_AREA_BYTES])
+
+
 def parse_header_untrusted(area: bytes) -> Header | None:
     """The header of a file whose first bytes are `area`; None if nothing was written yet.
 
