@@ -303,7 +303,10 @@ def info(uri: str, as_json: bool) -> None:
 
 @nbd_bridge.group(cls=_Group)
 def cache() -> None:
-    """Look after a cache file that no process uses."""
+    """Look after a cache that is not in use.
+
+    `show`, `flush` and `drop` take its FILE, `warm` the URI of the export.
+    """
 
 
 @cache.command("show")
@@ -348,7 +351,7 @@ def cache_drop(file: str, discard_dirty: bool) -> None:
 )
 @_one_line_errors
 def cache_flush(file: str, uri: str | None, **options: Any) -> None:
-    """Bring what only cache FILE holds to the server.
+    """Bring what only FILE holds to the server.
 
     URI is needed where the server wants TLS, or has moved.
     """
@@ -361,8 +364,14 @@ def cache_flush(file: str, uri: str | None, **options: Any) -> None:
 
 @cache.command("warm")
 @click.argument("uri")
-@click.option("--cache-size", type=Size(MIN_CACHE_SIZE), default="1G", show_default=True)
-@click.option("--cache-dir", type=FilePath(), help="Where the cache file is.")
+@click.option(
+    "--cache-size",
+    "cache_bytes",
+    type=Size(MIN_CACHE_SIZE),
+    help=f"Size of the cache file, at least {MIN_CACHE_SIZE}. Default: that of the file there is, "
+    "or 1G. Give the same to `serve`, which makes a file of another size anew.",
+)
+@click.option("--cache-dir", "directory", type=FilePath(), help="Where the cache file is.")
 @click.option(
     "--range",
     "ranges",
@@ -371,16 +380,24 @@ def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     metavar="OFFSET:LENGTH",
     help="Only this part of the disk; may be given several times.",
 )
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=Finite(1),
+    default=60.0,
+    show_default=True,
+    help="Give up after this many seconds without a server.",
+)
 @_one_line_errors
-def cache_warm(
-    uri: str, cache_size: int, cache_dir: str | None, ranges: tuple[tuple[int, int], ...]
-) -> None:
-    """Read the export at URI into its cache before it is served; holes are left out."""
+def cache_warm(uri: str, **options: Any) -> None:
+    """Fill the cache of the export at URI.
+
+    All of it is read that the cache has room for; holes are left out. `serve` needs the same
+    --cache-size and --cache-dir to use the cache.
+    """
     from bridge.cache_tools import warm
-    from bridge.storage import WRITEBACK, CacheSettings
 
     logs.configure(level="warning", format_="text")
-    settings = CacheSettings(mode=WRITEBACK, size_bytes=cache_size, directory=cache_dir)
     with ExitStack() as at_last:
         bar: Any = None
 
@@ -392,7 +409,7 @@ def cache_warm(
                 bar = at_last.enter_context(new)
             bar.update(done_bytes - bar.pos)
 
-        warmed = trio.run(partial(warm, uri, settings, ranges=list(ranges), progress=progress))
+        warmed = trio.run(partial(warm, uri, progress=progress, **options))
     click.echo(f"{warmed} bytes are in the cache")
 
 
@@ -400,7 +417,7 @@ def cache_warm(
 @click.option("--no-guest", is_flag=True, help="Let the built-in front-end play the guest.")
 @_one_line_errors
 def demo(no_guest: bool) -> None:
-    """Boot a small Linux guest on a disk served through the bridge, and check the image."""
+    """Boot a small Linux guest on a disk of the bridge, check the image."""
     from bridge.demo.demo import DemoConfig, run_demo
 
     result = trio.run(run_demo, DemoConfig(guest=not no_guest))

@@ -14,6 +14,8 @@ class Finite(click.FloatRange):
     """A number of seconds or the like. `nan` passes every comparison of a range, and is neither
     before nor after any deadline."""
 
+    name = "number"
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:

@@ -261,7 +261,7 @@ def _read_header(path: str, fd: int) -> Header:
     except ConfigError as error:
         raise Unusable(path, str(error)) from None
     if header is None:
-        raise Unusable(path, "has no content yet")
+        raise Unusable(path, "holds nothing that can be read: its making was cut off")
     size = os.fstat(fd).st_size
     if size < header.geometry.file_bytes:
         fault = f"is cut short: {size} bytes, its header says {header.geometry.file_bytes}"
@@ -432,7 +432,7 @@ def _create(
                 os.unlink(path)
             raise ConfigError(
                 f"cache file {path}: no room for {geometry.file_bytes} bytes "
-                f"({error.strerror}); make room or choose a smaller cache size"
+                f"({error.strerror}); make room or choose a smaller --cache-size"
             ) from None
         file = CacheFile(path, fd, new_header(geometry, identity, boot_id(), int(time.time())))
     except BaseException:

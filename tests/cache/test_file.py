@@ -398,6 +398,20 @@ def test_cache_size_below_the_minimum_is_refused() -> None:
         geometry_for(disk_bytes=1 << 30, cache_bytes=MIN_SLOTS * GRANULE - 1)
 
 
+@pytest.mark.parametrize(
+    ("disk_bytes", "cache_bytes", "says"),
+    [
+        (1 << 45, 20 << 40, "20 TiB is above the maximum of 16 TiB: .*smaller --cache-size, or"),
+        (1 << 50, 1 << 30, "an export of 1 PiB, only for less than 256 TiB: use --cache-mode off"),
+    ],
+)
+def test_cache_or_disk_that_is_too_large_is_refused_with_what_helps(
+    disk_bytes: int, cache_bytes: int, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        geometry_for(disk_bytes=disk_bytes, cache_bytes=cache_bytes)
+
+
 def test_cache_is_not_larger_than_the_disk() -> None:
     assert geometry_for(disk_bytes=10 * GRANULE + 1, cache_bytes=1 << 30).slots == 11
 

@@ -14,8 +14,10 @@ Said = Callable[..., str]
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Said:
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Said:
     """Runs `nbd-bridge ARGUMENTS` in this process; the one line of its refusal."""
+    # It would be set up for the whole process, with what stands for its standard error here.
+    monkeypatch.setattr(cli.logs, "configure", lambda **_: None)
 
     def run(*arguments: str, status: int = 2) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -39,6 +41,7 @@ _SECONDS = [
     ("serve", "--stale-write-grace"),
     ("serve", "--stop-timeout"),
     ("cache flush", "--timeout"),
+    ("cache warm", "--timeout"),
 ]
 
 
