@@ -15,7 +15,7 @@ import trio
 
 from bridge import __version__, logs
 from bridge.errors import BridgeError, ConfigError
-from bridge.parameters import FilePath, Finite, Range, Size
+from bridge.parameters import FilePath, Finite, Range, Size, Utf8
 
 P = ParamSpec("P")
 
@@ -25,6 +25,10 @@ _CAPABILITIES = {"type": "block", "features": ["read-only"]}
 
 MIN_CACHE_SIZE = "4M"
 """What `cache.layout` needs at least, with the blocks that nearly all servers have."""
+
+
+_MAX_FD = (1 << 31) - 1
+"""An `int` of the system's."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -142,10 +146,14 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
 @nbd_bridge.command()
 @click.argument("uri")
 @click.option("--socket-path", type=FilePath(), help="Listen on this unix socket.")
-@click.option("--fd", type=click.IntRange(0), help="Listen on this inherited socket instead.")
+@click.option(
+    "--fd", type=click.IntRange(0, _MAX_FD), help="Listen on this inherited socket instead."
+)
 @_capabilities_option
 @click.option("--read-only", is_flag=True, help="The guest may not write.")
-@click.option("--serial", default="", help="Serial number of the disk, at most 20 bytes.")
+@click.option(
+    "--serial", type=Utf8(), default="", help="Serial number of the disk, at most 20 bytes."
+)
 @click.option(
     "--num-queues",
     type=click.IntRange(1, 64),

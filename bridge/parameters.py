@@ -63,6 +63,19 @@ class Range(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
+class Utf8(click.ParamType):  # type: ignore[type-arg]
+    """Text; an argument of other bytes has surrogates in their place."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self.fail(f"{value!r} is not UTF-8", param, ctx)
+        return str(value)
+
+
 class FilePath(click.Path):
     """A path; the empty one would be the working directory, which nobody means."""
 

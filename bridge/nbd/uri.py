@@ -54,6 +54,10 @@ def parse_uri(text: str) -> NbdUri:
     Raises ConfigError with one line that names what is wrong and what would be right.
     """
     try:
+        text.encode()  # An argument of other bytes has surrogates in their place.
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r}: not UTF-8; write other bytes as %XX") from None
+    try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:

@@ -77,6 +77,7 @@ def test_parse_uri_relative_socket_without_a_working_directory_is_refused(
         ("nbd://h/?tls-hostname=x", "needs TLS"),
         ("nbds://h/?tls-verify-peer=perhaps", "true or false"),
         ("nbd://h/%ff", "not UTF-8"),
+        ("nbd://h/\udcff", "not UTF-8; write other bytes as %XX"),
         ("nbd://h/a%00b", "NUL"),
         ("nbd://h/" + "x" * 4097, "longer than 4096"),
         ("nbd://h/x#y", "%23"),
