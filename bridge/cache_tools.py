@@ -105,6 +105,8 @@ def _cache_to_flush(
             call_at_turn_end=loop.at_turn_end,
             skip_damaged=skip_damaged,
         )
+        if damaged := cache.index.damaged_slots:
+            _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
         export = client.export
         if export.sessions and cache.is_of_another_volume(export.sessions[0], export.identity):
             raise ConfigError(other_volume(file))
@@ -112,8 +114,6 @@ def _cache_to_flush(
         file.close(clean=False)
         raise
     at_last.callback(file.close, clean=True)
-    if damaged := cache.index.damaged_slots:
-        _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
     client.keeps_unflushed = True
     client.on_reconnect = cache.backend_reconnected
     return cache
@@ -196,10 +196,11 @@ async def _prefetch(
 ) -> None:
     """Bring the first `total_bytes` of `ranges` into the cache. Raises if that fails."""
     ended = trio.Event()
+    client = storage.client
 
     def chunk_ended(done_bytes: int) -> None:
-        if warmer.failed_bytes and not storage.client.connected:
-            warmer.stop()  # The client has given the server up: all the others would fail, too.
+        if client.session.given_up:
+            warmer.stop()  # All the others would fail, too.
         progress(done_bytes)
 
     warmer = Warmer(
@@ -214,15 +215,14 @@ async def _prefetch(
         await ended.wait()
     finally:
         warmer.stop()
-    server = storage.client.uri.server
-    if warmer.failed_bytes and not storage.client.connected:
-        timeout_s = storage.client.options.reconnect_timeout_s
+    if warmer.failed_bytes and client.session.given_up:
         raise ConnectionLost(
-            f"{server}: the server is lost and was not back within {timeout_s:g} s; "
+            f"{client.uri.server}: the server is lost and was not back within "
+            f"{client.options.reconnect_timeout_s:g} s; "
             f"{warmer.done_bytes - warmer.failed_bytes} bytes are in the cache"
         )
     if warmer.failed_bytes:
-        raise BridgeError(f"{server}: {warmer.failed_bytes} bytes could not be read")
+        raise BridgeError(f"{client.uri.server}: {warmer.failed_bytes} bytes could not be read")
 
 
 async def _data(
