@@ -15,7 +15,7 @@ import trio
 
 from bridge import __version__, logs
 from bridge.errors import BridgeError, ConfigError
-from bridge.parameters import FilePath, Finite, Range, Size, Utf8
+from bridge.parameters import FilePath, Finite, Range, Size, Utf8, option
 
 P = ParamSpec("P")
 
@@ -91,7 +91,7 @@ def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool
         context.exit()
 
 
-_capabilities_option = click.option(
+_capabilities_option = option(
     "--print-capabilities",
     is_flag=True,
     is_eager=True,
@@ -145,23 +145,19 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
 
 @nbd_bridge.command()
 @click.argument("uri")
-@click.option("--socket-path", type=FilePath(), help="Listen on this unix socket.")
-@click.option(
-    "--fd", type=click.IntRange(0, _MAX_FD), help="Listen on this inherited socket instead."
-)
+@option("--socket-path", type=FilePath(), help="Listen on this unix socket.")
+@option("--fd", type=click.IntRange(0, _MAX_FD), help="Listen on this inherited socket instead.")
 @_capabilities_option
-@click.option("--read-only", is_flag=True, help="The guest may not write.")
-@click.option(
-    "--serial", type=Utf8(), default="", help="Serial number of the disk, at most 20 bytes."
-)
-@click.option(
+@option("--read-only", is_flag=True, help="The guest may not write.")
+@option("--serial", type=Utf8(), default="", help="Serial number of the disk, at most 20 bytes.")
+@option(
     "--num-queues",
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
     help="Virtqueues offered to the guest.",
 )
-@click.option(
+@option(
     "--queue-size",
     type=click.IntRange(2, 1024),
     default=1024,
@@ -169,7 +165,7 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     callback=_block_size,
     help="Largest virtqueue accepted, in descriptors.",
 )
-@click.option(
+@option(
     "--block-size",
     type=click.IntRange(512, 4096),
     default=512,
@@ -177,7 +173,7 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     callback=_block_size,
     help="Logical block size that the guest sees, in bytes.",
 )
-@click.option(
+@option(
     "--flush-interval",
     "flush_interval_s",
     type=Finite(0),
@@ -185,47 +181,47 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Flush this many seconds after a write at the latest; 0: never.",
 )
-@click.option(
+@option(
     "--poll-us",
     type=Finite(0, 10_000),
     default=32.0,
     show_default=True,
     help="Look for work this many microseconds before sleeping; 0: sleep at once.",
 )
-@click.option(
+@option(
     "--features",
     default="",
     help="Features to withhold from the guest, such as -mq,-discard.",
     callback=_withheld,
     metavar="-NAME,…",
 )
-@click.option(
+@option(
     "--cache-mode",
     type=click.Choice(["off", "writethrough", "writeback"]),
     default="writeback",
     show_default=True,
     help="Keep a local cache; writeback also completes writes in it.",
 )
-@click.option(
+@option(
     "--cache-size",
     type=Size(minimum=MIN_CACHE_SIZE),
     default="1G",
     show_default=True,
     help=f"Size of the cache file, such as 512M or 20G; at least {MIN_CACHE_SIZE}.",
 )
-@click.option(
+@option(
     "--cache-dir",
     type=FilePath(),
     help="Where the cache file is. Default: /var/cache/nbd-bridge, or ~/.cache/nbd-bridge.",
 )
-@click.option(
+@option(
     "--connections",
     type=click.IntRange(1, 16),
     default=1,
     show_default=True,
     help="Connections to the server, where it allows several.",
 )
-@click.option(
+@option(
     "--connect-timeout",
     "connect_timeout_s",
     type=Finite(0.1),
@@ -233,7 +229,7 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Seconds for one attempt to connect.",
 )
-@click.option(
+@option(
     "--request-timeout",
     "request_timeout_s",
     type=Finite(0),
@@ -241,7 +237,7 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Reconnect when the server is silent for this many seconds; 0: never.",
 )
-@click.option(
+@option(
     "--reconnect-timeout",
     "reconnect_timeout_s",
     type=Finite(0),
@@ -249,7 +245,7 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Fail the guest's requests after this many seconds without a server; 0: they wait.",
 )
-@click.option(
+@option(
     "--stale-write-grace",
     "stale_write_grace_s",
     type=Finite(0),
@@ -257,7 +253,7 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Seconds that a write of a lost connection may still reach a server without a fence.",
 )
-@click.option(
+@option(
     "--stop-timeout",
     "stop_timeout_s",
     type=Finite(0),
@@ -265,11 +261,11 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Seconds that a stop may take to bring everything to the server.",
 )
-@click.option("--tls-ca", "tls_ca_file", type=FilePath(), help="CA certificates (PEM).")
-@click.option("--tls-cert", "tls_certificate_file", type=FilePath(), help="Our certificate.")
-@click.option("--tls-key", "tls_key_file", type=FilePath(), help="The key to --tls-cert.")
-@click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
-@click.option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
+@option("--tls-ca", "tls_ca_file", type=FilePath(), help="CA certificates (PEM).")
+@option("--tls-cert", "tls_certificate_file", type=FilePath(), help="Our certificate.")
+@option("--tls-key", "tls_key_file", type=FilePath(), help="The key to --tls-cert.")
+@option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
+@option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 @_one_line_errors
 def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
     """Serve the export at URI as a vhost-user-blk disk.
@@ -299,7 +295,7 @@ def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
 
 @nbd_bridge.command()
 @click.argument("uri")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_one_line_errors
 def info(uri: str, as_json: bool) -> None:
     """Print what the server at URI offers."""
@@ -319,7 +315,7 @@ def cache() -> None:
 
 @cache.command("show")
 @click.argument("file")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_one_line_errors
 def cache_show(file: str, as_json: bool) -> None:
     """Print what cache FILE holds."""
@@ -331,7 +327,7 @@ def cache_show(file: str, as_json: bool) -> None:
 
 @cache.command("drop")
 @click.argument("file")
-@click.option("--discard-dirty", is_flag=True, help="Even if it holds what the server has not.")
+@option("--discard-dirty", is_flag=True, help="Even if it holds what the server has not.")
 @_one_line_errors
 def cache_drop(file: str, discard_dirty: bool) -> None:
     """Remove cache FILE."""
@@ -343,13 +339,13 @@ def cache_drop(file: str, discard_dirty: bool) -> None:
 @cache.command("flush")
 @click.argument("file")
 @click.argument("uri", required=False)
-@click.option("--moved", is_flag=True, help="URI is where the export is now.")
-@click.option(
+@option("--moved", is_flag=True, help="URI is where the export is now.")
+@option(
     "--skip-damaged",
     is_flag=True,
     help="Give up what is in damaged parts of the file, and bring all the rest.",
 )
-@click.option(
+@option(
     "--timeout",
     "timeout_s",
     type=Finite(1),
@@ -372,15 +368,15 @@ def cache_flush(file: str, uri: str | None, **options: Any) -> None:
 
 @cache.command("warm")
 @click.argument("uri")
-@click.option(
+@option(
     "--cache-size",
     "cache_bytes",
     type=Size(MIN_CACHE_SIZE),
     help=f"Size of the cache file, at least {MIN_CACHE_SIZE}. Default: that of the file there is, "
     "or 1G. Give the same to `serve`, which makes a file of another size anew.",
 )
-@click.option("--cache-dir", "directory", type=FilePath(), help="Where the cache file is.")
-@click.option(
+@option("--cache-dir", "directory", type=FilePath(), help="Where the cache file is.")
+@option(
     "--range",
     "ranges",
     type=Range(),
@@ -388,7 +384,7 @@ def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     metavar="OFFSET:LENGTH",
     help="Only this part of the disk; may be given several times.",
 )
-@click.option(
+@option(
     "--timeout",
     "timeout_s",
     type=Finite(1),
@@ -422,7 +418,7 @@ def cache_warm(uri: str, **options: Any) -> None:
 
 
 @nbd_bridge.command()
-@click.option("--no-guest", is_flag=True, help="Let the built-in front-end play the guest.")
+@option("--no-guest", is_flag=True, help="Let the built-in front-end play the guest.")
 @_one_line_errors
 def demo(no_guest: bool) -> None:
     """Boot a small Linux guest on a disk of the bridge, check the image."""

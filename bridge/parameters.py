@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import click
 
 from bridge.units import parse_size
+
+
+class Option(click.Option):
+    """An option whose environment variable is named as the operator writes the option.
+
+    click names it after the parameter of ours, which has a unit at its end.
+    """
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        found = super().resolve_envvar_value(ctx)
+        if found is None and ctx.auto_envvar_prefix is not None:
+            name = self.opts[0].lstrip("-").replace("-", "_").upper()
+            found = os.environ.get(f"{ctx.auto_envvar_prefix}_{name}") or None
+        return found
+
+
+option = partial(click.option, cls=Option)
 
 
 class Finite(click.FloatRange):

@@ -55,6 +55,16 @@ def test_seconds_that_are_no_finite_number_are_refused(
     assert f"'{option}'" in line
 
 
+@pytest.mark.parametrize(("command", "option"), [*_SECONDS, ("cache warm", "--cache-size")])
+def test_environment_variable_has_the_name_of_its_option(
+    command: str, option: str, refused: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"NBD_BRIDGE_{command} {option.removeprefix('--')}"
+    monkeypatch.setenv(name.replace(" ", "_").replace("-", "_").upper(), "nan")
+
+    assert f"'{option}'" in refused(*command.split(), "nbd://none")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
