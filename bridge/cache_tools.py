@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from urllib.parse import quote
 
+import structlog
 import trio
 
 from bridge.cache.cache import Cache
+from bridge.cache.file import has_content
 from bridge.cache.inspect import open_to_flush, show
 from bridge.cache.options import Options
 from bridge.cache.warm import Warmer, data_ranges
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.loop import Loop
 from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.client import Client
@@ -20,18 +22,25 @@ from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri, parse_uri
 from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
 from bridge.storage import (
+    WRITEBACK,
     CacheSettings,
     NbdBackend,
     Storage,
     cache_identity,
+    cache_path,
     check_export,
     expect_stale_writes,
     may_call_clean,
     note_export,
 )
 
+_log = structlog.get_logger(__name__)
+
 _STATUS_BYTES = 1 << 30
 """How much of a disk one question about its extents covers."""
+
+_HANG_UP_S = 2.0
+"""How long a `warm` that was interrupted, or failed, waits for answers that are still to come."""
 
 
 def uri_of(path: str) -> NbdUri:
@@ -44,12 +53,19 @@ def uri_of(path: str) -> NbdUri:
 
 
 async def flush_file(
-    path: str, uri_text: str | None, *, moved: bool, force: bool, timeout_s: float
+    path: str,
+    uri_text: str | None,
+    *,
+    moved: bool,
+    timeout_s: float,
+    force: bool = False,
+    skip_damaged: bool = False,
 ) -> int:
     """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
 
     `uri_text` None: where the file says that the export was. `moved`: it may be another one.
-    `force`: also over what somebody else wrote since.
+    `force`: also over what somebody else wrote since. `skip_damaged`: what damaged slots hold is
+    given up.
     Raises ConfigError, ConnectionLost or ProtocolError; on any error the data stays in the file.
     """
     summary = show(path)
@@ -67,7 +83,9 @@ async def flush_file(
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                 )
-            cache = _cache_to_flush(path, client, loop, at_last, force=force)
+            cache = _cache_to_flush(
+                path, client, loop, at_last, force=force, skip_damaged=skip_damaged
+            )
             request = Request(FLUSH, 0, 0, [], _nothing)
             with trio.move_on_after(timeout_s) as scope:
                 await _finish(cache, request)
@@ -80,11 +98,17 @@ async def flush_file(
 
 
 def _cache_to_flush(
-    path: str, client: Client, loop: Loop, at_last: ExitStack, *, force: bool
+    path: str,
+    client: Client,
+    loop: Loop,
+    at_last: ExitStack,
+    *,
+    force: bool,
+    skip_damaged: bool,
 ) -> Cache:
     """A cache over `client` with the file at `path`, which `at_last` closes."""
     backend = NbdBackend(client)
-    file = open_to_flush(path, export_bytes=backend.size_bytes)
+    file = open_to_flush(path, export_bytes=backend.size_bytes, skip_damaged=skip_damaged)
     try:
         cache = Cache(
             file,
@@ -92,7 +116,10 @@ def _cache_to_flush(
             Options(flush_interval_s=0),
             clock=trio.current_time,
             call_at_turn_end=loop.at_turn_end,
+            skip_damaged=skip_damaged,
         )
+        if damaged := cache.index.damaged_slots:
+            _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
         if not force:
             check_export(cache, file, client.export)
         expect_stale_writes(client, file, cache.index.dirty_slots)
@@ -113,52 +140,108 @@ def _cache_to_flush(
 
 async def warm(
     uri_text: str,
-    settings: CacheSettings,
     *,
-    ranges: list[tuple[int, int]],
+    cache_bytes: int | None,
+    directory: str | None,
+    ranges: Sequence[tuple[int, int]],
+    timeout_s: float,
     progress: Callable[[int, int], None],
 ) -> int:
     """Read `ranges` (all of the disk if there are none) into its cache; how many bytes it was.
 
-    Holes that the server reports are left out. `progress(done_bytes, total_bytes)` is called as
-    it goes. Raises ConfigError, ConnectionLost or ProtocolError.
+    Holes that the server reports are left out. `cache_bytes` None: a cache that is there keeps
+    its size. `timeout_s` bounds the waiting for a lost server, not the whole.
+    `progress(done_bytes, total_bytes)` is called as it goes. Raises ConfigError, ConnectionLost or
+    ProtocolError, BridgeError if something could not be read.
     """
     uri = parse_uri(uri_text)
     loop = Loop(poll_us=0)
-    storage = Storage(uri, loop, ClientOptions(), settings)
+    options = ClientOptions(reconnect_timeout_s=timeout_s, close_timeout_s=_HANG_UP_S)
+    size_bytes = cache_bytes or _size_to_keep(str(cache_path(uri, directory)))
+    settings = CacheSettings(mode=WRITEBACK, size_bytes=size_bytes, directory=directory)
+    storage = Storage(uri, loop, options, settings)
+    close_s = _HANG_UP_S
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
         try:
             export = await storage.open()
+            if export.read_only:
+                raise ConfigError(
+                    f"{uri_text}: the export is read-only, so it is served without a cache: "
+                    "there is none to warm"
+                )
             nursery.start_soon(storage.run)
-            size = export.usable_bytes
-            wanted = [(offset, min(length, size - offset)) for offset, length in ranges]
-            for offset, length in wanted:
-                if length <= 0:
-                    raise ConfigError(f"range {offset}: the disk has only {size} bytes")
+            wanted = _within(ranges, export.usable_bytes) or [(0, export.usable_bytes)]
             allocated: list[tuple[int, int]] = []
-            for offset, length in wanted or [(0, size)]:
+            for offset, length in wanted:
                 allocated += await _data(storage.backend, offset, length, export.can_block_status)
             # More than the cache holds would only push out what came first.
-            total = min(sum(length for _, length in allocated), settings.size_bytes)
-            ended = trio.Event()
-            warmer = Warmer(
-                storage.backend.submit,
-                allocated,
-                limit_bytes=total,
-                progress=lambda done: progress(done, total),
-                done=lambda errors: ended.set(),
-            )
-            warmer.start()
-            await ended.wait()
-            if warmer.errors:
-                raise BridgeError(f"{uri_text}: {warmer.errors} MiB could not be read")
+            total = min(sum(length for _, length in allocated), size_bytes)
+            await _prefetch(storage, allocated, total, lambda done: progress(done, total))
+            close_s = timeout_s  # There may be something dirty from before.
         finally:
             with trio.CancelScope(shield=True):
-                await storage.close(limit_s=10)
+                await storage.close(limit_s=close_s)
         nursery.cancel_scope.cancel()
     loop.close()
     return total
+
+
+def _size_to_keep(path: str) -> int:
+    """The size that the cache file at `path` has, or else will have. Raises ConfigError."""
+    default = CacheSettings().size_bytes
+    if not has_content(path):
+        return default
+    summary = show(path)
+    if summary.cache_bytes < summary.disk_bytes:
+        return summary.cache_bytes
+    # All of the disk: nobody knows how much more it was meant to be.
+    return max(default, summary.cache_bytes)
+
+
+def _within(ranges: Sequence[tuple[int, int]], disk_bytes: int) -> list[tuple[int, int]]:
+    """`ranges` up to the end of the disk. Raises ConfigError for one that begins behind it."""
+    for offset, length in ranges:
+        if offset >= disk_bytes:
+            raise ConfigError(f"--range {offset}:{length}: the disk has only {disk_bytes} bytes")
+    return [(offset, min(length, disk_bytes - offset)) for offset, length in ranges]
+
+
+async def _prefetch(
+    storage: Storage,
+    ranges: list[tuple[int, int]],
+    total_bytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Bring the first `total_bytes` of `ranges` into the cache. Raises if that fails."""
+    ended = trio.Event()
+    client = storage.client
+
+    def chunk_ended(done_bytes: int) -> None:
+        if client.session.given_up:
+            warmer.stop()  # All the others would fail, too.
+        progress(done_bytes)
+
+    warmer = Warmer(
+        storage.backend.submit,
+        ranges,
+        limit_bytes=total_bytes,
+        progress=chunk_ended,
+        done=lambda failed_bytes: ended.set(),
+    )
+    warmer.start()
+    try:
+        await ended.wait()
+    finally:
+        warmer.stop()
+    if warmer.failed_bytes and client.session.given_up:
+        raise ConnectionLost(
+            f"{client.uri.server}: the server is lost and was not back within "
+            f"{client.options.reconnect_timeout_s:g} s; "
+            f"{warmer.done_bytes - warmer.failed_bytes} bytes are in the cache"
+        )
+    if warmer.failed_bytes:
+        raise BridgeError(f"{client.uri.server}: {warmer.failed_bytes} bytes could not be read")
 
 
 async def _data(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial, wraps
 from typing import Any, NoReturn, ParamSpec
@@ -15,6 +15,7 @@ import trio
 
 from bridge import __version__, logs
 from bridge.errors import BridgeError, ConfigError
+from bridge.parameters import FilePath, Finite, Range, Size, Utf8, option
 
 P = ParamSpec("P")
 
@@ -22,10 +23,38 @@ _CAPABILITIES = {"type": "block", "features": ["read-only"]}
 """What `--print-capabilities` says (vhost-user "Backend program conventions")."""
 
 
-def main() -> NoReturn:
-    """The `nbd-bridge` command."""
-    nbd_bridge(prog_name="nbd-bridge", auto_envvar_prefix="NBD_BRIDGE")
-    raise SystemExit(0)
+MIN_CACHE_SIZE = "4M"
+"""What `cache.layout` needs at least, with the blocks that nearly all servers have."""
+
+
+_MAX_FD = (1 << 31) - 1
+"""An `int` of the system's."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The `nbd-bridge` command; `arguments` None: those of the process."""
+    try:
+        status = nbd_bridge.main(
+            arguments,
+            prog_name="nbd-bridge",
+            auto_envvar_prefix="NBD_BRIDGE",
+            standalone_mode=False,  # It would say an error in four lines.
+        )
+    except click.ClickException as error:
+        click.echo(f"nbd-bridge: {_one_line(error)}", err=True)
+        status = error.exit_code
+    except click.Abort:
+        click.echo("nbd-bridge: interrupted", err=True)
+        status = 1
+    sys.exit(status)
+
+
+def _one_line(error: click.ClickException) -> str:
+    """What click has to say, without its line breaks, and where to read more."""
+    text = " ".join(error.format_message().split("\n")).rstrip(".")
+    context = getattr(error, "ctx", None)
+    more = f" (see '{context.command_path} --help')" if context is not None else ""
+    return text[:1].lower() + text[1:] + more
 
 
 def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -62,7 +91,7 @@ def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool
         context.exit()
 
 
-_capabilities_option = click.option(
+_capabilities_option = option(
     "--print-capabilities",
     is_flag=True,
     is_eager=True,
@@ -72,7 +101,17 @@ _capabilities_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Commands; without one, its help is printed, and nothing was done."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            click.echo(self.get_help(ctx), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nbd-bridge")
 @_capabilities_option
 def nbd_bridge() -> None:
@@ -104,43 +143,21 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     return bits
 
 
-def _size(_: click.Context, __: click.Parameter, value: str) -> int:
-    """Bytes of a size such as 512M."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
-    if match is None or not int(match[1]):
-        raise click.BadParameter(f"{value!r} is no size: write a number with K, M, G or T")
-    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
-
-
-def _ranges(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> list[tuple[int, int]]:
-    """(offset, length) in bytes of each `OFFSET:LENGTH`; either may be a size such as 10M."""
-    found = []
-    for value in values:
-        offset, separator, length = value.partition(":")
-        if not separator:
-            raise click.BadParameter(f"{value!r}: write OFFSET:LENGTH")
-        start = 0 if offset == "0" else _size(context, parameter, offset)
-        found.append((start, _size(context, parameter, length)))
-    return found
-
-
 @nbd_bridge.command()
 @click.argument("uri")
-@click.option("--socket-path", type=click.Path(), help="Listen on this unix socket.")
-@click.option("--fd", type=click.IntRange(0), help="Listen on this inherited socket instead.")
+@option("--socket-path", type=FilePath(), help="Listen on this unix socket.")
+@option("--fd", type=click.IntRange(0, _MAX_FD), help="Listen on this inherited socket instead.")
 @_capabilities_option
-@click.option("--read-only", is_flag=True, help="The guest may not write.")
-@click.option("--serial", default="", help="Serial number of the disk, at most 20 bytes.")
-@click.option(
+@option("--read-only", is_flag=True, help="The guest may not write.")
+@option("--serial", type=Utf8(), default="", help="Serial number of the disk, at most 20 bytes.")
+@option(
     "--num-queues",
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
     help="Virtqueues offered to the guest.",
 )
-@click.option(
+@option(
     "--queue-size",
     type=click.IntRange(2, 1024),
     default=1024,
@@ -148,7 +165,7 @@ def _ranges(
     callback=_block_size,
     help="Largest virtqueue accepted, in descriptors.",
 )
-@click.option(
+@option(
     "--block-size",
     type=click.IntRange(512, 4096),
     default=512,
@@ -156,99 +173,99 @@ def _ranges(
     callback=_block_size,
     help="Logical block size that the guest sees, in bytes.",
 )
-@click.option(
+@option(
     "--flush-interval",
     "flush_interval_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=60.0,
     show_default=True,
     help="Flush this many seconds after a write at the latest; 0: never.",
 )
-@click.option(
+@option(
     "--poll-us",
-    type=click.FloatRange(0, 10_000),
+    type=Finite(0, 10_000),
     default=32.0,
     show_default=True,
     help="Look for work this many microseconds before sleeping; 0: sleep at once.",
 )
-@click.option(
+@option(
     "--features",
     default="",
     help="Features to withhold from the guest, such as -mq,-discard.",
     callback=_withheld,
     metavar="-NAME,…",
 )
-@click.option(
+@option(
     "--cache-mode",
     type=click.Choice(["off", "writethrough", "writeback"]),
     default="writeback",
     show_default=True,
     help="Keep a local cache; writeback also completes writes in it.",
 )
-@click.option(
+@option(
     "--cache-size",
+    type=Size(minimum=MIN_CACHE_SIZE),
     default="1G",
     show_default=True,
-    callback=_size,
-    help="Size of the cache file, such as 512M or 20G.",
+    help=f"Size of the cache file, such as 512M or 20G; at least {MIN_CACHE_SIZE}.",
 )
-@click.option(
+@option(
     "--cache-dir",
-    type=click.Path(),
+    type=FilePath(),
     help="Where the cache file is. Default: /var/cache/nbd-bridge, or ~/.cache/nbd-bridge.",
 )
-@click.option(
+@option(
     "--connections",
     type=click.IntRange(1, 16),
     default=1,
     show_default=True,
     help="Connections to the server, where it allows several.",
 )
-@click.option(
+@option(
     "--connect-timeout",
     "connect_timeout_s",
-    type=click.FloatRange(0.1),
+    type=Finite(0.1),
     default=10.0,
     show_default=True,
     help="Seconds for one attempt to connect.",
 )
-@click.option(
+@option(
     "--request-timeout",
     "request_timeout_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=60.0,
     show_default=True,
     help="Reconnect when the server is silent for this many seconds; 0: never.",
 )
-@click.option(
+@option(
     "--reconnect-timeout",
     "reconnect_timeout_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=0.0,
     show_default=True,
     help="Fail the guest's requests after this many seconds without a server; 0: they wait.",
 )
-@click.option(
+@option(
     "--stale-write-grace",
     "stale_write_grace_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=5.0,
     show_default=True,
     help="Seconds that a write of a lost connection may still reach a server without a fence.",
 )
-@click.option(
+@option(
     "--stop-timeout",
     "stop_timeout_s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=30.0,
     show_default=True,
     help="Seconds that a stop may take to bring everything to the server.",
 )
-@click.option("--tls-ca", "tls_ca_file", type=click.Path(), help="CA certificates (PEM).")
-@click.option("--tls-cert", "tls_certificate_file", type=click.Path(), help="Our certificate.")
-@click.option("--tls-key", "tls_key_file", type=click.Path(), help="The key to --tls-cert.")
-@click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
-@click.option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
+@option("--tls-ca", "tls_ca_file", type=FilePath(), help="CA certificates (PEM).")
+@option("--tls-cert", "tls_certificate_file", type=FilePath(), help="Our certificate.")
+@option("--tls-key", "tls_key_file", type=FilePath(), help="The key to --tls-cert.")
+@option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
+@option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 @_one_line_errors
 def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
     """Serve the export at URI as a vhost-user-blk disk.
@@ -278,7 +295,7 @@ def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
 
 @nbd_bridge.command()
 @click.argument("uri")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_one_line_errors
 def info(uri: str, as_json: bool) -> None:
     """Print what the server at URI offers."""
@@ -288,30 +305,29 @@ def info(uri: str, as_json: bool) -> None:
     click.echo(json.dumps(export, indent=2) if as_json else describe(export))
 
 
-@nbd_bridge.group()
+@nbd_bridge.group(cls=_Group)
 def cache() -> None:
-    """Look after a cache file that no process uses."""
+    """Look after a cache that is not in use.
+
+    `show`, `flush` and `drop` take its FILE, `warm` the URI of the export.
+    """
 
 
 @cache.command("show")
 @click.argument("file")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_one_line_errors
 def cache_show(file: str, as_json: bool) -> None:
     """Print what cache FILE holds."""
-    from bridge.cache.inspect import show
+    from bridge.cache.inspect import describe, show
 
-    summary = asdict(show(file))
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-        return
-    for name, value in summary.items():
-        click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):17} {value}")
+    summary = show(file)
+    click.echo(json.dumps(asdict(summary), indent=2) if as_json else describe(summary))
 
 
 @cache.command("drop")
 @click.argument("file")
-@click.option("--discard-dirty", is_flag=True, help="Even if it holds what the server has not.")
+@option("--discard-dirty", is_flag=True, help="Even if it holds what the server has not.")
 @_one_line_errors
 def cache_drop(file: str, discard_dirty: bool) -> None:
     """Remove cache FILE."""
@@ -323,59 +339,90 @@ def cache_drop(file: str, discard_dirty: bool) -> None:
 @cache.command("flush")
 @click.argument("file")
 @click.argument("uri", required=False)
-@click.option("--moved", is_flag=True, help="URI is where the export is now.")
-@click.option("--force", is_flag=True, help="Also over what somebody else wrote meanwhile.")
-@click.option("--timeout", type=click.FloatRange(1), default=60.0, show_default=True)
+@option("--moved", is_flag=True, help="URI is where the export is now.")
+@option("--force", is_flag=True, help="Also over what somebody else wrote meanwhile.")
+@option(
+    "--skip-damaged",
+    is_flag=True,
+    help="Give up what is in damaged parts of the file, and bring all the rest.",
+)
+@option(
+    "--timeout",
+    "timeout_s",
+    type=Finite(1),
+    default=60.0,
+    show_default=True,
+    help="Seconds for all of it; what is missing then stays in the file.",
+)
 @_one_line_errors
-def cache_flush(file: str, uri: str | None, moved: bool, force: bool, timeout: float) -> None:
-    """Bring what only cache FILE holds to the server.
+def cache_flush(file: str, uri: str | None, **options: Any) -> None:
+    """Bring what only FILE holds to the server.
 
     URI is needed where the server wants TLS, or has moved.
     """
     from bridge.cache_tools import flush_file
 
     logs.configure(level="warning", format_="text")
-    flushed = trio.run(partial(flush_file, file, uri, moved=moved, force=force, timeout_s=timeout))
+    flushed = trio.run(partial(flush_file, file, uri, **options))
     click.echo(f"{flushed} bytes written to the server and flushed")
 
 
 @cache.command("warm")
 @click.argument("uri")
-@click.option("--cache-size", default="1G", show_default=True, callback=_size)
-@click.option("--cache-dir", type=click.Path(), help="Where the cache file is.")
-@click.option(
+@option(
+    "--cache-size",
+    "cache_bytes",
+    type=Size(MIN_CACHE_SIZE),
+    help=f"Size of the cache file, at least {MIN_CACHE_SIZE}. Default: that of the file there is, "
+    "or 1G. Give the same to `serve`, which makes a file of another size anew.",
+)
+@option("--cache-dir", "directory", type=FilePath(), help="Where the cache file is.")
+@option(
     "--range",
     "ranges",
+    type=Range(),
     multiple=True,
-    callback=_ranges,
     metavar="OFFSET:LENGTH",
     help="Only this part of the disk; may be given several times.",
 )
+@option(
+    "--timeout",
+    "timeout_s",
+    type=Finite(1),
+    default=60.0,
+    show_default=True,
+    help="Give up after this many seconds without a server.",
+)
 @_one_line_errors
-def cache_warm(
-    uri: str, cache_size: int, cache_dir: str | None, ranges: list[tuple[int, int]]
-) -> None:
-    """Read the export at URI into its cache before it is served; holes are left out."""
+def cache_warm(uri: str, **options: Any) -> None:
+    """Fill the cache of the export at URI.
+
+    All of it is read that the cache has room for; holes are left out. `serve` needs the same
+    --cache-size and --cache-dir to use the cache.
+    """
     from bridge.cache_tools import warm
-    from bridge.storage import WRITEBACK, CacheSettings
 
     logs.configure(level="warning", format_="text")
-    settings = CacheSettings(mode=WRITEBACK, size_bytes=cache_size, directory=cache_dir)
-    with click.progressbar(length=1, label="warming", file=sys.stderr) as bar:
+    with ExitStack() as at_last:
+        bar: Any = None
 
         def progress(done_bytes: int, total_bytes: int) -> None:
-            bar.length = total_bytes
+            # Not before there is progress: it would be a second line of a refusal.
+            nonlocal bar
+            if bar is None:
+                new = click.progressbar(length=total_bytes, label="warming", file=sys.stderr)
+                bar = at_last.enter_context(new)
             bar.update(done_bytes - bar.pos)
 
-        warmed = trio.run(partial(warm, uri, settings, ranges=ranges, progress=progress))
+        warmed = trio.run(partial(warm, uri, progress=progress, **options))
     click.echo(f"{warmed} bytes are in the cache")
 
 
 @nbd_bridge.command()
-@click.option("--no-guest", is_flag=True, help="Let the built-in front-end play the guest.")
+@option("--no-guest", is_flag=True, help="Let the built-in front-end play the guest.")
 @_one_line_errors
 def demo(no_guest: bool) -> None:
-    """Boot a small Linux guest on a disk served through the bridge, and check the image."""
+    """Boot a small Linux guest on a disk of the bridge, check the image."""
     from bridge.demo.demo import DemoConfig, run_demo
 
     result = trio.run(run_demo, DemoConfig(guest=not no_guest))

@@ -13,6 +13,7 @@ the storage side says so only once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from math import inf
 from typing import Protocol
@@ -132,7 +133,8 @@ class Disk:
     def _timed_flush_done(self, flush: Request) -> None:
         if flush.error:
             self.timed_flush_failures += 1
-            _log.warning("timed flush failed, will be tried again", errno=flush.error)
+            reason = os.strerror(flush.error)
+            _log.warning("timed flush failed, will be tried again", reason=reason)
 
     async def flush(self) -> int:
         """Bring what was written to the server and flush it, for a clean stop; 0 or an errno.
@@ -149,7 +151,7 @@ class Disk:
             nonlocal result
             result = flush.error
             if flush.error:
-                _log.error("the last flush failed", errno=flush.error)
+                _log.error("the last flush failed", reason=os.strerror(flush.error))
             finished.set()
 
         self._flush_unasked(done)

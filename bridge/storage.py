@@ -231,6 +231,11 @@ class Storage:
         return export
 
     def _open_cache(self, export: Export) -> Cache:
+        if not export.usable_bytes:
+            raise ConfigError(
+                f"{self._uri.text}: the export has {export.size_bytes} bytes: "
+                "there is no disk to serve"
+            )
         geometry = geometry_for(
             disk_bytes=export.usable_bytes,
             cache_bytes=self._settings.size_bytes,
@@ -314,7 +319,7 @@ class Storage:
             _log.error(
                 "the disk has grown, but its cache cannot: the guest keeps the old size until "
                 "the next reconnect",
-                errno=error,
+                reason=os.strerror(error),
             )
         else:
             self.on_resized(self._cache.size_bytes)
@@ -439,7 +444,7 @@ class Storage:
         cache.submit(request)
         await finished.wait()
         if request.error:
-            _log.error("the last flush failed", errno=request.error)
+            _log.error("the last flush failed", reason=os.strerror(request.error))
 
 
 async def _answer(start: Callable[[Callable[[int], None]], None]) -> int:

@@ -15,7 +15,6 @@ import errno
 from collections.abc import Callable
 from functools import partial
 
-from bridge.errors import ConfigError
 from bridge.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -32,7 +31,7 @@ from .cold import Cold, InlineCold
 from .eviction import UP, Evictor
 from .exclusive import Exclusives
 from .fetch import Fetcher
-from .file import MappedImage
+from .file import MappedImage, damaged_index
 from .flush import Flusher
 from .index import Index
 from .layout import BITS
@@ -52,7 +51,8 @@ class Cache:
 
     `clock` returns seconds of a monotonic clock; `call_at_turn_end(callback)` has `callback`
     called once, after what is being submitted now; `cold` runs reads that would block.
-    Raises ConfigError when the index of `image` is damaged.
+    Raises ConfigError when the index of `image` is damaged, unless `skip_damaged`: see
+    `Index.load`.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Cache:
         clock: Callable[[], float],
         call_at_turn_end: Callable[[Callable[[], None]], None],
         cold: Cold | None = None,
+        skip_damaged: bool = False,
     ) -> None:
         self.options = options
         self.stats = stats = Stats()
@@ -143,20 +144,16 @@ class Cache:
         self._data = index.data
         self._open_blocks = self._store.open_blocks
         self._touched = evictor.touched
-        self._adopt(self._load())
+        self._adopt(self._load(skip_damaged=skip_damaged))
 
-    def _load(self) -> list[int]:
+    def _load(self, *, skip_damaged: bool) -> list[int]:
         try:
-            return self.index.load()
+            return self.index.load(skip_damaged=skip_damaged)
         except ValueError as error:
             fault = str(error)
         # Not inside `except`: the traceback of that error has views of the file, which would
         # keep it mapped and locked.
-        path = getattr(self._image, "path", "")
-        raise ConfigError(
-            f"cache file {path} has a damaged index ({fault}); "
-            f"to start anew: nbd-bridge cache drop {path}"
-        )
+        raise damaged_index(getattr(self._image, "path", ""), fault)
 
     def _adopt(self, dirty: list[int]) -> None:
         """Take over the slots that were found in the file."""

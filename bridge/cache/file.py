@@ -18,6 +18,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 import time
 import zlib
 from contextlib import suppress
@@ -25,6 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 from bridge.errors import ConfigError
+from bridge.units import size_text
 
 from .layout import (
     HEADER_AREA_BYTES,
@@ -33,6 +35,7 @@ from .layout import (
     Geometry,
     Header,
     Identity,
+    is_ours_untrusted,
     new_header,
     parse_header_untrusted,
 )
@@ -129,7 +132,7 @@ class CacheFile(MappedImage):
         self._map = mmap.mmap(fd, header.geometry.file_bytes)
         super().__init__(self._map, header)
         # The map's address, for mincore(2): the array exports the map's buffer until `close`.
-        anchor = (ctypes.c_char * self._map.size()).from_buffer(self._map)
+        anchor = (ctypes.c_char * len(self._map)).from_buffer(self._map)
         self._anchor: ctypes.Array[ctypes.c_char] | None = anchor
         self._data_address = ctypes.addressof(anchor) + header.geometry.data_offset
         # No read-around on a fault: what is cold is read by threads, in the size that is needed.
@@ -214,6 +217,14 @@ class CacheFile(MappedImage):
         os.close(self.fd)
 
 
+class Unusable(ConfigError):
+    """A cache file is ours, and nothing can be told of what it holds."""
+
+    def __init__(self, path: str, fault: str) -> None:
+        super().__init__(f"cache file {path} {fault}; {_give_up_hint(path)}")
+        self.fault = fault
+
+
 def open_file(path: str) -> CacheFile:
     """Open and lock an existing cache file; its content is as it is.
 
@@ -221,37 +232,76 @@ def open_file(path: str) -> CacheFile:
     """
     fd = _open_locked(path, os.O_RDWR)
     try:
-        area = os.pread(fd, HEADER_AREA_BYTES, 0)
-        try:
-            header = parse_header_untrusted(area)
-        except ConfigError as error:
-            raise ConfigError(f"cache file {path} {error}; {_drop_hint(path)}") from None
-        if header is None:
-            raise ConfigError(f"cache file {path} holds nothing; {_drop_hint(path)}")
-        size = os.fstat(fd).st_size
-        if size < header.geometry.file_bytes:
-            raise ConfigError(
-                f"cache file {path} is cut short: {size} bytes, its header says "
-                f"{header.geometry.file_bytes}; {_drop_hint(path)}"
-            )
-        file = CacheFile(path, fd, header)
+        return CacheFile(path, fd, _read_header(path, fd))
     except BaseException:
         os.close(fd)
         raise
-    return file
+
+
+def read_index(path: str) -> MappedImage:
+    """A copy of the header and the index of a cache file that nobody uses: it has no data.
+
+    Raises ConfigError naming the file and the remedy.
+    """
+    fd = _open_locked(path, os.O_RDONLY)
+    try:
+        header = _read_header(path, fd)
+        copy = bytearray(header.geometry.data_offset)
+        view = memoryview(copy)
+        while view and (count := os.preadv(fd, [view], len(copy) - len(view))):
+            view = view[count:]
+    finally:
+        os.close(fd)
+    return MappedImage(copy, header)
+
+
+def _read_header(path: str, fd: int) -> Header:
+    """The header of a file that is as long as it says. Raises ConfigError."""
+    area = _read_ours(path, fd)
+    try:
+        header = parse_header_untrusted(area)
+    except ConfigError as error:
+        raise Unusable(path, str(error)) from None
+    if header is None:
+        raise Unusable(path, "holds nothing that can be read: its making was cut off")
+    size = os.fstat(fd).st_size
+    if size < header.geometry.file_bytes:
+        fault = f"is cut short: {size} bytes, its header says {header.geometry.file_bytes}"
+        raise Unusable(path, fault)
+    return header
+
+
+def _read_ours(path: str, fd: int) -> bytes:
+    """The first bytes of a file that is ours to change and to remove. Raises ConfigError."""
+    area = os.pread(fd, HEADER_AREA_BYTES, 0)
+    if not is_ours_untrusted(area):
+        raise ConfigError(f"{path} is not a cache file; remove it with rm if you mean it")
+    return area
 
 
 def believe(file: CacheFile) -> bool:
     """May the content of `file` be used? Raises ConfigError when the index is damaged."""
-    header = file.header
-    if header.clean:
-        if file.index_crc() != header.index_crc:
-            raise ConfigError(
-                f"cache file {file.path} has a damaged index (its checksum does not match); "
-                + _drop_hint(file.path)
-            )
-        return True
-    return header.boot_id == boot_id()
+    if not index_is_whole(file):
+        raise damaged_index(file.path, "its checksum does not match")
+    return has_survived(file)
+
+
+def index_is_whole(image: MappedImage) -> bool:
+    """The index has the checksum of the clean shutdown; nothing is known without one."""
+    return not image.header.clean or image.index_crc() == image.header.index_crc
+
+
+def has_survived(image: MappedImage) -> bool:
+    """Everything that was stored is there: the host did not go down before it was synced."""
+    return image.header.clean or image.header.boot_id == boot_id()
+
+
+def damaged_index(path: str, fault: str) -> ConfigError:
+    """The line for an operator whose cache file has slots that cannot be believed."""
+    return ConfigError(
+        f"cache file {path} has a damaged index ({fault}); to bring what is intact to the "
+        f"server: nbd-bridge cache flush --skip-damaged {path}; " + _give_up_hint(path)
+    )
 
 
 def open_or_create(path: str, *, geometry: Geometry, identity: Identity) -> CacheFile:
@@ -264,7 +314,7 @@ def open_or_create(path: str, *, geometry: Geometry, identity: Identity) -> Cach
     Raises ConfigError, naming the file and the remedy: directory missing or not writable, disk
     full, in use, foreign, damaged, or dirty data that does not fit.
     """
-    if not _has_content(path):
+    if not has_content(path):
         return _create(path, geometry, identity, [])
     file = open_file(path)
     try:
@@ -291,7 +341,10 @@ def _unfit(file: CacheFile, geometry: Geometry, identity: Identity) -> str | Non
             f"{identity.export!r} of {identity.uri}; choose another file or {_drop_hint(path)}"
         )
     if not believe(file):
-        return f"cache file {path}: discarded, the host went down without a clean shutdown"
+        return (
+            f"cache file {path}: discarded, the host went down without a clean shutdown; "
+            f"{size_text(dirty_bytes(file))} of what it held had not reached the server"
+        )
     if header.geometry == geometry:
         return None
     if dirty := dirty_bytes(file):
@@ -301,10 +354,11 @@ def _unfit(file: CacheFile, geometry: Geometry, identity: Identity) -> str | Non
                     f"cache file {path}: keeps its size for now, it holds {dirty} unwritten bytes"
                 )
             return None
+        if header.geometry.disk_bytes > geometry.disk_bytes:
+            raise export_shrunk(file, geometry.disk_bytes)
         raise ConfigError(
-            f"cache file {path} holds {dirty} bytes of unwritten data for a disk of "
-            f"{header.geometry.disk_bytes} bytes in blocks of {header.geometry.block_bytes}; "
-            f"now they are {geometry.disk_bytes} and {geometry.block_bytes}: "
+            f"cache file {path} holds {dirty} bytes of unwritten data in blocks of "
+            f"{header.geometry.block_bytes}; now they are of {geometry.block_bytes}: "
             f"run 'nbd-bridge cache flush {path}' first"
         )
     if header.geometry.disk_bytes != geometry.disk_bytes:
@@ -334,20 +388,35 @@ def dirty_bytes(image: MappedImage) -> int:
     return blocks * image.geometry.block_bytes
 
 
+def export_shrunk(file: CacheFile, export_bytes: int) -> ConfigError:
+    """The line for an operator whose cache has data for an end of the disk that is gone."""
+    return ConfigError(
+        f"cache file {file.path} holds {dirty_bytes(file)} bytes of unwritten data for a disk of "
+        f"{file.geometry.disk_bytes} bytes, the export has {export_bytes}: nothing was written; "
+        f"grow the export back, or, {_give_up_hint(file.path)}"
+    )
+
+
 def lock_to_drop(path: str) -> int:
-    """A descriptor of `path`, locked. Raises ConfigError when somebody uses it."""
-    return _open_locked(path, os.O_RDWR)
-
-
-def _has_content(path: str) -> bool:
-    """False for a file that is missing, empty, or whose creation was cut off."""
+    """A descriptor of `path`, locked. Raises ConfigError if somebody uses it, or it is not ours."""
+    fd = _open_locked(path, os.O_RDWR)
     try:
-        with open(path, "rb") as file:
-            return any(file.read(HEADER_AREA_BYTES))
-    except FileNotFoundError:
+        _read_ours(path, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def has_content(path: str) -> bool:
+    """False for a file that is missing, empty, or whose creation was cut off."""
+    if not os.path.lexists(path):
         return False
-    except OSError as error:
-        raise ConfigError(f"cache file {path}: {error.strerror}") from None
+    fd = _open_regular(path, os.O_RDONLY)
+    try:
+        return any(os.pread(fd, HEADER_AREA_BYTES, 0))
+    finally:
+        os.close(fd)
 
 
 def _create(
@@ -372,7 +441,7 @@ def _create(
                 os.unlink(path)
             raise ConfigError(
                 f"cache file {path}: no room for {geometry.file_bytes} bytes "
-                f"({error.strerror}); make room or choose a smaller cache size"
+                f"({error.strerror}); make room or choose a smaller --cache-size"
             ) from None
         file = CacheFile(path, fd, new_header(geometry, identity, boot_id(), int(time.time())))
     except BaseException:
@@ -387,15 +456,7 @@ def _create(
 
 
 def _open_locked(path: str, flags: int) -> int:
-    try:
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        where = os.path.dirname(path) or "."
-        if error.errno == errno.ENOENT and not os.path.isdir(where):
-            raise ConfigError(
-                f"cache directory {where} does not exist; create it or choose another"
-            ) from None
-        raise ConfigError(f"cache file {path}: {error.strerror}") from None
+    fd = _open_regular(path, flags)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -408,5 +469,46 @@ def _open_locked(path: str, flags: int) -> int:
     return fd
 
 
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file with data in it. Raises ConfigError for anything else."""
+    # Not blocking: the open of a FIFO would wait for its other end.
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise ConfigError(_open_fault(path, error, creating=bool(flags & os.O_CREAT))) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(_not_regular(path))
+    return fd
+
+
+def _open_fault(path: str, error: OSError, *, creating: bool) -> str:
+    """Why `path` could not be opened, and what helps."""
+    if os.path.islink(path):
+        return (
+            f"cache file {path} is a symbolic link, which is not followed; "
+            f"the file itself is {os.path.realpath(path)}"
+        )
+    if error.errno in (errno.EISDIR, errno.ENXIO):
+        return _not_regular(path)
+    if creating and not os.path.lexists(path):
+        where = os.path.dirname(path) or "."
+        fault = {
+            errno.ENOENT: "does not exist; create it or choose another",
+            errno.ENOTDIR: "is not a directory; choose another",
+        }.get(error.errno or 0, f"cannot be written ({error.strerror}); choose another")
+        return f"cache directory {where} {fault} with --cache-dir, or use --cache-mode off"
+    return f"cache file {path}: {error.strerror}"
+
+
+def _not_regular(path: str) -> str:
+    return f"cache file {path} is not a regular file"
+
+
 def _drop_hint(path: str) -> str:
     return f"to start anew: nbd-bridge cache drop {path}"
+
+
+def _give_up_hint(path: str) -> str:
+    return f"to give up what it holds: nbd-bridge cache drop --discard-dirty {path}"

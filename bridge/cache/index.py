@@ -28,7 +28,7 @@ import mmap
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
-from .layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, state_word
+from .layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of, state_word
 
 
 class Image(Protocol):
@@ -85,14 +85,17 @@ class Index:
         self.dirty_blocks = 0
         """Dirty and written ones."""
         self.valid_blocks = 0
+        self.damaged_slots = 0
+        """Skipped by `load`."""
         self.cleaned: Callable[[int], None] = _nothing
         """Called with a slot whose last dirty block became clean."""
 
-    def load(self) -> list[int]:
+    def load(self, *, skip_damaged: bool = False) -> list[int]:
         """Take over what the file holds; returns the slots that have dirty blocks.
 
         Raises ValueError, naming the slot, for a state that fails its check, a granule outside
-        the disk or held twice, dirty blocks that are not valid.
+        the disk or held twice, dirty blocks that are not valid. `skip_damaged`: such a slot is
+        freed instead, whatever it held, and counted in `damaged_slots`.
         """
         # One pass over up to millions of slots: local names, everything inline, `check_of` too
         # (0.5 us each instead of 0.9).
@@ -109,18 +112,21 @@ class Index:
                 free.append(slot)
                 continue
             low = word & LOW_MASK
-            if ((low ^ granule * 0x9E3779B1) * 0x85EBCA6B >> 7) & LOW_MASK != word >> 32:
-                raise ValueError(f"slot {slot}: its checksum does not match")
             valid = low & BITS
-            if granule >= granules or low >> DIRTY_SHIFT & ~valid or not valid:
-                raise ValueError(f"slot {slot}: holds granule {granule} of {granules}")
-            if valid & ~blocks_mask:
-                raise ValueError(f"slot {slot}: holds blocks that no granule has")
             bucket = granule & mask
             other = head[bucket]
+            if (
+                ((low ^ granule * 0x9E3779B1) * 0x85EBCA6B >> 7) & LOW_MASK != word >> 32
+                or granule >= granules
+                or low >> DIRTY_SHIFT & ~valid
+                or not valid
+                or valid & ~blocks_mask
+                or (other and (direct or self.find(granule)))
+            ):
+                self._damaged(slot, skip=skip_damaged)
+                free.append(slot)
+                continue
             if other:
-                if direct or self.find(granule):
-                    raise ValueError(f"slot {slot}: granule {granule} is held twice")
                 chain[slot] = other
             head[bucket] = slot
             valid_blocks += valid.bit_count()
@@ -131,6 +137,26 @@ class Index:
         self.dirty_slots = len(dirty_found)
         self._take_free(free)
         return dirty_found
+
+    def _damaged(self, slot: int, *, skip: bool) -> None:
+        """`load` cannot take `slot` over. Raises ValueError, or frees it to be skipped."""
+        if not skip:
+            raise ValueError(f"slot {slot}: {self._fault(slot)}")
+        self.state[slot] = 0
+        self.damaged_slots += 1
+
+    def _fault(self, slot: int) -> str:
+        """Why `load` cannot take `slot` over."""
+        word, granule, granules = self.state[slot], self.granule_of[slot], self.geometry.granules
+        low = word & LOW_MASK
+        if check_of(granule, low) != word >> 32:
+            return "its checksum does not match"
+        valid = low & BITS
+        if granule >= granules or low >> DIRTY_SHIFT & ~valid or not valid:
+            return f"holds granule {granule} of {granules}"
+        if valid & ~self.blocks_mask:
+            return "holds blocks that no granule has"
+        return f"granule {granule} is held twice"
 
     def _take_free(self, free: list[int]) -> None:
         """Remember the free slots: those after the last used one only as a number."""

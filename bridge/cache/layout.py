@@ -22,6 +22,7 @@ import zlib
 from dataclasses import dataclass, replace
 
 from bridge.errors import ConfigError
+from bridge.units import size_text
 
 MAGIC = b"NBDBCACH"
 VERSION = 1
@@ -105,19 +106,29 @@ def geometry_for(*, disk_bytes: int, cache_bytes: int, min_block_bytes: int = 1)
     """The geometry of a cache of about `cache_bytes` over a disk.
 
     Blocks are 4 KiB or the server's minimum block, granules 64 KiB. No more slots than the disk
-    has granules. Raises ConfigError when `cache_bytes` is below the minimum.
+    has granules. Raises ConfigError for a cache or a disk that is too small or too large.
     """
     block = max(4096, min_block_bytes)
     granule = max(65536, block)
     slots = cache_bytes // granule
     if slots < MIN_SLOTS:
         raise ConfigError(
-            f"cache size {cache_bytes} is below the minimum of {MIN_SLOTS * granule} bytes"
+            f"--cache-size {size_text(cache_bytes)} is below the minimum of "
+            f"{size_text(MIN_SLOTS * granule)} for blocks of {size_text(block)}"
         )
     geometry = Geometry(disk_bytes, block, granule, min(slots, -(-disk_bytes // granule)))
-    fault = geometry.fault()
-    if fault:
-        raise ConfigError(f"no cache possible: {fault}")
+    if geometry.slots > MAX_SLOTS:
+        raise ConfigError(
+            f"--cache-size {size_text(cache_bytes)} is above the maximum of "
+            f"{size_text(MAX_SLOTS * granule)}: choose a smaller --cache-size, or --cache-mode off"
+        )
+    if geometry.granules >= NO_GRANULE:
+        raise ConfigError(
+            f"no cache is possible for an export of {size_text(disk_bytes)}, only for less than "
+            f"{size_text(NO_GRANULE * granule)}: use --cache-mode off"
+        )
+    if fault := geometry.fault():
+        raise ConfigError(f"no cache is possible: {fault}; use --cache-mode off")
     return geometry
 
 
@@ -200,6 +211,15 @@ def new_header(geometry: Geometry, identity: Identity, boot_id: bytes, created_s
         export_generation=0,
         created_s=created_s,
     )
+
+
+def is_ours_untrusted(area: bytes) -> bool:
+    """Is a file whose first bytes are `area` a cache file, damaged perhaps, or one in the making?
+
+    The header is written last, over zeroes.
+    """
+    magics = (area[at : at + len(MAGIC)] for at in (0, HEADER_BYTES))
+    return MAGIC in magics or not any(area[:HEADER_AREA_BYTES])
 
 
 def parse_header_untrusted(area: bytes) -> Header | None:

@@ -35,9 +35,9 @@ def data_ranges(extents: Iterable[tuple[int, int]], offset: int = 0) -> Iterator
 class Warmer:
     """Prefetches `ranges` through `submit`; stops after `limit_bytes`.
 
-    `progress(done_bytes)` is called as chunks end, `done(errors)` once, with the number of
-    chunks that failed. The caller bounds the ranges to the disk and `limit_bytes` to the size of
-    the cache: more would only push out what came first.
+    `progress(done_bytes)` is called as chunks end, `done(failed_bytes)` once, with the bytes of
+    the chunks that failed. The caller bounds the ranges to the disk and `limit_bytes` to the size
+    of the cache: more would only push out what came first.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Warmer:
         self._pumping = False
         self._exhausted = False
         self.done_bytes = 0
-        self.errors = 0
+        self.failed_bytes = 0
 
     def start(self) -> None:
         """Begin; may be done when this returns."""
@@ -83,12 +83,13 @@ class Warmer:
         self._pumping = False
         if self._exhausted and not self._in_flight:
             self._in_flight = -1  # Once.
-            self._done(self.errors)
+            self._done(self.failed_bytes)
 
     def _ended(self, request: Request) -> None:
         self._in_flight -= 1
         self.done_bytes += request.length
-        self.errors += bool(request.error)
+        if request.error:
+            self.failed_bytes += request.length
         self._progress(self.done_bytes)
         self._pump()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -53,6 +54,10 @@ def parse_uri(text: str) -> NbdUri:
     Raises ConfigError with one line that names what is wrong and what would be right.
     """
     try:
+        text.encode()  # An argument of other bytes has surrogates in their place.
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r}: not UTF-8; write other bytes as %XX") from None
+    try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
@@ -100,12 +105,28 @@ def _address(
         )
     if not socket:
         raise ConfigError(f"{text}: which socket? write nbd+unix:///EXPORT?socket=PATH")
+    socket = _absolute(text, socket)
     if len(socket.encode()) > _UNIX_PATH_MAX_BYTES:
         raise ConfigError(
             f"{text}: the socket's path is longer than the {_UNIX_PATH_MAX_BYTES} bytes "
             "that the system takes"
         )
     return None, socket
+
+
+def _absolute(text: str, socket: str) -> str:
+    """The path of a socket, whatever the working directory will be: a cache belongs to it."""
+    if os.path.isabs(socket):
+        return socket
+    try:
+        # Not abspath: `..` after a symbolic link is not where the spelling says.
+        directory, name = os.path.split(socket)
+        return os.path.join(os.path.realpath(directory), name)
+    except OSError as error:
+        raise ConfigError(
+            f"{text}: the socket's path is relative, and there is no working directory "
+            f"({error.strerror}): write an absolute path"
+        ) from None
 
 
 def _export_name(text: str, path: str) -> str:

@@ -7,9 +7,12 @@ import mmap
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from bridge.cache import file as cache_file
 from bridge.cache.cache import Cache
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import CacheFile, open_or_create
-from bridge.cache.inspect import drop, open_to_flush, show
+from bridge.cache.inspect import describe, drop, open_to_flush, show
 from bridge.cache.layout import (
     HEADER_AREA_BYTES,
     MIN_SLOTS,
@@ -116,7 +119,7 @@ def test_unclean_end_under_another_boot_is_discarded(
 
     file = _open(path)
 
-    assert "without a clean shutdown" in file.notes[0]
+    assert "without a clean shutdown; 4 KiB of what it held had not reached" in file.notes[0]
     assert not any(file.state)
     file.close(clean=False)
 
@@ -172,17 +175,23 @@ def test_file_of_another_export_is_refused_with_the_remedy(path: str) -> None:
 @pytest.mark.parametrize(
     "geometry",
     [
-        Geometry(63 * GRANULE, BLOCK, GRANULE, 64),
         Geometry(64 * GRANULE, 2 * BLOCK, GRANULE, 64),
         Geometry(64 * GRANULE, BLOCK, 2 * GRANULE, 64),
     ],
-    ids=["smaller disk", "other blocks", "other granules"],
+    ids=["other blocks", "other granules"],
 )
 def test_file_with_dirty_data_that_does_not_fit_is_refused(path: str, geometry: Geometry) -> None:
     _write_one(path)
 
     with pytest.raises(ConfigError, match="cache flush"):
         _open(path, geometry)
+
+
+def test_file_with_dirty_data_for_a_disk_that_shrank_is_refused_with_what_helps(path: str) -> None:
+    _write_one(path)
+
+    with pytest.raises(ConfigError, match=f"grow the export back.*--discard-dirty {path}"):
+        _open(path, Geometry(63 * GRANULE, BLOCK, GRANULE, 64))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +243,7 @@ def test_clean_file_of_an_export_that_changed_size_is_made_anew(path: str) -> No
     file.close(clean=False)
 
 
-@pytest.mark.parametrize("offset", [0, 9, 20, 60, 100, 4092])
+@pytest.mark.parametrize("offset", [9, 20, 60, 100, 4092])
 def test_flipped_bit_in_both_headers_is_refused(path: str, offset: int) -> None:
     _write_one(path)
     _damage(path, offset)
@@ -333,8 +342,27 @@ def test_creation_that_was_cut_off_is_begun_again(path: str) -> None:
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist; create it"):
+    with pytest.raises(ConfigError, match=r"no does not exist; create it .*--cache-dir"):
         _open(str(tmp_path / "no" / "disk.cache"))
+
+
+def test_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "no").write_text("")
+
+    with pytest.raises(ConfigError, match=r"no is not a directory; .*--cache-dir"):
+        _open(str(tmp_path / "no" / "disk.cache"))
+
+
+def test_directory_that_cannot_be_written_is_named(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+
+    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\).*--cache-dir"):
+        _open(path)
 
 
 def test_full_disk_is_named_and_leaves_no_file(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,13 +388,28 @@ def test_symbolic_link_is_not_followed(tmp_path: Path, path: str) -> None:
     target.write_bytes(b"")
     os.symlink(target, path)
 
-    with pytest.raises(ConfigError):
-        _open(path)
+    for use in (_open, show, drop):
+        with pytest.raises(ConfigError, match=f"is a symbolic link.*the file itself is {target}"):
+            use(path)
 
 
 def test_cache_size_below_the_minimum_is_refused() -> None:
     with pytest.raises(ConfigError, match="below the minimum"):
         geometry_for(disk_bytes=1 << 30, cache_bytes=MIN_SLOTS * GRANULE - 1)
+
+
+@pytest.mark.parametrize(
+    ("disk_bytes", "cache_bytes", "says"),
+    [
+        (1 << 45, 20 << 40, "20 TiB is above the maximum of 16 TiB: .*smaller --cache-size, or"),
+        (1 << 50, 1 << 30, "an export of 1 PiB, only for less than 256 TiB: use --cache-mode off"),
+    ],
+)
+def test_cache_or_disk_that_is_too_large_is_refused_with_what_helps(
+    disk_bytes: int, cache_bytes: int, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        geometry_for(disk_bytes=disk_bytes, cache_bytes=cache_bytes)
 
 
 def test_cache_is_not_larger_than_the_disk() -> None:
@@ -417,14 +460,178 @@ def test_drop_of_a_dirty_file_needs_to_be_told(path: str) -> None:
     assert not os.path.exists(path)
 
 
-def test_drop_of_a_damaged_file_needs_to_be_told(path: str) -> None:
-    Path(path).write_bytes(b"junk" * 5000)
+@pytest.mark.parametrize("content", ["damaged", "cut short", "empty", "zero"])
+def test_drop_of_a_file_that_cannot_be_read_needs_to_be_told(path: str, content: str) -> None:
+    _write_one(path)
+    if content == "damaged":
+        _damage(path, 100)
+        _damage(path, 4096 + 100)
+    elif content == "cut short":
+        os.truncate(path, 1 << 16)
+    else:
+        Path(path).write_bytes(bytes(9000 if content == "zero" else 0))
 
-    with pytest.raises(ConfigError, match="--discard-dirty"):
+    with pytest.raises(ConfigError) as refused:
         drop(path)
     drop(path, discard_dirty=True)
 
+    assert str(refused.value).count("--discard-dirty") == 1
+    assert "cache drop" not in str(refused.value)
     assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("discard_dirty", [False, True])
+def test_drop_of_something_else_is_refused(path: str, discard_dirty: bool) -> None:
+    Path(path).write_text("root:x:0:0:root:/root:/bin/sh\n")
+
+    with pytest.raises(ConfigError, match="is not a cache file; remove it with rm"):
+        drop(path, discard_dirty=discard_dirty)
+
+    assert os.path.exists(path)
+
+
+def _make_fifo(path: str) -> None:
+    os.mkfifo(path)
+
+
+def _make_socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+
+
+@pytest.mark.parametrize("make", [_make_fifo, _make_socket, os.mkdir])
+@pytest.mark.parametrize(
+    "use",
+    [_open, show, drop, partial(drop, discard_dirty=True), partial(open_to_flush, export_bytes=0)],
+)
+def test_file_that_is_not_regular_is_refused(
+    path: str, make: Callable[[str], None], use: Callable[[str], object]
+) -> None:
+    make(path)
+
+    with pytest.raises(ConfigError) as refused:
+        use(path)
+
+    assert str(refused.value) == f"cache file {path} is not a regular file"
+    assert os.path.exists(path)
+
+
+def test_file_that_is_longer_than_its_header_says_is_used(path: str) -> None:
+    _write_one(path)
+    os.truncate(path, GEOMETRY.file_bytes + (1 << 20))
+
+    dirty = show(path).dirty_bytes
+    file = _open(path)
+
+    assert dirty == BLOCK
+    assert _read_first(file) == b"a" * BLOCK
+    file.close(clean=True)
+
+
+def _damage_a_slot(path: str, *, clean: bool) -> None:
+    """A file with two dirty blocks; the slot of the second is damaged."""
+    file = _open(path)
+    cache, _ = _cache(file, FakeServer(64 * GRANULE))
+    for granule in (0, 7):
+        data = [memoryview(b"a" * BLOCK)]
+        cache.submit(Request(WRITE, granule * GRANULE, BLOCK, data, lambda _: None))
+    at = GEOMETRY.states_offset + 8 * cache.index.find(7)
+    file.close(clean=clean)
+    _damage(path, at)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_show_of_a_damaged_slot_counts_it_and_says_why_the_file_is_not_usable(
+    path: str, clean: bool
+) -> None:
+    _damage_a_slot(path, clean=clean)
+
+    summary = show(path)
+
+    assert (summary.damaged_slots, summary.granules_used, summary.dirty_bytes) == (1, 1, BLOCK)
+    assert not summary.usable
+    assert "the index is damaged" in summary.fault
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_drop_of_a_damaged_index_says_how_to_save_the_rest(path: str, clean: bool) -> None:
+    _damage_a_slot(path, clean=clean)
+
+    with pytest.raises(ConfigError, match=f"cache flush --skip-damaged {path}' first, or add"):
+        drop(path)
+
+    drop(path, discard_dirty=True)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_damaged_slot_is_skipped_only_when_asked_for_and_the_rest_is_there(
+    path: str, clean: bool
+) -> None:
+    _damage_a_slot(path, clean=clean)
+    with pytest.raises(ConfigError, match="--skip-damaged"):
+        _open_and_load(path, skip_damaged=False)
+
+    file, cache = _open_and_load(path, skip_damaged=True)
+
+    assert (cache.index.damaged_slots, cache.index.dirty_blocks) == (1, 1)
+    assert cache.index.find(7) == 0
+    assert _read_first(file) == b"a" * BLOCK
+    file.close(clean=True)
+    assert show(path).usable
+
+
+def _open_and_load(path: str, *, skip_damaged: bool) -> tuple[CacheFile, Cache]:
+    file = open_to_flush(path, export_bytes=64 * GRANULE, skip_damaged=skip_damaged)
+    try:
+        cache = Cache(
+            *(file, FakeServer(64 * GRANULE), Options()),
+            clock=lambda: 0.0,
+            call_at_turn_end=lambda _: None,
+            skip_damaged=skip_damaged,
+        )
+    except ConfigError:
+        file.close(clean=False)
+        raise
+    return file, cache
+
+
+def test_show_of_a_crashed_hosts_file_says_why_it_is_not_usable(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_one(path, clean=False)
+    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+
+    summary = show(path)
+
+    assert "without a clean shutdown" in summary.fault
+    assert "usable             no: the host" in describe(summary)
+
+
+def test_show_for_people_has_sizes_and_a_date(path: str) -> None:
+    _write_one(path)
+
+    text = describe(replace(show(path), created_s=1_700_000_000))
+
+    assert "cache              4 MiB, 4 KiB of it used" in text
+    assert "not on the server  4 KiB" in text
+    assert "2023-11-14 22:13:20 UTC" in text
+
+
+def test_show_needs_no_write_permission(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root nothing is refused: so what is asked for is looked at."""
+    _write_one(path)
+    modes: list[int] = []
+    real_open = os.open
+
+    def spy(path: str, flags: int, mode: int = 0o777) -> int:
+        modes.append(flags & os.O_ACCMODE)
+        return real_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", spy)
+
+    show(path)
+
+    assert modes == [os.O_RDONLY]
 
 
 def test_drop_of_a_file_in_use_is_refused(path: str) -> None:
@@ -447,7 +654,7 @@ def test_drop_of_a_clean_file_removes_it(path: str) -> None:
 def test_flush_of_a_file_to_a_smaller_export_is_refused(path: str) -> None:
     _write_one(path)
 
-    with pytest.raises(ConfigError, match="nothing was written"):
+    with pytest.raises(ConfigError, match="nothing was written; grow the export back, or"):
         open_to_flush(path, export_bytes=GRANULE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bridge.cache.warm import HOLE, ZERO, Warmer, data_ranges
 from bridge.request import READ, Request
 
-from .fakes import GRANULE, Rig
+from .fakes import EIO, GRANULE, Rig
 
 
 def test_holes_are_left_out_and_data_is_joined() -> None:
@@ -57,7 +57,7 @@ def test_warming_bounds_what_is_in_flight() -> None:
         [(0, 1 << 30)],
         limit_bytes=1 << 30,
         progress=lambda done_bytes: None,
-        done=lambda errors: None,
+        done=lambda failed_bytes: None,
     )
 
     warmer.start()
@@ -82,3 +82,21 @@ def test_stopped_warming_ends_when_what_is_in_flight_has_ended() -> None:
         request.finish(0)
 
     assert (early, done, len(seen)) == ([], [0], 8)
+
+
+def test_warming_counts_the_bytes_that_could_not_be_read() -> None:
+    seen: list[Request] = []
+    done: list[int] = []
+    warmer = Warmer(
+        seen.append,
+        [(0, 5 << 19)],
+        limit_bytes=5 << 19,
+        progress=lambda done_bytes: None,
+        done=done.append,
+    )
+    warmer.start()
+
+    for request, error in zip(seen[:], (0, EIO, EIO), strict=True):
+        request.finish(error)
+
+    assert done == [3 << 19]

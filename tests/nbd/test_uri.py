@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,29 @@ def test_parse_uri_good_one_has_its_parts(text: str, expected: dict[str, object]
     assert {name: getattr(uri, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("socket", ["n.nbd", "./n.nbd", "x/../n.nbd"])
+def test_parse_uri_relative_socket_becomes_absolute(
+    socket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    uri = parse_uri(f"nbd+unix:///?socket={socket}")
+
+    assert uri.socket_path == uri.server == str(tmp_path / "n.nbd")
+
+
+def test_parse_uri_relative_socket_without_a_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    with pytest.raises(ConfigError, match="write an absolute path"):
+        parse_uri("nbd+unix:///?socket=n.nbd")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -52,6 +77,7 @@ def test_parse_uri_good_one_has_its_parts(text: str, expected: dict[str, object]
         ("nbd://h/?tls-hostname=x", "needs TLS"),
         ("nbds://h/?tls-verify-peer=perhaps", "true or false"),
         ("nbd://h/%ff", "not UTF-8"),
+        ("nbd://h/\udcff", "not UTF-8; write other bytes as %XX"),
         ("nbd://h/a%00b", "NUL"),
         ("nbd://h/" + "x" * 4097, "longer than 4096"),
         ("nbd://h/x#y", "%23"),

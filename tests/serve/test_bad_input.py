@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import threading
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bridge.nbd.uri import parse_uri
+from bridge.storage import cache_path
 from tests.serve.processes import bridge_argv, short_directory, unix_uri
 from tests.tools import need
 
@@ -118,6 +121,24 @@ def test_serve_export_smaller_than_a_sector_is_no_disk(directory):
     for path in _nbdkit(directory / "nbd", "memory", "511"):
         line = refused(unix_uri(path), "--socket-path", str(directory / "v"), status=2)
         assert "511 bytes" in line
+
+
+@pytest.mark.parametrize("mode", ["off", "writeback"])
+def test_serve_export_without_a_byte_is_no_disk(mode, directory):
+    cache = ("--cache-mode", mode, "--cache-dir", str(directory))
+    for path in _nbdkit(directory / "nbd", "memory", "0"):
+        line = refused(unix_uri(path), "--socket-path", str(directory / "v"), *cache, status=2)
+        assert "0 bytes" in line
+        assert "there is no disk to serve" in line
+    assert not list(directory.glob("*.cache"))
+
+
+def test_serve_cache_file_that_is_a_fifo_does_not_wait_for_its_other_end(nbd, directory):
+    path = cache_path(parse_uri(unix_uri(nbd)), str(directory))
+    os.mkfifo(path)
+    cache = ("--cache-mode", "writeback", "--cache-dir", str(directory))
+    line = refused(unix_uri(nbd), "--socket-path", str(directory / "v"), *cache, status=2)
+    assert f"{path} is not a regular file" in line
 
 
 def test_serve_server_that_needs_tls_says_so(directory):
