@@ -19,7 +19,14 @@ import trio
 
 from bridge.cache.cache import Cache
 from bridge.cache.cold import ThreadedCold
-from bridge.cache.file import CacheFile, believe, dirty_bytes, open_file, open_or_create
+from bridge.cache.file import (
+    CacheFile,
+    believe,
+    dirty_bytes,
+    has_content,
+    open_file,
+    open_or_create,
+)
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
 from bridge.disk import Backend
@@ -269,7 +276,7 @@ class Storage:
         """
         path = str(cache_path(self._uri, self._settings.directory))
         read_only = export.read_only or self._read_only
-        if not os.path.exists(path):
+        if not has_content(path):
             return
         try:
             file = open_file(path)
@@ -435,8 +442,16 @@ class Storage:
             self._cold = None
         if self._file is not None:
             dirty = self._cache.index.dirty_slots if self._cache is not None else 0
-            self._file.close(clean=clean and may_call_clean(self.client, dirty))
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.close(clean=clean and may_call_clean(self.client, dirty))
+            except OSError as error:
+                _log.error(
+                    "the cache file cannot be kept"
+                    + (", and it holds what the server has not" if dirty else ", it is removed"),
+                    path=file.path,
+                    reason=error.strerror,
+                )
 
     async def _flush_cache(self, cache: Cache) -> None:
         finished = trio.Event()

@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, InUse
 from bridge.units import size_text
 
 from .layout import (
@@ -205,16 +205,31 @@ class CacheFile(MappedImage):
         os.fdatasync(self.fd)
 
     def close(self, *, clean: bool) -> None:
-        """Unmap and unlock. `clean`: sync everything first, then the clean-shutdown mark."""
-        if clean:
+        """Unmap and unlock. `clean`: sync everything first, then the clean-shutdown mark.
+
+        Raises OSError when the file system cannot keep the content. The kernel says so once, and
+        may have lost any page: if nothing is dirty the file is removed.
+        """
+        try:
+            if clean:
+                self._sync_and_mark()
+        finally:
+            self._anchor = None
+            self.release()
+            with suppress(BufferError):  # A guest's request still holds a view: the exit unmaps.
+                self._map.close()
+            os.close(self.fd)
+
+    def _sync_and_mark(self) -> None:
+        try:
             self.sync()
             self.save_header(clean=True, index_crc=self.index_crc())
             self.sync()
-        self._anchor = None
-        self.release()
-        with suppress(BufferError):  # A guest's request still holds a view: the exit unmaps.
-            self._map.close()
-        os.close(self.fd)
+        except OSError:
+            self.save_header(clean=False)
+            if not dirty_bytes(self):
+                os.unlink(self.path)
+            raise
 
 
 class Unusable(ConfigError):
@@ -230,9 +245,18 @@ def open_file(path: str) -> CacheFile:
 
     Raises ConfigError naming the file and the remedy.
     """
-    fd = _open_locked(path, os.O_RDWR)
+    return _map(path, _open_locked(path, os.O_RDWR))
+
+
+def _map(path: str, fd: int) -> CacheFile:
+    """The file that `fd` has open, which is closed if that fails. Raises ConfigError."""
     try:
-        return CacheFile(path, fd, _read_header(path, fd))
+        header = _read_header(path, fd)
+        if os.fstat(fd).st_blocks * 512 < header.geometry.file_bytes:
+            # Copied by something that leaves out zeroes: a store into a hole of a full disk is a
+            # SIGBUS.
+            _allocate(path, fd, header.geometry.file_bytes)
+        return CacheFile(path, fd, header)
     except BaseException:
         os.close(fd)
         raise
@@ -314,9 +338,11 @@ def open_or_create(path: str, *, geometry: Geometry, identity: Identity) -> Cach
     Raises ConfigError, naming the file and the remedy: directory missing or not writable, disk
     full, in use, foreign, damaged, or dirty data that does not fit.
     """
-    if not has_content(path):
-        return _create(path, geometry, identity, [])
-    file = open_file(path)
+    # Locked before anybody looks at what it holds: somebody else may be making it.
+    fd = _open_locked(path, os.O_RDWR | os.O_CREAT)
+    if not _holds_something(fd):
+        return _create(path, geometry, identity, [], fd)
+    file = _map(path, fd)
     try:
         note = _unfit(file, geometry, identity)
     except BaseException:
@@ -414,9 +440,13 @@ def has_content(path: str) -> bool:
         return False
     fd = _open_regular(path, os.O_RDONLY)
     try:
-        return any(os.pread(fd, HEADER_AREA_BYTES, 0))
+        return _holds_something(fd)
     finally:
         os.close(fd)
+
+
+def _holds_something(fd: int) -> bool:
+    return any(os.pread(fd, HEADER_AREA_BYTES, 0))
 
 
 def _create(
@@ -424,25 +454,21 @@ def _create(
     geometry: Geometry,
     identity: Identity,
     notes: list[str],
-    fd: int = -1,
+    fd: int,
     *,
     killed: bool = False,
 ) -> CacheFile:
-    """Make `path` an empty cache: the header comes last, so a cut-off creation is seen."""
-    if fd < 0:
-        fd = _open_locked(path, os.O_RDWR | os.O_CREAT)
+    """Make `path`, which `fd` has locked, an empty cache: the header comes last, so a cut-off
+    creation is seen."""
     try:
         os.ftruncate(fd, 0)
         try:
-            os.posix_fallocate(fd, 0, geometry.file_bytes)
-        except OSError as error:
+            _allocate(path, fd, geometry.file_bytes)
+        except ConfigError:
             with suppress(OSError):
                 os.ftruncate(fd, 0)
                 os.unlink(path)
-            raise ConfigError(
-                f"cache file {path}: no room for {geometry.file_bytes} bytes "
-                f"({error.strerror}); make room or choose a smaller --cache-size"
-            ) from None
+            raise
         file = CacheFile(path, fd, new_header(geometry, identity, boot_id(), int(time.time())))
     except BaseException:
         os.close(fd)
@@ -455,18 +481,41 @@ def _create(
     return file
 
 
-def _open_locked(path: str, flags: int) -> int:
-    fd = _open_regular(path, flags)
+def _allocate(path: str, fd: int, count: int) -> None:
+    """Have room for all of the file. Raises ConfigError."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.posix_fallocate(fd, 0, count)
     except OSError as error:
+        raise ConfigError(
+            f"cache file {path}: no room for {count} bytes ({error.strerror}); make room or choose "
+            "a smaller --cache-size"
+        ) from None
+
+
+def _open_locked(path: str, flags: int) -> int:
+    """A descriptor of the file that is at `path` now, locked. Raises ConfigError."""
+    while True:
+        fd = _open_regular(path, flags)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise InUse(
+                    f"cache file {path} is in use by another process; stop that one first"
+                ) from None
+            raise ConfigError(f"cache file {path}: cannot be locked: {error.strerror}") from None
+        if _is_at(fd, path):
+            return fd
+        # Removed (and perhaps made again) between the two calls: this one has no name any more.
         os.close(fd)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ConfigError(
-                f"cache file {path} is in use by another process; stop that one first"
-            ) from None
-        raise ConfigError(f"cache file {path}: cannot be locked: {error.strerror}") from None
-    return fd
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def _open_regular(path: str, flags: int) -> int:
