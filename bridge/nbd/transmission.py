@@ -21,6 +21,7 @@ This is the hot path: about 2 µs per 4 KiB read. Local names, no slices that ar
 from __future__ import annotations
 
 import errno
+import mmap
 from itertools import count
 from struct import Struct
 from typing import Final
@@ -124,7 +125,9 @@ class Transmission:
         self._structured = export.structured
         self._extended = export.extended
         self._context_id = next(iter(export.contexts.values()), -1)
-        self._staging = bytearray(STAGING_BYTES)
+        # Whole pages of its own: what is received into the heap's takes up to a quarter longer
+        # (1 MiB reads, measured), wherever the heap happens to begin.
+        self._staging = mmap.mmap(-1, STAGING_BYTES)
         self._view = memoryview(self._staging)
         self._start = 0
         self._end = 0
