@@ -43,7 +43,8 @@ class Listener:
         # The mode must be right from the first moment, not after a chmod.
         umask = os.umask(0o177)
         try:
-            _bind_and_listen(sock, name)
+            sock.bind(name)
+            sock.listen(_BACKLOG)
             status = os.stat(name)
         except OSError as error:
             sock.close()
@@ -90,25 +91,6 @@ class Listener:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def _bind_and_listen(sock: socket.socket, path: str) -> None:
-    """The file appears at `path` when somebody listens: who waits for it is not refused.
-
-    Raises OSError, EEXIST if somebody else was faster.
-    """
-    directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY)
-    try:
-        # Through the descriptor, so that the name in between may be longer than `path`.
-        unnamed = f"/proc/self/fd/{directory}/.{os.getpid()}-{id(sock):x}.sock"
-        sock.bind(unnamed)
-        try:
-            sock.listen(_BACKLOG)
-            os.link(unnamed, path)
-        finally:
-            os.unlink(unnamed)
-    finally:
-        os.close(directory)
 
 
 def _clear_the_way(path: str) -> None:

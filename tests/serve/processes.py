@@ -40,7 +40,7 @@ async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.P
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
         with trio.fail_after(_START_LIMIT_S):
-            while not ready.exists():
+            while not _is_listening(ready):
                 assert child.poll() is None, f"{argv[0]} ended with {child.returncode}"
                 await trio.sleep(0.02)
         yield child
@@ -49,6 +49,12 @@ async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.P
             child.terminate()
             with trio.CancelScope(shield=True):
                 await wait_for(child, limit_s=20)
+
+
+def _is_listening(path: Path) -> bool:
+    """The socket's file is there a moment before somebody listens (proc(5), __SO_ACCEPTCON)."""
+    table = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.split()[3] == "00010000" and line.endswith(f" {path}") for line in table[1:])
 
 
 async def wait_for(child: subprocess.Popen[bytes], *, limit_s: float) -> int:

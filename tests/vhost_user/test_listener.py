@@ -36,25 +36,6 @@ def test_socket_has_mode_0600_whatever_the_umask_and_is_removed(short_dir: Path)
     assert not path.exists()
 
 
-def test_socket_appears_when_somebody_listens(
-    short_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who waits for the file and then connects must not be refused."""
-    path = short_dir / "s"
-    seen: list[bool] = []
-    listen = socket.socket.listen
-
-    def watched(self: socket.socket, backlog: int) -> None:
-        seen.append(path.exists())
-        listen(self, backlog)
-        seen.append(path.exists())
-
-    monkeypatch.setattr(socket.socket, "listen", watched)
-    with Listener.at_path(path):
-        assert seen == [False, False]
-        assert os.listdir(short_dir) == ["s"]
-
-
 def test_dead_processs_socket_is_replaced(short_dir: Path) -> None:
     path = short_dir / "s"
     bound(path).close()
