@@ -40,7 +40,7 @@ async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.P
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
         with trio.fail_after(_START_LIMIT_S):
-            while not _is_listening(ready):
+            while not _is_ready(ready):
                 assert child.poll() is None, f"{argv[0]} ended with {child.returncode}"
                 await trio.sleep(0.02)
         yield child
@@ -51,8 +51,10 @@ async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.P
                 await wait_for(child, limit_s=20)
 
 
-def _is_listening(path: Path) -> bool:
-    """The socket's file is there a moment before somebody listens (proc(5), __SO_ACCEPTCON)."""
+def _is_ready(path: Path) -> bool:
+    """A socket's file is there a moment before somebody listens (proc(5), __SO_ACCEPTCON)."""
+    if not path.is_socket():
+        return path.exists()
     table = Path("/proc/net/unix").read_text().splitlines()
     return any(line.split()[3] == "00010000" and line.endswith(f" {path}") for line in table[1:])
 
