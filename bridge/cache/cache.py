@@ -206,6 +206,7 @@ class Cache:
 
     def write_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
         """See `request.Hits`: blocks of one granule that are all `open`, or can be at once."""
+        # The look-up is that of `read_hit`: a call for it would cost as much as it does.
         granule = offset >> self._shift
         slot = self._head[granule & self._bucket_mask]
         if self._granule_of[slot] != granule:
