@@ -80,6 +80,7 @@ class Cache:
         self._fetcher = Fetcher(index, slots, backend, options, stats, turn_end)
         self._writeback = Writeback(
             index,
+            slots,
             backend,
             options,
             stats,
@@ -88,7 +89,7 @@ class Cache:
             image.resident,
             partial(slots.load, image, cold),
         )
-        self._flusher = Flusher(index, self._writeback, backend, options, stats, clock)
+        self._flusher = Flusher(index, slots, self._writeback, backend, options, stats, clock)
         self._exclusives = Exclusives(
             index, slots, self._fetcher, self._writeback, self._flusher, backend
         )
@@ -125,7 +126,6 @@ class Cache:
         """Called when `next_deadline()` has moved to an earlier time."""
         self._promised = float("inf")
         self._writeback.woken = self._deadline_appeared
-        index.cleaned = slots.cleaned
         slots.unpinned = self._store.wake
         self._flusher.ended = self._store.wake
         self._exclusives.ended = self._store.wake

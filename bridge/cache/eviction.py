@@ -14,7 +14,7 @@ Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
 
 from __future__ import annotations
 
-from .index import zeroed
+from .blocks import zeroed
 
 _NONE, _SMALL, _MAIN, _PARKED = range(4)
 

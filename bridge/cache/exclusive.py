@@ -118,7 +118,7 @@ class Exclusives:
         self.active.append(each)
         self._writeback.is_held = self._is_held
         for slot in self._slots_of(each):
-            self._index.open[slot] = 0
+            self._index.shut(slot)
         self._fetcher.overtaken_range(each.first, each.end)
         each.pending = 1
         self._writeback.wait_for_flying(each.first << shift, each.end << shift, each)

@@ -258,8 +258,7 @@ class Fetcher:
             source = view[offset + first << shift : offset + first + count << shift]
             index.put(at, source)
             left &= ~((1 << first + count) - (1 << first))
-        index.set_valid(slot, bits, 0)
-        index.ready[slot] |= bits
+        index.fill(slot, bits)
 
 
 def _attach(fetch: Fetch, first: int, end: int, waiter: Waiter) -> int:

@@ -21,6 +21,7 @@ from bridge.request import FLUSH, Request
 from .backend import Backend, Stats
 from .index import Index
 from .options import Options
+from .slots import Slots
 from .ticket import Ticket
 from .writeback import Writeback
 
@@ -64,6 +65,7 @@ class Flusher:
     def __init__(
         self,
         index: Index,
+        slots: Slots,
         writeback: Writeback,
         backend: Backend,
         options: Options,
@@ -71,6 +73,7 @@ class Flusher:
         clock: Callable[[], float],
     ) -> None:
         self._index = index
+        self._slots = slots
         self._writeback = writeback
         self._backend = backend
         self._options = options
@@ -152,11 +155,9 @@ class Flusher:
             self._stats.fua_flushes += 1
             self._end(running, 0)
         else:
-            index = self._index
             running.covered = self._writeback.take_written()
             for slot in running.covered:
-                written = index.sent[slot] & ~index.inflight[slot]
-                index.covered[slot] = written & index.dirty(slot)
+                self._index.flush_sent(slot)
             self._stats.flushes += 1
             self._backend.submit(Request(FLUSH, 0, 0, [], self._replied, owner=running))
 
@@ -170,7 +171,7 @@ class Flusher:
         if request.error or lost:
             self._writeback.unflushed = True
             for slot in running.covered:
-                self._writeback.revive(slot, index.covered[slot])
+                self._writeback.send_again(slot, index.flush_lost(slot))
             if request.error:
                 self._writeback.could_not_flush()
                 self._stats.flush_errors += 1
@@ -179,7 +180,8 @@ class Flusher:
                 self._restart(running)
             return
         for slot in running.covered:
-            index.clean(slot, index.covered[slot])
+            if index.flush_ok(slot):
+                self._slots.cleaned(slot)
         self._end(running, 0)
 
     def _restart(self, running: _Pass) -> None:

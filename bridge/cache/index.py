@@ -1,34 +1,16 @@
-"""Which granule is where, and the bits of every block, in flat arrays.
-
-In the mapped file, because they must survive kill -9: `granule_of` (u32 per slot) and `state`
-(u64 per slot, see `layout`). In memory, u16 per slot, one bit per block:
-
-- `ready`: valid, believed to be in the page cache, and no read-ahead mark: a read of it is a
-  copy out of the map. Anything else takes the slow path, which finds out why.
-- `open`: dirty, not sent since it was last written, believed resident: a write to it is a copy
-  into the map and changes no state.
-- `sent`: the newest content was handed to the server (in flight, or replied: *written*).
-- `inflight`: a write-out with some content of the block is in flight.
-- `covered`: *written* when the flush that is in flight was sent.
-
-So a block is to be sent when it is dirty & ~sent & ~inflight, and *written* when it is
-dirty & sent & ~inflight. Every write to a block clears `sent` and `covered`.
+"""Which granule is in which slot, and with it the state of all its blocks (`blocks`).
 
 Granules are found through `head` (a power of two of buckets, by the granule's low bits) and
 `chain`. A disk with no more granules than buckets has chains of one, which is the common case;
 a large one costs one more step for some, and a quarter of the memory of a direct map.
-
-Store order (a kill -9 between any two stores must leave a truthful file): whoever writes uses
-`mark_dirty()` before the data of present blocks and `set_valid()` after the data of absent ones.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from .layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of, state_word
+from .blocks import Blocks, zeroed
+from .layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of
 
 
 class Image(Protocol):
@@ -43,18 +25,13 @@ class Image(Protocol):
         """Store `source` into the data at `position`."""
 
 
-def zeroed(code: Literal["B", "H", "I"], count: int) -> memoryview:
-    """`count` zero items of array type `code`, resident only where touched."""
-    size = {"B": 1, "H": 2, "I": 4}[code]
-    return memoryview(mmap.mmap(-1, max(1, count) * size)).cast(code)[:count]
-
-
-class Index:
+class Index(Blocks):
     """The slots of one cache file. `granule` and `slot` are numbers, 0 is no slot."""
 
     def __init__(self, image: Image) -> None:
         geometry = image.geometry
         count = geometry.slots + 1
+        super().__init__(image.granule_of, image.state, count)
         self.geometry = geometry
         self.slots = geometry.slots
         self.block_bytes = geometry.block_bytes
@@ -62,33 +39,19 @@ class Index:
         self.granule_bytes = geometry.granule_bytes
         self.granule_shift = geometry.granule_bytes.bit_length() - 1
         self.blocks = geometry.granule_bytes // geometry.block_bytes
-        self.granule_of = image.granule_of
-        self.state = image.state
         self.data = image.data
         self.put = image.put
-        self.ready = zeroed("H", count)
-        self.open = zeroed("H", count)
-        self.sent = zeroed("H", count)
-        self.inflight = zeroed("H", count)
-        self.covered = zeroed("H", count)
         buckets = 1 << (min(2 * count, geometry.granules) - 1).bit_length()
         self.bucket_mask = buckets - 1
         self.head = zeroed("I", buckets)
         self.chain = zeroed("I", count)
-        self._zeros = bytes(2 * count)
         self._free = zeroed("I", count)
         """Slots that were given back, a stack of `_free_count`; those never used come after."""
         self._free_count = 0
         self._next_unused = 1
         self.used = 0
-        self.dirty_slots = 0
-        self.dirty_blocks = 0
-        """Dirty and written ones."""
-        self.valid_blocks = 0
         self.damaged_slots = 0
         """Skipped by `load`."""
-        self.cleaned: Callable[[int], None] = _nothing
-        """Called with a slot whose last dirty block became clean."""
 
     def load(self, *, skip_damaged: bool = False) -> list[int]:
         """Take over what the file holds; returns the slots that have dirty blocks.
@@ -142,7 +105,7 @@ class Index:
         """`load` cannot take `slot` over. Raises ValueError, or frees it to be skipped."""
         if not skip:
             raise ValueError(f"slot {slot}: {self._fault(slot)}")
-        self.state[slot] = 0
+        self.skip(slot)
         self.damaged_slots += 1
 
     def _fault(self, slot: int) -> str:
@@ -181,21 +144,6 @@ class Index:
             slot = self.chain[slot]
         return slot
 
-    def valid(self, slot: int) -> int:
-        """Blocks of `slot` that may be read."""
-        valid: int = self.state[slot] & BITS
-        return valid
-
-    def dirty(self, slot: int) -> int:
-        """Blocks of `slot` that are dirty or written."""
-        dirty: int = self.state[slot] >> DIRTY_SHIFT & BITS
-        return dirty
-
-    def to_send(self, slot: int) -> int:
-        """Dirty blocks of `slot` that no request carries or has carried."""
-        dirty: int = self.state[slot] >> DIRTY_SHIFT & BITS
-        return dirty & ~self.sent[slot] & ~self.inflight[slot]
-
     def take_free(self) -> int:
         """A slot that holds nothing, or 0. `bind()` or `give_back()` must follow."""
         if self._free_count:
@@ -217,80 +165,12 @@ class Index:
         self.head[bucket] = slot
         self.used += 1
 
-    def set_valid(self, slot: int, valid: int, dirty: int) -> None:
-        """The blocks of `slot` become valid (and dirty) in one store, after their data."""
-        word = self.state[slot]
-        new_valid = word & BITS | valid
-        was_dirty = word >> DIRTY_SHIFT & BITS
-        new_dirty = was_dirty | dirty
-        if new_valid == word & BITS and new_dirty == was_dirty:
-            return
-        self.state[slot] = state_word(self.granule_of[slot], new_valid, new_dirty)
-        self.valid_blocks += new_valid.bit_count() - (word & BITS).bit_count()
-        if new_dirty != was_dirty:
-            self.dirty_blocks += new_dirty.bit_count() - was_dirty.bit_count()
-            if not was_dirty:
-                self.dirty_slots += 1
-
-    def mark_dirty(self, slot: int, bits: int) -> None:
-        """Of the blocks `bits` the valid ones get new content next: they are dirty, and not sent.
-
-        To be called before their new data is stored.
-        """
-        # Every first write to a block comes through here: `state_word` is inline.
-        was = self.state[slot] & LOW_MASK
-        low = was | (bits & was & BITS) << DIRTY_SHIFT
-        if low != was:
-            check = (low ^ self.granule_of[slot] * 0x9E3779B1) * 0x85EBCA6B >> 7 & LOW_MASK
-            self.state[slot] = low | check << 32
-            self.dirty_blocks += (low ^ was).bit_count()
-            if was <= BITS:
-                self.dirty_slots += 1
-        if self.sent[slot] & bits:
-            self.sent[slot] &= ~bits
-            self.covered[slot] &= ~bits
-
-    def clean(self, slot: int, bits: int) -> None:
-        """The content of these blocks is durable on the server."""
-        word = self.state[slot]
-        was_dirty = word >> DIRTY_SHIFT & BITS
-        dirty = was_dirty & ~bits
-        if dirty == was_dirty:
-            return
-        self.state[slot] = state_word(self.granule_of[slot], word & BITS, dirty)
-        self.sent[slot] &= dirty
-        self.open[slot] &= dirty
-        self.covered[slot] &= dirty
-        self.dirty_blocks += dirty.bit_count() - was_dirty.bit_count()
-        if not dirty:
-            self.dirty_slots -= 1
-            self.cleaned(slot)
-
     def drop(self, slot: int, bits: int) -> bool:
-        """Forget these blocks, dirty or not; True when the slot is empty (and unbound) now.
-
-        The caller makes sure that none of them is in flight.
-        """
-        word = self.state[slot]
-        valid = word & BITS & ~bits
-        was_dirty = word >> DIRTY_SHIFT & BITS
-        dirty = was_dirty & valid
-        if valid:
-            self.state[slot] = state_word(self.granule_of[slot], valid, dirty)
-        else:
-            self.state[slot] = 0
-        self.ready[slot] &= valid
-        self.open[slot] &= dirty
-        self.sent[slot] &= dirty
-        self.covered[slot] &= dirty
-        self.valid_blocks += valid.bit_count() - (word & BITS).bit_count()
-        self.dirty_blocks += dirty.bit_count() - was_dirty.bit_count()
-        if was_dirty and not dirty:
-            self.dirty_slots -= 1
-        if valid:
-            return False
-        self._unbind(slot)
-        return True
+        """See `Blocks.drop`; an empty slot is unbound."""
+        empty = super().drop(slot, bits)
+        if empty:
+            self._unbind(slot)
+        return empty
 
     def _unbind(self, slot: int) -> None:
         """Take `slot` out of its chain."""
@@ -311,13 +191,3 @@ class Index:
         """Put an unbound slot on the free stack."""
         self._free[self._free_count] = slot
         self._free_count += 1
-
-    def forget_residency(self) -> None:
-        """Nothing is believed to be in the page cache from here on."""
-        # Two memory sets of 2 bytes per slot: 0.2 ms at 1.6 million slots.
-        memoryview(self.ready).cast("B")[:] = self._zeros
-        memoryview(self.open).cast("B")[:] = self._zeros
-
-
-def _nothing(slot: int) -> None:
-    """Nobody wants to know."""

@@ -190,7 +190,7 @@ class Readahead:
         slot = self._index.find(block >> self._shift)
         bit = 1 << (block & (1 << self._shift) - 1)
         if slot and self._index.valid(slot) & bit:
-            self._index.ready[slot] &= ~bit
+            self._index.mark(slot, bit)
         elif self._is_coming(block):
             self._fetcher.need(block, block + 1, self)
 
@@ -198,4 +198,4 @@ class Readahead:
         """A marked block has come."""
         slot = self._index.find(first >> self._shift)
         if slot and first in self._marks:
-            self._index.ready[slot] &= ~(1 << (first & (1 << self._shift) - 1))
+            self._index.mark(slot, 1 << (first & (1 << self._shift) - 1))

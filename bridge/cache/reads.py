@@ -191,7 +191,7 @@ class Reads:
             else:
                 scatter(request.buffers, start - request.offset, data)
                 if index.valid(slot) & bits == bits:
-                    index.ready[slot] |= bits
+                    index.found_resident(slot, bits)
             op.release()
 
         self._cold.run(lambda: self._image.read_wait([data], position), done)
@@ -203,10 +203,10 @@ class Reads:
         # One question for the whole granule, so that a hot set is believed again quickly.
         if self._image.resident(base, index.granule_bytes):
             granule = start >> index.granule_shift
-            index.ready[slot] = index.valid(slot) & ~self._readahead.marked(granule)
+            index.found_all_resident(slot, marked=self._readahead.marked(granule))
             return True
         if self._image.resident(base + (start & index.granule_bytes - 1), end - start):
-            index.ready[slot] |= bits
+            index.found_resident(slot, bits)
             return True
         return False
 

@@ -164,8 +164,7 @@ class Store:
             or (index.dirty_slots >= self._hard_slots and not index.dirty(slot))
         ):
             return False
-        index.mark_dirty(slot, bits)
-        self._open[slot] |= bits
+        index.write_open(slot, bits)
         self._written(slot)
         return True
 
@@ -193,7 +192,7 @@ class Store:
         slot = slot or self._slots.obtain(granule)
         if not slot:
             return False
-        index.mark_dirty(slot, bits)
+        index.write(slot, bits)
         target = (slot << index.granule_shift) + within
         ready = index.ready[slot]
         if ready & bits == bits:
@@ -338,7 +337,7 @@ class Store:
                 self._obstacle = self._wait_for_room
                 return False
         target = (slot << index.granule_shift) + within
-        index.mark_dirty(slot, bits)
+        index.write(slot, bits)
         self._put(request, position, size, slot, target, bits)
         self._now_dirty(slot, granule, bits, bits & ~valid)
         return True
@@ -359,14 +358,9 @@ class Store:
 
     def _now_dirty(self, slot: int, granule: int, bits: int, absent: int) -> None:
         """The data of `bits` is there; the `absent` ones become valid."""
-        index = self._index
-        if absent:
-            index.set_valid(slot, absent, absent)
-            if self._fetcher.fetching:
-                self._fetcher.overtaken(granule, absent)
-        index.ready[slot] |= bits
-        if not self._through:
-            index.open[slot] |= bits
+        self._index.stored(slot, bits, absent, keep_open=not self._through)
+        if absent and self._fetcher.fetching:
+            self._fetcher.overtaken(granule, absent)
         self._written(slot)
 
     def _written(self, slot: int) -> None:
@@ -451,7 +445,7 @@ class Store:
                 self._stats.file_errors += 1
                 op.request.finish(error)
                 return
-            index.ready[slot] |= bits & index.valid(slot)
+            index.found_resident(slot, bits)
             self.advance(op)
 
         self._loading.add(op)

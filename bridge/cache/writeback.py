@@ -23,8 +23,10 @@ from operator import itemgetter
 from bridge.request import FUA, WRITE, Request
 
 from .backend import Backend, Stats
-from .index import Index, zeroed
+from .blocks import zeroed
+from .index import Index
 from .options import Options
+from .slots import Slots
 from .ticket import Ticket
 
 
@@ -52,6 +54,7 @@ class Writeback:
     def __init__(
         self,
         index: Index,
+        slots: Slots,
         backend: Backend,
         options: Options,
         stats: Stats,
@@ -65,6 +68,7 @@ class Writeback:
         self._resident = resident
         self._load = load
         self._index = index
+        self._slots = slots
         self._backend = backend
         self._options = options
         self._stats = stats
@@ -194,7 +198,7 @@ class Writeback:
         index = self._index
         for slot in self.written:
             self._is_written[slot] = 0
-            self.revive(slot, index.dirty(slot) & index.sent[slot] & ~index.inflight[slot])
+            self.send_again(slot, index.written_lost(slot))
         self.written = []
 
     def could_not_flush(self) -> None:
@@ -208,12 +212,9 @@ class Writeback:
         self.unflushed = True
         self.lost()
 
-    def revive(self, slot: int, bits: int) -> None:
-        """Written blocks of `slot` have to be sent again."""
-        index = self._index
+    def send_again(self, slot: int, bits: int) -> None:
+        """What the server had of `slot` may be lost: these blocks are dirty again."""
         if bits:
-            index.sent[slot] &= ~bits
-            index.covered[slot] &= ~bits
             self._stats.resent_blocks += bits.bit_count()
             self.enqueue(slot)
 
@@ -400,7 +401,7 @@ class Writeback:
             if error:
                 self._unreadable(slot, error)
             else:
-                self._index.ready[slot] |= self._index.to_send(slot)
+                self._index.found_resident(slot, self._index.to_send(slot))
                 self._urgent.append(slot)
             self._schedule_urgent()  # in either case there is a place free
 
@@ -430,9 +431,7 @@ class Writeback:
         for slot, bits in parts:
             base = (slot << index.granule_shift) + ((bits & -bits).bit_length() - 1 << shift)
             pieces.append(index.data[base : base + (bits.bit_count() << shift)])
-            index.sent[slot] |= bits
-            index.inflight[slot] |= bits
-            index.open[slot] &= ~bits
+            index.send(slot, bits)
         for ticket in tickets:
             self._attach(flying, ticket)
         self._flying.append(flying)
@@ -449,18 +448,17 @@ class Writeback:
         """Nothing of `slot` can be sent now: settle, attach or defer those who want it."""
         tickets = self._wanted.pop(slot, [])
         index = self._index
-        dirty, sent, inflight = index.dirty(slot), index.sent[slot], index.inflight[slot]
-        if dirty & ~sent & inflight:
+        if index.rewritten(slot):
             # Also when nobody asks: the slot has left the ring, and must not be forgotten.
             self._deferred.setdefault(slot, []).extend(tickets)
             return
-        if dirty & sent & inflight:
+        if index.sending(slot):
             for flying in self._flying:
                 if any(part == slot for part, _ in flying.parts):
                     for ticket in tickets:
                         self._attach(flying, ticket)
         for ticket in tickets:
-            if dirty & sent & ~inflight:
+            if index.written(slot):
                 ticket.unstable = True
             ticket.release()
 
@@ -492,11 +490,11 @@ class Writeback:
             if not stable:
                 self.unflushed = True
         for slot, bits in flying.parts:
-            self._index.inflight[slot] &= ~bits
             if request.error:
                 self._refused[slot] = request.error
             if request.error or not kept:
-                self._again(slot, bits)
+                self._index.reply_lost(slot, bits)
+                self.enqueue(slot)
             else:
                 self._arrived(slot, bits, stable)
             deferred = self._deferred.pop(slot, None)
@@ -514,22 +512,12 @@ class Writeback:
 
     def _arrived(self, slot: int, bits: int, stable: bool) -> None:
         """The server has these blocks, as they were when they were sent."""
-        index = self._index
-        newest = bits & index.sent[slot] & index.dirty(slot)
-        if not newest:
-            return
         if stable:
-            index.clean(slot, newest)
-        elif not self._is_written[slot]:
+            if self._index.reply_stable(slot, bits):
+                self._slots.cleaned(slot)
+        elif self._index.reply_volatile(slot, bits) and not self._is_written[slot]:
             self._is_written[slot] = 1
             self.written.append(slot)
-
-    def _again(self, slot: int, bits: int) -> None:
-        """These blocks did not arrive: they are still dirty."""
-        index = self._index
-        index.sent[slot] &= ~bits
-        if index.dirty(slot) & bits:
-            self.enqueue(slot)
 
     def _failed(self) -> None:
         self._stats.writeback_errors += 1

@@ -27,7 +27,7 @@ def test_granules_of_one_bucket_are_all_found() -> None:
     for number in range(10):
         slot = index.take_free()
         index.bind(slot, 5 + number * buckets)
-        index.set_valid(slot, 1, 0)
+        index.fill(slot, 1)
         slots[5 + number * buckets] = slot
 
     index.drop(slots.pop(5 + 4 * buckets), 1)
@@ -47,7 +47,7 @@ def test_slots_are_used_once_and_come_back(granules: list[int]) -> None:
             index.give_back(slot)
         elif slot := index.take_free():
             index.bind(slot, granule)
-            index.set_valid(slot, 1, 0)
+            index.fill(slot, 1)
             held[granule] = slot
         else:
             assert len(held) == 16

@@ -29,25 +29,25 @@ def _reconnect_ignores_written(patch: pytest.MonkeyPatch) -> None:
 
 
 def _write_does_not_clear_covered(patch: pytest.MonkeyPatch) -> None:
-    real = Index.mark_dirty
+    real = Index.write
 
     def broken(self: Index, slot: int, bits: int) -> None:
         covered = self.covered[slot]
         real(self, slot, bits)
         self.covered[slot] = covered
 
-    patch.setattr(Index, "mark_dirty", broken)
+    patch.setattr(Index, "write", broken)
 
 
 def _rewritten_block_counts_as_sent(patch: pytest.MonkeyPatch) -> None:
-    real = Index.mark_dirty
+    real = Index.write
 
     def broken(self: Index, slot: int, bits: int) -> None:
         sent, covered = self.sent[slot], self.covered[slot]
         real(self, slot, bits)
         self.sent[slot], self.covered[slot] = sent, covered
 
-    patch.setattr(Index, "mark_dirty", broken)
+    patch.setattr(Index, "write", broken)
 
 
 def _state_before_data(patch: pytest.MonkeyPatch) -> None:
@@ -55,33 +55,40 @@ def _state_before_data(patch: pytest.MonkeyPatch) -> None:
 
     def broken(self: Store, *arguments: Any) -> None:
         slot, bits = arguments[3], arguments[5]
-        self._index.set_valid(slot, bits, bits)
+        index = self._index
+        index.stored(slot, bits, bits & ~index.valid(slot), keep_open=False)
         real(self, *arguments)
 
+    stored = Index.stored
+
+    def again(self: Index, slot: int, bits: int, absent: int, *, keep_open: bool) -> None:
+        stored(self, slot, bits, absent & ~self.valid(slot), keep_open=keep_open)
+
+    patch.setattr(Index, "stored", again)
     patch.setattr(Store, "_put", broken)
     patch.setattr(Store, "_write_whole", lambda self, request: False)
 
 
 def _data_before_dirty_mark(patch: pytest.MonkeyPatch) -> None:
-    mark, put = Index.mark_dirty, Store._put
+    mark, put = Index.write, Store._put
 
     def put_and_mark(self: Store, *arguments: Any) -> None:
         put(self, *arguments)
         mark(self._index, arguments[3], arguments[5])
 
-    patch.setattr(Index, "mark_dirty", lambda self, slot, bits: None)
+    patch.setattr(Index, "write", lambda self, slot, bits: None)
     patch.setattr(Store, "_put", put_and_mark)
     patch.setattr(Store, "_write_whole", lambda self, request: False)
     patch.setattr(Cache, "write_hit", lambda *_: False)
 
 
 def _data_before_dirty_mark_of_a_hit(patch: pytest.MonkeyPatch) -> None:
-    mark = Index.mark_dirty
+    mark = Index.write
 
     def write_hit(self: Cache, offset: int, length: int, buffers: list[memoryview], /) -> bool:
         marked: list[tuple[int, int]] = []
         with patch.context() as inner:
-            inner.setattr(Index, "mark_dirty", lambda _, slot, bits: marked.append((slot, bits)))
+            inner.setattr(Index, "write", lambda _, slot, bits: marked.append((slot, bits)))
             hit = real(self, offset, length, buffers)
         for slot, bits in marked:
             mark(self.index, slot, bits)
@@ -143,12 +150,14 @@ def _clean_by_any_reply(patch: pytest.MonkeyPatch) -> None:
 
 
 def _flush_cleans_what_came_after(patch: pytest.MonkeyPatch) -> None:
-    real = Index.clean
+    real = Index.flush_ok
 
-    def broken(self: Index, slot: int, bits: int) -> None:
-        real(self, slot, bits | (self.sent[slot] if bits else 0))
+    def broken(self: Index, slot: int) -> bool:
+        if self.covered[slot]:
+            self.covered[slot] |= self.sent[slot]
+        return real(self, slot)
 
-    patch.setattr(Index, "clean", broken)
+    patch.setattr(Index, "flush_ok", broken)
 
 
 @pytest.mark.parametrize(
