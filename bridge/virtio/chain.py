@@ -24,7 +24,14 @@ there is a status byte. Nothing is assumed about where one descriptor ends and t
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final
+
+from bridge.virtio.long_chains import LONG_CHAIN_VIEWS, LongChains
+from bridge.virtio.memory import BadAddress, GuestMemory, Region
+
+Descriptor = tuple[int, int, int, int]
+"""Address, length, buffer id (packed rings), flags."""
 
 Chain = tuple[int, int, int, list[memoryview], list[memoryview], memoryview | None, int, str | None]
 
@@ -51,6 +58,57 @@ unpack_header = struct.Struct("<I4xQ").unpack_from
 
 class QueueBroken(Exception):
     """The driver broke the ring itself: the queue can only be stopped (virtio 1.3 §2.1.2)."""
+
+
+def resolve(
+    head: int,
+    descriptors: Sequence[Descriptor],
+    memory: GuestMemory,
+    region: Region,
+    long_chains: LongChains,
+) -> Chain:
+    """The chain of these descriptors, of either kind of ring: the one place that checks them.
+
+    They are private copies; an indirect one has no business among them. `region` is looked in
+    first: most descriptors lie in one. What is wrong with the chain is in its fault.
+    """
+    readable: list[memoryview] = []
+    writable: list[memoryview] = []
+    fault = None
+    end_known = True
+    total_bytes = 0
+    region_address = region.guest_address
+    region_size = region.size_bytes
+    region_view = region.view
+    for address, length, _, flags in descriptors:
+        if flags & DESC_INDIRECT:
+            # virtio 1.3 §2.8.19: neither in a list with others nor in a table.
+            return request_chain(head, [], [], "an indirect descriptor among others")
+        total_bytes += length
+        if not length:
+            continue
+        offset = address - region_address
+        if offset >= 0 and offset + length <= region_size:
+            views = [region_view[offset : offset + length]]
+        else:
+            try:
+                views = memory.views(address, length)
+            except BadAddress as error:
+                fault = str(error)
+                end_known = end_known and not flags & DESC_WRITE
+                continue
+        if flags & DESC_WRITE:
+            writable += views
+            end_known = True
+        elif writable:
+            fault = "a readable descriptor follows a writable one"
+        else:
+            readable += views
+    if total_bytes >= MAX_CHAIN_BYTES:
+        fault = f"a chain of more than 2^32 bytes: {total_bytes}"
+    if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
+        long_chains.popped(head, n_views)
+    return request_chain(head, readable, writable if end_known else [], fault)
 
 
 def request_chain(

@@ -22,10 +22,10 @@ import itertools
 from typing import Final
 
 from bridge.errors import ProtocolError
-from bridge.virtio.chain import Chain
+from bridge.virtio.chain import Chain, Descriptor
 from bridge.virtio.fence import WEAK_ORDER, fence
 from bridge.virtio.memory import GuestMemory
-from bridge.virtio.packed_queue import Descriptor, PackedQueue
+from bridge.virtio.packed_queue import PackedQueue
 from bridge.virtio.queue import RingAreas
 
 _VERSION: Final = 1

@@ -22,19 +22,17 @@ from bridge.virtio.chain import (
     DESC_NEXT,
     DESC_WRITE,
     DESCRIPTOR_BYTES,
-    MAX_CHAIN_BYTES,
     MAX_INDIRECT_ENTRIES,
     Chain,
+    Descriptor,
     QueueBroken,
     request_chain,
+    resolve,
 )
 from bridge.virtio.fence import WEAK_ORDER, fence
-from bridge.virtio.long_chains import LONG_CHAIN_VIEWS, LongChains
+from bridge.virtio.long_chains import LongChains
 from bridge.virtio.memory import BadAddress, GuestMemory
 from bridge.virtio.queue import RingAreas
-
-Descriptor = tuple[int, int, int, int]
-"""Address, length, buffer id, flags."""
 
 DESC_AVAIL: Final = 1 << 7
 DESC_USED: Final = 1 << 15
@@ -89,10 +87,7 @@ class PackedQueue:
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
         """See VirtQueue."""
         self._memory = memory
-        region = memory.largest_region()
-        self._region_address = region.guest_address
-        self._region_size = region.size_bytes
-        self._region_view = region.view
+        self._data_region = memory.largest_region()
         self._descriptors, driver, device = areas
         self._halves = self._descriptors.cast("H")
         self._lengths = self._descriptors.cast("I")
@@ -159,44 +154,7 @@ class PackedQueue:
             if isinstance(table, str):
                 return request_chain(head, [], [], table)
             descriptors = table
-        readable: list[memoryview] = []
-        writable: list[memoryview] = []
-        fault = None
-        end_known = True
-        total_bytes = 0
-        region_address = self._region_address
-        region_size = self._region_size
-        region_view = self._region_view
-        for address, length, _, flags in descriptors:
-            total_bytes += length
-            if flags & DESC_INDIRECT:
-                # virtio 1.3 §2.8.19: neither in a list with others nor in a table.
-                return request_chain(head, [], [], "an indirect descriptor among others")
-            if not length:
-                continue
-            # Most descriptors lie in the largest region.
-            offset = address - region_address
-            if offset >= 0 and offset + length <= region_size:
-                views = [region_view[offset : offset + length]]
-            else:
-                try:
-                    views = self._memory.views(address, length)
-                except BadAddress as error:
-                    fault = str(error)
-                    end_known = end_known and not flags & DESC_WRITE
-                    continue
-            if flags & DESC_WRITE:
-                writable += views
-                end_known = True
-            elif writable:
-                fault = "a readable descriptor follows a writable one"
-            else:
-                readable += views
-        if total_bytes >= MAX_CHAIN_BYTES:
-            fault = f"a chain of more than 2^32 bytes: {total_bytes}"
-        if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
-            self._long.popped(head, n_views)
-        return request_chain(head, readable, writable if end_known else [], fault)
+        return resolve(head, descriptors, self._memory, self._data_region, self._long)
 
     def _read_indirect(self, address: int, length: int) -> list[Descriptor] | str:
         """A private copy of an indirect table, or what is wrong with it (virtio 1.3 §2.8.7).

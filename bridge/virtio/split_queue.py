@@ -20,15 +20,16 @@ from bridge.virtio.chain import (
     DESC_WRITE,
     DESCRIPTOR_BYTES,
     HEADER_BYTES,
-    MAX_CHAIN_BYTES,
     MAX_INDIRECT_ENTRIES,
     Chain,
+    Descriptor,
     QueueBroken,
     request_chain,
+    resolve,
     unpack_header,
 )
 from bridge.virtio.fence import WEAK_ORDER, fence
-from bridge.virtio.long_chains import LONG_CHAIN_VIEWS, LongChains
+from bridge.virtio.long_chains import LongChains
 from bridge.virtio.memory import BadAddress, GuestMemory, Region
 from bridge.virtio.queue import RingAreas
 
@@ -86,6 +87,7 @@ class SplitQueue:
 
     def _data_in(self, region: Region) -> None:
         """Look for data in `region` first."""
+        self._data_region = region
         self._region_address = region.guest_address
         self._region_size = region.size_bytes
         self._region_view = region.view
@@ -202,73 +204,41 @@ class SplitQueue:
 
     def _walk(self, head: int) -> Chain:
         """Resolve the chain that starts at `head`; what is wrong with it is in its fault."""
+        descriptors = self._collect(head)
+        if isinstance(descriptors, str):
+            return request_chain(head, [], [], descriptors)
+        return resolve(head, descriptors, self._memory, self._data_region, self._long)
+
+    def _collect(self, head: int) -> list[Descriptor] | str:
+        """A copy of the chain's descriptors, or what is wrong with it.
+
+        An indirect table takes the place of the descriptor that names it, and ends the chain
+        (virtio 1.3 §2.7.5.3.1); direct ones may come before it.
+        """
         table: memoryview | bytes = self._descriptors
         limit = self.size
         index = head
         seen = 0
-        total_bytes = 0
-        readable: list[memoryview] = []
-        writable: list[memoryview] = []
-        fault = None
-        end_known = True
-        region_address = self._region_address
-        region_size = self._region_size
-        region_view = self._region_view
+        descriptors: list[Descriptor] = []
         while True:
             address, length, flags, following = _unpack_descriptor(table, index << 4)
             if flags & DESC_INDIRECT:
                 indirect = self._read_indirect(table, address, length, flags)
                 if isinstance(indirect, str):
-                    return request_chain(head, [], [], indirect)
+                    return indirect
                 table = indirect
                 limit = len(table) >> 4
                 index = seen = 0
                 continue
             seen += 1
-            total_bytes += length
-            # Most descriptors lie in the largest region.
-            offset = address - region_address
-            if offset >= 0 and offset + length <= region_size:
-                if flags & DESC_WRITE:
-                    if length:
-                        writable.append(region_view[offset : offset + length])
-                        end_known = True
-                elif not length:
-                    pass
-                elif writable:
-                    fault = "a readable descriptor follows a writable one"
-                else:
-                    readable.append(region_view[offset : offset + length])
-            elif length:
-                try:
-                    views = self._memory.views(address, length)
-                except BadAddress as error:
-                    fault = str(error)
-                    end_known = end_known and not flags & DESC_WRITE
-                else:
-                    if flags & DESC_WRITE:
-                        writable += views
-                        end_known = True
-                    elif writable:
-                        fault = "a readable descriptor follows a writable one"
-                    else:
-                        readable += views
+            descriptors.append((address, length, 0, flags))
             if not flags & DESC_NEXT:
-                break
+                return descriptors
             index = following
             if index >= limit:
-                return request_chain(
-                    head, [], [], f"a bad next: descriptor {index} of a table of {limit}"
-                )
+                return f"a bad next: descriptor {index} of a table of {limit}"
             if seen >= limit:
-                return request_chain(
-                    head, [], [], f"a chain without an end: longer than its table of {limit}"
-                )
-        if total_bytes >= MAX_CHAIN_BYTES:
-            fault = f"a chain of more than 2^32 bytes: {total_bytes}"
-        if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
-            self._long.popped(head, n_views)
-        return request_chain(head, readable, writable if end_known else [], fault)
+                return f"a chain without an end: longer than its table of {limit}"
 
     def _read_indirect(
         self, table: memoryview | bytes, address: int, length: int, flags: int
