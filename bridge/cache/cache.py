@@ -5,15 +5,15 @@
 granule. Both are one look-up, one bit test and one copy. Everything else goes to `reads`, `store`,
 `flush` or `exclusive`.
 
-The cache has no task and no clock: whoever drives it calls `tick()` at `next_deadline()`, which
-may move to an earlier time whenever `woken` is called.
+The cache is a stage of the loop's turn: what waits stands in one of the parts' queues, and
+`advance` lets go on what can. It has no task and no clock: whoever drives it calls `tick()` at
+`next_deadline()`, which is asked for after every turn.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from functools import partial
 
 from bridge.request import (
     BLOCK_STATUS,
@@ -25,9 +25,12 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
+from bridge.turn import Outcome, Turn
 
 from .backend import Backend, Stats
 from .cold import Cold, InlineCold
+from .common import Common
+from .discards import Discards
 from .eviction import UP, Evictor
 from .exclusive import Exclusives
 from .fetch import Fetcher
@@ -49,8 +52,8 @@ from .writeback import Writeback
 class Cache:
     """One disk's cache over `backend`, in `image`.
 
-    `clock` returns seconds of a monotonic clock; `call_at_turn_end(callback)` has `callback`
-    called once, after what is being submitted now; `cold` runs reads that would block.
+    `clock` returns seconds of a monotonic clock; `turn` is the loop's, which calls `advance`
+    (`turn.add_stage`); `cold` runs reads that would block.
     Raises ConfigError when the index of `image` is damaged, unless `skip_damaged`: see
     `Index.load`.
     """
@@ -62,74 +65,45 @@ class Cache:
         options: Options,
         *,
         clock: Callable[[], float],
-        call_at_turn_end: Callable[[Callable[[], None]], None],
+        turn: Turn,
         cold: Cold | None = None,
         skip_damaged: bool = False,
     ) -> None:
+        index = Index(image)
+        evictor = Evictor(index.slots)
+        slots = Slots(index, evictor)
+        common = self._common = Common(
+            index=index,
+            slots=slots,
+            image=image,
+            backend=backend,
+            options=options,
+            stats=Stats(),
+            turn=turn,
+            cold=cold or InlineCold(turn),
+            clock=clock,
+        )
         self.options = options
-        self.stats = stats = Stats()
+        self.stats = common.stats
+        self.index = index
+        self.size_bytes = index.geometry.disk_bytes
         self._image = image
         self._backend = backend
-        self._clock = clock
-        cold = cold or InlineCold()
-        index = self.index = Index(image)
-        self.size_bytes = index.geometry.disk_bytes
-        evictor = self._evictor = Evictor(index.slots)
-        slots = self._slots = Slots(index, evictor)
-        turn_end = call_at_turn_end
-        self._fetcher = Fetcher(index, slots, backend, options, stats, turn_end)
-        self._writeback = Writeback(
-            index,
-            slots,
-            backend,
-            options,
-            stats,
-            clock,
-            turn_end,
-            image.resident,
-            partial(slots.load, image, cold),
-        )
-        self._flusher = Flusher(index, slots, self._writeback, backend, options, stats, clock)
+        self._turn = turn
+        self._evictor = evictor
+        self._slots = slots
+        discards = Discards(index.granule_shift - index.block_shift)
+        self._fetcher = Fetcher(common)
+        self._writeback = Writeback(common, discards)
+        self._flusher = Flusher(common, self._writeback)
         self._exclusives = Exclusives(
-            index, slots, self._fetcher, self._writeback, self._flusher, backend
+            common, discards, self._fetcher, self._writeback, self._flusher
         )
-        self._readahead = Readahead(index, self._fetcher, slots.forgive, options, stats)
-        self._reads = Reads(
-            index,
-            image,
-            slots,
-            self._fetcher,
-            self._exclusives,
-            self._readahead,
-            backend,
-            cold,
-            options,
-            stats,
-        )
-        self._store = Store(
-            index,
-            image,
-            slots,
-            self._fetcher,
-            self._exclusives,
-            self._writeback,
-            self._flusher,
-            backend,
-            cold,
-            options,
-            stats,
-            turn_end,
-        )
-        self._resizer = Resizer(index, image, self._fetcher, backend, self._grown)
-        self._ranges = Ranges(index, self._exclusives, backend, options, self.submit)
-        self.woken: Callable[[], None] = _nothing
-        """Called when `next_deadline()` has moved to an earlier time."""
-        self._promised = float("inf")
-        self._writeback.woken = self._deadline_appeared
-        slots.unpinned = self._store.wake
-        self._flusher.ended = self._store.wake
-        self._exclusives.ended = self._store.wake
-        self._writeback.landed = self._store.wake
+        self._readahead = Readahead(index, self._fetcher, slots.forgive, options, self.stats)
+        self._reads = Reads(common, self._fetcher, discards, self._readahead)
+        self._store = Store(common, self._fetcher, discards, self._writeback, self._flusher)
+        self._resizer = Resizer(common, self._fetcher, self._grown)
+        self._ranges = Ranges(common, self._exclusives, self.submit)
         self._residency_due = clock() + options.residency_s
         # What the fast path touches, flat.
         self._shift = index.granule_shift
@@ -175,7 +149,7 @@ class Cache:
             and not request.flags
             and self.write_hit(request.offset, request.length, request.buffers)
         ):
-            request.finish(0)
+            self._turn.finish(request)
         else:
             self.submit_slowly(request)
 
@@ -233,9 +207,9 @@ class Cache:
         """The same as `submit`, for a request that was found to be no hit."""
         op, length = request.op, request.length
         if op == FLUSH:
-            self._flusher.request(_FlushRequest(request))
+            self._flusher.request(request)
         elif length <= 0 or request.offset < 0 or request.offset + length > self.size_bytes:
-            request.finish(0 if length == 0 else errno.EINVAL)
+            self._turn.finish(request, 0 if length == 0 else errno.EINVAL)
         elif op == READ:
             self._reads.read(request)
         elif op == WRITE:
@@ -249,7 +223,29 @@ class Cache:
         elif op == BLOCK_STATUS:
             self._backend.submit(request)
         else:
-            request.finish(errno.EOPNOTSUPP)
+            self._turn.finish(request, errno.EOPNOTSUPP)
+
+    def advance(self) -> bool:
+        """See `Stage`: every part does what it can do now. Fetches last, so that those of one turn
+        are merged."""
+        moved = self._exclusives.advance()
+        moved |= self._store.advance()
+        moved |= self._flusher.advance()
+        moved |= self._writeback.advance()
+        return moved | self._fetcher.advance()
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How much waits in the cache, by what it waits for. Requests, but for fetches (runs of
+        blocks that are not asked for yet), write-out (slots) and discards."""
+        return {
+            **self._store.waiting,
+            "fetch": self._fetcher.waiting,
+            "cold read": self._reads.waiting,
+            "write-out": self._writeback.waiting,
+            "flush": self._flusher.waiting,
+            "discard": self._exclusives.active,
+        }
 
     def refuse(self, errno: int) -> None:
         """Fail whatever waits here for something else than an answer of the server's: for room, or
@@ -265,14 +261,14 @@ class Cache:
         if self.index.dirty_slots:
             self._flusher.arm()
 
-    def resize(self, size_bytes: int, done: Callable[[int], None]) -> None:
-        """The disk behind has grown to `size_bytes`; `done(0 or an errno)` when that is so here.
+    def resize(self, size_bytes: int, outcome: Outcome) -> None:
+        """The disk behind has grown to `size_bytes`; `outcome` is finished when that is so here.
 
-        Before `done(0)` requests past the old size fail with EINVAL, and after an error as well:
+        Before that requests past the old size fail with EINVAL, and after an error as well:
         the last block could not be read, or no cache can be for a disk of that size (EFBIG).
         A size that is not larger changes nothing. The number of slots stays.
         """
-        self._resizer.resize(size_bytes, done)
+        self._resizer.resize(size_bytes, outcome)
 
     def _grown(self) -> None:
         self.size_bytes = self.index.geometry.disk_bytes
@@ -281,12 +277,7 @@ class Cache:
 
     def next_deadline(self) -> float | None:
         """When `tick()` has something to do, on the clock of the constructor; None: not before
-        the next `woken`."""
-        due = self._deadline()
-        self._promised = float("inf") if due is None else due
-        return due
-
-    def _deadline(self) -> float | None:
+        something else happens."""
         due = self._flusher.due if not self._flusher.running else None
         other = self._writeback.next_deadline()
         if due is None or (other is not None and other < due):
@@ -294,14 +285,6 @@ class Cache:
         if self._image.may_go_cold and (due is None or self._residency_due < due):
             due = self._residency_due
         return due
-
-    def _deadline_appeared(self) -> None:
-        """Tell only of a deadline that is earlier than the one told last: waking a task costs
-        30 us, and a guest that writes and flushes in turn arms the timer every time."""
-        due = self._deadline()
-        if due is not None and due < self._promised:
-            self._promised = due
-            self.woken()
 
     def tick(self, now: float) -> None:
         """Do what is due: the flush timer, write-out by age."""
@@ -360,19 +343,3 @@ class Cache:
                 if clean:
                     self._slots.drop(slot, clean)
         return before - index.valid_blocks
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""
-
-
-class _FlushRequest:
-    """A guest's FLUSH waiting for a flush."""
-
-    __slots__ = ("_request",)
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-
-    def flushed(self, error: int) -> None:
-        self._request.finish(error)

@@ -18,55 +18,60 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from bridge.turn import Outcome, Turn
+
 _THREADS = 4
 """Cold reads at a time: enough to keep a disk's queue filled, few enough to be cheap."""
 
 Job = Callable[[], None]
-Done = Callable[[int], None]
 
 
 class Cold(Protocol):
     """Who runs a job that may wait for a disk."""
 
-    def run(self, job: Job, done: Done) -> None:
-        """Run `job` somewhere; then call `done(0 or errno)` on the loop."""
+    def run(self, job: Job, outcome: Outcome) -> None:
+        """Run `job` somewhere; `outcome` is finished on the loop with 0 or an errno."""
 
 
 class InlineCold:
     """Runs jobs at once: for tests, and for tools that have no loop."""
 
-    def run(self, job: Job, done: Done) -> None:
-        done(attempt(job))
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def run(self, job: Job, outcome: Outcome) -> None:
+        self._turn.finish(outcome, attempt(job))
 
 
 class ThreadedCold:
     """A few threads; add `fd` to the loop and call `collect` when it is readable."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._jobs: queue.SimpleQueue[tuple[Job, Done] | None] = queue.SimpleQueue()
-        self._finished: deque[tuple[Done, int]] = deque()
+        self._jobs: queue.SimpleQueue[tuple[Job, Outcome] | None] = queue.SimpleQueue()
+        self._finished: deque[tuple[Outcome, int]] = deque()
         self._threads: list[threading.Thread] = []
         self.outstanding = 0
 
-    def run(self, job: Job, done: Done) -> None:
+    def run(self, job: Job, outcome: Outcome) -> None:
         self.outstanding += 1
         if len(self._threads) < min(_THREADS, self.outstanding):
             thread = threading.Thread(target=self._work, name="cold-read", daemon=True)
             self._threads.append(thread)
             thread.start()
-        self._jobs.put((job, done))
+        self._jobs.put((job, outcome))
 
     def collect(self, events: int = 0) -> None:
-        """Call `done` of everything that has ended: the loop's callback for `fd`."""
+        """Finish everything that has ended: the loop's callback for `fd`."""
         try:
             os.eventfd_read(self.fd)
         except BlockingIOError:
             return
         while self._finished:
-            done, error = self._finished.popleft()
+            outcome, error = self._finished.popleft()
             self.outstanding -= 1
-            done(error)
+            self._turn.finish(outcome, error)
 
     def close(self) -> None:
         """End the threads; jobs that have not begun are forgotten."""
@@ -78,8 +83,8 @@ class ThreadedCold:
 
     def _work(self) -> None:
         while (item := self._jobs.get()) is not None:
-            job, done = item
-            self._finished.append((done, attempt(job)))
+            job, outcome = item
+            self._finished.append((outcome, attempt(job)))
             os.eventfd_write(self.fd, 1)
 
 

@@ -12,38 +12,46 @@ nothing of it is kept that could be sent again after the server lost power.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from bridge.request import DISCARD, FLUSH, FUA, MAY_UNMAP, Request
+from bridge.turn import Outcome
 
-from .backend import Backend
+from .common import Common
+from .discards import Discards
 from .fetch import Fetcher
 from .flush import Flusher
-from .index import Index
-from .slots import Slots
-from .ticket import Ticket
+from .wait import WriteOutWait
 from .writeback import Writeback
 
 
-class Exclusive(Ticket):
-    """One discard or write-zeroes in progress; a ticket for the write-outs before it."""
+class WaitsForDiscard(Protocol):
+    """What has to wait until a discard of some of its blocks has ended."""
+
+    def discard_ended(self) -> None:
+        """Try again."""
+
+
+class Exclusive(WriteOutWait):
+    """One discard or write-zeroes in progress; it waits for the write-outs before it."""
 
     __slots__ = (
-        *("_ready", "done", "end", "epoch", "first", "flags", "generation", "op", "stop"),
+        *("_exclusives", "end", "epoch", "first", "flags", "generation", "op", "outcome", "stop"),
         "waiting",
     )
 
     def __init__(
         self,
+        exclusives: Exclusives,
         op: int,
         first: int,
         end: int,
         stop: int,
         flags: int,
-        done: Callable[[int], None],
-        ready: Callable[[Exclusive], None],
+        outcome: Outcome,
     ) -> None:
-        super().__init__(fua=False)
+        super().__init__(exclusives.written_out, fua=False)
+        self._exclusives = exclusives
         self.op = op
         self.first = first
         self.end = end
@@ -51,15 +59,15 @@ class Exclusive(Ticket):
         """Where it ends in bytes: within the last block if that was the disk's, which may have
         grown since."""
         self.flags = flags
-        self.done = done
+        self.outcome = outcome
         self.generation = 0
         self.epoch = 0
-        self._ready = ready
-        self.waiting: list[Callable[[], None]] = []
+        self.waiting: list[WaitsForDiscard] = []
         """What is to be tried again when this one has ended."""
 
-    def settled(self) -> None:
-        self._ready(self)
+    def discard_ended(self) -> None:
+        """See WaitsForDiscard."""
+        self._exclusives.begin(self)
 
 
 class Exclusives:
@@ -67,66 +75,71 @@ class Exclusives:
 
     def __init__(
         self,
-        index: Index,
-        slots: Slots,
+        common: Common,
+        discards: Discards,
         fetcher: Fetcher,
         writeback: Writeback,
         flusher: Flusher,
-        backend: Backend,
     ) -> None:
-        self._index = index
-        self._slots = slots
+        self._common = common
+        self._index = common.index
+        self._backend = common.backend
+        self._discards = discards
         self._fetcher = fetcher
         self._writeback = writeback
         self._flusher = flusher
-        self._backend = backend
-        self._shift = index.granule_shift - index.block_shift
-        self.active: list[Exclusive] = []
-        self.ended: Callable[[], None] = _nothing
-        """Called when one ended: dirty slots may have become free."""
+        self._shift = common.index.granule_shift - common.index.block_shift
+        self.written_out: list[Exclusive] = []
+        """Those whose range has no write-out in flight any more."""
+        self._released: list[WaitsForDiscard] = []
+        """What waited for one that has ended."""
 
-    def start(
-        self, op: int, first: int, end: int, stop: int, flags: int, done: Callable[[int], None]
-    ) -> None:
-        """Discard or zero the blocks `first` … `end`, up to the byte `stop`; `done(errno)` when
-        that has happened.
+    @property
+    def active(self) -> int:
+        """How many are in progress."""
+        return len(self._discards)
+
+    def start(self, op: int, first: int, end: int, stop: int, flags: int, outcome: Outcome) -> None:
+        """Discard or zero the blocks `first` … `end`, up to the byte `stop`; `outcome` is finished
+        when that has happened.
 
         The last one may be cut short by the end of the disk. If the disk has grown by the time it
         is this one's turn, that block is left out.
         """
-        self._begin(Exclusive(op, first, end, stop, flags, done, self._ready))
+        self.begin(Exclusive(self, op, first, end, stop, flags, outcome))
 
-    def overlapping(self, first: int, end: int) -> Exclusive | None:
-        """One that is in progress on any of the blocks `first` … `end`, or None."""
-        for each in self.active:
-            if each.first < end and first < each.end:
-                return each
-        return None
-
-    def _begin(self, each: Exclusive) -> None:
-        before = self.overlapping(each.first, each.end)
+    def begin(self, each: Exclusive) -> None:
+        """Start `each`, after any other one on its range."""
+        before = self._discards.overlapping(each.first, each.end)
         if before is not None:
-            before.waiting.append(lambda: self._begin(each))
+            before.waiting.append(each)
             return
         shift = self._index.block_shift
         if each.stop < each.end << shift and each.stop != self._index.geometry.disk_bytes:
             each.end = each.stop >> shift
             each.stop = each.end << shift
             if each.first >= each.end:
-                each.done(0)
+                self._common.turn.finish(each.outcome)
                 return
-        self.active.append(each)
-        self._writeback.is_held = self._is_held
+        self._discards.add(each)
         for slot in self._slots_of(each):
             self._index.shut(slot)
         self._fetcher.overtaken_range(each.first, each.end)
         each.pending = 1
-        self._writeback.wait_for_flying(each.first << shift, each.end << shift, each)
+        self._writeback.wait_for_range(each.first << shift, each.end << shift, each)
         each.release()
 
-    def _is_held(self, granule: int) -> bool:
-        first = granule << self._shift
-        return self.overlapping(first, first + (1 << self._shift)) is not None
+    def advance(self) -> bool:
+        """See `Stage`."""
+        if not self.written_out and not self._released:
+            return False
+        written_out, self.written_out[:] = list(self.written_out), []
+        for each in written_out:
+            self._send(each)
+        released, self._released = self._released, []
+        for waiter in released:
+            waiter.discard_ended()
+        return True
 
     def _slots_of(self, each: Exclusive) -> list[int]:
         """The slots with blocks of the range, by whichever way is shorter."""
@@ -140,7 +153,7 @@ class Exclusives:
             if index.state[slot] and first <= index.granule_of[slot] < end
         ]
 
-    def _ready(self, each: Exclusive) -> None:
+    def _send(self, each: Exclusive) -> None:
         """Nothing is in flight on the range: to the server."""
         offset = each.first << self._index.block_shift
         length = each.stop - offset
@@ -176,7 +189,7 @@ class Exclusives:
             or each.epoch != self._writeback.epoch
         )
         if lost and not request.error:
-            self._ready(each)
+            self._send(each)
         else:
             self._end(each, request.error)
 
@@ -184,17 +197,13 @@ class Exclusives:
         self._drop(each, error)
         # Reads of absent blocks waited, but a fetch may have been asked for before that.
         self._fetcher.overtaken_range(each.first, each.end)
-        self.active.remove(each)
-        if not self.active:
-            self._writeback.is_held = None
+        self._discards.remove(each)
         self._flusher.writes += 1
         self._flusher.arm()
-        self._writeback.unhold()
-        waiting, each.waiting = each.waiting, []
-        for again in waiting:
-            again()
-        each.done(error)
-        self.ended()
+        self._writeback.discard_ended()
+        self._released += each.waiting
+        each.waiting = []
+        self._common.turn.finish(each.outcome, error)
 
     def _drop(self, each: Exclusive, error: int) -> None:
         """Forget the range. After an error nobody knows what the server did: what is dirty stays,
@@ -208,8 +217,4 @@ class Exclusives:
             bits = (1 << high) - (1 << low)
             if error:
                 bits &= ~index.dirty(slot)
-            self._slots.drop(slot, bits)
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""
+            self._common.slots.drop(slot, bits)

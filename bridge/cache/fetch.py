@@ -12,16 +12,12 @@ Those who waited already asked before the write completed, so the old bytes are 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol
 
 from bridge.request import READ, Request
 
-from .backend import Backend, Stats
-from .index import Index
+from .common import Common
 from .layout import BITS
-from .options import Options
-from .slots import Slots
 
 
 class Waiter(Protocol):
@@ -34,7 +30,7 @@ class Waiter(Protocol):
 class Fetch:
     """The blocks `first` … `end` of the disk, on their way from the server."""
 
-    __slots__ = ("buffer", "end", "first", "sent", "stale", "waiters")
+    __slots__ = ("buffer", "end", "first", "stale", "waiters")
 
     def __init__(self, first: int, end: int) -> None:
         self.first = first
@@ -44,36 +40,32 @@ class Fetch:
         self.buffer = bytearray()
         self.waiters: list[tuple[Waiter, int, int]] = []
         """Who waits, and for which blocks: the others may have newer content elsewhere."""
-        self.sent = False
 
 
 class Fetcher:
     """All fetches of one cache."""
 
-    def __init__(
-        self,
-        index: Index,
-        slots: Slots,
-        backend: Backend,
-        options: Options,
-        stats: Stats,
-        call_at_turn_end: Callable[[Callable[[], None]], None],
-    ) -> None:
+    def __init__(self, common: Common) -> None:
+        index, options = common.index, common.options
         self._index = index
-        self._slots = slots
-        self._backend = backend
-        self._stats = stats
-        self._call_at_turn_end = call_at_turn_end
+        self._slots = common.slots
+        self._backend = common.backend
+        self._stats = common.stats
         self._block_shift = index.block_shift
         self._shift = index.granule_shift - index.block_shift
         self._run_blocks = max(1, options.fetch_run_bytes >> index.block_shift)
         self._budget_blocks = max(self._run_blocks, options.fetch_bytes >> index.block_shift)
         self._blocks_in_flight = 0
         self._pending: deque[Fetch] = deque()
-        self._scheduled = False
-        self._issuing = False
+        self._look = False
+        """Something changed that may let more be sent."""
         self.fetching: dict[int, list[Fetch]] = {}
         """Granule → the fetches, sent or not, that have blocks of it."""
+
+    @property
+    def waiting(self) -> int:
+        """Fetches that are not sent yet."""
+        return len(self._pending)
 
     @property
     def busy(self) -> bool:
@@ -149,17 +141,14 @@ class Fetcher:
         for granule in range(first >> self._shift, (end - 1 >> self._shift) + 1):
             self.fetching.setdefault(granule, []).append(fetch)
         self._pending.append(fetch)
-        if not self._scheduled:
-            self._scheduled = True
-            self._call_at_turn_end(self._issue)
+        self._look = True
         return fetch
 
-    def _issue(self) -> None:
-        """Send what is pending, in disk order and merged, as far as memory allows."""
-        self._scheduled = False
-        if self._issuing:
-            return  # A reply came at once: the loop below goes on, the stack does not grow.
-        self._issuing = True
+    def advance(self) -> bool:
+        """See `Stage`: send what is pending, in disk order and merged, as far as memory allows."""
+        if not self._look:
+            return False
+        self._look = False
         if len(self._pending) > 1:
             self._pending = deque(sorted(self._pending, key=lambda fetch: fetch.first))
         while self._pending:
@@ -175,7 +164,7 @@ class Fetcher:
                 self._pending.extendleft(reversed(group))
                 break
             self._send(group, blocks)
-        self._issuing = False
+        return True
 
     def _send(self, group: list[Fetch], blocks: int) -> None:
         index = self._index
@@ -187,7 +176,6 @@ class Fetcher:
         length = min(group[-1].end << shift, index.geometry.disk_bytes) - offset
         left = length
         for fetch in group:
-            fetch.sent = True
             fetch.buffer = bytearray(fetch.end - fetch.first << shift)
             view = memoryview(fetch.buffer)[:left]
             left -= len(view)
@@ -215,8 +203,7 @@ class Fetcher:
                 start, stop = first - fetch.first, end - fetch.first
                 part = view[start << self._block_shift : stop << self._block_shift]
                 waiter.fetched(first, end, part, request.error)
-        if self._pending and not self._scheduled:
-            self._issue()
+        self._look = bool(self._pending)
 
     def _fill(self, fetch: Fetch) -> None:
         """Store what is still absent and was not overtaken."""

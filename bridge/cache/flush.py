@@ -13,168 +13,147 @@ acknowledged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 from bridge.request import FLUSH, Request
 
-from .backend import Backend, Stats
-from .index import Index
-from .options import Options
-from .slots import Slots
-from .ticket import Ticket
+from .common import Common
+from .wait import WriteOutWait
 from .writeback import Writeback
 
 
-class Flushed(Protocol):
-    """Who waits for a flush."""
-
-    def flushed(self, error: int) -> None:
-        """Everything completed before is durable, or `error` is an errno."""
-
-
-class _Pass(Ticket):
+class _Pass(WriteOutWait):
     """One flush in progress."""
 
-    __slots__ = ("_ended", "covered", "epoch", "generation", "waiters", "writes_seen")
+    __slots__ = ("covered", "epoch", "generation", "waiting", "writes_seen")
 
-    def __init__(
-        self,
-        ended: Callable[[_Pass], None],
-        *,
-        fua: bool,
-        generation: int,
-        epoch: int,
-        writes_seen: int,
-    ) -> None:
-        super().__init__(fua=fua)
-        self._ended = ended
-        self.generation = generation
-        self.epoch = epoch
-        self.writes_seen = writes_seen
-        self.covered: list[int] = []
-        self.waiters: list[Flushed] = []
-
-    def settled(self) -> None:
-        self._ended(self)
+    covered: list[int]
+    """The slots with blocks that the FLUSH covers."""
+    generation: int
+    epoch: int
+    writes_seen: int
+    waiting: list[Request]
+    """Whose end this flush is: guests' flushes, and writes that have to be durable."""
 
 
 class Flusher:
     """All flushes of one cache."""
 
-    def __init__(
-        self,
-        index: Index,
-        slots: Slots,
-        writeback: Writeback,
-        backend: Backend,
-        options: Options,
-        stats: Stats,
-        clock: Callable[[], float],
-    ) -> None:
-        self._index = index
-        self._slots = slots
+    def __init__(self, common: Common, writeback: Writeback) -> None:
+        self._common = common
+        self._index = common.index
+        self._slots = common.slots
+        self._backend = common.backend
+        self._options = common.options
         self._writeback = writeback
-        self._backend = backend
-        self._options = options
-        self._stats = stats
-        self._clock = clock
         self._pass: _Pass | None = None
-        self._next: list[Flushed] = []
+        self._written_out: list[_Pass] = []
+        """The pass in progress, once every block it waits for was replied to."""
+        self._next: list[Request] = []
+        """What waits for the next pass."""
         self._retry_at = 0.0
-        self._retry_s = options.retry_s
+        self._retry_s = common.options.retry_s
         self.due: float | None = None
         """When the timer fires; None: nothing was written since the last flush."""
         self.writes = 0
         """Raised by every write that changes what is dirty or sent, and by every discard."""
-        self.ended: Callable[[], None] = _nothing
-        """Called when a flush ended, whatever its result."""
 
     @property
     def running(self) -> bool:
         """A flush is in progress."""
         return self._pass is not None
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a flush."""
+        return len(self._next) + (len(self._pass.waiting) if self._pass is not None else 0)
+
     def arm(self) -> None:
         """Something was written: it is to be durable within the flush interval."""
         if self.due is None and self._options.flush_interval_s:
-            self.due = self._clock() + self._options.flush_interval_s
-            self._writeback.woken()
+            self.due = self._common.clock() + self._options.flush_interval_s
 
-    def request(self, waiter: Flushed) -> None:
-        """Tell `waiter` when everything completed until now is durable."""
+    def request(self, request: Request) -> None:
+        """Finish `request` when everything completed until now is durable."""
         running = self._pass
         if running is not None and running.writes_seen == self.writes:
-            running.waiters.append(waiter)
+            running.waiting.append(request)
         elif running is not None:
-            self._next.append(waiter)
+            self._next.append(request)
         else:
-            self._start([waiter])
+            self._start([request])
 
     def press(self) -> None:
         """Too much is dirty: start a flush, unless one failed a moment ago."""
-        if self._pass is None and self._clock() >= self._retry_at:
+        if self._pass is None and self._common.clock() >= self._retry_at:
             self._start([])
 
     def tick(self, now: float) -> None:
         """Start the flush that is due."""
         if self.due is not None and self.due <= now and self._pass is None:
-            self._stats.timed_flushes += 1
+            self._common.stats.timed_flushes += 1
             self._start([])
 
-    def _start(self, waiters: list[Flushed]) -> None:
+    def advance(self) -> bool:
+        """See `Stage`: go on with a pass that was written out."""
+        if not self._written_out:
+            return False
+        (running,) = self._written_out
+        self._written_out.clear()
+        self._flush(running)
+        return True
+
+    def _start(self, waiting: list[Request]) -> None:
+        assert self._pass is None
         writeback = self._writeback
-        few = writeback.tail - writeback.head <= self._options.fua_granules
+        few = writeback.ring.tail - writeback.ring.head <= self._options.fua_granules
         fua = self._backend.can_fua and few and not writeback.unflushed
-        running = self._pass = _Pass(
-            self._written_out,
-            fua=fua,
-            generation=self._backend.generation,
-            epoch=writeback.epoch,
-            writes_seen=self.writes,
-        )
-        running.waiters = waiters
+        running = self._pass = _Pass(self._written_out, fua=fua)
+        running.generation = self._backend.generation
+        running.epoch = writeback.epoch
+        running.writes_seen = self.writes
+        running.covered = []
+        running.waiting = waiting
         self.due = None
         writeback.want_all(running)
 
-    def _written_out(self, running: _Pass) -> None:
+    def _flush(self, running: _Pass) -> None:
         """Every dirty block was replied to."""
+        writeback = self._writeback
         if running.error:
             self._end(running, running.error)
         elif (
             running.lost
             or running.generation != self._backend.generation
-            or running.epoch != self._writeback.epoch
+            or running.epoch != writeback.epoch
         ):
             self._restart(running)
         elif not self._backend.can_flush:
-            self._writeback.take_written()
+            writeback.take_written()
             self._end(running, 0)
-        elif not self._writeback.unflushed:
+        elif not writeback.unflushed:
             # Nothing but FUA writes happened since the last flush was sent: all is durable.
-            self._stats.fua_flushes += 1
+            self._common.stats.fua_flushes += 1
             self._end(running, 0)
         else:
-            running.covered = self._writeback.take_written()
+            running.covered = writeback.take_written()
             for slot in running.covered:
                 self._index.flush_sent(slot)
-            self._stats.flushes += 1
+            self._common.stats.flushes += 1
             self._backend.submit(Request(FLUSH, 0, 0, [], self._replied, owner=running))
 
     def _replied(self, request: Request) -> None:
         running: _Pass = request.owner
-        index = self._index
+        index, writeback = self._index, self._writeback
         lost = (
             not request.generation == running.generation == self._backend.generation
-            or running.epoch != self._writeback.epoch
+            or running.epoch != writeback.epoch
         )
         if request.error or lost:
-            self._writeback.unflushed = True
+            writeback.unflushed = True
             for slot in running.covered:
-                self._writeback.send_again(slot, index.flush_lost(slot))
+                writeback.send_again(slot, index.flush_lost(slot))
             if request.error:
-                self._writeback.could_not_flush()
-                self._stats.flush_errors += 1
+                writeback.could_not_flush()
+                self._common.stats.flush_errors += 1
                 self._end(running, request.error)
             else:
                 self._restart(running)
@@ -187,27 +166,20 @@ class Flusher:
     def _restart(self, running: _Pass) -> None:
         """The same flush once more, for a new server."""
         self._pass = None
-        self._start(running.waiters)
+        self._start(running.waiting)
 
     def _end(self, running: _Pass, error: int) -> None:
         self._pass = None
         if error:
-            self._retry_at = self._clock() + self._retry_s
+            self._retry_at = self._common.clock() + self._retry_s
             self._retry_s = min(self._retry_s * 2, self._options.retry_max_s)
             self.due = self._retry_at if self.due is None else min(self.due, self._retry_at)
         else:
             self._retry_s = self._options.retry_s
             self._retry_at = 0.0
-        for waiter in running.waiters:
-            waiter.flushed(error)
-        if self._next and self._pass is None:
-            waiters, self._next = self._next, []
-            self._start(waiters)
-        if self.due is not None:
-            # Armed while the flush was in progress, when nobody looked at it.
-            self._writeback.woken()
-        self.ended()
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""
+        for request in running.waiting:
+            self._common.turn.finish(request, error)
+        self._slots.freed += 1  # What waits for room looks again, also when there is none.
+        if self._next:
+            waiting, self._next = self._next, []
+            self._start(waiting)

@@ -9,78 +9,67 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 from bridge.request import DISCARD, FUA, WRITE, WRITE_ZEROES, Request
+from bridge.turn import Outcome
 
-from .backend import Backend
+from .common import Common
 from .exclusive import Exclusives
-from .index import Index
-from .options import Options
 
 _ZEROES = memoryview(bytes(256 * 1024))
 """One write of zero bytes; the same memory for all."""
 
 
-Step = Callable[[Callable[[int], None]], None]
+class _Step(NamedTuple):
+    """What can be done at once: a discard or write-zeroes of whole blocks, or a write of zero
+    bytes. In bytes of the disk."""
+
+    op: int
+    start: int
+    stop: int
+    flags: int
 
 
-class _Steps:
-    """A request that is done when every step is; the first error ends it."""
+class _RangeOp(Outcome):
+    """A request that is done when every step is; the first error ends it. It is the outcome of its
+    own steps."""
 
-    __slots__ = ("_again", "_error", "_request", "_running", "_steps")
+    __slots__ = ("request", "steps")
 
-    def __init__(self, request: Request, steps: Iterator[Step]) -> None:
-        self._request = request
-        self._steps = steps
-        self._error = 0
-        self._running = False
-        self._again = False
-
-    def go_on(self, error: int = 0) -> None:
-        """The step before ended with `error`: take the next one."""
-        self._error = error
-        self._again = True
-        if self._running:
-            return  # A step that ended at once: the loop below goes on, the stack does not grow.
-        self._running = True
-        while self._again:
-            self._again = False
-            step = None if self._error else next(self._steps, None)
-            if step is None:
-                self._request.finish(self._error)
-                return
-            step(self.go_on)
-        self._running = False
+    def __init__(
+        self, request: Request, steps: Iterator[_Step], done: Callable[[_RangeOp], None]
+    ) -> None:
+        super().__init__(done)
+        self.request = request
+        self.steps = steps
 
 
 class Ranges:
     """The slow path of DISCARD and WRITE_ZEROES."""
 
     def __init__(
-        self,
-        index: Index,
-        exclusives: Exclusives,
-        backend: Backend,
-        options: Options,
-        submit: Callable[[Request], None],
+        self, common: Common, exclusives: Exclusives, submit: Callable[[Request], None]
     ) -> None:
-        self._index = index
+        """`submit` takes the writes: the cache's own."""
+        self._common = common
+        self._index = common.index
+        self._backend = common.backend
         self._exclusives = exclusives
-        self._backend = backend
-        self._run_blocks = max(1, options.exclusive_run_bytes >> index.block_shift)
-        self._zero_copy_bytes = options.zero_copy_bytes
+        self._run_blocks = max(1, common.options.exclusive_run_bytes >> self._index.block_shift)
+        self._zero_copy_bytes = common.options.zero_copy_bytes
         self._submit = submit
 
     def discard(self, request: Request) -> None:
         """Discard the whole blocks of a range."""
         if not self._backend.can_trim:
-            request.finish(errno.EOPNOTSUPP)
+            self._common.turn.finish(request, errno.EOPNOTSUPP)
             return
         first, end = self._whole_blocks(request)
         stop = request.offset + request.length
-        _Steps(request, self._exclusive_steps(DISCARD, first, end, stop, request.flags)).go_on()
+        steps = self._exclusive_steps(DISCARD, first, end, stop, request.flags)
+        self._next_step(_RangeOp(request, steps, self._next_step))
 
     def write_zeroes(self, request: Request) -> None:
         """Make a range read as zeroes."""
@@ -96,7 +85,29 @@ class Ranges:
                 self._exclusive_steps(WRITE_ZEROES, first, end, stop, flags),
                 self._last_write_steps(stop, flags),
             )
-        _Steps(request, steps).go_on()
+        self._next_step(_RangeOp(request, steps, self._next_step))
+
+    def _next_step(self, op: _RangeOp) -> None:
+        """The step before ended with `op.error`: take the next one."""
+        step = None if op.error else next(op.steps, None)
+        if step is None:
+            self._common.turn.finish(op.request, op.error)
+        elif step.op == WRITE:
+            length = step.stop - step.start
+            self._submit(
+                Request(
+                    WRITE, step.start, length, [_ZEROES[:length]], self._written, step.flags, op
+                )
+            )
+        else:
+            shift = self._index.block_shift
+            end = -(-step.stop >> shift)
+            self._exclusives.start(step.op, step.start >> shift, end, step.stop, step.flags, op)
+
+    def _written(self, write: Request) -> None:
+        op: _RangeOp = write.owner
+        op.error = write.error
+        self._next_step(op)
 
     def _whole_blocks(self, request: Request) -> tuple[int, int]:
         """The blocks that lie wholly within the request; the disk's last one may be short."""
@@ -110,29 +121,21 @@ class Ranges:
 
     def _exclusive_steps(
         self, op: int, first: int, end: int, stop: int, flags: int
-    ) -> Iterator[Step]:
+    ) -> Iterator[_Step]:
         shift = self._index.block_shift
         while first < end:
             until = min(end, first + self._run_blocks)
-            yield partial(
-                self._exclusives.start, op, first, until, min(until << shift, stop), flags
-            )
+            yield _Step(op, first << shift, min(until << shift, stop), flags)
             first = until
 
-    def _last_write_steps(self, stop: int, flags: int) -> Iterator[Step]:
+    def _last_write_steps(self, stop: int, flags: int) -> Iterator[_Step]:
         """Zero what comes before `stop` in its block, unless that was the end of the disk."""
         start = stop >> self._index.block_shift << self._index.block_shift
         if stop != self._index.geometry.disk_bytes:
             yield from self._write_steps(start, stop, flags)
 
-    def _write_steps(self, start: int, stop: int, flags: int) -> Iterator[Step]:
+    def _write_steps(self, start: int, stop: int, flags: int) -> Iterator[_Step]:
         while start < stop:
             length = min(stop - start, len(_ZEROES))
-            yield partial(self._write, start, length, flags & FUA)
+            yield _Step(WRITE, start, start + length, flags & FUA)
             start += length
-
-    def _write(self, start: int, length: int, flags: int, done: Callable[[int], None]) -> None:
-        def finished(request: Request) -> None:
-            done(request.error)
-
-        self._submit(Request(WRITE, start, length, [_ZEROES[:length]], finished, flags))

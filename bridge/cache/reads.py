@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from bridge.request import READ, Request
+from bridge.turn import Outcome, Turn
 
-from .backend import Backend, Stats
 from .buffers import scatter
-from .cold import Cold
-from .exclusive import Exclusives
+from .common import Common
+from .discards import Discards
 from .fetch import Fetcher
-from .file import MappedImage
-from .index import Index
-from .options import Options
 from .readahead import Readahead
-from .slots import Slots
 
 
 class _ReadOp:
     """One read in progress; completes its request when nothing is pending."""
 
-    __slots__ = ("abandoned", "block_shift", "error", "pending", "request")
+    __slots__ = ("abandoned", "block_shift", "error", "pending", "request", "turn")
 
-    def __init__(self, request: Request, block_shift: int) -> None:
+    def __init__(self, request: Request, block_shift: int, turn: Turn) -> None:
         self.request = request
         self.block_shift = block_shift
+        self.turn = turn
         self.pending = 1
         self.error = 0
         self.abandoned = False
@@ -31,7 +28,7 @@ class _ReadOp:
     def abandon(self, error: int) -> None:
         """Finish the request now: what it waits for may still come, and goes nowhere."""
         self.abandoned = True
-        self.request.finish(error)
+        self.turn.finish(self.request, error)
 
     def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
         """Some blocks have come from the server."""
@@ -49,37 +46,48 @@ class _ReadOp:
         """One thing less is pending."""
         self.pending -= 1
         if not self.pending and not self.abandoned:
-            self.request.finish(self.error)
+            self.turn.finish(self.request, self.error)
+
+
+class _PartAgain:
+    """A part of a read that waits until a discard of some of its blocks has ended."""
+
+    __slots__ = ("_end", "_op", "_reads", "_start")
+
+    def __init__(self, reads: Reads, op: _ReadOp, start: int, end: int) -> None:
+        self._reads = reads
+        self._op = op
+        self._start = start
+        self._end = end
+
+    def discard_ended(self) -> None:
+        """See exclusive.WaitsForDiscard."""
+        self._reads.go_on(self._op, self._start, self._end)
 
 
 class Reads:
     """The slow path of READ, and PREFETCH."""
 
     def __init__(
-        self,
-        index: Index,
-        image: MappedImage,
-        slots: Slots,
-        fetcher: Fetcher,
-        exclusives: Exclusives,
-        readahead: Readahead,
-        backend: Backend,
-        cold: Cold,
-        options: Options,
-        stats: Stats,
+        self, common: Common, fetcher: Fetcher, discards: Discards, readahead: Readahead
     ) -> None:
-        self._backend = backend
-        self._bypass_bytes = options.bypass_bytes
-        self._index = index
-        self._image = image
-        self._slots = slots
+        self._common = common
+        self._backend = common.backend
+        self._bypass_bytes = common.options.bypass_bytes
+        self._index = common.index
+        self._image = common.image
+        self._slots = common.slots
         self._fetcher = fetcher
-        self._exclusives = exclusives
+        self._discards = discards
         self._readahead = readahead
-        self._cold = cold
-        self._stats = stats
+        self._stats = common.stats
         self._cold_ops: dict[_ReadOp, int] = {}
         """Reads that wait for the cache's disk, and for how many jobs there."""
+
+    @property
+    def waiting(self) -> int:
+        """Reads that wait for the cache's disk."""
+        return len(self._cold_ops)
 
     def refuse(self, errno: int) -> None:
         """Reads that wait for the cache's disk fail with `errno`, if that is not 0."""
@@ -93,7 +101,7 @@ class Reads:
         end = request.offset + request.length
         if 0 < self._bypass_bytes <= request.length and self._bypass(request, end):
             return
-        op = _ReadOp(request, self._index.block_shift)
+        op = _ReadOp(request, self._index.block_shift, self._common.turn)
         missed = self._walk(op, request.offset, end)
         if missed:
             self._stats.read_misses += 1
@@ -110,19 +118,28 @@ class Reads:
         for granule in range(first, last + 1):
             if granule in fetching or index.find(granule):
                 return False
-        if self._exclusives.active or not self._readahead.bypasses(request.offset, end):
+        if self._discards or not self._readahead.bypasses(request.offset, end):
             return False
         self._stats.read_bypassed += 1
 
-        def done(inner: Request) -> None:
-            request.finish(inner.error)
-
-        self._backend.submit(Request(READ, request.offset, request.length, request.buffers, done))
+        self._backend.submit(
+            Request(
+                READ,
+                request.offset,
+                request.length,
+                request.buffers,
+                self._bypassed,
+                owner=request,
+            )
+        )
         return True
+
+    def _bypassed(self, inner: Request) -> None:
+        self._common.turn.finish(inner.owner, inner.error)
 
     def prefetch(self, request: Request) -> None:
         """Have the absent blocks of a range fetched."""
-        op = _ReadOp(request, self._index.block_shift)
+        op = _ReadOp(request, self._index.block_shift, self._common.turn)
         self._walk(op, request.offset, request.offset + request.length)
         op.release()
 
@@ -179,22 +196,22 @@ class Reads:
         self._cold_ops[op] = self._cold_ops.get(op, 0) + 1
         self._slots.pin(slot)
 
-        def done(error: int) -> None:
+        def done(outcome: Outcome) -> None:
             self._slots.unpin(slot)
             if op.abandoned:
                 return
             self._cold_ops[op] -= 1
             if not self._cold_ops[op]:
                 del self._cold_ops[op]
-            if error:
-                self._unreadable(op, slot, bits, start, end, error)
+            if outcome.error:
+                self._unreadable(op, slot, bits, start, end, outcome.error)
             else:
                 scatter(request.buffers, start - request.offset, data)
                 if index.valid(slot) & bits == bits:
                     index.found_resident(slot, bits)
             op.release()
 
-        self._cold.run(lambda: self._image.read_wait([data], position), done)
+        self._common.cold.run(lambda: self._image.read_wait([data], position), Outcome(done))
 
     def _is_resident(self, slot: int, bits: int, start: int, end: int) -> bool:
         """Ask about blocks of `slot` that are not believed to be in the page cache."""
@@ -233,7 +250,7 @@ class Reads:
 
     def _fetch(self, op: _ReadOp, first: int, end: int) -> None:
         """Get absent blocks from the server, after a discard of them has ended."""
-        before = self._exclusives.overlapping(first, end) if self._exclusives.active else None
+        before = self._discards.overlapping(first, end)
         if before is None:
             op.pending += self._fetcher.need(first, end, op)
             return
@@ -241,12 +258,12 @@ class Reads:
         shift = self._index.block_shift
         low = max(op.request.offset, first << shift)
         high = min(op.request.offset + op.request.length, end << shift)
+        before.waiting.append(_PartAgain(self, op, low, high))
 
-        def again() -> None:
-            self._walk(op, low, high)
-            op.release()
-
-        before.waiting.append(again)
+    def go_on(self, op: _ReadOp, start: int, end: int) -> None:
+        """The bytes `start` … `end` of `op` had to wait; try them again."""
+        self._walk(op, start, end)
+        op.release()
 
 
 def _add_runs(runs: list[tuple[int, int]], bits: int, base: int) -> None:

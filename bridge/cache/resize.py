@@ -17,45 +17,36 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from bridge.request import READ, Request
+from bridge.turn import Outcome
 
-from .backend import Backend
+from .common import Common
 from .fetch import Fetcher
-from .file import MappedImage
-from .index import Index
 
 
 class Resizer:
     """The growing of one cache's disk; `grown()` is called when it has another size."""
 
-    def __init__(
-        self,
-        index: Index,
-        image: MappedImage,
-        fetcher: Fetcher,
-        backend: Backend,
-        grown: Callable[[], None],
-    ) -> None:
-        self._index = index
-        self._image = image
+    def __init__(self, common: Common, fetcher: Fetcher, grown: Callable[[], None]) -> None:
+        self._common = common
+        self._index = common.index
         self._fetcher = fetcher
-        self._backend = backend
         self._grown = grown
 
-    def resize(self, size_bytes: int, done: Callable[[int], None]) -> None:
+    def resize(self, size_bytes: int, outcome: Outcome) -> None:
         """See `Cache.resize`."""
         index = self._index
         sizes = index.geometry
         if size_bytes <= sizes.disk_bytes:
-            done(0)
+            self._common.turn.finish(outcome)
         elif replace(sizes, disk_bytes=size_bytes).fault():
-            done(errno.EFBIG)
+            self._common.turn.finish(outcome, errno.EFBIG)
         elif sizes.disk_bytes & index.block_bytes - 1:
-            self._read_last_block(size_bytes, done)
+            self._read_last_block(size_bytes, outcome)
         else:
             self._grow(size_bytes)
-            done(0)
+            self._common.turn.finish(outcome)
 
-    def _read_last_block(self, size_bytes: int, done: Callable[[int], None]) -> None:
+    def _read_last_block(self, size_bytes: int, outcome: Outcome) -> None:
         old_bytes = self._index.geometry.disk_bytes
         start = old_bytes & -self._index.block_bytes
         length = min(self._index.block_bytes, size_bytes - start)
@@ -63,16 +54,15 @@ class Resizer:
 
         def replied(request: Request) -> None:
             if request.error:
-                done(request.error)
-                return
-            if self._index.geometry.disk_bytes == old_bytes:
+                self._common.turn.finish(outcome, request.error)
+            elif self._index.geometry.disk_bytes == old_bytes:
                 self._complete_last_block(old_bytes, block[old_bytes - start :])
                 self._grow(size_bytes)
-                done(0)
+                self._common.turn.finish(outcome)
             else:
-                self.resize(size_bytes, done)  # Two at a time: the other one was faster.
+                self.resize(size_bytes, outcome)  # Two at a time: the other one was faster.
 
-        self._backend.submit(Request(READ, start, length, [block], replied))
+        self._common.backend.submit(Request(READ, start, length, [block], replied))
 
     def _complete_last_block(self, old_bytes: int, tail: memoryview) -> None:
         index = self._index
@@ -87,6 +77,6 @@ class Resizer:
 
     def _grow(self, size_bytes: int) -> None:
         # The file first: it must not hold a granule outside the disk that it speaks of.
-        self._image.resize(size_bytes)
-        self._index.geometry = self._image.geometry
+        self._common.image.resize(size_bytes)
+        self._index.geometry = self._common.image.geometry
         self._grown()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bridge.turn import Outcome
+
 from .cold import Cold
 from .eviction import Evictor
 from .file import MappedImage
@@ -23,8 +25,8 @@ class Slots:
         self._orphans: set[int] = set()
         """Pinned slots whose granule was dropped meanwhile."""
         self.touched = evictor.touched
-        self.unpinned: Callable[[], None] = _nothing
-        """Called when a slot can be had again that could not."""
+        self.freed = 0
+        """Raised whenever a slot can be had that could not."""
 
     def obtain(self, granule: int) -> int:
         """A slot bound to `granule`, evicting a clean one if need be; 0: everything is dirty."""
@@ -55,13 +57,16 @@ class Slots:
                 self._orphans.add(slot)
             else:
                 self._index.give_back(slot)
+                self.freed += 1
         elif not self._index.dirty(slot) and slot not in self._pins:
             self._evictor.release(slot)
+            self.freed += 1
 
     def cleaned(self, slot: int) -> None:
         """The last dirty block of `slot` became clean."""
         if slot not in self._pins:
             self._evictor.release(slot)
+            self.freed += 1
 
     def forgive(self, granule: int) -> None:
         """The hits on `granule` were one sequential pass: in probation they do not count."""
@@ -69,17 +74,19 @@ class Slots:
         if slot and self._evictor.on_probation(slot):
             self.touched[slot] = 0
 
-    def load(self, image: MappedImage, cold: Cold, slot: int, done: Callable[[int], None]) -> None:
-        """Have a thread read `slot` into the page cache; it is pinned meanwhile."""
+    def load(
+        self, image: MappedImage, cold: Cold, slot: int, done: Callable[[Outcome], None]
+    ) -> None:
+        """Have a thread read `slot` into the page cache; it is pinned until `done(outcome)`."""
         size = self._index.granule_bytes
         scratch = [memoryview(bytearray(size))]
         self.pin(slot)
 
-        def loaded(error: int) -> None:
+        def loaded(outcome: Outcome) -> None:
             self.unpin(slot)
-            done(error)
+            done(outcome)
 
-        cold.run(lambda: image.read_wait(scratch, slot * size), loaded)
+        cold.run(lambda: image.read_wait(scratch, slot * size), Outcome(loaded))
 
     def pin(self, slot: int) -> None:
         """Somebody reads from `slot` outside the turn."""
@@ -96,8 +103,4 @@ class Slots:
             self._index.give_back(slot)
         elif not self._index.dirty(slot):
             self._evictor.release(slot)
-        self.unpinned()
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""
+        self.freed += 1

@@ -8,67 +8,84 @@ server loses it.
 Store order, for a kill -9 between any two stores: a present block is marked dirty first and gets
 its data after; an absent block gets its data first and becomes valid (and dirty) after.
 
-What can stand in the way: a write that covers part of an absent block needs that block from the
-server first; at the hard dirty limit writes wait in order; a discard of the range comes first.
+A write that cannot be stored at once waits for one of a few things (`Why`), and is tried again
+from where it stopped when that is over.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from enum import Enum
 from errno import EIO
+from typing import NamedTuple
 
 from bridge.request import FUA, Request
+from bridge.turn import Outcome
 
-from .backend import Backend, Stats
 from .buffers import gather
-from .cold import Cold
-from .exclusive import Exclusives
+from .common import Common
+from .discards import Discards
 from .fetch import Fetcher
-from .file import MappedImage
 from .flush import Flusher
-from .index import Index
 from .layout import BITS, DIRTY_SHIFT
-from .options import WRITEBACK, Options
-from .slots import Slots
-from .ticket import Ticket
+from .options import WRITEBACK
+from .wait import WriteOutWait
 from .writeback import Writeback
 
 
-class _WriteOp(Ticket):
+class Why(Enum):
+    """Why a write cannot be stored now."""
+
+    ROOM = "room"
+    """The hard dirty limit, or no slot can be had: writes wait in order."""
+    FETCH = "fetch"
+    """It covers part of an absent block, which has to come from the server first."""
+    LOAD = "load"
+    """It covers part of a block that is only on the cache's disk."""
+    DISCARD = "discard"
+    """A discard or write-zeroes of some of its blocks comes first."""
+    FAILED = "failed"
+    """The cache file refused it: nothing removes that."""
+
+
+class _Obstacle(NamedTuple):
+    """What stands in the way of the granule at `offset` of the disk."""
+
+    why: Why
+    offset: int = 0
+    slot: int = 0
+    bits: int = 0
+    """Blocks of that granule to be fetched or loaded."""
+    error: int = 0
+
+
+_NO_ROOM = _Obstacle(Why.ROOM)
+
+
+class _WriteOp(WriteOutWait):
     """A write that could not complete at once."""
 
     __slots__ = ("fetches", "position", "request", "store")
 
     def __init__(self, request: Request, store: Store, position: int) -> None:
-        super().__init__(fua=bool(request.flags & FUA))
+        super().__init__(store.written_out, fua=bool(request.flags & FUA))
         self.request = request
         self.store = store
         self.position = position
         """Bytes that are in the cache already."""
         self.fetches = 0
+        """How many fetches are still to come; 0: it waits for none."""
 
     def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
-        """The rest of a partly written block came; it is in the cache if there was room."""
+        """See fetch.Waiter. The blocks are in the cache now if there was room."""
         self.error = self.error or error
         self.fetches -= 1
-        if self.fetches:
-            return
-        if self.error:
-            self.request.finish(self.error)
-        else:
-            self.store.fetched(self)
+        if not self.fetches:
+            self.store.fetched.append(self)
 
-    def settled(self) -> None:
-        """Everything written was replied to."""
-        if not self.error and self.fua and self.unstable:
-            self.store.flusher.request(self)
-        else:
-            self.request.finish(self.error)
-
-    def flushed(self, error: int) -> None:
-        """The flush that makes this write durable ended."""
-        self.request.finish(error)
+    def discard_ended(self) -> None:
+        """See exclusive.WaitsForDiscard."""
+        self.store.go_on(self)
 
 
 class Store:
@@ -76,78 +93,75 @@ class Store:
 
     def __init__(
         self,
-        index: Index,
-        image: MappedImage,
-        slots: Slots,
+        common: Common,
         fetcher: Fetcher,
-        exclusives: Exclusives,
+        discards: Discards,
         writeback: Writeback,
         flusher: Flusher,
-        backend: Backend,
-        cold: Cold,
-        options: Options,
-        stats: Stats,
-        call_at_turn_end: Callable[[Callable[[], None]], None],
     ) -> None:
-        self._index = index
-        self._image = image
-        self._slots = slots
+        self._common = common
+        self._index = common.index
+        self._image = common.image
+        self._slots = common.slots
+        self._backend = common.backend
+        self._stats = common.stats
         self._fetcher = fetcher
-        self._exclusives = exclusives
+        self._discards = discards
         self._writeback = writeback
-        self.flusher = flusher
-        self._backend = backend
-        self._cold = cold
-        self._stats = stats
-        self._call_at_turn_end = call_at_turn_end
-        self._through = options.mode != WRITEBACK
-        self._ready = index.ready
-        self._open = index.open
-        self._queued = writeback.queued
-        self._options = options
+        self._flusher = flusher
+        self._through = common.options.mode != WRITEBACK
+        self._ready = common.index.ready
+        self._open = common.index.open
+        self._queued = writeback.ring.queued
         self.set_limits()
-        self._waiting: deque[_WriteOp] = deque()
-        self._loading: set[_WriteOp] = set()
-        """Writes that wait until a thread has read a part of the cache file."""
+        self._for_room: deque[_WriteOp] = deque()
+        self._for_load: set[_WriteOp] = set()
+        self.fetched: list[_WriteOp] = []
+        """Writes whose partly covered blocks have come, or could not be had."""
+        self.written_out: list[_WriteOp] = []
+        """Writes that had to reach the server, all of whose blocks were replied to."""
         self._refused = 0
-        self._waking = False
+        self._seen_freed = -1
+        """`Slots.freed` when room was looked for last."""
         self._pressed = False
-        self._lacks_blocks = False
-        """The obstacle is that blocks have to be fetched first."""
-        self._obstacle: Callable[[_WriteOp], None] = self._wait_for_room
+        """Much is dirty: to be looked at in this turn."""
 
     def set_limits(self) -> None:
         """Take the limits from the sizes of cache and disk, at the start and when that grows."""
         index = self._index
-        limits = self._options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
+        options = self._common.options
+        limits = options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
         self._hard_slots = limits.hard
         self._flush_slots = limits.flush
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How many writes wait here, and why."""
+        return {
+            Why.ROOM.value: len(self._for_room),
+            Why.LOAD.value: len(self._for_load),
+        }
 
     def write(self, request: Request) -> None:
         """Do a WRITE whose range lies within the disk."""
         self._stats.writes += 1
-        if not self._waiting:
-            if not (self._through or request.flags or self._exclusives.active):
-                try:
-                    done = self._write_whole(request)
-                except OSError as error:
-                    request.finish(self._file_failed(request.offset, error))
-                    return
-                if done:
-                    request.error = 0
-                    request.done(request)
-                    return
-            position = self._store(request, 0)
-            if position == request.length and not (self._through or request.flags & FUA):
-                request.finish(0)
+        if self._for_room:
+            self._wait(_WriteOp(request, self, 0), _NO_ROOM)
+            return
+        if not (self._through or request.flags or self._discards):
+            try:
+                done = self._write_whole(request)
+            except OSError as error:
+                self._common.turn.finish(request, self._file_failed(request.offset, error))
                 return
-            op = _WriteOp(request, self, position)
-            if position == request.length:
-                self._stored(op)
-            else:
-                self._obstacle(op)
-        else:
-            self._wait_for_room(_WriteOp(request, self, 0))
+            if done:
+                self._common.turn.finish(request)
+                return
+        position, obstacle = self._store(request, 0)
+        if obstacle is None and not (self._through or request.flags & FUA):
+            self._common.turn.finish(request)
+            return
+        self._stored(_WriteOp(request, self, position), obstacle)
 
     def open_blocks(self, slot: int, bits: int) -> bool:
         """Make these blocks of `slot` open, so that a write to them is a copy; False if they are
@@ -159,14 +173,229 @@ class Store:
         if (
             bits & ~self._ready[slot]
             or self._through
-            or self._waiting
-            or self._exclusives.active
+            or self._for_room
+            or self._discards
             or (index.dirty_slots >= self._hard_slots and not index.dirty(slot))
         ):
             return False
         index.write_open(slot, bits)
         self._written(slot)
         return True
+
+    # What waits.
+
+    def advance(self) -> bool:
+        """See `Stage`."""
+        moved = False
+        if self.fetched:
+            fetched, self.fetched = self.fetched, []
+            for op in fetched:
+                self._after_fetch(op)
+            moved = True
+        if self.written_out:
+            written_out, self.written_out[:] = list(self.written_out), []
+            for op in written_out:
+                self._after_write_out(op)
+            moved = True
+        if self._for_room and self._try_for_room():
+            moved = True
+        if self._pressed:
+            self._pressed = False
+            if self._for_room or self._index.dirty_slots > self._flush_slots:
+                self._flusher.press()
+            else:
+                self._writeback.tick_now()
+            moved = True
+        return moved
+
+    def go_on(self, op: _WriteOp) -> None:
+        """Try again from where `op` stopped: its obstacle may be gone."""
+        op.position, obstacle = self._store(op.request, op.position)
+        self._stored(op, obstacle)
+
+    def _after_fetch(self, op: _WriteOp) -> None:
+        if op.error:
+            self._common.turn.finish(op.request, op.error)
+            return
+        before = op.position
+        op.position, obstacle = self._store(op.request, before)
+        if obstacle is not None and obstacle.why is Why.FETCH and op.position == before:
+            # They found no room in the cache: asking the server again would not help.
+            obstacle = _NO_ROOM
+        self._stored(op, obstacle)
+
+    def _after_write_out(self, op: _WriteOp) -> None:
+        if not op.error and op.fua and op.unstable:
+            self._flusher.request(op.request)
+        else:
+            self._common.turn.finish(op.request, op.error)
+
+    def _try_for_room(self) -> bool:
+        """Let the writes go on that wait for room, in order; False if there is none."""
+        if self._backend.gone:
+            self._fail_for_room(EIO)
+            return True
+        if self._slots.freed == self._seen_freed:
+            return False
+        self._seen_freed = self._slots.freed
+        index, waiting = self._index, self._for_room
+        while waiting and index.dirty_slots < self._hard_slots:
+            op = waiting[0]
+            op.position, obstacle = self._store(op.request, op.position)
+            if obstacle is not None and obstacle.why is Why.ROOM:
+                break
+            waiting.popleft()
+            self._stored(op, obstacle)
+        if waiting:
+            self._press()
+        return True
+
+    def refuse(self, errno: int) -> None:
+        """Writes that wait for room or for the cache's disk fail with `errno`, and so do those
+        that would have to wait for room from here on; 0: no longer."""
+        self._refused = errno
+        if errno:
+            self._fail_for_room(errno)
+            loading, self._for_load = self._for_load, set()
+            for op in loading:
+                self._common.turn.finish(op.request, errno)
+
+    def _fail_for_room(self, errno: int) -> None:
+        while self._for_room:
+            self._common.turn.finish(self._for_room.popleft().request, errno)
+
+    def _stored(self, op: _WriteOp, obstacle: _Obstacle | None) -> None:
+        """The write is in the cache up to its `obstacle`; without one it completes in its time."""
+        if obstacle is not None:
+            self._wait(op, obstacle)
+        elif op.fua and not self._backend.can_fua:
+            self._flusher.request(op.request)
+        elif op.fua or self._through:
+            index, request = self._index, op.request
+            first = request.offset >> index.granule_shift
+            last = request.offset + request.length - 1 >> index.granule_shift
+            slots = [slot for each in range(first, last + 1) if (slot := index.find(each))]
+            op.pending = 1
+            self._writeback.want(slots, op)
+            op.release()
+        else:
+            self._common.turn.finish(op.request)
+
+    def _wait(self, op: _WriteOp, obstacle: _Obstacle) -> None:
+        """Put `op` where it is found when `obstacle` is gone."""
+        why = obstacle.why
+        if why is Why.FAILED:
+            self._common.turn.finish(op.request, obstacle.error)
+        elif why is Why.FETCH:
+            self._fetch_partial(op, obstacle)
+        elif why is Why.LOAD:
+            self._load(op, obstacle)
+        elif why is Why.DISCARD:
+            shift = self._index.block_shift
+            first = obstacle.offset >> shift
+            bits = obstacle.bits
+            before = self._discards.overlapping(first, first + bits.bit_length())
+            assert before is not None
+            before.waiting.append(op)
+        elif self._refused or self._backend.gone:
+            self._common.turn.finish(op.request, self._refused or EIO)
+        else:
+            self._stats.writes_waited += 1
+            self._for_room.append(op)
+            self._seen_freed = self._slots.freed
+            self._press()
+
+    def _fetch_partial(self, op: _WriteOp, obstacle: _Obstacle) -> None:
+        """Fetch the blocks that the write covers only partly."""
+        op.error = 0
+        op.fetches = 1
+        base_block = obstacle.offset >> self._index.block_shift
+        bits = obstacle.bits
+        while bits:
+            block = base_block + (bits & -bits).bit_length() - 1
+            op.fetches += self._fetcher.need(block, block + 1, op)
+            bits &= bits - 1
+        op.fetches -= 1
+
+    def _load(self, op: _WriteOp, obstacle: _Obstacle) -> None:
+        """Bring blocks that are written partly back into the page cache, then go on."""
+
+        def loaded(outcome: Outcome) -> None:
+            if op not in self._for_load:
+                return  # refused meanwhile
+            self._for_load.remove(op)
+            if outcome.error:
+                self._stats.file_errors += 1
+                self._common.turn.finish(op.request, outcome.error)
+                return
+            self._index.found_resident(obstacle.slot, obstacle.bits)
+            self.go_on(op)
+
+        self._for_load.add(op)
+        self._slots.load(self._image, self._common.cold, obstacle.slot, loaded)
+
+    def _press(self) -> None:
+        """Much is dirty: see to it in this turn."""
+        self._pressed = True
+
+    # Storing.
+
+    def _store(self, request: Request, position: int) -> tuple[int, _Obstacle | None]:
+        """Store from byte `position` on: how far that went and, if not to the end, why."""
+        index = self._index
+        granule_bytes = index.granule_bytes
+        length = request.length
+        while position < length:
+            at = request.offset + position
+            within = at & granule_bytes - 1
+            size = min(length - position, granule_bytes - within)
+            try:
+                obstacle = self._store_piece(request, position, at, within, size)
+            except OSError as error:
+                return position, _Obstacle(Why.FAILED, error=self._file_failed(at, error))
+            if obstacle is not None:
+                return position, obstacle
+            position += size
+        return position, None
+
+    def _store_piece(
+        self, request: Request, position: int, at: int, within: int, size: int
+    ) -> _Obstacle | None:
+        """Store `size` bytes that lie in one granule, or say what stands in the way (nothing
+        changed then)."""
+        index = self._index
+        shift = index.block_shift
+        granule = at >> index.granule_shift
+        end = within + size
+        first, last = within >> shift, end - 1 >> shift
+        bits = (2 << last) - (1 << first)
+        granule_at = granule << index.granule_shift
+        if self._discards:
+            block = at >> shift
+            if self._discards.overlapping(block, block + last - first + 1) is not None:
+                return _Obstacle(Why.DISCARD, block << shift, bits=bits >> first)
+        slot = index.find(granule)
+        word = index.state[slot] if slot else 0
+        valid = word & BITS
+        dirty = word >> DIRTY_SHIFT & BITS
+        partial = self._partial(at, within, end, first, last)
+        if not dirty and index.dirty_slots >= self._hard_slots:
+            return _NO_ROOM
+        if partial & ~valid:
+            return _Obstacle(Why.FETCH, granule_at, bits=partial & ~valid)
+        if partial & ~index.ready[slot] and not self._image.resident(
+            (slot << index.granule_shift) + within, size
+        ):
+            return _Obstacle(Why.LOAD, granule_at, slot, partial)
+        if not slot:
+            slot = self._slots.obtain(granule)
+            if not slot:
+                return _NO_ROOM
+        target = (slot << index.granule_shift) + within
+        index.write(slot, bits)
+        self._put(request, position, size, slot, target, bits)
+        self._now_dirty(slot, granule, bits, bits & ~valid)
+        return None
 
     def _write_whole(self, request: Request) -> bool:
         """The common case in one go: whole blocks of one granule, one buffer. False: it is not
@@ -202,146 +431,6 @@ class Store:
         self._now_dirty(slot, granule, bits, bits & ~word)
         return True
 
-    def advance(self, op: _WriteOp) -> None:
-        """Go on with a write whose obstacle may be gone."""
-        op.position = self._store(op.request, op.position)
-        if op.position == op.request.length:
-            self._stored(op)
-        else:
-            self._obstacle(op)
-
-    def fetched(self, op: _WriteOp) -> None:
-        """The blocks that `op` covers only partly were fetched."""
-        position = op.position
-        op.position = self._store(op.request, op.position)
-        if op.position == op.request.length:
-            self._stored(op)
-        elif op.position == position and self._lacks_blocks:
-            # They found no room in the cache: asking the server again would not help.
-            self._wait_for_room(op)
-        else:
-            self._obstacle(op)
-
-    def wake(self) -> None:
-        """There may be room for writes that wait, or none to be had any more."""
-        if self._waking:
-            return
-        if self._backend.gone:
-            self._fail_waiting(EIO)
-        self._waking = True
-        waiting = self._waiting
-        while waiting and self._index.dirty_slots < self._hard_slots:
-            op = waiting.popleft()
-            op.position = self._store(op.request, op.position)
-            if op.position == op.request.length:
-                self._stored(op)
-            elif self._obstacle == self._wait_for_room:
-                waiting.appendleft(op)
-                break
-            else:
-                self._obstacle(op)
-        self._waking = False
-        if waiting and self._index.dirty_slots >= self._hard_slots:
-            self._press()
-
-    def refuse(self, errno: int) -> None:
-        """Writes that wait for room or for the cache's disk fail with `errno`, and so do those
-        that would have to wait for room from here on; 0: no longer."""
-        self._refused = errno
-        if errno:
-            self._fail_waiting(errno)
-            loading, self._loading = self._loading, set()
-            for op in loading:
-                op.request.finish(errno)
-
-    def _fail_waiting(self, errno: int) -> None:
-        while self._waiting:
-            self._waiting.popleft().request.finish(errno)
-
-    @property
-    def waiting(self) -> int:
-        """Writes that wait at the hard dirty limit."""
-        return len(self._waiting)
-
-    def _stored(self, op: _WriteOp) -> None:
-        """All of the write is in the cache: complete it when its time has come."""
-        if op.fua and not self._backend.can_fua:
-            self.flusher.request(op)
-        elif op.fua or self._through:
-            index, request = self._index, op.request
-            first = request.offset >> index.granule_shift
-            last = request.offset + request.length - 1 >> index.granule_shift
-            slots = [slot for each in range(first, last + 1) if (slot := index.find(each))]
-            op.pending = 1
-            self._writeback.want(slots, op)
-            op.release()
-        else:
-            op.request.finish(0)
-
-    def _store(self, request: Request, position: int) -> int:
-        """Store from byte `position` on; returns how far that went. If not to the end,
-        `_obstacle` deals with why."""
-        index = self._index
-        granule_bytes = index.granule_bytes
-        length = request.length
-        while position < length:
-            at = request.offset + position
-            within = at & granule_bytes - 1
-            size = min(length - position, granule_bytes - within)
-            try:
-                stored = self._store_piece(request, position, at, within, size)
-            except OSError as error:
-                self._lacks_blocks = False
-                self._obstacle = _fail_with(self._file_failed(at, error))
-                return position
-            if not stored:
-                return position
-            position += size
-        return position
-
-    def _store_piece(
-        self, request: Request, position: int, at: int, within: int, size: int
-    ) -> bool:
-        """Store `size` bytes that lie in one granule; False (nothing changed) if that has to
-        wait."""
-        index = self._index
-        shift = index.block_shift
-        granule = at >> index.granule_shift
-        end = within + size
-        first, last = within >> shift, end - 1 >> shift
-        bits = (2 << last) - (1 << first)
-        base_block = granule << index.granule_shift - shift
-        if self._exclusives.active and self._held(base_block + first, base_block + last + 1):
-            return False
-        self._lacks_blocks = False
-        slot = index.find(granule)
-        word = index.state[slot] if slot else 0
-        valid = word & BITS
-        dirty = word >> DIRTY_SHIFT & BITS
-        partial = self._partial(at, within, end, first, last)
-        if not dirty and index.dirty_slots >= self._hard_slots:
-            self._obstacle = self._wait_for_room
-            return False
-        if partial & ~valid:
-            self._lacks_blocks = True
-            self._obstacle = lambda op: self._fetch_partial(op, base_block, partial & ~valid)
-            return False
-        if partial & ~index.ready[slot] and not self._image.resident(
-            (slot << index.granule_shift) + within, size
-        ):
-            self._obstacle = lambda op: self._load(op, slot, partial)
-            return False
-        if not slot:
-            slot = self._slots.obtain(granule)
-            if not slot:
-                self._obstacle = self._wait_for_room
-                return False
-        target = (slot << index.granule_shift) + within
-        index.write(slot, bits)
-        self._put(request, position, size, slot, target, bits)
-        self._now_dirty(slot, granule, bits, bits & ~valid)
-        return True
-
     def _put(
         self, request: Request, position: int, size: int, slot: int, target: int, bits: int
     ) -> None:
@@ -365,7 +454,7 @@ class Store:
 
     def _written(self, slot: int) -> None:
         """Something in `slot` is dirty now: it is to be sent some time, and flushed."""
-        flusher = self.flusher
+        flusher = self._flusher
         flusher.writes += 1
         if flusher.due is None:
             flusher.arm()
@@ -373,9 +462,7 @@ class Store:
             return
         writeback = self._writeback
         writeback.enqueue(slot)
-        if not self._pressed and (
-            self._index.dirty_slots > self._flush_slots or writeback.over_background()
-        ):
+        if self._index.dirty_slots > self._flush_slots or writeback.over_background():
             self._press()
 
     def _partial(self, at: int, within: int, end: int, first: int, last: int) -> int:
@@ -401,74 +488,6 @@ class Store:
             self._slots.drop(slot, BITS)
         elif slot and index.dirty(slot):
             self._writeback.enqueue(slot)
-            self.flusher.writes += 1
-            self.flusher.arm()
+            self._flusher.writes += 1
+            self._flusher.arm()
         return error.errno or EIO
-
-    # What can stand in the way.
-
-    def _held(self, first: int, end: int) -> bool:
-        before = self._exclusives.overlapping(first, end)
-        if before is None:
-            return False
-        waiting = before.waiting
-        self._obstacle = lambda op: waiting.append(lambda: self.advance(op))
-        return True
-
-    def _wait_for_room(self, op: _WriteOp) -> None:
-        if self._refused or self._backend.gone:
-            op.request.finish(self._refused or EIO)
-            return
-        self._stats.writes_waited += 1
-        self._waiting.append(op)
-        self._press()
-
-    def _fetch_partial(self, op: _WriteOp, base_block: int, bits: int) -> None:
-        """Fetch the blocks that the write covers only partly."""
-        op.error = 0
-        op.fetches = 1
-        while bits:
-            block = base_block + (bits & -bits).bit_length() - 1
-            op.fetches += self._fetcher.need(block, block + 1, op)
-            bits &= bits - 1
-        op.fetches -= 1
-
-    def _load(self, op: _WriteOp, slot: int, bits: int) -> None:
-        """Bring blocks that are written partly back into the page cache, then go on."""
-        index = self._index
-
-        def done(error: int) -> None:
-            if op not in self._loading:
-                return  # refused meanwhile
-            self._loading.remove(op)
-            if error:
-                self._stats.file_errors += 1
-                op.request.finish(error)
-                return
-            index.found_resident(slot, bits)
-            self.advance(op)
-
-        self._loading.add(op)
-        self._slots.load(self._image, self._cold, slot, done)
-
-    def _press(self) -> None:
-        """Much is dirty: see to it at the end of this turn."""
-        if not self._pressed:
-            self._pressed = True
-            self._call_at_turn_end(self._pressure)
-
-    def _pressure(self) -> None:
-        self._pressed = False
-        if self._waiting or self._index.dirty_slots > self._flush_slots:
-            self.flusher.press()
-        else:
-            self._writeback.tick_now()
-
-
-def _fail_with(errno: int) -> Callable[[_WriteOp], None]:
-    """An obstacle that nothing removes."""
-
-    def fail(op: _WriteOp) -> None:
-        op.request.finish(errno)
-
-    return fail

@@ -54,13 +54,12 @@ class Warmer:
         self._progress = progress
         self._done = done
         self._in_flight = 0
-        self._pumping = False
         self._exhausted = False
         self.done_bytes = 0
         self.failed_bytes = 0
 
     def start(self) -> None:
-        """Begin; may be done when this returns."""
+        """Begin."""
         self._pump()
 
     def stop(self) -> None:
@@ -70,9 +69,6 @@ class Warmer:
             self._pump()
 
     def _pump(self) -> None:
-        if self._pumping:
-            return
-        self._pumping = True
         while self._in_flight < _IN_FLIGHT and not self._exhausted:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -80,7 +76,6 @@ class Warmer:
                 break
             self._in_flight += 1
             self._submit(Request(PREFETCH, chunk[0], chunk[1], [], self._ended))
-        self._pumping = False
         if self._exhausted and not self._in_flight:
             self._in_flight = -1  # Once.
             self._done(self.failed_bytes)

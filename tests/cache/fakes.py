@@ -20,6 +20,7 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
+from bridge.turn import Outcome, Turn
 
 BLOCK = 4096
 GRANULE = 65536
@@ -28,7 +29,8 @@ GRANULE = 65536
 class FakeServer:
     """Keeps requests in `pending` until told; `image` is what it holds."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, turn: Turn) -> None:
+        self.turn = turn
         self.size_bytes = size_bytes
         self.min_block_bytes = 1
         self.can_fua = True
@@ -39,14 +41,14 @@ class FakeServer:
         self.gone = False
         self.image = bytearray(size_bytes)
         self.fails = 0
-        """An errno: there is no connection, everything fails inside `submit`."""
+        """An errno: there is no connection, everything fails at once."""
         self.pending: list[Request] = []
         self.seen: list[tuple[int, int, int, int]] = []
         """(op, offset, length, flags) of everything submitted."""
 
     def submit(self, request: Request) -> None:
         if self.fails:
-            request.finish(self.fails)
+            self.turn.finish(request, self.fails)
             return
         self.pending.append(request)
         self.seen.append((request.op, request.offset, request.length, request.flags))
@@ -64,7 +66,8 @@ class FakeServer:
         elif not error and request.op in (DISCARD, WRITE_ZEROES):
             self.image[at : at + length] = bytes(length)
         request.generation = self.generation
-        request.finish(error)
+        self.turn.finish(request, error)
+        self.turn.end()
 
     def ops(self, op: int) -> list[tuple[int, int]]:
         """(offset, length) of all requests of one kind."""
@@ -91,21 +94,23 @@ class Rig:
             image = MappedImage(bytearray(geometry.file_bytes), header)
         self.image = image
         self.now = 0.0
-        self.turn: list[Callable[[], None]] = []
-        self.server = FakeServer(size)
+        self.turn = Turn()
+        self.server = FakeServer(size, self.turn)
         self.options = Options(**{"readahead_bytes": 0, **options})
         self.cache = Cache(
             image,
             self.server,
             self.options,
             clock=lambda: self.now,
-            call_at_turn_end=self.turn.append,
+            turn=self.turn,
             cold=cold,
         )
+        self.turn.add_stage(self.cache)
+        if isinstance(cold, LaterCold):
+            cold.turn = self.turn
 
     def end_turn(self) -> None:
-        while self.turn:
-            self.turn.pop(0)()
+        self.turn.end()
 
     def start(self, op: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0):
         """Submit; the result's `error` is None until it is done."""
@@ -175,16 +180,19 @@ class LaterCold:
     """Cold reads that end when told."""
 
     def __init__(self) -> None:
-        self.jobs: list[tuple[Callable[[], None], Callable[[int], None]]] = []
+        self.turn = Turn()
+        """That of the rig."""
+        self.jobs: list[tuple[Callable[[], None], Outcome]] = []
 
-    def run(self, job: Callable[[], None], done: Callable[[int], None]) -> None:
-        self.jobs.append((job, done))
+    def run(self, job: Callable[[], None], outcome: Outcome) -> None:
+        self.jobs.append((job, outcome))
 
     def finish(self, error: int = 0) -> None:
-        job, done = self.jobs.pop(0)
+        job, outcome = self.jobs.pop(0)
         if not error:
             job()
-        done(error)
+        self.turn.finish(outcome, error)
+        self.turn.end()
 
 
 EIO = errno.EIO

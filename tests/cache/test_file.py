@@ -36,6 +36,7 @@ from bridge.cache.layout import (
 from bridge.cache.options import Options
 from bridge.errors import ConfigError
 from bridge.request import FLUSH, READ, WRITE, Request
+from bridge.turn import Outcome, Turn
 
 from .fakes import BLOCK, GRANULE, FakeServer
 
@@ -52,16 +53,16 @@ def _open(path: str, geometry: Geometry = GEOMETRY, identity: Identity = IDENTIT
     return open_or_create(path, geometry=geometry, identity=identity)
 
 
-def _cache(file: CacheFile, server: FakeServer) -> tuple[Cache, list[Callable[[], None]]]:
-    turn: list[Callable[[], None]] = []
-    cache = Cache(file, server, Options(), clock=lambda: 0.0, call_at_turn_end=turn.append)
-    return cache, turn
+def _cache(file: CacheFile, server: FakeServer) -> Cache:
+    cache = Cache(file, server, Options(), clock=lambda: 0.0, turn=server.turn)
+    server.turn.add_stage(cache)
+    return cache
 
 
 def _write_one(path: str, content: bytes = b"a", *, clean: bool = True) -> None:
     """A file with one dirty block at the start of the disk."""
     file = _open(path)
-    cache, _ = _cache(file, FakeServer(64 * GRANULE))
+    cache = _cache(file, FakeServer(64 * GRANULE, Turn()))
     data = [memoryview(content * BLOCK)]
     cache.submit(Request(WRITE, 0, BLOCK, data, lambda _: None))
     file.close(clean=clean)
@@ -76,7 +77,7 @@ def _damage(path: str, offset: int) -> None:
 
 
 def _read_first(file: CacheFile) -> bytes:
-    cache, _ = _cache(file, FakeServer(64 * GRANULE))
+    cache = _cache(file, FakeServer(64 * GRANULE, Turn()))
     buffer = bytearray(BLOCK)
     cache.submit(Request(READ, 0, BLOCK, [memoryview(buffer)], lambda _: None))
     return bytes(buffer)
@@ -86,15 +87,12 @@ def test_clean_shutdown_keeps_dirty_data_for_the_next_start(path: str) -> None:
     _write_one(path)
 
     file = _open(path)
-    server = FakeServer(64 * GRANULE)
-    cache, turn = _cache(file, server)
+    server = FakeServer(64 * GRANULE, Turn())
+    cache = _cache(file, server)
     cache.submit(Request(FLUSH, 0, 0, [], lambda _: None))
-    while turn or server.pending:
-        for callback in turn[:]:
-            turn.remove(callback)
-            callback()
-        if server.pending:
-            server.answer()
+    server.turn.end()
+    while server.pending:
+        server.answer()
     file.close(clean=True)
 
     assert server.image[:BLOCK] == b"a" * BLOCK
@@ -218,15 +216,15 @@ def test_file_with_dirty_data_keeps_its_sizes_until_that_is_written(
 def test_file_of_a_disk_that_grew_in_use_is_taken_over_with_the_new_size(path: str) -> None:
     larger = Geometry(65 * GRANULE, BLOCK, GRANULE, 64)
     file = _open(path)
-    cache, _ = _cache(file, FakeServer(65 * GRANULE))
-    cache.resize(65 * GRANULE, lambda error: None)
+    cache = _cache(file, FakeServer(65 * GRANULE))
+    cache.resize(65 * GRANULE, Outcome(lambda outcome: None))
     data = [memoryview(b"z" * BLOCK)]
     cache.submit(Request(WRITE, 64 * GRANULE, BLOCK, data, lambda _: None))
     file.close(clean=False)
 
     file = _open(path, larger)
 
-    cache, _ = _cache(file, FakeServer(65 * GRANULE))
+    cache = _cache(file, FakeServer(65 * GRANULE))
     buffer = bytearray(BLOCK)
     cache.submit(Request(READ, 64 * GRANULE, BLOCK, [memoryview(buffer)], lambda _: None))
     assert (file.geometry, file.notes) == (larger, [])
@@ -285,7 +283,7 @@ def test_flipped_bit_in_the_index_after_a_kill_is_refused(path: str, bit: int) -
 
     file = _open(path)
     with pytest.raises(ConfigError, match=f"{path} has a damaged index.*cache drop"):
-        _cache(file, FakeServer(64 * GRANULE))
+        _cache(file, FakeServer(64 * GRANULE, Turn()))
     file.close(clean=False)
 
 
@@ -304,7 +302,7 @@ def test_granule_held_twice_is_refused(path: str) -> None:
         file.state[slot] = state_word(7, 1, 0)
 
     with pytest.raises(ConfigError, match="held twice"):
-        _cache(file, FakeServer(64 * GRANULE))
+        _cache(file, FakeServer(64 * GRANULE, Turn()))
     file.close(clean=False)
 
 
@@ -531,7 +529,7 @@ def test_file_that_is_longer_than_its_header_says_is_used(path: str) -> None:
 def _damage_a_slot(path: str, *, clean: bool) -> None:
     """A file with two dirty blocks; the slot of the second is damaged."""
     file = _open(path)
-    cache, _ = _cache(file, FakeServer(64 * GRANULE))
+    cache = _cache(file, FakeServer(64 * GRANULE, Turn()))
     for granule in (0, 7):
         data = [memoryview(b"a" * BLOCK)]
         cache.submit(Request(WRITE, granule * GRANULE, BLOCK, data, lambda _: None))
@@ -584,9 +582,9 @@ def _open_and_load(path: str, *, skip_damaged: bool) -> tuple[CacheFile, Cache]:
     file = open_to_flush(path, export_bytes=64 * GRANULE, skip_damaged=skip_damaged)
     try:
         cache = Cache(
-            *(file, FakeServer(64 * GRANULE), Options()),
+            *(file, FakeServer(64 * GRANULE, Turn()), Options()),
             clock=lambda: 0.0,
-            call_at_turn_end=lambda _: None,
+            turn=Turn(),
             skip_damaged=skip_damaged,
         )
     except ConfigError:
@@ -703,17 +701,22 @@ def test_store_to_a_page_on_the_disk_only_is_seen_through_the_map(tmp_path: Path
 
 
 def test_threaded_cold_runs_jobs_and_reports_on_the_callers_side() -> None:
-    cold = ThreadedCold()
+    turn = Turn()
+    cold = ThreadedCold(turn)
     results: list[int] = []
+
+    def done(outcome: Outcome) -> None:
+        results.append(outcome.error)
 
     def fail() -> None:
         raise OSError(errno.EIO, "no")
 
-    cold.run(lambda: None, results.append)
-    cold.run(fail, results.append)
+    cold.run(lambda: None, Outcome(done))
+    cold.run(fail, Outcome(done))
     while len(results) < 2:
         select.select([cold.fd], [], [], 10)
         cold.collect()
+        turn.end()
     cold.close()
 
     assert sorted(results) == [0, errno.EIO]
@@ -726,6 +729,7 @@ from bridge.cache.file import open_or_create
 from bridge.cache.layout import Geometry, Identity
 from bridge.cache.options import Options
 from bridge.request import WRITE, Request
+from bridge.turn import Turn
 class Server:
     size_bytes = 64 * 65536
     min_block_bytes = 1
@@ -736,8 +740,8 @@ class Server:
         pass
 file = open_or_create(sys.argv[1], geometry=Geometry(64 * 65536, 4096, 65536, 64),
                       identity=Identity("nbd://server", "disk"))
-cache = Cache(file, Server(), Options(dirty_hard_ratio=1.0), clock=lambda: 0.0,
-              call_at_turn_end=lambda callback: None)
+turn = Turn()
+cache = Cache(file, Server(), Options(dirty_hard_ratio=1.0), clock=lambda: 0.0, turn=turn)
 number = 0
 while True:
     number += 1
@@ -745,6 +749,7 @@ while True:
     data = struct.pack("<I", number) * 1024
     request = Request(WRITE, block * 4096, 4096, [memoryview(data)], lambda _: None)
     cache.submit(request)
+    turn.end()
     os.write(1, struct.pack("<II", number, block))
 """
 
@@ -768,7 +773,7 @@ def test_killed_process_leaves_every_completed_write(path: str, attempt: int) ->
         number = int.from_bytes(done[at : at + 4], "little")
         last[int.from_bytes(done[at + 4 : at + 8], "little")] = number
     file = _open(path)
-    cache, _ = _cache(file, FakeServer(64 * GRANULE))
+    cache = _cache(file, FakeServer(64 * GRANULE, Turn()))
     for block, number in last.items():
         buffer = bytearray(BLOCK)
         cache.submit(Request(READ, block * BLOCK, BLOCK, [memoryview(buffer)], lambda _: None))

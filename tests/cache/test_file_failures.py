@@ -201,6 +201,7 @@ def test_requests_that_wait_for_the_caches_disk_can_be_given_up() -> None:
 
     rig.cache.refuse(EIO)
     rig.cache.refuse(0)
+    rig.end_turn()
     ended = (read.error, write.error)
     read.request.buffers[0][:] = b"w" * BLOCK
     while cold.jobs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from bridge.request import FLUSH, FUA, WRITE, WRITE_ZEROES, Request
+from bridge.turn import Turn
 
 from .fakes import BLOCK, EIO, GRANULE, FakeServer, Rig
 
@@ -16,8 +17,8 @@ from .fakes import BLOCK, EIO, GRANULE, FakeServer, Rig
 class _FsyncServer(FakeServer):
     """`image` is its page cache, `medium` what is durable; a FLUSH or FUA is an fsync."""
 
-    def __init__(self, size_bytes: int) -> None:
-        super().__init__(size_bytes)
+    def __init__(self, size_bytes: int, turn: Turn) -> None:
+        super().__init__(size_bytes, turn)
         self.medium = bytearray(size_bytes)
         self.fsync_fails = False
 

@@ -98,26 +98,26 @@ def _data_before_dirty_mark_of_a_hit(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Cache, "write_hit", write_hit)
 
 
-def _flush_does_not_wait_for_flying(patch: pytest.MonkeyPatch) -> None:
+def _flush_does_not_wait_for_what_is_in_flight(patch: pytest.MonkeyPatch) -> None:
     real = Writeback.want_all
 
-    def broken(self: Writeback, ticket: Any) -> None:
-        flying, self._flying = self._flying, []
-        real(self, ticket)
-        self._flying = flying + self._flying
+    def broken(self: Writeback, wait: Any) -> None:
+        in_flight, self._in_flight = self._in_flight, {}
+        real(self, wait)
+        self._in_flight = in_flight
 
     patch.setattr(Writeback, "want_all", broken)
 
 
 def _fua_whatever_is_unflushed(patch: pytest.MonkeyPatch) -> None:
-    real = Flusher._written_out
+    real = Flusher._flush
 
     def broken(self: Flusher, running: Any) -> None:
         if running.fua:
             self._writeback.unflushed = False
         real(self, running)
 
-    patch.setattr(Flusher, "_written_out", broken)
+    patch.setattr(Flusher, "_flush", broken)
 
 
 def _evicts_dirty(patch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def _flush_cleans_what_came_after(patch: pytest.MonkeyPatch) -> None:
         _state_before_data,
         _data_before_dirty_mark,
         _data_before_dirty_mark_of_a_hit,
-        _flush_does_not_wait_for_flying,
+        _flush_does_not_wait_for_what_is_in_flight,
         _fua_whatever_is_unflushed,
         _evicts_dirty,
         _discard_drops_nothing,

@@ -32,6 +32,7 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
+from bridge.turn import Outcome, Turn
 
 SECTOR = 512
 ZERO = bytes(SECTOR)
@@ -113,16 +114,17 @@ class TestImage(MappedImage):
 class LaterCold:
     """Cold reads that end when the world says so."""
 
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Callable[[], None], Callable[[int], None]]] = []
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+        self.jobs: list[tuple[Callable[[], None], Outcome]] = []
 
-    def run(self, job: Callable[[], None], done: Callable[[int], None]) -> None:
-        self.jobs.append((job, done))
+    def run(self, job: Callable[[], None], outcome: Outcome) -> None:
+        self.jobs.append((job, outcome))
 
     def finish_one(self, rng: random.Random) -> None:
-        job, done = self.jobs.pop(rng.randrange(len(self.jobs)))
+        job, outcome = self.jobs.pop(rng.randrange(len(self.jobs)))
         job()
-        done(0)
+        self._turn.finish(outcome)
 
 
 class Server:
@@ -146,6 +148,8 @@ class Server:
         self.commands = 0
         self.given_up = False
         """There is no connection, and none is waited for any more."""
+        self.turn = Turn()
+        """That of the process of the cache."""
 
     @property
     def gone(self) -> bool:
@@ -153,7 +157,7 @@ class Server:
 
     def submit(self, request: Request) -> None:
         if self.given_up:
-            request.finish(errno.EIO)
+            self.turn.finish(request, errno.EIO)
             return
         assert request.length > 0 or request.op == FLUSH
         assert request.offset >= 0
@@ -218,7 +222,7 @@ class Server:
             for at in range(command.first, command.end):
                 self.replied_upto[at] = len(self.history[at])
         command.request.generation = self.generation
-        command.request.finish(error)
+        self.turn.finish(command.request, error)
 
     def cut(self) -> None:
         """The connection is lost; commands in flight may or may not have been executed."""
@@ -233,7 +237,7 @@ class Server:
         self.cut()
         self.given_up = True
         while self.pending:
-            self.pending.pop(0).request.finish(errno.EIO)
+            self.turn.finish(self.pending.pop(0).request, errno.EIO)
 
     def lose_power(self) -> None:
         """Of what was not flushed, any may be gone."""
@@ -378,8 +382,8 @@ class World:
         self.buffer = bytearray(self.geometry.file_bytes)
 
     def _start(self) -> None:
-        self.turn: list[Callable[[], None]] = []
-        self.cold = LaterCold()
+        self.turn = self.server.turn = Turn()
+        self.cold = LaterCold(self.turn)
         self.image = TestImage(self.buffer, self.header, self.rng)
         self.image.cold_ratio = self.cold_ratio
         self.cache = Cache(
@@ -387,30 +391,25 @@ class World:
             self.server,
             self.options,
             clock=lambda: self.now,
-            call_at_turn_end=self.turn.append,
+            turn=self.turn,
             cold=self.cold,
         )
+        self.turn.add_stage(self.cache)
         self._resize()
 
     def _resize(self) -> None:
         cache = self.cache
 
-        def done(error: int) -> None:
+        def done(outcome: Outcome) -> None:
             assert cache is self.cache, "a dead cache has grown"
-            if not error:
+            if not outcome.error:
                 self.sectors = cache.size_bytes // SECTOR
 
-        cache.resize(self.server.size_bytes, done)
+        cache.resize(self.server.size_bytes, Outcome(done))
 
     def run_turn(self) -> None:
         """What was put off to the end of the turn happens."""
-        rounds = 0
-        while self.turn:
-            pending, self.turn[:] = list(self.turn), []
-            for callback in pending:
-                callback()
-            rounds += 1
-            assert rounds < 100, "the turn does not end"
+        self.turn.end()
 
     # The guest.
 

@@ -1,0 +1,114 @@
+"""One turn of a loop: what has finished, what goes on from there, and what is put off to the end.
+
+**Rule: completions are a list, never a call inside a call.** Whoever finishes something calls
+`finish`, which only notes it; `settle` tells the owners, in the order in which things finished.
+So `submit()` never finishes anything before it returns, no stack grows with the number of requests
+that wait for one another, and what a server's reply sets off does not run in the middle of the
+parser of that reply.
+
+A turn takes what came in (replies, chains, timers, control events: each of these only appends to
+lists), then settles in rounds: owners are told, then every *stage* looks at its own queues and does
+what can be done now. That repeats until nothing moves, so that reply → decision → next command
+needs no further turn. Then follows what was put off with `at_end`: one `sendmsg` per connection,
+one publication per ring. Between turns both lists are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+ROUNDS_MAX: Final = 1 << 20
+"""Rounds of one turn. Each moves something that a guest, a timer or a server set going, and every
+queue is bounded by the guest's rings (65,536 requests): more is a loop of ours."""
+
+
+class Finished(Protocol):
+    """Something with an end: a `Request`, or an `Outcome`."""
+
+    error: int
+    done: Callable[[Any], None]
+
+
+class Outcome:
+    """The end of something that is no request: `done(outcome)` is called once, `error` is 0 or an
+    errno by then."""
+
+    __slots__ = ("done", "error")
+
+    def __init__(self, done: Callable[[Any], None]) -> None:
+        self.done = done
+        self.error = 0
+
+
+class Stage(Protocol):
+    """A part of the data path with queues of its own."""
+
+    def advance(self) -> bool:
+        """Do what can be done now; False if nothing moved."""
+
+
+class Turn:
+    """See the module's text."""
+
+    __slots__ = ("_ends", "_finished", "_stages", "_woken")
+
+    def __init__(self, woken: Callable[[], None] | None = None) -> None:
+        """`woken()` is called when something is put off, which may be outside a turn."""
+        self._finished: list[Finished] = []
+        self._ends: list[Callable[[], None]] = []
+        self._stages: tuple[Stage, ...] = ()
+        self._woken = woken
+
+    def add_stage(self, stage: Stage) -> None:
+        """Let `stage` take part from now on."""
+        self._stages = (*self._stages, stage)
+
+    def remove_stage(self, stage: Stage) -> None:
+        """The end of `add_stage`."""
+        self._stages = tuple(each for each in self._stages if each is not stage)
+
+    def finish(self, what: Finished, error: int = 0) -> None:
+        """`what` has ended with `error`, 0 or an errno; its owner is told in this turn."""
+        what.error = error
+        self._finished.append(what)
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once at the end of this turn, or of one that starts now."""
+        self._ends.append(callback)
+        if self._woken is not None:
+            self._woken()
+
+    @property
+    def pending(self) -> bool:
+        """Something is noted that nobody was told yet."""
+        return bool(self._finished or self._ends)
+
+    def settle(self) -> bool:
+        """Tell owners and let stages advance until nothing moves; False if nothing did."""
+        moved_at_all = False
+        for _ in range(ROUNDS_MAX):
+            moved = False
+            while self._finished:
+                finished, self._finished = self._finished, []
+                for each in finished:
+                    each.done(each)
+                moved = True
+            for stage in self._stages:
+                if stage.advance():
+                    moved = True
+            if not moved:
+                return moved_at_all
+            moved_at_all = True
+        raise AssertionError("a turn that does not settle")
+
+    def end(self) -> bool:
+        """Settle, then do what was put off, until there is nothing; False if nothing was done."""
+        worked = self.settle()
+        while self._ends:
+            ends, self._ends = self._ends, []
+            for callback in ends:
+                callback()
+            worked = True
+            self.settle()
+        return worked
