@@ -14,7 +14,6 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 from bridge.cache.cache import Cache
 from bridge.cache.cold import ThreadedCold
@@ -22,6 +21,7 @@ from bridge.cache.file import CacheFile, open_or_create
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
 from bridge.request import PREFETCH, READ, Request
+from bridge.turn import Turn
 
 from .cache_core import DISK_BYTES, NullServer
 
@@ -37,7 +37,7 @@ def _chill(file: CacheFile) -> None:
     os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _run(cache: Cache, cold: ThreadedCold) -> tuple[list[float], int]:
+def _run(cache: Cache, cold: ThreadedCold, turn: Turn) -> tuple[list[float], int]:
     rng = random.Random(2)
     buffer = memoryview(bytearray(4096))
     outstanding = 0
@@ -59,10 +59,12 @@ def _run(cache: Cache, cold: ThreadedCold) -> tuple[list[float], int]:
         cache.submit(
             Request(READ, rng.randrange(HOT_BYTES // 4096) * 4096, 4096, [buffer], _ignore)
         )
+        turn.end()
         times.append(time.perf_counter() - began)
         cold.collect()
     while outstanding:
         cold.collect()
+        turn.end()
     return times, served
 
 
@@ -76,20 +78,20 @@ def main() -> None:
     geometry = geometry_for(disk_bytes=DISK_BYTES, cache_bytes=DISK_BYTES)
     file = open_or_create(path, geometry=geometry, identity=Identity("nbd://bench", ""))
     os.unlink(path)
-    cold = ThreadedCold()
-    turn: list[Callable[[], None]] = []
+    turn = Turn()
+    cold = ThreadedCold(turn)
     cache = Cache(
         file,
-        NullServer(),
+        NullServer(turn),
         Options(readahead_bytes=0),
         clock=time.monotonic,
-        call_at_turn_end=turn.append,
+        turn=turn,
         cold=cold,
     )
+    turn.add_stage(cache)
     for at in range(0, DISK_BYTES, 1 << 20):
         cache.submit(Request(PREFETCH, at, 1 << 20, [], _ignore))
-        while turn:
-            turn.pop()()
+        turn.end()
     for name in ("threads", "page faults in the loop"):
         _chill(file)
         cache.index.forget_residency()
@@ -102,7 +104,8 @@ def main() -> None:
         else:
             for at in range(0, HOT_BYTES, 4096):
                 cache.submit(Request(READ, at, 4096, [memoryview(bytearray(4096))], _ignore))
-        times, served = _run(cache, cold)
+                turn.end()
+        times, served = _run(cache, cold, turn)
         times.sort()
         shown = ", ".join(
             f"p{share} {times[int(len(times) * share / 100)] * 1e6:.0f}" for share in (50, 90, 99)

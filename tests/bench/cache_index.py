@@ -17,6 +17,7 @@ from bridge.cache.cache import Cache
 from bridge.cache.file import CacheFile, boot_id
 from bridge.cache.layout import Identity, geometry_for, new_header, state_word
 from bridge.cache.options import Options
+from bridge.turn import Turn
 
 from .cache_core import NullServer
 
@@ -58,11 +59,10 @@ def measure(path: str) -> None:
     header = new_header(geometry, Identity("nbd://bench", ""), boot_id(), 0)
     began, began_cpu = time.perf_counter(), time.process_time()
     file = CacheFile(path, fd, header)
-    server = NullServer()
+    turn = Turn()
+    server = NullServer(turn)
     server.size_bytes = 1 << 40
-    cache = Cache(
-        file, server, Options(), clock=time.monotonic, call_at_turn_end=lambda callback: None
-    )
+    cache = Cache(file, server, Options(), clock=time.monotonic, turn=turn)
     took = time.perf_counter() - began
     cpu = time.process_time() - began_cpu
     after = _resident_mib()

@@ -216,7 +216,7 @@ def test_file_with_dirty_data_keeps_its_sizes_until_that_is_written(
 def test_file_of_a_disk_that_grew_in_use_is_taken_over_with_the_new_size(path: str) -> None:
     larger = Geometry(65 * GRANULE, BLOCK, GRANULE, 64)
     file = _open(path)
-    cache = _cache(file, FakeServer(65 * GRANULE))
+    cache = _cache(file, FakeServer(65 * GRANULE, Turn()))
     cache.resize(65 * GRANULE, Outcome(lambda outcome: None))
     data = [memoryview(b"z" * BLOCK)]
     cache.submit(Request(WRITE, 64 * GRANULE, BLOCK, data, lambda _: None))
@@ -224,7 +224,7 @@ def test_file_of_a_disk_that_grew_in_use_is_taken_over_with_the_new_size(path: s
 
     file = _open(path, larger)
 
-    cache = _cache(file, FakeServer(65 * GRANULE))
+    cache = _cache(file, FakeServer(65 * GRANULE, Turn()))
     buffer = bytearray(BLOCK)
     cache.submit(Request(READ, 64 * GRANULE, BLOCK, [memoryview(buffer)], lambda _: None))
     assert (file.geometry, file.notes) == (larger, [])
