@@ -111,8 +111,10 @@ async def test_cancelled_request_leaves_its_slot_busy_until_it_is_answered(
 ) -> None:
     async with guest_on(short_dir, depth=1, num_queues=1) as (backend, guest):
         backend.target.hold = True
-        with trio.move_on_after(0.01):
-            await guest.read(0, 512)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guest.read, 0, 512)
+            await until(lambda: backend.target.held)
+            nursery.cancel_scope.cancel()
         with pytest.raises(QueueFull):
             guest.queues[0].submit(T_FLUSH)
         backend.target.release()
