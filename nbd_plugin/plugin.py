@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import nbdkit
 
-from nbd_plugin import keepalive, thread_state
+from nbd_plugin import filters, keepalive, thread_state
 from nbd_plugin.errors import PluginError, nbd_errno, one_line
 from nbd_plugin.service import Service
 from nbd_plugin.session import Handle
@@ -76,7 +76,7 @@ def config_complete() -> None:
 
 def get_ready() -> None:
     global _service
-    _service = Service(_settings)
+    _service = Service(_settings, is_filtered=filters.may_hold_data())
     _service.prepare()
 
 
