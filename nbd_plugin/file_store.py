@@ -219,7 +219,7 @@ class FileStore:
                 return parse_state(file.read(MAX_STATE_BYTES + 1))
         except FileNotFoundError:
             return VolumeState()
-        except PermissionError:
+        except (PermissionError, NotADirectoryError):
             if not self._may_forget(name):
                 raise
             return self._kept_here.setdefault(name, VolumeState())
@@ -254,7 +254,7 @@ class FileStore:
     def _is_marked_read_only(self, name: str) -> bool:
         try:
             return self.load_state(name).read_only
-        except PermissionError:
+        except (PermissionError, NotADirectoryError):
             return False  # and whoever wants to write is refused that, see `_open`
 
     def _save_state(self, path: Path, state: VolumeState) -> None:

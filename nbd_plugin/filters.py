@@ -8,6 +8,7 @@ line is read; what cannot be read, or is not known here, counts as a filter that
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _HARMLESS = frozenset({"delay", "exitlast", "exitwhen", "ip", "limit", "log", "pause", "rate"})
@@ -17,10 +18,12 @@ _HARMLESS = frozenset({"delay", "exitlast", "exitwhen", "ip", "limit", "log", "p
 def may_hold_data(command_line: Path = Path("/proc/self/cmdline")) -> bool:
     """Whether a filter above the plugin may hold data or change what it sees."""
     try:
-        words = command_line.read_bytes().split(b"\0")
+        words = command_line.read_bytes().split(b"\0")[:-1]
     except OSError:
         return True
-    return not all(name in _HARMLESS for name in filter_names([word.decode() for word in words]))
+    return not all(
+        name in _HARMLESS for name in filter_names([os.fsdecode(word) for word in words])
+    )
 
 
 def filter_names(words: list[str]) -> list[str]:

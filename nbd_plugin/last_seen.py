@@ -41,7 +41,7 @@ _LATE_NS = 60 * _SECOND_NS
 """After a loss of power: how much older than the file's last change the mark may be."""
 
 _COARSE = 5
-"""CLOCK_REALTIME_COARSE of Linux, for which Python has no name. A file's times are of this clock."""
+"""CLOCK_REALTIME_COARSE, for which Python has no name: a file's times are of this clock."""
 
 _BEGAN, _ENDED, _RUNNING, _EXACT = range(4)
 _MARK_BYTES = mmap.PAGESIZE
