@@ -128,8 +128,8 @@ def nobody() -> Iterator[None]:
 
 
 def mode_for_nobody(path: Path, mode: int) -> None:
-    """`mode` for the others where we are root, for ourselves where we are not."""
-    path.chmod(mode if os.geteuid() == 0 else mode << 6)
+    """`mode` for all others where we are root, for ourselves where we are not."""
+    path.chmod(mode | mode << 3 if os.geteuid() == 0 else mode << 6)
 
 
 def served_read_only(service: Service) -> str:
