@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import nbdkit
 
-from nbd_plugin import filters, keepalive, thread_state
+from nbd_plugin import connections, filters, keepalive, thread_state
 from nbd_plugin.errors import PluginError, nbd_errno, one_line
 from nbd_plugin.service import Service
 from nbd_plugin.session import Handle
@@ -37,6 +37,7 @@ _FAST_ZERO: int = nbdkit.FLAG_FAST_ZERO
 
 _settings = Settings()
 _service: Service
+_connections = connections.Connections()
 
 
 def _log_line(_type: object, error: BaseException, *_rest: object) -> list[str]:
@@ -83,9 +84,11 @@ def get_ready() -> None:
 def after_fork() -> None:
     # Here and not in get_ready: threads (librados has some) do not survive nbdkit's fork.
     _service.start()
+    _connections.start()
 
 
 def cleanup() -> None:
+    _connections.stop()
     _service.stop()
 
 
@@ -100,10 +103,17 @@ def default_export(readonly: bool, is_tls: bool) -> str:
     return _service.default_export()
 
 
+def preconnect(readonly: bool) -> None:
+    _connections.is_silent(connections.peer_address())
+
+
 def open(readonly: bool) -> Handle:
+    peer = connections.peer_address()
+    _connections.is_heard(peer)
     try:
         handle = _service.open(nbdkit.export_name(), read_only=readonly)
     except Exception as error:
+        _connections.is_silent(peer)
         _fail(error)
     keepalive.enable()
     thread_state.keep()
@@ -112,6 +122,7 @@ def open(readonly: bool) -> Handle:
 
 def close(handle: Handle) -> None:
     thread_state.let_go()
+    _connections.is_silent(connections.peer_address())
     _service.close(handle)
 
 
