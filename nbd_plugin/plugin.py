@@ -115,6 +115,7 @@ def open(readonly: bool) -> Handle:
     except Exception as error:
         _connections.is_silent(peer)
         _fail(error)
+    handle.peer = peer
     keepalive.enable()
     thread_state.keep()
     return handle
@@ -122,7 +123,8 @@ def open(readonly: bool) -> Handle:
 
 def close(handle: Handle) -> None:
     thread_state.let_go()
-    _connections.is_silent(connections.peer_address())
+    # It may open another export, or be at its end; nbdkit logs an error if asked then.
+    _connections.is_silent(handle.peer)
     _service.close(handle)
 
 

@@ -86,6 +86,7 @@ class Handle:
         "connection",
         "disk",
         "multi_conn",
+        "peer",
         "read_only",
         "revoked",
         "session",
@@ -102,6 +103,8 @@ class Handle:
         self.read_only = session is None
         self.multi_conn = session is None or session.shared
         self.revoked = False
+        self.peer = b""
+        """See `connections`."""
         self.busy: list[None] = []
 
     def check_alive(self) -> None:

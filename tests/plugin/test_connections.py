@@ -135,9 +135,12 @@ def test_nbdkit_ends_at_sigterm_while_clients_are_busy(
     with serve(volumes, where, f"parallel={parallel}", options=("-t", "4")) as server:
         clients = [RawClient(str(server.socket), "disk@session=s") for _ in range(2)]
         stop = threading.Event()
+        begun = threading.Barrier(3)
 
         def read(client: RawClient) -> None:
             try:
+                client.read(0, 4096)
+                begun.wait(20)
                 while not stop.is_set():
                     for number in range(8):
                         client.send(READ, number * 4096, 4096)
@@ -149,6 +152,7 @@ def test_nbdkit_ends_at_sigterm_while_clients_are_busy(
         threads = [threading.Thread(target=read, args=(client,)) for client in clients]
         for thread in threads:
             thread.start()
+        begun.wait(20)
         server.process.terminate()
         status = server.process.wait(20)
         stop.set()
