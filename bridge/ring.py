@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from errno import EIO
 
 import trio
 
@@ -150,17 +151,17 @@ class RunningRing:
         return self._queue.in_flight
 
     def set_kick(self, fd: int | None) -> None:
-        """Wait for `fd` from now on."""
-        if self._kick_fd is not None:
-            self._loop.remove(self._kick_fd)
-            self._kick_fd = None
+        """Wait for `fd` from now on. Raises ProtocolError, and waits for the old one still, if
+        that is not possible."""
         if fd is not None:
             try:
                 # Edge-triggered: the counter need not be read, every write to it is an event.
                 self._loop.add(fd, _kicked, EPOLLIN | EPOLLET)
             except OSError as error:
                 raise ProtocolError(f"the kick descriptor cannot be waited for: {error}") from error
-            self._kick_fd = fd
+        if self._kick_fd is not None:
+            self._loop.remove(self._kick_fd)
+        self._kick_fd = fd
         self._loop.wake()
 
     def set_call(self, fd: int | None) -> None:
@@ -226,6 +227,10 @@ class RunningRing:
         guest, and nothing is written to the ring or a status byte any more.
         """
         self.pause()
+        self._loop.remove_poller(self)
+        if self._kick_fd is not None:
+            self._loop.remove(self._kick_fd)
+            self._kick_fd = None
         if self._publishing:
             self._publish()
         if not self.is_broken:
@@ -234,10 +239,8 @@ class RunningRing:
             if self._log is not None:
                 self._log.mark_ring()
         self.complete = _forget
-        self._loop.remove_poller(self)
-        if self._kick_fd is not None:
-            self._loop.remove(self._kick_fd)
-            self._kick_fd = None
+        self._engine.abandon(self, EIO)
+        self._queue.long.leave()
         self._call_fd = None
         self._error_fd = None
         self._log = None

@@ -91,7 +91,10 @@ async def _serve_one(
     finally:
         transport.close()
         with trio.CancelScope(shield=True):
-            await session.close()
+            try:
+                await session.close()
+            except Exception:
+                log.exception("the end of the vhost-user session failed")
         log.info("front-end disconnected", reason=reason)
         if on_connected is not None:
             on_connected(False)

@@ -46,14 +46,21 @@ class Region:
         self.size_bytes = len(view)
         self.source = source
 
+    def has_the_addresses_of(self, other: Region) -> bool:
+        """The same place in both address spaces."""
+        return (self.guest_address, self.user_address, self.size_bytes) == (
+            other.guest_address,
+            other.user_address,
+            other.size_bytes,
+        )
+
     def is_the_same_as(self, other: Region) -> bool:
         """The same bytes of the same file at the same addresses."""
-        return self.source is not None and (
-            self.source,
-            self.guest_address,
-            self.user_address,
-            self.size_bytes,
-        ) == (other.source, other.guest_address, other.user_address, other.size_bytes)
+        return (
+            self.source is not None
+            and self.source == other.source
+            and self.has_the_addresses_of(other)
+        )
 
 
 def map_region(
@@ -120,6 +127,11 @@ class GuestMemory:
     def with_region(self, region: Region) -> GuestMemory:
         """The same memory with one region more."""
         return GuestMemory([*self.regions, region])
+
+    def with_region_again(self, region: Region) -> GuestMemory:
+        """The same memory with this mapping in the place of the one at the same addresses."""
+        others = [each for each in self.regions if not each.has_the_addresses_of(region)]
+        return GuestMemory([*others, region])
 
     def without_region(
         self, *, guest_address: int, user_address: int, size_bytes: int
