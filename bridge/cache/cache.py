@@ -63,6 +63,7 @@ class Cache:
         *,
         clock: Callable[[], float],
         call_at_turn_end: Callable[[Callable[[], None]], None],
+        call_next_turn: Callable[[Callable[[], None]], None] | None = None,
         cold: Cold | None = None,
         skip_damaged: bool = False,
     ) -> None:
@@ -120,7 +121,9 @@ class Cache:
             turn_end,
         )
         self._resizer = Resizer(index, image, self._fetcher, backend, self._grown)
-        self._ranges = Ranges(index, self._exclusives, backend, options, self.submit)
+        self._ranges = Ranges(
+            index, self._exclusives, backend, options, self.submit, call_next_turn
+        )
         self.woken: Callable[[], None] = _nothing
         """Called when `next_deadline()` has moved to an earlier time."""
         self._promised = float("inf")
