@@ -97,6 +97,7 @@ class BlkDevice:
         self._bitmap: DirtyBitmap | None = None
         self._logging = False
         self._long_views = LongViews()
+        self._told_of_unsealed = False
 
     # Features and configuration space
 
@@ -195,6 +196,12 @@ class BlkDevice:
 
     def _move_rings(self, memory: GuestMemory) -> None:
         self._memory = memory
+        if not self._told_of_unsealed and not all(each.is_sealed for each in memory.regions):
+            self._told_of_unsealed = True
+            _log.info(
+                "guest memory is in a file that cannot be sealed: if the front-end made it shorter "
+                "while it is mapped, this process would end with a bus error"
+            )
         for index, ring in self._rings.items():
             try:
                 ring.move(memory, ring_areas(memory, self._setups[index], packed=self._packed))

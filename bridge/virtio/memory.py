@@ -17,6 +17,7 @@ from bisect import bisect_right
 from typing import Final
 
 from bridge.errors import ProtocolError
+from bridge.virtio.seals import keep_length
 
 _ADDRESS_SPACE_BYTES: Final = 1 << 64
 
@@ -28,10 +29,11 @@ class BadAddress(Exception):
 class Region:
     """A piece of guest memory, mapped: `view` is its bytes.
 
-    `source` says which bytes of which file: device, inode and offset.
+    `source` says which bytes of which file: device, inode and offset. `is_sealed`: nobody can make
+    that file shorter.
     """
 
-    __slots__ = ("guest_address", "size_bytes", "source", "user_address", "view")
+    __slots__ = ("guest_address", "is_sealed", "size_bytes", "source", "user_address", "view")
 
     def __init__(
         self,
@@ -39,12 +41,15 @@ class Region:
         user_address: int,
         view: memoryview,
         source: tuple[int, int, int] | None = None,
+        *,
+        is_sealed: bool = True,
     ) -> None:
         self.guest_address = guest_address
         self.user_address = user_address
         self.view = view
         self.size_bytes = len(view)
         self.source = source
+        self.is_sealed = is_sealed
 
     def has_the_addresses_of(self, other: Region) -> bool:
         """The same place in both address spaces."""
@@ -83,6 +88,7 @@ def map_region(
             f"memory region at {guest_address:#x} of {size_bytes} bytes wraps around 2^64"
         )
     try:
+        is_sealed = keep_length(fd)
         status = os.fstat(fd)
         if status.st_size < mmap_offset_bytes + size_bytes:
             raise ProtocolError(
@@ -101,7 +107,7 @@ def map_region(
     skip = mmap_offset_bytes - start
     view = memoryview(mapping)[skip : skip + size_bytes]
     source = (status.st_dev, status.st_ino, mmap_offset_bytes)
-    return Region(guest_address, user_address, view, source)
+    return Region(guest_address, user_address, view, source, is_sealed=is_sealed)
 
 
 class GuestMemory:
