@@ -63,6 +63,7 @@ class Cache:
         *,
         clock: Callable[[], float],
         call_at_turn_end: Callable[[Callable[[], None]], None],
+        call_next_turn: Callable[[Callable[[], None]], None] | None = None,
         cold: Cold | None = None,
         skip_damaged: bool = False,
     ) -> None:
@@ -120,7 +121,9 @@ class Cache:
             turn_end,
         )
         self._resizer = Resizer(index, image, self._fetcher, backend, self._grown)
-        self._ranges = Ranges(index, self._exclusives, backend, options, self.submit)
+        self._ranges = Ranges(
+            index, self._exclusives, backend, options, self.submit, call_next_turn
+        )
         self.woken: Callable[[], None] = _nothing
         """Called when `next_deadline()` has moved to an earlier time."""
         self._promised = float("inf")
@@ -158,8 +161,7 @@ class Cache:
     def _adopt(self, dirty: list[int]) -> None:
         """Take over the slots that were found in the file."""
         index = self.index
-        states = index.state[1 : index.slots + 1]
-        self._evictor.adopt([slot for slot, word in enumerate(states, 1) if word])
+        self._evictor.adopt(index.used_slots())
         for slot in dirty:
             self._writeback.enqueue(slot)
         if dirty:
@@ -354,11 +356,10 @@ class Cache:
         before = index.valid_blocks
         for granule in list(self._fetcher.fetching):
             self._fetcher.overtaken(granule, BITS)
-        for slot in range(1, index.slots + 1):
-            if index.state[slot]:
-                clean = index.valid(slot) & ~index.dirty(slot)
-                if clean:
-                    self._slots.drop(slot, clean)
+        for slot in index.used_slots():
+            clean = index.valid(slot) & ~index.dirty(slot)
+            if clean:
+                self._slots.drop(slot, clean)
         return before - index.valid_blocks
 
 
