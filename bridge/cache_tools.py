@@ -116,6 +116,7 @@ def _cache_to_flush(
             Options(flush_interval_s=0),
             clock=trio.current_time,
             call_at_turn_end=loop.at_turn_end,
+            call_next_turn=loop.soon,
             skip_damaged=skip_damaged,
         )
         if damaged := cache.index.damaged_slots:

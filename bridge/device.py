@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from errno import EIO
 from math import inf
@@ -29,6 +29,7 @@ from bridge.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
 from bridge.virtio.chain import MAX_QUEUE_SIZE
 from bridge.virtio.dirty_log import DirtyBitmap, DirtyLog
 from bridge.virtio.inflight import InflightRegion, queue_size_by_region
+from bridge.virtio.long_chains import LongViews
 from bridge.virtio.memory import GuestMemory, Region, map_region
 
 _log = structlog.get_logger(__name__)
@@ -80,7 +81,7 @@ class BlkDevice:
         self.guest_faults: Counter[str] = Counter()
         self._target = target
         self._engine = BlkEngine(
-            self._config, target, hits=hits, serial=serial, fault=self._guest_fault
+            self._config, target, hits=hits, serial=serial, fault=self._guest_fault, turns=loop
         )
         self._drain_timeout_s = drain_timeout_s
         self._on_recovered = on_recovered
@@ -95,6 +96,8 @@ class BlkDevice:
         self._inflight: InflightRegion | None = None
         self._bitmap: DirtyBitmap | None = None
         self._logging = False
+        self._long_views = LongViews()
+        self._told_of_unsealed = False
 
     # Features and configuration space
 
@@ -154,7 +157,17 @@ class BlkDevice:
 
     async def add_memory(self, region: MemoryRegion) -> None:
         """See VhostUserDevice. Nothing that was there goes away, so nothing has to wait."""
-        self._move_rings(self._memory.with_region(_map(region)))
+        added = _map(region)
+        former = self._memory.region_at(added.guest_address)
+        if former is None or not former.has_the_addresses_of(added):
+            memory = self._memory.with_region(added)
+        elif self._rings and not former.is_the_same_as(added):
+            raise ProtocolError(
+                f"the memory region at {added.guest_address:#x} changes while rings run"
+            )
+        else:
+            memory = self._memory.with_region_again(added)
+        self._move_rings(memory)
 
     async def remove_memory(
         self, *, guest_address: int, user_address: int, size_bytes: int
@@ -173,14 +186,22 @@ class BlkDevice:
         uses, which the guest has given up.
         """
         rings = list(self._rings.values())
-        if not await self._drained(rings):
-            _log.warning("requests are still in flight in memory that is taken away")
-        self._move_rings(memory)
-        for ring in rings:
-            ring.unpause()
+        try:
+            if not await self._drained(rings):
+                _log.warning("requests are still in flight in memory that is taken away")
+            self._move_rings(memory)
+        finally:
+            for ring in rings:
+                ring.unpause()
 
     def _move_rings(self, memory: GuestMemory) -> None:
         self._memory = memory
+        if not self._told_of_unsealed and not all(each.is_sealed for each in memory.regions):
+            self._told_of_unsealed = True
+            _log.info(
+                "guest memory is in a file that cannot be sealed: if the front-end made it shorter "
+                "while it is mapped, this process would end with a bus error"
+            )
         for index, ring in self._rings.items():
             try:
                 ring.move(memory, ring_areas(memory, self._setups[index], packed=self._packed))
@@ -201,6 +222,7 @@ class BlkDevice:
             inflight=self._inflight,
         )
 
+        queue.long.join(self._long_views)
         if queue.in_flight and self._on_recovered is not None:
             # In flight before the ring runs: begun by another process, perhaps sent by it.
             self._on_recovered()
@@ -219,7 +241,13 @@ class BlkDevice:
         )
         self._setups[index] = ring
         self._kickless.set()
-        self._update_logs()
+        try:
+            self._update_logs()
+        except BaseException:
+            # All of it or nothing: nobody else knows of this ring.
+            del self._setups[index]
+            self._rings.pop(index).close(told=False)
+            raise
 
     @property
     def _packed(self) -> bool:
@@ -256,6 +284,8 @@ class BlkDevice:
             timeout_s=self._drain_timeout_s,
         )
         with self._failing(EIO), trio.move_on_after(_FAILED_DRAIN_S, shield=True) as scope:
+            for ring in rings:
+                self._engine.abandon(ring, EIO)
             for ring in rings:
                 await ring.drained()
         if scope.cancelled_caught:
@@ -332,9 +362,11 @@ class BlkDevice:
     def set_inflight(
         self, fd: int, offset: int, size: int, num_queues: int, queue_size: int
     ) -> None:
-        """See VhostUserDevice. A region from `create_inflight` has room for more than it says."""
-        self._inflight = None
+        """See VhostUserDevice. A region from `create_inflight` has room for more than it says, but
+        only up to what we make: its size is the front-end's to choose."""
         room = queue_size_by_region(size, num_queues, packed=self._packed)
+        if room > MAX_QUEUE_SIZE:
+            room = 0
         self._inflight = InflightRegion.map(
             fd,
             offset,
@@ -387,6 +419,12 @@ class BlkDevice:
         try:
             await self._close_rings(list(self._rings))
         finally:
+            while self._rings:
+                # Something went wrong above; nothing may touch the guest's memory all the same.
+                index, ring = self._rings.popitem()
+                self._setups.pop(index, None)
+                with suppress(Exception):
+                    ring.close(told=False)
             self.set_features(0)
             self._forget_shared()
             self._memory = GuestMemory([])

@@ -13,18 +13,22 @@ fits, and a request that is in flight meanwhile finds the new one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from errno import EIO
 
+import structlog
 import trio
 
 from bridge.errors import ProtocolError
+from bridge.eventfds import writer
 from bridge.loop import EPOLLET, EPOLLIN, Loop
 from bridge.virtio.blk import BlkEngine
 from bridge.virtio.chain import Chain, QueueBroken
 from bridge.virtio.dirty_log import DirtyLog
 from bridge.virtio.memory import GuestMemory
 from bridge.virtio.queue import RingAreas, VirtQueue
+
+_log = structlog.get_logger(__name__)
 
 
 class RunningRing:
@@ -108,10 +112,18 @@ class RunningRing:
         wants_call = self._queue.publish()
         if self._log is not None:
             self._log.mark_ring()
-        if wants_call and self._call_fd is not None:
-            _signal(self._call_fd)
+        if wants_call and self._call_fd is not None and not _signal(self._call_fd):
+            self._call_blocks()
         if self._drained is not None and not self._queue.in_flight:
             self._drained.set()
+
+    def _call_blocks(self) -> None:
+        """The front-end made the call descriptor block: the loop does not wait for it twice."""
+        self._call_fd = None
+        _log.error(
+            "writing to the call eventfd of a ring blocked: the front-end has changed it, and gets "
+            "no more calls on it"
+        )
 
     def arm(self) -> bool:
         """Ask the guest for kicks; True if there are requests already (see `loop.Poller`)."""
@@ -150,24 +162,24 @@ class RunningRing:
         return self._queue.in_flight
 
     def set_kick(self, fd: int | None) -> None:
-        """Wait for `fd` from now on."""
-        if self._kick_fd is not None:
-            self._loop.remove(self._kick_fd)
-            self._kick_fd = None
+        """Wait for `fd` from now on. Raises ProtocolError, and waits for the old one still, if
+        that is not possible."""
         if fd is not None:
             try:
                 # Edge-triggered: the counter need not be read, every write to it is an event.
                 self._loop.add(fd, _kicked, EPOLLIN | EPOLLET)
             except OSError as error:
                 raise ProtocolError(f"the kick descriptor cannot be waited for: {error}") from error
-            self._kick_fd = fd
+        if self._kick_fd is not None:
+            self._loop.remove(self._kick_fd)
+        self._kick_fd = fd
         self._loop.wake()
 
     def set_call(self, fd: int | None) -> None:
         """Signal `fd` from now on, and once now: an earlier call may have got lost."""
         self._call_fd = fd
-        if fd is not None:
-            _signal(fd)
+        if fd is not None and not _signal(fd):
+            self._call_blocks()
 
     def set_error(self, fd: int | None) -> None:
         """Signal `fd` when the ring breaks; now, if it has."""
@@ -226,6 +238,10 @@ class RunningRing:
         guest, and nothing is written to the ring or a status byte any more.
         """
         self.pause()
+        self._loop.remove_poller(self)
+        if self._kick_fd is not None:
+            self._loop.remove(self._kick_fd)
+            self._kick_fd = None
         if self._publishing:
             self._publish()
         if not self.is_broken:
@@ -234,10 +250,8 @@ class RunningRing:
             if self._log is not None:
                 self._log.mark_ring()
         self.complete = _forget
-        self._loop.remove_poller(self)
-        if self._kick_fd is not None:
-            self._loop.remove(self._kick_fd)
-            self._kick_fd = None
+        self._engine.abandon(self, EIO)
+        self._queue.long.leave()
         self._call_fd = None
         self._error_fd = None
         self._log = None
@@ -252,12 +266,4 @@ def _forget(chain: Chain, status: int, length: int) -> None:
     """The end of a request whose ring was closed before."""
 
 
-def _signal(fd: int) -> None:
-    """Write to an eventfd of the front-end's.
-
-    A full one (EAGAIN) is readable already; one that cannot be written to is its own loss.
-    """
-    try:  # noqa: SIM105 (contextlib.suppress costs as much as the system call)
-        os.eventfd_write(fd, 1)
-    except OSError:
-        pass
+_signal = writer.signal

@@ -14,6 +14,7 @@ import trio
 from bridge.device import BlkDevice
 from bridge.disk import Disk
 from bridge.errors import BridgeError, ConfigError
+from bridge.faults import report_bus_errors
 from bridge.heap import keep_freed_pages
 from bridge.loop import Loop
 from bridge.nbd.export import Export
@@ -90,6 +91,7 @@ async def serve_disk(options: ServeOptions) -> None:
     """
     uri = parse_uri(options.uri)
     keep_freed_pages()
+    report_bus_errors()
     loop = Loop(poll_us=options.poll_us)
     client_options = replace(options.client, read_only=options.read_only)
     client_options = client_options.for_reading_and_writing(local=uri.socket_path is not None)

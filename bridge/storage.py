@@ -265,6 +265,7 @@ class Storage:
             Options(mode=self._settings.mode, flush_interval_s=self._settings.flush_interval_s),
             clock=trio.current_time,
             call_at_turn_end=self._at_turn_end,
+            call_next_turn=self._next_turn,
             cold=cold,
         )
 
@@ -301,12 +302,18 @@ class Storage:
 
     def _at_turn_end(self, callback: Callable[[], None]) -> None:
         """For the cache: nothing of it runs any more when its file is closed."""
+        self._loop.at_turn_end(self._while_open(callback))
 
+    def _next_turn(self, callback: Callable[[], None]) -> None:
+        """The same, for what is to go on in the next turn."""
+        self._loop.soon(self._while_open(callback))
+
+    def _while_open(self, callback: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             if not self._closed:
                 callback()
 
-        self._loop.at_turn_end(run)
+        return run
 
     def _reconnected(self) -> None:
         """A new connection is up; nothing was sent on it yet."""

@@ -51,12 +51,13 @@ class Stage(Protocol):
 class Turn:
     """See the module's text."""
 
-    __slots__ = ("_ends", "_finished", "_stages", "_woken")
+    __slots__ = ("_ends", "_finished", "_next", "_stages", "_woken")
 
     def __init__(self, woken: Callable[[], None] | None = None) -> None:
         """`woken()` is called when something is put off, which may be outside a turn."""
         self._finished: list[Finished] = []
         self._ends: list[Callable[[], None]] = []
+        self._next: list[Callable[[], None]] = []
         self._stages: tuple[Stage, ...] = ()
         self._woken = woken
 
@@ -79,10 +80,17 @@ class Turn:
         if self._woken is not None:
             self._woken()
 
+    def next_turn(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once in the next turn: long work goes on there, and everybody else has
+        a chance before."""
+        self._next.append(callback)
+        if self._woken is not None:
+            self._woken()
+
     @property
     def pending(self) -> bool:
-        """Something is noted that nobody was told yet."""
-        return bool(self._finished or self._ends)
+        """There is something to do without anything coming in."""
+        return bool(self._finished or self._ends or self._next)
 
     def settle(self) -> bool:
         """Tell owners and let stages advance until nothing moves; False if nothing did."""
@@ -104,6 +112,10 @@ class Turn:
 
     def end(self) -> bool:
         """Settle, then do what was put off, until there is nothing; False if nothing was done."""
+        if self._next:
+            later, self._next = self._next, []
+            for callback in later:
+                callback()
         worked = self.settle()
         while self._ends:
             ends, self._ends = self._ends, []

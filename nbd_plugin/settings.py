@@ -22,6 +22,7 @@ class Settings:
     store: str = ""
     file: str = ""
     dir: str = ""
+    state: str = ""
     size: str = ""
     volume: str = ""
     create: str = "off"
@@ -42,7 +43,7 @@ class Settings:
             raise PluginError(f"unknown parameter {key!r}; known are {known}")
         if "\0" in value:
             raise PluginError(f"{key}: a path or name has no NUL character")
-        if key in ("file", "dir", "conf"):
+        if key in ("file", "dir", "conf", "state"):
             value = os.path.abspath(value)  # nbdkit goes to / when it becomes a daemon
         setattr(self, key, value)
 
@@ -92,8 +93,8 @@ class Settings:
                 raise PluginError("store=file needs either dir= or file=")
             if self.dir and not Path(self.dir).is_dir():
                 raise PluginError(f"dir={self.dir}: no such directory", errno.ENOENT)
-        elif self.file or self.dir:
-            raise PluginError(f"file= and dir= do not go with store={self.store}")
+        elif self.file or self.dir or self.state:
+            raise PluginError(f"file=, dir= and state= do not go with store={self.store}")
         if self.store == "rbd":
             if not self.pool:
                 raise PluginError("store=rbd needs pool=")

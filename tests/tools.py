@@ -7,6 +7,9 @@ import shutil
 
 import pytest
 
+HUNG_S = 60.0
+"""Nothing that a test waits for takes this long, on the busiest machine: it hangs."""
+
 
 def need(name: str) -> str:
     """The path of the external tool `name`.

@@ -132,8 +132,7 @@ class Cache:
     def _adopt(self, dirty: list[int]) -> None:
         """Take over the slots that were found in the file."""
         index = self.index
-        states = index.state[1 : index.slots + 1]
-        self._evictor.adopt([slot for slot, word in enumerate(states, 1) if word])
+        self._evictor.adopt(index.used_slots())
         for slot in dirty:
             self._writeback.enqueue(slot)
         if dirty:
@@ -337,9 +336,8 @@ class Cache:
         before = index.valid_blocks
         for granule in list(self._fetcher.fetching):
             self._fetcher.overtaken(granule, BITS)
-        for slot in range(1, index.slots + 1):
-            if index.state[slot]:
-                clean = index.valid(slot) & ~index.dirty(slot)
-                if clean:
-                    self._slots.drop(slot, clean)
+        for slot in index.used_slots():
+            clean = index.valid(slot) & ~index.dirty(slot)
+            if clean:
+                self._slots.drop(slot, clean)
         return before - index.valid_blocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sortedcontainers import SortedKeyList
+from sortedcontainers import SortedDict
 
 if TYPE_CHECKING:
     from .exclusive import Exclusive
@@ -17,7 +17,7 @@ class Discards:
 
     def __init__(self, shift: int) -> None:
         """`shift`: blocks of a granule, as a power of two."""
-        self._by_first: SortedKeyList[Exclusive, int] = SortedKeyList(key=_first)
+        self._by_first: SortedDict[int, Exclusive] = SortedDict()
         self._shift = shift
 
     def __bool__(self) -> bool:
@@ -28,21 +28,22 @@ class Discards:
 
     def add(self, each: Exclusive) -> None:
         """`each` overlaps none that is here."""
-        self._by_first.add(each)
+        self._by_first[each.first] = each
 
     def remove(self, each: Exclusive) -> None:
         """`each` has ended."""
-        self._by_first.remove(each)
+        del self._by_first[each.first]
 
     def overlapping(self, first: int, end: int) -> Exclusive | None:
-        """The first one on any of the blocks `first` … `end`, or None."""
+        """One that is in progress on any of the blocks `first` … `end`, or None."""
         if not self._by_first:
             return None
-        at = self._by_first.bisect_key_right(first)
-        if at and self._by_first[at - 1].end > first:
-            return self._by_first[at - 1]
-        if at < len(self._by_first) and self._by_first[at].first < end:
-            return self._by_first[at]
+        at = self._by_first.bisect_left(end)
+        if at:
+            # The last one that begins before `end` is also the last to end.
+            each: Exclusive = self._by_first.peekitem(at - 1)[1]
+            if first < each.end:
+                return each
         return None
 
     def hold(self, granule: int) -> bool:
@@ -51,7 +52,3 @@ class Discards:
             return False
         first = granule << self._shift
         return self.overlapping(first, first + (1 << self._shift)) is not None
-
-
-def _first(each: Exclusive) -> int:
-    return each.first

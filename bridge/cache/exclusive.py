@@ -12,7 +12,8 @@ nothing of it is kept that could be sent again after the server lost power.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections import deque
+from typing import Final, Protocol
 
 from bridge.request import DISCARD, FLUSH, FUA, MAY_UNMAP, Request
 from bridge.turn import Outcome
@@ -23,6 +24,9 @@ from .fetch import Fetcher
 from .flush import Flusher
 from .wait import WriteOutWait
 from .writeback import Writeback
+
+_TRIES: Final = 64
+"""So many that waited are tried again before the rest is left to whoever is in the way now."""
 
 
 class WaitsForDiscard(Protocol):
@@ -62,7 +66,7 @@ class Exclusive(WriteOutWait):
         self.outcome = outcome
         self.generation = 0
         self.epoch = 0
-        self.waiting: list[WaitsForDiscard] = []
+        self.waiting: deque[WaitsForDiscard] = deque()
         """What is to be tried again when this one has ended."""
 
     def discard_ended(self) -> None:
@@ -91,8 +95,8 @@ class Exclusives:
         self._shift = common.index.granule_shift - common.index.block_shift
         self.written_out: list[Exclusive] = []
         """Those whose range has no write-out in flight any more."""
-        self._released: list[WaitsForDiscard] = []
-        """What waited for one that has ended."""
+        self._ended: list[Exclusive] = []
+        """Those that have ended, and that something waited for."""
 
     @property
     def active(self) -> int:
@@ -131,15 +135,32 @@ class Exclusives:
 
     def advance(self) -> bool:
         """See `Stage`."""
-        if not self.written_out and not self._released:
+        if not self.written_out and not self._ended:
             return False
         written_out, self.written_out[:] = list(self.written_out), []
         for each in written_out:
             self._send(each)
-        released, self._released = self._released, []
-        for waiter in released:
-            waiter.discard_ended()
+        ended, self._ended = self._ended, []
+        for each in ended:
+            self._try_again(each)
         return True
+
+    def _try_again(self, ended: Exclusive) -> None:
+        """What waited for `ended` goes on, or waits for another one.
+
+        If one of the first few is in the way of the others (a guest may discard the same blocks
+        thousands of times), they are left to that one all together, not each looked at each time.
+        """
+        waiting = ended.waiting
+        tries = 0
+        while waiting:
+            waiting.popleft().discard_ended()
+            tries += 1
+            if tries % _TRIES == 0:
+                before = self._discards.overlapping(ended.first, ended.end)
+                if before is not None:
+                    before.waiting += waiting
+                    return
 
     def _slots_of(self, each: Exclusive) -> list[int]:
         """The slots with blocks of the range, by whichever way is shorter."""
@@ -201,8 +222,8 @@ class Exclusives:
         self._flusher.writes += 1
         self._flusher.arm()
         self._writeback.discard_ended()
-        self._released += each.waiting
-        each.waiting = []
+        if each.waiting:
+            self._ended.append(each)
         self._common.turn.finish(each.outcome, error)
 
     def _drop(self, each: Exclusive, error: int) -> None:

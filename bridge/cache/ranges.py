@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from bridge.request import DISCARD, FUA, WRITE, WRITE_ZEROES, Request
 from bridge.turn import Outcome
@@ -20,6 +20,10 @@ from .exclusive import Exclusives
 
 _ZEROES = memoryview(bytes(256 * 1024))
 """One write of zero bytes; the same memory for all."""
+
+
+_STEPS_PER_TURN: Final = 32
+"""8 MiB of zeroes: into the cache they end at once, and there may be terabytes of them."""
 
 
 class _Step(NamedTuple):
@@ -36,7 +40,7 @@ class _RangeOp(Outcome):
     """A request that is done when every step is; the first error ends it. It is the outcome of its
     own steps."""
 
-    __slots__ = ("request", "steps")
+    __slots__ = ("request", "steps", "taken")
 
     def __init__(
         self, request: Request, steps: Iterator[_Step], done: Callable[[_RangeOp], None]
@@ -44,6 +48,7 @@ class _RangeOp(Outcome):
         super().__init__(done)
         self.request = request
         self.steps = steps
+        self.taken = 0
 
 
 class Ranges:
@@ -89,6 +94,13 @@ class Ranges:
 
     def _next_step(self, op: _RangeOp) -> None:
         """The step before ended with `op.error`: take the next one."""
+        op.taken += 1
+        if op.taken % _STEPS_PER_TURN == 0:
+            self._common.turn.next_turn(lambda: self._take_step(op))
+        else:
+            self._take_step(op)
+
+    def _take_step(self, op: _RangeOp) -> None:
         step = None if op.error else next(op.steps, None)
         if step is None:
             self._common.turn.finish(op.request, op.error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from bridge.request import READ, Request
 from bridge.turn import Outcome, Turn
 
@@ -82,7 +84,11 @@ class Reads:
         self._readahead = readahead
         self._stats = common.stats
         self._cold_ops: dict[_ReadOp, int] = {}
-        """Reads that wait for the cache's disk, and for how many jobs there."""
+        """Reads that wait for the cache's disk, or to get there, and for how many jobs."""
+        self._cold_budget_bytes = common.options.cold_bytes
+        self._cold_bytes = 0
+        self._cold_waiting: deque[tuple[_ReadOp, int, int]] = deque()
+        """Parts of reads, in bytes of the disk, that there is no memory for now."""
 
     @property
     def waiting(self) -> int:
@@ -92,6 +98,7 @@ class Reads:
     def refuse(self, errno: int) -> None:
         """Reads that wait for the cache's disk fail with `errno`, if that is not 0."""
         if errno:
+            self._cold_waiting.clear()
             waiting, self._cold_ops = self._cold_ops, {}
             for op in waiting:
                 op.abandon(errno)
@@ -189,20 +196,24 @@ class Reads:
             source = index.data[position : position + end - start]
             scatter(request.buffers, start - request.offset, source)
             return
-        # Not into the guest's memory: the disk may answer when that is no longer ours.
-        data = memoryview(bytearray(end - start))
-        self._stats.read_cold += 1
         op.pending += 1
         self._cold_ops[op] = self._cold_ops.get(op, 0) + 1
+        if self._cold_bytes and self._cold_bytes + end - start > self._cold_budget_bytes:
+            self._cold_waiting.append((op, start, end))
+            return
+        # Not into the guest's memory: the disk may answer when that is no longer ours.
+        data = memoryview(bytearray(end - start))
+        self._cold_bytes += end - start
+        self._stats.read_cold += 1
         self._slots.pin(slot)
 
         def done(outcome: Outcome) -> None:
             self._slots.unpin(slot)
+            self._cold_bytes -= end - start
+            self._read_waiting()
             if op.abandoned:
                 return
-            self._cold_ops[op] -= 1
-            if not self._cold_ops[op]:
-                del self._cold_ops[op]
+            self._cold_ended(op)
             if outcome.error:
                 self._unreadable(op, slot, bits, start, end, outcome.error)
             else:
@@ -212,6 +223,24 @@ class Reads:
             op.release()
 
         self._common.cold.run(lambda: self._image.read_wait([data], position), Outcome(done))
+
+    def _cold_ended(self, op: _ReadOp) -> None:
+        """One job less for `op`."""
+        self._cold_ops[op] -= 1
+        if not self._cold_ops[op]:
+            del self._cold_ops[op]
+
+    def _read_waiting(self) -> None:
+        """There is memory for cold reads again: what waits goes on from its look-up, for much may
+        have happened to its blocks meanwhile."""
+        waiting = self._cold_waiting
+        while (
+            waiting and self._cold_bytes + waiting[0][2] - waiting[0][1] <= self._cold_budget_bytes
+        ):
+            op, start, end = waiting.popleft()
+            self._walk(op, start, end)
+            self._cold_ended(op)
+            op.release()
 
     def _is_resident(self, slot: int, bits: int, start: int, end: int) -> bool:
         """Ask about blocks of `slot` that are not believed to be in the page cache."""

@@ -24,6 +24,7 @@ class Slots:
         self._pins: dict[int, int] = {}
         self._orphans: set[int] = set()
         """Pinned slots whose granule was dropped meanwhile."""
+        self._scratch: list[memoryview] = []
         self.touched = evictor.touched
         self.freed = 0
         """Raised whenever a slot can be had that could not."""
@@ -79,7 +80,8 @@ class Slots:
     ) -> None:
         """Have a thread read `slot` into the page cache; it is pinned until `done(outcome)`."""
         size = self._index.granule_bytes
-        scratch = [memoryview(bytearray(size))]
+        # One for all: it is the page cache that matters, nobody looks at the bytes.
+        scratch = self._scratch = self._scratch or [memoryview(bytearray(size))]
         self.pin(slot)
 
         def loaded(outcome: Outcome) -> None:

@@ -105,7 +105,8 @@ class VhostUserDevice(Protocol):
         """Forget all regions, map these. On ProtocolError there is no memory at all."""
 
     async def add_memory(self, region: MemoryRegion) -> None:
-        """Map one region more. On ProtocolError nothing changed."""
+        """Map one region more, or one that is here already once more: from another file only while
+        no ring runs. On ProtocolError nothing changed."""
 
     async def remove_memory(
         self, *, guest_address: int, user_address: int, size_bytes: int

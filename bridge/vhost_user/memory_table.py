@@ -49,22 +49,21 @@ class MemoryTable:
         self._regions = checked
 
     async def add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        """One region more. One that is here already may come again: a second device on this
+        connection (QEMU's device_del and device_add with the chardev kept) sends all of them."""
         region = Region.unpack_single(payload)
-        if len(self._regions) >= MAX_MEMORY_SLOTS:
+        others = [each for each in self._regions if not _same_place(each, region)]
+        if len(others) >= MAX_MEMORY_SLOTS:
             raise ProtocolError(f"more than {MAX_MEMORY_SLOTS} memory regions")
-        _check_region(region, self._regions)
+        _check_region(region, others)
         await self._device.add_memory(_memory_region(region, fds[0]))
-        self._regions.append(region)
+        self._regions = [*others, region]
 
     async def rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
         """The region with these addresses and size; the file offset does not count."""
         wanted = Region.unpack_single(payload)
         for region in self._regions:
-            if (region.guest_address, region.user_address, region.size_bytes) == (
-                wanted.guest_address,
-                wanted.user_address,
-                wanted.size_bytes,
-            ):
+            if _same_place(region, wanted):
                 break
         else:
             raise ProtocolError(f"no memory region at {wanted.guest_address:#x}")
@@ -112,6 +111,15 @@ def _check_region(region: Region, others: list[Region]) -> None:
                 f"memory regions at front-end addresses {region.user_address:#x} and "
                 f"{other.user_address:#x} overlap"
             )
+
+
+def _same_place(one: Region, other: Region) -> bool:
+    """The same addresses and size, whatever the file and the offset in it."""
+    return (one.guest_address, one.user_address, one.size_bytes) == (
+        other.guest_address,
+        other.user_address,
+        other.size_bytes,
+    )
 
 
 def _overlap(start: int, size: int, other_start: int, other_size: int) -> bool:

@@ -146,7 +146,7 @@ class Rings:
             return
         try:
             self._device.start_ring(ring.index, self._ring_setup(ring, features))
-        except ProtocolError:
+        except BaseException:
             ring.started = False
             _close(ring.kick_fd)
             ring.kick_fd = None
@@ -208,9 +208,9 @@ class Rings:
                 before.avail,
             ):
                 raise ProtocolError(f"queue {address.index}: addresses change while it runs")
-            ring.address = address
             if _log_address(address) != _log_address(before):
                 self._device.set_ring_log(ring.index, _log_address(address))
+            ring.address = address
             return
         ring.address = address
         self._start_if_ready(ring)
@@ -235,15 +235,18 @@ class Rings:
     async def set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         file = VringFile.unpack(payload)
         ring = self._ring(file.index)
-        old, ring.kick_fd = ring.kick_fd, _take_eventfd(file, fds)
-        try:
-            if ring.live:
-                self._device.set_kick(ring.index, ring.kick_fd)
-            else:
-                ring.started = True
-                self._start_if_ready(ring)
-        finally:
-            _close(old)
+        new = _take_eventfd(file, fds)
+        if ring.live:
+            try:
+                self._device.set_kick(ring.index, new)
+            except BaseException:
+                _close(new)  # the device goes on with the old one
+                raise
+        old, ring.kick_fd = ring.kick_fd, new
+        _close(old)
+        if not ring.live:
+            ring.started = True
+            self._start_if_ready(ring)
 
     async def set_vring_call(self, payload: bytes, fds: list[int]) -> None:
         file = VringFile.unpack(payload)

@@ -9,7 +9,7 @@ used length never claims a byte that was not written (§2.7.8.2).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from errno import EOPNOTSUPP
 from typing import Any, Final, Protocol
 
@@ -35,6 +35,15 @@ from bridge.virtio.blk_config import (
     BlkConfig,
 )
 from bridge.virtio.chain import Chain
+from bridge.virtio.lanes import (
+    PIECE_BYTES,
+    RANGE_COST_BYTES,
+    SMALL_BYTES,
+    WHOLE_BYTES,
+    Job,
+    Lane,
+    Turns,
+)
 
 T_IN: Final = 0
 T_OUT: Final = 1
@@ -48,6 +57,12 @@ S_IOERR: Final = 1
 S_UNSUPP: Final = 2
 
 ID_BYTES = 20
+
+MAX_REQUEST_BYTES: Final = 1 << 30
+"""A longer IN or OUT is refused. EDK2's driver sends up to so much in one request, others far less
+(`seg_max` segments); the specification would allow 4 GiB."""
+
+_NO_BYTES = memoryview(b"")
 
 _SEGMENT = struct.Struct("<QII")
 _FLAG_UNMAP = 1
@@ -108,12 +123,16 @@ class BlkEngine:
         hits: Hits | None = None,
         serial: str,
         fault: Callable[[str], None],
+        turns: Turns | None = None,
     ) -> None:
         """`hits`: what can be asked before `target`. `serial`: what GET_ID answers, at most 20
         bytes. `fault(problem)` is told what a guest did wrong, "kind" or "kind: details", so that
-        it is counted and logged once per kind."""
+        it is counted and logged once per kind. `turns`: the loop, so that no turn of it begins
+        too much."""
         self.config = config
         self._submit = target.submit
+        self._reads, self._writes, self._range_lane = (Lane(target.submit, turns) for _ in range(3))
+        self._large_done = self._finish_large
         self._read_hit = hits.read_hit if hits is not None else _no_hit
         self._write_hit = hits.write_hit if hits is not None else _no_hit
         self._done = self._finish  # bound once
@@ -179,6 +198,8 @@ class BlkEngine:
                 or not length
             ):
                 self._refuse_data(ring, chain, offset, length)
+            elif length > SMALL_BYTES:
+                self._start_large(ring, chain, offset, length)
             elif type_ == T_IN:
                 if read_hit(offset, length, buffers):
                     ring.complete(chain, S_OK, length + 1)
@@ -192,6 +213,47 @@ class BlkEngine:
                 submit(
                     BlkRequest(ring, chain, WRITE, offset, length, buffers, done, write_flags, 1)
                 )
+
+    def _start_large(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
+        """An IN or OUT that is worth asking first whether it may be begun now."""
+        if length > MAX_REQUEST_BYTES:
+            self._refuse(ring, chain, S_IOERR, f"a request of more than {MAX_REQUEST_BYTES} bytes")
+            return
+        _, type_, _, readable, writable, *_ = chain
+        if type_ == T_IN:
+            op, lane, buffers = READ, self._reads, writable
+            hit, flags, used_bytes = self._read_hit, 0, length + 1
+        else:
+            op, lane, buffers = WRITE, self._writes, readable
+            flags, used_bytes = self._write_flags, 1
+            hit = self._write_hit if not flags else _no_hit
+        request = BlkRequest(
+            ring, chain, op, offset, length, buffers, self._large_done, flags, used_bytes
+        )
+        if length <= WHOLE_BYTES and lane.is_free:
+            if hit(offset, length, buffers):
+                lane.copied(length)
+                ring.complete(chain, S_OK, used_bytes)
+                return
+            if lane.begin_whole(length):
+                self._submit(request)
+                return
+        request.done = self._done
+        lane.enter(Job(lane, ring, _data_pieces(request), request.finish))
+
+    def _finish_large(self, request: BlkRequest) -> None:
+        lane = self._reads if request.op == READ else self._writes
+        lane.ended(request.length)
+        self._finish(request)
+
+    def abandon(self, ring: UsedRing, error: int) -> None:
+        """Begin nothing more of what `ring` has started: it fails with `error`.
+
+        What is in flight of it at the target ends there, and only then fails.
+        """
+        for lane in (self._reads, self._writes, self._range_lane):
+            for job in lane.take(ring):
+                job.stop(error)
 
     def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
         """Answer an IN or OUT that reaches no disk (virtio 1.3 §5.2.6.2)."""
@@ -265,12 +327,9 @@ class BlkEngine:
         request.flags = self._write_flags
         if not parts:
             request.finish(0)
-        elif len(parts) == 1:
-            request.offset, request.length, flags = parts[0]
-            request.flags |= flags
-            self._submit(request)
-        else:
-            _Segments(request, len(parts)).submit(self._submit, parts)
+            return
+        lane = self._range_lane
+        lane.enter(Job(lane, ring, _range_pieces(request, parts), request.finish))
 
     def _check_ranges(
         self, op: int, segments: bytes
@@ -322,25 +381,38 @@ def _no_hit(offset: int, length: int, buffers: list[memoryview]) -> bool:
     return False
 
 
-class _Segments:
-    """A discard or write-zeroes of several segments: the request is done when all are."""
+def _data_pieces(request: BlkRequest) -> Iterator[tuple[int, Request]]:
+    """The request in pieces of PIECE_BYTES, or in one if it is not longer than WHOLE_BYTES."""
+    op, flags, offset, left = request.op, request.flags, request.offset, request.length
+    piece_bytes = left if left <= WHOLE_BYTES else PIECE_BYTES
+    views = iter(request.buffers)
+    view = next(views)
+    while left:
+        length = wanted = min(piece_bytes, left)
+        buffers = []
+        while wanted >= len(view):
+            # Only once through the views, however many there are.
+            buffers.append(view)
+            wanted -= len(view)
+            view = next(views, _NO_BYTES)
+            if not view:
+                break
+        if wanted:
+            buffers.append(view[:wanted])
+            view = view[wanted:]
+        yield length, Request(op, offset, length, buffers, _set_by_job, flags)
+        offset += length
+        left -= length
 
-    __slots__ = ("_error", "_left", "_request")
 
-    def __init__(self, request: BlkRequest, count: int) -> None:
-        self._request = request
-        self._left = count
-        self._error = 0
+def _range_pieces(
+    request: BlkRequest, parts: list[tuple[int, int, int]]
+) -> Iterator[tuple[int, Request]]:
+    """The segments of a discard or write-zeroes."""
+    op, flags = request.op, request.flags
+    for offset, length, part_flags in parts:
+        yield RANGE_COST_BYTES, Request(op, offset, length, [], _set_by_job, flags | part_flags)
 
-    def submit(self, submit: Callable[[Request], None], parts: list[tuple[int, int, int]]) -> None:
-        """Start every part; the first error wins."""
-        flags = self._request.flags
-        op = self._request.op
-        for offset, length, part_flags in parts:
-            submit(Request(op, offset, length, [], self._done, flags | part_flags))
 
-    def _done(self, part: Any) -> None:
-        self._error = self._error or part.error
-        self._left -= 1
-        if not self._left:
-            self._request.finish(self._error)
+def _set_by_job(request: Any) -> None:
+    raise AssertionError("a piece that no job began")

@@ -31,6 +31,7 @@ from bridge.errors import ProtocolError
 from bridge.virtio.chain import Chain
 from bridge.virtio.memory import GuestMemory
 from bridge.virtio.queue import RingAreas
+from bridge.virtio.seals import keep_length
 from bridge.virtio.split_queue import SplitQueue
 
 _VERSION: Final = 1
@@ -124,6 +125,7 @@ class InflightRegion:
                 f"{needed}"
             )
         try:
+            keep_length(fd)
             file_bytes = os.fstat(fd).st_size
             if offset + needed > file_bytes:
                 raise ProtocolError(

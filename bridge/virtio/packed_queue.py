@@ -81,7 +81,7 @@ class PackedQueue:
         """Slot and flags of the first descriptor of a batch that is not visible yet."""
         self.in_flight = 0
         self._descriptors_in_flight = 0
-        self._long = LongChains()
+        self.long = LongChains()
         self.disarm()
 
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
@@ -106,7 +106,7 @@ class PackedQueue:
         """See VirtQueue. More descriptors than the ring has, or a chain without an end, break
         the queue: the driver then rewrites what we have not used, or nobody knows its buffer."""
         chains: list[Chain] = []
-        while self._has_available() and not self._long.too_many:
+        while self._has_available() and not self.long.too_many:
             if WEAK_ORDER:
                 fence()  # the descriptor is read after its flags
             try:
@@ -154,7 +154,7 @@ class PackedQueue:
             if isinstance(table, str):
                 return request_chain(head, [], [], table)
             descriptors = table
-        return resolve(head, descriptors, self._memory, self._data_region, self._long)
+        return resolve(head, descriptors, self._memory, self._data_region, self.long)
 
     def _read_indirect(self, address: int, length: int) -> list[Descriptor] | str:
         """A private copy of an indirect table, or what is wrong with it (virtio 1.3 §2.8.7).
@@ -176,8 +176,8 @@ class PackedQueue:
 
     def push(self, head: int, length: int, /) -> None:
         """See VirtQueue."""
-        if self._long.views:
-            self._long.pushed(head)
+        if self.long.views:
+            self.long.pushed(head)
         slot = self._next_used
         self._write_used(slot, head & 0xFFFF, length)
         flags = self._used_flags(length)
@@ -245,7 +245,7 @@ class PackedQueue:
         else:
             self._device_event[1] = EVENT_ENABLE
         fence()
-        return self._has_available() and not self._long.too_many
+        return self._has_available() and not self.long.too_many
 
     def disarm(self) -> None:
         """See VirtQueue."""

@@ -111,6 +111,8 @@ class Rig:
 
     def end_turn(self) -> None:
         self.turn.end()
+        while self.turn.pending:
+            self.turn.end()
 
     def start(self, op: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0):
         """Submit; the result's `error` is None until it is done."""

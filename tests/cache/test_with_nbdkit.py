@@ -23,6 +23,7 @@ from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import parse_uri
 from bridge.request import FLUSH, READ, WRITE, Request
 from bridge.storage import CacheSettings, Storage
+from tests.tools import HUNG_S
 
 from ..tools import need
 
@@ -41,7 +42,7 @@ class _Server:
 
     async def start(self) -> None:
         self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
-        with trio.fail_after(20):
+        with trio.fail_after(HUNG_S):
             while not os.path.exists(self.socket):
                 await trio.sleep(0.01)
 
@@ -65,7 +66,7 @@ class _Guest:
         length = len(buffer) if buffer else 0
         request = Request(op, offset, length, buffers, lambda _: finished.set())
         self._submit(request)
-        with trio.fail_after(60):
+        with trio.fail_after(HUNG_S):
             await finished.wait()
         assert request.error == 0
 

@@ -17,12 +17,13 @@ import argparse
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
+
+from tests.ports import free_port
 
 PACKAGES = ("ceph-mon", "ceph-mgr", "ceph-osd", "ceph-common", "python3-rbd", "python3-rados")
 POOL = "rbd"
@@ -143,7 +144,7 @@ class Cluster:
 
     def _make(self) -> None:
         fsid = str(uuid.uuid4())
-        port = _free_port()
+        port = free_port()
         for name in ("mon", "mgr", "osd", "run", "log"):
             (self.directory / name).mkdir(parents=True)
         monmap = str(self.directory / "monmap")
@@ -185,13 +186,6 @@ def _installed(package: str) -> bool:
     query = ["dpkg-query", "-W", "-f", "${db:Status-Status}", package]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     return done.stdout == "installed"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _pid_in(path: Path) -> int | None:

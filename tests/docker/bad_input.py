@@ -16,7 +16,7 @@ from tests.docker.compose import Compose
 Say = Callable[[str], None]
 
 _QUICK = {"NBD_HEALTH_INTERVAL": "1s"}
-_LIMIT_S = 40.0
+_LIMIT_S = 180.0
 _BRIDGE_GID = 10810
 
 

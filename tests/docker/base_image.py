@@ -13,7 +13,7 @@ OFFICIAL = "debian:bookworm-slim"
 MADE = "nbd-bridge-base:bookworm-slim"
 RELEASE = "bookworm"
 
-_PULL_LIMIT_S = 120.0
+_PULL_LIMIT_S = 300.0
 _CA_BUNDLE = Path("etc/ssl/certs/ca-certificates.crt")
 _LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale",
              "usr/share/groff", "usr/share/lintian", "var/cache/apt", "var/lib/apt/lists",
@@ -42,7 +42,7 @@ def base_image(docker: str, address: str) -> str:
 
 
 def _is_there(docker: str, address: str, name: str) -> bool:
-    done = run(docker, "-H", address, "image", "inspect", name, limit_s=30, check=False)
+    done = run(docker, "-H", address, "image", "inspect", name, limit_s=150, check=False)
     return done.returncode == 0
 
 
@@ -57,8 +57,8 @@ def _make(docker: str, address: str) -> None:
         _trim(root)
         archive = Path(temporary, "base.tar")
         run("tar", "-C", root, "--numeric-owner", "-cf", archive, "--exclude=./proc/*",
-            "--exclude=./sys/*", "--exclude=./dev/*", ".", limit_s=120)  # fmt: skip
-        run(docker, "-H", address, "import", "-c", 'CMD ["bash"]', archive, MADE, limit_s=120)
+            "--exclude=./sys/*", "--exclude=./dev/*", ".", limit_s=400)  # fmt: skip
+        run(docker, "-H", address, "import", "-c", 'CMD ["bash"]', archive, MADE, limit_s=400)
 
 
 def _trim(root: Path) -> None:
@@ -78,7 +78,7 @@ def _trim(root: Path) -> None:
 def debian_mirror(release: str) -> str | None:
     """The archive that this machine's apt has Debian's `release` from; None if it has it not."""
     shown = run("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)",
-                "Created-By: Packages", limit_s=30, check=False).stdout  # fmt: skip
+                "Created-By: Packages", limit_s=150, check=False).stdout  # fmt: skip
     for line in shown.splitlines():
         uri, _, rest = line.partition(" ")
         if rest == f"{release} main":

@@ -12,9 +12,10 @@ from typing import Any
 
 from tests.docker.command import Failed, run
 
-_UP_LIMIT_S = 90.0
-_DOWN_LIMIT_S = 150.0
-_QUERY_LIMIT_S = 30.0
+_UP_LIMIT_S = 300.0
+_DOWN_LIMIT_S = 400.0
+_QUERY_LIMIT_S = 150.0
+"""An engine on a busy machine may take very long to answer; it only must not hang."""
 _LOOK_EVERY_S = 0.25
 
 

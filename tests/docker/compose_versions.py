@@ -46,7 +46,7 @@ def compose_v2(docker: str, cache: Path) -> list[str] | None:
 
 
 def _major(*command: str) -> str:
-    done = run(*command, limit_s=30, check=False)
+    done = run(*command, limit_s=150, check=False)
     return done.stdout.strip().lstrip("v").partition(".")[0] if done.returncode == 0 else ""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.docker.command import Failed, find, install, run
 
-_START_LIMIT_S = 60.0
+_START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 40.0
 _PRIVATE_ROOT = Path("/var/tmp/nbd-bridge-docker")
 """Images are kept here from run to run when the default place does not work."""
@@ -53,7 +53,7 @@ def answers(address: str) -> bool:
     if docker is None:
         return False
     done = run(docker, "-H", address, "version", "--format", "{{.Server.Version}}",
-               limit_s=20, check=False)  # fmt: skip
+               limit_s=100, check=False)  # fmt: skip
     return done.returncode == 0
 
 

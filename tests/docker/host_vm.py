@@ -20,8 +20,8 @@ from tests.docker.compose import Compose
 
 QEMU_UID = 64055
 """Debian's libvirt runs QEMU as this user."""
-_LIMIT_S = 40.0
-_BOOT_LIMIT_S = 120.0
+_LIMIT_S = 180.0
+_BOOT_LIMIT_S = 400.0
 
 
 def run_host_vm(compose: Compose, say: Callable[[str], None]) -> None:

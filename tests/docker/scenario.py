@@ -20,11 +20,13 @@ KILLS = 3
 IMAGE_LIMIT_BYTES = 250 * 1000 * 1000
 UP_LIMIT_S = 15.0
 IDLE_LIMIT_PERCENT = 1.0
+TRIES = 3
+"""What is measured on a machine that others use as well may be measured again."""
 
 _FILE_MIB = 4
-_HEALTHY_LIMIT_S = 40.0
-_ROUND_LIMIT_S = 60.0
-_GUEST_LIMIT_S = 240.0
+_HEALTHY_LIMIT_S = 180.0
+_ROUND_LIMIT_S = 240.0
+_GUEST_LIMIT_S = 700.0
 _ROUND = re.compile(r"^REPORT round=(\d+)$", re.MULTILINE)
 _COMPILERS = ("gcc", "cc", "c++", "g++", "ld", "make", "pip", "pip3")
 
@@ -105,15 +107,21 @@ def check_keys(compose: Compose) -> None:
 
 def check_idle(compose: Compose, say: Say) -> None:
     """Both containers use next to no CPU when nobody asks anything of them. Raises Failed."""
-    before = {service: _cpu_s(compose, service) for service in ("storage", "bridge")}
-    began_s = time.monotonic()
-    time.sleep(5)
-    for service, used_s in before.items():
-        spent_s = _cpu_s(compose, service) - used_s
-        percent = 100 * spent_s / (time.monotonic() - began_s)
-        say(f"idle     {service}: {percent:.2f} % CPU")
-        if percent > IDLE_LIMIT_PERCENT:
+    for service in ("storage", "bridge"):
+        for _ in range(TRIES):
+            percent = _cpu_percent(compose, service)
+            say(f"idle     {service}: {percent:.2f} % CPU")
+            if percent <= IDLE_LIMIT_PERCENT:
+                break
+        else:
             raise Failed(f"{service} is idle and uses {percent:.1f} % CPU")
+
+
+def _cpu_percent(compose: Compose, service: str) -> float:
+    began_s, used_s = time.monotonic(), _cpu_s(compose, service)
+    time.sleep(5)
+    spent_s = _cpu_s(compose, service) - used_s
+    return 100 * spent_s / (time.monotonic() - began_s)
 
 
 def _cpu_s(compose: Compose, service: str) -> float:

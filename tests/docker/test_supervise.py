@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.docker.conftest import SCRIPTS
+from tests.tools import HUNG_S
 
 _QUICKLY = (
     "import sys, supervise; supervise._FIRST_PAUSE_S = supervise._LONGEST_PAUSE_S = 0.01; "
@@ -27,14 +28,14 @@ def test_program_that_gives_up_soon_is_started_again(tmp_path: Path) -> None:
     tries = tmp_path / "tries"
     script = f"echo x >>{tries}; [ $(wc -l <{tries}) -ge 3 ]"
     process = supervisor("sh", "-c", script)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HUNG_S)
     assert process.returncode == 0
     assert tries.read_text() == "x\nx\nx\n"
 
 
 def test_program_that_is_killed_ends_the_container() -> None:
     process = supervisor("sh", "-c", "kill -9 $$")
-    process.communicate(timeout=30)
+    process.communicate(timeout=HUNG_S)
     assert process.returncode == 137
 
 
@@ -43,7 +44,7 @@ def test_sigterm_is_passed_on_and_the_status_is_the_program_s() -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HUNG_S)
     assert process.returncode == 7
 
 
@@ -58,11 +59,11 @@ def test_sigterm_between_two_tries_ends_it(tmp_path: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HUNG_S)
     assert process.returncode in (0, 143)  # 143: the first try had not quite ended
 
 
 def test_program_that_is_missing_is_named() -> None:
     process = supervisor("/nonexistent/program")
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=HUNG_S)
     assert "SettingError: cannot run /nonexistent/program: No such file or directory" in said

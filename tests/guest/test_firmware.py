@@ -16,6 +16,9 @@ from tests.guest.conftest import GuestMachine
 from tests.tools import missing, need
 
 OVMF = Path("/usr/share/OVMF")
+LIMIT_S = 240.0
+
+pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 
 
 async def test_seabios_boots_from_the_disk_reads_and_writes(folder: Path) -> None:
@@ -25,7 +28,7 @@ async def test_seabios_boots_from_the_disk_reads_and_writes(folder: Path) -> Non
 
     async with bridge_on(image, folder) as server:
         config = GuestConfig(disks=[VhostUserDisk(server.socket, boot=True)])
-        report = await run_guest(config, folder / "log", time_limit_s=60)
+        report = await run_guest(config, folder / "log", time_limit_s=LIMIT_S)
 
     assert report.passed, report
     with image.open("rb") as file:
@@ -74,7 +77,7 @@ async def test_ovmf_boots_linux_from_the_disk(
 
     async with bridge_on(image, folder) as server:
         config = GuestConfig(disks=[VhostUserDisk(server.socket)], extra=ovmf)
-        with trio.fail_after(90):
+        with trio.fail_after(LIMIT_S):
             async with open_guest(config, folder / "log") as guest:
                 await guest.wait_for("Press")
                 await guest.send_line()  # The shell need not wait 5 s.

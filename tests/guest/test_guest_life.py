@@ -36,7 +36,7 @@ from tests.guest.qmp import open_qmp
 
 KILLS = int(os.environ.get("NBD_BRIDGE_KILLS", "3"))
 """How often something is killed in each of those tests; 100 takes about ten minutes."""
-LIMIT_S = 90.0 + 9 * KILLS
+LIMIT_S = 240.0 + 20 * KILLS
 
 pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 

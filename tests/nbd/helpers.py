@@ -24,6 +24,7 @@ from bridge.nbd.server_core import ServerSettings
 from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
 from bridge.request import BLOCK_STATUS, READ, WRITE, Request
+from tests.tools import HUNG_S
 
 FAST = ClientOptions(reconnect_first_s=0.01, reconnect_max_s=0.05, close_timeout_s=2.0)
 
@@ -101,7 +102,7 @@ class Waiter:
 
     async def wait(self) -> int:
         """The request's errno."""
-        with trio.fail_after(30):
+        with trio.fail_after(HUNG_S):
             await self.finished.wait()
         return self.request.error
 
@@ -144,7 +145,7 @@ async def status(client: Client, offset: int, length: int) -> list[tuple[int, in
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that has no event of its own."""
-    with trio.fail_after(30):
+    with trio.fail_after(HUNG_S):
         while not condition():
             await trio.sleep(0.001)
 
@@ -189,7 +190,7 @@ def process(
 
 
 def await_listening(child: subprocess.Popen[bytes], ready: Path | int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HUNG_S
     while True:
         family = socket.AF_INET if isinstance(ready, int) else socket.AF_UNIX
         address = ("127.0.0.1", ready) if isinstance(ready, int) else str(ready)
@@ -206,10 +207,3 @@ def await_listening(child: subprocess.Popen[bytes], ready: Path | int) -> None:
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{child.args} does not listen") from None
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

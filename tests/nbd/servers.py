@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import peers
-from tests.nbd.helpers import free_port, process
+from tests.nbd.helpers import process
+from tests.ports import free_port
 from tests.tools import missing, need
 
 SIZE = 8 << 20

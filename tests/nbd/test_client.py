@@ -41,6 +41,7 @@ from tests.nbd.helpers import (
     until,
     write,
 )
+from tests.tools import HUNG_S
 
 FORMATS = {
     "simple": ServerSettings(structured=False, extended=False),
@@ -572,12 +573,12 @@ async def test_several_connections_one_lost_all_are_replaced() -> None:
 
 async def test_stale_write_with_grace_does_not_overwrite_newer_data() -> None:
     """The old connection's write is executed after the reconnect."""
-    options = replace(FAST, request_timeout_s=0.1, stale_write_grace_s=0.4)
+    options = replace(FAST, request_timeout_s=0.1, stale_write_grace_s=3600)
     async with served(options=options) as (client, server, disk):
         server.faults.leave_writes_behind = True
         server.faults.stall = True
         first = start(client, WRITE, 0, 512, [memoryview(b"A" * 512)])
-        await trio.sleep(0.02)
+        await until(lambda: bool(server._left_behind))
         server.faults.leave_writes_behind = False
         server.faults.stall = False
         assert await first.wait() == 0  # sent again on the second connection
@@ -586,6 +587,7 @@ async def test_stale_write_with_grace_does_not_overwrite_newer_data() -> None:
         assert await elsewhere.wait() == 0
         assert not second.finished.is_set()
         server.execute_left_behind()
+        client.session.tick(trio.current_time() + 3600)
         assert await second.wait() == 0
         assert disk.data[:512] == b"B" * 512
 
@@ -651,7 +653,7 @@ async def test_connect_to_something_else_says_so_in_time(says: bytes, text: str)
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = listeners[0].socket.getsockname()[1]
         nursery.start_soon(trio.serve_listeners, speak, listeners)
-        options = ClientOptions(connect_timeout_s=0.3)
+        options = ClientOptions(connect_timeout_s=HUNG_S if says else 0.3)
         async with running_client(f"nbd://127.0.0.1:{port}", options, connect=False) as client:
             with pytest.raises(BridgeError, match=text):
                 await client.connect()

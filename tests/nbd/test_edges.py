@@ -17,6 +17,7 @@ from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
 from bridge.request import READ
 from tests.nbd.helpers import FAST, read, running_client, served, start, until
+from tests.tools import HUNG_S
 
 
 def open_descriptors() -> int:
@@ -55,7 +56,7 @@ async def test_close_of_a_silent_server_takes_no_longer_than_its_limit() -> None
     options = replace(FAST, close_timeout_s=0.1)
     async with served(faults=Faults(stall=True), options=options) as (client, _, _d):
         waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
-        with trio.fail_after(5):
+        with trio.fail_after(HUNG_S):
             await client.close()
         assert waiter.count == 1
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugin.server import Nbdkit, run
-from tests.tools import missing, need
+from tests.tools import HUNG_S, missing, need
 
 SIZE_BYTES = 64 << 20
 
@@ -155,7 +155,7 @@ def test_ext4_through_nbdfuse_is_clean(server: Nbdkit, tmp_path: Path) -> None:
     disk.touch()
     fuse = subprocess.Popen([need("nbdfuse"), str(disk), server.uri()])
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HUNG_S
         while disk.stat().st_size != SIZE_BYTES:
             assert time.monotonic() < deadline
             assert fuse.poll() is None
@@ -164,7 +164,7 @@ def test_ext4_through_nbdfuse_is_clean(server: Nbdkit, tmp_path: Path) -> None:
         run("e2fsck", "-fn", str(disk))
     finally:
         fuse.terminate()  # it unmounts
-        fuse.wait(20)
+        fuse.wait(HUNG_S)
     digest = checksum_of_export(server, tmp_path)
     assert digest == checksum_of_export(server, tmp_path)
 

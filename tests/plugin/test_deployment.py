@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ import trustme
 
 from tests.plugin.client import RawClient
 from tests.plugin.server import PEERS, Nbdkit, run
-from tests.tools import need
+from tests.ports import free_port
+from tests.tools import HUNG_S, need
 
 
 @pytest.fixture
@@ -58,13 +58,6 @@ def test_limit_filter_refuses_one_client_too_many(volumes: Path) -> None:
         fails("nbdinfo", "--size", server.uri("disk@readonly"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.mark.parametrize(("allowed", "served"), [("127.0.0.0/8", True), ("192.0.2.0/24", False)])
 def test_ip_filter_serves_the_allowed_only(volumes: Path, allowed: str, served: bool) -> None:
     """On the newer nbdkit: the filter of Debian 12's (1.32.5) cannot parse an IPv4 address."""
@@ -96,7 +89,7 @@ def test_tcp_connections_get_keep_alives(volumes: Path, where: str) -> None:
         RawClient(port),
     ):
         # Until the client's kernel has acknowledged the handshake, another timer runs.
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HUNG_S
         while "timer:(keepalive" not in (shown := run("ss", "-tnoH", f"sport = :{port}")):
             assert time.monotonic() < deadline, shown
             time.sleep(0.05)

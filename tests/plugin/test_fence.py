@@ -12,6 +12,7 @@ import pytest
 
 from tests.plugin.client import WRITE, NbdError, RawClient, Refused
 from tests.plugin.server import PACKAGE, Nbdkit
+from tests.tools import HUNG_S
 
 OLD = b"STALL" + b"A" * 4091
 NEW = b"B" * 4096
@@ -28,7 +29,7 @@ class Stall:
         monkeypatch.setenv("PLUGIN_DIRECTORY", str(PACKAGE))
 
     def wait_reached(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HUNG_S
         while not self._reached.exists():
             assert time.monotonic() < deadline, "the write never arrived"
             time.sleep(0.005)
@@ -78,7 +79,7 @@ def test_reconnect_with_a_write_left_behind_newer_data_stays(volumes: Path, stal
         back.join(0.3)
         assert not outcome, "admitted while a write of the old connection is in flight"
         stall.release()
-        back.join(20)
+        back.join(HUNG_S)
         with outcome[0] as client:
             assert client.read(0, 4096) == NEW
             assert client.properties["generation"] == "3"
@@ -91,7 +92,7 @@ def test_reconnect_without_fence_stale_write_wins(volumes: Path, stall: Stall) -
         with come_back(server) as client:
             assert client.read(0, 4096) == NEW
             stall.release()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + HUNG_S
             while client.read(0, 4096) == NEW:
                 assert time.monotonic() < deadline, "the stale write never landed"
             assert client.read(0, 4096) == OLD
@@ -149,7 +150,7 @@ def test_next_session_waits_for_all_connections_of_the_previous(
         after.join(0.3)
         assert not outcome
         second.close()
-        after.join(20)
+        after.join(HUNG_S)
         with outcome[0] as client:
             assert client.properties["generation"] == "3"
 
@@ -166,7 +167,7 @@ def test_replaced_connection_of_a_session_drains_first(volumes: Path, stall: Sta
         back.join(0.3)
         assert not outcome
         stall.release()
-        back.join(20)
+        back.join(HUNG_S)
         with outcome[0] as client:
             assert client.read(0, 4096) == NEW
             assert client.properties["generation"] == "2", "the session goes on"
@@ -187,7 +188,7 @@ def test_new_session_of_the_same_client_replaces_its_live_looking_one(
         back.join(0.3)
         assert not outcome
         stall.release()
-        back.join(20)
+        back.join(HUNG_S)
         with outcome[0] as client:
             assert client.read(0, 4096) == NEW
             assert client.properties["generation"] == "3"

@@ -12,6 +12,7 @@ from nbd_plugin.deadline import call_within, in_background, wait_for_background
 from nbd_plugin.errors import PluginError
 from tests.plugin.client import READ, RawClient
 from tests.plugin.server import HOST, Nbdkit
+from tests.tools import HUNG_S
 
 
 def test_call_in_time_its_result_and_its_error_come_back() -> None:
@@ -26,7 +27,7 @@ def test_call_too_late_refused_and_its_result_handed_on() -> None:
     handed_on = threading.Event()
 
     def slow() -> str:
-        go.wait(30)
+        go.wait(HUNG_S)
         return "an image"
 
     def too_late(result: str) -> None:
@@ -39,7 +40,7 @@ def test_call_too_late_refused_and_its_result_handed_on() -> None:
     assert "opening volume v" in str(caught.value)
     assert not wait_for_background(0)
     go.set()
-    assert handed_on.wait(30)
+    assert handed_on.wait(HUNG_S)
     assert late == ["an image"]
     assert wait_for_background(30)
 
@@ -90,7 +91,7 @@ def test_parallel_requests_of_many_threads_right_answers(volumes: Path, where: s
             for offset in range(0, size, 65536):
                 assert client.read(offset, 4096) == content[offset : offset + 4096]
         for thread in threads:
-            thread.join(60)
+            thread.join(HUNG_S)
         assert server.process.poll() is None
 
 

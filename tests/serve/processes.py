@@ -13,6 +13,8 @@ from pathlib import Path
 
 import trio
 
+from tests.tools import HUNG_S
+
 _START_LIMIT_S = 30.0
 
 
@@ -48,7 +50,7 @@ async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.P
         if child.poll() is None:
             child.terminate()
             with trio.CancelScope(shield=True):
-                await wait_for(child, limit_s=20)
+                await wait_for(child, limit_s=HUNG_S)
 
 
 def _is_ready(path: Path) -> bool:
@@ -79,7 +81,7 @@ async def serving(uri: str, socket: Path, *options: str) -> AsyncIterator[subpro
         yield child
         if child.poll() is None:
             child.send_signal(signal.SIGTERM)
-            assert await wait_for(child, limit_s=20) == 0
+            assert await wait_for(child, limit_s=HUNG_S) == 0
 
 
 def cpu_seconds(pid: int) -> float:

@@ -14,7 +14,7 @@ import pytest
 from bridge.nbd.uri import parse_uri
 from bridge.storage import cache_path
 from tests.serve.processes import bridge_argv, short_directory, unix_uri
-from tests.tools import need
+from tests.tools import HUNG_S, need
 
 
 @pytest.fixture
@@ -65,7 +65,8 @@ def test_serve_port_without_server_says_refused(directory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    line = refused(f"nbd://127.0.0.1:{port}", "--socket-path", str(directory / "v"), status=1)
+        uri = f"nbd://127.0.0.1:{port}"
+        line = refused(uri, "--socket-path", str(directory / "v"), status=1)
     assert f"127.0.0.1:{port}" in line
     assert "refused" in line
 
@@ -190,5 +191,5 @@ def test_serve_dead_socket_is_replaced(nbd, directory):
     with socket.socket(socket.AF_UNIX) as front_end:
         front_end.connect(str(path))
     child.terminate()
-    assert child.wait(20) == 0
+    assert child.wait(HUNG_S) == 0
     child.stderr.close()

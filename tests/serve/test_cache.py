@@ -25,7 +25,7 @@ from tests.serve.processes import (
     unix_uri,
     wait_for,
 )
-from tests.tools import need
+from tests.tools import HUNG_S, need
 
 PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
 SIZE_BYTES = 64 << 20
@@ -85,7 +85,7 @@ async def write_and_leave_dirty(directory: Path) -> bytes:
             async with await Guest.connect(vhost) as guest:
                 await guest.write(8 << 20, data)
                 child.send_signal(signal.SIGKILL)
-            await wait_for(child, limit_s=10)
+            await wait_for(child, limit_s=HUNG_S)
     return data
 
 
@@ -130,7 +130,7 @@ async def test_server_killed_and_started_again_guest_sees_no_error(directory):
     nbd = directory / "nbd"
     server = subprocess.Popen(nbdkit(directory))
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(HUNG_S):
             while not nbd.exists():
                 await trio.sleep(0.02)
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
@@ -163,13 +163,13 @@ async def test_server_given_up_flush_fails_until_it_is_back_and_loses_nothing(di
                 server.kill()
                 server.wait()
                 await guest.write(8 << 20, data)
-                with trio.fail_after(20):
+                with trio.fail_after(HUNG_S):
                     for _ in range(2):  # The second one finds that there is no connection.
                         with pytest.raises(RequestError):
                             await guest.flush()
                 assert await guest.read(8 << 20, len(data)) == data
                 await later.enter_async_context(process(nbdkit(directory), ready=nbd))
-                with trio.fail_after(20):
+                with trio.fail_after(HUNG_S):
                     while not await flushes(guest):
                         await trio.sleep(0.1)
                 image = (directory / "disk.img").read_bytes()
@@ -215,12 +215,13 @@ async def test_disk_that_grows_is_used_to_its_new_end_and_after_a_restart(
                 server.wait()
                 grow_image(directory, b"s" * (4 << 20))
                 async with process(server_argv, ready=nbd):
-                    with trio.fail_after(20):
+                    with trio.fail_after(HUNG_S):
                         assert (await guest.config_changed()).capacity_sectors == new_end // 512
                     assert await guest.read(size_bytes - 1024, 2048) == last + b"s" * 1024
                     await guest.write(new_end - (1 << 20), beyond)
                     child.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
-                    assert await wait_for(child, limit_s=20) == (-signal.SIGKILL if killed else 0)
+                    status = await wait_for(child, limit_s=HUNG_S)
+                    assert status == (-signal.SIGKILL if killed else 0)
     nbd.unlink(missing_ok=True)
     async with process(server_argv, ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
@@ -243,7 +244,7 @@ async def test_disk_that_grew_while_the_bridge_was_dead_takes_what_is_dirty(size
             async with await Guest.connect(vhost) as guest:
                 await guest.write(size_bytes - 1024, last)
                 child.kill()
-            await wait_for(child, limit_s=10)
+            await wait_for(child, limit_s=HUNG_S)
     grow_image(directory, b"s" * (4 << 20))
     nbd.unlink(missing_ok=True)
     async with process(nbdkit_on_image(directory), ready=nbd):
@@ -394,7 +395,7 @@ def slow_nbdkit(directory: Path) -> list[str]:
 async def warming(directory: Path, *options: str) -> subprocess.Popen[bytes]:
     """A `cache warm` that has begun."""
     child = subprocess.Popen(bridge_argv(*warm(directory, *options)), stderr=subprocess.PIPE)
-    with trio.fail_after(20):
+    with trio.fail_after(HUNG_S):
         while not any(has_content(str(path)) for path in (directory / "cache").iterdir()):
             await trio.sleep(0.02)
     return child
@@ -404,7 +405,7 @@ async def test_cache_warm_gives_a_lost_server_up_after_its_timeout(directory):
     async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
         child = await warming(directory, "--timeout", "1")
         server.kill()
-        assert await wait_for(child, limit_s=60) == 1
+        assert await wait_for(child, limit_s=HUNG_S) == 1
     assert child.stderr is not None
     text = child.stderr.read().decode()
     child.stderr.close()
@@ -420,7 +421,7 @@ async def test_cache_warm_interrupted_with_a_hung_server_is_one_line_and_leaves_
         child = await warming(directory)
         server.send_signal(signal.SIGSTOP)
         child.send_signal(signal.SIGINT)
-        assert await wait_for(child, limit_s=60) == 1
+        assert await wait_for(child, limit_s=HUNG_S) == 1
         server.kill()
     assert child.stderr is not None
     text = child.stderr.read().decode()
@@ -456,7 +457,7 @@ async def test_stop_without_a_server_keeps_dirty_data_for_the_next_start(directo
                 server.wait()
                 await guest.write(8 << 20, data)
             child.terminate()
-            assert await wait_for(child, limit_s=30) == 1  # something was left behind
+            assert await wait_for(child, limit_s=HUNG_S) == 1  # something was left behind
     assert shown(directory)["dirty_bytes"] >= 1 << 20
     (directory / "nbd").unlink(missing_ok=True)
     async with process(nbdkit(directory), ready=directory / "nbd"):

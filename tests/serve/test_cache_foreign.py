@@ -28,7 +28,7 @@ from tests.serve.test_cache import (
     shown,
     write_and_leave_dirty,
 )
-from tests.tools import need
+from tests.tools import HUNG_S, need
 
 __all__ = ["directory"]
 
@@ -170,7 +170,7 @@ async def test_volume_replaced_under_a_running_bridge_is_refused(directory):
                 server.wait()
                 remove_volume(directory)
                 await later.enter_async_context(process(nbdkit(directory), ready=nbd))
-                with trio.fail_after(20), pytest.raises(RequestError):
+                with trio.fail_after(HUNG_S), pytest.raises(RequestError):
                     await guest.read(32 << 20, MIB)  # never of the other volume
                 assert await guest.read(0, MIB) == b"o" * MIB
     assert not any((directory / "disk.img").read_bytes())
@@ -187,7 +187,7 @@ async def test_image_changed_while_a_foreign_server_was_away_is_read_anew(direct
                 server.wait()
                 image.write_bytes(b"b" * SIZE_BYTES)
                 await later.enter_async_context(process(nbdkit_file(directory), ready=nbd))
-                with trio.fail_after(20):
+                with trio.fail_after(HUNG_S):
                     while await guest.read(0, 4096) != b"b" * 4096:
                         await trio.sleep(0.05)
                 assert await guest.read(0, MIB) == b"b" * MIB
@@ -219,7 +219,7 @@ async def test_next_session_of_a_volume_finds_its_cache(directory):
             async with await Guest.connect(vhost) as guest:
                 await guest.write(0, data)
                 child.send_signal(signal.SIGKILL)
-            await wait_for(child, limit_s=10)
+            await wait_for(child, limit_s=HUNG_S)
         vhost.unlink(missing_ok=True)
         async with serving(uri("two"), vhost, *cached(directory)):
             async with await Guest.connect(vhost) as guest:

@@ -18,6 +18,7 @@ import trio
 from bridge.errors import RequestError
 from bridge.guest import Guest
 from tests.peers import peer_command
+from tests.ports import free_port
 from tests.serve.processes import (
     bridge_argv,
     cpu_seconds,
@@ -28,7 +29,7 @@ from tests.serve.processes import (
     unix_uri,
     wait_for,
 )
-from tests.tools import need
+from tests.tools import HUNG_S, need
 
 PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
 SIZE_BYTES = 64 << 20
@@ -58,13 +59,6 @@ def qemu_nbd(directory: Path) -> list[str]:
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @asynccontextmanager
 async def nbd_server(directory: Path, port: int) -> AsyncIterator[None]:
     image = directory / "disk.img"
@@ -78,7 +72,7 @@ async def nbd_server(directory: Path, port: int) -> AsyncIterator[None]:
     # In the foreground (-d) it would serve one client and exit: it goes to the background.
     pid_file = directory / "pid"
     subprocess.run([need("nbd-server"), "-C", str(config), "-p", str(pid_file)], check=True)
-    with trio.fail_after(20):
+    with trio.fail_after(HUNG_S):
         while not pid_file.exists() or not pid_file.read_text().strip():
             await trio.sleep(0.02)
     try:
@@ -204,7 +198,7 @@ async def test_serve_flush_timer_fires_without_the_guest(directory):
         async with serving(unix_uri(nbd), vhost, "--flush-interval", "0.2"):
             async with await Guest.connect(vhost) as guest:
                 await guest.write(0, b"a" * 512)
-                with trio.fail_after(20):
+                with trio.fail_after(HUNG_S):
                     while " Flush " not in log.read_text():
                         await trio.sleep(0.05)
 
@@ -217,7 +211,7 @@ async def test_serve_signal_stops_cleanly_and_removes_the_socket(number, directo
             assert stat.S_IMODE(vhost.stat().st_mode) == 0o600
             guest = await Guest.connect(vhost)
             child.send_signal(number)
-            assert await wait_for(child, limit_s=20) == 0
+            assert await wait_for(child, limit_s=HUNG_S) == 0
             guest.close()
     assert not vhost.exists()
 
@@ -233,10 +227,14 @@ async def test_serve_idle_disk_uses_no_cpu_and_little_memory(disk, directory):
     async with await Guest.connect(disk) as guest:
         await guest.write(0, b"a" * 65536)
         await guest.flush()
-        await trio.sleep(0.5)
-        before = cpu_seconds(pids[0])
-        await trio.sleep(10)
-        assert cpu_seconds(pids[0]) - before <= 0.02  # 0.2 % of 10 s
+        for _ in range(3):  # on a busy machine the start may not be over yet
+            await trio.sleep(0.5)
+            before = cpu_seconds(pids[0])
+            await trio.sleep(10)
+            used = cpu_seconds(pids[0]) - before
+            if used <= 0.02:
+                break
+        assert used <= 0.02  # 0.2 % of 10 s
         assert private_memory_bytes(pids[0]) < 60_000_000
 
 
@@ -270,7 +268,7 @@ async def test_serve_inherited_descriptor_instead_of_a_path(directory):
         async with await Guest.connect(vhost) as guest:
             await guest.write(0, b"a" * 512)
         child.terminate()
-        assert await wait_for(child, limit_s=20) == 0
+        assert await wait_for(child, limit_s=HUNG_S) == 0
 
 
 def test_info_json_names_what_the_server_offers(directory):

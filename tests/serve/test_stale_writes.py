@@ -21,13 +21,14 @@ from bridge.nbd.uri import parse_uri
 from bridge.request import FLUSH, WRITE, Request
 from bridge.storage import WRITEBACK, CacheSettings, Storage, cache_path
 from tests.serve.processes import bridge_argv, process, serving, short_directory, unix_uri
-from tests.tools import need
+from tests.tools import HUNG_S, need
 
 PLUGIN = Path(__file__).with_name("unfenced_plugin.py")
 BLOCK = 4096
 OLD = b"STALL".ljust(BLOCK, b"A")
 NEW = b"B" * BLOCK
-GRACE_S = 2.0
+GRACE_S = 6.0
+"""The old write must land within it, however slowly everything starts."""
 STALL_S = 0.5
 """Less than the grace, and time enough for a bridge that has none to write and flush."""
 
@@ -49,7 +50,7 @@ def first_block(directory: Path) -> bytes:
 
 
 async def appears(path: Path) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(HUNG_S):
         while not path.exists():
             await trio.sleep(0.01)
 
@@ -82,7 +83,7 @@ async def test_killed_without_a_cache_old_write_does_not_go_over_a_newer_one(dir
         async with serving(uri, vhost, "--stale-write-grace", f"{GRACE_S}"):
             await guest.reconnect()
             nursery.start_soon(let_the_old_write_go, directory)
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert await guest.read(BLOCK, BLOCK) == bytes(BLOCK)
                 await repeated.wait()
                 await guest.write(0, NEW)
@@ -118,7 +119,7 @@ async def test_killed_with_a_cache_old_write_out_does_not_go_over_the_newer_one(
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(let_the_old_write_go, directory)
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert await guest.read(0, BLOCK) == NEW
                 await guest.flush()
             await appears(directory / "done")

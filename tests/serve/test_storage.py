@@ -23,7 +23,7 @@ from bridge.nbd.uri import parse_uri
 from bridge.request import FLUSH, PREFETCH, READ, WRITE, Request
 from bridge.storage import WRITEBACK, CacheSettings, Storage, cache_path
 from tests.serve.processes import process, short_directory, unix_uri, wait_for
-from tests.tools import need
+from tests.tools import HUNG_S, need
 
 SIZE_BYTES = 64 << 20
 CLOSE_TIMEOUT_S = 0.1
@@ -124,7 +124,7 @@ async def test_close_waits_for_reads_in_flight_longer_than_the_client_would(dire
             await storage.close(20)
         assert ended == [[0]] * 4
         server.terminate()
-        assert await wait_for(server, limit_s=10) == 0, "not aborted by our hanging up"
+        assert await wait_for(server, limit_s=HUNG_S) == 0, "not aborted by our hanging up"
 
 
 async def test_close_sends_no_further_reads(directory):
@@ -135,13 +135,13 @@ async def test_close_sends_no_further_reads(directory):
             ended = [start(storage, PREFETCH, number << 20, 1 << 20) for number in range(60)]
             storage.client.session.leaving()
             late = start(storage, READ, 63 << 20, 4096)
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 await storage.client.close(10)
                 await storage.close(0)
         assert late != [0]
         assert all(ended)
         server.terminate()
-        assert await wait_for(server, limit_s=10) == 0, "not aborted by our hanging up"
+        assert await wait_for(server, limit_s=HUNG_S) == 0, "not aborted by our hanging up"
 
 
 async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(directory):
@@ -155,7 +155,7 @@ async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(dir
             await trio.testing.wait_all_tasks_blocked(0.01)
             for number in range(64):  # Again, while the first content is on its way.
                 assert start(storage, WRITE, number << 16, 65536) == [0]
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 await storage.close(0.3)
             server.send_signal(signal.SIGCONT)
         assert flush[0]
@@ -202,7 +202,7 @@ async def test_write_that_waits_for_room_fails_when_everything_does(directory: P
                 assert (late, flush) == ([EIO], [EIO])
             buffer[:] = b"!" * 4096
             nbdkit.send_signal(signal.SIGCONT)
-            with trio.fail_after(30):
+            with trio.fail_after(HUNG_S):
                 flush = start(storage, FLUSH, 0, 0)
                 while not flush:
                     await trio.sleep(0.01)

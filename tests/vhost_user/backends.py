@@ -18,6 +18,7 @@ from bridge.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, Request
 from bridge.vhost_user.backend import serve
 from bridge.vhost_user.listener import Listener
 from bridge.virtio.blk_config import DiskGeometry
+from tests.tools import HUNG_S
 
 
 class MemoryTarget:
@@ -134,7 +135,7 @@ async def running_backend(
                 nursery.start_soon(loop.run)
                 nursery.start_soon(device.run)
                 nursery.start_soon(serving)
-                with trio.fail_after(60):
+                with trio.fail_after(HUNG_S):
                     yield running
                 running.scope.cancel()
                 await until(lambda: not running.connections or not running.connections[-1])

@@ -20,6 +20,7 @@ import trio
 from bridge.guest import FEATURES, PACKED_FEATURES, Guest
 from bridge.guest_queue import STATUS_OK
 from bridge.virtio.blk import T_FLUSH, T_IN, T_OUT
+from tests.tools import HUNG_S
 from tests.vhost_user.crashing import Zygote
 
 KINDS = [
@@ -86,7 +87,7 @@ class Workload:
 
     async def finish(self, zygote: Zygote) -> bool:
         """Wait until everything is complete (True), or the back-end dead (False)."""
-        with trio.fail_after(20):
+        with trio.fail_after(HUNG_S):
             while self.completed < self.expected:
                 self.collect()
                 if zygote.is_dead:

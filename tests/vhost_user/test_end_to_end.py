@@ -56,8 +56,7 @@ def addresses(guest: Guest, queue: GuestQueue) -> dict[str, int]:
 
 async def complete(queue: GuestQueue) -> list[tuple[int, int]]:
     """The next completions, taken without any call."""
-    with trio.fail_after(5):
-        await until(lambda: queue.driver.has_used)
+    await until(lambda: queue.driver.has_used)
     return queue.poll()
 
 
@@ -470,10 +469,9 @@ async def test_recovery_ignores_which_base_the_front_end_names(short_dir: Path, 
         await guest._start_queue(
             queue, base=driver.base if base == "avail" else driver.restore_base
         )
-        with trio.fail_after(5):
-            done = []
-            while len(done) < 3:
-                done += await complete(queue)
+        done = []
+        while len(done) < 3:
+            done += await complete(queue)
         assert [status for _, status in done] == [STATUS_OK] * 3
         assert backend.target.data[:1536] == b"".join(bytes([n]) * 512 for n in range(3))
         assert [offset for _, offset, _ in backend.target.requests[-3:]] == [0, 512, 1024]

@@ -111,8 +111,10 @@ async def test_cancelled_request_leaves_its_slot_busy_until_it_is_answered(
 ) -> None:
     async with guest_on(short_dir, depth=1, num_queues=1) as (backend, guest):
         backend.target.hold = True
-        with trio.move_on_after(0.01):
-            await guest.read(0, 512)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guest.read, 0, 512)
+            await until(lambda: backend.target.held)
+            nursery.cancel_scope.cancel()
         with pytest.raises(QueueFull):
             guest.queues[0].submit(T_FLUSH)
         backend.target.release()
@@ -282,10 +284,7 @@ async def test_back_end_that_dies_fails_what_is_in_flight(
     short_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.guest._ALIVE_CHECK_S", 0.02)
-    async with (
-        running_backend(short_dir, drain_timeout_s=0.01) as backend,
-        await Guest.connect(backend.path) as guest,
-    ):
+    async with guest_on(short_dir) as (backend, guest):
         backend.target.hold = True
         with pytest.RaisesGroup(ConnectionLost):
             async with trio.open_nursery() as nursery:
@@ -295,3 +294,5 @@ async def test_back_end_that_dies_fails_what_is_in_flight(
                 await trio.sleep(0.05)  # that nothing comes is no reason to fail
                 assert guest.front_end is not None
                 guest.front_end._transport.sock.shutdown(socket.SHUT_RDWR)
+        # Only now: a dead back-end answers nothing, one that drains would fail the requests itself.
+        backend.target.release()
