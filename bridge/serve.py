@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 import trio
 
+from bridge.descriptors import allow_all_descriptors
 from bridge.device import BlkDevice
 from bridge.disk import Disk
 from bridge.errors import BridgeError, ConfigError
@@ -92,6 +93,7 @@ async def serve_disk(options: ServeOptions) -> None:
     uri = parse_uri(options.uri)
     keep_freed_pages()
     report_bus_errors()
+    allow_all_descriptors()
     loop = Loop(poll_us=options.poll_us)
     client_options = replace(options.client, read_only=options.read_only)
     client_options = client_options.for_reading_and_writing(local=uri.socket_path is not None)

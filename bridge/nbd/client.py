@@ -53,6 +53,8 @@ class Client:
         self._loop = loop
         self._connections: list[Connection] = []
         self._cookies = count(1)
+        self._first_cookie = 0
+        """What was sent on the present connections has later ones."""
         self._broken = trio.Event()
         self._run_scope = trio.CancelScope()
         self._closing = False
@@ -180,17 +182,32 @@ class Client:
             raise ConnectionLost(f"{self.uri.server}: {reason}")
         self._broken = trio.Event()
         generation = self.session.generation + 1
-        connections = [
-            Connection(
-                each, self._loop, lost=self._lost, generation=generation, cookies=self._cookies
-            )
-            for each in negotiated
-        ]
+        connections: list[Connection] = []
+        try:
+            for each in negotiated:
+                connections.append(
+                    Connection(
+                        each,
+                        self._loop,
+                        lost=self._lost,
+                        generation=generation,
+                        cookies=self._cookies,
+                    )
+                )
+        except OSError as error:
+            # The system has no room to watch one more socket, or for its buffer.
+            for connection in connections:
+                connection.close()
+            for each in negotiated:
+                each.close()
+            reason = f"cannot use the connection: {error.strerror or error}"
+            raise ConnectionLost(f"{self.uri.server}: {reason}") from None
         if not all(connection.alive for connection in connections):
             for connection in connections:
                 connection.close()
             raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
         self._connections = connections
+        self._first_cookie = next(self._cookies)
         self.session.established(trio.current_time(), export, connections)
 
     async def _negotiate_all(self) -> list[Negotiated]:
@@ -299,6 +316,18 @@ class Client:
                     self._last_failure = str(error)
                     _log.warning("cannot reconnect yet", reason=str(error))
                 continue
+            except Exception as error:
+                # A bug of ours must not take the disk away: it may be gone with what the server
+                # says next time.
+                if repr(error) != self._last_failure:
+                    self._last_failure = repr(error)
+                    _log.error("cannot reconnect yet: internal error", exc_info=error)
+                if self.session.phase is not Phase.UP:
+                    continue
+                for connection in self._connections:
+                    connection.close()
+                self._broken.set()
+                return
             self._last_failure = ""
             self.reconnects_total += 1
             _log.info("reconnected", server=self.uri.server, generation=self.generation)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 import ssl
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Final
 
+import structlog
 import trio
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
@@ -31,6 +31,8 @@ from bridge.nbd.options import ClientOptions
 from bridge.nbd.transmission import Transmission
 from bridge.nbd.uri import NbdUri
 from bridge.request import Request
+
+_log = structlog.get_logger(__name__)
 
 _IOV_MAX: Final = 1024
 _RECEIVES_PER_TURN: Final = 8
@@ -110,6 +112,7 @@ async def _connect(uri: NbdUri) -> socket.socket:
         else:
             assert uri.host is not None
             stream = await trio.open_tcp_stream(uri.host, uri.port)
+        return _taken_from(stream)
     except FileNotFoundError:
         raise ConnectionLost("there is no such socket: is the server running?") from None
     except socket.gaierror as error:
@@ -122,10 +125,17 @@ async def _connect(uri: NbdUri) -> socket.socket:
             cause = cause.exceptions[0]
         reason = getattr(cause, "strerror", None) or str(cause)
         raise ConnectionLost(f"cannot connect: {reason}") from None
-    sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
-    stream.socket.close()
-    sock.setblocking(False)
-    _tune(sock)
+
+
+def _taken_from(stream: trio.SocketStream) -> socket.socket:
+    """The raw socket of `stream`, tuned. Raises OSError, and leaves nothing open then."""
+    sock = socket.socket(fileno=stream.socket.detach())
+    try:
+        sock.setblocking(False)
+        _tune(sock)
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 
@@ -233,6 +243,7 @@ class Connection:
         "_tls",
         "_unsent",
         "alive",
+        "blamed",
         "export",
         "leaving",
         "peer_closed",
@@ -268,6 +279,8 @@ class Connection:
         """The server asked to be left (ESHUTDOWN), or we are hanging up: send nothing new."""
         self.peer_closed = False
         """The connection ended because the peer's end was closed (or a reset says so)."""
+        self.blamed: Request | None = None
+        """The command that may have made the server hang up."""
         self.transmission = Transmission(self.export, generation=generation, cookies=cookies)
         loop.add(self._fd, self._on_event, EPOLLIN)
         if negotiated.handshake.trailing_data():
@@ -312,37 +325,40 @@ class Connection:
 
     def flush_output(self) -> None:
         """Send what has gathered, as far as the socket takes it."""
-        self._queued = False
-        if not self.alive:
-            return
-        transmission = self.transmission
-        if self._unsent:
-            # The loop says when the socket takes more.
-            self._unsent += transmission.output
+        try:
+            self._queued = False
+            if not self.alive:
+                return
+            transmission = self.transmission
+            if self._unsent:
+                # The loop says when the socket takes more.
+                self._unsent += transmission.output
+                transmission.output = []
+                return
+            output = transmission.output
+            if not output:
+                return
             transmission.output = []
-            return
-        output = transmission.output
-        if not output:
-            return
-        transmission.output = []
-        has_payload, transmission.has_payload = transmission.has_payload, False
-        if not self._tls and len(output) <= _IOV_MAX:
-            # The usual case: everything goes out at once.
-            if not has_payload:
-                # Headers only: joining 32 of them costs less than 32 pieces in one call.
-                output = [b"".join(output)]
-            try:
-                sent = self._sendmsg(output)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._fail_by(error)
-                return
-            if sent == sum(map(len, output)):
-                return
-            output = _rest(output, sent)
-        self._unsent = output
-        self._push()
+            has_payload, transmission.has_payload = transmission.has_payload, False
+            if not self._tls and len(output) <= _IOV_MAX:
+                # The usual case: everything goes out at once.
+                if not has_payload:
+                    # Headers only: joining 32 of them costs less than 32 pieces in one call.
+                    output = [b"".join(output)]
+                try:
+                    sent = self._sendmsg(output)
+                except BlockingIOError:
+                    sent = 0
+                except OSError as error:
+                    self._fail_by(error)
+                    return
+                if sent == sum(map(len, output)):
+                    return
+                output = _rest(output, sent)
+            self._unsent = output
+            self._push()
+        except Exception as error:
+            self._fail_unexpectedly(error)
 
     def _push(self) -> None:
         """Send `_unsent` until the socket is full; then wait for EPOLLOUT."""
@@ -372,18 +388,21 @@ class Connection:
                 request.finish(request.error)
 
     def _on_event(self, events: int) -> None:
-        if events & EPOLLOUT and self._unsent:
-            self._push()
-        if self.alive and events & ~EPOLLOUT:
-            self._receive_some()
-            if self.transmission.long_reads or self._unsent:
-                # A long payload comes and goes in many pieces, one right after the other.
-                self._loop.linger()
-            if self.transmission.refused and not self.leaving:
-                self.leaving = True
-                self._lost(self, ConnectionLost("the server is shutting down"))
-        if self._idle is not None:
-            self._check_idle()
+        try:
+            if events & EPOLLOUT and self._unsent:
+                self._push()
+            if self.alive and events & ~EPOLLOUT:
+                self._receive_some()
+                if self.transmission.long_reads or self._unsent:
+                    # A long payload comes and goes in many pieces, one right after the other.
+                    self._loop.linger()
+                if self.transmission.refused and not self.leaving:
+                    self.leaving = True
+                    self._lost(self, ConnectionLost("the server is shutting down"))
+            if self._idle is not None:
+                self._check_idle()
+        except Exception as error:
+            self._fail_unexpectedly(error)
 
     def _receive_plain(self) -> None:
         sock = self._sock
@@ -436,6 +455,7 @@ class Connection:
         try:
             self.transmission.bytes_received(n_bytes)
         except ProtocolError as error:
+            self._blame()
             self._fail(error)
         return self.alive
 
@@ -445,20 +465,42 @@ class Connection:
 
     def _end_of_file(self) -> None:
         self.peer_closed = True
+        self._blame()
         self._fail(ConnectionLost("the server closed the connection"))
 
     def _fail_by(self, error: OSError) -> None:
         # A server that ends with our commands unread resets the connection.
         self.peer_closed = error.errno in (errno.ECONNRESET, errno.EPIPE)
+        if self.peer_closed:
+            self._blame()
         self._fail(_lost_by(error))
+
+    def _blame(self) -> None:
+        """The connection ends, and a command may be the reason: the first one without an answer.
+
+        Not when the server wants to be left, nor when the network or its silence ends it.
+        """
+        if self.alive and not self.leaving:
+            self.blamed = next(iter(self.transmission.pending.values()), None)
+
+    def _fail_unexpectedly(self, error: Exception) -> None:
+        """A bug of ours, in what a reply completes perhaps: it costs this connection, not the disk.
+
+        What had no answer yet is sent again on the next one.
+        """
+        _log.error("a connection ends by an internal error", exc_info=error)
+        self._blame()
+        self._fail(ConnectionLost(f"internal error: {type(error).__name__}"))
 
     def _fail(self, error: BridgeError) -> None:
         """The connection is dead: tell the owner once."""
         if not self.alive:
             return
-        self.close()
-        if not self._closing:
-            self._lost(self, error)
+        try:
+            self.close()
+        finally:
+            if not self._closing:
+                self._lost(self, error)
 
     def fail(self, error: BridgeError) -> None:
         """Give the connection up, as if it had broken."""
@@ -548,13 +590,15 @@ def _gather(output: list[bytes | memoryview], limit_bytes: int) -> bytes:
 
 async def leave(negotiated: Negotiated) -> None:
     """Say goodbye on a connection that never entered the loop, and close it."""
-    if negotiated.handshake.in_transmission:
-        farewell = Transmission(negotiated.export)
-        farewell.disconnect()
-        with trio.move_on_after(1):
-            with contextlib.suppress(OSError):
-                await _send_all(negotiated.sock, b"".join(farewell.output))
-    negotiated.close()
+    try:
+        if negotiated.handshake.in_transmission:
+            farewell = Transmission(negotiated.export)
+            farewell.disconnect()
+            with trio.move_on_after(1):
+                with contextlib.suppress(OSError):
+                    await _send_all(negotiated.sock, b"".join(farewell.output))
+    finally:
+        negotiated.close()
 
 
 def with_export_name(uri: NbdUri, name: str) -> NbdUri:

@@ -49,9 +49,9 @@ import structlog
 from bridge.nbd.align import cover, send_aligned
 from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.export import Export
-from bridge.nbd.held import WHOLE_DISK, Held, Span
+from bridge.nbd.held import WHOLE_DISK, Held
 from bridge.nbd.options import ClientOptions
-from bridge.nbd.ranges import Claim, Ranges
+from bridge.nbd.ranges import Claim, Ranges, Span
 from bridge.nbd.split import Limits, Split
 from bridge.request import (
     BLOCK_STATUS,
@@ -510,10 +510,15 @@ class Session:
         self._send = self._fail
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
+        # Taken out first: what waits for one of those that fail now must fail with it, and not
+        # be sent at any later time.
+        claims = self._ranges.take_waiting()
         left = _changed(again) if self._stale_possible else []
         for request in (*again, *waited):
             request.finish(error)
-        self._held.hold_again(self._held.let_go())  # What it kept waiting fails, too.
+        for claim in claims:
+            assert isinstance(claim, _Change)
+            claim.fail(error)
         self._hold(left)
 
     def fail_pending(self, now: float, unanswered: list[Request], error: int) -> None:
@@ -540,7 +545,7 @@ class Session:
             sum(channel.in_flight for channel in self._channels)
             + len(self._unanswered)
             + len(self._waiting)
-            + len(self._ranges.waiting)
+            + self._ranges.waiting_count
         )
 
 
@@ -566,6 +571,10 @@ class _Change(Claim):
                 request.flags,
             )
         )
+
+    def fail(self, error: int) -> None:
+        """Finish the request, which has not gone, and will not."""
+        self._request.finish(error)
 
     def _done(self, inner: Request) -> None:
         request = self._request

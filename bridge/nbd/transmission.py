@@ -197,15 +197,12 @@ class Transmission:
             self.output += request.buffers
 
     def disconnect(self) -> None:
-        """Put the farewell into the output; nothing may follow it."""
+        """Put the farewell into the output; nothing may follow it. No reply, so no cookie."""
         if self._extended:
-            self.output.append(
-                _pack_extended(p.EXTENDED_REQUEST_MAGIC, 0, p.CMD_DISC, next(self._cookies), 0, 0)
-            )
+            farewell = _pack_extended(p.EXTENDED_REQUEST_MAGIC, 0, p.CMD_DISC, 0, 0, 0)
         else:
-            self.output.append(
-                _pack_request(p.REQUEST_MAGIC, 0, p.CMD_DISC, next(self._cookies), 0, 0)
-            )
+            farewell = _pack_request(p.REQUEST_MAGIC, 0, p.CMD_DISC, 0, 0, 0)
+        self.output.append(farewell)
 
     def unanswered(self) -> list[Request]:
         """Take every request without an answer, in the order they were sent."""

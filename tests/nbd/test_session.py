@@ -616,6 +616,93 @@ def test_fail_pending_fails_everything_once_and_goes_on() -> None:
     assert world.sent == [(READ, 3)]
 
 
+MANY = 64 * 1024
+"""What 64 queues of 1024 can have in flight."""
+
+
+def fail_by_closing(world: World) -> None:
+    world.session.closed([request for channel in world.channels for request in channel.pending])
+
+
+WAYS_TO_FAIL = pytest.mark.parametrize(
+    "fail", [fail_by_pending, fail_by_timeout, fail_by_closing], ids=lambda way: way.__name__
+)
+
+
+@WAYS_TO_FAIL
+def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
+    """Each waits for the one before: failing one must not fail the next from inside of it."""
+    world = World(ClientOptions(reconnect_timeout_s=2))
+    world.down()
+    world.up(count=2)
+    requests = [world.ask(WRITE, number % 3, count=2) for number in range(MANY)]
+    assert len(world.sent) < 3
+    assert world.session.in_flight == MANY
+    fail(world)
+    assert {request.error for request in requests} == {errno.EIO}
+    assert len(world.log) == MANY
+    assert world.session.in_flight == 0
+
+
+@WAYS_TO_FAIL
+def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail) -> None:
+    world = World(ClientOptions(stale_write_grace_s=3600, reconnect_timeout_s=2))
+    world.ask(WRITE, 4)
+    world.down(stale_possible=True)
+    world.up()
+    requests = [world.ask(WRITE, 4) for _ in range(MANY)]
+    fail(world)
+    assert {request.error for request in requests} == {errno.EIO}
+    assert world.session.in_flight == 0
+
+
+def test_65536_writes_that_waited_for_a_grace_are_sent_when_it_ends() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S), size=MANY * BLOCK)
+    world.session.expect_stale_writes(0.0)
+    for number in range(MANY):
+        world.ask(WRITE, number)
+    assert world.sent == []
+    world.session.tick(GRACE_S)
+    assert world.sent == [(WRITE, number) for number in range(MANY)]
+
+
+@pytest.mark.parametrize("fail", [fail_by_pending, fail_by_closing])
+def test_successors_of_overlapping_writes_are_failed_before_the_call_returns(fail) -> None:
+    """They must neither stay behind with the guest's memory nor be sent later, also if the end of
+    the write before them is told of only afterwards."""
+    world = World()
+    world.down()
+    world.up(count=2)
+    requests = [world.ask(WRITE, 1), world.ask(WRITE, 1), world.ask(DISCARD, 0, count=4)]
+    finished_with: list[int] = []
+    # As if the completion of what is in flight were put off until after the call.
+    late = world.channels[1].pending[0]
+    done, late.done = late.done, lambda request: finished_with.append(request.error)
+    fail(world)
+    assert [request.error for request in requests] == [-1, errno.EIO, errno.EIO]
+    assert finished_with == [errno.EIO]
+    done(late)
+    assert [request.error for request in requests] == [errno.EIO] * 3
+    if fail is fail_by_pending:
+        world.up()
+        assert world.sent == []
+        assert world.ask(WRITE, 9).error == -1
+        assert world.sent == [(WRITE, 9)]
+        assert world.session.in_flight == 1
+
+
+def test_failed_successor_is_finished_once() -> None:
+    world = World()
+    world.down()
+    world.up(count=2)
+    for _ in range(5):
+        world.ask(WRITE, 1)
+    fail_by_pending(world)
+    assert world.log == [(WRITE, errno.EIO)] * 5
+    world.up()
+    assert world.log == [(WRITE, errno.EIO)] * 5
+
+
 # The simulation.
 
 
