@@ -30,7 +30,7 @@ from bridge.nbd.handshake import Goal, Handshake, State, Wishes
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.transmission import Transmission
 from bridge.nbd.uri import NbdUri
-from bridge.request import Request
+from bridge.request import DISCARD, WRITE, WRITE_ZEROES, Request
 
 _IOV_MAX: Final = 1024
 _RECEIVES_PER_TURN: Final = 8
@@ -43,6 +43,7 @@ _SOCKET_BUFFER_BYTES: Final = 1 << 20
 _TLS_SEND_BYTES: Final = 256 << 10
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
+_CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_PROBES: Final = 4
 
@@ -285,6 +286,12 @@ class Connection:
         """See session.Channel."""
         transmission = self.transmission
         return len(transmission.pending) + len(transmission.refused) + len(transmission.early)
+
+    def changes(self) -> list[Request]:
+        """See session.Channel. What was refused is sent again with the next connection anyway."""
+        transmission = self.transmission
+        unfinished = (*transmission.pending.values(), *transmission.early)
+        return [request for request in unfinished if request.op in _CHANGES]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
         """Nothing moved for `timeout_s` although something is in flight, or one command is
