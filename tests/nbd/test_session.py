@@ -737,6 +737,7 @@ class Simulation:
         synced = request.op == FLUSH or request.flags & FUA
         if synced and self.flushes_fail and not self.random.randrange(4):
             self.memory = list(self.stable)
+            self.executed.discard(id(request))
             channel.answer(request, errno.EIO)
             return
         self.execute(request)
@@ -858,7 +859,7 @@ class Simulation:
             self.stale_writes()
             self.session.tick(self.time)
             self.answer_one()
-            if not self.open_requests:
+            if not self.session.in_flight:
                 break
         assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
         assert self.session.in_flight == 0
