@@ -512,10 +512,12 @@ class Session:
         if self.durability.untold:
             self._refuse_flushes(self._take_guests_flushes())
         for request in (*again, *waited):
-            if request.op == FLUSH:
-                self._send_this_flush(request)
-            else:
+            if request.op != FLUSH:
                 self._send_again(request)
+            elif request.owner:
+                self._send_this_flush(request)
+            else:  # Whoever it was for has heard of a loss.
+                self._flushing = None
         self._send_flush()
 
     def _begin_grace(self, now: float, again: list[Span]) -> None:

@@ -72,6 +72,7 @@ class World:
         self.export = export(**more)  # type: ignore[arg-type]
         self.channels: list[FakeChannel] = []
         self.log: list[tuple[int, int]] = []
+        self.finished: list[Request] = []
         self.up()
         # What a process before this one may have left is flushed.
         if self.export.can_flush:
@@ -99,6 +100,7 @@ class World:
 
     def _done(self, request: Request) -> None:
         self.log.append((request.op, request.error))
+        self.finished.append(request)
 
     @property
     def sent(self) -> list[tuple[int, int]]:
