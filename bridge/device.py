@@ -20,7 +20,7 @@ import trio
 
 from bridge.errors import ProtocolError
 from bridge.loop import Loop
-from bridge.request import FLUSH, Hits, Request, Target
+from bridge.request import FLUSH, UNASKED, Hits, Request, Target
 from bridge.ring import RunningRing
 from bridge.ring_setup import make_queue, ring_areas, written_areas
 from bridge.vhost_user.device import MemoryRegion, RingSetup
@@ -95,6 +95,8 @@ class BlkDevice:
         self._inflight: InflightRegion | None = None
         self._bitmap: DirtyBitmap | None = None
         self._logging = False
+        self._write_cache_flushes = 0
+        """Flushes for a write cache that was turned off: in flight, and one more to come."""
 
     # Features and configuration space
 
@@ -124,7 +126,23 @@ class BlkDevice:
         self._remember_writeback()
         if was_writeback and not self._config.writeback:
             # From now on the guest sends no flushes; what it wrote before is not to wait for one.
-            self._target.submit(Request(FLUSH, 0, 0, [], _flushed))
+            self._flush_what_was_written()
+
+    def _flush_what_was_written(self) -> None:
+        """One at a time: a guest may turn its write cache off as often as it likes."""
+        if self._write_cache_flushes:
+            self._write_cache_flushes = 2  # Once more, for what was written since.
+            return
+        self._write_cache_flushes = 1
+        self._target.submit(Request(FLUSH, 0, 0, [], self._written_flushed, UNASKED))
+
+    def _written_flushed(self, flush: Request) -> None:
+        again = self._write_cache_flushes > 1
+        self._write_cache_flushes = 0
+        if flush.error:
+            _log.error("what was written before the write cache was turned off may not be durable")
+        if again:
+            self._flush_what_was_written()
 
     def _remember_writeback(self) -> None:
         """For the process after this one: the guest will not write it again."""
@@ -410,12 +428,6 @@ class BlkDevice:
         self.guest_faults[kind] += 1
         if self.guest_faults[kind] == 1:
             _log.warning("the guest sent a bad request (said once, counted)", what=problem)
-
-
-def _flushed(flush: Request) -> None:
-    """Nobody waits for it: the guest sends no more flushes that could fail."""
-    if flush.error:
-        _log.error("what was written before the write cache was turned off may not be durable")
 
 
 def _map(region: MemoryRegion) -> Region:
