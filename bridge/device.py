@@ -20,7 +20,7 @@ import trio
 
 from bridge.errors import ProtocolError
 from bridge.loop import Loop
-from bridge.request import FLUSH, Hits, Request, Target
+from bridge.request import FLUSH, UNASKED, Hits, Request, Target
 from bridge.ring import RunningRing
 from bridge.ring_setup import make_queue, ring_areas, written_areas
 from bridge.vhost_user.device import MemoryRegion, RingSetup
@@ -59,11 +59,14 @@ class BlkDevice:
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
         on_recovered: Callable[[], None] | None = None,
+        on_inherited: Callable[[int, bool], None] | None = None,
         failing: Callable[[int], AbstractContextManager[object]] = nullcontext,
         on_all_stopped: Callable[[], Awaitable[object]] | None = None,
         withheld_features: int = 0,
     ) -> None:
         """`on_recovered` is called before requests that another process began are executed again.
+        `on_inherited` is called when a guest comes that has run with another process, perhaps, and
+        gets what that one remembered (see `remember_durability`).
 
         `hits`: what can be asked before `target`. Within `failing(errno)` everything unfinished
         below fails, and whatever that leads to.
@@ -85,6 +88,9 @@ class BlkDevice:
         )
         self._drain_timeout_s = drain_timeout_s
         self._on_recovered = on_recovered
+        self._on_inherited = on_inherited
+        self._unflushed_on = 0
+        self._loss_untold = False
         self._gave_up_until_s = -inf
         self._failing = failing
         self._on_all_stopped = on_all_stopped
@@ -98,6 +104,8 @@ class BlkDevice:
         self._logging = False
         self._long_views = LongViews()
         self._told_of_unsealed = False
+        self._write_cache_flushes = 0
+        """Flushes for a write cache that was turned off: in flight, and one more to come."""
 
     # Features and configuration space
 
@@ -124,15 +132,43 @@ class BlkDevice:
         was_writeback = self._config.writeback
         self._config.write(offset, data)
         self._engine.writeback_changed()
-        self._remember_writeback()
+        self._remember()
         if was_writeback and not self._config.writeback:
             # From now on the guest sends no flushes; what it wrote before is not to wait for one.
-            self._target.submit(Request(FLUSH, 0, 0, [], _flushed))
+            self._flush_what_was_written()
 
-    def _remember_writeback(self) -> None:
-        """For the process after this one: the guest will not write it again."""
+    def _flush_what_was_written(self) -> None:
+        """One at a time: a guest may turn its write cache off as often as it likes."""
+        if self._write_cache_flushes:
+            self._write_cache_flushes = 2  # Once more, for what was written since.
+            return
+        self._write_cache_flushes = 1
+        self._target.submit(Request(FLUSH, 0, 0, [], self._written_flushed, UNASKED))
+
+    def _written_flushed(self, flush: Request) -> None:
+        again = self._write_cache_flushes > 1
+        self._write_cache_flushes = 0
+        if flush.error:
+            _log.error("what was written before the write cache was turned off may not be durable")
+        if again:
+            self._flush_what_was_written()
+
+    def remember_durability(self, *, unflushed_on: int, loss_untold: bool) -> None:
+        """Keep for the process after this one: on which server instance something is unflushed
+        (a number of 56 bits, 0: on none that has a name), and that the guest's next flush must
+        fail."""
+        self._unflushed_on = unflushed_on
+        self._loss_untold = loss_untold
+        self._remember()
+
+    def _remember(self) -> None:
+        """For the process after this one: the guest will not say any of it again."""
         if self._inflight is not None:
-            self._inflight.write_through = self._config.writeback_refused
+            self._inflight.remember(
+                write_through=self._config.writeback_refused,
+                loss_untold=self._loss_untold,
+                unflushed_on=self._unflushed_on,
+            )
 
     def resize(self, size_bytes: int) -> None:
         """The disk below has another size: the guest is told."""
@@ -356,7 +392,7 @@ class BlkDevice:
             queue_size=max(queue_size, self.max_queue_size),
             packed=self._packed,
         )
-        self._remember_writeback()
+        self._remember()
         return fd, size_bytes
 
     def set_inflight(
@@ -378,7 +414,9 @@ class BlkDevice:
         if self._inflight.write_through:
             self._config.refuse_writeback()
             self._engine.writeback_changed()
-        self._remember_writeback()
+        if self._on_inherited is not None and self._inflight.was_used:
+            self._on_inherited(self._inflight.unflushed_on, self._inflight.loss_untold)
+        self._remember()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
         """See VhostUserDevice."""
@@ -448,12 +486,6 @@ class BlkDevice:
         self.guest_faults[kind] += 1
         if self.guest_faults[kind] == 1:
             _log.warning("the guest sent a bad request (said once, counted)", what=problem)
-
-
-def _flushed(flush: Request) -> None:
-    """Nobody waits for it: the guest sends no more flushes that could fail."""
-    if flush.error:
-        _log.error("what was written before the write cache was turned off may not be durable")
 
 
 def _map(region: MemoryRegion) -> Region:

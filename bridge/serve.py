@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -131,8 +132,33 @@ async def _serve(
     nursery.start_soon(disk.run_flush_timer)
     geometry = disk_geometry(export, options)
 
+    def remember() -> None:
+        """For the process after this one. A server without a name that is away has lost what was
+        unflushed, for all that anybody can tell later."""
+        mark = storage.instance_mark
+        unflushed = not disk.is_durable and not storage.has_cache
+        device.remember_durability(
+            unflushed_on=mark if unflushed else 0,
+            loss_untold=disk.untold
+            or storage.loss_untold
+            or (unflushed and not mark and storage.is_away),
+        )
+
+    def inherited(unflushed_on: int, loss_untold: bool) -> None:
+        if storage.inherit(unflushed_on) or loss_untold:
+            _log.error(
+                "writes that the process before this one had not flushed may be lost: "
+                "the guest's next flush will fail"
+            )
+            disk.tell(errno.EIO)
+        if not (storage.has_cache or geometry.read_only):
+            disk.flush_inherited()
+
     async def all_stopped() -> None:
-        await disk.flush()
+        try:
+            await disk.flush()
+        finally:
+            remember()
         storage.may_be_written_elsewhere()
 
     device = BlkDevice(
@@ -147,8 +173,13 @@ async def _serve(
         failing=storage.failing,
         on_all_stopped=all_stopped,
         on_recovered=storage.client.expect_stale_writes,
+        on_inherited=inherited,
         withheld_features=options.withheld_features,
     )
+    if not (storage.has_cache or geometry.read_only):
+        disk.on_changed = remember
+        storage.client.on_reconnect = remember
+        disk.flush_before()
     storage.on_resized = device.resize
     nursery.start_soon(device.run)
     with _listener(options) as listener:
@@ -173,6 +204,11 @@ async def _serve(
                 stop.problem = (
                     f"the server could not flush at the end ({why}): what the guest wrote since "
                     "its last flush may not be durable"
+                )
+            elif disk.untold or storage.loss_untold:
+                stop.problem = (
+                    "the server may have lost writes of the guest's that it had not flushed, and "
+                    "the guest has not flushed since, so it does not know: check its file systems"
                 )
 
 

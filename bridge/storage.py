@@ -178,12 +178,17 @@ class CachedBackend:
     """The cache, as the disk sees it: it has its own flush timer, and does what a server lacks."""
 
     can_flush = True
-    holds_writes = True
     in_flight = 0
 
     def __init__(self, cache: Cache) -> None:
+        self._cache = cache
         self.hits = cache
         self.submit = cache.submit_slowly  # whoever submits has asked for a hit before
+
+    @property
+    def holds_writes(self) -> bool:
+        """Blocks are dirty until a flush covers them."""
+        return bool(self._cache.index.dirty_slots)
 
 
 class Storage:
@@ -368,6 +373,31 @@ class Storage:
             self._cache.drop_clean()
 
     @property
+    def loss_untold(self) -> bool:
+        """The server may have lost something, and the guest has not heard of it."""
+        session = self.client.session
+        return session.durability.untold
+
+    @property
+    def instance_mark(self) -> int:
+        """Stands for the server instance that has what is unflushed; 0 if it has no name, or if a
+        cache has the same."""
+        return 0 if self.has_cache else self.client.session.durability.instance_mark
+
+    @property
+    def is_away(self) -> bool:
+        """The server is not connected: what becomes of anything unflushed there is open."""
+        return not self.client.connected
+
+    def inherit(self, unflushed_on: int) -> bool:
+        """A guest comes that ran with another process, which may have left something unflushed on
+        the server instance of that mark (0: nobody knows). True if it may be lost by now."""
+        session = self.client.session
+        if not self.has_cache and not self._read_only:
+            session.expect_unflushed()
+        return session.durability.is_lost(unflushed_on)
+
+    @property
     def has_cache(self) -> bool:
         """There is a cache between the disk and the server."""
         return self._cache is not None
@@ -426,7 +456,7 @@ class Storage:
         """
         hang_up_s = min(self.client.options.close_timeout_s, limit_s / 4)
         deadline_s = trio.current_time() + limit_s
-        if self._cache is not None and self._opened:
+        if self._cache is not None and self._opened and self._cache.index.dirty_slots:
             with trio.move_on_at(deadline_s - hang_up_s):
                 await self._flush_cache(self._cache)
         await self.client.close(max(deadline_s - trio.current_time(), hang_up_s))

@@ -30,7 +30,7 @@ from bridge.nbd.handshake import Goal, Handshake, State, Wishes
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.transmission import Transmission
 from bridge.nbd.uri import NbdUri
-from bridge.request import Request
+from bridge.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
 
 _log = structlog.get_logger(__name__)
 
@@ -45,6 +45,9 @@ _SOCKET_BUFFER_BYTES: Final = 1 << 20
 _TLS_SEND_BYTES: Final = 256 << 10
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
+_CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
+_PATIENCE: Final = 10
+"""How many times `--request-timeout` a server may take that is not known to be dead."""
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_PROBES: Final = 4
 
@@ -226,6 +229,7 @@ class Connection:
     """A connection in the transmission phase. All methods but `drained` are synchronous."""
 
     __slots__ = (
+        "_answers_beside",
         "_closing",
         "_fd",
         "_idle",
@@ -235,8 +239,10 @@ class Connection:
         "_moved_at",
         "_oldest",
         "_oldest_at",
+        "_probing",
         "_queued",
         "_receive_some",
+        "_received_then",
         "_sendmsg",
         "_sent_bytes",
         "_sock",
@@ -266,8 +272,12 @@ class Connection:
         self._lost = lost
         self._queued = False
         self._sent_bytes = 0
-        self._moved = self._oldest = 0
+        self._moved = self._oldest = self._received_then = 0
         self._moved_at = self._oldest_at = 0.0
+        self._answers_beside = False
+        """The server has answered something while an older command was in flight that may be
+        slow: it does not do one after the other."""
+        self._probing = False
         self._closing = False
         self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
@@ -299,22 +309,55 @@ class Connection:
         transmission = self.transmission
         return len(transmission.pending) + len(transmission.refused) + len(transmission.early)
 
-    def stalled(self, now: float, timeout_s: float) -> bool:
-        """Nothing moved for `timeout_s` although something is in flight, or one command is
-        unanswered for ten times as long. To be asked now and then."""
+    def changes(self) -> list[Request]:
+        """See session.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
-        oldest = next(iter(transmission.pending), 0)
-        moved = transmission.received_bytes + self._sent_bytes
+        unfinished = (*transmission.pending.values(), *transmission.early)
+        return [request for request in unfinished if request.op in _CHANGES]
+
+    def stalled(self, now: float, timeout_s: float) -> bool:
+        """Whether the server must be taken for dead. To be asked a few times per `timeout_s`.
+
+        It is if nothing moved for `timeout_s` although something is in flight, or one command is
+        unanswered for ten times as long. But a flush, a trim, zeroes or anything with FUA may take
+        long, and some servers do nothing else meanwhile. With such a command in flight a quiet
+        server is asked for a few bytes: as long as it answers, it may take any time. One that
+        never answered beside such a command gets ten times as long.
+        """
+        transmission = self.transmission
+        pending = transmission.pending
+        oldest = next(iter(pending), 0)
+        received = transmission.received_bytes
+        moved = received + self._sent_bytes
+        may_be_slow = any(map(_may_be_slow, pending.values()))
         if not oldest or moved != self._moved:
+            if received != self._received_then and oldest == self._oldest and may_be_slow:
+                self._answers_beside = self._answers_beside or _may_be_slow(pending[oldest])
+            self._received_then = received
             self._moved = moved
             self._moved_at = now
         if oldest != self._oldest:
             self._oldest = oldest
             self._oldest_at = now
-        return bool(oldest) and (
-            now - max(self._moved_at, self._oldest_at) > timeout_s
-            or now - self._oldest_at > 10 * timeout_s
-        )
+        if not oldest:
+            return False
+        quiet_s = now - max(self._moved_at, self._oldest_at)
+        if may_be_slow:
+            if quiet_s > timeout_s / 2 and not self._probing:
+                self._probe()
+            return quiet_s > timeout_s * (1.5 if self._answers_beside else _PATIENCE)
+        return quiet_s > timeout_s or now - self._oldest_at > _PATIENCE * timeout_s
+
+    def _probe(self) -> None:
+        """Ask for a few bytes."""
+        length = max(self.export.min_block_bytes, 512)
+        if length <= self.export.usable_bytes:
+            self._probing = True
+            room = memoryview(bytearray(length))
+            self.send(Request(READ, 0, length, [room], self._probed))
+
+    def _probed(self, request: Request) -> None:
+        self._probing = False
 
     def send(self, request: Request) -> None:
         """Send `request` at the end of this turn."""
@@ -550,6 +593,11 @@ class Connection:
                 await self._quiet()
         finally:
             self.close()
+
+
+def _may_be_slow(request: Request) -> bool:
+    """A command that has the server wait for its disk, or do as much as it likes."""
+    return request.op > WRITE or bool(request.flags & FUA)
 
 
 def _lost_by(error: OSError) -> ConnectionLost:

@@ -29,7 +29,10 @@ Two things a new connection must not be believed in:
   plugin fences (`session=yes` in the export's description), so nothing waits.
 - **A flush.** Writes that were answered but not flushed may have died with the old server. Unless
   the layer above keeps them to send again (`keeps_unflushed`), or the server proves that it is the
-  same one (`instance=` in the description), the next flush fails with EIO, once.
+  same one (`instance=` in the description), the next flush fails with EIO, once. A server that
+  fails to flush may drop them, too. `durability` has the rules; here stands what they lead to:
+  one FLUSH is in flight at a time, so that no other one's failure can be overtaken by its success,
+  and changes that were in flight when an epoch ended are sent once more when they are answered.
 
 Overlapping changes race only where somebody could make them pass each other: with several
 channels, or blocks that are read, modified and written. Then `Ranges` sends them one by one.
@@ -48,6 +51,7 @@ import structlog
 
 from bridge.nbd.align import cover, send_aligned
 from bridge.nbd.chunks import StatusRequest
+from bridge.nbd.durability import BEFORE, Durability
 from bridge.nbd.export import Export
 from bridge.nbd.held import WHOLE_DISK, Held
 from bridge.nbd.options import ClientOptions
@@ -59,6 +63,7 @@ from bridge.request import (
     FLUSH,
     FUA,
     PREFETCH,
+    UNASKED,
     WRITE,
     WRITE_ZEROES,
     Request,
@@ -69,8 +74,8 @@ _log = structlog.get_logger(__name__)
 _SECTOR_BYTES: Final = 512
 _GOOD_CONNECTION_S: Final = 1.0
 _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
-_FOR_ONE_WRITE: Final = FUA
-"""Mark of a flush that the guest did not ask for; NBD gives FUA no meaning there."""
+_NOTHING_DONE: Final = (errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP)
+"""With these a server refuses a command; it has not tried to make anything durable."""
 _STATUS_MAX_BYTES: Final = 1 << 30
 
 
@@ -95,6 +100,9 @@ class Channel(Protocol):
     def in_flight(self) -> int:
         """How many commands it has not answered."""
 
+    def changes(self) -> list[Request]:
+        """The commands that change the export and are not finished."""
+
     def send(self, request: Request) -> None:
         """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""
 
@@ -105,7 +113,7 @@ class Session:
     def __init__(self, options: ClientOptions, *, random: Random | None = None) -> None:
         self.phase = Phase.NEW
         self.generation = 0
-        self.keeps_unflushed = False
+        self.durability = Durability()
         self.on_reconnect: Callable[[], None] = _nothing
         self.on_export_changed: Callable[[Export], None] = _nothing_changed
         self.given_up = False
@@ -130,9 +138,12 @@ class Session:
         """`id` of the first command that had no answer at the last loss. Not the request itself:
         it would keep views of the guest's memory alive."""
         self._attempts = 0
-        self._written_before = 0
-        self._flushed_mark = 0
-        self._writes_lost = False
+        self._answered_before = BEFORE
+        self._flushes: list[Request] = []
+        """What the next FLUSH is for."""
+        self._flushing: Request | None = None
+        """The FLUSH that has no answer yet."""
+        self._flushing_epoch = 0
         self._fail_errno = errno.EIO
         # Limits of the fast path in `submit`; 0 sends everything the slow way.
         self._size_bytes = 0
@@ -196,21 +207,69 @@ class Session:
             request.generation = self.generation
             request.finish(0)  # Hints.
         elif (request.offset | request.length) & self._align_mask:
-            send_aligned(request, export.min_block_bytes, self._command)
+            send_aligned(self._whole(request), export.min_block_bytes, self._command)
         elif op <= WRITE and self._fits(request):
-            self._send(request)
+            self._issue(request)
         else:
-            Split(request, export, self._limits, self._part).start()
+            Split(self._whole(request), export, self._limits, self._part).start()
 
     def _part(self, part: Request) -> None:
         """A part of a split request; the export may be another one by now."""
         if part.op == FLUSH:
-            # It stands for FUA: what it must vouch for is that write only, and `Split` sees to it.
-            self._flush(part, flags=_FOR_ONE_WRITE)
+            # It stands for FUA: what it must vouch for is that write only (see `_whole`).
+            part.flags = UNASKED
+            self._flush(part)
         elif self._fits(part):
-            self._send(part)
+            self._issue(part)
         else:
             self._command(part)
+
+    def _issue(self, request: Request) -> None:
+        """Send one command that fits."""
+        if request.flags & FUA and not self.durability.keeps_unflushed:
+            request = Request(
+                request.op,
+                request.offset,
+                request.length,
+                request.buffers,
+                self._fua_done,
+                request.flags,
+                request,
+            )
+        self._send(request)
+
+    def _fua_done(self, inner: Request) -> None:
+        request: Request = inner.owner
+        if inner.error and inner.generation and inner.error not in _NOTHING_DONE:
+            self._refuse_flushes(self._end_epoch())
+        request.generation = inner.generation
+        request.finish(inner.error)
+
+    def _whole(self, request: Request) -> Request:
+        """`request`, to be done with several commands, all of them in one epoch."""
+        if request.op not in _CHANGES or self.durability.keeps_unflushed:
+            return request
+        whole = Request(
+            request.op,
+            request.offset,
+            request.length,
+            request.buffers,
+            self._whole_done,
+            request.flags,
+            request,
+        )
+        whole.progress = self.durability.epoch
+        return whole
+
+    def _whole_done(self, whole: Request) -> None:
+        request: Request = whole.owner
+        if not whole.error and whole.progress != self.durability.epoch:
+            # The server may have dropped the first commands; the bytes are still here.
+            self.resent_total += 1
+            self._command(request)
+            return
+        request.generation = whole.generation
+        request.finish(whole.error)
 
     def _fits(self, request: Request) -> bool:
         """The request is one command that the present export takes."""
@@ -249,36 +308,118 @@ class Session:
 
     # Flushes.
 
-    def _flush(self, request: Request, flags: int = 0) -> None:
+    def _flush(self, request: Request) -> None:
         if not self.export.can_flush:
             request.generation = self.generation
             request.finish(0)
+        elif self._send == self._fail:
+            self._fail(request)
+        else:
+            request.progress = self._answered
+            self._flushes.append(request)
+            self._send_flush()
+
+    def _send_flush(self) -> None:
+        """Send one FLUSH for all that wait for one, if none is in flight.
+
+        One at a time: a server that fails to flush drops what it had and says so once. The success
+        of another FLUSH, sent after that and read before, must not be believed.
+        """
+        if self._flushing is not None or self.phase is not Phase.UP:
             return
-        inner = Request(FLUSH, 0, 0, [], self._flushed, flags, request)
-        if self.phase is Phase.UP and self._writes_lost and not flags:
-            self._writes_lost = False
-            self._refuse_flush(inner)
-            return
-        inner.progress = self._written
+        if self.durability.untold:
+            self._refuse_flushes(self._take_guests_flushes())
+        # Whoever was refused may have submitted another one meanwhile, and that was sent.
+        if self._flushing is None and self._flushes:
+            waiting, self._flushes = self._flushes, []
+            inner = self._flushing = Request(FLUSH, 0, 0, [], self._flushed, 0, waiting)
+            self._send_this_flush(inner)
+
+    def _send_this_flush(self, inner: Request) -> None:
+        inner.progress = self._answered
+        self._flushing_epoch = self.durability.epoch
         self._send(inner)
 
-    def _refuse_flush(self, inner: Request) -> None:
-        self.flushes_refused_total += 1
-        _log.error("a flush fails: writes before it may have been lost with the old server")
-        inner.generation = self.generation
-        inner.finish(errno.EIO)
+    def _take_guests_flushes(self) -> list[Request]:
+        """All that the guest has submitted and not heard of, also those of the FLUSH in flight."""
+        taken: list[Request] = []
+        if self._flushing is not None:
+            taken, self._flushing.owner = _guests_and_others(self._flushing.owner)
+        waiting, self._flushes = _guests_and_others(self._flushes)
+        return taken + waiting
+
+    def _refuse_flushes(self, flushes: list[Request]) -> None:
+        """Fail these flushes of the guest's: something may be lost that was complete before."""
+        if not flushes:
+            return
+        self.flushes_refused_total += len(flushes)
+        _log.error("a flush fails: writes before it may have been lost by the server")
+        self._tell(flushes)
+        for request in flushes:
+            request.generation = self.generation
+            request.finish(errno.EIO)
+
+    def _tell(self, flushes: list[Request]) -> None:
+        for request in flushes:
+            if not request.flags & UNASKED:
+                self.durability.tell(request.progress)
 
     def _flushed(self, inner: Request) -> None:
-        if not inner.error:
-            self._flushed_mark = max(self._flushed_mark, inner.progress)
-        request: Request = inner.owner
-        request.generation = inner.generation
-        request.finish(inner.error)
+        self._flushing = None
+        error = inner.error
+        flushes: list[Request] = inner.owner
+        refused: list[Request] = []
+        self._tell(flushes if error else [])
+        if not error:
+            self.durability.flushed(inner.progress, self._flushing_epoch)
+        elif inner.generation:  # The server said so, not we.
+            refused = self._end_epoch()
+        for request in flushes:
+            request.generation = inner.generation
+            request.finish(error)
+        self._refuse_flushes(refused)
+        self._send_flush()
+
+    def _end_epoch(self) -> list[Request]:
+        """The server could not make something durable, and may have dropped what it had.
+
+        What is in flight is sent once more when it is answered: nobody knows whether the server
+        executed it before. Returns the flushes that have to fail with this.
+        """
+        durability = self.durability
+        lost = durability.failed(self._answered)
+        if durability.keeps_unflushed:
+            return []
+        for channel in self._channels:
+            for request in channel.changes():
+                if not isinstance(request.done, _OnceMore):
+                    request.done = _OnceMore(self, request.done)
+        return self._take_guests_flushes() if lost else []
+
+    def _send_again(self, request: Request) -> None:
+        """A command that was sent before; the export may be another one by now."""
+        if self._fits(request):
+            self._send(request)
+        else:
+            self._command(request)
 
     @property
-    def _written(self) -> int:
-        """Writes answered since the session began."""
-        return self._written_before + sum(channel.unflushed for channel in self._channels)
+    def _answered(self) -> int:
+        """Changes answered that a FLUSH makes durable; what was before this process is one."""
+        return self._answered_before + sum(channel.unflushed for channel in self._channels)
+
+    @property
+    def keeps_unflushed(self) -> bool:
+        """The layer above sends unflushed writes again when `on_reconnect` tells it to."""
+        return self.durability.keeps_unflushed
+
+    @keeps_unflushed.setter
+    def keeps_unflushed(self, keeps: bool) -> None:
+        self.durability.keeps_unflushed = keeps
+
+    def expect_unflushed(self) -> None:
+        """A process before this one may have left changes that are not flushed, on this server."""
+        self._answered_before += 1
 
     # Where commands go.
 
@@ -331,7 +472,7 @@ class Session:
         self.given_up = False
         self._up_since_s = now
         self._channels = channels
-        self._judge_unflushed(old, export)
+        self._judge_unflushed(export)
         self._export = export
         self._limits = Limits(export)
         self._size_bytes = export.usable_bytes
@@ -348,16 +489,11 @@ class Session:
         fast = not (self._ordered or self._held or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
 
-    def _judge_unflushed(self, old: Export | None, export: Export) -> None:
+    def _judge_unflushed(self, export: Export) -> None:
         """Whether what the old connection answered may be gone (a flush must not vouch for it)."""
-        if old is None or self._written_before <= self._flushed_mark:
-            return
-        instance = export.properties.get("instance")
-        if instance and instance == old.properties.get("instance"):
-            return
-        self._flushed_mark = self._written_before
-        if not self.keeps_unflushed:
-            self._writes_lost = True
+        if export.read_only or self._options.read_only:
+            self.durability.nothing_before()
+        if self.durability.connected(export.properties.get("instance", ""), self._answered_before):
             _log.error(
                 "the server came back and may have lost writes that were not flushed: "
                 "the next flush will fail"
@@ -373,19 +509,16 @@ class Session:
         waited, self._waiting = self._waiting, []
         self.resent_total += len(again)
         self._begin_grace(now, _changed(again) if self._stale_possible else [])
-        flushes_fail = self._writes_lost
+        if self.durability.untold:
+            self._refuse_flushes(self._take_guests_flushes())
         for request in (*again, *waited):
-            if request.op == FLUSH:
-                if flushes_fail and not request.flags:
-                    self._writes_lost = False
-                    self._refuse_flush(request)
-                else:
-                    request.progress = self._written
-                    self._send(request)
-            elif self._fits(request):
-                self._send(request)
-            else:
-                self._command(request)
+            if request.op != FLUSH:
+                self._send_again(request)
+            elif request.owner:
+                self._send_this_flush(request)
+            else:  # Whoever it was for has heard of a loss.
+                self._flushing = None
+        self._send_flush()
 
     def _begin_grace(self, now: float, again: list[Span]) -> None:
         """Keep new changes away from what lost connections may still do: in `again`, and where
@@ -444,8 +577,11 @@ class Session:
         `stale_possible`: the server may still execute commands that it received.
         """
         assert self.phase in (Phase.UP, Phase.LEAVING)
-        self._written_before = self._written
+        self._answered_before = self._answered
         self._channels = ()
+        for request in unanswered:
+            if isinstance(request.done, _OnceMore):
+                request.done = request.done.done  # It is sent again anyway.
         self._unanswered += unanswered
         self._stale_possible = stale_possible
         self._down_since_s = now
@@ -514,7 +650,9 @@ class Session:
         # be sent at any later time.
         claims = self._ranges.take_waiting()
         left = _changed(again) if self._stale_possible else []
-        for request in (*again, *waited):
+        flushes, self._flushes = self._flushes, []
+        self._tell(flushes)
+        for request in (*again, *waited, *flushes):
             request.finish(error)
         for claim in claims:
             assert isinstance(claim, _Change)
@@ -545,8 +683,27 @@ class Session:
             sum(channel.in_flight for channel in self._channels)
             + len(self._unanswered)
             + len(self._waiting)
+            + len(self._flushes)
             + self._ranges.waiting_count
         )
+
+
+class _OnceMore:
+    """The `done` of a change that was in flight when an epoch ended: it is sent once more."""
+
+    __slots__ = ("_session", "done")
+
+    def __init__(self, session: Session, done: Callable[[Request], None]) -> None:
+        self._session = session
+        self.done = done
+
+    def __call__(self, request: Request) -> None:
+        request.done = self.done
+        if request.error:
+            self.done(request)
+        else:
+            self._session.resent_total += 1
+            self._session._send_again(request)
 
 
 class _Change(Claim):
@@ -581,6 +738,14 @@ class _Change(Claim):
         request.generation = inner.generation
         self._session._ranges.release(self)
         request.finish(inner.error)
+
+
+def _guests_and_others(flushes: list[Request]) -> tuple[list[Request], list[Request]]:
+    """Those whose failure the guest hears of, and the rest."""
+    return (
+        [request for request in flushes if not request.flags & UNASKED],
+        [request for request in flushes if request.flags & UNASKED],
+    )
 
 
 def _changed(requests: list[Request]) -> list[Span]:

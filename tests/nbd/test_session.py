@@ -40,6 +40,9 @@ class FakeChannel:
     def in_flight(self) -> int:
         return len(self.pending)
 
+    def changes(self) -> list[Request]:
+        return [each for each in self.pending if each.op in (WRITE, DISCARD, WRITE_ZEROES)]
+
     def send(self, request: Request) -> None:
         request.cookie = next(_cookies)
         self.pending.append(request)
@@ -69,7 +72,13 @@ class World:
         self.export = export(**more)  # type: ignore[arg-type]
         self.channels: list[FakeChannel] = []
         self.log: list[tuple[int, int]] = []
+        self.finished: list[Request] = []
         self.up()
+        # What a process before this one may have left is flushed.
+        if self.export.can_flush:
+            self.ask(FLUSH)
+            self.channels[0].answer_all()
+            self.log.clear()
 
     def up(self, changed: Export | None = None, count: int = 1) -> None:
         self.channels = [FakeChannel(self.session) for _ in range(count)]
@@ -91,6 +100,7 @@ class World:
 
     def _done(self, request: Request) -> None:
         self.log.append((request.op, request.error))
+        self.finished.append(request)
 
     @property
     def sent(self) -> list[tuple[int, int]]:
@@ -735,10 +745,12 @@ def values_of(request: Request) -> list[float]:
 class Simulation:
     """One session against one server; everything drawn from one seed."""
 
-    def __init__(self, seed: int, *, volatile: bool) -> None:
+    def __init__(self, seed: int, *, volatile: bool, flushes_fail: bool = False) -> None:
         self.random = Random(seed)
         self.seed = seed
         self.volatile = volatile
+        self.flushes_fail = flushes_fail
+        """A flush or FUA may fail; then the server drops what was not stable, as Linux does."""
         self.blocks = 6
         self.time = 0.0
         self.connections = self.random.choice([1, 1, 3])
@@ -811,6 +823,12 @@ class Simulation:
             return
         channel = self.random.choice(busy)
         request = self.random.choice(channel.pending)
+        synced = request.op == FLUSH or request.flags & FUA
+        if synced and self.flushes_fail and not self.random.randrange(4):
+            self.memory = list(self.stable)
+            self.executed.discard(id(request))
+            channel.answer(request, errno.EIO)
+            return
         self.execute(request)
         if self.random.randrange(3):
             self.executed.discard(id(request))
@@ -872,6 +890,8 @@ class Simulation:
 
         def done(request: Request) -> None:
             self.open_requests -= 1
+            if flags & FUA and self.flushes_fail and request.error:
+                return  # May be there or not, now or later.
             assert request.error == 0, f"seed {self.seed}: {request}"
             for record in records:
                 record[2] = self.time
@@ -879,7 +899,7 @@ class Simulation:
                 found = self.stable[first + i]
                 allowed = self.history[first + i].allowed(started, self.time)
                 assert found in allowed, f"seed {self.seed}: FUA, block {first + i} holds {found}"
-            if op == READ and not self.crashes:
+            if op == READ and not (self.crashes or self.flushes_fail):
                 for i in range(n_blocks):
                     value = float(int.from_bytes(data[i * BLOCK : i * BLOCK + 8]))
                     allowed = self.history[first + i].allowed(started, self.time)
@@ -892,8 +912,9 @@ class Simulation:
         self.open_requests -= 1
         if request.error:
             # The guest knows now: what was completed before is not promised any more.
-            assert self.crashes or not self.proves, f"seed {self.seed}: flush failed, no crash"
-            self.flush_failed_at = self.time
+            blamed = self.crashes or self.flushes_fail or not self.proves
+            assert blamed, f"seed {self.seed}: flush failed, no crash"
+            self.flush_failed_at = max(self.flush_failed_at, started)
             return
         for block, history in enumerate(self.history):
             last = max((c for _, _, c in history.writes if c < started), default=0.0)
@@ -927,7 +948,7 @@ class Simulation:
             self.stale_writes()
             self.session.tick(self.time)
             self.answer_one()
-            if not self.open_requests:
+            if not self.session.in_flight:
                 break
         assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
         assert self.session.in_flight == 0
@@ -940,3 +961,12 @@ def test_simulated_server_dying_at_any_moment_every_value_is_explained(
 ) -> None:
     for seed in range(batch * 100, batch * 100 + 60):
         Simulation(seed, volatile=volatile).run(400)
+
+
+@pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
+@pytest.mark.parametrize("batch", range(4))
+def test_simulated_server_that_fails_to_flush_every_flush_is_true(
+    batch: int, volatile: bool
+) -> None:
+    for seed in range(batch * 100, batch * 100 + 60):
+        Simulation(seed, volatile=volatile, flushes_fail=True).run(400)
