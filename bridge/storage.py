@@ -48,6 +48,9 @@ OFF = "off"
 _ANSWER_LIMIT_S = 10.0
 """How long what the cache asks of the server at the start may take."""
 
+_COMPARE_LIMIT_S = 30.0
+"""The same before dirty data of an earlier run is sent: without an answer there is no start."""
+
 
 @dataclass(frozen=True)
 class CacheSettings:
@@ -122,6 +125,51 @@ def note_export(cache: Cache, export: Export) -> None:
         _log.error(f"{reason}: what only the cache has goes over it", dirty_blocks=dirty)
     if dropped := cache.note_export(*export.sessions, export.identity):
         _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
+
+
+async def check_content(cache: Cache, file: CacheFile, *, force: bool = False) -> None:
+    """Compare what is clean in the cache with the export, before anything is sent: nobody may count
+    who wrote, or somebody may have written past the one who does.
+
+    What is clean is dropped if it differs, or cannot be compared. With dirty data that is an error,
+    unless `force`: raises ConfigError, or ConnectionLost if the server does not answer.
+    """
+    dirty = cache.index.dirty_slots
+    check = cache.check_before_writing if dirty and not force else cache.check_sample
+    differing = await answer_of(check, _COMPARE_LIMIT_S if dirty else _ANSWER_LIMIT_S)
+    if differing > 0 and dirty and not force:
+        raise unwritten(
+            file,
+            "the export is not as it was left: somebody else wrote it, or another image is in its "
+            f"place ({differing} blocks that were read or flushed before are different now)",
+            "nbd-bridge cache flush --force",
+        )
+    if differing > 0:
+        note_changed_content(cache, differing)
+    elif differing < 0 and dirty and not force:
+        raise ConnectionLost(
+            f"cache file {file.path} holds data that the server lacks, and the server did not "
+            "answer when it was compared with the export: nothing was written; if reads of the "
+            f"export fail for good, run 'nbd-bridge cache flush --force {file.path}'"
+        )
+    elif differing < 0:
+        _log.warning("the cache could not be compared with the export: its clean part is discarded")
+        cache.drop_clean()
+
+
+def note_changed_content(cache: Cache, differing: int) -> None:
+    """For the operator: the clean part was dropped, since so many blocks of it differ."""
+    if dirty := cache.index.dirty_blocks:
+        _log.error(
+            "the export has changed since, and what only the cache has goes over it",
+            differing_blocks=differing,
+            dirty_blocks=dirty,
+        )
+    else:
+        _log.warning(
+            "the export has changed since: the clean part of the cache is discarded",
+            differing_blocks=differing,
+        )
 
 
 def expect_stale_writes(client: Client, file: CacheFile, dirty_slots: int) -> None:
@@ -229,8 +277,8 @@ class Storage:
         cache.woken = self._wake
         self.client.keeps_unflushed = True
         self.client.on_reconnect = self._reconnected
-        self._note_sample(await _answer(cache.check_sample))
-        if await _answer(lambda done: cache.resize(export.usable_bytes, done)) != 0:
+        await check_content(cache, self._file)
+        if await answer_of(lambda done: cache.resize(export.usable_bytes, done)) != 0:
             raise ConnectionLost(
                 f"{self._uri.server}: the end of the disk, which has grown, could not be read"
             )
@@ -315,7 +363,7 @@ class Storage:
         cache.backend_reconnected()
         note_export(cache, self.client.export)
         if self.client.export.sessions is None:
-            cache.check_sample(self._note_sample_again)
+            cache.check_sample(self._note_sample)
         if self.client.export.usable_bytes > cache.size_bytes:
             cache.resize(self.client.export.usable_bytes, self._grown)
 
@@ -332,24 +380,10 @@ class Storage:
             self.on_resized(self._cache.size_bytes)
 
     def _note_sample(self, differing: int) -> None:
-        """The sample at the start was compared: also where sessions are counted, somebody may have
-        written past the server."""
+        """The sample after a reconnect was compared, or the connection is lost again."""
         if differing > 0:
-            _log.warning(
-                "the export has changed since: the clean part of the cache is discarded",
-                differing_blocks=differing,
-            )
-        elif differing < 0:
             assert self._cache is not None
-            _log.warning(
-                "the cache could not be compared with the export: its clean part is discarded"
-            )
-            self._cache.drop_clean()
-
-    def _note_sample_again(self, differing: int) -> None:
-        """The same after a reconnect, where no answer means that the connection is lost again."""
-        if differing > 0:
-            self._note_sample(differing)
+            note_changed_content(self._cache, differing)
 
     def may_be_written_elsewhere(self) -> None:
         """The guest has left, with everything flushed, and may go on through another bridge.
@@ -462,7 +496,9 @@ class Storage:
             _log.error("the last flush failed", reason=os.strerror(request.error))
 
 
-async def _answer(start: Callable[[Callable[[int], None]], None]) -> int:
+async def answer_of(
+    start: Callable[[Callable[[int], None]], None], limit_s: float = _ANSWER_LIMIT_S
+) -> int:
     """What `start` reports, -1 if it does not within a time.
 
     For the start, when nobody looks after the connection yet: if it is lost, nothing answers.
@@ -476,7 +512,7 @@ async def _answer(start: Callable[[Callable[[int], None]], None]) -> int:
         ended.set()
 
     start(done)
-    with trio.move_on_after(_ANSWER_LIMIT_S):
+    with trio.move_on_after(limit_s):
         await ended.wait()
     return answer
 
