@@ -45,7 +45,6 @@ from .slots import Slots
 from .store import Store
 from .writeback import Writeback
 
-
 _THOROUGH_COUNT = 256
 """Blocks compared before dirty data goes out: a small cache wholly, and a few seconds at worst."""
 
@@ -370,9 +369,7 @@ class Cache:
 
         self._compare(compared, _THOROUGH_COUNT, beside_dirty=True)
 
-    def _compare(
-        self, done: Callable[[Sample], None], count: int, *, beside_dirty: bool
-    ) -> None:
+    def _compare(self, done: Callable[[Sample], None], count: int, *, beside_dirty: bool) -> None:
         header = self._image.header
         compare(
             self.index,

@@ -7,6 +7,7 @@ request, and `close(clean=True)`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from .file import (
     read_index,
 )
 from .index import Index
+from .layout import printable
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Summary:
     export_generation: int
     created_s: int
     """Seconds of the epoch."""
+    digest: str = ""
+    """In hexadecimal, of the export's whole address and name: the texts may be cut."""
 
 
 def show(path: str) -> Summary:
@@ -82,6 +86,7 @@ def show(path: str) -> Summary:
         fault=fault,
         export_generation=header.export_generation,
         created_s=header.created_s,
+        digest=header.digest.hex(),
     )
 
 
@@ -101,8 +106,8 @@ def describe(summary: Summary) -> str:
     created = datetime.fromtimestamp(summary.created_s, UTC)
     lines = {
         "file": summary.path,
-        "server": summary.uri,
-        "export": summary.export or "(default)",
+        "server": printable(summary.uri),
+        "export": printable(summary.export) or "(default)",
         "disk": size_text(summary.disk_bytes),
         "cache": f"{size_text(summary.cache_bytes)}, {size_text(summary.valid_bytes)} of it used",
         "not on the server": size_text(summary.dirty_bytes),
@@ -160,14 +165,24 @@ def _refuse_to_lose(path: str) -> None:
         )
 
 
-def open_to_flush(path: str, *, export_bytes: int, skip_damaged: bool = False) -> CacheFile:
+def open_to_flush(
+    path: str,
+    *,
+    export_bytes: int,
+    skip_damaged: bool = False,
+    check: Callable[[CacheFile], None] | None = None,
+) -> CacheFile:
     """Open a cache file to bring its dirty data to an export of `export_bytes`.
+
+    `check` may raise ConfigError when it has seen the file, locked and as it was left.
 
     Raises ConfigError: in use, damaged (unless that is to be skipped), discarded by a crash of
     the host, or the export is smaller than the disk was.
     """
     file = open_file(path)
     try:
+        if check is not None:
+            check(file)
         if not (has_survived(file) if skip_damaged else believe(file)):
             raise ConfigError(
                 f"cache file {path}: the host went down without a clean shutdown, "

@@ -205,6 +205,11 @@ class Header:
         return page + _CRC.pack(zlib.crc32(page))
 
 
+def printable(text: str) -> str:
+    """`text` of a file's header for a terminal: whatever would control that is escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def new_header(geometry: Geometry, identity: Identity, boot_id: bytes, created_s: int) -> Header:
     """The first header of a file."""
     return Header(

@@ -55,7 +55,8 @@ def compare(
 ) -> None:
     """Compare about `count` clean blocks with the server, then call `done`.
 
-    `beside_dirty`: also some with dirty blocks beside them. `witness` is the number of a block that differed before, and is compared if it is still there.
+    `beside_dirty`: also some with dirty blocks beside them. `witness` is the number of a block that
+    differed before, and is compared if it is still there.
     `zeroes_may_differ`: discards may be lost, so a block of zeroes is no evidence.
     """
     chosen = _choose(index, count, beside_dirty=beside_dirty, witness=witness)
