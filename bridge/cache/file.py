@@ -51,6 +51,9 @@ _RESIDENT = bytes(range(1, 256, 2))
 _mincore = ctypes.PyDLL(None).mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
+REMOVE_HINT = "; remove it with rm if you mean it"
+"""Where a cache file has to be, or is to be removed. What is only looked at may be anything."""
+
 _LOCK_TRIES = 20
 _LOCK_PAUSE_S = 0.02
 """Somebody may only look at the file: `cache show`, or a bridge that looks for its own."""
@@ -266,13 +269,15 @@ def open_file(path: str) -> CacheFile:
 
     Raises ConfigError naming the file and the remedy.
     """
-    return _map(path, _open_locked(path, os.O_RDWR))
+    fd = _open_locked(path, os.O_RDWR)
+    _adopt(path, fd)
+    return _map(path, fd)
 
 
-def _map(path: str, fd: int) -> CacheFile:
+def _map(path: str, fd: int, remedy: str = "") -> CacheFile:
     """The file that `fd` has open, which is closed if that fails. Raises ConfigError."""
     try:
-        header = _read_header(path, fd)
+        header = _read_header(path, fd, remedy)
         if os.fstat(fd).st_blocks * 512 < header.geometry.file_bytes:
             # Copied by something that leaves out zeroes: a store into a hole of a full disk is a
             # SIGBUS.
@@ -283,14 +288,14 @@ def _map(path: str, fd: int) -> CacheFile:
         raise
 
 
-def read_index(path: str) -> MappedImage:
+def read_index(path: str, remedy: str = "") -> MappedImage:
     """A copy of the header and the index of a cache file that nobody uses: it has no data.
 
     Raises ConfigError naming the file and the remedy.
     """
     fd = _open_locked(path, os.O_RDONLY)
     try:
-        header = _read_header(path, fd)
+        header = _read_header(path, fd, remedy)
         copy = bytearray(header.geometry.data_offset)
         view = memoryview(copy)
         while view and (count := os.preadv(fd, [view], len(copy) - len(view))):
@@ -300,9 +305,9 @@ def read_index(path: str) -> MappedImage:
     return MappedImage(copy, header)
 
 
-def _read_header(path: str, fd: int) -> Header:
+def _read_header(path: str, fd: int, remedy: str = "") -> Header:
     """The header of a file that is as long as it says. Raises ConfigError."""
-    area = _read_ours(path, fd)
+    area = _read_ours(path, fd, remedy)
     try:
         header = parse_header_untrusted(area)
     except ConfigError as error:
@@ -316,11 +321,11 @@ def _read_header(path: str, fd: int) -> Header:
     return header
 
 
-def _read_ours(path: str, fd: int) -> bytes:
+def _read_ours(path: str, fd: int, remedy: str = "") -> bytes:
     """The first bytes of a file that is ours to change and to remove. Raises ConfigError."""
     area = os.pread(fd, HEADER_AREA_BYTES, 0)
     if not is_ours_untrusted(area):
-        raise ConfigError(f"{path} is not a cache file; remove it with rm if you mean it")
+        raise ConfigError(f"{path} is not a cache file{remedy}")
     return area
 
 
@@ -368,9 +373,10 @@ def open_or_create(
     """
     # Locked before anybody looks at what it holds: somebody else may be making it.
     fd = _open_locked(path, os.O_RDWR | os.O_CREAT)
+    _adopt(path, fd)
     if not _holds_something(fd):
         return _create(path, geometry, identity, [], fd)
-    file = _map(path, fd)
+    file = _map(path, fd, REMOVE_HINT)
     try:
         note = _unfit(file, geometry, identity, owns)
     except BaseException:
@@ -461,7 +467,7 @@ def lock_to_drop(path: str) -> int:
     """A descriptor of `path`, locked. Raises ConfigError if somebody uses it, or it is not ours."""
     fd = _open_locked(path, os.O_RDWR)
     try:
-        _read_ours(path, fd)
+        _read_ours(path, fd, REMOVE_HINT)
     except BaseException:
         os.close(fd)
         raise
@@ -548,6 +554,48 @@ def _open_locked(path: str, flags: int) -> int:
             return fd
         # Removed (and perhaps made again) between the two calls: this one has no name any more.
         os.close(fd)
+
+
+def _adopt(path: str, fd: int) -> None:
+    """Make sure that only this user can change the file that `fd` has open, and what is at `path`.
+
+    Raises ConfigError, and closes `fd` then.
+    """
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid():
+            raise ConfigError(
+                f"cache file {path} belongs to user {status.st_uid}, not to {os.geteuid()}, and is "
+                "not trusted: run as that user, or remove the file"
+            )
+        _check_directory(path)
+        if stat.S_IMODE(status.st_mode) != 0o600:
+            os.fchmod(fd, 0o600)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"cache file {path}: {error.strerror}") from None
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _check_directory(path: str) -> None:
+    """Raises ConfigError if other users can put another file in the place of the one at `path`."""
+    where = os.path.dirname(path) or "."
+    status = os.stat(where)
+    if status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f"cache directory {where} belongs to user {status.st_uid}, who could exchange the "
+            f"cache file: choose another with --cache-dir, or run 'chown {os.geteuid()} {where}'"
+        )
+    others = stat.S_IWOTH
+    if status.st_gid != os.getegid():
+        others |= stat.S_IWGRP
+    if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
+        raise ConfigError(
+            f"cache directory {where} may be written by other users, who could exchange the cache "
+            f"file: run 'chmod go-w {where}', or choose another with --cache-dir"
+        )
 
 
 def _is_at(fd: int, path: str) -> bool:

@@ -16,6 +16,7 @@ from bridge.errors import ConfigError
 from bridge.units import size_text
 
 from .file import (
+    REMOVE_HINT,
     CacheFile,
     MappedImage,
     Unusable,
@@ -60,9 +61,10 @@ class Summary:
     """In hexadecimal, of the export's whole address and name: the texts may be cut."""
 
 
-def show(path: str) -> Summary:
-    """Read what `path` holds. Raises ConfigError: in use, damaged, not a cache file."""
-    image = read_index(path)
+def show(path: str, *, not_ours: str = "") -> Summary:
+    """Read what `path` holds. Raises ConfigError: in use, damaged, not a cache file, which gets the
+    remedy `not_ours`."""
+    image = read_index(path, not_ours)
     fault = _fault(image)
     header, sizes = image.header, image.geometry
     index = Index(image)
@@ -146,7 +148,7 @@ def drop(path: str, *, discard_dirty: bool = False) -> None:
 def _refuse_to_lose(path: str) -> None:
     """Raises ConfigError if `path` holds, or may hold, what the server does not have."""
     try:
-        summary = show(path)
+        summary = show(path, not_ours=REMOVE_HINT)
     except Unusable as error:
         raise ConfigError(
             f"cache file {path} {error.fault}; whether it holds unwritten data cannot be said: "
