@@ -580,20 +580,15 @@ def _adopt(path: str, fd: int) -> None:
 
 
 def _check_directory(path: str) -> None:
-    """Raises ConfigError if other users can put another file in the place of the one at `path`."""
+    """Raises ConfigError if any user can remove the file at `path`, or be faster to make it."""
     where = os.path.dirname(path) or "."
     status = os.stat(where)
-    if status.st_uid not in (0, os.geteuid()):
-        raise ConfigError(
-            f"cache directory {where} belongs to user {status.st_uid}, who could exchange the "
-            f"cache file: choose another with --cache-dir, or run 'chown {os.geteuid()} {where}'"
-        )
     others = stat.S_IWOTH
     if status.st_gid != os.getegid():
         others |= stat.S_IWGRP
     if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
         raise ConfigError(
-            f"cache directory {where} may be written by other users, who could exchange the cache "
+            f"cache directory {where} may be written by other users, who could remove the cache "
             f"file: run 'chmod go-w {where}', or choose another with --cache-dir"
         )
 
