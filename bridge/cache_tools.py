@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import quote
 
 import structlog
 import trio
 
 from bridge.cache.cache import Cache
-from bridge.cache.file import has_content
+from bridge.cache.file import CacheFile, dirty_bytes, has_content
 from bridge.cache.inspect import open_to_flush, show
+from bridge.cache.layout import Header, Identity, printable
 from bridge.cache.options import Options
 from bridge.cache.warm import Warmer, data_ranges
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.location import forget, peek
 from bridge.loop import Loop
 from bridge.nbd.chunks import StatusRequest
-from bridge.nbd.client import Client
+from bridge.nbd.client import Client, inspect
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri, parse_uri
 from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
@@ -28,10 +31,15 @@ from bridge.storage import (
     Storage,
     cache_identity,
     cache_path,
+    check_content,
     check_export,
+    close_file,
     expect_stale_writes,
     may_call_clean,
+    note_changed_content,
     note_export,
+    notes_directory,
+    wanted_cache,
 )
 
 _log = structlog.get_logger(__name__)
@@ -39,13 +47,20 @@ _log = structlog.get_logger(__name__)
 _STATUS_BYTES = 1 << 30
 """How much of a disk one question about its extents covers."""
 
+_FILE_LIMIT_S = 60.0
+"""How long the cache's disk may take at the end of a flush."""
+
 _HANG_UP_S = 2.0
 """How long a `warm` that was interrupted, or failed, waits for answers that are still to come."""
 
 
 def uri_of(path: str) -> NbdUri:
-    """Where the export of a cache file was, without TLS."""
+    """Where the export of a cache file was, without TLS. Raises ConfigError."""
     summary = show(path)
+    if Identity(summary.uri, summary.export).digest.hex() != summary.digest:
+        raise ConfigError(
+            f"cache file {path} has only the beginning of its export's name: give the URI as well"
+        )
     name = quote(summary.export, safe="")
     if summary.uri.startswith("/"):
         return parse_uri(f"nbd+unix:///{name}?socket={quote(summary.uri)}")
@@ -70,45 +85,89 @@ async def flush_file(
     """
     summary = show(path)
     uri = uri_of(path) if uri_text is None else parse_uri(uri_text)
-    identity = cache_identity(uri)
-    if not moved and (identity.uri, identity.export) != (summary.uri, summary.export):
-        raise ConfigError(
-            f"cache file {path} belongs to export {summary.export!r} of {summary.uri}, not to "
-            f"{identity.export!r} of {identity.uri}; if that export moved there, add --moved"
-        )
+    if not moved:
+        await _check_spelling(path, uri)
     # The file is closed last: until the loop has ended the cache may look into it.
-    with ExitStack() as at_last:
+    async with AsyncExitStack() as at_last:
         async with _client(uri, ClientOptions(reconnect_timeout_s=timeout_s)) as (client, loop):
             if client.export.read_only:
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                 )
-            cache = _cache_to_flush(
-                path, client, loop, at_last, force=force, skip_damaged=skip_damaged
+
+            def check(file: CacheFile) -> None:
+                # What was shown before it was locked may be another file's.
+                if file.header.digest.hex() != summary.digest:
+                    raise ConfigError(
+                        f"cache file {path} is another one than a moment ago: look at it with "
+                        f"'nbd-bridge cache show {path}', and try again"
+                    )
+                if not moved and not wanted_cache(uri, client.export).owns(file.header):
+                    raise _of_another(path, file.header, uri)
+
+            file = open_to_flush(
+                path,
+                export_bytes=client.export.usable_bytes,
+                skip_damaged=skip_damaged,
+                check=check,
             )
-            request = Request(FLUSH, 0, 0, [], _nothing)
-            with trio.move_on_after(timeout_s) as scope:
-                await _finish(cache, request)
-            if scope.cancelled_caught or request.error:
-                raise BridgeError(
-                    f"{uri.text}: the server did not take everything; what is missing is still in "
-                    f"{path}"
-                )
-    return summary.dirty_bytes
+            at_last.push_async_callback(_close, file, client)
+            flushed = await _flush_to(
+                file, client, loop, timeout_s=timeout_s, force=force, skip_damaged=skip_damaged
+            )
+    if (notes := notes_directory()) is not None:
+        forget(path, notes)
+    return flushed
 
 
-def _cache_to_flush(
-    path: str,
+async def _check_spelling(path: str, uri: NbdUri) -> None:
+    """What is not called like the file's export has to show that it is the same volume, before it
+    is opened for writing. Raises ConfigError."""
+    header = peek(path)
+    if header is None or wanted_cache(uri, None).is_spelled_so(header):
+        return
+    try:
+        export = await inspect(uri)
+    except BridgeError:
+        raise _of_another(path, header, uri) from None
+    if not wanted_cache(uri, export).owns(header):
+        raise _of_another(path, header, uri)
+
+
+def _of_another(path: str, header: Header, uri: NbdUri) -> ConfigError:
+    """For the operator: the file was made for another export, as far as anybody can tell."""
+    identity = cache_identity(uri)
+    return ConfigError(
+        f"cache file {path} belongs to export {header.export!r} of "
+        f"{printable(header.uri)}, not to {identity.export!r} of {identity.uri}; if that "
+        "export moved there, add --moved"
+    )
+
+
+async def _close(file: CacheFile, client: Client) -> None:
+    """Raises BridgeError if the disk of `file` is stuck."""
+    dirty = bool(dirty_bytes(file))
+    clean = may_call_clean(client, dirty)
+    with trio.CancelScope(shield=True):
+        problem = await close_file(file, clean=clean, dirty=dirty, limit_s=_FILE_LIMIT_S)
+    if problem:
+        raise BridgeError(problem)
+
+
+async def _flush_to(
+    file: CacheFile,
     client: Client,
     loop: Loop,
-    at_last: ExitStack,
     *,
+    timeout_s: float,
     force: bool,
     skip_damaged: bool,
-) -> Cache:
-    """A cache over `client` with the file at `path`, which `at_last` closes."""
+) -> int:
+    """Bring what is dirty in `file` to the server; how many bytes it was.
+
+    Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
+    """
     backend = NbdBackend(client)
-    file = open_to_flush(path, export_bytes=backend.size_bytes, skip_damaged=skip_damaged)
     try:
         cache = Cache(
             file,
@@ -119,24 +178,50 @@ def _cache_to_flush(
             call_next_turn=loop.soon,
             skip_damaged=skip_damaged,
         )
-        if damaged := cache.index.damaged_slots:
-            _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
-        if not force:
-            check_export(cache, file, client.export)
-        expect_stale_writes(client, file, cache.index.dirty_slots)
     except BaseException:
-        file.close(clean=False)
+        file.abandon()  # No clean mark for a damaged index.
         raise
-    at_last.callback(lambda: file.close(clean=may_call_clean(client, cache.index.dirty_slots)))
+    if damaged := cache.index.damaged_slots:
+        _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
+    if not force:
+        check_export(cache, file, client.export)
+    expect_stale_writes(client, file, cache.index.dirty_slots)
     client.keeps_unflushed = True
     note_export(cache, client.export)
+    dirty_blocks = cache.index.dirty_blocks
+    changed = ""
+
+    def found_changed(reason: str) -> None:
+        # What was sent is sent again by the session, unasked; nothing more is.
+        nonlocal changed
+        if not force and cache.index.dirty_slots:
+            changed = changed or reason
+            backend.refuse(errno.EIO)
+
+    def compared(differing: int) -> None:
+        if differing > 0:
+            note_changed_content(cache, differing)
+            found_changed("the export has changed meanwhile, see --force")
 
     def reconnected() -> None:
         cache.backend_reconnected()
-        note_export(cache, client.export)
+        export = client.export
+        if export.sessions is None:
+            cache.check_sample(compared)
+        elif reason := cache.foreign_change(*export.sessions, export.identity):
+            found_changed(f"{reason}, see --force")
+        note_export(cache, export)
 
     client.on_reconnect = reconnected
-    return cache
+    await check_content(cache, file, force=force, limit_s=timeout_s)
+    request = Request(FLUSH, 0, 0, [], _nothing)
+    with trio.move_on_after(timeout_s) as scope:
+        await _finish(cache, request)
+    if not changed and (scope.cancelled_caught or request.error):
+        changed = "the server did not take everything"
+    if changed:
+        raise BridgeError(f"{client.uri.text}: {changed}; what is missing is still in {file.path}")
+    return dirty_blocks * file.geometry.block_bytes
 
 
 async def warm(

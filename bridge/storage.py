@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import trio
 
+from bridge import location
 from bridge.cache.cache import Cache
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import (
@@ -27,10 +28,12 @@ from bridge.cache.file import (
     open_file,
     open_or_create,
 )
+from bridge.cache.inspect import drop
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
 from bridge.disk import Backend
 from bridge.errors import ConfigError, ConnectionLost, InUse
+from bridge.location import Found, Wanted
 from bridge.loop import Loop
 from bridge.nbd.client import Client
 from bridge.nbd.export import Export
@@ -47,6 +50,9 @@ OFF = "off"
 
 _ANSWER_LIMIT_S = 10.0
 """How long what the cache asks of the server at the start may take."""
+
+_COMPARE_LIMIT_S = 30.0
+"""The same before dirty data of an earlier run is sent: without an answer there is no start."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,45 @@ def cache_identity(uri: NbdUri) -> Identity:
     return Identity(uri=uri.server, export=uri.export_name.partition("@session=")[0])
 
 
+def wanted_cache(uri: NbdUri, export: Export | None) -> Wanted:
+    """What a cache file must be like to belong to `export`; None: as far as the URI tells."""
+    identity = cache_identity(uri)
+    names = {identity.export}
+    if export is None:
+        return Wanted(identity, frozenset(names), b"", 0)
+    if export.canonical_name:
+        names.add(export.canonical_name.partition("@session=")[0])
+    return Wanted(identity, frozenset(names), export.identity, export.usable_bytes)
+
+
+def notes_directory() -> Path | None:
+    """Where cache files in other directories are noted; None: there is no such place."""
+    try:
+        return default_directory()
+    except (ConfigError, RuntimeError):  # No home directory.
+        return None
+
+
+def passed_over(uri: NbdUri, found: Found) -> ConfigError:
+    """For the operator: another cache file holds what the server has not, of this disk perhaps."""
+    which = "belongs to" if found.owned else "may belong to"
+    return ConfigError(
+        f"cache file {found.path} {which} the export {uri.text} and holds {found.dirty_bytes} "
+        f"bytes that the server lacks: run 'nbd-bridge cache flush {found.path}' first, or give "
+        f"them up with 'nbd-bridge cache drop --discard-dirty {found.path}'"
+    )
+
+
+def _remove(files: list[Found]) -> None:
+    """Remove cache files that hold nothing that the server lacks."""
+    for each in files:
+        with suppress(ConfigError):
+            drop(each.path)
+            _log.warning(
+                "a cache file of the same export under another spelling is removed", path=each.path
+            )
+
+
 def unwritten(file: CacheFile, reason: str, remedy: str) -> ConfigError:
     """For the operator: the cache file holds what the server has not, and that is in the way."""
     return ConfigError(
@@ -124,11 +169,96 @@ def note_export(cache: Cache, export: Export) -> None:
         _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
 
 
+async def check_content(
+    cache: Cache, file: CacheFile, *, force: bool = False, limit_s: float = _COMPARE_LIMIT_S
+) -> None:
+    """Compare what is clean in the cache with the export, before anything is sent: nobody may count
+    who wrote, or somebody may have written past the one who does.
+
+    What is clean is dropped if it differs, or cannot be compared. With dirty data that is an error,
+    unless `force`: raises ConfigError, or ConnectionLost if the server does not answer.
+    """
+    dirty = cache.index.dirty_slots
+    check = cache.check_before_writing if dirty and not force else cache.check_sample
+    differing = await answer_of(check, limit_s if dirty else min(limit_s, _ANSWER_LIMIT_S))
+    if differing > 0 and dirty and not force:
+        raise unwritten(
+            file,
+            "the export is not as it was left: somebody else wrote it, or another image is in its "
+            f"place ({differing} blocks that were read or flushed before are different now)",
+            "nbd-bridge cache flush --force",
+        )
+    if differing > 0:
+        note_changed_content(cache, differing)
+    elif differing < 0 and dirty and not force:
+        raise ConnectionLost(
+            f"cache file {file.path} holds data that the server lacks, and the server did not "
+            "answer when it was compared with the export: nothing was written; if reads of the "
+            f"export fail for good, run 'nbd-bridge cache flush --force {file.path}'"
+        )
+    elif differing < 0:
+        _log.warning("the cache could not be compared with the export: its clean part is discarded")
+        cache.drop_clean()
+
+
+def note_changed_content(cache: Cache, differing: int) -> None:
+    """For the operator: the clean part was dropped, since so many blocks of it differ."""
+    if dirty := cache.index.dirty_blocks:
+        _log.error(
+            "the export has changed since, and what only the cache has goes over it",
+            differing_blocks=differing,
+            dirty_blocks=dirty,
+        )
+    else:
+        _log.warning(
+            "the export has changed since: the clean part of the cache is discarded",
+            differing_blocks=differing,
+        )
+
+
 def expect_stale_writes(client: Client, file: CacheFile, dirty_slots: int) -> None:
     """The process before this one may have left writes at the server: nothing was sent yet, and
     the file is ours, so that one has ended."""
     if file.was_killed or dirty_slots:
         client.expect_stale_writes()
+
+
+FILE_LIMIT_S = 5.0
+"""How long the closing of a cache file may take at least, whatever limit a stop has."""
+
+
+async def close_file(file: CacheFile, *, clean: bool, dirty: bool, limit_s: float) -> str:
+    """Close `file`, in a thread: a stuck disk must not hold a stop for ever.
+
+    Returns "", or that the file could not be closed in time, for the operator. A file system that
+    refuses is only logged: unless something is dirty, nothing is missing.
+    """
+    ended = False
+
+    def close() -> None:
+        nonlocal ended
+        try:
+            file.close(clean=clean)
+        finally:
+            ended = True
+
+    try:
+        with trio.move_on_after(limit_s):
+            await trio.to_thread.run_sync(close, abandon_on_cancel=True)
+    except OSError as error:
+        _log.error(
+            "the cache file cannot be kept"
+            + (", and it holds what the server has not" if dirty else ", it is removed"),
+            path=file.path,
+            reason=error.strerror,
+        )
+    if ended:
+        return ""
+    file.abandon()
+    return (
+        f"the disk of cache file {file.path} did not take everything within {limit_s:g} s: the "
+        "file is not marked as closed, and is discarded if the host goes down before its next use"
+    )
 
 
 def may_call_clean(client: Client, dirty_slots: int) -> bool:
@@ -216,13 +346,16 @@ class Storage:
         """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
         export = await self.client.connect()
         if self._settings.mode == OFF or export.read_only or self._read_only:
-            self._check_unused_cache(export)
+            await self._check_unused_cache(export)
             self.client.on_export_changed = lambda changed: self.on_resized(changed.usable_bytes)
             return export
+        if self._settings.directory is None:
+            make_default_directory()
+        path = await self._locate(export)
         try:
-            cache = self._cache = self._open_cache(export)
+            cache = self._cache = self._open_cache(path, export)
         except BaseException:
-            self._close_file(clean=False)
+            self._let_go_of_file()
             raise
         assert self._file is not None
         check_export(cache, self._file, export)
@@ -234,15 +367,15 @@ class Storage:
         cache.woken = self._wake
         self.client.keeps_unflushed = True
         self.client.on_reconnect = self._reconnected
-        self._note_sample(await _answer(cache.check_sample))
-        if await _answer(lambda done: cache.resize(export.usable_bytes, done)) != 0:
+        await check_content(cache, self._file)
+        if await answer_of(lambda done: cache.resize(export.usable_bytes, done)) != 0:
             raise ConnectionLost(
                 f"{self._uri.server}: the end of the disk, which has grown, could not be read"
             )
         self._opened = True
         return export
 
-    def _open_cache(self, export: Export) -> Cache:
+    def _open_cache(self, path: str, export: Export) -> Cache:
         if not export.usable_bytes:
             raise ConfigError(
                 f"{self._uri.text}: the export has {export.size_bytes} bytes: "
@@ -253,14 +386,16 @@ class Storage:
             cache_bytes=self._settings.size_bytes,
             min_block_bytes=export.min_block_bytes,
         )
-        if self._settings.directory is None:
-            make_default_directory()
-        path = cache_path(self._uri, self._settings.directory)
         file = self._file = open_or_create(
-            str(path), geometry=geometry, identity=cache_identity(self._uri)
+            path,
+            geometry=geometry,
+            identity=cache_identity(self._uri),
+            owns=wanted_cache(self._uri, export).owns,
         )
         for note in file.notes:
             _log.warning(note)
+        if (notes := notes_directory()) is not None:
+            location.note(path, notes)
         cold = self._cold = ThreadedCold()
         self._loop.add(cold.fd, cold.collect)
         under = self._under_cache = NbdBackend(self.client)
@@ -274,16 +409,61 @@ class Storage:
             cold=cold,
         )
 
-    def _check_unused_cache(self, export: Export) -> None:
+    async def _find(self, export: Export) -> list[Found]:
+        """The cache files of this export in its directory. Raises ConfigError if there are others
+        that could be its, with dirty data."""
+        chosen = cache_path(self._uri, self._settings.directory).parent
+        default = notes_directory() or chosen
+        here, elsewhere = await trio.to_thread.run_sync(
+            location.find,
+            wanted_cache(self._uri, export),
+            chosen,
+            default,
+            location.resolve_host,
+            abandon_on_cancel=True,
+        )
+        for found in (*here, *elsewhere):
+            if found.dirty_bytes and (not found.owned or found in elsewhere):
+                raise passed_over(self._uri, found)
+        return here
+
+    async def _locate(self, export: Export) -> str:
+        """The path of this export's cache file, which may have been made for another spelling of
+        its URI. Raises ConfigError."""
+        own = str(cache_path(self._uri, self._settings.directory))
+        found = await self._find(export)
+        mine = {each.path: each for each in found if each.owned}
+        dirty = [each for each in mine.values() if each.dirty_bytes]
+        if len(dirty) > 1:
+            raise passed_over(self._uri, dirty[1])
+        used = [path for path, each in mine.items() if each.in_use]
+        for path in (*(each.path for each in dirty), *used, own, *mine):
+            if path in mine:
+                break
+        else:
+            path = own
+        if export.sessions is None:
+            # Nobody would tell whoever uses them next that this one wrote.
+            others = [each for each in found if each.path != path and not each.in_use]
+            _remove([each for each in others if each.same_server])
+        return path
+
+    async def _check_unused_cache(self, export: Export) -> None:
         """Serving without a cache: what an earlier run left in one must not be passed over.
 
         The guest would see an old image; what it then writes would be overwritten by the next run
         with the cache, or not be seen by it. Raises ConfigError.
         """
-        path = str(cache_path(self._uri, self._settings.directory))
+        own = str(cache_path(self._uri, self._settings.directory))
+        found = await self._find(export)
+        paths = {each.path for each in found}
+        if own not in paths and has_content(own):
+            paths.add(own)  # Nothing can be told of it: that is said below.
+        for path in sorted(paths):
+            self._check_unused_file(path, export)
+
+    def _check_unused_file(self, path: str, export: Export) -> None:
         read_only = export.read_only or self._read_only
-        if not has_content(path):
-            return
         try:
             file = open_file(path)
         except InUse:
@@ -327,7 +507,7 @@ class Storage:
         cache.backend_reconnected()
         note_export(cache, self.client.export)
         if self.client.export.sessions is None:
-            cache.check_sample(self._note_sample_again)
+            cache.check_sample(self._note_sample)
         if self.client.export.usable_bytes > cache.size_bytes:
             cache.resize(self.client.export.usable_bytes, self._grown)
 
@@ -344,24 +524,10 @@ class Storage:
             self.on_resized(self._cache.size_bytes)
 
     def _note_sample(self, differing: int) -> None:
-        """The sample at the start was compared: also where sessions are counted, somebody may have
-        written past the server."""
+        """The sample after a reconnect was compared, or the connection is lost again."""
         if differing > 0:
-            _log.warning(
-                "the export has changed since: the clean part of the cache is discarded",
-                differing_blocks=differing,
-            )
-        elif differing < 0:
             assert self._cache is not None
-            _log.warning(
-                "the cache could not be compared with the export: its clean part is discarded"
-            )
-            self._cache.drop_clean()
-
-    def _note_sample_again(self, differing: int) -> None:
-        """The same after a reconnect, where no answer means that the connection is lost again."""
-        if differing > 0:
-            self._note_sample(differing)
+            note_changed_content(self._cache, differing)
 
     def may_be_written_elsewhere(self) -> None:
         """The guest has left, with everything flushed, and may go on through another bridge.
@@ -462,33 +628,50 @@ class Storage:
         await self.client.close(max(deadline_s - trio.current_time(), hang_up_s))
         dirty = self._opened and self._cache is not None and self._cache.index.dirty_slots
         path = self._file.path if self._file is not None else ""
-        self._close_file(clean=True)
+        problem = await self._close_file(max(deadline_s - trio.current_time(), FILE_LIMIT_S))
         if not dirty:
-            return ""
+            return problem
+        if problem:
+            return f"{problem}; it holds what the server did not take in time"
         return (
             f"the server did not take everything in time: what is missing is kept in {path} and "
             "goes to the server at the next start"
         )
 
-    def _close_file(self, *, clean: bool) -> None:
-        """Let go of the cache file. From here on nothing touches it."""
+    def _let_go_of_file(self) -> None:
+        """Leave the cache file as it is, at a start that fails."""
+        self._stop_using_file()
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close(clean=False)
+
+    def _stop_using_file(self) -> None:
+        """From here on nothing touches the file, except a thread that a stuck disk holds."""
         self._closed = True
         if self._cold is not None:
             self._loop.remove(self._cold.fd)
             self._cold.close()
             self._cold = None
-        if self._file is not None:
-            dirty = self._cache.index.dirty_slots if self._cache is not None else 0
-            file, self._file = self._file, None
-            try:
-                file.close(clean=clean and may_call_clean(self.client, dirty))
-            except OSError as error:
-                _log.error(
-                    "the cache file cannot be kept"
-                    + (", and it holds what the server has not" if dirty else ", it is removed"),
-                    path=file.path,
-                    reason=error.strerror,
-                )
+
+    async def _close_file(self, limit_s: float) -> str:
+        """Let go of the cache file, marked as closed in order if that can be done in `limit_s`.
+
+        Returns "", or what the operator has to know.
+        """
+        self._stop_using_file()
+        if self._file is None:
+            return ""
+        dirty = self._cache.index.dirty_slots if self._cache is not None else 0
+        file, self._file = self._file, None
+        problem = await close_file(
+            file,
+            clean=may_call_clean(self.client, dirty),
+            dirty=bool(dirty),
+            limit_s=limit_s,
+        )
+        if not problem and not dirty and self._opened and (notes := notes_directory()) is not None:
+            location.forget(file.path, notes)
+        return problem
 
     async def _flush_cache(self, cache: Cache) -> None:
         finished = trio.Event()
@@ -499,7 +682,9 @@ class Storage:
             _log.error("the last flush failed", reason=os.strerror(request.error))
 
 
-async def _answer(start: Callable[[Callable[[int], None]], None]) -> int:
+async def answer_of(
+    start: Callable[[Callable[[int], None]], None], limit_s: float = _ANSWER_LIMIT_S
+) -> int:
     """What `start` reports, -1 if it does not within a time.
 
     For the start, when nobody looks after the connection yet: if it is lost, nothing answers.
@@ -513,7 +698,7 @@ async def _answer(start: Callable[[Callable[[int], None]], None]) -> int:
         ended.set()
 
     start(done)
-    with trio.move_on_after(_ANSWER_LIMIT_S):
+    with trio.move_on_after(limit_s):
         await ended.wait()
     return answer
 

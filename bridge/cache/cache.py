@@ -40,10 +40,13 @@ from .ranges import Ranges
 from .readahead import Readahead
 from .reads import Reads
 from .resize import Resizer
-from .sample import check_sample
+from .sample import Sample, compare
 from .slots import Slots
 from .store import Store
 from .writeback import Writeback
+
+_THOROUGH_COUNT = 256
+"""Blocks compared before dirty data goes out: a small cache wholly, and a few seconds at worst."""
 
 
 class Cache:
@@ -130,7 +133,8 @@ class Cache:
         self._writeback.woken = self._deadline_appeared
         index.cleaned = slots.cleaned
         slots.unpinned = self._store.wake
-        self._flusher.ended = self._store.wake
+        self._flusher.ended = self._flush_ended
+        self._exclusives.discarding = self._discarding
         self._exclusives.ended = self._store.wake
         self._writeback.landed = self._store.wake
         self._residency_due = clock() + options.residency_s
@@ -343,9 +347,59 @@ class Cache:
         return dropped
 
     def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
-        """Compare up to `count` clean cached blocks with the server; if any differs drop all clean
+        """Compare about `count` clean cached blocks with the server; if any differs drop all clean
         blocks. `done(differences)`, -1 if the server did not answer."""
-        check_sample(self, self._backend, done, count)
+
+        def compared(sample: Sample) -> None:
+            if sample.differing:
+                self.drop_clean()
+            done(-1 if sample.unknown else sample.differing)
+
+        self._compare(compared, count, beside_dirty=False)
+
+    def check_before_writing(self, done: Callable[[int], None]) -> None:
+        """Before dirty data of an earlier run goes to the server: the same, and more thoroughly.
+
+        Nothing is dropped, so that whoever tries again finds the same. What differs is remembered
+        in the file: the next sample, which is another one, has it too.
+        """
+
+        def compared(sample: Sample) -> None:
+            if not sample.unknown:
+                self._remember(sample.witness + 1 if sample.differing else 0)
+            done(-1 if sample.unknown else sample.differing)
+
+        self._compare(compared, _THOROUGH_COUNT, beside_dirty=True)
+
+    def _compare(self, done: Callable[[Sample], None], count: int, *, beside_dirty: bool) -> None:
+        header = self._image.header
+        compare(
+            self.index,
+            self._backend,
+            done,
+            count,
+            beside_dirty=beside_dirty,
+            witness=header.witness - 1 if header.witness else None,
+            zeroes_may_differ=header.discards_unflushed,
+        )
+
+    def _remember(self, witness: int) -> None:
+        if witness != self._image.header.witness:
+            self._image.save_header(witness=witness)
+
+    def _discarding(self) -> None:
+        """A discard goes to the server, which may lose it again until it is flushed."""
+        if not self._image.header.discards_unflushed:
+            self._image.save_header(discards_unflushed=True)
+
+    def _flush_ended(self) -> None:
+        if (
+            self._image.header.discards_unflushed
+            and not self._writeback.unflushed
+            and not self._exclusives.active
+        ):
+            self._image.save_header(discards_unflushed=False)
+        self._store.wake()
 
     def drop_clean(self) -> int:
         """Forget every clean block (somebody else changed the image); returns how many blocks.
@@ -353,6 +407,7 @@ class Cache:
         Fetches in flight are not filled in either. Dirty blocks stay.
         """
         index = self.index
+        self._remember(0)
         before = index.valid_blocks
         for granule in list(self._fetcher.fetching):
             self._fetcher.overtaken(granule, BITS)

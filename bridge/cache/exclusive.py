@@ -92,6 +92,8 @@ class Exclusives:
         """By `first`. No two of them overlap."""
         self.ended: Callable[[], None] = _nothing
         """Called when one ended: dirty slots may have become free."""
+        self.discarding: Callable[[], None] = _nothing
+        """Called before the server is asked for one that is not durable with its answer."""
 
     def start(
         self, op: int, first: int, end: int, stop: int, flags: int, done: Callable[[int], None]
@@ -162,6 +164,8 @@ class Exclusives:
             flags = each.flags & FUA if self._backend.can_fua else 0
         each.generation = self._backend.generation
         each.epoch = self._writeback.epoch
+        if not flags & FUA:
+            self.discarding()
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:

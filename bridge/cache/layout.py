@@ -45,8 +45,9 @@ _PAGE = 4096
 _FIXED = struct.Struct("=8sIIIIIIQQQQ16sI32sHH")
 _TEXT_BYTES = 1500
 """Of the URI and of the export's name, for `cache show`; the identity is their hash."""
-_TAIL = struct.Struct("=16sI")
-"""At the end of the page: the export's identity, and the checksum of all that is before that."""
+_TAIL = struct.Struct("=QB7x16sI")
+"""At the end of the page: the witness of a foreign change, whether discards may be lost, the
+export's identity, and the checksum of all that is before that. Older files have zeroes there."""
 _CRC = struct.Struct("=I")
 
 
@@ -164,6 +165,12 @@ class Header:
     created_s: int
     export_identity: bytes = b""
     """16 bytes of the volume that the content belongs to; b"": the server gives none."""
+    witness: int = 0
+    """1 + the number of a clean block that the server has other content for: somebody else wrote,
+    and there is dirty data. 0: none was seen."""
+    discards_unflushed: bool = False
+    """The server did discards that no flush covers yet: if it loses power, what it discarded, and
+    was read as zeroes since, may be there again."""
 
     def next(self, **changes: object) -> Header:
         """The header that follows this one."""
@@ -193,8 +200,14 @@ class Header:
             len(export),
         )
         page = (fixed + uri + export).ljust(HEADER_BYTES - _TAIL.size, b"\0")
-        page += self.export_identity.ljust(16, b"\0")
+        page += _TAIL.pack(self.witness, self.discards_unflushed, self.export_identity, 0)
+        page = page[: -_CRC.size]
         return page + _CRC.pack(zlib.crc32(page))
+
+
+def printable(text: str) -> str:
+    """`text` of a file's header for a terminal: whatever would control that is escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def new_header(geometry: Geometry, identity: Identity, boot_id: bytes, created_s: int) -> Header:
@@ -252,7 +265,7 @@ def _parse_page(page: bytes) -> Header | None:
     if geometry.fault() or uri_bytes > _TEXT_BYTES or export_bytes > _TEXT_BYTES:
         return None
     text = page[_FIXED.size :]
-    identity, _ = _TAIL.unpack(page[-_TAIL.size :])
+    witness, discards_unflushed, identity, _ = _TAIL.unpack(page[-_TAIL.size :])
     return Header(
         geometry=geometry,
         uri=text[:uri_bytes].decode(errors="replace"),
@@ -265,6 +278,8 @@ def _parse_page(page: bytes) -> Header | None:
         export_generation=generation,
         created_s=created,
         export_identity=identity if any(identity) else b"",
+        witness=witness,
+        discards_unflushed=bool(discards_unflushed),
     )
 
 

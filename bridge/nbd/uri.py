@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
+import socket as sockets
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -166,3 +170,39 @@ def _boolean(text: str, name: str, value: str) -> bool:
     if value.lower() in ("0", "false", "no", "off"):
         return False
     raise ConfigError(f"{text}: {name} must be true or false, not {value!r}")
+
+
+_LOOPBACK = {
+    "localhost",
+    "localhost.localdomain",
+    "ip6-localhost",
+    "127.0.0.1",
+    "::1",
+    "0.0.0.0",
+    "::",
+}
+_OLD_IPV4 = re.compile(r"[0-9a-fx]+(\.[0-9a-fx]+){0,3}")
+"""An IPv4 address as the resolver takes it as well: 127.1, 0x7f000001."""
+
+
+def canonical_server(server: str) -> str:
+    """One spelling for all that `NbdUri.server` may have for one server, as far as the text, or
+    the file system for a socket, tells."""
+    if server.startswith("/"):
+        return os.path.realpath(server)
+    host, _, port = server.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]").lower().rstrip(".")
+    if _OLD_IPV4.fullmatch(host):
+        with suppress(OSError):  # It may only look like an address.
+            host = sockets.inet_ntoa(sockets.inet_aton(host))
+    address, percent, zone = host.partition("%")
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        pass
+    else:
+        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+        host = f"{parsed}{percent}{zone}"
+    if host in _LOOPBACK:
+        host = "localhost"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

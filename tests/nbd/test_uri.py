@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import ConfigError
-from bridge.nbd.uri import NbdUri, parse_uri
+from bridge.nbd.uri import NbdUri, canonical_server, parse_uri
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,40 @@ def test_parse_uri_anything_is_an_uri_or_a_config_error(text: str) -> None:
         return
     assert isinstance(uri, NbdUri)
     assert (uri.host is None) != (uri.socket_path is None)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("localhost", "127.0.0.1", "[::1]", "LocalHost.", "[0:0:0:0:0:0:0:1]", "127.1", "0x7f.1"),
+        ("Storage.Example", "storage.example.", "storage.example:10809"),
+        ("10.0.0.5", "[::ffff:10.0.0.5]", "[::ffff:a00:5]", "10.5"),
+        ("[2001:db8::1]", "[2001:DB8:0::0:1]:10809"),
+    ],
+)
+def test_spellings_of_one_server_are_one(texts: tuple[str, ...]) -> None:
+    assert len({canonical_server(parse_uri(f"nbd://{text}/x").server) for text in texts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("localhost", "localhost:10810"),
+        ("127.0.0.1", "127.0.0.2"),
+        ("[fe80::1%25eth0]", "[fe80::1%25eth1]"),
+        ("a.example", "b.example"),
+    ],
+)
+def test_different_servers_stay_different(one: str, other: str) -> None:
+    servers = [parse_uri(f"nbd://{text}/x").server for text in (one, other)]
+    assert canonical_server(servers[0]) != canonical_server(servers[1])
+
+
+def test_socket_through_a_symbolic_link_is_the_same_server(tmp_path: Path) -> None:
+    """As /var/run is to /run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    direct = parse_uri(f"nbd+unix:///?socket={tmp_path}/run/s").server
+    linked = parse_uri(f"nbd+unix:///?socket={tmp_path}/link/../link/s").server
+
+    assert canonical_server(linked) == canonical_server(direct) == direct

@@ -223,3 +223,35 @@ async def read(storage: Storage, offset: int) -> bytes:
         await trio.sleep(0.01)
     assert ended == [0]
     return bytes(buffer)
+
+
+async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeypatch):
+    """Neither a sync nor a read that never returns holds a stop for ever."""
+    stuck, began = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        began.set()
+        stuck.wait()
+
+    monkeypatch.setattr("bridge.storage.FILE_LIMIT_S", 0.1)
+    async with process(slow_nbdkit(directory), ready=directory / "nbd"):
+        async with running(directory) as storage:
+            assert start(storage, WRITE, 0, 4096) == [0]
+            assert storage._cold is not None
+            storage._cold.run(wait, lambda error: None)
+            monkeypatch.setattr("bridge.cache.file.os.fsync", wait)
+            problem = await storage.close(0)
+            assert began.is_set()
+            assert cache_file(directory) in problem
+            assert "not marked as closed" in problem
+            stuck.set()
+            with trio.fail_after(20):
+                while True:
+                    try:
+                        file = open_file(cache_file(directory))
+                    except ConfigError:
+                        await trio.sleep(0.01)
+                    else:
+                        break
+            assert not file.header.clean
+            file.close(clean=False)
