@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from urllib.parse import quote
 
 import structlog
@@ -60,6 +61,7 @@ async def flush_file(
     timeout_s: float,
     force: bool = False,
     skip_damaged: bool = False,
+    client: ClientOptions | None = None,
 ) -> int:
     """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
 
@@ -78,13 +80,14 @@ async def flush_file(
         )
     # The file is closed last: until the loop has ended the cache may look into it.
     with ExitStack() as at_last:
-        async with _client(uri, ClientOptions(reconnect_timeout_s=timeout_s)) as (client, loop):
-            if client.export.read_only:
+        options = replace(client or ClientOptions(), reconnect_timeout_s=timeout_s)
+        async with _client(uri, options) as (connected, loop):
+            if connected.export.read_only:
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                 )
             cache = _cache_to_flush(
-                path, client, loop, at_last, force=force, skip_damaged=skip_damaged
+                path, connected, loop, at_last, force=force, skip_damaged=skip_damaged
             )
             request = Request(FLUSH, 0, 0, [], _nothing)
             with trio.move_on_after(timeout_s) as scope:
@@ -146,6 +149,7 @@ async def warm(
     ranges: Sequence[tuple[int, int]],
     timeout_s: float,
     progress: Callable[[int, int], None],
+    client: ClientOptions | None = None,
 ) -> int:
     """Read `ranges` (all of the disk if there are none) into its cache; how many bytes it was.
 
@@ -156,7 +160,9 @@ async def warm(
     """
     uri = parse_uri(uri_text)
     loop = Loop(poll_us=0)
-    options = ClientOptions(reconnect_timeout_s=timeout_s, close_timeout_s=_HANG_UP_S)
+    options = replace(
+        client or ClientOptions(), reconnect_timeout_s=timeout_s, close_timeout_s=_HANG_UP_S
+    )
     size_bytes = cache_bytes or _size_to_keep(str(cache_path(uri, directory)))
     settings = CacheSettings(mode=WRITEBACK, size_bytes=size_bytes, directory=directory)
     storage = Storage(uri, loop, options, settings)
