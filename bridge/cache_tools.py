@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -42,6 +42,10 @@ _STATUS_BYTES = 1 << 30
 
 _HANG_UP_S = 2.0
 """How long a `warm` that was interrupted, or failed, waits for answers that are still to come."""
+
+_PATIENCE = 2
+"""How many times the `--timeout` of a `warm` may pass without any progress: once with a server that
+is lost, and once more with one that is silent."""
 
 
 def uri_of(path: str) -> NbdUri:
@@ -160,8 +164,12 @@ async def warm(
     """
     uri = parse_uri(uri_text)
     loop = Loop(poll_us=0)
+    options = client or ClientOptions()
     options = replace(
-        client or ClientOptions(), reconnect_timeout_s=timeout_s, close_timeout_s=_HANG_UP_S
+        options,
+        request_timeout_s=min(timeout_s, options.request_timeout_s),
+        reconnect_timeout_s=timeout_s,
+        close_timeout_s=_HANG_UP_S,
     )
     size_bytes = cache_bytes or _size_to_keep(str(cache_path(uri, directory)))
     settings = CacheSettings(mode=WRITEBACK, size_bytes=size_bytes, directory=directory)
@@ -180,7 +188,10 @@ async def warm(
             wanted = _within(ranges, export.usable_bytes) or [(0, export.usable_bytes)]
             allocated: list[tuple[int, int]] = []
             for offset, length in wanted:
-                allocated += await _data(storage.backend, offset, length, export.can_block_status)
+                with _patience(uri, timeout_s):
+                    allocated += await _data(
+                        storage.backend, offset, length, export.can_block_status
+                    )
             # More than the cache holds would only push out what came first.
             total = min(sum(length for _, length in allocated), size_bytes)
             await _prefetch(storage, allocated, total, lambda done: progress(done, total))
@@ -191,6 +202,24 @@ async def warm(
         nursery.cancel_scope.cancel()
     loop.close()
     return total
+
+
+@contextmanager
+def _patience(uri: NbdUri, timeout_s: float) -> Iterator[Callable[[], None]]:
+    """A bound for what a server that takes connections, and answers nothing, would never end.
+
+    Calling what it gives begins the time anew. Raises ConnectionLost.
+    """
+    limit_s = _PATIENCE * timeout_s
+    scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
+
+    def moved() -> None:
+        scope.deadline = trio.current_time() + limit_s
+
+    with scope:
+        yield moved
+    if scope.cancelled_caught:
+        raise ConnectionLost(f"{uri.server}: the server answered nothing for {limit_s:g} s")
 
 
 def _size_to_keep(path: str) -> int:
@@ -224,6 +253,7 @@ async def _prefetch(
     client = storage.client
 
     def chunk_ended(done_bytes: int) -> None:
+        moved()
         if client.session.given_up:
             warmer.stop()  # All the others would fail, too.
         progress(done_bytes)
@@ -235,11 +265,12 @@ async def _prefetch(
         progress=chunk_ended,
         done=lambda failed_bytes: ended.set(),
     )
-    warmer.start()
-    try:
-        await ended.wait()
-    finally:
-        warmer.stop()
+    with _patience(client.uri, client.options.reconnect_timeout_s) as moved:
+        warmer.start()
+        try:
+            await ended.wait()
+        finally:
+            warmer.stop()
     if warmer.failed_bytes and client.session.given_up:
         raise ConnectionLost(
             f"{client.uri.server}: the server is lost and was not back within "

@@ -343,25 +343,38 @@ async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> lis
 
 
 async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
-    """What the server offers, without using the export.
+    """What the server offers, without using the export; within `options.connect_timeout_s`.
 
     Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
     """
     options = options or ClientOptions()
+    deadline_s = trio.current_time() + options.connect_timeout_s
     try:
         negotiated = await negotiate(uri, options, Goal.INFO)
     except (ConfigError, ConnectionLost):
-        if not await _has_sessions(uri, options):
+        found = None
+        with trio.move_on_at(deadline_s):
+            found = await _in_use(uri, options)
+        if found is None:
             raise
-        # Our plugin: the volume is in use. It may be looked at read-only all the same.
-        name = f"{uri.export_name}@readonly"
-        negotiated = await negotiate(uri, options, Goal.INFO, export_name=name)
+        negotiated = found
     await leave(negotiated)
     if not negotiated.export.size_bytes:
         # nbd-server 3.24 answers INFO with a size of 0, and knows better when it is to GO.
         negotiated = await negotiate(uri, options, Goal.GO)
         await leave(negotiated)
     return negotiated.export
+
+
+async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
+    """Our plugin, and the volume is in use? It may be looked at read-only all the same."""
+    if not await _has_sessions(uri, options):
+        return None
+    try:
+        name = f"{uri.export_name}@readonly"
+        return await negotiate(uri, options, Goal.INFO, export_name=name)
+    except BridgeError:
+        return None
 
 
 async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:

@@ -15,6 +15,7 @@ import errno
 import os
 import socket
 import ssl
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -75,6 +76,8 @@ async def negotiate(
     handshake = Handshake(
         Wishes(
             export_name=uri.export_name if export_name is None else export_name,
+            typed_name=uri.export_name,
+            list_if_refused=True,
             goal=goal,
             tls=uri.tls,
             structured=options.structured,
@@ -82,22 +85,29 @@ async def negotiate(
             block_status=options.block_status,
         )
     )
+    tls.check_options(uri, options)
+    context = tls.client_context(uri, options) if uri.tls else None
     waits_for = "the connection"
     try:
         with trio.fail_after(options.connect_timeout_s):
-            context = tls.client_context(uri, options) if uri.tls else None
             sock = await _connect(uri)
             waits_for = ""
             sock = await _shake_hands(sock, handshake, context, tls.server_name(uri))
     except trio.TooSlowError:
+        if handshake.refused is not None:
+            raise ConfigError(f"{uri.server}: {handshake.refused}") from None
         waited_for = waits_for or handshake.waits_for
         raise ConnectionLost(
             f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
             f"{waited_for}): is it an NBD server, and is it alive?"
         ) from None
     except BridgeError as error:
-        text = str(error)
-        raise type(error)(text if text.startswith(uri.text) else f"{uri.server}: {text}") from None
+        if handshake.silent_over_tls and not tls.has_certificate(uri, options):
+            raise ConfigError(
+                f"{uri.server}: {error}: if the server wants a certificate of its client, give "
+                "--tls-cert and --tls-key"
+            ) from None
+        raise type(error)(f"{uri.server}: {error}") from None
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
     return Negotiated(sock, handshake)
@@ -120,13 +130,23 @@ async def _connect(uri: NbdUri) -> socket.socket:
             cause = cause.__cause__
         if isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
-        reason = getattr(cause, "strerror", None) or str(cause)
+        number = getattr(cause, "errno", None)
+        reason = os.strerror(number) if number else str(cause)
+        if number == errno.ECONNREFUSED and uri.socket_path is not None:
+            _check_socket(uri.socket_path)
         raise ConnectionLost(f"cannot connect: {reason}") from None
     sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
     stream.socket.close()
     sock.setblocking(False)
     _tune(sock)
     return sock
+
+
+def _check_socket(path: str) -> None:
+    """Whatever is no socket refuses connections, too. Raises ConfigError for it."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise ConfigError("not a socket: write ?socket=PATH with that of the NBD server")
 
 
 def _tune(sock: socket.socket) -> None:
@@ -172,6 +192,8 @@ async def _shake_hands(
         return sock
     except OSError as error:
         sock.close()
+        if handshake.refused is not None:
+            raise handshake.refused from None
         raise ConnectionLost(
             f"connection lost while waiting for {handshake.waits_for}: {error.strerror or error}"
         ) from None
