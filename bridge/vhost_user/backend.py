@@ -21,6 +21,7 @@ from bridge.vhost_user.device import VhostUserDevice
 from bridge.vhost_user.listener import Listener
 from bridge.vhost_user.session import Session
 from bridge.vhost_user.transport import Transport
+from bridge.vhost_user.unshared import UnsharedMemory
 
 log = structlog.get_logger(__name__)
 
@@ -40,11 +41,12 @@ async def serve(
     left. `on_connected` is told when a front-end comes (True) and when it has gone (False). When
     cancelled, the device is given the time it takes to finish what is in flight (bounded).
     """
+    unshared = UnsharedMemory()
     if listener.is_connected:
-        await _serve_one(device, listener.sock.dup(), on_connected)
+        await _serve_one(device, listener.sock.dup(), on_connected, unshared)
         return
     while True:
-        await _serve_one(device, await _accept(listener.sock), on_connected)
+        await _serve_one(device, await _accept(listener.sock), on_connected, unshared)
 
 
 async def _accept(listening: socket.socket) -> socket.socket:
@@ -69,10 +71,11 @@ async def _serve_one(
     device: VhostUserDevice,
     sock: socket.socket,
     on_connected: Callable[[bool], None] | None,
+    unshared: UnsharedMemory,
 ) -> None:
     """One front-end, from its first message until it is gone and forgotten."""
     transport = Transport(sock, replies=False)
-    session = Session(device, _send_now)
+    session = Session(device, _send_now, on_refused=unshared.refused, on_region=unshared.of(sock))
     log.info("front-end connected")
     if on_connected is not None:
         on_connected(True)
