@@ -25,7 +25,7 @@ import trio
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.loop import Loop
-from bridge.nbd.connection import Connection, Negotiated, leave, negotiate
+from bridge.nbd.connection import Connection, Negotiated, Silent, leave, negotiate
 from bridge.nbd.export import Export
 from bridge.nbd.handshake import Goal, Listed
 from bridge.nbd.options import ClientOptions
@@ -343,17 +343,19 @@ async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> lis
 
 
 async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
-    """What the server offers, without using the export; within `options.connect_timeout_s`.
+    """What the server offers, without using the export.
 
+    Takes `options.connect_timeout_s`; twice that where the server hesitates to give the export.
     Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
     """
     options = options or ClientOptions()
-    deadline_s = trio.current_time() + options.connect_timeout_s
     try:
         negotiated = await negotiate(uri, options, Goal.INFO)
-    except (ConfigError, ConnectionLost):
+    except (ConfigError, ConnectionLost) as error:
+        if isinstance(error, Silent) and not error.about_export:
+            raise
         found = None
-        with trio.move_on_at(deadline_s):
+        with trio.move_on_after(options.connect_timeout_s):
             found = await _in_use(uri, options)
         if found is None:
             raise

@@ -44,6 +44,8 @@ _SOCKET_BUFFER_BYTES: Final = 1 << 20
 _TLS_SEND_BYTES: Final = 256 << 10
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
+_REASON_S: Final = 2.0
+"""How long a server that refuses an export may take to say which it has."""
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_PROBES: Final = 4
 
@@ -63,6 +65,12 @@ class Negotiated:
 
     def close(self) -> None:
         self.sock.close()
+
+
+class Silent(ConnectionLost):
+    """The server did not answer in time; `about_export`: whether it gives the export."""
+
+    about_export = False
 
 
 async def negotiate(
@@ -89,18 +97,20 @@ async def negotiate(
     context = tls.client_context(uri, options) if uri.tls else None
     waits_for = "the connection"
     try:
-        with trio.fail_after(options.connect_timeout_s):
+        with trio.fail_after(options.connect_timeout_s) as limit:
             sock = await _connect(uri)
             waits_for = ""
-            sock = await _shake_hands(sock, handshake, context, tls.server_name(uri))
+            sock = await _shake_hands(sock, handshake, context, tls.server_name(uri), limit)
     except trio.TooSlowError:
         if handshake.refused is not None:
             raise ConfigError(f"{uri.server}: {handshake.refused}") from None
         waited_for = waits_for or handshake.waits_for
-        raise ConnectionLost(
+        silent = Silent(
             f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
             f"{waited_for}): is it an NBD server, and is it alive?"
-        ) from None
+        )
+        silent.about_export = handshake.waits_for_export
+        raise silent from None
     except BridgeError as error:
         if handshake.silent_over_tls and not tls.has_certificate(uri, options):
             raise ConfigError(
@@ -170,9 +180,14 @@ def _tune(sock: socket.socket) -> None:
 
 
 async def _shake_hands(
-    sock: socket.socket, handshake: Handshake, context: ssl.SSLContext | None, name: str | None
+    sock: socket.socket,
+    handshake: Handshake,
+    context: ssl.SSLContext | None,
+    name: str | None,
+    limit: trio.CancelScope,
 ) -> socket.socket:
     """Drive the handshake to its end; the socket, or the TLS socket over it."""
+    refused = False
     try:
         while handshake.state is not State.DONE:
             await _send_all(sock, handshake.data_to_send())
@@ -184,6 +199,10 @@ async def _shake_hands(
             except BridgeError:
                 await _say_goodbye(sock, handshake)
                 raise
+            if handshake.refused is not None and not refused:
+                # It may have taken the whole limit to say no, and the reason is still to come.
+                refused = True
+                limit.deadline = max(limit.deadline, trio.current_time() + _REASON_S)
             if handshake.state is State.WANTS_TLS:
                 assert context is not None
                 sock = await tls.start_tls(sock, context, server_name=name, server_side=False)

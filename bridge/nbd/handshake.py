@@ -25,12 +25,13 @@ from struct import Struct
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.nbd import protocol as p
-from bridge.nbd.export import Export
+from bridge.nbd.export import Export, refusal_reason
 
 _REPLIES_MAX = 256
 """Replies to one option that are believed to be meant seriously (INFO, META_CONTEXT)."""
 _EXPORTS_MAX = 10_000
 """Exports that LIST may name."""
+_EXPORT_ANSWERS = tuple(f"the answer to {p.OPTION_NAMES[each]}" for each in (p.OPT_GO, p.OPT_INFO))
 _SHOWN_MAX = 10
 """Exports that a message names."""
 
@@ -140,6 +141,11 @@ class Handshake:
         self._over_tls = self.silent_over_tls = True
         self.state = State.TALKING
         self._needs_bytes = self._steps.send(b"")
+
+    @property
+    def waits_for_export(self) -> bool:
+        """All but the export itself is agreed on."""
+        return self._waits_for in _EXPORT_ANSWERS
 
     @property
     def waits_for(self) -> str:
@@ -294,25 +300,34 @@ class Handshake:
             and final != p.REP_ERR_TLS_REQD
         ):
             self.refused = refusal
-            there_are = yield from self._what_there_is()
-            refusal = ConfigError(f"{refusal}{there_are}")
+            refusal = yield from self._explained(final, text)
         self._abort()
         raise refusal
 
-    def _what_there_is(self) -> Generator[int, bytes, str]:
-        """For the end of a refusal: which exports could have been meant."""
+    def _explained(self, final: int, text: str) -> Generator[int, bytes, ConfigError]:
+        """A refusal of the export, with what the server's list adds to it."""
+        plain = self._refusal(final, text)
+        assert isinstance(plain, ConfigError)
         try:
-            final, _ = yield from self._option(
+            listed, _ = yield from self._option(
                 p.OPT_LIST, b"", self._list_reply, replies_max=_EXPORTS_MAX
             )
         except ProtocolError:
-            return ""
+            return plain
         names = list(dict.fromkeys(each.name for each in self.exports))
-        if final != p.REP_ACK or not names or self._typed_name() in names:
-            return ""
+        if listed != p.REP_ACK or not names:
+            return plain
+        volume = self._typed_name().partition("@")[0]
+        if not volume and len(names) == 1:
+            volume = names[0]
+        for each in self.exports:
+            if each.name == volume and (reason := refusal_reason(each.description)):
+                return ConfigError(f"the server refused {self._shown_name()}: {reason}")
+        if volume in names:
+            return ConfigError(f"{plain} (it is in the server's list: is it in use?)")
         shown = ", ".join(repr(name) if name else "the default one" for name in names[:_SHOWN_MAX])
         more = f" and {len(names) - _SHOWN_MAX} more" if len(names) > _SHOWN_MAX else ""
-        return f"; it has {shown}{more} (nbd-bridge info --list)"
+        return ConfigError(f"{plain}; there is {shown}{more} (nbd-bridge info --list)")
 
     def _export_name(self) -> _Steps:
         """The old way to choose an export; a refusal is a closed connection."""
