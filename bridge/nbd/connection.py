@@ -97,17 +97,20 @@ async def negotiate(
     context = tls.client_context(uri, options) if uri.tls else None
     waits_for = "the connection"
     try:
-        with trio.fail_after(options.connect_timeout_s) as limit:
+        with trio.fail_after(options.connect_timeout_s):
             sock = await _connect(uri)
             waits_for = ""
-            sock = await _shake_hands(sock, handshake, context, tls.server_name(uri), limit)
+            sock = await _shake_hands(sock, handshake, context, tls.server_name(uri))
     except trio.TooSlowError:
-        if handshake.refused is not None:
-            raise ConfigError(f"{uri.server}: {handshake.refused}") from None
         waited_for = waits_for or handshake.waits_for
         silent = Silent(
             f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
-            f"{waited_for}): is it an NBD server, and is it alive?"
+            f"{waited_for}): "
+            + (
+                "is the export in use?"
+                if handshake.waits_for_export
+                else "is it an NBD server, and is it alive?"
+            )
         )
         silent.about_export = handshake.waits_for_export
         raise silent from None
@@ -180,14 +183,9 @@ def _tune(sock: socket.socket) -> None:
 
 
 async def _shake_hands(
-    sock: socket.socket,
-    handshake: Handshake,
-    context: ssl.SSLContext | None,
-    name: str | None,
-    limit: trio.CancelScope,
+    sock: socket.socket, handshake: Handshake, context: ssl.SSLContext | None, name: str | None
 ) -> socket.socket:
     """Drive the handshake to its end; the socket, or the TLS socket over it."""
-    refused = False
     try:
         while handshake.state is not State.DONE:
             await _send_all(sock, handshake.data_to_send())
@@ -199,10 +197,11 @@ async def _shake_hands(
             except BridgeError:
                 await _say_goodbye(sock, handshake)
                 raise
-            if handshake.refused is not None and not refused:
+            if handshake.refused is not None:
                 # It may have taken the whole limit to say no, and the reason is still to come.
-                refused = True
-                limit.deadline = max(limit.deadline, trio.current_time() + _REASON_S)
+                with trio.move_on_after(_REASON_S, shield=True):
+                    await _hear_reason(sock, handshake)
+                raise handshake.refused
             if handshake.state is State.WANTS_TLS:
                 assert context is not None
                 sock = await tls.start_tls(sock, context, server_name=name, server_side=False)
@@ -219,6 +218,20 @@ async def _shake_hands(
     except BaseException:
         sock.close()
         raise
+
+
+async def _hear_reason(sock: socket.socket, handshake: Handshake) -> None:
+    """Raises the refusal with what the server adds to it; returns where it adds nothing."""
+    while True:
+        await _send_all(sock, handshake.data_to_send())
+        data = await _receive(sock)
+        if not data:
+            return
+        try:
+            handshake.receive(data)
+        except BridgeError:
+            await _say_goodbye(sock, handshake)
+            raise
 
 
 async def _say_goodbye(sock: socket.socket, handshake: Handshake) -> None:
