@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from urllib.parse import quote
 
 import structlog
@@ -53,6 +54,10 @@ _FILE_LIMIT_S = 60.0
 _HANG_UP_S = 2.0
 """How long a `warm` that was interrupted, or failed, waits for answers that are still to come."""
 
+_PATIENCE = 2
+"""How many times the `--timeout` of a `warm` may pass without any progress: once with a server that
+is lost, and once more with one that is silent."""
+
 
 def uri_of(path: str) -> NbdUri:
     """Where the export of a cache file was, without TLS. Raises ConfigError."""
@@ -75,6 +80,7 @@ async def flush_file(
     timeout_s: float,
     force: bool = False,
     skip_damaged: bool = False,
+    client: ClientOptions | None = None,
 ) -> int:
     """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
 
@@ -86,11 +92,12 @@ async def flush_file(
     summary = show(path)
     uri = uri_of(path) if uri_text is None else parse_uri(uri_text)
     if not moved:
-        await _check_spelling(path, uri)
+        await _check_spelling(path, uri, client)
     # The file is closed last: until the loop has ended the cache may look into it.
+    options = replace(client or ClientOptions(), reconnect_timeout_s=timeout_s)
     async with AsyncExitStack() as at_last:
-        async with _client(uri, ClientOptions(reconnect_timeout_s=timeout_s)) as (client, loop):
-            if client.export.read_only:
+        async with _client(uri, options) as (connected, loop):
+            if connected.export.read_only:
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                 )
@@ -102,32 +109,32 @@ async def flush_file(
                         f"cache file {path} is another one than a moment ago: look at it with "
                         f"'nbd-bridge cache show {path}', and try again"
                     )
-                if not moved and not wanted_cache(uri, client.export).owns(file.header):
+                if not moved and not wanted_cache(uri, connected.export).owns(file.header):
                     raise _of_another(path, file.header, uri)
 
             file = open_to_flush(
                 path,
-                export_bytes=client.export.usable_bytes,
+                export_bytes=connected.export.usable_bytes,
                 skip_damaged=skip_damaged,
                 check=check,
             )
-            at_last.push_async_callback(_close, file, client)
+            at_last.push_async_callback(_close, file, connected)
             flushed = await _flush_to(
-                file, client, loop, timeout_s=timeout_s, force=force, skip_damaged=skip_damaged
+                file, connected, loop, timeout_s=timeout_s, force=force, skip_damaged=skip_damaged
             )
     if (notes := notes_directory()) is not None:
         forget(path, notes)
     return flushed
 
 
-async def _check_spelling(path: str, uri: NbdUri) -> None:
+async def _check_spelling(path: str, uri: NbdUri, options: ClientOptions | None) -> None:
     """What is not called like the file's export has to show that it is the same volume, before it
     is opened for writing. Raises ConfigError."""
     header = peek(path)
     if header is None or wanted_cache(uri, None).is_spelled_so(header):
         return
     try:
-        export = await inspect(uri)
+        export = await inspect(uri, options)
     except BridgeError:
         raise _of_another(path, header, uri) from None
     if not wanted_cache(uri, export).owns(header):
@@ -232,6 +239,7 @@ async def warm(
     ranges: Sequence[tuple[int, int]],
     timeout_s: float,
     progress: Callable[[int, int], None],
+    client: ClientOptions | None = None,
 ) -> int:
     """Read `ranges` (all of the disk if there are none) into its cache; how many bytes it was.
 
@@ -242,7 +250,13 @@ async def warm(
     """
     uri = parse_uri(uri_text)
     loop = Loop(poll_us=0)
-    options = ClientOptions(reconnect_timeout_s=timeout_s, close_timeout_s=_HANG_UP_S)
+    options = client or ClientOptions()
+    options = replace(
+        options,
+        request_timeout_s=min(timeout_s, options.request_timeout_s),
+        reconnect_timeout_s=timeout_s,
+        close_timeout_s=_HANG_UP_S,
+    )
     size_bytes = cache_bytes or _size_to_keep(str(cache_path(uri, directory)))
     settings = CacheSettings(mode=WRITEBACK, size_bytes=size_bytes, directory=directory)
     storage = Storage(uri, loop, options, settings)
@@ -260,7 +274,10 @@ async def warm(
             wanted = _within(ranges, export.usable_bytes) or [(0, export.usable_bytes)]
             allocated: list[tuple[int, int]] = []
             for offset, length in wanted:
-                allocated += await _data(storage.backend, offset, length, export.can_block_status)
+                with _patience(uri, timeout_s):
+                    allocated += await _data(
+                        storage.backend, offset, length, export.can_block_status
+                    )
             # More than the cache holds would only push out what came first.
             total = min(sum(length for _, length in allocated), size_bytes)
             await _prefetch(storage, allocated, total, lambda done: progress(done, total))
@@ -271,6 +288,24 @@ async def warm(
         nursery.cancel_scope.cancel()
     loop.close()
     return total
+
+
+@contextmanager
+def _patience(uri: NbdUri, timeout_s: float) -> Iterator[Callable[[], None]]:
+    """A bound for what a server that takes connections, and answers nothing, would never end.
+
+    Calling what it gives begins the time anew. Raises ConnectionLost.
+    """
+    limit_s = _PATIENCE * timeout_s
+    scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
+
+    def moved() -> None:
+        scope.deadline = trio.current_time() + limit_s
+
+    with scope:
+        yield moved
+    if scope.cancelled_caught:
+        raise ConnectionLost(f"{uri.server}: the server answered nothing for {limit_s:g} s")
 
 
 def _size_to_keep(path: str) -> int:
@@ -304,6 +339,7 @@ async def _prefetch(
     client = storage.client
 
     def chunk_ended(done_bytes: int) -> None:
+        moved()
         if client.session.given_up:
             warmer.stop()  # All the others would fail, too.
         progress(done_bytes)
@@ -315,11 +351,12 @@ async def _prefetch(
         progress=chunk_ended,
         done=lambda failed_bytes: ended.set(),
     )
-    warmer.start()
-    try:
-        await ended.wait()
-    finally:
-        warmer.stop()
+    with _patience(client.uri, client.options.reconnect_timeout_s) as moved:
+        warmer.start()
+        try:
+            await ended.wait()
+        finally:
+            warmer.stop()
     if warmer.failed_bytes and client.session.given_up:
         raise ConnectionLost(
             f"{client.uri.server}: the server is lost and was not back within "

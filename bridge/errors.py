@@ -26,6 +26,10 @@ class ProtocolError(BridgeError):
     """
 
 
+class NoMemory(ProtocolError):
+    """A front-end starts a ring, and has shared no memory at all."""
+
+
 class ConnectionLost(BridgeError):
     """The other side went away; trying again may help."""
 

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import signal
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -22,6 +21,7 @@ from bridge.loop import Loop
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import parse_uri
+from bridge.signals import ending_signals
 from bridge.storage import OFF, CacheSettings, Storage
 from bridge.vhost_user import backend
 from bridge.vhost_user.listener import Listener
@@ -86,7 +86,7 @@ class ServeOptions:
 
 
 async def serve_disk(options: ServeOptions) -> None:
-    """Serve one disk until SIGTERM or SIGINT, then stop cleanly.
+    """Serve one disk until SIGTERM, SIGINT, SIGQUIT or SIGHUP, then stop cleanly.
 
     Raises ConfigError, ConnectionLost or ProtocolError (possibly in a group), each with one line
     for the operator; BridgeError when the stop left something behind.
@@ -102,7 +102,7 @@ async def serve_disk(options: ServeOptions) -> None:
     storage = Storage(uri, loop, client_options, cache)
     serving = trio.CancelScope()
     stop = _Stop(options.stop_timeout_s)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with ending_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
             nursery.start_soon(_cancel_at_signal, signals, serving, stop)
@@ -213,10 +213,10 @@ async def _serve(
 
 
 async def _cancel_at_signal(
-    signals: AsyncIterator[int], serving: trio.CancelScope, stop: _Stop
+    signals: trio.MemoryReceiveChannel[signal.Signals], serving: trio.CancelScope, stop: _Stop
 ) -> None:
     async for number in signals:
-        _log.info("stopping", signal=signal.Signals(number).name)
+        _log.info("stopping", signal=number.name)
         stop.begin()
         serving.cancel()
 

@@ -67,10 +67,19 @@ class CacheSettings:
 
 
 def default_directory() -> Path:
-    """Where cache files go when nothing else is said: of the system for root, else the user's."""
+    """Where cache files go when nothing else is said: of the system for root, else the user's.
+
+    Raises ConfigError for a user who has no home directory.
+    """
     if os.geteuid() == 0:
         return Path("/var/cache/nbd-bridge")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbd-bridge"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbd-bridge"
+    except RuntimeError:
+        raise ConfigError(
+            f"user {os.geteuid()} has no home directory for the cache: choose a directory with "
+            "--cache-dir, or --cache-mode off"
+        ) from None
 
 
 def cache_path(uri: NbdUri, directory: str | None) -> Path:
@@ -454,7 +463,10 @@ class Storage:
         The guest would see an old image; what it then writes would be overwritten by the next run
         with the cache, or not be seen by it. Raises ConfigError.
         """
-        own = str(cache_path(self._uri, self._settings.directory))
+        try:
+            own = str(cache_path(self._uri, self._settings.directory))
+        except ConfigError:
+            return  # No directory, no file.
         found = await self._find(export)
         paths = {each.path for each in found}
         if own not in paths and has_content(own):

@@ -25,7 +25,7 @@ import trio
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.loop import Loop
-from bridge.nbd.connection import Connection, Negotiated, leave, negotiate
+from bridge.nbd.connection import Connection, Negotiated, Silent, leave, negotiate
 from bridge.nbd.export import Export
 from bridge.nbd.handshake import Goal, Listed
 from bridge.nbd.options import ClientOptions
@@ -374,23 +374,38 @@ async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> lis
 async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
     """What the server offers, without using the export.
 
+    Takes `options.connect_timeout_s`; twice that where the server hesitates to give the export.
     Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
     """
     options = options or ClientOptions()
     try:
         negotiated = await negotiate(uri, options, Goal.INFO)
-    except (ConfigError, ConnectionLost):
-        if not await _has_sessions(uri, options):
+    except (ConfigError, ConnectionLost) as error:
+        if isinstance(error, Silent) and not error.about_export:
             raise
-        # Our plugin: the volume is in use. It may be looked at read-only all the same.
-        name = f"{uri.export_name}@readonly"
-        negotiated = await negotiate(uri, options, Goal.INFO, export_name=name)
+        found = None
+        with trio.move_on_after(options.connect_timeout_s):
+            found = await _in_use(uri, options)
+        if found is None:
+            raise
+        negotiated = found
     await leave(negotiated)
     if not negotiated.export.size_bytes:
         # nbd-server 3.24 answers INFO with a size of 0, and knows better when it is to GO.
         negotiated = await negotiate(uri, options, Goal.GO)
         await leave(negotiated)
     return negotiated.export
+
+
+async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
+    """Our plugin, and the volume is in use? It may be looked at read-only all the same."""
+    if not await _has_sessions(uri, options):
+        return None
+    try:
+        name = f"{uri.export_name}@readonly"
+        return await negotiate(uri, options, Goal.INFO, export_name=name)
+    except BridgeError:
+        return None
 
 
 async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import ssl
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -48,6 +50,8 @@ _SO_RCVBUFFORCE: Final = 33
 _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _PATIENCE: Final = 10
 """How many times `--request-timeout` a server may take that is not known to be dead."""
+_REASON_S: Final = 2.0
+"""How long a server that refuses an export may take to say which it has."""
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_PROBES: Final = 4
 
@@ -69,6 +73,12 @@ class Negotiated:
         self.sock.close()
 
 
+class Silent(ConnectionLost):
+    """The server did not answer in time; `about_export`: whether it gives the export."""
+
+    about_export = False
+
+
 async def negotiate(
     uri: NbdUri, options: ClientOptions, goal: Goal = Goal.GO, export_name: str | None = None
 ) -> Negotiated:
@@ -80,6 +90,8 @@ async def negotiate(
     handshake = Handshake(
         Wishes(
             export_name=uri.export_name if export_name is None else export_name,
+            typed_name=uri.export_name,
+            list_if_refused=True,
             goal=goal,
             tls=uri.tls,
             structured=options.structured,
@@ -87,22 +99,34 @@ async def negotiate(
             block_status=options.block_status,
         )
     )
+    tls.check_options(uri, options)
+    context = tls.client_context(uri, options) if uri.tls else None
     waits_for = "the connection"
     try:
         with trio.fail_after(options.connect_timeout_s):
-            context = tls.client_context(uri, options) if uri.tls else None
             sock = await _connect(uri)
             waits_for = ""
             sock = await _shake_hands(sock, handshake, context, tls.server_name(uri))
     except trio.TooSlowError:
         waited_for = waits_for or handshake.waits_for
-        raise ConnectionLost(
+        silent = Silent(
             f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
-            f"{waited_for}): is it an NBD server, and is it alive?"
-        ) from None
+            f"{waited_for}): "
+            + (
+                "is the export in use?"
+                if handshake.waits_for_export
+                else "is it an NBD server, and is it alive?"
+            )
+        )
+        silent.about_export = handshake.waits_for_export
+        raise silent from None
     except BridgeError as error:
-        text = str(error)
-        raise type(error)(text if text.startswith(uri.text) else f"{uri.server}: {text}") from None
+        if handshake.silent_over_tls and not tls.has_certificate(uri, options):
+            raise ConfigError(
+                f"{uri.server}: {error}: if the server wants a certificate of its client, give "
+                "--tls-cert and --tls-key"
+            ) from None
+        raise type(error)(f"{uri.server}: {error}") from None
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
     return Negotiated(sock, handshake)
@@ -126,7 +150,10 @@ async def _connect(uri: NbdUri) -> socket.socket:
             cause = cause.__cause__
         if isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
-        reason = getattr(cause, "strerror", None) or str(cause)
+        number = getattr(cause, "errno", None)
+        reason = os.strerror(number) if number else str(cause)
+        if number == errno.ECONNREFUSED and uri.socket_path is not None:
+            _check_socket(uri.socket_path)
         raise ConnectionLost(f"cannot connect: {reason}") from None
 
 
@@ -140,6 +167,13 @@ def _taken_from(stream: trio.SocketStream) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _check_socket(path: str) -> None:
+    """Whatever is no socket refuses connections, too. Raises ConfigError for it."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise ConfigError("not a socket: write ?socket=PATH with that of the NBD server")
 
 
 def _tune(sock: socket.socket) -> None:
@@ -177,6 +211,11 @@ async def _shake_hands(
             except BridgeError:
                 await _say_goodbye(sock, handshake)
                 raise
+            if handshake.refused is not None:
+                # It may have taken the whole limit to say no, and the reason is still to come.
+                with trio.move_on_after(_REASON_S, shield=True):
+                    await _hear_reason(sock, handshake)
+                raise handshake.refused
             if handshake.state is State.WANTS_TLS:
                 assert context is not None
                 sock = await tls.start_tls(sock, context, server_name=name, server_side=False)
@@ -185,12 +224,28 @@ async def _shake_hands(
         return sock
     except OSError as error:
         sock.close()
+        if handshake.refused is not None:
+            raise handshake.refused from None
         raise ConnectionLost(
             f"connection lost while waiting for {handshake.waits_for}: {error.strerror or error}"
         ) from None
     except BaseException:
         sock.close()
         raise
+
+
+async def _hear_reason(sock: socket.socket, handshake: Handshake) -> None:
+    """Raises the refusal with what the server adds to it; returns where it adds nothing."""
+    while True:
+        await _send_all(sock, handshake.data_to_send())
+        data = await _receive(sock)
+        if not data:
+            return
+        try:
+            handshake.receive(data)
+        except BridgeError:
+            await _say_goodbye(sock, handshake)
+            raise
 
 
 async def _say_goodbye(sock: socket.socket, handshake: Handshake) -> None:

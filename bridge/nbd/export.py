@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from bridge.nbd.protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
+_REFUSAL = re.compile(r"nbd-bridge volume=.* refused: (.+)")
 _IDENTITY = re.compile("[0-9a-f]{32}")
 
 
@@ -103,3 +104,10 @@ class Export:
     def properties(self) -> dict[str, str]:
         """The `key=value` words of the description, which our nbdkit plugin puts there."""
         return dict(_WORD.findall(self.description))
+
+
+def refusal_reason(description: str) -> str:
+    """Why our plugin did not open a volume, from the volume's line in the list of exports: nbdkit
+    before 1.42 has no other way to tell. "" from other servers."""
+    match = _REFUSAL.match(description)
+    return match[1] if match else ""

@@ -25,12 +25,15 @@ from struct import Struct
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.nbd import protocol as p
-from bridge.nbd.export import Export
+from bridge.nbd.export import Export, refusal_reason
 
 _REPLIES_MAX = 256
 """Replies to one option that are believed to be meant seriously (INFO, META_CONTEXT)."""
 _EXPORTS_MAX = 10_000
 """Exports that LIST may name."""
+_EXPORT_ANSWERS = tuple(f"the answer to {p.OPTION_NAMES[each]}" for each in (p.OPT_GO, p.OPT_INFO))
+_SHOWN_MAX = 10
+"""Exports that a message names."""
 
 _Steps = Generator[int, bytes, None]
 _WANT_TLS = -1
@@ -66,6 +69,10 @@ class Wishes:
     """What the client would like to negotiate."""
 
     export_name: str = ""
+    typed_name: str | None = None
+    """What the operator calls the export, where `export_name` has more in it."""
+    list_if_refused: bool = False
+    """Say which exports there are when the server does not give the one that is wanted."""
     goal: Goal = Goal.GO
     tls: bool = False
     structured: bool = True
@@ -82,6 +89,10 @@ class Handshake:
         self.exports: list[Listed] = []
         self.in_transmission = False
         """The server has gone to the transmission phase: leave with DISC, not with ABORT."""
+        self.refused: ConfigError | None = None
+        """The server said no to the export, and was asked which it has; it need not answer that."""
+        self.silent_over_tls = False
+        """TLS is up, and the server has said nothing over it yet."""
         self._wishes = wishes
         self._buffer = bytearray()
         self._output = bytearray()
@@ -108,27 +119,33 @@ class Handshake:
         farewell.
         """
         self._buffer += data
+        self.silent_over_tls = False
         self._advance()
 
     def receive_eof(self) -> BridgeError:
         """The server closed the connection: the error that this is."""
         self.state = State.FAILED
+        if self.refused is not None:
+            return self.refused
         heard = bytes(self._buffer[:16])
         if self._waits_for == "the greeting" and heard:
             return _not_nbd(heard)
         if self._waits_for == "EXPORT_NAME":
             # The only way this option has to say no.
-            return ConfigError(
-                f"the server refused the export {self._wishes.export_name!r} by hanging up"
-            )
+            return ConfigError(f"the server refused {self._shown_name()} by hanging up")
         return ConnectionLost(f"the server hung up while we waited for {self._waits_for}")
 
     def tls_started(self) -> None:
         """The TLS handshake is done; go on over it. Only in WANTS_TLS."""
         assert self.state is State.WANTS_TLS
-        self._over_tls = True
+        self._over_tls = self.silent_over_tls = True
         self.state = State.TALKING
         self._needs_bytes = self._steps.send(b"")
+
+    @property
+    def waits_for_export(self) -> bool:
+        """All but the export itself is agreed on."""
+        return self._waits_for in _EXPORT_ANSWERS
 
     @property
     def waits_for(self) -> str:
@@ -276,8 +293,41 @@ class Handshake:
         if final == p.REP_ERR_UNSUP and not self._extended:
             yield from self._export_name()
             return
+        refusal = self._refusal(final, text)
+        if (
+            self._wishes.list_if_refused
+            and isinstance(refusal, ConfigError)
+            and final != p.REP_ERR_TLS_REQD
+        ):
+            self.refused = refusal
+            refusal = yield from self._explained(final, text)
         self._abort()
-        raise self._refusal(final, text)
+        raise refusal
+
+    def _explained(self, final: int, text: str) -> Generator[int, bytes, ConfigError]:
+        """A refusal of the export, with what the server's list adds to it."""
+        plain = self._refusal(final, text)
+        assert isinstance(plain, ConfigError)
+        try:
+            listed, _ = yield from self._option(
+                p.OPT_LIST, b"", self._list_reply, replies_max=_EXPORTS_MAX
+            )
+        except ProtocolError:
+            return plain
+        names = list(dict.fromkeys(each.name for each in self.exports))
+        if listed != p.REP_ACK or not names:
+            return plain
+        volume = self._typed_name().partition("@")[0]
+        if not volume and len(names) == 1:
+            volume = names[0]
+        for each in self.exports:
+            if each.name == volume and (reason := refusal_reason(each.description)):
+                return ConfigError(f"the server refused {self._shown_name()}: {reason}")
+        if volume in names:
+            return ConfigError(f"{plain} (it is in the server's list: is it in use?)")
+        shown = ", ".join(repr(name) if name else "the default one" for name in names[:_SHOWN_MAX])
+        more = f" and {len(names) - _SHOWN_MAX} more" if len(names) > _SHOWN_MAX else ""
+        return ConfigError(f"{plain}; there is {shown}{more} (nbd-bridge info --list)")
 
     def _export_name(self) -> _Steps:
         """The old way to choose an export; a refusal is a closed connection."""
@@ -290,22 +340,22 @@ class Handshake:
         self.export = self._checked_export(size_bytes, flags)
 
     def _list(self) -> _Steps:
-        def reply(kind: int, payload: bytes) -> None:
-            if kind != p.REP_SERVER or len(payload) < 4:
-                raise ProtocolError(f"server answered LIST with reply type {kind}")
-            length = p.U32.unpack_from(payload)[0]
-            if length > len(payload) - 4:
-                raise ProtocolError(
-                    f"name of {length} bytes in a list entry of {len(payload)} bytes"
-                )
-            name = _text(payload[4 : 4 + length], "export name")
-            description = _text(payload[4 + length :], "description")
-            self.exports.append(Listed(name, _clean(description)))
-
-        final, text = yield from self._option(p.OPT_LIST, b"", reply, replies_max=_EXPORTS_MAX)
+        final, text = yield from self._option(
+            p.OPT_LIST, b"", self._list_reply, replies_max=_EXPORTS_MAX
+        )
         self._abort()
         if final != p.REP_ACK:
             raise self._refusal(final, text)
+
+    def _list_reply(self, kind: int, payload: bytes) -> None:
+        if kind != p.REP_SERVER or len(payload) < 4:
+            raise ProtocolError(f"server answered LIST with reply type {kind}")
+        length = p.U32.unpack_from(payload)[0]
+        if length > len(payload) - 4:
+            raise ProtocolError(f"name of {length} bytes in a list entry of {len(payload)} bytes")
+        name = _text(payload[4 : 4 + length], "export name")
+        description = _text(payload[4 + length :], "description")
+        self.exports.append(Listed(name, _clean(description)))
 
     # Options.
 
@@ -367,7 +417,15 @@ class Handshake:
             return ConnectionLost(f"the server is shutting down ({reason})")
         if self._wishes.goal is Goal.LIST:
             return ConfigError(f"the server does not list its exports: {reason}")
-        return ConfigError(f"the server refused the export {self._wishes.export_name!r}: {reason}")
+        return ConfigError(f"the server refused {self._shown_name()}: {reason}")
+
+    def _typed_name(self) -> str:
+        wishes = self._wishes
+        return wishes.export_name if wishes.typed_name is None else wishes.typed_name
+
+    def _shown_name(self) -> str:
+        name = self._typed_name()
+        return f"the export {name!r}" if name else "its default export"
 
     def _checked_export(self, size_bytes: int, flags: int, infos: _Infos | None = None) -> Export:
         if size_bytes > p.SIZE_MAX_BYTES:

@@ -45,6 +45,7 @@ from bridge.vhost_user.messages import (
     InflightRange,
     LogRange,
     Message,
+    Region,
     Request,
     pack_message,
     pack_reply,
@@ -81,18 +82,25 @@ class Session:
     """The back-end's side of one connection. See the module's text.
 
     `send_to_front_end(fd, data)` puts a message into the front-end's back-end channel without
-    ever waiting; False means that the channel is dead.
+    ever waiting; False means that the channel is dead. `on_refused(error)` is told why a message
+    is refused, `on_region(region, fd)` of guest memory.
     """
 
     def __init__(
-        self, device: VhostUserDevice, send_to_front_end: Callable[[int, bytes], bool]
+        self,
+        device: VhostUserDevice,
+        send_to_front_end: Callable[[int, bytes], bool],
+        *,
+        on_refused: Callable[[Exception], None] | None = None,
+        on_region: Callable[[Region, int], None] | None = None,
     ) -> None:
         self._device = device
         self._send_to_front_end = send_to_front_end
         self._protocol_features = 0
         self._status = 0
         self._rings = Rings(device)
-        self._memory = MemoryTable(device)
+        self._memory = MemoryTable(device, on_region)
+        self._on_refused = on_refused or _unobserved
         self._channel_fd: int | None = None
         self._config_changed = False
         self._closed = False
@@ -166,6 +174,7 @@ class Session:
             reply = await self._handlers[request](message.payload, message.fds)
         except (ProtocolError, OSError) as error:
             # OSError: a file or eventfd of the front-end's that does not do what one does.
+            self._on_refused(error)
             refusal = self._refusal(message)
             if refusal is None:
                 raise ProtocolError(f"{request_name(number)}: {error}") from error
@@ -357,3 +366,7 @@ class Session:
         message = pack_message(BackendRequest.CONFIG_CHANGE)
         if not self._send_to_front_end(self._channel_fd, message):
             self._close_channel()
+
+
+def _unobserved(error: Exception) -> None:
+    """Nobody wants to know."""

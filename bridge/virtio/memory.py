@@ -16,7 +16,7 @@ import os
 from bisect import bisect_right
 from typing import Final
 
-from bridge.errors import ProtocolError
+from bridge.errors import NoMemory, ProtocolError
 from bridge.virtio.seals import keep_length
 
 _ADDRESS_SPACE_BYTES: Final = 1 << 64
@@ -211,6 +211,8 @@ class GuestMemory:
             offset = user_address - region.user_address
             if offset >= 0 and offset + length <= region.size_bytes:
                 return region.view[offset : offset + length]
+        if not self.regions:
+            raise NoMemory("the front-end has shared no memory")
         raise ProtocolError(
             f"ring at user address {user_address:#x} of {length} bytes is in no memory region"
         )

@@ -414,13 +414,14 @@ async def test_cache_warm_gives_a_lost_server_up_after_its_timeout(directory):
     assert shown(directory)["clean_shutdown"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 async def test_cache_warm_interrupted_with_a_hung_server_is_one_line_and_leaves_a_usable_file(
-    directory,
+    number, directory
 ):
     async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
         child = await warming(directory)
         server.send_signal(signal.SIGSTOP)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         assert await wait_for(child, limit_s=HUNG_S) == 1
         server.kill()
     assert child.stderr is not None

@@ -110,13 +110,18 @@ def test_help_is_printed_when_asked_for_and_when_nothing_is(
         ("4k", 4096),
         ("1MiB", 1 << 20),
         ("2TB", 2 << 40),
+        ("1.5G", 3 << 29),
+        ("0.1k", 102),
+        ("0.0001K", 0),
     ],
 )
 def test_size_good_one_is_its_bytes(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "K", "1P", "-1", "1.5G", "٣", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "K", "1P", "-1", "1.5", "1.G", ".5G", "1.5.5G", "٣", "9" * 5000]
+)
 def test_size_bad_one_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no size"):
         parse_size(text)
