@@ -37,7 +37,8 @@ class Request:
     was called. `done(request)` is called exactly once, never by a thread, possibly before
     `submit()` has returned; the buffers may not be touched by the callee after that.
     `owner` belongs to whoever made the request; `cookie`, `generation` and `progress` to the
-    NBD client.
+    NBD client. A discard or write-zeroes that is done with a higher `progress` than another one
+    was acknowledged after the server may have dropped that other one.
     """
 
     __slots__ = (

@@ -269,6 +269,7 @@ class Session:
             self._command(request)
             return
         request.generation = whole.generation
+        request.progress = whole.progress
         request.finish(whole.error)
 
     def _fits(self, request: Request) -> bool:
@@ -727,6 +728,7 @@ class _Change(Claim):
     def _done(self, inner: Request) -> None:
         request = self._request
         request.generation = inner.generation
+        request.progress = inner.progress
         self._session._ranges.release(self)
         request.finish(inner.error)
 

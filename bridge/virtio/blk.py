@@ -270,7 +270,7 @@ class BlkEngine:
             request.flags |= flags
             self._submit(request)
         else:
-            _Segments(request, len(parts)).submit(self._submit, parts)
+            _Segments(request).submit(self._submit, parts)
 
     def _check_ranges(
         self, op: int, segments: bytes
@@ -323,24 +323,44 @@ def _no_hit(offset: int, length: int, buffers: list[memoryview]) -> bool:
 
 
 class _Segments:
-    """A discard or write-zeroes of several segments: the request is done when all are."""
+    """A discard or write-zeroes of several segments: the request is done when all are.
 
-    __slots__ = ("_error", "_left", "_request")
+    The guest hears of all of them at once. So a flush that failed in between has not told it of
+    the first ones, and they are done once more if the server may have dropped them.
+    """
 
-    def __init__(self, request: BlkRequest, count: int) -> None:
+    __slots__ = ("_error", "_left", "_parts", "_request", "_submit")
+
+    def __init__(self, request: BlkRequest) -> None:
         self._request = request
-        self._left = count
+        self._left = 0
         self._error = 0
+        self._parts: list[Request] = []
 
     def submit(self, submit: Callable[[Request], None], parts: list[tuple[int, int, int]]) -> None:
         """Start every part; the first error wins."""
         flags = self._request.flags
         op = self._request.op
-        for offset, length, part_flags in parts:
-            submit(Request(op, offset, length, [], self._done, flags | part_flags))
+        self._submit = submit
+        self._parts = [
+            Request(op, offset, length, [], self._done, flags | part_flags)
+            for offset, length, part_flags in parts
+        ]
+        self._start(self._parts)
+
+    def _start(self, parts: list[Request]) -> None:
+        self._left = len(parts)
+        for part in parts:
+            self._submit(part)
 
     def _done(self, part: Any) -> None:
         self._error = self._error or part.error
         self._left -= 1
-        if not self._left:
+        if self._left:
+            return
+        newest = max(each.progress for each in self._parts)
+        older = [each for each in self._parts if each.progress < newest]
+        if older and not self._error:
+            self._start(older)
+        else:
             self._request.finish(self._error)

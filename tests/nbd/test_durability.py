@@ -377,6 +377,26 @@ def test_write_of_sectors_in_large_blocks_is_sent_again_when_a_flush_failed_in_b
     assert (write.error, world.sent) == (0, [])
 
 
+@pytest.mark.parametrize("min_block_bytes", [1, 4096])
+def test_changes_of_one_guests_request_show_whether_a_flush_failed_in_between(
+    min_block_bytes: int,
+) -> None:
+    world = World(min_block_bytes=min_block_bytes)
+    (channel,) = world.channels
+    zeroes = [world.ask(WRITE_ZEROES, 0, count=8)]
+    channel.answer_all()
+    world.ask(FLUSH)
+    channel.answer_all()
+    zeroes.append(world.ask(WRITE_ZEROES, 8, count=8))
+    channel.answer_all()
+    assert zeroes[0].progress == zeroes[1].progress
+    world.ask(FLUSH)
+    channel.answer(channel.pending[0], EIO)
+    zeroes.append(world.ask(WRITE_ZEROES, 16, count=8))
+    channel.answer_all()
+    assert zeroes[2].progress > zeroes[1].progress
+
+
 def test_change_with_fua_that_fails_ends_the_epoch_like_a_flush() -> None:
     """The server's fsync failed for it, and dropped what others had only been acknowledged."""
     world = World()

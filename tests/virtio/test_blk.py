@@ -416,6 +416,27 @@ def test_3_6_dwz_segments_keep_their_own_flags_and_finish_together() -> None:
     assert guest.read(status, 1) == bytes([S_IOERR])
 
 
+def test_3_6_dwz_segments_that_a_failed_flush_may_have_dropped_are_done_once_more() -> None:
+    """The guest hears of all segments at once: that flush told it of none of them."""
+    guest = BlkGuest()
+    guest.disk.hold = True
+    data = segments((0, 1, 0), (8, 1, 0), (16, 1, 0))
+    token = guest.put(
+        (guest.alloc(guest.header(T_WRITE_ZEROES)), 16, 0),
+        (guest.alloc(data), len(data), 0),
+        (guest.alloc(1), 1, DEVICE_WRITES),
+    )
+    guest.run()
+    guest.disk.held[1].progress = 1  # Acknowledged after that flush.
+    guest.disk.held[2].progress = 1
+    guest.disk.release()
+    assert guest.driver.poll() == []
+    assert [each.offset for each in guest.disk.held] == [0]
+    guest.disk.held[0].progress = 1
+    guest.disk.release()
+    assert guest.driver.poll() == [(token, 1)]
+
+
 @pytest.mark.parametrize("type_", [T_DISCARD, T_WRITE_ZEROES])
 def test_3_6_dwz_not_negotiated_is_unsupp(type_: int) -> None:
     """B19-B21."""
