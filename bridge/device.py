@@ -59,13 +59,15 @@ class BlkDevice:
         drain_timeout_s: float = 30.0,
         on_recovered: Callable[[], None] | None = None,
         on_inherited: Callable[[int, bool], None] | None = None,
+        on_fresh_guest: Callable[[], None] | None = None,
         failing: Callable[[int], AbstractContextManager[object]] = nullcontext,
         on_all_stopped: Callable[[], Awaitable[object]] | None = None,
         withheld_features: int = 0,
     ) -> None:
         """`on_recovered` is called before requests that another process began are executed again.
         `on_inherited` is called when a guest comes that has run with another process, perhaps, and
-        gets what that one remembered (see `remember_durability`).
+        gets what that one remembered (see `remember_durability`); `on_fresh_guest` when one comes
+        that has not. Either is called before the first ring runs.
 
         `hits`: what can be asked before `target`. Within `failing(errno)` everything unfinished
         below fails, and whatever that leads to.
@@ -88,6 +90,8 @@ class BlkDevice:
         self._drain_timeout_s = drain_timeout_s
         self._on_recovered = on_recovered
         self._on_inherited = on_inherited
+        self._on_fresh_guest = on_fresh_guest
+        self._has_inherited = False
         self._unflushed_on = 0
         self._loss_untold = False
         self._gave_up_until_s = -inf
@@ -237,6 +241,8 @@ class BlkDevice:
             inflight=self._inflight,
         )
 
+        if not self._rings:
+            self._note_guest(ring)
         if queue.in_flight and self._on_recovered is not None:
             # In flight before the ring runs: begun by another process, perhaps sent by it.
             self._on_recovered()
@@ -256,6 +262,17 @@ class BlkDevice:
         self._setups[index] = ring
         self._kickless.set()
         self._update_logs()
+
+    def _note_guest(self, ring: RingSetup) -> None:
+        """The first ring is about to run. A ring that ran before has been somewhere already."""
+        fresh = (0x8000, 0x8000_8000) if self._packed else (0,)
+        if self._has_inherited:
+            return
+        if ring.base in fresh:
+            if self._on_fresh_guest is not None:
+                self._on_fresh_guest()
+        elif self._on_inherited is not None:
+            self._on_inherited(0, False)
 
     @property
     def _packed(self) -> bool:
@@ -362,6 +379,7 @@ class BlkDevice:
             queue_size=max(queue_size, self.max_queue_size),
             packed=self._packed,
         )
+        self._has_inherited = False
         self._remember()
         return fd, size_bytes
 
@@ -382,7 +400,8 @@ class BlkDevice:
         if self._inflight.write_through:
             self._config.refuse_writeback()
             self._engine.writeback_changed()
-        if self._on_inherited is not None and self._inflight.was_used:
+        self._has_inherited = self._inflight.was_used
+        if self._has_inherited and self._on_inherited is not None:
             self._on_inherited(self._inflight.unflushed_on, self._inflight.loss_untold)
         self._remember()
 
@@ -432,6 +451,7 @@ class BlkDevice:
 
     def _forget_shared(self) -> None:
         self._inflight = None
+        self._has_inherited = False
         self._bitmap = None
         self._logging = False
 

@@ -390,6 +390,10 @@ class Storage:
             session.expect_unflushed()
         return session.durability.is_lost(unflushed_on)
 
+    def nothing_inherited(self) -> None:
+        """A guest comes that has not run before: it has no promise from any other process."""
+        self.client.session.durability.nothing_before()
+
     @property
     def has_cache(self) -> bool:
         """There is a cache between the disk and the server."""

@@ -701,6 +701,7 @@ async def test_3_10_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGu
     guest.device.remember_durability(unflushed_on=left[0], loss_untold=left[1])
     fd, size = guest.device.create_inflight(1, 16)
     guest.device.write_config(32, b"\0", migration=False)
+    guest.start()  # From here on somebody has used it.
     for leaves in ((1, True), (0, True), (1 << 55, False), (0, False), (7, False)):
         inherited: list[tuple[int, bool]] = []
         async with running_device(
@@ -719,17 +720,38 @@ async def test_3_10_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGu
 async def test_3_10_region_that_no_ring_used_leaves_nothing_to_inherit(
     autojump_clock: MockClock,
 ) -> None:
-    inherited: list[tuple[int, bool]] = []
-    async with running_device(on_inherited=lambda *what: inherited.append(what)) as guest:
+    came: list[object] = []
+    async with running_device(
+        on_inherited=lambda *what: came.append(what), on_fresh_guest=lambda: came.append("fresh")
+    ) as guest:
         await guest.connect()
         fd, size = guest.device.create_inflight(1, 16)
         guest.device.set_inflight(fd, 0, size, 1, 16)
-        assert inherited == []
+        assert came == []
         guest.start()
+        assert came == ["fresh"]
         await guest.device.stop_ring(0)
         guest.device.set_inflight(fd, 0, size, 1, 16)
-        assert inherited == [(0, False)]
+        assert came == ["fresh", (0, False)]
         os.close(fd)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_guest_whose_ring_has_run_before_inherits_also_without_a_region(
+    packed: bool, autojump_clock: MockClock
+) -> None:
+    came: list[object] = []
+    async with running_device(
+        packed=packed,
+        on_inherited=lambda *what: came.append(what),
+        on_fresh_guest=lambda: came.append("fresh"),
+    ) as guest:
+        await guest.connect()
+        guest.start()
+        await guest.request(T_FLUSH)
+        base = await guest.device.stop_ring(0)
+        guest.start(base=base)
+        assert came == ["fresh", (0, False)]
 
 
 async def test_3_10_write_cache_that_is_off_is_so_in_a_new_region(guest: DeviceGuest) -> None:

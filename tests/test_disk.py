@@ -305,19 +305,6 @@ async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
         assert [each.flags for each in backend.requests[-2:]] == [0, 0]
 
 
-async def test_flush_for_the_process_before_leaves_nothing_for_a_stop(
-    autojump_clock: MockClock,
-) -> None:
-    """Nothing was written here, so that a stop need not wait for a server that is away."""
-    backend = FakeBackend()
-    async with timed(backend) as client:
-        backend.hold = True
-        client.disk.flush_before()
-        assert backend.ops == ["flush"]
-        assert await client.disk.flush() == 0
-        backend.release()
-
-
 async def test_flush_for_a_guest_of_another_process_counts_as_its_own(
     autojump_clock: MockClock,
 ) -> None:

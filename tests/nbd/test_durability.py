@@ -158,6 +158,14 @@ def test_read_only_disk_never_fails_a_flush() -> None:
     assert world.ask(FLUSH).error == -1
 
 
+def test_guest_that_has_not_run_before_loses_nothing() -> None:
+    world = fresh()
+    world.down()
+    world.up()
+    world.session.durability.nothing_before()
+    assert world.ask(FLUSH).error == -1
+
+
 def test_guest_that_comes_from_another_process_may_have_left_something_unflushed() -> None:
     world = World()
     world.session.expect_unflushed()
