@@ -92,6 +92,9 @@ class BlkDevice:
         self._on_inherited = on_inherited
         self._on_fresh_guest = on_fresh_guest
         self._has_inherited = False
+        """The guest with the present in-flight region has run with another process."""
+        self._has_served = False
+        """A ring ran here: what a guest left unflushed when it stopped is known."""
         self._unflushed_on = 0
         self._loss_untold = False
         self._gave_up_until_s = -inf
@@ -241,7 +244,8 @@ class BlkDevice:
             inflight=self._inflight,
         )
 
-        if not self._rings:
+        if not self._has_served:
+            self._has_served = True
             self._note_guest(ring)
         if queue.in_flight and self._on_recovered is not None:
             # In flight before the ring runs: begun by another process, perhaps sent by it.
@@ -264,7 +268,7 @@ class BlkDevice:
         self._update_logs()
 
     def _note_guest(self, ring: RingSetup) -> None:
-        """The first ring is about to run. A ring that ran before has been somewhere already."""
+        """The first ring is about to run, here. It may have run somewhere else."""
         fresh = (0x8000, 0x8000_8000) if self._packed else (0,)
         if self._has_inherited:
             return
@@ -400,9 +404,12 @@ class BlkDevice:
         if self._inflight.write_through:
             self._config.refuse_writeback()
             self._engine.writeback_changed()
-        self._has_inherited = self._inflight.was_used
+        unflushed_on, loss_untold = self._inflight.unflushed_on, self._inflight.loss_untold
+        self._has_inherited = self._inflight.was_used and (
+            not self._has_served or bool(unflushed_on) or loss_untold
+        )
         if self._has_inherited and self._on_inherited is not None:
-            self._on_inherited(self._inflight.unflushed_on, self._inflight.loss_untold)
+            self._on_inherited(unflushed_on, loss_untold)
         self._remember()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
