@@ -289,7 +289,8 @@ def _client_options(options: dict[str, Any]) -> ClientOptions:
     type=Finite(0),
     default=60.0,
     show_default=True,
-    help="Reconnect when the server is silent for this many seconds; 0: never.",
+    help="Reconnect when the server is silent for this many seconds (ten times as many during a "
+    "flush, if it answers nothing beside it); 0: never.",
 )
 @option(
     "--reconnect-timeout",

@@ -24,7 +24,7 @@ from bridge.request import FLUSH, UNASKED, Hits, Request, Target
 from bridge.ring import RunningRing
 from bridge.ring_setup import make_queue, ring_areas, written_areas
 from bridge.vhost_user.device import MemoryRegion, RingSetup
-from bridge.virtio.blk import BlkEngine
+from bridge.virtio.blk import BlkEngine, one_epoch
 from bridge.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
 from bridge.virtio.chain import MAX_QUEUE_SIZE
 from bridge.virtio.dirty_log import DirtyBitmap, DirtyLog
@@ -60,19 +60,23 @@ class BlkDevice:
         drain_timeout_s: float = 30.0,
         on_recovered: Callable[[], None] | None = None,
         on_inherited: Callable[[int, bool], None] | None = None,
+        on_fresh_guest: Callable[[], None] | None = None,
         failing: Callable[[int], AbstractContextManager[object]] = nullcontext,
         on_all_stopped: Callable[[], Awaitable[object]] | None = None,
+        epoch: Callable[[], int] = one_epoch,
         withheld_features: int = 0,
     ) -> None:
         """`on_recovered` is called before requests that another process began are executed again.
         `on_inherited` is called when a guest comes that has run with another process, perhaps, and
-        gets what that one remembered (see `remember_durability`).
+        gets what that one remembered (see `remember_durability`); `on_fresh_guest` when one comes
+        that has not. Either is called before the first ring runs.
 
         `hits`: what can be asked before `target`. Within `failing(errno)` everything unfinished
         below fails, and whatever that leads to.
 
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
-        image next must find everything there. `withheld_features`: see BlkConfig.
+        image next must find everything there. `epoch()`: see `lanes.Job`.
+        `withheld_features`: see BlkConfig.
         """
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
@@ -84,11 +88,22 @@ class BlkDevice:
         self.guest_faults: Counter[str] = Counter()
         self._target = target
         self._engine = BlkEngine(
-            self._config, target, hits=hits, serial=serial, fault=self._guest_fault, turns=loop
+            self._config,
+            target,
+            hits=hits,
+            serial=serial,
+            fault=self._guest_fault,
+            turns=loop,
+            epoch=epoch,
         )
         self._drain_timeout_s = drain_timeout_s
         self._on_recovered = on_recovered
         self._on_inherited = on_inherited
+        self._on_fresh_guest = on_fresh_guest
+        self._has_inherited = False
+        """The guest with the present in-flight region has run with another process."""
+        self._has_served = False
+        """A ring ran here: what a guest left unflushed when it stopped is known."""
         self._unflushed_on = 0
         self._loss_untold = False
         self._gave_up_until_s = -inf
@@ -259,6 +274,9 @@ class BlkDevice:
         )
 
         queue.long.join(self._long_views)
+        if not self._has_served:
+            self._has_served = True
+            self._note_guest(ring)
         if queue.in_flight and self._on_recovered is not None:
             # In flight before the ring runs: begun by another process, perhaps sent by it.
             self._on_recovered()
@@ -284,6 +302,17 @@ class BlkDevice:
             del self._setups[index]
             self._rings.pop(index).close(told=False)
             raise
+
+    def _note_guest(self, ring: RingSetup) -> None:
+        """The first ring is about to run, here. It may have run somewhere else."""
+        fresh = (0x8000, 0x8000_8000) if self._packed else (0,)
+        if self._has_inherited:
+            return
+        if ring.base in fresh:
+            if self._on_fresh_guest is not None:
+                self._on_fresh_guest()
+        elif self._on_inherited is not None:
+            self._on_inherited(0, False)
 
     @property
     def _packed(self) -> bool:
@@ -392,6 +421,7 @@ class BlkDevice:
             queue_size=max(queue_size, self.max_queue_size),
             packed=self._packed,
         )
+        self._has_inherited = False
         self._remember()
         return fd, size_bytes
 
@@ -414,8 +444,12 @@ class BlkDevice:
         if self._inflight.write_through:
             self._config.refuse_writeback()
             self._engine.writeback_changed()
-        if self._on_inherited is not None and self._inflight.was_used:
-            self._on_inherited(self._inflight.unflushed_on, self._inflight.loss_untold)
+        unflushed_on, loss_untold = self._inflight.unflushed_on, self._inflight.loss_untold
+        self._has_inherited = self._inflight.was_used and (
+            not self._has_served or bool(unflushed_on) or loss_untold
+        )
+        if self._has_inherited and self._on_inherited is not None:
+            self._on_inherited(unflushed_on, loss_untold)
         self._remember()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
@@ -470,6 +504,7 @@ class BlkDevice:
 
     def _forget_shared(self) -> None:
         self._inflight = None
+        self._has_inherited = False
         self._bitmap = None
         self._logging = False
 

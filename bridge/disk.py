@@ -164,14 +164,9 @@ class Disk:
         self._untold_error = error
         self.on_changed()
 
-    def flush_before(self) -> None:
-        """Another process may have left something unflushed: what becomes of that is not to
-        depend on how long this server lives."""
-        if self._backend.can_flush:
-            self._flush_unasked(_ignore)
-
     def flush_inherited(self) -> None:
-        """The same for a guest that did run with another process: it counts as written here."""
+        """A guest comes that has run with another process, which may have left something unflushed:
+        what becomes of that is not to depend on how long this server lives."""
         if self._backend.can_flush:
             if self._deadline_s is None:
                 self._arm_timer()

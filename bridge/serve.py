@@ -154,6 +154,10 @@ async def _serve(
         if not (storage.has_cache or geometry.read_only):
             disk.flush_inherited()
 
+    def nothing_inherited() -> None:
+        storage.nothing_inherited()
+        remember()
+
     async def all_stopped() -> None:
         try:
             await disk.flush()
@@ -174,12 +178,13 @@ async def _serve(
         on_all_stopped=all_stopped,
         on_recovered=storage.client.expect_stale_writes,
         on_inherited=inherited,
+        on_fresh_guest=nothing_inherited,
+        epoch=storage.epoch,
         withheld_features=options.withheld_features,
     )
     if not (storage.has_cache or geometry.read_only):
         disk.on_changed = remember
         storage.client.on_reconnect = remember
-        disk.flush_before()
     storage.on_resized = device.resize
     nursery.start_soon(device.run)
     with _listener(options) as listener:

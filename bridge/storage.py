@@ -575,6 +575,15 @@ class Storage:
             session.expect_unflushed()
         return session.durability.is_lost(unflushed_on)
 
+    def nothing_inherited(self) -> None:
+        """A guest comes that has not run before: it has no promise from any other process."""
+        self.client.session.durability.nothing_before()
+
+    def epoch(self) -> int:
+        """Another number whenever the server may have dropped what it had acknowledged; a cache
+        sees to that itself."""
+        return 0 if self.has_cache else self.client.session.durability.epoch
+
     @property
     def has_cache(self) -> bool:
         """There is a cache between the disk and the server."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import AsyncIterator
-from contextlib import nullcontext
+from contextlib import asynccontextmanager, nullcontext
 from errno import EIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import trio
 from trio.testing import MockClock
 
 from bridge.errors import ProtocolError
-from bridge.request import FLUSH, WRITE, Request
+from bridge.request import FLUSH, UNASKED, WRITE, Request
 from bridge.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
 from bridge.virtio.blk_config import F_CONFIG_WCE, F_FLUSH, F_VERSION_1
 from bridge.virtio.inflight import InflightRegion
@@ -626,6 +626,24 @@ async def test_writeback_turned_off_flushes_what_was_written_before(guest: Devic
     assert (guest.disk.requests[-1].op, guest.disk.requests[-1].flags) == (WRITE, 1)
 
 
+async def test_write_cache_turned_off_again_and_again_leaves_one_flush_and_one_to_come(
+    guest: DeviceGuest,
+) -> None:
+    guest.disk.hold = True
+    for _ in range(1000):
+        guest.device.write_config(32, b"\1", migration=False)
+        guest.device.write_config(32, b"\0", migration=False)
+    assert [(each.op, each.flags) for each in guest.disk.requests] == [(FLUSH, UNASKED)]
+    guest.disk.release()
+    assert len(guest.disk.requests) == 2
+    guest.disk.release()
+    assert len(guest.disk.requests) == 2
+    guest.device.write_config(32, b"\1", migration=False)
+    guest.device.write_config(32, b"\0", migration=False)
+    assert len(guest.disk.requests) == 3
+    guest.disk.release()
+
+
 @pytest.mark.parametrize(("offset", "data"), [(32, b"\0"), (0, bytes(60)), (30, bytes(4))])
 async def test_migrated_configuration_restores_writeback(
     guest: DeviceGuest, offset: int, data: bytes
@@ -675,6 +693,77 @@ async def test_3_10_write_cache_turned_off_stays_off_after_a_death(guest: Device
             third.device.set_inflight(fd, 0, size, 1, 16)
             assert third.device.read_config(32, 1) == b"\1"
     os.close(fd)
+
+
+async def test_3_10_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGuest) -> None:
+    """Beside the write cache that is off, and whatever came first."""
+    left = ((1 << 56) - 2, False)
+    guest.device.remember_durability(unflushed_on=left[0], loss_untold=left[1])
+    fd, size = guest.device.create_inflight(1, 16)
+    guest.device.write_config(32, b"\0", migration=False)
+    guest.start()  # From here on somebody has used it.
+    for leaves in ((1, True), (0, True), (1 << 55, False), (0, False), (7, False)):
+        inherited: list[tuple[int, bool]] = []
+        async with running_device(
+            packed=guest.packed,
+            on_inherited=lambda *what, inherited=inherited: inherited.append(what),
+        ) as following:
+            await following.connect()
+            following.device.set_inflight(fd, 0, size, 1, 16)
+            assert following.device.read_config(32, 1) == b"\0"
+            assert inherited == [left]
+            following.device.remember_durability(unflushed_on=leaves[0], loss_untold=leaves[1])
+        left = leaves
+    os.close(fd)
+
+
+@asynccontextmanager
+async def noting(came: list[object], *, packed: bool = False) -> AsyncIterator[DeviceGuest]:
+    """A device that notes in `came` where its guests come from."""
+    async with running_device(
+        packed=packed,
+        on_inherited=lambda *what: came.append(what),
+        on_fresh_guest=lambda: came.append("fresh"),
+    ) as guest:
+        await guest.connect()
+        yield guest
+
+
+async def test_3_10_region_that_no_ring_used_leaves_nothing_to_inherit(
+    autojump_clock: MockClock,
+) -> None:
+    came: list[object] = []
+    async with noting(came) as guest:
+        fd, size = guest.device.create_inflight(1, 16)
+        guest.device.set_inflight(fd, 0, size, 1, 16)
+        assert came == []
+        guest.start()
+        assert came == ["fresh"]
+        os.close(fd)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_guest_whose_ring_has_run_inherits_also_without_a_region(
+    packed: bool, autojump_clock: MockClock
+) -> None:
+    came: list[object] = []
+    async with noting(came, packed=packed) as guest:
+        guest.start(base=0x8003_8003 if packed else 3)
+        assert came == [(0, False)]
+
+
+async def test_guest_that_was_paused_here_inherits_nothing(autojump_clock: MockClock) -> None:
+    """What it left is known: an outage meanwhile must not look like a loss."""
+    came: list[object] = []
+    async with noting(came) as guest:
+        fd, size = guest.device.create_inflight(1, 16)
+        guest.start()
+        await guest.request(T_FLUSH)
+        base = await guest.device.stop_ring(0)
+        guest.device.set_inflight(fd, 0, size, 1, 16)
+        guest.start(base=base)
+        assert came == ["fresh"]
+        os.close(fd)
 
 
 async def test_3_10_write_cache_that_is_off_is_so_in_a_new_region(guest: DeviceGuest) -> None:

@@ -22,7 +22,8 @@ them were sent in the epoch in which the last one is answered.
 
 **Before this process.** Another process may have served the same guest and left something
 unflushed. It counts as one change that was answered at the start (`BEFORE`): until a flush has
-succeeded, a server that went away may have lost it. Of which server instance that process knew
+succeeded, or a guest has come that has not run before, a server that went away may have lost it.
+Of which server instance that process knew
 comes with the guest, as a number (`instance_mark`) that outlives a kill.
 """
 
@@ -112,8 +113,10 @@ class Durability:
         self._told = max(self._told, answered)
 
     def nothing_before(self) -> None:
-        """Nobody can have left anything: the disk is only read."""
+        """Nobody has a promise from before this process: the disk is only read, or its guest has
+        just begun."""
         self._flushed = max(self._flushed, BEFORE)
+        self._told = max(self._told, BEFORE)
 
     def is_lost(self, mark: int) -> bool:
         """Whether what was unflushed on the instance of that `mark` may be gone by now."""

@@ -493,10 +493,18 @@ class Session:
         """Whether what the old connection answered may be gone (a flush must not vouch for it)."""
         if export.read_only or self._options.read_only:
             self.durability.nothing_before()
-        if self.durability.connected(export.properties.get("instance", ""), self._answered_before):
+        lost = self.durability.connected(
+            export.properties.get("instance", ""), self._answered_before
+        )
+        if lost and self._answered_before > BEFORE:
             _log.error(
                 "the server came back and may have lost writes that were not flushed: "
                 "the next flush will fail"
+            )
+        elif lost:
+            _log.warning(
+                "the server came back: if a process before this one left writes that were not "
+                "flushed, they may be lost"
             )
 
     def _resume(self, now: float, old: Export) -> None:

@@ -112,6 +112,11 @@ class BlkRequest(Request):
         self.used_bytes = used_bytes
 
 
+def one_epoch() -> int:
+    """The server never drops what it has acknowledged, or somebody else sees to that."""
+    return 0
+
+
 class BlkEngine:
     """Executes virtio-blk requests on a `Target`. One engine serves every queue of a disk."""
 
@@ -124,15 +129,17 @@ class BlkEngine:
         serial: str,
         fault: Callable[[str], None],
         turns: Turns | None = None,
+        epoch: Callable[[], int] = one_epoch,
     ) -> None:
         """`hits`: what can be asked before `target`. `serial`: what GET_ID answers, at most 20
         bytes. `fault(problem)` is told what a guest did wrong, "kind" or "kind: details", so that
         it is counted and logged once per kind. `turns`: the loop, so that no turn of it begins
-        too much."""
+        too much. `epoch()`: see `lanes.Job`."""
         self.config = config
         self._submit = target.submit
         self._reads, self._writes, self._range_lane = (Lane(target.submit, turns) for _ in range(3))
         self._large_done = self._finish_large
+        self._epoch = epoch
         self._read_hit = hits.read_hit if hits is not None else _no_hit
         self._write_hit = hits.write_hit if hits is not None else _no_hit
         self._done = self._finish  # bound once
@@ -239,7 +246,8 @@ class BlkEngine:
                 self._submit(request)
                 return
         request.done = self._done
-        lane.enter(Job(lane, ring, _data_pieces(request), request.finish))
+        epoch = self._epoch if op == WRITE else None
+        lane.enter(Job(lane, ring, _data_pieces(request), request.finish, epoch))
 
     def _finish_large(self, request: BlkRequest) -> None:
         lane = self._reads if request.op == READ else self._writes
@@ -329,7 +337,7 @@ class BlkEngine:
             request.finish(0)
             return
         lane = self._range_lane
-        lane.enter(Job(lane, ring, _range_pieces(request, parts), request.finish))
+        lane.enter(Job(lane, ring, _range_pieces(request, parts), request.finish, self._epoch))
 
     def _check_ranges(
         self, op: int, segments: bytes

@@ -175,7 +175,7 @@ class InflightRegion:
     def was_used(self) -> bool:
         """Rings ran with it: the guest may have written."""
         versions = (self.queue(index)[8:10].cast("H")[0] for index in range(self.num_queues))
-        return bool(self._features[0]) or any(versions)
+        return any(versions)
 
     def queue(self, index: int) -> memoryview:
         """The part of queue `index`. Raises ProtocolError if there is none such."""

@@ -151,9 +151,16 @@ class Lane:
 
 class Job:
     """A request in a lane: `done(errno)` is called once, when every piece that was begun has ended
-    and either none is left or one failed."""
+    and either none is left or one failed.
 
-    __slots__ = ("_done", "_error", "_in_flight", "_lane", "_next", "_pieces", "owner")
+    The guest hears of all pieces at once. So a flush that failed in between has not told it of the
+    first ones, and they are done once more if the server may have dropped them.
+    """
+
+    __slots__ = (
+        *("_done", "_ends", "_epoch", "_error", "_in_flight", "_lane", "_next", "_pieces"),
+        "owner",
+    )
 
     def __init__(
         self,
@@ -161,9 +168,11 @@ class Job:
         owner: Any,
         pieces: Iterator[tuple[int, Request]],
         done: Callable[[int], None],
+        epoch: Callable[[], int] | None = None,
     ) -> None:
         """`pieces`: what each costs (above 0), and a request whose `done` and `owner` are the
-        job's to set; at least one. They are made as they are needed."""
+        job's to set; at least one. They are made as they are needed. `epoch`: for changes, another
+        number whenever the server may have dropped what it had acknowledged."""
         self._lane = lane
         self.owner = owner
         self._pieces = pieces
@@ -171,6 +180,9 @@ class Job:
         self._done = done
         self._in_flight = 0
         self._error = 0
+        self._epoch = epoch
+        self._ends: list[tuple[int, int, Request]] = []
+        """Of pieces that have ended: in which epoch, what they cost, and they themselves."""
 
     @property
     def next_bytes(self) -> int:
@@ -196,9 +208,26 @@ class Job:
 
     def _ended(self, piece: Any) -> None:
         self._in_flight -= 1
+        cost_bytes: int = piece.owner
         if piece.error:
             self._error = self._error or piece.error
             self._next = None
-        if not self._in_flight and self._next is None:
+        elif self._epoch is not None:
+            self._ends.append((self._epoch(), cost_bytes, piece))
+        if not self._in_flight and self._next is None and not self._do_again():
             self._done(self._error)
-        self._lane.ended(piece.owner)
+        self._lane.ended(cost_bytes)
+
+    def _do_again(self) -> bool:
+        """Begin the pieces of an older epoch once more; False if there is none."""
+        if self._error or self._epoch is None:
+            return False
+        now = self._epoch()
+        older = [(cost_bytes, piece) for epoch, cost_bytes, piece in self._ends if epoch != now]
+        if not older:
+            return False
+        self._ends = [each for each in self._ends if each[0] == now]
+        self._pieces = iter(older)
+        self._next = next(self._pieces)
+        self._lane.enter(self)
+        return True

@@ -158,6 +158,14 @@ def test_read_only_disk_never_fails_a_flush() -> None:
     assert world.ask(FLUSH).error == -1
 
 
+def test_guest_that_has_not_run_before_loses_nothing() -> None:
+    world = fresh()
+    world.down()
+    world.up()
+    world.session.durability.nothing_before()
+    assert world.ask(FLUSH).error == -1
+
+
 def test_guest_that_comes_from_another_process_may_have_left_something_unflushed() -> None:
     world = World()
     world.session.expect_unflushed()
@@ -375,6 +383,26 @@ def test_write_of_sectors_in_large_blocks_is_sent_again_when_a_flush_failed_in_b
     assert not ended(world, write)
     channel.answer_all()
     assert (write.error, world.sent) == (0, [])
+
+
+@pytest.mark.parametrize("min_block_bytes", [1, 4096])
+def test_changes_of_one_guests_request_show_whether_a_flush_failed_in_between(
+    min_block_bytes: int,
+) -> None:
+    world = World(min_block_bytes=min_block_bytes)
+    (channel,) = world.channels
+    zeroes = [world.ask(WRITE_ZEROES, 0, count=8)]
+    channel.answer_all()
+    world.ask(FLUSH)
+    channel.answer_all()
+    zeroes.append(world.ask(WRITE_ZEROES, 8, count=8))
+    channel.answer_all()
+    assert zeroes[0].progress == zeroes[1].progress
+    world.ask(FLUSH)
+    channel.answer(channel.pending[0], EIO)
+    zeroes.append(world.ask(WRITE_ZEROES, 16, count=8))
+    channel.answer_all()
+    assert zeroes[2].progress > zeroes[1].progress
 
 
 def test_change_with_fua_that_fails_ends_the_epoch_like_a_flush() -> None:

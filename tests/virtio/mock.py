@@ -217,7 +217,16 @@ class BlkGuest(Guest):
         self.disk = disk or FakeDisk()
         self.config = BlkConfig(geometry or DiskGeometry(len(self.disk.data)), num_queues=1)
         self.faults: Counter[str] = Counter()
-        self.engine = BlkEngine(self.config, self.disk, hits=hits, serial=serial, fault=self._fault)
+        self.epoch = 0
+        """Of what the server has acknowledged: see `lanes.Job`."""
+        self.engine = BlkEngine(
+            self.config,
+            self.disk,
+            hits=hits,
+            serial=serial,
+            fault=self._fault,
+            epoch=lambda: self.epoch,
+        )
         self.engine.negotiated(self.config.features() if features is None else features)
         self.ring = MockRing(self.queue)
 
