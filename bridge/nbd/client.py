@@ -291,7 +291,20 @@ class Client:
         ended = self.uri.socket_path is not None and all(
             connection.peer_closed for connection in self._connections
         )
-        self.session.lost(trio.current_time(), self._take_unanswered(), stale_possible=not ended)
+        blamed = min(
+            (each.blamed for each in self._connections if each.blamed is not None),
+            key=_cookie,
+            default=None,
+        )
+        sent = next(self._cookies) - self._first_cookie - 1
+        unanswered = self._take_unanswered()
+        self.session.lost(
+            trio.current_time(),
+            unanswered,
+            stale_possible=not ended,
+            answered=sent > len(unanswered),
+            blamed=blamed,
+        )
 
     async def _hang_up(self, timeout_s: float) -> None:
         async with trio.open_nursery() as nursery:
@@ -303,6 +316,7 @@ class Client:
         unanswered: list[Request] = []
         for connection in self._connections:
             unanswered += connection.transmission.unanswered()
+            connection.blamed = None
         unanswered.sort(key=_cookie)
         return unanswered
 
