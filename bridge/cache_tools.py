@@ -46,6 +46,11 @@ _HANG_UP_S = 2.0
 def uri_of(path: str) -> NbdUri:
     """Where the export of a cache file was, without TLS."""
     summary = show(path)
+    if summary.is_cut:
+        raise ConfigError(
+            f"cache file {path} keeps only the beginning of its export's long name: give the URI "
+            "after the file"
+        )
     name = quote(summary.export, safe="")
     if summary.uri.startswith("/"):
         return parse_uri(f"nbd+unix:///{name}?socket={quote(summary.uri)}")
@@ -71,7 +76,7 @@ async def flush_file(
     summary = show(path)
     uri = uri_of(path) if uri_text is None else parse_uri(uri_text)
     identity = cache_identity(uri)
-    if not moved and (identity.uri, identity.export) != (summary.uri, summary.export):
+    if not moved and identity.digest.hex() != summary.digest:
         raise ConfigError(
             f"cache file {path} belongs to export {summary.export!r} of {summary.uri}, not to "
             f"{identity.export!r} of {identity.uri}; if that export moved there, add --moved"

@@ -28,6 +28,7 @@ from .file import (
     read_index,
 )
 from .index import Index
+from .layout import Identity
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Summary:
     path: str
     uri: str
     export: str
+    digest: str
+    """Of the whole server and the whole name of the export: the file has room for 1500 bytes of
+    each."""
     disk_bytes: int
     cache_bytes: int
     block_bytes: int
@@ -55,6 +59,11 @@ class Summary:
     created_s: int
     """Seconds of the epoch."""
 
+    @property
+    def is_cut(self) -> bool:
+        """`uri` or `export` are not all of what they were."""
+        return Identity(self.uri, self.export).digest.hex() != self.digest
+
 
 def show(path: str) -> Summary:
     """Read what `path` holds. Raises ConfigError: in use, damaged, not a cache file."""
@@ -69,6 +78,7 @@ def show(path: str) -> Summary:
         path=path,
         uri=header.uri,
         export=header.export,
+        digest=header.digest.hex(),
         disk_bytes=sizes.disk_bytes,
         cache_bytes=sizes.slots * sizes.granule_bytes,
         block_bytes=sizes.block_bytes,

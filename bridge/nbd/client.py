@@ -29,6 +29,7 @@ from bridge.nbd.connection import Connection, Negotiated, leave, negotiate
 from bridge.nbd.export import Export
 from bridge.nbd.handshake import Goal, Listed
 from bridge.nbd.options import ClientOptions
+from bridge.nbd.protocol import NAME_MAX_BYTES
 from bridge.nbd.session import Phase, Session
 from bridge.nbd.uri import NbdUri
 from bridge.request import Request
@@ -273,7 +274,9 @@ class Client:
         name = self.uri.export_name
         if token is None:
             return name
-        return f"{name}@session={token},client={self._client_id},connection={number}"
+        named = f"{name}@session={token},client={self._client_id},connection={number}"
+        # A server may refuse a name that is longer than the protocol's limit.
+        return named if len(named.encode()) <= NAME_MAX_BYTES else name
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
