@@ -1016,10 +1016,13 @@ def values_of(request: Request) -> list[float]:
 class Simulation:
     """One session against one server; everything drawn from one seed."""
 
-    def __init__(self, seed: int, *, volatile: bool) -> None:
+    def __init__(self, seed: int, *, volatile: bool, hangs_up: bool = False) -> None:
         self.random = Random(seed)
         self.seed = seed
         self.volatile = volatile
+        self.hangs_up = hangs_up
+        """Connections end as if for a command; some commands fail for it, innocent ones, too."""
+        self.failed_for_it = 0
         self.blocks = 6
         self.time = 0.0
         self.connections = self.random.choice([1, 1, 3])
@@ -1116,8 +1119,16 @@ class Simulation:
             self.crashes.append(self.time)
             self.left_behind.clear()
             self.instance += 1
-        self.channels = []
-        self.session.lost(self.time, unanswered, stale_possible=bool(stale or self.left_behind))
+        channels, self.channels = self.channels, []
+        answered = any(channel.answered for channel in channels)
+        blamed = unanswered[0] if self.hangs_up and unanswered else None
+        self.session.lost(
+            self.time,
+            unanswered,
+            stale_possible=bool(stale or self.left_behind),
+            answered=answered,
+            blamed=blamed,
+        )
 
     def stale_writes(self) -> None:
         due = [item for item in self.left_behind if item[0] <= self.time]
@@ -1153,6 +1164,9 @@ class Simulation:
 
         def done(request: Request) -> None:
             self.open_requests -= 1
+            if self.hangs_up and request.error == errno.EIO:
+                self.failed_for_it += 1  # It may have been executed, or may still be.
+                return
             assert request.error == 0, f"seed {self.seed}: {request}"
             for record in records:
                 record[2] = self.time
@@ -1173,7 +1187,9 @@ class Simulation:
         self.open_requests -= 1
         if request.error:
             # The guest knows now: what was completed before is not promised any more.
-            assert self.crashes or not self.proves, f"seed {self.seed}: flush failed, no crash"
+            assert self.crashes or self.hangs_up or not self.proves, (
+                f"seed {self.seed}: flush failed, no crash"
+            )
             self.flush_failed_at = self.time
             return
         for block, history in enumerate(self.history):
@@ -1221,3 +1237,13 @@ def test_simulated_server_dying_at_any_moment_every_value_is_explained(
 ) -> None:
     for seed in range(batch * 100, batch * 100 + 60):
         Simulation(seed, volatile=volatile).run(400)
+
+
+@pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
+def test_simulated_server_that_hangs_up_every_value_is_explained(volatile: bool) -> None:
+    failed = 0
+    for seed in range(1000, 1150):
+        simulation = Simulation(seed, volatile=volatile, hangs_up=True)
+        simulation.run(400)
+        failed += simulation.failed_for_it
+    assert failed > 20  # Trials were held, and verdicts given.
