@@ -14,7 +14,7 @@ import trio
 from bridge.cache.cache import Cache
 from bridge.cache.file import CacheFile, dirty_bytes, has_content
 from bridge.cache.inspect import open_to_flush, show
-from bridge.cache.layout import Header, Identity, printable
+from bridge.cache.layout import Header, printable
 from bridge.cache.options import Options
 from bridge.cache.warm import Warmer, data_ranges
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
@@ -62,9 +62,10 @@ is lost, and once more with one that is silent."""
 def uri_of(path: str) -> NbdUri:
     """Where the export of a cache file was, without TLS. Raises ConfigError."""
     summary = show(path)
-    if Identity(summary.uri, summary.export).digest.hex() != summary.digest:
+    if summary.is_cut:
         raise ConfigError(
-            f"cache file {path} has only the beginning of its export's name: give the URI as well"
+            f"cache file {path} keeps only the beginning of its export's long name: give the URI "
+            "after the file"
         )
     name = quote(summary.export, safe="")
     if summary.uri.startswith("/"):

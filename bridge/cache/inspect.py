@@ -30,7 +30,7 @@ from .file import (
     read_index,
 )
 from .index import Index
-from .layout import printable
+from .layout import Identity, printable
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Summary:
     path: str
     uri: str
     export: str
+    digest: str
+    """Of the whole server and the whole name of the export: the file has room for 1500 bytes of
+    each."""
     disk_bytes: int
     cache_bytes: int
     block_bytes: int
@@ -57,8 +60,11 @@ class Summary:
     export_generation: int
     created_s: int
     """Seconds of the epoch."""
-    digest: str = ""
-    """In hexadecimal, of the export's whole address and name: the texts may be cut."""
+
+    @property
+    def is_cut(self) -> bool:
+        """`uri` or `export` are not all of what they were."""
+        return Identity(self.uri, self.export).digest.hex() != self.digest
 
 
 def show(path: str, *, not_ours: str = "") -> Summary:
@@ -75,6 +81,7 @@ def show(path: str, *, not_ours: str = "") -> Summary:
         path=path,
         uri=header.uri,
         export=header.export,
+        digest=header.digest.hex(),
         disk_bytes=sizes.disk_bytes,
         cache_bytes=sizes.slots * sizes.granule_bytes,
         block_bytes=sizes.block_bytes,
@@ -88,7 +95,6 @@ def show(path: str, *, not_ours: str = "") -> Summary:
         fault=fault,
         export_generation=header.export_generation,
         created_s=header.created_s,
-        digest=header.digest.hex(),
     )
 
 

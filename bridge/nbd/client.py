@@ -29,6 +29,7 @@ from bridge.nbd.connection import Connection, Negotiated, Silent, leave, negotia
 from bridge.nbd.export import Export
 from bridge.nbd.handshake import Goal, Listed
 from bridge.nbd.options import ClientOptions
+from bridge.nbd.protocol import NAME_MAX_BYTES
 from bridge.nbd.session import Phase, Session
 from bridge.nbd.uri import NbdUri
 from bridge.request import Request
@@ -273,7 +274,9 @@ class Client:
         name = self.uri.export_name
         if token is None:
             return name
-        return f"{name}@session={token},client={self._client_id},connection={number}"
+        named = f"{name}@session={token},client={self._client_id},connection={number}"
+        # A server may refuse a name that is longer than the protocol's limit.
+        return named if len(named.encode()) <= NAME_MAX_BYTES else name
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
@@ -291,7 +294,20 @@ class Client:
         ended = self.uri.socket_path is not None and all(
             connection.peer_closed for connection in self._connections
         )
-        self.session.lost(trio.current_time(), self._take_unanswered(), stale_possible=not ended)
+        blamed = min(
+            (each.blamed for each in self._connections if each.blamed is not None),
+            key=_cookie,
+            default=None,
+        )
+        sent = next(self._cookies) - self._first_cookie - 1
+        unanswered = self._take_unanswered()
+        self.session.lost(
+            trio.current_time(),
+            unanswered,
+            stale_possible=not ended,
+            answered=sent > len(unanswered),
+            blamed=blamed,
+        )
 
     async def _hang_up(self, timeout_s: float) -> None:
         async with trio.open_nursery() as nursery:
@@ -303,6 +319,7 @@ class Client:
         unanswered: list[Request] = []
         for connection in self._connections:
             unanswered += connection.transmission.unanswered()
+            connection.blamed = None
         unanswered.sort(key=_cookie)
         return unanswered
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from bridge.nbd.protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
+from bridge.nbd.untrusted import counter
 
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
 _REFUSAL = re.compile(r"nbd-bridge volume=.* refused: (.+)")
@@ -89,10 +90,15 @@ class Export:
         """(generation, written): our plugin's count of writable sessions, this one's and the last
         that wrote; None from other servers."""
         properties = self.properties
-        try:
-            return int(properties["generation"]), int(properties["written"])
-        except (KeyError, ValueError):
+        generation = counter("generation in the description", properties.get("generation"))
+        written = counter("written in the description", properties.get("written"))
+        if generation is None or written is None:
             return None
+        return generation, written
+
+    def check_untrusted(self) -> None:
+        """Raises ProtocolError if the description has a number that cannot be."""
+        _ = self.sessions
 
     @property
     def identity(self) -> bytes:

@@ -26,6 +26,8 @@ from struct import Struct
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.nbd import protocol as p
 from bridge.nbd.export import Export, refusal_reason
+from bridge.nbd.untrusted import bounded, clean, printable
+from bridge.nbd.untrusted import text as text_of
 
 _REPLIES_MAX = 256
 """Replies to one option that are believed to be meant seriously (INFO, META_CONTEXT)."""
@@ -263,7 +265,7 @@ class Handshake:
                 raise ProtocolError(f"server answered SET_META_CONTEXT with reply type {kind}")
             if len(payload) < 4:
                 raise ProtocolError(f"metadata context of {len(payload)} bytes: 4 at least")
-            contexts[_text(payload[4:], "metadata context")] = p.U32.unpack_from(payload)[0]
+            contexts[text_of(payload[4:], "metadata context")] = p.U32.unpack_from(payload)[0]
 
         final, _ = yield from self._option(p.OPT_SET_META_CONTEXT, data, reply)
         self._check_tls_required(final)
@@ -353,9 +355,9 @@ class Handshake:
         length = p.U32.unpack_from(payload)[0]
         if length > len(payload) - 4:
             raise ProtocolError(f"name of {length} bytes in a list entry of {len(payload)} bytes")
-        name = _text(payload[4 : 4 + length], "export name")
-        description = _text(payload[4 + length :], "description")
-        self.exports.append(Listed(name, _clean(description)))
+        name = text_of(payload[4 : 4 + length], "export name")
+        description = text_of(payload[4 + length :], "description")
+        self.exports.append(Listed(name, clean(description)))
 
     # Options.
 
@@ -386,13 +388,10 @@ class Handshake:
                 raise ProtocolError(
                     f"server answered option {echoed}, we had sent {option} ({name})"
                 )
-            if length > p.OPTION_REPLY_MAX_BYTES:
-                raise ProtocolError(
-                    f"answer of {length} bytes to {name}: more than {p.OPTION_REPLY_MAX_BYTES}"
-                )
+            bounded(f"length of the answer to {name}", length, most=p.OPTION_REPLY_MAX_BYTES)
             payload = (yield length) if length else b""
             if kind & p.REP_ERROR_BIT:
-                return kind, _printable(payload)
+                return kind, printable(payload)
             if kind == p.REP_ACK:
                 if payload:
                     raise ProtocolError(f"acknowledgement of {name} with {length} bytes in it")
@@ -428,14 +427,13 @@ class Handshake:
         return f"the export {name!r}" if name else "its default export"
 
     def _checked_export(self, size_bytes: int, flags: int, infos: _Infos | None = None) -> Export:
-        if size_bytes > p.SIZE_MAX_BYTES:
-            raise ProtocolError(f"export of {size_bytes} bytes: more than 2^63 - 1")
+        bounded("export's size in bytes", size_bytes, most=p.SIZE_MAX_BYTES)
         if not flags & p.TransmissionFlags.HAS_FLAGS:
             flags = 0
         known = p.TransmissionFlags(flags & 0x1FFF)
         infos = infos or _Infos()
         minimum, preferred, maximum = infos.block_sizes or (1, 4096, p.PAYLOAD_DEFAULT_MAX_BYTES)
-        return Export(
+        export = Export(
             name=self._wishes.export_name,
             size_bytes=size_bytes,
             flags=known,
@@ -450,6 +448,8 @@ class Handshake:
             tls=self._over_tls,
             contexts=self._contexts,
         )
+        export.check_untrusted()
+        return export
 
 
 class _Infos:
@@ -470,9 +470,9 @@ class _Infos:
             _expect_length("EXPORT", body, p.EXPORT_INFO.size)
             self.export = p.EXPORT_INFO.unpack(body)
         elif info == p.INFO_NAME:
-            self.name = _text(body, "export name")
+            self.name = text_of(body, "export name")
         elif info == p.INFO_DESCRIPTION:
-            self.description = _clean(_text(body, "description"))
+            self.description = clean(text_of(body, "description"))
         elif info == p.INFO_BLOCK_SIZE:
             _expect_length("BLOCK_SIZE", body, p.BLOCK_SIZE_INFO.size)
             self.block_sizes = _checked_block_sizes(*p.BLOCK_SIZE_INFO.unpack(body))
@@ -484,6 +484,9 @@ def _checked_block_sizes(minimum: int, preferred: int, maximum: int) -> tuple[in
         raise ProtocolError(f"minimum block size {minimum}: not a power of two up to 65536")
     if maximum < minimum or maximum == 0:
         raise ProtocolError(f"maximum payload {maximum} below the minimum block size {minimum}")
+    # Above the preferred size, says the specification, which is 512 at least. Of much less every
+    # request of a guest would be thousands of commands.
+    bounded("maximum payload", maximum, least=512, most=p.LENGTH_32_MAX)
     if preferred < max(minimum, 512) or preferred & (preferred - 1):
         preferred = max(minimum, 4096)
     if maximum == p.LENGTH_32_MAX:
@@ -497,31 +500,13 @@ def _expect_length(name: str, body: bytes, length: int) -> None:
         raise ProtocolError(f"INFO_{name} of {len(body)} bytes: it has {length}")
 
 
-def _text(data: bytes, what: str) -> str:
-    """A string of the protocol: UTF-8, no NUL, at most 4096 bytes."""
-    if len(data) > p.NAME_MAX_BYTES:
-        raise ProtocolError(f"{what} of {len(data)} bytes: at most {p.NAME_MAX_BYTES}")
-    if b"\0" in data:
-        raise ProtocolError(f"{what} with a NUL in it")
-    return data.decode("utf-8", "replace")
-
-
-def _printable(data: bytes) -> str:
-    """A server's message, fit for a log: it may hold anything."""
-    return _clean(data[:512].decode("utf-8", "replace"))
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text).strip()
-
-
 def _reason(final: int, text: str) -> str:
     name = p.REPLY_ERROR_NAMES.get(final, f"error {final & ~p.REP_ERROR_BIT}")
     return f"{name}: {text}" if text else name
 
 
 def _not_nbd(greeting: bytes) -> ProtocolError:
-    return ProtocolError(f"this is not an NBD server: it said {_printable(greeting[:16])!r}")
+    return ProtocolError(f"this is not an NBD server: it said {printable(greeting[:16])!r}")
 
 
 _OLDSTYLE_REST = Struct(">QI")

@@ -17,7 +17,9 @@ Theory. A session outlives its connections. It takes requests at any time and ha
 With a new generation the commands without an answer are sent again, in the order in which they
 were sent before, then those that waited. A write that was answered is never sent again, so a
 command that is sent again overwrites only what it overlapped while in flight, and between
-requests in flight at the same time a disk promises no order.
+requests in flight at the same time a disk promises no order. A command on which the server hangs
+up each time is found and fails (see `suspects`). A connection that answered nothing of what it
+was owed does not count as one: `reconnect_timeout_s` runs on.
 
 Two things a new connection must not be believed in:
 
@@ -41,6 +43,7 @@ channels, or blocks that are read, modified and written. Then `Ranges` sends the
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
 from math import inf
@@ -57,12 +60,15 @@ from bridge.nbd.held import WHOLE_DISK, Held
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.ranges import Claim, Ranges, Span
 from bridge.nbd.split import Limits, Split
+from bridge.nbd.suspects import Suspects
 from bridge.request import (
     BLOCK_STATUS,
     DISCARD,
     FLUSH,
     FUA,
+    OP_NAMES,
     PREFETCH,
+    READ,
     UNASKED,
     WRITE,
     WRITE_ZEROES,
@@ -134,9 +140,15 @@ class Session:
         self._stale_possible = False
         self._down_since_s = 0.0
         self._up_since_s = 0.0
-        self._stuck_on = 0
-        """`id` of the first command that had no answer at the last loss. Not the request itself:
-        it would keep views of the guest's memory alive."""
+        self._owed = False
+        """The present connections began with commands that the last ones had not answered."""
+        self._suspects = Suspects()
+        self._begin_with_trial = False
+        self._trial: deque[Request] = deque()
+        """Commands that are still to be sent alone; see `suspects`."""
+        self._tried: Request | None = None
+        """The one that is being tried, or the probe before all of them."""
+        self._tried_done: Callable[[Request], None] = _ignore
         self._attempts = 0
         self._answered_before = BEFORE
         self._flushes: list[Request] = []
@@ -336,9 +348,13 @@ class Session:
             self._send_this_flush(inner)
 
     def _send_this_flush(self, inner: Request) -> None:
+        self._note_flush_sent(inner)
+        self._send(inner)
+
+    def _note_flush_sent(self, inner: Request) -> None:
+        """What a FLUSH that is sent now will vouch for."""
         inner.progress = self._answered
         self._flushing_epoch = self.durability.epoch
-        self._send(inner)
 
     def _take_guests_flushes(self) -> list[Request]:
         """All that the guest has submitted and not heard of, also those of the FLUSH in flight."""
@@ -478,10 +494,14 @@ class Session:
         self._size_bytes = export.usable_bytes
         self._align_mask = export.min_block_bytes - 1
         self._ordered = len(channels) > 1 or export.min_block_bytes > _SECTOR_BYTES
-        self._send = channels[0].send if len(channels) == 1 else self._spread
+        self._send_to_channels()
         self._set_fast_limits()
         if old is not None:
             self._resume(now, old)
+
+    def _send_to_channels(self) -> None:
+        channels = self._channels
+        self._send = channels[0].send if len(channels) == 1 else self._spread
 
     def _set_fast_limits(self) -> None:
         export = self.export
@@ -510,23 +530,117 @@ class Session:
     def _resume(self, now: float, old: Export) -> None:
         """Send again what was not answered, then what waited."""
         export = self.export
+        trial, self._begin_with_trial = self._begin_with_trial, False
+        if trial:
+            self._send = self._wait
         self.on_reconnect()
         if export.usable_bytes != old.usable_bytes:
             self.on_export_changed(export)
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
         self.resent_total += len(again)
+        self._owed = bool(again or waited)
         self._begin_grace(now, _changed(again) if self._stale_possible else [])
         if self.durability.untold:
             self._refuse_flushes(self._take_guests_flushes())
-        for request in (*again, *waited):
-            if request.op != FLUSH:
-                self._send_again(request)
-            elif request.owner:
+        again = self._without_told_flush(again)
+        if trial:
+            self._waiting[:0] = waited
+            self._trial.extend(again)
+            self._begin_trial()
+        else:
+            self._send_all(self._suspects.in_order([*again, *waited]))
+            self._send_flush()
+
+    def _without_told_flush(self, requests: list[Request]) -> list[Request]:
+        """`requests` without the FLUSH if all that it was for have heard of a loss."""
+        flushing = self._flushing
+        if flushing is None or flushing.owner:
+            return requests
+        self._flushing = None
+        return [request for request in requests if request is not flushing]
+
+    def _send_all(self, requests: list[Request]) -> None:
+        """Send commands that were made for an earlier connection, or without one."""
+        for request in requests:
+            if request.op == FLUSH:
                 self._send_this_flush(request)
-            else:  # Whoever it was for has heard of a loss.
-                self._flushing = None
-        self._send_flush()
+            else:
+                self._send_again(request)
+
+    # Trials: see `suspects`.
+
+    def _begin_trial(self) -> None:
+        if self._trial and not self._suspects.proven:
+            length = min(max(self._align_mask + 1, _SECTOR_BYTES), self._size_bytes)
+            offset = 0 if self._trial[0].offset >= length else self._size_bytes - length
+            self._try(Request(READ, offset, length, [memoryview(bytearray(length))], _ignore))
+        else:
+            self._try_next()
+
+    def _try_next(self) -> None:
+        """Send the next command alone; after the last one, all that waited meanwhile."""
+        while self._trial and self.phase is Phase.UP:
+            request = self._trial.popleft()
+            if request.op == FLUSH:
+                self._note_flush_sent(request)
+            elif not self._fits(request):
+                self._waiting.append(request)
+                continue
+            self._try(request)
+            return
+        if self.phase is Phase.UP:
+            self._suspects.clear()
+            self._send_to_channels()
+            waited, self._waiting = self._waiting, []
+            self._send_all(waited)
+            self._send_flush()
+
+    def _try(self, request: Request) -> None:
+        self._tried, self._tried_done = request, request.done
+        request.done = self._answered_alone
+        self._channels[0].send(request)
+
+    def _answered_alone(self, request: Request) -> None:
+        self._suspects.proven = True
+        self._end_try()
+        request.done(request)
+        self._try_next()
+
+    def _end_try(self) -> None:
+        if self._tried is not None:
+            self._tried.done = self._tried_done
+            self._tried, self._tried_done = None, _ignore
+
+    def _take_trial(self, unanswered: list[Request]) -> list[Request]:
+        """End the trial; `unanswered` without the probe, and what was not tried any more."""
+        tried = self._tried
+        self._end_try()
+        left = [*unanswered, *self._trial]
+        self._trial.clear()
+        if tried is not None and tried.done is _ignore:
+            left = [request for request in left if request is not tried]
+        return left
+
+    def _judge_hang_up(self, now: float, blamed: Request, *, answered: bool, tried: bool) -> None:
+        """The server hung up with `blamed` unanswered; `tried`: when it was sent alone."""
+        if not tried:
+            self._begin_with_trial = self._suspects.hung_up(blamed, now, answered=answered)
+        elif blamed.done is _ignore:
+            self._suspects.probe_failed()
+        else:
+            self._suspects.found(now)
+            self._attempts = 0
+            self._unanswered.remove(blamed)
+            _log.error(
+                "the server hangs up whenever a request is sent: it fails",
+                op=OP_NAMES[blamed.op],
+                offset=blamed.offset,
+                length=blamed.length,
+            )
+            if self._stale_possible:
+                self._hold(_changed([blamed]))
+            blamed.finish(errno.EIO)
 
     def _begin_grace(self, now: float, again: list[Span]) -> None:
         """Keep new changes away from what lost connections may still do: in `again`, and where
@@ -579,10 +693,19 @@ class Session:
             self.phase = Phase.LEAVING
             self._send = self._wait
 
-    def lost(self, now: float, unanswered: list[Request], *, stale_possible: bool) -> None:
+    def lost(
+        self,
+        now: float,
+        unanswered: list[Request],
+        *,
+        stale_possible: bool,
+        answered: bool = True,
+        blamed: Request | None = None,
+    ) -> None:
         """All connections are closed. `unanswered`: their commands, in the order of sending.
 
-        `stale_possible`: the server may still execute commands that it received.
+        `stale_possible`: the server may still execute commands that it received. `answered`: some
+        were answered. `blamed`: the server hung up, for this unanswered command perhaps.
         """
         assert self.phase in (Phase.UP, Phase.LEAVING)
         self._answered_before = self._answered
@@ -590,24 +713,24 @@ class Session:
         for request in unanswered:
             if isinstance(request.done, _OnceMore):
                 request.done = request.done.done  # It is sent again anyway.
-        self._unanswered += unanswered
+        tried = self._tried
+        self._unanswered += self._take_trial(unanswered)
         self._stale_possible = stale_possible
-        self._down_since_s = now
-        self._note_progress(now)
+        if answered or not self._owed:
+            # Otherwise it was no better than none: what waits has waited since an earlier loss.
+            self._down_since_s = now
+        if answered or now - self._up_since_s >= _GOOD_CONNECTION_S:
+            # Only after a connection that was good for something does the backoff begin anew. A
+            # server that takes connections and then drops them, or refuses every command with
+            # ESHUTDOWN, must not be connected to without a pause.
+            self._attempts = 0
         self.phase = Phase.DOWN
         self._send = self._wait
-
-    def _note_progress(self, now: float) -> None:
-        """Begin the backoff anew only after a connection that was good for something.
-
-        A server that takes connections and then drops them, or refuses every command with
-        ESHUTDOWN, must not be connected to without a pause.
-        """
-        first = id(self._unanswered[0]) if self._unanswered else 0
-        answered = first not in (0, self._stuck_on)
-        if answered or now - self._up_since_s >= _GOOD_CONNECTION_S:
-            self._attempts = 0
-        self._stuck_on = first
+        if blamed is None:
+            self._suspects.clear()
+        else:
+            self._judge_hang_up(now, blamed, answered=answered, tried=blamed is tried)
+        self._give_up_when_due(now)
 
     def next_delay_s(self) -> float:
         """How long to wait before the next attempt to connect."""
@@ -625,6 +748,9 @@ class Session:
         if self._held:
             self._held.expire(now)
             self._set_fast_limits()
+        self._give_up_when_due(now)
+
+    def _give_up_when_due(self, now: float) -> None:
         timeout_s = self._options.reconnect_timeout_s
         if (
             self.phase is Phase.DOWN
@@ -652,6 +778,7 @@ class Session:
         """
         self._fail_errno = error
         self._send = self._fail
+        self._suspects.clear()
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
         # Taken out first: what waits for one of those that fail now must fail with it, and not
@@ -678,7 +805,7 @@ class Session:
     def closed(self, unanswered: list[Request]) -> None:
         """No more connections: what is left fails."""
         self._channels = ()
-        if unanswered:
+        if unanswered := self._take_trial(unanswered):
             self._unanswered += unanswered
             self._stale_possible = True
         self.phase = Phase.CLOSED
@@ -692,6 +819,7 @@ class Session:
             + len(self._unanswered)
             + len(self._waiting)
             + len(self._flushes)
+            + len(self._trial)
             + self._ranges.waiting_count
         )
 
@@ -766,6 +894,10 @@ def _status_done(part: StatusRequest) -> None:
     request.extents = part.extents
     request.generation = part.generation
     request.finish(part.error)
+
+
+def _ignore(request: Request) -> None:
+    """Nobody waits for its end: a probe."""
 
 
 def _nothing() -> None:

@@ -675,3 +675,41 @@ async def test_finished_requests_leave_no_view_of_their_memory() -> None:
         for view in views:
             view.release()
         memory.close()
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+async def test_server_that_hangs_up_on_trims_costs_the_trims_only(connections: int) -> None:
+    faults = Faults(hangs_up_on=p.CMD_TRIM)
+    options = replace(FAST, connections=connections)
+    async with served(faults=faults, options=options) as (client, _, _d):
+        trims = [start(client, DISCARD, 4096 * number, 4096, []) for number in range(3)]
+        beside = start(client, WRITE, 65536, 512, [memoryview(bytearray(b"x" * 512))])
+        assert await beside.wait() == 0
+        assert [await trim.wait() for trim in trims] == [errno.EIO] * 3
+        assert await read(client, 65536, 512) == b"x" * 512
+        assert client.in_flight == 0
+
+
+async def test_reply_that_breaks_a_rule_each_time_does_not_freeze_the_disk() -> None:
+    """What makes us hang up again and again is the same as what makes the server do it."""
+    settings = ServerSettings(structured=False, extended=False)
+    faults = Faults(oversize_at=1)
+    async with served(settings=settings, faults=faults) as (client, _, _d):
+        requests = [
+            start(client, READ, 512 * number, 512, [memoryview(bytearray(512))])
+            for number in range(8)
+        ]
+        # The second answer on each connection is bad, so about one in two comes through.
+        assert {await request.wait() for request in requests} <= {0, errno.EIO}
+        assert client.in_flight == 0
+
+
+async def test_server_that_hangs_up_on_everything_fails_requests_after_the_reconnect_timeout() -> (
+    None
+):
+    faults = Faults(cut_after_commands=1)
+    options = replace(FAST, reconnect_timeout_s=0.3)
+    async with served(faults=faults, options=options) as (client, _, _d):
+        assert await do(client, READ, 0, 0) == 0
+        waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
+        assert await waiter.wait() == errno.EIO

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import replace
 
@@ -412,6 +413,7 @@ def test_greeting_of_something_else_is_named(says: bytes) -> None:
         ((1 << 17, 1 << 17, 1 << 20), "not a power of two up to 65536"),
         ((4096, 4096, 512), "below the minimum"),
         ((1, 4096, 0), "below the minimum"),
+        ((1, 4096, 1), "less than 512"),
     ],
 )
 def test_obligation_18_bad_block_sizes_are_a_violation(
@@ -464,3 +466,41 @@ def test_cve_2019_14842_option_reply_with_more_than_was_asked_is_refused() -> No
 def test_description_words_are_properties() -> None:
     export = Export("", 0, description="our plugin; instance=ab-1 generation=7, session=yes")
     assert export.properties == {"instance": "ab-1", "generation": "7", "session": "yes"}
+
+
+@pytest.mark.parametrize("word", ["generation", "written"])
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        ("99999999999999999999999", "more than 2^63 - 1"),
+        (str(1 << 63), "more than 2^63 - 1"),
+        ("9" * 128, "more than 2^63 - 1"),
+        ("-5", "less than 0"),
+    ],
+)
+def test_number_out_of_range_in_a_description_is_a_violation(
+    word: str, number: str, says: str
+) -> None:
+    """It is kept in the header of a cache file, which has 64 bits for it."""
+    words = {"generation": "1", "written": "1"} | {word: number}
+    text = " ".join(f"{key}={value}" for key, value in words.items())
+    description = info(p.INFO_DESCRIPTION, text.encode())
+    with pytest.raises(ProtocolError, match=re.escape(says)):
+        talk(greeting(), EXPORT, description, ACK)
+
+
+@pytest.mark.parametrize(
+    ("text", "sessions"),
+    [
+        ("generation=9223372036854775807 written=0", (2**63 - 1, 0)),
+        ("generation=1", None),
+        ("generation=latest written=1", None),
+        ("generation=1_0 written=1", None),
+        ("generation=\u0661 written=1", None),
+        ("generation=1.5 written=1", None),
+    ],
+)
+def test_counters_of_sessions_are_decimal_numbers_or_none(
+    text: str, sessions: tuple[int, int] | None
+) -> None:
+    assert Export("", 0, description=text).sessions == sessions

@@ -14,13 +14,17 @@ import pytest
 import trio
 import trio.testing
 
-from bridge.cache.file import open_file
+from bridge.cache.file import CacheFile, open_file
 from bridge.cache.layout import HEADER_AREA_BYTES
+from bridge.cache_tools import flush_file
 from bridge.errors import ConfigError
 from bridge.loop import Loop
 from bridge.nbd.options import ClientOptions
+from bridge.nbd.protocol import CMD_WRITE
+from bridge.nbd.server import Faults, Server
+from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
-from bridge.request import FLUSH, PREFETCH, READ, WRITE, Request
+from bridge.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Request
 from bridge.storage import WRITEBACK, CacheSettings, Storage, cache_path
 from tests.serve.processes import process, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S, need
@@ -255,3 +259,99 @@ async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeyp
                         break
             assert not file.header.clean
             file.close(clean=False)
+
+
+@asynccontextmanager
+async def own_server(directory: Path, faults: Faults, name: str = "") -> AsyncIterator[MemoryDisk]:
+    """Our own server with a disk in memory at the socket of `new_storage`."""
+    disk = MemoryDisk(SIZE_BYTES)
+    server = Server({name: disk}, faults=faults)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve_unix, directory / "nbd")
+        yield disk
+        nursery.cancel_scope.cancel()
+
+
+async def test_stop_with_a_silent_server_finishes_everything_before_the_file_is_closed(
+    directory, monkeypatch
+):
+    """What ends afterwards would touch memory that is not mapped any more."""
+    faults = Faults()
+    closed: list[bool] = []
+    late: list[str] = []
+    real_close = CacheFile.close
+    real_finish = Request.finish
+
+    def close(file: CacheFile, *, clean: bool) -> None:
+        closed.append(True)
+        real_close(file, clean=clean)
+
+    def finish(request: Request, error: int) -> None:
+        if closed:
+            late.append(repr(request))
+        real_finish(request, error)
+
+    monkeypatch.setattr(CacheFile, "close", close)
+    monkeypatch.setattr(Request, "finish", finish)
+    async with own_server(directory, faults):
+        async with running(directory) as storage:
+            faults.stall = True
+            ended = [start(storage, READ, 1 << 20, 65536)]  # a fetch without an answer
+            ended += [start(storage, WRITE, number << 16, 65536) for number in range(4)]
+            ended += [start(storage, DISCARD, 0, 1 << 20), start(storage, DISCARD, 0, 1 << 20)]
+            ended += [start(storage, WRITE, 4096, 512), start(storage, FLUSH, 0, 0)]
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            left_behind = await storage.close(0.2)
+            assert storage.client.in_flight == 0
+    assert closed == [True]
+    assert late == []
+    *others, flush = ended
+    assert [len(each) for each in others] == [1] * len(others)
+    assert len(flush) <= 1  # The cache may keep it: a flush has no memory of the guest's.
+    assert "is kept in" in left_behind
+
+
+async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the_flush(directory):
+    faults = Faults(hangs_up_on=CMD_WRITE)
+    async with own_server(directory, faults) as disk:
+        async with running(directory) as storage:
+            assert start(storage, WRITE, 0, 4096) == [0]
+            flush = start(storage, FLUSH, 0, 0)
+            read = start(storage, READ, 1 << 20, 4096)
+            with trio.fail_after(20):
+                while not (flush and read):
+                    await trio.sleep(0.001)
+            assert (flush, read) == ([EIO], [0])
+            assert storage._cache is not None
+            assert storage._cache.index.dirty_slots == 1
+            faults.hangs_up_on = None
+            flush = start(storage, FLUSH, 0, 0)
+            with trio.fail_after(20):
+                while not flush:
+                    await trio.sleep(0.001)
+            assert flush == [0]
+            assert disk.data[:4096] == b"w" * 4096
+            await storage.close(10)
+
+
+async def test_cache_file_of_an_export_with_a_long_name_can_be_flushed(directory):
+    """The file has room for the first 1500 bytes of it."""
+    name = "v" * 1600
+    uri = parse_uri(unix_uri(directory / "nbd", name))
+    loop = Loop(poll_us=0)
+    settings = CacheSettings(mode=WRITEBACK, size_bytes=32 << 20, directory=str(directory))
+    path = str(cache_path(uri, str(directory)))
+    async with own_server(directory, Faults(), name):
+        storage = Storage(uri, loop, ClientOptions(close_timeout_s=CLOSE_TIMEOUT_S), settings)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            await storage.open()
+            await storage.close(1)
+            nursery.cancel_scope.cancel()
+        assert await flush_file(path, uri.text, moved=False, timeout_s=10) == 0
+        with pytest.raises(ConfigError, match="give the URI"):
+            await flush_file(path, None, moved=False, timeout_s=10)
+        other = unix_uri(directory / "nbd", name[:-1])
+        with pytest.raises(ConfigError, match="--moved"):
+            await flush_file(path, other, moved=False, timeout_s=10)
+    loop.close()
