@@ -450,7 +450,7 @@ class Storage:
         """
         own = str(cache_path(self._uri, self._settings.directory))
         found = await self._find(export)
-        paths = {each.path for each in found}
+        paths = {each.path for each in found if each.owned or each.same_server}
         if own not in paths and has_content(own):
             paths.add(own)  # Nothing can be told of it: that is said below.
         for path in sorted(paths):
