@@ -60,7 +60,7 @@ class RbdDisk:
         self.read_only = read_only
         self.size_bytes = image.size()
         object_bytes = image.stat()["obj_size"]
-        preferred = min(max(object_bytes, 512), 32 << 20)  # NBD's limits for the preferred size
+        preferred = min(max(object_bytes, 512), MAX_PAYLOAD_BYTES)  # 512: NBD's limit
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 
     def pread(self, buf: memoryview, offset: int) -> None:

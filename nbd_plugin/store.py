@@ -11,8 +11,9 @@ EXTENT_HOLE = 1
 EXTENT_ZERO = 2
 """Extent types (NBD "base:allocation"): both together for a hole that reads as zeroes."""
 
-MAX_PAYLOAD_BYTES = 64 << 20
-"""nbdkit's own limit for the payload of one read or write."""
+MAX_PAYLOAD_BYTES = 4 << 20
+"""What clients are asked to keep to in one read or write: nbdkit holds all of it in memory, once
+for each thread, and more brings nothing. Its own limit, for those that do not ask, is 64 MiB."""
 
 COMMAND_WAIT_S = 3.0
 """How long resize, remove and snapshot wait for a writer: one that has just hung up is still about
