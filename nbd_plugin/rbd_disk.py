@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 
 import rbd
 
 from nbd_plugin.errors import NotSupported, PluginError
-from nbd_plugin.store import EXTENT_HOLE, EXTENT_ZERO, MAX_PAYLOAD_BYTES, Extents, VolumeState
+from nbd_plugin.store import (
+    EXTENT_HOLE,
+    EXTENT_ZERO,
+    MAX_PAYLOAD_BYTES,
+    ChangeState,
+    Extents,
+    VolumeState,
+)
 from nbd_plugin.volume_state import parse_state
 
 STATE_KEY = "nbd_plugin"
@@ -38,17 +46,21 @@ class RbdDisk:
     """An open image. Shared by all connections of a session: the exclusive lock belongs to the
     open image, and would wander between two of them."""
 
+    state_lasts = True
+
     def __init__(
         self, image: rbd.Image, *, read_only: bool, instance: str, on_loss: Callable[[], object]
     ) -> None:
         self.image = image
         self._instance = instance
         self._on_loss = on_loss
+        self._state_lock = threading.Lock()
         self.failed = False
+        self.why_read_only = ""
         self.read_only = read_only
         self.size_bytes = image.size()
         object_bytes = image.stat()["obj_size"]
-        preferred = min(max(object_bytes, 512), 32 << 20)  # NBD's limits for the preferred size
+        preferred = min(max(object_bytes, 512), MAX_PAYLOAD_BYTES)  # 512: NBD's limit
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 
     def pread(self, buf: memoryview, offset: int) -> None:
@@ -112,8 +124,26 @@ class RbdDisk:
     def load_state(self) -> VolumeState:
         return load_state(self.image)
 
-    def save_state(self, state: VolumeState) -> None:
-        self.image.metadata_set(STATE_KEY, json.dumps(asdict(state)))
+    def update_state(self, change: ChangeState) -> VolumeState:
+        # Who calls this holds the image's exclusive lock, so no other process does.
+        with self._state_lock:
+            state = change(self.load_state())
+            self.image.metadata_set(STATE_KEY, json.dumps(asdict(state)))
+            return state
+
+    def was_changed(self, state: VolumeState) -> bool:
+        """Another image has the name (copied with its metadata), or it was made smaller.
+
+        Nothing more can be asked of Ceph: it stores the time of modification once a minute, by
+        the clock of an OSD, and going back to a snapshot leaves no trace.
+        """
+        if not state.seen:
+            return False
+        then = state.seen.split(" ")
+        return then[1:2] != [self.image.id()] or self.image.size() < int(then[2])
+
+    def seen(self, *, writing: bool) -> str:
+        return f"{'open' if writing else 'closed'} {self.image.id()} {self.image.size()}"
 
     def instance(self) -> str:
         """Changes with the process, and with a failed flush: librbd's cache is in memory."""

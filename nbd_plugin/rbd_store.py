@@ -22,6 +22,7 @@ from nbd_plugin.deadline import call_within, in_background, wait_for_background
 from nbd_plugin.errors import PluginError, one_line
 from nbd_plugin.rbd_disk import RbdDisk, load_state
 from nbd_plugin.rbd_lock import take_lock
+from nbd_plugin.session import begin_generation
 from nbd_plugin.settings import Settings
 from nbd_plugin.store import COMMAND_WAIT_S, VolumeInfo, VolumeState
 
@@ -161,6 +162,7 @@ class RbdStore:
                 image.close()
                 return self.open(name, read_only=True, timeout_s=timeout_s)
             if not read_only:
+                self._refuse_demoted(image, name)
                 self._take_lock(image, name, timeout_s)
             instance = uuid.uuid5(self._process, f"{name} {self._losses.get(name, 0)}")
             return RbdDisk(
@@ -187,7 +189,7 @@ class RbdStore:
             raise PluginError(f"volume {name} exists already", errno.EEXIST) from None
         if read_only:
             disk = self.open(name, read_only=False, timeout_s=self._timeout_s)
-            disk.save_state(VolumeState(generation=1, written=1, read_only=True))
+            disk.update_state(lambda _: VolumeState(generation=1, written=1, read_only=True))
             disk.close()
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
@@ -199,10 +201,10 @@ class RbdStore:
                 raise PluginError(
                     f"volume {name} has {disk.size_bytes} bytes: making it smaller loses data"
                 )
-            state = disk.load_state()
-            number = state.generation + 1
-            disk.save_state(replace(state, generation=number, written=number))
+            # Growing changes nothing that anybody has seen of the volume.
+            begin_generation(disk, writes=size_bytes < disk.size_bytes)
             disk.image.resize(size_bytes)
+            disk.update_state(lambda state: replace(state, seen=disk.seen(writing=False)))
         finally:
             disk.close()
 
@@ -285,6 +287,19 @@ class RbdStore:
                 f"rbd feature enable {self._settings.pool}/{name} exclusive-lock"
             )
         take_lock(image, name, timeout_s)
+
+    def _refuse_demoted(self, image: rbd.Image, name: str) -> None:
+        """A mirrored image that is not the primary one cannot be locked; that would look busy."""
+        try:
+            mirrored = image.mirror_image_get_info()
+        except rbd.Error:
+            return  # no mirroring here
+        if mirrored["state"] != rbd.RBD_MIRROR_IMAGE_DISABLED and not mirrored["primary"]:
+            raise PluginError(
+                f"volume {name} is demoted, the other cluster may be writing it: "
+                f"rbd mirror image promote {self._settings.pool}/{name}, or open it read-only",
+                errno.EROFS,
+            )
 
     def _bounded(self, what: str, function: Callable[[], _T]) -> _T:
         return call_within(self._timeout_s, what, function)

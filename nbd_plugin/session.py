@@ -31,7 +31,8 @@ generation that wrote: it is stored before that session's first write is execute
 the volume under generation G may keep the cache exactly if `written <= G`; looking around
 (`nbdinfo --list` opens and closes every export) raises `generation`, not `written`. The first
 session also gives the volume its **identity**: one of the same name that was made anew, or came
-back without its counters, has another.
+back without its counters, has another. One that somebody changed past this plugin (see
+`last_seen`) was written by a generation of its own.
 """
 
 from __future__ import annotations
@@ -45,12 +46,32 @@ from dataclasses import replace
 
 from nbd_plugin.errors import PluginError
 from nbd_plugin.names import ExportName
-from nbd_plugin.store import Disk
+from nbd_plugin.store import Disk, VolumeState
 
 _DRAIN_POLL_S = 0.005
 
 OpenDisk = Callable[[float], Disk]
 """Opens the volume for writing, waiting at most that many seconds for other processes."""
+
+
+def begin_generation(disk: Disk, *, writes: bool = False) -> VolumeState:
+    """Store that a writable session begins, and return the state with its number. `writes`: it
+    also counts as having written."""
+
+    def change(state: VolumeState) -> VolumeState:
+        generation, written = state.generation, state.written
+        if disk.was_changed(state):
+            generation = written = generation + 1
+        generation += 1
+        return replace(
+            state,
+            generation=generation,
+            written=generation if writes else written,
+            identity=state.identity or secrets.token_hex(16),
+            seen=disk.seen(writing=False),
+        )
+
+    return disk.update_state(change)
 
 
 class Handle:
@@ -65,6 +86,7 @@ class Handle:
         "connection",
         "disk",
         "multi_conn",
+        "peer",
         "read_only",
         "revoked",
         "session",
@@ -81,6 +103,8 @@ class Handle:
         self.read_only = session is None
         self.multi_conn = session is None or session.shared
         self.revoked = False
+        self.peer = b""
+        """See `connections`."""
         self.busy: list[None] = []
 
     def check_alive(self) -> None:
@@ -114,9 +138,19 @@ class Session:
         with self._mark:
             if self.written or self.disk is None:
                 return
-            state = self.disk.load_state()
-            self.disk.save_state(replace(state, written=self.generation))
+            seen = self.disk.seen(writing=True)
+            self.disk.update_state(lambda state: replace(state, written=self.generation, seen=seen))
             self.written = True
+
+    def close_disk(self) -> None:
+        """Remember what the volume looks like now that nothing writes it any more, and let go."""
+        assert self.disk is not None
+        disk = self.disk
+        try:
+            if self.written:
+                disk.update_state(lambda state: replace(state, seen=disk.seen(writing=False)))
+        finally:
+            disk.close()
 
 
 class Fence:
@@ -127,6 +161,12 @@ class Fence:
         self._takeover = takeover
         self._changed = threading.Condition()
         self._session: Session | None = None
+        self.users = 0
+        """Who is about to use this fence; see `Service`."""
+
+    @property
+    def is_empty(self) -> bool:
+        return self._session is None
 
     def enter(
         self, name: ExportName, *, shared: bool, timeout_s: float, open_disk: OpenDisk
@@ -172,14 +212,13 @@ class Fence:
             if disk.read_only:
                 self._forget(session)
                 return Handle(self._volume, disk, None, None)
-            state = disk.load_state()
-            session.generation = state.generation + 1
-            identity = state.identity or secrets.token_hex(16)
-            disk.save_state(replace(state, generation=session.generation, identity=identity))
+            session.generation = begin_generation(disk).generation
         except BaseException:
-            if disk is not None:
-                disk.close()
-            self._forget(session)
+            try:
+                if disk is not None:
+                    disk.close()
+            finally:
+                self._forget(session)
             raise
         with self._changed:
             session.disk = disk
@@ -222,7 +261,8 @@ class Fence:
         if session is None:
             return
         if not (self._takeover and session.is_open):
-            holder = f"session {session.token}" if session.token else "another connection"
+            # Not by which token: whoever knows it may join.
+            holder = "another session" if session.token else "another connection"
             raise PluginError(
                 f"volume {self._volume} is open for writing by {holder} "
                 f"({len(session.handles)} connections); waited {timeout_s:g} s",
@@ -235,17 +275,15 @@ class Fence:
         self._revoke(session.handles, deadline)
         session.is_open = False
         session.handles.clear()
-        assert session.disk is not None
         try:
-            session.disk.close()
+            session.close_disk()
         finally:
             self._session = None
             self._changed.notify_all()
 
     def _end(self, session: Session) -> None:
-        assert session.disk is not None
         try:
-            session.disk.close()
+            session.close_disk()
         finally:
             self._forget(session)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from nbd_plugin.last_seen import SEEN
 from nbd_plugin.store import VolumeState
 
 MAX_STATE_BYTES = 4096
@@ -24,10 +25,14 @@ def parse_state(data: bytes) -> VolumeState:
     identity = fields.get("identity", "")
     if not (isinstance(identity, str) and _IDENTITY.fullmatch(identity)):
         raise ValueError("not an identity")
+    seen = fields.get("seen", "")
+    if not (isinstance(seen, str) and SEEN.fullmatch(seen)):
+        raise ValueError("not a description of a file")
     return VolumeState(
         generation=counters[0],
         written=counters[1],
         read_only=fields.get("read_only") is True,
         losses=counters[2],
         identity=identity,
+        seen=seen,
     )
