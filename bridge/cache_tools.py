@@ -186,7 +186,6 @@ async def _flush_to(
         check_export(cache, file, client.export)
     expect_stale_writes(client, file, cache.index.dirty_slots)
     client.keeps_unflushed = True
-    note_export(cache, client.export)
     dirty_blocks = cache.index.dirty_blocks
     changed = ""
 
@@ -223,12 +222,15 @@ async def _flush_to(
         if export.sessions is None:
             backend.submit = only_read  # until it is known whether this is the export still
             cache.check_sample(compared)
-        elif reason := cache.foreign_change(*export.sessions, export.identity):
+        elif reason := cache.foreign_change(
+            *(export.content_sessions or export.sessions), export.identity
+        ):
             found_changed(f"{reason} (--force writes over that)")
         note_export(cache, export)
 
     client.on_reconnect = reconnected
     await check_content(cache, file, force=force, limit_s=timeout_s)
+    note_export(cache, client.export)
     request = Request(FLUSH, 0, 0, [], _nothing)
     with trio.move_on_after(timeout_s) as scope:
         await _finish(cache, request)

@@ -142,6 +142,10 @@ class RbdDisk:
         then = state.seen.split(" ")
         return then[1:2] != [self.image.id()] or self.image.size() < int(then[2])
 
+    def has_grown(self, state: VolumeState) -> bool:
+        """To grow is no change here."""
+        return False
+
     def seen(self, *, writing: bool) -> str:
         return f"{'open' if writing else 'closed'} {self.image.id()} {self.image.size()}"
 

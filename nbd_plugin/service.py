@@ -256,4 +256,5 @@ def _counters(handle: Handle) -> str:
         return ""
     generation = handle.session.generation if handle.session else state.generation
     identity = f"identity={state.identity} " if state.identity else ""
-    return f"generation={generation} written={state.written} {identity}"
+    grown = f"grown_from={state.grown_from} " if state.only_grew else ""
+    return f"generation={generation} written={state.written} {grown}{identity}"

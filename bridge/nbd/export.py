@@ -9,6 +9,7 @@ from bridge.nbd.protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
 _IDENTITY = re.compile("[0-9a-f]{32}")
+_COUNTER = re.compile("[0-9]{1,19}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,16 @@ class Export:
             return int(properties["generation"]), int(properties["written"])
         except (KeyError, ValueError):
             return None
+
+    @property
+    def content_sessions(self) -> tuple[int, int] | None:
+        """`sessions`, but if the volume was only made longer past our plugin, that is no write: as
+        far as the plugin can tell, so a look at the content has to confirm it."""
+        sessions = self.sessions
+        text = self.properties.get("grown_from", "")
+        if sessions is None or not _COUNTER.fullmatch(text):
+            return sessions
+        return sessions[0], min(sessions[1], int(text))
 
     @property
     def identity(self) -> bytes:

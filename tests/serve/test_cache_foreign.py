@@ -495,3 +495,23 @@ async def test_cache_flush_sends_no_more_when_the_image_was_exchanged_under_it(d
     assert "Traceback" not in text
     assert image.read_bytes().count(b"z") >= SIZE_BYTES - (8 << 20)
     assert shown(directory)["dirty_bytes"] == 16 << 20
+
+
+async def test_dirty_data_does_not_go_to_a_volume_that_grew_and_was_changed(directory):
+    """The plugin can only say that it is longer: the content has to confirm that this is all."""
+    nbd, vhost, image = directory / "nbd", directory / "vhost", directory / "disk.img"
+    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
+    async with process(nbdkit(directory), ready=nbd):
+        async with process(argv, ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, CLEAN * MIB)
+                await guest.flush()
+                await guest.write(8 << 20, DIRTY * MIB)
+                child.send_signal(signal.SIGKILL)
+            await wait_for(child, limit_s=10)
+    os.truncate(image, SIZE_BYTES + MIB)
+    with image.open("r+b") as file:
+        file.write(b"superblock")
+    async with process(nbdkit(directory)[:-1], ready=nbd):
+        assert "cache flush --force" in await refusal(directory)
+    assert image.read_bytes()[8 << 20 :][:MIB] != DIRTY * MIB
