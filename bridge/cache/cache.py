@@ -40,7 +40,7 @@ from .ranges import Ranges
 from .readahead import Readahead
 from .reads import Reads
 from .resize import Resizer
-from .sample import Sample, compare
+from .sample import Sample, check_sample, compare
 from .slots import Slots
 from .store import Store
 from .writeback import Writeback
@@ -352,13 +352,14 @@ class Cache:
     def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
         """Compare about `count` clean cached blocks with the server; if any differs drop all clean
         blocks. `done(differences)`, -1 if the server did not answer."""
-
-        def compared(sample: Sample) -> None:
-            if sample.differing:
-                self.drop_clean()
-            done(-1 if sample.unknown else sample.differing)
-
-        self._compare(compared, count, beside_dirty=False)
+        check_sample(
+            self,
+            self._backend,
+            done,
+            count,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
+        )
 
     def check_before_writing(self, done: Callable[[int], None]) -> None:
         """Before dirty data of an earlier run goes to the server: the same, and more thoroughly.
@@ -372,19 +373,20 @@ class Cache:
                 self._remember(sample.witness + 1 if sample.differing else 0)
             done(-1 if sample.unknown else sample.differing)
 
-        self._compare(compared, _THOROUGH_COUNT, beside_dirty=True)
-
-    def _compare(self, done: Callable[[Sample], None], count: int, *, beside_dirty: bool) -> None:
-        header = self._image.header
         compare(
             self.index,
             self._backend,
-            done,
-            count,
-            beside_dirty=beside_dirty,
-            witness=header.witness - 1 if header.witness else None,
-            discarded=header.discarded,
+            compared,
+            _THOROUGH_COUNT,
+            beside_dirty=True,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
         )
+
+    @property
+    def _witness(self) -> int | None:
+        witness = self._image.header.witness
+        return witness - 1 if witness else None
 
     def _remember(self, witness: int) -> None:
         if witness != self._image.header.witness:

@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 from bridge.request import READ, Request
 
@@ -42,6 +43,38 @@ class Sample:
     """The number of one of them."""
     unknown: bool = False
     """The server answered nothing, so nothing is known."""
+
+
+class Sampled(Protocol):
+    """The cache, as far as a sample needs it."""
+
+    index: Index
+
+    def drop_clean(self) -> int:
+        """Forget every clean block."""
+
+
+def check_sample(
+    cache: Sampled,
+    backend: Backend,
+    done: Callable[[int], None],
+    count: int,
+    *,
+    witness: int | None = None,
+    discarded: tuple[int, int] = (0, 0),
+) -> None:
+    """Compare about `count` clean blocks; drop the clean part when any differs.
+
+    Calls `done` with the number of blocks that differ, or -1 when the server answered nothing and
+    nothing is known. The rest as in `compare`.
+    """
+
+    def compared(sample: Sample) -> None:
+        if sample.differing:
+            cache.drop_clean()
+        done(-1 if sample.unknown else sample.differing)
+
+    compare(cache.index, backend, compared, count, witness=witness, discarded=discarded)
 
 
 def compare(
