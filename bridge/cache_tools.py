@@ -24,7 +24,7 @@ from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.client import Client, inspect
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri, parse_uri
-from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
+from bridge.request import BLOCK_STATUS, FLUSH, READ, Request, Target
 from bridge.storage import (
     WRITEBACK,
     CacheSettings,
@@ -195,33 +195,51 @@ async def _flush_to(
         check_export(cache, file, client.export)
     expect_stale_writes(client, file, cache.index.dirty_slots)
     client.keeps_unflushed = True
-    note_export(cache, client.export)
     dirty_blocks = cache.index.dirty_blocks
     changed = ""
 
+    held: list[Request] = []
+
     def found_changed(reason: str) -> None:
-        # What was sent is sent again by the session, unasked; nothing more is.
+        # What the session has in flight it sends again; nothing more goes out.
         nonlocal changed
         if not force and cache.index.dirty_slots:
             changed = changed or reason
             backend.refuse(errno.EIO)
 
+    def only_read(request: Request) -> None:
+        if request.op == READ:
+            client.submit(request)
+        else:
+            held.append(request)
+
     def compared(differing: int) -> None:
         if differing > 0:
             note_changed_content(cache, differing)
-            found_changed("the export has changed meanwhile, see --force")
+        if not changed:
+            backend.refuse(0)
+        if differing > 0:
+            found_changed("the export was changed meanwhile (--force writes over that)")
+        released = held.copy()
+        held.clear()
+        for each in released:
+            backend.submit(each)
 
     def reconnected() -> None:
         cache.backend_reconnected()
         export = client.export
         if export.sessions is None:
+            backend.submit = only_read  # until it is known whether this is the export still
             cache.check_sample(compared)
-        elif reason := cache.foreign_change(*export.sessions, export.identity):
-            found_changed(f"{reason}, see --force")
+        elif reason := cache.foreign_change(
+            *(export.content_sessions or export.sessions), export.identity
+        ):
+            found_changed(f"{reason} (--force writes over that)")
         note_export(cache, export)
 
     client.on_reconnect = reconnected
     await check_content(cache, file, force=force, limit_s=timeout_s)
+    note_export(cache, client.export)
     request = Request(FLUSH, 0, 0, [], _nothing)
     with trio.move_on_after(timeout_s) as scope:
         await _finish(cache, request)

@@ -161,9 +161,9 @@ def unwritten(file: CacheFile, reason: str, remedy: str) -> ConfigError:
 def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
     """What only the cache has must not be written over what somebody else wrote, or to another
     volume, without being told to. Raises ConfigError."""
-    if export.sessions is None or not cache.index.dirty_slots:
+    if export.content_sessions is None or not cache.index.dirty_slots:
         return
-    if reason := cache.foreign_change(*export.sessions, export.identity):
+    if reason := cache.foreign_change(*export.content_sessions, export.identity):
         raise unwritten(file, reason, "nbd-bridge cache flush --force")
 
 
@@ -172,7 +172,12 @@ def note_export(cache: Cache, export: Export) -> None:
     if export.sessions is None:
         return
     reason = cache.foreign_change(*export.sessions, export.identity)
-    if reason and (dirty := cache.index.dirty_blocks):
+    grew = reason and not cache.foreign_change(
+        *(export.content_sessions or export.sessions), export.identity
+    )
+    if grew:
+        reason = "the export was made longer"
+    elif reason and (dirty := cache.index.dirty_blocks):
         _log.error(f"{reason}: what only the cache has goes over it", dirty_blocks=dirty)
     if dropped := cache.note_export(*export.sessions, export.identity):
         _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
@@ -369,14 +374,15 @@ class Storage:
         assert self._file is not None
         check_export(cache, self._file, export)
         expect_stale_writes(self.client, self._file, cache.index.dirty_slots)
+        cache.woken = self._wake
+        self.client.keeps_unflushed = True
+        self.client.on_reconnect = self._reconnected
+        # While all is there to compare: what the counters say may drop the clean part.
+        await check_content(cache, self._file)
         if export.sessions and export.sessions[0] == self._file.header.export_generation:
             # Somebody kept the session open that this cache belongs to, and may have written.
             self.may_be_written_elsewhere()
         note_export(cache, export)
-        cache.woken = self._wake
-        self.client.keeps_unflushed = True
-        self.client.on_reconnect = self._reconnected
-        await check_content(cache, self._file)
         if await answer_of(lambda done: cache.resize(export.usable_bytes, done)) != 0:
             raise ConnectionLost(
                 f"{self._uri.server}: the end of the disk, which has grown, could not be read"
@@ -468,7 +474,7 @@ class Storage:
         except ConfigError:
             return  # No directory, no file.
         found = await self._find(export)
-        paths = {each.path for each in found}
+        paths = {each.path for each in found if each.owned or each.same_server}
         if own not in paths and has_content(own):
             paths.add(own)  # Nothing can be told of it: that is said below.
         for path in sorted(paths):

@@ -162,6 +162,14 @@ def has_changed(seen: str, fd: int, mark: Callable[[], tuple[int, int, int, int]
     return not began <= info.st_mtime_ns <= ended
 
 
+def has_grown(seen: str, fd: int) -> bool:
+    """It is the file that `seen` tells of, and longer. Whether something else was changed as well,
+    nobody can say: its time is another in either case."""
+    words = seen.split(" ")
+    info = os.fstat(fd)
+    return len(words) == 6 and words[2] == str(info.st_ino) and int(words[3]) < info.st_size
+
+
 def device_name(number: int) -> str:
     """A block device's lasting name, from sysfs; where it has none, one that lasts until the
     device goes away or the host is started anew."""

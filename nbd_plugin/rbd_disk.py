@@ -60,7 +60,7 @@ class RbdDisk:
         self.read_only = read_only
         self.size_bytes = image.size()
         object_bytes = image.stat()["obj_size"]
-        preferred = min(max(object_bytes, 512), 32 << 20)  # NBD's limits for the preferred size
+        preferred = min(max(object_bytes, 512), MAX_PAYLOAD_BYTES)  # 512: NBD's limit
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 
     def pread(self, buf: memoryview, offset: int) -> None:
@@ -141,6 +141,10 @@ class RbdDisk:
             return False
         then = state.seen.split(" ")
         return then[1:2] != [self.image.id()] or self.image.size() < int(then[2])
+
+    def has_grown(self, state: VolumeState) -> bool:
+        """To grow is no change here."""
+        return False
 
     def seen(self, *, writing: bool) -> str:
         return f"{'open' if writing else 'closed'} {self.image.id()} {self.image.size()}"

@@ -32,7 +32,9 @@ the volume under generation G may keep the cache exactly if `written <= G`; look
 (`nbdinfo --list` opens and closes every export) raises `generation`, not `written`. The first
 session also gives the volume its **identity**: one of the same name that was made anew, or came
 back without its counters, has another. One that somebody changed past this plugin (see
-`last_seen`) was written by a generation of its own.
+`last_seen`) was written by a generation of its own. If all that can be said is that it is longer
+now, `grown_from` is what `written` was before: who has unwritten data for the volume may bring it
+if that is no later than G, once a look at the content showed nothing else.
 """
 
 from __future__ import annotations
@@ -60,11 +62,17 @@ def begin_generation(disk: Disk, *, writes: bool = False) -> VolumeState:
 
     def change(state: VolumeState) -> VolumeState:
         generation, written = state.generation, state.written
+        grown_from, grown_to = state.grown_from, state.grown_to
         if disk.was_changed(state):
             generation = written = generation + 1
+            if disk.has_grown(state):
+                grown_from = state.grown_from if state.only_grew else state.written
+                grown_to = written
         generation += 1
         return replace(
             state,
+            grown_from=grown_from,
+            grown_to=grown_to,
             generation=generation,
             written=generation if writes else written,
             identity=state.identity or secrets.token_hex(16),

@@ -19,7 +19,8 @@ def parse_state(data: bytes) -> VolumeState:
     fields = json.loads(data)
     if not isinstance(fields, dict):
         raise ValueError("not an object")
-    counters = [fields.get(key, 0) for key in ("generation", "written", "losses")]
+    keys = ("generation", "written", "losses", "grown_from", "grown_to")
+    counters = [fields.get(key, 0) for key in keys]
     if not all(type(value) is int and 0 <= value < 2**63 for value in counters):
         raise ValueError("not a counter")
     identity = fields.get("identity", "")
@@ -33,6 +34,8 @@ def parse_state(data: bytes) -> VolumeState:
         written=counters[1],
         read_only=fields.get("read_only") is True,
         losses=counters[2],
+        grown_from=counters[3],
+        grown_to=counters[4],
         identity=identity,
         seen=seen,
     )

@@ -40,10 +40,12 @@ from .ranges import Ranges
 from .readahead import Readahead
 from .reads import Reads
 from .resize import Resizer
-from .sample import Sample, compare
+from .sample import Sample, check_sample, compare
 from .slots import Slots
 from .store import Store
 from .writeback import Writeback
+
+_NOWHERE = (0, 0)
 
 _THOROUGH_COUNT = 256
 """Blocks compared before dirty data goes out: a small cache wholly, and a few seconds at worst."""
@@ -135,6 +137,9 @@ class Cache:
         slots.unpinned = self._store.wake
         self._flusher.ended = self._flush_ended
         self._exclusives.discarding = self._discarding
+        self._discards_since: tuple[int, int] | None = None
+        """Since when `discarded` of the header is for nothing older. None: it was there at the
+        start."""
         self._exclusives.ended = self._store.wake
         self._writeback.landed = self._store.wake
         self._residency_due = clock() + options.residency_s
@@ -349,13 +354,14 @@ class Cache:
     def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
         """Compare about `count` clean cached blocks with the server; if any differs drop all clean
         blocks. `done(differences)`, -1 if the server did not answer."""
-
-        def compared(sample: Sample) -> None:
-            if sample.differing:
-                self.drop_clean()
-            done(-1 if sample.unknown else sample.differing)
-
-        self._compare(compared, count, beside_dirty=False)
+        check_sample(
+            self,
+            self._backend,
+            done,
+            count,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
+        )
 
     def check_before_writing(self, done: Callable[[int], None]) -> None:
         """Before dirty data of an earlier run goes to the server: the same, and more thoroughly.
@@ -369,36 +375,50 @@ class Cache:
                 self._remember(sample.witness + 1 if sample.differing else 0)
             done(-1 if sample.unknown else sample.differing)
 
-        self._compare(compared, _THOROUGH_COUNT, beside_dirty=True)
-
-    def _compare(self, done: Callable[[Sample], None], count: int, *, beside_dirty: bool) -> None:
-        header = self._image.header
         compare(
             self.index,
             self._backend,
-            done,
-            count,
-            beside_dirty=beside_dirty,
-            witness=header.witness - 1 if header.witness else None,
-            zeroes_may_differ=header.discards_unflushed,
+            compared,
+            _THOROUGH_COUNT,
+            beside_dirty=True,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
         )
+
+    @property
+    def _witness(self) -> int | None:
+        witness = self._image.header.witness
+        return witness - 1 if witness else None
 
     def _remember(self, witness: int) -> None:
         if witness != self._image.header.witness:
             self._image.save_header(witness=witness)
 
-    def _discarding(self) -> None:
-        """A discard goes to the server, which may lose it again until it is flushed."""
-        if not self._image.header.discards_unflushed:
-            self._image.save_header(discards_unflushed=True)
+    def _discarding(self, first: int, end: int) -> None:
+        """The blocks `first` … `end` are about to be discarded or zeroed."""
+        before = self._image.header.discarded
+        if before == _NOWHERE:
+            self._discards_since = self._incarnation
+        else:
+            first, end = min(first, before[0]), max(end, before[1])
+        if (first, end) != before:
+            self._image.save_header(discarded=(first, end))
+
+    @property
+    def _incarnation(self) -> tuple[int, int]:
+        """Another one: the server may have lost what it had not flushed."""
+        return self._backend.generation, self._writeback.epoch
 
     def _flush_ended(self) -> None:
+        """If discards may have been lost before this, that stays noted: blocks that were read as
+        zeroes are still in the cache."""
         if (
-            self._image.header.discards_unflushed
+            self._image.header.discarded != _NOWHERE
+            and self._discards_since == self._incarnation
             and not self._writeback.unflushed
             and not self._exclusives.active
         ):
-            self._image.save_header(discards_unflushed=False)
+            self._image.save_header(discarded=_NOWHERE)
         self._store.wake()
 
     def drop_clean(self) -> int:
@@ -408,6 +428,7 @@ class Cache:
         """
         index = self.index
         self._remember(0)
+        self._discards_since = self._incarnation
         before = index.valid_blocks
         for granule in list(self._fetcher.fetching):
             self._fetcher.overtaken(granule, BITS)

@@ -92,8 +92,8 @@ class Exclusives:
         """By `first`. No two of them overlap."""
         self.ended: Callable[[], None] = _nothing
         """Called when one ended: dirty slots may have become free."""
-        self.discarding: Callable[[], None] = _nothing
-        """Called before the server is asked for one that is not durable with its answer."""
+        self.discarding: Callable[[int, int], None] = _nothing_there
+        """Called with the blocks of one before the server is asked for it."""
 
     def start(
         self, op: int, first: int, end: int, stop: int, flags: int, done: Callable[[int], None]
@@ -164,8 +164,7 @@ class Exclusives:
             flags = each.flags & FUA if self._backend.can_fua else 0
         each.generation = self._backend.generation
         each.epoch = self._writeback.epoch
-        if not flags & FUA:
-            self.discarding()
+        self.discarding(each.first, each.end)
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:
@@ -243,3 +242,7 @@ class Exclusives:
 
 def _nothing() -> None:
     """Nobody wants to know."""
+
+
+def _nothing_there(first: int, end: int) -> None:
+    """The same."""

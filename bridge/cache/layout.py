@@ -45,8 +45,8 @@ _PAGE = 4096
 _FIXED = struct.Struct("=8sIIIIIIQQQQ16sI32sHH")
 _TEXT_BYTES = 1500
 """Of the URI and of the export's name, for `cache show`; the identity is their hash."""
-_TAIL = struct.Struct("=QB7x16sI")
-"""At the end of the page: the witness of a foreign change, whether discards may be lost, the
+_TAIL = struct.Struct("=QQQ16sI")
+"""At the end of the page: the witness of a foreign change, what may have been discarded, the
 export's identity, and the checksum of all that is before that. Older files have zeroes there."""
 _CRC = struct.Struct("=I")
 
@@ -168,9 +168,10 @@ class Header:
     witness: int = 0
     """1 + the number of a clean block that the server has other content for: somebody else wrote,
     and there is dirty data. 0: none was seen."""
-    discards_unflushed: bool = False
-    """The server did discards that no flush covers yet: if it loses power, what it discarded, and
-    was read as zeroes since, may be there again."""
+    discarded: tuple[int, int] = (0, 0)
+    """First block and end of a range: the server was asked to discard or zero within it, and that
+    is not known to be durable. Killed before the answer, the cache still has what was there before;
+    if the server loses power, what was read as zeroes since may be there again."""
 
     def next(self, **changes: object) -> Header:
         """The header that follows this one."""
@@ -200,7 +201,7 @@ class Header:
             len(export),
         )
         page = (fixed + uri + export).ljust(HEADER_BYTES - _TAIL.size, b"\0")
-        page += _TAIL.pack(self.witness, self.discards_unflushed, self.export_identity, 0)
+        page += _TAIL.pack(self.witness, *self.discarded, self.export_identity, 0)
         page = page[: -_CRC.size]
         return page + _CRC.pack(zlib.crc32(page))
 
@@ -265,7 +266,7 @@ def _parse_page(page: bytes) -> Header | None:
     if geometry.fault() or uri_bytes > _TEXT_BYTES or export_bytes > _TEXT_BYTES:
         return None
     text = page[_FIXED.size :]
-    witness, discards_unflushed, identity, _ = _TAIL.unpack(page[-_TAIL.size :])
+    witness, discarded_first, discarded_end, identity, _ = _TAIL.unpack(page[-_TAIL.size :])
     return Header(
         geometry=geometry,
         uri=text[:uri_bytes].decode(errors="replace"),
@@ -279,7 +280,7 @@ def _parse_page(page: bytes) -> Header | None:
         created_s=created,
         export_identity=identity if any(identity) else b"",
         witness=witness,
-        discards_unflushed=bool(discards_unflushed),
+        discarded=(discarded_first, discarded_end),
     )
 
 

@@ -2,8 +2,8 @@
 
 A clean block was durable on the server when it became clean, or was read from it: so a server that
 lost power, and with it what was not flushed, still has it as it is here. What differs was written
-by somebody else. One exception: a discarded block that was read as zeroes before a flush covered
-the discard.
+by somebody else. One exception: where a discard was under way, or was not flushed, one side may
+have zeroes.
 
 Our plugin counts writable sessions, so there the answer is exact, as long as nobody writes behind
 its back. Where it is not, this finds what changed much (an image restored, a disk reinstalled, a
@@ -17,12 +17,14 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 from bridge.request import READ, Request
 
 from .backend import Backend
 from .index import Index
 
+_SECTOR_BYTES = 512
 _HEAD_BYTES = 2 << 20
 """The beginning of the disk, with its partition table and mostly a first superblock: whoever mounts
 a file system to write changes that. As far as it is cached, it is compared in any case."""
@@ -43,6 +45,38 @@ class Sample:
     """The server answered nothing, so nothing is known."""
 
 
+class Sampled(Protocol):
+    """The cache, as far as a sample needs it."""
+
+    index: Index
+
+    def drop_clean(self) -> int:
+        """Forget every clean block."""
+
+
+def check_sample(
+    cache: Sampled,
+    backend: Backend,
+    done: Callable[[int], None],
+    count: int,
+    *,
+    witness: int | None = None,
+    discarded: tuple[int, int] = (0, 0),
+) -> None:
+    """Compare about `count` clean blocks; drop the clean part when any differs.
+
+    Calls `done` with the number of blocks that differ, or -1 when the server answered nothing and
+    nothing is known. The rest as in `compare`.
+    """
+
+    def compared(sample: Sample) -> None:
+        if sample.differing:
+            cache.drop_clean()
+        done(-1 if sample.unknown else sample.differing)
+
+    compare(cache.index, backend, compared, count, witness=witness, discarded=discarded)
+
+
 def compare(
     index: Index,
     backend: Backend,
@@ -51,13 +85,13 @@ def compare(
     *,
     beside_dirty: bool = False,
     witness: int | None = None,
-    zeroes_may_differ: bool = False,
+    discarded: tuple[int, int] = (0, 0),
 ) -> None:
     """Compare about `count` clean blocks with the server, then call `done`.
 
     `beside_dirty`: also some with dirty blocks beside them. `witness` is the number of a block that
-    differed before, and is compared if it is still there.
-    `zeroes_may_differ`: discards may be lost, so a block of zeroes is no evidence.
+    differed before, and is compared if it is still there. `discarded`: in these blocks sectors of
+    zeroes are no evidence.
     """
     chosen = _choose(index, count, beside_dirty=beside_dirty, witness=witness)
     left = len(chosen)
@@ -71,9 +105,12 @@ def compare(
             if index.valid(slot) & ~index.dirty(slot) & bit:
                 at = (slot << index.granule_shift) + (bit.bit_length() - 1 << index.block_shift)
                 ours = index.data[at : at + request.length]
-                if ours != buffer and not (zeroes_may_differ and not any(ours)):
+                block = request.offset >> index.block_shift
+                if ours != buffer and not (
+                    discarded[0] <= block < discarded[1] and _differ_by_zeroes(ours, buffer)
+                ):
                     differing += 1
-                    found = request.offset >> index.block_shift
+                    found = block
         left -= 1
         if not left:
             done(Sample(differing, found, unknown=not compared))
@@ -87,6 +124,15 @@ def compare(
         length = min(index.block_bytes, index.geometry.disk_bytes - offset)
         buffer = memoryview(bytearray(length))
         backend.submit(Request(READ, offset, length, [buffer], answered, owner=(slot, bit, buffer)))
+
+
+def _differ_by_zeroes(one: memoryview, other: memoryview) -> bool:
+    """Each sector is the same in both, or zeroes in one of them."""
+    for at in range(0, len(one), _SECTOR_BYTES):
+        a, b = one[at : at + _SECTOR_BYTES], other[at : at + _SECTOR_BYTES]
+        if a != b and any(a) and any(b):
+            return False
+    return True
 
 
 def _choose(

@@ -14,6 +14,7 @@ fill the network. They are used only if the server says that a flush on one cove
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from typing import Final
 import structlog
 import trio
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.loop import Loop
 from bridge.nbd.connection import Connection, Negotiated, Silent, leave, negotiate
 from bridge.nbd.export import Export
@@ -63,6 +64,8 @@ class Client:
         self._takes_names = False
         self._plain_next = False
         self._names_refused = False
+        self._reads_only: bool | None = None
+        """Whether the server has a name for readers of the export; None: it was not asked."""
         self._last_failure = ""
 
     @property
@@ -213,6 +216,8 @@ class Client:
 
     async def _negotiate_all(self) -> list[Negotiated]:
         wanted = self.options.connections
+        if self.options.read_only and self._reads_only is None:
+            await self._ask_for_readers_name()
         named = self._takes_names and not self._plain_next
         token = secrets.token_hex(8) if named else None
         try:
@@ -220,12 +225,18 @@ class Client:
         except ConfigError:
             # Perhaps another server took the place of our plugin: try without the names.
             self._plain_next = self._takes_names and not self._plain_next
+            self._reads_only = None
             raise
         self._plain_next = False
         if self.session.phase is Phase.CLOSED:
             return [first]
         export = first.export
         announced = export.properties.get("session") == "yes" and "@" not in export.name
+        if announced and self.options.read_only:
+            # Our plugin, which did not say so when it was asked: let go of the volume at once.
+            await leave(first)
+            self._reads_only = True
+            return await self._negotiate_all()
         if announced and token is None and not self._names_refused:
             # Our plugin: connections that name one session are admitted together, and one that
             # names its client replaces what that client has left behind.
@@ -270,8 +281,20 @@ class Client:
             raise ConnectionLost(f"{self.uri.server}: connections differ in size: {sorted(sizes)}")
         return found
 
+    async def _ask_for_readers_name(self) -> None:
+        """Our plugin gives a volume to one writer at a time, and to any number of readers beside
+        it; these say so in the name, since NBD has no other way. So who we talk to must be known
+        before the export is opened. A server that hangs up is asked again the next time."""
+        if "@" in self.uri.export_name:
+            self._reads_only = False
+            return
+        with contextlib.suppress(ConnectionLost):
+            self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options)
+
     def _name(self, token: str | None, number: int) -> str:
         name = self.uri.export_name
+        if self._reads_only:
+            return f"{name}@readonly"
         if token is None:
             return name
         named = f"{name}@session={token},client={self._client_id},connection={number}"
@@ -428,11 +451,20 @@ async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
 async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
     """The server is our plugin and has that export, says its list."""
     try:
-        listed = await list_exports(uri, options)
+        return "@" not in uri.export_name and await _is_listed_by_our_plugin(uri, options)
     except BridgeError:
         return False
-    return "@" not in uri.export_name and any(
-        "session=yes" in each.description and each.name == (uri.export_name or each.name)
+
+
+async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions) -> bool:
+    """The same; a server that does not list is not ours. Raises ConnectionLost."""
+    try:
+        listed = await list_exports(uri, options)
+    except (ConfigError, ProtocolError):
+        return False
+    return any(
+        each.description.startswith("nbd-bridge volume=")
+        and each.name == (uri.export_name or each.name)
         for each in listed
     )
 

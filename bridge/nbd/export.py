@@ -11,6 +11,7 @@ from bridge.nbd.untrusted import counter
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
 _REFUSAL = re.compile(r"nbd-bridge volume=.* refused: (.+)")
 _IDENTITY = re.compile("[0-9a-f]{32}")
+_COUNTER = re.compile("[0-9]{1,19}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,16 @@ class Export:
     def check_untrusted(self) -> None:
         """Raises ProtocolError if the description has a number that cannot be."""
         _ = self.sessions
+
+    @property
+    def content_sessions(self) -> tuple[int, int] | None:
+        """`sessions`, but if the volume was only made longer past our plugin, that is no write: as
+        far as the plugin can tell, so a look at the content has to confirm it."""
+        sessions = self.sessions
+        text = self.properties.get("grown_from", "")
+        if sessions is None or not _COUNTER.fullmatch(text):
+            return sessions
+        return sessions[0], min(sessions[1], int(text))
 
     @property
     def identity(self) -> bytes:

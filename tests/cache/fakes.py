@@ -81,6 +81,7 @@ class Rig:
         slots: int = 64,
         size: int = 0,
         image: MappedImage | None = None,
+        server: FakeServer | None = None,
         cold: Cold | None = None,
         **options: Any,
     ) -> None:
@@ -92,7 +93,7 @@ class Rig:
         self.image = image
         self.now = 0.0
         self.turn: list[Callable[[], None]] = []
-        self.server = FakeServer(size)
+        self.server = server or FakeServer(size)
         self.options = Options(**{"readahead_bytes": 0, **options})
         self.cache = Cache(
             image,

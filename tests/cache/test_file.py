@@ -789,18 +789,18 @@ def test_header_of_an_older_version_has_seen_nothing(path: str) -> None:
     header = parse_header_untrusted(page + bytes(4096))
 
     assert header is not None
-    assert (header.witness, header.discards_unflushed) == (0, False)
-    assert page[-36:-20] == bytes(16)
+    assert (header.witness, header.discarded) == (0, (0, 0))
+    assert page[-44:-20] == bytes(24)
 
 
 def test_header_keeps_what_was_seen(path: str) -> None:
     file = _open(path)
-    file.save_header(witness=1 << 40, discards_unflushed=True, export_identity=b"i" * 16)
+    file.save_header(witness=1 << 40, discarded=(7, 9), export_identity=b"i" * 16)
     file.close(clean=False)
 
     header = cache_file.open_file(path).header
 
-    assert (header.witness, header.discards_unflushed) == (1 << 40, True)
+    assert (header.witness, header.discarded) == (1 << 40, (7, 9))
     assert header.export_identity == b"i" * 16
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bridge.request import DISCARD
+from bridge.cache.file import MappedImage
+from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES
 
-from .fakes import BLOCK, GRANULE, Rig
+from .fakes import BLOCK, GRANULE, FakeServer, Rig
 
 
 def test_foreign_write_seen_by_generation_drops_the_clean_part_only() -> None:
@@ -217,3 +222,87 @@ def test_one_unreadable_block_does_not_keep_the_others_from_telling() -> None:
     rig.serve()
 
     assert results == [0]
+
+
+class LosingServer(FakeServer):
+    """What it has not flushed may be lost, sector by sector."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(size_bytes)
+        self.durable = bytearray(size_bytes)
+
+    def answer(self, index: int = 0, error: int = 0) -> None:
+        request = self.pending[index]
+        super().answer(index, error)
+        if error:
+            return
+        if request.op == FLUSH:
+            self.durable[:] = self.image
+        elif request.flags & FUA:
+            at, end = request.offset, request.offset + request.length
+            self.durable[at:end] = self.image[at:end]
+
+    def lose_power(self, dice: random.Random) -> None:
+        for at in range(0, len(self.image), 512):
+            if dice.random() < 0.5:
+                self.image[at : at + 512] = self.durable[at : at + 512]
+        self.durable[:] = self.image
+
+
+def small_rig(image: MappedImage | None = None, server: FakeServer | None = None) -> Rig:
+    return Rig(
+        granules=8,
+        slots=6,
+        image=image,
+        server=server,
+        zero_copy_bytes=BLOCK,
+        exclusive_run_bytes=GRANULE,
+    )
+
+
+def next_process(rig: Rig) -> Rig:
+    """It was killed; of what was on its way the server may have executed some."""
+    rig.server.pending.clear()
+    return small_rig(rig.image, rig.server)
+
+
+@pytest.mark.parametrize("fua", [True, False])
+@given(seed=st.integers(0, 1 << 32), steps=st.integers(1, 60))
+@settings(max_examples=60)
+def test_no_loss_of_power_looks_like_a_change(seed: int, steps: int, fua: bool) -> None:
+    """Whatever the guest did, and however often it happened, while the bridge ran or not."""
+    dice = random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.cache.fakes.FakeServer", LosingServer)
+        rig = small_rig()
+        server = rig.server
+        assert isinstance(server, LosingServer)
+        server.can_fua = fua
+        for _ in range(steps):
+            at = dice.randrange(8 * 16) * BLOCK
+            length = min(dice.choice([1, 3, 16, 40]) * BLOCK, 8 * GRANULE - at)
+            match dice.randrange(8):
+                case 0 | 1 | 2:
+                    rig.start(WRITE, at, data=bytes([dice.randrange(1, 256)]) * length)
+                case 3:
+                    rig.start(READ, at, length)
+                case 4:
+                    rig.start(dice.choice([DISCARD, WRITE_ZEROES]), at, length)
+                case 5:
+                    rig.start(FLUSH)
+                case 6:
+                    rig.tick(rig.now + dice.choice([1, 10, 100]))
+                case 7:
+                    server.lose_power(dice)
+                    if dice.random() < 0.5:
+                        server.generation += 1
+                        rig.cache.backend_reconnected()
+                    else:
+                        rig = next_process(rig)
+            for _ in range(dice.randrange(6)):
+                if server.pending:
+                    server.answer()
+                    rig.end_turn()
+        server.lose_power(dice)
+        rig = next_process(rig)
+        assert before_writing(rig) == 0

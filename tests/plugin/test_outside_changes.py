@@ -260,3 +260,34 @@ def test_another_device_under_the_same_path_is_a_change(
 def test_remembered_description_that_cannot_be_is_damage(seen: object) -> None:
     with pytest.raises(ValueError, match="description"):
         parse_state(json.dumps({"seen": seen}).encode())
+
+
+def test_file_that_only_grew_is_told_from_one_that_a_session_wrote(volumes: Path) -> None:
+    """Whoever has unwritten data must not be refused because the disk was made longer; how often
+    that was, and who looked in between, does not matter."""
+    with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
+        before = visit(server, write=True)
+    for size in (2, 3):
+        os.truncate(volumes / "disk", size * MIB)
+        with Nbdkit(f"file={volumes}/disk") as server:
+            visit(server)
+            grown = visit(server)
+            assert not believes(before, grown)
+            assert grown["grown_from"] == before["generation"]
+    with Nbdkit(f"file={volumes}/disk") as server:
+        visit(server, write=True)
+        assert "grown_from" not in visit(server)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_that_is_no_growth_is_not_called_one(
+    volumes: Path, change: Callable[[Path], None]
+) -> None:
+    with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
+        visit(server, write=True)
+    os.truncate(volumes / "disk", 2 * MIB)
+    with Nbdkit(f"file={volumes}/disk") as server:
+        visit(server)
+    change(volumes / "disk")
+    with Nbdkit(f"file={volumes}/disk") as server:
+        assert "grown_from" not in visit(server)

@@ -458,3 +458,60 @@ async def test_cache_flush_of_a_file_that_was_exchanged_meanwhile_is_refused(
             await flush_file(path, unix_uri(nbd, "vm0"), moved=True, timeout_s=10)
     assert show(path).dirty_bytes == MIB
     assert not any((directory / "disk.img").read_bytes())
+
+
+async def test_cache_flush_sends_no_more_when_the_image_was_exchanged_under_it(directory):
+    """Not even without sessions: what comes back is compared first, as at the start."""
+    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
+    nbd, vhost, image = directory / "nbd", directory / "vhost", directory / "disk.img"
+    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
+    async with process(nbdkit_file(directory), ready=nbd):
+        async with process([*argv, "--flush-interval", "0"], ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, CLEAN * MIB)
+                await guest.flush()
+                for number in range(16):
+                    await guest.write((8 + number) << 20, DIRTY * MIB)
+                child.send_signal(signal.SIGKILL)
+            await wait_for(child, limit_s=10)
+    log = directory / "log"
+    slow = [*nbdkit_file(directory)[:4], "--filter=log", "--filter=delay", "file", str(image)]
+    slow += ["wdelay=600", f"logfile={log}"]
+    flush = bridge_argv("cache", "flush", str(cache_file(directory)))
+    async with process(slow, ready=nbd) as server:
+        child = subprocess.Popen(flush, stderr=subprocess.PIPE)
+        with trio.fail_after(30):
+            while "Write" not in (log.read_text() if log.exists() else ""):
+                await trio.sleep(0.02)
+        server.kill()
+        server.wait()
+    image.write_bytes(b"z" * SIZE_BYTES)
+    async with process(nbdkit_file(directory), ready=nbd):
+        assert await wait_for(child, limit_s=60) == 1
+    assert child.stderr is not None
+    text = child.stderr.read().decode()
+    child.stderr.close()
+    assert "the export was changed meanwhile" in text
+    assert "Traceback" not in text
+    assert image.read_bytes().count(b"z") >= SIZE_BYTES - (8 << 20)
+    assert shown(directory)["dirty_bytes"] == 16 << 20
+
+
+async def test_dirty_data_does_not_go_to_a_volume_that_grew_and_was_changed(directory):
+    """The plugin can only say that it is longer: the content has to confirm that this is all."""
+    nbd, vhost, image = directory / "nbd", directory / "vhost", directory / "disk.img"
+    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
+    async with process(nbdkit(directory), ready=nbd):
+        async with process(argv, ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, CLEAN * MIB)
+                await guest.flush()
+                await guest.write(8 << 20, DIRTY * MIB)
+                child.send_signal(signal.SIGKILL)
+            await wait_for(child, limit_s=10)
+    os.truncate(image, SIZE_BYTES + MIB)
+    with image.open("r+b") as file:
+        file.write(b"superblock")
+    async with process(nbdkit(directory)[:-1], ready=nbd):
+        assert "cache flush --force" in await refusal(directory)
+    assert image.read_bytes()[8 << 20 :][:MIB] != DIRTY * MIB

@@ -125,6 +125,7 @@ async def test_close_waits_for_reads_in_flight_longer_than_the_client_would(dire
     async with process(argv, ready=directory / "nbd") as server:
         async with running(directory) as storage:
             ended = [start(storage, PREFETCH, number << 21, 1 << 20) for number in range(4)]
+            await trio.testing.wait_all_tasks_blocked(0.01)  # They are sent.
             await storage.close(20)
         assert ended == [[0]] * 4
         server.terminate()
