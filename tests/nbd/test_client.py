@@ -633,7 +633,7 @@ async def test_connect_unknown_export_is_a_config_error() -> None:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s", "nope"), connect=False) as client:
                 with pytest.raises(
-                    ConfigError, match="refused the export 'nope'.* there is 'disk'"
+                    ConfigError, match=r"refused the export 'nope'.* there is 'disk'"
                 ):
                     await client.connect()
             nursery.cancel_scope.cancel()
