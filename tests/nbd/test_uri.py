@@ -111,6 +111,9 @@ def test_parse_uri_relative_socket_without_a_working_directory_is_refused(
         ("nbd://h/100%", "'%' in the export's name without two digits: write it as %25"),
         ("nbd+unix:///?socket=/100%", "'%' in socket without two digits"),
         ("nbd+unix:///?socket=/%ff", "socket is not UTF-8"),
+        ("nbds://h/?tls-hostname=m%C3%BCnchen", "not ASCII"),
+        ("nbds://h/?tls-hostname=.a", "cannot be the name of a host"),
+        ("nbds://h/?tls-hostname=", "cannot be the name of a host"),
         ("nbd+unix:///?socket", "'socket' is no parameter: write NAME=VALUE"),
     ],
 )
