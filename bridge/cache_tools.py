@@ -70,7 +70,8 @@ def uri_of(path: str) -> NbdUri:
     name = quote(summary.export, safe="")
     if summary.uri.startswith("/"):
         return parse_uri(f"nbd+unix:///{name}?socket={quote(summary.uri)}")
-    return parse_uri(f"nbd://{summary.uri}/{name}")
+    host = quote(summary.uri, safe="[]:")  # an IPv6 address may have a zone, after a %
+    return parse_uri(f"nbd://{host}/{name}")
 
 
 async def flush_file(

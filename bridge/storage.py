@@ -78,7 +78,7 @@ def default_directory() -> Path:
     except RuntimeError:
         raise ConfigError(
             f"user {os.geteuid()} has no home directory for the cache: choose a directory with "
-            "--cache-dir, or --cache-mode off"
+            "--cache-dir, or serve with --cache-mode off"
         ) from None
 
 

@@ -244,6 +244,7 @@ def _use_psk(context: ssl.SSLContext, uri: NbdUri) -> None:
             f"{uri.text}: tls-psk-file needs Python 3.13 or newer; use certificates instead"
         )
     path = Path(uri.tls_psk_file or "")
+    _check_file(str(path), "tls-psk-file")
     try:
         line = path.read_text().splitlines()[0]
         user, key_text = line.strip().split(":", 1)

@@ -94,7 +94,7 @@ def parse_uri(text: str) -> NbdUri:
         port=port if port is not None else DEFAULT_PORT,
         socket_path=socket_path,
         tls_certificates=query.get("tls-certificates"),
-        tls_hostname=query.get("tls-hostname"),
+        tls_hostname=_tls_hostname(text, query.get("tls-hostname")),
         tls_psk_file=query.get("tls-psk-file"),
         tls_verify_peer=_boolean(text, "tls-verify-peer", query.get("tls-verify-peer", "true")),
     )
@@ -148,9 +148,16 @@ def _right_spelling(text: str, scheme: str) -> str:
     return f"{scheme}://{rest or 'HOST'}" + (f"/{path}" if path else "")
 
 
+def _tls_hostname(text: str, name: str | None) -> str | None:
+    return None if name is None else _checked_host(text, name)
+
+
 def _host(text: str, hostname: str) -> str:
-    """A name or an address that the resolver takes. Raises ConfigError."""
-    host = _unquoted(text, "the host", hostname)
+    return _checked_host(text, _unquoted(text, "the host", hostname))
+
+
+def _checked_host(text: str, host: str) -> str:
+    """A name or an address that the resolver and TLS take. Raises ConfigError."""
     if ":" in host:
         try:
             ipaddress.IPv6Address(host)

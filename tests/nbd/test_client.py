@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import errno
 import mmap
+import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 import trio
+import trio.testing
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.nbd import protocol as p
+from bridge.nbd.client import inspect, list_exports
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server import Faults, Server
 from bridge.nbd.server_core import DEFAULT_FLAGS, ServerSettings
 from bridge.nbd.server_disk import MemoryDisk
+from bridge.nbd.uri import parse_uri
 from bridge.request import (
     DISCARD,
     FLUSH,
@@ -628,9 +634,35 @@ async def test_connect_unknown_export_is_a_config_error() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s", "nope"), connect=False) as client:
-                with pytest.raises(ConfigError, match="refused the export 'nope'"):
+                with pytest.raises(
+                    ConfigError, match=r"refused the export 'nope'.* there is 'disk'"
+                ):
                     await client.connect()
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("look", [inspect, list_exports])
+async def test_inspect_and_list_leave_a_silent_server_in_time(
+    look: Callable[..., Awaitable[object]], autojump_clock: trio.testing.MockClock
+) -> None:
+    options = replace(FAST, connect_timeout_s=7.0)
+    with short_dir() as folder, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "s"))
+        listening.listen()
+
+        with pytest.raises(ConnectionLost, match=r"no answer within 7 s \(waited for the greeting"):
+            await look(parse_uri(unix_uri(folder / "s")), options)
+
+    assert trio.current_time() == 7.0
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+async def test_connect_what_is_no_socket_says_so(what: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "directory").mkdir()
+    async with running_client(unix_uri(tmp_path / what), connect=False) as client:
+        with pytest.raises(ConfigError, match=f"{what}: not a socket"):
+            await client.connect()
 
 
 @pytest.mark.parametrize(

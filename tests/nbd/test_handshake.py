@@ -504,3 +504,76 @@ def test_counters_of_sessions_are_decimal_numbers_or_none(
     text: str, sessions: tuple[int, int] | None
 ) -> None:
     assert Export("", 0, description=text).sessions == sessions
+
+
+def refused(*listed: bytes, typed: str = "vm0", sent: str | None = None, final: int = 0) -> str:
+    """What the operator is told when GO is refused, and LIST then brings `listed`."""
+    wishes = replace(
+        PLAIN, export_name=typed if sent is None else sent, typed_name=typed, list_if_refused=True
+    )
+    client = talk(greeting(), reply(p.OPT_GO, p.REP_ERR_UNKNOWN), wishes=wishes)
+    for each in listed:
+        client.receive(reply(p.OPT_LIST, p.REP_SERVER, each))
+    with pytest.raises(ConfigError) as caught:
+        client.receive(reply(p.OPT_LIST, final or p.REP_ACK))
+    assert options_sent(client.data_to_send()) == [p.OPT_GO, p.OPT_LIST, p.OPT_ABORT]
+    return str(caught.value)
+
+
+def listed(name: bytes, description: bytes = b"") -> bytes:
+    return p.U32.pack(len(name)) + name + description
+
+
+def test_refused_export_is_told_with_the_list_of_what_there_is() -> None:
+    assert refused(listed(b"a"), listed(b""), listed(b"a")) == (
+        "the server refused the export 'vm0': unknown export; there is 'a', the default one "
+        "(nbd-bridge info --list)"
+    )
+    many = refused(*(listed(b"%d" % number) for number in range(15)))
+    assert "'9' and 5 more (nbd-bridge info --list)" in many
+
+
+def test_refused_export_is_named_as_the_operator_typed_it() -> None:
+    text = refused(listed(b"a"), sent="vm0@session=0123456789abcdef,client=1,connection=1")
+    assert "the export 'vm0': " in text
+    assert refused(typed="", sent="@readonly") == (
+        "the server refused its default export: unknown export"
+    )
+
+
+@pytest.mark.parametrize("typed", ["vm0", "vm0@session=a"])
+def test_refused_export_that_is_listed_is_told_with_our_plugins_reason(typed: str) -> None:
+    line = b"nbd-bridge volume=vm0 size=1 session=yes refused: volume vm0 is in use"
+    text = refused(listed(b"vm0", line), listed(b"vm1"), typed=typed)
+    assert text == f"the server refused the export {typed!r}: volume vm0 is in use"
+
+
+def test_refused_default_export_has_the_reason_of_the_only_one() -> None:
+    line = b"nbd-bridge volume=disk.img session=yes refused: permission denied"
+    assert refused(listed(b"disk.img", line), typed="") == (
+        "the server refused its default export: permission denied"
+    )
+
+
+def test_refused_export_that_is_listed_may_be_in_use() -> None:
+    assert "it is in the server's list: is it in use?" in refused(listed(b"vm0"))
+
+
+def test_refused_export_without_a_list_is_told_as_it_is() -> None:
+    text = refused(final=p.REP_ERR_UNSUP)
+    assert text == "the server refused the export 'vm0': unknown export"
+
+
+def test_refused_export_whose_list_breaks_the_protocol_is_told_as_it_is() -> None:
+    wishes = replace(PLAIN, export_name="x", list_if_refused=True)
+    client = talk(greeting(), reply(p.OPT_GO, p.REP_ERR_UNKNOWN), wishes=wishes)
+    with pytest.raises(ConfigError, match=r"refused the export 'x': unknown export$"):
+        client.receive(reply(p.OPT_LIST, p.REP_SERVER, b"\xff\xff\xff\xff"))
+
+
+def test_refused_export_of_a_server_that_hangs_up_then_is_told_as_it_is() -> None:
+    wishes = replace(PLAIN, export_name="x", list_if_refused=True)
+    client = talk(greeting(), reply(p.OPT_GO, p.REP_ERR_UNKNOWN), wishes=wishes)
+    error = client.receive_eof()
+    assert isinstance(error, ConfigError)
+    assert "refused the export 'x'" in str(error)

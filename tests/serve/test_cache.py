@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from bridge import cache_tools
 from bridge.cache.file import has_content, open_file
-from bridge.errors import RequestError
+from bridge.errors import ConnectionLost, RequestError
 from bridge.guest import Guest
+from bridge.nbd.server import Faults, Server
+from bridge.nbd.server_disk import MemoryDisk
 from tests.serve.processes import (
     bridge_argv,
     process,
@@ -412,6 +415,25 @@ async def test_cache_warm_gives_a_lost_server_up_after_its_timeout(directory):
     assert "the server is lost and was not back within 1 s; 0 bytes are in the cache" in text
     assert "Traceback" not in text
     assert shown(directory)["clean_shutdown"]
+
+
+async def test_cache_warm_leaves_a_server_that_answers_nothing(directory):
+    """It takes every connection, and negotiates: nothing is ever lost for long enough."""
+    server = Server({"": MemoryDisk(1 << 20)}, faults=Faults(stall=True))
+    (directory / "cache").mkdir(exist_ok=True)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve_unix, directory / "s")
+        with trio.fail_after(30), pytest.raises(ExceptionGroup) as caught:
+            await cache_tools.warm(
+                unix_uri(directory / "s"),
+                cache_bytes=4 << 20,
+                directory=str(directory / "cache"),
+                ranges=(),
+                timeout_s=0.5,
+                progress=lambda done, total: None,
+            )
+        nursery.cancel_scope.cancel()
+    assert caught.group_contains(ConnectionLost, match=f"{directory}/s: the server ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
