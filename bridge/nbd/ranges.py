@@ -36,10 +36,10 @@ class Claim:
         """It shall not go any more; it only keeps its place until those before it are done."""
         self.blockers = 0
         """How many pieces it waits for."""
-        self.followers: list[Claim] = []
+        self.followers: list[Claim] | None = None
         """Those that wait for it, once for each piece."""
-        self.pieces: set[int] = set()
-        """Where the pieces that it owns start."""
+        self.pieces = {start}
+        """Where the pieces that it owns start, once it is among the claims."""
 
     def go(self) -> None:
         """The claim has become active. Here: it only keeps others out."""
@@ -89,6 +89,8 @@ class Ranges:
             n_covered += 1
             del pieces[at]
             owner.pieces.discard(at)
+            if owner.followers is None:
+                owner.followers = []
             owner.followers.append(claim)
             if at < start:
                 pieces[at] = (start, owner)
@@ -99,9 +101,8 @@ class Ranges:
             if at <= start:
                 break
         pieces[start] = (stop, claim)
-        claim.pieces.add(start)
         claim.blockers = n_covered
-        if not n_covered and not self._is_held(claim):
+        if not n_covered and not (self._held_stops and self._is_held(claim)):
             claim.active = True
             claim.go()
             return
@@ -112,7 +113,8 @@ class Ranges:
     def release(self, claim: Claim) -> None:
         """The change is done: the next ones that it kept waiting may go."""
         self._remove(claim)
-        self._run()
+        if self._ready:
+            self._run()
 
     def hold(self, spans: list[Span]) -> None:
         """Keep changes out of `spans`, and of no others from now on; those under way go on.
@@ -140,11 +142,13 @@ class Ranges:
         pieces = self._pieces
         for at in claim.pieces:
             del pieces[at]
+        if claim.followers is None:
+            return
         for follower in claim.followers:
             follower.blockers -= 1
             if not follower.blockers:
                 self._ready.append(follower)
-        claim.followers.clear()  # Else the first of a long chain would keep all of it.
+        claim.followers = None  # Else the first of a long chain would keep all of it.
 
     def _run(self) -> None:
         """Let go what may. A loop, not a recursion: `go` may end in `release`."""
