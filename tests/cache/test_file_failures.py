@@ -313,3 +313,18 @@ def test_cold_blocks_that_are_written_partly_share_one_buffer() -> None:
 
     assert len(seen) == 2
     assert len(set(seen)) == 1
+
+
+def test_cold_read_that_is_larger_than_the_budget_is_done_alone() -> None:
+    first, cold = Rig(granules=16, slots=16), LaterCold()
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(granules=16, slots=16, image=image, cold=cold, cold_bytes=BLOCK)
+    rig.prefetch(0, 16 * GRANULE)
+    rig.cache.index.forget_residency()
+
+    reads = [rig.start(READ, number * GRANULE, GRANULE) for number in range(4)]
+    while cold.jobs:
+        assert len(cold.jobs) == 1
+        cold.finish()
+
+    assert [read.error for read in reads] == [0] * 4
