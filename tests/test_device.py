@@ -6,19 +6,24 @@ import gc
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from errno import EIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from bridge.errors import ProtocolError
+from bridge.eventfds import EventfdWriter
 from bridge.request import FLUSH, UNASKED, WRITE, Request
+from bridge.vhost_user.device import MemoryRegion
 from bridge.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
 from bridge.virtio.blk_config import F_CONFIG_WCE, F_FLUSH, F_VERSION_1
 from bridge.virtio.inflight import InflightRegion
+from bridge.virtio.long_chains import MAX_LONG_VIEWS
 from tests.device_guest import (
     MEMORY_BYTES,
     USER_BASE,
@@ -1032,3 +1037,236 @@ def test_fake_disk_executes_what_it_gets() -> None:
     disk.submit(Request(WRITE, 0, 4, [memoryview(b"abcd")], done.append))
     assert disk.data[:4] == b"abcd"
     assert done[0].error == 0
+
+
+# Changes that are made or undone
+
+
+async def test_memory_of_a_logged_ring_taken_away_leaves_the_other_rings_running(
+    guest: DeviceGuest, log_fd: int
+) -> None:
+    await guest.device.replace_memory([guest.region(0, 0x8000), guest.region(0x8000, 0x300000)])
+    guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
+    guest.device.set_logging(True)
+    guest.start(0, log_guest_address=0x3000)
+    guest.start(1, log_guest_address=0xB000)
+
+    await guest.device.remove_memory(guest_address=0, user_address=USER_BASE, size_bytes=0x8000)
+
+    assert (await guest.request(T_FLUSH, index=1))[0] == S_OK
+    guest.start(2)
+    assert (await guest.request(T_FLUSH, index=2))[0] == S_OK
+    await guest.device.disconnected()
+
+
+async def test_ring_whose_start_fails_late_does_not_exist(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(guest.device, "_update_logs", fails)
+        with pytest.raises(RuntimeError, match="a bug"):
+            guest.start()
+    guest.start()
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_rings_go_on_when_a_memory_change_fails(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(memory: Any) -> None:
+        raise RuntimeError("a bug")
+
+    guest.start()
+    with monkeypatch.context() as patched:
+        patched.setattr(guest.device, "_move_rings", fails)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await guest.device.replace_memory([])
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_disconnect_lets_go_of_every_ring_whatever_fails(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest.start(0)
+    guest.start(1)
+    with monkeypatch.context() as patched:
+
+        async def fails(*_: object, **__: object) -> None:
+            raise RuntimeError("a bug")
+
+        patched.setattr(guest.device, "_close_rings", fails)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await guest.device.disconnected()
+    guest.disk.requests.clear()
+    guest.put(T_FLUSH)
+    guest.rings[0].kick_device()
+    await a_while()
+    assert guest.disk.requests == []
+
+
+async def test_kick_that_cannot_be_waited_for_leaves_the_old_one(
+    guest: DeviceGuest, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    guest.start()
+    with pytest.raises(ProtocolError, match="kick"):
+        guest.device.set_kick(0, fd)
+    os.close(fd)
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+@pytest.mark.parametrize("size", [1 << 20, 256 << 30])
+async def test_in_flight_region_of_any_size_has_entries_for_our_largest_ring_at_most(
+    guest: DeviceGuest, size: int
+) -> None:
+    """A sparse file of 256 GiB is 17 billion entries, each of which was written."""
+    fd = os.memfd_create("inflight")
+    os.ftruncate(fd, size)
+    guest.device.set_inflight(fd, 0, size, 1, 16)
+    guest.start()
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+    assert os.fstat(fd).st_blocks * 512 <= 1 << 20
+    os.close(fd)
+
+
+async def test_in_flight_region_refused_leaves_the_former_one(guest: DeviceGuest) -> None:
+    fd, size_bytes = guest.device.create_inflight(1, 16)
+    before = guest.device._inflight
+    with pytest.raises(ProtocolError):
+        guest.device.set_inflight(fd, size_bytes, size_bytes, 1, 16)
+    assert guest.device._inflight is before
+    os.close(fd)
+
+
+# A second device on the same connection
+
+
+async def test_same_memory_may_come_again(guest: DeviceGuest) -> None:
+    """QEMU's device_del and device_add with the chardev kept."""
+    guest.start()
+    await guest.device.stop_ring(0)
+    await guest.device.add_memory(guest.region())
+    guest.rings[0] = guest.make_ring(0)
+    guest.memory[0x0:0x8000] = bytes(0x8000)
+    guest.start()
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_same_memory_again_under_a_running_ring_harms_nothing(guest: DeviceGuest) -> None:
+    guest.start()
+    await guest.device.add_memory(guest.region())
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_other_memory_at_the_same_place_is_refused_while_rings_run(
+    guest: DeviceGuest,
+) -> None:
+    fd = os.memfd_create("other")
+    os.ftruncate(fd, MEMORY_BYTES)
+    guest.start()
+    with pytest.raises(ProtocolError, match="while rings run"):
+        await guest.device.add_memory(replace(guest.region(), fd=fd))
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+    await guest.device.stop_ring(0)
+    await guest.device.add_memory(replace(guest.region(), fd=fd))
+    os.close(fd)
+
+
+# What a front-end could do to us
+
+
+async def test_memory_file_cannot_be_made_shorter_while_it_is_mapped(guest: DeviceGuest) -> None:
+    """A store beyond its end would be a SIGBUS."""
+    fd = os.memfd_create("memory", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 20)
+    region = MemoryRegion(1 << 30, 1 << 20, 1 << 40, 0, fd)
+    await guest.device.add_memory(region)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 4096)
+    log = os.memfd_create("log", os.MFD_ALLOW_SEALING)
+    os.ftruncate(log, 1 << 20)
+    guest.device.set_log(log, 0, 1 << 20)
+    with pytest.raises(PermissionError):
+        os.ftruncate(log, 4096)
+    os.close(fd)
+    os.close(log)
+
+
+async def test_memory_that_cannot_be_sealed_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(MEMORY_BYTES))
+    fd = os.open(path, os.O_RDWR)
+    async with running_device() as guest:
+        with capture_logs() as logs:
+            for _ in range(2):
+                await guest.device.replace_memory([replace(guest.region(), fd=fd)])
+        assert len([line for line in logs if "cannot be sealed" in line["event"]]) == 1
+    os.close(fd)
+
+
+async def test_call_descriptor_that_blocks_stops_nobody(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The front-end shares the open file: it may clear O_NONBLOCK and fill the counter."""
+    monkeypatch.setattr("bridge.ring._signal", EventfdWriter(look_s=0.001).signal)
+    ring = guest.start()
+    ring.calls()
+    os.eventfd_write(ring.call, (1 << 64) - 2)
+    os.set_blocking(ring.call, True)
+    with capture_logs() as logs:
+        assert (await guest.request(T_FLUSH))[0] == S_OK
+        await a_while()
+        assert (await guest.request(T_FLUSH))[0] == S_OK
+        await a_while()
+    assert len([line for line in logs if "blocked" in line["event"]]) == 1
+
+
+# Long requests
+
+
+async def test_stop_fails_long_requests_that_have_not_begun(autojump_clock: MockClock) -> None:
+    disk = FakeDisk(8 << 20)
+    disk.hold = True
+    async with running_device(disk=disk, drain_timeout_s=1, size=64) as guest:
+        await guest.connect()
+        ring = guest.start()
+        pending = []
+        for _ in range(3):
+            guest._token += 1
+            header = guest.alloc(bytes(16))
+            status = guest.alloc(b"\xee")
+            data = [(0x200000, 1 << 20, 2)] * 8
+            ring.add(guest._token, [(header, 16, 0), *data, (status, 1, 2)])
+            pending.append(status)
+        ring.kick_device()
+        await until(lambda: bool(disk.held))
+        await guest.device.stop_ring(0)
+        assert [guest.memory[status] for status in pending] == [S_IOERR] * 3
+        assert disk.held == []
+
+
+async def test_views_of_long_chains_are_counted_for_all_rings_together() -> None:
+    disk = FakeDisk()
+    disk.hold = True
+    async with running_device(disk=disk, size=128) as guest:
+        await guest.connect()
+        guest.device._long_views.count = MAX_LONG_VIEWS + 1  # of another ring
+        ring = guest.start()
+        for _ in range(3):
+            guest._token += 1
+            header = guest.alloc(bytes(16))
+            status = guest.alloc(b"\xee")
+            data = [(0x200000, 512, 2)] * 40
+            ring.add(guest._token, [(header, 16, 0), *data, (status, 1, 2)])
+        ring.kick_device()
+        await a_while()
+        assert guest.device._rings[0].in_flight == 1
+        guest.device._long_views.count -= MAX_LONG_VIEWS + 1
+        disk.release()
+        await until(lambda: len(disk.held) == 2)
+        disk.hold = False
+        disk.release()

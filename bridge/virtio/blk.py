@@ -184,6 +184,7 @@ class BlkEngine:
         capacity_bytes = self._capacity_bytes
         block_mask = self._block_mask
         write_flags = self._write_flags
+        small_bytes = SMALL_BYTES
         for chain in chains:
             _, type_, sector, readable, writable, _, _, _ = chain
             if type_ == T_IN:
@@ -205,7 +206,7 @@ class BlkEngine:
                 or not length
             ):
                 self._refuse_data(ring, chain, offset, length)
-            elif length > SMALL_BYTES:
+            elif length > small_bytes:
                 self._start_large(ring, chain, offset, length)
             elif type_ == T_IN:
                 if read_hit(offset, length, buffers):

@@ -335,6 +335,64 @@ async def test_bug_in_the_device_costs_the_session_and_not_the_process(short_dir
     ] * 2
 
 
+async def test_bug_at_the_end_of_a_session_costs_the_session_and_not_the_process(
+    short_dir: Path,
+) -> None:
+    device = FakeDevice()
+
+    async def broken() -> None:
+        raise ZeroDivisionError
+
+    device.disconnected = broken  # type: ignore[method-assign]
+    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, device, listener)
+            for _ in range(2):
+                with await FrontEnd.connect(short_dir / "s") as front_end:
+                    await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
+            await until(lambda: len([log for log in logs if "failed" in log["event"]]) == 2)
+            nursery.cancel_scope.cancel()
+    (first, _) = [log for log in logs if log["log_level"] == "error"]
+    assert first["event"] == "the end of the vhost-user session failed"
+    assert first["exc_info"]
+
+
+async def test_front_end_that_says_nothing_leaves_when_another_waits(
+    short_dir: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    device = FakeDevice()
+    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, device, listener)
+            silent = await FrontEnd.connect(short_dir / "s")
+            await trio.sleep(3600)  # alone it may be silent for as long as it likes
+            assert silent.is_alive
+            with await FrontEnd.connect(short_dir / "s") as front_end:
+                await front_end.get_u64(Request.GET_FEATURES)
+            silent.close()
+            nursery.cancel_scope.cancel()
+    reasons = [log["reason"] for log in logs if log["event"] == "front-end disconnected"]
+    assert reasons[0] == "said nothing for 5 s, and another front-end waits"
+
+
+async def test_front_end_that_waits_for_one_that_is_served_is_logged_once(
+    short_dir: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    device = FakeDevice()
+    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, device, listener)
+            first = await FrontEnd.connect(short_dir / "s")
+            await first.get_u64(Request.GET_FEATURES)
+            second = await FrontEnd.connect(short_dir / "s")
+            await trio.sleep(3600)
+            await first.get_u64(Request.GET_FEATURES)
+            first.close()
+            second.close()
+            nursery.cancel_scope.cancel()
+    assert len([log for log in logs if "another front-end waits" in log["event"]]) == 1
+
+
 async def test_why_a_front_end_left_is_logged(short_dir: Path) -> None:
     with capture_logs() as logs:
         async with running_backend(short_dir) as backend:
