@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import AsyncIterator
-from contextlib import nullcontext
 from errno import EIO
 from pathlib import Path
 from typing import Any
@@ -372,12 +371,12 @@ async def test_3_8_stop_is_bounded_and_fails_what_nobody_answers(
 async def test_ring_closed_with_requests_unanswered_is_never_written_again(
     autojump_clock: MockClock,
 ) -> None:
-    """Even a storage side that ignores being told to give up cannot reach ring or status."""
-    async with running_device(failing=nullcontext, drain_timeout_s=5) as guest:
+    """Even a storage side that goes on with them cannot reach ring, status or data."""
+    async with running_device(on_abandoned=lambda requests: None, drain_timeout_s=5) as guest:
         await guest.connect()
         ring = guest.start()
         guest.disk.hold = True
-        guest.put(T_OUT, out=b"x" * 512)
+        guest.put(T_IN, room=512)
         ring.kick_device()
         await until(lambda: len(guest.disk.held) == 1)
         await guest.device.stop_ring(0)

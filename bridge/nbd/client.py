@@ -56,6 +56,10 @@ class Client:
         self._broken = trio.Event()
         self._run_scope = trio.CancelScope()
         self._closing = False
+        self._wanted = trio.Event()
+        """Set, but for the time between `leave` and `come_back`."""
+        self._wanted.set()
+        self._reconnecting = trio.CancelScope()
         self._client_id = secrets.token_hex(8)
         self._takes_names = False
         self._plain_next = False
@@ -137,7 +141,9 @@ class Client:
                 while True:
                     await self._broken.wait()
                     await self._give_up_connections()
-                    await self._reconnect()
+                    await self._wanted.wait()
+                    with trio.CancelScope() as self._reconnecting:
+                        await self._reconnect()
 
     async def close(self, timeout_s: float | None = None) -> None:
         """Let what is in flight be answered, say DISC, close. What is left then fails with EIO.
@@ -167,6 +173,41 @@ class Client:
         self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
         self._broken.set()
 
+    def abandon(self) -> None:
+        """See `Session.abandon`."""
+        self.session.abandon()
+
+    def silence(self) -> None:
+        """Nothing of abandoned requests leaves this process from here on: a connection that has
+        some of it to send is given up."""
+        for connection in self._connections:
+            if connection.alive and connection.has_unsent and connection.abandon():
+                connection.fail(
+                    ConnectionLost("given up: the guest has stopped with writes half sent")
+                )
+
+    async def leave(self, timeout_s: float, errno: int) -> None:
+        """Hang up, and stay away until `come_back`. What has no answer within `timeout_s` fails
+        with `errno`, and so does what waits; what is submitted later waits for the return."""
+        if not self._wanted.is_set():
+            return
+        self._wanted = trio.Event()
+        self._reconnecting.cancel()
+        self.session.leaving()
+        try:
+            await self._hang_up(timeout_s)
+        finally:
+            for connection in self._connections:
+                connection.close()
+            self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
+            self._broken.set()
+
+    def come_back(self) -> None:
+        """The end of `leave`: connect again."""
+        if not self._wanted.is_set():
+            self.session.wait_anew(trio.current_time())
+            self._wanted.set()
+
     # Connections.
 
     async def _establish(self) -> None:
@@ -178,6 +219,10 @@ class Client:
             for each in negotiated:
                 await leave(each)
             raise ConnectionLost(f"{self.uri.server}: {reason}")
+        if not self._wanted.is_set():
+            for each in negotiated:
+                each.close()
+            raise ConnectionLost("nobody wants the connection any more")
         self._broken = trio.Event()
         generation = self.session.generation + 1
         connections = [
@@ -317,6 +362,8 @@ class Client:
             _TICK_S,
         )
         while True:
+            if not self._wanted.is_set():
+                await self._wanted.wait()
             now = trio.current_time()
             self.session.tick(now)
             if options.request_timeout_s:

@@ -98,6 +98,10 @@ class Channel(Protocol):
     def send(self, request: Request) -> None:
         """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""
 
+    def abandon(self) -> list[Request]:
+        """The commands without an answer that are of abandoned requests: from here on nothing
+        touches the buffers that those came with."""
+
 
 class Session:
     """See the module's text. `now` is in seconds of any monotonic clock."""
@@ -122,6 +126,8 @@ class Session:
         self._unanswered: list[Request] = []
         self._ranges = Ranges()
         self._held = Held(self._ranges)
+        self._outlived: set[Claim] = set()
+        """What commands of abandoned requests, sent and not answered, may still change."""
         self._ordered = False
         self._stale_possible = False
         self._down_since_s = 0.0
@@ -165,7 +171,11 @@ class Session:
         error = self._refusal(request)
         if error is not None:
             request.finish(error)
-        elif request.op in _CHANGES and (self._ordered or self._held) and not self._fails:
+        elif (
+            request.op in _CHANGES
+            and (self._ordered or self._held or self._outlived)
+            and not self._fails
+        ):
             start, stop = request.offset, request.offset + request.length
             block_bytes = self._align_mask + 1
             self._ranges.enter(_Change(self, request, *cover(start, stop - start, block_bytes)))
@@ -345,7 +355,8 @@ class Session:
     def _set_fast_limits(self) -> None:
         export = self.export
         self._max_read = self._limits.payload_bytes
-        fast = not (self._ordered or self._held or export.read_only or self._options.read_only)
+        slow = self._ordered or self._held or self._outlived
+        fast = not (slow or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
 
     def _judge_unflushed(self, old: Export | None, export: Export) -> None:
@@ -446,12 +457,15 @@ class Session:
         assert self.phase in (Phase.UP, Phase.LEAVING)
         self._written_before = self._written
         self._channels = ()
+        unanswered, abandoned = _without_abandoned(unanswered)
         self._unanswered += unanswered
         self._stale_possible = stale_possible
         self._down_since_s = now
         self._note_progress(now)
         self.phase = Phase.DOWN
         self._send = self._wait
+        if abandoned:
+            self._drop(abandoned)
 
     def _note_progress(self, now: float) -> None:
         """Begin the backoff anew only after a connection that was good for something.
@@ -492,6 +506,14 @@ class Session:
             _log.error("no connection for too long: requests fail", seconds=timeout_s)
             self._fail_all(errno.EIO)
 
+    def wait_anew(self, now: float) -> None:
+        """The connection was done without for a while, and is wanted again from now on."""
+        if self.phase is Phase.DOWN:
+            self._down_since_s = now
+            self.given_up = False
+            self._send = self._wait
+            self._attempts = 0
+
     def next_deadline_s(self) -> float | None:
         """When `tick` has something to do."""
         deadline_s = self._held.deadline_s
@@ -523,6 +545,45 @@ class Session:
         self._fail_all(error)
         if self.phase is Phase.DOWN and not self.given_up:
             self._send = self._wait
+
+    def abandon(self) -> None:
+        """Some requests were abandoned (`Request.abandon`): commands of theirs that were not sent
+        are dropped, those that were are never sent again, and other changes keep out of their way
+        until they are answered or, if their connection is lost, for the grace time."""
+        self._unanswered, sent = _without_abandoned(self._unanswered)
+        self._waiting, unsent = _without_abandoned(self._waiting)
+        for channel in self._channels:
+            for command in channel.abandon():
+                self._outlive(command)
+        self._set_fast_limits()
+        self._drop(sent)
+        for request in unsent:
+            request.finish(errno.ECANCELED)
+
+    def _outlive(self, command: Request) -> None:
+        """The answer to `command` is still to come: what it is a part of goes no further then."""
+        done = command.done
+        claim: Claim | None = None
+        if command.op in _CHANGES:
+            claim = self._ranges.block(command.offset, command.offset + command.length)
+            self._outlived.add(claim)
+
+        def ended(command: Request) -> None:
+            command.error = command.error or errno.ECANCELED
+            done(command)
+            if claim is not None:
+                self._outlived.remove(claim)
+                self._ranges.release(claim)
+                self._set_fast_limits()
+
+        command.done = ended
+
+    def _drop(self, abandoned: list[Request]) -> None:
+        """These were sent on a connection that is lost, and are not to be sent again."""
+        if self._stale_possible:
+            self._hold(_changed(abandoned))
+        for request in abandoned:
+            request.finish(errno.ECANCELED)
 
     def closed(self, unanswered: list[Request]) -> None:
         """No more connections: what is left fails."""
@@ -556,6 +617,10 @@ class _Change(Claim):
 
     def go(self) -> None:
         request = self._request
+        if request.is_abandoned:
+            self._session._ranges.release(self)
+            request.finish(errno.ECANCELED)
+            return
         self._session._command(
             Request(
                 request.op,
@@ -564,6 +629,7 @@ class _Change(Claim):
                 request.buffers,
                 self._done,
                 request.flags,
+                request,
             )
         )
 
@@ -572,6 +638,14 @@ class _Change(Claim):
         request.generation = inner.generation
         self._session._ranges.release(self)
         request.finish(inner.error)
+
+
+def _without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Request]]:
+    """`requests` without those that were abandoned, and these."""
+    abandoned = [each for each in requests if each.is_abandoned]
+    if not abandoned:
+        return requests, []
+    return [each for each in requests if not each.is_abandoned], abandoned
 
 
 def _changed(requests: list[Request]) -> list[Span]:

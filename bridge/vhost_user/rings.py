@@ -173,14 +173,16 @@ class Rings:
 
     async def _stop(self, ring: Ring) -> None:
         """The ring is stopped afterwards, and its kick forgotten."""
-        if ring.live:
-            # Whatever happens while waiting, the ring is not to be served again.
-            ring.live = False
-            ring.base = await self._device.stop_ring(ring.index)
-        ring.started = False
-        ring.suspended = False
-        _close(ring.kick_fd)
-        ring.kick_fd = None
+        try:
+            if ring.live:
+                # Whatever happens while waiting, the ring is not to be served again.
+                ring.live = False
+                ring.base = await self._device.stop_ring(ring.index)
+        finally:
+            ring.started = False
+            ring.suspended = False
+            _close(ring.kick_fd)
+            ring.kick_fd = None
 
     async def set_vring_num(self, payload: bytes, fds: list[int]) -> None:
         state = VringState.unpack(payload)

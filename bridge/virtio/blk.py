@@ -117,6 +117,9 @@ class BlkEngine:
         self._read_hit = hits.read_hit if hits is not None else _no_hit
         self._write_hit = hits.write_hit if hits is not None else _no_hit
         self._done = self._finish  # bound once
+        self._unanswered: dict[BlkRequest, None] = {}
+        """What the target has and did not finish, in the order in which it was popped: the one way
+        to find the requests of a ring again that has to stop without them."""
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._fault = fault
         self._features = 0
@@ -155,6 +158,7 @@ class BlkEngine:
         read_hit = self._read_hit
         write_hit = self._write_hit
         done = self._done
+        unanswered = self._unanswered
         capacity_bytes = self._capacity_bytes
         block_mask = self._block_mask
         write_flags = self._write_flags
@@ -183,15 +187,19 @@ class BlkEngine:
                 if read_hit(offset, length, buffers):
                     ring.complete(chain, S_OK, length + 1)
                 else:
-                    submit(
-                        BlkRequest(ring, chain, READ, offset, length, buffers, done, 0, length + 1)
+                    request = BlkRequest(
+                        ring, chain, READ, offset, length, buffers, done, 0, length + 1
                     )
+                    unanswered[request] = None
+                    submit(request)
             elif not write_flags and write_hit(offset, length, buffers):
                 ring.complete(chain, S_OK, 1)
             else:
-                submit(
-                    BlkRequest(ring, chain, WRITE, offset, length, buffers, done, write_flags, 1)
+                request = BlkRequest(
+                    ring, chain, WRITE, offset, length, buffers, done, write_flags, 1
                 )
+                unanswered[request] = None
+                submit(request)
 
     def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
         """Answer an IN or OUT that reaches no disk (virtio 1.3 §5.2.6.2)."""
@@ -232,7 +240,9 @@ class BlkEngine:
 
     def _request(self, ring: UsedRing, chain: Chain, op: int = READ) -> BlkRequest:
         """A request without data; its used length counts the status if no data precedes it."""
-        return BlkRequest(ring, chain, op, 0, 0, [], self._done, 0, _status_bytes(chain))
+        request = BlkRequest(ring, chain, op, 0, 0, [], self._done, 0, _status_bytes(chain))
+        self._unanswered[request] = None
+        return request
 
     def _flush(self, ring: UsedRing, chain: Chain) -> None:
         """FLUSH: the sector and any data are the driver's mistake, and harmless."""
@@ -300,8 +310,29 @@ class BlkEngine:
         has_status = chain[5] is not None
         ring.complete(chain, status, _status_bytes(chain) if has_status else 0)
 
+    def unanswered(self, ring: UsedRing) -> list[BlkRequest]:
+        """The requests of `ring` that the target has and did not finish, oldest first."""
+        return [request for request in self._unanswered if request.ring is ring]
+
+    def fail(self, requests: Sequence[BlkRequest]) -> None:
+        """Tell the guest that `requests` failed. `abandon` has to follow."""
+        for request in requests:
+            used_bytes = 0 if request.op == READ else request.used_bytes
+            request.ring.complete(request.chain, S_IOERR, used_bytes)
+
+    def abandon(self, requests: Sequence[BlkRequest]) -> None:
+        """The guest hears no more of `requests`, and their buffers are not touched any more by
+        what goes through them (see `Request.abandon`)."""
+        reads = [request.length for request in requests if request.op == READ]
+        # One for all: nobody looks at what lands there.
+        scratch = memoryview(bytearray(max(reads, default=0)))
+        for request in requests:
+            del self._unanswered[request]
+            request.abandon(_nobody_waits, scratch)
+
     def _finish(self, request: BlkRequest) -> None:
         """The disk is done with `request`: tell the guest."""
+        del self._unanswered[request]
         error = request.error
         if not error:
             request.ring.complete(request.chain, S_OK, request.used_bytes)
@@ -315,6 +346,10 @@ class BlkEngine:
 def _status_bytes(chain: Chain) -> int:
     """The used length of a chain of which only the status is written: 0 if data precedes that."""
     return 0 if chain[4] else 1
+
+
+def _nobody_waits(request: Request) -> None:
+    """The end of an abandoned request."""
 
 
 def _no_hit(offset: int, length: int, buffers: list[memoryview]) -> bool:
@@ -337,7 +372,8 @@ class _Segments:
         flags = self._request.flags
         op = self._request.op
         for offset, length, part_flags in parts:
-            submit(Request(op, offset, length, [], self._done, flags | part_flags))
+            part = Request(op, offset, length, [], self._done, flags | part_flags, self._request)
+            submit(part)
 
     def _done(self, part: Any) -> None:
         self._error = self._error or part.error
