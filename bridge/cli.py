@@ -261,6 +261,14 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Seconds that a stop may take to bring everything to the server.",
 )
+@option(
+    "--drain-timeout",
+    "drain_timeout_s",
+    type=Finite(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that the guest's stop (pause, migration) may take to be answered.",
+)
 @option("--tls-ca", "tls_ca_file", type=FilePath(), help="CA certificates (PEM).")
 @option("--tls-cert", "tls_certificate_file", type=FilePath(), help="Our certificate.")
 @option("--tls-key", "tls_key_file", type=FilePath(), help="The key to --tls-cert.")

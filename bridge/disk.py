@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from errno import ECANCELED
 from math import inf
 from typing import Protocol
 
@@ -121,6 +122,12 @@ class Disk:
         request, was_armed = flush.owner
         if flush.error and was_armed and self._deadline_s is None:
             self._arm_timer()
+        if request.is_abandoned:
+            # Nobody hears of it. (ECANCELED: it did not come to pass, which harms nothing.)
+            if flush.error not in (0, ECANCELED):
+                self._note_failure(flush.error)
+            request.finish(flush.error)
+            return
         error = flush.error or self._untold_error
         self._untold_error = 0
         request.finish(error)
@@ -136,10 +143,11 @@ class Disk:
             reason = os.strerror(flush.error)
             _log.warning("timed flush failed, will be tried again", reason=reason)
 
-    async def flush(self) -> int:
+    async def flush(self, *, quiet: bool = False) -> int:
         """Bring what was written to the server and flush it, for a clean stop; 0 or an errno.
 
-        Failure is logged; when cancelled, the flush goes on without anybody waiting for it.
+        Failure is logged, unless `quiet`; when cancelled, the flush goes on without anybody
+        waiting for it.
         """
         backend = self._backend
         if not backend.can_flush or (self._deadline_s is None and not backend.holds_writes):
@@ -150,7 +158,7 @@ class Disk:
         def done(flush: Request) -> None:
             nonlocal result
             result = flush.error
-            if flush.error:
+            if flush.error and not quiet:
                 _log.error("the last flush failed", reason=os.strerror(flush.error))
             finished.set()
 
@@ -163,13 +171,19 @@ class Disk:
 
         def done(flush: Request) -> None:
             if flush.error:
-                self._untold_error = flush.error
+                self._note_failure(flush.error)
                 if self._deadline_s is None:
                     self._arm_timer()
             then(flush)
 
         self._clear_timer()
         self._submit(Request(FLUSH, 0, 0, [], done))
+
+    def _note_failure(self, errno: int) -> None:
+        """A flush failed that the guest does not hear of: its next one has to. What a cache still
+        holds it sends again, and its flush tells the truth by itself."""
+        if not self._backend.holds_writes:
+            self._untold_error = errno
 
     async def run_flush_timer(self) -> None:
         """Fire the timer whenever it is due, for ever."""

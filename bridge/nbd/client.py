@@ -60,7 +60,7 @@ class Client:
         """Set, but for the time between `leave` and `come_back`."""
         self._wanted.set()
         self._reconnecting = trio.CancelScope()
-        self._client_id = secrets.token_hex(8)
+        self.client_id = secrets.token_hex(8)
         self._takes_names = False
         self._plain_next = False
         self._names_refused = False
@@ -159,19 +159,6 @@ class Client:
             await self._hang_up(timeout_s)
         finally:
             self.session.closed(self._take_unanswered())
-
-    def fail_pending(self, errno: int) -> None:
-        """Finish everything unfinished with `errno`, at once.
-
-        The connections are closed, so nothing touches the requests' buffers afterwards; commands
-        that the server has received already may still be executed by it.
-        """
-        if not self.in_flight:
-            return
-        for connection in self._connections:
-            connection.close()
-        self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
-        self._broken.set()
 
     def abandon(self) -> None:
         """See `Session.abandon`."""
@@ -301,7 +288,7 @@ class Client:
         name = self.uri.export_name
         if token is None:
             return name
-        return f"{name}@session={token},client={self._client_id},connection={number}"
+        return f"{name}@session={token},client={self.client_id},connection={number}"
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
