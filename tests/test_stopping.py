@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bridge.cache.file import open_file
 from bridge.cache.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 
-from bridge.errors import ProtocolError
+from bridge.errors import LeftBehind, ProtocolError
 from bridge.vhost_user.device import RingSetup, VhostUserDevice
 from bridge.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
@@ -104,9 +104,15 @@ class Rings:
             self._start_if_ready(ring)
 
     async def stop_all(self) -> None:
-        """Stop every ring."""
+        """Stop every ring. Raises LeftBehind as `stop_ring` does, with all of them stopped."""
+        left_behind: LeftBehind | None = None
         for ring in self._all:
-            await self._stop(ring)
+            try:
+                await self._stop(ring)
+            except LeftBehind as error:
+                left_behind = error
+        if left_behind is not None:
+            raise left_behind
 
     def forget_setups(self) -> None:
         """Every (stopped) ring is in its initial state, but for its eventfds."""

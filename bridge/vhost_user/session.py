@@ -266,11 +266,14 @@ class Session:
 
     async def _reset_device(self, payload: bytes, fds: list[int]) -> None:
         """Initial state for a new driver; memory, descriptors and protocol features stay."""
-        await self._rings.stop_all()
-        await self._device.reset()
-        self._rings.forget_setups()
-        self._rings.features = None
-        self._status = 0
+        try:
+            await self._rings.stop_all()
+        finally:
+            # Whatever the stop left behind: the driver has forgotten what it had in flight.
+            await self._device.reset()
+            self._rings.forget_setups()
+            self._rings.features = None
+            self._status = 0
 
     # Config space.
 
