@@ -105,9 +105,10 @@ class Service:
         state = handle.disk.load_state()
         generation = handle.session.generation if handle.session else state.generation
         identity = f"identity={state.identity} " if state.identity else ""
+        writer = f"writer={state.writer} " if state.writer else ""
         return (
             f"nbd-bridge volume={handle.volume} generation={generation} written={state.written} "
-            f"{identity}instance={handle.disk.instance()} session=yes"
+            f"{writer}{identity}instance={handle.disk.instance()} session=yes"
         )
 
     def _list_line(self, volume: VolumeInfo) -> str:

@@ -9,6 +9,7 @@ from nbd_plugin.store import VolumeState
 
 MAX_STATE_BYTES = 4096
 _IDENTITY = re.compile("([0-9a-f]{32})?", re.ASCII)
+_WRITER = re.compile("[A-Za-z0-9_.-]{0,64}", re.ASCII)
 
 
 def parse_state(data: bytes) -> VolumeState:
@@ -24,10 +25,14 @@ def parse_state(data: bytes) -> VolumeState:
     identity = fields.get("identity", "")
     if not (isinstance(identity, str) and _IDENTITY.fullmatch(identity)):
         raise ValueError("not an identity")
+    writer = fields.get("writer", "")
+    if not (isinstance(writer, str) and _WRITER.fullmatch(writer)):
+        raise ValueError("not a client")
     return VolumeState(
         generation=counters[0],
         written=counters[1],
         read_only=fields.get("read_only") is True,
         losses=counters[2],
         identity=identity,
+        writer=writer,
     )

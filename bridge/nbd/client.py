@@ -14,6 +14,7 @@ fill the network. They are used only if the server says that a flush on one cove
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +61,9 @@ class Client:
         """Set, but for the time between `leave` and `come_back`."""
         self._wanted.set()
         self._reconnecting = trio.CancelScope()
-        self.client_id = secrets.token_hex(8)
+        named = re.search(",client=([^,]+)", uri.export_name)
+        self.client_id = named[1] if named else secrets.token_hex(8)
+        """Who we are for our plugin: it says who wrote a volume last."""
         self._takes_names = False
         self._plain_next = False
         self._names_refused = False
@@ -239,7 +242,7 @@ class Client:
         if self.session.phase is Phase.CLOSED:
             return [first]
         export = first.export
-        announced = export.properties.get("session") == "yes" and "@" not in export.name
+        announced = export.properties.get("session") == "yes" and self._may_be_named
         if announced and token is None and not self._names_refused:
             # Our plugin: connections that name one session are admitted together, and one that
             # names its client replaces what that client has left behind.
@@ -284,10 +287,19 @@ class Client:
             raise ConnectionLost(f"{self.uri.server}: connections differ in size: {sorted(sizes)}")
         return found
 
+    @property
+    def _may_be_named(self) -> bool:
+        """The export's name does not say yet who we are."""
+        name = self.uri.export_name
+        return "@" not in name or ("@session=" in name and ",client=" not in name)
+
     def _name(self, token: str | None, number: int) -> str:
         name = self.uri.export_name
         if token is None:
             return name
+        if "@" in name:
+            # A session that is shared, for a migration: who we are tells later who wrote last.
+            return f"{name},client={self.client_id}"
         return f"{name}@session={token},client={self.client_id},connection={number}"
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
