@@ -316,6 +316,14 @@ def _client_options(options: dict[str, Any]) -> ClientOptions:
     show_default=True,
     help="Seconds that a stop may take to bring everything to the server.",
 )
+@option(
+    "--drain-timeout",
+    "drain_timeout_s",
+    type=Finite(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that the guest's stop (pause, migration) may take to be answered.",
+)
 @option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 @_one_line_errors

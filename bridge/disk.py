@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from errno import ECANCELED
 from math import inf
 from typing import Protocol
 
@@ -142,6 +143,13 @@ class Disk:
         request, was_armed = flush.owner
         if flush.error and was_armed and self._deadline_s is None:
             self._arm_timer()
+        if request.is_abandoned:
+            # Nobody hears of it. (ECANCELED: it did not come to pass, which harms nothing.)
+            if flush.error not in (0, ECANCELED):
+                self._note_failure(flush.error)
+            self._flush_ended(flush.error)
+            request.finish(flush.error)
+            return
         error = flush.error or self._untold_error
         self._untold_error = 0
         self._flush_ended(flush.error)
@@ -183,10 +191,11 @@ class Disk:
             reason = os.strerror(flush.error)
             _log.warning("timed flush failed, will be tried again", reason=reason)
 
-    async def flush(self) -> int:
+    async def flush(self, *, quiet: bool = False) -> int:
         """Bring what was written to the server and flush it, for a clean stop; 0 or an errno.
 
-        Failure is logged; when cancelled, the flush goes on without anybody waiting for it.
+        Failure is logged, unless `quiet`; when cancelled, the flush goes on without anybody
+        waiting for it.
         """
         backend = self._backend
         covers = self._unasked is not None and self._unasked_covers
@@ -200,7 +209,7 @@ class Disk:
         def done(flush: Request) -> None:
             nonlocal result
             result = flush.error
-            if flush.error:
+            if flush.error and not quiet:
                 _log.error("the last flush failed", reason=os.strerror(flush.error))
             finished.set()
 
@@ -226,7 +235,7 @@ class Disk:
     def _unasked_done(self, flush: Request) -> None:
         waiters, self._unasked = self._unasked or [], None
         if flush.error:
-            self._untold_error = flush.error
+            self._note_failure(flush.error)
             if self._deadline_s is None:
                 self._arm_timer()
         self._flush_ended(flush.error)
@@ -236,6 +245,12 @@ class Disk:
         self._unasked_ended.set()
         for then in waiters:
             then(flush)
+
+    def _note_failure(self, errno: int) -> None:
+        """A flush failed that the guest does not hear of: its next one has to. What a cache still
+        holds it sends again, and its flush tells the truth by itself."""
+        if not self._backend.holds_writes:
+            self._untold_error = errno
 
     async def run_flush_timer(self) -> None:
         """Fire the timer whenever it is due, for ever."""

@@ -34,6 +34,10 @@ class ConnectionLost(BridgeError):
     """The other side went away; trying again may help."""
 
 
+class LeftBehind(BridgeError):
+    """The guest has stopped, and not everything that it wrote is where the next host will look."""
+
+
 class RequestError(BridgeError):
     """One request failed with an errno; all else lives."""
 

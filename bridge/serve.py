@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import structlog
 import trio
@@ -43,6 +45,8 @@ class _Stop:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._deadline_s: float | None = None
+        self.on_begin: Callable[[], None] = _nothing
+        """Called when the time begins to run."""
         self.problem = ""
         """What the operator has to know: the exit status says that there was something."""
 
@@ -50,6 +54,7 @@ class _Stop:
         """The time runs from here on."""
         if self._deadline_s is None:
             self._deadline_s = trio.current_time() + self._limit_s
+            self.on_begin()
 
     @property
     def step_s(self) -> float:
@@ -79,7 +84,9 @@ class ServeOptions:
     flush_interval_s: float = 60.0
     poll_us: float = 32.0
     stop_timeout_s: float = 30.0
-    """How long a stop may take to bring everything to the server."""
+    """How long a stop of the process may take to bring everything to the server."""
+    drain_timeout_s: float = 30.0
+    """How long the guest's rings may take to stop, and what it wrote to get to the server then."""
     withheld_features: int = 0
     client: ClientOptions = field(default_factory=ClientOptions)
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -160,10 +167,9 @@ async def _serve(
 
     async def all_stopped() -> None:
         try:
-            await disk.flush()
+            await storage.hand_over(partial(disk.flush, quiet=True))
         finally:
             remember()
-        storage.may_be_written_elsewhere()
 
     device = BlkDevice(
         loop,
@@ -173,9 +179,11 @@ async def _serve(
         serial=options.serial or default_serial(export),
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
-        drain_timeout_s=stop.step_s,
-        failing=storage.failing,
+        drain_timeout_s=options.drain_timeout_s,
+        on_abandoned=storage.abandon,
         on_all_stopped=all_stopped,
+        on_left_behind=storage.stop_sending,
+        on_starting=storage.starting,
         on_recovered=storage.client.expect_stale_writes,
         on_inherited=inherited,
         on_fresh_guest=nothing_inherited,
@@ -185,6 +193,7 @@ async def _serve(
     if not (storage.has_cache or geometry.read_only):
         disk.on_changed = remember
         storage.client.on_reconnect = remember
+    stop.on_begin = lambda: device.hurry(stop.step_s)
     storage.on_resized = device.resize
     nursery.start_soon(device.run)
     with _listener(options) as listener:
@@ -202,7 +211,8 @@ async def _serve(
             stop.begin()
             error = 0
             with trio.move_on_after(stop.step_s, shield=True) as flushing:
-                error = await disk.flush()
+                if not storage.has_left:
+                    error = await disk.flush()
             # A cache keeps what could not be flushed, and has another try when it is closed.
             if not storage.has_cache and (flushing.cancelled_caught or error):
                 why = os.strerror(error) if error else "it did not answer in time"
@@ -215,6 +225,10 @@ async def _serve(
                     "the server may have lost writes of the guest's that it had not flushed, and "
                     "the guest has not flushed since, so it does not know: check its file systems"
                 )
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 async def _cancel_at_signal(

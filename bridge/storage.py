@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from errno import EIO
 from pathlib import Path
 
 import structlog
@@ -31,15 +32,16 @@ from bridge.cache.file import (
 from bridge.cache.inspect import drop
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
+from bridge.cache.sample import check_sample
 from bridge.disk import Backend
-from bridge.errors import ConfigError, ConnectionLost, InUse
+from bridge.errors import ConfigError, ConnectionLost, InUse, LeftBehind
 from bridge.location import Found, Wanted
 from bridge.loop import Loop
 from bridge.nbd.client import Client
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri
-from bridge.request import FLUSH, Request
+from bridge.request import DISCARD, FLUSH, WRITE_ZEROES, Request
 
 _log = structlog.get_logger(__name__)
 
@@ -53,6 +55,14 @@ _ANSWER_LIMIT_S = 10.0
 
 _COMPARE_LIMIT_S = 30.0
 """The same before dirty data of an earlier run is sent: without an answer there is no start."""
+
+
+_LEAVE_S = 2.0
+"""How long a session that is left may take to answer what is in flight: the limit of the stop has
+passed already, and hanging up before aborts nbdkit 1.32."""
+
+_SAMPLE_BLOCKS = 64
+"""How many clean blocks are compared when a guest comes back to a server that counts nobody."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +171,20 @@ def unwritten(file: CacheFile, reason: str, remedy: str) -> ConfigError:
 def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
     """What only the cache has must not be written over what somebody else wrote, or to another
     volume, without being told to. Raises ConfigError."""
-    if export.content_sessions is None or not cache.index.dirty_slots:
+    if not cache.index.dirty_slots:
+        return
+    if file.header.frozen and (export.sessions is None or is_shared(export.name)):
+        reason = "the guest was stopped and may have written elsewhere since, which cannot be told"
+        raise unwritten(file, reason, "nbd-bridge cache flush --force")
+    if export.content_sessions is None:
         return
     if reason := cache.foreign_change(*export.content_sessions, export.identity):
         raise unwritten(file, reason, "nbd-bridge cache flush --force")
+
+
+def is_shared(export_name: str) -> bool:
+    """Others may be in the same session of our plugin: for a migration."""
+    return "@session=" in export_name
 
 
 def note_export(cache: Cache, export: Export) -> None:
@@ -353,6 +373,13 @@ class Storage:
         self._woken = trio.Event()
         self._opened = False
         self._closed = False
+        self._late: set[Request] = set()
+        """Abandoned discards that the cache has not come to the end of."""
+        self._away = False
+        """Nothing is sent, and the session was left: see `stop_sending`."""
+        self._go: Callable[[], None] = _go_nowhere
+        self._refusal: ConfigError | None = None
+        self._refused = trio.Event()
         self.on_resized: Callable[[int], None] = _nothing
         """Called with the new size in bytes when the disk has grown, and may be used so far."""
 
@@ -373,6 +400,8 @@ class Storage:
             raise
         assert self._file is not None
         check_export(cache, self._file, export)
+        if self._file.header.frozen:
+            self._file.save_header(frozen=False)
         expect_stale_writes(self.client, self._file, cache.index.dirty_slots)
         cache.woken = self._wake
         self.client.keeps_unflushed = True
@@ -520,6 +549,13 @@ class Storage:
 
     def _reconnected(self) -> None:
         """A new connection is up; nothing was sent on it yet."""
+        if self._away:
+            self._judge_return()
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """What is dirty may be sent on this connection."""
         cache = self._cache
         assert cache is not None
         cache.backend_reconnected()
@@ -553,7 +589,7 @@ class Storage:
         A session that is ours alone excludes that. One that is shared for migration does not, and
         has one number for all of it: what is clean here is not to be believed afterwards.
         """
-        if self._cache is not None and "@session=" in self._uri.export_name:
+        if self._cache is not None and is_shared(self._uri.export_name):
             self._cache.drop_clean()
 
     @property
@@ -604,6 +640,7 @@ class Storage:
         """Look after the connection and the cache's deadlines, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.client.run)
+            nursery.start_soon(self._watch_refusal)
             if self._cache is not None:
                 nursery.start_soon(self._run_cache, self._cache)
 
@@ -619,20 +656,149 @@ class Storage:
     def _wake(self) -> None:
         self._woken.set()
 
-    @contextmanager
-    def failing(self, errno: int) -> Iterator[None]:
-        """Within this everything unfinished fails with `errno`, and nothing new is begun.
+    # The guest stops, and perhaps comes back.
 
-        A request of the guest's that waits in the cache (for room, for a discard, for the rest of a
-        block) comes to its end within a few turns, and nobody touches its memory afterwards. What
-        is dirty stays.
+    def abandon(self, requests: Sequence[Request]) -> None:
+        """These were abandoned (`Request.abandon`): nothing of them that was not sent is sent."""
+        self.client.abandon()
+        if self._cache is not None:
+            for request in requests:
+                # A write is not stored any more; these have no such point.
+                if request.op in (DISCARD, WRITE_ZEROES):
+                    self._late.add(request)
+                    request.done = self._late.discard
+
+    async def hand_over(self, flush: Callable[[], Awaitable[int]]) -> None:
+        """The guest has stopped: bring what it wrote to the server and `flush` it, so that it may
+        go on elsewhere. Raises LeftBehind if that fails; may be cancelled."""
+        if self._is_frozen:
+            raise LeftBehind(self._what_is_left())
+        if not self._away and (error := await flush()):
+            raise LeftBehind(
+                f"the server could not flush ({os.strerror(error)}): what the guest wrote since "
+                "its last flush may not be durable"
+            )
+        if self._late:
+            await self.stop_sending()
+        elif self._cache is None:
+            self.client.silence()
+        self.may_be_written_elsewhere()
+
+    async def stop_sending(self) -> str:
+        """The guest has stopped and may go on elsewhere before all that it wrote is at the server:
+        nothing of it is sent from here any more, until `starting`.
+
+        What is dirty is marked in the cache file as frozen, and the session is left. Returns what
+        is left here and what to do, one line, or "" if nothing is.
         """
-        self._refuse(errno)
-        self.client.fail_pending(errno)
-        try:
-            yield
-        finally:
-            self._refuse(0)
+        cache, file = self._cache, self._file
+        if cache is None or file is None:
+            self.client.silence()
+            return ""
+        if not cache.index.dirty_slots and not self._late:
+            return ""
+        self._away = True
+        # The mark comes first: from here on a death finds it. The gate next: what is not in the
+        # client's hands yet never gets there.
+        if cache.index.dirty_slots:
+            file.save_header(frozen=True)
+        cache.freeze(True)
+        self._refuse(EIO)
+        await self.client.leave(min(_LEAVE_S, self.client.options.close_timeout_s), EIO)
+        if not cache.index.dirty_slots:
+            file.save_header(frozen=False)  # the last answers came after all
+        return self._what_is_left() if self._is_frozen else ""
+
+    @property
+    def has_left(self) -> bool:
+        """Nothing is sent until the guest comes back."""
+        return self._away
+
+    @property
+    def _is_frozen(self) -> bool:
+        return self._away and self._file is not None and self._file.header.frozen
+
+    def _what_is_left(self) -> str:
+        assert self._file is not None
+        path, dirty = self._file.path, dirty_bytes(self._file)
+        return (
+            f"the server did not take everything before the guest stopped: {dirty} bytes are kept "
+            f"in {path} and not sent any more; start the guest here again, or stop this bridge and "
+            f"run 'nbd-bridge cache flush {path}' before it starts elsewhere"
+        )
+
+    def starting(self, go: Callable[[], None]) -> bool:
+        """The guest starts a ring. False if it has to wait until `go` is called: the session was
+        left, and has to be entered again without that anybody else has written meanwhile."""
+        if not self._away:
+            return True
+        self._go = go
+        self.client.come_back()
+        return False
+
+    def _judge_return(self) -> None:
+        """Connected again for a guest that has come back: may it go on with what was kept?"""
+        cache, file, export = self._cache, self._file, self.client.export
+        assert cache is not None
+        assert file is not None
+        if not file.header.frozen:
+            self._thaw()
+        elif export.sessions is None:
+            # Past the gate: only to look.
+            check_sample(cache, NbdBackend(self.client), self._judge_sample, _SAMPLE_BLOCKS)
+        elif reason := self._written_by_others(cache, export):
+            self._refuse_return(reason)
+        else:
+            self._thaw()
+
+    def _written_by_others(self, cache: Cache, export: Export) -> str:
+        """Why what is frozen must not be sent to a server that counts its writers; "": it may."""
+        assert export.sessions is not None
+        if reason := cache.foreign_change(*export.sessions, export.identity):
+            return reason
+        if is_shared(self._uri.export_name):
+            # One number for all of the session: only who wrote last tells more.
+            writer = export.properties.get("writer")
+            if writer is None:
+                return "others in the same session may have written the export since"
+            if writer != self.client.client_id:
+                return "somebody else wrote the export since"
+        return ""
+
+    def _judge_sample(self, differing: int) -> None:
+        """The same where the server counts nobody: what is cached and clean was compared."""
+        if differing > 0:
+            self._refuse_return("somebody else wrote the export since")
+        elif not differing and self._away:
+            self._thaw()
+        # No answer: the connection is lost again, and the next one is asked.
+
+    def _refuse_return(self, reason: str) -> None:
+        assert self._file is not None
+        self._refusal = unwritten(self._file, reason, "nbd-bridge cache flush --force")
+        self._refused.set()
+
+    async def _watch_refusal(self) -> None:
+        """The disk cannot be served: whoever decides what counts needs the cache file."""
+        await self._refused.wait()
+        assert self._refusal is not None
+        raise self._refusal
+
+    def _thaw(self) -> None:
+        """The guest goes on here, and so does the sending."""
+        cache, file = self._cache, self._file
+        assert cache is not None
+        assert file is not None
+        if file.header.frozen:
+            _log.info("the guest is back, and nobody else wrote: what was kept is sent")
+            file.save_header(frozen=False)
+        self._away = False
+        self._refuse(0)
+        self._go_on()
+        cache.freeze(False)
+        go, self._go = self._go, _go_nowhere
+        # Not before the session is through with what a new connection asks of it.
+        self._loop.at_turn_end(go)
 
     def _refuse(self, errno: int) -> None:
         if self._cache is not None and self._under_cache is not None:
@@ -649,7 +815,8 @@ class Storage:
         """
         hang_up_s = min(self.client.options.close_timeout_s, limit_s / 4)
         deadline_s = trio.current_time() + limit_s
-        if self._cache is not None and self._opened and self._cache.index.dirty_slots:
+        dirty_slots = self._cache.index.dirty_slots if self._cache is not None else 0
+        if self._cache is not None and self._opened and not self._away and dirty_slots:
             with trio.move_on_at(deadline_s - hang_up_s):
                 await self._flush_cache(self._cache)
         await self.client.close(max(deadline_s - trio.current_time(), hang_up_s))
@@ -660,6 +827,11 @@ class Storage:
             return problem
         if problem:
             return f"{problem}; it holds what the server did not take in time"
+        if self._away:
+            return (
+                f"what the server lacks is kept in {path}: before the guest starts elsewhere, run "
+                f"'nbd-bridge cache flush {path}'"
+            )
         return (
             f"the server did not take everything in time: what is missing is kept in {path} and "
             "goes to the server at the next start"
@@ -728,6 +900,10 @@ async def answer_of(
     with trio.move_on_after(limit_s):
         await ended.wait()
     return answer
+
+
+def _go_nowhere() -> None:
+    """Nobody waits."""
 
 
 def _nothing(size_bytes: int) -> None:

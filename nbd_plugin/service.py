@@ -257,4 +257,5 @@ def _counters(handle: Handle) -> str:
     generation = handle.session.generation if handle.session else state.generation
     identity = f"identity={state.identity} " if state.identity else ""
     grown = f"grown_from={state.grown_from} " if state.only_grew else ""
-    return f"generation={generation} written={state.written} {grown}{identity}"
+    writer = f"writer={state.writer} " if state.writer else ""
+    return f"generation={generation} written={state.written} {grown}{writer}{identity}"

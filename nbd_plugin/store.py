@@ -33,6 +33,8 @@ class VolumeState:
     identity: str = ""
     """32 hexadecimal digits that no other volume has, whatever its name; "" before the first
     writable session."""
+    writer: str = ""
+    """The client that wrote last, "" if it has no name."""
     losses: int = 0
     """How often a flush failed, so that writes which were acknowledged may be gone."""
     seen: str = ""

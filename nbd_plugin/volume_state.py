@@ -10,6 +10,7 @@ from nbd_plugin.store import VolumeState
 
 MAX_STATE_BYTES = 4096
 _IDENTITY = re.compile("([0-9a-f]{32})?", re.ASCII)
+_WRITER = re.compile("[A-Za-z0-9_.-]{0,64}", re.ASCII)
 
 
 def parse_state(data: bytes) -> VolumeState:
@@ -29,6 +30,9 @@ def parse_state(data: bytes) -> VolumeState:
     seen = fields.get("seen", "")
     if not (isinstance(seen, str) and SEEN.fullmatch(seen)):
         raise ValueError("not a description of a file")
+    writer = fields.get("writer", "")
+    if not (isinstance(writer, str) and _WRITER.fullmatch(writer)):
+        raise ValueError("not a client")
     return VolumeState(
         generation=counters[0],
         written=counters[1],
@@ -38,4 +42,5 @@ def parse_state(data: bytes) -> VolumeState:
         grown_to=counters[4],
         identity=identity,
         seen=seen,
+        writer=writer,
     )

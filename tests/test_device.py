@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from errno import EIO
 from pathlib import Path
@@ -16,9 +16,9 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from bridge.errors import ProtocolError
+from bridge.errors import LeftBehind, ProtocolError
 from bridge.eventfds import EventfdWriter
-from bridge.request import FLUSH, UNASKED, WRITE, Request
+from bridge.request import FLUSH, READ, UNASKED, WRITE, Request
 from bridge.vhost_user.device import MemoryRegion
 from bridge.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
 from bridge.virtio.blk_config import F_CONFIG_WCE, F_FLUSH, F_VERSION_1
@@ -377,12 +377,12 @@ async def test_3_8_stop_is_bounded_and_fails_what_nobody_answers(
 async def test_ring_closed_with_requests_unanswered_is_never_written_again(
     autojump_clock: MockClock,
 ) -> None:
-    """Even a storage side that ignores being told to give up cannot reach ring or status."""
-    async with running_device(failing=nullcontext, drain_timeout_s=5) as guest:
+    """Even a storage side that goes on with them cannot reach ring, status or data."""
+    async with running_device(on_abandoned=lambda requests: None, drain_timeout_s=5) as guest:
         await guest.connect()
         ring = guest.start()
         guest.disk.hold = True
-        guest.put(T_OUT, out=b"x" * 512)
+        guest.put(T_IN, room=512)
         ring.kick_device()
         await until(lambda: len(guest.disk.held) == 1)
         await guest.device.stop_ring(0)
@@ -458,11 +458,129 @@ async def test_3_8_last_stop_waits_for_the_disk_to_be_up_to_date(
         assert order == ["up to date"]
 
 
-async def test_3_8_last_stop_does_not_wait_for_ever(autojump_clock: MockClock) -> None:
-    async with running_device(on_all_stopped=trio.sleep_forever, drain_timeout_s=7) as guest:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_3_8_last_stop_that_leaves_something_behind_is_not_answered(
+    autojump_clock: MockClock, fails: bool
+) -> None:
+    """It does not wait for ever either: QEMU's main loop does."""
+
+    async def on_all_stopped() -> None:
+        if fails:
+            raise LeftBehind("the flush failed")
+        await trio.sleep_forever()
+
+    async def on_left_behind() -> str:
+        return "4096 bytes"
+
+    async with running_device(
+        on_all_stopped=on_all_stopped, on_left_behind=on_left_behind, drain_timeout_s=7
+    ) as guest:
         await guest.connect()
         guest.start(0)
-        await guest.device.stop_ring(0)
+        began_s = trio.current_time()
+        with pytest.raises(LeftBehind, match="4096 bytes"):
+            await guest.device.stop_ring(0)
+        assert trio.current_time() - began_s == pytest.approx(0 if fails else 7)
+        guest.start(0)  # the guest may come back
+
+
+async def test_front_end_that_has_gone_is_promised_nothing(autojump_clock: MockClock) -> None:
+    asked = []
+
+    async def on_left_behind() -> str:
+        asked.append(1)
+        return "something"
+
+    async with running_device(
+        on_all_stopped=trio.sleep_forever, on_left_behind=on_left_behind, drain_timeout_s=7
+    ) as guest:
+        await guest.connect()
+        guest.start(0)
+        await guest.device.disconnected()
+    assert not asked
+
+
+async def test_ring_held_at_its_start_begins_nothing_until_it_is_let_go(
+    guest: DeviceGuest,
+) -> None:
+    let_go: list[Any] = []
+    fd, _ = guest.device.create_inflight(1, 16)
+    guest.start()
+    guest.disk.hold = True
+    left = guest.put(T_IN, room=512)
+    guest.rings[0].kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    guest.device.hurry(0)
+    await guest.device.stop_ring(0)
+    guest.disk.hold = False
+    guest.device._on_starting = lambda go: bool(let_go.append(go))
+    guest.start()
+    late = guest.put(T_FLUSH)
+    guest.rings[0].kick_device()
+    await a_while()
+    guest.device.suspend_ring(0)
+    guest.device.resume_ring(0)
+    await guest.device.replace_memory([guest.region()])
+    await a_while()
+    assert (left.status, late.status) == (0xEE, 0xEE)
+    await guest.device.stop_ring(0)  # at once: nothing was begun
+    guest.start()
+    let_go[-1]()
+    await until(lambda: late.status == left.status == S_OK)
+    assert [each.op for each in guest.disk.requests] == [READ, READ, FLUSH]
+    os.close(fd)
+
+
+async def test_requests_left_in_the_region_are_forgotten_by_a_reset(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    """The driver has forgotten them, and uses their memory again."""
+    fd, size = guest.device.create_inflight(1, 16)
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    base = await guest.device.stop_ring(0)
+    await guest.device.reset()
+    await guest.connect()
+    guest.disk.hold = False
+    guest.device.set_inflight(fd, 0, size, 1, 16)
+    guest.start(base=base)
+    await a_while()
+    assert pending.status == 0xEE
+    assert len(guest.disk.requests) == 1
+    os.close(fd)
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_3_10_requests_that_this_process_left_itself_are_no_other_processs(
+    guest: DeviceGuest, autojump_clock: MockClock, same: bool
+) -> None:
+    """It knows what it has sent: nothing need be waited for. QEMU hands the region over anew with
+    each start."""
+    told: list[None] = []
+    guest.device._on_recovered = lambda: told.append(None)
+    fd, size = guest.device.create_inflight(1, 16)
+    guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    guest.rings[0].kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    await guest.device.stop_ring(0)
+    guest.disk.hold = False
+    if not same:
+        with open(os.dup(fd), "rb") as file:
+            file.seek(0)
+            content = file.read()
+        os.close(fd)
+        fd = os.memfd_create("another")
+        os.write(fd, content)
+    guest.device.set_inflight(fd, 0, size, 1, 16)
+    guest.start()
+    await until(lambda: pending.status == S_OK)
+    assert len(told) == (0 if same else 1)
+    os.close(fd)
 
 
 async def test_disconnect_twice_and_before_anything_is_fine(guest: DeviceGuest) -> None:

@@ -132,6 +132,7 @@ class Cache:
         self.woken: Callable[[], None] = _nothing
         """Called when `next_deadline()` has moved to an earlier time."""
         self._promised = float("inf")
+        self._frozen = False
         self._writeback.woken = self._deadline_appeared
         index.cleaned = slots.cleaned
         slots.unpinned = self._store.wake
@@ -268,6 +269,14 @@ class Cache:
         self._store.refuse(errno)
         self._reads.refuse(errno)
 
+    def freeze(self, frozen: bool) -> None:
+        """Begin nothing by itself (write-out by age, flush by time), or do it again. What the
+        backend gets then has to be refused by itself."""
+        self._frozen = frozen
+        if not frozen:
+            self._promised = float("inf")
+            self.woken()
+
     def backend_reconnected(self) -> None:
         """The connection was replaced: call this after `backend.generation` was raised and
         before unanswered requests are sent again."""
@@ -298,6 +307,8 @@ class Cache:
         return due
 
     def _deadline(self) -> float | None:
+        if self._frozen:
+            return None
         due = self._flusher.due if not self._flusher.running else None
         other = self._writeback.next_deadline()
         if due is None or (other is not None and other < due):
@@ -316,6 +327,8 @@ class Cache:
 
     def tick(self, now: float) -> None:
         """Do what is due: the flush timer, write-out by age."""
+        if self._frozen:
+            return
         self._flusher.tick(now)
         self._writeback.tick(now)
         if now >= self._residency_due:

@@ -163,6 +163,9 @@ class Header:
     export_generation: int
     """The export's generation that the clean blocks belong to; 0: the server has none."""
     created_s: int
+    frozen: bool = False
+    """Its guest was stopped before everything was at the server, and may have gone on elsewhere:
+    what is dirty is not to be sent before it is known that nobody else wrote."""
     export_identity: bytes = b""
     """16 bytes of the volume that the content belongs to; b"": the server gives none."""
     witness: int = 0
@@ -189,7 +192,7 @@ class Header:
             sizes.block_bytes,
             sizes.granule_bytes,
             sizes.slots,
-            int(self.clean),
+            self.clean | self.frozen << 1,
             sizes.disk_bytes,
             self.sequence,
             self.export_generation,
@@ -260,7 +263,7 @@ def _parse_page(page: bytes) -> Header | None:
     magic, version, header_bytes = fields[:3]
     if magic != MAGIC or version != VERSION or header_bytes != HEADER_BYTES:
         return None
-    block, granule, slots, clean, disk, sequence, generation, created = fields[3:11]
+    block, granule, slots, marks, disk, sequence, generation, created = fields[3:11]
     boot_id, index_crc, digest, uri_bytes, export_bytes = fields[11:]
     geometry = Geometry(disk, block, granule, slots)
     if geometry.fault() or uri_bytes > _TEXT_BYTES or export_bytes > _TEXT_BYTES:
@@ -274,7 +277,8 @@ def _parse_page(page: bytes) -> Header | None:
         digest=digest,
         sequence=sequence,
         boot_id=boot_id,
-        clean=bool(clean),
+        clean=bool(marks & 1),
+        frozen=bool(marks & 2),
         index_crc=index_crc,
         export_generation=generation,
         created_s=created,

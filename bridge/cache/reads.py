@@ -124,7 +124,8 @@ class Reads:
         def done(inner: Request) -> None:
             request.finish(inner.error)
 
-        self._backend.submit(Request(READ, request.offset, request.length, request.buffers, done))
+        offset, length, buffers = request.offset, request.length, request.buffers
+        self._backend.submit(Request(READ, offset, length, buffers, done, 0, request))
         return True
 
     def prefetch(self, request: Request) -> None:

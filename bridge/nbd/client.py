@@ -15,6 +15,7 @@ fill the network. They are used only if the server says that a flush on one cove
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +61,13 @@ class Client:
         self._broken = trio.Event()
         self._run_scope = trio.CancelScope()
         self._closing = False
-        self._client_id = secrets.token_hex(8)
+        self._wanted = trio.Event()
+        """Set, but for the time between `leave` and `come_back`."""
+        self._wanted.set()
+        self._reconnecting = trio.CancelScope()
+        named = re.search(",client=([^,]+)", uri.export_name)
+        self.client_id = named[1] if named else secrets.token_hex(8)
+        """Who we are for our plugin: it says who wrote a volume last."""
         self._takes_names = False
         self._plain_next = False
         self._names_refused = False
@@ -143,7 +150,9 @@ class Client:
                 while True:
                     await self._broken.wait()
                     await self._give_up_connections()
-                    await self._reconnect()
+                    await self._wanted.wait()
+                    with trio.CancelScope() as self._reconnecting:
+                        await self._reconnect()
 
     async def close(self, timeout_s: float | None = None) -> None:
         """Let what is in flight be answered, say DISC, close. What is left then fails with EIO.
@@ -160,18 +169,40 @@ class Client:
         finally:
             self.session.closed(self._take_unanswered())
 
-    def fail_pending(self, errno: int) -> None:
-        """Finish everything unfinished with `errno`, at once.
+    def abandon(self) -> None:
+        """See `Session.abandon`."""
+        self.session.abandon()
 
-        The connections are closed, so nothing touches the requests' buffers afterwards; commands
-        that the server has received already may still be executed by it.
-        """
-        if not self.in_flight:
-            return
+    def silence(self) -> None:
+        """Nothing of abandoned requests leaves this process from here on: a connection that has
+        some of it to send is given up."""
         for connection in self._connections:
-            connection.close()
-        self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
-        self._broken.set()
+            if connection.alive and connection.has_unsent and connection.abandon():
+                connection.fail(
+                    ConnectionLost("given up: the guest has stopped with writes half sent")
+                )
+
+    async def leave(self, timeout_s: float, errno: int) -> None:
+        """Hang up, and stay away until `come_back`. What has no answer within `timeout_s` fails
+        with `errno`, and so does what waits; what is submitted later waits for the return."""
+        if not self._wanted.is_set():
+            return
+        self._wanted = trio.Event()
+        self._reconnecting.cancel()
+        self.session.leaving()
+        try:
+            await self._hang_up(timeout_s)
+        finally:
+            for connection in self._connections:
+                connection.close()
+            self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
+            self._broken.set()
+
+    def come_back(self) -> None:
+        """The end of `leave`: connect again."""
+        if not self._wanted.is_set():
+            self.session.wait_anew(trio.current_time())
+            self._wanted.set()
 
     # Connections.
 
@@ -184,6 +215,10 @@ class Client:
             for each in negotiated:
                 await leave(each)
             raise ConnectionLost(f"{self.uri.server}: {reason}")
+        if not self._wanted.is_set():
+            for each in negotiated:
+                each.close()
+            raise ConnectionLost("nobody wants the connection any more")
         self._broken = trio.Event()
         generation = self.session.generation + 1
         connections: list[Connection] = []
@@ -231,12 +266,13 @@ class Client:
         if self.session.phase is Phase.CLOSED:
             return [first]
         export = first.export
-        announced = export.properties.get("session") == "yes" and "@" not in export.name
-        if announced and self.options.read_only:
+        announced = export.properties.get("session") == "yes"
+        if announced and self.options.read_only and "@" not in export.name:
             # Our plugin, which did not say so when it was asked: let go of the volume at once.
             await leave(first)
             self._reads_only = True
             return await self._negotiate_all()
+        announced = announced and self._may_be_named
         if announced and token is None and not self._names_refused:
             # Our plugin: connections that name one session are admitted together, and one that
             # names its client replaces what that client has left behind.
@@ -291,13 +327,23 @@ class Client:
         with contextlib.suppress(ConnectionLost):
             self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options)
 
+    @property
+    def _may_be_named(self) -> bool:
+        """The export's name does not say yet who we are."""
+        name = self.uri.export_name
+        return "@" not in name or ("@session=" in name and ",client=" not in name)
+
     def _name(self, token: str | None, number: int) -> str:
         name = self.uri.export_name
         if self._reads_only:
             return f"{name}@readonly"
         if token is None:
             return name
-        named = f"{name}@session={token},client={self._client_id},connection={number}"
+        if "@" in name:
+            # A session that is shared, for a migration: who we are tells later who wrote last.
+            named = f"{name},client={self.client_id}"
+        else:
+            named = f"{name}@session={token},client={self.client_id},connection={number}"
         # A server may refuse a name that is longer than the protocol's limit.
         return named if len(named.encode()) <= NAME_MAX_BYTES else name
 
@@ -386,6 +432,8 @@ class Client:
             _TICK_S,
         )
         while True:
+            if not self._wanted.is_set():
+                await self._wanted.wait()
             now = trio.current_time()
             self.session.tick(now)
             if options.request_timeout_s:

@@ -421,6 +421,18 @@ class Connection:
             self._queued = True
             self._loop.at_turn_end(self.flush_output)
 
+    def abandon(self) -> list[Request]:
+        """See session.Channel."""
+        found = self.transmission.abandon()
+        if found:
+            self._unsent = [bytes(piece) for piece in self._unsent]
+        return found
+
+    @property
+    def has_unsent(self) -> bool:
+        """Some of what was to be sent is still here."""
+        return bool(self._unsent or self.transmission.output)
+
     def flush_output(self) -> None:
         """Send what has gathered, as far as the socket takes it."""
         try:

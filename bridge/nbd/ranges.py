@@ -116,6 +116,18 @@ class Ranges:
         if self._ready:
             self._run()
 
+    def withdraw(self, claim: Claim) -> None:
+        """The change is over, whether its claim has gone or still waits."""
+        if claim.active:
+            self.release(claim)
+            return
+        claim.taken = True
+        del self._wait[claim]
+        if claim in self._parked:
+            del self._parked[claim]
+            self._ready.append(claim)
+            self._run()
+
     def hold(self, spans: list[Span]) -> None:
         """Keep changes out of `spans`, and of no others from now on; those under way go on.
 

@@ -112,6 +112,10 @@ class Channel(Protocol):
     def send(self, request: Request) -> None:
         """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""
 
+    def abandon(self) -> list[Request]:
+        """The commands without an answer that are of abandoned requests: from here on nothing
+        touches the buffers that those came with."""
+
 
 class Session:
     """See the module's text. `now` is in seconds of any monotonic clock."""
@@ -136,6 +140,8 @@ class Session:
         self._unanswered: list[Request] = []
         self._ranges = Ranges()
         self._held = Held(self._ranges)
+        self._outlived: set[Claim] = set()
+        """What commands of abandoned requests, sent and not answered, may still change."""
         self._ordered = False
         self._stale_possible = False
         self._down_since_s = 0.0
@@ -188,7 +194,11 @@ class Session:
         error = self._refusal(request)
         if error is not None:
             request.finish(error)
-        elif request.op in _CHANGES and (self._ordered or self._held) and not self._fails:
+        elif (
+            request.op in _CHANGES
+            and (self._ordered or self._held or self._outlived)
+            and not self._fails
+        ):
             start, stop = request.offset, request.offset + request.length
             block_bytes = self._align_mask + 1
             self._ranges.enter(_Change(self, request, *cover(start, stop - start, block_bytes)))
@@ -506,7 +516,8 @@ class Session:
     def _set_fast_limits(self) -> None:
         export = self.export
         self._max_read = self._limits.payload_bytes
-        fast = not (self._ordered or self._held or export.read_only or self._options.read_only)
+        slow = self._ordered or self._held or self._outlived
+        fast = not (slow or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
 
     def _judge_unflushed(self, export: Export) -> None:
@@ -714,7 +725,8 @@ class Session:
             if isinstance(request.done, _OnceMore):
                 request.done = request.done.done  # It is sent again anyway.
         tried = self._tried
-        self._unanswered += self._take_trial(unanswered)
+        unanswered, abandoned = _without_abandoned(self._take_trial(unanswered))
+        self._unanswered += unanswered
         self._stale_possible = stale_possible
         if answered or not self._owed:
             # Otherwise it was no better than none: what waits has waited since an earlier loss.
@@ -726,10 +738,12 @@ class Session:
             self._attempts = 0
         self.phase = Phase.DOWN
         self._send = self._wait
-        if blamed is None:
+        if blamed is None or blamed.is_abandoned:
             self._suspects.clear()
         else:
             self._judge_hang_up(now, blamed, answered=answered, tried=blamed is tried)
+        if abandoned:
+            self._drop(abandoned)
         self._give_up_when_due(now)
 
     def next_delay_s(self) -> float:
@@ -761,6 +775,14 @@ class Session:
             self.given_up = True
             _log.error("no connection for too long: requests fail", seconds=timeout_s)
             self._fail_all(errno.EIO)
+
+    def wait_anew(self, now: float) -> None:
+        """The connection was done without for a while, and is wanted again from now on."""
+        if self.phase is Phase.DOWN:
+            self._down_since_s = now
+            self.given_up = False
+            self._send = self._wait
+            self._attempts = 0
 
     def next_deadline_s(self) -> float | None:
         """When `tick` has something to do."""
@@ -801,6 +823,58 @@ class Session:
         self._fail_all(error)
         if self.phase is Phase.DOWN and not self.given_up:
             self._send = self._wait
+
+    def abandon(self) -> None:
+        """Some requests were abandoned (`Request.abandon`): commands of theirs that were not sent
+        are dropped, those that were are never sent again, and other changes keep out of their way
+        until they are answered or, if their connection is lost, for the grace time."""
+        self._unanswered, sent = _without_abandoned(self._unanswered)
+        self._waiting, unsent = _without_abandoned(self._waiting)
+        on_trial, more = _without_abandoned(list(self._trial))
+        self._trial = deque(on_trial)
+        sent += more
+        if self._tried is not None and self._tried.done != self._answered_alone:
+            # It was abandoned itself: the trial goes on all the same when it is answered.
+            self._tried_done, self._tried.done = self._tried.done, self._answered_alone
+        self._flushes, flushes = _without_abandoned(self._flushes)
+        if self._flushing is not None:
+            self._flushing.owner, more = _without_abandoned(self._flushing.owner)
+            flushes += more
+        for channel in self._channels:
+            for command in channel.abandon():
+                self._outlive(command)
+        self._set_fast_limits()
+        self._drop(sent)
+        for request in (*unsent, *flushes):
+            request.finish(errno.ECANCELED)
+
+    def _outlive(self, command: Request) -> None:
+        """The answer to `command` is still to come: what it is a part of goes no further then."""
+        done = command.done
+        if isinstance(done, _OnceMore):
+            done = done.done
+        claim: Claim | None = None
+        if command.op in _CHANGES:
+            claim = Claim(command.offset, command.offset + command.length)
+            self._outlived.add(claim)
+            self._ranges.enter(claim)
+
+        def ended(command: Request) -> None:
+            command.error = command.error or errno.ECANCELED
+            done(command)
+            if claim is not None:
+                self._outlived.remove(claim)
+                self._ranges.withdraw(claim)
+                self._set_fast_limits()
+
+        command.done = ended
+
+    def _drop(self, abandoned: list[Request]) -> None:
+        """These were sent on a connection that is lost, and are not to be sent again."""
+        if self._stale_possible:
+            self._hold(_changed(abandoned))
+        for request in abandoned:
+            request.finish(errno.ECANCELED)
 
     def closed(self, unanswered: list[Request]) -> None:
         """No more connections: what is left fails."""
@@ -854,6 +928,10 @@ class _Change(Claim):
 
     def go(self) -> None:
         request = self._request
+        if request.is_abandoned:
+            self._session._ranges.release(self)
+            request.finish(errno.ECANCELED)
+            return
         self._session._command(
             Request(
                 request.op,
@@ -862,6 +940,7 @@ class _Change(Claim):
                 request.buffers,
                 self._done,
                 request.flags,
+                request,
             )
         )
 
@@ -882,6 +961,14 @@ def _guests_and_others(flushes: list[Request]) -> tuple[list[Request], list[Requ
         [request for request in flushes if not request.flags & UNASKED],
         [request for request in flushes if request.flags & UNASKED],
     )
+
+
+def _without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Request]]:
+    """`requests` without those that were abandoned, and these."""
+    abandoned = [each for each in requests if each.is_abandoned]
+    if not abandoned:
+        return requests, []
+    return [each for each in requests if not each.is_abandoned], abandoned
 
 
 def _changed(requests: list[Request]) -> list[Span]:

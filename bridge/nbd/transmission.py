@@ -215,6 +215,25 @@ class Transmission:
         self.direct = []
         return found
 
+    def abandon(self) -> list[Request]:
+        """The commands without an answer that are of abandoned requests.
+
+        Their payload lands nowhere from here on. What is still to be sent is copied, all of it:
+        the frames have to become whole, and nobody knows what belongs to whom.
+        """
+        waiting = (*self.refused, *self.early, *self.pending.values())
+        found = [request for request in waiting if request.is_abandoned]
+        reads = [request.length for request in found if request.op == READ]
+        scratch = memoryview(bytearray(max(reads, default=0)))
+        for request in found:
+            request.buffers = [scratch[: request.length]] if request.op == READ else []
+        cookie, _, _, store = self._after_direct
+        if self.direct and store is None and self.pending[cookie].is_abandoned:
+            self.direct = [scratch[: self._direct_left]]
+        if found:
+            self.output = [bytes(piece) for piece in self.output]
+        return found
+
     # Receiving.
 
     def next_buffer(self) -> memoryview:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
-from bridge.errors import ConnectionLost, ProtocolError
+from bridge.errors import ConnectionLost, LeftBehind, ProtocolError
 from bridge.vhost_user.device import VhostUserDevice
 from bridge.vhost_user.listener import Listener
 from bridge.vhost_user.session import Session
@@ -97,6 +97,8 @@ async def _serve_one(
         reason = f"broke the protocol: {error}"
     except ConnectionLost as error:
         reason = str(error)
+    except LeftBehind:
+        reason = "was hung up on: the stop that it asked for could not be answered"
     except Exception:
         # A bug of ours must not take the disk away from the next front-end.
         log.exception("the vhost-user session failed")

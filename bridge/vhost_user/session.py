@@ -24,7 +24,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from bridge.errors import ProtocolError
+from bridge.errors import LeftBehind, ProtocolError
 from bridge.vhost_user.device import VhostUserDevice
 from bridge.vhost_user.memory_table import MemoryTable, check_range
 from bridge.vhost_user.messages import (
@@ -133,8 +133,9 @@ class Session:
     async def handle(self, message: Message) -> Reply | None:
         """Do what `message` asks; the reply to send, if it asks for one.
 
-        Takes over the message's descriptors. Raises ProtocolError when the conversation is over;
-        then only `close()` may follow. Cancellation closes the descriptors, too.
+        Takes over the message's descriptors. Raises ProtocolError or LeftBehind when the
+        conversation is over; then only `close()` may follow. Cancellation closes the descriptors,
+        too.
         """
         try:
             return await self._answer(message)
@@ -178,6 +179,12 @@ class Session:
             refusal = self._refusal(message)
             if refusal is None:
                 raise ProtocolError(f"{request_name(number)}: {error}") from error
+            return refusal
+        except LeftBehind:
+            # A stop is a promise that cannot be given: whoever migrates the guest has to see it.
+            refusal = self._refusal(message)
+            if refusal is None:
+                raise
             return refusal
         assert shape.replies == (reply is not None)
         return reply or self._acknowledge(message, 0)
@@ -268,11 +275,14 @@ class Session:
 
     async def _reset_device(self, payload: bytes, fds: list[int]) -> None:
         """Initial state for a new driver; memory, descriptors and protocol features stay."""
-        await self._rings.stop_all()
-        await self._device.reset()
-        self._rings.forget_setups()
-        self._rings.features = None
-        self._status = 0
+        try:
+            await self._rings.stop_all()
+        finally:
+            # Whatever the stop left behind: the driver has forgotten what it had in flight.
+            await self._device.reset()
+            self._rings.forget_setups()
+            self._rings.features = None
+            self._status = 0
 
     # Config space.
 

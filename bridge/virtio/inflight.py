@@ -177,6 +177,11 @@ class InflightRegion:
         versions = (self.queue(index)[8:10].cast("H")[0] for index in range(self.num_queues))
         return any(versions)
 
+    def clear(self) -> None:
+        """Nothing is in flight: as if every queue's part were fresh."""
+        for index in range(self.num_queues):
+            self.queue(index).cast("H")[4] = 0
+
     def queue(self, index: int) -> memoryview:
         """The part of queue `index`. Raises ProtocolError if there is none such."""
         if index >= self.num_queues:
@@ -195,6 +200,8 @@ class InflightRegion:
 
 class TrackedSplitQueue(SplitQueue):
     """A split virtqueue that keeps book in its part of an in-flight region."""
+
+    keeps_in_flight = True
 
     # Indexes into the region as u16 and u64 values.
     _VERSION_AT: Final = 4

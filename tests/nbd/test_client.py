@@ -516,14 +516,31 @@ async def test_close_while_the_server_is_away_fails_what_waits() -> None:
         assert await waiter.wait() == errno.EIO
 
 
-async def test_fail_pending_finishes_everything_and_goes_on_later() -> None:
+async def test_leaving_fails_everything_and_stays_away_until_it_comes_back() -> None:
     async with served(faults=Faults(stall=True)) as (client, server, _):
         waiters = [start(client, READ, 0, 512, [memoryview(bytearray(512))]) for _ in range(5)]
-        await trio.sleep(0.01)
-        client.fail_pending(errno.EIO)
+        await client.leave(0.01, errno.EIO)
         assert [waiter.count for waiter in waiters] == [1] * 5
         assert client.in_flight == 0
         server.faults.stall = False
+        waiting = start(client, READ, 0, 512, [memoryview(bytearray(512))])
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (server.connections_total, waiting.count) == (1, 0)
+        client.come_back()
+        assert await waiting.wait() == 0
+        assert server.connections_total == 2
+
+
+async def test_leaving_while_the_server_is_away_ends_the_attempts_to_connect() -> None:
+    async with served() as (client, server, _):
+        server.faults.refuse_connections = True
+        server.cut()
+        await until(lambda: not client.connected)
+        await client.leave(0.01, errno.EIO)
+        server.faults.refuse_connections = False
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert server.connections_total == 1
+        client.come_back()
         assert await read(client, 0, 512) == bytes(512)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from errno import EIO
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,21 @@ async def test_reader_of_another_server_asks_for_the_plain_name() -> None:
     with short_dir() as folder, servers.nbdkit(folder, "memory", "4M") as uri:
         async with running_client(uri, READER) as reader:
             assert await read(reader, 0, 512) == bytes(512)
+
+
+async def test_clients_of_a_shared_session_are_told_who_wrote_last(uri: str) -> None:
+    """Source and target of a migration: each finds out whether the other one wrote."""
+    shared = uri.replace("///", "///@session=s")
+    async with running_client(shared) as source, running_client(shared) as target:
+        writers = []
+        for writer in (source, target):
+            assert await write(writer, 0, b"a" * 4096) == 0
+            await source.leave(2, EIO)
+            source.come_back()
+            await until(lambda: source.connected)
+            writers.append(source.export.properties["writer"])
+        assert writers == [source.client_id, target.client_id]
+        assert source.export.properties["generation"] == target.export.properties["generation"]
 
 
 async def test_volume_in_use_can_be_looked_at() -> None:

@@ -48,6 +48,9 @@ class FakeChannel:
         request.cookie = next(_cookies)
         self.pending.append(request)
 
+    def abandon(self) -> list[Request]:
+        return [request for request in self.pending if request.is_abandoned]
+
     def answer(self, request: Request, error: int = 0) -> None:
         self.pending.remove(request)
         self.answered = True
@@ -993,6 +996,91 @@ def test_connection_that_answers_begins_the_reconnect_timeout_anew() -> None:
     world.down()
     world.session.tick(world.now + 9.9)
     assert request.error == -1
+
+
+# Requests that are abandoned.
+
+
+def abandon(world: World, *requests: Request) -> None:
+    for request in requests:
+        request.abandon(lambda request: None, memoryview(bytearray(request.length)))
+    world.session.abandon()
+
+
+def test_write_over_an_abandoned_one_waits_for_its_answer() -> None:
+    """It is in the server's hands: executed late, it would go over the newer one."""
+    world = World()
+    old = world.ask(WRITE, 1)
+    abandon(world, old)
+    newer, elsewhere = world.ask(WRITE, 1), world.ask(WRITE, 5)
+    reading = world.ask(READ, 1)
+    assert world.sent == [(WRITE, 1), (WRITE, 5), (READ, 1)]
+    world.channels[0].answer(world.channels[0].pending[0])
+    assert world.sent == [(WRITE, 5), (READ, 1), (WRITE, 1)]
+    world.channels[0].answer_all()
+    assert [each.error for each in (newer, elsewhere, reading)] == [0, 0, 0]
+    world.ask(WRITE, 1)
+    world.ask(WRITE, 1)
+    assert world.sent == [(WRITE, 1)] * 2  # nothing keeps them apart any more
+
+
+@pytest.mark.parametrize("stale_possible", [True, False])
+def test_abandoned_command_is_not_sent_again_and_kept_away_from_if_it_may_be_executed(
+    stale_possible: bool,
+) -> None:
+    world = World()
+    abandoned = [world.ask(WRITE, 1), world.ask(READ, 2), world.ask(FLUSH)]
+    kept = world.ask(WRITE, 3)
+    abandon(world, *abandoned)
+    world.down(stale_possible=stale_possible)
+    world.up()
+    assert world.sent == [(WRITE, 3)]
+    world.ask(WRITE, 1)
+    assert world.sent == [(WRITE, 3)] + ([] if stale_possible else [(WRITE, 1)])
+    world.session.tick(world.now + GRACE_S)
+    assert world.sent == [(WRITE, 3), (WRITE, 1)]
+    world.channels[0].answer_all()
+    assert kept.error == 0
+    assert world.session.in_flight == 0
+
+
+def test_abandoned_request_that_waits_for_a_connection_is_never_sent() -> None:
+    world = World()
+    sent = world.ask(WRITE, 1)
+    world.down(stale_possible=True)
+    waiting = world.ask(WRITE, 2)
+    abandon(world, sent, waiting)
+    assert world.session.in_flight == 0
+    world.up()
+    world.ask(WRITE, 1)
+    world.ask(WRITE, 2)
+    assert world.sent == [(WRITE, 2)]  # the first may still be executed
+    world.session.tick(world.now + GRACE_S)
+    assert world.sent == [(WRITE, 2), (WRITE, 1)]
+
+
+def test_abandoned_request_in_parts_sends_no_more_of_them() -> None:
+    world = World(min_block_bytes=512, max_payload_bytes=1024)
+    long = world.ask(WRITE, 0, count=20)
+    assert len(world.sent) == 4
+    abandon(world, long)
+    world.channels[0].answer_all()
+    assert world.sent == []
+    assert world.session.in_flight == 0
+
+
+def test_abandoned_change_that_waits_for_its_range_lets_the_next_one_go() -> None:
+    world = World()
+    world.down()
+    world.up(count=2)
+    first, second, third = (world.ask(WRITE, 1) for _ in range(3))
+    abandon(world, second)
+    for channel in world.channels:
+        channel.answer_all()
+    for channel in world.channels:
+        channel.answer_all()
+    assert (first.error, third.error) == (0, 0)
+    assert world.session.in_flight == 0
 
 
 # The simulation.

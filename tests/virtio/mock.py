@@ -5,8 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from bridge.request import DISCARD, READ, WRITE, WRITE_ZEROES, Request
 from bridge.virtio import driver as guest_driver
@@ -138,11 +137,9 @@ class FakeDisk:
             self.execute(request)
         self.error = 0
 
-    @contextmanager
-    def failing(self, errno: int) -> Iterator[None]:
-        """Finish all that is held, as the storage side does when it has to give up."""
-        self.release(error=errno)
-        yield
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        """Do nothing more of these, as the storage side does when a ring stops without them."""
+        self.held = [each for each in self.held if not each.is_abandoned]
 
     def execute(self, request: Request) -> None:
         assert request.offset + request.length <= len(self.data), request
