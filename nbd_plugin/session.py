@@ -31,8 +31,9 @@ generation that wrote: it is stored before that session's first write is execute
 the volume under generation G may keep the cache exactly if `written <= G`; looking around
 (`nbdinfo --list` opens and closes every export) raises `generation`, not `written`. Within a
 session that several clients share (a migration), `writer` is the ID of the one that wrote last: a
-client that finds its own there knows that nobody else wrote since. The first session also gives the volume its **identity**: one of the same name that was made anew, or came
-back without its counters, has another.
+client that finds its own there knows that nobody else wrote since. The first session also gives
+the volume its **identity**: one of the same name that was made anew, or came back without its
+counters, has another.
 """
 
 from __future__ import annotations

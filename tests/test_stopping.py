@@ -31,6 +31,7 @@ from bridge.nbd.server import Server
 from bridge.nbd.server_core import ServerSettings
 from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
+from bridge.serve import ServeOptions, serve_disk
 from bridge.storage import OFF, WRITEBACK, WRITETHROUGH, CacheSettings, Storage, cache_path
 from bridge.virtio.blk import S_IOERR, S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
 from bridge.virtio.blk_config import DiskGeometry
@@ -685,3 +686,27 @@ async def test_stop_of_the_process_shortens_a_drain_that_is_under_way(
         await trio.sleep(1)
         uncached.device.hurry(2)
     assert trio.current_time() - began_s == pytest.approx(3, abs=0.5)
+
+
+async def test_limit_of_the_guests_stop_is_no_part_of_the_processs(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--stop-timeout 0` is for the end of the process; a guest that pauses is no end."""
+    seen: list[float] = []
+
+    def device(*args: Any, drain_timeout_s: float, **options: Any) -> None:
+        seen.append(drain_timeout_s)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("bridge.serve.BlkDevice", device)
+    for options in ({}, {"drain_timeout_s": 7.0}):
+        with pytest.RaisesGroup(ConfigError, flatten_subgroups=True):
+            await serve_disk(
+                ServeOptions(
+                    unix_uri(world.directory / "nbd"),
+                    socket_path=str(world.directory / "vhost"),
+                    stop_timeout_s=0,
+                    **options,
+                )
+            )
+    assert seen == [30.0, 7.0]

@@ -40,6 +40,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from math import inf
 from random import Random
 from typing import Final, Protocol
@@ -51,7 +52,7 @@ from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.export import Export
 from bridge.nbd.held import WHOLE_DISK, Held, Span
 from bridge.nbd.options import ClientOptions
-from bridge.nbd.ranges import Claim, Ranges
+from bridge.nbd.ranges import Claim, Ranges, merged
 from bridge.nbd.split import Limits, Split
 from bridge.request import (
     BLOCK_STATUS,
@@ -72,6 +73,8 @@ _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _FOR_ONE_WRITE: Final = FUA
 """Mark of a flush that the guest did not ask for; NBD gives FUA no meaning there."""
 _STATUS_MAX_BYTES: Final = 1 << 30
+_OUTLIVED_MAX: Final = 1024
+"""As in `held`: each is compared with every new change; with more all of the disk waits."""
 
 
 class Phase(Enum):
@@ -552,31 +555,36 @@ class Session:
         until they are answered or, if their connection is lost, for the grace time."""
         self._unanswered, sent = _without_abandoned(self._unanswered)
         self._waiting, unsent = _without_abandoned(self._waiting)
-        for channel in self._channels:
-            for command in channel.abandon():
-                self._outlive(command)
+        commands = [command for channel in self._channels for command in channel.abandon()]
+        self._outlive(commands)
         self._set_fast_limits()
         self._drop(sent)
         for request in unsent:
             request.finish(errno.ECANCELED)
 
-    def _outlive(self, command: Request) -> None:
-        """The answer to `command` is still to come: what it is a part of goes no further then."""
-        done = command.done
-        claim: Claim | None = None
-        if command.op in _CHANGES:
-            claim = self._ranges.block(command.offset, command.offset + command.length)
-            self._outlived.add(claim)
+    def _outlive(self, commands: list[Request]) -> None:
+        """The answers to `commands` are still to come: what each is a part of goes no further
+        then, and other changes keep away until they have all come."""
+        spans = merged(_changed(commands))
+        if len(spans) > _OUTLIVED_MAX:
+            spans = [WHOLE_DISK]
+        claims = [self._ranges.block(*span) for span in spans]
+        self._outlived.update(claims)
+        left = len(commands)
 
-        def ended(command: Request) -> None:
+        def ended(done: Callable[[Request], None], command: Request) -> None:
+            nonlocal left
             command.error = command.error or errno.ECANCELED
             done(command)
-            if claim is not None:
-                self._outlived.remove(claim)
-                self._ranges.release(claim)
+            left -= 1
+            if not left and claims:
+                self._outlived.difference_update(claims)
+                for claim in claims:
+                    self._ranges.release(claim)
                 self._set_fast_limits()
 
-        command.done = ended
+        for command in commands:
+            command.done = partial(ended, command.done)
 
     def _drop(self, abandoned: list[Request]) -> None:
         """These were sent on a connection that is lost, and are not to be sent again."""
