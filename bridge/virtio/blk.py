@@ -329,6 +329,7 @@ class BlkEngine:
         for request in requests:
             del self._unanswered[request]
             request.abandon(_nobody_waits, scratch)
+            del request.chain, request.ring  # views of the guest's memory, which may go away now
 
     def _finish(self, request: BlkRequest) -> None:
         """The disk is done with `request`: tell the guest."""
