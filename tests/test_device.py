@@ -655,6 +655,31 @@ async def test_memory_removed_waits_for_what_is_in_flight(
     assert (await guest.request(T_IN, room=512))[0] == S_OK
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+async def test_memory_that_no_request_uses_is_taken_away_at_once(
+    guest: DeviceGuest, autojump_clock: MockClock, replaced: bool
+) -> None:
+    """QEMU's main loop waits: not for a server that is away, because of other memory."""
+    await guest.device.replace_memory([guest.region(0, 0x200000), guest.region(0x200000, 0x100000)])
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    began_s = trio.current_time()
+    if replaced:
+        await guest.device.replace_memory([guest.region(0, 0x200000)])
+    else:
+        await guest.device.remove_memory(
+            guest_address=0x200000, user_address=USER_BASE + 0x200000, size_bytes=0x100000
+        )
+    assert trio.current_time() == began_s
+    guest.disk.release()
+    await until(lambda: pending.status == S_OK)
+    guest.disk.hold = False
+    assert (await guest.request(T_IN, room=512))[0] == S_OK
+
+
 async def test_memory_replaced_by_the_same_goes_on(guest: DeviceGuest) -> None:
     ring = guest.start()
     guest.device.suspend_ring(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from errno import EIO
@@ -31,6 +31,7 @@ from bridge.nbd.server import Server
 from bridge.nbd.server_core import ServerSettings
 from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
+from bridge.serve import ServeOptions, serve_disk
 from bridge.storage import OFF, WRITEBACK, WRITETHROUGH, CacheSettings, Storage, cache_path
 from bridge.virtio.blk import S_IOERR, S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
 from bridge.virtio.blk_config import DiskGeometry
@@ -41,6 +42,18 @@ SIZE_BYTES = 16 << 20
 BLOCK = 4096
 UNANSWERED = 0xEE
 DRAIN_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def _files_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual clock would not wait for the thread that closes a cache file."""
+
+    async def run_here(
+        call: Callable[..., object], *arguments: object, **options: object
+    ) -> object:
+        return call(*arguments)
+
+    monkeypatch.setattr("bridge.storage.trio.to_thread.run_sync", run_here)
 
 
 class GuestDisk(Disk):
@@ -90,6 +103,7 @@ class Bridge:
             on_all_stopped=partial(self.storage.hand_over, partial(self.disk.flush, quiet=True)),
             on_left_behind=self.storage.stop_sending,
             on_starting=self.storage.starting,
+            on_fresh_guest=self.storage.nothing_inherited,
         )
         self.device = self.guest.device
         await self.guest.connect()
@@ -422,11 +436,13 @@ async def test_source_killed_after_the_freeze_leaves_data_that_the_next_start_fi
         world.go_away()
         with pytest.raises(LeftBehind):
             await bridge.stop()
-        shutil.copy(bridge.cache_file, tmp_path)  # as the kernel has it when the process dies
+        path = bridge.cache_file
+        shutil.copy(path, tmp_path / "left")  # as the kernel has it when the process dies
         world.image.data[:] = bytes(SIZE_BYTES)
+    shutil.copy(tmp_path / "left", path)
     world.come_back()
     world.counts(6, 5)
-    async with world.bridge(directory=tmp_path) as bridge:
+    async with world.bridge() as bridge:
         assert not bridge.header.frozen
         assert await bridge.do(T_FLUSH) == S_OK
     assert world.image.data[:BLOCK] == block("d")
@@ -685,3 +701,27 @@ async def test_stop_of_the_process_shortens_a_drain_that_is_under_way(
         await trio.sleep(1)
         uncached.device.hurry(2)
     assert trio.current_time() - began_s == pytest.approx(3, abs=0.5)
+
+
+async def test_limit_of_the_guests_stop_is_no_part_of_the_processs(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--stop-timeout 0` is for the end of the process; a guest that pauses is no end."""
+    seen: list[float] = []
+
+    def device(*args: Any, drain_timeout_s: float, **options: Any) -> None:
+        seen.append(drain_timeout_s)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("bridge.serve.BlkDevice", device)
+    for options in ({}, {"drain_timeout_s": 7.0}):
+        with pytest.RaisesGroup(ConfigError, flatten_subgroups=True):
+            await serve_disk(
+                ServeOptions(
+                    unix_uri(world.directory / "nbd"),
+                    socket_path=str(world.directory / "vhost"),
+                    stop_timeout_s=0,
+                    **options,
+                )
+            )
+    assert seen == [30.0, 7.0]
