@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from bridge.nbd.protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
-_REFUSAL = re.compile(r"nbd-bridge volume=.* refused: (.+)")
+_REFUSAL = re.compile(r"nbd-bridge volume=.*? refused: (.+)")
 _IDENTITY = re.compile("[0-9a-f]{32}")
 
 
