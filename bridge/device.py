@@ -285,7 +285,7 @@ class BlkDevice:
         )
         with self._failing(EIO), trio.move_on_after(_FAILED_DRAIN_S, shield=True) as scope:
             for ring in rings:
-                self._engine.abandon(ring, EIO)
+                self._engine.drop(ring, EIO)
             for ring in rings:
                 await ring.drained()
         if scope.cancelled_caught:

@@ -250,7 +250,7 @@ class RunningRing:
             if self._log is not None:
                 self._log.mark_ring()
         self.complete = _forget
-        self._engine.abandon(self, EIO)
+        self._engine.drop(self, EIO)
         self._queue.long.leave()
         self._call_fd = None
         self._error_fd = None

@@ -37,7 +37,6 @@ from bridge.virtio.blk_config import (
 from bridge.virtio.chain import Chain
 from bridge.virtio.lanes import (
     PIECE_BYTES,
-    RANGE_COST_BYTES,
     SMALL_BYTES,
     WHOLE_BYTES,
     Job,
@@ -237,17 +236,22 @@ class BlkEngine:
                 ring.complete(chain, S_OK, used_bytes)
                 return
             if lane.begin_whole(length):
+                request.owner = lane
                 self._submit(request)
                 return
         request.done = self._done
-        lane.enter(Job(lane, ring, _data_pieces(request), request.finish))
+        self._enter(lane, request, _data_pieces(request))
+
+    def _enter(self, lane: Lane, request: BlkRequest, pieces: Iterator[Request]) -> None:
+        """Have `lane` do `request` in `pieces`."""
+        job = request.owner = Job(lane, request.ring, pieces, request.finish)
+        lane.enter(job)
 
     def _finish_large(self, request: BlkRequest) -> None:
-        lane = self._reads if request.op == READ else self._writes
-        lane.ended(request.length)
+        request.owner.ended(request.length)  # the lane
         self._finish(request)
 
-    def abandon(self, ring: UsedRing, error: int) -> None:
+    def drop(self, ring: UsedRing, error: int) -> None:
         """Begin nothing more of what `ring` has started: it fails with `error`.
 
         What is in flight of it at the target ends there, and only then fails.
@@ -329,8 +333,7 @@ class BlkEngine:
         if not parts:
             request.finish(0)
             return
-        lane = self._range_lane
-        lane.enter(Job(lane, ring, _range_pieces(request, parts), request.finish))
+        self._enter(self._range_lane, request, _range_pieces(request, parts))
 
     def _check_ranges(
         self, op: int, segments: bytes
@@ -382,7 +385,7 @@ def _no_hit(offset: int, length: int, buffers: list[memoryview]) -> bool:
     return False
 
 
-def _data_pieces(request: BlkRequest) -> Iterator[tuple[int, Request]]:
+def _data_pieces(request: BlkRequest) -> Iterator[Request]:
     """The request in pieces of PIECE_BYTES, or in one if it is not longer than WHOLE_BYTES."""
     op, flags, offset, left = request.op, request.flags, request.offset, request.length
     piece_bytes = left if left <= WHOLE_BYTES else PIECE_BYTES
@@ -401,18 +404,16 @@ def _data_pieces(request: BlkRequest) -> Iterator[tuple[int, Request]]:
         if wanted:
             buffers.append(view[:wanted])
             view = view[wanted:]
-        yield length, Request(op, offset, length, buffers, _set_by_job, flags)
+        yield Request(op, offset, length, buffers, _set_by_job, flags, request)
         offset += length
         left -= length
 
 
-def _range_pieces(
-    request: BlkRequest, parts: list[tuple[int, int, int]]
-) -> Iterator[tuple[int, Request]]:
+def _range_pieces(request: BlkRequest, parts: list[tuple[int, int, int]]) -> Iterator[Request]:
     """The segments of a discard or write-zeroes."""
     op, flags = request.op, request.flags
     for offset, length, part_flags in parts:
-        yield RANGE_COST_BYTES, Request(op, offset, length, [], _set_by_job, flags | part_flags)
+        yield Request(op, offset, length, [], _set_by_job, flags | part_flags, request)
 
 
 def _set_by_job(request: Any) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from math import inf
 from typing import Any, Final, Protocol
 
-from bridge.request import Request
+from bridge.request import READ, WRITE, Request
 
 SMALL_BYTES: Final = 32 << 10
 """Up to here a request is begun at once: 1024 of them are copied in about 10 ms."""
@@ -153,52 +153,55 @@ class Job:
     """A request in a lane: `done(errno)` is called once, when every piece that was begun has ended
     and either none is left or one failed."""
 
-    __slots__ = ("_done", "_error", "_in_flight", "_lane", "_next", "_pieces", "owner")
+    __slots__ = ("_done", "_error", "_lane", "_next", "_pieces", "in_flight", "owner")
 
     def __init__(
-        self,
-        lane: Lane,
-        owner: Any,
-        pieces: Iterator[tuple[int, Request]],
-        done: Callable[[int], None],
+        self, lane: Lane, owner: Any, pieces: Iterator[Request], done: Callable[[int], None]
     ) -> None:
-        """`pieces`: what each costs (above 0), and a request whose `done` and `owner` are the
-        job's to set; at least one. They are made as they are needed."""
+        """`pieces`: at least one, made as they are needed; their `done` is the job's to set."""
         self._lane = lane
         self.owner = owner
         self._pieces = pieces
         self._next = next(pieces, None)
         self._done = done
-        self._in_flight = 0
         self._error = 0
+        self.in_flight: dict[Request, None] = {}
+        """The pieces that were begun and have not ended, oldest first."""
 
     @property
     def next_bytes(self) -> int:
         """What the next piece costs; 0 if there is none to be begun."""
-        return self._next[0] if self._next is not None else 0
+        return _cost_bytes(self._next) if self._next is not None else 0
 
     def begin(self) -> Request:
         """The next piece, which is in flight from now on."""
-        assert self._next is not None
-        cost_bytes, piece = self._next
+        piece = self._next
+        assert piece is not None
         self._next = next(self._pieces, None)
-        self._in_flight += 1
+        self.in_flight[piece] = None
         piece.done = self._ended
-        piece.owner = cost_bytes
         return piece
 
     def stop(self, error: int) -> None:
         """Begin nothing more; `done(error)` once nothing is in flight, possibly now."""
         self._error = self._error or error
-        self._next = None
-        if not self._in_flight:
+        self._forget_rest()
+        if not self.in_flight:
             self._done(self._error)
 
-    def _ended(self, piece: Any) -> None:
-        self._in_flight -= 1
+    def _forget_rest(self) -> None:
+        self._next = None
+        self._pieces = iter(())
+
+    def _ended(self, piece: Request) -> None:
+        del self.in_flight[piece]
         if piece.error:
             self._error = self._error or piece.error
-            self._next = None
-        if not self._in_flight and self._next is None:
+            self._forget_rest()
+        if not self.in_flight and self._next is None:
             self._done(self._error)
-        self._lane.ended(piece.owner)
+        self._lane.ended(_cost_bytes(piece))
+
+
+def _cost_bytes(piece: Request) -> int:
+    return piece.length if piece.op in (READ, WRITE) else RANGE_COST_BYTES

@@ -257,7 +257,7 @@ def test_ring_that_closes_begins_nothing_more_and_others_go_on() -> None:
     rig.start(rig.chain(7, T_IN, [4 * MIB]), ring=other)
     begun_bytes = rig.target.begun_bytes
 
-    rig.engine.abandon(rig.ring, EIO)
+    rig.engine.drop(rig.ring, EIO)
 
     assert [done[:2] for done in rig.ring.done] == [(2, S_IOERR), (3, S_IOERR)]
     rig.finish_all()
