@@ -33,6 +33,7 @@ from tests.device_guest import (
     signals,
     until,
 )
+from tests.turns import submit
 from tests.virtio.mock import FakeDisk
 
 
@@ -1177,7 +1178,7 @@ async def test_target_that_finishes_out_of_turn_wakes_the_loop(guest: DeviceGues
 def test_fake_disk_executes_what_it_gets() -> None:
     disk = FakeDisk()
     done: list[Request] = []
-    disk.submit(Request(WRITE, 0, 4, [memoryview(b"abcd")], done.append))
+    submit(disk, Request(WRITE, 0, 4, [memoryview(b"abcd")], done.append))
     assert disk.data[:4] == b"abcd"
     assert done[0].error == 0
 

@@ -25,6 +25,7 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
+from tests.turns import Turns, deliver
 from tests.virtio.mock import FakeDisk, FakeHits
 
 
@@ -36,6 +37,7 @@ class FakeBackend(FakeDisk):
         self.can_flush = flush
         self.hits = FakeHits(self, hits_end) if hits_end else None
         self.holds_writes = bool(hits_end)
+        self.turns = Turns()
 
     @property
     def in_flight(self) -> int:
@@ -44,6 +46,7 @@ class FakeBackend(FakeDisk):
     def execute(self, request: Request) -> None:
         assert self.can_flush or request.op != FLUSH, request
         super().execute(request)
+        self.turns.want()
 
     @property
     def ops(self) -> list[str]:
@@ -63,6 +66,7 @@ class Client:
         if op == FLUSH:
             length = 0
         self.disk.submit(Request(op, offset, length, buffers, self._done, flags))
+        deliver()
 
     def _done(self, request: Request) -> None:
         self.errors.append(request.error)
@@ -74,6 +78,7 @@ async def timed(backend: FakeBackend, interval_s: float = 60) -> AsyncIterator[C
     disk = Disk(backend, flush_interval_s=interval_s, now=trio.current_time)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(disk.run_flush_timer)
+        nursery.start_soon(backend.turns.run)
         yield Client(disk)
         nursery.cancel_scope.cancel()
 

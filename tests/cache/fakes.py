@@ -20,6 +20,7 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
+from tests.turns import deliver, end_turn, finish
 
 BLOCK = 4096
 GRANULE = 65536
@@ -64,7 +65,7 @@ class FakeServer:
         elif not error and request.op in (DISCARD, WRITE_ZEROES):
             self.image[at : at + length] = bytes(length)
         request.generation = self.generation
-        request.finish(error)
+        finish(request, error)
 
     def ops(self, op: int) -> list[tuple[int, int]]:
         """(offset, length) of all requests of one kind."""
@@ -107,8 +108,7 @@ class Rig:
         )
 
     def end_turn(self) -> None:
-        while self.turn:
-            self.turn.pop(0)()
+        end_turn(self.turn)
 
     def start(self, op: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0):
         """Submit; the result's `error` is None until it is done."""
@@ -130,6 +130,25 @@ class Rig:
         for callback in going_on:
             callback()
         self.end_turn()
+
+    # What others than the guest and the server do. Each is a turn of its own; what was put off to
+    # the end of the loop's turn comes with `end_turn`.
+
+    def reconnected(self) -> None:
+        self.cache.backend_reconnected()
+        deliver()
+
+    def refuse(self, errno: int) -> None:
+        self.cache.refuse(errno)
+        deliver()
+
+    def resize(self, size_bytes: int, done: Callable[[int], None]) -> None:
+        self.cache.resize(size_bytes, done)
+        deliver()
+
+    def check_sample(self, done: Callable[[int], None]) -> None:
+        self.cache.check_sample(done)
+        deliver()
 
     def serve(self) -> None:
         """The server answers everything, in order, however many turns it takes."""
@@ -197,6 +216,7 @@ class LaterCold:
         if not error:
             job()
         done(error)
+        deliver()
 
 
 EIO = errno.EIO

@@ -216,7 +216,7 @@ def test_written_blocks_are_sent_again_after_a_reconnect() -> None:
     rig.server.image[:BLOCK] = bytes(BLOCK)
     rig.server.generation += 1
 
-    rig.cache.backend_reconnected()
+    rig.reconnected()
 
     assert rig.flush() == 0
     assert rig.server.image[:BLOCK] == b"a" * BLOCK
@@ -229,7 +229,7 @@ def test_flush_whose_connection_was_replaced_begins_again() -> None:
     rig.server.answer()
     rig.server.image[:BLOCK] = bytes(BLOCK)
     rig.server.generation += 1
-    rig.cache.backend_reconnected()
+    rig.reconnected()
 
     rig.serve()
 

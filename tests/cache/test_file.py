@@ -37,6 +37,7 @@ from bridge.cache.layout import (
 from bridge.cache.options import Options
 from bridge.errors import ConfigError
 from bridge.request import FLUSH, READ, WRITE, Request
+from tests.turns import submit
 
 from .fakes import BLOCK, GRANULE, FakeServer
 
@@ -64,7 +65,7 @@ def _write_one(path: str, content: bytes = b"a", *, clean: bool = True) -> None:
     file = _open(path)
     cache, _ = _cache(file, FakeServer(64 * GRANULE))
     data = [memoryview(content * BLOCK)]
-    cache.submit(Request(WRITE, 0, BLOCK, data, lambda _: None))
+    submit(cache, Request(WRITE, 0, BLOCK, data, lambda _: None))
     file.close(clean=clean)
 
 
@@ -79,7 +80,7 @@ def _damage(path: str, offset: int) -> None:
 def _read_first(file: CacheFile) -> bytes:
     cache, _ = _cache(file, FakeServer(64 * GRANULE))
     buffer = bytearray(BLOCK)
-    cache.submit(Request(READ, 0, BLOCK, [memoryview(buffer)], lambda _: None))
+    submit(cache, Request(READ, 0, BLOCK, [memoryview(buffer)], lambda _: None))
     return bytes(buffer)
 
 
@@ -89,7 +90,7 @@ def test_clean_shutdown_keeps_dirty_data_for_the_next_start(path: str) -> None:
     file = _open(path)
     server = FakeServer(64 * GRANULE)
     cache, turn = _cache(file, server)
-    cache.submit(Request(FLUSH, 0, 0, [], lambda _: None))
+    submit(cache, Request(FLUSH, 0, 0, [], lambda _: None))
     while turn or server.pending:
         for callback in turn[:]:
             turn.remove(callback)
@@ -222,14 +223,14 @@ def test_file_of_a_disk_that_grew_in_use_is_taken_over_with_the_new_size(path: s
     cache, _ = _cache(file, FakeServer(65 * GRANULE))
     cache.resize(65 * GRANULE, lambda error: None)
     data = [memoryview(b"z" * BLOCK)]
-    cache.submit(Request(WRITE, 64 * GRANULE, BLOCK, data, lambda _: None))
+    submit(cache, Request(WRITE, 64 * GRANULE, BLOCK, data, lambda _: None))
     file.close(clean=False)
 
     file = _open(path, larger)
 
     cache, _ = _cache(file, FakeServer(65 * GRANULE))
     buffer = bytearray(BLOCK)
-    cache.submit(Request(READ, 64 * GRANULE, BLOCK, [memoryview(buffer)], lambda _: None))
+    submit(cache, Request(READ, 64 * GRANULE, BLOCK, [memoryview(buffer)], lambda _: None))
     assert (file.geometry, file.notes) == (larger, [])
     assert buffer == b"z" * BLOCK
     file.close(clean=False)
@@ -535,7 +536,7 @@ def _damage_a_slot(path: str, *, clean: bool) -> None:
     cache, _ = _cache(file, FakeServer(64 * GRANULE))
     for granule in (0, 7):
         data = [memoryview(b"a" * BLOCK)]
-        cache.submit(Request(WRITE, granule * GRANULE, BLOCK, data, lambda _: None))
+        submit(cache, Request(WRITE, granule * GRANULE, BLOCK, data, lambda _: None))
     at = GEOMETRY.states_offset + 8 * cache.index.find(7)
     file.close(clean=clean)
     _damage(path, at)
@@ -772,7 +773,7 @@ def test_killed_process_leaves_every_completed_write(path: str, attempt: int) ->
     cache, _ = _cache(file, FakeServer(64 * GRANULE))
     for block, number in last.items():
         buffer = bytearray(BLOCK)
-        cache.submit(Request(READ, block * BLOCK, BLOCK, [memoryview(buffer)], lambda _: None))
+        submit(cache, Request(READ, block * BLOCK, BLOCK, [memoryview(buffer)], lambda _: None))
         found = int.from_bytes(buffer[:4], "little")
         # One more write may have been stored whose report did not come through.
         assert found >= number

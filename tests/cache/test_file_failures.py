@@ -199,8 +199,8 @@ def test_requests_that_wait_for_the_caches_disk_can_be_given_up() -> None:
     read = rig.start(READ, 0, BLOCK)
     write = rig.start(WRITE, GRANULE + 512, data=b"w" * 512)
 
-    rig.cache.refuse(EIO)
-    rig.cache.refuse(0)
+    rig.refuse(EIO)
+    rig.refuse(0)
     ended = (read.error, write.error)
     read.request.buffers[0][:] = b"w" * BLOCK
     while cold.jobs:

@@ -61,7 +61,7 @@ def test_sample_that_differs_drops_the_clean_part() -> None:
     rig.server.image[:] = b"z" * len(rig.server.image)
     results: list[int] = []
 
-    rig.cache.check_sample(results.append)
+    rig.check_sample(results.append)
     rig.serve()
 
     assert results[0] > 0
@@ -73,7 +73,7 @@ def test_sample_that_is_the_same_keeps_everything() -> None:
     rig.prefetch(0, 8 * GRANULE)
     results: list[int] = []
 
-    rig.cache.check_sample(results.append)
+    rig.check_sample(results.append)
     rig.serve()
 
     assert results == [0]
@@ -87,7 +87,7 @@ def test_sample_finds_what_is_cached_in_a_large_cache_that_is_nearly_empty(used:
     rig.server.image[: used * GRANULE] = b"z" * (used * GRANULE)
     results: list[int] = []
 
-    rig.cache.check_sample(results.append)
+    rig.check_sample(results.append)
     rig.serve()
 
     assert results[0] >= used

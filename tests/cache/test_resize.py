@@ -23,7 +23,7 @@ class Resize:
         rig.server.image += (content or b"\0") * (size_bytes - old)
         rig.server.size_bytes = size_bytes
         self.error: int | None = None
-        rig.cache.resize(size_bytes, self._done)
+        rig.resize(size_bytes, self._done)
 
     def _done(self, error: int) -> None:
         assert self.error is None, "done twice"
@@ -72,7 +72,7 @@ def test_resize_to_the_same_or_a_smaller_size_changes_nothing() -> None:
 
     for size_bytes in (OLD, OLD - GRANULE):
         results = []
-        rig.cache.resize(size_bytes, results.append)
+        rig.resize(size_bytes, results.append)
         assert results == [0]
 
     assert rig.cache.size_bytes == OLD
@@ -82,7 +82,7 @@ def test_disk_too_large_for_any_cache_is_refused_and_the_old_size_stays() -> Non
     rig = Rig()
     results = []
 
-    rig.cache.resize(1 << 62, results.append)
+    rig.resize(1 << 62, results.append)
 
     assert results == [errno.EFBIG]
     assert rig.write(OLD - BLOCK, b"a" * BLOCK) == 0

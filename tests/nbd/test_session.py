@@ -19,6 +19,7 @@ from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.session import Phase, Session
 from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
+from tests.turns import deliver, finish
 
 BLOCK = 512
 GRACE_S = 5.0
@@ -57,7 +58,7 @@ class FakeChannel:
         if not error and request.op in (WRITE, WRITE_ZEROES) and not request.flags & FUA:
             self.unflushed += 1
         request.generation = self._generation
-        request.finish(error)
+        finish(request, error)
 
     def answer_present(self) -> None:
         """Answer what is there; what is sent then stays."""
@@ -94,9 +95,10 @@ class World:
     def up(self, changed: Export | None = None, count: int = 1) -> None:
         self.channels = [FakeChannel(self.session) for _ in range(count)]
         self.session.established(self.now, changed or self.export, self.channels)
+        deliver()
 
     def down(self, *, stale_possible: bool = False, hung_up: bool = False) -> None:
-        self.session.leaving()
+        self.leaving()
         unanswered = [request for channel in self.channels for request in channel.pending]
         unanswered.sort(key=lambda request: request.cookie)
         self.session.lost(
@@ -106,8 +108,36 @@ class World:
             answered=any(channel.answered for channel in self.channels),
             blamed=unanswered[0] if hung_up and unanswered else None,
         )
+        deliver()
+
+    def tick(self, now: float) -> None:
+        self.session.tick(now)
+        deliver()
+
+    def leaving(self) -> None:
+        self.session.leaving()
+        deliver()
+
+    def expect_stale_writes(self, now: float) -> None:
+        self.session.expect_stale_writes(now)
+        deliver()
+
+    def fail_pending(self, now: float, unanswered: list[Request], errno: int) -> None:
+        self.session.fail_pending(now, unanswered, errno)
+        deliver()
+
+    def closed(self, unanswered: list[Request]) -> None:
+        self.session.closed(unanswered)
+        deliver()
 
     def ask(self, op: int, block: int = 0, count: int = 1, flags: int = 0) -> Request:
+        """What the guest asks, or somebody in a turn of their own."""
+        request = self.submit(op, block, count, flags)
+        deliver()
+        return request
+
+    def submit(self, op: int, block: int = 0, count: int = 1, flags: int = 0) -> Request:
+        """The same amid a turn."""
         length = 0 if op == FLUSH else count * BLOCK
         buffers = [memoryview(bytearray(length))] if op in (READ, WRITE) else []
         offset = 0 if op == FLUSH else block * BLOCK
@@ -119,6 +149,10 @@ class World:
     def _done(self, request: Request) -> None:
         self.log.append((request.op, request.error))
         self.finished.append(request)
+
+    @property
+    def pending(self) -> list[Request]:
+        return [request for channel in self.channels for request in channel.pending]
 
     @property
     def sent(self) -> list[tuple[int, int]]:
@@ -190,9 +224,9 @@ def test_reconnect_timeout_fails_what_waits_and_what_comes_until_up() -> None:
     world.down()
     second = world.ask(READ, 1)
     assert world.session.next_deadline_s() == 10
-    world.session.tick(9.9)
+    world.tick(9.9)
     assert (first.error, second.error) == (-1, -1)
-    world.session.tick(10)
+    world.tick(10)
     assert (first.error, second.error) == (errno.EIO, errno.EIO)
     assert world.ask(READ, 1).error == errno.EIO
     assert world.ask(FLUSH).error == errno.EIO
@@ -205,7 +239,7 @@ def test_no_reconnect_timeout_waits_for_ever() -> None:
     world = World()
     request = world.ask(WRITE, 1)
     world.down()
-    world.session.tick(1e9)
+    world.tick(1e9)
     assert request.error == -1
     assert world.session.next_deadline_s() is None
 
@@ -289,7 +323,7 @@ def test_layer_above_is_told_before_anything_is_sent_again() -> None:
 
     def resend() -> None:
         assert world.sent == []
-        world.ask(WRITE, 1)
+        world.submit(WRITE, 1)
 
     world.session.on_reconnect = resend
     world.up()
@@ -383,9 +417,9 @@ def test_grace_holds_overlapping_changes_only_and_only_for_its_time() -> None:
     world.ask(DISCARD, 0, count=5)
     assert world.sent == [(WRITE, 6), (READ, 4)]
     assert world.session.next_deadline_s() == GRACE_S
-    world.session.tick(GRACE_S - 0.1)
+    world.tick(GRACE_S - 0.1)
     assert len(world.sent) == 2
-    world.session.tick(GRACE_S)
+    world.tick(GRACE_S)
     assert world.sent == [(WRITE, 6), (READ, 4), (WRITE, 5), (DISCARD, 0)]
     assert world.session.next_deadline_s() is None
 
@@ -401,19 +435,19 @@ def test_grace_also_stops_writes_that_were_waiting_already() -> None:
     for channel in world.channels:
         channel.answer_all()
     assert world.sent == []
-    world.session.tick(GRACE_S)
+    world.tick(GRACE_S)
     assert world.sent == [(WRITE, 1)]
 
 
 def fail_by_pending(world: World) -> None:
     unanswered = [request for channel in world.channels for request in channel.pending]
-    world.session.fail_pending(world.now, unanswered, errno.EIO)
+    world.fail_pending(world.now, unanswered, errno.EIO)
 
 
 def fail_by_timeout(world: World) -> None:
     world.down(stale_possible=True)
     world.now += 2
-    world.session.tick(world.now)
+    world.tick(world.now)
 
 
 FAILING = pytest.mark.parametrize("fail", [fail_by_pending, fail_by_timeout])
@@ -437,9 +471,9 @@ def test_grace_also_holds_where_a_change_was_failed_instead_of_sent_again(fail, 
     world.ask(WRITE, 6)
     world.ask(READ, 4)
     assert world.sent == [(WRITE, 6), (READ, 4)]
-    world.session.tick(world.now + GRACE_S - 0.1)
+    world.tick(world.now + GRACE_S - 0.1)
     assert len(world.sent) == 2
-    world.session.tick(world.now + GRACE_S)
+    world.tick(world.now + GRACE_S)
     assert world.sent == [(WRITE, 6), (READ, 4), (WRITE, 5)]
     assert world.session.next_deadline_s() is None
     world.ask(WRITE, 5)
@@ -454,7 +488,7 @@ def test_grace_holds_what_comes_between_a_failure_and_the_reconnect() -> None:
     world.ask(WRITE, 5)
     world.up()
     assert world.sent == [(WRITE, 5)]
-    world.session.tick(world.now + GRACE_S)
+    world.tick(world.now + GRACE_S)
     assert world.sent == [(WRITE, 5), (WRITE, 4)]
 
 
@@ -462,7 +496,7 @@ def test_change_that_was_never_sent_leaves_nothing_behind_when_it_fails() -> Non
     world = world_with_grace()
     world.down(stale_possible=True)
     world.ask(WRITE, 4)
-    world.session.tick(2)
+    world.tick(2)
     world.up()
     world.ask(WRITE, 4)
     assert world.sent == [(WRITE, 4)]
@@ -472,7 +506,7 @@ def test_failed_change_of_a_connection_that_the_server_ended_leaves_nothing_behi
     world = world_with_grace()
     world.ask(WRITE, 4)
     world.down(stale_possible=False)
-    world.session.tick(2)
+    world.tick(2)
     world.up()
     world.ask(WRITE, 4)
     assert world.sent == [(WRITE, 4)]
@@ -503,9 +537,9 @@ def test_grace_outlives_a_failure_of_everything() -> None:
     assert held.error == errno.EIO
     world.up()
     world.ask(WRITE, 4)
-    world.session.tick(GRACE_S - 0.1)
+    world.tick(GRACE_S - 0.1)
     assert world.sent == []
-    world.session.tick(GRACE_S)
+    world.tick(GRACE_S)
     assert world.sent == [(WRITE, 4)]
 
 
@@ -537,7 +571,7 @@ def test_many_failed_changes_hold_all_of_the_disk() -> None:
     world.ask(WRITE, 1)
     world.ask(WRITE, 4095)
     assert world.sent == []
-    world.session.tick(GRACE_S)
+    world.tick(GRACE_S)
     assert world.sent == [(WRITE, 1), (WRITE, 4095)]
 
 
@@ -545,15 +579,15 @@ def test_many_failed_changes_hold_all_of_the_disk() -> None:
 def test_expected_stale_writes_hold_every_change_for_the_grace_time(op) -> None:
     """A killed process may have left them anywhere."""
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
-    world.session.expect_stale_writes(10.0)
+    world.expect_stale_writes(10.0)
     world.ask(op, 4)
     world.ask(READ, 4)
     world.ask(FLUSH)
     assert world.sent == [(READ, 4), (FLUSH, 0)]
     assert world.session.next_deadline_s() == 10 + GRACE_S
-    world.session.tick(10 + GRACE_S - 0.1)
+    world.tick(10 + GRACE_S - 0.1)
     assert len(world.sent) == 2
-    world.session.tick(10 + GRACE_S)
+    world.tick(10 + GRACE_S)
     assert world.sent == [(READ, 4), (FLUSH, 0), (op, 4)]
     world.ask(op, 5)
     assert world.sent[3:] == [(op, 5)]
@@ -561,25 +595,25 @@ def test_expected_stale_writes_hold_every_change_for_the_grace_time(op) -> None:
 
 def test_expected_stale_writes_hold_also_what_is_new_after_a_growth_and_a_reconnect() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
-    world.session.expect_stale_writes(0.0)
+    world.expect_stale_writes(0.0)
     world.ask(WRITE, 1)
     world.down(stale_possible=False)
     world.ask(WRITE, 2)
     world.up(export(4 << 20))
     world.ask(WRITE, 8000)
     assert world.sent == []
-    world.session.tick(GRACE_S)
+    world.tick(GRACE_S)
     assert world.sent == [(WRITE, 1), (WRITE, 2), (WRITE, 8000)]
 
 
 def test_expected_stale_writes_twice_wait_for_the_later_time() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
-    world.session.expect_stale_writes(0.0)
-    world.session.expect_stale_writes(2.0)
+    world.expect_stale_writes(0.0)
+    world.expect_stale_writes(2.0)
     world.ask(WRITE, 1)
-    world.session.tick(GRACE_S)
+    world.tick(GRACE_S)
     assert world.sent == []
-    world.session.tick(2 + GRACE_S)
+    world.tick(2 + GRACE_S)
     assert world.sent == [(WRITE, 1)]
 
 
@@ -587,7 +621,7 @@ def test_expected_stale_writes_twice_wait_for_the_later_time() -> None:
 def test_no_stale_writes_are_expected_with_a_fence_or_without_a_grace(fences) -> None:
     options = ClientOptions(stale_write_grace_s=GRACE_S if fences else 0)
     world = World(options, description="session=yes" if fences else "")
-    world.session.expect_stale_writes(0.0)
+    world.expect_stale_writes(0.0)
     world.ask(WRITE, 1)
     assert world.sent == [(WRITE, 1)]
     assert not world.session.may_leave_writes
@@ -596,9 +630,9 @@ def test_no_stale_writes_are_expected_with_a_fence_or_without_a_grace(fences) ->
 def test_may_leave_writes_while_a_grace_lasts() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
     assert not world.session.may_leave_writes
-    world.session.expect_stale_writes(0.0)
+    world.expect_stale_writes(0.0)
     assert world.session.may_leave_writes
-    world.session.tick(GRACE_S)
+    world.tick(GRACE_S)
     assert not world.session.may_leave_writes
 
 
@@ -614,7 +648,7 @@ def test_may_leave_writes_while_a_grace_lasts() -> None:
 def test_may_leave_writes_when_closed_with_a_change_in_flight(op, description, leaves) -> None:
     world = World(description=description)
     world.ask(op, 1)
-    world.session.closed(list(world.channels[0].pending))
+    world.closed(list(world.channels[0].pending))
     assert world.session.may_leave_writes == leaves
     assert world.ask(WRITE, 1).error == errno.EIO
 
@@ -626,7 +660,7 @@ def test_closed_session_fails_everything_held() -> None:
     world.up()
     held = world.ask(WRITE, 1)
     pending = list(world.channels[0].pending)
-    world.session.closed(pending)
+    world.closed(pending)
     assert held.error == errno.EIO
     assert world.session.in_flight == 0
     assert world.ask(READ).error == errno.EIO
@@ -636,7 +670,7 @@ def test_fail_pending_fails_everything_once_and_goes_on() -> None:
     world = World()
     requests = [world.ask(WRITE, 1), world.ask(READ, 2), world.ask(FLUSH)]
     unanswered = list(world.channels[0].pending)
-    world.session.fail_pending(0.0, unanswered, errno.ENODEV)
+    world.fail_pending(0.0, unanswered, errno.ENODEV)
     assert [request.error for request in requests] == [errno.ENODEV] * 3
     later = world.ask(READ, 3)
     assert later.error == -1
@@ -1080,6 +1114,62 @@ def test_abandoned_change_that_waits_for_its_range_lets_the_next_one_go() -> Non
     for channel in world.channels:
         channel.answer_all()
     assert (first.error, third.error) == (0, 0)
+
+
+def on_two_connections(options: ClientOptions | None = None) -> World:
+    """A session that keeps overlapping changes apart."""
+    world = World(options)
+    world.down()
+    world.up(count=2)
+    return world
+
+
+@pytest.mark.parametrize("again", [WRITE, DISCARD, WRITE_ZEROES])
+def test_fail_pending_fails_the_changes_that_wait_for_one_in_flight(again: int) -> None:
+    """Their memory is the guest's again, too: nothing of them may be sent later."""
+    world = on_two_connections()
+    requests = [world.ask(WRITE, 1, count=2), world.ask(again, 1), world.ask(WRITE, 2)]
+    requests += [world.ask(again, 1, count=2), world.ask(WRITE, 1)]
+    assert world.sent == [(WRITE, 1)]
+    world.fail_pending(0.0, world.pending, errno.ENODEV)
+    assert [request.error for request in requests] == [errno.ENODEV] * 5
+    assert world.session.in_flight == 0
+    world.up()
+    assert world.sent == []
+    assert len(world.log) == 5
+
+
+def test_fail_pending_while_down_fails_the_changes_that_wait_for_one_in_flight() -> None:
+    world = on_two_connections()
+    requests = [world.ask(WRITE, 1) for _ in range(3)]
+    world.down()
+    requests.append(world.ask(WRITE, 1))
+    world.fail_pending(0.0, [], errno.ENODEV)
+    assert [request.error for request in requests] == [errno.ENODEV] * 4
+    world.up()
+    assert world.sent == []
+
+
+@pytest.mark.parametrize("grace_s", [0, GRACE_S])
+def test_closed_session_fails_the_changes_that_wait_for_one_in_flight(grace_s: float) -> None:
+    """Also those that a stale write would have kept waiting for the grace time."""
+    world = on_two_connections(ClientOptions(stale_write_grace_s=grace_s))
+    requests = [world.ask(WRITE, 1) for _ in range(3)]
+    world.closed(world.pending)
+    assert [request.error for request in requests] == [errno.EIO] * 3
+    assert world.session.in_flight == 0
+
+
+@pytest.mark.parametrize("give_up", [False, True])
+def test_nothing_waits_for_a_grace_that_begins_with_its_own_failing(give_up: bool) -> None:
+    world = on_two_connections(ClientOptions(stale_write_grace_s=GRACE_S, reconnect_timeout_s=2))
+    requests = [world.ask(WRITE, 1) for _ in range(3)]
+    world.down(stale_possible=True)
+    if give_up:
+        world.tick(2)
+    else:
+        world.fail_pending(0.0, [], errno.EIO)
+    assert [request.error for request in requests] == [errno.EIO] * 3
     assert world.session.in_flight == 0
 
 
@@ -1169,6 +1259,7 @@ class Simulation:
             ),
             self.channels,
         )
+        deliver()
 
     def execute(self, request: Request) -> None:
         if id(request) in self.executed:
@@ -1239,6 +1330,10 @@ class Simulation:
             blamed=blamed,
         )
 
+        self.channels = []
+        self.session.lost(self.time, unanswered, stale_possible=bool(stale or self.left_behind))
+        deliver()
+
     def stale_writes(self) -> None:
         due = [item for item in self.left_behind if item[0] <= self.time]
         self.left_behind = [item for item in self.left_behind if item[0] > self.time]
@@ -1256,6 +1351,7 @@ class Simulation:
         self.open_requests += 1
         if op == FLUSH:
             self.session.submit(Request(FLUSH, 0, 0, [], lambda r: self.flushed(r, started)))
+            deliver()
             return
         data = bytearray(n_blocks * BLOCK)
         records: list[list[float]] = []
@@ -1293,6 +1389,7 @@ class Simulation:
 
         buffers = [memoryview(data)] if op != WRITE_ZEROES else []
         self.session.submit(Request(op, first * BLOCK, len(data), buffers, done, flags))
+        deliver()
 
     def flushed(self, request: Request, started: float) -> None:
         self.open_requests -= 1
@@ -1318,6 +1415,7 @@ class Simulation:
             self.time += self.random.uniform(0.001, 0.2)
             self.stale_writes()
             self.session.tick(self.time)
+            deliver()
             what = self.random.randrange(100)
             if what < 35 and self.open_requests < 12:
                 self.submit()
@@ -1333,6 +1431,7 @@ class Simulation:
             self.time += 0.05
             self.stale_writes()
             self.session.tick(self.time)
+            deliver()
             self.answer_one()
             if not self.session.in_flight:
                 break

@@ -16,6 +16,7 @@ from bridge.virtio.driver import INDIRECT, Buffer, SplitDriver, write_chain
 from bridge.virtio.memory import GuestMemory, Region
 from bridge.virtio.queue import VirtQueue
 from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
+from tests.turns import deliver
 
 DEVICE_WRITES = guest_driver.WRITE
 MEMORY_BYTES = 4 << 20
@@ -136,6 +137,7 @@ class FakeDisk:
             self.error = error
             self.execute(request)
         self.error = 0
+        deliver()
 
     def abandoned(self, requests: Sequence[Request]) -> None:
         """Do nothing more of these, as the storage side does when a ring stops without them."""
@@ -233,6 +235,7 @@ class BlkGuest(Guest):
     def run(self) -> list[tuple[int, int]]:
         """Let the device work; tokens and used lengths of what it completed."""
         self.engine.start(self.ring, self.queue.pop())
+        deliver()
         return self.driver.poll()
 
     def header(self, type_: int, sector: int = 0, priority: int = 0) -> bytes:
