@@ -1329,9 +1329,6 @@ class Simulation:
             answered=answered,
             blamed=blamed,
         )
-
-        self.channels = []
-        self.session.lost(self.time, unanswered, stale_possible=bool(stale or self.left_behind))
         deliver()
 
     def stale_writes(self) -> None:
