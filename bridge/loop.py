@@ -15,7 +15,8 @@ become readable. A turn is:
    where an answer is most likely to be seen soonest, then in trio.
 
 Callbacks are plain functions; nothing here awaits between reading and writing shared state. A
-callback must not raise: an exception that escapes one is a bug of ours and ends the process.
+callback must not raise: an exception that escapes one is a bug of ours and ends the process. Where
+there is something smaller to end, its callbacks catch it: an NBD connection ends itself.
 """
 
 from __future__ import annotations

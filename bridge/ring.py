@@ -14,7 +14,6 @@ fits, and a request that is in flight meanwhile finds the new one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from errno import EIO
 
 import structlog
 import trio
@@ -22,10 +21,10 @@ import trio
 from bridge.errors import ProtocolError
 from bridge.eventfds import writer
 from bridge.loop import EPOLLET, EPOLLIN, Loop
-from bridge.virtio.blk import BlkEngine
+from bridge.virtio.blk import BlkEngine, BlkRequest
 from bridge.virtio.chain import Chain, QueueBroken
 from bridge.virtio.dirty_log import DirtyLog
-from bridge.virtio.memory import GuestMemory
+from bridge.virtio.memory import GuestMemory, Region
 from bridge.virtio.queue import RingAreas, VirtQueue
 
 _log = structlog.get_logger(__name__)
@@ -44,9 +43,11 @@ class RunningRing:
         call_fd: int | None,
         error_fd: int | None,
         broken: Callable[[str], None],
+        held: bool = False,
     ) -> None:
         """The descriptors stay the caller's. `broken(reason)` is told when the guest broke the
-        ring. Raises ProtocolError for a descriptor that cannot be waited for."""
+        ring. `held`: nothing is begun before `let_go`. Raises ProtocolError for a descriptor that
+        cannot be waited for."""
         self._loop = loop
         self._queue = queue
         self._push = queue.push  # bound once
@@ -54,7 +55,8 @@ class RunningRing:
         self._broken = broken
         self._suspended = False
         self._stopping = False
-        self._popping = True
+        self._held = held
+        self._popping = not held
         self._publishing = False
         self._drained: trio.Event | None = None
         self._log: DirtyLog | None = None
@@ -68,9 +70,14 @@ class RunningRing:
         self.set_call(call_fd)
         self.set_kick(kick_fd)
         loop.add_poller(self)
-        if recovered := queue.recovered():
+        if not held:
+            self._start_recovered()
+
+    def _start_recovered(self) -> None:
+        """Execute again what was in flight when the ring ran last."""
+        if recovered := self._queue.recovered():
             self.requests += len(recovered)
-            engine.start(self, recovered)
+            self._engine.start(self, recovered)
 
     # The data path
 
@@ -212,16 +219,53 @@ class RunningRing:
         self._stopping = False
         self._set_popping()
 
+    @property
+    def is_held(self) -> bool:
+        """Nothing was begun yet: see `let_go`."""
+        return self._held
+
+    def let_go(self) -> None:
+        """The storage side is ready for a ring that was started as `held`."""
+        if self._held:
+            self._held = False
+            self._start_recovered()
+            self._set_popping()
+
     def _set_popping(self) -> None:
-        self._popping = not (self._suspended or self._stopping or self.is_broken)
+        self._popping = not (self._suspended or self._stopping or self._held or self.is_broken)
         if self._popping:
             self._loop.wake()
 
     async def drained(self) -> None:
         """Return when everything popped is published. May be cancelled."""
-        while self._queue.in_flight or self._publishing:
+        while (self._queue.in_flight or self._publishing) and not self._held:
             self._drained = trio.Event()
             await self._drained.wait()
+
+    @property
+    def keeps_in_flight(self) -> bool:
+        """What is not answered when the ring is closed is executed when it runs again."""
+        return self._queue.keeps_in_flight and not self.is_broken
+
+    def unanswered(self) -> list[BlkRequest]:
+        """What the storage side has of this ring, oldest first."""
+        return self._engine.unanswered(self)
+
+    def uses(self, regions: list[Region]) -> bool:
+        """Something that is not answered has buffers in one of `regions`."""
+        mappings = [region.view.obj for region in regions]
+        for request in self.unanswered():
+            _, _, _, readable, writable, status_view, _, _ = request.chain
+            views = [*readable, *writable]
+            if status_view is not None:
+                views.append(status_view)
+            if any(view.obj is mapping for view in views for mapping in mappings):
+                return True
+        return False
+
+    def fail(self, requests: list[BlkRequest]) -> None:
+        """Tell the guest that `requests` of this ring failed."""
+        self._engine.fail(requests)
 
     def move(self, memory: GuestMemory, areas: RingAreas | None) -> None:
         """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
@@ -235,7 +279,8 @@ class RunningRing:
         """Let go of the ring and its descriptors; the base to go on from (see VirtQueue.close).
 
         Requests that are still unanswered then are forgotten: their end is not reported to the
-        guest, and nothing is written to the ring or a status byte any more.
+        guest, and nothing is written to the ring or a status byte any more. (With an in-flight
+        region they stay in that.)
         """
         self.pause()
         self._loop.remove_poller(self)
@@ -250,7 +295,7 @@ class RunningRing:
             if self._log is not None:
                 self._log.mark_ring()
         self.complete = _forget
-        self._engine.abandon(self, EIO)
+        self._engine.abandon(self._engine.unanswered(self))
         self._queue.long.leave()
         self._call_fd = None
         self._error_fd = None

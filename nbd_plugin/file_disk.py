@@ -28,7 +28,7 @@ class FileDisk:
         self.size_bytes = size_bytes
         self.read_only = read_only
         preferred = os.fstat(fd).st_blksize
-        if preferred & (preferred - 1) or not 512 <= preferred <= 32 << 20:
+        if preferred & (preferred - 1) or not 512 <= preferred <= MAX_PAYLOAD_BYTES:
             preferred = 4096
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 

@@ -385,6 +385,9 @@ class VolumeFile(FileDisk):
     def was_changed(self, state: VolumeState) -> bool:
         return last_seen.has_changed(state.seen, self._fd, lambda: read_mark(self._mark_path))
 
+    def has_grown(self, state: VolumeState) -> bool:
+        return last_seen.has_grown(state.seen, self._fd)
+
     def seen(self, *, writing: bool) -> str:
         if writing and self._mark is None and not stat.S_ISBLK(os.fstat(self._fd).st_mode):
             self._mark = Mark(self._mark_path)

@@ -116,6 +116,9 @@ class MemoryDisk(FileDisk):
         """Nobody else can."""
         return False
 
+    def has_grown(self, state: VolumeState) -> bool:
+        return False
+
     def seen(self, *, writing: bool) -> str:
         return ""
 

@@ -262,5 +262,5 @@ def _check_write(handle: Handle) -> None:
     session = handle.session
     if session is None:
         raise PluginError("this export is read-only", errno.EROFS)
-    if not session.written:
-        session.note_write()
+    if session.writer != handle.client:
+        session.note_write(handle)

@@ -41,6 +41,9 @@ _CACHE_STEP_BYTES = 4 << 20
 
 _HOLE = EXTENT_HOLE | EXTENT_ZERO
 
+_HEADER = "header"
+"""In what is remembered: `is_untouched` can be asked."""
+
 
 class RbdDisk:
     """An open image. Shared by all connections of a session: the exclusive lock belongs to the
@@ -49,9 +52,20 @@ class RbdDisk:
     state_lasts = True
 
     def __init__(
-        self, image: rbd.Image, *, read_only: bool, instance: str, on_loss: Callable[[], object]
+        self,
+        image: rbd.Image,
+        *,
+        read_only: bool,
+        instance: str,
+        on_loss: Callable[[], object],
+        is_untouched: Callable[[], bool],
+        on_closed: Callable[[], object] | None = None,
     ) -> None:
+        """`is_untouched`: nobody but the plugin can have written the image since it last had it.
+        `on_closed` remembers what that is asked of; None where that cannot be done."""
         self.image = image
+        self._is_untouched = is_untouched
+        self._on_closed = on_closed
         self._instance = instance
         self._on_loss = on_loss
         self._state_lock = threading.Lock()
@@ -60,7 +74,7 @@ class RbdDisk:
         self.read_only = read_only
         self.size_bytes = image.size()
         object_bytes = image.stat()["obj_size"]
-        preferred = min(max(object_bytes, 512), 32 << 20)  # NBD's limits for the preferred size
+        preferred = min(max(object_bytes, 512), MAX_PAYLOAD_BYTES)  # 512: NBD's limit
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 
     def pread(self, buf: memoryview, offset: int) -> None:
@@ -132,18 +146,22 @@ class RbdDisk:
             return state
 
     def was_changed(self, state: VolumeState) -> bool:
-        """Another image has the name (copied with its metadata), or it was made smaller.
-
-        Nothing more can be asked of Ceph: it stores the time of modification once a minute, by
-        the clock of an OSD, and going back to a snapshot leaves no trace.
-        """
+        """Another image has the name (copied with its metadata), it was made smaller, or another
+        Ceph client had its lock."""
         if not state.seen:
             return False
-        then = state.seen.split(" ")
-        return then[1:2] != [self.image.id()] or self.image.size() < int(then[2])
+        _, number, size_text, *rest = state.seen.split(" ")
+        if number != self.image.id() or self.image.size() < int(size_text):
+            return True
+        return rest == [_HEADER] and not self._is_untouched()
+
+    def has_grown(self, state: VolumeState) -> bool:
+        """To grow is no change here."""
+        return False
 
     def seen(self, *, writing: bool) -> str:
-        return f"{'open' if writing else 'closed'} {self.image.id()} {self.image.size()}"
+        words = ["open" if writing else "closed", self.image.id(), str(self.image.size())]
+        return " ".join(words if self._on_closed is None else [*words, _HEADER])
 
     def instance(self) -> str:
         """Changes with the process, and with a failed flush: librbd's cache is in memory."""
@@ -156,6 +174,8 @@ class RbdDisk:
         except Exception:
             self._on_loss()
             raise
+        if self._on_closed is not None:
+            self._on_closed()
 
 
 def load_state(image: rbd.Image) -> VolumeState:

@@ -60,6 +60,7 @@ class Service:
         self._store = make_store(settings)
         self._fences: dict[str, Fence] = {}
         self._refusals: dict[str, tuple[float, str]] = {}
+        self._connections = 0
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
@@ -96,7 +97,12 @@ class Service:
         if not volume:
             raise PluginError("no export name, and no default volume", errno.ENOENT)
         try:
-            handle = self._admit(replace(name, volume=volume), read_only=read_only)
+            self._count_connection()
+            try:
+                handle = self._admit(replace(name, volume=volume), read_only=read_only)
+            except BaseException:
+                self._uncount_connection()
+                raise
         except Exception as error:
             self._note_refusal(volume, error)
             raise
@@ -106,6 +112,22 @@ class Service:
         elif handle.session is not None:
             self._refusals.pop(volume, None)
         return handle
+
+    def _count_connection(self) -> None:
+        """Each connection may make nbdkit hold a request of 64 MiB, which it reads before it asks
+        the plugin, and the reply to one: only a bound on their number bounds its memory."""
+        limit = self._settings.max_connections
+        with self._lock:
+            if limit and self._connections >= limit:
+                raise PluginError(
+                    f"{self._connections} connections are open already (connections={limit})",
+                    errno.EBUSY,
+                )
+            self._connections += 1
+
+    def _uncount_connection(self) -> None:
+        with self._lock:
+            self._connections -= 1
 
     def _admit(self, name: ExportName, *, read_only: bool) -> Handle:
         volume = name.volume
@@ -124,6 +146,7 @@ class Service:
 
     def close(self, handle: Handle) -> None:
         """The connection is gone and its requests have ended."""
+        self._uncount_connection()
         if handle.session is None:
             handle.disk.close()
         else:
@@ -233,4 +256,6 @@ def _counters(handle: Handle) -> str:
         return ""
     generation = handle.session.generation if handle.session else state.generation
     identity = f"identity={state.identity} " if state.identity else ""
-    return f"generation={generation} written={state.written} {identity}"
+    grown = f"grown_from={state.grown_from} " if state.only_grew else ""
+    writer = f"writer={state.writer} " if state.writer else ""
+    return f"generation={generation} written={state.written} {grown}{writer}{identity}"

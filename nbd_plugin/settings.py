@@ -27,6 +27,7 @@ class Settings:
     volume: str = ""
     create: str = "off"
     parallel: str = ""
+    connections: str = "0"
     fence: str = "on"
     fence_timeout: str = "10"
     pool: str = ""
@@ -62,13 +63,20 @@ class Settings:
             raise PluginError("create=on needs size=, the size of the volumes that it creates")
         if self.parallel not in ("", "on", "off"):
             raise PluginError(f"parallel={self.parallel!r}: it is on or off")
-        _ = self.size_bytes, self.fence_timeout_s, self.timeout_s
+        _ = self.size_bytes, self.fence_timeout_s, self.timeout_s, self.max_connections
         if self.volume:
             names.check_volume_name(self.volume)
 
     @property
     def size_bytes(self) -> int | None:
         return parse_size(self.size) if self.size else None
+
+    @property
+    def max_connections(self) -> int:
+        """How many connections may have an export open at a time; 0: any number."""
+        if not (self.connections.isascii() and self.connections.isdigit()):
+            raise PluginError(f"connections={self.connections!r} is not a number")
+        return int(self.connections[:9])
 
     @property
     def is_parallel(self) -> bool:

@@ -11,8 +11,9 @@ EXTENT_HOLE = 1
 EXTENT_ZERO = 2
 """Extent types (NBD "base:allocation"): both together for a hole that reads as zeroes."""
 
-MAX_PAYLOAD_BYTES = 64 << 20
-"""nbdkit's own limit for the payload of one read or write."""
+MAX_PAYLOAD_BYTES = 4 << 20
+"""What clients are asked to keep to in one read or write: nbdkit holds all of it in memory, once
+for each thread, and more brings nothing. Its own limit, for those that do not ask, is 64 MiB."""
 
 COMMAND_WAIT_S = 3.0
 """How long resize, remove and snapshot wait for a writer: one that has just hung up is still about
@@ -32,11 +33,21 @@ class VolumeState:
     identity: str = ""
     """32 hexadecimal digits that no other volume has, whatever its name; "" before the first
     writable session."""
+    writer: str = ""
+    """The client that wrote last, "" if it has no name."""
     losses: int = 0
     """How often a flush failed, so that writes which were acknowledged may be gone."""
     seen: str = ""
     """What would be different if somebody else had changed the volume; the store's own words.
     The first is `open` while a session writes the volume, and after a kill."""
+    grown_from: int = 0
+    grown_to: int = 0
+    """Between these two values of `written` the volume was only made longer, past this plugin."""
+
+    @property
+    def only_grew(self) -> bool:
+        """`grown_to` counts: nobody has written since."""
+        return self.grown_from < self.grown_to == self.written
 
     @property
     def is_open(self) -> bool:
@@ -117,6 +128,9 @@ class Disk(Protocol):
 
     def was_changed(self, state: VolumeState) -> bool:
         """Somebody else changed the volume since `state.seen` was remembered."""
+
+    def has_grown(self, state: VolumeState) -> bool:
+        """It is the same volume, and longer: that alone makes `was_changed` true."""
 
     def seen(self, *, writing: bool) -> str:
         """For `VolumeState.seen`. `writing`: a session changes the volume from here on."""

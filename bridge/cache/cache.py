@@ -43,10 +43,13 @@ from .ranges import Ranges
 from .readahead import Readahead
 from .reads import Reads
 from .resize import Resizer
-from .sample import check_sample
+from .sample import Sample, check_sample, compare
 from .slots import Slots
 from .store import Store
 from .writeback import Writeback
+
+_THOROUGH_COUNT = 256
+"""Blocks compared before dirty data goes out: a small cache wholly, and a few seconds at worst."""
 
 
 class Cache:
@@ -92,10 +95,10 @@ class Cache:
         self._turn = turn
         self._evictor = evictor
         self._slots = slots
-        discards = Discards(index.granule_shift - index.block_shift)
+        discards = self._discards = Discards(common)
         self._fetcher = Fetcher(common)
         self._writeback = Writeback(common, discards)
-        self._flusher = Flusher(common, self._writeback)
+        self._flusher = Flusher(common, self._writeback, discards)
         self._exclusives = Exclusives(
             common, discards, self._fetcher, self._writeback, self._flusher
         )
@@ -104,6 +107,7 @@ class Cache:
         self._store = Store(common, self._fetcher, discards, self._writeback, self._flusher)
         self._resizer = Resizer(common, self._fetcher, self._grown)
         self._ranges = Ranges(common, self._exclusives, self.submit)
+        self._frozen = False
         self._residency_due = clock() + options.residency_s
         # What the fast path touches, flat.
         self._shift = index.granule_shift
@@ -252,6 +256,11 @@ class Cache:
         self._store.refuse(errno)
         self._reads.refuse(errno)
 
+    def freeze(self, frozen: bool) -> None:
+        """Begin nothing by itself (write-out by age, flush by time), or do it again. What the
+        backend gets then has to be refused by itself."""
+        self._frozen = frozen
+
     def backend_reconnected(self) -> None:
         """The connection was replaced: call this after `backend.generation` was raised and
         before unanswered requests are sent again."""
@@ -277,6 +286,8 @@ class Cache:
     def next_deadline(self) -> float | None:
         """When `tick()` has something to do, on the clock of the constructor; None: not before
         something else happens."""
+        if self._frozen:
+            return None
         due = self._flusher.due if not self._flusher.running else None
         other = self._writeback.next_deadline()
         if due is None or (other is not None and other < due):
@@ -287,6 +298,8 @@ class Cache:
 
     def tick(self, now: float) -> None:
         """Do what is due: the flush timer, write-out by age."""
+        if self._frozen:
+            return
         self._flusher.tick(now)
         self._writeback.tick(now)
         if now >= self._residency_due:
@@ -323,9 +336,47 @@ class Cache:
         return dropped
 
     def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
-        """Compare up to `count` clean cached blocks with the server; if any differs drop all clean
+        """Compare about `count` clean cached blocks with the server; if any differs drop all clean
         blocks. `done(differences)`, -1 if the server did not answer."""
-        check_sample(self, self._backend, done, count)
+        check_sample(
+            self,
+            self._backend,
+            done,
+            count,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
+        )
+
+    def check_before_writing(self, done: Callable[[int], None]) -> None:
+        """Before dirty data of an earlier run goes to the server: the same, and more thoroughly.
+
+        Nothing is dropped, so that whoever tries again finds the same. What differs is remembered
+        in the file: the next sample, which is another one, has it too.
+        """
+
+        def compared(sample: Sample) -> None:
+            if not sample.unknown:
+                self._remember(sample.witness + 1 if sample.differing else 0)
+            done(-1 if sample.unknown else sample.differing)
+
+        compare(
+            self.index,
+            self._backend,
+            compared,
+            _THOROUGH_COUNT,
+            beside_dirty=True,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
+        )
+
+    @property
+    def _witness(self) -> int | None:
+        witness = self._image.header.witness
+        return witness - 1 if witness else None
+
+    def _remember(self, witness: int) -> None:
+        if witness != self._image.header.witness:
+            self._image.save_header(witness=witness)
 
     def drop_clean(self) -> int:
         """Forget every clean block (somebody else changed the image); returns how many blocks.
@@ -333,6 +384,8 @@ class Cache:
         Fetches in flight are not filled in either. Dirty blocks stay.
         """
         index = self.index
+        self._remember(0)
+        self._discards.nothing_older(self._writeback.incarnation)
         before = index.valid_blocks
         for granule in list(self._fetcher.fetching):
             self._fetcher.overtaken(granule, BITS)

@@ -6,19 +6,27 @@ from typing import TYPE_CHECKING
 
 from sortedcontainers import SortedDict
 
+from .common import Common
+
 if TYPE_CHECKING:
     from .exclusive import Exclusive
+
+
+_NOWHERE = (0, 0)
 
 
 class Discards:
     """Discards in progress, none overlapping another; ranges are `first` … `end` in blocks."""
 
-    __slots__ = ("_by_first", "_shift")
+    __slots__ = ("_by_first", "_image", "_shift", "_since")
 
-    def __init__(self, shift: int) -> None:
-        """`shift`: blocks of a granule, as a power of two."""
+    def __init__(self, common: Common) -> None:
         self._by_first: SortedDict[int, Exclusive] = SortedDict()
-        self._shift = shift
+        self._image = common.image
+        self._shift = common.index.granule_shift - common.index.block_shift
+        self._since: tuple[int, int] | None = None
+        """Since which `Writeback.incarnation` the header's `discarded` is for nothing older. None:
+        it was there at the start."""
 
     def __bool__(self) -> bool:
         return bool(self._by_first)
@@ -52,3 +60,30 @@ class Discards:
             return False
         first = granule << self._shift
         return self.overlapping(first, first + (1 << self._shift)) is not None
+
+    # What the cache file's header says of them: a block that the server has or had to zero is no
+    # evidence of somebody else's writes (see `sample`).
+
+    def note(self, first: int, end: int, incarnation: tuple[int, int]) -> None:
+        """The blocks `first` … `end` are about to be discarded or zeroed by the server."""
+        before = self._image.header.discarded
+        if before == _NOWHERE:
+            self._since = incarnation
+        else:
+            first, end = min(first, before[0]), max(end, before[1])
+        if (first, end) != before:
+            self._image.save_header(discarded=(first, end))
+
+    def flushed(self, incarnation: tuple[int, int]) -> None:
+        """Nothing is unflushed. If discards may have been lost before this, that stays noted:
+        blocks that were read as zeroes are still in the cache."""
+        if (
+            self._image.header.discarded != _NOWHERE
+            and self._since == incarnation
+            and not self._by_first
+        ):
+            self._image.save_header(discarded=_NOWHERE)
+
+    def nothing_older(self, incarnation: tuple[int, int]) -> None:
+        """Nothing clean is in the cache that is older than this."""
+        self._since = incarnation

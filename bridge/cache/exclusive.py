@@ -185,6 +185,7 @@ class Exclusives:
             flags = each.flags & FUA if self._backend.can_fua else 0
         each.generation = self._backend.generation
         each.epoch = self._writeback.epoch
+        self._discards.note(each.first, each.end, self._writeback.incarnation)
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from bridge.request import FLUSH, Request
 
 from .common import Common
+from .discards import Discards
 from .wait import WriteOutWait
 from .writeback import Writeback
 
@@ -37,13 +38,14 @@ class _Pass(WriteOutWait):
 class Flusher:
     """All flushes of one cache."""
 
-    def __init__(self, common: Common, writeback: Writeback) -> None:
+    def __init__(self, common: Common, writeback: Writeback, discards: Discards) -> None:
         self._common = common
         self._index = common.index
         self._slots = common.slots
         self._backend = common.backend
         self._options = common.options
         self._writeback = writeback
+        self._discards = discards
         self._pass: _Pass | None = None
         self._written_out: list[_Pass] = []
         """The pass in progress, once every block it waits for was replied to."""
@@ -179,6 +181,8 @@ class Flusher:
             self._retry_at = 0.0
         for request in running.waiting:
             self._common.turn.finish(request, error)
+        if not self._writeback.unflushed:
+            self._discards.flushed(self._writeback.incarnation)
         self._slots.freed += 1  # What waits for room looks again, also when there is none.
         if self._next:
             waiting, self._next = self._next, []

@@ -129,16 +129,8 @@ class Reads:
             return False
         self._stats.read_bypassed += 1
 
-        self._backend.submit(
-            Request(
-                READ,
-                request.offset,
-                request.length,
-                request.buffers,
-                self._bypassed,
-                owner=request,
-            )
-        )
+        offset, length, buffers = request.offset, request.length, request.buffers
+        self._backend.submit(Request(READ, offset, length, buffers, self._bypassed, 0, request))
         return True
 
     def _bypassed(self, inner: Request) -> None:
@@ -198,7 +190,7 @@ class Reads:
             return
         op.pending += 1
         self._cold_ops[op] = self._cold_ops.get(op, 0) + 1
-        if self._cold_bytes and self._cold_bytes + end - start > self._cold_budget_bytes:
+        if not self._may_read_cold(start, end):
             self._cold_waiting.append((op, start, end))
             return
         # Not into the guest's memory: the disk may answer when that is no longer ours.
@@ -224,6 +216,10 @@ class Reads:
 
         self._common.cold.run(lambda: self._image.read_wait([data], position), Outcome(done))
 
+    def _may_read_cold(self, start: int, end: int) -> bool:
+        """There is memory for a copy of these bytes of the disk; one there always is."""
+        return not self._cold_bytes or self._cold_bytes + end - start <= self._cold_budget_bytes
+
     def _cold_ended(self, op: _ReadOp) -> None:
         """One job less for `op`."""
         self._cold_ops[op] -= 1
@@ -234,9 +230,7 @@ class Reads:
         """There is memory for cold reads again: what waits goes on from its look-up, for much may
         have happened to its blocks meanwhile."""
         waiting = self._cold_waiting
-        while (
-            waiting and self._cold_bytes + waiting[0][2] - waiting[0][1] <= self._cold_budget_bytes
-        ):
+        while waiting and self._may_read_cold(*waiting[0][1:]):
             op, start, end = waiting.popleft()
             self._walk(op, start, end)
             self._cold_ended(op)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from enum import Enum
-from errno import EIO
+from errno import ECANCELED, EIO
 from typing import NamedTuple
 
 from bridge.request import FUA, Request
@@ -210,12 +210,15 @@ class Store:
 
     def go_on(self, op: _WriteOp) -> None:
         """Try again from where `op` stopped: its obstacle may be gone."""
+        if op.request.is_abandoned:
+            self._common.turn.finish(op.request, ECANCELED)
+            return
         op.position, obstacle = self._store(op.request, op.position)
         self._stored(op, obstacle)
 
     def _after_fetch(self, op: _WriteOp) -> None:
-        if op.error:
-            self._common.turn.finish(op.request, op.error)
+        if op.error or op.request.is_abandoned:
+            self._common.turn.finish(op.request, op.error or ECANCELED)
             return
         before = op.position
         op.position, obstacle = self._store(op.request, before)
@@ -241,6 +244,10 @@ class Store:
         index, waiting = self._index, self._for_room
         while waiting and index.dirty_slots < self._hard_slots:
             op = waiting[0]
+            if op.request.is_abandoned:
+                waiting.popleft()
+                self._common.turn.finish(op.request, ECANCELED)
+                continue
             op.position, obstacle = self._store(op.request, op.position)
             if obstacle is not None and obstacle.why is Why.ROOM:
                 break

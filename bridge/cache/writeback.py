@@ -181,6 +181,11 @@ class Writeback:
         return slots
 
     @property
+    def incarnation(self) -> tuple[int, int]:
+        """Another one: the server may have lost what it had not flushed."""
+        return self._backend.generation, self.epoch
+
+    @property
     def waiting(self) -> int:
         """How many slots somebody waits for."""
         return len(self._wanted) + len(self._deferred)

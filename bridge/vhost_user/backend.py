@@ -16,11 +16,12 @@ from collections.abc import Callable
 import structlog
 import trio
 
-from bridge.errors import ConnectionLost, ProtocolError
+from bridge.errors import ConnectionLost, LeftBehind, ProtocolError
 from bridge.vhost_user.device import VhostUserDevice
 from bridge.vhost_user.listener import Listener
 from bridge.vhost_user.session import Session
 from bridge.vhost_user.transport import Transport
+from bridge.vhost_user.unshared import UnsharedMemory
 
 log = structlog.get_logger(__name__)
 
@@ -43,11 +44,13 @@ async def serve(
     left. `on_connected` is told when a front-end comes (True) and when it has gone (False). When
     cancelled, the device is given the time it takes to finish what is in flight (bounded).
     """
+    unshared = UnsharedMemory()
     if listener.is_connected:
-        await _serve_one(device, listener.sock.dup(), on_connected)
+        await _serve_one(device, listener.sock.dup(), on_connected, unshared)
         return
     while True:
-        await _serve_one(device, await _accept(listener.sock), on_connected, listener.sock)
+        sock = await _accept(listener.sock)
+        await _serve_one(device, sock, on_connected, unshared, listener.sock)
 
 
 async def _accept(listening: socket.socket) -> socket.socket:
@@ -72,13 +75,14 @@ async def _serve_one(
     device: VhostUserDevice,
     sock: socket.socket,
     on_connected: Callable[[bool], None] | None,
+    unshared: UnsharedMemory,
     listening: socket.socket | None = None,
 ) -> None:
     """One front-end, from its first message until it is gone and forgotten.
 
     `listening`: where others may be waiting meanwhile."""
     transport = Transport(sock, replies=False)
-    session = Session(device, _send_now)
+    session = Session(device, _send_now, on_refused=unshared.refused, on_region=unshared.of(sock))
     log.info("front-end connected")
     if on_connected is not None:
         on_connected(True)
@@ -93,6 +97,8 @@ async def _serve_one(
         reason = f"broke the protocol: {error}"
     except ConnectionLost as error:
         reason = str(error)
+    except LeftBehind:
+        reason = "was hung up on: the stop that it asked for could not be answered"
     except Exception:
         # A bug of ours must not take the disk away from the next front-end.
         log.exception("the vhost-user session failed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bridge.errors import ProtocolError
 from bridge.vhost_user.device import MemoryRegion, VhostUserDevice
 from bridge.vhost_user.messages import (
@@ -20,8 +22,12 @@ MAX_MEMORY_SLOTS = 509
 class MemoryTable:
     """The regions of one session, in the order in which they came."""
 
-    def __init__(self, device: VhostUserDevice) -> None:
+    def __init__(
+        self, device: VhostUserDevice, on_region: Callable[[Region, int], None] | None = None
+    ) -> None:
+        """`on_region` is told of each region and its file."""
         self._device = device
+        self._on_region = on_region or _unobserved
         self._regions: list[Region] = []
 
     def handlers(self) -> dict[Request, Handler]:
@@ -42,6 +48,8 @@ class MemoryTable:
         for region in regions:
             _check_region(region, checked)
             checked.append(region)
+        for region, fd in zip(regions, fds, strict=True):
+            self._on_region(region, fd)
         self._regions = []
         await self._device.replace_memory(
             [_memory_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
@@ -56,6 +64,7 @@ class MemoryTable:
         if len(others) >= MAX_MEMORY_SLOTS:
             raise ProtocolError(f"more than {MAX_MEMORY_SLOTS} memory regions")
         _check_region(region, others)
+        self._on_region(region, fds[0])
         await self._device.add_memory(_memory_region(region, fds[0]))
         self._regions = [*others, region]
 
@@ -76,6 +85,10 @@ class MemoryTable:
 
     async def get_max_mem_slots(self, payload: bytes, fds: list[int]) -> Reply:
         return reply_u64(Request.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
+
+
+def _unobserved(region: Region, fd: int) -> None:
+    """Nobody wants to know."""
 
 
 def _memory_region(region: Region, fd: int) -> MemoryRegion:

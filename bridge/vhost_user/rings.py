@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 
-from bridge.errors import ProtocolError
+from bridge.errors import LeftBehind, ProtocolError
 from bridge.vhost_user.device import RingSetup, VhostUserDevice
 from bridge.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
@@ -104,9 +104,15 @@ class Rings:
             self._start_if_ready(ring)
 
     async def stop_all(self) -> None:
-        """Stop every ring."""
+        """Stop every ring. Raises LeftBehind as `stop_ring` does, with all of them stopped."""
+        left_behind: LeftBehind | None = None
         for ring in self._all:
-            await self._stop(ring)
+            try:
+                await self._stop(ring)
+            except LeftBehind as error:
+                left_behind = error
+        if left_behind is not None:
+            raise left_behind
 
     def forget_setups(self) -> None:
         """Every (stopped) ring is in its initial state, but for its eventfds."""
@@ -173,14 +179,16 @@ class Rings:
 
     async def _stop(self, ring: Ring) -> None:
         """The ring is stopped afterwards, and its kick forgotten."""
-        if ring.live:
-            # Whatever happens while waiting, the ring is not to be served again.
-            ring.live = False
-            ring.base = await self._device.stop_ring(ring.index)
-        ring.started = False
-        ring.suspended = False
-        _close(ring.kick_fd)
-        ring.kick_fd = None
+        try:
+            if ring.live:
+                # Whatever happens while waiting, the ring is not to be served again.
+                ring.live = False
+                ring.base = await self._device.stop_ring(ring.index)
+        finally:
+            ring.started = False
+            ring.suspended = False
+            _close(ring.kick_fd)
+            ring.kick_fd = None
 
     async def set_vring_num(self, payload: bytes, fds: list[int]) -> None:
         state = VringState.unpack(payload)

@@ -112,6 +112,11 @@ class BlkRequest(Request):
         self.used_bytes = used_bytes
 
 
+def one_epoch() -> int:
+    """The server never drops what it has acknowledged, or somebody else sees to that."""
+    return 0
+
+
 class BlkEngine:
     """Executes virtio-blk requests on a `Target`. One engine serves every queue of a disk."""
 
@@ -124,18 +129,23 @@ class BlkEngine:
         serial: str,
         fault: Callable[[str], None],
         turns: Turns | None = None,
+        epoch: Callable[[], int] = one_epoch,
     ) -> None:
         """`hits`: what can be asked before `target`. `serial`: what GET_ID answers, at most 20
         bytes. `fault(problem)` is told what a guest did wrong, "kind" or "kind: details", so that
         it is counted and logged once per kind. `turns`: the loop, so that no turn of it begins
-        too much."""
+        too much. `epoch()`: see `lanes.Job`."""
         self.config = config
         self._submit = target.submit
         self._reads, self._writes, self._range_lane = (Lane(target.submit, turns) for _ in range(3))
         self._large_done = self._finish_large
+        self._epoch = epoch
         self._read_hit = hits.read_hit if hits is not None else _no_hit
         self._write_hit = hits.write_hit if hits is not None else _no_hit
         self._done = self._finish  # bound once
+        self._unanswered: dict[BlkRequest, None] = {}
+        """What the target has and did not finish, in the order in which it was popped: the one way
+        to find the requests of a ring again that has to stop without them."""
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._fault = fault
         self._features = 0
@@ -174,9 +184,11 @@ class BlkEngine:
         read_hit = self._read_hit
         write_hit = self._write_hit
         done = self._done
+        unanswered = self._unanswered
         capacity_bytes = self._capacity_bytes
         block_mask = self._block_mask
         write_flags = self._write_flags
+        small_bytes = SMALL_BYTES
         for chain in chains:
             _, type_, sector, readable, writable, _, _, _ = chain
             if type_ == T_IN:
@@ -198,21 +210,25 @@ class BlkEngine:
                 or not length
             ):
                 self._refuse_data(ring, chain, offset, length)
-            elif length > SMALL_BYTES:
+            elif length > small_bytes:
                 self._start_large(ring, chain, offset, length)
             elif type_ == T_IN:
                 if read_hit(offset, length, buffers):
                     ring.complete(chain, S_OK, length + 1)
                 else:
-                    submit(
-                        BlkRequest(ring, chain, READ, offset, length, buffers, done, 0, length + 1)
+                    request = BlkRequest(
+                        ring, chain, READ, offset, length, buffers, done, 0, length + 1
                     )
+                    unanswered[request] = None
+                    submit(request)
             elif not write_flags and write_hit(offset, length, buffers):
                 ring.complete(chain, S_OK, 1)
             else:
-                submit(
-                    BlkRequest(ring, chain, WRITE, offset, length, buffers, done, write_flags, 1)
+                request = BlkRequest(
+                    ring, chain, WRITE, offset, length, buffers, done, write_flags, 1
                 )
+                unanswered[request] = None
+                submit(request)
 
     def _start_large(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
         """An IN or OUT that is worth asking first whether it may be begun now."""
@@ -236,24 +252,20 @@ class BlkEngine:
                 ring.complete(chain, S_OK, used_bytes)
                 return
             if lane.begin_whole(length):
+                self._unanswered[request] = None
+                request.owner = lane
                 self._submit(request)
                 return
         request.done = self._done
-        lane.enter(Job(lane, ring, _data_pieces(request), request.finish))
+        self._unanswered[request] = None
+        epoch = self._epoch if op == WRITE else None
+        request.owner = Job(lane, request, _data_pieces(request), request.finish, epoch)
+        lane.enter(request.owner)
 
     def _finish_large(self, request: BlkRequest) -> None:
         lane = self._reads if request.op == READ else self._writes
         lane.ended(request.length)
         self._finish(request)
-
-    def abandon(self, ring: UsedRing, error: int) -> None:
-        """Begin nothing more of what `ring` has started: it fails with `error`.
-
-        What is in flight of it at the target ends there, and only then fails.
-        """
-        for lane in (self._reads, self._writes, self._range_lane):
-            for job in lane.take(ring):
-                job.stop(error)
 
     def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
         """Answer an IN or OUT that reaches no disk (virtio 1.3 §5.2.6.2)."""
@@ -294,7 +306,9 @@ class BlkEngine:
 
     def _request(self, ring: UsedRing, chain: Chain, op: int = READ) -> BlkRequest:
         """A request without data; its used length counts the status if no data precedes it."""
-        return BlkRequest(ring, chain, op, 0, 0, [], self._done, 0, _status_bytes(chain))
+        request = BlkRequest(ring, chain, op, 0, 0, [], self._done, 0, _status_bytes(chain))
+        self._unanswered[request] = None
+        return request
 
     def _flush(self, ring: UsedRing, chain: Chain) -> None:
         """FLUSH: the sector and any data are the driver's mistake, and harmless."""
@@ -329,7 +343,9 @@ class BlkEngine:
             request.finish(0)
             return
         lane = self._range_lane
-        lane.enter(Job(lane, ring, _range_pieces(request, parts), request.finish))
+        pieces = _range_pieces(request, parts)
+        request.owner = Job(lane, request, pieces, request.finish, self._epoch)
+        lane.enter(request.owner)
 
     def _check_ranges(
         self, op: int, segments: bytes
@@ -359,8 +375,34 @@ class BlkEngine:
         has_status = chain[5] is not None
         ring.complete(chain, status, _status_bytes(chain) if has_status else 0)
 
+    def unanswered(self, ring: UsedRing) -> list[BlkRequest]:
+        """The requests of `ring` that the target has and did not finish, oldest first."""
+        return [request for request in self._unanswered if request.ring is ring]
+
+    def fail(self, requests: Sequence[BlkRequest]) -> None:
+        """Tell the guest that `requests` failed. `abandon` has to follow."""
+        for request in requests:
+            used_bytes = 0 if request.op == READ else request.used_bytes
+            request.ring.complete(request.chain, S_IOERR, used_bytes)
+
+    def abandon(self, requests: Sequence[BlkRequest]) -> None:
+        """The guest hears no more of `requests`, and their buffers are not touched any more by
+        what goes through them (see `Request.abandon`)."""
+        reads = [request.length for request in requests if request.op == READ]
+        # One for all, as long as the longest piece: nobody looks at what lands there.
+        scratch = memoryview(bytearray(min(max(reads, default=0), WHOLE_BYTES)))
+        for request in requests:
+            del self._unanswered[request]
+            request.abandon(_nobody_waits, scratch)
+            if isinstance(request.owner, Job):
+                request.owner.abandon(scratch)
+            elif isinstance(request.owner, Lane):
+                request.done = _abandoned_whole
+            del request.chain, request.ring  # views of the guest's memory, which may go away now
+
     def _finish(self, request: BlkRequest) -> None:
         """The disk is done with `request`: tell the guest."""
+        del self._unanswered[request]
         error = request.error
         if not error:
             request.ring.complete(request.chain, S_OK, request.used_bytes)
@@ -374,6 +416,15 @@ class BlkEngine:
 def _status_bytes(chain: Chain) -> int:
     """The used length of a chain of which only the status is written: 0 if data precedes that."""
     return 0 if chain[4] else 1
+
+
+def _abandoned_whole(request: Request) -> None:
+    """The end of an abandoned request that was begun in one piece."""
+    request.owner.ended(request.length)
+
+
+def _nobody_waits(request: Request) -> None:
+    """The end of an abandoned request."""
 
 
 def _no_hit(offset: int, length: int, buffers: list[memoryview]) -> bool:

@@ -48,6 +48,8 @@ class TrackedPackedQueue(PackedQueue):
     only at the start; the lists that it holds are kept here as well.
     """
 
+    keeps_in_flight = True
+
     def __init__(
         self,
         memory: GuestMemory,

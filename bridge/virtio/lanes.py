@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from errno import ECANCELED
 from math import inf
 from typing import Any, Final, Protocol
 
@@ -97,12 +98,10 @@ class Lane:
         if self._waiting:
             self._go_on()
 
-    def take(self, owner: Any) -> list[Job]:
-        """Take out what waits for `owner`, begun in part or not at all."""
-        found = [job for job in self._waiting if job.owner is owner]
-        if found:
-            self._waiting = deque(job for job in self._waiting if job.owner is not owner)
-        return found
+    def leave(self, job: Job) -> None:
+        """`job` begins nothing more."""
+        if job in self._waiting:
+            self._waiting.remove(job)
 
     def _is_full(self, more_bytes: int) -> bool:
         in_flight_bytes = self.in_flight_bytes
@@ -151,26 +150,39 @@ class Lane:
 
 class Job:
     """A request in a lane: `done(errno)` is called once, when every piece that was begun has ended
-    and either none is left or one failed."""
+    and either none is left or one failed.
 
-    __slots__ = ("_done", "_error", "_in_flight", "_lane", "_next", "_pieces", "owner")
+    The guest hears of all pieces at once. So a flush that failed in between has not told it of the
+    first ones, and they are done once more if the server may have dropped them.
+    """
+
+    __slots__ = (
+        *("_done", "_ends", "_epoch", "_error", "_in_flight", "_lane", "_next", "_pieces"),
+        "owner",
+    )
 
     def __init__(
         self,
         lane: Lane,
-        owner: Any,
+        owner: Request,
         pieces: Iterator[tuple[int, Request]],
         done: Callable[[int], None],
+        epoch: Callable[[], int] | None = None,
     ) -> None:
-        """`pieces`: what each costs (above 0), and a request whose `done` and `owner` are the
-        job's to set; at least one. They are made as they are needed."""
+        """`owner` is the request that the pieces are of. `pieces`: what each costs (above 0), and a
+        request whose `done` and `owner` are the job's to set; at least one. They are made as they
+        are needed. `epoch`: for changes, another number whenever the server may have dropped what
+        it had acknowledged."""
         self._lane = lane
         self.owner = owner
         self._pieces = pieces
         self._next = next(pieces, None)
         self._done = done
-        self._in_flight = 0
+        self._in_flight: set[Request] = set()
         self._error = 0
+        self._epoch = epoch
+        self._ends: list[tuple[int, int, Request]] = []
+        """Of pieces that have ended: in which epoch, what they cost, and they themselves."""
 
     @property
     def next_bytes(self) -> int:
@@ -182,23 +194,45 @@ class Job:
         assert self._next is not None
         cost_bytes, piece = self._next
         self._next = next(self._pieces, None)
-        self._in_flight += 1
+        self._in_flight.add(piece)
         piece.done = self._ended
-        piece.owner = cost_bytes
+        piece.owner = self.owner, cost_bytes
         return piece
 
-    def stop(self, error: int) -> None:
-        """Begin nothing more; `done(error)` once nothing is in flight, possibly now."""
-        self._error = self._error or error
+    def abandon(self, scratch: memoryview) -> None:
+        """The owner was abandoned (`Request.abandon`): so are the pieces in flight, and no more are
+        begun."""
+        self._error = self._error or ECANCELED
         self._next = None
+        self._pieces = iter(())  # They have views of the guest's memory.
+        self._lane.leave(self)
+        for piece in self._in_flight:
+            piece.abandon(piece.done, scratch)
         if not self._in_flight:
             self._done(self._error)
 
     def _ended(self, piece: Any) -> None:
-        self._in_flight -= 1
+        self._in_flight.remove(piece)
+        cost_bytes: int = piece.owner[1]
         if piece.error:
             self._error = self._error or piece.error
             self._next = None
-        if not self._in_flight and self._next is None:
+        elif self._epoch is not None:
+            self._ends.append((self._epoch(), cost_bytes, piece))
+        if not self._in_flight and self._next is None and not self._do_again():
             self._done(self._error)
-        self._lane.ended(piece.owner)
+        self._lane.ended(cost_bytes)
+
+    def _do_again(self) -> bool:
+        """Begin the pieces of an older epoch once more; False if there is none."""
+        if self._error or self._epoch is None:
+            return False
+        now = self._epoch()
+        older = [(cost_bytes, piece) for epoch, cost_bytes, piece in self._ends if epoch != now]
+        if not older:
+            return False
+        self._ends = [each for each in self._ends if each[0] == now]
+        self._pieces = iter(older)
+        self._next = next(self._pieces)
+        self._lane.enter(self)
+        return True

@@ -16,7 +16,7 @@ import os
 from bisect import bisect_right
 from typing import Final
 
-from bridge.errors import ProtocolError
+from bridge.errors import NoMemory, ProtocolError
 from bridge.virtio.seals import keep_length
 
 _ADDRESS_SPACE_BYTES: Final = 1 << 64
@@ -124,11 +124,17 @@ class GuestMemory:
                     f"{high.guest_address:#x} overlap"
                 )
 
+    def missing_of(self, other: GuestMemory) -> list[Region]:
+        """The regions of `other` that are not here."""
+        return [
+            theirs
+            for theirs in other.regions
+            if not any(mine is theirs or mine.is_the_same_as(theirs) for mine in self.regions)
+        ]
+
     def has_all_of(self, other: GuestMemory) -> bool:
         """Every region of `other` is here, too: nothing that is in use went away."""
-        return all(
-            any(mine.is_the_same_as(theirs) for mine in self.regions) for theirs in other.regions
-        )
+        return not self.missing_of(other)
 
     def with_region(self, region: Region) -> GuestMemory:
         """The same memory with one region more."""
@@ -211,6 +217,8 @@ class GuestMemory:
             offset = user_address - region.user_address
             if offset >= 0 and offset + length <= region.size_bytes:
                 return region.view[offset : offset + length]
+        if not self.regions:
+            raise NoMemory("the front-end has shared no memory")
         raise ProtocolError(
             f"ring at user address {user_address:#x} of {length} bytes is in no memory region"
         )

@@ -50,6 +50,8 @@ _unpack_descriptor = _DESCRIPTOR.unpack_from
 class PackedQueue:
     """One packed virtqueue of `size` entries, any number up to 32768."""
 
+    keeps_in_flight = False
+
     def __init__(
         self,
         memory: GuestMemory,

@@ -22,6 +22,8 @@ class VirtQueue(Protocol):
 
     long: LongChains
     """What its long chains take; a device has its queues count together."""
+    keeps_in_flight: bool
+    """What is in flight when the queue is closed is found again by the next one, and answered."""
     in_flight: int
     """Chains popped (or recovered) and not yet pushed; never more than the queue has entries."""
 

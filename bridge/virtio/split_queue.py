@@ -48,6 +48,8 @@ def ring_sizes_bytes(size: int) -> tuple[int, int, int]:
 class SplitQueue:
     """One split virtqueue of `size` entries (a power of two), popped from index `base` on."""
 
+    keeps_in_flight = False
+
     def __init__(
         self,
         memory: GuestMemory,

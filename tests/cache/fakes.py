@@ -20,7 +20,8 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.turn import Outcome, Turn
+from bridge.turn import Outcome
+from tests.turns import deliver, finish, forget, turn
 
 BLOCK = 4096
 GRANULE = 65536
@@ -29,8 +30,7 @@ GRANULE = 65536
 class FakeServer:
     """Keeps requests in `pending` until told; `image` is what it holds."""
 
-    def __init__(self, size_bytes: int, turn: Turn) -> None:
-        self.turn = turn
+    def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self.min_block_bytes = 1
         self.can_fua = True
@@ -48,7 +48,7 @@ class FakeServer:
 
     def submit(self, request: Request) -> None:
         if self.fails:
-            self.turn.finish(request, self.fails)
+            turn().finish(request, self.fails)
             return
         self.pending.append(request)
         self.seen.append((request.op, request.offset, request.length, request.flags))
@@ -66,8 +66,7 @@ class FakeServer:
         elif not error and request.op in (DISCARD, WRITE_ZEROES):
             self.image[at : at + length] = bytes(length)
         request.generation = self.generation
-        self.turn.finish(request, error)
-        self.turn.end()
+        finish(request, error)
 
     def ops(self, op: int) -> list[tuple[int, int]]:
         """(offset, length) of all requests of one kind."""
@@ -84,6 +83,7 @@ class Rig:
         slots: int = 64,
         size: int = 0,
         image: MappedImage | None = None,
+        server: FakeServer | None = None,
         cold: Cold | None = None,
         **options: Any,
     ) -> None:
@@ -94,8 +94,8 @@ class Rig:
             image = MappedImage(bytearray(geometry.file_bytes), header)
         self.image = image
         self.now = 0.0
-        self.turn = Turn()
-        self.server = FakeServer(size, self.turn)
+        self.turn = forget()
+        self.server = server or FakeServer(size)
         self.options = Options(**{"readahead_bytes": 0, **options})
         self.cache = Cache(
             image,
@@ -106,13 +106,9 @@ class Rig:
             cold=cold,
         )
         self.turn.add_stage(self.cache)
-        if isinstance(cold, LaterCold):
-            cold.turn = self.turn
 
     def end_turn(self) -> None:
-        self.turn.end()
-        while self.turn.pending:
-            self.turn.end()
+        deliver()
 
     def start(self, op: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0):
         """Submit; the result's `error` is None until it is done."""
@@ -128,11 +124,28 @@ class Rig:
         self.end_turn()
         return result
 
+    # What others than the guest and the server do. Each is a turn of its own.
+
+    def reconnected(self) -> None:
+        self.cache.backend_reconnected()
+        deliver()
+
+    def refuse(self, errno: int) -> None:
+        self.cache.refuse(errno)
+        deliver()
+
+    def resize(self, size_bytes: int, done: Callable[[int], None]) -> None:
+        self.cache.resize(size_bytes, Outcome(lambda outcome: done(outcome.error)))
+        deliver()
+
+    def check_sample(self, done: Callable[[int], None]) -> None:
+        self.cache.check_sample(done)
+        deliver()
+
     def serve(self) -> None:
-        """The server answers everything, in order."""
+        """The server answers everything, in order, however many turns it takes."""
         while self.server.pending:
             self.server.answer()
-            self.end_turn()
 
     def tick(self, now: float) -> None:
         self.now = now
@@ -182,8 +195,6 @@ class LaterCold:
     """Cold reads that end when told."""
 
     def __init__(self) -> None:
-        self.turn = Turn()
-        """That of the rig."""
         self.jobs: list[tuple[Callable[[], None], Outcome]] = []
 
     def run(self, job: Callable[[], None], outcome: Outcome) -> None:
@@ -193,8 +204,8 @@ class LaterCold:
         job, outcome = self.jobs.pop(0)
         if not error:
             job()
-        self.turn.finish(outcome, error)
-        self.turn.end()
+        turn().finish(outcome, error)
+        deliver()
 
 
 EIO = errno.EIO

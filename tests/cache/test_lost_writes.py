@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from bridge.request import FLUSH, FUA, WRITE, WRITE_ZEROES, Request
-from bridge.turn import Turn
+from tests.turns import finish
 
 from .fakes import BLOCK, EIO, GRANULE, FakeServer, Rig
 
@@ -17,8 +17,8 @@ from .fakes import BLOCK, EIO, GRANULE, FakeServer, Rig
 class _FsyncServer(FakeServer):
     """`image` is its page cache, `medium` what is durable; a FLUSH or FUA is an fsync."""
 
-    def __init__(self, size_bytes: int, turn: Turn) -> None:
-        super().__init__(size_bytes, turn)
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(size_bytes)
         self.medium = bytearray(size_bytes)
         self.fsync_fails = False
 
@@ -102,7 +102,7 @@ def test_write_that_was_at_the_server_when_a_flush_failed_is_sent_again(
         rig.server.answer(0)
         write = rig.server.pending.pop(0)  # executed, and dropped, before the answer
         write.generation = rig.server.generation
-        write.finish(0)
+        finish(write)
     rig.end_turn()
 
     assert flush.value == EIO
@@ -123,7 +123,7 @@ def test_flush_that_waits_for_a_write_from_before_a_failed_one_begins_anew(rig: 
     write = rig.server.pending.pop(0)
     assert write.offset == 5 * GRANULE
     write.generation = rig.server.generation
-    write.finish(0)
+    finish(write)
     rig.end_turn()
     rig.serve()
 

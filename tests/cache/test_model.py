@@ -86,6 +86,26 @@ class Machine(RuleBasedStateMachine):
         self.world.image.stores_left = stores
 
     @rule()
+    def give_up(self) -> None:
+        self._do(self.world.give_up)
+
+    @rule()
+    def grow(self) -> None:
+        self._do(self.world.grow)
+
+    @rule()
+    def drop_clean(self) -> None:
+        self._do(self.world.drop_clean)
+
+    @rule()
+    def fail_everything(self) -> None:
+        self._do(self.world.fail_everything)
+
+    @rule()
+    def stop(self) -> None:
+        self._do(self.world.stop)
+
+    @rule()
     def lose_host(self) -> None:
         self._do(self.world.lose_host)
 

@@ -12,8 +12,11 @@ from bridge.cache.exclusive import Exclusives
 from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
 from bridge.cache.index import Index
+from bridge.cache.reads import Reads
+from bridge.cache.resize import Resizer
 from bridge.cache.store import Store
 from bridge.cache.writeback import Writeback
+from bridge.turn import Outcome
 
 from .world import run
 
@@ -160,6 +163,35 @@ def _flush_cleans_what_came_after(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Index, "flush_ok", broken)
 
 
+def _failing_forgets_who_waits_for_room(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Store, "_fail_for_room", lambda self, errno: None)
+
+
+def _failing_forgets_who_waits_for_the_caches_disk(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Reads, "refuse", lambda self, errno: None)
+
+
+def _failing_forgets_partial_writes_of_cold_blocks(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Store, errno: int) -> None:
+        self._refused = errno
+        if errno:
+            self._fail_for_room(errno)
+
+    patch.setattr(Store, "refuse", broken)
+
+
+def _growth_keeps_what_was_behind_the_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Resizer, "_complete_last_block", lambda *_: None)
+
+
+def _growth_before_the_last_block_is_known(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Resizer, size_bytes: int, outcome: Outcome) -> None:
+        self._grow(size_bytes)
+        self._common.turn.finish(outcome)
+
+    patch.setattr(Resizer, "_read_last_block", broken)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -178,6 +210,11 @@ def _flush_cleans_what_came_after(patch: pytest.MonkeyPatch) -> None:
         _failed_flush_loses_what_was_replied_to_only,
         _clean_by_any_reply,
         _flush_cleans_what_came_after,
+        _failing_forgets_who_waits_for_room,
+        _failing_forgets_who_waits_for_the_caches_disk,
+        _failing_forgets_partial_writes_of_cold_blocks,
+        _growth_keeps_what_was_behind_the_end,
+        _growth_before_the_last_block_is_known,
     ],
 )
 def test_planted_bug_is_found(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 
 from bridge.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES
-from bridge.turn import Outcome
 
 from .fakes import BLOCK, EIO, GRANULE, Result, Rig
 
@@ -24,12 +23,11 @@ class Resize:
         rig.server.image += (content or b"\0") * (size_bytes - old)
         rig.server.size_bytes = size_bytes
         self.error: int | None = None
-        rig.cache.resize(size_bytes, Outcome(self._done))
-        rig.end_turn()
+        rig.resize(size_bytes, self._done)
 
-    def _done(self, outcome: Outcome) -> None:
+    def _done(self, error: int) -> None:
         assert self.error is None, "done twice"
-        self.error = outcome.error
+        self.error = error
 
 
 def test_write_past_the_old_size_fails_before_and_works_after_growing() -> None:
@@ -73,9 +71,8 @@ def test_resize_to_the_same_or_a_smaller_size_changes_nothing() -> None:
     rig = Rig()
 
     for size_bytes in (OLD, OLD - GRANULE):
-        results: list[int] = []
-        rig.cache.resize(size_bytes, Outcome(lambda ended: results.append(ended.error)))  # noqa: B023
-        rig.end_turn()
+        results = []
+        rig.resize(size_bytes, results.append)
         assert results == [0]
 
     assert rig.cache.size_bytes == OLD
@@ -85,8 +82,7 @@ def test_disk_too_large_for_any_cache_is_refused_and_the_old_size_stays() -> Non
     rig = Rig()
     results: list[int] = []
 
-    rig.cache.resize(1 << 62, Outcome(lambda outcome: results.append(outcome.error)))
-    rig.end_turn()
+    rig.resize(1 << 62, results.append)
 
     assert results == [errno.EFBIG]
     assert rig.write(OLD - BLOCK, b"a" * BLOCK) == 0

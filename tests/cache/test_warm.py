@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bridge.cache.warm import HOLE, ZERO, Warmer, data_ranges
 from bridge.request import READ, Request
+from tests.turns import finish
 
 from .fakes import EIO, GRANULE, Rig
 
@@ -79,7 +80,7 @@ def test_stopped_warming_ends_when_what_is_in_flight_has_ended() -> None:
     warmer.stop()
     early = list(done)
     for request in seen[:]:
-        request.finish(0)
+        finish(request)
 
     assert (early, done, len(seen)) == ([], [0], 8)
 
@@ -97,6 +98,6 @@ def test_warming_counts_the_bytes_that_could_not_be_read() -> None:
     warmer.start()
 
     for request, error in zip(seen[:], (0, EIO, EIO), strict=True):
-        request.finish(error)
+        finish(request, error)
 
     assert done == [3 << 19]

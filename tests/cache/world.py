@@ -32,12 +32,16 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.turn import Outcome, Turn
+from bridge.turn import Outcome
+from tests.turns import deliver, forget, turn
 
 SECTOR = 512
 ZERO = bytes(SECTOR)
 MAX_SECTORS = 400
 """Growth ends here."""
+
+_OWN = b"!"
+"""What the guest does with memory that it got back; no sector has it."""
 
 
 class Killed(BaseException):
@@ -94,6 +98,7 @@ class TestImage(MappedImage):
     def __init__(self, buffer: bytearray, header: Any, rng: random.Random) -> None:
         super().__init__(buffer, header)
         self.stores_left: int | None = None
+        self.closed = False
         self.cold_ratio = 0.0
         self._rng = rng
         self._raw_data = self.data
@@ -102,6 +107,7 @@ class TestImage(MappedImage):
         self.data = _HookedData(self.data, self._stored, rng)
 
     def _stored(self) -> None:
+        assert not self.closed, "the file was changed after it was closed"
         if self.stores_left is not None:
             if not self.stores_left:
                 raise Killed
@@ -114,8 +120,7 @@ class TestImage(MappedImage):
 class LaterCold:
     """Cold reads that end when the world says so."""
 
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
+    def __init__(self) -> None:
         self.jobs: list[tuple[Callable[[], None], Outcome]] = []
 
     def run(self, job: Callable[[], None], outcome: Outcome) -> None:
@@ -124,7 +129,7 @@ class LaterCold:
     def finish_one(self, rng: random.Random) -> None:
         job, outcome = self.jobs.pop(rng.randrange(len(self.jobs)))
         job()
-        self._turn.finish(outcome)
+        turn().finish(outcome)
 
 
 class Server:
@@ -148,16 +153,16 @@ class Server:
         self.commands = 0
         self.given_up = False
         """There is no connection, and none is waited for any more."""
-        self.turn = Turn()
-        """That of the process of the cache."""
+        self.refuses = False
+        """Everything has to end now; there will be a connection again."""
 
     @property
     def gone(self) -> bool:
         return self.given_up
 
     def submit(self, request: Request) -> None:
-        if self.given_up:
-            self.turn.finish(request, errno.EIO)
+        if self.given_up or self.refuses:
+            turn().finish(request, errno.EIO)
             return
         assert request.length > 0 or request.op == FLUSH
         assert request.offset >= 0
@@ -222,7 +227,7 @@ class Server:
             for at in range(command.first, command.end):
                 self.replied_upto[at] = len(self.history[at])
         command.request.generation = self.generation
-        self.turn.finish(command.request, error)
+        turn().finish(command.request, error)
 
     def cut(self) -> None:
         """The connection is lost; commands in flight may or may not have been executed."""
@@ -234,10 +239,14 @@ class Server:
 
     def give_up(self) -> None:
         """The connection is lost, and nobody waits for another: everything fails at once."""
-        self.cut()
         self.given_up = True
+        self.fail_pending()
+
+    def fail_pending(self) -> None:
+        """What is in flight fails; it may have been executed."""
+        self.cut()
         while self.pending:
-            self.turn.finish(self.pending.pop(0).request, errno.EIO)
+            turn().finish(self.pending.pop(0).request, errno.EIO)
 
     def lose_power(self) -> None:
         """Of what was not flushed, any may be gone."""
@@ -270,7 +279,7 @@ class Server:
         """The client is gone for good."""
         self.cut()
         self.pending.clear()
-        self.given_up = False
+        self.given_up = self.refuses = False
 
     def resend(self) -> None:
         """Commands that were not replied to come again, on the new connection."""
@@ -349,6 +358,7 @@ class World:
             bypass_after_bytes=rng.choice((0, 4096)),
             exclusive_run_bytes=rng.choice((4096, 65536)),
             zero_copy_bytes=rng.choice((0, 4096)),
+            cold_bytes=rng.choice((1024, 65536)),
         )
         assert not choices, choices
         self.cold_ratio = rng.choice((0.0, 0.3))
@@ -369,7 +379,8 @@ class World:
         """Per sector: the last write that completed."""
         self.durable = [0] * sectors
         """Per sector: the write that a flush promised."""
-        self.log: list[str] = []
+        self.returned: list[bytearray] = []
+        """Memory of reads that were completed: it is the guest's own again."""
         self._new_image()
         self._start()
 
@@ -382,8 +393,8 @@ class World:
         self.buffer = bytearray(self.geometry.file_bytes)
 
     def _start(self) -> None:
-        self.turn = self.server.turn = Turn()
-        self.cold = LaterCold(self.turn)
+        self.turn = forget()
+        self.cold = LaterCold()
         self.image = TestImage(self.buffer, self.header, self.rng)
         self.image.cold_ratio = self.cold_ratio
         self.cache = Cache(
@@ -520,6 +531,8 @@ class World:
         if guest.op == READ:
             if not error:
                 self._judge_read(guest)
+            guest.memory[:] = _OWN * len(guest.memory)
+            self.returned.append(guest.memory)
         elif guest.op == FLUSH:
             if not error:
                 self._flushed(guest.completed_before)
@@ -531,6 +544,7 @@ class World:
         assert not error or self.faults
 
     def _written(self, guest: _GuestOp, error: int) -> None:
+        guest.memory[:] = _OWN * len(guest.memory)  # Nobody may read it from here on.
         for at in range(guest.first, guest.end):
             rivals = [each for each in guest.rivals if each.first <= at < each.end]
             if error:
@@ -587,6 +601,7 @@ class World:
     # Faults.
 
     def reconnect(self, *, power_loss: bool) -> None:
+        deliver()
         self.server.cut()
         self.server.given_up = False
         if power_loss:
@@ -600,6 +615,91 @@ class World:
             self.cache.backend_reconnected()
             self.server.resend()
         self._resize()
+        deliver()
+
+    def give_up(self) -> None:
+        """The server is away for too long."""
+        deliver()
+        self.server.give_up()
+        deliver()
+
+    def drop_clean(self) -> None:
+        """Somebody else may have written the export."""
+        deliver()
+        self.cache.drop_clean()
+        deliver()
+
+    def grow(self) -> None:
+        """The disk grows under whatever is going on, and perhaps again before that is done."""
+        for _ in range(self.rng.choice((1, 1, 2))):
+            self.grow_server()
+            deliver()
+            self._resize()
+            deliver()
+
+    def fail_everything(self) -> None:
+        """The guest is stopped or leaves while the server is away: what is in flight ends now.
+
+        Nothing that was waited for may come to the guest's memory afterwards.
+        """
+        self._begin_to_fail()
+        self.reconnect(power_loss=self.rng.random() < 0.5)
+
+    def _begin_to_fail(self) -> None:
+        deliver()
+        self.server.refuses = True
+        self.cache.refuse(errno.EIO)
+        self.server.fail_pending()
+        deliver()
+        if self.rng.random() < 0.5:
+            # The cache's disk hangs as well. What has to be made durable waits for it, and has
+            # nothing of the guest's memory.
+            self._end_failing(lambda guest: guest.op in (READ, PREFETCH) or self._is_plain(guest))
+        self._end_failing(lambda _: True, disk_works=True)
+        self.cache.refuse(0)
+        self.server.refuses = False
+        deliver()
+
+    def _is_plain(self, guest: _GuestOp) -> bool:
+        """A write that is complete when it is in the cache."""
+        return guest.op == WRITE and not guest.flags & FUA and self.options.mode == "writeback"
+
+    def _end_failing(self, must: Callable[[_GuestOp], bool], *, disk_works: bool = False) -> None:
+        """Whatever `must` end does so within a few turns."""
+        left = len(self.guest)
+        for _ in range(50):
+            self.run_turn()
+            left = sum(map(must, self.guest))
+            if not left:
+                break
+            if disk_works and self.cold.jobs:
+                self.cold.finish_one(self.rng)
+        assert not left, f"{left} requests outlive their failing"
+
+    def stop(self) -> None:
+        """The process ends in order, at whatever it is: then it starts again."""
+        self._begin_to_fail()
+        if self.rng.random() < 0.8:
+            self.reconnect(power_loss=False)
+        completed = list(self.completed)
+        answers: list[int] = []
+        flush = Request(FLUSH, 0, 0, [], lambda request: answers.append(request.error))
+        self.cache.submit(flush)
+        for _ in range(self.rng.choice((0, 1, 5, 50))):
+            self.run_turn()
+            if self.cold.jobs and self.rng.random() < 0.5:
+                self.cold.finish_one(self.rng)
+            self.serve()
+        deliver()
+        self.server.give_up()  # It hangs up.
+        deliver()
+        if answers == [0]:
+            self._flushed(completed)
+        self.image.closed = True
+        self.server.forget_client()
+        self.header = self.image.header
+        self._check_clean()
+        self._start()
 
     def grow_server(self) -> None:
         """The server has more sectors from now on, and something is in them."""
@@ -696,7 +796,9 @@ class World:
         self.now += seconds
         due = self.cache.next_deadline()
         if due is not None and due <= self.now:
+            deliver()
             self.cache.tick(self.now)
+            deliver()
 
     def step(self) -> None:
         """One random thing happens."""
@@ -747,19 +849,25 @@ class World:
         rng = self.rng
         kind = rng.random()
         if kind < 0.05:
-            self.server.give_up()
-        elif kind < 0.4:
+            self.give_up()
+        elif kind < 0.35:
             self.serve(error=rng.choice((errno.EIO, errno.ENOSPC)))
-        elif kind < 0.6:
+        elif kind < 0.53:
             self.reconnect(power_loss=False)
-        elif kind < 0.8:
+        elif kind < 0.71:
             self.reconnect(power_loss=True)
-        elif kind < 0.9:
+        elif kind < 0.80:
             self.kill()
-        elif kind < 0.95:
+        elif kind < 0.85:
             self.lose_host()
+        elif kind < 0.90:
+            self.fail_everything()
+        elif kind < 0.93:
+            self.stop()
+        elif kind < 0.96:
+            self.grow()
         else:
-            self.cache.drop_clean()
+            self.drop_clean()
 
     def settle(self) -> None:
         """No more faults: everything in flight completes, and all is what it should be."""
@@ -787,6 +895,9 @@ class World:
         self.guest_flush()
         self._drain()
         assert not self.guest
+        assert all(memory == _OWN * len(memory) for memory in self.returned), (
+            "something was read into memory that was the guest's again"
+        )
         index = self.cache.index
         assert index.dirty_blocks == index.dirty_slots == 0
         if not self.server.can_flush:

@@ -40,6 +40,7 @@ from bridge.virtio.memory import GuestMemory, Region
 from bridge.virtio.packed_queue import PackedQueue
 from bridge.virtio.queue import RingAreas, VirtQueue
 from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
+from tests.turns import deliver
 
 _REGION_BYTES = 0x10000
 _DISK_BYTES = 0x8000
@@ -191,6 +192,7 @@ class Campaign:
         """Turns of a ring, until it breaks or the guest has nothing more."""
         ring = _Ring(queue)
         engine.start(ring, queue.recovered())
+        deliver()
         for _ in range(4):
             try:
                 chains = queue.pop()
@@ -199,6 +201,7 @@ class Campaign:
                 break
             assert len(chains) <= size
             engine.start(ring, chains)
+            deliver()
             assert 0 <= queue.in_flight <= size, queue.in_flight
             self.outcomes["requests"] += len(chains)
             queue.publish()
@@ -210,6 +213,7 @@ class Campaign:
             self._disk.held.clear()
             return
         self._disk.release()
+        deliver()
         queue.publish()
         assert queue.in_flight == 0, "a request was never answered"
         queue.close(told=rng.random() < 0.5)
@@ -397,6 +401,7 @@ class _GoodQueue:
         self._driver.add(1, buffers)
         self._driver.publish()
         self._engine.start(self._ring, self._queue.pop())
+        deliver()
         self._queue.publish()
         assert self._driver.poll() == [(1, 513)], "the good queue"
         assert guest[0x1010] == 0, "the good queue"

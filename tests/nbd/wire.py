@@ -8,6 +8,7 @@ from bridge.nbd.export import Export
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.transmission import Transmission
 from bridge.request import BLOCK_STATUS, Request
+from tests.turns import deliver
 
 DONE = p.REPLY_FLAG_DONE
 CONTEXT = 5
@@ -39,6 +40,7 @@ class Asked:
         kind = StatusRequest if op == BLOCK_STATUS else Request
         self.request = kind(op, offset, length, buffers, self._done, flags)
         transmission.start(self.request)
+        deliver()
 
     def _done(self, request: Request) -> None:
         self.finished += 1
@@ -65,7 +67,10 @@ def feed(transmission: Transmission, data: bytes, step: int = 1 << 30) -> None:
             buffer[: len(part)] = part
             received += len(part)
         position += received
-        transmission.bytes_received(received)
+        try:
+            transmission.bytes_received(received)
+        finally:
+            deliver()  # also what came before something that is no reply
 
 
 def simple(asked: Asked, error: int = 0, data: bytes = b"") -> bytes:

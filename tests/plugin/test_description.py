@@ -100,7 +100,7 @@ def describe(path: Path, **settings: str) -> dict[str, str]:
     try:
         assert handle.session is not None
         words = service.describe(handle).split()
-        handle.session.note_write()
+        handle.session.note_write(handle)
     finally:
         service.close(handle)
     return dict(word.split("=", 1) for word in words if "=" in word)

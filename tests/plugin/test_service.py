@@ -112,6 +112,25 @@ def test_line_of_a_list_has_a_bound(service: Service, monkeypatch: pytest.Monkey
     assert len(service.list_exports()[0][1]) <= MAX_DESCRIPTION_CHARS
 
 
+def test_connections_have_a_bound_that_is_given_back(tmp_path: Path) -> None:
+    FileStore(tmp_path).create("v", MIB)
+    settings = Settings(store="file", dir=str(tmp_path), fence_timeout="0", connections="2")
+    service = Service(settings)
+    for _ in range(3):
+        handles = [service.open("v", read_only=False), service.open("v@readonly", read_only=False)]
+        error = refused(service, "v@readonly")
+        assert (error.errno, str(error)) == (
+            errno.EBUSY,
+            "2 connections are open already (connections=2)",
+        )
+        service.close(handles.pop())
+        assert refused(service, "v").errno == errno.EBUSY, "refused for another reason"
+        handles.append(service.open("v@readonly", read_only=False))
+        for handle in handles:
+            service.close(handle)
+    assert service._connections == 0
+
+
 # --- what cannot be written is served read-only, as nbdkit's file plugin does
 
 

@@ -80,9 +80,8 @@ class LateTarget(MemoryTarget):
 
     def submit(self, request: Request) -> None:
         """See `Target`."""
-        finish, request.done = request.done, lambda done: None
-        self.execute(request)
-        request.done = finish
+        op, offset, length = request.op, request.offset, request.length
+        self.execute(Request(op, offset, length, request.buffers, lambda done: None))
         if not self._executed:
             self._loop.at_turn_end(self._answer)
         self._executed.append(request)
@@ -91,7 +90,7 @@ class LateTarget(MemoryTarget):
         half = -(-len(self._executed) // 2)
         executed, self._executed = self._executed, []
         for request in reversed(executed[:half]):
-            request.finish(request.error)
+            request.finish(0)
         self._executed = executed[half:]
         if self._executed:
             self._loop.at_turn_end(self._answer)
