@@ -227,20 +227,20 @@ class BlkEngine:
             op, lane, buffers = WRITE, self._writes, readable
             flags, used_bytes = self._write_flags, 1
             hit = self._write_hit if not flags else _no_hit
+        at_once = length <= WHOLE_BYTES and lane.is_free
+        if at_once and hit(offset, length, buffers):
+            lane.copied(length)
+            ring.complete(chain, S_OK, used_bytes)
+            return
         request = BlkRequest(
-            ring, chain, op, offset, length, buffers, self._large_done, flags, used_bytes
+            ring, chain, op, offset, length, buffers, self._done, flags, used_bytes
         )
-        if length <= WHOLE_BYTES and lane.is_free:
-            if hit(offset, length, buffers):
-                lane.copied(length)
-                ring.complete(chain, S_OK, used_bytes)
-                return
-            if lane.begin_whole(length):
-                request.owner = lane
-                self._submit(request)
-                return
-        request.done = self._done
-        self._enter(lane, request, _data_pieces(request))
+        if at_once and lane.begin_whole(length):
+            request.owner = lane
+            request.done = self._large_done
+            self._submit(request)
+        else:
+            self._enter(lane, request, _data_pieces(request))
 
     def _enter(self, lane: Lane, request: BlkRequest, pieces: Iterator[Request]) -> None:
         """Have `lane` do `request` in `pieces`."""
