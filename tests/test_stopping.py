@@ -24,7 +24,7 @@ from bridge.cache.file import open_file
 from bridge.cache.inspect import describe, show
 from bridge.cache.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
 from bridge.disk import Disk
-from bridge.errors import ConfigError, LeftBehind
+from bridge.errors import BridgeError, ConfigError, LeftBehind
 from bridge.loop import Loop
 from bridge.nbd import protocol as p
 from bridge.nbd.options import ClientOptions
@@ -164,7 +164,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.image = MemoryDisk(SIZE_BYTES)
-        self.server = Server({"": self.image, "vm@session=s": self.image})
+        self.server = Server(dict.fromkeys(("", "vm", "vm@session=s"), self.image))
         self.server.commands = []
         self.faults = self.server.faults
 
@@ -357,7 +357,7 @@ async def test_guest_that_comes_back_after_somebody_else_wrote_is_refused(
 ) -> None:
     world.counts(5, 4)
     with pytest.RaisesGroup(
-        pytest.RaisesExc(ConfigError, match=r"cache flush --force.*cache drop"),
+        pytest.RaisesExc(BridgeError, match=r"cache flush --force.*cache drop"),
         flatten_subgroups=True,
     ):
         async with world.bridge() as bridge:
@@ -383,7 +383,7 @@ async def test_guest_that_comes_back_to_an_image_that_looks_different_is_refused
 ) -> None:
     """A server that counts nobody: what is cached and clean tells."""
     with pytest.RaisesGroup(
-        pytest.RaisesExc(ConfigError, match="cache flush --force"), flatten_subgroups=True
+        pytest.RaisesExc(BridgeError, match="cache flush --force"), flatten_subgroups=True
     ):
         async with world.bridge() as bridge:
             await bridge.do(T_IN, 4096, room=BLOCK)
@@ -422,7 +422,7 @@ async def test_shared_session_tells_by_who_wrote_last(
         assert world.image.data[:BLOCK] == block("o")
     else:
         with pytest.RaisesGroup(
-            pytest.RaisesExc(ConfigError, match="cache flush --force"), flatten_subgroups=True
+            pytest.RaisesExc(BridgeError, match="cache flush --force"), flatten_subgroups=True
         ):
             await come_and_go()
         assert world.changes() == 0
@@ -449,13 +449,13 @@ async def test_source_killed_after_the_freeze_leaves_data_that_the_next_start_fi
     assert world.image.data[:BLOCK] == block("d")
 
 
-@pytest.mark.parametrize("case", ["nobody counts", "shared", "somebody wrote"])
+@pytest.mark.parametrize("case", ["nobody counts", "shared", "was shared", "somebody wrote"])
 async def test_next_start_on_frozen_data_is_refused_where_others_may_have_written(
     world: World, autojump_clock: MockClock, case: str
 ) -> None:
     if case != "nobody counts":
         world.counts(5, 4)
-    export = "vm@session=s" if case == "shared" else ""
+    export = "vm@session=s" if case in ("shared", "was shared") else "vm"
     async with world.bridge(export=export) as bridge:
         await bridge.do(T_OUT, out=block("d"))
         world.go_away()
@@ -468,7 +468,7 @@ async def test_next_start_on_frozen_data_is_refused_where_others_may_have_writte
         pytest.RaisesExc(ConfigError, match=r"cache flush --force.*cache drop"),
         flatten_subgroups=True,
     ):
-        async with world.bridge(export=export):
+        async with world.bridge(export="vm" if case == "was shared" else export):
             pass
     assert world.changes() == 0
     summary = show(str(bridge.cache_file))
