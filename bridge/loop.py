@@ -6,9 +6,9 @@ eventfds, NBD sockets) are gathered in one epoll, and one trio task waits for th
 become readable. A turn is:
 
 1. every ready descriptor's callback runs, and every poller's `poll()`;
-2. long work that was left to this turn with `soon` goes on, and
-   whatever was put off with `at_turn_end` runs once (one `sendmsg` per connection, one used-ring
-   publication and at most one call per queue, however many requests the turn brought);
+2. the turn is ended (see `turn`): what has finished is told of, stages decide what follows, and
+   what was put off runs once (one `sendmsg` per connection, one used-ring publication and at most
+   one call per queue, however many requests the turn brought);
 3. while work keeps coming, go on (adaptive polling: `poll_us` without success, more while that
    pays, less while it does not);
 4. then tell the pollers to `arm()` their notifications, and wait: shortly in the epoll itself,
@@ -29,6 +29,8 @@ from time import perf_counter
 from typing import Protocol
 
 import trio
+
+from bridge.turn import Turn
 
 EPOLLIN = select.EPOLLIN
 EPOLLOUT = select.EPOLLOUT
@@ -73,8 +75,8 @@ class Loop:
     def __init__(self, *, poll_us: float = 32) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
-        self._turn_end: list[Callable[[], None]] = []
-        self._soon: list[Callable[[], None]] = []
+        self.turn = Turn(self.wake)
+        """What this loop's turns carry; everything of the data path shares it."""
         self._pollers: list[Poller] = []
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Edge-triggered: the counter never has to be read back. No callback: a wake-up alone
@@ -116,19 +118,6 @@ class Loop:
         """Stop looking at `poller`."""
         self._pollers = [each for each in self._pollers if each is not poller]
 
-    def at_turn_end(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once at the end of this turn, or of one that starts now."""
-        self._turn_end.append(callback)
-        if self._asleep:
-            self.wake()
-
-    def soon(self, callback: Callable[[], None], /) -> None:
-        """Call `callback` once in the next turn, after everybody else had their chance: long work
-        goes on there."""
-        self._soon.append(callback)
-        if self._asleep:
-            self.wake()
-
     def linger(self) -> None:
         """More of what this turn dealt with is about to come: poll longer than usual for it."""
         self._lingering = True
@@ -168,6 +157,7 @@ class Loop:
                     continue
                 await trio.lowlevel.checkpoint()
             else:
+                assert not self.turn.finished
                 await trio.lowlevel.wait_readable(epoll_fd)
                 self._wake_up()
             until_s = perf_counter() + _YIELD_EVERY_S
@@ -187,6 +177,7 @@ class Loop:
         """
         poll = self._epoll.poll
         callbacks = self._callbacks
+        turn = self.turn
         now = perf_counter()
         idle_until_s = now + self._poll_s if polling else 0.0
         while True:
@@ -207,16 +198,9 @@ class Loop:
                         at = pollers.index(poller) + 1
                         self._pollers = pollers[at:] + pollers[:at]
                         break
-            if self._soon:
-                soon, self._soon = self._soon, []
+            if worked or turn.pending:
                 worked = True
-                for go_on in soon:
-                    go_on()
-            while self._turn_end:
-                pending, self._turn_end = self._turn_end, []
-                worked = True
-                for finish in pending:
-                    finish()
+                turn.end()
             now = perf_counter()
             if worked:
                 self._worked = True
@@ -254,7 +238,7 @@ class Loop:
         for poller in self._pollers:
             if poller.arm():
                 more = True
-        if more or self._turn_end or self._soon:
+        if more or self.turn.pending:
             self._wake_up()
             return True
         return False

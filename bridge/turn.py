@@ -51,11 +51,16 @@ class Stage(Protocol):
 class Turn:
     """See the module's text."""
 
-    __slots__ = ("_ends", "_finished", "_next", "_stages", "_woken")
+    __slots__ = ("_ends", "_next", "_running", "_stages", "_woken", "finished", "number")
 
     def __init__(self, woken: Callable[[], None] | None = None) -> None:
         """`woken()` is called when something is put off, which may be outside a turn."""
-        self._finished: list[Finished] = []
+        self.finished: list[Finished] = []
+        """What has ended and was not told of. Who appends here directly (the parser of replies, for
+        speed) sets `error` first. Another list after each round."""
+        self.number = 0
+        """Of the turn, from 1; for budgets per turn."""
+        self._running = False
         self._ends: list[Callable[[], None]] = []
         self._next: list[Callable[[], None]] = []
         self._stages: tuple[Stage, ...] = ()
@@ -72,7 +77,7 @@ class Turn:
     def finish(self, what: Finished, error: int = 0) -> None:
         """`what` has ended with `error`, 0 or an errno; its owner is told in this turn."""
         what.error = error
-        self._finished.append(what)
+        self.finished.append(what)
 
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call `callback` once at the end of this turn, or of one that starts now."""
@@ -90,15 +95,15 @@ class Turn:
     @property
     def pending(self) -> bool:
         """There is something to do without anything coming in."""
-        return bool(self._finished or self._ends or self._next)
+        return bool(self.finished or self._ends or self._next)
 
     def settle(self) -> bool:
         """Tell owners and let stages advance until nothing moves; False if nothing did."""
         moved_at_all = False
         for _ in range(ROUNDS_MAX):
             moved = False
-            while self._finished:
-                finished, self._finished = self._finished, []
+            while self.finished:
+                finished, self.finished = self.finished, []
                 for each in finished:
                     each.done(each)
                 moved = True
@@ -111,7 +116,19 @@ class Turn:
         raise AssertionError("a turn that does not settle")
 
     def end(self) -> bool:
-        """Settle, then do what was put off, until there is nothing; False if nothing was done."""
+        """Settle, then do what was put off, until there is nothing; False if nothing was done.
+
+        Not from within a turn: nothing that `finish` leads to may call this.
+        """
+        assert not self._running
+        self._running = True
+        try:
+            return self._end()
+        finally:
+            self._running = False
+
+    def _end(self) -> bool:
+        self.number += 1
         if self._next:
             later, self._next = self._next, []
             for callback in later:

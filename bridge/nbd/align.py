@@ -22,6 +22,7 @@ from bridge.request import (
 )
 
 Send = Callable[[Request], None]
+Finish = Callable[[Request, int], None]
 
 
 def cover(offset: int, length: int, block_bytes: int) -> tuple[int, int]:
@@ -31,89 +32,96 @@ def cover(offset: int, length: int, block_bytes: int) -> tuple[int, int]:
     return start, stop + -stop % block_bytes
 
 
-def send_aligned(request: Request, block_bytes: int, send: Send) -> None:
-    """Do `request`, which is not aligned to `block_bytes`, with aligned ones through `send`."""
-    op = request.op
-    if op == READ:
-        _read(request, block_bytes, send)
-    elif op == WRITE:
-        _ReadModifyWrite(request, block_bytes, send).start()
-    elif op == WRITE_ZEROES:
-        _WriteZeroes(request, block_bytes, send).start()
-    elif op == DISCARD:
-        _discard(request, block_bytes, send)
-    else:
-        assert op in (PREFETCH, BLOCK_STATUS)
-        _widen(request, block_bytes, send)
+class Aligner:
+    """Does requests that are not aligned with aligned ones."""
 
+    __slots__ = ("finish", "send")
 
-def _finish_owner(part: Request) -> None:
-    request: Request = part.owner
-    request.generation = part.generation
-    request.finish(part.error)
+    def __init__(self, send: Send, finish: Finish) -> None:
+        """`send` takes the aligned ones; `finish(request, error)` ends what was asked for."""
+        self.send = send
+        self.finish = finish
 
+    def do(self, request: Request, block_bytes: int) -> None:
+        """Do `request`, which is not aligned to `block_bytes`."""
+        op = request.op
+        if op == READ:
+            self._read(request, block_bytes)
+        elif op == WRITE:
+            _ReadModifyWrite(request, block_bytes, self).start()
+        elif op == WRITE_ZEROES:
+            _WriteZeroes(request, block_bytes, self).start()
+        elif op == DISCARD:
+            self._discard(request, block_bytes)
+        else:
+            assert op in (PREFETCH, BLOCK_STATUS)
+            self._widen(request, block_bytes)
 
-def _read(request: Request, block_bytes: int, send: Send) -> None:
-    start, stop = cover(request.offset, request.length, block_bytes)
-    before = memoryview(bytearray(request.offset - start))
-    after = memoryview(bytearray(stop - request.offset - request.length))
-    buffers = [view for view in (before, *request.buffers, after) if len(view)]
-    send(Request(READ, start, stop - start, buffers, _finish_owner, 0, request))
+    def finish_owner(self, part: Request) -> None:
+        """`part` was all of its owner."""
+        request: Request = part.owner
+        request.generation = part.generation
+        self.finish(request, part.error)
 
+    def _read(self, request: Request, block_bytes: int) -> None:
+        start, stop = cover(request.offset, request.length, block_bytes)
+        before = memoryview(bytearray(request.offset - start))
+        after = memoryview(bytearray(stop - request.offset - request.length))
+        buffers = [view for view in (before, *request.buffers, after) if len(view)]
+        self.send(Request(READ, start, stop - start, buffers, self.finish_owner, 0, request))
 
-def _discard(request: Request, block_bytes: int, send: Send) -> None:
-    start = request.offset + -request.offset % block_bytes
-    stop = request.offset + request.length
-    stop -= stop % block_bytes
-    if start >= stop:
-        request.finish(0)
-        return
-    send(Request(DISCARD, start, stop - start, [], _finish_owner, request.flags, request))
+    def _discard(self, request: Request, block_bytes: int) -> None:
+        start = request.offset + -request.offset % block_bytes
+        stop = request.offset + request.length
+        stop -= stop % block_bytes
+        if start >= stop:
+            self.finish(request, 0)
+            return
+        length, flags = stop - start, request.flags
+        self.send(Request(DISCARD, start, length, [], self.finish_owner, flags, request))
 
+    def _widen(self, request: Request, block_bytes: int) -> None:
+        start, stop = cover(request.offset, request.length, block_bytes)
+        if request.op == PREFETCH:
+            self.send(Request(PREFETCH, start, stop - start, [], self.finish_owner, 0, request))
+            return
+        wide = StatusRequest(BLOCK_STATUS, start, stop - start, [], self._cut_extents, 0, request)
+        wide.extents = []
+        self.send(wide)
 
-def _widen(request: Request, block_bytes: int, send: Send) -> None:
-    start, stop = cover(request.offset, request.length, block_bytes)
-    if request.op == PREFETCH:
-        send(Request(PREFETCH, start, stop - start, [], _finish_owner, 0, request))
-        return
-    wide = StatusRequest(BLOCK_STATUS, start, stop - start, [], _cut_extents, 0, request)
-    wide.extents = []
-    send(wide)
-
-
-def _cut_extents(wide: StatusRequest) -> None:
-    request = wide.owner
-    assert isinstance(request, StatusRequest)
-    position = wide.offset
-    stop = request.offset + request.length
-    extents: list[tuple[int, int]] = []
-    for length, flags in wide.extents:
-        first = max(position, request.offset)
-        position += length
-        if min(position, stop) > first:
-            extents.append((min(position, stop) - first, flags))
-    request.extents = extents
-    _finish_owner(wide)
+    def _cut_extents(self, wide: StatusRequest) -> None:
+        request = wide.owner
+        assert isinstance(request, StatusRequest)
+        position = wide.offset
+        stop = request.offset + request.length
+        extents: list[tuple[int, int]] = []
+        for length, flags in wide.extents:
+            first = max(position, request.offset)
+            position += length
+            if min(position, stop) > first:
+                extents.append((min(position, stop) - first, flags))
+        request.extents = extents
+        self.finish_owner(wide)
 
 
 class _ReadModifyWrite:
     """Read the blocks at the ends, then write them with the new bytes in between."""
 
     __slots__ = (
+        "_aligner",
         "_block_bytes",
         "_blocks",
         "_error",
         "_reads",
         "_request",
-        "_send",
         "_start",
         "_stop",
     )
 
-    def __init__(self, request: Request, block_bytes: int, send: Send) -> None:
+    def __init__(self, request: Request, block_bytes: int, aligner: Aligner) -> None:
         self._request = request
         self._block_bytes = block_bytes
-        self._send = send
+        self._aligner = aligner
         self._start, self._stop = cover(request.offset, request.length, block_bytes)
         self._blocks: dict[int, memoryview] = {}
         self._reads = 0
@@ -131,7 +139,7 @@ class _ReadModifyWrite:
         self._reads = len(ends)
         for offset in ends:
             view = self._blocks[offset] = memoryview(bytearray(block_bytes))
-            self._send(Request(READ, offset, block_bytes, [view], self._have_read, 0, request))
+            self._aligner.send(Request(READ, offset, block_bytes, [view], self._have_read, 0, request))
 
     def _have_read(self, part: Request) -> None:
         self._reads -= 1
@@ -140,7 +148,7 @@ class _ReadModifyWrite:
             return
         request = self._request
         if self._error:
-            request.finish(self._error)
+            self._aligner.finish(request, self._error)
             return
         before = request.offset - self._start
         after = self._stop - request.offset - request.length
@@ -149,13 +157,13 @@ class _ReadModifyWrite:
             buffers.insert(0, self._blocks[self._start][:before])
         if after:
             buffers.append(self._blocks[self._stop - self._block_bytes][-after:])
-        self._send(
+        self._aligner.send(
             Request(
                 WRITE,
                 self._start,
                 self._stop - self._start,
                 buffers,
-                _finish_owner,
+                self._aligner.finish_owner,
                 request.flags,
                 request,
             )
@@ -165,12 +173,12 @@ class _ReadModifyWrite:
 class _WriteZeroes:
     """Zero the whole blocks with a command, write zeroes at the ends."""
 
-    __slots__ = ("_block_bytes", "_left", "_mixed", "_request", "_send")
+    __slots__ = ("_aligner", "_block_bytes", "_left", "_mixed", "_request")
 
-    def __init__(self, request: Request, block_bytes: int, send: Send) -> None:
+    def __init__(self, request: Request, block_bytes: int, aligner: Aligner) -> None:
         self._request = request
         self._block_bytes = block_bytes
-        self._send = send
+        self._aligner = aligner
         self._left = 0
         self._mixed = False
 
@@ -194,7 +202,7 @@ class _WriteZeroes:
             parts.append(Request(WRITE_ZEROES, first, last - first, [], self._done, flags, request))
         self._left = len(parts)
         for part in parts:
-            self._send(part)
+            self._aligner.send(part)
 
     def _done(self, part: Request) -> None:
         request = self._request
@@ -209,4 +217,4 @@ class _WriteZeroes:
         if self._mixed and not request.error:
             self.start()  # As in `split`: all of it by the same generation.
         else:
-            request.finish(request.error)
+            self._aligner.finish(request, request.error)

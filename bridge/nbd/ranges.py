@@ -7,8 +7,8 @@ however many overlap, and what entering and releasing cost grows with the logari
 (a guest may have 65,536 requests in flight).
 
 Claims that wait for nobody are disjoint. They go, unless they touch a span that is held; then they
-are parked until it is not. What goes may be released again before its `go` returns. That is put on
-a list that the outermost call works off, so that no number of claims makes the stack grow.
+are parked until it is not. What may go is put on a list, `gone`, which the owner of the ranges
+works off at its own pace: no number of claims makes the stack grow.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ class Claim:
         self.pieces = {start}
         """Where the pieces that it owns start, once it is among the claims."""
 
-    def go(self) -> None:
-        """The claim has become active. Here: it only keeps others out."""
-
 
 class Ranges:
     """Claims in the order they came; a claim is active once no earlier one overlaps it, and its
     range is not held. See the module's text."""
 
-    __slots__ = ("_held_starts", "_held_stops", "_parked", "_pieces", "_ready", "_running", "_wait")
+    __slots__ = ("_held_starts", "_held_stops", "_parked", "_pieces", "_ready", "_wait", "gone")
 
     def __init__(self) -> None:
+        self.gone: deque[Claim] = deque()
+        """Claims that have become active since they had to wait; their owner takes them out."""
         self._pieces: SortedDict[int, tuple[int, Claim]] = SortedDict()
         """Start → stop, owner."""
         self._wait: dict[Claim, None] = {}
@@ -59,7 +58,6 @@ class Ranges:
         self._parked: dict[Claim, None] = {}
         """Those of them that wait for held spans only."""
         self._ready: deque[Claim] = deque()
-        self._running = False
         self._held_starts: list[int] = []
         self._held_stops: list[int] = []
 
@@ -73,8 +71,9 @@ class Ranges:
         """How many claims are not active yet."""
         return len(self._wait)
 
-    def enter(self, claim: Claim) -> None:
-        """Call `claim.go` as soon as no earlier claim overlaps it, possibly now."""
+    def enter(self, claim: Claim) -> bool:
+        """True if the claim is active; else it will be among `gone` when no earlier one overlaps
+        it any more."""
         start = claim.start
         stop = claim.stop
         pieces = self._pieces
@@ -104,11 +103,11 @@ class Ranges:
         claim.blockers = n_covered
         if not n_covered and not (self._held_stops and self._is_held(claim)):
             claim.active = True
-            claim.go()
-            return
+            return True
         self._wait[claim] = None
         if not n_covered:
             self._parked[claim] = None
+        return False
 
     def release(self, claim: Claim) -> None:
         """The change is done: the next ones that it kept waiting may go."""
@@ -163,24 +162,18 @@ class Ranges:
         claim.followers = None  # Else the first of a long chain would keep all of it.
 
     def _run(self) -> None:
-        """Let go what may. A loop, not a recursion: `go` may end in `release`."""
-        if self._running:
-            return
-        self._running = True
+        """Let go what may."""
         ready = self._ready
-        try:
-            while ready:
-                claim = ready.popleft()
-                if claim.taken:
-                    self._remove(claim)
-                elif self._is_held(claim):
-                    self._parked[claim] = None
-                else:
-                    del self._wait[claim]
-                    claim.active = True
-                    claim.go()
-        finally:
-            self._running = False
+        while ready:
+            claim = ready.popleft()
+            if claim.taken:
+                self._remove(claim)
+            elif self._is_held(claim):
+                self._parked[claim] = None
+            else:
+                del self._wait[claim]
+                claim.active = True
+                self.gone.append(claim)
 
     def _is_held(self, claim: Claim) -> bool:
         index = bisect_right(self._held_stops, claim.start)

@@ -52,7 +52,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from bridge.nbd.align import cover, send_aligned
+from bridge.nbd.align import Aligner, cover
 from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.durability import BEFORE, Durability
 from bridge.nbd.export import Export
@@ -74,6 +74,7 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
+from bridge.turn import Turn
 
 _log = structlog.get_logger(__name__)
 
@@ -124,7 +125,11 @@ class Channel(Protocol):
 class Session:
     """See the module's text. `now` is in seconds of any monotonic clock."""
 
-    def __init__(self, options: ClientOptions, *, random: Random | None = None) -> None:
+    def __init__(
+        self, options: ClientOptions, turn: Turn, *, random: Random | None = None
+    ) -> None:
+        """Takes part in `turn` as a stage (`turn.add_stage`), which is its owner's to arrange."""
+        self._turn = turn
         self.phase = Phase.NEW
         self.generation = 0
         self.durability = Durability()
@@ -139,9 +144,11 @@ class Session:
         self._limits = Limits(Export("", 0))
         self._channels: Sequence[Channel] = ()
         self._next_channel = 0
-        self._send: Callable[[Request], None] = self._wait
+        self._channel: Channel | None = None
+        """Where commands go, if that is one place; None: see `_send`."""
         self._waiting: list[Request] = []
         self._unanswered: list[Request] = []
+        self._aligner = Aligner(self._command, turn.finish)
         self._ranges = Ranges()
         self._held = Held(self._ranges)
         self._outlived: set[Claim] = set()
@@ -154,6 +161,8 @@ class Session:
         """The present connections began with commands that the last ones had not answered."""
         self._suspects = Suspects()
         self._begin_with_trial = False
+        self._on_trial = False
+        """Nothing is sent but what is tried."""
         self._trial: deque[Request] = deque()
         """Commands that are still to be sent alone; see `suspects`."""
         self._tried: Request | None = None
@@ -176,7 +185,7 @@ class Session:
     # Requests.
 
     def submit(self, request: Request) -> None:
-        """Start `request`. Never raises, never blocks; may finish it at once."""
+        """Start `request`. Never raises, never blocks; finishes nothing before it returns."""
         op = request.op
         length = request.length
         offset = request.offset
@@ -187,7 +196,10 @@ class Session:
             and not (offset | length) & self._align_mask
             and not request.flags
         ):
-            self._send(request)
+            if self._channel is not None:
+                self._channel.send(request)
+            else:
+                self._send(request)
         else:
             self._submit_slow(request)
 
@@ -197,7 +209,7 @@ class Session:
             return
         error = self._refusal(request)
         if error is not None:
-            request.finish(error)
+            self._turn.finish(request, error)
         elif (
             request.op in _CHANGES
             and (self._ordered or self._held or self._outlived)
@@ -205,9 +217,42 @@ class Session:
         ):
             start, stop = request.offset, request.offset + request.length
             block_bytes = self._align_mask + 1
-            self._ranges.enter(_Change(self, request, *cover(start, stop - start, block_bytes)))
+            change = _Change(request, *cover(start, stop - start, block_bytes))
+            if self._ranges.enter(change):
+                self._begin(change)
         else:
             self._command(request)
+
+    # Changes that keep others out of their range.
+
+    def advance(self) -> bool:
+        """See `Stage`: begin the changes whose range has become free."""
+        gone = self._ranges.gone
+        if not gone:
+            return False
+        while gone:
+            claim = gone.popleft()
+            if isinstance(claim, _Change):
+                self._begin(claim)
+        return True
+
+    def _begin(self, change: _Change) -> None:
+        request = change.request
+        if request.is_abandoned:
+            self._ranges.release(change)
+            self._turn.finish(request, errno.ECANCELED)
+            return
+        op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
+        owner = request, change
+        self._command(
+            Request(op, offset, length, buffers, self._change_done, request.flags, owner)
+        )
+
+    def _change_done(self, inner: Request) -> None:
+        request, change = inner.owner
+        request.generation = inner.generation
+        self._ranges.release(change)
+        self._turn.finish(request, inner.error)
 
     def _refusal(self, request: Request) -> int | None:
         """The errno of a request that cannot be done, 0 if nothing is to be done, else None."""
@@ -231,13 +276,13 @@ class Session:
             self._block_status(request)
         elif (op == DISCARD and not export.can_trim) or (op == PREFETCH and not export.can_cache):
             request.generation = self.generation
-            request.finish(0)  # Hints.
+            self._turn.finish(request)  # Hints.
         elif (request.offset | request.length) & self._align_mask:
             send_aligned(self._whole(request), export.min_block_bytes, self._command)
         elif op <= WRITE and self._fits(request):
             self._issue(request)
         else:
-            Split(self._whole(request), export, self._limits, self._part).start()
+            Split(self._whole(request), export, self._limits, self._part, self._turn.finish).start()
 
     def _part(self, part: Request) -> None:
         """A part of a split request; the export may be another one by now."""
@@ -269,7 +314,7 @@ class Session:
         if inner.error and inner.generation and inner.error not in _NOTHING_FAILED:
             self._refuse_flushes(self._end_epoch())
         request.generation = inner.generation
-        request.finish(inner.error)
+        self._turn.finish(request, inner.error)
 
     def _whole(self, request: Request) -> Request:
         """`request`, to be done with several commands, all of them in one epoch."""
@@ -295,7 +340,7 @@ class Session:
             self._command(request)
             return
         request.generation = whole.generation
-        request.finish(whole.error)
+        self._turn.finish(request, whole.error)
 
     def _fits(self, request: Request) -> bool:
         """The request is one command that the present export takes."""
@@ -318,28 +363,35 @@ class Session:
 
     def _block_status(self, request: Request) -> None:
         if not isinstance(request, StatusRequest):
-            request.finish(errno.EINVAL)
+            self._turn.finish(request, errno.EINVAL)
         elif not self.export.can_block_status:
-            request.finish(errno.EOPNOTSUPP)
+            self._turn.finish(request, errno.EOPNOTSUPP)
         elif (request.offset | request.length) & self._align_mask:
-            send_aligned(request, self.export.min_block_bytes, self._command)
+            self._aligner.do(request, self.export.min_block_bytes)
         elif request.length > _STATUS_MAX_BYTES:
             part = StatusRequest(
-                BLOCK_STATUS, request.offset, _STATUS_MAX_BYTES, [], _status_done, 0, request
+                *(BLOCK_STATUS, request.offset, _STATUS_MAX_BYTES, []),
+                *(self._status_done, 0, request),
             )
             part.extents = []
             self._send(part)
         else:
             self._send(request)
 
+    def _status_done(self, part: StatusRequest) -> None:
+        request = part.owner
+        request.extents = part.extents
+        request.generation = part.generation
+        self._turn.finish(request, part.error)
+
     # Flushes.
 
     def _flush(self, request: Request) -> None:
         if not self.export.can_flush:
             request.generation = self.generation
-            request.finish(0)
-        elif self._send == self._fail:
-            self._fail(request)
+            self._turn.finish(request, 0)
+        elif self._fails:
+            self._turn.finish(request, self._fail_errno)
         else:
             request.progress = self._answered
             self._flushes.append(request)
@@ -387,7 +439,7 @@ class Session:
         self._tell(flushes)
         for request in flushes:
             request.generation = self.generation
-            request.finish(errno.EIO)
+            self._turn.finish(request, errno.EIO)
 
     def _tell(self, flushes: list[Request]) -> None:
         for request in flushes:
@@ -406,7 +458,7 @@ class Session:
             refused = self._end_epoch()
         for request in flushes:
             request.generation = inner.generation
-            request.finish(error)
+            self._turn.finish(request, error)
         self._refuse_flushes(refused)
         self._send_flush()
 
@@ -453,16 +505,21 @@ class Session:
 
     # Where commands go.
 
-    def _wait(self, request: Request) -> None:
-        self._waiting.append(request)
+    def _send(self, request: Request) -> None:
+        """To a channel, if there are any to send to; else it waits for one, or fails."""
+        if self._fails:
+            self._turn.finish(request, self._fail_errno)
+        elif self.phase is not Phase.UP or self._on_trial:
+            self._waiting.append(request)
+        else:
+            channels = self._channels
+            index = self._next_channel = (self._next_channel + 1) % len(channels)
+            channels[index].send(request)
 
-    def _spread(self, request: Request) -> None:
-        channels = self._channels
-        index = self._next_channel = (self._next_channel + 1) % len(channels)
-        channels[index].send(request)
-
-    def _fail(self, request: Request) -> None:
-        request.finish(self._fail_errno)
+    def _choose_channel(self) -> None:
+        """After everything that decides where commands go."""
+        alone = self.phase is Phase.UP and not self._on_trial and len(self._channels) == 1
+        self._channel = self._channels[0] if alone else None
 
     # Phases.
 
@@ -508,14 +565,10 @@ class Session:
         self._size_bytes = export.usable_bytes
         self._align_mask = export.min_block_bytes - 1
         self._ordered = len(channels) > 1 or export.min_block_bytes > _SECTOR_BYTES
-        self._send_to_channels()
+        self._choose_channel()
         self._set_fast_limits()
         if old is not None:
             self._resume(now, old)
-
-    def _send_to_channels(self) -> None:
-        channels = self._channels
-        self._send = channels[0].send if len(channels) == 1 else self._spread
 
     def _set_fast_limits(self) -> None:
         export = self.export
@@ -545,9 +598,8 @@ class Session:
     def _resume(self, now: float, old: Export) -> None:
         """Send again what was not answered, then what waited."""
         export = self.export
-        trial, self._begin_with_trial = self._begin_with_trial, False
-        if trial:
-            self._send = self._wait
+        self._on_trial, self._begin_with_trial = self._begin_with_trial, False
+        self._choose_channel()
         self.on_reconnect()
         if export.usable_bytes != old.usable_bytes:
             self.on_export_changed(export)
@@ -559,7 +611,7 @@ class Session:
         if self.durability.untold:
             self._refuse_flushes(self._take_guests_flushes())
         again = self._without_told_flush(again)
-        if trial:
+        if self._on_trial:
             self._waiting[:0] = waited
             self._trial.extend(again)
             self._begin_trial()
@@ -606,7 +658,8 @@ class Session:
             return
         if self.phase is Phase.UP:
             self._suspects.clear()
-            self._send_to_channels()
+            self._on_trial = False
+            self._choose_channel()
             waited, self._waiting = self._waiting, []
             self._send_all(waited)
             self._send_flush()
@@ -655,7 +708,7 @@ class Session:
             )
             if self._stale_possible:
                 self._hold(_changed([blamed]))
-            blamed.finish(errno.EIO)
+            self._turn.finish(blamed, errno.EIO)
 
     def _begin_grace(self, now: float, again: list[Span]) -> None:
         """Keep new changes away from what lost connections may still do: in `again`, and where
@@ -706,7 +759,7 @@ class Session:
         """The connections are being given up: send nothing more on them."""
         if self.phase is Phase.UP:
             self.phase = Phase.LEAVING
-            self._send = self._wait
+            self._choose_channel()
 
     def lost(
         self,
@@ -741,7 +794,8 @@ class Session:
             # ESHUTDOWN, must not be connected to without a pause.
             self._attempts = 0
         self.phase = Phase.DOWN
-        self._send = self._wait
+        self._on_trial = False
+        self._choose_channel()
         if blamed is None or blamed.is_abandoned:
             self._suspects.clear()
         else:
@@ -785,7 +839,6 @@ class Session:
         if self.phase is Phase.DOWN:
             self._down_since_s = now
             self.given_up = False
-            self._send = self._wait
             self._attempts = 0
 
     def next_deadline_s(self) -> float | None:
@@ -803,21 +856,24 @@ class Session:
         was told of the failure may write something else there: it has to be kept in mind.
         """
         self._fail_errno = error
-        self._send = self._fail
         self._suspects.clear()
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
         # Taken out first: what waits for one of those that fail now must fail with it, and not
         # be sent at any later time.
         claims = self._ranges.take_waiting()
+        while self._ranges.gone:
+            claim = self._ranges.gone.popleft()
+            self._ranges.release(claim)
+            claims.append(claim)
         left = _changed(again) if self._stale_possible else []
         flushes, self._flushes = self._flushes, []
         self._tell(flushes)
         for request in (*again, *waited, *flushes):
-            request.finish(error)
+            self._turn.finish(request, error)
         for claim in claims:
-            assert isinstance(claim, _Change)
-            claim.fail(error)
+            if isinstance(claim, _Change):
+                self._turn.finish(claim.request, error)
         self._hold(left)
 
     def fail_pending(self, now: float, unanswered: list[Request], error: int) -> None:
@@ -825,8 +881,6 @@ class Session:
         if self.phase in (Phase.UP, Phase.LEAVING):
             self.lost(now, unanswered, stale_possible=True)
         self._fail_all(error)
-        if self.phase is Phase.DOWN and not self.given_up:
-            self._send = self._wait
 
     def abandon(self) -> None:
         """Some requests were abandoned (`Request.abandon`): commands of theirs that were not sent
@@ -850,7 +904,7 @@ class Session:
         self._set_fast_limits()
         self._drop(sent)
         for request in (*unsent, *flushes):
-            request.finish(errno.ECANCELED)
+            self._turn.finish(request, errno.ECANCELED)
 
     def _outlive(self, command: Request) -> None:
         """The answer to `command` is still to come: what it is a part of goes no further then."""
@@ -878,7 +932,7 @@ class Session:
         if self._stale_possible:
             self._hold(_changed(abandoned))
         for request in abandoned:
-            request.finish(errno.ECANCELED)
+            self._turn.finish(request, errno.ECANCELED)
 
     def closed(self, unanswered: list[Request]) -> None:
         """No more connections: what is left fails."""
@@ -887,6 +941,7 @@ class Session:
             self._unanswered += unanswered
             self._stale_possible = True
         self.phase = Phase.CLOSED
+        self._choose_channel()
         self._fail_all(errno.EIO)
 
     @property
@@ -923,40 +978,11 @@ class _OnceMore:
 class _Change(Claim):
     """A request that waits for its range, and holds it while it is in flight."""
 
-    __slots__ = ("_request", "_session")
+    __slots__ = ("request",)
 
-    def __init__(self, session: Session, request: Request, start: int, stop: int) -> None:
+    def __init__(self, request: Request, start: int, stop: int) -> None:
         super().__init__(start, stop)
-        self._session = session
-        self._request = request
-
-    def go(self) -> None:
-        request = self._request
-        if request.is_abandoned:
-            self._session._ranges.release(self)
-            request.finish(errno.ECANCELED)
-            return
-        self._session._command(
-            Request(
-                request.op,
-                request.offset,
-                request.length,
-                request.buffers,
-                self._done,
-                request.flags,
-                request,
-            )
-        )
-
-    def fail(self, error: int) -> None:
-        """Finish the request, which has not gone, and will not."""
-        self._request.finish(error)
-
-    def _done(self, inner: Request) -> None:
-        request = self._request
-        request.generation = inner.generation
-        self._session._ranges.release(self)
-        request.finish(inner.error)
+        self.request = request
 
 
 def _guests_and_others(flushes: list[Request]) -> tuple[list[Request], list[Request]]:
@@ -978,13 +1004,6 @@ def _without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Req
 def _changed(requests: list[Request]) -> list[Span]:
     """What some of `requests` change."""
     return [(each.offset, each.offset + each.length) for each in requests if each.op in _CHANGES]
-
-
-def _status_done(part: StatusRequest) -> None:
-    request = part.owner
-    request.extents = part.extents
-    request.generation = part.generation
-    request.finish(part.error)
 
 
 def _ignore(request: Request) -> None:

@@ -24,6 +24,7 @@ _ZEROES_BYTES: Final = 1 << 20
 _zeroes = memoryview(bytes(_ZEROES_BYTES))
 
 Send = Callable[[Request], None]
+Finish = Callable[[Request, int], None]
 
 
 class Limits:
@@ -48,26 +49,28 @@ class Split:
 
     __slots__ = (
         "_export",
+        "_finish",
         "_in_flight",
         "_limits",
         "_mixed",
         "_next",
-        "_pumping",
         "_request",
         "_send",
         "_stop",
         "_then_flush",
     )
 
-    def __init__(self, request: Request, export: Export, limits: Limits, send: Send) -> None:
+    def __init__(
+        self, request: Request, export: Export, limits: Limits, send: Send, finish: Finish
+    ) -> None:
         self._request = request
         self._export = export
         self._limits = limits
         self._send = send
+        self._finish = finish
         self._next = 0
         self._stop = 0
         self._in_flight = 0
-        self._pumping = False
         self._mixed = False
         self._then_flush = bool(request.flags & FUA) and not export.can_fua
 
@@ -82,16 +85,9 @@ class Split:
         self._pump()
 
     def _pump(self) -> None:
-        """Send what may be sent; finish when nothing is left.
-
-        A loop, not a recursion: parts may finish before they have been sent.
-        """
-        if self._pumping:
-            return
-        self._pumping = True
+        """Send what may be sent; finish when nothing is left."""
         while self._next < self._stop and self._in_flight < PARTS_IN_FLIGHT:
             self._send_part()
-        self._pumping = False
         if not self._in_flight:
             self._all_done()
 
@@ -172,7 +168,7 @@ class Split:
         elif self._then_flush and not request.error and self._export.can_flush:
             self._send(Request(FLUSH, 0, 0, [], self._flushed, 0, request))
         else:
-            request.finish(request.error)
+            self._finish(request, request.error)
 
     def _flushed(self, flush: Request) -> None:
         request = self._request
@@ -180,4 +176,4 @@ class Split:
             # Written to one server, flushed on another: the bytes are still here, so once more.
             self.start()
             return
-        request.finish(flush.error)
+        self._finish(request, flush.error)

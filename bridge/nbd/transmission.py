@@ -1,7 +1,7 @@
 """The client's side of the transmission phase, without I/O (NBD "Transmission").
 
 Theory. Requests go in with `start` and wait in `pending` (cookie → request, in the order they
-were sent) until their reply has come; then `request.finish(errno)` is called, exactly once.
+were sent) until their reply has come; then it is put on the turn's list of what has finished, exactly once.
 Headers and payload views gather in `output`; the owner sends them in one system call.
 
 Received bytes go where `next_buffers` says: normally into a staging buffer, where one system
@@ -40,6 +40,7 @@ from bridge.nbd.chunks import (
 )
 from bridge.nbd.export import Export
 from bridge.request import BLOCK_STATUS, DISCARD, MAY_UNMAP, READ, WRITE, WRITE_ZEROES, Request
+from bridge.turn import Turn
 
 DIRECT_MIN_BYTES: Final = 32 << 10
 STAGING_BYTES: Final = 256 << 10
@@ -89,6 +90,7 @@ class Transmission:
         "_staging",
         "_start",
         "_structured",
+        "_turn",
         "_view",
         "direct",
         "early",
@@ -104,8 +106,14 @@ class Transmission:
     )
 
     def __init__(
-        self, export: Export, *, generation: int = 1, cookies: count[int] | None = None
+        self,
+        export: Export,
+        turn: Turn,
+        *,
+        generation: int = 1,
+        cookies: count[int] | None = None,
     ) -> None:
+        self._turn = turn
         self.pending: dict[int, Request] = {}
         self.output: list[bytes | memoryview] = []
         """Headers and payloads to be sent, in this order."""
@@ -284,6 +292,7 @@ class Transmission:
             self._parse_simple()
 
     def _parse_simple(self) -> None:
+        finished = self._turn.finished
         staging = self._staging
         view = self._view
         pending = self.pending
@@ -313,14 +322,16 @@ class Transmission:
                 if length >= 32768:
                     self.long_reads -= 1
                 request.generation = self.generation
-                request.finish(0)
+                request.error = 0
+                finished.append(request)
             elif request.op == 1 and not (error or self.sending):  # WRITE
                 start += 16
                 del pending[cookie]
                 if not request.flags & 1:
                     self.unflushed += 1
                 request.generation = self.generation
-                request.finish(0)
+                request.error = 0
+                finished.append(request)
             else:
                 start += 16
                 self._answered(request, error)
@@ -328,6 +339,7 @@ class Transmission:
         self._end = end
 
     def _parse_structured(self) -> None:
+        finished = self._turn.finished
         staging = self._staging
         view = self._view
         pending = self.pending
@@ -362,7 +374,8 @@ class Transmission:
                         if length >= 32776:
                             self.long_reads -= 1
                         request.generation = self.generation
-                        request.finish(0)
+                        request.error = 0
+                        finished.append(request)
                         continue
                 elif (
                     magic == 0x67446698 and request.op == 1 and not (flags or kind or self.sending)
@@ -373,7 +386,8 @@ class Transmission:
                     if not request.flags & 1:
                         self.unflushed += 1
                     request.generation = self.generation
-                    request.finish(0)
+                    request.error = 0
+                    finished.append(request)
                     continue
             self._start = start
             if not self._reply():
@@ -405,6 +419,7 @@ class Transmission:
         return self._chunk(request, flags, kind, length, 20)
 
     def _parse_extended(self) -> None:
+        finished = self._turn.finished
         staging = self._staging
         pending = self.pending
         while self._end - self._start >= 32:
@@ -434,7 +449,8 @@ class Transmission:
                 if length >= 32776:
                     self.long_reads -= 1
                 request.generation = self.generation
-                request.finish(0)
+                request.error = 0
+                finished.append(request)
             elif not self._chunk(request, flags, kind, length, 32):
                 return
 
@@ -611,7 +627,7 @@ class Transmission:
             # Part of its payload may not have been sent: the owner looks.
             self.early.append(request)
             return
-        request.finish(error)
+        self._turn.finish(request, error)
 
     def _bad_reply(self, magic: int, cookie: int) -> ProtocolError:
         allowed = (
