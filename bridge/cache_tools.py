@@ -24,11 +24,11 @@ from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.client import Client, inspect
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri, parse_uri
-from bridge.request import BLOCK_STATUS, FLUSH, READ, Request, Target
+from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
 from bridge.storage import (
     WRITEBACK,
     CacheSettings,
-    NbdBackend,
+    GatedBackend,
     Storage,
     cache_identity,
     cache_path,
@@ -42,6 +42,7 @@ from bridge.storage import (
     notes_directory,
     wanted_cache,
 )
+from bridge.turn import Turn
 
 _log = structlog.get_logger(__name__)
 
@@ -176,15 +177,15 @@ async def _flush_to(
 
     Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
     """
-    backend = NbdBackend(client)
+    turn = loop.turn
+    backend = GatedBackend(client, turn)
     try:
         cache = Cache(
             file,
             backend,
             Options(flush_interval_s=0),
             clock=trio.current_time,
-            call_at_turn_end=loop.at_turn_end,
-            call_next_turn=loop.soon,
+            turn=turn,
             skip_damaged=skip_damaged,
         )
     except BaseException:
@@ -199,20 +200,12 @@ async def _flush_to(
     dirty_blocks = cache.index.dirty_blocks
     changed = ""
 
-    held: list[Request] = []
-
     def found_changed(reason: str) -> None:
         # What the session has in flight it sends again; nothing more goes out.
         nonlocal changed
         if not force and cache.index.dirty_slots:
             changed = changed or reason
             backend.refuse(errno.EIO)
-
-    def only_read(request: Request) -> None:
-        if request.op == READ:
-            client.submit(request)
-        else:
-            held.append(request)
 
     def compared(differing: int) -> None:
         if differing > 0:
@@ -221,16 +214,13 @@ async def _flush_to(
             backend.refuse(0)
         if differing > 0:
             found_changed("the export was changed meanwhile (--force writes over that)")
-        released = held.copy()
-        held.clear()
-        for each in released:
-            backend.submit(each)
+        backend.let_go()
 
     def reconnected() -> None:
         cache.backend_reconnected()
         export = client.export
         if export.sessions is None:
-            backend.submit = only_read  # until it is known whether this is the export still
+            backend.hold_changes()  # until it is known whether this is the export still
             cache.check_sample(compared)
         elif reason := cache.foreign_change(
             *(export.content_sessions or export.sessions), export.identity
@@ -239,11 +229,12 @@ async def _flush_to(
         note_export(cache, export)
 
     client.on_reconnect = reconnected
-    await check_content(cache, file, force=force, limit_s=timeout_s)
+    turn.add_stage(cache)
+    await check_content(cache, file, turn, force=force, limit_s=timeout_s)
     note_export(cache, client.export)
     request = Request(FLUSH, 0, 0, [], _nothing)
     with trio.move_on_after(timeout_s) as scope:
-        await _finish(cache, request)
+        await _finish(cache, request, turn)
     if not changed and (scope.cancelled_caught or request.error):
         changed = "the server did not take everything"
     if changed:
@@ -296,11 +287,13 @@ async def warm(
             for offset, length in wanted:
                 with _patience(uri, timeout_s):
                     allocated += await _data(
-                        storage.backend, offset, length, export.can_block_status
+                        storage.backend, loop.turn, offset, length, export.can_block_status
                     )
             # More than the cache holds would only push out what came first.
             total = min(sum(length for _, length in allocated), size_bytes)
-            await _prefetch(storage, allocated, total, lambda done: progress(done, total))
+            await _prefetch(
+                storage, loop.turn, allocated, total, lambda done: progress(done, total)
+            )
             close_s = timeout_s  # There may be something dirty from before.
         finally:
             with trio.CancelScope(shield=True):
@@ -350,6 +343,7 @@ def _within(ranges: Sequence[tuple[int, int]], disk_bytes: int) -> list[tuple[in
 
 async def _prefetch(
     storage: Storage,
+    turn: Turn,
     ranges: list[tuple[int, int]],
     total_bytes: int,
     progress: Callable[[int], None],
@@ -373,6 +367,7 @@ async def _prefetch(
     )
     with _patience(client.uri, client.options.reconnect_timeout_s) as moved:
         warmer.start()
+        turn.end()
         try:
             await ended.wait()
         finally:
@@ -388,7 +383,7 @@ async def _prefetch(
 
 
 async def _data(
-    target: Target, offset: int, length: int, can_block_status: bool
+    target: Target, turn: Turn, offset: int, length: int, can_block_status: bool
 ) -> list[tuple[int, int]]:
     """The parts of a range that are no holes, as far as the server says."""
     if not can_block_status:
@@ -399,7 +394,7 @@ async def _data(
         request = StatusRequest(
             BLOCK_STATUS, offset, min(end - offset, _STATUS_BYTES), [], _nothing
         )
-        await _finish(target, request)
+        await _finish(target, request, turn)
         if request.error or not request.extents:
             found.append((offset, end - offset))  # no answer: everything may be data
             break
@@ -408,11 +403,12 @@ async def _data(
     return found
 
 
-async def _finish(target: Target, request: Request) -> None:
+async def _finish(target: Target, request: Request, turn: Turn) -> None:
     """Submit `request` and wait until it is finished."""
     ended = trio.Event()
     request.done = lambda _: ended.set()
     target.submit(request)
+    turn.end()
     await ended.wait()
 
 

@@ -33,6 +33,7 @@ from bridge.cache.inspect import drop
 from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
 from bridge.cache.sample import check_sample
+from bridge.deadlines import Deadlines
 from bridge.disk import Backend
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, InUse, LeftBehind
 from bridge.location import Found, Wanted
@@ -41,7 +42,8 @@ from bridge.nbd.client import Client
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri
-from bridge.request import DISCARD, FLUSH, WRITE_ZEROES, Request
+from bridge.request import DISCARD, FLUSH, READ, WRITE_ZEROES, Request
+from bridge.turn import Outcome, Turn
 
 _log = structlog.get_logger(__name__)
 
@@ -205,7 +207,12 @@ def note_export(cache: Cache, export: Export) -> None:
 
 
 async def check_content(
-    cache: Cache, file: CacheFile, *, force: bool = False, limit_s: float = _COMPARE_LIMIT_S
+    cache: Cache,
+    file: CacheFile,
+    turn: Turn,
+    *,
+    force: bool = False,
+    limit_s: float = _COMPARE_LIMIT_S,
 ) -> None:
     """Compare what is clean in the cache with the export, before anything is sent: nobody may count
     who wrote, or somebody may have written past the one who does.
@@ -215,7 +222,8 @@ async def check_content(
     """
     dirty = cache.index.dirty_slots
     check = cache.check_before_writing if dirty and not force else cache.check_sample
-    differing = await answer_of(check, limit_s if dirty else min(limit_s, _ANSWER_LIMIT_S))
+    limit_s = limit_s if dirty else min(limit_s, _ANSWER_LIMIT_S)
+    differing = await answer_of(check, turn, limit_s)
     if differing > 0 and dirty and not force:
         raise unwritten(
             file,
@@ -319,10 +327,6 @@ class NbdBackend:
         self.can_trim = export.can_trim
         self.can_write_zeroes = export.can_write_zeroes
 
-    def refuse(self, errno: int) -> None:
-        """Whatever is submitted from here on fails with `errno`; 0: no longer."""
-        self.submit = (lambda request: request.finish(errno)) if errno else self._client.submit
-
     @property
     def generation(self) -> int:
         """Raised by each reconnect."""
@@ -337,6 +341,42 @@ class NbdBackend:
     def in_flight(self) -> int:
         """How many commands are not finished."""
         return self._client.in_flight
+
+
+class GatedBackend(NbdBackend):
+    """The same with a gate in it, for the cache: what must not leave this process any more, or not
+    yet, is stopped here."""
+
+    def __init__(self, client: Client, turn: Turn) -> None:
+        super().__init__(client)
+        self.submit = self._submit
+        self._turn = turn
+        self._errno = 0
+        self._holds_changes = False
+        self._held: list[Request] = []
+
+    def _submit(self, request: Request) -> None:
+        if self._errno:
+            self._turn.finish(request, self._errno)
+        elif self._holds_changes and request.op != READ:
+            self._held.append(request)
+        else:
+            self._client.submit(request)
+
+    def refuse(self, errno: int) -> None:
+        """Whatever is submitted from here on fails with `errno`; 0: no longer."""
+        self._errno = errno
+
+    def hold_changes(self) -> None:
+        """Let nothing but reads pass until `let_go`."""
+        self._holds_changes = True
+
+    def let_go(self) -> None:
+        """The end of `hold_changes`."""
+        self._holds_changes = False
+        held, self._held = self._held, []
+        for request in held:
+            self._submit(request)
 
 
 class CachedBackend:
@@ -368,10 +408,9 @@ class Storage:
         self._read_only = options.read_only
         self._settings = cache
         self._cache: Cache | None = None
-        self._under_cache: NbdBackend | None = None
+        self._under_cache: GatedBackend | None = None
         self._file: CacheFile | None = None
         self._cold: ThreadedCold | None = None
-        self._woken = trio.Event()
         self._opened = False
         self._closed = False
         self._late: set[Request] = set()
@@ -404,16 +443,16 @@ class Storage:
         if self._file.header.frozen:
             self._file.save_header(frozen=False)
         expect_stale_writes(self.client, self._file, cache.index.dirty_slots)
-        cache.woken = self._wake
+        self._loop.turn.add_stage(cache)
         self.client.keeps_unflushed = True
         self.client.on_reconnect = self._reconnected
         # While all is there to compare: what the counters say may drop the clean part.
-        await check_content(cache, self._file)
+        await check_content(cache, self._file, self._loop.turn)
         if export.sessions and export.sessions[0] == self._file.header.export_generation:
             # Somebody kept the session open that this cache belongs to, and may have written.
             self.may_be_written_elsewhere()
         note_export(cache, export)
-        if await answer_of(lambda done: cache.resize(export.usable_bytes, done)) != 0:
+        if await self._resize(cache, export.usable_bytes) != 0:
             raise ConnectionLost(
                 f"{self._uri.server}: the end of the disk, which has grown, could not be read"
             )
@@ -441,16 +480,15 @@ class Storage:
             _log.warning(note)
         if (notes := notes_directory()) is not None:
             location.note(path, notes)
-        cold = self._cold = ThreadedCold()
+        cold = self._cold = ThreadedCold(self._loop.turn)
         self._loop.add(cold.fd, cold.collect)
-        under = self._under_cache = NbdBackend(self.client)
+        under = self._under_cache = GatedBackend(self.client, self._loop.turn)
         return Cache(
             file,
             under,
             Options(mode=self._settings.mode, flush_interval_s=self._settings.flush_interval_s),
             clock=trio.current_time,
-            call_at_turn_end=self._at_turn_end,
-            call_next_turn=self._next_turn,
+            turn=self._loop.turn,
             cold=cold,
         )
 
@@ -533,20 +571,13 @@ class Storage:
         finally:
             file.close(clean=False)
 
-    def _at_turn_end(self, callback: Callable[[], None]) -> None:
-        """For the cache: nothing of it runs any more when its file is closed."""
-        self._loop.at_turn_end(self._while_open(callback))
+    async def _resize(self, cache: Cache, size_bytes: int) -> int:
+        """Give `cache` the size of the export; 0 or an errno, -1 if there was no answer."""
 
-    def _next_turn(self, callback: Callable[[], None]) -> None:
-        """The same, for what is to go on in the next turn."""
-        self._loop.soon(self._while_open(callback))
+        def start(done: Callable[[int], None]) -> None:
+            cache.resize(size_bytes, Outcome(lambda outcome: done(outcome.error)))
 
-    def _while_open(self, callback: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            if not self._closed:
-                callback()
-
-        return run
+        return await answer_of(start, self._loop.turn)
 
     def _reconnected(self) -> None:
         """A new connection is up; nothing was sent on it yet."""
@@ -564,16 +595,16 @@ class Storage:
         if self.client.export.sessions is None:
             cache.check_sample(self._note_sample)
         if self.client.export.usable_bytes > cache.size_bytes:
-            cache.resize(self.client.export.usable_bytes, self._grown)
+            cache.resize(self.client.export.usable_bytes, Outcome(self._grown))
 
-    def _grown(self, error: int) -> None:
+    def _grown(self, outcome: Outcome) -> None:
         """The cache has the size of the disk, which has grown."""
         assert self._cache is not None
-        if error:
+        if outcome.error:
             _log.error(
                 "the disk has grown, but its cache cannot: the guest keeps the old size until "
                 "the next reconnect",
-                reason=os.strerror(error),
+                reason=os.strerror(outcome.error),
             )
         else:
             self.on_resized(self._cache.size_bytes)
@@ -643,19 +674,12 @@ class Storage:
             nursery.start_soon(self.client.run)
             nursery.start_soon(self._watch_refusal)
             if self._cache is not None:
-                nursery.start_soon(self._run_cache, self._cache)
+                deadlines = Deadlines(self._loop, self._next_deadline, self._cache.tick)
+                nursery.start_soon(deadlines.run)
 
-    async def _run_cache(self, cache: Cache) -> None:
-        while not self._closed:
-            deadline_s = cache.next_deadline()
-            self._woken = trio.Event()
-            with trio.move_on_at(deadline_s if deadline_s is not None else float("inf")):
-                await self._woken.wait()
-            if not self._closed:
-                cache.tick(trio.current_time())
-
-    def _wake(self) -> None:
-        self._woken.set()
+    def _next_deadline(self) -> float | None:
+        """Of the cache, until its file is closed."""
+        return None if self._closed or self._cache is None else self._cache.next_deadline()
 
     # The guest stops, and perhaps comes back.
 
@@ -800,7 +824,7 @@ class Storage:
         cache.freeze(False)
         go, self._go = self._go, _go_nowhere
         # Not before the session is through with what a new connection asks of it.
-        self._loop.at_turn_end(go)
+        self._loop.turn.at_end(go)
 
     def _refuse(self, errno: int) -> None:
         if self._cache is not None and self._under_cache is not None:
@@ -848,7 +872,13 @@ class Storage:
 
     def _stop_using_file(self) -> None:
         """From here on nothing touches the file, except a thread that a stuck disk holds."""
+        turn = self._loop.turn
+        turn.end()
+        while turn.pending:
+            turn.end()
         self._closed = True
+        if self._cache is not None:
+            turn.remove_stage(self._cache)
         if self._cold is not None:
             self._loop.remove(self._cold.fd)
             self._cold.close()
@@ -878,13 +908,16 @@ class Storage:
         finished = trio.Event()
         request = Request(FLUSH, 0, 0, [], lambda _: finished.set())
         cache.submit(request)
+        self._loop.turn.end()
         await finished.wait()
         if request.error:
             _log.error("the last flush failed", reason=os.strerror(request.error))
 
 
 async def answer_of(
-    start: Callable[[Callable[[int], None]], None], limit_s: float = _ANSWER_LIMIT_S
+    start: Callable[[Callable[[int], None]], None],
+    turn: Turn,
+    limit_s: float = _ANSWER_LIMIT_S,
 ) -> int:
     """What `start` reports, -1 if it does not within a time.
 
@@ -899,6 +932,7 @@ async def answer_of(
         ended.set()
 
     start(done)
+    turn.end()
     with trio.move_on_after(limit_s):
         await ended.wait()
     return answer

@@ -49,7 +49,8 @@ class Client:
     def __init__(self, uri: NbdUri, loop: Loop, options: ClientOptions | None = None) -> None:
         self.uri = uri
         self.options = options or ClientOptions()
-        self.session = Session(self.options)
+        self.session = Session(self.options, loop.turn)
+        loop.turn.add_stage(self.session)
         self.submit: Callable[[Request], None] = self.session.submit
         """Start a request: never raises, never blocks. One call, no wrapper: it is hot."""
         self.reconnects_total = 0
@@ -128,6 +129,7 @@ class Client:
         Only after `connect`.
         """
         self.session.expect_stale_writes(trio.current_time())
+        self._loop.turn.end()
 
     @property
     def may_leave_writes(self) -> bool:
@@ -168,10 +170,13 @@ class Client:
             await self._hang_up(timeout_s)
         finally:
             self.session.closed(self._take_unanswered())
+            self._loop.turn.end()
+            self._loop.turn.remove_stage(self.session)
 
     def abandon(self) -> None:
         """See `Session.abandon`."""
         self.session.abandon()
+        self._loop.turn.end()
 
     def silence(self) -> None:
         """Nothing of abandoned requests leaves this process from here on: a connection that has
@@ -196,6 +201,7 @@ class Client:
             for connection in self._connections:
                 connection.close()
             self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
+            self._loop.turn.end()
             self._broken.set()
 
     def come_back(self) -> None:
@@ -248,6 +254,7 @@ class Client:
         self._connections = connections
         self._first_cookie = next(self._cookies)
         self.session.established(trio.current_time(), export, connections)
+        self._loop.turn.end()
 
     async def _negotiate_all(self) -> list[Negotiated]:
         wanted = self.options.connections
@@ -377,6 +384,7 @@ class Client:
             answered=sent > len(unanswered),
             blamed=blamed,
         )
+        self._loop.turn.end()
 
     async def _hang_up(self, timeout_s: float) -> None:
         async with trio.open_nursery() as nursery:
@@ -436,6 +444,7 @@ class Client:
                 await self._wanted.wait()
             now = trio.current_time()
             self.session.tick(now)
+            self._loop.turn.end()
             if options.request_timeout_s:
                 for connection in self._connections:
                     if connection.alive and connection.stalled(now, options.request_timeout_s):

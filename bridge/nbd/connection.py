@@ -33,6 +33,7 @@ from bridge.nbd.options import ClientOptions
 from bridge.nbd.transmission import Transmission
 from bridge.nbd.uri import NbdUri
 from bridge.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
+from bridge.turn import Turn
 
 _log = structlog.get_logger(__name__)
 
@@ -351,12 +352,14 @@ class Connection:
         """The connection ended because the peer's end was closed (or a reset says so)."""
         self.blamed: Request | None = None
         """The command that may have made the server hang up."""
-        self.transmission = Transmission(self.export, generation=generation, cookies=cookies)
+        self.transmission = Transmission(
+            self.export, loop.turn, generation=generation, cookies=cookies
+        )
         loop.add(self._fd, self._on_event, EPOLLIN)
         if negotiated.handshake.trailing_data():
             self._fail(ProtocolError("the server talked before it was asked"))
         elif self._tls:
-            loop.at_turn_end(self._poll_tls)
+            loop.turn.at_end(self._poll_tls)
 
     @property
     def unflushed(self) -> int:
@@ -424,7 +427,7 @@ class Connection:
         self.transmission.start(request)
         if not self._queued:
             self._queued = True
-            self._loop.at_turn_end(self.flush_output)
+            self._loop.turn.at_end(self.flush_output)
 
     def abandon(self) -> list[Request]:
         """See session.Channel."""
@@ -498,9 +501,12 @@ class Connection:
             transmission.sending = bool(unsent)
             self._loop.modify(self._fd, EPOLLIN | EPOLLOUT if unsent else EPOLLIN)
         if not unsent and transmission.early:
-            early, transmission.early = transmission.early, []
-            for request in early:
-                request.finish(request.error)
+            self._finish_early()
+
+    def _finish_early(self) -> None:
+        """What was answered before all of it was sent: nothing of it is needed any more."""
+        early, self.transmission.early = self.transmission.early, []
+        self._loop.turn.finished += early
 
     def _on_event(self, events: int) -> None:
         try:
@@ -632,9 +638,7 @@ class Connection:
         self.transmission.output = []
         if self._idle is not None:
             self._idle.set()
-        early, self.transmission.early = self.transmission.early, []
-        for request in early:
-            request.finish(request.error)
+        self._finish_early()
 
     async def _quiet(self) -> None:
         """Wait until nothing is in flight and nothing unsent, or the connection is dead."""
@@ -712,7 +716,7 @@ async def leave(negotiated: Negotiated) -> None:
     """Say goodbye on a connection that never entered the loop, and close it."""
     try:
         if negotiated.handshake.in_transmission:
-            farewell = Transmission(negotiated.export)
+            farewell = Transmission(negotiated.export, Turn())
             farewell.disconnect()
             with trio.move_on_after(1):
                 with contextlib.suppress(OSError):
