@@ -139,7 +139,9 @@ class _ReadModifyWrite:
         self._reads = len(ends)
         for offset in ends:
             view = self._blocks[offset] = memoryview(bytearray(block_bytes))
-            self._aligner.send(Request(READ, offset, block_bytes, [view], self._have_read, 0, request))
+            self._aligner.send(
+                Request(READ, offset, block_bytes, [view], self._have_read, 0, request)
+            )
 
     def _have_read(self, part: Request) -> None:
         self._reads -= 1

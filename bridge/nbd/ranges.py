@@ -116,9 +116,11 @@ class Ranges:
             self._run()
 
     def withdraw(self, claim: Claim) -> None:
-        """The change is over, whether its claim has gone or still waits."""
+        """The change is over, whether its claim has gone, still waits or was taken."""
         if claim.active:
             self.release(claim)
+            return
+        if claim.taken:
             return
         claim.taken = True
         del self._wait[claim]

@@ -125,9 +125,7 @@ class Channel(Protocol):
 class Session:
     """See the module's text. `now` is in seconds of any monotonic clock."""
 
-    def __init__(
-        self, options: ClientOptions, turn: Turn, *, random: Random | None = None
-    ) -> None:
+    def __init__(self, options: ClientOptions, turn: Turn, *, random: Random | None = None) -> None:
         """Takes part in `turn` as a stage (`turn.add_stage`), which is its owner's to arrange."""
         self._turn = turn
         self.phase = Phase.NEW
@@ -244,9 +242,7 @@ class Session:
             return
         op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
         owner = request, change
-        self._command(
-            Request(op, offset, length, buffers, self._change_done, request.flags, owner)
-        )
+        self._command(Request(op, offset, length, buffers, self._change_done, request.flags, owner))
 
     def _change_done(self, inner: Request) -> None:
         request, change = inner.owner
@@ -278,7 +274,7 @@ class Session:
             request.generation = self.generation
             self._turn.finish(request)  # Hints.
         elif (request.offset | request.length) & self._align_mask:
-            send_aligned(self._whole(request), export.min_block_bytes, self._command)
+            self._aligner.do(self._whole(request), export.min_block_bytes)
         elif op <= WRITE and self._fits(request):
             self._issue(request)
         else:
@@ -862,16 +858,16 @@ class Session:
         # Taken out first: what waits for one of those that fail now must fail with it, and not
         # be sent at any later time.
         claims = self._ranges.take_waiting()
-        while self._ranges.gone:
-            claim = self._ranges.gone.popleft()
-            self._ranges.release(claim)
-            claims.append(claim)
+        gone, self._ranges.gone = self._ranges.gone, deque()
         left = _changed(again) if self._stale_possible else []
         flushes, self._flushes = self._flushes, []
         self._tell(flushes)
         for request in (*again, *waited, *flushes):
             self._turn.finish(request, error)
-        for claim in claims:
+        for claim in gone:
+            if isinstance(claim, _Change):
+                self._ranges.release(claim)
+        for claim in (*gone, *claims):
             if isinstance(claim, _Change):
                 self._turn.finish(claim.request, error)
         self._hold(left)

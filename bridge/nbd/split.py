@@ -141,7 +141,7 @@ class Split:
             return False
         limits.shrink()
         again = Request(part.op, part.offset, part.length, [], self._again_done, part.flags, part)
-        Split(again, self._export, limits, self._send).start()
+        Split(again, self._export, limits, self._send, self._finish).start()
         return True
 
     def _again_done(self, again: Request) -> None:

@@ -1,8 +1,9 @@
 """The client's side of the transmission phase, without I/O (NBD "Transmission").
 
 Theory. Requests go in with `start` and wait in `pending` (cookie → request, in the order they
-were sent) until their reply has come; then it is put on the turn's list of what has finished, exactly once.
-Headers and payload views gather in `output`; the owner sends them in one system call.
+were sent) until their reply has come; then they are put on the turn's list of what has finished,
+exactly once. Headers and payload views gather in `output`; the owner sends them in one system
+call.
 
 Received bytes go where `next_buffers` says: normally into a staging buffer, where one system
 call may bring many replies; `bytes_received` parses them and copies payloads out. A payload of

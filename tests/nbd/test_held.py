@@ -16,11 +16,13 @@ class Change(Claim):
 
     def __init__(self, ranges: Ranges, start: int, stop: int) -> None:
         super().__init__(start, stop)
-        self.gone = False
-        ranges.enter(self)
+        self._ranges = ranges
+        self._goes = ranges.enter(self)
 
-    def go(self) -> None:
-        self.gone = True
+    @property
+    def gone(self) -> bool:
+        assert self.active == (self._goes or self in self._ranges.gone)
+        return self.active
 
 
 spans = st.lists(

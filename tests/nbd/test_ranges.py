@@ -15,21 +15,41 @@ MANY = 64 * 1024
 class Change(Claim):
     """A change that notes when it goes, and is over at once if told to."""
 
-    __slots__ = ("log", "name", "over_at_once", "ranges")
+    __slots__ = ("log", "name", "over_at_once")
 
     def __init__(
-        self, ranges: Ranges, log: list[int], name: int, span: Span, *, over_at_once: bool = False
+        self, log: list[int], name: int, span: Span, *, over_at_once: bool = False
     ) -> None:
         super().__init__(*span)
-        self.ranges = ranges
         self.log = log
         self.name = name
         self.over_at_once = over_at_once
 
-    def go(self) -> None:
-        self.log.append(self.name)
-        if self.over_at_once:
-            self.ranges.release(self)
+
+def enter(ranges: Ranges, change: Change) -> None:
+    if ranges.enter(change):
+        begin(ranges, change)
+    go_on(ranges)
+
+
+def release(ranges: Ranges, claim: Claim) -> None:
+    ranges.release(claim)
+    go_on(ranges)
+
+
+def go_on(ranges: Ranges) -> None:
+    """What the owner of the ranges does: begin the changes that may go."""
+    while ranges.gone:
+        change = ranges.gone.popleft()
+        assert isinstance(change, Change)
+        begin(ranges, change)
+
+
+def begin(ranges: Ranges, change: Change) -> None:
+    assert change.active
+    change.log.append(change.name)
+    if change.over_at_once:
+        ranges.release(change)
 
 
 class Model:
@@ -75,19 +95,20 @@ def test_ranges_do_what_the_rule_says(given_steps) -> None:
     for number, (what, value) in enumerate(given_steps):
         log.clear()
         if what == "enter":
-            changes[number] = Change(ranges, log, number, value)
+            changes[number] = Change(log, number, value)
             model.claims.append((number, value))
-            ranges.enter(changes[number])
+            enter(ranges, changes[number])
         elif what == "release":
             if not model.active:
                 continue
             name = sorted(model.active)[value % len(model.active)]
             model.active.remove(name)
             model.claims = [claim for claim in model.claims if claim[0] != name]
-            ranges.release(changes[name])
+            release(ranges, changes[name])
         elif what == "hold":
             model.held = merged(value)
             ranges.hold(model.held)
+            go_on(ranges)
         else:
             waiting = [name for name, _ in model.claims if name not in model.active]
             assert ranges.take_waiting() == [changes[name] for name in waiting]
@@ -102,12 +123,12 @@ def test_ranges_do_what_the_rule_says(given_steps) -> None:
 def test_overlapping_claims_go_in_the_order_they_came() -> None:
     ranges = Ranges()
     log: list[int] = []
-    first = Change(ranges, log, 0, (0, 8))
-    ranges.enter(first)
+    first = Change(log, 0, (0, 8))
+    enter(ranges, first)
     for name, span in enumerate([(4, 12), (0, 2), (6, 20), (1, 3)], 1):
-        ranges.enter(Change(ranges, log, name, span, over_at_once=True))
+        enter(ranges, Change(log, name, span, over_at_once=True))
     assert log == [0]
-    ranges.release(first)
+    release(ranges, first)
     assert sorted(log) == [0, 1, 2, 3, 4]
     assert log.index(1) < log.index(3)
     assert log.index(2) < log.index(4)
@@ -117,26 +138,26 @@ def test_65536_claims_on_one_range_that_are_over_at_once_do_not_recurse() -> Non
     ranges = Ranges()
     log: list[int] = []
     first = Claim(0, 512)
-    ranges.enter(first)
+    assert ranges.enter(first)
     for name in range(MANY):
-        ranges.enter(Change(ranges, log, name, (0, 512), over_at_once=True))
-    ranges.release(first)
+        enter(ranges, Change(log, name, (0, 512), over_at_once=True))
+    release(ranges, first)
     assert log == list(range(MANY))
 
 
 def test_taken_claims_keep_their_place_until_those_before_are_done() -> None:
     ranges = Ranges()
     log: list[int] = []
-    first = Change(ranges, log, 1, (0, 8))
-    ranges.enter(first)
-    waiting = Change(ranges, log, 2, (0, 8))
-    ranges.enter(waiting)
+    first = Change(log, 1, (0, 8))
+    enter(ranges, first)
+    waiting = Change(log, 2, (0, 8))
+    enter(ranges, waiting)
     assert ranges.take_waiting() == [waiting]
     assert ranges.waiting_count == 0
-    later = Change(ranges, log, 3, (4, 8))
-    ranges.enter(later)
+    later = Change(log, 3, (4, 8))
+    enter(ranges, later)
     assert log == [1]
-    ranges.release(first)
+    release(ranges, first)
     assert log == [1, 3]
 
 
@@ -146,14 +167,16 @@ def test_taken_claims_leave_what_is_held_as_it_is() -> None:
     held = Held(ranges)
     held.hold([(0, 4)], 3)
     held.hold([(8, 12)])
-    ranges.enter(Change(ranges, log, 1, (0, 1)))
+    enter(ranges, Change(log, 1, (0, 1)))
     assert len(ranges.take_waiting()) == 1
     assert held.deadline_s == 3
-    ranges.enter(Change(ranges, log, 2, (11, 12)))
+    enter(ranges, Change(log, 2, (11, 12)))
     held.expire(3)
+    go_on(ranges)
     assert log == []
     held.begin(7)
     held.expire(7)
+    go_on(ranges)
     assert log == [2]
 
 
@@ -187,9 +210,10 @@ def comparisons_of(count: int, width: int) -> int:
     for name in range(count):
         block = name * 7919 % count
         span = (Counted(block * 8), Counted((block + width) * 8))
-        ranges.enter(Change(ranges, log, name, span, over_at_once=True))
+        enter(ranges, Change(log, name, span, over_at_once=True))
     assert log == []
     held.expire(5)
+    go_on(ranges)
     assert len(log) == count
     return Counted.comparisons
 

@@ -19,7 +19,7 @@ from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.session import Phase, Session
 from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
-from tests.turns import deliver, finish
+from tests.turns import deliver, finish, forget, turn
 
 BLOCK = 512
 GRACE_S = 5.0
@@ -86,7 +86,8 @@ class World:
     """A session with fake channels and a clock."""
 
     def __init__(self, options: ClientOptions | None = None, **more: object) -> None:
-        self.session = Session(options or ClientOptions(), random=Random(1))
+        self.session = Session(options or ClientOptions(), turn(), random=Random(1))
+        turn().add_stage(self.session)
         self.now = 0.0
         self.export = export(**more)  # type: ignore[arg-type]
         self.channels: list[FakeChannel] = []
@@ -691,7 +692,7 @@ MANY = 64 * 1024
 
 
 def fail_by_closing(world: World) -> None:
-    world.session.closed([request for channel in world.channels for request in channel.pending])
+    world.closed([request for channel in world.channels for request in channel.pending])
 
 
 WAYS_TO_FAIL = pytest.mark.parametrize(
@@ -728,11 +729,11 @@ def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail
 
 def test_65536_writes_that_waited_for_a_grace_are_sent_when_it_ends() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S), size=MANY * BLOCK)
-    world.session.expect_stale_writes(0.0)
+    world.expect_stale_writes(0.0)
     for number in range(MANY):
         world.ask(WRITE, number)
     assert world.sent == []
-    world.session.tick(GRACE_S)
+    world.tick(GRACE_S)
     assert world.sent == [(WRITE, number) for number in range(MANY)]
 
 
@@ -806,7 +807,7 @@ class Poisoned(World):
                 return
             self.down(hung_up=True)
             self.now += self.session.next_delay_s()
-            self.session.tick(self.now)
+            self.tick(self.now)
             self.connections += 1
             self.up(count=len(self.channels))
 
@@ -992,7 +993,7 @@ def test_failed_culprit_may_be_executed_late_and_is_kept_away_from() -> None:
     assert world.log == [(WRITE, errno.EIO)]
     world.ask(WRITE, 4)
     assert world.sent == []
-    world.session.tick(world.now + GRACE_S)
+    world.tick(world.now + GRACE_S)
     assert world.sent == [(WRITE, 4)]
 
 
@@ -1002,7 +1003,7 @@ def test_connections_that_answer_nothing_do_not_begin_the_reconnect_timeout_anew
     for _ in range(4):
         world.down()
         world.now += 1.5
-        world.session.tick(world.now)
+        world.tick(world.now)
         world.up()
         world.now += 1
     assert request.error == -1
@@ -1018,9 +1019,9 @@ def test_idle_connection_that_is_lost_begins_the_reconnect_timeout() -> None:
     world.now = 3600
     request = world.ask(READ, 1)
     world.down()
-    world.session.tick(world.now + 9.9)
+    world.tick(world.now + 9.9)
     assert request.error == -1
-    world.session.tick(world.now + 10)
+    world.tick(world.now + 10)
     assert request.error == errno.EIO
 
 
@@ -1036,7 +1037,7 @@ def test_connection_that_answers_begins_the_reconnect_timeout_anew() -> None:
         world.channels[0].answer(world.channels[0].pending[0])
         request = world.ask(READ, 8)
     world.down()
-    world.session.tick(world.now + 9.9)
+    world.tick(world.now + 9.9)
     assert request.error == -1
 
 
@@ -1047,6 +1048,7 @@ def abandon(world: World, *requests: Request) -> None:
     for request in requests:
         request.abandon(lambda request: None, memoryview(bytearray(request.length)))
     world.session.abandon()
+    deliver()
 
 
 def test_write_over_an_abandoned_one_waits_for_its_answer() -> None:
@@ -1079,7 +1081,7 @@ def test_abandoned_command_is_not_sent_again_and_kept_away_from_if_it_may_be_exe
     assert world.sent == [(WRITE, 3)]
     world.ask(WRITE, 1)
     assert world.sent == [(WRITE, 3)] + ([] if stale_possible else [(WRITE, 1)])
-    world.session.tick(world.now + GRACE_S)
+    world.tick(world.now + GRACE_S)
     assert world.sent == [(WRITE, 3), (WRITE, 1)]
     world.channels[0].answer_all()
     assert kept.error == 0
@@ -1097,7 +1099,7 @@ def test_abandoned_request_that_waits_for_a_connection_is_never_sent() -> None:
     world.ask(WRITE, 1)
     world.ask(WRITE, 2)
     assert world.sent == [(WRITE, 2)]  # the first may still be executed
-    world.session.tick(world.now + GRACE_S)
+    world.tick(world.now + GRACE_S)
     assert world.sent == [(WRITE, 2), (WRITE, 1)]
 
 
@@ -1234,7 +1236,9 @@ class Simulation:
         self.min_block_bytes = self.random.choice([1, 512, 1024])
         self.max_payload_bytes = self.random.choice([1024, 32 << 20])
         self.options = ClientOptions(stale_write_grace_s=GRACE_S)
-        self.session = Session(self.options, random=Random(seed))
+        self.turn = forget()
+        self.session = Session(self.options, self.turn, random=Random(seed))
+        self.turn.add_stage(self.session)
         self.session.keeps_unflushed = False
         self.memory = [0.0] * self.blocks
         self.stable = [0.0] * self.blocks
@@ -1485,6 +1489,7 @@ class PausedGuest(Simulation):
             old.abandon(lambda request: None, scratch)
         self.running.clear()
         self.session.abandon()
+        deliver()
 
     def resume(self) -> None:
         left, self.left = self.left, []

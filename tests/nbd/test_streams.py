@@ -29,6 +29,7 @@ from bridge.request import (
     WRITE_ZEROES,
 )
 from tests.nbd.wire import Asked, feed
+from tests.turns import turn
 
 SIZE = 128 << 10
 _MAGICS = (
@@ -163,7 +164,7 @@ def run_stream(seed: int) -> str:
     server._structured, server._extended = export.structured, export.extended
     server._settings = settings
     server.disk = disk
-    transmission = Transmission(export)
+    transmission = Transmission(export, turn())
     asked = ask(random, transmission, export.can_block_status)
     commands = [command_of(each) for each in asked]
     stream = answers(random, server, commands, disk)

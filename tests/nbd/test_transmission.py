@@ -541,7 +541,7 @@ def test_write_answered_before_its_payload_is_sent_is_finished_later() -> None:
 
 
 def test_answer_may_start_the_next_request() -> None:
-    """Reentrancy: a completion submits, as a guest's queue does."""
+    """A completion submits, as a guest's queue does."""
     transmission = machine("structured")
     started: list[Asked] = []
 

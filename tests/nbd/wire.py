@@ -8,7 +8,7 @@ from bridge.nbd.export import Export
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.transmission import Transmission
 from bridge.request import BLOCK_STATUS, Request
-from tests.turns import deliver
+from tests.turns import deliver, turn
 
 DONE = p.REPLY_FLAG_DONE
 CONTEXT = 5
@@ -24,7 +24,8 @@ def machine(kind: str) -> Transmission:
             structured=kind != "simple",
             extended=kind == "extended",
             contexts={} if kind == "simple" else {p.BASE_ALLOCATION: CONTEXT},
-        )
+        ),
+        turn(),
     )
 
 
@@ -40,7 +41,6 @@ class Asked:
         kind = StatusRequest if op == BLOCK_STATUS else Request
         self.request = kind(op, offset, length, buffers, self._done, flags)
         transmission.start(self.request)
-        deliver()
 
     def _done(self, request: Request) -> None:
         self.finished += 1
