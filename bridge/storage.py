@@ -405,6 +405,8 @@ class Storage:
         self.client = Client(uri, loop, options)
         self._uri = uri
         self._loop = loop
+        self.turn = loop.turn
+        """Whoever submits outside of a turn ends it: `turn.end()`."""
         self._read_only = options.read_only
         self._settings = cache
         self._cache: Cache | None = None
@@ -443,11 +445,11 @@ class Storage:
         if self._file.header.frozen:
             self._file.save_header(frozen=False)
         expect_stale_writes(self.client, self._file, cache.index.dirty_slots)
-        self._loop.turn.add_stage(cache)
+        self.turn.add_stage(cache)
         self.client.keeps_unflushed = True
         self.client.on_reconnect = self._reconnected
         # While all is there to compare: what the counters say may drop the clean part.
-        await check_content(cache, self._file, self._loop.turn)
+        await check_content(cache, self._file, self.turn)
         if export.sessions and export.sessions[0] == self._file.header.export_generation:
             # Somebody kept the session open that this cache belongs to, and may have written.
             self.may_be_written_elsewhere()
@@ -480,15 +482,15 @@ class Storage:
             _log.warning(note)
         if (notes := notes_directory()) is not None:
             location.note(path, notes)
-        cold = self._cold = ThreadedCold(self._loop.turn)
+        cold = self._cold = ThreadedCold(self.turn)
         self._loop.add(cold.fd, cold.collect)
-        under = self._under_cache = GatedBackend(self.client, self._loop.turn)
+        under = self._under_cache = GatedBackend(self.client, self.turn)
         return Cache(
             file,
             under,
             Options(mode=self._settings.mode, flush_interval_s=self._settings.flush_interval_s),
             clock=trio.current_time,
-            turn=self._loop.turn,
+            turn=self.turn,
             cold=cold,
         )
 
@@ -577,7 +579,7 @@ class Storage:
         def start(done: Callable[[int], None]) -> None:
             cache.resize(size_bytes, Outcome(lambda outcome: done(outcome.error)))
 
-        return await answer_of(start, self._loop.turn)
+        return await answer_of(start, self.turn)
 
     def _reconnected(self) -> None:
         """A new connection is up; nothing was sent on it yet."""
@@ -824,7 +826,7 @@ class Storage:
         cache.freeze(False)
         go, self._go = self._go, _go_nowhere
         # Not before the session is through with what a new connection asks of it.
-        self._loop.turn.at_end(go)
+        self.turn.at_end(go)
 
     def _refuse(self, errno: int) -> None:
         if self._cache is not None and self._under_cache is not None:
@@ -872,7 +874,7 @@ class Storage:
 
     def _stop_using_file(self) -> None:
         """From here on nothing touches the file, except a thread that a stuck disk holds."""
-        turn = self._loop.turn
+        turn = self.turn
         turn.end()
         while turn.pending:
             turn.end()
@@ -908,7 +910,7 @@ class Storage:
         finished = trio.Event()
         request = Request(FLUSH, 0, 0, [], lambda _: finished.set())
         cache.submit(request)
-        self._loop.turn.end()
+        self.turn.end()
         await finished.wait()
         if request.error:
             _log.error("the last flush failed", reason=os.strerror(request.error))

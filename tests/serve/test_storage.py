@@ -26,6 +26,7 @@ from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
 from bridge.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Request
 from bridge.storage import WRITEBACK, CacheSettings, Storage, cache_path
+from bridge.turn import Turn
 from tests.serve.processes import process, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 from tests.turns import turn_of_the_loop
@@ -82,6 +83,7 @@ def start(storage: Storage, op: int, offset: int, length: int) -> list[int]:
     storage.backend.submit(
         Request(op, offset, length, buffers, lambda request: ended.append(request.error))
     )
+    storage.turn.end()
     return ended
 
 
@@ -210,6 +212,7 @@ async def test_write_that_waits_for_room_is_never_done_once_it_is_abandoned(
                     lambda request, ended=ended: ended.append(request.error),
                 )
                 storage.backend.submit(request)
+                storage.turn.end()
                 if not ended:
                     await turn_of_the_loop()
             request.abandon(lambda request: None, memoryview(b""))
@@ -233,6 +236,7 @@ async def read(storage: Storage, offset: int) -> bytes:
     storage.backend.submit(
         Request(READ, offset, 4096, [memoryview(buffer)], lambda each: ended.append(each.error))
     )
+    storage.turn.end()
     while not ended:
         await trio.sleep(0.01)
     assert ended == [0]
@@ -290,19 +294,19 @@ async def test_stop_with_a_silent_server_finishes_everything_before_the_file_is_
     closed: list[bool] = []
     late: list[str] = []
     real_close = CacheFile.close
-    real_finish = Request.finish
+    real_settle = Turn.settle
 
     def close(file: CacheFile, *, clean: bool) -> None:
         closed.append(True)
         real_close(file, clean=clean)
 
-    def finish(request: Request, error: int) -> None:
+    def settle(turn: Turn) -> bool:
         if closed:
-            late.append(repr(request))
-        real_finish(request, error)
+            late.extend(map(repr, turn.finished))
+        return real_settle(turn)
 
     monkeypatch.setattr(CacheFile, "close", close)
-    monkeypatch.setattr(Request, "finish", finish)
+    monkeypatch.setattr(Turn, "settle", settle)
     async with own_server(directory, faults):
         async with running(directory) as storage:
             faults.stall = True
