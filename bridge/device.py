@@ -123,7 +123,7 @@ class BlkDevice:
             hits=hits,
             serial=serial,
             fault=self._guest_fault,
-            turns=loop,
+            turn=loop.turn,
             epoch=epoch,
         )
         self._drain_timeout_s = drain_timeout_s
@@ -196,6 +196,7 @@ class BlkDevice:
             return
         self._write_cache_flushes = 1
         self._target.submit(Request(FLUSH, 0, 0, [], self._written_flushed, UNASKED))
+        self._loop.turn.want()
 
     def _written_flushed(self, flush: Request) -> None:
         again = self._write_cache_flushes > 1

@@ -27,6 +27,7 @@ import structlog
 import trio
 
 from bridge.request import FLUSH, READ, UNASKED, Hits, Request, Target
+from bridge.turn import Turn
 
 _log = structlog.get_logger(__name__)
 
@@ -55,10 +56,12 @@ class Disk:
     """The guest's disk over `backend`. See the module's text."""
 
     def __init__(
-        self, backend: Backend, *, flush_interval_s: float, now: Callable[[], float]
+        self, backend: Backend, *, turn: Turn, flush_interval_s: float, now: Callable[[], float]
     ) -> None:
-        """`flush_interval_s` 0 turns the timer off; `now` is a monotonic clock in seconds."""
+        """`turn` is the one of `backend`. `flush_interval_s` 0 turns the timer off; `now` is a
+        monotonic clock in seconds."""
         self._backend = backend
+        self._turn = turn
         self._submit = backend.submit
         hits = backend.hits
         self.hits: Hits | None = None
@@ -92,7 +95,7 @@ class Disk:
         if op == READ:
             self._submit(request)
         elif op == FLUSH and request.flags & UNASKED:
-            self._flush_unasked(lambda flush: request.finish(flush.error))
+            self._flush_unasked(lambda flush: self._turn.finish(request, flush.error))
         elif op == FLUSH:
             was_armed = self._clear_timer()
             self._unanswered_flushes += 1
@@ -148,12 +151,12 @@ class Disk:
             if flush.error not in (0, ECANCELED):
                 self._note_failure(flush.error)
             self._flush_ended(flush.error)
-            request.finish(flush.error)
+            self._turn.finish(request, flush.error)
             return
         error = flush.error or self._untold_error
         self._untold_error = 0
         self._flush_ended(flush.error)
-        request.finish(error)
+        self._turn.finish(request, error)
 
     def _flush_ended(self, error: int) -> None:
         self._unanswered_flushes -= 1
@@ -231,6 +234,7 @@ class Disk:
         self._unasked_covers = self._clear_timer()
         self._unanswered_flushes += 1
         self._submit(Request(FLUSH, 0, 0, [], self._unasked_done, UNASKED))
+        self._turn.want()  # Most who ask for this are tasks.
 
     def _unasked_done(self, flush: Request) -> None:
         waiters, self._unasked = self._unasked or [], None

@@ -1,9 +1,9 @@
 """The one object that travels from a guest's request to the server's reply.
 
 A `Request` is one operation on a byte range. The virtio engine makes it, `disk`, `cache` and
-`nbd` pass it on (or make requests of their own for parts of it), and whoever finishes it calls
-`request.finish(error)`. It is a plain object that a reply completes, not a coroutine: a task or
-a checkpoint per request would cost more than the request.
+`nbd` pass it on (or make requests of their own for parts of it), and whoever finishes it says so to
+the turn (`Turn.finish`), which tells its maker. It is a plain object that a reply completes, not a
+coroutine: a task or a checkpoint per request would cost more than the request.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Request:
 
     `buffers` are the bytes: the source of a WRITE, the destination of a READ (their lengths add
     up to `length`), empty for every other operation. `error` is 0 or an errno, valid once `done`
-    was called. `done(request)` is called exactly once, never by a thread, possibly before
-    `submit()` has returned; the buffers may not be touched by the callee after that.
+    was called. `done(request)` is called exactly once, by the turn: never by a thread, and never
+    before `submit()` has returned. The buffers may not be touched by the callee after that.
     `owner` belongs to whoever made the request, and is the request that this one is a part of if
     it is one (`is_abandoned` wants that); `cookie`, `generation` and `progress` to the
     NBD client.
@@ -78,11 +78,6 @@ class Request:
         self.generation = 0
         self.progress = 0
 
-    def finish(self, error: int) -> None:
-        """Complete the request with `error` (0 or an errno)."""
-        self.error = error
-        self.done(self)
-
     def abandon(self, done: Callable[[Any], None], scratch: memoryview) -> None:
         """Nobody waits for this request any more, and its buffers are not its own any more.
 
@@ -114,7 +109,8 @@ class Target(Protocol):
     """What takes requests: the NBD client, the cache over it, the disk over both."""
 
     def submit(self, request: Request) -> None:
-        """Start `request`; it finishes through its `done`. Never raises, never blocks."""
+        """Start `request`; the turn tells of its end, never before this returns. Never raises,
+        never blocks. Outside a turn, the caller wants one (`Turn.want`)."""
 
 
 class Hits(Protocol):

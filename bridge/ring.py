@@ -49,6 +49,7 @@ class RunningRing:
         ring. `held`: nothing is begun before `let_go`. Raises ProtocolError for a descriptor that
         cannot be waited for."""
         self._loop = loop
+        self._turn = loop.turn
         self._queue = queue
         self._push = queue.push  # bound once
         self._engine = engine
@@ -78,6 +79,7 @@ class RunningRing:
         if recovered := self._queue.recovered():
             self.requests += len(recovered)
             self._engine.start(self, recovered)
+            self._turn.want()
 
     # The data path
 
@@ -104,7 +106,7 @@ class RunningRing:
         self._push(head, length)
         if not self._publishing:
             self._publishing = True
-            self._loop.at_turn_end(self._publish)
+            self._turn.at_end(self._publish)
 
     def _complete_logged(self, chain: Chain, status: int, length: int) -> None:
         """The same while the memory is being migrated: what was written is marked."""

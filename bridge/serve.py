@@ -135,7 +135,7 @@ async def _serve(
     nursery.start_soon(storage.run)
     # A cache has a flush timer of its own.
     interval_s = options.flush_interval_s if options.cache.mode == OFF else 0
-    disk = Disk(storage.backend, flush_interval_s=interval_s, now=trio.current_time)
+    disk = Disk(storage.backend, turn=loop.turn, flush_interval_s=interval_s, now=trio.current_time)
     nursery.start_soon(disk.run_flush_timer)
     geometry = disk_geometry(export, options)
 

@@ -105,6 +105,7 @@ class DeviceGuest:
     ) -> None:
         self.loop = loop
         self.disk = disk
+        disk.turn = loop.turn
         self.stopped_all = 0
         self.device = BlkDevice(
             loop,

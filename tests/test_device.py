@@ -782,10 +782,13 @@ async def test_write_cache_turned_off_again_and_again_leaves_one_flush_and_one_t
     for _ in range(1000):
         guest.device.write_config(32, b"\1", migration=False)
         guest.device.write_config(32, b"\0", migration=False)
+        assert guest.loop.turn.pending  # the target may only have queued it
     assert [(each.op, each.flags) for each in guest.disk.requests] == [(FLUSH, UNASKED)]
     guest.disk.release()
+    await a_while()
     assert len(guest.disk.requests) == 2
     guest.disk.release()
+    await a_while()
     assert len(guest.disk.requests) == 2
     guest.device.write_config(32, b"\1", migration=False)
     guest.device.write_config(32, b"\0", migration=False)
@@ -960,7 +963,11 @@ async def test_3_10_requests_of_a_dead_process_are_executed_again(guest: DeviceG
         )
         await second.connect()
         second.device.set_inflight(fd, 0, size, 1, 16)
+        guest.disk.hold = True
         second.start(base=0)
+        assert second.loop.turn.pending  # the target may only have queued them
+        guest.disk.hold = False
+        guest.disk.release()
         await until(lambda: all(each.status == S_OK for each in pending))
         await a_while()
         assert len(ring.driver.poll()) == 3

@@ -25,7 +25,8 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
-from tests.turns import Turns, deliver
+from bridge.turn import Turn
+from tests.turns import Turns, deliver, turn
 from tests.virtio.mock import FakeDisk, FakeHits
 
 
@@ -75,7 +76,7 @@ class Client:
 @asynccontextmanager
 async def timed(backend: FakeBackend, interval_s: float = 60) -> AsyncIterator[Client]:
     """A disk whose timer runs."""
-    disk = Disk(backend, flush_interval_s=interval_s, now=trio.current_time)
+    disk = Disk(backend, turn=turn(), flush_interval_s=interval_s, now=trio.current_time)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(disk.run_flush_timer)
         nursery.start_soon(backend.turns.run)
@@ -325,6 +326,19 @@ async def test_flush_for_a_guest_of_another_process_counts_as_its_own(
         assert client.disk.is_durable
 
 
+def test_flush_that_a_task_asks_for_wants_a_turn() -> None:
+    """The back-end may only have queued it; whoever ends the turns sleeps."""
+    backend = FakeBackend()
+    backend.hold = True
+    woken: list[None] = []
+    own = Turn(lambda: woken.append(None))
+    own.asleep = True
+    disk = Disk(backend, turn=own, flush_interval_s=60, now=lambda: 0.0)
+    disk.flush_now()
+    assert woken
+    assert own.pending
+
+
 def test_disk_is_durable_when_a_flush_has_covered_everything_submitted() -> None:
     backend = FakeBackend()
     client = client_of(backend)
@@ -411,7 +425,7 @@ async def test_flush_at_the_end_brings_out_what_a_cache_held_before(
 
 
 def client_of(backend: FakeBackend) -> Client:
-    return Client(Disk(backend, flush_interval_s=60, now=lambda: 0.0))
+    return Client(Disk(backend, turn=turn(), flush_interval_s=60, now=lambda: 0.0))
 
 
 @pytest.mark.parametrize("op", [READ, WRITE, DISCARD, WRITE_ZEROES])
@@ -427,11 +441,11 @@ def test_request_goes_through_untouched(op: int) -> None:
 
 
 def test_back_end_without_hits_has_none() -> None:
-    assert Disk(FakeBackend(), flush_interval_s=0, now=lambda: 0.0).hits is None
+    assert Disk(FakeBackend(), turn=turn(), flush_interval_s=0, now=lambda: 0.0).hits is None
 
 
 def test_deadline_without_a_timer_is_none() -> None:
-    disk = Disk(FakeBackend(), flush_interval_s=0, now=lambda: 5.0)
+    disk = Disk(FakeBackend(), turn=turn(), flush_interval_s=0, now=lambda: 5.0)
     Client(disk).do(WRITE)
     assert disk.flush_deadline_s is None
     assert disk._deadline_s == inf

@@ -20,7 +20,7 @@ class RingGuest(BlkGuest):
     """A guest whose ring runs in a loop, with eventfds."""
 
     def __init__(self, loop: Loop) -> None:
-        super().__init__()
+        super().__init__(turn=loop.turn)
         self.kick, self.call, self.error = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
         self.broken: list[str] = []
         self.running = RunningRing(
@@ -126,6 +126,7 @@ async def test_request_that_ended_just_before_the_close_is_published() -> None:
         guest.add(T_FLUSH)
         await a_while()
         guest.disk.release()
+        guest.disk.turn.settle()  # told of, and not published yet
         guest.running.close(told=True)
         assert len(guest.driver.poll()) == 1
 

@@ -25,6 +25,7 @@ from bridge.request import (
     Request,
     Target,
 )
+from bridge.turn import Turn
 from bridge.virtio.blk_config import (
     F_CONFIG_WCE,
     F_DISCARD,
@@ -42,7 +43,6 @@ from bridge.virtio.lanes import (
     WHOLE_BYTES,
     Job,
     Lane,
-    Turns,
 )
 
 T_IN: Final = 0
@@ -128,16 +128,17 @@ class BlkEngine:
         hits: Hits | None = None,
         serial: str,
         fault: Callable[[str], None],
-        turns: Turns | None = None,
+        turn: Turn,
         epoch: Callable[[], int] = one_epoch,
     ) -> None:
         """`hits`: what can be asked before `target`. `serial`: what GET_ID answers, at most 20
         bytes. `fault(problem)` is told what a guest did wrong, "kind" or "kind: details", so that
-        it is counted and logged once per kind. `turns`: the loop, so that no turn of it begins
-        too much. `epoch()`: see `lanes.Job`."""
+        it is counted and logged once per kind. `turn`: the one of `target`. `epoch()`: see
+        `lanes.Job`."""
         self.config = config
         self._submit = target.submit
-        self._reads, self._writes, self._range_lane = (Lane(target.submit, turns) for _ in range(3))
+        self._turn = turn
+        self._reads, self._writes, self._range_lane = (Lane(target.submit, turn) for _ in range(3))
         self._large_done = self._finish_large
         self._epoch = epoch
         self._read_hit = hits.read_hit if hits is not None else _no_hit
@@ -264,7 +265,7 @@ class BlkEngine:
     ) -> None:
         """Have `lane` do `request` in `pieces`."""
         epoch = self._epoch if request.op != READ else None
-        job = request.owner = Job(lane, request, pieces, request.finish, epoch)
+        job = request.owner = Job(lane, request, pieces, epoch)
         lane.enter(job)
 
     def _finish_large(self, request: BlkRequest) -> None:
@@ -344,7 +345,7 @@ class BlkEngine:
         request = self._request(ring, chain, op)
         request.flags = self._write_flags
         if not parts:
-            request.finish(0)
+            self._turn.finish(request)
             return
         self._enter(self._range_lane, request, _range_pieces(request, parts))
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from errno import ECANCELED
-from math import inf
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from bridge.request import Request
+from bridge.turn import Turn
 
 SMALL_BYTES: Final = 64 << 10
 """Up to here a request is begun at once: 1024 of them are copied in about 20 ms."""
@@ -35,39 +35,17 @@ IN_FLIGHT_BYTES: Final = 256 << 20
 """In flight at a time: more than a fast network holds."""
 
 
-class Turns(Protocol):
-    """The loop, as far as a lane needs it."""
-
-    now: float
-    """Another number in every turn."""
-
-    def soon(self, callback: Callable[[], None], /) -> None:
-        """Call `callback` in the next turn."""
-
-
-class _OneTurn:
-    """A loop that has one turn only, with room for everything."""
-
-    now = 0.0
-
-    def soon(self, callback: Callable[[], None], /) -> None:
-        """There is no other turn."""
-        raise AssertionError("a lane without a limit waits for nothing")
-
-
 class Lane:
     """Large requests of one kind. `submit` begins a request or a piece of one."""
 
-    def __init__(self, submit: Callable[[Request], None], turns: Turns | None) -> None:
-        """Without `turns` there is no limit to what is begun in one."""
+    def __init__(self, submit: Callable[[Request], None], turn: Turn) -> None:
         self._submit = submit
-        self._turns: Turns = _OneTurn() if turns is None else turns
-        self._per_turn_bytes = inf if turns is None else TURN_BYTES
-        self._turn = -1.0
-        self._left_bytes = self._per_turn_bytes
+        self.turn = turn
+        self._turn_number = -1
+        """Of the turn that `_left_bytes` is for."""
+        self._left_bytes = TURN_BYTES
         self._waiting: deque[Job] = deque()
         self._scheduled = False
-        self._going_on = False
         self.in_flight_bytes = 0
 
     @property
@@ -75,7 +53,7 @@ class Lane:
         """Nothing waits, and this turn has room: a hit may be served on the spot."""
         if self._waiting:
             return False
-        if self._turn != self._turns.now:
+        if self._turn_number != self.turn.number:
             return self._turn_has_room()
         return self._left_bytes > 0
 
@@ -113,30 +91,24 @@ class Lane:
         return in_flight_bytes > 0 and in_flight_bytes + more_bytes > IN_FLIGHT_BYTES
 
     def _turn_has_room(self) -> bool:
-        if self._turn != self._turns.now:
-            self._turn = self._turns.now
-            self._left_bytes = self._per_turn_bytes
+        if self._turn_number != self.turn.number:
+            self._turn_number = self.turn.number
+            self._left_bytes = TURN_BYTES
         return self._left_bytes > 0
 
     def _go_on(self) -> None:
-        """Begin what may be begun. A loop, not a recursion: pieces may end before `submit` does."""
-        if self._going_on:
-            return
-        self._going_on = True
-        try:
-            while self._waiting:
-                job = self._waiting[0]
-                cost_bytes = job.next_bytes
-                if cost_bytes:
-                    if not self._admits(cost_bytes):
-                        break
-                    self.in_flight_bytes += cost_bytes
-                    self._left_bytes -= cost_bytes
-                    self._submit(job.begin())
-                if not job.next_bytes and self._waiting and self._waiting[0] is job:
-                    self._waiting.popleft()
-        finally:
-            self._going_on = False
+        """Begin what may be begun."""
+        while self._waiting:
+            job = self._waiting[0]
+            cost_bytes = job.next_bytes
+            if cost_bytes:
+                if not self._admits(cost_bytes):
+                    return
+                self.in_flight_bytes += cost_bytes
+                self._left_bytes -= cost_bytes
+                self._submit(job.begin())
+            if not job.next_bytes:
+                self._waiting.popleft()
 
     def _admits(self, cost_bytes: int) -> bool:
         if self._is_full(cost_bytes):
@@ -145,7 +117,7 @@ class Lane:
             return True
         if not self._scheduled:
             self._scheduled = True
-            self._turns.soon(self._next_turn)
+            self.turn.next_turn(self._next_turn)
         return False
 
     def _next_turn(self) -> None:
@@ -154,15 +126,17 @@ class Lane:
 
 
 class Job:
-    """A request in a lane: `done(errno)` is called once, when every piece that was begun has ended
-    and either none is left or one failed.
+    """A request in a lane, in pieces. It ends when every piece that was begun has ended and either
+    none is left or one failed.
 
     The guest hears of all pieces at once. So a flush that failed in between has not told it of the
-    first ones, and they are done once more if the server may have dropped them.
+    first ones, and they are done once more if the server may have dropped them: all that were begun
+    before that flush failed. (Not when they end: this is told of an end later than it comes, maybe
+    after a flush that failed later.)
     """
 
     __slots__ = (
-        *("_done", "_ends", "_epoch", "_error", "_in_flight", "_lane", "_next", "_pieces"),
+        *("_ends", "_epoch", "_error", "_in_flight", "_lane", "_next", "_pieces"),
         "owner",
     )
 
@@ -171,7 +145,6 @@ class Job:
         lane: Lane,
         owner: Request,
         pieces: Iterator[tuple[int, Request]],
-        done: Callable[[int], None],
         epoch: Callable[[], int] | None = None,
     ) -> None:
         """`owner` is the request that the pieces are of. `pieces`: what each costs (above 0), and a
@@ -182,12 +155,12 @@ class Job:
         self.owner = owner
         self._pieces = pieces
         self._next = next(pieces, None)
-        self._done = done
         self._in_flight: set[Request] = set()
         self._error = 0
         self._epoch = epoch
         self._ends: list[tuple[int, int, Request]] = []
-        """Of pieces that have ended: in which epoch, what they cost, and they themselves."""
+        """Of pieces that have ended: in which epoch they were begun, what they cost, and they
+        themselves."""
 
     @property
     def next_bytes(self) -> int:
@@ -201,7 +174,7 @@ class Job:
         self._next = next(self._pieces, None)
         self._in_flight.add(piece)
         piece.done = self._ended
-        piece.owner = self.owner, cost_bytes
+        piece.owner = self.owner, cost_bytes, self._epoch() if self._epoch is not None else 0
         return piece
 
     def abandon(self, scratch: memoryview) -> None:
@@ -214,18 +187,18 @@ class Job:
         for piece in self._in_flight:
             piece.abandon(piece.done, scratch)
         if not self._in_flight:
-            self._done(self._error)
+            self._lane.turn.finish(self.owner, self._error)
 
     def _ended(self, piece: Any) -> None:
         self._in_flight.remove(piece)
-        cost_bytes: int = piece.owner[1]
+        _, cost_bytes, epoch = piece.owner
         if piece.error:
             self._error = self._error or piece.error
             self._next = None
         elif self._epoch is not None:
-            self._ends.append((self._epoch(), cost_bytes, piece))
+            self._ends.append((epoch, cost_bytes, piece))
         if not self._in_flight and self._next is None and not self._do_again():
-            self._done(self._error)
+            self._lane.turn.finish(self.owner, self._error)
         self._lane.ended(cost_bytes)
 
     def _do_again(self) -> bool:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from bridge.request import Request
+from bridge.turn import Turn
 from bridge.virtio.blk import BlkEngine
 from bridge.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.virtio.chain import Chain
@@ -33,9 +34,12 @@ _ROUND_REQUESTS = 256
 class _Finished:
     """A target that has everything at once."""
 
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
     def submit(self, request: Request) -> None:
         request.error = 0
-        request.done(request)
+        self._turn.finished.append(request)
 
 
 class _Ring:
@@ -62,7 +66,8 @@ def measure(
     driver = make_driver(area, size=_QUEUE_SIZE, event_idx=True)
     queue = _queue(memory, driver, guest, tracked=tracked)
     config = BlkConfig(DiskGeometry(1 << 30), num_queues=1)
-    engine = BlkEngine(config, _Finished(), serial="x", fault=print)
+    turn = Turn()
+    engine = BlkEngine(config, _Finished(turn), serial="x", fault=print, turn=turn)
     engine.negotiated(config.features())
     ring = _Ring(queue.push)
     chains = [_chain(guest, slot, indirect=indirect, packed=packed) for slot in range(depth)]
@@ -76,6 +81,7 @@ def measure(
             driver.publish()
             started_s = time.perf_counter()
             engine.start(ring, queue.pop())
+            turn.end()
             queue.publish()
             spent_s += time.perf_counter() - started_s
             if len(driver.poll()) != depth:

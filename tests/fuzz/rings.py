@@ -40,7 +40,7 @@ from bridge.virtio.memory import GuestMemory, Region
 from bridge.virtio.packed_queue import PackedQueue
 from bridge.virtio.queue import RingAreas, VirtQueue
 from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
-from tests.turns import deliver
+from tests import turns
 
 _REGION_BYTES = 0x10000
 _DISK_BYTES = 0x8000
@@ -102,7 +102,7 @@ class _Disk:
                 elif request.op == WRITE:
                     self.data[at : at + len(view)] = view
                 at += len(view)
-        request.finish(self.error)
+        turns.turn().finish(request, self.error)
 
 
 class _Ring:
@@ -145,7 +145,7 @@ class Campaign:
     def _engine(self, read_only: bool, block: int) -> BlkEngine:
         geometry = DiskGeometry(_DISK_BYTES, read_only=read_only, block_size_bytes=block)
         config = BlkConfig(geometry, num_queues=2)
-        engine = BlkEngine(config, self._disk, serial="fuzz", fault=self._fault)
+        engine = BlkEngine(config, self._disk, serial="fuzz", fault=self._fault, turn=turns.turn())
         engine.negotiated(config.features())
         return engine
 
@@ -192,7 +192,7 @@ class Campaign:
         """Turns of a ring, until it breaks or the guest has nothing more."""
         ring = _Ring(queue)
         engine.start(ring, queue.recovered())
-        deliver()
+        turns.deliver()
         for _ in range(4):
             try:
                 chains = queue.pop()
@@ -201,7 +201,7 @@ class Campaign:
                 break
             assert len(chains) <= size
             engine.start(ring, chains)
-            deliver()
+            turns.deliver()
             assert 0 <= queue.in_flight <= size, queue.in_flight
             self.outcomes["requests"] += len(chains)
             queue.publish()
@@ -213,7 +213,7 @@ class Campaign:
             self._disk.held.clear()
             return
         self._disk.release()
-        deliver()
+        turns.deliver()
         queue.publish()
         assert queue.in_flight == 0, "a request was never answered"
         queue.close(told=rng.random() < 0.5)
@@ -401,7 +401,7 @@ class _GoodQueue:
         self._driver.add(1, buffers)
         self._driver.publish()
         self._engine.start(self._ring, self._queue.pop())
-        deliver()
+        turns.deliver()
         self._queue.publish()
         assert self._driver.poll() == [(1, 513)], "the good queue"
         assert guest[0x1010] == 0, "the good queue"

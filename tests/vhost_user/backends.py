@@ -15,6 +15,7 @@ from bridge.device import BlkDevice
 from bridge.guest import Guest
 from bridge.loop import Loop
 from bridge.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, Request
+from bridge.turn import Turn
 from bridge.vhost_user.backend import serve
 from bridge.vhost_user.listener import Listener
 from bridge.virtio.blk_config import DiskGeometry
@@ -24,7 +25,8 @@ from tests.tools import HUNG_S
 class MemoryTarget:
     """A disk in memory that answers at once, or when it is told to (`hold`)."""
 
-    def __init__(self, size_bytes: int, data: Any = None) -> None:
+    def __init__(self, turn: Turn, size_bytes: int, data: Any = None) -> None:
+        self._turn = turn
         self.data = bytearray(size_bytes) if data is None else data
         self.requests: list[tuple[int, int, int]] = []
         self.hold = False
@@ -55,7 +57,7 @@ class MemoryTarget:
         start, end = request.offset, request.offset + request.length
         assert 0 <= start <= end <= len(self.data)
         if self.fail:
-            request.finish(self.fail)
+            self._turn.finish(request, self.fail)
             return
         if request.op == READ:
             for buffer in request.buffers:
@@ -68,9 +70,9 @@ class MemoryTarget:
         elif request.op in (DISCARD, WRITE_ZEROES):
             self.data[start:end] = bytes(end - start)
         elif request.op != FLUSH:
-            request.finish(errno.EOPNOTSUPP)
+            self._turn.finish(request, errno.EOPNOTSUPP)
             return
-        request.finish(0)
+        self._turn.finish(request)
 
 
 @dataclass
@@ -96,8 +98,8 @@ async def running_backend(
     **options: Any,
 ) -> AsyncIterator[Running]:
     """A back-end that listens at `directory`/disk.sock until the block ends."""
-    target = MemoryTarget(size_bytes)
     loop = Loop(poll_us=0)
+    target = MemoryTarget(loop.turn, size_bytes)
     device = make_device(
         loop,
         target,

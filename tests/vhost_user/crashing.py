@@ -30,6 +30,7 @@ import trio
 from bridge.device import BlkDevice
 from bridge.loop import Loop
 from bridge.request import Request
+from bridge.turn import Turn
 from bridge.vhost_user.backend import serve
 from bridge.vhost_user.listener import Listener
 from bridge.virtio.blk_config import DiskGeometry
@@ -73,9 +74,8 @@ class Control:
 class LateTarget(MemoryTarget):
     """Executes at once, but answers later and in another order: half now, half a turn later."""
 
-    def __init__(self, loop: Loop, data: Any) -> None:
-        super().__init__(len(data), data)
-        self._loop = loop
+    def __init__(self, turn: Turn, data: Any) -> None:
+        super().__init__(turn, len(data), data)
         self._executed: list[Request] = []
 
     def submit(self, request: Request) -> None:
@@ -83,17 +83,17 @@ class LateTarget(MemoryTarget):
         op, offset, length = request.op, request.offset, request.length
         self.execute(Request(op, offset, length, request.buffers, lambda done: None))
         if not self._executed:
-            self._loop.at_turn_end(self._answer)
+            self._turn.at_end(self._answer)
         self._executed.append(request)
 
     def _answer(self) -> None:
         half = -(-len(self._executed) // 2)
         executed, self._executed = self._executed, []
         for request in reversed(executed[:half]):
-            request.finish(0)
+            self._turn.finish(request)
         self._executed = executed[half:]
         if self._executed:
-            self._loop.at_turn_end(self._answer)
+            self._turn.at_end(self._answer)
 
 
 def _trace(control: Control) -> Callable[[FrameType, str, Any], Any]:
@@ -116,7 +116,7 @@ async def _serve(directory: Path, late: bool) -> None:
     with (directory / "image").open("r+b") as file:
         image = mmap.mmap(file.fileno(), IMAGE_BYTES)
     loop = Loop(poll_us=0)
-    target = LateTarget(loop, image) if late else MemoryTarget(IMAGE_BYTES, image)
+    target = LateTarget(loop.turn, image) if late else MemoryTarget(loop.turn, IMAGE_BYTES, image)
     geometry = DiskGeometry(
         size_bytes=IMAGE_BYTES,
         read_only=False,

@@ -351,7 +351,7 @@ class RealDevice:
 
     def __init__(self) -> None:
         self.loop = Loop(poll_us=0)
-        self.target = MemoryTarget(1 << 20)
+        self.target = MemoryTarget(self.loop.turn, 1 << 20)
         geometry = DiskGeometry(
             size_bytes=1 << 20,
             read_only=False,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from bridge.request import DISCARD, READ, WRITE, WRITE_ZEROES, Request
+from bridge.turn import Turn
 from bridge.virtio import driver as guest_driver
 from bridge.virtio.blk import BlkEngine
 from bridge.virtio.blk_config import BlkConfig, DiskGeometry
@@ -16,7 +17,7 @@ from bridge.virtio.driver import INDIRECT, Buffer, SplitDriver, write_chain
 from bridge.virtio.memory import GuestMemory, Region
 from bridge.virtio.queue import VirtQueue
 from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
-from tests.turns import deliver
+from tests import turns
 
 DEVICE_WRITES = guest_driver.WRITE
 MEMORY_BYTES = 4 << 20
@@ -114,9 +115,11 @@ class Guest:
 
 
 class FakeDisk:
-    """A target of bytes. It finishes requests at once, or with `hold` when told to."""
+    """A target of bytes. It executes requests at once, or with `hold` when told to."""
 
     def __init__(self, size_bytes: int = 1 << 20) -> None:
+        self.turn = turns.turn()
+        """The one in which it is asked: the loop's, of a test that has a loop."""
         self.data = bytearray(_PATTERN * -(-size_bytes // len(_PATTERN)))[:size_bytes]
         self.requests: list[Request] = []
         self.held: list[Request] = []
@@ -137,7 +140,7 @@ class FakeDisk:
             self.error = error
             self.execute(request)
         self.error = 0
-        deliver()
+        turns.deliver()
 
     def abandoned(self, requests: Sequence[Request]) -> None:
         """Do nothing more of these, as the storage side does when a ring stops without them."""
@@ -146,7 +149,7 @@ class FakeDisk:
     def execute(self, request: Request) -> None:
         assert request.offset + request.length <= len(self.data), request
         if self.error:
-            request.finish(self.error)
+            self.turn.finish(request, self.error)
             return
         at = request.offset
         if request.op in (READ, WRITE):
@@ -159,7 +162,7 @@ class FakeDisk:
                 at += len(view)
         elif request.op in (DISCARD, WRITE_ZEROES):
             self.data[at : at + request.length] = bytes(request.length)
-        request.finish(0)
+        self.turn.finish(request)
 
 
 class FakeHits:
@@ -211,9 +214,11 @@ class BlkGuest(Guest):
         serial: str = "serial",
         size: int = 64,
         indirect: bool = True,
+        turn: Turn | None = None,
     ) -> None:
         super().__init__(size=size, indirect=indirect)
         self.disk = disk or FakeDisk()
+        self.disk.turn = turn or turns.turn()
         self.config = BlkConfig(geometry or DiskGeometry(len(self.disk.data)), num_queues=1)
         self.faults: Counter[str] = Counter()
         self.epoch = 0
@@ -224,6 +229,7 @@ class BlkGuest(Guest):
             hits=hits,
             serial=serial,
             fault=self._fault,
+            turn=self.disk.turn,
             epoch=lambda: self.epoch,
         )
         self.engine.negotiated(self.config.features() if features is None else features)
@@ -235,7 +241,7 @@ class BlkGuest(Guest):
     def run(self) -> list[tuple[int, int]]:
         """Let the device work; tokens and used lengths of what it completed."""
         self.engine.start(self.ring, self.queue.pop())
-        deliver()
+        turns.deliver()
         return self.driver.poll()
 
     def header(self, type_: int, sector: int = 0, priority: int = 0) -> bytes:

@@ -31,6 +31,8 @@ from bridge.virtio.blk_config import (
     DiskGeometry,
 )
 from bridge.virtio.driver import Buffer
+from bridge.virtio.lanes import TURN_BYTES
+from tests.turns import deliver
 from tests.virtio.mock import DEVICE_WRITES, UNWRITTEN, BlkGuest, FakeDisk, FakeHits
 
 CAPACITY_SECTORS = 2048
@@ -434,7 +436,7 @@ def test_3_6_dwz_segments_that_a_failed_flush_may_have_dropped_are_done_once_mor
     guest.disk.held = others
     guest.disk.release()
     assert guest.driver.poll() == []
-    assert [each.offset for each in guest.disk.held] == [0]
+    assert [each.offset for each in guest.disk.held] == [0, 8 * 512, 16 * 512]
     guest.disk.release()
     assert guest.driver.poll() == [(token, 1)]
 
@@ -459,7 +461,51 @@ def test_large_write_that_a_failed_flush_may_have_dropped_in_part_is_done_once_m
     assert guest.driver.poll() == []
     again = [(each.offset, each.length) for each in guest.disk.held]
     guest.disk.release()
-    assert again == [(0, 1 << 20)]
+    assert again == [(at << 20, 1 << 20) for at in range(3)]
+    assert guest.driver.poll() == [(token, 1)]
+
+
+def test_piece_that_was_answered_just_before_the_failed_flush_is_done_once_more() -> None:
+    """Both answers came in one turn, and the job hears of its piece after the flush has failed."""
+    guest = BlkGuest(disk=FakeDisk(8 << 20))
+    guest.disk.hold = True
+    length = 3 << 20
+    token = guest.put(
+        (guest.alloc(guest.header(T_OUT)), 16, 0),
+        (guest.alloc(length), length, 0),
+        (guest.alloc(1), 1, DEVICE_WRITES),
+    )
+    guest.run()
+    pieces, guest.disk.held = guest.disk.held, []
+    for piece in pieces:
+        guest.disk.execute(piece)
+    guest.epoch += 1
+    deliver()
+    assert guest.driver.poll() == []
+    assert [each.offset >> 20 for each in guest.disk.held] == [0, 1, 2]
+    guest.disk.release()
+    assert guest.driver.poll() == [(token, 1)]
+
+
+def test_pieces_begun_after_the_failed_flush_are_done_only_once() -> None:
+    guest = BlkGuest(disk=FakeDisk(16 << 20))
+    guest.disk.hold = True
+    data = guest.alloc(1 << 20)
+    token = guest.put(
+        (guest.alloc(guest.header(T_OUT)), 16, 0),
+        *[(data, 1 << 20, 0)] * 12,
+        (guest.alloc(1), 1, DEVICE_WRITES),
+    )
+    guest.engine.start(guest.ring, guest.queue.pop())
+    begun = TURN_BYTES >> 20
+    assert [each.offset >> 20 for each in guest.disk.held] == list(range(begun))
+    guest.epoch += 1
+    deliver()
+    assert len(guest.disk.held) == 12
+    guest.disk.release()
+    assert guest.driver.poll() == []
+    assert [each.offset >> 20 for each in guest.disk.held] == list(range(begun))
+    guest.disk.release()
     assert guest.driver.poll() == [(token, 1)]
 
 

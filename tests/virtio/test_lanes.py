@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from errno import EIO
 from typing import Any
 
 import pytest
 
 from bridge.request import DISCARD, READ, Request
+from bridge.turn import Turn
 from bridge.virtio.blk import MAX_REQUEST_BYTES, S_IOERR, S_OK, T_DISCARD, T_IN, T_OUT, BlkEngine
 from bridge.virtio.chain import Chain
 from bridge.virtio.lanes import (
@@ -19,6 +19,7 @@ from bridge.virtio.lanes import (
     TURN_BYTES,
     WHOLE_BYTES,
 )
+from tests import turns
 from tests.virtio.mock import BlkGuest, FakeHits
 from tests.virtio.test_blk import segments
 
@@ -26,27 +27,11 @@ MIB = 1 << 20
 DISK_BYTES = 8 << 30
 
 
-class Turns:
-    """The loop, turn by turn."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.waiting: list[Callable[[], None]] = []
-
-    def soon(self, callback: Callable[[], None], /) -> None:
-        self.waiting.append(callback)
-
-    def next(self) -> None:
-        self.now += 1
-        waiting, self.waiting = self.waiting, []
-        for callback in waiting:
-            callback()
-
-
 class Target:
     """Takes requests without doing anything."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
         self.pending: list[Request] = []
         self.begun_bytes = 0
         self.at_once = False
@@ -54,14 +39,15 @@ class Target:
     def submit(self, request: Request) -> None:
         self.begun_bytes += request.length
         if self.at_once:
-            request.finish(0)
+            self.turn.finish(request)
         else:
             self.pending.append(request)
 
     def answer(self, count: int | None = None, error: int = 0) -> None:
         for request in self.pending[:count]:
             self.pending.remove(request)
-            request.finish(error)
+            self.turn.finish(request, error)
+        self.turn.settle()
 
     @property
     def pending_bytes(self) -> int:
@@ -84,7 +70,8 @@ class Rig:
     def __init__(self, hits: Any = None) -> None:
         config = BlkGuest().config
         config.resize(DISK_BYTES)
-        self.turns, self.target, self.ring = Turns(), Target(), Ring()
+        self.turn, self.ring = turns.turn(), Ring()
+        self.target = Target(self.turn)
         self.faults: list[str] = []
         self.engine = BlkEngine(
             config,
@@ -92,7 +79,7 @@ class Rig:
             hits=hits,
             serial="",
             fault=self.faults.append,
-            turns=self.turns,
+            turn=self.turn,
         )
         self.engine.negotiated(config.features())
         self.buffer = memoryview(bytearray(4 * MIB))
@@ -107,13 +94,13 @@ class Rig:
 
     def finish_all(self) -> int:
         """Turn after turn, with every answer; how many turns that took."""
-        turns = 0
-        while self.target.pending or self.turns.waiting:
+        n_turns = 0
+        while self.target.pending or self.turn.pending:
             self.target.answer()
-            self.turns.next()
-            turns += 1
-            assert turns < 100_000
-        return turns
+            self.turn.end()
+            n_turns += 1
+            assert n_turns < 100_000
+        return n_turns
 
 
 @pytest.mark.parametrize("type_", [T_IN, T_OUT])
@@ -123,7 +110,7 @@ def test_turn_begins_no_more_than_its_bytes_and_the_rest_follows(type_: int) -> 
     rig.start(*[rig.chain(number, type_, [MIB]) for number in range(100)])
 
     assert rig.target.begun_bytes == TURN_BYTES
-    rig.turns.next()
+    rig.turn.end()
     assert rig.target.begun_bytes == 2 * TURN_BYTES
     rig.finish_all()
     assert [number for number, _, _ in rig.ring.done] == list(range(100))
@@ -136,10 +123,10 @@ def test_bytes_in_flight_are_bounded_and_the_rest_follows_without_a_kick(type_: 
     rig.start(*[rig.chain(number, type_, [2 * MIB]) for number in range(1024)])
 
     for _ in range(1000):
-        rig.turns.next()
+        rig.turn.end()
 
     assert rig.target.pending_bytes == IN_FLIGHT_BYTES
-    assert not rig.turns.waiting  # nothing to be awake for
+    assert not rig.turn.pending  # nothing to be awake for
     rig.finish_all()
     assert len(rig.ring.done) == 1024
 
@@ -180,10 +167,10 @@ def test_request_of_the_largest_size_is_executed_and_a_larger_one_refused() -> N
     most = [4 * MIB] * (MAX_REQUEST_BYTES // (4 * MIB))
 
     rig.start(rig.chain(1, T_IN, most), rig.chain(2, T_IN, [*most, 512]))
-    turns = rig.finish_all()
+    n_turns = rig.finish_all()
 
     assert sorted(rig.ring.done) == [(1, S_OK, MAX_REQUEST_BYTES + 1), (2, S_IOERR, 0)]
-    assert turns >= MAX_REQUEST_BYTES // TURN_BYTES - 1
+    assert n_turns >= MAX_REQUEST_BYTES // TURN_BYTES - 1
     assert len(rig.faults) == 1
 
 
@@ -216,7 +203,7 @@ def test_reads_do_not_wait_behind_writes_or_discards_that_are_stuck() -> None:
     for number in range(300):
         rig.start((number, T_DISCARD, 0, [memoryview(data)], [], rig.buffer, 0, None))
     for _ in range(2000):
-        rig.turns.next()
+        rig.turn.end()
     before = len(rig.target.pending)
 
     rig.start(rig.chain(1000, T_IN, [MIB]))
@@ -232,7 +219,7 @@ def test_discards_in_flight_are_bounded() -> None:
         rig.start((number, T_DISCARD, 0, [memoryview(data)], [], rig.buffer, 0, None))
     assert len(rig.target.pending) == TURN_BYTES // RANGE_COST_BYTES
     for _ in range(1000):
-        rig.turns.next()
+        rig.turn.end()
 
     assert len(rig.target.pending) == IN_FLIGHT_BYTES // RANGE_COST_BYTES
     assert {request.op for request in rig.target.pending} == {DISCARD}
