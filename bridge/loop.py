@@ -82,7 +82,6 @@ class Loop:
         # Edge-triggered: the counter never has to be read back. No callback: a wake-up alone
         # is no work.
         self._epoll.register(self._wake_fd, EPOLLIN | EPOLLET)
-        self._asleep = False
         self._poll_max_s = poll_us / 1e6 * _POLL_GROWTH
         self._poll_s = poll_us / 1e6
         self._lingering = False
@@ -123,9 +122,9 @@ class Loop:
         self._lingering = True
 
     def wake(self) -> None:
-        """Have a turn soon, whoever calls."""
-        if self._asleep:
-            self._asleep = False
+        """Look at every poller soon, whoever calls."""
+        if self.turn.asleep:
+            self.turn.asleep = False
             os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
@@ -165,7 +164,7 @@ class Loop:
     def _wake_up(self) -> None:
         # Not inside `run`: its frame would keep the last poller, and the guest memory behind
         # it, for as long as the loop sleeps.
-        self._asleep = False
+        self.turn.asleep = False
         for poller in self._pollers:
             poller.disarm()
 
@@ -233,7 +232,7 @@ class Loop:
 
     def _arm(self) -> bool:
         """Ask every poller for notifications; True when there is work after all."""
-        self._asleep = True
+        self.turn.asleep = True
         more = False
         for poller in self._pollers:
             if poller.arm():

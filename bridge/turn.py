@@ -23,6 +23,10 @@ ROUNDS_MAX: Final = 1 << 20
 queue is bounded by the guest's rings (65,536 requests): more is a loop of ours."""
 
 
+def _nobody_sleeps() -> None:
+    """Somebody ends the turns anyway."""
+
+
 class Finished(Protocol):
     """Something with an end: a `Request`, or an `Outcome`."""
 
@@ -51,16 +55,23 @@ class Stage(Protocol):
 class Turn:
     """See the module's text."""
 
-    __slots__ = ("_ends", "_next", "_running", "_stages", "_woken", "finished", "number")
+    __slots__ = (
+        *("_ends", "_next", "_running", "_stages", "_wanted", "_woken"),
+        *("asleep", "finished", "number"),
+    )
 
-    def __init__(self, woken: Callable[[], None] | None = None) -> None:
-        """`woken()` is called when something is put off, which may be outside a turn."""
+    def __init__(self, woken: Callable[[], None] = _nobody_sleeps) -> None:
+        """`woken()` is called when there is something to do while whoever ends the turns is
+        `asleep`."""
         self.finished: list[Finished] = []
         """What has ended and was not told of. Who appends here directly (the parser of replies, for
         speed) sets `error` first. Another list after each round."""
         self.number = 0
         """Of the turn, from 1; for budgets per turn."""
+        self.asleep = False
+        """Nobody ends a turn until `woken` was called. Set by whoever ends them."""
         self._running = False
+        self._wanted = False
         self._ends: list[Callable[[], None]] = []
         self._next: list[Callable[[], None]] = []
         self._stages: tuple[Stage, ...] = ()
@@ -75,27 +86,37 @@ class Turn:
         self._stages = tuple(each for each in self._stages if each is not stage)
 
     def finish(self, what: Finished, error: int = 0) -> None:
-        """`what` has ended with `error`, 0 or an errno; its owner is told in this turn."""
+        """`what` has ended with `error`, 0 or an errno; its owner is told in this turn, or in one
+        that starts now."""
         what.error = error
         self.finished.append(what)
+        if self.asleep:
+            self._woken()
+
+    def want(self) -> None:
+        """Have a turn soon. For tasks: whoever submits something outside a turn says so, since it
+        may have only moved into a queue that a stage looks at."""
+        self._wanted = True
+        if self.asleep:
+            self._woken()
 
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call `callback` once at the end of this turn, or of one that starts now."""
         self._ends.append(callback)
-        if self._woken is not None:
+        if self.asleep:
             self._woken()
 
     def next_turn(self, callback: Callable[[], None]) -> None:
         """Call `callback` once in the next turn: long work goes on there, and everybody else has
         a chance before."""
         self._next.append(callback)
-        if self._woken is not None:
+        if self.asleep:
             self._woken()
 
     @property
     def pending(self) -> bool:
         """There is something to do without anything coming in."""
-        return bool(self.finished or self._ends or self._next)
+        return bool(self.finished or self._ends or self._next or self._wanted)
 
     def settle(self) -> bool:
         """Tell owners and let stages advance until nothing moves; False if nothing did."""
@@ -140,4 +161,5 @@ class Turn:
                 callback()
             worked = True
             self.settle()
+        self._wanted = False  # Every stage has been asked since.
         return worked

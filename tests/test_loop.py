@@ -12,6 +12,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from bridge.loop import EPOLLET, EPOLLIN, EPOLLOUT, Loop
+from bridge.request import READ, Request
 
 
 @asynccontextmanager
@@ -170,7 +171,7 @@ async def test_turn_end_runs_once_after_everything_of_the_turn() -> None:
                 worked = super().poll()
                 if worked:
                     order.append("poll")
-                    loop.at_turn_end(lambda: order.append("end"))
+                    loop.turn.at_end(lambda: order.append("end"))
                 return worked
 
         worker = Worker(loop)
@@ -184,7 +185,7 @@ async def test_turn_end_runs_once_after_everything_of_the_turn() -> None:
 async def test_turn_end_asked_for_while_asleep_runs() -> None:
     async with running() as loop:
         order: list[int] = []
-        loop.at_turn_end(lambda: order.append(1))
+        loop.turn.at_end(lambda: order.append(1))
         await settled()
         assert order == [1]
 
@@ -195,11 +196,47 @@ async def test_turn_end_asked_for_at_the_turns_end_runs_too() -> None:
 
         def first() -> None:
             order.append(1)
-            loop.at_turn_end(lambda: order.append(2))
+            loop.turn.at_end(lambda: order.append(2))
 
-        loop.at_turn_end(first)
+        loop.turn.at_end(first)
         await settled()
         assert order == [1, 2]
+
+
+async def test_what_a_task_finishes_while_the_loop_sleeps_is_told() -> None:
+    async with running() as loop:
+        told: list[Request] = []
+        loop.turn.finish(Request(READ, 0, 0, [], told.append))
+        assert told == []
+        await settled()
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize("poll_us", [0, 32, 1000])
+async def test_what_a_task_queues_moves_if_it_wants_a_turn(poll_us: float) -> None:
+    """Whether the loop sleeps, or lets the tasks run for a moment."""
+
+    class Queue:
+        def __init__(self) -> None:
+            self.queued: list[int] = []
+            self.moved: list[int] = []
+
+        def advance(self) -> bool:
+            if not self.queued:
+                return False
+            self.moved.append(self.queued.pop(0))
+            return True
+
+    async with running(poll_us=poll_us) as loop:
+        queue = Queue()
+        loop.turn.add_stage(queue)
+        for number in range(200):
+            queue.queued.append(number)
+            loop.turn.want()
+            for _ in range(number % 5):
+                await trio.lowlevel.checkpoint()
+        await settled()
+        assert queue.moved == list(range(200))
 
 
 @pytest.mark.parametrize("poll_us", [0, 32, 1000])
@@ -298,11 +335,11 @@ async def test_soon_is_the_next_turn_and_others_come_between() -> None:
 
         def work(left: int) -> None:
             order.append(f"work {left}")
-            loop.at_turn_end(lambda: order.append(f"end {left}"))
+            loop.turn.at_end(lambda: order.append(f"end {left}"))
             if left:
-                loop.soon(lambda: work(left - 1))
+                loop.turn.next_turn(lambda: work(left - 1))
 
-        loop.soon(lambda: work(2))
+        loop.turn.next_turn(lambda: work(2))
         await settled()
         assert order == ["work 2", "end 2", "work 1", "end 1", "work 0", "end 0"]
 
@@ -318,9 +355,9 @@ async def test_long_work_lets_other_tasks_run(monkeypatch: pytest.MonkeyPatch) -
             nonlocal slices
             slices += 1
             if slices < 50:
-                loop.soon(work)
+                loop.turn.next_turn(work)
 
-        loop.soon(work)
+        loop.turn.next_turn(work)
         for _ in range(10):
             await trio.lowlevel.checkpoint()
         assert slices < 20
@@ -344,7 +381,7 @@ async def test_turn_that_takes_long_goes_on_with_the_next_poller(
             if len(polled) >= 18:
                 return False
             polled.append(self.number)
-            self.loop.at_turn_end(lambda: polled.append(-1))
+            self.loop.turn.at_end(lambda: polled.append(-1))
             return True
 
     async with running() as loop:
