@@ -92,7 +92,12 @@ class Bridge:
 
     async def open(self) -> None:
         await self.storage.open()
-        self.disk = GuestDisk(self.storage.backend, flush_interval_s=0, now=trio.current_time)
+        self.disk = GuestDisk(
+            self.storage.backend,
+            turn=self.loop.turn,
+            flush_interval_s=0,
+            now=trio.current_time,
+        )
         self.guest = DeviceGuest(
             self.loop,
             self.disk,  # type: ignore[arg-type]
