@@ -110,7 +110,7 @@ class Target(Protocol):
 
     def submit(self, request: Request) -> None:
         """Start `request`; the turn tells of its end, never before this returns. Never raises,
-        never blocks. Outside a turn, the caller wants one (`Turn.want`)."""
+        never blocks. Outside a turn, the caller ends it, or wants one (`Turn.end`, `want`)."""
 
 
 class Hits(Protocol):

@@ -120,20 +120,21 @@ class Turn:
 
     def settle(self) -> bool:
         """Tell owners and let stages advance until nothing moves; False if nothing did."""
-        moved_at_all = False
-        for _ in range(ROUNDS_MAX):
-            moved = False
+        moved = False
+        rounds_left = ROUNDS_MAX
+        while rounds_left:
             while self.finished:
                 finished, self.finished = self.finished, []
                 for each in finished:
                     each.done(each)
                 moved = True
+            again = False
             for stage in self._stages:
                 if stage.advance():
-                    moved = True
-            if not moved:
-                return moved_at_all
-            moved_at_all = True
+                    moved = again = True
+            if not (again or self.finished):
+                return moved
+            rounds_left -= 1
         raise AssertionError("a turn that does not settle")
 
     def end(self) -> bool:
@@ -143,23 +144,20 @@ class Turn:
         """
         assert not self._running
         self._running = True
+        self.number += 1
         try:
-            return self._end()
+            if self._next:
+                later, self._next = self._next, []
+                for callback in later:
+                    callback()
+            worked = self.settle()
+            while self._ends:
+                ends, self._ends = self._ends, []
+                for callback in ends:
+                    callback()
+                worked = True
+                self.settle()
         finally:
             self._running = False
-
-    def _end(self) -> bool:
-        self.number += 1
-        if self._next:
-            later, self._next = self._next, []
-            for callback in later:
-                callback()
-        worked = self.settle()
-        while self._ends:
-            ends, self._ends = self._ends, []
-            for callback in ends:
-                callback()
-            worked = True
-            self.settle()
         self._wanted = False  # Every stage has been asked since.
         return worked
