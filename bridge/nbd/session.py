@@ -168,6 +168,12 @@ class Session:
         self._tried_done: Callable[[Request], None] = _ignore
         self._attempts = 0
         self._answered_before = BEFORE
+        self._told_of = BEFORE
+        """Changes answered whose owners have been told, by the end of an earlier turn."""
+        self._settled = BEFORE
+        """The same including this turn, in which the guest may not have seen it yet."""
+        self._flush_failed = False
+        """In this turn."""
         self._flushes: list[Request] = []
         """What the next FLUSH is for."""
         self._flushing: Request | None = None
@@ -224,22 +230,23 @@ class Session:
     # Changes that keep others out of their range.
 
     def advance(self) -> bool:
-        """See `Stage`: begin the changes whose range has become free."""
+        """See `Stage`: begin the changes whose range has become free, and a FLUSH."""
+        if not self.durability.keeps_unflushed:
+            self._note_told()
+        moved = False
         gone = self._ranges.gone
-        if not gone:
-            return False
         while gone:
+            moved = True
             claim = gone.popleft()
             if isinstance(claim, _Change):
                 self._begin(claim)
-        return True
+        if self._flushes and self._flushing is None and self.phase is Phase.UP:
+            moved = True
+            self._send_flush()
+        return moved
 
     def _begin(self, change: _Change) -> None:
         request = change.request
-        if request.is_abandoned:
-            self._ranges.release(change)
-            self._turn.finish(request, errno.ECANCELED)
-            return
         op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
         owner = request, change
         self._command(Request(op, offset, length, buffers, self._change_done, request.flags, owner))
@@ -268,7 +275,10 @@ class Session:
         """Do a checked request with commands that fit."""
         op = request.op
         export = self.export
-        if op == BLOCK_STATUS:
+        if request.is_abandoned:
+            # A part of what was abandoned after the part before it had been answered.
+            self._turn.finish(request, errno.ECANCELED)
+        elif op == BLOCK_STATUS:
             self._block_status(request)
         elif (op == DISCARD and not export.can_trim) or (op == PREFETCH and not export.can_cache):
             request.generation = self.generation
@@ -286,7 +296,7 @@ class Session:
             # It stands for FUA: what it must vouch for is that write only (see `_whole`).
             part.flags = UNASKED
             self._flush(part)
-        elif self._fits(part):
+        elif self._fits(part) and not part.is_abandoned:
             self._issue(part)
         else:
             self._command(part)
@@ -303,10 +313,16 @@ class Session:
                 request.flags,
                 request,
             )
+            request.progress = self._epoch
         self._send(request)
 
     def _fua_done(self, inner: Request) -> None:
         request: Request = inner.owner
+        if not inner.error and inner.progress != self.durability.epoch:
+            # Answered in the turn that brought the end of that epoch, but perhaps executed before.
+            self.resent_total += 1
+            self._send_again(inner)
+            return
         if inner.error and inner.generation and inner.error not in _NOTHING_FAILED:
             self._refuse_flushes(self._end_epoch())
         request.generation = inner.generation
@@ -325,7 +341,7 @@ class Session:
             request.flags,
             request,
         )
-        whole.progress = self.durability.epoch
+        whole.progress = self._epoch
         return whole
 
     def _whole_done(self, whole: Request) -> None:
@@ -389,22 +405,42 @@ class Session:
         elif self._fails:
             self._turn.finish(request, self._fail_errno)
         else:
-            request.progress = self._answered
+            request.progress = self._told_of
             self._flushes.append(request)
-            self._send_flush()
+
+    def _note_told(self) -> None:
+        """By now everybody was told of what has been answered.
+
+        A flush may be submitted in the same turn as a change is answered, by a guest that does not
+        know of that yet. If it fails, that tells the guest nothing about the change.
+        """
+        if self._flush_failed:
+            # What was answered in this turn may have been executed before, and must not look as
+            # if it belonged to the new epoch.
+            self._flush_failed = False
+            self.durability.epoch += 1
+        channel = self._channel
+        if channel is not None:
+            answered = self._answered_before + channel.unflushed
+        else:
+            answered = self._answered
+        if answered != self._settled:
+            if self._settled == self._told_of:
+                self._turn.at_end(self._note_seen)
+            self._settled = answered
+
+    def _note_seen(self) -> None:
+        self._told_of = self._settled
 
     def _send_flush(self) -> None:
-        """Send one FLUSH for all that wait for one, if none is in flight.
+        """Send one FLUSH for all that wait for one; none is in flight.
 
         One at a time: a server that fails to flush drops what it had and says so once. The success
         of another FLUSH, sent after that and read before, must not be believed.
         """
-        if self._flushing is not None or self.phase is not Phase.UP:
-            return
         if self.durability.untold:
             self._refuse_flushes(self._take_guests_flushes())
-        # Whoever was refused may have submitted another one meanwhile, and that was sent.
-        if self._flushing is None and self._flushes:
+        if self._flushes:
             waiting, self._flushes = self._flushes, []
             inner = self._flushing = Request(FLUSH, 0, 0, [], self._flushed, 0, waiting)
             self._send_this_flush(inner)
@@ -416,7 +452,7 @@ class Session:
     def _note_flush_sent(self, inner: Request) -> None:
         """What a FLUSH that is sent now will vouch for."""
         inner.progress = self._answered
-        self._flushing_epoch = self.durability.epoch
+        self._flushing_epoch = self._epoch
 
     def _take_guests_flushes(self) -> list[Request]:
         """All that the guest has submitted and not heard of, also those of the FLUSH in flight."""
@@ -443,20 +479,27 @@ class Session:
                 self.durability.tell(request.progress)
 
     def _flushed(self, inner: Request) -> None:
-        self._flushing = None
         error = inner.error
         flushes: list[Request] = inner.owner
         refused: list[Request] = []
+        # Not if a new connection came in the same turn as this answer, and a loss was told of.
+        expected = self._flushing is inner
+        if expected:
+            self._flushing = None
         self._tell(flushes if error else [])
-        if not error:
-            self.durability.flushed(inner.progress, self._flushing_epoch)
-        elif inner.generation:  # The server said so, not we.
+        if error and inner.generation:  # The server said so, not we.
             refused = self._end_epoch()
+        elif not error and expected:
+            self.durability.flushed(inner.progress, self._flushing_epoch)
         for request in flushes:
             request.generation = inner.generation
             self._turn.finish(request, error)
         self._refuse_flushes(refused)
-        self._send_flush()
+
+    @property
+    def _epoch(self) -> int:
+        """That of what is sent now."""
+        return self.durability.epoch + self._flush_failed
 
     def _end_epoch(self) -> list[Request]:
         """The server could not make something durable, and may have dropped what it had.
@@ -468,6 +511,7 @@ class Session:
         lost = durability.failed(self._answered)
         if durability.keeps_unflushed:
             return []
+        self._flush_failed = True
         for channel in self._channels:
             for request in channel.changes():
                 if not isinstance(request.done, _OnceMore):
@@ -476,7 +520,8 @@ class Session:
 
     def _send_again(self, request: Request) -> None:
         """A command that was sent before; the export may be another one by now."""
-        if self._fits(request):
+        request.progress = self._epoch
+        if self._fits(request) and not request.is_abandoned:
             self._send(request)
         else:
             self._command(request)
@@ -498,6 +543,8 @@ class Session:
     def expect_unflushed(self) -> None:
         """A process before this one may have left changes that are not flushed, on this server."""
         self._answered_before += 1
+        self._settled += 1
+        self._told_of += 1
 
     # Where commands go.
 
@@ -613,7 +660,6 @@ class Session:
             self._begin_trial()
         else:
             self._send_all(self._suspects.in_order([*again, *waited]))
-            self._send_flush()
 
     def _without_told_flush(self, requests: list[Request]) -> list[Request]:
         """`requests` without the FLUSH if all that it was for have heard of a loss."""
@@ -650,6 +696,8 @@ class Session:
             elif not self._fits(request):
                 self._waiting.append(request)
                 continue
+            else:
+                request.progress = self._epoch
             self._try(request)
             return
         if self.phase is Phase.UP:
@@ -658,7 +706,6 @@ class Session:
             self._choose_channel()
             waited, self._waiting = self._waiting, []
             self._send_all(waited)
-            self._send_flush()
 
     def _try(self, request: Request) -> None:
         self._tried, self._tried_done = request, request.done
@@ -881,7 +928,8 @@ class Session:
     def abandon(self) -> None:
         """Some requests were abandoned (`Request.abandon`): commands of theirs that were not sent
         are dropped, those that were are never sent again, and other changes keep out of their way
-        until they are answered or, if their connection is lost, for the grace time."""
+        until they are answered or, if their connection is lost, for the grace time. Whoever was to
+        be told of anything has been: a failed flush of theirs would have told nobody of a loss."""
         self._unanswered, sent = _without_abandoned(self._unanswered)
         self._waiting, unsent = _without_abandoned(self._waiting)
         on_trial, more = _without_abandoned(list(self._trial))

@@ -12,8 +12,8 @@ from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.session import Session
 from bridge.request import DISCARD, FLUSH, FUA, UNASKED, WRITE, WRITE_ZEROES, Request
-from tests.nbd.test_session import BLOCK, World
-from tests.turns import forget, submit, turn
+from tests.nbd.test_session import BLOCK, World, export
+from tests.turns import deliver, forget, submit, turn
 
 NO_FUA = DEFAULT_FLAGS & ~TransmissionFlags.SEND_FUA
 EIO = errno.EIO
@@ -505,3 +505,257 @@ def test_flush_submitted_by_one_that_is_refused_is_sent() -> None:
     submit(world.session, refused)
     assert [flush.error for flush in again] == [-1]
     assert world.sent == [(FLUSH, 0)]
+
+
+# Several things in one turn, before anybody is told of any of them.
+
+
+def test_change_answered_in_the_turn_of_a_failed_flush_makes_the_next_one_fail() -> None:
+    """Perhaps it was executed, and dropped, before: only the replies are in order."""
+    world = World()
+    (channel,) = world.channels
+    write, flush = world.ask(WRITE, 3), world.ask(FLUSH)
+    channel.reply(channel.pending[1], EIO)
+    channel.reply(channel.pending[0])
+    deliver()
+    assert (flush.error, write.error) == (EIO, 0)
+    assert world.ask(FLUSH).error == EIO
+    third = world.ask(FLUSH)
+    channel.answer_all()
+    assert third.error == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("op", [WRITE, DISCARD, WRITE_ZEROES])
+def test_durable_change_answered_in_the_turn_of_a_failed_flush_is_done_again(
+    op: int, count: int
+) -> None:
+    """A failure is told of once: the change's own sync, after it, succeeds without the data."""
+    world = World()
+    world.down()
+    world.up(count=count)
+    change, flush = world.ask(op, 3, flags=FUA), world.ask(FLUSH)
+    flushed = next(channel for channel in world.channels if channel.pending[-1].op == FLUSH)
+    flushed.reply(flushed.pending[-1], EIO)
+    changed = next(channel for channel in world.channels if channel.pending)
+    changed.reply(changed.pending[0])
+    deliver()
+    assert flush.error == EIO
+    assert not ended(world, change)
+    assert world.sent == [(op, 3)]
+    while world.sent:
+        for channel in world.channels:
+            channel.answer_all()
+    assert (ended(world, change), change.error) == (True, 0)
+
+
+def test_durable_change_answered_in_the_turn_of_anothers_failure_is_done_again() -> None:
+    world = World()
+    (channel,) = world.channels
+    failed, other = world.ask(WRITE, 3, flags=FUA), world.ask(WRITE, 5, flags=FUA)
+    channel.reply(channel.pending[0], EIO)
+    channel.reply(channel.pending[0])
+    deliver()
+    assert failed.error == EIO
+    assert not ended(world, other)
+    channel.answer_all()
+    assert (ended(world, other), other.error) == (True, 0)
+
+
+def test_durable_change_that_is_sent_again_on_a_new_connection_is_sent_once_there() -> None:
+    """The epoch in which it counts is the one in which it was sent last."""
+    world = World()
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    change = world.ask(WRITE, 3, flags=FUA)
+    world.down()
+    waiting = world.ask(WRITE, 4, flags=FUA)
+    world.up()
+    world.channels[0].answer_all()
+    assert (change.error, waiting.error, world.session.resent_total) == (0, 0, 1)
+
+
+def test_part_answered_in_the_turn_of_a_failed_flush_is_of_no_epoch_that_lasts() -> None:
+    """Whoever does one request of the guest's with several changes has to do that one again."""
+    world = World()
+    (channel,) = world.channels
+    epochs: list[int] = []
+
+    def note(part: Request) -> None:
+        epochs.append(world.session.durability.epoch)
+
+    before = world.session.durability.epoch
+    submit(world.session, Request(WRITE, 0, BLOCK, [memoryview(bytearray(BLOCK))], note))
+    world.ask(FLUSH)
+    channel.reply(channel.pending[1], EIO)
+    channel.reply(channel.pending[0])
+    deliver()
+    assert len(epochs) == 1
+    assert world.session.durability.epoch not in (before, *epochs)
+
+
+def test_write_in_parts_whose_last_is_answered_in_the_turn_of_a_failed_flush_is_done_again() -> (
+    None
+):
+    world = World(max_payload_bytes=BLOCK)
+    (channel,) = world.channels
+    write = world.ask(WRITE, 0, count=2)
+    world.ask(FLUSH)
+    channel.answer(channel.pending[0])
+    channel.reply(channel.pending[1], EIO)
+    channel.reply(channel.pending[0])
+    deliver()
+    assert not ended(world, write)
+    assert world.sent == [(WRITE, 0), (WRITE, 1)]
+    channel.answer_all()
+    assert (ended(world, write), write.error, world.sent) == (True, 0, [])
+
+
+@pytest.mark.parametrize("when", ["before anybody is told", "when the first is told"])
+def test_flush_submitted_in_the_turn_in_which_a_write_is_answered_does_not_tell_of_it(
+    when: str,
+) -> None:
+    """The guest submitted it without knowing that the write was complete."""
+    world = World()
+    (channel,) = world.channels
+    flushes: list[Request] = []
+
+    def told(request: Request) -> None:
+        if when == "when the first is told":
+            flushes.append(world.submit(FLUSH))
+
+    submit(world.session, Request(WRITE, 0, BLOCK, [memoryview(bytearray(BLOCK))], told))
+    channel.reply(channel.pending[0])
+    if when == "before anybody is told":
+        flushes.append(world.submit(FLUSH))
+    deliver()
+    channel.answer(channel.pending[0], EIO)
+    assert [flush.error for flush in flushes] == [EIO]
+    assert world.ask(FLUSH).error == EIO
+    assert world.ask(FLUSH).error == -1
+
+
+def test_flush_submitted_in_the_turn_after_a_write_was_answered_tells_of_it() -> None:
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 3)
+    channel.answer_all()
+    flush = world.ask(FLUSH)
+    channel.answer(channel.pending[0], EIO)
+    assert flush.error == EIO
+    assert world.ask(FLUSH).error == -1
+
+
+def test_flushes_submitted_in_one_turn_after_a_loss_all_fail() -> None:
+    """Those of a guest that runs on after a pause: it had submitted them at different times, and
+    the first failure may be that of one which was submitted before the write was complete."""
+    world = World()
+    world.ask(WRITE, 3)
+    world.channels[0].answer_all()
+    world.down()
+    world.up()
+    flushes = [world.submit(FLUSH), world.submit(FLUSH)]
+    deliver()
+    assert [flush.error for flush in flushes] == [EIO, EIO]
+    assert world.ask(FLUSH).error == -1
+
+
+def test_write_answered_in_the_turn_of_the_loss_is_complete_and_the_next_flush_fails() -> None:
+    world = World()
+    (channel,) = world.channels
+    write = world.ask(WRITE, 3)
+    channel.reply(channel.pending[0])
+    world.lose()
+    deliver()
+    assert [each for each in world.finished if each is write] == [write]
+    assert write.error == 0
+    world.up()
+    assert world.sent == []
+    assert world.ask(FLUSH).error == EIO
+
+
+@pytest.mark.parametrize("error", [0, EIO])
+def test_flush_answered_in_the_turn_of_the_loss_keeps_its_answer(error: int) -> None:
+    world = World(description="instance=a")
+    (channel,) = world.channels
+    world.ask(WRITE, 3)
+    channel.answer_all()
+    flush = world.ask(FLUSH)
+    channel.reply(channel.pending[0], error)
+    world.lose()
+    deliver()
+    assert (ended(world, flush), flush.error) == (True, error)
+    world.up(export(description="instance=b"))
+    assert world.ask(FLUSH).error == -1  # Durable, or told of.
+
+
+def test_failed_flush_and_the_loss_in_one_turn_make_the_flush_fail_that_came_later() -> None:
+    """What was answered while that flush was in flight is not told of by it."""
+    world = World(description="instance=a")
+    (channel,) = world.channels
+    world.ask(FLUSH)
+    world.ask(WRITE, 3)
+    channel.answer(channel.pending[1])
+    channel.reply(channel.pending[0], EIO)
+    world.lose()
+    deliver()
+    world.up()
+    assert world.ask(FLUSH).error == EIO
+
+
+@pytest.mark.parametrize("error", [0, EIO])
+def test_answer_to_a_flush_loss_and_new_connection_in_one_turn_leave_one_flush_in_flight(
+    error: int,
+) -> None:
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 3)
+    channel.answer_all()
+    world.ask(FLUSH)
+    channel.reply(channel.pending[0], error)
+    world.lose()
+    world.connect()
+    world.submit(FLUSH)
+    deliver()
+    world.ask(FLUSH)
+    world.ask(FLUSH)
+    assert len(world.sent) == 1
+    (channel,) = world.channels
+    while channel.pending:
+        assert len(channel.pending) == 1
+        channel.answer(channel.pending[0])
+    assert world.session.in_flight == 0
+    assert len({id(each) for each in world.finished}) == len(world.finished) == 6
+
+
+def test_change_to_be_sent_again_that_is_answered_in_the_turn_of_the_loss_is_sent_again() -> None:
+    """It was in flight when a flush failed; its answer says nothing about what was dropped."""
+    world = World()
+    (channel,) = world.channels
+    write = world.ask(WRITE, 3)
+    world.ask(FLUSH)
+    channel.answer(channel.pending[1], EIO)
+    channel.reply(channel.pending[0])
+    world.lose()
+    deliver()
+    assert not ended(world, write)
+    world.up()
+    assert world.sent == [(WRITE, 3)]
+    world.channels[0].answer_all()
+    assert (ended(world, write), write.error) == (True, 0)
+
+
+def test_write_abandoned_between_its_answer_and_being_told_of_it_still_counts() -> None:
+    world = World()
+    (channel,) = world.channels
+    write = world.ask(WRITE, 3)
+    channel.reply(channel.pending[0])
+    ends: list[Request] = []
+    write.abandon(ends.append, memoryview(bytearray(BLOCK)))
+    world.session.abandon()
+    deliver()
+    assert (ends, ended(world, write), world.session.in_flight) == ([write], False, 0)
+    world.down()
+    world.up()
+    assert world.sent == []
+    assert world.ask(FLUSH).error == EIO

@@ -19,7 +19,7 @@ from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.session import Phase, Session
 from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
-from tests.turns import deliver, finish, forget, turn
+from tests.turns import deliver, forget, submit, turn
 
 BLOCK = 512
 GRACE_S = 5.0
@@ -61,12 +61,17 @@ class FakeChannel:
         return found
 
     def answer(self, request: Request, error: int = 0) -> None:
+        self.reply(request, error)
+        deliver()
+
+    def reply(self, request: Request, error: int = 0) -> None:
+        """The same amid a turn."""
         self.pending.remove(request)
         self.answered = True
         if not error and request.op in (WRITE, WRITE_ZEROES) and not request.flags & FUA:
             self.unflushed += 1
         request.generation = self._generation
-        finish(request, error)
+        turn().finish(request, error)
 
     def answer_present(self) -> None:
         """Answer what is there; what is sent then stays."""
@@ -102,12 +107,22 @@ class World:
             self.log.clear()
 
     def up(self, changed: Export | None = None, count: int = 1) -> None:
+        self.connect(changed, count)
+        deliver()
+
+    def connect(self, changed: Export | None = None, count: int = 1) -> None:
+        """The same amid a turn."""
         self.channels = [FakeChannel(self.session) for _ in range(count)]
         self.session.established(self.now, changed or self.export, self.channels)
-        deliver()
 
     def down(self, *, stale_possible: bool = False, hung_up: bool = False) -> None:
         self.leaving()
+        self.lose(stale_possible=stale_possible, hung_up=hung_up)
+        deliver()
+
+    def lose(self, *, stale_possible: bool = False, hung_up: bool = False) -> None:
+        """The same amid a turn."""
+        self.session.leaving()
         unanswered = [request for channel in self.channels for request in channel.pending]
         unanswered.sort(key=lambda request: request.cookie)
         self.session.lost(
@@ -117,7 +132,6 @@ class World:
             answered=any(channel.answered for channel in self.channels),
             blamed=unanswered[0] if hung_up and unanswered else None,
         )
-        deliver()
 
     def tick(self, now: float) -> None:
         self.session.tick(now)
@@ -1126,6 +1140,73 @@ def test_abandoned_change_that_waits_for_its_range_lets_the_next_one_go() -> Non
     assert (first.error, third.error) == (0, 0)
 
 
+def abandon_amid_a_turn(world: World, *requests: Request) -> None:
+    """After the answers to parts of them, before anybody was told of these."""
+    for request in requests:
+        request.abandon(lambda request: None, memoryview(bytearray(request.length)))
+    world.session.abandon()
+
+
+def test_abandoned_after_its_ends_were_read_writes_nothing() -> None:
+    """Its bytes are gone: what would be written is shorter than its header says."""
+    world = World(min_block_bytes=4096)
+    write = world.ask(WRITE, 1)
+    assert world.sent == [(READ, 0)]
+    world.channels[0].reply(world.channels[0].pending[0])
+    abandon_amid_a_turn(world, write)
+    deliver()
+    assert world.sent == []
+    assert world.session.in_flight == 0
+    world.ask(WRITE, 2)
+    assert world.sent == [(READ, 0)]  # Its range is free.
+
+
+@pytest.mark.parametrize("op", [READ, WRITE, DISCARD])
+def test_abandoned_after_a_part_was_answered_sends_no_more_parts(op: int) -> None:
+    world = World(max_payload_bytes=1024, size=8 << 30)
+    limit_blocks = 2 if op != DISCARD else (1 << 30) // BLOCK
+    long = Request(
+        *(op, 0, 6 * limit_blocks * BLOCK),
+        [memoryview(bytearray(6 * limit_blocks * BLOCK))] if op != DISCARD else [],
+        lambda request: None,
+    )
+    submit(world.session, long)
+    assert len(world.sent) == 4
+    world.channels[0].reply(world.channels[0].pending[0])
+    long.abandon(lambda request: None, memoryview(bytearray(long.length if op == READ else 0)))
+    world.session.abandon()
+    deliver()
+    assert len(world.sent) == 3
+    world.channels[0].answer_all()
+    assert world.session.in_flight == 0
+
+
+def test_abandoned_durable_write_answered_in_the_turn_of_a_failed_flush_is_not_sent_again() -> None:
+    world = World()
+    (channel,) = world.channels
+    write, flush = world.ask(WRITE, 3, flags=FUA), world.ask(FLUSH)
+    channel.reply(channel.pending[1], errno.EIO)
+    channel.reply(channel.pending[0])
+    abandon_amid_a_turn(world, write)
+    deliver()
+    assert (flush.error, world.sent, world.session.in_flight) == (errno.EIO, [], 0)
+
+
+def test_everything_fails_while_abandoned_commands_wait_for_one_another() -> None:
+    """The end of those is told of later in the turn than that of all that is failed."""
+    world = on_two_connections()
+    first, second = world.ask(WRITE, 1), world.ask(WRITE, 4)
+    abandon(world, first, second)
+    third, fourth = world.ask(WRITE, 1, count=4), world.ask(WRITE, 1)
+    fail_by_pending(world)
+    assert (third.error, fourth.error) == (errno.EIO, errno.EIO)
+    assert world.session.in_flight == 0
+    world.up()
+    world.tick(world.now + GRACE_S)
+    assert world.ask(WRITE, 1).error == -1
+    assert world.sent == [(WRITE, 1)]
+
+
 def on_two_connections(options: ClientOptions | None = None) -> World:
     """A session that keeps overlapping changes apart."""
     world = World(options)
@@ -1216,9 +1297,17 @@ class Simulation:
     """One session against one server; everything drawn from one seed."""
 
     def __init__(
-        self, seed: int, *, volatile: bool, flushes_fail: bool = False, hangs_up: bool = False
+        self,
+        seed: int,
+        *,
+        volatile: bool,
+        flushes_fail: bool = False,
+        hangs_up: bool = False,
+        long_turns: bool = False,
     ) -> None:
         self.random = Random(seed)
+        self.long_turns = long_turns
+        """Several things happen in one turn, before anybody is told of any of them."""
         self.seed = seed
         self.volatile = volatile
         self.flushes_fail = flushes_fail
@@ -1255,6 +1344,10 @@ class Simulation:
         self.crashes: list[float] = []
         self.up()
 
+    def end_turn(self) -> None:
+        if not self.long_turns or not self.random.randrange(3):
+            deliver()
+
     # The server.
 
     def up(self) -> None:
@@ -1271,7 +1364,7 @@ class Simulation:
             ),
             self.channels,
         )
-        deliver()
+        self.end_turn()
 
     def execute(self, request: Request) -> None:
         if id(request) in self.executed:
@@ -1313,12 +1406,14 @@ class Simulation:
         if synced and self.flushes_fail and not self.random.randrange(4):
             self.memory = list(self.stable)
             self.executed.discard(id(request))
-            channel.answer(request, errno.EIO)
+            channel.reply(request, errno.EIO)
+            self.end_turn()
             return
         self.execute(request)
         if self.random.randrange(3):
             self.executed.discard(id(request))
-            channel.answer(request)
+            channel.reply(request)
+            self.end_turn()
 
     def lose(self) -> None:
         self.session.leaving()
@@ -1349,7 +1444,7 @@ class Simulation:
             answered=answered,
             blamed=blamed,
         )
-        deliver()
+        self.end_turn()
 
     def stale_writes(self) -> None:
         due = [item for item in self.left_behind if item[0] <= self.time]
@@ -1368,7 +1463,7 @@ class Simulation:
         self.open_requests += 1
         if op == FLUSH:
             self.session.submit(Request(FLUSH, 0, 0, [], lambda r: self.flushed(r, started)))
-            deliver()
+            self.end_turn()
             return
         data = bytearray(n_blocks * BLOCK)
         records: list[list[float]] = []
@@ -1406,7 +1501,7 @@ class Simulation:
 
         buffers = [memoryview(data)] if op != WRITE_ZEROES else []
         self.session.submit(Request(op, first * BLOCK, len(data), buffers, done, flags))
-        deliver()
+        self.end_turn()
 
     def flushed(self, request: Request, started: float) -> None:
         self.open_requests -= 1
@@ -1432,7 +1527,7 @@ class Simulation:
             self.time += self.random.uniform(0.001, 0.2)
             self.stale_writes()
             self.session.tick(self.time)
-            deliver()
+            self.end_turn()
             what = self.random.randrange(100)
             if what < 35 and self.open_requests < 12:
                 self.submit()
@@ -1442,13 +1537,15 @@ class Simulation:
                 self.lose()
             elif not self.channels:
                 self.up()
+        deliver()
+        self.long_turns = False
         if not self.channels:
             self.up()
         for _ in range(2000):
             self.time += 0.05
             self.stale_writes()
             self.session.tick(self.time)
-            deliver()
+            self.end_turn()
             self.answer_one()
             if not (self.session.in_flight or self.open_requests):
                 break
@@ -1460,9 +1557,11 @@ class PausedGuest(Simulation):
     """The same with a guest whose ring stops now and then with requests in flight, which are left
     in an in-flight region and executed again, oldest first, when it runs on."""
 
-    def __init__(self, seed: int, *, volatile: bool) -> None:
-        super().__init__(seed, volatile=volatile)
+    def __init__(self, seed: int, *, volatile: bool, **more: bool) -> None:
+        super().__init__(seed, volatile=volatile, **more)
         self.running: dict[Request, None] = {}
+        self.resumed_at = -1.0
+        self.forgets = self.long_turns
         self.left: list[tuple[Request, bytearray, bytes]] = []
         self.submitting = self.session.submit
         self.session.submit = self.start  # type: ignore[method-assign]
@@ -1479,6 +1578,7 @@ class PausedGuest(Simulation):
         self.submitting(request)
 
     def pause(self) -> None:
+        deliver()
         scratch = memoryview(bytearray(3 * BLOCK))
         for old in list(self.running):
             data = old.buffers[0].obj if old.buffers else bytearray()
@@ -1489,9 +1589,15 @@ class PausedGuest(Simulation):
             old.abandon(lambda request: None, scratch)
         self.running.clear()
         self.session.abandon()
-        deliver()
+        self.end_turn()
+
+    def flushed(self, request: Request, started: float) -> None:
+        # One that is executed again cannot say when it was submitted first.
+        super().flushed(request, max(started, self.resumed_at) if request.error else started)
 
     def resume(self) -> None:
+        if self.forgets:
+            self.resumed_at = self.time
         left, self.left = self.left, []
         for request, data, before in left:
             assert data == before, f"seed {self.seed}: the guest's memory was written"
@@ -1517,6 +1623,7 @@ def test_simulated_guest_that_is_paused_at_any_moment_every_value_is_explained(
 ) -> None:
     for seed in range(batch * 100, batch * 100 + 60):
         PausedGuest(seed, volatile=volatile).run(400)
+        PausedGuest(seed, volatile=volatile, long_turns=True).run(400)
 
 
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
@@ -1526,6 +1633,7 @@ def test_simulated_server_dying_at_any_moment_every_value_is_explained(
 ) -> None:
     for seed in range(batch * 100, batch * 100 + 60):
         Simulation(seed, volatile=volatile).run(400)
+        Simulation(seed, volatile=volatile, long_turns=True).run(400)
 
 
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
@@ -1535,6 +1643,7 @@ def test_simulated_server_that_fails_to_flush_every_flush_is_true(
 ) -> None:
     for seed in range(batch * 100, batch * 100 + 60):
         Simulation(seed, volatile=volatile, flushes_fail=True).run(400)
+        Simulation(seed, volatile=volatile, flushes_fail=True, long_turns=True).run(400)
 
 
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
