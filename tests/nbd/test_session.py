@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from itertools import count
 from random import Random
+from traceback import walk_stack
 
 import pytest
 
@@ -749,6 +750,63 @@ def test_65536_writes_that_waited_for_a_grace_are_sent_when_it_ends() -> None:
     assert world.sent == []
     world.tick(GRACE_S)
     assert world.sent == [(WRITE, number) for number in range(MANY)]
+
+
+class PromptChannel(FakeChannel):
+    """Once it is prompt, the server answers in the same turn whatever it is sent."""
+
+    is_prompt = False
+    deepest = 0
+
+    def send(self, request: Request) -> None:
+        super().send(request)
+        self.deepest = max(self.deepest, depth())
+        if self.is_prompt:
+            self.reply(request)
+
+
+def depth() -> int:
+    """How many frames the stack has."""
+    return len(list(walk_stack(None)))
+
+
+def deepest(n_writes: int, **limits: int) -> int:
+    """The most frames there are where commands are sent and where owners are told, with so many
+    writes over one another that all wait until the first is answered."""
+    world = World(**limits)
+    world.down()
+    channels = [PromptChannel(world.session) for _ in range(2)]
+    world.session.established(world.now, world.export, channels)
+    depths: list[int] = []
+    buffer = memoryview(bytearray(4 * BLOCK))
+
+    def told(request: Request) -> None:
+        assert request.error == 0
+        depths.append(depth())
+
+    for number in range(n_writes):
+        offset = number % 3 * BLOCK
+        world.session.submit(Request(WRITE, offset, len(buffer), [buffer], told))
+    deliver()
+    first = [request for channel in channels for request in channel.pending]
+    assert 0 < len(first) <= 4
+    for channel in channels:
+        channel.is_prompt = True
+        channel.answer_all()
+    assert len(depths) == n_writes
+    assert world.session.in_flight == 0
+    return max(*depths, *(channel.deepest for channel in channels))
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"max_payload_bytes": BLOCK}, {"min_block_bytes": 4096}],
+    ids=["whole", "in parts", "read first"],
+)
+def test_stack_is_no_deeper_with_65536_overlapping_writes_than_with_10(
+    limits: dict[str, int],
+) -> None:
+    assert deepest(MANY, **limits) == deepest(10, **limits)
 
 
 @pytest.mark.parametrize("fail", [fail_by_pending, fail_by_closing])
