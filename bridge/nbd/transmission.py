@@ -92,6 +92,7 @@ class Transmission:
         "_start",
         "_structured",
         "_turn",
+        "_unflushed",
         "_view",
         "direct",
         "early",
@@ -103,7 +104,6 @@ class Transmission:
         "received_bytes",
         "refused",
         "sending",
-        "unflushed",
     )
 
     def __init__(
@@ -127,8 +127,7 @@ class Transmission:
         self.refused: list[Request] = []
         """Refused with ESHUTDOWN: to be sent again elsewhere."""
         self.generation = generation
-        self.unflushed = 0
-        """WRITE and WRITE_ZEROES answered on this connection, those with FUA left out."""
+        self._unflushed = 0
         self.received_bytes = 0
         self._cookies = cookies if cookies is not None else count(1)
         self._structured = export.structured
@@ -148,6 +147,14 @@ class Transmission:
         self._after_direct: tuple[int, int, int, bytearray | None] = (0, 0, 0, None)
         """Cookie, chunk flags, chunk type, and where a chunk without data is collected."""
         self._assemblies: dict[int, Assembly] = {}
+
+    @property
+    def unflushed(self) -> int:
+        """WRITE and WRITE_ZEROES answered on this connection, those with FUA left out. What is in
+        `early` counts when it has been told of: a flush that fails before tells nothing of it."""
+        if not self.early:
+            return self._unflushed
+        return self._unflushed - sum(not (each.error or each.flags & 1) for each in self.early)
 
     # Sending.
 
@@ -329,7 +336,7 @@ class Transmission:
                 start += 16
                 del pending[cookie]
                 if not request.flags & 1:
-                    self.unflushed += 1
+                    self._unflushed += 1
                 request.generation = self.generation
                 request.error = 0
                 finished.append(request)
@@ -385,7 +392,7 @@ class Transmission:
                     start += 16
                     del pending[cookie]
                     if not request.flags & 1:
-                        self.unflushed += 1
+                        self._unflushed += 1
                     request.generation = self.generation
                     request.error = 0
                     finished.append(request)
@@ -618,7 +625,7 @@ class Transmission:
             if request.length >= DIRECT_MIN_BYTES:
                 self.long_reads -= 1
         elif error == 0 and op in _CHANGING and not request.flags & 1:
-            self.unflushed += 1
+            self._unflushed += 1
         if error == errno.ESHUTDOWN:
             self.refused.append(request)
             return

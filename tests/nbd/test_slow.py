@@ -12,6 +12,7 @@ from bridge.nbd.connection import Connection
 from bridge.nbd.export import Export
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
+from tests.turns import deliver, turn
 
 TIMEOUT_S = 60.0
 
@@ -26,12 +27,12 @@ class Link:
         self.sock = ours
         self.export = Export("", 1 << 20, DEFAULT_FLAGS)
         self.handshake = self
+        self.turn = turn()
         self.connection = Connection(self, self, lost=self._lost)  # type: ignore[arg-type]
         self.connection.transmission.generation = 1
         self.now = 0.0
         self.stalled_at: float | None = None
         self.received: list[tuple[int, int]] = []
-        self._at_turn_end: list[Callable[[], None]] = []
 
     # What the connection needs of a loop, and of a handshake.
 
@@ -40,9 +41,6 @@ class Link:
 
     def remove(self, fd: int) -> None:
         """Nothing."""
-
-    def at_turn_end(self, callback: Callable[[], None]) -> None:
-        self._at_turn_end.append(callback)
 
     def trailing_data(self) -> bytes:
         return b""
@@ -59,9 +57,7 @@ class Link:
         self._turn()
 
     def _turn(self) -> None:
-        callbacks, self._at_turn_end = self._at_turn_end, []
-        for callback in callbacks:
-            callback()
+        deliver()
         try:
             data = self.server.recv(1 << 20)
         except BlockingIOError:
@@ -78,6 +74,7 @@ class Link:
         data = bytes(512) if command == p.CMD_READ else b""
         self.server.send(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, found[1]) + data)
         self.on_event(1)
+        deliver()
 
     def wait(self, seconds: float, *, answers_reads: bool = False) -> None:
         """Time passes; the client looks at the connection now and then."""

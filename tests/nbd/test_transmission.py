@@ -540,6 +540,18 @@ def test_write_answered_before_its_payload_is_sent_is_finished_later() -> None:
     assert transmission.early == [write.request]
 
 
+def test_write_answered_early_counts_as_not_flushed_when_it_is_told_of() -> None:
+    """Else a flush submitted before that, which fails, would pass for having told of it."""
+    transmission = machine("simple")
+    writes = [Asked(transmission, WRITE, 0, 512, flags) for flags in (0, 0, FUA)]
+    transmission.sending = True
+    feed(transmission, simple(writes[0]) + simple(writes[1], 5) + simple(writes[2]))
+    assert len(transmission.early) == 3
+    assert transmission.unflushed == 0
+    transmission.early = []
+    assert transmission.unflushed == 1
+
+
 def test_answer_may_start_the_next_request() -> None:
     """A completion submits, as a guest's queue does."""
     transmission = machine("structured")
