@@ -131,6 +131,19 @@ async def test_request_that_ended_just_before_the_close_is_published() -> None:
         assert len(guest.driver.poll()) == 1
 
 
+async def test_request_that_ended_and_was_not_told_of_before_the_close_is_forgotten() -> None:
+    async with running() as guest:
+        guest.disk.hold = True
+        status = guest.add(T_IN, room=512)
+        await a_while()
+        guest.disk.release()
+        guest.running.close(told=False)
+        before = bytes(guest.areas[2])
+        await a_while()
+        assert guest.read(status, 1) == b"\xee"
+        assert bytes(guest.areas[2]) == before
+
+
 async def test_ring_with_requests_in_flight_breaks_and_still_answers_them() -> None:
     async with running() as guest:
         guest.disk.hold = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from errno import EIO
 from typing import Any
 
@@ -256,11 +257,38 @@ def test_ring_that_closes_begins_nothing_more_and_others_go_on() -> None:
     assert other.done == [(7, S_OK, 4 * MIB + 1)]
 
 
-def test_thousand_long_requests_that_end_at_once_do_not_grow_the_stack() -> None:
+@pytest.mark.parametrize("length", [WHOLE_BYTES, 4 * MIB])
+def test_ring_that_closes_before_it_is_told_of_an_answer_stays_untold(length: int) -> None:
     rig = Rig()
+    rig.start(rig.chain(1, T_IN, [length]))
+    answered, rig.target.pending = rig.target.pending, []
+    for request in answered:
+        rig.turn.finish(request)
+
+    rig.engine.abandon(rig.engine.unanswered(rig.ring))
+    rig.finish_all()
+
+    assert rig.ring.done == []
+    assert rig.engine._reads.in_flight_bytes == 0
+    rig.start(rig.chain(2, T_IN, [length]))
+    rig.finish_all()
+    assert rig.ring.done == [(2, S_OK, length + 1)]
+
+
+def test_thousand_long_requests_that_end_at_once_do_not_grow_the_stack() -> None:
+    depths: set[int] = set()
+
+    class Measuring(Ring):
+        def complete(self, chain: Chain, status: int, length: int) -> None:
+            depths.add(len(inspect.stack(0)))
+            super().complete(chain, status, length)
+
+    rig = Rig()
+    rig.ring = Measuring()
     rig.target.at_once = True
     rig.start(*[rig.chain(number, T_IN, [4 * MIB] * 4) for number in range(1000)])
 
     rig.finish_all()
 
     assert len(rig.ring.done) == 1000
+    assert len(depths) == 1
