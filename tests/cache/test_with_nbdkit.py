@@ -66,6 +66,7 @@ class _Guest:
         length = len(buffer) if buffer else 0
         request = Request(op, offset, length, buffers, lambda _: finished.set())
         self._submit(request)
+        self._loop.turn.want()
         with trio.fail_after(HUNG_S):
             await finished.wait()
         assert request.error == 0
