@@ -11,6 +11,7 @@ The map, and which way imports point:
       vhost_user/       messages and session without I/O; back-end; front-end
       virtio/           guest memory, virtqueues, virtio-blk requests, configuration space
     disk                the seam: requests on byte ranges; flush timer
+    storage, location   client and cache put together; which cache file belongs to an export
       cache/            the local cache
       nbd/              wire formats and state machines; connection, client, server
     loop                one epoll under one trio task; turns, batches, adaptive polling

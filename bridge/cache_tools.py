@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+import errno
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from urllib.parse import quote
 
 import structlog
 import trio
 
 from bridge.cache.cache import Cache
-from bridge.cache.file import has_content
+from bridge.cache.file import CacheFile, dirty_bytes, has_content
 from bridge.cache.inspect import open_to_flush, show
+from bridge.cache.layout import Header, printable
 from bridge.cache.options import Options
 from bridge.cache.warm import Warmer, data_ranges
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.location import forget, peek
 from bridge.loop import Loop
 from bridge.nbd.chunks import StatusRequest
-from bridge.nbd.client import Client
+from bridge.nbd.client import Client, inspect
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri, parse_uri
-from bridge.request import BLOCK_STATUS, FLUSH, Request, Target
+from bridge.request import BLOCK_STATUS, FLUSH, READ, Request, Target
 from bridge.storage import (
     WRITEBACK,
     CacheSettings,
@@ -28,10 +32,15 @@ from bridge.storage import (
     Storage,
     cache_identity,
     cache_path,
+    check_content,
     check_export,
+    close_file,
     expect_stale_writes,
     may_call_clean,
+    note_changed_content,
     note_export,
+    notes_directory,
+    wanted_cache,
 )
 
 _log = structlog.get_logger(__name__)
@@ -39,17 +48,30 @@ _log = structlog.get_logger(__name__)
 _STATUS_BYTES = 1 << 30
 """How much of a disk one question about its extents covers."""
 
+_FILE_LIMIT_S = 60.0
+"""How long the cache's disk may take at the end of a flush."""
+
 _HANG_UP_S = 2.0
 """How long a `warm` that was interrupted, or failed, waits for answers that are still to come."""
 
+_PATIENCE = 2
+"""How many times the `--timeout` of a `warm` may pass without any progress: once with a server that
+is lost, and once more with one that is silent."""
+
 
 def uri_of(path: str) -> NbdUri:
-    """Where the export of a cache file was, without TLS."""
+    """Where the export of a cache file was, without TLS. Raises ConfigError."""
     summary = show(path)
+    if summary.is_cut:
+        raise ConfigError(
+            f"cache file {path} keeps only the beginning of its export's long name: give the URI "
+            "after the file"
+        )
     name = quote(summary.export, safe="")
     if summary.uri.startswith("/"):
         return parse_uri(f"nbd+unix:///{name}?socket={quote(summary.uri)}")
-    return parse_uri(f"nbd://{summary.uri}/{name}")
+    host = quote(summary.uri, safe="[]:")  # an IPv6 address may have a zone, after a %
+    return parse_uri(f"nbd://{host}/{name}")
 
 
 async def flush_file(
@@ -60,6 +82,7 @@ async def flush_file(
     timeout_s: float,
     force: bool = False,
     skip_damaged: bool = False,
+    client: ClientOptions | None = None,
 ) -> int:
     """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
 
@@ -70,45 +93,90 @@ async def flush_file(
     """
     summary = show(path)
     uri = uri_of(path) if uri_text is None else parse_uri(uri_text)
-    identity = cache_identity(uri)
-    if not moved and (identity.uri, identity.export) != (summary.uri, summary.export):
-        raise ConfigError(
-            f"cache file {path} belongs to export {summary.export!r} of {summary.uri}, not to "
-            f"{identity.export!r} of {identity.uri}; if that export moved there, add --moved"
-        )
+    if not moved:
+        await _check_spelling(path, uri, client)
     # The file is closed last: until the loop has ended the cache may look into it.
-    with ExitStack() as at_last:
-        async with _client(uri, ClientOptions(reconnect_timeout_s=timeout_s)) as (client, loop):
-            if client.export.read_only:
+    options = replace(client or ClientOptions(), reconnect_timeout_s=timeout_s)
+    async with AsyncExitStack() as at_last:
+        async with _client(uri, options) as (connected, loop):
+            if connected.export.read_only:
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                 )
-            cache = _cache_to_flush(
-                path, client, loop, at_last, force=force, skip_damaged=skip_damaged
+
+            def check(file: CacheFile) -> None:
+                # What was shown before it was locked may be another file's.
+                if file.header.digest.hex() != summary.digest:
+                    raise ConfigError(
+                        f"cache file {path} is another one than a moment ago: look at it with "
+                        f"'nbd-bridge cache show {path}', and try again"
+                    )
+                if not moved and not wanted_cache(uri, connected.export).owns(file.header):
+                    raise _of_another(path, file.header, uri)
+
+            file = open_to_flush(
+                path,
+                export_bytes=connected.export.usable_bytes,
+                skip_damaged=skip_damaged,
+                check=check,
             )
-            request = Request(FLUSH, 0, 0, [], _nothing)
-            with trio.move_on_after(timeout_s) as scope:
-                await _finish(cache, request)
-            if scope.cancelled_caught or request.error:
-                raise BridgeError(
-                    f"{uri.text}: the server did not take everything; what is missing is still in "
-                    f"{path}"
-                )
-    return summary.dirty_bytes
+            at_last.push_async_callback(_close, file, connected)
+            flushed = await _flush_to(
+                file, connected, loop, timeout_s=timeout_s, force=force, skip_damaged=skip_damaged
+            )
+    if (notes := notes_directory()) is not None:
+        forget(path, notes)
+    return flushed
 
 
-def _cache_to_flush(
-    path: str,
+async def _check_spelling(path: str, uri: NbdUri, options: ClientOptions | None) -> None:
+    """What is not called like the file's export has to show that it is the same volume, before it
+    is opened for writing. Raises ConfigError."""
+    header = peek(path)
+    if header is None or wanted_cache(uri, None).is_spelled_so(header):
+        return
+    try:
+        export = await inspect(uri, options)
+    except BridgeError:
+        raise _of_another(path, header, uri) from None
+    if not wanted_cache(uri, export).owns(header):
+        raise _of_another(path, header, uri)
+
+
+def _of_another(path: str, header: Header, uri: NbdUri) -> ConfigError:
+    """For the operator: the file was made for another export, as far as anybody can tell."""
+    identity = cache_identity(uri)
+    return ConfigError(
+        f"cache file {path} belongs to export {header.export!r} of "
+        f"{printable(header.uri)}, not to {identity.export!r} of {identity.uri}; if that "
+        "export moved there, add --moved"
+    )
+
+
+async def _close(file: CacheFile, client: Client) -> None:
+    """Raises BridgeError if the disk of `file` is stuck."""
+    dirty = bool(dirty_bytes(file))
+    clean = may_call_clean(client, dirty)
+    with trio.CancelScope(shield=True):
+        problem = await close_file(file, clean=clean, dirty=dirty, limit_s=_FILE_LIMIT_S)
+    if problem:
+        raise BridgeError(problem)
+
+
+async def _flush_to(
+    file: CacheFile,
     client: Client,
     loop: Loop,
-    at_last: ExitStack,
     *,
+    timeout_s: float,
     force: bool,
     skip_damaged: bool,
-) -> Cache:
-    """A cache over `client` with the file at `path`, which `at_last` closes."""
+) -> int:
+    """Bring what is dirty in `file` to the server; how many bytes it was.
+
+    Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
+    """
     backend = NbdBackend(client)
-    file = open_to_flush(path, export_bytes=backend.size_bytes, skip_damaged=skip_damaged)
     try:
         cache = Cache(
             file,
@@ -116,26 +184,71 @@ def _cache_to_flush(
             Options(flush_interval_s=0),
             clock=trio.current_time,
             call_at_turn_end=loop.at_turn_end,
+            call_next_turn=loop.soon,
             skip_damaged=skip_damaged,
         )
-        if damaged := cache.index.damaged_slots:
-            _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
-        if not force:
-            check_export(cache, file, client.export)
-        expect_stale_writes(client, file, cache.index.dirty_slots)
     except BaseException:
-        file.close(clean=False)
+        file.abandon()  # No clean mark for a damaged index.
         raise
-    at_last.callback(lambda: file.close(clean=may_call_clean(client, cache.index.dirty_slots)))
+    if damaged := cache.index.damaged_slots:
+        _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
+    if not force:
+        check_export(cache, file, client.export)
+    expect_stale_writes(client, file, cache.index.dirty_slots)
     client.keeps_unflushed = True
-    note_export(cache, client.export)
+    dirty_blocks = cache.index.dirty_blocks
+    changed = ""
+
+    held: list[Request] = []
+
+    def found_changed(reason: str) -> None:
+        # What the session has in flight it sends again; nothing more goes out.
+        nonlocal changed
+        if not force and cache.index.dirty_slots:
+            changed = changed or reason
+            backend.refuse(errno.EIO)
+
+    def only_read(request: Request) -> None:
+        if request.op == READ:
+            client.submit(request)
+        else:
+            held.append(request)
+
+    def compared(differing: int) -> None:
+        if differing > 0:
+            note_changed_content(cache, differing)
+        if not changed:
+            backend.refuse(0)
+        if differing > 0:
+            found_changed("the export was changed meanwhile (--force writes over that)")
+        released = held.copy()
+        held.clear()
+        for each in released:
+            backend.submit(each)
 
     def reconnected() -> None:
         cache.backend_reconnected()
-        note_export(cache, client.export)
+        export = client.export
+        if export.sessions is None:
+            backend.submit = only_read  # until it is known whether this is the export still
+            cache.check_sample(compared)
+        elif reason := cache.foreign_change(
+            *(export.content_sessions or export.sessions), export.identity
+        ):
+            found_changed(f"{reason} (--force writes over that)")
+        note_export(cache, export)
 
     client.on_reconnect = reconnected
-    return cache
+    await check_content(cache, file, force=force, limit_s=timeout_s)
+    note_export(cache, client.export)
+    request = Request(FLUSH, 0, 0, [], _nothing)
+    with trio.move_on_after(timeout_s) as scope:
+        await _finish(cache, request)
+    if not changed and (scope.cancelled_caught or request.error):
+        changed = "the server did not take everything"
+    if changed:
+        raise BridgeError(f"{client.uri.text}: {changed}; what is missing is still in {file.path}")
+    return dirty_blocks * file.geometry.block_bytes
 
 
 async def warm(
@@ -146,6 +259,7 @@ async def warm(
     ranges: Sequence[tuple[int, int]],
     timeout_s: float,
     progress: Callable[[int, int], None],
+    client: ClientOptions | None = None,
 ) -> int:
     """Read `ranges` (all of the disk if there are none) into its cache; how many bytes it was.
 
@@ -156,7 +270,13 @@ async def warm(
     """
     uri = parse_uri(uri_text)
     loop = Loop(poll_us=0)
-    options = ClientOptions(reconnect_timeout_s=timeout_s, close_timeout_s=_HANG_UP_S)
+    options = client or ClientOptions()
+    options = replace(
+        options,
+        request_timeout_s=min(timeout_s, options.request_timeout_s),
+        reconnect_timeout_s=timeout_s,
+        close_timeout_s=_HANG_UP_S,
+    )
     size_bytes = cache_bytes or _size_to_keep(str(cache_path(uri, directory)))
     settings = CacheSettings(mode=WRITEBACK, size_bytes=size_bytes, directory=directory)
     storage = Storage(uri, loop, options, settings)
@@ -174,7 +294,10 @@ async def warm(
             wanted = _within(ranges, export.usable_bytes) or [(0, export.usable_bytes)]
             allocated: list[tuple[int, int]] = []
             for offset, length in wanted:
-                allocated += await _data(storage.backend, offset, length, export.can_block_status)
+                with _patience(uri, timeout_s):
+                    allocated += await _data(
+                        storage.backend, offset, length, export.can_block_status
+                    )
             # More than the cache holds would only push out what came first.
             total = min(sum(length for _, length in allocated), size_bytes)
             await _prefetch(storage, allocated, total, lambda done: progress(done, total))
@@ -185,6 +308,24 @@ async def warm(
         nursery.cancel_scope.cancel()
     loop.close()
     return total
+
+
+@contextmanager
+def _patience(uri: NbdUri, timeout_s: float) -> Iterator[Callable[[], None]]:
+    """A bound for what a server that takes connections, and answers nothing, would never end.
+
+    Calling what it gives begins the time anew. Raises ConnectionLost.
+    """
+    limit_s = _PATIENCE * timeout_s
+    scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
+
+    def moved() -> None:
+        scope.deadline = trio.current_time() + limit_s
+
+    with scope:
+        yield moved
+    if scope.cancelled_caught:
+        raise ConnectionLost(f"{uri.server}: the server answered nothing for {limit_s:g} s")
 
 
 def _size_to_keep(path: str) -> int:
@@ -218,6 +359,7 @@ async def _prefetch(
     client = storage.client
 
     def chunk_ended(done_bytes: int) -> None:
+        moved()
         if client.session.given_up:
             warmer.stop()  # All the others would fail, too.
         progress(done_bytes)
@@ -229,11 +371,12 @@ async def _prefetch(
         progress=chunk_ended,
         done=lambda failed_bytes: ended.set(),
     )
-    warmer.start()
-    try:
-        await ended.wait()
-    finally:
-        warmer.stop()
+    with _patience(client.uri, client.options.reconnect_timeout_s) as moved:
+        warmer.start()
+        try:
+            await ended.wait()
+        finally:
+            warmer.stop()
     if warmer.failed_bytes and client.session.given_up:
         raise ConnectionLost(
             f"{client.uri.server}: the server is lost and was not back within "

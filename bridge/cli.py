@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields
 from functools import partial, wraps
-from typing import Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 import trio
@@ -16,6 +17,10 @@ import trio
 from bridge import __version__, logs
 from bridge.errors import BridgeError, ConfigError
 from bridge.parameters import FilePath, Finite, Range, Size, Utf8, option
+from bridge.signals import run_until_signal
+
+if TYPE_CHECKING:
+    from bridge.nbd.options import ClientOptions
 
 P = ParamSpec("P")
 
@@ -33,6 +38,7 @@ _MAX_FD = (1 << 31) - 1
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The `nbd-bridge` command; `arguments` None: those of the process."""
+    _open_standard_descriptors()
     try:
         status = nbd_bridge.main(
             arguments,
@@ -41,12 +47,37 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             standalone_mode=False,  # It would say an error in four lines.
         )
     except click.ClickException as error:
-        click.echo(f"nbd-bridge: {_one_line(error)}", err=True)
+        _complain(_one_line(error))
         status = error.exit_code
     except click.Abort:
-        click.echo("nbd-bridge: interrupted", err=True)
+        _complain("interrupted")
         status = 1
     sys.exit(status)
+
+
+def _open_standard_descriptors() -> None:
+    """What was closed is /dev/null: a socket must not become the place for errors."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest there is: this one
+
+
+def _complain(text: str) -> None:
+    """One line on standard error, if anybody hears it."""
+    with suppress(OSError):
+        click.echo(f"nbd-bridge: {text}", err=True)
+
+
+def _print(text: str) -> None:
+    """A result, on standard output. Raises BridgeError when it cannot be written."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        # What is left in the buffer would be tried again, and complained about, at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise BridgeError(f"cannot write to standard output: {error.strerror}") from None
 
 
 def _one_line(error: click.ClickException) -> str:
@@ -71,7 +102,7 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
             errors = [BridgeError("interrupted")]
         # Outside the except*: it would wrap SystemExit into a group.
         for error in errors:
-            click.echo(f"nbd-bridge: {error}", err=True)
+            _complain(str(error))
         if errors:
             sys.exit(2 if all(isinstance(error, ConfigError) for error in errors) else 1)
 
@@ -105,7 +136,7 @@ class _Group(click.Group):
     """Commands; without one, its help is printed, and nothing was done."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:
+        if not args and not ctx.resilient_parsing:  # A shell that completes parses too.
             click.echo(self.get_help(ctx), err=True)
             ctx.exit(2)
         return super().parse_args(ctx, args)
@@ -141,6 +172,36 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
             )
         bits |= FEATURE_BITS[name]
     return bits
+
+
+_CONNECTION_OPTIONS = [
+    option(
+        "--connect-timeout",
+        "connect_timeout_s",
+        type=Finite(0.1),
+        default=10.0,
+        show_default=True,
+        help="Seconds for one attempt to connect.",
+    ),
+    option("--tls-ca", "tls_ca_file", type=FilePath(), help="CA certificates (PEM)."),
+    option("--tls-cert", "tls_certificate_file", type=FilePath(), help="Our certificate."),
+    option("--tls-key", "tls_key_file", type=FilePath(), help="The key to --tls-cert."),
+]
+
+
+def _connection_options(command: Callable[P, None]) -> Callable[P, None]:
+    """What every command has that connects to a server."""
+    for each in reversed(_CONNECTION_OPTIONS):
+        command = each(command)
+    return command
+
+
+def _client_options(options: dict[str, Any]) -> ClientOptions:
+    """Those of the client, which are taken out of `options`."""
+    from bridge.nbd.options import ClientOptions
+
+    names = {each.name for each in fields(ClientOptions)} - {"read_only"}
+    return ClientOptions(**{name: options.pop(name) for name in names & options.keys()})
 
 
 @nbd_bridge.command()
@@ -221,21 +282,15 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Connections to the server, where it allows several.",
 )
-@option(
-    "--connect-timeout",
-    "connect_timeout_s",
-    type=Finite(0.1),
-    default=10.0,
-    show_default=True,
-    help="Seconds for one attempt to connect.",
-)
+@_connection_options
 @option(
     "--request-timeout",
     "request_timeout_s",
     type=Finite(0),
     default=60.0,
     show_default=True,
-    help="Reconnect when the server is silent for this many seconds; 0: never.",
+    help="Reconnect when the server is silent for this many seconds (ten times as many during a "
+    "flush, if it answers nothing beside it); 0: never.",
 )
 @option(
     "--reconnect-timeout",
@@ -261,9 +316,14 @@ def _withheld(context: click.Context, _: click.Parameter, value: str) -> int:
     show_default=True,
     help="Seconds that a stop may take to bring everything to the server.",
 )
-@option("--tls-ca", "tls_ca_file", type=FilePath(), help="CA certificates (PEM).")
-@option("--tls-cert", "tls_certificate_file", type=FilePath(), help="Our certificate.")
-@option("--tls-key", "tls_key_file", type=FilePath(), help="The key to --tls-cert.")
+@option(
+    "--drain-timeout",
+    "drain_timeout_s",
+    type=Finite(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that the guest's stop (pause, migration) may take to be answered.",
+)
 @option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
 @_one_line_errors
@@ -273,7 +333,6 @@ def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
     URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds:// and nbds+unix://
     with TLS.
     """
-    from bridge.nbd.options import ClientOptions
     from bridge.serve import ServeOptions, serve_disk
     from bridge.storage import CacheSettings
 
@@ -287,8 +346,7 @@ def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
         size_bytes=options.pop("cache_size"),
         directory=options.pop("cache_dir"),
     )
-    names = {each.name for each in fields(ClientOptions)} - {"read_only"}
-    client = ClientOptions(**{name: options.pop(name) for name in names & options.keys()})
+    client = _client_options(options)
     options["withheld_features"] = options.pop("features")
     trio.run(serve_disk, ServeOptions(uri=uri, client=client, cache=cache, **options))
 
@@ -296,13 +354,21 @@ def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
 @nbd_bridge.command()
 @click.argument("uri")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--list", "as_list", is_flag=True, help="Print which exports there are.")
+@_connection_options
 @_one_line_errors
-def info(uri: str, as_json: bool) -> None:
+def info(uri: str, as_json: bool, as_list: bool, **options: Any) -> None:
     """Print what the server at URI offers."""
-    from bridge.info import describe, inspect_uri
+    from bridge.info import describe, describe_list, inspect_uri, list_uri
 
-    export = trio.run(inspect_uri, uri)
-    click.echo(json.dumps(export, indent=2) if as_json else describe(export))
+    logs.configure(level="warning", format_="text")
+    client = _client_options(options)
+    if as_list:
+        exports = run_until_signal(partial(list_uri, uri, client))
+        _print(json.dumps(exports, indent=2) if as_json else describe_list(exports))
+        return
+    export = run_until_signal(partial(inspect_uri, uri, client))
+    _print(json.dumps(export, indent=2) if as_json else describe(export))
 
 
 @nbd_bridge.group(cls=_Group)
@@ -322,7 +388,7 @@ def cache_show(file: str, as_json: bool) -> None:
     from bridge.cache.inspect import describe, show
 
     summary = show(file)
-    click.echo(json.dumps(asdict(summary), indent=2) if as_json else describe(summary))
+    _print(json.dumps(asdict(summary), indent=2) if as_json else describe(summary))
 
 
 @cache.command("drop")
@@ -354,6 +420,7 @@ def cache_drop(file: str, discard_dirty: bool) -> None:
     show_default=True,
     help="Seconds for all of it; what is missing then stays in the file.",
 )
+@_connection_options
 @_one_line_errors
 def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     """Bring what only FILE holds to the server.
@@ -363,8 +430,9 @@ def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     from bridge.cache_tools import flush_file
 
     logs.configure(level="warning", format_="text")
-    flushed = trio.run(partial(flush_file, file, uri, **options))
-    click.echo(f"{flushed} bytes written to the server and flushed")
+    client = _client_options(options)
+    flushed = run_until_signal(partial(flush_file, file, uri, client=client, **options))
+    _print(f"{flushed} bytes written to the server and flushed")
 
 
 @cache.command("warm")
@@ -393,6 +461,7 @@ def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     show_default=True,
     help="Give up after this many seconds without a server.",
 )
+@_connection_options
 @_one_line_errors
 def cache_warm(uri: str, **options: Any) -> None:
     """Fill the cache of the export at URI.
@@ -403,6 +472,7 @@ def cache_warm(uri: str, **options: Any) -> None:
     from bridge.cache_tools import warm
 
     logs.configure(level="warning", format_="text")
+    client = _client_options(options)
     with ExitStack() as at_last:
         bar: Any = None
 
@@ -414,8 +484,8 @@ def cache_warm(uri: str, **options: Any) -> None:
                 bar = at_last.enter_context(new)
             bar.update(done_bytes - bar.pos)
 
-        warmed = trio.run(partial(warm, uri, progress=progress, **options))
-    click.echo(f"{warmed} bytes are in the cache")
+        warmed = run_until_signal(partial(warm, uri, client=client, progress=progress, **options))
+    _print(f"{warmed} bytes are in the cache")
 
 
 @nbd_bridge.command()
@@ -425,6 +495,7 @@ def demo(no_guest: bool) -> None:
     """Boot a small Linux guest on a disk of the bridge, check the image."""
     from bridge.demo.demo import DemoConfig, run_demo
 
-    result = trio.run(run_demo, DemoConfig(guest=not no_guest))
+    logs.configure(level="warning", format_="text")
+    result = run_until_signal(partial(run_demo, DemoConfig(guest=not no_guest), say=_print))
     if not result.passed:
         sys.exit(1)

@@ -2,33 +2,46 @@
 
 Implements `vhost_user.device.VhostUserDevice`, which says what each call means. Two things are
 this module's own: rings that have to stop, or whose memory changes, are drained within
-`drain_timeout_s` (QEMU's main loop waits for the answer without a limit of its own), and what is
-still unanswered then is failed; and if even that does not answer it, forgotten.
+`drain_timeout_s` (QEMU's main loop waits for the answer without a limit of its own), and a stop
+that was answered is a promise to the host that opens the image next.
+
+**A stop.** What a ring has popped is answered; what is still unanswered at the limit is
+*abandoned*: nothing touches its buffers any more, and what was not sent of it never is. With an
+in-flight region it stays in that, neither completed nor failed, and is executed when the ring runs
+again; without one it fails, for that ring alone.
+
+**The last stop.** When no ring runs any more the guest may go on elsewhere. So everything that it
+wrote is brought to the server and flushed first (`on_all_stopped`). If that does not succeed
+within the limit the storage side sees to it that nothing of the guest's is sent from here any
+more (`on_left_behind`), and when something is left here that the next host would miss the stop is
+not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
+in-flight region counts as missing while the dirty log is on: such a region does not migrate.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from errno import EIO
 from math import inf
 
 import structlog
 import trio
 
-from bridge.errors import ProtocolError
+from bridge.errors import LeftBehind, ProtocolError
 from bridge.loop import Loop
-from bridge.request import FLUSH, Hits, Request, Target
+from bridge.request import FLUSH, UNASKED, Hits, Request, Target
 from bridge.ring import RunningRing
 from bridge.ring_setup import make_queue, ring_areas, written_areas
 from bridge.vhost_user.device import MemoryRegion, RingSetup
-from bridge.virtio.blk import BlkEngine
+from bridge.virtio.blk import BlkEngine, BlkRequest, one_epoch
 from bridge.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
 from bridge.virtio.chain import MAX_QUEUE_SIZE
 from bridge.virtio.dirty_log import DirtyBitmap, DirtyLog
 from bridge.virtio.inflight import InflightRegion, queue_size_by_region
+from bridge.virtio.long_chains import LongViews
 from bridge.virtio.memory import GuestMemory, Region, map_region
 
 _log = structlog.get_logger(__name__)
@@ -36,8 +49,21 @@ _log = structlog.get_logger(__name__)
 _KICKLESS_POLL_S = 0.0005
 """How often a ring without a kick descriptor is looked at."""
 
-_FAILED_DRAIN_S = 1.0
-"""Failing everything takes a few turns of the loop; this is for our own bugs."""
+_SHORT_DRAIN_S = 1.0
+"""For what comes after a limit that has passed: a ring that stops right after one that had to be
+given up, the flush after that."""
+
+_SERIES_GAP_S = 1.0
+"""Stops that follow one another this closely are one stop of a device with several rings."""
+
+
+def _nothing_abandoned(requests: Sequence[Request]) -> None:
+    """Nobody has to know."""
+
+
+def _at_once(go: Callable[[], None]) -> bool:
+    """Rings need not wait."""
+    return True
 
 
 class BlkDevice:
@@ -58,17 +84,29 @@ class BlkDevice:
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
         on_recovered: Callable[[], None] | None = None,
-        failing: Callable[[int], AbstractContextManager[object]] = nullcontext,
+        on_inherited: Callable[[int, bool], None] | None = None,
+        on_fresh_guest: Callable[[], None] | None = None,
+        on_abandoned: Callable[[Sequence[Request]], object] = _nothing_abandoned,
         on_all_stopped: Callable[[], Awaitable[object]] | None = None,
+        on_left_behind: Callable[[], Awaitable[str]] | None = None,
+        on_starting: Callable[[Callable[[], None]], bool] = _at_once,
+        epoch: Callable[[], int] = one_epoch,
         withheld_features: int = 0,
     ) -> None:
         """`on_recovered` is called before requests that another process began are executed again.
+        `on_inherited` is called when a guest comes that has run with another process, perhaps, and
+        gets what that one remembered (see `remember_durability`); `on_fresh_guest` when one comes
+        that has not. Either is called before the first ring runs.
 
-        `hits`: what can be asked before `target`. Within `failing(errno)` everything unfinished
-        below fails, and whatever that leads to.
+        `hits`: what can be asked before `target`. `on_abandoned(requests)` is told of requests
+        that were abandoned (`Request.abandon`), right after that.
 
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
-        image next must find everything there. `withheld_features`: see BlkConfig.
+        image next must find everything there. It raises LeftBehind if that failed, and is
+        cancelled when it takes too long. After either, `on_left_behind` sees to it that nothing
+        more of the guest's is sent; it returns what is left here, one line for the operator, or
+        "". `on_starting(go)` is told that a ring starts: False, if it has to wait until `go` is
+        called. `epoch()`: see `lanes.Job`. `withheld_features`: see BlkConfig.
         """
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
@@ -80,21 +118,46 @@ class BlkDevice:
         self.guest_faults: Counter[str] = Counter()
         self._target = target
         self._engine = BlkEngine(
-            self._config, target, hits=hits, serial=serial, fault=self._guest_fault
+            self._config,
+            target,
+            hits=hits,
+            serial=serial,
+            fault=self._guest_fault,
+            turns=loop,
+            epoch=epoch,
         )
         self._drain_timeout_s = drain_timeout_s
         self._on_recovered = on_recovered
-        self._gave_up_until_s = -inf
-        self._failing = failing
+        self._on_inherited = on_inherited
+        self._on_fresh_guest = on_fresh_guest
+        self._has_inherited = False
+        """The guest with the present in-flight region has run with another process."""
+        self._has_served = False
+        """A ring ran here: what a guest left unflushed when it stopped is known."""
+        self._unflushed_on = 0
+        self._loss_untold = False
+        self._on_abandoned = on_abandoned
         self._on_all_stopped = on_all_stopped
+        self._on_left_behind = on_left_behind
+        self._on_starting = on_starting
+        self._series_began_s = self._series_ended_s = -inf
+        self._waiting: trio.CancelScope | None = None
         self._memory = GuestMemory([])
         self._features = 0
         self._setups: dict[int, RingSetup] = {}
         self._rings: dict[int, RunningRing] = {}
         self._kickless = trio.Event()
         self._inflight: InflightRegion | None = None
+        self._inflight_source: tuple[int, int, int] | None = None
+        self._left: dict[int, int] = {}
+        """How many requests of a stopped ring were left in the in-flight region `_left_in`."""
+        self._left_in: tuple[int, int, int] | None = None
         self._bitmap: DirtyBitmap | None = None
         self._logging = False
+        self._long_views = LongViews()
+        self._told_of_unsealed = False
+        self._write_cache_flushes = 0
+        """Flushes for a write cache that was turned off: in flight, and one more to come."""
 
     # Features and configuration space
 
@@ -121,15 +184,43 @@ class BlkDevice:
         was_writeback = self._config.writeback
         self._config.write(offset, data)
         self._engine.writeback_changed()
-        self._remember_writeback()
+        self._remember()
         if was_writeback and not self._config.writeback:
             # From now on the guest sends no flushes; what it wrote before is not to wait for one.
-            self._target.submit(Request(FLUSH, 0, 0, [], _flushed))
+            self._flush_what_was_written()
 
-    def _remember_writeback(self) -> None:
-        """For the process after this one: the guest will not write it again."""
+    def _flush_what_was_written(self) -> None:
+        """One at a time: a guest may turn its write cache off as often as it likes."""
+        if self._write_cache_flushes:
+            self._write_cache_flushes = 2  # Once more, for what was written since.
+            return
+        self._write_cache_flushes = 1
+        self._target.submit(Request(FLUSH, 0, 0, [], self._written_flushed, UNASKED))
+
+    def _written_flushed(self, flush: Request) -> None:
+        again = self._write_cache_flushes > 1
+        self._write_cache_flushes = 0
+        if flush.error:
+            _log.error("what was written before the write cache was turned off may not be durable")
+        if again:
+            self._flush_what_was_written()
+
+    def remember_durability(self, *, unflushed_on: int, loss_untold: bool) -> None:
+        """Keep for the process after this one: on which server instance something is unflushed
+        (a number of 56 bits, 0: on none that has a name), and that the guest's next flush must
+        fail."""
+        self._unflushed_on = unflushed_on
+        self._loss_untold = loss_untold
+        self._remember()
+
+    def _remember(self) -> None:
+        """For the process after this one: the guest will not say any of it again."""
         if self._inflight is not None:
-            self._inflight.write_through = self._config.writeback_refused
+            self._inflight.remember(
+                write_through=self._config.writeback_refused,
+                loss_untold=self._loss_untold,
+                unflushed_on=self._unflushed_on,
+            )
 
     def resize(self, size_bytes: int) -> None:
         """The disk below has another size: the guest is told."""
@@ -154,7 +245,17 @@ class BlkDevice:
 
     async def add_memory(self, region: MemoryRegion) -> None:
         """See VhostUserDevice. Nothing that was there goes away, so nothing has to wait."""
-        self._move_rings(self._memory.with_region(_map(region)))
+        added = _map(region)
+        former = self._memory.region_at(added.guest_address)
+        if former is None or not former.has_the_addresses_of(added):
+            memory = self._memory.with_region(added)
+        elif self._rings and not former.is_the_same_as(added):
+            raise ProtocolError(
+                f"the memory region at {added.guest_address:#x} changes while rings run"
+            )
+        else:
+            memory = self._memory.with_region_again(added)
+        self._move_rings(memory)
 
     async def remove_memory(
         self, *, guest_address: int, user_address: int, size_bytes: int
@@ -173,14 +274,22 @@ class BlkDevice:
         uses, which the guest has given up.
         """
         rings = list(self._rings.values())
-        if not await self._drained(rings):
-            _log.warning("requests are still in flight in memory that is taken away")
-        self._move_rings(memory)
-        for ring in rings:
-            ring.unpause()
+        try:
+            if not await self._drained(rings, self._deadline_s()):
+                _log.warning("requests are still in flight in memory that is taken away")
+            self._move_rings(memory)
+        finally:
+            for ring in rings:
+                ring.unpause()
 
     def _move_rings(self, memory: GuestMemory) -> None:
         self._memory = memory
+        if not self._told_of_unsealed and not all(each.is_sealed for each in memory.regions):
+            self._told_of_unsealed = True
+            _log.info(
+                "guest memory is in a file that cannot be sealed: if the front-end made it shorter "
+                "while it is mapped, this process would end with a bus error"
+            )
         for index, ring in self._rings.items():
             try:
                 ring.move(memory, ring_areas(memory, self._setups[index], packed=self._packed))
@@ -201,9 +310,18 @@ class BlkDevice:
             inflight=self._inflight,
         )
 
-        if queue.in_flight and self._on_recovered is not None:
+        queue.long.join(self._long_views)
+        if not self._has_served:
+            self._has_served = True
+            self._note_guest(ring)
+        left_by_us = self._left_in == self._inflight_source and index in self._left
+        if queue.in_flight and not left_by_us and self._on_recovered is not None:
             # In flight before the ring runs: begun by another process, perhaps sent by it.
             self._on_recovered()
+        self._left.pop(index, None)
+        if self._inflight is None:
+            self._left.clear()
+        ready = self._on_starting(self._let_go)
 
         def broken(reason: str) -> None:
             self._ring_broken(index, reason)
@@ -216,10 +334,28 @@ class BlkDevice:
             call_fd=ring.call_fd,
             error_fd=ring.error_fd,
             broken=broken,
+            held=not ready,
         )
         self._setups[index] = ring
         self._kickless.set()
-        self._update_logs()
+        try:
+            self._update_logs()
+        except BaseException:
+            # All of it or nothing: nobody else knows of this ring.
+            del self._setups[index]
+            self._rings.pop(index).close(told=False)
+            raise
+
+    def _note_guest(self, ring: RingSetup) -> None:
+        """The first ring is about to run, here. It may have run somewhere else."""
+        fresh = (0x8000, 0x8000_8000) if self._packed else (0,)
+        if self._has_inherited:
+            return
+        if ring.base in fresh:
+            if self._on_fresh_guest is not None:
+                self._on_fresh_guest()
+        elif self._on_inherited is not None:
+            self._on_inherited(0, False)
 
     @property
     def _packed(self) -> bool:
@@ -230,52 +366,144 @@ class BlkDevice:
         bases = await self._close_rings([index], told=True)
         return bases[index]
 
-    async def _close_rings(self, indexes: Collection[int], *, told: bool = False) -> dict[int, int]:
-        """Drain and close these rings, all within one `drain_timeout_s`; their bases."""
+    def _let_go(self) -> None:
+        """Rings that were held at their start may run."""
+        for ring in self._rings.values():
+            ring.let_go()
+
+    def hurry(self, limit_s: float) -> None:
+        """The process stops: from here on, and for what waits now, drains take at most that."""
+        self._drain_timeout_s = min(self._drain_timeout_s, limit_s)
+        if self._waiting is not None:
+            until_s = trio.current_time() + limit_s
+            self._waiting.deadline = min(self._waiting.deadline, until_s)
+
+    def _deadline_s(self) -> float:
+        """Until when rings that have to stop now may be waited for, on trio's clock.
+
+        The rings of a device are stopped one after the other: not each may take that long.
+        """
+        now = trio.current_time()
+        if now - self._series_ended_s > _SERIES_GAP_S:
+            self._series_began_s = now
+        least_s = min(_SHORT_DRAIN_S, self._drain_timeout_s)
+        return max(self._series_began_s + self._drain_timeout_s, now + least_s)
+
+    async def _close_rings(
+        self, indexes: Collection[int], *, told: bool = False, answered: bool = True
+    ) -> dict[int, int]:
+        """Drain and close these rings, all within one limit; their bases.
+
+        If they were the last ones, and the stop is to be `answered`, that is a promise (see the
+        module's text): raises LeftBehind when it cannot be given.
+        """
+        deadline_s = self._deadline_s()
         try:
-            await self._drain([self._rings[index] for index in indexes])
+            await self._drain([self._rings[index] for index in indexes], deadline_s)
         finally:
-            bases = {index: self._rings.pop(index).close(told=told) for index in indexes}
+            bases = {}
             for index in indexes:
+                ring = self._rings.pop(index)
+                bases[index] = ring.close(told=told)
+                if ring.in_flight and ring.keeps_in_flight:
+                    self._left[index] = ring.in_flight
+                    self._left_in = self._inflight_source
                 del self._setups[index]
-        if bases and not self._rings and self._on_all_stopped is not None:
-            with trio.move_on_after(self._drain_timeout_s) as scope:
-                await self._on_all_stopped()
-            if scope.cancelled_caught:
-                _log.error("the disk was not brought up to date in time", after="the last ring")
+        if bases and not self._rings:
+            failure, is_late = await self._bring_up_to_date(deadline_s)
+            if answered:
+                await self._promise(failure, is_late=is_late)
+            elif failure or is_late:
+                _log.error(
+                    "the guest has gone, and the server has not taken everything yet: it goes "
+                    "there when the server takes it",
+                    reason=failure or "no answer in time",
+                )
         return bases
 
-    async def _drain(self, rings: Collection[RunningRing]) -> None:
-        """Pause `rings`; return when everything they popped is answered, or given up."""
-        if await self._drained(rings):
-            return
-        unanswered = sum(ring.in_flight for ring in rings)
-        _log.error(
-            "requests were not answered in time while rings stopped, failing them",
-            requests=unanswered,
-            timeout_s=self._drain_timeout_s,
-        )
-        with self._failing(EIO), trio.move_on_after(_FAILED_DRAIN_S, shield=True) as scope:
-            for ring in rings:
-                await ring.drained()
-        if scope.cancelled_caught:
-            _log.error("requests could not even be failed, they are forgotten")
+    async def _bring_up_to_date(self, deadline_s: float) -> tuple[str, bool]:
+        """Have everything that the guest wrote brought to the server; why that failed, or whether
+        it took too long."""
+        if self._on_all_stopped is None:
+            return "", False
+        failure = ""
+        least_s = min(_SHORT_DRAIN_S, self._drain_timeout_s)
+        deadline_s = max(deadline_s, trio.current_time() + least_s)
+        with trio.CancelScope(deadline=deadline_s) as scope:
+            self._waiting = scope
+            try:
+                await self._on_all_stopped()
+            except LeftBehind as error:
+                failure = str(error)
+            finally:
+                self._waiting = None
+        self._series_ended_s = trio.current_time()
+        return failure, scope.cancelled_caught
 
-    async def _drained(self, rings: Collection[RunningRing]) -> bool:
+    async def _promise(self, failure: str, *, is_late: bool) -> None:
+        """No ring runs, and the front-end is about to be told so: see the module's text."""
+        left_here = ""
+        if (failure or is_late) and self._on_left_behind is not None:
+            with trio.CancelScope(shield=True):
+                left_here = await self._on_left_behind()
+        if left_here or failure:
+            raise self._left_behind(left_here or failure)
+        in_region = sum(self._left.values())
+        if self._logging and (is_late or in_region):
+            what = f"{in_region} requests" if in_region else "the last flush"
+            raise self._left_behind(
+                f"the server has not answered {what} in time, and the guest migrates: it cannot "
+                "before that is answered; let it go on here and migrate it later"
+            )
+        if in_region:
+            _log.warning(
+                "requests are left in the in-flight region until the guest goes on",
+                requests=in_region,
+            )
+        if is_late:
+            _log.error(
+                "the server has not answered the last flush in time: what the guest wrote since "
+                "the flush before may not be durable yet"
+            )
+
+    def _left_behind(self, problem: str) -> LeftBehind:
+        _log.error(problem)
+        return LeftBehind(problem)
+
+    async def _drain(self, rings: Collection[RunningRing], deadline_s: float) -> None:
+        """Pause `rings`; return when everything they popped is answered, or abandoned."""
+        if await self._drained(rings, deadline_s):
+            return
+        failed = 0
+        abandoned: list[BlkRequest] = []
+        for ring in rings:
+            requests = ring.unanswered()
+            if not ring.keeps_in_flight:
+                ring.fail(requests)
+                failed += len(requests)
+            abandoned += requests
+        self._engine.abandon(abandoned)
+        self._on_abandoned(abandoned)
+        if failed:
+            _log.error(
+                "requests were not answered in time while rings stopped, they fail",
+                requests=failed,
+                timeout_s=self._drain_timeout_s,
+            )
+
+    async def _drained(self, rings: Collection[RunningRing], deadline_s: float) -> bool:
         """Pause `rings`; whether everything they popped was answered in time.
 
         Cancellation has to wait for that: what is in flight writes to the guest's memory.
         """
         for ring in rings:
             ring.pause()
-        limit_s = self._drain_timeout_s
-        if trio.current_time() < self._gave_up_until_s:
-            limit_s = _FAILED_DRAIN_S  # many rings stop one after the other: not each that long
-        with trio.move_on_after(limit_s, shield=True) as scope:
+        with trio.CancelScope(shield=True, deadline=deadline_s) as scope:
+            self._waiting = scope
             for ring in rings:
                 await ring.drained()
-        if scope.cancelled_caught:
-            self._gave_up_until_s = trio.current_time() + self._drain_timeout_s
+        self._waiting = None
+        self._series_ended_s = trio.current_time()
         return not scope.cancelled_caught
 
     def suspend_ring(self, index: int) -> None:
@@ -320,22 +548,26 @@ class BlkDevice:
         The region is for queues of the largest size, whatever `queue_size` says: QEMU 10 asks for
         its `queue-size` (128), and then its guest's driver starts a ring of 1024 (SeaBIOS: 256).
         """
-        self._inflight = None
-        self._inflight, fd, size_bytes = InflightRegion.create(
+        region, fd, size_bytes = InflightRegion.create(
             num_queues=num_queues,
             queue_size=max(queue_size, self.max_queue_size),
             packed=self._packed,
         )
-        self._remember_writeback()
+        self._forget_inflight()
+        self._inflight = region
+        self._inflight_source = _source(fd, 0)
+        self._remember()
         return fd, size_bytes
 
     def set_inflight(
         self, fd: int, offset: int, size: int, num_queues: int, queue_size: int
     ) -> None:
-        """See VhostUserDevice. A region from `create_inflight` has room for more than it says."""
-        self._inflight = None
+        """See VhostUserDevice. A region from `create_inflight` has room for more than it says, but
+        only up to what we make: its size is the front-end's to choose."""
         room = queue_size_by_region(size, num_queues, packed=self._packed)
-        self._inflight = InflightRegion.map(
+        if room > MAX_QUEUE_SIZE:
+            room = 0
+        region = InflightRegion.map(
             fd,
             offset,
             size,
@@ -343,10 +575,19 @@ class BlkDevice:
             queue_size=max(queue_size, room),
             packed=self._packed,
         )
+        self._forget_inflight()
+        self._inflight = region
+        self._inflight_source = _source(fd, offset)
         if self._inflight.write_through:
             self._config.refuse_writeback()
             self._engine.writeback_changed()
-        self._remember_writeback()
+        unflushed_on, loss_untold = self._inflight.unflushed_on, self._inflight.loss_untold
+        self._has_inherited = self._inflight.was_used and (
+            not self._has_served or bool(unflushed_on) or loss_untold
+        )
+        if self._has_inherited and self._on_inherited is not None:
+            self._on_inherited(unflushed_on, loss_untold)
+        self._remember()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
         """See VhostUserDevice."""
@@ -376,24 +617,41 @@ class BlkDevice:
 
     async def reset(self) -> None:
         """See VhostUserDevice."""
-        await self._close_rings(list(self._rings))
-        self._config.reset()
-        self.set_features(0)
-        self._forget_shared()
+        try:
+            await self._close_rings(list(self._rings))
+        finally:
+            self._config.reset()
+            self.set_features(0)
+            if self._inflight is not None:
+                # The driver has forgotten what it had in flight, and uses that memory again.
+                self._inflight.clear()
+            self._left.clear()
+            self._forget_shared()
 
     async def disconnected(self) -> None:
         """See VhostUserDevice. The guest may run on and come back with another front-end, so
         what it set in the configuration space stays."""
         try:
-            await self._close_rings(list(self._rings))
+            await self._close_rings(list(self._rings), answered=False)
         finally:
+            while self._rings:
+                # Something went wrong above; nothing may touch the guest's memory all the same.
+                index, ring = self._rings.popitem()
+                self._setups.pop(index, None)
+                with suppress(Exception):
+                    ring.close(told=False)
             self.set_features(0)
             self._forget_shared()
             self._memory = GuestMemory([])
             self.on_config_changed = None
 
-    def _forget_shared(self) -> None:
+    def _forget_inflight(self) -> None:
         self._inflight = None
+        self._has_inherited = False
+        self._inflight_source = None
+
+    def _forget_shared(self) -> None:
+        self._forget_inflight()
         self._bitmap = None
         self._logging = False
 
@@ -412,10 +670,10 @@ class BlkDevice:
             _log.warning("the guest sent a bad request (said once, counted)", what=problem)
 
 
-def _flushed(flush: Request) -> None:
-    """Nobody waits for it: the guest sends no more flushes that could fail."""
-    if flush.error:
-        _log.error("what was written before the write cache was turned off may not be durable")
+def _source(fd: int, offset: int) -> tuple[int, int, int]:
+    """Which bytes of which file: the same region comes with another descriptor each time."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, offset
 
 
 def _map(region: MemoryRegion) -> Region:

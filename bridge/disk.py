@@ -9,19 +9,24 @@ cache for ever. The first write after a flush arms a timer; when it fires, every
 A guest's own flush clears it. A timed flush that fails is logged, counted and tried again, and
 the guest's next flush fails, too: a server that could not flush may have dropped what it had, and
 the storage side says so only once.
+
+Of the flushes that the guest did not send (the timer's, the last one before a stop, the one when
+it turns its write cache off) one is in flight at a time: while the server is away they would pile
+up. Whoever wants one meanwhile shares the next, or the same one if nothing was written since.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from errno import ECANCELED
 from math import inf
 from typing import Protocol
 
 import structlog
 import trio
 
-from bridge.request import FLUSH, READ, Hits, Request, Target
+from bridge.request import FLUSH, READ, UNASKED, Hits, Request, Target
 
 _log = structlog.get_logger(__name__)
 
@@ -39,7 +44,7 @@ class Backend(Target, Protocol):
 
     @property
     def holds_writes(self) -> bool:
-        """It may hold what the server has not, also from before this process: a cache."""
+        """It holds what the server has not, perhaps from before this process: a cache."""
 
     @property
     def hits(self) -> Hits | None:
@@ -67,6 +72,17 @@ class Disk:
         self._deadline_s: float | None = None
         self._armed = trio.Event()
         self._untold_error = 0
+        self._unanswered_flushes = 0
+        self._unasked: list[Callable[[Request], None]] | None = None
+        """Who waits for the flush in flight that the guest did not send; None: there is none."""
+        self._next_unasked: list[Callable[[Request], None]] = []
+        self._unasked_covers = False
+        """Something was written that this flush is to make durable."""
+        self._unasked_ended = trio.Event()
+        self.is_durable = True
+        """All that was submitted is durable, as far as is known here."""
+        self.on_changed: Callable[[], None] = _nothing
+        """Called when `is_durable` or `untold` may have changed."""
         self.timed_flushes = 0
         self.timed_flush_failures = 0
 
@@ -75,8 +91,11 @@ class Disk:
         op = request.op
         if op == READ:
             self._submit(request)
+        elif op == FLUSH and request.flags & UNASKED:
+            self._flush_unasked(lambda flush: request.finish(flush.error))
         elif op == FLUSH:
             was_armed = self._clear_timer()
+            self._unanswered_flushes += 1
             flush = Request(FLUSH, 0, 0, [], self._flush_done, owner=(request, was_armed))
             self._submit(flush)
         else:
@@ -103,6 +122,9 @@ class Disk:
         """Something is not durable. (Without a timer the deadline never comes.)"""
         self._deadline_s = self._now() + self._flush_interval_s
         self._armed.set()
+        if self.is_durable:
+            self.is_durable = False
+            self.on_changed()
 
     def _clear_timer(self) -> bool:
         """A flush is about to be submitted: it covers what was completed before it.
@@ -121,9 +143,42 @@ class Disk:
         request, was_armed = flush.owner
         if flush.error and was_armed and self._deadline_s is None:
             self._arm_timer()
+        if request.is_abandoned:
+            # Nobody hears of it. (ECANCELED: it did not come to pass, which harms nothing.)
+            if flush.error not in (0, ECANCELED):
+                self._note_failure(flush.error)
+            self._flush_ended(flush.error)
+            request.finish(flush.error)
+            return
         error = flush.error or self._untold_error
         self._untold_error = 0
+        self._flush_ended(flush.error)
         request.finish(error)
+
+    def _flush_ended(self, error: int) -> None:
+        self._unanswered_flushes -= 1
+        # Another one in flight may be for something that this one was too early for.
+        if not error and self._deadline_s is None and not self._unanswered_flushes:
+            self.is_durable = True
+        self.on_changed()
+
+    @property
+    def untold(self) -> bool:
+        """The guest's next flush fails, for a loss that it has not heard of."""
+        return bool(self._untold_error)
+
+    def tell(self, error: int) -> None:
+        """Something may be lost that the guest believes to be on the disk: its next flush fails."""
+        self._untold_error = error
+        self.on_changed()
+
+    def flush_inherited(self) -> None:
+        """A guest comes that has run with another process, which may have left something unflushed:
+        what becomes of that is not to depend on how long this server lives."""
+        if self._backend.can_flush:
+            if self._deadline_s is None:
+                self._arm_timer()
+            self._flush_unasked(_ignore)
 
     def flush_now(self) -> None:
         """The timer fired: flush, whoever else does."""
@@ -136,13 +191,17 @@ class Disk:
             reason = os.strerror(flush.error)
             _log.warning("timed flush failed, will be tried again", reason=reason)
 
-    async def flush(self) -> int:
+    async def flush(self, *, quiet: bool = False) -> int:
         """Bring what was written to the server and flush it, for a clean stop; 0 or an errno.
 
-        Failure is logged; when cancelled, the flush goes on without anybody waiting for it.
+        Failure is logged, unless `quiet`; when cancelled, the flush goes on without anybody
+        waiting for it.
         """
         backend = self._backend
-        if not backend.can_flush or (self._deadline_s is None and not backend.holds_writes):
+        covers = self._unasked is not None and self._unasked_covers
+        if not backend.can_flush or not (
+            self._deadline_s is not None or covers or backend.holds_writes
+        ):
             return 0
         finished = trio.Event()
         result = 0
@@ -150,7 +209,7 @@ class Disk:
         def done(flush: Request) -> None:
             nonlocal result
             result = flush.error
-            if flush.error:
+            if flush.error and not quiet:
                 _log.error("the last flush failed", reason=os.strerror(flush.error))
             finished.set()
 
@@ -160,16 +219,38 @@ class Disk:
 
     def _flush_unasked(self, then: Callable[[Request], None]) -> None:
         """A flush that the guest did not send. If it fails, the guest's next one does, too."""
+        if self._unasked is None:
+            self._start_unasked([then])
+        elif self._deadline_s is None:
+            self._unasked.append(then)
+        else:
+            self._next_unasked.append(then)
 
-        def done(flush: Request) -> None:
-            if flush.error:
-                self._untold_error = flush.error
-                if self._deadline_s is None:
-                    self._arm_timer()
+    def _start_unasked(self, waiters: list[Callable[[Request], None]]) -> None:
+        self._unasked = waiters
+        self._unasked_covers = self._clear_timer()
+        self._unanswered_flushes += 1
+        self._submit(Request(FLUSH, 0, 0, [], self._unasked_done, UNASKED))
+
+    def _unasked_done(self, flush: Request) -> None:
+        waiters, self._unasked = self._unasked or [], None
+        if flush.error:
+            self._note_failure(flush.error)
+            if self._deadline_s is None:
+                self._arm_timer()
+        self._flush_ended(flush.error)
+        following, self._next_unasked = self._next_unasked, []
+        if following:
+            self._start_unasked(following)
+        self._unasked_ended.set()
+        for then in waiters:
             then(flush)
 
-        self._clear_timer()
-        self._submit(Request(FLUSH, 0, 0, [], done))
+    def _note_failure(self, errno: int) -> None:
+        """A flush failed that the guest does not hear of: its next one has to. What a cache still
+        holds it sends again, and its flush tells the truth by itself."""
+        if not self._backend.holds_writes:
+            self._untold_error = errno
 
     async def run_flush_timer(self) -> None:
         """Fire the timer whenever it is due, for ever."""
@@ -180,5 +261,16 @@ class Disk:
                 await self._armed.wait()
             elif (left_s := deadline_s - self._now()) > 0:
                 await trio.sleep(left_s)
+            elif self._unasked is not None:
+                self._unasked_ended = trio.Event()
+                await self._unasked_ended.wait()
             else:
                 self.flush_now()
+
+
+def _ignore(flush: Request) -> None:
+    """Nobody waits for it; a failure is told by the guest's next flush."""
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

@@ -26,8 +26,16 @@ class ProtocolError(BridgeError):
     """
 
 
+class NoMemory(ProtocolError):
+    """A front-end starts a ring, and has shared no memory at all."""
+
+
 class ConnectionLost(BridgeError):
     """The other side went away; trying again may help."""
+
+
+class LeftBehind(BridgeError):
+    """The guest has stopped, and not everything that it wrote is where the next host will look."""
 
 
 class RequestError(BridgeError):

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from bridge.nbd.client import inspect
+from bridge.nbd.client import inspect, list_exports
+from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import parse_uri
+from bridge.units import size_text
 
 
-async def inspect_uri(uri: str) -> dict[str, Any]:
+async def list_uri(uri: str, options: ClientOptions) -> list[dict[str, str]]:
+    """The exports of the server at `uri`. Raises ConfigError, ConnectionLost or ProtocolError."""
+    return [
+        {"export": each.name, "description": each.description}
+        for each in await list_exports(parse_uri(uri), options)
+    ]
+
+
+def describe_list(exports: list[dict[str, str]]) -> str:
+    """The same as lines of text."""
+    names = [each["export"] or "(default)" for each in exports]
+    width = max(map(len, names), default=0)
+    lines = [
+        f"{name:{width}}  {each['description']}".rstrip()
+        for name, each in zip(names, exports, strict=True)
+    ]
+    return "\n".join(lines) or "the server lists no exports"
+
+
+async def inspect_uri(uri: str, options: ClientOptions) -> dict[str, Any]:
     """Ask the server at `uri`. Raises ConfigError, ConnectionLost or ProtocolError."""
-    export = await inspect(parse_uri(uri))
+    export = await inspect(parse_uri(uri), options)
     return {
         "uri": uri,
         "export": export.name,
@@ -38,7 +59,7 @@ def describe(export: dict[str, Any]) -> str:
     lines = {
         "export": export["export"] or "(default)",
         "description": export["description"] or "-",
-        "size": f"{export['size_bytes']} bytes ({export['size_bytes'] / 2**30:.2f} GiB)",
+        "size": f"{export['size_bytes']} bytes ({size_text(export['size_bytes'])})",
         "access": "read-only" if export["read_only"] else "read-write",
         "flags": " ".join(export["flags"]).lower() or "-",
         "block sizes": f"minimum {sizes['minimum']}, preferred {sizes['preferred']}, "

@@ -1,30 +1,186 @@
-"""Logging: one line per event on standard error, as text or JSON."""
+"""Logging: one line per event on standard error, as text or JSON.
+
+Nothing that is logged may hold a disk up or end it, whatever becomes of standard error: a full file
+system, a pipe whose reader is gone, a terminal or a pipe that nobody reads. A thread of its own
+writes what was logged, from a queue with a bound; what finds no room there, or cannot be written,
+is counted, and the count is logged in its place as soon as something can be. (Making the descriptor
+non-blocking instead would make it so for every process that shares the terminal or the pipe.)
+"""
 
 from __future__ import annotations
 
+import atexit
+import io
 import logging
+import os
+import select
+import signal
 import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO, cast
 
 import structlog
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 
+_STDERR = 2
+_QUEUE_MAX_BYTES = 1 << 20
+"""Some thousand lines: an outage on a slow terminal passes through, a flood does not."""
+_LAST_WORDS_S = 1.0
+"""How long the end of the process waits for a log that nobody may be reading."""
+
 
 def configure(*, level: str, format_: str) -> None:
-    """Set up structlog for the whole process: `level` of LEVELS, `format_` of FORMATS."""
+    """Set up structlog for the whole process: `level` of LEVELS, `format_` of FORMATS.
+
+    From here on `sys.stderr` is the stream of the log, so that nothing else which is said there
+    (a progress bar, an exception that nobody catches) blocks or raises, either.
+    """
+    isatty = os.isatty(_STDERR)
     renderer: structlog.typing.Processor
     if format_ == "json":
         renderer = structlog.processors.JSONRenderer()
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+        colors = isatty and not os.environ.get("NO_COLOR")
+        renderer = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+
+    def note(dropped: int) -> str:
+        event = {"event": "log lines were dropped", "level": "warning", "lines": dropped}
+        return str(renderer(None, "warning", stamp(None, "warning", event))) + "\n"
+
+    dropping = DroppingStream(_STDERR, note)
+    atexit.register(dropping.drain, _LAST_WORDS_S)
+    stream = sys.stderr = cast("TextIO", dropping)
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
+        processors=[structlog.processors.add_log_level, stamp, _or_plain(renderer)],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
+
+
+def _or_plain(renderer: structlog.typing.Processor) -> structlog.typing.Processor:
+    """`renderer`, or the event alone when something in it cannot be rendered."""
+
+    def render(
+        logger: object, name: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.ProcessorReturnValue:
+        text = str(event.get("event"))
+        try:
+            return renderer(logger, name, event)
+        except Exception as error:
+            return f"{text} (cannot be logged in full: {type(error).__name__})"
+
+    return render
+
+
+class DroppingStream(io.TextIOBase):
+    """A text stream over the descriptor `fd`. `write` returns at once and never raises.
+
+    `note(count)` is written in the place of `count` writes that were dropped.
+    """
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def __init__(self, fd: int, note: Callable[[int], str]) -> None:
+        self._fd = fd
+        self._note = note
+        self._changed = threading.Condition()
+        self._queue: deque[bytes | int] = deque()
+        """What is to be written; a number stands for so many writes that found no room."""
+        self._queued_bytes = 0
+        self._writing = False
+        self._thread: threading.Thread | None = None
+        self._torn = False
+        """The last line was written in part."""
+
+    def write(self, text: str) -> int:
+        data = text.encode("utf-8", "backslashreplace")
+        with self._changed:
+            if self._queued_bytes + len(data) > _QUEUE_MAX_BYTES:
+                self._count_dropped()
+            else:
+                self._queue.append(data)
+                self._queued_bytes += len(data)
+            self._start()
+            self._changed.notify_all()
+        return len(text)
+
+    def _count_dropped(self) -> None:
+        last = self._queue[-1] if self._queue else None
+        if isinstance(last, int):
+            self._queue[-1] = last + 1
+        else:
+            self._queue.append(1)
+
+    def _start(self) -> None:
+        if self._thread is not None:
+            return
+        thread = threading.Thread(target=self._run, name="log", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return  # No thread to be had now: with the next line again.
+        self._thread = thread
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def drain(self, limit_s: float) -> None:
+        """Wait until all is written, or dropped, for `limit_s` at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue and not self._writing, limit_s)
+
+    # The thread.
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        dropped = 0
+        while True:
+            item = self._next()
+            if isinstance(item, int):
+                dropped += item
+            if dropped and self._put_out(self._note(dropped).encode("utf-8", "backslashreplace")):
+                dropped = 0
+            if isinstance(item, bytes) and not self._put_out(item):
+                dropped += 1
+
+    def _next(self) -> bytes | int:
+        with self._changed:
+            self._writing = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: bool(self._queue))
+            self._writing = True
+            item = self._queue.popleft()
+            if isinstance(item, bytes):
+                self._queued_bytes -= len(item)
+            return item
+
+    def _put_out(self, data: bytes) -> bool:
+        """Write `data`, however long that takes; False if it cannot be."""
+        rest = b"\n" + data if self._torn else data
+        length = len(rest)
+        try:
+            while rest:
+                try:
+                    rest = rest[os.write(self._fd, rest) :]
+                except BlockingIOError:  # Whoever shares the descriptor made it so.
+                    poll = select.poll()
+                    poll.register(self._fd, select.POLLOUT)
+                    poll.poll()
+        except OSError:
+            self._torn = self._torn if len(rest) == length else True
+            return False
+        self._torn = False
+        return True

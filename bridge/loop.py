@@ -6,7 +6,8 @@ eventfds, NBD sockets) are gathered in one epoll, and one trio task waits for th
 become readable. A turn is:
 
 1. every ready descriptor's callback runs, and every poller's `poll()`;
-2. whatever was put off with `at_turn_end` runs once (one `sendmsg` per connection, one used-ring
+2. long work that was left to this turn with `soon` goes on, and
+   whatever was put off with `at_turn_end` runs once (one `sendmsg` per connection, one used-ring
    publication and at most one call per queue, however many requests the turn brought);
 3. while work keeps coming, go on (adaptive polling: `poll_us` without success, more while that
    pays, less while it does not);
@@ -14,11 +15,13 @@ become readable. A turn is:
    where an answer is most likely to be seen soonest, then in trio.
 
 Callbacks are plain functions; nothing here awaits between reading and writing shared state. A
-callback must not raise: an exception that escapes one is a bug of ours and ends the process.
+callback must not raise: an exception that escapes one is a bug of ours and ends the process. Where
+there is something smaller to end, its callbacks catch it: an NBD connection ends itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from collections.abc import Callable
@@ -33,6 +36,9 @@ EPOLLET = select.EPOLLET
 
 _YIELD_EVERY_S = 0.0005
 """A busy loop lets the other trio tasks run this often: a checkpoint costs 6 µs, about 1 %."""
+
+_LONG_TURN_S = 0.005
+"""A turn that has taken this much longer than that ends before every poller was looked at."""
 
 _NAP_S = 0.001
 """Before the loop waits in trio it waits this long in its own epoll, with all of trio standing
@@ -68,6 +74,7 @@ class Loop:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._turn_end: list[Callable[[], None]] = []
+        self._soon: list[Callable[[], None]] = []
         self._pollers: list[Poller] = []
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Edge-triggered: the counter never has to be read back. No callback: a wake-up alone
@@ -94,9 +101,11 @@ class Loop:
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Forget `fd`; it must still be open. Its callback is not called again."""
-        del self._callbacks[fd]
-        self._epoll.unregister(fd)
+        """Forget `fd`, which should still be open. Its callback is not called again."""
+        if self._callbacks.pop(fd, None) is not None:
+            # Closed before it was removed: the system has forgotten it, or does soon.
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
 
     def add_poller(self, poller: Poller) -> None:
         """Look at `poller` in every turn, until `remove_poller`."""
@@ -110,6 +119,13 @@ class Loop:
     def at_turn_end(self, callback: Callable[[], None]) -> None:
         """Call `callback` once at the end of this turn, or of one that starts now."""
         self._turn_end.append(callback)
+        if self._asleep:
+            self.wake()
+
+    def soon(self, callback: Callable[[], None], /) -> None:
+        """Call `callback` once in the next turn, after everybody else had their chance: long work
+        goes on there."""
+        self._soon.append(callback)
         if self._asleep:
             self.wake()
 
@@ -182,9 +198,20 @@ class Loop:
                     callback(events)
                     worked = True
             ready = []
-            for poller in self._pollers:
+            pollers = self._pollers
+            for poller in pollers:
                 if poller.poll():
                     worked = True
+                    if perf_counter() > until_s + _LONG_TURN_S and self._pollers is pollers:
+                        # Long batches: those that come after this one are the first next time.
+                        at = pollers.index(poller) + 1
+                        self._pollers = pollers[at:] + pollers[:at]
+                        break
+            if self._soon:
+                soon, self._soon = self._soon, []
+                worked = True
+                for go_on in soon:
+                    go_on()
             while self._turn_end:
                 pending, self._turn_end = self._turn_end, []
                 worked = True
@@ -227,7 +254,7 @@ class Loop:
         for poller in self._pollers:
             if poller.arm():
                 more = True
-        if more or self._turn_end:
+        if more or self._turn_end or self._soon:
             self._wake_up()
             return True
         return False

@@ -25,6 +25,8 @@ FUA = 1
 """Durable on the server before it is complete (WRITE, DISCARD, WRITE_ZEROES)."""
 MAY_UNMAP = 2
 """WRITE_ZEROES may leave a hole behind."""
+UNASKED = 4
+"""A FLUSH that the guest did not send: it learns of a loss from its own next one."""
 
 
 class Request:
@@ -34,11 +36,13 @@ class Request:
     up to `length`), empty for every other operation. `error` is 0 or an errno, valid once `done`
     was called. `done(request)` is called exactly once, never by a thread, possibly before
     `submit()` has returned; the buffers may not be touched by the callee after that.
-    `owner` belongs to whoever made the request; `cookie`, `generation` and `progress` to the
+    `owner` belongs to whoever made the request, and is the request that this one is a part of if
+    it is one (`is_abandoned` wants that); `cookie`, `generation` and `progress` to the
     NBD client.
     """
 
     __slots__ = (
+        "_abandoned",
         "buffers",
         "cookie",
         "done",
@@ -78,6 +82,29 @@ class Request:
         """Complete the request with `error` (0 or an errno)."""
         self.error = error
         self.done(self)
+
+    def abandon(self, done: Callable[[Any], None], scratch: memoryview) -> None:
+        """Nobody waits for this request any more, and its buffers are not its own any more.
+
+        It may still come to its end, which `done` is told of: a READ lands in `scratch`, a WRITE
+        whose bytes are still needed fails. Whoever keeps views of the buffers has to be told.
+        """
+        self._abandoned = True
+        self.done = done
+        # In place: commands made for this request have the same list.
+        self.buffers[:] = [scratch[: self.length]] if self.op == READ else []
+
+    @property
+    def is_abandoned(self) -> bool:
+        """This request, or the one that it is a part of, was abandoned."""
+        request: Any = self
+        while isinstance(request, Request):
+            # The slot is empty until then: setting it would cost every request.
+            if getattr(request, "_abandoned", False):
+                return True
+            owner = request.owner
+            request = owner[0] if type(owner) is tuple else owner
+        return False
 
     def __repr__(self) -> str:
         return f"<{OP_NAMES[self.op]} {self.length} at {self.offset} error={self.error}>"

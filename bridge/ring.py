@@ -13,18 +13,21 @@ fits, and a request that is in flight meanwhile finds the new one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
+import structlog
 import trio
 
 from bridge.errors import ProtocolError
+from bridge.eventfds import writer
 from bridge.loop import EPOLLET, EPOLLIN, Loop
-from bridge.virtio.blk import BlkEngine
+from bridge.virtio.blk import BlkEngine, BlkRequest
 from bridge.virtio.chain import Chain, QueueBroken
 from bridge.virtio.dirty_log import DirtyLog
 from bridge.virtio.memory import GuestMemory
 from bridge.virtio.queue import RingAreas, VirtQueue
+
+_log = structlog.get_logger(__name__)
 
 
 class RunningRing:
@@ -40,9 +43,11 @@ class RunningRing:
         call_fd: int | None,
         error_fd: int | None,
         broken: Callable[[str], None],
+        held: bool = False,
     ) -> None:
         """The descriptors stay the caller's. `broken(reason)` is told when the guest broke the
-        ring. Raises ProtocolError for a descriptor that cannot be waited for."""
+        ring. `held`: nothing is begun before `let_go`. Raises ProtocolError for a descriptor that
+        cannot be waited for."""
         self._loop = loop
         self._queue = queue
         self._push = queue.push  # bound once
@@ -50,7 +55,8 @@ class RunningRing:
         self._broken = broken
         self._suspended = False
         self._stopping = False
-        self._popping = True
+        self._held = held
+        self._popping = not held
         self._publishing = False
         self._drained: trio.Event | None = None
         self._log: DirtyLog | None = None
@@ -64,9 +70,14 @@ class RunningRing:
         self.set_call(call_fd)
         self.set_kick(kick_fd)
         loop.add_poller(self)
-        if recovered := queue.recovered():
+        if not held:
+            self._start_recovered()
+
+    def _start_recovered(self) -> None:
+        """Execute again what was in flight when the ring ran last."""
+        if recovered := self._queue.recovered():
             self.requests += len(recovered)
-            engine.start(self, recovered)
+            self._engine.start(self, recovered)
 
     # The data path
 
@@ -108,10 +119,18 @@ class RunningRing:
         wants_call = self._queue.publish()
         if self._log is not None:
             self._log.mark_ring()
-        if wants_call and self._call_fd is not None:
-            _signal(self._call_fd)
+        if wants_call and self._call_fd is not None and not _signal(self._call_fd):
+            self._call_blocks()
         if self._drained is not None and not self._queue.in_flight:
             self._drained.set()
+
+    def _call_blocks(self) -> None:
+        """The front-end made the call descriptor block: the loop does not wait for it twice."""
+        self._call_fd = None
+        _log.error(
+            "writing to the call eventfd of a ring blocked: the front-end has changed it, and gets "
+            "no more calls on it"
+        )
 
     def arm(self) -> bool:
         """Ask the guest for kicks; True if there are requests already (see `loop.Poller`)."""
@@ -150,24 +169,24 @@ class RunningRing:
         return self._queue.in_flight
 
     def set_kick(self, fd: int | None) -> None:
-        """Wait for `fd` from now on."""
-        if self._kick_fd is not None:
-            self._loop.remove(self._kick_fd)
-            self._kick_fd = None
+        """Wait for `fd` from now on. Raises ProtocolError, and waits for the old one still, if
+        that is not possible."""
         if fd is not None:
             try:
                 # Edge-triggered: the counter need not be read, every write to it is an event.
                 self._loop.add(fd, _kicked, EPOLLIN | EPOLLET)
             except OSError as error:
                 raise ProtocolError(f"the kick descriptor cannot be waited for: {error}") from error
-            self._kick_fd = fd
+        if self._kick_fd is not None:
+            self._loop.remove(self._kick_fd)
+        self._kick_fd = fd
         self._loop.wake()
 
     def set_call(self, fd: int | None) -> None:
         """Signal `fd` from now on, and once now: an earlier call may have got lost."""
         self._call_fd = fd
-        if fd is not None:
-            _signal(fd)
+        if fd is not None and not _signal(fd):
+            self._call_blocks()
 
     def set_error(self, fd: int | None) -> None:
         """Signal `fd` when the ring breaks; now, if it has."""
@@ -200,16 +219,41 @@ class RunningRing:
         self._stopping = False
         self._set_popping()
 
+    @property
+    def is_held(self) -> bool:
+        """Nothing was begun yet: see `let_go`."""
+        return self._held
+
+    def let_go(self) -> None:
+        """The storage side is ready for a ring that was started as `held`."""
+        if self._held:
+            self._held = False
+            self._start_recovered()
+            self._set_popping()
+
     def _set_popping(self) -> None:
-        self._popping = not (self._suspended or self._stopping or self.is_broken)
+        self._popping = not (self._suspended or self._stopping or self._held or self.is_broken)
         if self._popping:
             self._loop.wake()
 
     async def drained(self) -> None:
         """Return when everything popped is published. May be cancelled."""
-        while self._queue.in_flight or self._publishing:
+        while (self._queue.in_flight or self._publishing) and not self._held:
             self._drained = trio.Event()
             await self._drained.wait()
+
+    @property
+    def keeps_in_flight(self) -> bool:
+        """What is not answered when the ring is closed is executed when it runs again."""
+        return self._queue.keeps_in_flight and not self.is_broken
+
+    def unanswered(self) -> list[BlkRequest]:
+        """What the storage side has of this ring, oldest first."""
+        return self._engine.unanswered(self)
+
+    def fail(self, requests: list[BlkRequest]) -> None:
+        """Tell the guest that `requests` of this ring failed."""
+        self._engine.fail(requests)
 
     def move(self, memory: GuestMemory, areas: RingAreas | None) -> None:
         """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
@@ -223,9 +267,14 @@ class RunningRing:
         """Let go of the ring and its descriptors; the base to go on from (see VirtQueue.close).
 
         Requests that are still unanswered then are forgotten: their end is not reported to the
-        guest, and nothing is written to the ring or a status byte any more.
+        guest, and nothing is written to the ring or a status byte any more. (With an in-flight
+        region they stay in that.)
         """
         self.pause()
+        self._loop.remove_poller(self)
+        if self._kick_fd is not None:
+            self._loop.remove(self._kick_fd)
+            self._kick_fd = None
         if self._publishing:
             self._publish()
         if not self.is_broken:
@@ -234,10 +283,8 @@ class RunningRing:
             if self._log is not None:
                 self._log.mark_ring()
         self.complete = _forget
-        self._loop.remove_poller(self)
-        if self._kick_fd is not None:
-            self._loop.remove(self._kick_fd)
-            self._kick_fd = None
+        self._engine.abandon(self._engine.unanswered(self))
+        self._queue.long.leave()
         self._call_fd = None
         self._error_fd = None
         self._log = None
@@ -252,12 +299,4 @@ def _forget(chain: Chain, status: int, length: int) -> None:
     """The end of a request whose ring was closed before."""
 
 
-def _signal(fd: int) -> None:
-    """Write to an eventfd of the front-end's.
-
-    A full one (EAGAIN) is readable already; one that cannot be written to is its own loss.
-    """
-    try:  # noqa: SIM105 (contextlib.suppress costs as much as the system call)
-        os.eventfd_write(fd, 1)
-    except OSError:
-        pass
+_signal = writer.signal

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import structlog
 import trio
 
+from bridge.descriptors import allow_all_descriptors
 from bridge.device import BlkDevice
 from bridge.disk import Disk
 from bridge.errors import BridgeError, ConfigError
+from bridge.faults import report_bus_errors
 from bridge.heap import keep_freed_pages
 from bridge.loop import Loop
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import parse_uri
+from bridge.signals import ending_signals
 from bridge.storage import OFF, CacheSettings, Storage
 from bridge.vhost_user import backend
 from bridge.vhost_user.listener import Listener
@@ -40,6 +45,8 @@ class _Stop:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._deadline_s: float | None = None
+        self.on_begin: Callable[[], None] = _nothing
+        """Called when the time begins to run."""
         self.problem = ""
         """What the operator has to know: the exit status says that there was something."""
 
@@ -47,6 +54,7 @@ class _Stop:
         """The time runs from here on."""
         if self._deadline_s is None:
             self._deadline_s = trio.current_time() + self._limit_s
+            self.on_begin()
 
     @property
     def step_s(self) -> float:
@@ -76,20 +84,24 @@ class ServeOptions:
     flush_interval_s: float = 60.0
     poll_us: float = 32.0
     stop_timeout_s: float = 30.0
-    """How long a stop may take to bring everything to the server."""
+    """How long a stop of the process may take to bring everything to the server."""
+    drain_timeout_s: float = 30.0
+    """How long the guest's rings may take to stop, and what it wrote to get to the server then."""
     withheld_features: int = 0
     client: ClientOptions = field(default_factory=ClientOptions)
     cache: CacheSettings = field(default_factory=CacheSettings)
 
 
 async def serve_disk(options: ServeOptions) -> None:
-    """Serve one disk until SIGTERM or SIGINT, then stop cleanly.
+    """Serve one disk until SIGTERM, SIGINT, SIGQUIT or SIGHUP, then stop cleanly.
 
     Raises ConfigError, ConnectionLost or ProtocolError (possibly in a group), each with one line
     for the operator; BridgeError when the stop left something behind.
     """
     uri = parse_uri(options.uri)
     keep_freed_pages()
+    report_bus_errors()
+    allow_all_descriptors()
     loop = Loop(poll_us=options.poll_us)
     client_options = replace(options.client, read_only=options.read_only)
     client_options = client_options.for_reading_and_writing(local=uri.socket_path is not None)
@@ -97,7 +109,7 @@ async def serve_disk(options: ServeOptions) -> None:
     storage = Storage(uri, loop, client_options, cache)
     serving = trio.CancelScope()
     stop = _Stop(options.stop_timeout_s)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with ending_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
             nursery.start_soon(_cancel_at_signal, signals, serving, stop)
@@ -127,9 +139,37 @@ async def _serve(
     nursery.start_soon(disk.run_flush_timer)
     geometry = disk_geometry(export, options)
 
+    def remember() -> None:
+        """For the process after this one. A server without a name that is away has lost what was
+        unflushed, for all that anybody can tell later."""
+        mark = storage.instance_mark
+        unflushed = not disk.is_durable and not storage.has_cache
+        device.remember_durability(
+            unflushed_on=mark if unflushed else 0,
+            loss_untold=disk.untold
+            or storage.loss_untold
+            or (unflushed and not mark and storage.is_away),
+        )
+
+    def inherited(unflushed_on: int, loss_untold: bool) -> None:
+        if storage.inherit(unflushed_on) or loss_untold:
+            _log.error(
+                "writes that the process before this one had not flushed may be lost: "
+                "the guest's next flush will fail"
+            )
+            disk.tell(errno.EIO)
+        if not (storage.has_cache or geometry.read_only):
+            disk.flush_inherited()
+
+    def nothing_inherited() -> None:
+        storage.nothing_inherited()
+        remember()
+
     async def all_stopped() -> None:
-        await disk.flush()
-        storage.may_be_written_elsewhere()
+        try:
+            await storage.hand_over(partial(disk.flush, quiet=True))
+        finally:
+            remember()
 
     device = BlkDevice(
         loop,
@@ -139,12 +179,21 @@ async def _serve(
         serial=options.serial or default_serial(export),
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
-        drain_timeout_s=stop.step_s,
-        failing=storage.failing,
+        drain_timeout_s=options.drain_timeout_s,
+        on_abandoned=storage.abandon,
         on_all_stopped=all_stopped,
+        on_left_behind=storage.stop_sending,
+        on_starting=storage.starting,
         on_recovered=storage.client.expect_stale_writes,
+        on_inherited=inherited,
+        on_fresh_guest=nothing_inherited,
+        epoch=storage.epoch,
         withheld_features=options.withheld_features,
     )
+    if not (storage.has_cache or geometry.read_only):
+        disk.on_changed = remember
+        storage.client.on_reconnect = remember
+    stop.on_begin = lambda: device.hurry(stop.step_s)
     storage.on_resized = device.resize
     nursery.start_soon(device.run)
     with _listener(options) as listener:
@@ -162,7 +211,8 @@ async def _serve(
             stop.begin()
             error = 0
             with trio.move_on_after(stop.step_s, shield=True) as flushing:
-                error = await disk.flush()
+                if not storage.has_left:
+                    error = await disk.flush()
             # A cache keeps what could not be flushed, and has another try when it is closed.
             if not storage.has_cache and (flushing.cancelled_caught or error):
                 why = os.strerror(error) if error else "it did not answer in time"
@@ -170,13 +220,22 @@ async def _serve(
                     f"the server could not flush at the end ({why}): what the guest wrote since "
                     "its last flush may not be durable"
                 )
+            elif disk.untold or storage.loss_untold:
+                stop.problem = (
+                    "the server may have lost writes of the guest's that it had not flushed, and "
+                    "the guest has not flushed since, so it does not know: check its file systems"
+                )
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 async def _cancel_at_signal(
-    signals: AsyncIterator[int], serving: trio.CancelScope, stop: _Stop
+    signals: trio.MemoryReceiveChannel[signal.Signals], serving: trio.CancelScope, stop: _Stop
 ) -> None:
     async for number in signals:
-        _log.info("stopping", signal=signal.Signals(number).name)
+        _log.info("stopping", signal=number.name)
         stop.begin()
         serving.cancel()
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
-_SIZE = re.compile(r"([0-9]{1,18})([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18})(?=[KMGT]))?([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = ((50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB"))
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 512M; K, M, G and T are powers of 1024. Raises ValueError."""
+    """Bytes of a size such as 512M or 1.5G; K, M, G and T are powers of 1024. Raises ValueError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size: write a number with K, M, G or T")
-    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
+        raise ValueError(f"{text!r} is no size: write a number with K, M, G or T, such as 1.5G")
+    number = Fraction(f"{match[1]}.{match[2] or 0}")
+    return int(number * (1 << 10 * " KMGT".index(match[3].upper() or " ")))
 
 
 def size_text(count: int) -> str:

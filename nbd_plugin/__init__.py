@@ -6,11 +6,13 @@
     names.py         export names: volume, snapshot, session
     session.py       who may write a volume, and when
     store.py         the seam: stores have volumes, a volume opens as a disk
-    keepalive.py     vanished clients
+    keepalive.py     vanished clients              connections.py  silent and idle clients
+    last_seen.py     what others did to a file     filters.py      what stands above the plugin
     file_store.py    volumes as sparse files       file_disk.py    a disk on a file descriptor
     memory_store.py  volumes in memory             fallocate.py    holes
     rbd_store.py     volumes as Ceph RBD images    rbd_disk.py     an open image
     rbd_lock.py      its exclusive lock            deadline.py     time limits for librbd
+    rbd_seen.py      whether others locked it
     __main__.py      the command line: create, list, resize, remove, snapshot
 
 It runs in nbdkit's own interpreter: the standard library, and Debian's python3-rbd for the rbd

@@ -24,10 +24,11 @@ class FileDisk:
     def __init__(self, fd: int, *, size_bytes: int, read_only: bool) -> None:
         self._fd = fd
         self.failed = False
+        self.why_read_only = ""
         self.size_bytes = size_bytes
         self.read_only = read_only
         preferred = os.fstat(fd).st_blksize
-        if preferred & (preferred - 1) or not 512 <= preferred <= 32 << 20:
+        if preferred & (preferred - 1) or not 512 <= preferred <= MAX_PAYLOAD_BYTES:
             preferred = 4096
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 
@@ -41,14 +42,42 @@ class FileDisk:
             done += count
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
-        flags = os.RWF_DSYNC if fua else 0
+        if fua:
+            self._write_through(buf, offset)
+            return
         length = len(buf)
-        done = _pwritev(self._fd, (buf,), offset, flags)
+        done = _pwritev(self._fd, (buf,), offset, 0)
         while done < length:
-            count = _pwritev(self._fd, (buf[done:],), offset + done, flags)
+            count = _pwritev(self._fd, (buf[done:],), offset + done, 0)
             if count == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             done += count
+
+    def _write_through(self, buf: memoryview, offset: int) -> None:
+        if self.failed:
+            raise _flushed_badly()
+        done = 0
+        while done < len(buf):
+            piece = buf[done:]
+            try:
+                count = _pwritev(self._fd, (piece,), offset + done, os.RWF_DSYNC)
+            except OSError:
+                # Either the file did not take it (no space), and then nothing was flushed; or it
+                # did and the flush failed, which used up the kernel's one report of lost pages,
+                # those of other writes too. The call does not say which: the same without a flush
+                # does. The client is told of an error in any case.
+                if self._takes(piece, offset + done):
+                    self._note_failure()
+                raise
+            if count == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done += count
+
+    def _takes(self, piece: memoryview, offset: int) -> bool:
+        try:
+            return _pwritev(self._fd, (piece,), offset, 0) > 0
+        except OSError:
+            return False
 
     def flush(self) -> None:
         """fdatasync(2). After a failure every further flush fails too, see `Disk`.
@@ -57,13 +86,17 @@ class FileDisk:
         succeed although the data is gone.
         """
         if self.failed:
-            raise PluginError("an earlier flush failed: written data may be lost", errno.ESHUTDOWN)
+            raise _flushed_badly()
         try:
             os.fdatasync(self._fd)
         except OSError:
-            self.failed = True
-            self.note_loss()
+            self._note_failure()
             raise
+
+    def _note_failure(self) -> None:
+        self.failed = True
+        if not self.read_only:
+            self.note_loss()
 
     def note_loss(self) -> None:
         """A flush failed: acknowledged writes may be gone."""
@@ -134,6 +167,10 @@ class FileDisk:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _flushed_badly() -> PluginError:
+    return PluginError("an earlier flush failed: written data may be lost", errno.ESHUTDOWN)
 
 
 def _unsupported(error: OSError) -> bool:

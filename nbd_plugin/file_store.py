@@ -1,31 +1,42 @@
 """Volumes as sparse files of one directory, or one file alone.
 
 Beside the volumes a hidden directory holds what must be remembered of each,
-`.nbd_plugin/NAME.json`. A volume that is open for writing is locked with flock(2), so that a
-second nbdkit, or the command line, cannot write it too; the lock dies with the process.
+`.nbd_plugin/NAME.json`. What belongs to a block device is not kept beside it, /dev is made anew at
+each boot, but in `state=` or under /var/lib; where that cannot be written, nothing is kept, and
+nothing is told that would have to be. A volume that is open for writing is locked with flock(2), so
+that a second nbdkit, or the command line, cannot write it too; the lock dies with the process.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import stat
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from nbd_plugin import names
+from nbd_plugin import last_seen, names
 from nbd_plugin.errors import PluginError
 from nbd_plugin.file_disk import FileDisk
+from nbd_plugin.last_seen import Mark, read_mark
+from nbd_plugin.session import begin_generation
 from nbd_plugin.sparse_copy import sparse_copy
-from nbd_plugin.store import COMMAND_WAIT_S, VolumeInfo, VolumeState
+from nbd_plugin.store import COMMAND_WAIT_S, ChangeState, VolumeInfo, VolumeState
 from nbd_plugin.volume_state import MAX_STATE_BYTES, parse_state
 
 _STATE_DIR = ".nbd_plugin"
+_DEVICE_STATE_DIR = Path("/var/lib/nbd_plugin")
 _LOCK_POLL_S = 0.02
+_NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class FileStore:
@@ -37,8 +48,16 @@ class FileStore:
 
     name = "file"
 
-    def __init__(self, directory: Path, only: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, only: str | None = None, state_directory: Path | None = None
+    ) -> None:
+        """`state_directory`: where to remember, if not beside the volumes."""
         self._directory = directory
+        self._state_directory = state_directory
+        self._state_lock = threading.Lock()
+        self._kept_here: dict[str, VolumeState] = {}
+        """What is remembered for as long as this process lives, where it cannot be stored."""
+        self.process = uuid.uuid4()
         self._only_file = only
         self._only = only if only is None or names.is_volume_name(only) else "disk"
         if not directory.is_dir():
@@ -69,26 +88,47 @@ class FileStore:
             except FileNotFoundError:
                 continue
             if stat.S_ISREG(info.st_mode):
-                read_only = "@" in name or self.load_state(name).read_only
+                read_only = "@" in name or self._is_marked_read_only(name)
                 found.append(VolumeInfo(name, info.st_size, info.st_blocks * 512, read_only))
         return found
 
     def open(self, name: str, *, read_only: bool, timeout_s: float) -> VolumeFile:
-        path = self._path(name)
-        read_only = read_only or "@" in name or self.load_state(name).read_only
-        flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+        why_read_only = ""
+        if not (read_only or "@" in name or self._is_marked_read_only(name)):
+            try:
+                return self._open(name, os.O_RDWR, timeout_s)
+            except OSError as error:
+                if error.errno not in _NOT_WRITABLE:
+                    raise
+                why_read_only = f"{error.filename or self._path(name)}: {error.strerror}"
         try:
-            fd = os.open(path, flags)
+            disk = self._open(name, os.O_RDONLY, timeout_s)
+        except PermissionError:
+            raise PluginError(
+                f"volume {name}: user {os.geteuid()}, as whom nbdkit runs, may not read it",
+                errno.EACCES,
+            ) from None
+        disk.why_read_only = why_read_only
+        return disk
+
+    def _open(self, name: str, mode: int, timeout_s: float) -> VolumeFile:
+        """Raises OSError when it may not be opened so."""
+        try:
+            fd = os.open(self._path(name), mode | os.O_CLOEXEC)
         except FileNotFoundError:
             raise PluginError(f"volume {name} does not exist", errno.ENOENT) from None
+        except IsADirectoryError:
+            raise _not_a_disk(name) from None
         try:
-            mode = os.fstat(fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise PluginError(f"volume {name} is neither a file nor a block device")
-            if not read_only:
+            kind = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+                raise _not_a_disk(name)
+            if mode == os.O_RDWR:
                 lock_file(fd, name, timeout_s)
                 self._check_still_there(fd, name)
+                self._check_state_directory(name)
             size_bytes = os.lseek(fd, 0, os.SEEK_END)
+            read_only = mode == os.O_RDONLY
             return VolumeFile(self, name, fd, size_bytes=size_bytes, read_only=read_only)
         except BaseException:
             os.close(fd)
@@ -102,6 +142,7 @@ class FileStore:
         try:
             os.ftruncate(fd, size_bytes)
             os.fsync(fd)
+            seen = last_seen.describe(fd, is_open=False)
         except OSError as error:
             os.unlink(self._path(name))
             raise PluginError(
@@ -110,14 +151,20 @@ class FileStore:
         finally:
             os.close(fd)
         _sync_directory(self._directory)
+
         # A removed volume of the same name may have left its counters: go on from there, so that
         # nobody mistakes the new contents for the old.
-        state = self.load_state(name)
-        number = state.generation + 1
-        self.save_state(
-            name,
-            replace(state, generation=number, written=number, read_only=read_only, identity=""),
-        )
+        def made(state: VolumeState) -> VolumeState:
+            number = state.generation + 1
+            return VolumeState(
+                generation=number,
+                written=number,
+                read_only=read_only,
+                losses=state.losses,
+                seen=seen,
+            )
+
+        self.update_state(name, made)
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
@@ -128,9 +175,11 @@ class FileStore:
                 raise PluginError(
                     f"volume {name} has {disk.size_bytes} bytes: making it smaller loses data"
                 )
+            # Growing changes nothing that anybody has seen of the volume.
+            begin_generation(disk, writes=size_bytes < disk.size_bytes)
             os.truncate(self._path(name), size_bytes)
             disk.flush()
-            self._note_foreign_write(disk)
+            disk.update_state(lambda state: replace(state, seen=disk.seen(writing=False)))
         finally:
             disk.close()
 
@@ -149,7 +198,8 @@ class FileStore:
         if target.exists():
             raise PluginError(f"volume {name}@{snapshot} exists already", errno.EEXIST)
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
-        partial = self._state_path(name).with_name(f"{name}@{snapshot}.{os.getpid()}.copy")
+        # On the volumes' own file system.
+        partial = self._directory / _STATE_DIR / f"{name}@{snapshot}.{os.getpid()}.copy"
         try:
             partial.parent.mkdir(mode=0o700, exist_ok=True)
             sparse_copy(self._path(name), partial)
@@ -161,18 +211,53 @@ class FileStore:
 
     def load_state(self, name: str) -> VolumeState:
         """The remembered state. A damaged file is an error: guessing could hide a write."""
-        path = self._state_path(name)
+        if name in self._kept_here:
+            return self._kept_here[name]
+        path = self.state_path(name)
         try:
             with open(path, "rb") as file:
                 return parse_state(file.read(MAX_STATE_BYTES + 1))
         except FileNotFoundError:
             return VolumeState()
+        except (PermissionError, NotADirectoryError):
+            if not self._may_forget(name):
+                raise
+            return self._kept_here.setdefault(name, VolumeState())
         except ValueError:
             raise PluginError(f"{path} is damaged: remove it after a look", errno.EIO) from None
 
-    def save_state(self, name: str, state: VolumeState) -> None:
-        path = self._state_path(name)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+    def update_state(self, name: str, change: ChangeState) -> VolumeState:
+        """Replace the remembered state by what `change` makes of it, durably, and return that.
+
+        One at a time, in this process and among others: none may get lost.
+        """
+        with self._state_lock:
+            if name in self._kept_here:
+                state = self._kept_here[name] = change(self._kept_here[name])
+                return state
+            path = self.state_path(name)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX)
+                state = change(self.load_state(name))
+                self._save_state(path, state)
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+            return state
+
+    def state_lasts(self, name: str) -> bool:
+        """Whether what is remembered of the volume outlives this process."""
+        return name not in self._kept_here
+
+    def _is_marked_read_only(self, name: str) -> bool:
+        try:
+            return self.load_state(name).read_only
+        except (PermissionError, NotADirectoryError):
+            return False  # and whoever wants to write is refused that, see `_open`
+
+    def _save_state(self, path: Path, state: VolumeState) -> None:
         new = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
             with open(new, "w", encoding="ascii") as file:
@@ -183,12 +268,29 @@ class FileStore:
         except OSError:
             new.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
 
-    def _note_foreign_write(self, disk: VolumeFile) -> None:
-        state = disk.load_state()
-        number = state.generation + 1
-        disk.save_state(replace(state, generation=number, written=number))
+    def _check_state_directory(self, name: str) -> None:
+        """The volume is about to be written, which must be remembered. Raises OSError if it cannot
+        be; a device may be written all the same, and is not told of then (`state_lasts`)."""
+        directory = self.state_path(name).parent
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+                text = "what is to be remembered of the volume cannot be written there (see state=)"
+                raise OSError(errno.EACCES, text, str(directory))
+        except OSError:
+            if not self._may_forget(name):
+                raise
+            self._kept_here.setdefault(name, VolumeState())
+
+    def _may_forget(self, name: str) -> bool:
+        return self._state_directory is None and self._is_device(name)
+
+    def _is_device(self, name: str) -> bool:
+        try:
+            return stat.S_ISBLK(os.stat(self._path(name)).st_mode)
+        except OSError:
+            return False
 
     def _check_still_there(self, fd: int, name: str) -> None:
         """The lock was waited for; meanwhile its holder may have removed the file."""
@@ -207,8 +309,18 @@ class FileStore:
             return self._directory / self._only_file
         return self._directory / names.check_volume_name(name)
 
-    def _state_path(self, name: str) -> Path:
-        return self._directory / _STATE_DIR / f"{self._path(name).name}.json"
+    def state_path(self, name: str) -> Path:
+        """The file in which the volume's state is remembered."""
+        path = self._path(name)
+        directory = self._state_directory
+        if directory is None:
+            if not self._is_device(name):
+                return self._directory / _STATE_DIR / f"{path.name}.json"
+            directory = _DEVICE_STATE_DIR
+        # Volumes of several directories may be remembered there.
+        readable = re.sub(r"[^A-Za-z0-9@.]+", "-", str(path)).strip("-.")[-80:]
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+        return directory / f"{readable}-{digest}.json"
 
 
 class VolumeFile(FileDisk):
@@ -220,24 +332,95 @@ class VolumeFile(FileDisk):
         super().__init__(fd, size_bytes=size_bytes, read_only=read_only)
         self._store = store
         self._name = name
+        self._mark: Mark | None = None
+
+    # What changes the file is marked: `last_seen` tells why. `Session.note_write` comes first.
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
+        mark = self._mark
+        if mark is None:
+            super().pwrite(buf, offset, fua)
+            return
+        mark.began()
+        try:
+            super().pwrite(buf, offset, fua)
+        finally:
+            mark.ended()
+
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        with self._marked():
+            super().trim(offset, length, fua)
+
+    def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
+        with self._marked():
+            super().zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
+
+    @contextmanager
+    def _marked(self) -> Iterator[None]:
+        mark = self._mark
+        if mark is None:
+            yield
+            return
+        mark.began()
+        try:
+            yield
+        finally:
+            mark.ended()
+
+    def flush(self) -> None:
+        super().flush()
+        if self._mark is not None:
+            self._mark.note_time(self._fd)
+
+    @property
+    def state_lasts(self) -> bool:
+        return self._store.state_lasts(self._name)
 
     def load_state(self) -> VolumeState:
         return self._store.load_state(self._name)
 
-    def save_state(self, state: VolumeState) -> None:
-        self._store.save_state(self._name, state)
+    def update_state(self, change: ChangeState) -> VolumeState:
+        return self._store.update_state(self._name, change)
+
+    def was_changed(self, state: VolumeState) -> bool:
+        return last_seen.has_changed(state.seen, self._fd, lambda: read_mark(self._mark_path))
+
+    def has_grown(self, state: VolumeState) -> bool:
+        return last_seen.has_grown(state.seen, self._fd)
+
+    def seen(self, *, writing: bool) -> str:
+        if writing and self._mark is None and not stat.S_ISBLK(os.fstat(self._fd).st_mode):
+            self._mark = Mark(self._mark_path)
+        return last_seen.describe(self._fd, is_open=writing)
+
+    @property
+    def _mark_path(self) -> Path:
+        return self._store.state_path(self._name).with_suffix(".mark")
 
     def instance(self) -> str:
         """Changes with the host's boot and with every failed flush.
 
-        Not with nbdkit's process: what it wrote is in the page cache and outlives it.
+        Not with nbdkit's process: what it wrote is in the page cache and outlives it. Unless
+        failed flushes are remembered no longer than it lives.
         """
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return str(uuid.uuid5(uuid.UUID(boot_id), str(self.load_state().losses)))
+        try:
+            losses = self.load_state().losses
+        except PermissionError:
+            return str(self._store.process)
+        base = uuid.UUID(last_seen.boot_id()) if self.state_lasts else self._store.process
+        return str(uuid.uuid5(base, str(losses)))
 
     def note_loss(self) -> None:
-        state = self.load_state()
-        self.save_state(replace(state, losses=state.losses + 1))
+        self.update_state(lambda state: replace(state, losses=state.losses + 1))
+
+    def close(self) -> None:
+        if self._mark is not None:
+            self._mark.close()
+        super().close()
+
+
+def _not_a_disk(name: str) -> PluginError:
+    return PluginError(f"volume {name} is neither a file nor a block device")
 
 
 def lock_file(fd: int, name: str, timeout_s: float) -> None:

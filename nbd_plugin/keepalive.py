@@ -9,9 +9,9 @@ half a minute.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
-import stat
+
+from nbd_plugin.connections import accepted
 
 _IDLE_S = 15
 _INTERVAL_S = 5
@@ -22,50 +22,11 @@ _UNACKNOWLEDGED_MS = 30_000
 def enable() -> None:
     """Set the options on all accepted TCP connections of this process. Never raises.
 
-    A plugin is not told which socket a connection has, and setting them twice does no harm. What
-    was not accepted (librados' own connections) is left alone.
+    A plugin is not told which socket a connection has, and setting them twice does no harm.
     """
-    found = [sock for fd in _open_sockets() if (sock := _duplicate(fd)) is not None]
-    try:
-        ports = {_local_port(sock) for sock in found if _is_listening(sock)}
-        for sock in found:
-            if not _is_listening(sock) and _local_port(sock) in ports:
-                _set_options(sock)
-    finally:
-        for sock in found:
-            sock.close()
-
-
-def _open_sockets() -> list[int]:
-    fds = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                fds.append(int(name))
-    return fds
-
-
-def _duplicate(fd: int) -> socket.socket | None:
-    """A second descriptor of a TCP socket; it may be closed without harm to the first."""
-    sock = None
-    with contextlib.suppress(OSError):
-        sock = socket.socket(fileno=os.dup(fd))
-        if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
-            return sock
-    if sock is not None:
-        sock.close()
-    return None
-
-
-def _is_listening(sock: socket.socket) -> bool:
-    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-
-
-def _local_port(sock: socket.socket) -> int:
-    with contextlib.suppress(OSError):
-        port: int = sock.getsockname()[1]
-        return port
-    return -1
+    for sock in accepted():
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            _set_options(sock)
 
 
 def _set_options(sock: socket.socket) -> None:

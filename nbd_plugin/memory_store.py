@@ -6,11 +6,12 @@ import errno
 import os
 import threading
 import uuid
+from dataclasses import replace
 
 from nbd_plugin import names
 from nbd_plugin.errors import PluginError
 from nbd_plugin.file_disk import FileDisk
-from nbd_plugin.store import VolumeInfo, VolumeState
+from nbd_plugin.store import ChangeState, VolumeInfo, VolumeState
 
 
 class _Volume:
@@ -18,6 +19,7 @@ class _Volume:
         self.fd = os.memfd_create("nbd-volume", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, size_bytes)
         self.state = VolumeState(read_only=read_only)
+        self.lock = threading.Lock()
 
 
 class MemoryStore:
@@ -28,7 +30,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._volumes: dict[str, _Volume] = {}
         self._lock = threading.Lock()
-        self._instance = str(uuid.uuid4())
+        self._instance = uuid.uuid4()
 
     def check(self) -> None:
         pass
@@ -93,8 +95,10 @@ class MemoryStore:
 class MemoryDisk(FileDisk):
     """A volume of a `MemoryStore`, open."""
 
+    state_lasts = True  # as long as the volume does
+
     def __init__(
-        self, volume: _Volume, fd: int, instance: str, *, size_bytes: int, read_only: bool
+        self, volume: _Volume, fd: int, instance: uuid.UUID, *, size_bytes: int, read_only: bool
     ) -> None:
         super().__init__(fd, size_bytes=size_bytes, read_only=read_only)
         self._volume = volume
@@ -103,9 +107,24 @@ class MemoryDisk(FileDisk):
     def load_state(self) -> VolumeState:
         return self._volume.state
 
-    def save_state(self, state: VolumeState) -> None:
-        self._volume.state = state
+    def update_state(self, change: ChangeState) -> VolumeState:
+        with self._volume.lock:
+            self._volume.state = change(self._volume.state)
+            return self._volume.state
+
+    def was_changed(self, state: VolumeState) -> bool:
+        """Nobody else can."""
+        return False
+
+    def has_grown(self, state: VolumeState) -> bool:
+        return False
+
+    def seen(self, *, writing: bool) -> str:
+        return ""
+
+    def note_loss(self) -> None:
+        self.update_state(lambda state: replace(state, losses=state.losses + 1))
 
     def instance(self) -> str:
-        """Changes with the process: everything is gone with it."""
-        return self._instance
+        """Changes with the process: everything is gone with it. And with a failed flush."""
+        return str(uuid.uuid5(self._instance, str(self.load_state().losses)))

@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import nbdkit
 
-from nbd_plugin import keepalive, thread_state
+from nbd_plugin import connections, filters, keepalive, thread_state
 from nbd_plugin.errors import PluginError, nbd_errno, one_line
 from nbd_plugin.service import Service
 from nbd_plugin.session import Handle
@@ -37,6 +37,7 @@ _FAST_ZERO: int = nbdkit.FLAG_FAST_ZERO
 
 _settings = Settings()
 _service: Service
+_connections = connections.Connections()
 
 
 def _log_line(_type: object, error: BaseException, *_rest: object) -> list[str]:
@@ -76,16 +77,18 @@ def config_complete() -> None:
 
 def get_ready() -> None:
     global _service
-    _service = Service(_settings)
+    _service = Service(_settings, is_filtered=filters.may_hold_data())
     _service.prepare()
 
 
 def after_fork() -> None:
     # Here and not in get_ready: threads (librados has some) do not survive nbdkit's fork.
     _service.start()
+    _connections.start()
 
 
 def cleanup() -> None:
+    _connections.stop()
     _service.stop()
 
 
@@ -100,11 +103,19 @@ def default_export(readonly: bool, is_tls: bool) -> str:
     return _service.default_export()
 
 
+def preconnect(readonly: bool) -> None:
+    _connections.is_silent(connections.peer_address())
+
+
 def open(readonly: bool) -> Handle:
+    peer = connections.peer_address()
+    _connections.is_heard(peer)
     try:
         handle = _service.open(nbdkit.export_name(), read_only=readonly)
     except Exception as error:
+        _connections.is_silent(peer)
         _fail(error)
+    handle.peer = peer
     keepalive.enable()
     thread_state.keep()
     return handle
@@ -112,6 +123,8 @@ def open(readonly: bool) -> Handle:
 
 def close(handle: Handle) -> None:
     thread_state.let_go()
+    # It may open another export, or be at its end; nbdkit logs an error if asked then.
+    _connections.is_silent(handle.peer)
     _service.close(handle)
 
 
@@ -249,5 +262,5 @@ def _check_write(handle: Handle) -> None:
     session = handle.session
     if session is None:
         raise PluginError("this export is read-only", errno.EROFS)
-    if not session.written:
-        session.note_write()
+    if session.writer != handle.client:
+        session.note_write(handle)

@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 
 import rbd
 
 from nbd_plugin.errors import NotSupported, PluginError
-from nbd_plugin.store import EXTENT_HOLE, EXTENT_ZERO, MAX_PAYLOAD_BYTES, Extents, VolumeState
+from nbd_plugin.store import (
+    EXTENT_HOLE,
+    EXTENT_ZERO,
+    MAX_PAYLOAD_BYTES,
+    ChangeState,
+    Extents,
+    VolumeState,
+)
 from nbd_plugin.volume_state import parse_state
 
 STATE_KEY = "nbd_plugin"
@@ -33,22 +41,40 @@ _CACHE_STEP_BYTES = 4 << 20
 
 _HOLE = EXTENT_HOLE | EXTENT_ZERO
 
+_HEADER = "header"
+"""In what is remembered: `is_untouched` can be asked."""
+
 
 class RbdDisk:
     """An open image. Shared by all connections of a session: the exclusive lock belongs to the
     open image, and would wander between two of them."""
 
+    state_lasts = True
+
     def __init__(
-        self, image: rbd.Image, *, read_only: bool, instance: str, on_loss: Callable[[], object]
+        self,
+        image: rbd.Image,
+        *,
+        read_only: bool,
+        instance: str,
+        on_loss: Callable[[], object],
+        is_untouched: Callable[[], bool],
+        on_closed: Callable[[], object] | None = None,
     ) -> None:
+        """`is_untouched`: nobody but the plugin can have written the image since it last had it.
+        `on_closed` remembers what that is asked of; None where that cannot be done."""
         self.image = image
+        self._is_untouched = is_untouched
+        self._on_closed = on_closed
         self._instance = instance
         self._on_loss = on_loss
+        self._state_lock = threading.Lock()
         self.failed = False
+        self.why_read_only = ""
         self.read_only = read_only
         self.size_bytes = image.size()
         object_bytes = image.stat()["obj_size"]
-        preferred = min(max(object_bytes, 512), 32 << 20)  # NBD's limits for the preferred size
+        preferred = min(max(object_bytes, 512), MAX_PAYLOAD_BYTES)  # 512: NBD's limit
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 
     def pread(self, buf: memoryview, offset: int) -> None:
@@ -112,8 +138,30 @@ class RbdDisk:
     def load_state(self) -> VolumeState:
         return load_state(self.image)
 
-    def save_state(self, state: VolumeState) -> None:
-        self.image.metadata_set(STATE_KEY, json.dumps(asdict(state)))
+    def update_state(self, change: ChangeState) -> VolumeState:
+        # Who calls this holds the image's exclusive lock, so no other process does.
+        with self._state_lock:
+            state = change(self.load_state())
+            self.image.metadata_set(STATE_KEY, json.dumps(asdict(state)))
+            return state
+
+    def was_changed(self, state: VolumeState) -> bool:
+        """Another image has the name (copied with its metadata), it was made smaller, or another
+        Ceph client had its lock."""
+        if not state.seen:
+            return False
+        _, number, size_text, *rest = state.seen.split(" ")
+        if number != self.image.id() or self.image.size() < int(size_text):
+            return True
+        return rest == [_HEADER] and not self._is_untouched()
+
+    def has_grown(self, state: VolumeState) -> bool:
+        """To grow is no change here."""
+        return False
+
+    def seen(self, *, writing: bool) -> str:
+        words = ["open" if writing else "closed", self.image.id(), str(self.image.size())]
+        return " ".join(words if self._on_closed is None else [*words, _HEADER])
 
     def instance(self) -> str:
         """Changes with the process, and with a failed flush: librbd's cache is in memory."""
@@ -126,6 +174,8 @@ class RbdDisk:
         except Exception:
             self._on_loss()
             raise
+        if self._on_closed is not None:
+            self._on_closed()
 
 
 def load_state(image: rbd.Image) -> VolumeState:

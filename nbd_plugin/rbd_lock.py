@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import rbd
@@ -28,13 +29,19 @@ _LEAST_S = 1.0
 """A free lock takes a few milliseconds, one that has to be asked back from a client more."""
 
 
-def take_lock(image: rbd.Image, name: str, timeout_s: float) -> None:
-    """Take the lock for as long as the image is open. Raises PluginError (EBUSY)."""
+def take_lock(
+    image: rbd.Image, name: str, timeout_s: float, look: Callable[[bool], object]
+) -> None:
+    """Take the lock for as long as the image is open. Raises PluginError (EBUSY).
+
+    `look` is called right before each attempt: whether the lock still belongs to the plugin's
+    client that took it last, dead or alive.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         left_s = max(deadline - time.monotonic(), _LEAST_S)
         try:
-            call_within(left_s, f"locking volume {name}", lambda: _acquire(image))
+            call_within(left_s, f"locking volume {name}", lambda: _acquire(image, look))
             return
         except (rbd.ReadOnlyImage, rbd.ImageBusy, PluginError):
             if time.monotonic() >= deadline:
@@ -44,11 +51,19 @@ def take_lock(image: rbd.Image, name: str, timeout_s: float) -> None:
         time.sleep(_RETRY_S)
 
 
-def _acquire(image: rbd.Image) -> None:
+def _acquire(image: rbd.Image, look: Callable[[bool], object]) -> None:
+    look(_is_as_left(image))
     _break_lock_of_the_dead(image)
     image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
     for owner in _owners(image):
         image.metadata_set(HOLDER_KEY, f"{_this_process()} {owner}")
+
+
+def _is_as_left(image: rbd.Image) -> bool:
+    try:
+        return image.metadata_get(HOLDER_KEY).rpartition(" ")[2] in _owners(image)
+    except KeyError:
+        return False
 
 
 def _break_lock_of_the_dead(image: rbd.Image) -> None:

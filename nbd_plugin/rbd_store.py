@@ -22,6 +22,8 @@ from nbd_plugin.deadline import call_within, in_background, wait_for_background
 from nbd_plugin.errors import PluginError, one_line
 from nbd_plugin.rbd_disk import RbdDisk, load_state
 from nbd_plugin.rbd_lock import take_lock
+from nbd_plugin.rbd_seen import HeaderVersion
+from nbd_plugin.session import begin_generation
 from nbd_plugin.settings import Settings
 from nbd_plugin.store import COMMAND_WAIT_S, VolumeInfo, VolumeState
 
@@ -160,14 +162,34 @@ class RbdStore:
             elif not read_only and load_state(image).read_only:
                 image.close()
                 return self.open(name, read_only=True, timeout_s=timeout_s)
+            header = HeaderVersion(self._open_pool, volume)
+            untouched = False
+
+            def is_as_remembered() -> bool:
+                try:
+                    return header.is_as_remembered()
+                except rados.Error:
+                    return False
+
+            def look(is_as_left: bool) -> None:
+                nonlocal untouched
+                untouched = is_as_left or is_as_remembered()
+
+            def look_now() -> bool:
+                return self._bounded(f"looking at volume {name}", is_as_remembered)
+
             if not read_only:
-                self._take_lock(image, name, timeout_s)
+                self._refuse_demoted(image, name)
+                self._take_lock(image, name, timeout_s, look)
+            may_remember = not read_only and self._may_remember(header, name)
             instance = uuid.uuid5(self._process, f"{name} {self._losses.get(name, 0)}")
             return RbdDisk(
                 image,
                 read_only=read_only,
                 instance=str(instance),
                 on_loss=lambda: self._note_loss(name),
+                is_untouched=look_now if read_only else lambda: untouched,
+                on_closed=(lambda: self._remember(header, name)) if may_remember else None,
             )
         except BaseException:
             # In the background: it hangs if what failed was the cluster.
@@ -187,7 +209,7 @@ class RbdStore:
             raise PluginError(f"volume {name} exists already", errno.EEXIST) from None
         if read_only:
             disk = self.open(name, read_only=False, timeout_s=self._timeout_s)
-            disk.save_state(VolumeState(generation=1, written=1, read_only=True))
+            disk.update_state(lambda _: VolumeState(generation=1, written=1, read_only=True))
             disk.close()
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
@@ -199,10 +221,10 @@ class RbdStore:
                 raise PluginError(
                     f"volume {name} has {disk.size_bytes} bytes: making it smaller loses data"
                 )
-            state = disk.load_state()
-            number = state.generation + 1
-            disk.save_state(replace(state, generation=number, written=number))
+            # Growing changes nothing that anybody has seen of the volume.
+            begin_generation(disk, writes=size_bytes < disk.size_bytes)
             disk.image.resize(size_bytes)
+            disk.update_state(lambda state: replace(state, seen=disk.seen(writing=False)))
         finally:
             disk.close()
 
@@ -278,13 +300,41 @@ class RbdStore:
                 f"volume {shown} does not exist in pool {self._settings.pool}", errno.ENOENT
             ) from None
 
-    def _take_lock(self, image: rbd.Image, name: str, timeout_s: float) -> None:
+    def _may_remember(self, header: HeaderVersion, name: str) -> bool:
+        """False where this Ceph user may not: then other clients' writes go unseen."""
+        try:
+            self._bounded(f"opening volume {name}", header.forget)
+        except rados.Error:
+            return False
+        return True
+
+    def _remember(self, header: HeaderVersion, name: str) -> None:
+        # If that fails, the next session takes the image for one that was changed.
+        with contextlib.suppress(PluginError, rados.Error):
+            self._bounded(f"closing volume {name}", header.remember)
+
+    def _take_lock(
+        self, image: rbd.Image, name: str, timeout_s: float, look: Callable[[bool], object]
+    ) -> None:
         if not image.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
             raise PluginError(
                 f"volume {name} lacks the exclusive-lock feature: "
                 f"rbd feature enable {self._settings.pool}/{name} exclusive-lock"
             )
-        take_lock(image, name, timeout_s)
+        take_lock(image, name, timeout_s, look)
+
+    def _refuse_demoted(self, image: rbd.Image, name: str) -> None:
+        """A mirrored image that is not the primary one cannot be locked; that would look busy."""
+        try:
+            mirrored = image.mirror_image_get_info()
+        except rbd.Error:
+            return  # no mirroring here
+        if mirrored["state"] != rbd.RBD_MIRROR_IMAGE_DISABLED and not mirrored["primary"]:
+            raise PluginError(
+                f"volume {name} is demoted, the other cluster may be writing it: "
+                f"rbd mirror image promote {self._settings.pool}/{name}, or open it read-only",
+                errno.EROFS,
+            )
 
     def _bounded(self, what: str, function: Callable[[], _T]) -> _T:
         return call_within(self._timeout_s, what, function)

@@ -29,9 +29,14 @@ number in the export's description is the one of the session being opened (nbdki
 call `open`, then `get_size` and the `can_…`, then `export_description`). `written` is the last
 generation that wrote: it is stored before that session's first write is executed. Whoever cached
 the volume under generation G may keep the cache exactly if `written <= G`; looking around
-(`nbdinfo --list` opens and closes every export) raises `generation`, not `written`. The first
-session also gives the volume its **identity**: one of the same name that was made anew, or came
-back without its counters, has another.
+(`nbdinfo --list` opens and closes every export) raises `generation`, not `written`. Within a
+session that several clients share (a migration), `writer` is the ID of the one that wrote last: a
+client that finds its own there knows that nobody else wrote since. The first session also gives
+the volume its **identity**: one of the same name that was made anew, or came back without its
+counters, has another. One that somebody changed past this plugin (see `last_seen`) was written by
+a generation of its own. If all that can be said is that it is longer now, `grown_from` is what
+`written` was before: who has unwritten data for the volume may bring it if that is no later than
+G, once a look at the content showed nothing else.
 """
 
 from __future__ import annotations
@@ -45,12 +50,38 @@ from dataclasses import replace
 
 from nbd_plugin.errors import PluginError
 from nbd_plugin.names import ExportName
-from nbd_plugin.store import Disk
+from nbd_plugin.store import Disk, VolumeState
 
 _DRAIN_POLL_S = 0.005
 
 OpenDisk = Callable[[float], Disk]
 """Opens the volume for writing, waiting at most that many seconds for other processes."""
+
+
+def begin_generation(disk: Disk, *, writes: bool = False) -> VolumeState:
+    """Store that a writable session begins, and return the state with its number. `writes`: it
+    also counts as having written."""
+
+    def change(state: VolumeState) -> VolumeState:
+        generation, written = state.generation, state.written
+        grown_from, grown_to = state.grown_from, state.grown_to
+        if disk.was_changed(state):
+            generation = written = generation + 1
+            if disk.has_grown(state):
+                grown_from = state.grown_from if state.only_grew else state.written
+                grown_to = written
+        generation += 1
+        return replace(
+            state,
+            grown_from=grown_from,
+            grown_to=grown_to,
+            generation=generation,
+            written=generation if writes else written,
+            identity=state.identity or secrets.token_hex(16),
+            seen=disk.seen(writing=False),
+        )
+
+    return disk.update_state(change)
 
 
 class Handle:
@@ -62,9 +93,11 @@ class Handle:
 
     __slots__ = (
         "busy",
+        "client",
         "connection",
         "disk",
         "multi_conn",
+        "peer",
         "read_only",
         "revoked",
         "session",
@@ -72,15 +105,23 @@ class Handle:
     )
 
     def __init__(
-        self, volume: str, disk: Disk, session: Session | None, connection: int | None
+        self,
+        volume: str,
+        disk: Disk,
+        session: Session | None,
+        connection: int | None,
+        client: str | None = None,
     ) -> None:
         self.volume = volume
         self.disk = disk
         self.session = session
         self.connection = connection
+        self.client = client or ""
         self.read_only = session is None
         self.multi_conn = session is None or session.shared
         self.revoked = False
+        self.peer = b""
+        """See `connections`."""
         self.busy: list[None] = []
 
     def check_alive(self) -> None:
@@ -100,7 +141,8 @@ class Session:
         self.is_open = False
         self.disk: Disk | None = None
         self.generation = 0
-        self.written = False
+        self.writer: str | None = None
+        """The client that wrote last, "" for one without a name; None: nobody yet."""
         self.handles: list[Handle] = []
         self._mark = threading.Lock()
 
@@ -109,14 +151,28 @@ class Session:
             return False
         return self.is_open and self.shared and token == self.token
 
-    def note_write(self) -> None:
-        """Store that this generation writes, before its first write is executed."""
+    def note_write(self, handle: Handle) -> None:
+        """Store that this generation writes, and who, before that one's first write is executed."""
         with self._mark:
-            if self.written or self.disk is None:
+            if self.writer == handle.client or self.disk is None:
                 return
-            state = self.disk.load_state()
-            self.disk.save_state(replace(state, written=self.generation))
-            self.written = True
+            seen = self.disk.seen(writing=True)
+            self.disk.update_state(
+                lambda state: replace(
+                    state, written=self.generation, seen=seen, writer=handle.client
+                )
+            )
+            self.writer = handle.client
+
+    def close_disk(self) -> None:
+        """Remember what the volume looks like now that nothing writes it any more, and let go."""
+        assert self.disk is not None
+        disk = self.disk
+        try:
+            if self.writer is not None:
+                disk.update_state(lambda state: replace(state, seen=disk.seen(writing=False)))
+        finally:
+            disk.close()
 
 
 class Fence:
@@ -127,6 +183,12 @@ class Fence:
         self._takeover = takeover
         self._changed = threading.Condition()
         self._session: Session | None = None
+        self.users = 0
+        """Who is about to use this fence; see `Service`."""
+
+    @property
+    def is_empty(self) -> bool:
+        return self._session is None
 
     def enter(
         self, name: ExportName, *, shared: bool, timeout_s: float, open_disk: OpenDisk
@@ -172,19 +234,18 @@ class Fence:
             if disk.read_only:
                 self._forget(session)
                 return Handle(self._volume, disk, None, None)
-            state = disk.load_state()
-            session.generation = state.generation + 1
-            identity = state.identity or secrets.token_hex(16)
-            disk.save_state(replace(state, generation=session.generation, identity=identity))
+            session.generation = begin_generation(disk).generation
         except BaseException:
-            if disk is not None:
-                disk.close()
-            self._forget(session)
+            try:
+                if disk is not None:
+                    disk.close()
+            finally:
+                self._forget(session)
             raise
         with self._changed:
             session.disk = disk
             session.is_open = True
-            handle = Handle(self._volume, disk, session, name.connection)
+            handle = Handle(self._volume, disk, session, name.connection, name.client)
             session.handles.append(handle)
             self._changed.notify_all()
         return handle
@@ -195,7 +256,7 @@ class Fence:
         if name.connection is not None:
             old = [h for h in session.handles if h.connection == name.connection]
             self._revoke(old, deadline)
-        handle = Handle(self._volume, session.disk, session, name.connection)
+        handle = Handle(self._volume, session.disk, session, name.connection, name.client)
         session.handles.append(handle)
         return handle
 
@@ -222,7 +283,8 @@ class Fence:
         if session is None:
             return
         if not (self._takeover and session.is_open):
-            holder = f"session {session.token}" if session.token else "another connection"
+            # Not by which token: whoever knows it may join.
+            holder = "another session" if session.token else "another connection"
             raise PluginError(
                 f"volume {self._volume} is open for writing by {holder} "
                 f"({len(session.handles)} connections); waited {timeout_s:g} s",
@@ -235,17 +297,15 @@ class Fence:
         self._revoke(session.handles, deadline)
         session.is_open = False
         session.handles.clear()
-        assert session.disk is not None
         try:
-            session.disk.close()
+            session.close_disk()
         finally:
             self._session = None
             self._changed.notify_all()
 
     def _end(self, session: Session) -> None:
-        assert session.disk is not None
         try:
-            session.disk.close()
+            session.close_disk()
         finally:
             self._forget(session)
 

@@ -22,10 +22,12 @@ class Settings:
     store: str = ""
     file: str = ""
     dir: str = ""
+    state: str = ""
     size: str = ""
     volume: str = ""
     create: str = "off"
     parallel: str = ""
+    connections: str = "0"
     fence: str = "on"
     fence_timeout: str = "10"
     pool: str = ""
@@ -42,7 +44,7 @@ class Settings:
             raise PluginError(f"unknown parameter {key!r}; known are {known}")
         if "\0" in value:
             raise PluginError(f"{key}: a path or name has no NUL character")
-        if key in ("file", "dir", "conf"):
+        if key in ("file", "dir", "conf", "state"):
             value = os.path.abspath(value)  # nbdkit goes to / when it becomes a daemon
         setattr(self, key, value)
 
@@ -61,13 +63,20 @@ class Settings:
             raise PluginError("create=on needs size=, the size of the volumes that it creates")
         if self.parallel not in ("", "on", "off"):
             raise PluginError(f"parallel={self.parallel!r}: it is on or off")
-        _ = self.size_bytes, self.fence_timeout_s, self.timeout_s
+        _ = self.size_bytes, self.fence_timeout_s, self.timeout_s, self.max_connections
         if self.volume:
             names.check_volume_name(self.volume)
 
     @property
     def size_bytes(self) -> int | None:
         return parse_size(self.size) if self.size else None
+
+    @property
+    def max_connections(self) -> int:
+        """How many connections may have an export open at a time; 0: any number."""
+        if not (self.connections.isascii() and self.connections.isdigit()):
+            raise PluginError(f"connections={self.connections!r} is not a number")
+        return int(self.connections[:9])
 
     @property
     def is_parallel(self) -> bool:
@@ -92,8 +101,8 @@ class Settings:
                 raise PluginError("store=file needs either dir= or file=")
             if self.dir and not Path(self.dir).is_dir():
                 raise PluginError(f"dir={self.dir}: no such directory", errno.ENOENT)
-        elif self.file or self.dir:
-            raise PluginError(f"file= and dir= do not go with store={self.store}")
+        elif self.file or self.dir or self.state:
+            raise PluginError(f"file=, dir= and state= do not go with store={self.store}")
         if self.store == "rbd":
             if not self.pool:
                 raise PluginError("store=rbd needs pool=")

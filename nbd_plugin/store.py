@@ -3,6 +3,7 @@ a disk."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +11,9 @@ EXTENT_HOLE = 1
 EXTENT_ZERO = 2
 """Extent types (NBD "base:allocation"): both together for a hole that reads as zeroes."""
 
-MAX_PAYLOAD_BYTES = 64 << 20
-"""nbdkit's own limit for the payload of one read or write."""
+MAX_PAYLOAD_BYTES = 4 << 20
+"""What clients are asked to keep to in one read or write: nbdkit holds all of it in memory, once
+for each thread, and more brings nothing. Its own limit, for those that do not ask, is 64 MiB."""
 
 COMMAND_WAIT_S = 3.0
 """How long resize, remove and snapshot wait for a writer: one that has just hung up is still about
@@ -31,8 +33,29 @@ class VolumeState:
     identity: str = ""
     """32 hexadecimal digits that no other volume has, whatever its name; "" before the first
     writable session."""
+    writer: str = ""
+    """The client that wrote last, "" if it has no name."""
     losses: int = 0
     """How often a flush failed, so that writes which were acknowledged may be gone."""
+    seen: str = ""
+    """What would be different if somebody else had changed the volume; the store's own words.
+    The first is `open` while a session writes the volume, and after a kill."""
+    grown_from: int = 0
+    grown_to: int = 0
+    """Between these two values of `written` the volume was only made longer, past this plugin."""
+
+    @property
+    def only_grew(self) -> bool:
+        """`grown_to` counts: nobody has written since."""
+        return self.grown_from < self.grown_to == self.written
+
+    @property
+    def is_open(self) -> bool:
+        """A session writes the volume, or nbdkit was killed while one did."""
+        return self.seen.startswith("open ")
+
+
+ChangeState = Callable[[VolumeState], VolumeState]
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,8 @@ class Disk(Protocol):
 
     size_bytes: int
     read_only: bool
+    why_read_only: str
+    """For the operator, when the volume was to be opened for writing and could not; else ""."""
     failed: bool
     """A flush failed: acknowledged writes may be gone, and no later flush may say otherwise. Every
     further one fails with ESHUTDOWN, until the client opens the volume anew and is told by
@@ -87,11 +112,28 @@ class Disk(Protocol):
     def cache(self, offset: int, length: int) -> None:
         """Begin to read the range into memory. A hint."""
 
+    @property
+    def state_lasts(self) -> bool:
+        """Whether the remembered state outlives the process. If not, it says nothing of the time
+        before."""
+
     def load_state(self) -> VolumeState:
         """The volume's remembered state, fresh from the store."""
 
-    def save_state(self, state: VolumeState) -> None:
-        """Replace the remembered state, durably."""
+    def update_state(self, change: ChangeState) -> VolumeState:
+        """Replace the remembered state by what `change` makes of it, durably, and return that.
+
+        One at a time: nobody else's update gets lost.
+        """
+
+    def was_changed(self, state: VolumeState) -> bool:
+        """Somebody else changed the volume since `state.seen` was remembered."""
+
+    def has_grown(self, state: VolumeState) -> bool:
+        """It is the same volume, and longer: that alone makes `was_changed` true."""
+
+    def seen(self, *, writing: bool) -> str:
+        """For `VolumeState.seen`. `writing`: a session changes the volume from here on."""
 
     def instance(self) -> str:
         """A token that changes when acknowledged, unflushed writes may have been lost."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+from nbd_plugin.last_seen import SEEN
 from nbd_plugin.store import VolumeState
 
 MAX_STATE_BYTES = 4096
 _IDENTITY = re.compile("([0-9a-f]{32})?", re.ASCII)
+_WRITER = re.compile("[A-Za-z0-9_.-]{0,64}", re.ASCII)
 
 
 def parse_state(data: bytes) -> VolumeState:
@@ -18,16 +20,27 @@ def parse_state(data: bytes) -> VolumeState:
     fields = json.loads(data)
     if not isinstance(fields, dict):
         raise ValueError("not an object")
-    counters = [fields.get(key, 0) for key in ("generation", "written", "losses")]
+    keys = ("generation", "written", "losses", "grown_from", "grown_to")
+    counters = [fields.get(key, 0) for key in keys]
     if not all(type(value) is int and 0 <= value < 2**63 for value in counters):
         raise ValueError("not a counter")
     identity = fields.get("identity", "")
     if not (isinstance(identity, str) and _IDENTITY.fullmatch(identity)):
         raise ValueError("not an identity")
+    seen = fields.get("seen", "")
+    if not (isinstance(seen, str) and SEEN.fullmatch(seen)):
+        raise ValueError("not a description of a file")
+    writer = fields.get("writer", "")
+    if not (isinstance(writer, str) and _WRITER.fullmatch(writer)):
+        raise ValueError("not a client")
     return VolumeState(
         generation=counters[0],
         written=counters[1],
         read_only=fields.get("read_only") is True,
         losses=counters[2],
+        grown_from=counters[3],
+        grown_to=counters[4],
         identity=identity,
+        seen=seen,
+        writer=writer,
     )

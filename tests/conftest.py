@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import settings
 # A bridge that a test starts has no cache unless the test says so: the default one is a large
 # file in the system's cache directory.
 os.environ["NBD_BRIDGE_SERVE_CACHE_MODE"] = "off"
+
+# Under nohup it is ignored, and so it would be by every bridge that a test sends it to.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No test asserts a time: on a busy machine any example may take long.
 settings.register_profile("untimed", deadline=None)

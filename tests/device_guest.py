@@ -112,7 +112,7 @@ class DeviceGuest:
             geometry or DiskGeometry(len(disk.data)),
             serial="serial",
             max_queues=max_queues,
-            failing=options.pop("failing", disk.failing),
+            on_abandoned=options.pop("on_abandoned", disk.abandoned),
             on_all_stopped=options.pop("on_all_stopped", self._all_stopped),
             **options,
         )

@@ -5,20 +5,25 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import AsyncIterator
-from contextlib import nullcontext
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from errno import EIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from bridge.errors import ProtocolError
-from bridge.request import FLUSH, WRITE, Request
+from bridge.errors import LeftBehind, ProtocolError
+from bridge.eventfds import EventfdWriter
+from bridge.request import FLUSH, READ, UNASKED, WRITE, Request
+from bridge.vhost_user.device import MemoryRegion
 from bridge.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
 from bridge.virtio.blk_config import F_CONFIG_WCE, F_FLUSH, F_VERSION_1
 from bridge.virtio.inflight import InflightRegion
+from bridge.virtio.long_chains import MAX_LONG_VIEWS
 from tests.device_guest import (
     MEMORY_BYTES,
     USER_BASE,
@@ -373,12 +378,12 @@ async def test_3_8_stop_is_bounded_and_fails_what_nobody_answers(
 async def test_ring_closed_with_requests_unanswered_is_never_written_again(
     autojump_clock: MockClock,
 ) -> None:
-    """Even a storage side that ignores being told to give up cannot reach ring or status."""
-    async with running_device(failing=nullcontext, drain_timeout_s=5) as guest:
+    """Even a storage side that goes on with them cannot reach ring, status or data."""
+    async with running_device(on_abandoned=lambda requests: None, drain_timeout_s=5) as guest:
         await guest.connect()
         ring = guest.start()
         guest.disk.hold = True
-        guest.put(T_OUT, out=b"x" * 512)
+        guest.put(T_IN, room=512)
         ring.kick_device()
         await until(lambda: len(guest.disk.held) == 1)
         await guest.device.stop_ring(0)
@@ -454,11 +459,129 @@ async def test_3_8_last_stop_waits_for_the_disk_to_be_up_to_date(
         assert order == ["up to date"]
 
 
-async def test_3_8_last_stop_does_not_wait_for_ever(autojump_clock: MockClock) -> None:
-    async with running_device(on_all_stopped=trio.sleep_forever, drain_timeout_s=7) as guest:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_3_8_last_stop_that_leaves_something_behind_is_not_answered(
+    autojump_clock: MockClock, fails: bool
+) -> None:
+    """It does not wait for ever either: QEMU's main loop does."""
+
+    async def on_all_stopped() -> None:
+        if fails:
+            raise LeftBehind("the flush failed")
+        await trio.sleep_forever()
+
+    async def on_left_behind() -> str:
+        return "4096 bytes"
+
+    async with running_device(
+        on_all_stopped=on_all_stopped, on_left_behind=on_left_behind, drain_timeout_s=7
+    ) as guest:
         await guest.connect()
         guest.start(0)
-        await guest.device.stop_ring(0)
+        began_s = trio.current_time()
+        with pytest.raises(LeftBehind, match="4096 bytes"):
+            await guest.device.stop_ring(0)
+        assert trio.current_time() - began_s == pytest.approx(0 if fails else 7)
+        guest.start(0)  # the guest may come back
+
+
+async def test_front_end_that_has_gone_is_promised_nothing(autojump_clock: MockClock) -> None:
+    asked = []
+
+    async def on_left_behind() -> str:
+        asked.append(1)
+        return "something"
+
+    async with running_device(
+        on_all_stopped=trio.sleep_forever, on_left_behind=on_left_behind, drain_timeout_s=7
+    ) as guest:
+        await guest.connect()
+        guest.start(0)
+        await guest.device.disconnected()
+    assert not asked
+
+
+async def test_ring_held_at_its_start_begins_nothing_until_it_is_let_go(
+    guest: DeviceGuest,
+) -> None:
+    let_go: list[Any] = []
+    fd, _ = guest.device.create_inflight(1, 16)
+    guest.start()
+    guest.disk.hold = True
+    left = guest.put(T_IN, room=512)
+    guest.rings[0].kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    guest.device.hurry(0)
+    await guest.device.stop_ring(0)
+    guest.disk.hold = False
+    guest.device._on_starting = lambda go: bool(let_go.append(go))
+    guest.start()
+    late = guest.put(T_FLUSH)
+    guest.rings[0].kick_device()
+    await a_while()
+    guest.device.suspend_ring(0)
+    guest.device.resume_ring(0)
+    await guest.device.replace_memory([guest.region()])
+    await a_while()
+    assert (left.status, late.status) == (0xEE, 0xEE)
+    await guest.device.stop_ring(0)  # at once: nothing was begun
+    guest.start()
+    let_go[-1]()
+    await until(lambda: late.status == left.status == S_OK)
+    assert [each.op for each in guest.disk.requests] == [READ, READ, FLUSH]
+    os.close(fd)
+
+
+async def test_requests_left_in_the_region_are_forgotten_by_a_reset(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    """The driver has forgotten them, and uses their memory again."""
+    fd, size = guest.device.create_inflight(1, 16)
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    base = await guest.device.stop_ring(0)
+    await guest.device.reset()
+    await guest.connect()
+    guest.disk.hold = False
+    guest.device.set_inflight(fd, 0, size, 1, 16)
+    guest.start(base=base)
+    await a_while()
+    assert pending.status == 0xEE
+    assert len(guest.disk.requests) == 1
+    os.close(fd)
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_3_10_requests_that_this_process_left_itself_are_no_other_processs(
+    guest: DeviceGuest, autojump_clock: MockClock, same: bool
+) -> None:
+    """It knows what it has sent: nothing need be waited for. QEMU hands the region over anew with
+    each start."""
+    told: list[None] = []
+    guest.device._on_recovered = lambda: told.append(None)
+    fd, size = guest.device.create_inflight(1, 16)
+    guest.start()
+    guest.disk.hold = True
+    pending = guest.put(T_IN, room=512)
+    guest.rings[0].kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    await guest.device.stop_ring(0)
+    guest.disk.hold = False
+    if not same:
+        with open(os.dup(fd), "rb") as file:
+            file.seek(0)
+            content = file.read()
+        os.close(fd)
+        fd = os.memfd_create("another")
+        os.write(fd, content)
+    guest.device.set_inflight(fd, 0, size, 1, 16)
+    guest.start()
+    await until(lambda: pending.status == S_OK)
+    assert len(told) == (0 if same else 1)
+    os.close(fd)
 
 
 async def test_disconnect_twice_and_before_anything_is_fine(guest: DeviceGuest) -> None:
@@ -627,6 +750,24 @@ async def test_writeback_turned_off_flushes_what_was_written_before(guest: Devic
     assert (guest.disk.requests[-1].op, guest.disk.requests[-1].flags) == (WRITE, 1)
 
 
+async def test_write_cache_turned_off_again_and_again_leaves_one_flush_and_one_to_come(
+    guest: DeviceGuest,
+) -> None:
+    guest.disk.hold = True
+    for _ in range(1000):
+        guest.device.write_config(32, b"\1", migration=False)
+        guest.device.write_config(32, b"\0", migration=False)
+    assert [(each.op, each.flags) for each in guest.disk.requests] == [(FLUSH, UNASKED)]
+    guest.disk.release()
+    assert len(guest.disk.requests) == 2
+    guest.disk.release()
+    assert len(guest.disk.requests) == 2
+    guest.device.write_config(32, b"\1", migration=False)
+    guest.device.write_config(32, b"\0", migration=False)
+    assert len(guest.disk.requests) == 3
+    guest.disk.release()
+
+
 @pytest.mark.parametrize(("offset", "data"), [(32, b"\0"), (0, bytes(60)), (30, bytes(4))])
 async def test_migrated_configuration_restores_writeback(
     guest: DeviceGuest, offset: int, data: bytes
@@ -676,6 +817,77 @@ async def test_3_10_write_cache_turned_off_stays_off_after_a_death(guest: Device
             third.device.set_inflight(fd, 0, size, 1, 16)
             assert third.device.read_config(32, 1) == b"\1"
     os.close(fd)
+
+
+async def test_3_10_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGuest) -> None:
+    """Beside the write cache that is off, and whatever came first."""
+    left = ((1 << 56) - 2, False)
+    guest.device.remember_durability(unflushed_on=left[0], loss_untold=left[1])
+    fd, size = guest.device.create_inflight(1, 16)
+    guest.device.write_config(32, b"\0", migration=False)
+    guest.start()  # From here on somebody has used it.
+    for leaves in ((1, True), (0, True), (1 << 55, False), (0, False), (7, False)):
+        inherited: list[tuple[int, bool]] = []
+        async with running_device(
+            packed=guest.packed,
+            on_inherited=lambda *what, inherited=inherited: inherited.append(what),
+        ) as following:
+            await following.connect()
+            following.device.set_inflight(fd, 0, size, 1, 16)
+            assert following.device.read_config(32, 1) == b"\0"
+            assert inherited == [left]
+            following.device.remember_durability(unflushed_on=leaves[0], loss_untold=leaves[1])
+        left = leaves
+    os.close(fd)
+
+
+@asynccontextmanager
+async def noting(came: list[object], *, packed: bool = False) -> AsyncIterator[DeviceGuest]:
+    """A device that notes in `came` where its guests come from."""
+    async with running_device(
+        packed=packed,
+        on_inherited=lambda *what: came.append(what),
+        on_fresh_guest=lambda: came.append("fresh"),
+    ) as guest:
+        await guest.connect()
+        yield guest
+
+
+async def test_3_10_region_that_no_ring_used_leaves_nothing_to_inherit(
+    autojump_clock: MockClock,
+) -> None:
+    came: list[object] = []
+    async with noting(came) as guest:
+        fd, size = guest.device.create_inflight(1, 16)
+        guest.device.set_inflight(fd, 0, size, 1, 16)
+        assert came == []
+        guest.start()
+        assert came == ["fresh"]
+        os.close(fd)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_guest_whose_ring_has_run_inherits_also_without_a_region(
+    packed: bool, autojump_clock: MockClock
+) -> None:
+    came: list[object] = []
+    async with noting(came, packed=packed) as guest:
+        guest.start(base=0x8003_8003 if packed else 3)
+        assert came == [(0, False)]
+
+
+async def test_guest_that_was_paused_here_inherits_nothing(autojump_clock: MockClock) -> None:
+    """What it left is known: an outage meanwhile must not look like a loss."""
+    came: list[object] = []
+    async with noting(came) as guest:
+        fd, size = guest.device.create_inflight(1, 16)
+        guest.start()
+        await guest.request(T_FLUSH)
+        base = await guest.device.stop_ring(0)
+        guest.device.set_inflight(fd, 0, size, 1, 16)
+        guest.start(base=base)
+        assert came == ["fresh"]
+        os.close(fd)
 
 
 async def test_3_10_write_cache_that_is_off_is_so_in_a_new_region(guest: DeviceGuest) -> None:
@@ -944,3 +1156,236 @@ def test_fake_disk_executes_what_it_gets() -> None:
     submit(disk, Request(WRITE, 0, 4, [memoryview(b"abcd")], done.append))
     assert disk.data[:4] == b"abcd"
     assert done[0].error == 0
+
+
+# Changes that are made or undone
+
+
+async def test_memory_of_a_logged_ring_taken_away_leaves_the_other_rings_running(
+    guest: DeviceGuest, log_fd: int
+) -> None:
+    await guest.device.replace_memory([guest.region(0, 0x8000), guest.region(0x8000, 0x300000)])
+    guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
+    guest.device.set_logging(True)
+    guest.start(0, log_guest_address=0x3000)
+    guest.start(1, log_guest_address=0xB000)
+
+    await guest.device.remove_memory(guest_address=0, user_address=USER_BASE, size_bytes=0x8000)
+
+    assert (await guest.request(T_FLUSH, index=1))[0] == S_OK
+    guest.start(2)
+    assert (await guest.request(T_FLUSH, index=2))[0] == S_OK
+    await guest.device.disconnected()
+
+
+async def test_ring_whose_start_fails_late_does_not_exist(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(guest.device, "_update_logs", fails)
+        with pytest.raises(RuntimeError, match="a bug"):
+            guest.start()
+    guest.start()
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_rings_go_on_when_a_memory_change_fails(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(memory: Any) -> None:
+        raise RuntimeError("a bug")
+
+    guest.start()
+    with monkeypatch.context() as patched:
+        patched.setattr(guest.device, "_move_rings", fails)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await guest.device.replace_memory([])
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_disconnect_lets_go_of_every_ring_whatever_fails(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest.start(0)
+    guest.start(1)
+    with monkeypatch.context() as patched:
+
+        async def fails(*_: object, **__: object) -> None:
+            raise RuntimeError("a bug")
+
+        patched.setattr(guest.device, "_close_rings", fails)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await guest.device.disconnected()
+    guest.disk.requests.clear()
+    guest.put(T_FLUSH)
+    guest.rings[0].kick_device()
+    await a_while()
+    assert guest.disk.requests == []
+
+
+async def test_kick_that_cannot_be_waited_for_leaves_the_old_one(
+    guest: DeviceGuest, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    guest.start()
+    with pytest.raises(ProtocolError, match="kick"):
+        guest.device.set_kick(0, fd)
+    os.close(fd)
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+@pytest.mark.parametrize("size", [1 << 20, 256 << 30])
+async def test_in_flight_region_of_any_size_has_entries_for_our_largest_ring_at_most(
+    guest: DeviceGuest, size: int
+) -> None:
+    """A sparse file of 256 GiB is 17 billion entries, each of which was written."""
+    fd = os.memfd_create("inflight")
+    os.ftruncate(fd, size)
+    guest.device.set_inflight(fd, 0, size, 1, 16)
+    guest.start()
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+    assert os.fstat(fd).st_blocks * 512 <= 1 << 20
+    os.close(fd)
+
+
+async def test_in_flight_region_refused_leaves_the_former_one(guest: DeviceGuest) -> None:
+    fd, size_bytes = guest.device.create_inflight(1, 16)
+    before = guest.device._inflight
+    with pytest.raises(ProtocolError):
+        guest.device.set_inflight(fd, size_bytes, size_bytes, 1, 16)
+    assert guest.device._inflight is before
+    os.close(fd)
+
+
+# A second device on the same connection
+
+
+async def test_same_memory_may_come_again(guest: DeviceGuest) -> None:
+    """QEMU's device_del and device_add with the chardev kept."""
+    guest.start()
+    await guest.device.stop_ring(0)
+    await guest.device.add_memory(guest.region())
+    guest.rings[0] = guest.make_ring(0)
+    guest.memory[0x0:0x8000] = bytes(0x8000)
+    guest.start()
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_same_memory_again_under_a_running_ring_harms_nothing(guest: DeviceGuest) -> None:
+    guest.start()
+    await guest.device.add_memory(guest.region())
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_other_memory_at_the_same_place_is_refused_while_rings_run(
+    guest: DeviceGuest,
+) -> None:
+    fd = os.memfd_create("other")
+    os.ftruncate(fd, MEMORY_BYTES)
+    guest.start()
+    with pytest.raises(ProtocolError, match="while rings run"):
+        await guest.device.add_memory(replace(guest.region(), fd=fd))
+    assert (await guest.request(T_FLUSH))[0] == S_OK
+    await guest.device.stop_ring(0)
+    await guest.device.add_memory(replace(guest.region(), fd=fd))
+    os.close(fd)
+
+
+# What a front-end could do to us
+
+
+async def test_memory_file_cannot_be_made_shorter_while_it_is_mapped(guest: DeviceGuest) -> None:
+    """A store beyond its end would be a SIGBUS."""
+    fd = os.memfd_create("memory", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 20)
+    region = MemoryRegion(1 << 30, 1 << 20, 1 << 40, 0, fd)
+    await guest.device.add_memory(region)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 4096)
+    log = os.memfd_create("log", os.MFD_ALLOW_SEALING)
+    os.ftruncate(log, 1 << 20)
+    guest.device.set_log(log, 0, 1 << 20)
+    with pytest.raises(PermissionError):
+        os.ftruncate(log, 4096)
+    os.close(fd)
+    os.close(log)
+
+
+async def test_memory_that_cannot_be_sealed_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(MEMORY_BYTES))
+    fd = os.open(path, os.O_RDWR)
+    async with running_device() as guest:
+        with capture_logs() as logs:
+            for _ in range(2):
+                await guest.device.replace_memory([replace(guest.region(), fd=fd)])
+        assert len([line for line in logs if "cannot be sealed" in line["event"]]) == 1
+    os.close(fd)
+
+
+async def test_call_descriptor_that_blocks_stops_nobody(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The front-end shares the open file: it may clear O_NONBLOCK and fill the counter."""
+    monkeypatch.setattr("bridge.ring._signal", EventfdWriter(look_s=0.001).signal)
+    ring = guest.start()
+    ring.calls()
+    os.eventfd_write(ring.call, (1 << 64) - 2)
+    os.set_blocking(ring.call, True)
+    with capture_logs() as logs:
+        assert (await guest.request(T_FLUSH))[0] == S_OK
+        await a_while()
+        assert (await guest.request(T_FLUSH))[0] == S_OK
+        await a_while()
+    assert len([line for line in logs if "blocked" in line["event"]]) == 1
+
+
+# Long requests
+
+
+async def test_stop_fails_long_requests_that_have_not_begun(autojump_clock: MockClock) -> None:
+    disk = FakeDisk(8 << 20)
+    disk.hold = True
+    async with running_device(disk=disk, drain_timeout_s=1, size=64) as guest:
+        await guest.connect()
+        ring = guest.start()
+        pending = []
+        for _ in range(3):
+            guest._token += 1
+            header = guest.alloc(bytes(16))
+            status = guest.alloc(b"\xee")
+            data = [(0x200000, 1 << 20, 2)] * 8
+            ring.add(guest._token, [(header, 16, 0), *data, (status, 1, 2)])
+            pending.append(status)
+        ring.kick_device()
+        await until(lambda: bool(disk.held))
+        await guest.device.stop_ring(0)
+        assert [guest.memory[status] for status in pending] == [S_IOERR] * 3
+        assert disk.held == []
+
+
+async def test_views_of_long_chains_are_counted_for_all_rings_together() -> None:
+    disk = FakeDisk()
+    disk.hold = True
+    async with running_device(disk=disk, size=128) as guest:
+        await guest.connect()
+        guest.device._long_views.count = MAX_LONG_VIEWS + 1  # of another ring
+        ring = guest.start()
+        for _ in range(3):
+            guest._token += 1
+            header = guest.alloc(bytes(16))
+            status = guest.alloc(b"\xee")
+            data = [(0x200000, 512, 2)] * 40
+            ring.add(guest._token, [(header, 16, 0), *data, (status, 1, 2)])
+        ring.kick_device()
+        await a_while()
+        assert guest.device._rings[0].in_flight == 1
+        guest.device._long_views.count -= MAX_LONG_VIEWS + 1
+        disk.release()
+        await until(lambda: len(disk.held) == 2)
+        disk.hold = False
+        disk.release()

@@ -20,6 +20,7 @@ from bridge.request import (
     MAY_UNMAP,
     OP_NAMES,
     READ,
+    UNASKED,
     WRITE,
     WRITE_ZEROES,
     Request,
@@ -232,6 +233,122 @@ async def test_timer_goes_on_through_many_rounds(autojump_clock: MockClock) -> N
             client.do(WRITE)
             await trio.sleep(100)
         assert backend.ops == ["write", "flush"] * 5
+
+
+# One of our own at a time
+
+
+async def test_timed_flushes_do_not_pile_up_while_the_server_is_away(
+    autojump_clock: MockClock,
+) -> None:
+    backend = FakeBackend()
+    async with timed(backend, 1) as client:
+        client.do(WRITE)
+        backend.hold = True
+        await trio.sleep(2)
+        client.do(WRITE)
+        await trio.sleep(600)
+        assert backend.ops == ["write", "flush", "write"]
+        backend.hold = False
+        backend.release()
+        await trio.sleep(2)
+        assert backend.ops == ["write", "flush", "write", "flush"]
+        await trio.sleep(600)
+        assert len(backend.ops) == 4
+
+
+async def test_flush_at_the_end_waits_for_the_one_in_flight(autojump_clock: MockClock) -> None:
+    """A stop that gave that one up has not found out that everything is durable."""
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.hold = True
+        for _ in range(2):
+            with trio.move_on_after(1) as scope:
+                await client.disk.flush()
+            assert scope.cancelled_caught
+        assert backend.ops == ["write", "flush"]
+        backend.release(error=EIO)
+        backend.hold = False
+        assert await client.disk.flush() == 0
+        assert backend.ops == ["write", "flush", "flush"]
+
+
+async def test_flush_at_the_end_covers_what_came_after_the_one_in_flight(
+    autojump_clock: MockClock,
+) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client, trio.open_nursery() as nursery:
+        client.do(WRITE)
+        backend.hold = True
+        client.disk.flush_now()
+        backend.hold = False
+        client.do(WRITE)
+        nursery.start_soon(client.disk.flush)
+        await trio.sleep(1)
+        assert backend.ops == ["write", "flush", "write"]
+        backend.release()
+        await trio.sleep(1)
+        assert backend.ops == ["write", "flush", "write", "flush"]
+
+
+async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
+    autojump_clock: MockClock,
+) -> None:
+    """The flush when the write cache is turned off: nobody hears of its failure."""
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.error = EIO
+        client.do(FLUSH, flags=UNASKED)
+        backend.error = 0
+        assert backend.requests[-1].flags == UNASKED
+        assert client.disk.untold
+        client.do(FLUSH)
+        client.do(FLUSH)
+        assert client.errors == [0, EIO, EIO, 0]
+        assert [each.flags for each in backend.requests[-2:]] == [0, 0]
+
+
+async def test_flush_for_a_guest_of_another_process_counts_as_its_own(
+    autojump_clock: MockClock,
+) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        backend.hold = True
+        client.disk.flush_inherited()
+        assert not client.disk.is_durable
+        with trio.move_on_after(1) as scope:
+            await client.disk.flush()
+        assert scope.cancelled_caught
+        backend.release()
+        assert client.disk.is_durable
+
+
+def test_disk_is_durable_when_a_flush_has_covered_everything_submitted() -> None:
+    backend = FakeBackend()
+    client = client_of(backend)
+    disk = client.disk
+    changes: list[bool] = []
+    disk.on_changed = lambda: changes.append(disk.is_durable)
+    assert disk.is_durable
+    client.do(WRITE)
+    assert changes == [False]
+    client.do(FLUSH)
+    assert disk.is_durable
+    client.do(WRITE)
+    backend.hold = True
+    client.do(FLUSH)  # Too early for the next write.
+    client.do(WRITE)
+    backend.release(1)
+    assert not disk.is_durable
+    backend.release()
+    client.do(FLUSH)
+    backend.release(error=EIO)
+    assert not disk.is_durable
+    client.do(FLUSH)
+    backend.release()
+    assert disk.is_durable
 
 
 # The last flush

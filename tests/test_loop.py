@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -289,3 +290,72 @@ async def test_close_gives_its_descriptors_back() -> None:
     async with running():
         pass
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_soon_is_the_next_turn_and_others_come_between() -> None:
+    async with running() as loop:
+        order: list[str] = []
+
+        def work(left: int) -> None:
+            order.append(f"work {left}")
+            loop.at_turn_end(lambda: order.append(f"end {left}"))
+            if left:
+                loop.soon(lambda: work(left - 1))
+
+        loop.soon(lambda: work(2))
+        await settled()
+        assert order == ["work 2", "end 2", "work 1", "end 1", "work 0", "end 0"]
+
+
+async def test_long_work_lets_other_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vhost-user message is answered while a guest keeps the loop busy."""
+    seconds = itertools.count()
+    monkeypatch.setattr("bridge.loop.perf_counter", lambda: float(next(seconds)))
+    async with running() as loop:
+        slices = 0
+
+        def work() -> None:
+            nonlocal slices
+            slices += 1
+            if slices < 50:
+                loop.soon(work)
+
+        loop.soon(work)
+        for _ in range(10):
+            await trio.lowlevel.checkpoint()
+        assert slices < 20
+        await settled()
+        assert slices == 50
+
+
+async def test_turn_that_takes_long_goes_on_with_the_next_poller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr("bridge.loop.perf_counter", lambda: float(next(seconds)))
+    polled: list[int] = []
+
+    class Busy(Box):
+        def __init__(self, loop: Loop, number: int) -> None:
+            super().__init__(loop)
+            self.number = number
+
+        def poll(self) -> bool:
+            polled.append(self.number)
+            return len(polled) < 9
+
+    async with running() as loop:
+        for number in range(3):
+            loop.add_poller(Busy(loop, number))
+        await settled()
+    assert polled[-9:][:3] in ([0, 1, 2], [1, 2, 0], [2, 0, 1])
+    assert sorted(polled[:9]) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+async def test_descriptor_closed_too_early_can_still_be_removed() -> None:
+    async with running() as loop:
+        fd = os.eventfd(0, os.EFD_NONBLOCK)
+        loop.add(fd, lambda events: None)
+        os.close(fd)
+        loop.remove(fd)
+        loop.remove(fd)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any, Final
+
+_FEW: Final = 16
 
 
 def slices(buffers: list[memoryview], start: int, length: int) -> list[memoryview]:
     """The parts of `buffers` that are the bytes `start` … `start + length`."""
     if len(buffers) == 1:
         return [buffers[0][start : start + length]]
+    first = 0
+    if start and len(buffers) > _FEW:
+        # A guest's buffers may be a thousand, and are gone through once per granule.
+        ends = list(accumulate(map(len, buffers)))
+        first = bisect_right(ends, start)
+        start -= ends[first - 1] if first else 0
     found = []
-    for buffer in buffers:
+    for at in range(first, len(buffers)):
+        buffer = buffers[at]
         size = len(buffer)
         if start < size:
             part = buffer[start : start + length]

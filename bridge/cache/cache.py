@@ -40,10 +40,15 @@ from .ranges import Ranges
 from .readahead import Readahead
 from .reads import Reads
 from .resize import Resizer
-from .sample import check_sample
+from .sample import Sample, check_sample, compare
 from .slots import Slots
 from .store import Store
 from .writeback import Writeback
+
+_NOWHERE = (0, 0)
+
+_THOROUGH_COUNT = 256
+"""Blocks compared before dirty data goes out: a small cache wholly, and a few seconds at worst."""
 
 
 class Cache:
@@ -63,6 +68,7 @@ class Cache:
         *,
         clock: Callable[[], float],
         call_at_turn_end: Callable[[Callable[[], None]], None],
+        call_next_turn: Callable[[Callable[[], None]], None] | None = None,
         cold: Cold | None = None,
         skip_damaged: bool = False,
     ) -> None:
@@ -120,14 +126,21 @@ class Cache:
             turn_end,
         )
         self._resizer = Resizer(index, image, self._fetcher, backend, self._grown)
-        self._ranges = Ranges(index, self._exclusives, backend, options, self.submit)
+        self._ranges = Ranges(
+            index, self._exclusives, backend, options, self.submit, call_next_turn
+        )
         self.woken: Callable[[], None] = _nothing
         """Called when `next_deadline()` has moved to an earlier time."""
         self._promised = float("inf")
+        self._frozen = False
         self._writeback.woken = self._deadline_appeared
         index.cleaned = slots.cleaned
         slots.unpinned = self._store.wake
-        self._flusher.ended = self._store.wake
+        self._flusher.ended = self._flush_ended
+        self._exclusives.discarding = self._discarding
+        self._discards_since: tuple[int, int] | None = None
+        """Since when `discarded` of the header is for nothing older. None: it was there at the
+        start."""
         self._exclusives.ended = self._store.wake
         self._writeback.landed = self._store.wake
         self._residency_due = clock() + options.residency_s
@@ -158,8 +171,7 @@ class Cache:
     def _adopt(self, dirty: list[int]) -> None:
         """Take over the slots that were found in the file."""
         index = self.index
-        states = index.state[1 : index.slots + 1]
-        self._evictor.adopt([slot for slot, word in enumerate(states, 1) if word])
+        self._evictor.adopt(index.used_slots())
         for slot in dirty:
             self._writeback.enqueue(slot)
         if dirty:
@@ -257,6 +269,14 @@ class Cache:
         self._store.refuse(errno)
         self._reads.refuse(errno)
 
+    def freeze(self, frozen: bool) -> None:
+        """Begin nothing by itself (write-out by age, flush by time), or do it again. What the
+        backend gets then has to be refused by itself."""
+        self._frozen = frozen
+        if not frozen:
+            self._promised = float("inf")
+            self.woken()
+
     def backend_reconnected(self) -> None:
         """The connection was replaced: call this after `backend.generation` was raised and
         before unanswered requests are sent again."""
@@ -287,6 +307,8 @@ class Cache:
         return due
 
     def _deadline(self) -> float | None:
+        if self._frozen:
+            return None
         due = self._flusher.due if not self._flusher.running else None
         other = self._writeback.next_deadline()
         if due is None or (other is not None and other < due):
@@ -305,6 +327,8 @@ class Cache:
 
     def tick(self, now: float) -> None:
         """Do what is due: the flush timer, write-out by age."""
+        if self._frozen:
+            return
         self._flusher.tick(now)
         self._writeback.tick(now)
         if now >= self._residency_due:
@@ -341,9 +365,74 @@ class Cache:
         return dropped
 
     def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
-        """Compare up to `count` clean cached blocks with the server; if any differs drop all clean
+        """Compare about `count` clean cached blocks with the server; if any differs drop all clean
         blocks. `done(differences)`, -1 if the server did not answer."""
-        check_sample(self, self._backend, done, count)
+        check_sample(
+            self,
+            self._backend,
+            done,
+            count,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
+        )
+
+    def check_before_writing(self, done: Callable[[int], None]) -> None:
+        """Before dirty data of an earlier run goes to the server: the same, and more thoroughly.
+
+        Nothing is dropped, so that whoever tries again finds the same. What differs is remembered
+        in the file: the next sample, which is another one, has it too.
+        """
+
+        def compared(sample: Sample) -> None:
+            if not sample.unknown:
+                self._remember(sample.witness + 1 if sample.differing else 0)
+            done(-1 if sample.unknown else sample.differing)
+
+        compare(
+            self.index,
+            self._backend,
+            compared,
+            _THOROUGH_COUNT,
+            beside_dirty=True,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
+        )
+
+    @property
+    def _witness(self) -> int | None:
+        witness = self._image.header.witness
+        return witness - 1 if witness else None
+
+    def _remember(self, witness: int) -> None:
+        if witness != self._image.header.witness:
+            self._image.save_header(witness=witness)
+
+    def _discarding(self, first: int, end: int) -> None:
+        """The blocks `first` … `end` are about to be discarded or zeroed."""
+        before = self._image.header.discarded
+        if before == _NOWHERE:
+            self._discards_since = self._incarnation
+        else:
+            first, end = min(first, before[0]), max(end, before[1])
+        if (first, end) != before:
+            self._image.save_header(discarded=(first, end))
+
+    @property
+    def _incarnation(self) -> tuple[int, int]:
+        """Another one: the server may have lost what it had not flushed."""
+        return self._backend.generation, self._writeback.epoch
+
+    def _flush_ended(self) -> None:
+        """If discards may have been lost before this, that stays noted: blocks that were read as
+        zeroes are still in the cache."""
+        if (
+            self._image.header.discarded != _NOWHERE
+            and self._discards_since == self._incarnation
+            and not self._writeback.unflushed
+            and not self._exclusives.active
+        ):
+            self._image.save_header(discarded=_NOWHERE)
+        self._store.wake()
 
     def drop_clean(self) -> int:
         """Forget every clean block (somebody else changed the image); returns how many blocks.
@@ -351,14 +440,15 @@ class Cache:
         Fetches in flight are not filled in either. Dirty blocks stay.
         """
         index = self.index
+        self._remember(0)
+        self._discards_since = self._incarnation
         before = index.valid_blocks
         for granule in list(self._fetcher.fetching):
             self._fetcher.overtaken(granule, BITS)
-        for slot in range(1, index.slots + 1):
-            if index.state[slot]:
-                clean = index.valid(slot) & ~index.dirty(slot)
-                if clean:
-                    self._slots.drop(slot, clean)
+        for slot in index.used_slots():
+            clean = index.valid(slot) & ~index.dirty(slot)
+            if clean:
+                self._slots.drop(slot, clean)
         return before - index.valid_blocks
 
 

@@ -14,8 +14,10 @@ import errno
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 _THREADS = 4
@@ -68,13 +70,22 @@ class ThreadedCold:
             self.outstanding -= 1
             done(error)
 
-    def close(self) -> None:
-        """End the threads; jobs that have not begun are forgotten."""
+    def close(self, limit_s: float = 1.0) -> None:
+        """End the threads; jobs that have not begun are forgotten.
+
+        One that waits for a stuck disk longer than `limit_s` is left alone, with `fd`: it ends with
+        the process. (The threads of an executor would be waited for at the exit.)
+        """
+        with suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
         for _ in self._threads:
             self._jobs.put(None)
+        deadline_s = time.monotonic() + limit_s
         for thread in self._threads:
-            thread.join()
-        os.close(self.fd)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            os.close(self.fd)
 
     def _work(self) -> None:
         while (item := self._jobs.get()) is not None:

@@ -14,6 +14,8 @@ Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .index import zeroed
 
 _NONE, _SMALL, _MAIN, _PARKED = range(4)
@@ -57,18 +59,20 @@ class Evictor:
         filling = not self.evicted and self._length[_SMALL] >= self._small_target
         self._push(_MAIN if filling or self._ghost.take(granule) else _SMALL, slot)
 
-    def adopt(self, slots: list[int]) -> None:
+    def adopt(self, slots: Iterable[int]) -> None:
         """All of `slots` hold something from an earlier run: they begin in the main queue."""
         after, before, queue = self._next, self._prev, self._queue
         end = previous = self._ends[_MAIN]
+        count = 0
         for slot in slots:
             after[previous] = slot
             before[slot] = previous
             queue[slot] = _MAIN
             previous = slot
+            count += 1
         after[previous] = end
         before[end] = previous
-        self._length[_MAIN] = len(slots)
+        self._length[_MAIN] = count
 
     def remove(self, slot: int) -> None:
         """`slot` holds nothing any more."""

@@ -12,7 +12,11 @@ nothing of it is kept that could be sent again after the server lost power.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from typing import Final
+
+from sortedcontainers import SortedDict
 
 from bridge.request import DISCARD, FLUSH, FUA, MAY_UNMAP, Request
 
@@ -23,6 +27,9 @@ from .index import Index
 from .slots import Slots
 from .ticket import Ticket
 from .writeback import Writeback
+
+_TRIES: Final = 64
+"""So many that waited are tried again before the rest is left to whoever is in the way now."""
 
 
 class Exclusive(Ticket):
@@ -55,7 +62,7 @@ class Exclusive(Ticket):
         self.generation = 0
         self.epoch = 0
         self._ready = ready
-        self.waiting: list[Callable[[], None]] = []
+        self.waiting: deque[Callable[[], None]] = deque()
         """What is to be tried again when this one has ended."""
 
     def settled(self) -> None:
@@ -81,9 +88,12 @@ class Exclusives:
         self._flusher = flusher
         self._backend = backend
         self._shift = index.granule_shift - index.block_shift
-        self.active: list[Exclusive] = []
+        self.active: SortedDict[int, Exclusive] = SortedDict()
+        """By `first`. No two of them overlap."""
         self.ended: Callable[[], None] = _nothing
         """Called when one ended: dirty slots may have become free."""
+        self.discarding: Callable[[int, int], None] = _nothing_there
+        """Called with the blocks of one before the server is asked for it."""
 
     def start(
         self, op: int, first: int, end: int, stop: int, flags: int, done: Callable[[int], None]
@@ -98,8 +108,11 @@ class Exclusives:
 
     def overlapping(self, first: int, end: int) -> Exclusive | None:
         """One that is in progress on any of the blocks `first` … `end`, or None."""
-        for each in self.active:
-            if each.first < end and first < each.end:
+        at = self.active.bisect_left(end)
+        if at:
+            # The last one that begins before `end` is also the last to end.
+            each = self.active.peekitem(at - 1)[1]
+            if first < each.end:
                 return each
         return None
 
@@ -115,7 +128,7 @@ class Exclusives:
             if each.first >= each.end:
                 each.done(0)
                 return
-        self.active.append(each)
+        self.active[each.first] = each
         self._writeback.is_held = self._is_held
         for slot in self._slots_of(each):
             self._index.open[slot] = 0
@@ -151,6 +164,7 @@ class Exclusives:
             flags = each.flags & FUA if self._backend.can_fua else 0
         each.generation = self._backend.generation
         each.epoch = self._writeback.epoch
+        self.discarding(each.first, each.end)
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:
@@ -184,17 +198,32 @@ class Exclusives:
         self._drop(each, error)
         # Reads of absent blocks waited, but a fetch may have been asked for before that.
         self._fetcher.overtaken_range(each.first, each.end)
-        self.active.remove(each)
+        del self.active[each.first]
         if not self.active:
             self._writeback.is_held = None
         self._flusher.writes += 1
         self._flusher.arm()
         self._writeback.unhold()
-        waiting, each.waiting = each.waiting, []
-        for again in waiting:
-            again()
+        self._try_again(each)
         each.done(error)
         self.ended()
+
+    def _try_again(self, ended: Exclusive) -> None:
+        """What waited for `ended` goes on, or waits for another one.
+
+        If one of the first few is in the way of the others (a guest may discard the same blocks
+        thousands of times), they are left to that one all together, not each looked at each time.
+        """
+        waiting, ended.waiting = ended.waiting, deque()
+        tries = 0
+        while waiting:
+            waiting.popleft()()
+            tries += 1
+            if tries % _TRIES == 0:
+                before = self.overlapping(ended.first, ended.end)
+                if before is not None:
+                    before.waiting += waiting
+                    return
 
     def _drop(self, each: Exclusive, error: int) -> None:
         """Forget the range. After an error nobody knows what the server did: what is dirty stays,
@@ -213,3 +242,7 @@ class Exclusives:
 
 def _nothing() -> None:
     """Nobody wants to know."""
+
+
+def _nothing_there(first: int, end: int) -> None:
+    """The same."""

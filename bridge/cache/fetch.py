@@ -11,7 +11,7 @@ Those who waited already asked before the write completed, so the old bytes are 
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from typing import Protocol
 
@@ -47,6 +47,10 @@ class Fetch:
         self.sent = False
 
 
+def _falling(fetch: Fetch) -> int:
+    return -fetch.first
+
+
 class Fetcher:
     """All fetches of one cache."""
 
@@ -69,7 +73,8 @@ class Fetcher:
         self._run_blocks = max(1, options.fetch_run_bytes >> index.block_shift)
         self._budget_blocks = max(self._run_blocks, options.fetch_bytes >> index.block_shift)
         self._blocks_in_flight = 0
-        self._pending: deque[Fetch] = deque()
+        self._pending: list[Fetch] = []
+        """Not sent yet, in falling disk order: the first of the disk is taken from the end."""
         self._scheduled = False
         self._issuing = False
         self.fetching: dict[int, list[Fetch]] = {}
@@ -105,7 +110,9 @@ class Fetcher:
 
     def overtaken_range(self, first: int, end: int) -> None:
         """The same for the blocks `first` … `end`."""
-        for granule in list(self.fetching):
+        granules = range(first >> self._shift, (end - 1 >> self._shift) + 1)
+        # By whichever way is shorter.
+        for granule in granules if len(granules) < len(self.fetching) else list(self.fetching):
             base = granule << self._shift
             low = max(first - base, 0)
             high = min(end - base, 1 << self._shift)
@@ -148,7 +155,7 @@ class Fetcher:
         fetch = Fetch(first, end)
         for granule in range(first >> self._shift, (end - 1 >> self._shift) + 1):
             self.fetching.setdefault(granule, []).append(fetch)
-        self._pending.append(fetch)
+        insort(self._pending, fetch, key=_falling)
         if not self._scheduled:
             self._scheduled = True
             self._call_at_turn_end(self._issue)
@@ -160,19 +167,18 @@ class Fetcher:
         if self._issuing:
             return  # A reply came at once: the loop below goes on, the stack does not grow.
         self._issuing = True
-        if len(self._pending) > 1:
-            self._pending = deque(sorted(self._pending, key=lambda fetch: fetch.first))
-        while self._pending:
-            group = [self._pending.popleft()]
+        pending = self._pending
+        while pending:
+            group = [pending.pop()]
             blocks = group[0].end - group[0].first
-            while self._pending and self._pending[0].first == group[-1].end:
-                more = self._pending[0].end - self._pending[0].first
+            while pending and pending[-1].first == group[-1].end:
+                more = pending[-1].end - pending[-1].first
                 if blocks + more > self._run_blocks:
                     break
                 blocks += more
-                group.append(self._pending.popleft())
+                group.append(pending.pop())
             if self._blocks_in_flight and self._blocks_in_flight + blocks > self._budget_blocks:
-                self._pending.extendleft(reversed(group))
+                pending += reversed(group)
                 break
             self._send(group, blocks)
         self._issuing = False

@@ -21,6 +21,7 @@ import os
 import stat
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,7 @@ from .layout import (
     is_ours_untrusted,
     new_header,
     parse_header_untrusted,
+    printable,
 )
 
 _PAGE = mmap.PAGESIZE
@@ -48,6 +50,13 @@ _RESIDENT = bytes(range(1, 256, 2))
 # PyDLL: mincore does not wait, and giving the GIL away to ask would cost more than the answer.
 _mincore = ctypes.PyDLL(None).mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+
+REMOVE_HINT = "; remove it with rm if you mean it"
+"""Where a cache file has to be, or is to be removed. What is only looked at may be anything."""
+
+_LOCK_TRIES = 20
+_LOCK_PAUSE_S = 0.02
+"""Somebody may only look at the file: `cache show`, or a bridge that looks for its own."""
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -129,6 +138,7 @@ class CacheFile(MappedImage):
         """What the operator should know about how the file was opened."""
         self.was_killed = not header.clean
         """Whoever used the file last has not closed it."""
+        self._abandoned = False
         self._map = mmap.mmap(fd, header.geometry.file_bytes)
         super().__init__(self._map, header)
         # The map's address, for mincore(2): the array exports the map's buffer until `close`.
@@ -193,7 +203,8 @@ class CacheFile(MappedImage):
         return vector.raw.translate(None, _RESIDENT) == b""
 
     def sync(self) -> None:
-        self._map.flush()
+        # No msync: on Linux that is an fsync of the mapped part, and `mmap.flush` would stop all
+        # threads for as long as it takes.
         os.fsync(self.fd)
 
     def begin(self) -> None:
@@ -201,11 +212,12 @@ class CacheFile(MappedImage):
         # Both copies: an older one that still says "clean" must not come back.
         for _ in range(2):
             self.save_header(clean=False, boot_id=boot_id(), index_crc=0)
-        self._map.flush(0, HEADER_AREA_BYTES)
         os.fdatasync(self.fd)
 
     def close(self, *, clean: bool) -> None:
         """Unmap and unlock. `clean`: sync everything first, then the clean-shutdown mark.
+
+        May run in a thread that is given up: see `abandon`.
 
         Raises OSError when the file system cannot keep the content. The kernel says so once, and
         may have lost any page: if nothing is dirty the file is removed.
@@ -218,11 +230,23 @@ class CacheFile(MappedImage):
             self.release()
             with suppress(BufferError):  # A guest's request still holds a view: the exit unmaps.
                 self._map.close()
-            os.close(self.fd)
+            # A thread that reads from a stuck disk must not go on with another file's descriptor.
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def abandon(self) -> None:
+        """A `close` in another thread takes too long: there will be no clean mark any more.
+
+        Nothing is stored here: on a stuck disk that could wait for ever, too. If the mark is there
+        already, it is true: all that it stands for was synced before.
+        """
+        self._abandoned = True
 
     def _sync_and_mark(self) -> None:
         try:
             self.sync()
+            if self._abandoned:
+                return
             self.save_header(clean=True, index_crc=self.index_crc())
             self.sync()
         except OSError:
@@ -245,13 +269,15 @@ def open_file(path: str) -> CacheFile:
 
     Raises ConfigError naming the file and the remedy.
     """
-    return _map(path, _open_locked(path, os.O_RDWR))
+    fd = _open_locked(path, os.O_RDWR)
+    _adopt(path, fd)
+    return _map(path, fd)
 
 
-def _map(path: str, fd: int) -> CacheFile:
+def _map(path: str, fd: int, remedy: str = "") -> CacheFile:
     """The file that `fd` has open, which is closed if that fails. Raises ConfigError."""
     try:
-        header = _read_header(path, fd)
+        header = _read_header(path, fd, remedy)
         if os.fstat(fd).st_blocks * 512 < header.geometry.file_bytes:
             # Copied by something that leaves out zeroes: a store into a hole of a full disk is a
             # SIGBUS.
@@ -262,14 +288,14 @@ def _map(path: str, fd: int) -> CacheFile:
         raise
 
 
-def read_index(path: str) -> MappedImage:
+def read_index(path: str, remedy: str = "") -> MappedImage:
     """A copy of the header and the index of a cache file that nobody uses: it has no data.
 
     Raises ConfigError naming the file and the remedy.
     """
     fd = _open_locked(path, os.O_RDONLY)
     try:
-        header = _read_header(path, fd)
+        header = _read_header(path, fd, remedy)
         copy = bytearray(header.geometry.data_offset)
         view = memoryview(copy)
         while view and (count := os.preadv(fd, [view], len(copy) - len(view))):
@@ -279,9 +305,9 @@ def read_index(path: str) -> MappedImage:
     return MappedImage(copy, header)
 
 
-def _read_header(path: str, fd: int) -> Header:
+def _read_header(path: str, fd: int, remedy: str = "") -> Header:
     """The header of a file that is as long as it says. Raises ConfigError."""
-    area = _read_ours(path, fd)
+    area = _read_ours(path, fd, remedy)
     try:
         header = parse_header_untrusted(area)
     except ConfigError as error:
@@ -295,11 +321,11 @@ def _read_header(path: str, fd: int) -> Header:
     return header
 
 
-def _read_ours(path: str, fd: int) -> bytes:
+def _read_ours(path: str, fd: int, remedy: str = "") -> bytes:
     """The first bytes of a file that is ours to change and to remove. Raises ConfigError."""
     area = os.pread(fd, HEADER_AREA_BYTES, 0)
     if not is_ours_untrusted(area):
-        raise ConfigError(f"{path} is not a cache file; remove it with rm if you mean it")
+        raise ConfigError(f"{path} is not a cache file{remedy}")
     return area
 
 
@@ -328,23 +354,31 @@ def damaged_index(path: str, fault: str) -> ConfigError:
     )
 
 
-def open_or_create(path: str, *, geometry: Geometry, identity: Identity) -> CacheFile:
+def open_or_create(
+    path: str,
+    *,
+    geometry: Geometry,
+    identity: Identity,
+    owns: Callable[[Header], bool] | None = None,
+) -> CacheFile:
     """The cache file of an export, opened, checked and marked as being in use.
 
     A file that holds nothing dirty and does not fit `geometry` any more is made anew; `notes`
     of the result says what was discarded and why. One with dirty data keeps its own number of
-    slots, and the size of a disk that has grown since: see `Cache.resize`.
+    slots, and the size of a disk that has grown since: see `Cache.resize`. `owns` says of a file
+    that was made for another spelling of `identity` whether it belongs to the export all the same.
 
     Raises ConfigError, naming the file and the remedy: directory missing or not writable, disk
     full, in use, foreign, damaged, or dirty data that does not fit.
     """
     # Locked before anybody looks at what it holds: somebody else may be making it.
     fd = _open_locked(path, os.O_RDWR | os.O_CREAT)
+    _adopt(path, fd)
     if not _holds_something(fd):
         return _create(path, geometry, identity, [], fd)
-    file = _map(path, fd)
+    file = _map(path, fd, REMOVE_HINT)
     try:
-        note = _unfit(file, geometry, identity)
+        note = _unfit(file, geometry, identity, owns)
     except BaseException:
         file.close(clean=False)
         raise
@@ -358,13 +392,19 @@ def open_or_create(path: str, *, geometry: Geometry, identity: Identity) -> Cach
     return _create(path, geometry, identity, [note], fd, killed=killed)
 
 
-def _unfit(file: CacheFile, geometry: Geometry, identity: Identity) -> str | None:
+def _unfit(
+    file: CacheFile,
+    geometry: Geometry,
+    identity: Identity,
+    owns: Callable[[Header], bool] | None,
+) -> str | None:
     """Why the content of `file` has to go, None if it may stay. Raises ConfigError."""
     header, path = file.header, file.path
-    if header.digest != identity.digest:
+    if header.digest != identity.digest and not (owns is not None and owns(header)):
         raise ConfigError(
-            f"cache file {path} belongs to export {header.export!r} of {header.uri}, not to "
-            f"{identity.export!r} of {identity.uri}; choose another file or {_drop_hint(path)}"
+            f"cache file {path} belongs to export {header.export!r} of {printable(header.uri)}, "
+            f"not to {identity.export!r} of {identity.uri}; choose another file or "
+            f"{_drop_hint(path)}"
         )
     if not believe(file):
         return (
@@ -427,7 +467,7 @@ def lock_to_drop(path: str) -> int:
     """A descriptor of `path`, locked. Raises ConfigError if somebody uses it, or it is not ours."""
     fd = _open_locked(path, os.O_RDWR)
     try:
-        _read_ours(path, fd)
+        _read_ours(path, fd, REMOVE_HINT)
     except BaseException:
         os.close(fd)
         raise
@@ -494,6 +534,7 @@ def _allocate(path: str, fd: int, count: int) -> None:
 
 def _open_locked(path: str, flags: int) -> int:
     """A descriptor of the file that is at `path` now, locked. Raises ConfigError."""
+    tries = _LOCK_TRIES
     while True:
         fd = _open_regular(path, flags)
         try:
@@ -501,6 +542,10 @@ def _open_locked(path: str, flags: int) -> int:
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
+                tries -= 1
+                if tries:
+                    time.sleep(_LOCK_PAUSE_S)
+                    continue
                 raise InUse(
                     f"cache file {path} is in use by another process; stop that one first"
                 ) from None
@@ -509,6 +554,43 @@ def _open_locked(path: str, flags: int) -> int:
             return fd
         # Removed (and perhaps made again) between the two calls: this one has no name any more.
         os.close(fd)
+
+
+def _adopt(path: str, fd: int) -> None:
+    """Make sure that only this user can change the file that `fd` has open, and what is at `path`.
+
+    Raises ConfigError, and closes `fd` then.
+    """
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid():
+            raise ConfigError(
+                f"cache file {path} belongs to user {status.st_uid}, not to {os.geteuid()}, and is "
+                "not trusted: run as that user, or remove the file"
+            )
+        _check_directory(path)
+        if stat.S_IMODE(status.st_mode) != 0o600:
+            os.fchmod(fd, 0o600)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"cache file {path}: {error.strerror}") from None
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _check_directory(path: str) -> None:
+    """Raises ConfigError if any user can remove the file at `path`, or be faster to make it."""
+    where = os.path.dirname(path) or "."
+    status = os.stat(where)
+    others = stat.S_IWOTH
+    if status.st_gid != os.getegid():
+        others |= stat.S_IWGRP
+    if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
+        raise ConfigError(
+            f"cache directory {where} may be written by other users, who could remove the cache "
+            f"file: run 'chmod go-w {where}', or choose another with --cache-dir"
+        )
 
 
 def _is_at(fd: int, path: str) -> bool:

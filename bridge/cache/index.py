@@ -25,7 +25,8 @@ Store order (a kill -9 between any two stores must leave a truthful file): whoev
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
 from .layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of, state_word
@@ -47,6 +48,10 @@ def zeroed(code: Literal["B", "H", "I"], count: int) -> memoryview:
     """`count` zero items of array type `code`, resident only where touched."""
     size = {"B": 1, "H": 2, "I": 4}[code]
     return memoryview(mmap.mmap(-1, max(1, count) * size)).cast(code)[:count]
+
+
+_SLOTS_AT_A_TIME = 4096
+_NO_WORDS = bytes(8 * _SLOTS_AT_A_TIME)
 
 
 class Index:
@@ -103,14 +108,9 @@ class Index:
         mask, granules, blocks_mask = self.bucket_mask, self.geometry.granules, self.blocks_mask
         direct = granules <= mask + 1
         dirty_found: list[int] = []
-        free: list[int] = []
         valid_blocks = 0
-        last = self.slots + 1
-        pairs = zip(self.state[1:last], self.granule_of[1:last], strict=True)
-        for slot, (word, granule) in enumerate(pairs, 1):
-            if not word:
-                free.append(slot)
-                continue
+        self._next_unused = 1
+        for slot, word, granule in self._words():
             low = word & LOW_MASK
             valid = low & BITS
             bucket = granule & mask
@@ -124,19 +124,52 @@ class Index:
                 or (other and (direct or self.find(granule)))
             ):
                 self._damaged(slot, skip=skip_damaged)
-                free.append(slot)
                 continue
             if other:
                 chain[slot] = other
             head[bucket] = slot
+            if slot != self._next_unused:
+                self._leave_free(self._next_unused, slot)
+            self._next_unused = slot + 1
             valid_blocks += valid.bit_count()
             if low > BITS:
                 dirty_found.append(slot)
                 self.dirty_blocks += (low >> DIRTY_SHIFT).bit_count()
         self.valid_blocks = valid_blocks
         self.dirty_slots = len(dirty_found)
-        self._take_free(free)
+        self.used = self._next_unused - 1 - self._free_count
+        # The lowest number is to be taken first.
+        lowest_last = array("I", self._free[: self._free_count])
+        lowest_last.reverse()
+        self._free[: self._free_count] = memoryview(lowest_last)
         return dirty_found
+
+    def _words(self) -> Iterator[tuple[int, int, int]]:
+        """Number, state and granule of the slots that hold something, in order.
+
+        A large cache is mostly empty at first: what is empty is not looked at slot by slot.
+        """
+        last = self.slots + 1
+        for start in range(1, last, _SLOTS_AT_A_TIME):
+            stop = min(last, start + _SLOTS_AT_A_TIME)
+            words = self.state[start:stop]
+            if words.tobytes() == _NO_WORDS[: words.nbytes]:
+                continue
+            pairs = zip(words, self.granule_of[start:stop], strict=True)
+            for slot, (word, granule) in enumerate(pairs, start):
+                if word:
+                    yield slot, word, granule
+
+    def used_slots(self) -> Iterator[int]:
+        """The slots that hold something, in order."""
+        return (slot for slot, _, _ in self._words())
+
+    def _leave_free(self, first: int, end: int) -> None:
+        """`load` found nothing in the slots `first` … `end`, and something after them."""
+        for start in range(first, end, _SLOTS_AT_A_TIME):
+            numbers = array("I", range(start, min(end, start + _SLOTS_AT_A_TIME)))
+            self._free[self._free_count : self._free_count + len(numbers)] = memoryview(numbers)
+            self._free_count += len(numbers)
 
     def _damaged(self, slot: int, *, skip: bool) -> None:
         """`load` cannot take `slot` over. Raises ValueError, or frees it to be skipped."""
@@ -157,16 +190,6 @@ class Index:
         if valid & ~self.blocks_mask:
             return "holds blocks that no granule has"
         return f"granule {granule} is held twice"
-
-    def _take_free(self, free: list[int]) -> None:
-        """Remember the free slots: those after the last used one only as a number."""
-        self.used = self.slots - len(free)
-        self._next_unused = self.slots + 1
-        while free and free[-1] == self._next_unused - 1:
-            self._next_unused = free.pop()
-        for slot in reversed(free):
-            self._free[self._free_count] = slot
-            self._free_count += 1
 
     @property
     def blocks_mask(self) -> int:

@@ -7,6 +7,7 @@ request, and `close(clean=True)`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from bridge.errors import ConfigError
 from bridge.units import size_text
 
 from .file import (
+    REMOVE_HINT,
     CacheFile,
     MappedImage,
     Unusable,
@@ -28,6 +30,7 @@ from .file import (
     read_index,
 )
 from .index import Index
+from .layout import Identity, printable
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Summary:
     path: str
     uri: str
     export: str
+    digest: str
+    """Of the whole server and the whole name of the export: the file has room for 1500 bytes of
+    each."""
     disk_bytes: int
     cache_bytes: int
     block_bytes: int
@@ -55,10 +61,16 @@ class Summary:
     created_s: int
     """Seconds of the epoch."""
 
+    @property
+    def is_cut(self) -> bool:
+        """`uri` or `export` are not all of what they were."""
+        return Identity(self.uri, self.export).digest.hex() != self.digest
 
-def show(path: str) -> Summary:
-    """Read what `path` holds. Raises ConfigError: in use, damaged, not a cache file."""
-    image = read_index(path)
+
+def show(path: str, *, not_ours: str = "") -> Summary:
+    """Read what `path` holds. Raises ConfigError: in use, damaged, not a cache file, which gets the
+    remedy `not_ours`."""
+    image = read_index(path, not_ours)
     fault = _fault(image)
     header, sizes = image.header, image.geometry
     index = Index(image)
@@ -69,6 +81,7 @@ def show(path: str) -> Summary:
         path=path,
         uri=header.uri,
         export=header.export,
+        digest=header.digest.hex(),
         disk_bytes=sizes.disk_bytes,
         cache_bytes=sizes.slots * sizes.granule_bytes,
         block_bytes=sizes.block_bytes,
@@ -101,8 +114,8 @@ def describe(summary: Summary) -> str:
     created = datetime.fromtimestamp(summary.created_s, UTC)
     lines = {
         "file": summary.path,
-        "server": summary.uri,
-        "export": summary.export or "(default)",
+        "server": printable(summary.uri),
+        "export": printable(summary.export) or "(default)",
         "disk": size_text(summary.disk_bytes),
         "cache": f"{size_text(summary.cache_bytes)}, {size_text(summary.valid_bytes)} of it used",
         "not on the server": size_text(summary.dirty_bytes),
@@ -141,7 +154,7 @@ def drop(path: str, *, discard_dirty: bool = False) -> None:
 def _refuse_to_lose(path: str) -> None:
     """Raises ConfigError if `path` holds, or may hold, what the server does not have."""
     try:
-        summary = show(path)
+        summary = show(path, not_ours=REMOVE_HINT)
     except Unusable as error:
         raise ConfigError(
             f"cache file {path} {error.fault}; whether it holds unwritten data cannot be said: "
@@ -160,14 +173,24 @@ def _refuse_to_lose(path: str) -> None:
         )
 
 
-def open_to_flush(path: str, *, export_bytes: int, skip_damaged: bool = False) -> CacheFile:
+def open_to_flush(
+    path: str,
+    *,
+    export_bytes: int,
+    skip_damaged: bool = False,
+    check: Callable[[CacheFile], None] | None = None,
+) -> CacheFile:
     """Open a cache file to bring its dirty data to an export of `export_bytes`.
+
+    `check` may raise ConfigError when it has seen the file, locked and as it was left.
 
     Raises ConfigError: in use, damaged (unless that is to be skipped), discarded by a crash of
     the host, or the export is smaller than the disk was.
     """
     file = open_file(path)
     try:
+        if check is not None:
+            check(file)
         if not (has_survived(file) if skip_damaged else believe(file)):
             raise ConfigError(
                 f"cache file {path}: the host went down without a clean shutdown, "

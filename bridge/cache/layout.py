@@ -45,8 +45,9 @@ _PAGE = 4096
 _FIXED = struct.Struct("=8sIIIIIIQQQQ16sI32sHH")
 _TEXT_BYTES = 1500
 """Of the URI and of the export's name, for `cache show`; the identity is their hash."""
-_TAIL = struct.Struct("=16sI")
-"""At the end of the page: the export's identity, and the checksum of all that is before that."""
+_TAIL = struct.Struct("=QQQ16sI")
+"""At the end of the page: the witness of a foreign change, what may have been discarded, the
+export's identity, and the checksum of all that is before that. Older files have zeroes there."""
 _CRC = struct.Struct("=I")
 
 
@@ -162,8 +163,18 @@ class Header:
     export_generation: int
     """The export's generation that the clean blocks belong to; 0: the server has none."""
     created_s: int
+    frozen: bool = False
+    """Its guest was stopped before everything was at the server, and may have gone on elsewhere:
+    what is dirty is not to be sent before it is known that nobody else wrote."""
     export_identity: bytes = b""
     """16 bytes of the volume that the content belongs to; b"": the server gives none."""
+    witness: int = 0
+    """1 + the number of a clean block that the server has other content for: somebody else wrote,
+    and there is dirty data. 0: none was seen."""
+    discarded: tuple[int, int] = (0, 0)
+    """First block and end of a range: the server was asked to discard or zero within it, and that
+    is not known to be durable. Killed before the answer, the cache still has what was there before;
+    if the server loses power, what was read as zeroes since may be there again."""
 
     def next(self, **changes: object) -> Header:
         """The header that follows this one."""
@@ -181,7 +192,7 @@ class Header:
             sizes.block_bytes,
             sizes.granule_bytes,
             sizes.slots,
-            int(self.clean),
+            self.clean | self.frozen << 1,
             sizes.disk_bytes,
             self.sequence,
             self.export_generation,
@@ -193,8 +204,14 @@ class Header:
             len(export),
         )
         page = (fixed + uri + export).ljust(HEADER_BYTES - _TAIL.size, b"\0")
-        page += self.export_identity.ljust(16, b"\0")
+        page += _TAIL.pack(self.witness, *self.discarded, self.export_identity, 0)
+        page = page[: -_CRC.size]
         return page + _CRC.pack(zlib.crc32(page))
+
+
+def printable(text: str) -> str:
+    """`text` of a file's header for a terminal: whatever would control that is escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def new_header(geometry: Geometry, identity: Identity, boot_id: bytes, created_s: int) -> Header:
@@ -246,13 +263,13 @@ def _parse_page(page: bytes) -> Header | None:
     magic, version, header_bytes = fields[:3]
     if magic != MAGIC or version != VERSION or header_bytes != HEADER_BYTES:
         return None
-    block, granule, slots, clean, disk, sequence, generation, created = fields[3:11]
+    block, granule, slots, marks, disk, sequence, generation, created = fields[3:11]
     boot_id, index_crc, digest, uri_bytes, export_bytes = fields[11:]
     geometry = Geometry(disk, block, granule, slots)
     if geometry.fault() or uri_bytes > _TEXT_BYTES or export_bytes > _TEXT_BYTES:
         return None
     text = page[_FIXED.size :]
-    identity, _ = _TAIL.unpack(page[-_TAIL.size :])
+    witness, discarded_first, discarded_end, identity, _ = _TAIL.unpack(page[-_TAIL.size :])
     return Header(
         geometry=geometry,
         uri=text[:uri_bytes].decode(errors="replace"),
@@ -260,11 +277,14 @@ def _parse_page(page: bytes) -> Header | None:
         digest=digest,
         sequence=sequence,
         boot_id=boot_id,
-        clean=bool(clean),
+        clean=bool(marks & 1),
+        frozen=bool(marks & 2),
         index_crc=index_crc,
         export_generation=generation,
         created_s=created,
         export_identity=identity if any(identity) else b"",
+        witness=witness,
+        discarded=(discarded_first, discarded_end),
     )
 
 

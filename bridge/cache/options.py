@@ -52,6 +52,8 @@ class Options:
     """Longest read of merged misses."""
     fetch_bytes: int = 64 << 20
     """Reads in flight: private buffers. Further misses wait in order."""
+    cold_bytes: int = 16 << 20
+    """Reads of the cache's disk in flight: private buffers, too. Further ones wait in order."""
     readahead_bytes: int = 4 << 20
     """Largest read-ahead window of one stream; 0 turns read-ahead off."""
     bypass_bytes: int = 512 * 1024

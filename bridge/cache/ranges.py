@@ -11,6 +11,7 @@ import errno
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
+from typing import Final
 
 from bridge.request import DISCARD, FUA, WRITE, WRITE_ZEROES, Request
 
@@ -22,6 +23,9 @@ from .options import Options
 _ZEROES = memoryview(bytes(256 * 1024))
 """One write of zero bytes; the same memory for all."""
 
+_STEPS_PER_TURN: Final = 32
+"""8 MiB of zeroes."""
+
 
 Step = Callable[[Callable[[int], None]], None]
 
@@ -29,10 +33,16 @@ Step = Callable[[Callable[[int], None]], None]
 class _Steps:
     """A request that is done when every step is; the first error ends it."""
 
-    __slots__ = ("_again", "_error", "_request", "_running", "_steps")
+    __slots__ = ("_again", "_error", "_next_turn", "_request", "_running", "_steps")
 
-    def __init__(self, request: Request, steps: Iterator[Step]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        steps: Iterator[Step],
+        next_turn: Callable[[Callable[[], None]], None] | None,
+    ) -> None:
         self._request = request
+        self._next_turn = next_turn
         self._steps = steps
         self._error = 0
         self._running = False
@@ -44,8 +54,17 @@ class _Steps:
         self._again = True
         if self._running:
             return  # A step that ended at once: the loop below goes on, the stack does not grow.
+        self._run()
+
+    def _run(self) -> None:
         self._running = True
+        done = 0
         while self._again:
+            if done == _STEPS_PER_TURN and self._next_turn is not None:
+                # Zeroes into the cache end at once, and there may be terabytes of them.
+                self._next_turn(self._run)
+                return
+            done += 1
             self._again = False
             step = None if self._error else next(self._steps, None)
             if step is None:
@@ -65,7 +84,10 @@ class Ranges:
         backend: Backend,
         options: Options,
         submit: Callable[[Request], None],
+        next_turn: Callable[[Callable[[], None]], None] | None,
     ) -> None:
+        """`next_turn` calls back in the loop's next turn; None: there are no turns."""
+        self._next_turn = next_turn
         self._index = index
         self._exclusives = exclusives
         self._backend = backend
@@ -80,7 +102,8 @@ class Ranges:
             return
         first, end = self._whole_blocks(request)
         stop = request.offset + request.length
-        _Steps(request, self._exclusive_steps(DISCARD, first, end, stop, request.flags)).go_on()
+        steps = self._exclusive_steps(DISCARD, first, end, stop, request.flags)
+        _Steps(request, steps, self._next_turn).go_on()
 
     def write_zeroes(self, request: Request) -> None:
         """Make a range read as zeroes."""
@@ -96,7 +119,7 @@ class Ranges:
                 self._exclusive_steps(WRITE_ZEROES, first, end, stop, flags),
                 self._last_write_steps(stop, flags),
             )
-        _Steps(request, steps).go_on()
+        _Steps(request, steps, self._next_turn).go_on()
 
     def _whole_blocks(self, request: Request) -> tuple[int, int]:
         """The blocks that lie wholly within the request; the disk's last one may be short."""

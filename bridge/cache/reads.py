@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from bridge.request import READ, Request
 
 from .backend import Backend, Stats
@@ -79,11 +81,16 @@ class Reads:
         self._cold = cold
         self._stats = stats
         self._cold_ops: dict[_ReadOp, int] = {}
-        """Reads that wait for the cache's disk, and for how many jobs there."""
+        """Reads that wait for the cache's disk, or to get there, and for how many jobs."""
+        self._cold_budget_bytes = options.cold_bytes
+        self._cold_bytes = 0
+        self._cold_waiting: deque[tuple[_ReadOp, int, int]] = deque()
+        """Parts of reads, in bytes of the disk, that there is no memory for now."""
 
     def refuse(self, errno: int) -> None:
         """Reads that wait for the cache's disk fail with `errno`, if that is not 0."""
         if errno:
+            self._cold_waiting.clear()
             waiting, self._cold_ops = self._cold_ops, {}
             for op in waiting:
                 op.abandon(errno)
@@ -117,7 +124,8 @@ class Reads:
         def done(inner: Request) -> None:
             request.finish(inner.error)
 
-        self._backend.submit(Request(READ, request.offset, request.length, request.buffers, done))
+        offset, length, buffers = request.offset, request.length, request.buffers
+        self._backend.submit(Request(READ, offset, length, buffers, done, 0, request))
         return True
 
     def prefetch(self, request: Request) -> None:
@@ -172,20 +180,24 @@ class Reads:
             source = index.data[position : position + end - start]
             scatter(request.buffers, start - request.offset, source)
             return
-        # Not into the guest's memory: the disk may answer when that is no longer ours.
-        data = memoryview(bytearray(end - start))
-        self._stats.read_cold += 1
         op.pending += 1
         self._cold_ops[op] = self._cold_ops.get(op, 0) + 1
+        if not self._may_read_cold(start, end):
+            self._cold_waiting.append((op, start, end))
+            return
+        # Not into the guest's memory: the disk may answer when that is no longer ours.
+        data = memoryview(bytearray(end - start))
+        self._cold_bytes += end - start
+        self._stats.read_cold += 1
         self._slots.pin(slot)
 
         def done(error: int) -> None:
             self._slots.unpin(slot)
+            self._cold_bytes -= end - start
+            self._read_waiting()
             if op.abandoned:
                 return
-            self._cold_ops[op] -= 1
-            if not self._cold_ops[op]:
-                del self._cold_ops[op]
+            self._cold_ended(op)
             if error:
                 self._unreadable(op, slot, bits, start, end, error)
             else:
@@ -195,6 +207,26 @@ class Reads:
             op.release()
 
         self._cold.run(lambda: self._image.read_wait([data], position), done)
+
+    def _may_read_cold(self, start: int, end: int) -> bool:
+        """There is memory for a copy of these bytes of the disk; one there always is."""
+        return not self._cold_bytes or self._cold_bytes + end - start <= self._cold_budget_bytes
+
+    def _cold_ended(self, op: _ReadOp) -> None:
+        """One job less for `op`."""
+        self._cold_ops[op] -= 1
+        if not self._cold_ops[op]:
+            del self._cold_ops[op]
+
+    def _read_waiting(self) -> None:
+        """There is memory for cold reads again: what waits goes on from its look-up, for much may
+        have happened to its blocks meanwhile."""
+        waiting = self._cold_waiting
+        while waiting and self._may_read_cold(*waiting[0][1:]):
+            op, start, end = waiting.popleft()
+            self._walk(op, start, end)
+            self._cold_ended(op)
+            op.release()
 
     def _is_resident(self, slot: int, bits: int, start: int, end: int) -> bool:
         """Ask about blocks of `slot` that are not believed to be in the page cache."""

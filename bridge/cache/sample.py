@@ -1,20 +1,48 @@
 """Did somebody else write the image? A sample of clean cached blocks against the server.
 
+A clean block was durable on the server when it became clean, or was read from it: so a server that
+lost power, and with it what was not flushed, still has it as it is here. What differs was written
+by somebody else. One exception: where a discard was under way, or was not flushed, one side may
+have zeroes.
+
 Our plugin counts writable sessions, so there the answer is exact, as long as nobody writes behind
-its back. Where it is not, this finds what changed much (an image restored, a disk reinstalled), not
-a single changed block.
+its back. Where it is not, this finds what changed much (an image restored, a disk reinstalled, a
+file system mounted elsewhere), not a single changed block. What is dirty here cannot be compared:
+nobody knows what the server had there before.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from bridge.request import READ, Request
 
 from .backend import Backend
 from .index import Index
+
+_SECTOR_BYTES = 512
+_HEAD_BYTES = 2 << 20
+"""The beginning of the disk, with its partition table and mostly a first superblock: whoever mounts
+a file system to write changes that. As far as it is cached, it is compared in any case."""
+_HEAD_BLOCKS = 64
+_NEIGHBOURS = 64
+"""Clean blocks compared because the blocks beside them are dirty: who else wrote that file?"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a comparison found."""
+
+    differing: int = 0
+    """How many blocks the server has other content for."""
+    witness: int = 0
+    """The number of one of them."""
+    unknown: bool = False
+    """The server answered nothing, so nothing is known."""
 
 
 class Sampled(Protocol):
@@ -26,44 +54,128 @@ class Sampled(Protocol):
         """Forget every clean block."""
 
 
-def check_sample(cache: Sampled, backend: Backend, done: Callable[[int], None], count: int) -> None:
-    """Compare up to `count` clean blocks; drop the clean part when any differs.
+def check_sample(
+    cache: Sampled,
+    backend: Backend,
+    done: Callable[[int], None],
+    count: int,
+    *,
+    witness: int | None = None,
+    discarded: tuple[int, int] = (0, 0),
+) -> None:
+    """Compare about `count` clean blocks; drop the clean part when any differs.
 
-    Calls `done` with the number of blocks that differ, or -1 when a read failed and nothing is
-    known.
+    Calls `done` with the number of blocks that differ, or -1 when the server answered nothing and
+    nothing is known. The rest as in `compare`.
     """
-    index = cache.index
-    chosen = [(slot, block) for slot in _choose(index, count) if (block := _clean(index, slot))]
-    left = len(chosen)
-    differing = 0
-    failed = False
 
-    def compared(request: Request) -> None:
-        nonlocal left, differing, failed
+    def compared(sample: Sample) -> None:
+        if sample.differing:
+            cache.drop_clean()
+        done(-1 if sample.unknown else sample.differing)
+
+    compare(cache.index, backend, compared, count, witness=witness, discarded=discarded)
+
+
+def compare(
+    index: Index,
+    backend: Backend,
+    done: Callable[[Sample], None],
+    count: int,
+    *,
+    beside_dirty: bool = False,
+    witness: int | None = None,
+    discarded: tuple[int, int] = (0, 0),
+) -> None:
+    """Compare about `count` clean blocks with the server, then call `done`.
+
+    `beside_dirty`: also some with dirty blocks beside them. `witness` is the number of a block that
+    differed before, and is compared if it is still there. `discarded`: in these blocks sectors of
+    zeroes are no evidence.
+    """
+    chosen = _choose(index, count, beside_dirty=beside_dirty, witness=witness)
+    left = len(chosen)
+    compared = differing = found = 0
+
+    def answered(request: Request) -> None:
+        nonlocal left, compared, differing, found
         slot, bit, buffer = request.owner
-        failed = failed or bool(request.error)
-        if not request.error and index.valid(slot) & ~index.dirty(slot) & bit:
-            at = (slot << index.granule_shift) + (bit.bit_length() - 1 << index.block_shift)
-            differing += index.data[at : at + request.length] != buffer[: request.length]
+        if not request.error:
+            compared += 1
+            if index.valid(slot) & ~index.dirty(slot) & bit:
+                at = (slot << index.granule_shift) + (bit.bit_length() - 1 << index.block_shift)
+                ours = index.data[at : at + request.length]
+                block = request.offset >> index.block_shift
+                if ours != buffer and not (
+                    discarded[0] <= block < discarded[1] and _differ_by_zeroes(ours, buffer)
+                ):
+                    differing += 1
+                    found = block
         left -= 1
         if not left:
-            if differing:
-                cache.drop_clean()
-            done(differing if differing or not failed else -1)
+            done(Sample(differing, found, unknown=not compared))
 
     if not chosen:
-        done(0)
+        done(Sample())
         return
     for slot, bit in chosen:
         offset = index.granule_of[slot] << index.granule_shift
         offset += bit.bit_length() - 1 << index.block_shift
         length = min(index.block_bytes, index.geometry.disk_bytes - offset)
         buffer = memoryview(bytearray(length))
-        backend.submit(Request(READ, offset, length, [buffer], compared, owner=(slot, bit, buffer)))
+        backend.submit(Request(READ, offset, length, [buffer], answered, owner=(slot, bit, buffer)))
 
 
-def _choose(index: Index, count: int) -> list[int]:
-    """`count` slots in use, all if there are fewer."""
+def _differ_by_zeroes(one: memoryview, other: memoryview) -> bool:
+    """Each sector is the same in both, or zeroes in one of them."""
+    for at in range(0, len(one), _SECTOR_BYTES):
+        a, b = one[at : at + _SECTOR_BYTES], other[at : at + _SECTOR_BYTES]
+        if a != b and any(a) and any(b):
+            return False
+    return True
+
+
+def _choose(
+    index: Index, count: int, *, beside_dirty: bool, witness: int | None
+) -> list[tuple[int, int]]:
+    """(slot, bit) of the clean blocks to compare, in no order; all of them if there are few."""
+    chosen: dict[tuple[int, int], None] = {}
+    if witness is not None:
+        per_granule = index.granule_shift - index.block_shift
+        slot = index.find(witness >> per_granule)
+        bit = 1 << (witness & (1 << per_granule) - 1)
+        if slot and _clean(index, slot) & bit:
+            chosen[slot, bit] = None
+    head = (index.find(granule) for granule in range(_HEAD_BYTES >> index.granule_shift))
+    _add(chosen, islice(_blocks(index, filter(None, head)), _HEAD_BLOCKS))
+    if beside_dirty:
+        beside = (slot for slot in range(1, index.slots + 1) if index.dirty(slot))
+        _add(chosen, islice(_blocks(index, beside), _NEIGHBOURS))
+    slots = _some_slots(index, count)
+    if len(slots) < count:
+        # Not one of each slot but all, as far as that goes.
+        _add(chosen, islice(_blocks(index, slots), count))
+    else:
+        _add(chosen, ((slot, _any_bit(_clean(index, slot))) for slot in slots))
+    return [each for each in chosen if each[1]]
+
+
+def _add(chosen: dict[tuple[int, int], None], more: Iterable[tuple[int, int]]) -> None:
+    for each in more:
+        chosen[each] = None
+
+
+def _blocks(index: Index, slots: Iterable[int]) -> Iterable[tuple[int, int]]:
+    """(slot, bit) of every clean block of `slots`."""
+    for slot in slots:
+        clean = _clean(index, slot)
+        while clean:
+            yield slot, clean & -clean
+            clean &= clean - 1
+
+
+def _some_slots(index: Index, count: int) -> list[int]:
+    """`count` slots in use, in random order, all if there are fewer."""
     states = index.state
     if index.used > max(4 * count, index.slots // 8):
         # At least every tenth try finds one: no walk through millions of slots.
@@ -72,12 +184,20 @@ def _choose(index: Index, count: int) -> list[int]:
             slot = random.randint(1, index.slots)
             if states[slot]:
                 found.add(slot)
-        return sorted(found)
+        return list(found)
     used = [slot for slot in range(1, index.slots + 1) if states[slot]]
-    return sorted(random.sample(used, min(count, len(used))))
+    return random.sample(used, min(count, len(used)))
 
 
 def _clean(index: Index, slot: int) -> int:
-    """The bit of one clean block of `slot`, or 0."""
-    clean = index.valid(slot) & ~index.dirty(slot)
-    return clean & -clean
+    """The clean blocks of `slot`."""
+    return index.valid(slot) & ~index.dirty(slot)
+
+
+def _any_bit(bits: int) -> int:
+    """One of `bits` at random, 0 if there is none."""
+    if not bits:
+        return 0
+    for _ in range(random.randrange(bits.bit_count())):
+        bits &= bits - 1
+    return bits & -bits

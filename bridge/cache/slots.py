@@ -22,6 +22,7 @@ class Slots:
         self._pins: dict[int, int] = {}
         self._orphans: set[int] = set()
         """Pinned slots whose granule was dropped meanwhile."""
+        self._scratch: list[memoryview] = []
         self.touched = evictor.touched
         self.unpinned: Callable[[], None] = _nothing
         """Called when a slot can be had again that could not."""
@@ -72,7 +73,8 @@ class Slots:
     def load(self, image: MappedImage, cold: Cold, slot: int, done: Callable[[int], None]) -> None:
         """Have a thread read `slot` into the page cache; it is pinned meanwhile."""
         size = self._index.granule_bytes
-        scratch = [memoryview(bytearray(size))]
+        # One for all: it is the page cache that matters, nobody looks at the bytes.
+        scratch = self._scratch = self._scratch or [memoryview(bytearray(size))]
         self.pin(slot)
 
         def loaded(error: int) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from errno import EIO
+from errno import ECANCELED, EIO
 
 from bridge.request import FUA, Request
 
@@ -205,6 +205,9 @@ class Store:
 
     def advance(self, op: _WriteOp) -> None:
         """Go on with a write whose obstacle may be gone."""
+        if op.request.is_abandoned:
+            op.request.finish(ECANCELED)
+            return
         op.position = self._store(op.request, op.position)
         if op.position == op.request.length:
             self._stored(op)
@@ -213,6 +216,9 @@ class Store:
 
     def fetched(self, op: _WriteOp) -> None:
         """The blocks that `op` covers only partly were fetched."""
+        if op.request.is_abandoned:
+            op.request.finish(ECANCELED)
+            return
         position = op.position
         op.position = self._store(op.request, op.position)
         if op.position == op.request.length:
@@ -233,6 +239,9 @@ class Store:
         waiting = self._waiting
         while waiting and self._index.dirty_slots < self._hard_slots:
             op = waiting.popleft()
+            if op.request.is_abandoned:
+                op.request.finish(ECANCELED)
+                continue
             op.position = self._store(op.request, op.position)
             if op.position == op.request.length:
                 self._stored(op)

@@ -55,8 +55,17 @@ class Kernel:
 
 
 def cache_dir() -> Path:
-    """Where downloaded kernels and the accelerator's probe result are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where downloaded kernels and the accelerator's probe result are kept.
+
+    Raises ConfigError for a user who has no home directory.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise ConfigError(
+            f"user {os.geteuid()} has no home directory to keep the guest's kernel in: name a "
+            "directory with the environment variable XDG_CACHE_HOME"
+        ) from None
     return Path(base) / "nbd-bridge"
 
 

@@ -131,7 +131,7 @@ class _ReadModifyWrite:
         self._reads = len(ends)
         for offset in ends:
             view = self._blocks[offset] = memoryview(bytearray(block_bytes))
-            self._send(Request(READ, offset, block_bytes, [view], self._have_read))
+            self._send(Request(READ, offset, block_bytes, [view], self._have_read, 0, request))
 
     def _have_read(self, part: Request) -> None:
         self._reads -= 1
@@ -187,11 +187,11 @@ class _WriteZeroes:
         for start, end in ((request.offset, first), (last, stop)):
             if start < end:
                 zeroes = [memoryview(bytes(end - start))]
-                parts.append(
-                    Request(WRITE, start, end - start, zeroes, self._done, request.flags & FUA)
-                )
+                flags = request.flags & FUA
+                parts.append(Request(WRITE, start, end - start, zeroes, self._done, flags, request))
         if first < last:
-            parts.append(Request(WRITE_ZEROES, first, last - first, [], self._done, request.flags))
+            flags = request.flags
+            parts.append(Request(WRITE_ZEROES, first, last - first, [], self._done, flags, request))
         self._left = len(parts)
         for part in parts:
             self._send(part)

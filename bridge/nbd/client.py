@@ -14,6 +14,8 @@ fill the network. They are used only if the server says that a flush on one cove
 
 from __future__ import annotations
 
+import contextlib
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,12 +25,13 @@ from typing import Final
 import structlog
 import trio
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.loop import Loop
-from bridge.nbd.connection import Connection, Negotiated, leave, negotiate
+from bridge.nbd.connection import Connection, Negotiated, Silent, leave, negotiate
 from bridge.nbd.export import Export
 from bridge.nbd.handshake import Goal, Listed
 from bridge.nbd.options import ClientOptions
+from bridge.nbd.protocol import NAME_MAX_BYTES
 from bridge.nbd.session import Phase, Session
 from bridge.nbd.uri import NbdUri
 from bridge.request import Request
@@ -53,13 +56,23 @@ class Client:
         self._loop = loop
         self._connections: list[Connection] = []
         self._cookies = count(1)
+        self._first_cookie = 0
+        """What was sent on the present connections has later ones."""
         self._broken = trio.Event()
         self._run_scope = trio.CancelScope()
         self._closing = False
-        self._client_id = secrets.token_hex(8)
+        self._wanted = trio.Event()
+        """Set, but for the time between `leave` and `come_back`."""
+        self._wanted.set()
+        self._reconnecting = trio.CancelScope()
+        named = re.search(",client=([^,]+)", uri.export_name)
+        self.client_id = named[1] if named else secrets.token_hex(8)
+        """Who we are for our plugin: it says who wrote a volume last."""
         self._takes_names = False
         self._plain_next = False
         self._names_refused = False
+        self._reads_only: bool | None = None
+        """Whether the server has a name for readers of the export; None: it was not asked."""
         self._last_failure = ""
 
     @property
@@ -137,7 +150,9 @@ class Client:
                 while True:
                     await self._broken.wait()
                     await self._give_up_connections()
-                    await self._reconnect()
+                    await self._wanted.wait()
+                    with trio.CancelScope() as self._reconnecting:
+                        await self._reconnect()
 
     async def close(self, timeout_s: float | None = None) -> None:
         """Let what is in flight be answered, say DISC, close. What is left then fails with EIO.
@@ -154,18 +169,40 @@ class Client:
         finally:
             self.session.closed(self._take_unanswered())
 
-    def fail_pending(self, errno: int) -> None:
-        """Finish everything unfinished with `errno`, at once.
+    def abandon(self) -> None:
+        """See `Session.abandon`."""
+        self.session.abandon()
 
-        The connections are closed, so nothing touches the requests' buffers afterwards; commands
-        that the server has received already may still be executed by it.
-        """
-        if not self.in_flight:
-            return
+    def silence(self) -> None:
+        """Nothing of abandoned requests leaves this process from here on: a connection that has
+        some of it to send is given up."""
         for connection in self._connections:
-            connection.close()
-        self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
-        self._broken.set()
+            if connection.alive and connection.has_unsent and connection.abandon():
+                connection.fail(
+                    ConnectionLost("given up: the guest has stopped with writes half sent")
+                )
+
+    async def leave(self, timeout_s: float, errno: int) -> None:
+        """Hang up, and stay away until `come_back`. What has no answer within `timeout_s` fails
+        with `errno`, and so does what waits; what is submitted later waits for the return."""
+        if not self._wanted.is_set():
+            return
+        self._wanted = trio.Event()
+        self._reconnecting.cancel()
+        self.session.leaving()
+        try:
+            await self._hang_up(timeout_s)
+        finally:
+            for connection in self._connections:
+                connection.close()
+            self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
+            self._broken.set()
+
+    def come_back(self) -> None:
+        """The end of `leave`: connect again."""
+        if not self._wanted.is_set():
+            self.session.wait_anew(trio.current_time())
+            self._wanted.set()
 
     # Connections.
 
@@ -178,23 +215,44 @@ class Client:
             for each in negotiated:
                 await leave(each)
             raise ConnectionLost(f"{self.uri.server}: {reason}")
+        if not self._wanted.is_set():
+            for each in negotiated:
+                each.close()
+            raise ConnectionLost("nobody wants the connection any more")
         self._broken = trio.Event()
         generation = self.session.generation + 1
-        connections = [
-            Connection(
-                each, self._loop, lost=self._lost, generation=generation, cookies=self._cookies
-            )
-            for each in negotiated
-        ]
+        connections: list[Connection] = []
+        try:
+            for each in negotiated:
+                connections.append(
+                    Connection(
+                        each,
+                        self._loop,
+                        lost=self._lost,
+                        generation=generation,
+                        cookies=self._cookies,
+                    )
+                )
+        except OSError as error:
+            # The system has no room to watch one more socket, or for its buffer.
+            for connection in connections:
+                connection.close()
+            for each in negotiated:
+                each.close()
+            reason = f"cannot use the connection: {error.strerror or error}"
+            raise ConnectionLost(f"{self.uri.server}: {reason}") from None
         if not all(connection.alive for connection in connections):
             for connection in connections:
                 connection.close()
             raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
         self._connections = connections
+        self._first_cookie = next(self._cookies)
         self.session.established(trio.current_time(), export, connections)
 
     async def _negotiate_all(self) -> list[Negotiated]:
         wanted = self.options.connections
+        if self.options.read_only and self._reads_only is None:
+            await self._ask_for_readers_name()
         named = self._takes_names and not self._plain_next
         token = secrets.token_hex(8) if named else None
         try:
@@ -202,12 +260,19 @@ class Client:
         except ConfigError:
             # Perhaps another server took the place of our plugin: try without the names.
             self._plain_next = self._takes_names and not self._plain_next
+            self._reads_only = None
             raise
         self._plain_next = False
         if self.session.phase is Phase.CLOSED:
             return [first]
         export = first.export
-        announced = export.properties.get("session") == "yes" and "@" not in export.name
+        announced = export.properties.get("session") == "yes"
+        if announced and self.options.read_only and "@" not in export.name:
+            # Our plugin, which did not say so when it was asked: let go of the volume at once.
+            await leave(first)
+            self._reads_only = True
+            return await self._negotiate_all()
+        announced = announced and self._may_be_named
         if announced and token is None and not self._names_refused:
             # Our plugin: connections that name one session are admitted together, and one that
             # names its client replaces what that client has left behind.
@@ -252,11 +317,35 @@ class Client:
             raise ConnectionLost(f"{self.uri.server}: connections differ in size: {sorted(sizes)}")
         return found
 
+    async def _ask_for_readers_name(self) -> None:
+        """Our plugin gives a volume to one writer at a time, and to any number of readers beside
+        it; these say so in the name, since NBD has no other way. So who we talk to must be known
+        before the export is opened. A server that hangs up is asked again the next time."""
+        if "@" in self.uri.export_name:
+            self._reads_only = False
+            return
+        with contextlib.suppress(ConnectionLost):
+            self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options)
+
+    @property
+    def _may_be_named(self) -> bool:
+        """The export's name does not say yet who we are."""
+        name = self.uri.export_name
+        return "@" not in name or ("@session=" in name and ",client=" not in name)
+
     def _name(self, token: str | None, number: int) -> str:
         name = self.uri.export_name
+        if self._reads_only:
+            return f"{name}@readonly"
         if token is None:
             return name
-        return f"{name}@session={token},client={self._client_id},connection={number}"
+        if "@" in name:
+            # A session that is shared, for a migration: who we are tells later who wrote last.
+            named = f"{name},client={self.client_id}"
+        else:
+            named = f"{name}@session={token},client={self.client_id},connection={number}"
+        # A server may refuse a name that is longer than the protocol's limit.
+        return named if len(named.encode()) <= NAME_MAX_BYTES else name
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
@@ -274,7 +363,20 @@ class Client:
         ended = self.uri.socket_path is not None and all(
             connection.peer_closed for connection in self._connections
         )
-        self.session.lost(trio.current_time(), self._take_unanswered(), stale_possible=not ended)
+        blamed = min(
+            (each.blamed for each in self._connections if each.blamed is not None),
+            key=_cookie,
+            default=None,
+        )
+        sent = next(self._cookies) - self._first_cookie - 1
+        unanswered = self._take_unanswered()
+        self.session.lost(
+            trio.current_time(),
+            unanswered,
+            stale_possible=not ended,
+            answered=sent > len(unanswered),
+            blamed=blamed,
+        )
 
     async def _hang_up(self, timeout_s: float) -> None:
         async with trio.open_nursery() as nursery:
@@ -286,6 +388,7 @@ class Client:
         unanswered: list[Request] = []
         for connection in self._connections:
             unanswered += connection.transmission.unanswered()
+            connection.blamed = None
         unanswered.sort(key=_cookie)
         return unanswered
 
@@ -299,6 +402,18 @@ class Client:
                     self._last_failure = str(error)
                     _log.warning("cannot reconnect yet", reason=str(error))
                 continue
+            except Exception as error:
+                # A bug of ours must not take the disk away: it may be gone with what the server
+                # says next time.
+                if repr(error) != self._last_failure:
+                    self._last_failure = repr(error)
+                    _log.error("cannot reconnect yet: internal error", exc_info=error)
+                if self.session.phase is not Phase.UP:
+                    continue
+                for connection in self._connections:
+                    connection.close()
+                self._broken.set()
+                return
             self._last_failure = ""
             self.reconnects_total += 1
             _log.info("reconnected", server=self.uri.server, generation=self.generation)
@@ -317,6 +432,8 @@ class Client:
             _TICK_S,
         )
         while True:
+            if not self._wanted.is_set():
+                await self._wanted.wait()
             now = trio.current_time()
             self.session.tick(now)
             if options.request_timeout_s:
@@ -345,17 +462,21 @@ async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> lis
 async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
     """What the server offers, without using the export.
 
+    Takes `options.connect_timeout_s`; twice that where the server hesitates to give the export.
     Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
     """
     options = options or ClientOptions()
     try:
         negotiated = await negotiate(uri, options, Goal.INFO)
-    except (ConfigError, ConnectionLost):
-        if not await _has_sessions(uri, options):
+    except (ConfigError, ConnectionLost) as error:
+        if isinstance(error, Silent) and not error.about_export:
             raise
-        # Our plugin: the volume is in use. It may be looked at read-only all the same.
-        name = f"{uri.export_name}@readonly"
-        negotiated = await negotiate(uri, options, Goal.INFO, export_name=name)
+        found = None
+        with trio.move_on_after(options.connect_timeout_s):
+            found = await _in_use(uri, options)
+        if found is None:
+            raise
+        negotiated = found
     await leave(negotiated)
     if not negotiated.export.size_bytes:
         # nbd-server 3.24 answers INFO with a size of 0, and knows better when it is to GO.
@@ -364,14 +485,34 @@ async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
     return negotiated.export
 
 
+async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
+    """Our plugin, and the volume is in use? It may be looked at read-only all the same."""
+    if not await _has_sessions(uri, options):
+        return None
+    try:
+        name = f"{uri.export_name}@readonly"
+        return await negotiate(uri, options, Goal.INFO, export_name=name)
+    except BridgeError:
+        return None
+
+
 async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
     """The server is our plugin and has that export, says its list."""
     try:
-        listed = await list_exports(uri, options)
+        return "@" not in uri.export_name and await _is_listed_by_our_plugin(uri, options)
     except BridgeError:
         return False
-    return "@" not in uri.export_name and any(
-        "session=yes" in each.description and each.name == (uri.export_name or each.name)
+
+
+async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions) -> bool:
+    """The same; a server that does not list is not ours. Raises ConnectionLost."""
+    try:
+        listed = await list_exports(uri, options)
+    except (ConfigError, ProtocolError):
+        return False
+    return any(
+        each.description.startswith("nbd-bridge volume=")
+        and each.name == (uri.export_name or each.name)
         for each in listed
     )
 

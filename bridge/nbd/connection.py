@@ -15,11 +15,13 @@ import errno
 import os
 import socket
 import ssl
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from typing import Final
 
+import structlog
 import trio
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
@@ -30,7 +32,9 @@ from bridge.nbd.handshake import Goal, Handshake, State, Wishes
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.transmission import Transmission
 from bridge.nbd.uri import NbdUri
-from bridge.request import Request
+from bridge.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
+
+_log = structlog.get_logger(__name__)
 
 _IOV_MAX: Final = 1024
 _RECEIVES_PER_TURN: Final = 8
@@ -43,6 +47,11 @@ _SOCKET_BUFFER_BYTES: Final = 1 << 20
 _TLS_SEND_BYTES: Final = 256 << 10
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
+_CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
+_PATIENCE: Final = 10
+"""How many times `--request-timeout` a server may take that is not known to be dead."""
+_REASON_S: Final = 2.0
+"""How long a server that refuses an export may take to say which it has."""
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_PROBES: Final = 4
 
@@ -64,6 +73,12 @@ class Negotiated:
         self.sock.close()
 
 
+class Silent(ConnectionLost):
+    """The server did not answer in time; `about_export`: whether it gives the export."""
+
+    about_export = False
+
+
 async def negotiate(
     uri: NbdUri, options: ClientOptions, goal: Goal = Goal.GO, export_name: str | None = None
 ) -> Negotiated:
@@ -75,6 +90,8 @@ async def negotiate(
     handshake = Handshake(
         Wishes(
             export_name=uri.export_name if export_name is None else export_name,
+            typed_name=uri.export_name,
+            list_if_refused=True,
             goal=goal,
             tls=uri.tls,
             structured=options.structured,
@@ -82,22 +99,34 @@ async def negotiate(
             block_status=options.block_status,
         )
     )
+    tls.check_options(uri, options)
+    context = tls.client_context(uri, options) if uri.tls else None
     waits_for = "the connection"
     try:
         with trio.fail_after(options.connect_timeout_s):
-            context = tls.client_context(uri, options) if uri.tls else None
             sock = await _connect(uri)
             waits_for = ""
             sock = await _shake_hands(sock, handshake, context, tls.server_name(uri))
     except trio.TooSlowError:
         waited_for = waits_for or handshake.waits_for
-        raise ConnectionLost(
+        silent = Silent(
             f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
-            f"{waited_for}): is it an NBD server, and is it alive?"
-        ) from None
+            f"{waited_for}): "
+            + (
+                "is the export in use?"
+                if handshake.waits_for_export
+                else "is it an NBD server, and is it alive?"
+            )
+        )
+        silent.about_export = handshake.waits_for_export
+        raise silent from None
     except BridgeError as error:
-        text = str(error)
-        raise type(error)(text if text.startswith(uri.text) else f"{uri.server}: {text}") from None
+        if handshake.silent_over_tls and not tls.has_certificate(uri, options):
+            raise ConfigError(
+                f"{uri.server}: {error}: if the server wants a certificate of its client, give "
+                "--tls-cert and --tls-key"
+            ) from None
+        raise type(error)(f"{uri.server}: {error}") from None
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
     return Negotiated(sock, handshake)
@@ -110,6 +139,7 @@ async def _connect(uri: NbdUri) -> socket.socket:
         else:
             assert uri.host is not None
             stream = await trio.open_tcp_stream(uri.host, uri.port)
+        return _taken_from(stream)
     except FileNotFoundError:
         raise ConnectionLost("there is no such socket: is the server running?") from None
     except socket.gaierror as error:
@@ -120,13 +150,30 @@ async def _connect(uri: NbdUri) -> socket.socket:
             cause = cause.__cause__
         if isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
-        reason = getattr(cause, "strerror", None) or str(cause)
+        number = getattr(cause, "errno", None)
+        reason = os.strerror(number) if number else str(cause)
+        if number == errno.ECONNREFUSED and uri.socket_path is not None:
+            _check_socket(uri.socket_path)
         raise ConnectionLost(f"cannot connect: {reason}") from None
-    sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
-    stream.socket.close()
-    sock.setblocking(False)
-    _tune(sock)
+
+
+def _taken_from(stream: trio.SocketStream) -> socket.socket:
+    """The raw socket of `stream`, tuned. Raises OSError, and leaves nothing open then."""
+    sock = socket.socket(fileno=stream.socket.detach())
+    try:
+        sock.setblocking(False)
+        _tune(sock)
+    except BaseException:
+        sock.close()
+        raise
     return sock
+
+
+def _check_socket(path: str) -> None:
+    """Whatever is no socket refuses connections, too. Raises ConfigError for it."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise ConfigError("not a socket: write ?socket=PATH with that of the NBD server")
 
 
 def _tune(sock: socket.socket) -> None:
@@ -164,6 +211,11 @@ async def _shake_hands(
             except BridgeError:
                 await _say_goodbye(sock, handshake)
                 raise
+            if handshake.refused is not None:
+                # It may have taken the whole limit to say no, and the reason is still to come.
+                with trio.move_on_after(_REASON_S, shield=True):
+                    await _hear_reason(sock, handshake)
+                raise handshake.refused
             if handshake.state is State.WANTS_TLS:
                 assert context is not None
                 sock = await tls.start_tls(sock, context, server_name=name, server_side=False)
@@ -172,12 +224,28 @@ async def _shake_hands(
         return sock
     except OSError as error:
         sock.close()
+        if handshake.refused is not None:
+            raise handshake.refused from None
         raise ConnectionLost(
             f"connection lost while waiting for {handshake.waits_for}: {error.strerror or error}"
         ) from None
     except BaseException:
         sock.close()
         raise
+
+
+async def _hear_reason(sock: socket.socket, handshake: Handshake) -> None:
+    """Raises the refusal with what the server adds to it; returns where it adds nothing."""
+    while True:
+        await _send_all(sock, handshake.data_to_send())
+        data = await _receive(sock)
+        if not data:
+            return
+        try:
+            handshake.receive(data)
+        except BridgeError:
+            await _say_goodbye(sock, handshake)
+            raise
 
 
 async def _say_goodbye(sock: socket.socket, handshake: Handshake) -> None:
@@ -216,6 +284,7 @@ class Connection:
     """A connection in the transmission phase. All methods but `drained` are synchronous."""
 
     __slots__ = (
+        "_answers_beside",
         "_closing",
         "_fd",
         "_idle",
@@ -225,14 +294,17 @@ class Connection:
         "_moved_at",
         "_oldest",
         "_oldest_at",
+        "_probing",
         "_queued",
         "_receive_some",
+        "_received_then",
         "_sendmsg",
         "_sent_bytes",
         "_sock",
         "_tls",
         "_unsent",
         "alive",
+        "blamed",
         "export",
         "leaving",
         "peer_closed",
@@ -255,8 +327,12 @@ class Connection:
         self._lost = lost
         self._queued = False
         self._sent_bytes = 0
-        self._moved = self._oldest = 0
+        self._moved = self._oldest = self._received_then = 0
         self._moved_at = self._oldest_at = 0.0
+        self._answers_beside = False
+        """The server has answered something while an older command was in flight that may be
+        slow: it does not do one after the other."""
+        self._probing = False
         self._closing = False
         self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
@@ -268,6 +344,8 @@ class Connection:
         """The server asked to be left (ESHUTDOWN), or we are hanging up: send nothing new."""
         self.peer_closed = False
         """The connection ended because the peer's end was closed (or a reset says so)."""
+        self.blamed: Request | None = None
+        """The command that may have made the server hang up."""
         self.transmission = Transmission(self.export, generation=generation, cookies=cookies)
         loop.add(self._fd, self._on_event, EPOLLIN)
         if negotiated.handshake.trailing_data():
@@ -286,22 +364,55 @@ class Connection:
         transmission = self.transmission
         return len(transmission.pending) + len(transmission.refused) + len(transmission.early)
 
-    def stalled(self, now: float, timeout_s: float) -> bool:
-        """Nothing moved for `timeout_s` although something is in flight, or one command is
-        unanswered for ten times as long. To be asked now and then."""
+    def changes(self) -> list[Request]:
+        """See session.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
-        oldest = next(iter(transmission.pending), 0)
-        moved = transmission.received_bytes + self._sent_bytes
+        unfinished = (*transmission.pending.values(), *transmission.early)
+        return [request for request in unfinished if request.op in _CHANGES]
+
+    def stalled(self, now: float, timeout_s: float) -> bool:
+        """Whether the server must be taken for dead. To be asked a few times per `timeout_s`.
+
+        It is if nothing moved for `timeout_s` although something is in flight, or one command is
+        unanswered for ten times as long. But a flush, a trim, zeroes or anything with FUA may take
+        long, and some servers do nothing else meanwhile. With such a command in flight a quiet
+        server is asked for a few bytes: as long as it answers, it may take any time. One that
+        never answered beside such a command gets ten times as long.
+        """
+        transmission = self.transmission
+        pending = transmission.pending
+        oldest = next(iter(pending), 0)
+        received = transmission.received_bytes
+        moved = received + self._sent_bytes
+        may_be_slow = any(map(_may_be_slow, pending.values()))
         if not oldest or moved != self._moved:
+            if received != self._received_then and oldest == self._oldest and may_be_slow:
+                self._answers_beside = self._answers_beside or _may_be_slow(pending[oldest])
+            self._received_then = received
             self._moved = moved
             self._moved_at = now
         if oldest != self._oldest:
             self._oldest = oldest
             self._oldest_at = now
-        return bool(oldest) and (
-            now - max(self._moved_at, self._oldest_at) > timeout_s
-            or now - self._oldest_at > 10 * timeout_s
-        )
+        if not oldest:
+            return False
+        quiet_s = now - max(self._moved_at, self._oldest_at)
+        if may_be_slow:
+            if quiet_s > timeout_s / 2 and not self._probing:
+                self._probe()
+            return quiet_s > timeout_s * (1.5 if self._answers_beside else _PATIENCE)
+        return quiet_s > timeout_s or now - self._oldest_at > _PATIENCE * timeout_s
+
+    def _probe(self) -> None:
+        """Ask for a few bytes."""
+        length = max(self.export.min_block_bytes, 512)
+        if length <= self.export.usable_bytes:
+            self._probing = True
+            room = memoryview(bytearray(length))
+            self.send(Request(READ, 0, length, [room], self._probed))
+
+    def _probed(self, request: Request) -> None:
+        self._probing = False
 
     def send(self, request: Request) -> None:
         """Send `request` at the end of this turn."""
@@ -310,39 +421,54 @@ class Connection:
             self._queued = True
             self._loop.at_turn_end(self.flush_output)
 
+    def abandon(self) -> list[Request]:
+        """See session.Channel."""
+        found = self.transmission.abandon()
+        if found:
+            self._unsent = [bytes(piece) for piece in self._unsent]
+        return found
+
+    @property
+    def has_unsent(self) -> bool:
+        """Some of what was to be sent is still here."""
+        return bool(self._unsent or self.transmission.output)
+
     def flush_output(self) -> None:
         """Send what has gathered, as far as the socket takes it."""
-        self._queued = False
-        if not self.alive:
-            return
-        transmission = self.transmission
-        if self._unsent:
-            # The loop says when the socket takes more.
-            self._unsent += transmission.output
+        try:
+            self._queued = False
+            if not self.alive:
+                return
+            transmission = self.transmission
+            if self._unsent:
+                # The loop says when the socket takes more.
+                self._unsent += transmission.output
+                transmission.output = []
+                return
+            output = transmission.output
+            if not output:
+                return
             transmission.output = []
-            return
-        output = transmission.output
-        if not output:
-            return
-        transmission.output = []
-        has_payload, transmission.has_payload = transmission.has_payload, False
-        if not self._tls and len(output) <= _IOV_MAX:
-            # The usual case: everything goes out at once.
-            if not has_payload:
-                # Headers only: joining 32 of them costs less than 32 pieces in one call.
-                output = [b"".join(output)]
-            try:
-                sent = self._sendmsg(output)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._fail_by(error)
-                return
-            if sent == sum(map(len, output)):
-                return
-            output = _rest(output, sent)
-        self._unsent = output
-        self._push()
+            has_payload, transmission.has_payload = transmission.has_payload, False
+            if not self._tls and len(output) <= _IOV_MAX:
+                # The usual case: everything goes out at once.
+                if not has_payload:
+                    # Headers only: joining 32 of them costs less than 32 pieces in one call.
+                    output = [b"".join(output)]
+                try:
+                    sent = self._sendmsg(output)
+                except BlockingIOError:
+                    sent = 0
+                except OSError as error:
+                    self._fail_by(error)
+                    return
+                if sent == sum(map(len, output)):
+                    return
+                output = _rest(output, sent)
+            self._unsent = output
+            self._push()
+        except Exception as error:
+            self._fail_unexpectedly(error)
 
     def _push(self) -> None:
         """Send `_unsent` until the socket is full; then wait for EPOLLOUT."""
@@ -372,18 +498,21 @@ class Connection:
                 request.finish(request.error)
 
     def _on_event(self, events: int) -> None:
-        if events & EPOLLOUT and self._unsent:
-            self._push()
-        if self.alive and events & ~EPOLLOUT:
-            self._receive_some()
-            if self.transmission.long_reads or self._unsent:
-                # A long payload comes and goes in many pieces, one right after the other.
-                self._loop.linger()
-            if self.transmission.refused and not self.leaving:
-                self.leaving = True
-                self._lost(self, ConnectionLost("the server is shutting down"))
-        if self._idle is not None:
-            self._check_idle()
+        try:
+            if events & EPOLLOUT and self._unsent:
+                self._push()
+            if self.alive and events & ~EPOLLOUT:
+                self._receive_some()
+                if self.transmission.long_reads or self._unsent:
+                    # A long payload comes and goes in many pieces, one right after the other.
+                    self._loop.linger()
+                if self.transmission.refused and not self.leaving:
+                    self.leaving = True
+                    self._lost(self, ConnectionLost("the server is shutting down"))
+            if self._idle is not None:
+                self._check_idle()
+        except Exception as error:
+            self._fail_unexpectedly(error)
 
     def _receive_plain(self) -> None:
         sock = self._sock
@@ -436,6 +565,7 @@ class Connection:
         try:
             self.transmission.bytes_received(n_bytes)
         except ProtocolError as error:
+            self._blame()
             self._fail(error)
         return self.alive
 
@@ -445,20 +575,42 @@ class Connection:
 
     def _end_of_file(self) -> None:
         self.peer_closed = True
+        self._blame()
         self._fail(ConnectionLost("the server closed the connection"))
 
     def _fail_by(self, error: OSError) -> None:
         # A server that ends with our commands unread resets the connection.
         self.peer_closed = error.errno in (errno.ECONNRESET, errno.EPIPE)
+        if self.peer_closed:
+            self._blame()
         self._fail(_lost_by(error))
+
+    def _blame(self) -> None:
+        """The connection ends, and a command may be the reason: the first one without an answer.
+
+        Not when the server wants to be left, nor when the network or its silence ends it.
+        """
+        if self.alive and not self.leaving:
+            self.blamed = next(iter(self.transmission.pending.values()), None)
+
+    def _fail_unexpectedly(self, error: Exception) -> None:
+        """A bug of ours, in what a reply completes perhaps: it costs this connection, not the disk.
+
+        What had no answer yet is sent again on the next one.
+        """
+        _log.error("a connection ends by an internal error", exc_info=error)
+        self._blame()
+        self._fail(ConnectionLost(f"internal error: {type(error).__name__}"))
 
     def _fail(self, error: BridgeError) -> None:
         """The connection is dead: tell the owner once."""
         if not self.alive:
             return
-        self.close()
-        if not self._closing:
-            self._lost(self, error)
+        try:
+            self.close()
+        finally:
+            if not self._closing:
+                self._lost(self, error)
 
     def fail(self, error: BridgeError) -> None:
         """Give the connection up, as if it had broken."""
@@ -510,6 +662,11 @@ class Connection:
             self.close()
 
 
+def _may_be_slow(request: Request) -> bool:
+    """A command that has the server wait for its disk, or do as much as it likes."""
+    return request.op > WRITE or bool(request.flags & FUA)
+
+
 def _lost_by(error: OSError) -> ConnectionLost:
     reason = error.strerror or str(error)
     if error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH):
@@ -548,13 +705,15 @@ def _gather(output: list[bytes | memoryview], limit_bytes: int) -> bytes:
 
 async def leave(negotiated: Negotiated) -> None:
     """Say goodbye on a connection that never entered the loop, and close it."""
-    if negotiated.handshake.in_transmission:
-        farewell = Transmission(negotiated.export)
-        farewell.disconnect()
-        with trio.move_on_after(1):
-            with contextlib.suppress(OSError):
-                await _send_all(negotiated.sock, b"".join(farewell.output))
-    negotiated.close()
+    try:
+        if negotiated.handshake.in_transmission:
+            farewell = Transmission(negotiated.export)
+            farewell.disconnect()
+            with trio.move_on_after(1):
+                with contextlib.suppress(OSError):
+                    await _send_all(negotiated.sock, b"".join(farewell.output))
+    finally:
+        negotiated.close()
 
 
 def with_export_name(uri: NbdUri, name: str) -> NbdUri:

@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass, field
 
 from bridge.nbd.protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
+from bridge.nbd.untrusted import counter
 
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
+_REFUSAL = re.compile(r"nbd-bridge volume=.* refused: (.+)")
 _IDENTITY = re.compile("[0-9a-f]{32}")
+_COUNTER = re.compile("[0-9]{1,19}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +91,25 @@ class Export:
         """(generation, written): our plugin's count of writable sessions, this one's and the last
         that wrote; None from other servers."""
         properties = self.properties
-        try:
-            return int(properties["generation"]), int(properties["written"])
-        except (KeyError, ValueError):
+        generation = counter("generation in the description", properties.get("generation"))
+        written = counter("written in the description", properties.get("written"))
+        if generation is None or written is None:
             return None
+        return generation, written
+
+    def check_untrusted(self) -> None:
+        """Raises ProtocolError if the description has a number that cannot be."""
+        _ = self.sessions
+
+    @property
+    def content_sessions(self) -> tuple[int, int] | None:
+        """`sessions`, but if the volume was only made longer past our plugin, that is no write: as
+        far as the plugin can tell, so a look at the content has to confirm it."""
+        sessions = self.sessions
+        text = self.properties.get("grown_from", "")
+        if sessions is None or not _COUNTER.fullmatch(text):
+            return sessions
+        return sessions[0], min(sessions[1], int(text))
 
     @property
     def identity(self) -> bytes:
@@ -103,3 +121,10 @@ class Export:
     def properties(self) -> dict[str, str]:
         """The `key=value` words of the description, which our nbdkit plugin puts there."""
         return dict(_WORD.findall(self.description))
+
+
+def refusal_reason(description: str) -> str:
+    """Why our plugin did not open a volume, from the volume's line in the list of exports: nbdkit
+    before 1.42 has no other way to tell. "" from other servers."""
+    match = _REFUSAL.match(description)
+    return match[1] if match else ""

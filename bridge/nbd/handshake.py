@@ -25,12 +25,17 @@ from struct import Struct
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.nbd import protocol as p
-from bridge.nbd.export import Export
+from bridge.nbd.export import Export, refusal_reason
+from bridge.nbd.untrusted import bounded, clean, printable
+from bridge.nbd.untrusted import text as text_of
 
 _REPLIES_MAX = 256
 """Replies to one option that are believed to be meant seriously (INFO, META_CONTEXT)."""
 _EXPORTS_MAX = 10_000
 """Exports that LIST may name."""
+_EXPORT_ANSWERS = tuple(f"the answer to {p.OPTION_NAMES[each]}" for each in (p.OPT_GO, p.OPT_INFO))
+_SHOWN_MAX = 10
+"""Exports that a message names."""
 
 _Steps = Generator[int, bytes, None]
 _WANT_TLS = -1
@@ -66,6 +71,10 @@ class Wishes:
     """What the client would like to negotiate."""
 
     export_name: str = ""
+    typed_name: str | None = None
+    """What the operator calls the export, where `export_name` has more in it."""
+    list_if_refused: bool = False
+    """Say which exports there are when the server does not give the one that is wanted."""
     goal: Goal = Goal.GO
     tls: bool = False
     structured: bool = True
@@ -82,6 +91,10 @@ class Handshake:
         self.exports: list[Listed] = []
         self.in_transmission = False
         """The server has gone to the transmission phase: leave with DISC, not with ABORT."""
+        self.refused: ConfigError | None = None
+        """The server said no to the export, and was asked which it has; it need not answer that."""
+        self.silent_over_tls = False
+        """TLS is up, and the server has said nothing over it yet."""
         self._wishes = wishes
         self._buffer = bytearray()
         self._output = bytearray()
@@ -108,27 +121,33 @@ class Handshake:
         farewell.
         """
         self._buffer += data
+        self.silent_over_tls = False
         self._advance()
 
     def receive_eof(self) -> BridgeError:
         """The server closed the connection: the error that this is."""
         self.state = State.FAILED
+        if self.refused is not None:
+            return self.refused
         heard = bytes(self._buffer[:16])
         if self._waits_for == "the greeting" and heard:
             return _not_nbd(heard)
         if self._waits_for == "EXPORT_NAME":
             # The only way this option has to say no.
-            return ConfigError(
-                f"the server refused the export {self._wishes.export_name!r} by hanging up"
-            )
+            return ConfigError(f"the server refused {self._shown_name()} by hanging up")
         return ConnectionLost(f"the server hung up while we waited for {self._waits_for}")
 
     def tls_started(self) -> None:
         """The TLS handshake is done; go on over it. Only in WANTS_TLS."""
         assert self.state is State.WANTS_TLS
-        self._over_tls = True
+        self._over_tls = self.silent_over_tls = True
         self.state = State.TALKING
         self._needs_bytes = self._steps.send(b"")
+
+    @property
+    def waits_for_export(self) -> bool:
+        """All but the export itself is agreed on."""
+        return self._waits_for in _EXPORT_ANSWERS
 
     @property
     def waits_for(self) -> str:
@@ -246,7 +265,7 @@ class Handshake:
                 raise ProtocolError(f"server answered SET_META_CONTEXT with reply type {kind}")
             if len(payload) < 4:
                 raise ProtocolError(f"metadata context of {len(payload)} bytes: 4 at least")
-            contexts[_text(payload[4:], "metadata context")] = p.U32.unpack_from(payload)[0]
+            contexts[text_of(payload[4:], "metadata context")] = p.U32.unpack_from(payload)[0]
 
         final, _ = yield from self._option(p.OPT_SET_META_CONTEXT, data, reply)
         self._check_tls_required(final)
@@ -276,8 +295,41 @@ class Handshake:
         if final == p.REP_ERR_UNSUP and not self._extended:
             yield from self._export_name()
             return
+        refusal = self._refusal(final, text)
+        if (
+            self._wishes.list_if_refused
+            and isinstance(refusal, ConfigError)
+            and final != p.REP_ERR_TLS_REQD
+        ):
+            self.refused = refusal
+            refusal = yield from self._explained(final, text)
         self._abort()
-        raise self._refusal(final, text)
+        raise refusal
+
+    def _explained(self, final: int, text: str) -> Generator[int, bytes, ConfigError]:
+        """A refusal of the export, with what the server's list adds to it."""
+        plain = self._refusal(final, text)
+        assert isinstance(plain, ConfigError)
+        try:
+            listed, _ = yield from self._option(
+                p.OPT_LIST, b"", self._list_reply, replies_max=_EXPORTS_MAX
+            )
+        except ProtocolError:
+            return plain
+        names = list(dict.fromkeys(each.name for each in self.exports))
+        if listed != p.REP_ACK or not names:
+            return plain
+        volume = self._typed_name().partition("@")[0]
+        if not volume and len(names) == 1:
+            volume = names[0]
+        for each in self.exports:
+            if each.name == volume and (reason := refusal_reason(each.description)):
+                return ConfigError(f"the server refused {self._shown_name()}: {reason}")
+        if volume in names:
+            return ConfigError(f"{plain} (it is in the server's list: is it in use?)")
+        shown = ", ".join(repr(name) if name else "the default one" for name in names[:_SHOWN_MAX])
+        more = f" and {len(names) - _SHOWN_MAX} more" if len(names) > _SHOWN_MAX else ""
+        return ConfigError(f"{plain}; there is {shown}{more} (nbd-bridge info --list)")
 
     def _export_name(self) -> _Steps:
         """The old way to choose an export; a refusal is a closed connection."""
@@ -290,22 +342,22 @@ class Handshake:
         self.export = self._checked_export(size_bytes, flags)
 
     def _list(self) -> _Steps:
-        def reply(kind: int, payload: bytes) -> None:
-            if kind != p.REP_SERVER or len(payload) < 4:
-                raise ProtocolError(f"server answered LIST with reply type {kind}")
-            length = p.U32.unpack_from(payload)[0]
-            if length > len(payload) - 4:
-                raise ProtocolError(
-                    f"name of {length} bytes in a list entry of {len(payload)} bytes"
-                )
-            name = _text(payload[4 : 4 + length], "export name")
-            description = _text(payload[4 + length :], "description")
-            self.exports.append(Listed(name, _clean(description)))
-
-        final, text = yield from self._option(p.OPT_LIST, b"", reply, replies_max=_EXPORTS_MAX)
+        final, text = yield from self._option(
+            p.OPT_LIST, b"", self._list_reply, replies_max=_EXPORTS_MAX
+        )
         self._abort()
         if final != p.REP_ACK:
             raise self._refusal(final, text)
+
+    def _list_reply(self, kind: int, payload: bytes) -> None:
+        if kind != p.REP_SERVER or len(payload) < 4:
+            raise ProtocolError(f"server answered LIST with reply type {kind}")
+        length = p.U32.unpack_from(payload)[0]
+        if length > len(payload) - 4:
+            raise ProtocolError(f"name of {length} bytes in a list entry of {len(payload)} bytes")
+        name = text_of(payload[4 : 4 + length], "export name")
+        description = text_of(payload[4 + length :], "description")
+        self.exports.append(Listed(name, clean(description)))
 
     # Options.
 
@@ -336,13 +388,10 @@ class Handshake:
                 raise ProtocolError(
                     f"server answered option {echoed}, we had sent {option} ({name})"
                 )
-            if length > p.OPTION_REPLY_MAX_BYTES:
-                raise ProtocolError(
-                    f"answer of {length} bytes to {name}: more than {p.OPTION_REPLY_MAX_BYTES}"
-                )
+            bounded(f"length of the answer to {name}", length, most=p.OPTION_REPLY_MAX_BYTES)
             payload = (yield length) if length else b""
             if kind & p.REP_ERROR_BIT:
-                return kind, _printable(payload)
+                return kind, printable(payload)
             if kind == p.REP_ACK:
                 if payload:
                     raise ProtocolError(f"acknowledgement of {name} with {length} bytes in it")
@@ -367,17 +416,24 @@ class Handshake:
             return ConnectionLost(f"the server is shutting down ({reason})")
         if self._wishes.goal is Goal.LIST:
             return ConfigError(f"the server does not list its exports: {reason}")
-        return ConfigError(f"the server refused the export {self._wishes.export_name!r}: {reason}")
+        return ConfigError(f"the server refused {self._shown_name()}: {reason}")
+
+    def _typed_name(self) -> str:
+        wishes = self._wishes
+        return wishes.export_name if wishes.typed_name is None else wishes.typed_name
+
+    def _shown_name(self) -> str:
+        name = self._typed_name()
+        return f"the export {name!r}" if name else "its default export"
 
     def _checked_export(self, size_bytes: int, flags: int, infos: _Infos | None = None) -> Export:
-        if size_bytes > p.SIZE_MAX_BYTES:
-            raise ProtocolError(f"export of {size_bytes} bytes: more than 2^63 - 1")
+        bounded("export's size in bytes", size_bytes, most=p.SIZE_MAX_BYTES)
         if not flags & p.TransmissionFlags.HAS_FLAGS:
             flags = 0
         known = p.TransmissionFlags(flags & 0x1FFF)
         infos = infos or _Infos()
         minimum, preferred, maximum = infos.block_sizes or (1, 4096, p.PAYLOAD_DEFAULT_MAX_BYTES)
-        return Export(
+        export = Export(
             name=self._wishes.export_name,
             size_bytes=size_bytes,
             flags=known,
@@ -392,6 +448,8 @@ class Handshake:
             tls=self._over_tls,
             contexts=self._contexts,
         )
+        export.check_untrusted()
+        return export
 
 
 class _Infos:
@@ -412,9 +470,9 @@ class _Infos:
             _expect_length("EXPORT", body, p.EXPORT_INFO.size)
             self.export = p.EXPORT_INFO.unpack(body)
         elif info == p.INFO_NAME:
-            self.name = _text(body, "export name")
+            self.name = text_of(body, "export name")
         elif info == p.INFO_DESCRIPTION:
-            self.description = _clean(_text(body, "description"))
+            self.description = clean(text_of(body, "description"))
         elif info == p.INFO_BLOCK_SIZE:
             _expect_length("BLOCK_SIZE", body, p.BLOCK_SIZE_INFO.size)
             self.block_sizes = _checked_block_sizes(*p.BLOCK_SIZE_INFO.unpack(body))
@@ -426,6 +484,9 @@ def _checked_block_sizes(minimum: int, preferred: int, maximum: int) -> tuple[in
         raise ProtocolError(f"minimum block size {minimum}: not a power of two up to 65536")
     if maximum < minimum or maximum == 0:
         raise ProtocolError(f"maximum payload {maximum} below the minimum block size {minimum}")
+    # Above the preferred size, says the specification, which is 512 at least. Of much less every
+    # request of a guest would be thousands of commands.
+    bounded("maximum payload", maximum, least=512, most=p.LENGTH_32_MAX)
     if preferred < max(minimum, 512) or preferred & (preferred - 1):
         preferred = max(minimum, 4096)
     if maximum == p.LENGTH_32_MAX:
@@ -439,31 +500,13 @@ def _expect_length(name: str, body: bytes, length: int) -> None:
         raise ProtocolError(f"INFO_{name} of {len(body)} bytes: it has {length}")
 
 
-def _text(data: bytes, what: str) -> str:
-    """A string of the protocol: UTF-8, no NUL, at most 4096 bytes."""
-    if len(data) > p.NAME_MAX_BYTES:
-        raise ProtocolError(f"{what} of {len(data)} bytes: at most {p.NAME_MAX_BYTES}")
-    if b"\0" in data:
-        raise ProtocolError(f"{what} with a NUL in it")
-    return data.decode("utf-8", "replace")
-
-
-def _printable(data: bytes) -> str:
-    """A server's message, fit for a log: it may hold anything."""
-    return _clean(data[:512].decode("utf-8", "replace"))
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text).strip()
-
-
 def _reason(final: int, text: str) -> str:
     name = p.REPLY_ERROR_NAMES.get(final, f"error {final & ~p.REP_ERROR_BIT}")
     return f"{name}: {text}" if text else name
 
 
 def _not_nbd(greeting: bytes) -> ProtocolError:
-    return ProtocolError(f"this is not an NBD server: it said {_printable(greeting[:16])!r}")
+    return ProtocolError(f"this is not an NBD server: it said {printable(greeting[:16])!r}")
 
 
 _OLDSTYLE_REST = Struct(">QI")

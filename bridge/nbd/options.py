@@ -12,7 +12,8 @@ class ClientOptions:
     connect_timeout_s: float = 10.0
     """For a whole attempt: name resolution, connection, TLS and negotiation."""
     request_timeout_s: float = 60.0
-    """A command unanswered for this long means that the server hangs: reconnect. 0 = never."""
+    """A command unanswered for this long means that the server hangs: reconnect. 0 = never.
+    (What may be slow, a flush for one, has longer: see `Connection.stalled`.)"""
     reconnect_timeout_s: float = 0.0
     """Fail waiting requests with EIO after this long without a connection. 0 = wait for ever."""
     reconnect_first_s: float = 0.05

@@ -58,6 +58,8 @@ class Faults:
     """Wait this long before answering a batch."""
     leave_writes_behind: bool = False
     """Do not execute changes now; `Server.execute_left_behind` does (a stale write)."""
+    hangs_up_on: int | None = None
+    """Command type: answer what came before such a command, then close the connection."""
     refuse_connections: bool = False
     """Close every new connection at once."""
 
@@ -170,6 +172,7 @@ class _Link:
         self._core = ServerCore(server.exports, server.settings)
         self._sent_bytes = 0
         self._answered = 0
+        self._hangs_up = False
 
     async def serve(self) -> None:
         await self._send()
@@ -187,6 +190,8 @@ class _Link:
             if not self._answer(commands):
                 return
             await self._send()
+            if self._hangs_up:
+                return
 
     async def _start_tls(self) -> None:
         context = self._server._tls_context
@@ -205,6 +210,9 @@ class _Link:
         for command in commands:
             if self._server.commands is not None:
                 self._server.commands.append(command)
+            if command.kind == faults.hangs_up_on:
+                self._hangs_up = True
+                return True
             number = self._answered
             self._answered += 1
             if faults.stall:

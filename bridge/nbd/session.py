@@ -17,7 +17,9 @@ Theory. A session outlives its connections. It takes requests at any time and ha
 With a new generation the commands without an answer are sent again, in the order in which they
 were sent before, then those that waited. A write that was answered is never sent again, so a
 command that is sent again overwrites only what it overlapped while in flight, and between
-requests in flight at the same time a disk promises no order.
+requests in flight at the same time a disk promises no order. A command on which the server hangs
+up each time is found and fails (see `suspects`). A connection that answered nothing of what it
+was owed does not count as one: `reconnect_timeout_s` runs on.
 
 Two things a new connection must not be believed in:
 
@@ -29,7 +31,10 @@ Two things a new connection must not be believed in:
   plugin fences (`session=yes` in the export's description), so nothing waits.
 - **A flush.** Writes that were answered but not flushed may have died with the old server. Unless
   the layer above keeps them to send again (`keeps_unflushed`), or the server proves that it is the
-  same one (`instance=` in the description), the next flush fails with EIO, once.
+  same one (`instance=` in the description), the next flush fails with EIO, once. A server that
+  fails to flush may drop them, too. `durability` has the rules; here stands what they lead to:
+  one FLUSH is in flight at a time, so that no other one's failure can be overtaken by its success,
+  and changes that were in flight when an epoch ended are sent once more when they are answered.
 
 Overlapping changes race only where somebody could make them pass each other: with several
 channels, or blocks that are read, modified and written. Then `Ranges` sends them one by one.
@@ -38,6 +43,7 @@ channels, or blocks that are read, modified and written. Then `Ranges` sends the
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
 from math import inf
@@ -48,17 +54,22 @@ import structlog
 
 from bridge.nbd.align import cover, send_aligned
 from bridge.nbd.chunks import StatusRequest
+from bridge.nbd.durability import BEFORE, Durability
 from bridge.nbd.export import Export
-from bridge.nbd.held import WHOLE_DISK, Held, Span
+from bridge.nbd.held import WHOLE_DISK, Held
 from bridge.nbd.options import ClientOptions
-from bridge.nbd.ranges import Claim, Ranges
+from bridge.nbd.ranges import Claim, Ranges, Span
 from bridge.nbd.split import Limits, Split
+from bridge.nbd.suspects import Suspects
 from bridge.request import (
     BLOCK_STATUS,
     DISCARD,
     FLUSH,
     FUA,
+    OP_NAMES,
     PREFETCH,
+    READ,
+    UNASKED,
     WRITE,
     WRITE_ZEROES,
     Request,
@@ -69,8 +80,8 @@ _log = structlog.get_logger(__name__)
 _SECTOR_BYTES: Final = 512
 _GOOD_CONNECTION_S: Final = 1.0
 _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
-_FOR_ONE_WRITE: Final = FUA
-"""Mark of a flush that the guest did not ask for; NBD gives FUA no meaning there."""
+_NOTHING_DONE: Final = (errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP)
+"""With these a server refuses a command; it has not tried to make anything durable."""
 _STATUS_MAX_BYTES: Final = 1 << 30
 
 
@@ -95,8 +106,15 @@ class Channel(Protocol):
     def in_flight(self) -> int:
         """How many commands it has not answered."""
 
+    def changes(self) -> list[Request]:
+        """The commands that change the export and are not finished."""
+
     def send(self, request: Request) -> None:
         """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""
+
+    def abandon(self) -> list[Request]:
+        """The commands without an answer that are of abandoned requests: from here on nothing
+        touches the buffers that those came with."""
 
 
 class Session:
@@ -105,7 +123,7 @@ class Session:
     def __init__(self, options: ClientOptions, *, random: Random | None = None) -> None:
         self.phase = Phase.NEW
         self.generation = 0
-        self.keeps_unflushed = False
+        self.durability = Durability()
         self.on_reconnect: Callable[[], None] = _nothing
         self.on_export_changed: Callable[[Export], None] = _nothing_changed
         self.given_up = False
@@ -122,17 +140,28 @@ class Session:
         self._unanswered: list[Request] = []
         self._ranges = Ranges()
         self._held = Held(self._ranges)
+        self._outlived: set[Claim] = set()
+        """What commands of abandoned requests, sent and not answered, may still change."""
         self._ordered = False
         self._stale_possible = False
         self._down_since_s = 0.0
         self._up_since_s = 0.0
-        self._stuck_on = 0
-        """`id` of the first command that had no answer at the last loss. Not the request itself:
-        it would keep views of the guest's memory alive."""
+        self._owed = False
+        """The present connections began with commands that the last ones had not answered."""
+        self._suspects = Suspects()
+        self._begin_with_trial = False
+        self._trial: deque[Request] = deque()
+        """Commands that are still to be sent alone; see `suspects`."""
+        self._tried: Request | None = None
+        """The one that is being tried, or the probe before all of them."""
+        self._tried_done: Callable[[Request], None] = _ignore
         self._attempts = 0
-        self._written_before = 0
-        self._flushed_mark = 0
-        self._writes_lost = False
+        self._answered_before = BEFORE
+        self._flushes: list[Request] = []
+        """What the next FLUSH is for."""
+        self._flushing: Request | None = None
+        """The FLUSH that has no answer yet."""
+        self._flushing_epoch = 0
         self._fail_errno = errno.EIO
         # Limits of the fast path in `submit`; 0 sends everything the slow way.
         self._size_bytes = 0
@@ -165,7 +194,11 @@ class Session:
         error = self._refusal(request)
         if error is not None:
             request.finish(error)
-        elif request.op in _CHANGES and (self._ordered or self._held) and not self._fails:
+        elif (
+            request.op in _CHANGES
+            and (self._ordered or self._held or self._outlived)
+            and not self._fails
+        ):
             start, stop = request.offset, request.offset + request.length
             block_bytes = self._align_mask + 1
             self._ranges.enter(_Change(self, request, *cover(start, stop - start, block_bytes)))
@@ -196,21 +229,69 @@ class Session:
             request.generation = self.generation
             request.finish(0)  # Hints.
         elif (request.offset | request.length) & self._align_mask:
-            send_aligned(request, export.min_block_bytes, self._command)
+            send_aligned(self._whole(request), export.min_block_bytes, self._command)
         elif op <= WRITE and self._fits(request):
-            self._send(request)
+            self._issue(request)
         else:
-            Split(request, export, self._limits, self._part).start()
+            Split(self._whole(request), export, self._limits, self._part).start()
 
     def _part(self, part: Request) -> None:
         """A part of a split request; the export may be another one by now."""
         if part.op == FLUSH:
-            # It stands for FUA: what it must vouch for is that write only, and `Split` sees to it.
-            self._flush(part, flags=_FOR_ONE_WRITE)
+            # It stands for FUA: what it must vouch for is that write only (see `_whole`).
+            part.flags = UNASKED
+            self._flush(part)
         elif self._fits(part):
-            self._send(part)
+            self._issue(part)
         else:
             self._command(part)
+
+    def _issue(self, request: Request) -> None:
+        """Send one command that fits."""
+        if request.flags & FUA and not self.durability.keeps_unflushed:
+            request = Request(
+                request.op,
+                request.offset,
+                request.length,
+                request.buffers,
+                self._fua_done,
+                request.flags,
+                request,
+            )
+        self._send(request)
+
+    def _fua_done(self, inner: Request) -> None:
+        request: Request = inner.owner
+        if inner.error and inner.generation and inner.error not in _NOTHING_DONE:
+            self._refuse_flushes(self._end_epoch())
+        request.generation = inner.generation
+        request.finish(inner.error)
+
+    def _whole(self, request: Request) -> Request:
+        """`request`, to be done with several commands, all of them in one epoch."""
+        if request.op not in _CHANGES or self.durability.keeps_unflushed:
+            return request
+        whole = Request(
+            request.op,
+            request.offset,
+            request.length,
+            request.buffers,
+            self._whole_done,
+            request.flags,
+            request,
+        )
+        whole.progress = self.durability.epoch
+        return whole
+
+    def _whole_done(self, whole: Request) -> None:
+        request: Request = whole.owner
+        if not whole.error and whole.progress != self.durability.epoch:
+            # The server may have dropped the first commands; the bytes are still here.
+            self.resent_total += 1
+            self._command(request)
+            return
+        request.generation = whole.generation
+        request.finish(whole.error)
 
     def _fits(self, request: Request) -> bool:
         """The request is one command that the present export takes."""
@@ -249,36 +330,122 @@ class Session:
 
     # Flushes.
 
-    def _flush(self, request: Request, flags: int = 0) -> None:
+    def _flush(self, request: Request) -> None:
         if not self.export.can_flush:
             request.generation = self.generation
             request.finish(0)
+        elif self._send == self._fail:
+            self._fail(request)
+        else:
+            request.progress = self._answered
+            self._flushes.append(request)
+            self._send_flush()
+
+    def _send_flush(self) -> None:
+        """Send one FLUSH for all that wait for one, if none is in flight.
+
+        One at a time: a server that fails to flush drops what it had and says so once. The success
+        of another FLUSH, sent after that and read before, must not be believed.
+        """
+        if self._flushing is not None or self.phase is not Phase.UP:
             return
-        inner = Request(FLUSH, 0, 0, [], self._flushed, flags, request)
-        if self.phase is Phase.UP and self._writes_lost and not flags:
-            self._writes_lost = False
-            self._refuse_flush(inner)
-            return
-        inner.progress = self._written
+        if self.durability.untold:
+            self._refuse_flushes(self._take_guests_flushes())
+        # Whoever was refused may have submitted another one meanwhile, and that was sent.
+        if self._flushing is None and self._flushes:
+            waiting, self._flushes = self._flushes, []
+            inner = self._flushing = Request(FLUSH, 0, 0, [], self._flushed, 0, waiting)
+            self._send_this_flush(inner)
+
+    def _send_this_flush(self, inner: Request) -> None:
+        self._note_flush_sent(inner)
         self._send(inner)
 
-    def _refuse_flush(self, inner: Request) -> None:
-        self.flushes_refused_total += 1
-        _log.error("a flush fails: writes before it may have been lost with the old server")
-        inner.generation = self.generation
-        inner.finish(errno.EIO)
+    def _note_flush_sent(self, inner: Request) -> None:
+        """What a FLUSH that is sent now will vouch for."""
+        inner.progress = self._answered
+        self._flushing_epoch = self.durability.epoch
+
+    def _take_guests_flushes(self) -> list[Request]:
+        """All that the guest has submitted and not heard of, also those of the FLUSH in flight."""
+        taken: list[Request] = []
+        if self._flushing is not None:
+            taken, self._flushing.owner = _guests_and_others(self._flushing.owner)
+        waiting, self._flushes = _guests_and_others(self._flushes)
+        return taken + waiting
+
+    def _refuse_flushes(self, flushes: list[Request]) -> None:
+        """Fail these flushes of the guest's: something may be lost that was complete before."""
+        if not flushes:
+            return
+        self.flushes_refused_total += len(flushes)
+        _log.error("a flush fails: writes before it may have been lost by the server")
+        self._tell(flushes)
+        for request in flushes:
+            request.generation = self.generation
+            request.finish(errno.EIO)
+
+    def _tell(self, flushes: list[Request]) -> None:
+        for request in flushes:
+            if not request.flags & UNASKED:
+                self.durability.tell(request.progress)
 
     def _flushed(self, inner: Request) -> None:
-        if not inner.error:
-            self._flushed_mark = max(self._flushed_mark, inner.progress)
-        request: Request = inner.owner
-        request.generation = inner.generation
-        request.finish(inner.error)
+        self._flushing = None
+        error = inner.error
+        flushes: list[Request] = inner.owner
+        refused: list[Request] = []
+        self._tell(flushes if error else [])
+        if not error:
+            self.durability.flushed(inner.progress, self._flushing_epoch)
+        elif inner.generation:  # The server said so, not we.
+            refused = self._end_epoch()
+        for request in flushes:
+            request.generation = inner.generation
+            request.finish(error)
+        self._refuse_flushes(refused)
+        self._send_flush()
+
+    def _end_epoch(self) -> list[Request]:
+        """The server could not make something durable, and may have dropped what it had.
+
+        What is in flight is sent once more when it is answered: nobody knows whether the server
+        executed it before. Returns the flushes that have to fail with this.
+        """
+        durability = self.durability
+        lost = durability.failed(self._answered)
+        if durability.keeps_unflushed:
+            return []
+        for channel in self._channels:
+            for request in channel.changes():
+                if not isinstance(request.done, _OnceMore):
+                    request.done = _OnceMore(self, request.done)
+        return self._take_guests_flushes() if lost else []
+
+    def _send_again(self, request: Request) -> None:
+        """A command that was sent before; the export may be another one by now."""
+        if self._fits(request):
+            self._send(request)
+        else:
+            self._command(request)
 
     @property
-    def _written(self) -> int:
-        """Writes answered since the session began."""
-        return self._written_before + sum(channel.unflushed for channel in self._channels)
+    def _answered(self) -> int:
+        """Changes answered that a FLUSH makes durable; what was before this process is one."""
+        return self._answered_before + sum(channel.unflushed for channel in self._channels)
+
+    @property
+    def keeps_unflushed(self) -> bool:
+        """The layer above sends unflushed writes again when `on_reconnect` tells it to."""
+        return self.durability.keeps_unflushed
+
+    @keeps_unflushed.setter
+    def keeps_unflushed(self, keeps: bool) -> None:
+        self.durability.keeps_unflushed = keeps
+
+    def expect_unflushed(self) -> None:
+        """A process before this one may have left changes that are not flushed, on this server."""
+        self._answered_before += 1
 
     # Where commands go.
 
@@ -331,61 +498,160 @@ class Session:
         self.given_up = False
         self._up_since_s = now
         self._channels = channels
-        self._judge_unflushed(old, export)
+        self._judge_unflushed(export)
         self._export = export
         self._limits = Limits(export)
         self._size_bytes = export.usable_bytes
         self._align_mask = export.min_block_bytes - 1
         self._ordered = len(channels) > 1 or export.min_block_bytes > _SECTOR_BYTES
-        self._send = channels[0].send if len(channels) == 1 else self._spread
+        self._send_to_channels()
         self._set_fast_limits()
         if old is not None:
             self._resume(now, old)
 
+    def _send_to_channels(self) -> None:
+        channels = self._channels
+        self._send = channels[0].send if len(channels) == 1 else self._spread
+
     def _set_fast_limits(self) -> None:
         export = self.export
         self._max_read = self._limits.payload_bytes
-        fast = not (self._ordered or self._held or export.read_only or self._options.read_only)
+        slow = self._ordered or self._held or self._outlived
+        fast = not (slow or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
 
-    def _judge_unflushed(self, old: Export | None, export: Export) -> None:
+    def _judge_unflushed(self, export: Export) -> None:
         """Whether what the old connection answered may be gone (a flush must not vouch for it)."""
-        if old is None or self._written_before <= self._flushed_mark:
-            return
-        instance = export.properties.get("instance")
-        if instance and instance == old.properties.get("instance"):
-            return
-        self._flushed_mark = self._written_before
-        if not self.keeps_unflushed:
-            self._writes_lost = True
+        if export.read_only or self._options.read_only:
+            self.durability.nothing_before()
+        lost = self.durability.connected(
+            export.properties.get("instance", ""), self._answered_before
+        )
+        if lost and self._answered_before > BEFORE:
             _log.error(
                 "the server came back and may have lost writes that were not flushed: "
                 "the next flush will fail"
+            )
+        elif lost:
+            _log.warning(
+                "the server came back: if a process before this one left writes that were not "
+                "flushed, they may be lost"
             )
 
     def _resume(self, now: float, old: Export) -> None:
         """Send again what was not answered, then what waited."""
         export = self.export
+        trial, self._begin_with_trial = self._begin_with_trial, False
+        if trial:
+            self._send = self._wait
         self.on_reconnect()
         if export.usable_bytes != old.usable_bytes:
             self.on_export_changed(export)
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
         self.resent_total += len(again)
+        self._owed = bool(again or waited)
         self._begin_grace(now, _changed(again) if self._stale_possible else [])
-        flushes_fail = self._writes_lost
-        for request in (*again, *waited):
+        if self.durability.untold:
+            self._refuse_flushes(self._take_guests_flushes())
+        again = self._without_told_flush(again)
+        if trial:
+            self._waiting[:0] = waited
+            self._trial.extend(again)
+            self._begin_trial()
+        else:
+            self._send_all(self._suspects.in_order([*again, *waited]))
+            self._send_flush()
+
+    def _without_told_flush(self, requests: list[Request]) -> list[Request]:
+        """`requests` without the FLUSH if all that it was for have heard of a loss."""
+        flushing = self._flushing
+        if flushing is None or flushing.owner:
+            return requests
+        self._flushing = None
+        return [request for request in requests if request is not flushing]
+
+    def _send_all(self, requests: list[Request]) -> None:
+        """Send commands that were made for an earlier connection, or without one."""
+        for request in requests:
             if request.op == FLUSH:
-                if flushes_fail and not request.flags:
-                    self._writes_lost = False
-                    self._refuse_flush(request)
-                else:
-                    request.progress = self._written
-                    self._send(request)
-            elif self._fits(request):
-                self._send(request)
+                self._send_this_flush(request)
             else:
-                self._command(request)
+                self._send_again(request)
+
+    # Trials: see `suspects`.
+
+    def _begin_trial(self) -> None:
+        if self._trial and not self._suspects.proven:
+            length = min(max(self._align_mask + 1, _SECTOR_BYTES), self._size_bytes)
+            offset = 0 if self._trial[0].offset >= length else self._size_bytes - length
+            self._try(Request(READ, offset, length, [memoryview(bytearray(length))], _ignore))
+        else:
+            self._try_next()
+
+    def _try_next(self) -> None:
+        """Send the next command alone; after the last one, all that waited meanwhile."""
+        while self._trial and self.phase is Phase.UP:
+            request = self._trial.popleft()
+            if request.op == FLUSH:
+                self._note_flush_sent(request)
+            elif not self._fits(request):
+                self._waiting.append(request)
+                continue
+            self._try(request)
+            return
+        if self.phase is Phase.UP:
+            self._suspects.clear()
+            self._send_to_channels()
+            waited, self._waiting = self._waiting, []
+            self._send_all(waited)
+            self._send_flush()
+
+    def _try(self, request: Request) -> None:
+        self._tried, self._tried_done = request, request.done
+        request.done = self._answered_alone
+        self._channels[0].send(request)
+
+    def _answered_alone(self, request: Request) -> None:
+        self._suspects.proven = True
+        self._end_try()
+        request.done(request)
+        self._try_next()
+
+    def _end_try(self) -> None:
+        if self._tried is not None:
+            self._tried.done = self._tried_done
+            self._tried, self._tried_done = None, _ignore
+
+    def _take_trial(self, unanswered: list[Request]) -> list[Request]:
+        """End the trial; `unanswered` without the probe, and what was not tried any more."""
+        tried = self._tried
+        self._end_try()
+        left = [*unanswered, *self._trial]
+        self._trial.clear()
+        if tried is not None and tried.done is _ignore:
+            left = [request for request in left if request is not tried]
+        return left
+
+    def _judge_hang_up(self, now: float, blamed: Request, *, answered: bool, tried: bool) -> None:
+        """The server hung up with `blamed` unanswered; `tried`: when it was sent alone."""
+        if not tried:
+            self._begin_with_trial = self._suspects.hung_up(blamed, now, answered=answered)
+        elif blamed.done is _ignore:
+            self._suspects.probe_failed()
+        else:
+            self._suspects.found(now)
+            self._attempts = 0
+            self._unanswered.remove(blamed)
+            _log.error(
+                "the server hangs up whenever a request is sent: it fails",
+                op=OP_NAMES[blamed.op],
+                offset=blamed.offset,
+                length=blamed.length,
+            )
+            if self._stale_possible:
+                self._hold(_changed([blamed]))
+            blamed.finish(errno.EIO)
 
     def _begin_grace(self, now: float, again: list[Span]) -> None:
         """Keep new changes away from what lost connections may still do: in `again`, and where
@@ -438,32 +704,47 @@ class Session:
             self.phase = Phase.LEAVING
             self._send = self._wait
 
-    def lost(self, now: float, unanswered: list[Request], *, stale_possible: bool) -> None:
+    def lost(
+        self,
+        now: float,
+        unanswered: list[Request],
+        *,
+        stale_possible: bool,
+        answered: bool = True,
+        blamed: Request | None = None,
+    ) -> None:
         """All connections are closed. `unanswered`: their commands, in the order of sending.
 
-        `stale_possible`: the server may still execute commands that it received.
+        `stale_possible`: the server may still execute commands that it received. `answered`: some
+        were answered. `blamed`: the server hung up, for this unanswered command perhaps.
         """
         assert self.phase in (Phase.UP, Phase.LEAVING)
-        self._written_before = self._written
+        self._answered_before = self._answered
         self._channels = ()
+        for request in unanswered:
+            if isinstance(request.done, _OnceMore):
+                request.done = request.done.done  # It is sent again anyway.
+        tried = self._tried
+        unanswered, abandoned = _without_abandoned(self._take_trial(unanswered))
         self._unanswered += unanswered
         self._stale_possible = stale_possible
-        self._down_since_s = now
-        self._note_progress(now)
+        if answered or not self._owed:
+            # Otherwise it was no better than none: what waits has waited since an earlier loss.
+            self._down_since_s = now
+        if answered or now - self._up_since_s >= _GOOD_CONNECTION_S:
+            # Only after a connection that was good for something does the backoff begin anew. A
+            # server that takes connections and then drops them, or refuses every command with
+            # ESHUTDOWN, must not be connected to without a pause.
+            self._attempts = 0
         self.phase = Phase.DOWN
         self._send = self._wait
-
-    def _note_progress(self, now: float) -> None:
-        """Begin the backoff anew only after a connection that was good for something.
-
-        A server that takes connections and then drops them, or refuses every command with
-        ESHUTDOWN, must not be connected to without a pause.
-        """
-        first = id(self._unanswered[0]) if self._unanswered else 0
-        answered = first not in (0, self._stuck_on)
-        if answered or now - self._up_since_s >= _GOOD_CONNECTION_S:
-            self._attempts = 0
-        self._stuck_on = first
+        if blamed is None or blamed.is_abandoned:
+            self._suspects.clear()
+        else:
+            self._judge_hang_up(now, blamed, answered=answered, tried=blamed is tried)
+        if abandoned:
+            self._drop(abandoned)
+        self._give_up_when_due(now)
 
     def next_delay_s(self) -> float:
         """How long to wait before the next attempt to connect."""
@@ -481,6 +762,9 @@ class Session:
         if self._held:
             self._held.expire(now)
             self._set_fast_limits()
+        self._give_up_when_due(now)
+
+    def _give_up_when_due(self, now: float) -> None:
         timeout_s = self._options.reconnect_timeout_s
         if (
             self.phase is Phase.DOWN
@@ -491,6 +775,14 @@ class Session:
             self.given_up = True
             _log.error("no connection for too long: requests fail", seconds=timeout_s)
             self._fail_all(errno.EIO)
+
+    def wait_anew(self, now: float) -> None:
+        """The connection was done without for a while, and is wanted again from now on."""
+        if self.phase is Phase.DOWN:
+            self._down_since_s = now
+            self.given_up = False
+            self._send = self._wait
+            self._attempts = 0
 
     def next_deadline_s(self) -> float | None:
         """When `tick` has something to do."""
@@ -508,12 +800,20 @@ class Session:
         """
         self._fail_errno = error
         self._send = self._fail
+        self._suspects.clear()
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
+        # Taken out first: what waits for one of those that fail now must fail with it, and not
+        # be sent at any later time.
+        claims = self._ranges.take_waiting()
         left = _changed(again) if self._stale_possible else []
-        for request in (*again, *waited):
+        flushes, self._flushes = self._flushes, []
+        self._tell(flushes)
+        for request in (*again, *waited, *flushes):
             request.finish(error)
-        self._held.hold_again(self._held.let_go())  # What it kept waiting fails, too.
+        for claim in claims:
+            assert isinstance(claim, _Change)
+            claim.fail(error)
         self._hold(left)
 
     def fail_pending(self, now: float, unanswered: list[Request], error: int) -> None:
@@ -524,10 +824,62 @@ class Session:
         if self.phase is Phase.DOWN and not self.given_up:
             self._send = self._wait
 
+    def abandon(self) -> None:
+        """Some requests were abandoned (`Request.abandon`): commands of theirs that were not sent
+        are dropped, those that were are never sent again, and other changes keep out of their way
+        until they are answered or, if their connection is lost, for the grace time."""
+        self._unanswered, sent = _without_abandoned(self._unanswered)
+        self._waiting, unsent = _without_abandoned(self._waiting)
+        on_trial, more = _without_abandoned(list(self._trial))
+        self._trial = deque(on_trial)
+        sent += more
+        if self._tried is not None and self._tried.done != self._answered_alone:
+            # It was abandoned itself: the trial goes on all the same when it is answered.
+            self._tried_done, self._tried.done = self._tried.done, self._answered_alone
+        self._flushes, flushes = _without_abandoned(self._flushes)
+        if self._flushing is not None:
+            self._flushing.owner, more = _without_abandoned(self._flushing.owner)
+            flushes += more
+        for channel in self._channels:
+            for command in channel.abandon():
+                self._outlive(command)
+        self._set_fast_limits()
+        self._drop(sent)
+        for request in (*unsent, *flushes):
+            request.finish(errno.ECANCELED)
+
+    def _outlive(self, command: Request) -> None:
+        """The answer to `command` is still to come: what it is a part of goes no further then."""
+        done = command.done
+        if isinstance(done, _OnceMore):
+            done = done.done
+        claim: Claim | None = None
+        if command.op in _CHANGES:
+            claim = Claim(command.offset, command.offset + command.length)
+            self._outlived.add(claim)
+            self._ranges.enter(claim)
+
+        def ended(command: Request) -> None:
+            command.error = command.error or errno.ECANCELED
+            done(command)
+            if claim is not None:
+                self._outlived.remove(claim)
+                self._ranges.withdraw(claim)
+                self._set_fast_limits()
+
+        command.done = ended
+
+    def _drop(self, abandoned: list[Request]) -> None:
+        """These were sent on a connection that is lost, and are not to be sent again."""
+        if self._stale_possible:
+            self._hold(_changed(abandoned))
+        for request in abandoned:
+            request.finish(errno.ECANCELED)
+
     def closed(self, unanswered: list[Request]) -> None:
         """No more connections: what is left fails."""
         self._channels = ()
-        if unanswered:
+        if unanswered := self._take_trial(unanswered):
             self._unanswered += unanswered
             self._stale_possible = True
         self.phase = Phase.CLOSED
@@ -540,8 +892,28 @@ class Session:
             sum(channel.in_flight for channel in self._channels)
             + len(self._unanswered)
             + len(self._waiting)
-            + len(self._ranges.waiting)
+            + len(self._flushes)
+            + len(self._trial)
+            + self._ranges.waiting_count
         )
+
+
+class _OnceMore:
+    """The `done` of a change that was in flight when an epoch ended: it is sent once more."""
+
+    __slots__ = ("_session", "done")
+
+    def __init__(self, session: Session, done: Callable[[Request], None]) -> None:
+        self._session = session
+        self.done = done
+
+    def __call__(self, request: Request) -> None:
+        request.done = self.done
+        if request.error:
+            self.done(request)
+        else:
+            self._session.resent_total += 1
+            self._session._send_again(request)
 
 
 class _Change(Claim):
@@ -556,6 +928,10 @@ class _Change(Claim):
 
     def go(self) -> None:
         request = self._request
+        if request.is_abandoned:
+            self._session._ranges.release(self)
+            request.finish(errno.ECANCELED)
+            return
         self._session._command(
             Request(
                 request.op,
@@ -564,14 +940,35 @@ class _Change(Claim):
                 request.buffers,
                 self._done,
                 request.flags,
+                request,
             )
         )
+
+    def fail(self, error: int) -> None:
+        """Finish the request, which has not gone, and will not."""
+        self._request.finish(error)
 
     def _done(self, inner: Request) -> None:
         request = self._request
         request.generation = inner.generation
         self._session._ranges.release(self)
         request.finish(inner.error)
+
+
+def _guests_and_others(flushes: list[Request]) -> tuple[list[Request], list[Request]]:
+    """Those whose failure the guest hears of, and the rest."""
+    return (
+        [request for request in flushes if not request.flags & UNASKED],
+        [request for request in flushes if request.flags & UNASKED],
+    )
+
+
+def _without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Request]]:
+    """`requests` without those that were abandoned, and these."""
+    abandoned = [each for each in requests if each.is_abandoned]
+    if not abandoned:
+        return requests, []
+    return [each for each in requests if not each.is_abandoned], abandoned
 
 
 def _changed(requests: list[Request]) -> list[Span]:
@@ -584,6 +981,10 @@ def _status_done(part: StatusRequest) -> None:
     request.extents = part.extents
     request.generation = part.generation
     request.finish(part.error)
+
+
+def _ignore(request: Request) -> None:
+    """Nobody waits for its end: a probe."""
 
 
 def _nothing() -> None:

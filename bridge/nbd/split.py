@@ -124,7 +124,7 @@ class Split:
             op = WRITE
             flags &= FUA
             buffers = [_zeroes[:length]]
-        return Request(op, offset, length, buffers, self._part_done, flags)
+        return Request(op, offset, length, buffers, self._part_done, flags, request)
 
     def _part_done(self, part: Request) -> None:
         request = self._request
@@ -170,7 +170,7 @@ class Split:
             # this request is complete would not have told of them. So all of it once more.
             self.start()
         elif self._then_flush and not request.error and self._export.can_flush:
-            self._send(Request(FLUSH, 0, 0, [], self._flushed))
+            self._send(Request(FLUSH, 0, 0, [], self._flushed, 0, request))
         else:
             request.finish(request.error)
 

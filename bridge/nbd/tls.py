@@ -6,8 +6,10 @@ to; the name to verify is the URI's host or `tls-hostname`.
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
+import stat
 from pathlib import Path
 
 import trio
@@ -17,6 +19,8 @@ from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri
 
 _PSK_KEY_MAX_BYTES = 64
+_UNKNOWN_CA_CODES = (18, 19, 20, 21)
+"""X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT and its neighbours: nothing leads to a known CA."""
 
 
 def client_context(uri: NbdUri, options: ClientOptions) -> ssl.SSLContext:
@@ -24,6 +28,7 @@ def client_context(uri: NbdUri, options: ClientOptions) -> ssl.SSLContext:
 
     Raises ConfigError when a file is missing or does not hold what it should.
     """
+    check_options(uri, options)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if uri.tls_psk_file is not None:
@@ -39,12 +44,37 @@ def client_context(uri: NbdUri, options: ClientOptions) -> ssl.SSLContext:
         )
     authority, certificate, key = _files(uri, options)
     if authority is not None:
-        _load(authority, lambda path: context.load_verify_locations(cafile=path))
+        _load_authority(context, authority)
     elif verify:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     if certificate is not None:
-        _load(certificate, lambda path: context.load_cert_chain(path, key))
+        _load_certificate(context, certificate, key)
     return context
+
+
+def check_options(uri: NbdUri, options: ClientOptions) -> None:
+    """What is asked of TLS must come true: an option that would have no effect is refused."""
+    given = {
+        "--tls-ca": options.tls_ca_file,
+        "--tls-cert": options.tls_certificate_file,
+        "--tls-key": options.tls_key_file,
+    }
+    names = [name for name, path in given.items() if path is not None]
+    if not names:
+        return
+    if not uri.tls:
+        raise ConfigError(
+            f"{uri.text}: {names[0]} needs TLS: use the scheme "
+            + ("nbds+unix://" if uri.socket_path is not None else "nbds://")
+        )
+    if uri.tls_psk_file is not None:
+        raise ConfigError(
+            f"{uri.text}: {names[0]} and tls-psk-file exclude each other: give one of them"
+        )
+    if names[-1] == "--tls-key" and "--tls-cert" not in names:
+        raise ConfigError(
+            f"--tls-key {options.tls_key_file}: a key needs its certificate: give --tls-cert too"
+        )
 
 
 def server_context(certificate_file: str, key_file: str | None = None) -> ssl.SSLContext:
@@ -90,7 +120,13 @@ def explain(error: Exception, server_name: str | None) -> BridgeError:
     """One line for the operator: which of the many ways TLS fails this is."""
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = error.verify_message
+        if error.verify_code in _UNKNOWN_CA_CODES:
+            reason += " (if its CA is one of your own, give that with --tls-ca)"
         return ConfigError(f"the server's certificate is not accepted for {server_name}: {reason}")
+    if isinstance(error, ssl.SSLError) and "CERTIFICATE_REQUIRED" in (error.reason or ""):
+        return ConfigError(
+            "the server wants a TLS certificate of its client: give --tls-cert and --tls-key"
+        )
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         return ConfigError(f"TLS handshake failed: {error.reason or error}")
     return ConnectionLost(f"the server hung up during the TLS handshake ({error})")
@@ -103,6 +139,11 @@ def server_name(uri: NbdUri) -> str | None:
 
 def _server_name(uri: NbdUri) -> str | None:
     return uri.tls_hostname or uri.host
+
+
+def has_certificate(uri: NbdUri, options: ClientOptions) -> bool:
+    """Whether a server that asks who its client is gets an answer."""
+    return uri.tls_psk_file is not None or _files(uri, options)[1] is not None
 
 
 def _files(uri: NbdUri, options: ClientOptions) -> tuple[str | None, str | None, str | None]:
@@ -128,14 +169,71 @@ def _if_there(path: Path) -> str | None:
     return str(path) if path.exists() else None
 
 
-def _load(path: str, load: object) -> None:
-    assert callable(load)
+def _load_authority(context: ssl.SSLContext, path: str) -> None:
+    what = f"{path}: not a usable certificate of a CA (--tls-ca)"
+    _check_file(path, "--tls-ca")
     try:
-        load(path)
-    except ssl.SSLError as error:
-        raise ConfigError(f"{path}: not a usable certificate or key: {error.reason}") from None
+        context.load_verify_locations(cafile=path)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"{what}: {_why(error)}") from None
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: str, key: str | None) -> None:
+    """OpenSSL does not say which of the two files it does not like; we do."""
+    _check_file(certificate, "--tls-cert")
+    if key is not None:
+        _check_file(key, "--tls-key")
+    try:
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
+        return
+    except _NeedsPassphrase:
+        raise ConfigError(
+            f"{key or certificate}: the key (--tls-key) is encrypted, and there is nobody to ask "
+            "for its passphrase: give it without one (openssl pkey -in KEY -out NEW)"
+        ) from None
+    except (ssl.SSLError, OSError) as caught:
+        error = caught
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate)
+    except (ssl.SSLError, OSError) as why:
+        raise ConfigError(
+            f"{certificate}: not a usable certificate (--tls-cert): {_why(why)}"
+        ) from None
+    if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+        raise ConfigError(
+            f"{key or certificate}: the key (--tls-key) is not that of the certificate "
+            f"{certificate} (--tls-cert)"
+        )
+    if key is None:
+        raise ConfigError(f"{certificate}: no key to the certificate in it: give --tls-key too")
+    raise ConfigError(f"{key}: not a usable key (--tls-key): {_why(error)}")
+
+
+class _NeedsPassphrase(Exception):
+    """OpenSSL would ask at the terminal, and everything would wait for an answer."""
+
+
+def _no_passphrase() -> str:
+    raise _NeedsPassphrase
+
+
+def _check_file(path: str, option: str) -> None:
+    """Reading it must not wait for anybody. Raises ConfigError."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path} ({option}): {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{path} ({option}): not a file")
+
+
+def _why(error: ssl.SSLError | OSError) -> str:
+    reason = getattr(error, "reason", None)
+    if isinstance(reason, str):
+        return reason.replace("_", " ").lower()
+    return "no PEM in it" if isinstance(error, ssl.SSLError) else error.strerror or str(error)
 
 
 def _use_psk(context: ssl.SSLContext, uri: NbdUri) -> None:
@@ -146,6 +244,7 @@ def _use_psk(context: ssl.SSLContext, uri: NbdUri) -> None:
             f"{uri.text}: tls-psk-file needs Python 3.13 or newer; use certificates instead"
         )
     path = Path(uri.tls_psk_file or "")
+    _check_file(str(path), "tls-psk-file")
     try:
         line = path.read_text().splitlines()[0]
         user, key_text = line.strip().split(":", 1)

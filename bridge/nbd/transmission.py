@@ -197,15 +197,12 @@ class Transmission:
             self.output += request.buffers
 
     def disconnect(self) -> None:
-        """Put the farewell into the output; nothing may follow it."""
+        """Put the farewell into the output; nothing may follow it. No reply, so no cookie."""
         if self._extended:
-            self.output.append(
-                _pack_extended(p.EXTENDED_REQUEST_MAGIC, 0, p.CMD_DISC, next(self._cookies), 0, 0)
-            )
+            farewell = _pack_extended(p.EXTENDED_REQUEST_MAGIC, 0, p.CMD_DISC, 0, 0, 0)
         else:
-            self.output.append(
-                _pack_request(p.REQUEST_MAGIC, 0, p.CMD_DISC, next(self._cookies), 0, 0)
-            )
+            farewell = _pack_request(p.REQUEST_MAGIC, 0, p.CMD_DISC, 0, 0, 0)
+        self.output.append(farewell)
 
     def unanswered(self) -> list[Request]:
         """Take every request without an answer, in the order they were sent."""
@@ -216,6 +213,25 @@ class Transmission:
         self._assemblies.clear()
         self.output = []  # Views of the requests' memory: they must not outlive them here.
         self.direct = []
+        return found
+
+    def abandon(self) -> list[Request]:
+        """The commands without an answer that are of abandoned requests.
+
+        Their payload lands nowhere from here on. What is still to be sent is copied, all of it:
+        the frames have to become whole, and nobody knows what belongs to whom.
+        """
+        waiting = (*self.refused, *self.early, *self.pending.values())
+        found = [request for request in waiting if request.is_abandoned]
+        reads = [request.length for request in found if request.op == READ]
+        scratch = memoryview(bytearray(max(reads, default=0)))
+        for request in found:
+            request.buffers = [scratch[: request.length]] if request.op == READ else []
+        cookie, _, _, store = self._after_direct
+        if self.direct and store is None and self.pending[cookie].is_abandoned:
+            self.direct = [scratch[: self._direct_left]]
+        if found:
+            self.output = [bytes(piece) for piece in self.output]
         return found
 
     # Receiving.

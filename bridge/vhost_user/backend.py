@@ -16,13 +16,17 @@ from collections.abc import Callable
 import structlog
 import trio
 
-from bridge.errors import ConnectionLost, ProtocolError
+from bridge.errors import ConnectionLost, LeftBehind, ProtocolError
 from bridge.vhost_user.device import VhostUserDevice
 from bridge.vhost_user.listener import Listener
 from bridge.vhost_user.session import Session
 from bridge.vhost_user.transport import Transport
+from bridge.vhost_user.unshared import UnsharedMemory
 
 log = structlog.get_logger(__name__)
+
+_SILENCE_S = 5.0
+"""A front-end that has said nothing yet has to leave when another has waited this long."""
 
 _ACCEPT_RETRY_S = 0.1
 """Wait this long when the process is out of descriptors; they come back with time."""
@@ -40,11 +44,13 @@ async def serve(
     left. `on_connected` is told when a front-end comes (True) and when it has gone (False). When
     cancelled, the device is given the time it takes to finish what is in flight (bounded).
     """
+    unshared = UnsharedMemory()
     if listener.is_connected:
-        await _serve_one(device, listener.sock.dup(), on_connected)
+        await _serve_one(device, listener.sock.dup(), on_connected, unshared)
         return
     while True:
-        await _serve_one(device, await _accept(listener.sock), on_connected)
+        sock = await _accept(listener.sock)
+        await _serve_one(device, sock, on_connected, unshared, listener.sock)
 
 
 async def _accept(listening: socket.socket) -> socket.socket:
@@ -69,21 +75,30 @@ async def _serve_one(
     device: VhostUserDevice,
     sock: socket.socket,
     on_connected: Callable[[bool], None] | None,
+    unshared: UnsharedMemory,
+    listening: socket.socket | None = None,
 ) -> None:
-    """One front-end, from its first message until it is gone and forgotten."""
+    """One front-end, from its first message until it is gone and forgotten.
+
+    `listening`: where others may be waiting meanwhile."""
     transport = Transport(sock, replies=False)
-    session = Session(device, _send_now)
+    session = Session(device, _send_now, on_refused=unshared.refused, on_region=unshared.of(sock))
     log.info("front-end connected")
     if on_connected is not None:
         on_connected(True)
     reason = "the back-end stops"  # what a cancellation leaves
     try:
-        await _converse(session, transport)
+        if listening is None:
+            await _converse(session, transport)
+        else:
+            await _Watched(listening).converse(session, transport)
         reason = "closed the connection"
     except ProtocolError as error:
         reason = f"broke the protocol: {error}"
     except ConnectionLost as error:
         reason = str(error)
+    except LeftBehind:
+        reason = "was hung up on: the stop that it asked for could not be answered"
     except Exception:
         # A bug of ours must not take the disk away from the next front-end.
         log.exception("the vhost-user session failed")
@@ -91,13 +106,56 @@ async def _serve_one(
     finally:
         transport.close()
         with trio.CancelScope(shield=True):
-            await session.close()
+            try:
+                await session.close()
+            except Exception:
+                log.exception("the end of the vhost-user session failed")
         log.info("front-end disconnected", reason=reason)
         if on_connected is not None:
             on_connected(False)
 
 
-async def _converse(session: Session, transport: Transport) -> None:
+class _Watched:
+    """A conversation while others may wait: one that says nothing must not keep them out."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+        self._spoke = False
+        self._silent = trio.CancelScope()
+
+    async def converse(self, session: Session, transport: Transport) -> None:
+        """See `_converse`. Raises ConnectionLost when another had to wait for silence."""
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
+            try:
+                with self._silent:
+                    await _converse(session, transport, self._note_message)
+            except Exception as error:  # not in a group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        if self._silent.cancelled_caught:
+            raise ConnectionLost(f"said nothing for {_SILENCE_S:g} s, and another front-end waits")
+
+    def _note_message(self) -> None:
+        self._spoke = True
+
+    async def _watch(self) -> None:
+        """Look whether another front-end waits; say so once."""
+        await trio.lowlevel.wait_readable(self._listening)
+        if not self._spoke:
+            await trio.sleep(_SILENCE_S)
+        if self._spoke:
+            log.warning("another front-end waits: one is served at a time, the first has to leave")
+        else:
+            self._silent.cancel()
+
+
+async def _converse(
+    session: Session, transport: Transport, on_message: Callable[[], None] | None = None
+) -> None:
     """Message in, reply out, until the front-end hangs up."""
     while True:
         # A front-end that floods the socket must not starve the rest of the process.
@@ -105,6 +163,8 @@ async def _converse(session: Session, transport: Transport) -> None:
         message = await transport.receive()
         if message is None:
             return
+        if on_message is not None:
+            on_message()
         reply = await session.handle(message)
         if reply is None:
             continue

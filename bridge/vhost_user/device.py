@@ -105,7 +105,8 @@ class VhostUserDevice(Protocol):
         """Forget all regions, map these. On ProtocolError there is no memory at all."""
 
     async def add_memory(self, region: MemoryRegion) -> None:
-        """Map one region more. On ProtocolError nothing changed."""
+        """Map one region more, or one that is here already once more: from another file only while
+        no ring runs. On ProtocolError nothing changed."""
 
     async def remove_memory(
         self, *, guest_address: int, user_address: int, size_bytes: int
@@ -126,9 +127,14 @@ class VhostUserDevice(Protocol):
     async def stop_ring(self, index: int) -> int:
         """Pop no more, wait until everything popped is completed and published; the base.
 
-        Bounded in time by the device, which then fails what is left. Afterwards nothing touches
-        the ring, its memory or its descriptors. The base is what `RingSetup.base` would be to
-        go on from here. Also called for a ring that is broken or suspended.
+        Bounded in time by the device, which then leaves what is unanswered in the in-flight
+        region, or fails it where there is none. Afterwards nothing touches the ring, its memory or
+        its descriptors. The base is what `RingSetup.base` would be to go on from here. Also called
+        for a ring that is broken or suspended.
+
+        Raises LeftBehind, with the ring stopped, when it was the last one and something that the
+        guest wrote is not where another host would find it: then the stop must not be answered
+        with success.
         """
 
     def suspend_ring(self, index: int) -> None:
@@ -176,7 +182,8 @@ class VhostUserDevice(Protocol):
     # The end.
 
     async def reset(self) -> None:
-        """RESET_DEVICE: back to the state after `disconnected()`, but keep the memory."""
+        """RESET_DEVICE: back to the state after `disconnected()`, but keep the memory. Raises
+        LeftBehind as `stop_ring` does, with all of that done."""
 
     async def disconnected(self) -> None:
         """The front-end is gone: stop every ring (bounded), forget memory, log, in-flight region.

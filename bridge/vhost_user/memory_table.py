@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bridge.errors import ProtocolError
 from bridge.vhost_user.device import MemoryRegion, VhostUserDevice
 from bridge.vhost_user.messages import (
@@ -20,8 +22,12 @@ MAX_MEMORY_SLOTS = 509
 class MemoryTable:
     """The regions of one session, in the order in which they came."""
 
-    def __init__(self, device: VhostUserDevice) -> None:
+    def __init__(
+        self, device: VhostUserDevice, on_region: Callable[[Region, int], None] | None = None
+    ) -> None:
+        """`on_region` is told of each region and its file."""
         self._device = device
+        self._on_region = on_region or _unobserved
         self._regions: list[Region] = []
 
     def handlers(self) -> dict[Request, Handler]:
@@ -42,6 +48,8 @@ class MemoryTable:
         for region in regions:
             _check_region(region, checked)
             checked.append(region)
+        for region, fd in zip(regions, fds, strict=True):
+            self._on_region(region, fd)
         self._regions = []
         await self._device.replace_memory(
             [_memory_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
@@ -49,22 +57,22 @@ class MemoryTable:
         self._regions = checked
 
     async def add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        """One region more. One that is here already may come again: a second device on this
+        connection (QEMU's device_del and device_add with the chardev kept) sends all of them."""
         region = Region.unpack_single(payload)
-        if len(self._regions) >= MAX_MEMORY_SLOTS:
+        others = [each for each in self._regions if not _same_place(each, region)]
+        if len(others) >= MAX_MEMORY_SLOTS:
             raise ProtocolError(f"more than {MAX_MEMORY_SLOTS} memory regions")
-        _check_region(region, self._regions)
+        _check_region(region, others)
+        self._on_region(region, fds[0])
         await self._device.add_memory(_memory_region(region, fds[0]))
-        self._regions.append(region)
+        self._regions = [*others, region]
 
     async def rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
         """The region with these addresses and size; the file offset does not count."""
         wanted = Region.unpack_single(payload)
         for region in self._regions:
-            if (region.guest_address, region.user_address, region.size_bytes) == (
-                wanted.guest_address,
-                wanted.user_address,
-                wanted.size_bytes,
-            ):
+            if _same_place(region, wanted):
                 break
         else:
             raise ProtocolError(f"no memory region at {wanted.guest_address:#x}")
@@ -77,6 +85,10 @@ class MemoryTable:
 
     async def get_max_mem_slots(self, payload: bytes, fds: list[int]) -> Reply:
         return reply_u64(Request.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
+
+
+def _unobserved(region: Region, fd: int) -> None:
+    """Nobody wants to know."""
 
 
 def _memory_region(region: Region, fd: int) -> MemoryRegion:
@@ -112,6 +124,15 @@ def _check_region(region: Region, others: list[Region]) -> None:
                 f"memory regions at front-end addresses {region.user_address:#x} and "
                 f"{other.user_address:#x} overlap"
             )
+
+
+def _same_place(one: Region, other: Region) -> bool:
+    """The same addresses and size, whatever the file and the offset in it."""
+    return (one.guest_address, one.user_address, one.size_bytes) == (
+        other.guest_address,
+        other.user_address,
+        other.size_bytes,
+    )
 
 
 def _overlap(start: int, size: int, other_start: int, other_size: int) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 
-from bridge.errors import ProtocolError
+from bridge.errors import LeftBehind, ProtocolError
 from bridge.vhost_user.device import RingSetup, VhostUserDevice
 from bridge.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
@@ -104,9 +104,15 @@ class Rings:
             self._start_if_ready(ring)
 
     async def stop_all(self) -> None:
-        """Stop every ring."""
+        """Stop every ring. Raises LeftBehind as `stop_ring` does, with all of them stopped."""
+        left_behind: LeftBehind | None = None
         for ring in self._all:
-            await self._stop(ring)
+            try:
+                await self._stop(ring)
+            except LeftBehind as error:
+                left_behind = error
+        if left_behind is not None:
+            raise left_behind
 
     def forget_setups(self) -> None:
         """Every (stopped) ring is in its initial state, but for its eventfds."""
@@ -146,7 +152,7 @@ class Rings:
             return
         try:
             self._device.start_ring(ring.index, self._ring_setup(ring, features))
-        except ProtocolError:
+        except BaseException:
             ring.started = False
             _close(ring.kick_fd)
             ring.kick_fd = None
@@ -173,14 +179,16 @@ class Rings:
 
     async def _stop(self, ring: Ring) -> None:
         """The ring is stopped afterwards, and its kick forgotten."""
-        if ring.live:
-            # Whatever happens while waiting, the ring is not to be served again.
-            ring.live = False
-            ring.base = await self._device.stop_ring(ring.index)
-        ring.started = False
-        ring.suspended = False
-        _close(ring.kick_fd)
-        ring.kick_fd = None
+        try:
+            if ring.live:
+                # Whatever happens while waiting, the ring is not to be served again.
+                ring.live = False
+                ring.base = await self._device.stop_ring(ring.index)
+        finally:
+            ring.started = False
+            ring.suspended = False
+            _close(ring.kick_fd)
+            ring.kick_fd = None
 
     async def set_vring_num(self, payload: bytes, fds: list[int]) -> None:
         state = VringState.unpack(payload)
@@ -208,9 +216,9 @@ class Rings:
                 before.avail,
             ):
                 raise ProtocolError(f"queue {address.index}: addresses change while it runs")
-            ring.address = address
             if _log_address(address) != _log_address(before):
                 self._device.set_ring_log(ring.index, _log_address(address))
+            ring.address = address
             return
         ring.address = address
         self._start_if_ready(ring)
@@ -235,15 +243,18 @@ class Rings:
     async def set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         file = VringFile.unpack(payload)
         ring = self._ring(file.index)
-        old, ring.kick_fd = ring.kick_fd, _take_eventfd(file, fds)
-        try:
-            if ring.live:
-                self._device.set_kick(ring.index, ring.kick_fd)
-            else:
-                ring.started = True
-                self._start_if_ready(ring)
-        finally:
-            _close(old)
+        new = _take_eventfd(file, fds)
+        if ring.live:
+            try:
+                self._device.set_kick(ring.index, new)
+            except BaseException:
+                _close(new)  # the device goes on with the old one
+                raise
+        old, ring.kick_fd = ring.kick_fd, new
+        _close(old)
+        if not ring.live:
+            ring.started = True
+            self._start_if_ready(ring)
 
     async def set_vring_call(self, payload: bytes, fds: list[int]) -> None:
         file = VringFile.unpack(payload)

@@ -24,7 +24,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from bridge.errors import ProtocolError
+from bridge.errors import LeftBehind, ProtocolError
 from bridge.vhost_user.device import VhostUserDevice
 from bridge.vhost_user.memory_table import MemoryTable, check_range
 from bridge.vhost_user.messages import (
@@ -45,6 +45,7 @@ from bridge.vhost_user.messages import (
     InflightRange,
     LogRange,
     Message,
+    Region,
     Request,
     pack_message,
     pack_reply,
@@ -81,18 +82,25 @@ class Session:
     """The back-end's side of one connection. See the module's text.
 
     `send_to_front_end(fd, data)` puts a message into the front-end's back-end channel without
-    ever waiting; False means that the channel is dead.
+    ever waiting; False means that the channel is dead. `on_refused(error)` is told why a message
+    is refused, `on_region(region, fd)` of guest memory.
     """
 
     def __init__(
-        self, device: VhostUserDevice, send_to_front_end: Callable[[int, bytes], bool]
+        self,
+        device: VhostUserDevice,
+        send_to_front_end: Callable[[int, bytes], bool],
+        *,
+        on_refused: Callable[[Exception], None] | None = None,
+        on_region: Callable[[Region, int], None] | None = None,
     ) -> None:
         self._device = device
         self._send_to_front_end = send_to_front_end
         self._protocol_features = 0
         self._status = 0
         self._rings = Rings(device)
-        self._memory = MemoryTable(device)
+        self._memory = MemoryTable(device, on_region)
+        self._on_refused = on_refused or _unobserved
         self._channel_fd: int | None = None
         self._config_changed = False
         self._closed = False
@@ -125,8 +133,9 @@ class Session:
     async def handle(self, message: Message) -> Reply | None:
         """Do what `message` asks; the reply to send, if it asks for one.
 
-        Takes over the message's descriptors. Raises ProtocolError when the conversation is over;
-        then only `close()` may follow. Cancellation closes the descriptors, too.
+        Takes over the message's descriptors. Raises ProtocolError or LeftBehind when the
+        conversation is over; then only `close()` may follow. Cancellation closes the descriptors,
+        too.
         """
         try:
             return await self._answer(message)
@@ -166,9 +175,16 @@ class Session:
             reply = await self._handlers[request](message.payload, message.fds)
         except (ProtocolError, OSError) as error:
             # OSError: a file or eventfd of the front-end's that does not do what one does.
+            self._on_refused(error)
             refusal = self._refusal(message)
             if refusal is None:
                 raise ProtocolError(f"{request_name(number)}: {error}") from error
+            return refusal
+        except LeftBehind:
+            # A stop is a promise that cannot be given: whoever migrates the guest has to see it.
+            refusal = self._refusal(message)
+            if refusal is None:
+                raise
             return refusal
         assert shape.replies == (reply is not None)
         return reply or self._acknowledge(message, 0)
@@ -259,11 +275,14 @@ class Session:
 
     async def _reset_device(self, payload: bytes, fds: list[int]) -> None:
         """Initial state for a new driver; memory, descriptors and protocol features stay."""
-        await self._rings.stop_all()
-        await self._device.reset()
-        self._rings.forget_setups()
-        self._rings.features = None
-        self._status = 0
+        try:
+            await self._rings.stop_all()
+        finally:
+            # Whatever the stop left behind: the driver has forgotten what it had in flight.
+            await self._device.reset()
+            self._rings.forget_setups()
+            self._rings.features = None
+            self._status = 0
 
     # Config space.
 
@@ -357,3 +376,7 @@ class Session:
         message = pack_message(BackendRequest.CONFIG_CHANGE)
         if not self._send_to_front_end(self._channel_fd, message):
             self._close_channel()
+
+
+def _unobserved(error: Exception) -> None:
+    """Nobody wants to know."""

@@ -9,7 +9,7 @@ used length never claims a byte that was not written (§2.7.8.2).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from errno import EOPNOTSUPP
 from typing import Any, Final, Protocol
 
@@ -35,6 +35,15 @@ from bridge.virtio.blk_config import (
     BlkConfig,
 )
 from bridge.virtio.chain import Chain
+from bridge.virtio.lanes import (
+    PIECE_BYTES,
+    RANGE_COST_BYTES,
+    SMALL_BYTES,
+    WHOLE_BYTES,
+    Job,
+    Lane,
+    Turns,
+)
 
 T_IN: Final = 0
 T_OUT: Final = 1
@@ -48,6 +57,12 @@ S_IOERR: Final = 1
 S_UNSUPP: Final = 2
 
 ID_BYTES = 20
+
+MAX_REQUEST_BYTES: Final = 1 << 30
+"""A longer IN or OUT is refused. EDK2's driver sends up to so much in one request, others far less
+(`seg_max` segments); the specification would allow 4 GiB."""
+
+_NO_BYTES = memoryview(b"")
 
 _SEGMENT = struct.Struct("<QII")
 _FLAG_UNMAP = 1
@@ -97,6 +112,11 @@ class BlkRequest(Request):
         self.used_bytes = used_bytes
 
 
+def one_epoch() -> int:
+    """The server never drops what it has acknowledged, or somebody else sees to that."""
+    return 0
+
+
 class BlkEngine:
     """Executes virtio-blk requests on a `Target`. One engine serves every queue of a disk."""
 
@@ -108,15 +128,24 @@ class BlkEngine:
         hits: Hits | None = None,
         serial: str,
         fault: Callable[[str], None],
+        turns: Turns | None = None,
+        epoch: Callable[[], int] = one_epoch,
     ) -> None:
         """`hits`: what can be asked before `target`. `serial`: what GET_ID answers, at most 20
         bytes. `fault(problem)` is told what a guest did wrong, "kind" or "kind: details", so that
-        it is counted and logged once per kind."""
+        it is counted and logged once per kind. `turns`: the loop, so that no turn of it begins
+        too much. `epoch()`: see `lanes.Job`."""
         self.config = config
         self._submit = target.submit
+        self._reads, self._writes, self._range_lane = (Lane(target.submit, turns) for _ in range(3))
+        self._large_done = self._finish_large
+        self._epoch = epoch
         self._read_hit = hits.read_hit if hits is not None else _no_hit
         self._write_hit = hits.write_hit if hits is not None else _no_hit
         self._done = self._finish  # bound once
+        self._unanswered: dict[BlkRequest, None] = {}
+        """What the target has and did not finish, in the order in which it was popped: the one way
+        to find the requests of a ring again that has to stop without them."""
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._fault = fault
         self._features = 0
@@ -155,9 +184,11 @@ class BlkEngine:
         read_hit = self._read_hit
         write_hit = self._write_hit
         done = self._done
+        unanswered = self._unanswered
         capacity_bytes = self._capacity_bytes
         block_mask = self._block_mask
         write_flags = self._write_flags
+        small_bytes = SMALL_BYTES
         for chain in chains:
             _, type_, sector, readable, writable, _, _, _ = chain
             if type_ == T_IN:
@@ -179,19 +210,62 @@ class BlkEngine:
                 or not length
             ):
                 self._refuse_data(ring, chain, offset, length)
+            elif length > small_bytes:
+                self._start_large(ring, chain, offset, length)
             elif type_ == T_IN:
                 if read_hit(offset, length, buffers):
                     ring.complete(chain, S_OK, length + 1)
                 else:
-                    submit(
-                        BlkRequest(ring, chain, READ, offset, length, buffers, done, 0, length + 1)
+                    request = BlkRequest(
+                        ring, chain, READ, offset, length, buffers, done, 0, length + 1
                     )
+                    unanswered[request] = None
+                    submit(request)
             elif not write_flags and write_hit(offset, length, buffers):
                 ring.complete(chain, S_OK, 1)
             else:
-                submit(
-                    BlkRequest(ring, chain, WRITE, offset, length, buffers, done, write_flags, 1)
+                request = BlkRequest(
+                    ring, chain, WRITE, offset, length, buffers, done, write_flags, 1
                 )
+                unanswered[request] = None
+                submit(request)
+
+    def _start_large(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
+        """An IN or OUT that is worth asking first whether it may be begun now."""
+        if length > MAX_REQUEST_BYTES:
+            self._refuse(ring, chain, S_IOERR, f"a request of more than {MAX_REQUEST_BYTES} bytes")
+            return
+        _, type_, _, readable, writable, *_ = chain
+        if type_ == T_IN:
+            op, lane, buffers = READ, self._reads, writable
+            hit, flags, used_bytes = self._read_hit, 0, length + 1
+        else:
+            op, lane, buffers = WRITE, self._writes, readable
+            flags, used_bytes = self._write_flags, 1
+            hit = self._write_hit if not flags else _no_hit
+        request = BlkRequest(
+            ring, chain, op, offset, length, buffers, self._large_done, flags, used_bytes
+        )
+        if length <= WHOLE_BYTES and lane.is_free:
+            if hit(offset, length, buffers):
+                lane.copied(length)
+                ring.complete(chain, S_OK, used_bytes)
+                return
+            if lane.begin_whole(length):
+                self._unanswered[request] = None
+                request.owner = lane
+                self._submit(request)
+                return
+        request.done = self._done
+        self._unanswered[request] = None
+        epoch = self._epoch if op == WRITE else None
+        request.owner = Job(lane, request, _data_pieces(request), request.finish, epoch)
+        lane.enter(request.owner)
+
+    def _finish_large(self, request: BlkRequest) -> None:
+        lane = self._reads if request.op == READ else self._writes
+        lane.ended(request.length)
+        self._finish(request)
 
     def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
         """Answer an IN or OUT that reaches no disk (virtio 1.3 §5.2.6.2)."""
@@ -232,7 +306,9 @@ class BlkEngine:
 
     def _request(self, ring: UsedRing, chain: Chain, op: int = READ) -> BlkRequest:
         """A request without data; its used length counts the status if no data precedes it."""
-        return BlkRequest(ring, chain, op, 0, 0, [], self._done, 0, _status_bytes(chain))
+        request = BlkRequest(ring, chain, op, 0, 0, [], self._done, 0, _status_bytes(chain))
+        self._unanswered[request] = None
+        return request
 
     def _flush(self, ring: UsedRing, chain: Chain) -> None:
         """FLUSH: the sector and any data are the driver's mistake, and harmless."""
@@ -265,12 +341,11 @@ class BlkEngine:
         request.flags = self._write_flags
         if not parts:
             request.finish(0)
-        elif len(parts) == 1:
-            request.offset, request.length, flags = parts[0]
-            request.flags |= flags
-            self._submit(request)
-        else:
-            _Segments(request, len(parts)).submit(self._submit, parts)
+            return
+        lane = self._range_lane
+        pieces = _range_pieces(request, parts)
+        request.owner = Job(lane, request, pieces, request.finish, self._epoch)
+        lane.enter(request.owner)
 
     def _check_ranges(
         self, op: int, segments: bytes
@@ -300,8 +375,33 @@ class BlkEngine:
         has_status = chain[5] is not None
         ring.complete(chain, status, _status_bytes(chain) if has_status else 0)
 
+    def unanswered(self, ring: UsedRing) -> list[BlkRequest]:
+        """The requests of `ring` that the target has and did not finish, oldest first."""
+        return [request for request in self._unanswered if request.ring is ring]
+
+    def fail(self, requests: Sequence[BlkRequest]) -> None:
+        """Tell the guest that `requests` failed. `abandon` has to follow."""
+        for request in requests:
+            used_bytes = 0 if request.op == READ else request.used_bytes
+            request.ring.complete(request.chain, S_IOERR, used_bytes)
+
+    def abandon(self, requests: Sequence[BlkRequest]) -> None:
+        """The guest hears no more of `requests`, and their buffers are not touched any more by
+        what goes through them (see `Request.abandon`)."""
+        reads = [request.length for request in requests if request.op == READ]
+        # One for all, as long as the longest piece: nobody looks at what lands there.
+        scratch = memoryview(bytearray(min(max(reads, default=0), WHOLE_BYTES)))
+        for request in requests:
+            del self._unanswered[request]
+            request.abandon(_nobody_waits, scratch)
+            if isinstance(request.owner, Job):
+                request.owner.abandon(scratch)
+            elif isinstance(request.owner, Lane):
+                request.done = _abandoned_whole
+
     def _finish(self, request: BlkRequest) -> None:
         """The disk is done with `request`: tell the guest."""
+        del self._unanswered[request]
         error = request.error
         if not error:
             request.ring.complete(request.chain, S_OK, request.used_bytes)
@@ -317,30 +417,52 @@ def _status_bytes(chain: Chain) -> int:
     return 0 if chain[4] else 1
 
 
+def _abandoned_whole(request: Request) -> None:
+    """The end of an abandoned request that was begun in one piece."""
+    request.owner.ended(request.length)
+
+
+def _nobody_waits(request: Request) -> None:
+    """The end of an abandoned request."""
+
+
 def _no_hit(offset: int, length: int, buffers: list[memoryview]) -> bool:
     """Nothing is at hand."""
     return False
 
 
-class _Segments:
-    """A discard or write-zeroes of several segments: the request is done when all are."""
+def _data_pieces(request: BlkRequest) -> Iterator[tuple[int, Request]]:
+    """The request in pieces of PIECE_BYTES, or in one if it is not longer than WHOLE_BYTES."""
+    op, flags, offset, left = request.op, request.flags, request.offset, request.length
+    piece_bytes = left if left <= WHOLE_BYTES else PIECE_BYTES
+    views = iter(request.buffers)
+    view = next(views)
+    while left:
+        length = wanted = min(piece_bytes, left)
+        buffers = []
+        while wanted >= len(view):
+            # Only once through the views, however many there are.
+            buffers.append(view)
+            wanted -= len(view)
+            view = next(views, _NO_BYTES)
+            if not view:
+                break
+        if wanted:
+            buffers.append(view[:wanted])
+            view = view[wanted:]
+        yield length, Request(op, offset, length, buffers, _set_by_job, flags)
+        offset += length
+        left -= length
 
-    __slots__ = ("_error", "_left", "_request")
 
-    def __init__(self, request: BlkRequest, count: int) -> None:
-        self._request = request
-        self._left = count
-        self._error = 0
+def _range_pieces(
+    request: BlkRequest, parts: list[tuple[int, int, int]]
+) -> Iterator[tuple[int, Request]]:
+    """The segments of a discard or write-zeroes."""
+    op, flags = request.op, request.flags
+    for offset, length, part_flags in parts:
+        yield RANGE_COST_BYTES, Request(op, offset, length, [], _set_by_job, flags | part_flags)
 
-    def submit(self, submit: Callable[[Request], None], parts: list[tuple[int, int, int]]) -> None:
-        """Start every part; the first error wins."""
-        flags = self._request.flags
-        op = self._request.op
-        for offset, length, part_flags in parts:
-            submit(Request(op, offset, length, [], self._done, flags | part_flags))
 
-    def _done(self, part: Any) -> None:
-        self._error = self._error or part.error
-        self._left -= 1
-        if not self._left:
-            self._request.finish(self._error)
+def _set_by_job(request: Any) -> None:
+    raise AssertionError("a piece that no job began")

@@ -20,6 +20,7 @@ from typing import Final
 from bridge.errors import ProtocolError
 from bridge.virtio.chain import Chain
 from bridge.virtio.memory import GuestMemory
+from bridge.virtio.seals import keep_length
 
 PAGE_SHIFT: Final = 12
 _BYTE_SHIFT: Final = PAGE_SHIFT + 3
@@ -62,6 +63,7 @@ class DirtyBitmap:
         """Map the bitmap; `fd` stays the caller's. Raises ProtocolError if the file is too short
         (touching it would be a SIGBUS) or cannot be mapped."""
         try:
+            keep_length(fd)
             file_bytes = os.fstat(fd).st_size
             if size <= 0 or offset + size > file_bytes:
                 raise ProtocolError(

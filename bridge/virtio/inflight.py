@@ -12,9 +12,14 @@ What makes it right is the order of the stores (they are seen in program order a
 A process that dies in between leaves `used_idx` different from the ring's used index; the entries
 of the list from the last batch's head, as many as the difference, are answered.
 
-Beside the requests the region keeps one more thing that must not die with us, in the `features`
-field that the layout has no use for: that the guest turned its write cache off. It believes that
-every completed write is durable, and no front-end tells the next process.
+Beside the requests the region keeps what else must not die with us, in the first queue's `features`
+field, a u64 that the layout has no use for, stored whole:
+
+    bit 63    the guest turned its write cache off: it believes that every completed write is
+              durable, and no front-end tells the next process
+    bit 62    the guest's next flush has to fail, for a loss that it has not heard of
+    bits 0-55 the server instance that has writes of the guest's that are not flushed (a number
+              that stands for it); 0: there are none, or the server has no name
 
 The front-end can write here, too: everything that is read at the start is checked, and nothing
 is read back later.
@@ -31,6 +36,7 @@ from bridge.errors import ProtocolError
 from bridge.virtio.chain import Chain
 from bridge.virtio.memory import GuestMemory
 from bridge.virtio.queue import RingAreas
+from bridge.virtio.seals import keep_length
 from bridge.virtio.split_queue import SplitQueue
 
 _VERSION: Final = 1
@@ -41,9 +47,9 @@ _SPLIT_ENTRY_BYTES: Final = 16
 _PACKED_HEADER_BYTES: Final = 32
 _PACKED_ENTRY_BYTES: Final = 32
 
-_WRITE_THROUGH_AT: Final = 7
-_WRITE_THROUGH: Final = 0x80
-"""The highest bit of the first queue's `features`, a little-endian u64 at the start of its part."""
+_WRITE_THROUGH: Final = 1 << 63
+_LOSS_UNTOLD: Final = 1 << 62
+_UNFLUSHED_ON: Final = (1 << 56) - 1
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
@@ -81,6 +87,7 @@ class InflightRegion:
         self.queue_size = queue_size
         self.packed = packed
         self._view = view
+        self._features = view[:8].cast("Q")
 
     @classmethod
     def create(
@@ -124,6 +131,7 @@ class InflightRegion:
                 f"{needed}"
             )
         try:
+            keep_length(fd)
             file_bytes = os.fstat(fd).st_size
             if offset + needed > file_bytes:
                 raise ProtocolError(
@@ -143,11 +151,36 @@ class InflightRegion:
     @property
     def write_through(self) -> bool:
         """The guest has its write cache turned off."""
-        return bool(self._view[_WRITE_THROUGH_AT] & _WRITE_THROUGH)
+        return bool(self._features[0] & _WRITE_THROUGH)
 
-    @write_through.setter
-    def write_through(self, value: bool) -> None:
-        self._view[_WRITE_THROUGH_AT] = _WRITE_THROUGH if value else 0
+    @property
+    def loss_untold(self) -> bool:
+        """The guest's next flush has to fail."""
+        return bool(self._features[0] & _LOSS_UNTOLD)
+
+    @property
+    def unflushed_on(self) -> int:
+        """Stands for the server instance that has unflushed writes; 0: none, or it has no name."""
+        return self._features[0] & _UNFLUSHED_ON
+
+    def remember(self, *, write_through: bool, loss_untold: bool, unflushed_on: int) -> None:
+        """Keep these for the process after this one."""
+        self._features[0] = (
+            (_WRITE_THROUGH if write_through else 0)
+            | (_LOSS_UNTOLD if loss_untold else 0)
+            | (unflushed_on & _UNFLUSHED_ON)
+        )
+
+    @property
+    def was_used(self) -> bool:
+        """Rings ran with it: the guest may have written."""
+        versions = (self.queue(index)[8:10].cast("H")[0] for index in range(self.num_queues))
+        return any(versions)
+
+    def clear(self) -> None:
+        """Nothing is in flight: as if every queue's part were fresh."""
+        for index in range(self.num_queues):
+            self.queue(index).cast("H")[4] = 0
 
     def queue(self, index: int) -> memoryview:
         """The part of queue `index`. Raises ProtocolError if there is none such."""
@@ -167,6 +200,8 @@ class InflightRegion:
 
 class TrackedSplitQueue(SplitQueue):
     """A split virtqueue that keeps book in its part of an in-flight region."""
+
+    keeps_in_flight = True
 
     # Indexes into the region as u16 and u64 values.
     _VERSION_AT: Final = 4

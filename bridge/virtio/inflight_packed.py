@@ -48,6 +48,8 @@ class TrackedPackedQueue(PackedQueue):
     only at the start; the lists that it holds are kept here as well.
     """
 
+    keeps_in_flight = True
+
     def __init__(
         self,
         memory: GuestMemory,
@@ -215,8 +217,8 @@ class TrackedPackedQueue(PackedQueue):
 
     def push(self, head: int, length: int, /) -> None:
         """See VirtQueue."""
-        if self._long.views:
-            self._long.pushed(head)
+        if self.long.views:
+            self.long.pushed(head)
         last, count, buffer_id = self._chains.pop(head)
         h, region = self._h, self._region
         h[17 + 16 * last] = self._next[last] = self._free_head

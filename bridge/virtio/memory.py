@@ -16,7 +16,8 @@ import os
 from bisect import bisect_right
 from typing import Final
 
-from bridge.errors import ProtocolError
+from bridge.errors import NoMemory, ProtocolError
+from bridge.virtio.seals import keep_length
 
 _ADDRESS_SPACE_BYTES: Final = 1 << 64
 
@@ -28,10 +29,11 @@ class BadAddress(Exception):
 class Region:
     """A piece of guest memory, mapped: `view` is its bytes.
 
-    `source` says which bytes of which file: device, inode and offset.
+    `source` says which bytes of which file: device, inode and offset. `is_sealed`: nobody can make
+    that file shorter.
     """
 
-    __slots__ = ("guest_address", "size_bytes", "source", "user_address", "view")
+    __slots__ = ("guest_address", "is_sealed", "size_bytes", "source", "user_address", "view")
 
     def __init__(
         self,
@@ -39,21 +41,31 @@ class Region:
         user_address: int,
         view: memoryview,
         source: tuple[int, int, int] | None = None,
+        *,
+        is_sealed: bool = True,
     ) -> None:
         self.guest_address = guest_address
         self.user_address = user_address
         self.view = view
         self.size_bytes = len(view)
         self.source = source
+        self.is_sealed = is_sealed
+
+    def has_the_addresses_of(self, other: Region) -> bool:
+        """The same place in both address spaces."""
+        return (self.guest_address, self.user_address, self.size_bytes) == (
+            other.guest_address,
+            other.user_address,
+            other.size_bytes,
+        )
 
     def is_the_same_as(self, other: Region) -> bool:
         """The same bytes of the same file at the same addresses."""
-        return self.source is not None and (
-            self.source,
-            self.guest_address,
-            self.user_address,
-            self.size_bytes,
-        ) == (other.source, other.guest_address, other.user_address, other.size_bytes)
+        return (
+            self.source is not None
+            and self.source == other.source
+            and self.has_the_addresses_of(other)
+        )
 
 
 def map_region(
@@ -76,6 +88,7 @@ def map_region(
             f"memory region at {guest_address:#x} of {size_bytes} bytes wraps around 2^64"
         )
     try:
+        is_sealed = keep_length(fd)
         status = os.fstat(fd)
         if status.st_size < mmap_offset_bytes + size_bytes:
             raise ProtocolError(
@@ -94,7 +107,7 @@ def map_region(
     skip = mmap_offset_bytes - start
     view = memoryview(mapping)[skip : skip + size_bytes]
     source = (status.st_dev, status.st_ino, mmap_offset_bytes)
-    return Region(guest_address, user_address, view, source)
+    return Region(guest_address, user_address, view, source, is_sealed=is_sealed)
 
 
 class GuestMemory:
@@ -120,6 +133,11 @@ class GuestMemory:
     def with_region(self, region: Region) -> GuestMemory:
         """The same memory with one region more."""
         return GuestMemory([*self.regions, region])
+
+    def with_region_again(self, region: Region) -> GuestMemory:
+        """The same memory with this mapping in the place of the one at the same addresses."""
+        others = [each for each in self.regions if not each.has_the_addresses_of(region)]
+        return GuestMemory([*others, region])
 
     def without_region(
         self, *, guest_address: int, user_address: int, size_bytes: int
@@ -193,6 +211,8 @@ class GuestMemory:
             offset = user_address - region.user_address
             if offset >= 0 and offset + length <= region.size_bytes:
                 return region.view[offset : offset + length]
+        if not self.regions:
+            raise NoMemory("the front-end has shared no memory")
         raise ProtocolError(
             f"ring at user address {user_address:#x} of {length} bytes is in no memory region"
         )

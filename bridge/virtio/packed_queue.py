@@ -52,6 +52,8 @@ _unpack_descriptor = _DESCRIPTOR.unpack_from
 class PackedQueue:
     """One packed virtqueue of `size` entries, any number up to 32768."""
 
+    keeps_in_flight = False
+
     def __init__(
         self,
         memory: GuestMemory,
@@ -83,7 +85,7 @@ class PackedQueue:
         """Slot and flags of the first descriptor of a batch that is not visible yet."""
         self.in_flight = 0
         self._descriptors_in_flight = 0
-        self._long = LongChains()
+        self.long = LongChains()
         self.disarm()
 
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
@@ -111,7 +113,7 @@ class PackedQueue:
         """See VirtQueue. More descriptors than the ring has, or a chain without an end, break
         the queue: the driver then rewrites what we have not used, or nobody knows its buffer."""
         chains: list[Chain] = []
-        while self._has_available() and not self._long.too_many:
+        while self._has_available() and not self.long.too_many:
             if WEAK_ORDER:
                 fence()  # the descriptor is read after its flags
             try:
@@ -195,7 +197,7 @@ class PackedQueue:
         if total_bytes >= MAX_CHAIN_BYTES:
             fault = f"a chain of more than 2^32 bytes: {total_bytes}"
         if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
-            self._long.popped(head, n_views)
+            self.long.popped(head, n_views)
         return request_chain(head, readable, writable if end_known else [], fault)
 
     def _read_indirect(self, address: int, length: int) -> list[Descriptor] | str:
@@ -218,8 +220,8 @@ class PackedQueue:
 
     def push(self, head: int, length: int, /) -> None:
         """See VirtQueue."""
-        if self._long.views:
-            self._long.pushed(head)
+        if self.long.views:
+            self.long.pushed(head)
         slot = self._next_used
         self._write_used(slot, head & 0xFFFF, length)
         flags = self._used_flags(length)
@@ -287,7 +289,7 @@ class PackedQueue:
         else:
             self._device_event[1] = EVENT_ENABLE
         fence()
-        return self._has_available() and not self._long.too_many
+        return self._has_available() and not self.long.too_many
 
     def disarm(self) -> None:
         """See VirtQueue."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from bridge.virtio.chain import Chain
+from bridge.virtio.long_chains import LongChains
 from bridge.virtio.memory import GuestMemory
 
 RingAreas = tuple[memoryview, memoryview, memoryview]
@@ -19,6 +20,10 @@ class VirtQueue(Protocol):
     notification suppression.
     """
 
+    long: LongChains
+    """What its long chains take; a device has its queues count together."""
+    keeps_in_flight: bool
+    """What is in flight when the queue is closed is found again by the next one, and answered."""
     in_flight: int
     """Chains popped (or recovered) and not yet pushed; never more than the queue has entries."""
 

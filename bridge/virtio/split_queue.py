@@ -47,6 +47,8 @@ def ring_sizes_bytes(size: int) -> tuple[int, int, int]:
 class SplitQueue:
     """One split virtqueue of `size` entries (a power of two), popped from index `base` on."""
 
+    keeps_in_flight = False
+
     def __init__(
         self,
         memory: GuestMemory,
@@ -71,7 +73,7 @@ class SplitQueue:
         self._signal_anyway = True
         self.in_flight = 0
         """Chains popped and not yet pushed."""
-        self._long = LongChains()
+        self.long = LongChains()
         self.disarm()
 
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
@@ -119,7 +121,7 @@ class SplitQueue:
         """
         index = self.next_avail
         count = (self._avail[1] - index) & 0xFFFF
-        if not count or (self._long.views and self._long.too_many):
+        if not count or (self.long.views and self.long.too_many):
             return []
         if count + self.in_flight > self.size:
             # Also an index that went backwards. What is in flight counts, or a driver that
@@ -140,7 +142,7 @@ class SplitQueue:
                 count = len(chains)  # those before it are good; the next pop says what is wrong
                 break
             chains.append(self._usual_chain(head) or self._walk(head))
-            if self._long.views and self._long.too_many:
+            if self.long.views and self.long.too_many:
                 count = len(chains)
                 break
         self.next_avail = (index + count) & 0xFFFF
@@ -267,7 +269,7 @@ class SplitQueue:
         if total_bytes >= MAX_CHAIN_BYTES:
             fault = f"a chain of more than 2^32 bytes: {total_bytes}"
         if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
-            self._long.popped(head, n_views)
+            self.long.popped(head, n_views)
         return request_chain(head, readable, writable if end_known else [], fault)
 
     def _read_indirect(
@@ -298,8 +300,8 @@ class SplitQueue:
         self._used_elements[slot + 1] = length
         self._next_used = (index + 1) & 0xFFFF
         self.in_flight -= 1
-        if self._long.views:
-            self._long.pushed(head)
+        if self.long.views:
+            self.long.pushed(head)
 
     def publish(self) -> bool:
         """Show the driver all that was pushed; True if it wants to be called."""
@@ -328,7 +330,7 @@ class SplitQueue:
         else:
             self._used[0] = 0
         fence()
-        return self._avail[1] != self.next_avail and not self._long.too_many
+        return self._avail[1] != self.next_avail and not self.long.too_many
 
     def disarm(self) -> None:
         """Kicks are not needed for now."""

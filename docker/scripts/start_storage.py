@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import certificates
-from environment import SettingError, choice, number, run, size, switch, text
+from environment import SettingError, choice, integer, number, run, size, switch, text
 from supervise import supervise
 
 PORT = 10809
@@ -46,6 +46,7 @@ def store_parameters(store: str, volume: str) -> list[str]:
     fence = [
         "fence=" + choice("NBD_FENCE", "on", ("on", "takeover", "token", "off")),
         "fence_timeout=" + number("NBD_FENCE_TIMEOUT", "10"),
+        f"connections={integer('NBD_CONNECTIONS', 8)}",
     ]
     if store == "file":
         return [f"dir={VOLUMES}", f"volume={volume}", *fence]

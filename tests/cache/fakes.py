@@ -82,6 +82,7 @@ class Rig:
         slots: int = 64,
         size: int = 0,
         image: MappedImage | None = None,
+        server: FakeServer | None = None,
         cold: Cold | None = None,
         **options: Any,
     ) -> None:
@@ -93,7 +94,8 @@ class Rig:
         self.image = image
         self.now = 0.0
         self.turn: list[Callable[[], None]] = []
-        self.server = FakeServer(size)
+        self.next_turn: list[Callable[[], None]] = []
+        self.server = server or FakeServer(size)
         self.options = Options(**{"readahead_bytes": 0, **options})
         self.cache = Cache(
             image,
@@ -101,6 +103,7 @@ class Rig:
             self.options,
             clock=lambda: self.now,
             call_at_turn_end=self.turn.append,
+            call_next_turn=self.next_turn.append,
             cold=cold,
         )
 
@@ -140,11 +143,20 @@ class Rig:
         self.cache.check_sample(done)
         deliver()
 
+    def take_turn(self) -> None:
+        """What was left to the next turn goes on."""
+        going_on, self.next_turn[:] = list(self.next_turn), []
+        for callback in going_on:
+            callback()
+        self.end_turn()
+
     def serve(self) -> None:
-        """The server answers everything, in order."""
-        while self.server.pending:
-            self.server.answer()
+        """The server answers everything, in order, however many turns it takes."""
+        while self.server.pending or self.next_turn:
+            if self.server.pending:
+                self.server.answer()
             self.end_turn()
+            self.take_turn()
 
     def tick(self, now: float) -> None:
         self.now = now

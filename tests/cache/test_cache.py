@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import random
+from typing import Any
 
+from bridge.cache.buffers import slices
 from bridge.request import DISCARD, FLUSH, FUA, PREFETCH, READ, WRITE, WRITE_ZEROES
 
 from .fakes import BLOCK, EIO, GRANULE, Rig
@@ -633,3 +636,110 @@ def test_write_that_waits_for_room_waits_on_while_the_server_only_refuses_data()
 
     assert early == {None}
     assert {each.error for each in results} == {0}
+
+
+def test_write_zeroes_into_the_cache_let_the_turn_end() -> None:
+    """A server without WRITE_ZEROES, and a guest that zeroes a terabyte."""
+    rig = Rig(granules=4096, slots=4096, dirty_hard_ratio=1.0)
+    rig.server.can_write_zeroes = False
+    result = rig.start(WRITE_ZEROES, 0, 1024 * GRANULE)
+    in_one_turn = rig.cache.index.dirty_slots
+
+    turns = 0
+    while rig.next_turn:
+        rig.take_turn()
+        turns += 1
+
+    assert in_one_turn < 200
+    assert turns >= 1024 // 200
+    assert result.value == 0
+
+
+class _Counted:
+    """A number that counts how often it is compared."""
+
+    compared = 0
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __lt__(self, other: object) -> bool:
+        type(self).compared += 1
+        return self.value < int(other)  # type: ignore[call-overload]
+
+    def __gt__(self, other: object) -> bool:
+        type(self).compared += 1
+        return self.value > int(other)  # type: ignore[call-overload]
+
+    def __int__(self) -> int:
+        return self.value
+
+
+def test_discards_in_progress_are_found_without_looking_at_each() -> None:
+    """32 segments in each of 1024 chains are 32,768."""
+    rig = Rig(granules=1 << 16, slots=64)
+    for number in range(1024):
+        rig.start(DISCARD, number * 2 * GRANULE, BLOCK)
+    exclusives = rig.cache._exclusives
+    _Counted.compared = 0
+
+    found = exclusives.overlapping(_Counted(801), _Counted(802))  # type: ignore[arg-type]
+
+    assert len(exclusives.active) == 1024
+    assert found is None
+    assert _Counted.compared < 30
+    block_of_one = 1023 * 2 * 16
+    assert exclusives.overlapping(block_of_one, block_of_one + 1) is not None
+    rig.serve()
+    assert not exclusives.active
+
+
+def test_discards_of_the_same_blocks_are_not_all_looked_at_each_time() -> None:
+    rig = Rig()
+    count = 3000
+    discards = [rig.start(DISCARD, 0, GRANULE) for _ in range(count)]
+    read = rig.start(READ, 0, BLOCK)
+    exclusives = rig.cache._exclusives
+    tried = 0
+    begin = exclusives._begin
+
+    def counted(each: Any) -> None:
+        nonlocal tried
+        tried += 1
+        begin(each)
+
+    exclusives._begin = counted  # type: ignore[method-assign]
+    rig.serve()
+
+    assert [discard.value for discard in discards] == [0] * count
+    assert read.value == 0
+    assert tried < 70 * count
+
+
+def test_fetches_that_wait_are_not_sorted_again_for_each_reply() -> None:
+    rig = Rig(granules=1 << 14, slots=64, fetch_bytes=GRANULE, fetch_run_bytes=GRANULE)
+    order = list(range(2000))
+    random.Random(1).shuffle(order)
+    results = [rig.start(READ, number * 2 * GRANULE, BLOCK) for number in order]
+    fetcher = rig.cache._fetcher
+
+    assert [-fetch.first for fetch in fetcher._pending] == sorted(
+        -fetch.first for fetch in fetcher._pending
+    )
+    rig.serve()
+
+    assert {result.value for result in results} == {0}
+    sent = [offset for offset, _ in rig.server.ops(READ)]
+    assert len(sent) == 2000
+
+
+def test_buffers_of_a_request_are_cut_right_however_many_there_are() -> None:
+    dice = random.Random(1)
+    data = bytes(dice.randrange(256) for _ in range(5000))
+    whole = memoryview(bytearray(data))
+    for _ in range(300):
+        cuts = sorted(dice.sample(range(1, 5000), dice.choice((0, 3, 15, 16, 17, 200))))
+        buffers = [whole[a:b] for a, b in itertools.pairwise([0, *cuts, 5000])]
+        start = dice.randrange(5000)
+        length = dice.randrange(1, 5000 - start + 1)
+        assert b"".join(slices(buffers, start, length)) == data[start : start + length]

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -778,3 +779,141 @@ def test_killed_process_leaves_every_completed_write(path: str, attempt: int) ->
         assert found >= number
     assert cache.index.dirty_blocks >= len(last)
     file.close(clean=False)
+
+
+def test_header_of_an_older_version_has_seen_nothing(path: str) -> None:
+    """Its last bytes were zeroes where the newer fields are."""
+    file = _open(path)
+    page = file.header.pack()
+    file.close(clean=False)
+
+    header = parse_header_untrusted(page + bytes(4096))
+
+    assert header is not None
+    assert (header.witness, header.discarded) == (0, (0, 0))
+    assert page[-44:-20] == bytes(24)
+
+
+def test_header_keeps_what_was_seen(path: str) -> None:
+    file = _open(path)
+    file.save_header(witness=1 << 40, discarded=(7, 9), export_identity=b"i" * 16)
+    file.close(clean=False)
+
+    header = cache_file.open_file(path).header
+
+    assert (header.witness, header.discarded) == (1 << 40, (7, 9))
+    assert header.export_identity == b"i" * 16
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+
+
+@needs_root
+@pytest.mark.parametrize("content", [b"", b"0.1"], ids=["empty", "used"])
+def test_cache_file_of_another_user_is_refused(path: str, content: bytes) -> None:
+    """Put there in advance: who made it could read the guest's data, and change it."""
+    if content:
+        _write_one(path)
+    else:
+        Path(path).touch()
+    os.chown(path, 23456, 23456)
+
+    with pytest.raises(ConfigError, match="belongs to user 23456"):
+        _open(path)
+    with pytest.raises(ConfigError, match="belongs to user 23456"):
+        open_to_flush(path, export_bytes=64 * GRANULE)
+
+    assert os.stat(path).st_uid == 23456
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o666])
+def test_cache_file_of_ours_that_others_may_read_is_closed_to_them(path: str, mode: int) -> None:
+    """Restored from a backup, perhaps."""
+    _write_one(path)
+    os.chmod(path, mode)
+
+    _open(path).close(clean=False)
+
+    assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused"), [(0o777, True), (0o1777, False), (0o755, False), (0o703, True)]
+)
+def test_directory_that_others_may_write_is_refused_unless_sticky(
+    path: str, mode: int, refused: bool
+) -> None:
+    directory = Path(path).parent
+    directory.chmod(mode)
+    try:
+        if refused:
+            with pytest.raises(ConfigError, match=f"chmod go-w {directory}"):
+                _open(path)
+        else:
+            _open(path).close(clean=False)
+    finally:
+        directory.chmod(0o700)
+
+
+def test_show_of_something_else_does_not_recommend_to_remove_it() -> None:
+    with pytest.raises(ConfigError) as refused:
+        show("/etc/passwd")
+
+    assert str(refused.value) == "/etc/passwd is not a cache file"
+
+
+def test_show_escapes_what_would_control_the_terminal(path: str) -> None:
+    _open(path, identity=Identity("h\x1b[2J:1", "x\ny\r\x9b\u202eü")).close(clean=True)
+
+    text = describe(show(path))
+
+    assert r"h\x1b[2J:1" in text
+    assert r"x\ny\r\x9b\u202eü" in text
+    assert all(each.isprintable() for each in text.replace("\n", ""))
+
+
+def test_threaded_cold_with_a_stuck_disk_is_not_waited_for() -> None:
+    """And what had not begun never does."""
+    cold = ThreadedCold()
+    stuck, began = threading.Event(), threading.Semaphore(0)
+    later: list[int] = []
+
+    def wait() -> None:
+        began.release()
+        stuck.wait()
+
+    for _ in range(4):
+        cold.run(wait, later.append)
+    for _ in range(4):
+        assert began.acquire(timeout=10)
+    cold.run(lambda: later.append(1), later.append)
+    cold.close(limit_s=0.01)
+    os.fstat(cold.fd)  # The thread may still write to it.
+    stuck.set()
+    for thread in cold._threads:
+        thread.join(10)
+
+    assert later == []
+    os.close(cold.fd)
+
+
+def test_close_that_was_given_up_sets_no_clean_mark(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _open(path)
+    stuck, began = threading.Event(), threading.Event()
+
+    def fsync(fd: int) -> None:
+        began.set()
+        assert stuck.wait(10)
+
+    monkeypatch.setattr(cache_file.os, "fsync", fsync)
+    closing = threading.Thread(target=lambda: file.close(clean=True))
+    closing.start()
+    assert began.wait(10)
+    file.abandon()
+    stuck.set()
+    closing.join(10)
+
+    assert not show(path).clean_shutdown
+    assert show(path).usable

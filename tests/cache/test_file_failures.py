@@ -259,3 +259,72 @@ def test_failing_cache_file_does_not_lose_dirty_data() -> None:
     assert rig.write(BLOCK, b"b" * BLOCK) == errno.ENOSPC
     assert rig.flush() == 0
     assert rig.server.image[:BLOCK] == b"a" * BLOCK
+
+
+def test_cold_reads_have_private_copies_within_a_budget_and_the_rest_follows() -> None:
+    """One read of all that is cached would copy all of it."""
+    first, cold = Rig(granules=16, slots=16), LaterCold()
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(granules=16, slots=16, image=image, cold=cold, cold_bytes=2 * GRANULE)
+    rig.server.image[:] = bytes(range(256)) * (len(rig.server.image) // 256)
+    rig.prefetch(0, 16 * GRANULE)
+    rig.cache.index.forget_residency()
+
+    whole = rig.start(READ, 0, 16 * GRANULE)
+    other = rig.start(READ, GRANULE, BLOCK)
+    most = len(cold.jobs)
+    while cold.jobs:
+        cold.finish()
+        most = max(most, len(cold.jobs))
+
+    assert most == 2
+    assert (whole.error, other.error) == (0, 0)
+    assert whole.request.buffers[0] == rig.server.image
+
+
+def test_cold_reads_that_wait_for_memory_fail_when_the_cache_refuses() -> None:
+    first, cold = Rig(granules=16, slots=16), LaterCold()
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(granules=16, slots=16, image=image, cold=cold, cold_bytes=GRANULE)
+    rig.prefetch(0, 16 * GRANULE)
+    rig.cache.index.forget_residency()
+    reads = [rig.start(READ, number * GRANULE, GRANULE) for number in range(4)]
+
+    rig.cache.refuse(EIO)
+    early = [read.error for read in reads]
+    rig.cache.refuse(0)
+    while cold.jobs:
+        cold.finish()
+
+    assert early == [EIO] * 4
+    assert rig.cache._reads._cold_bytes == 0
+
+
+def test_cold_blocks_that_are_written_partly_share_one_buffer() -> None:
+    rig, cold = _cold_rig()
+    seen: list[int] = []
+    rig.image.read_wait = (  # type: ignore[method-assign]
+        lambda buffers, position: seen.append(id(buffers[0].obj))
+    )
+    rig.start(WRITE, 512, data=b"a" * 512)
+    rig.start(WRITE, GRANULE + 512, data=b"b" * 512)
+    while cold.jobs:
+        cold.finish()
+
+    assert len(seen) == 2
+    assert len(set(seen)) == 1
+
+
+def test_cold_read_that_is_larger_than_the_budget_is_done_alone() -> None:
+    first, cold = Rig(granules=16, slots=16), LaterCold()
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(granules=16, slots=16, image=image, cold=cold, cold_bytes=BLOCK)
+    rig.prefetch(0, 16 * GRANULE)
+    rig.cache.index.forget_residency()
+
+    reads = [rig.start(READ, number * GRANULE, GRANULE) for number in range(4)]
+    while cold.jobs:
+        assert len(cold.jobs) == 1
+        cold.finish()
+
+    assert [read.error for read in reads] == [0] * 4

@@ -357,6 +357,7 @@ class World:
             bypass_after_bytes=rng.choice((0, 4096)),
             exclusive_run_bytes=rng.choice((4096, 65536)),
             zero_copy_bytes=rng.choice((0, 4096)),
+            cold_bytes=rng.choice((1024, 65536)),
         )
         assert not choices, choices
         self.cold_ratio = rng.choice((0.0, 0.3))

@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import trio
-
 from bridge.demo.demo import DemoConfig, run_demo
+from bridge.demo.unwrap import unwrapped
 from bridge.errors import BridgeError
+from bridge.signals import run_until_signal
 from tests.ceph.cluster import Cluster, ClusterError, install
 
 _POOL = "rbd"
@@ -83,6 +84,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./run ceph-demo", description=__doc__)
     parser.add_argument("--no-guest", action="store_true", help="no QEMU")
     options = parser.parse_args()
+    # What ends the demo ends Ceph, too.
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.default_int_handler)
     # Socket paths have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ceph-demo-", dir="/tmp") as name:
         folder = Path(name)
@@ -94,9 +98,13 @@ def main() -> int:
             volume = RbdVolume(cluster.conf, folder)
             volume.create()
             config = DemoConfig(guest=not options.no_guest, disk_mib=_DISK_MIB, total_mib=64)
-            result = trio.run(lambda: run_demo(config, folder=folder, volume=volume))
+            with unwrapped():
+                result = run_until_signal(lambda: run_demo(config, folder=folder, volume=volume))
         except (ClusterError, BridgeError) as error:
             print(f"ceph-demo: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("ceph-demo: interrupted", file=sys.stderr)
             return 1
         finally:
             cluster.remove()

@@ -40,7 +40,7 @@ def test_images_carry_the_project_s_version() -> None:
 def test_readme_table_has_every_variable_with_its_default() -> None:
     rows = dict(_ROW.findall((DOCKER / "README.md").read_text()))
     # The ceph overlay gives the storage more memory; the table says so in words.
-    defaults = {name: min(values) if name != "STORAGE_MEMORY" else "256m"
+    defaults = {name: min(values) if name != "STORAGE_MEMORY" else "768m"
                 for name, values in variables().items()}  # fmt: skip
     assert rows == defaults
 

@@ -1,7 +1,10 @@
 """A real Linux guest in QEMU (software emulation), on the bridge and on a peer of it."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +154,45 @@ async def test_demo_without_nbdkit_uses_the_small_server(
 
     assert result.failures == []
     assert result.allocated["trimmed"] < result.allocated["written"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_demo_ended_by_a_signal_leaves_no_guest_and_no_image(
+    number: signal.Signals, machine: GuestMachine, folder: Path
+) -> None:
+    need("nbdkit")
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "bridge", "demo"],
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        with trio.fail_after(60):
+            while not any("qemu-system" in line for line in _commands_in(folder)):
+                assert demo.poll() is None
+                await trio.sleep(0.05)
+        demo.send_signal(number)
+        with trio.fail_after(60):
+            while demo.poll() is None:
+                await trio.sleep(0.05)
+    finally:
+        demo.kill()
+        demo.wait()
+
+    assert demo.returncode == 1
+    assert _commands_in(folder) == []
+    assert list(folder.iterdir()) == []
+
+
+def _commands_in(folder: Path) -> list[str]:
+    """The command lines of the processes that have to do with files in `folder`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if f"{folder}/" in line:
+                found.append(line)
+    return found
 
 
 async def test_watched_block_that_fails_fails_as_itself(folder: Path) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import errno
 import mmap
+import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 import trio
+import trio.testing
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.nbd import protocol as p
+from bridge.nbd.client import inspect, list_exports
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server import Faults, Server
 from bridge.nbd.server_core import DEFAULT_FLAGS, ServerSettings
 from bridge.nbd.server_disk import MemoryDisk
+from bridge.nbd.uri import parse_uri
 from bridge.request import (
     DISCARD,
     FLUSH,
@@ -510,14 +516,31 @@ async def test_close_while_the_server_is_away_fails_what_waits() -> None:
         assert await waiter.wait() == errno.EIO
 
 
-async def test_fail_pending_finishes_everything_and_goes_on_later() -> None:
+async def test_leaving_fails_everything_and_stays_away_until_it_comes_back() -> None:
     async with served(faults=Faults(stall=True)) as (client, server, _):
         waiters = [start(client, READ, 0, 512, [memoryview(bytearray(512))]) for _ in range(5)]
-        await trio.sleep(0.01)
-        client.fail_pending(errno.EIO)
+        await client.leave(0.01, errno.EIO)
         assert [waiter.count for waiter in waiters] == [1] * 5
         assert client.in_flight == 0
         server.faults.stall = False
+        waiting = start(client, READ, 0, 512, [memoryview(bytearray(512))])
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (server.connections_total, waiting.count) == (1, 0)
+        client.come_back()
+        assert await waiting.wait() == 0
+        assert server.connections_total == 2
+
+
+async def test_leaving_while_the_server_is_away_ends_the_attempts_to_connect() -> None:
+    async with served() as (client, server, _):
+        server.faults.refuse_connections = True
+        server.cut()
+        await until(lambda: not client.connected)
+        await client.leave(0.01, errno.EIO)
+        server.faults.refuse_connections = False
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert server.connections_total == 1
+        client.come_back()
         assert await read(client, 0, 512) == bytes(512)
 
 
@@ -628,9 +651,35 @@ async def test_connect_unknown_export_is_a_config_error() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s", "nope"), connect=False) as client:
-                with pytest.raises(ConfigError, match="refused the export 'nope'"):
+                with pytest.raises(
+                    ConfigError, match=r"refused the export 'nope'.* there is 'disk'"
+                ):
                     await client.connect()
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("look", [inspect, list_exports])
+async def test_inspect_and_list_leave_a_silent_server_in_time(
+    look: Callable[..., Awaitable[object]], autojump_clock: trio.testing.MockClock
+) -> None:
+    options = replace(FAST, connect_timeout_s=7.0)
+    with short_dir() as folder, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "s"))
+        listening.listen()
+
+        with pytest.raises(ConnectionLost, match=r"no answer within 7 s \(waited for the greeting"):
+            await look(parse_uri(unix_uri(folder / "s")), options)
+
+    assert trio.current_time() == 7.0
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+async def test_connect_what_is_no_socket_says_so(what: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "directory").mkdir()
+    async with running_client(unix_uri(tmp_path / what), connect=False) as client:
+        with pytest.raises(ConfigError, match=f"{what}: not a socket"):
+            await client.connect()
 
 
 @pytest.mark.parametrize(
@@ -675,3 +724,41 @@ async def test_finished_requests_leave_no_view_of_their_memory() -> None:
         for view in views:
             view.release()
         memory.close()
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+async def test_server_that_hangs_up_on_trims_costs_the_trims_only(connections: int) -> None:
+    faults = Faults(hangs_up_on=p.CMD_TRIM)
+    options = replace(FAST, connections=connections)
+    async with served(faults=faults, options=options) as (client, _, _d):
+        trims = [start(client, DISCARD, 4096 * number, 4096, []) for number in range(3)]
+        beside = start(client, WRITE, 65536, 512, [memoryview(bytearray(b"x" * 512))])
+        assert await beside.wait() == 0
+        assert [await trim.wait() for trim in trims] == [errno.EIO] * 3
+        assert await read(client, 65536, 512) == b"x" * 512
+        assert client.in_flight == 0
+
+
+async def test_reply_that_breaks_a_rule_each_time_does_not_freeze_the_disk() -> None:
+    """What makes us hang up again and again is the same as what makes the server do it."""
+    settings = ServerSettings(structured=False, extended=False)
+    faults = Faults(oversize_at=1)
+    async with served(settings=settings, faults=faults) as (client, _, _d):
+        requests = [
+            start(client, READ, 512 * number, 512, [memoryview(bytearray(512))])
+            for number in range(8)
+        ]
+        # The second answer on each connection is bad, so about one in two comes through.
+        assert {await request.wait() for request in requests} <= {0, errno.EIO}
+        assert client.in_flight == 0
+
+
+async def test_server_that_hangs_up_on_everything_fails_requests_after_the_reconnect_timeout() -> (
+    None
+):
+    faults = Faults(cut_after_commands=1)
+    options = replace(FAST, reconnect_timeout_s=0.3)
+    async with served(faults=faults, options=options) as (client, _, _d):
+        assert await do(client, READ, 0, 0) == 0
+        waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
+        assert await waiter.wait() == errno.EIO

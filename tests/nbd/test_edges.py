@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import socket
 from dataclasses import replace
 
 import pytest
@@ -15,7 +18,7 @@ from bridge.nbd.options import ClientOptions
 from bridge.nbd.server import Faults, Server
 from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
-from bridge.request import READ
+from bridge.request import READ, Request
 from tests.nbd.helpers import FAST, read, running_client, served, start, until
 from tests.tools import HUNG_S
 
@@ -97,3 +100,116 @@ async def test_looking_leaves_no_descriptors_whatever_comes(look: object) -> Non
                     continue
         await until(lambda: open_descriptors() <= before)
         nursery.cancel_scope.cancel()
+
+
+async def test_reconnect_without_a_descriptor_left_is_tried_again() -> None:
+    """A front-end may hold nearly all of them for a while."""
+    async with served() as (client, server, _):
+        assert await read(client, 0, 512) == bytes(512)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        taken = [os.dup(0) for _ in range(highest)]
+        try:
+            for spare in range(4):  # Each of them is used up at another place.
+                resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1 - spare, limits[1]))
+                server.cut()
+                waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
+                await until(lambda: bool(client._last_failure) or not client.connected)
+                await until(lambda: bool(client._last_failure) or client.connected)
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                assert await waiter.wait() == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for fd in taken:
+                os.close(fd)
+
+
+@pytest.mark.parametrize("code", [errno.ENOPROTOOPT, errno.ENOBUFS])
+async def test_socket_that_cannot_be_tuned_is_a_lost_connection_and_closed(
+    monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    async with served() as (client, server, _):
+        assert await read(client, 0, 512) == bytes(512)
+        before = open_descriptors()
+
+        def refuse(sock: socket.socket) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("bridge.nbd.connection._tune", refuse)
+        server.cut()
+        await until(lambda: os.strerror(code) in client._last_failure)
+        assert open_descriptors() <= before
+        monkeypatch.undo()
+        assert await read(client, 0, 512) == bytes(512)
+
+
+async def test_connection_that_cannot_be_watched_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with served() as (client, server, _):
+        assert await read(client, 0, 512) == bytes(512)
+        before = open_descriptors()
+
+        def refuse(fd: int, callback: object, events: int = 0) -> None:
+            raise OSError(errno.ENOSPC, "no more watches")
+
+        monkeypatch.setattr(client._loop, "add", refuse)
+        server.cut()
+        await until(lambda: "no more watches" in client._last_failure)
+        assert open_descriptors() <= before
+        monkeypatch.undo()
+        assert await read(client, 0, 512) == bytes(512)
+
+
+async def test_exception_in_a_completion_ends_that_connection_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(
+        "bridge.nbd.connection._log.error", lambda text, **more: logged.append(str(more))
+    )
+    async with served() as (client, _, _d):
+
+        def fail(request: Request) -> None:
+            raise ValueError("a bug of ours")
+
+        buffers = [memoryview(bytearray(512))]
+        client.submit(Request(READ, 0, 512, buffers, fail))
+        beside = start(client, READ, 512, 512, [memoryview(bytearray(512))])
+        assert await beside.wait() == 0
+        await until(lambda: client.generation == 2)
+        assert await read(client, 0, 512) == bytes(512)
+    assert len(logged) == 1
+    assert "a bug of ours" in logged[0]
+
+
+async def test_exception_while_sending_ends_that_connection_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with served() as (client, _, _d):
+
+        def fail(buffers: object) -> int:
+            raise MemoryError
+
+        monkeypatch.setattr(client._connections[0], "_sendmsg", fail)
+        assert await read(client, 0, 512) == bytes(512)
+        assert client.generation == 2
+
+
+async def test_exception_after_a_reconnect_costs_that_connection_only() -> None:
+    """What the layer above does with the new export may fail: the next one may be another."""
+    async with served() as (client, server, _):
+        assert await read(client, 0, 512) == bytes(512)
+        calls = 0
+
+        def fail_twice() -> None:
+            nonlocal calls
+            calls += 1
+            if calls < 3:
+                raise ValueError("a bug of ours")
+
+        client.on_reconnect = fail_twice
+        server.cut()
+        await until(lambda: not client.connected or client.generation > 1)
+        assert await read(client, 0, 512) == bytes(512)
+        assert calls == 3

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import replace
 
@@ -412,6 +413,7 @@ def test_greeting_of_something_else_is_named(says: bytes) -> None:
         ((1 << 17, 1 << 17, 1 << 20), "not a power of two up to 65536"),
         ((4096, 4096, 512), "below the minimum"),
         ((1, 4096, 0), "below the minimum"),
+        ((1, 4096, 1), "less than 512"),
     ],
 )
 def test_obligation_18_bad_block_sizes_are_a_violation(
@@ -464,3 +466,114 @@ def test_cve_2019_14842_option_reply_with_more_than_was_asked_is_refused() -> No
 def test_description_words_are_properties() -> None:
     export = Export("", 0, description="our plugin; instance=ab-1 generation=7, session=yes")
     assert export.properties == {"instance": "ab-1", "generation": "7", "session": "yes"}
+
+
+@pytest.mark.parametrize("word", ["generation", "written"])
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        ("99999999999999999999999", "more than 2^63 - 1"),
+        (str(1 << 63), "more than 2^63 - 1"),
+        ("9" * 128, "more than 2^63 - 1"),
+        ("-5", "less than 0"),
+    ],
+)
+def test_number_out_of_range_in_a_description_is_a_violation(
+    word: str, number: str, says: str
+) -> None:
+    """It is kept in the header of a cache file, which has 64 bits for it."""
+    words = {"generation": "1", "written": "1"} | {word: number}
+    text = " ".join(f"{key}={value}" for key, value in words.items())
+    description = info(p.INFO_DESCRIPTION, text.encode())
+    with pytest.raises(ProtocolError, match=re.escape(says)):
+        talk(greeting(), EXPORT, description, ACK)
+
+
+@pytest.mark.parametrize(
+    ("text", "sessions"),
+    [
+        ("generation=9223372036854775807 written=0", (2**63 - 1, 0)),
+        ("generation=1", None),
+        ("generation=latest written=1", None),
+        ("generation=1_0 written=1", None),
+        ("generation=\u0661 written=1", None),
+        ("generation=1.5 written=1", None),
+    ],
+)
+def test_counters_of_sessions_are_decimal_numbers_or_none(
+    text: str, sessions: tuple[int, int] | None
+) -> None:
+    assert Export("", 0, description=text).sessions == sessions
+
+
+def refused(*listed: bytes, typed: str = "vm0", sent: str | None = None, final: int = 0) -> str:
+    """What the operator is told when GO is refused, and LIST then brings `listed`."""
+    wishes = replace(
+        PLAIN, export_name=typed if sent is None else sent, typed_name=typed, list_if_refused=True
+    )
+    client = talk(greeting(), reply(p.OPT_GO, p.REP_ERR_UNKNOWN), wishes=wishes)
+    for each in listed:
+        client.receive(reply(p.OPT_LIST, p.REP_SERVER, each))
+    with pytest.raises(ConfigError) as caught:
+        client.receive(reply(p.OPT_LIST, final or p.REP_ACK))
+    assert options_sent(client.data_to_send()) == [p.OPT_GO, p.OPT_LIST, p.OPT_ABORT]
+    return str(caught.value)
+
+
+def listed(name: bytes, description: bytes = b"") -> bytes:
+    return p.U32.pack(len(name)) + name + description
+
+
+def test_refused_export_is_told_with_the_list_of_what_there_is() -> None:
+    assert refused(listed(b"a"), listed(b""), listed(b"a")) == (
+        "the server refused the export 'vm0': unknown export; there is 'a', the default one "
+        "(nbd-bridge info --list)"
+    )
+    many = refused(*(listed(b"%d" % number) for number in range(15)))
+    assert "'9' and 5 more (nbd-bridge info --list)" in many
+
+
+def test_refused_export_is_named_as_the_operator_typed_it() -> None:
+    text = refused(listed(b"a"), sent="vm0@session=0123456789abcdef,client=1,connection=1")
+    assert "the export 'vm0': " in text
+    assert refused(typed="", sent="@readonly") == (
+        "the server refused its default export: unknown export"
+    )
+
+
+@pytest.mark.parametrize("typed", ["vm0", "vm0@session=a"])
+def test_refused_export_that_is_listed_is_told_with_our_plugins_reason(typed: str) -> None:
+    line = b"nbd-bridge volume=vm0 size=1 session=yes refused: volume vm0 is in use"
+    text = refused(listed(b"vm0", line), listed(b"vm1"), typed=typed)
+    assert text == f"the server refused the export {typed!r}: volume vm0 is in use"
+
+
+def test_refused_default_export_has_the_reason_of_the_only_one() -> None:
+    line = b"nbd-bridge volume=disk.img session=yes refused: permission denied"
+    assert refused(listed(b"disk.img", line), typed="") == (
+        "the server refused its default export: permission denied"
+    )
+
+
+def test_refused_export_that_is_listed_may_be_in_use() -> None:
+    assert "it is in the server's list: is it in use?" in refused(listed(b"vm0"))
+
+
+def test_refused_export_without_a_list_is_told_as_it_is() -> None:
+    text = refused(final=p.REP_ERR_UNSUP)
+    assert text == "the server refused the export 'vm0': unknown export"
+
+
+def test_refused_export_whose_list_breaks_the_protocol_is_told_as_it_is() -> None:
+    wishes = replace(PLAIN, export_name="x", list_if_refused=True)
+    client = talk(greeting(), reply(p.OPT_GO, p.REP_ERR_UNKNOWN), wishes=wishes)
+    with pytest.raises(ConfigError, match=r"refused the export 'x': unknown export$"):
+        client.receive(reply(p.OPT_LIST, p.REP_SERVER, b"\xff\xff\xff\xff"))
+
+
+def test_refused_export_of_a_server_that_hangs_up_then_is_told_as_it_is() -> None:
+    wishes = replace(PLAIN, export_name="x", list_if_refused=True)
+    client = talk(greeting(), reply(p.OPT_GO, p.REP_ERR_UNKNOWN), wishes=wishes)
+    error = client.receive_eof()
+    assert isinstance(error, ConfigError)
+    assert "refused the export 'x'" in str(error)

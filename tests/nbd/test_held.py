@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import inf
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,17 +78,3 @@ def test_hold_past_its_bound_becomes_the_whole_disk_until_the_last_time() -> Non
     held.expire(5)
     assert waiting.gone
     assert not held
-
-
-def test_hold_let_go_and_held_again_is_the_same() -> None:
-    ranges = Ranges()
-    held = Held(ranges)
-    held.hold([(0, 4)], 3)
-    held.hold([(8, 12)])
-    first = Change(ranges, 0, 1)
-    let_go = held.let_go()
-    assert first.gone
-    assert let_go == [(3, (0, 4)), (inf, (8, 12))]
-    held.hold_again(let_go)
-    assert held.deadline_s == 3
-    assert not Change(ranges, 11, 12).gone

@@ -36,21 +36,34 @@ class FakeChannel:
         self._generation = session.generation + 1
         self.pending: list[Request] = []
         self.unflushed = 0
+        self.answered = False
 
     @property
     def in_flight(self) -> int:
         return len(self.pending)
 
+    def changes(self) -> list[Request]:
+        return [each for each in self.pending if each.op in (WRITE, DISCARD, WRITE_ZEROES)]
+
     def send(self, request: Request) -> None:
         request.cookie = next(_cookies)
         self.pending.append(request)
 
+    def abandon(self) -> list[Request]:
+        return [request for request in self.pending if request.is_abandoned]
+
     def answer(self, request: Request, error: int = 0) -> None:
         self.pending.remove(request)
+        self.answered = True
         if not error and request.op in (WRITE, WRITE_ZEROES) and not request.flags & FUA:
             self.unflushed += 1
         request.generation = self._generation
         finish(request, error)
+
+    def answer_present(self) -> None:
+        """Answer what is there; what is sent then stays."""
+        for request in list(self.pending):
+            self.answer(request)
 
     def answer_all(self) -> None:
         while self.pending:
@@ -70,17 +83,31 @@ class World:
         self.export = export(**more)  # type: ignore[arg-type]
         self.channels: list[FakeChannel] = []
         self.log: list[tuple[int, int]] = []
+        self.finished: list[Request] = []
         self.up()
+        # What a process before this one may have left is flushed.
+        if self.export.can_flush:
+            self.ask(FLUSH)
+            self.channels[0].answer_all()
+            self.channels[0].answered = False
+            self.log.clear()
 
     def up(self, changed: Export | None = None, count: int = 1) -> None:
         self.channels = [FakeChannel(self.session) for _ in range(count)]
         self.session.established(self.now, changed or self.export, self.channels)
         deliver()
 
-    def down(self, *, stale_possible: bool = False) -> None:
+    def down(self, *, stale_possible: bool = False, hung_up: bool = False) -> None:
         self.leaving()
         unanswered = [request for channel in self.channels for request in channel.pending]
-        self.session.lost(self.now, unanswered, stale_possible=stale_possible)
+        unanswered.sort(key=lambda request: request.cookie)
+        self.session.lost(
+            self.now,
+            unanswered,
+            stale_possible=stale_possible,
+            answered=any(channel.answered for channel in self.channels),
+            blamed=unanswered[0] if hung_up and unanswered else None,
+        )
         deliver()
 
     def tick(self, now: float) -> None:
@@ -121,6 +148,7 @@ class World:
 
     def _done(self, request: Request) -> None:
         self.log.append((request.op, request.error))
+        self.finished.append(request)
 
     @property
     def pending(self) -> list[Request]:
@@ -707,6 +735,445 @@ def test_nothing_waits_for_a_grace_that_begins_with_its_own_failing(give_up: boo
     assert world.session.in_flight == 0
 
 
+MANY = 64 * 1024
+"""What 64 queues of 1024 can have in flight."""
+
+
+def fail_by_closing(world: World) -> None:
+    world.closed(world.pending)
+
+
+WAYS_TO_FAIL = pytest.mark.parametrize(
+    "fail", [fail_by_pending, fail_by_timeout, fail_by_closing], ids=lambda way: way.__name__
+)
+
+
+@WAYS_TO_FAIL
+def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
+    """Each waits for the one before: failing one must not fail the next from inside of it."""
+    world = World(ClientOptions(reconnect_timeout_s=2))
+    world.down()
+    world.up(count=2)
+    requests = [world.ask(WRITE, number % 3, count=2) for number in range(MANY)]
+    assert len(world.sent) < 3
+    assert world.session.in_flight == MANY
+    fail(world)
+    assert {request.error for request in requests} == {errno.EIO}
+    assert len(world.log) == MANY
+    assert world.session.in_flight == 0
+
+
+@WAYS_TO_FAIL
+def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail) -> None:
+    world = World(ClientOptions(stale_write_grace_s=3600, reconnect_timeout_s=2))
+    world.ask(WRITE, 4)
+    world.down(stale_possible=True)
+    world.up()
+    requests = [world.ask(WRITE, 4) for _ in range(MANY)]
+    fail(world)
+    assert {request.error for request in requests} == {errno.EIO}
+    assert world.session.in_flight == 0
+
+
+def test_65536_writes_that_waited_for_a_grace_are_sent_when_it_ends() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S), size=MANY * BLOCK)
+    world.expect_stale_writes(0.0)
+    for number in range(MANY):
+        world.ask(WRITE, number)
+    assert world.sent == []
+    world.tick(GRACE_S)
+    assert world.sent == [(WRITE, number) for number in range(MANY)]
+
+
+@pytest.mark.parametrize("fail", [fail_by_pending, fail_by_closing])
+def test_successors_of_overlapping_writes_are_failed_before_the_call_returns(fail) -> None:
+    """They must neither stay behind with the guest's memory nor be sent later, also if the end of
+    the write before them is told of only afterwards."""
+    world = World()
+    world.down()
+    world.up(count=2)
+    requests = [world.ask(WRITE, 1), world.ask(WRITE, 1), world.ask(DISCARD, 0, count=4)]
+    finished_with: list[int] = []
+    # As if the completion of what is in flight were put off until after the call.
+    late = world.channels[1].pending[0]
+    done, late.done = late.done, lambda request: finished_with.append(request.error)
+    fail(world)
+    assert [request.error for request in requests] == [-1, errno.EIO, errno.EIO]
+    assert finished_with == [errno.EIO]
+    done(late)
+    assert [request.error for request in requests] == [errno.EIO] * 3
+    if fail is fail_by_pending:
+        world.up()
+        assert world.sent == []
+        assert world.ask(WRITE, 9).error == -1
+        assert world.sent == [(WRITE, 9)]
+        assert world.session.in_flight == 1
+
+
+def test_failed_successor_is_finished_once() -> None:
+    world = World()
+    world.down()
+    world.up(count=2)
+    for _ in range(5):
+        world.ask(WRITE, 1)
+    fail_by_pending(world)
+    assert world.log == [(WRITE, errno.EIO)] * 5
+    world.up()
+    assert world.log == [(WRITE, errno.EIO)] * 5
+
+
+# A server that hangs up on a command.
+
+
+class Poisoned(World):
+    """A server that hangs up on one kind of command, and answers all others one by one."""
+
+    def __init__(
+        self, poison: int, at_block: int | None = None, options: ClientOptions | None = None
+    ) -> None:
+        self.poison = poison
+        self.at_block = at_block
+        self.connections = 0
+        super().__init__(options)
+
+    def is_poison(self, request: Request) -> bool:
+        return request.op == self.poison and self.at_block in (None, request.offset // BLOCK)
+
+    def serve(self, rounds: int = 20, last: bool = False) -> None:
+        """Answer what there is; hang up and be connected to again as often as it takes.
+
+        `last`: the newest commands are answered first.
+        """
+        for _ in range(rounds):
+            while pending := [each for channel in self.channels for each in channel.pending]:
+                request = pending[-1 if last else 0]
+                if self.is_poison(request):
+                    break
+                channel = next(each for each in self.channels if request in each.pending)
+                channel.answer(request)
+            if not pending:
+                return
+            self.down(hung_up=True)
+            self.now += self.session.next_delay_s()
+            self.session.tick(self.now)
+            self.connections += 1
+            self.up(count=len(self.channels))
+
+
+@pytest.mark.parametrize("op", [READ, WRITE, DISCARD, WRITE_ZEROES, FLUSH])
+def test_command_on_which_the_server_hangs_up_fails_and_all_else_goes_on(op) -> None:
+    world = Poisoned(op, None if op == FLUSH else 4)
+    before, poison, after = world.ask(READ, 1), world.ask(op, 4), world.ask(READ, 2)
+    world.down(hung_up=True)
+    world.up()
+    waiting = world.ask(WRITE, 9)
+    world.serve()
+    assert poison.error == errno.EIO
+    assert (before.error, after.error, waiting.error) == (0, 0, 0)
+    assert world.session.in_flight == 0
+    assert world.ask(READ, 3).error == -1
+    assert world.sent == [(READ, 3)]
+
+
+def test_command_that_fails_for_a_hang_up_is_logged_in_one_line(monkeypatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(
+        "bridge.nbd.session._log.error", lambda text, **more: logged.append(f"{text} {more}")
+    )
+    world = Poisoned(DISCARD)
+    world.ask(DISCARD, 4, count=2)
+    world.serve()
+    assert len(logged) == 1
+    assert "discard" in logged[0]
+    assert "2048" in logged[0]
+
+
+def test_many_commands_on_which_the_server_hangs_up_all_fail_soon() -> None:
+    """The discards of a mkfs: after the first one has been found the others take two connections
+    each."""
+    world = Poisoned(DISCARD)
+    poison = [world.ask(DISCARD, 2 * number) for number in range(50)]
+    reads = [world.ask(READ, number) for number in range(50)]
+    world.serve(1000)
+    assert {request.error for request in poison} == {errno.EIO}
+    assert {request.error for request in reads} == {0}
+    assert world.connections <= 4 + 2 * 50
+
+
+def test_culprit_is_found_among_slow_commands_that_were_sent_before_it() -> None:
+    """A server with threads hangs up before it has answered the older ones."""
+    world = Poisoned(WRITE, 7)
+    requests = [world.ask(WRITE, number) for number in range(10)]
+    for _ in range(3):
+        world.down(hung_up=True)
+        world.up()
+    world.serve()
+    assert [request.error for request in requests] == [0] * 7 + [errno.EIO] + [0] * 2
+
+
+def test_culprit_is_found_although_all_others_are_answered_each_time() -> None:
+    world = Poisoned(WRITE, 7)
+    poison = world.ask(WRITE, 7)
+    for round_ in range(12):
+        world.ask(READ, round_)
+        world.serve(1, last=True)
+    assert poison.error == errno.EIO
+    assert {error for _, error in world.log if _ == READ} == {0}
+
+
+def test_culprit_is_sent_alone_and_what_comes_meanwhile_waits() -> None:
+    world = Poisoned(DISCARD)
+    world.down()
+    world.up(count=2)
+    world.ask(DISCARD, 4)
+    world.ask(WRITE, 6)
+    for _ in range(3):
+        world.down(hung_up=True)
+        world.up(count=2)
+    assert world.sent == [(READ, 0)]  # The probe: does it answer at all?
+    world.ask(READ, 5)
+    world.channels[0].answer_present()
+    assert world.sent == [(DISCARD, 4)]
+    world.down(hung_up=True)
+    assert world.log == [(DISCARD, errno.EIO)]
+    world.up(count=2)
+    assert sorted(world.sent) == [(READ, 5), (WRITE, 6)]
+
+
+def test_trial_without_a_culprit_ends_with_everything_answered() -> None:
+    world = World()
+    for number in range(5):
+        world.ask(WRITE, number)
+    for _ in range(3):
+        world.down(hung_up=True)
+        world.up()
+    assert world.sent == [(READ, world.session.export.size_bytes // BLOCK - 1)]
+    world.ask(READ, 9)
+    world.channels[0].answer_all()
+    assert world.log == [(WRITE, 0)] * 5 + [(READ, 0)]
+    assert world.session.in_flight == 0
+
+
+def test_server_that_hangs_up_on_everything_is_waited_for() -> None:
+    """That is an outage: no command is to blame, and none fails without a reconnect timeout."""
+    world = World()
+    requests = [world.ask(op, 8) for op in (READ, WRITE, DISCARD, FLUSH)]
+    delays = []
+    for _ in range(100):
+        world.down(hung_up=True)
+        delays.append(world.session.next_delay_s())
+        world.up()
+    assert world.log == []
+    assert min(delays[20:]) > 1
+    for _ in range(20):
+        if world.session.in_flight:
+            world.channels[0].answer_all()
+    assert {request.error for request in requests} == {0}
+
+
+def test_server_that_hangs_up_on_all_reads_still_takes_writes() -> None:
+    world = Poisoned(READ)
+    read = world.ask(READ, 4)
+    for _ in range(10):
+        world.down(hung_up=True)
+        world.up()
+    write = world.ask(WRITE, 4)
+    world.serve(30)
+    assert write.error == 0
+    assert read.error == errno.EIO
+
+
+def test_silence_or_a_lost_network_never_fails_a_command() -> None:
+    """The server may be busy with it: what was promised is to wait."""
+    world = World()
+    request = world.ask(WRITE, 1)
+    for _ in range(100):
+        world.down(stale_possible=True)
+        world.now += 60
+        world.up()
+    assert request.error == -1
+    assert world.sent == [(WRITE, 1)]
+
+
+def test_trial_that_the_network_ends_blames_nobody() -> None:
+    world = World()
+    request = world.ask(WRITE, 1)
+    for _ in range(3):
+        world.down(hung_up=True)
+        world.up()
+    world.channels[0].answer_present()  # the probe
+    assert world.sent == [(WRITE, 1)]
+    assert request.error == -1
+    world.down()
+    world.up()
+    assert world.sent == [(WRITE, 1)]
+    world.ask(READ, 2)
+    world.channels[0].answer_all()
+    assert world.log == [(WRITE, 0), (READ, 0)]
+
+
+@WAYS_TO_FAIL
+@pytest.mark.parametrize("probed", [False, True])
+def test_commands_on_trial_fail_once_with_everything_else(fail, probed) -> None:
+    world = World(ClientOptions(reconnect_timeout_s=2))
+    requests = [world.ask(WRITE, number) for number in range(4)]
+    for _ in range(3):
+        world.down(hung_up=True)
+        world.up()
+    requests.append(world.ask(READ, 7))
+    if probed:
+        world.channels[0].answer_present()
+    assert world.session.in_flight
+    fail(world)
+    assert world.log == [(WRITE, errno.EIO)] * 4 + [(READ, errno.EIO)]
+    assert {request.error for request in requests} == {errno.EIO}
+    assert world.session.in_flight == 0
+
+
+def test_failed_culprit_may_be_executed_late_and_is_kept_away_from() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.ask(WRITE, 4)
+    for _ in range(4):
+        if world.sent == [(READ, 0)]:
+            world.channels[0].answer_present()
+        world.down(stale_possible=True, hung_up=True)
+        world.up()
+    assert world.log == [(WRITE, errno.EIO)]
+    world.ask(WRITE, 4)
+    assert world.sent == []
+    world.tick(world.now + GRACE_S)
+    assert world.sent == [(WRITE, 4)]
+
+
+def test_connections_that_answer_nothing_do_not_begin_the_reconnect_timeout_anew() -> None:
+    world = World(ClientOptions(reconnect_timeout_s=10))
+    request = world.ask(READ, 8)
+    for _ in range(4):
+        world.down()
+        world.now += 1.5
+        world.tick(world.now)
+        world.up()
+        world.now += 1
+    assert request.error == -1
+    world.down()
+    assert request.error == errno.EIO
+    assert world.session.given_up
+
+
+def test_idle_connection_that_is_lost_begins_the_reconnect_timeout() -> None:
+    world = World(ClientOptions(reconnect_timeout_s=10))
+    world.down()
+    world.up()
+    world.now = 3600
+    request = world.ask(READ, 1)
+    world.down()
+    world.tick(world.now + 9.9)
+    assert request.error == -1
+    world.tick(world.now + 10)
+    assert request.error == errno.EIO
+
+
+def test_connection_that_answers_begins_the_reconnect_timeout_anew() -> None:
+    world = World(ClientOptions(reconnect_timeout_s=10))
+    world.ask(READ, 1)
+    request = world.ask(READ, 8)
+    for _ in range(4):
+        world.down()
+        world.now += 6
+        world.up()
+        world.ask(READ, 1)
+        world.channels[0].answer(world.channels[0].pending[0])
+        request = world.ask(READ, 8)
+    world.down()
+    world.tick(world.now + 9.9)
+    assert request.error == -1
+
+
+# Requests that are abandoned.
+
+
+def abandon(world: World, *requests: Request) -> None:
+    for request in requests:
+        request.abandon(lambda request: None, memoryview(bytearray(request.length)))
+    world.session.abandon()
+
+
+def test_write_over_an_abandoned_one_waits_for_its_answer() -> None:
+    """It is in the server's hands: executed late, it would go over the newer one."""
+    world = World()
+    old = world.ask(WRITE, 1)
+    abandon(world, old)
+    newer, elsewhere = world.ask(WRITE, 1), world.ask(WRITE, 5)
+    reading = world.ask(READ, 1)
+    assert world.sent == [(WRITE, 1), (WRITE, 5), (READ, 1)]
+    world.channels[0].answer(world.channels[0].pending[0])
+    assert world.sent == [(WRITE, 5), (READ, 1), (WRITE, 1)]
+    world.channels[0].answer_all()
+    assert [each.error for each in (newer, elsewhere, reading)] == [0, 0, 0]
+    world.ask(WRITE, 1)
+    world.ask(WRITE, 1)
+    assert world.sent == [(WRITE, 1)] * 2  # nothing keeps them apart any more
+
+
+@pytest.mark.parametrize("stale_possible", [True, False])
+def test_abandoned_command_is_not_sent_again_and_kept_away_from_if_it_may_be_executed(
+    stale_possible: bool,
+) -> None:
+    world = World()
+    abandoned = [world.ask(WRITE, 1), world.ask(READ, 2), world.ask(FLUSH)]
+    kept = world.ask(WRITE, 3)
+    abandon(world, *abandoned)
+    world.down(stale_possible=stale_possible)
+    world.up()
+    assert world.sent == [(WRITE, 3)]
+    world.ask(WRITE, 1)
+    assert world.sent == [(WRITE, 3)] + ([] if stale_possible else [(WRITE, 1)])
+    world.tick(world.now + GRACE_S)
+    assert world.sent == [(WRITE, 3), (WRITE, 1)]
+    world.channels[0].answer_all()
+    assert kept.error == 0
+    assert world.session.in_flight == 0
+
+
+def test_abandoned_request_that_waits_for_a_connection_is_never_sent() -> None:
+    world = World()
+    sent = world.ask(WRITE, 1)
+    world.down(stale_possible=True)
+    waiting = world.ask(WRITE, 2)
+    abandon(world, sent, waiting)
+    assert world.session.in_flight == 0
+    world.up()
+    world.ask(WRITE, 1)
+    world.ask(WRITE, 2)
+    assert world.sent == [(WRITE, 2)]  # the first may still be executed
+    world.tick(world.now + GRACE_S)
+    assert world.sent == [(WRITE, 2), (WRITE, 1)]
+
+
+def test_abandoned_request_in_parts_sends_no_more_of_them() -> None:
+    world = World(min_block_bytes=512, max_payload_bytes=1024)
+    long = world.ask(WRITE, 0, count=20)
+    assert len(world.sent) == 4
+    abandon(world, long)
+    world.channels[0].answer_all()
+    assert world.sent == []
+    assert world.session.in_flight == 0
+
+
+def test_abandoned_change_that_waits_for_its_range_lets_the_next_one_go() -> None:
+    world = World()
+    world.down()
+    world.up(count=2)
+    first, second, third = (world.ask(WRITE, 1) for _ in range(3))
+    abandon(world, second)
+    for channel in world.channels:
+        channel.answer_all()
+    for channel in world.channels:
+        channel.answer_all()
+    assert (first.error, third.error) == (0, 0)
+    assert world.session.in_flight == 0
+
+
 # The simulation.
 
 
@@ -739,10 +1206,17 @@ def values_of(request: Request) -> list[float]:
 class Simulation:
     """One session against one server; everything drawn from one seed."""
 
-    def __init__(self, seed: int, *, volatile: bool) -> None:
+    def __init__(
+        self, seed: int, *, volatile: bool, flushes_fail: bool = False, hangs_up: bool = False
+    ) -> None:
         self.random = Random(seed)
         self.seed = seed
         self.volatile = volatile
+        self.flushes_fail = flushes_fail
+        """A flush or FUA may fail; then the server drops what was not stable, as Linux does."""
+        self.hangs_up = hangs_up
+        """Connections end as if for a command; some commands fail for it, innocent ones, too."""
+        self.failed_for_it = 0
         self.blocks = 6
         self.time = 0.0
         self.connections = self.random.choice([1, 1, 3])
@@ -816,6 +1290,12 @@ class Simulation:
             return
         channel = self.random.choice(busy)
         request = self.random.choice(channel.pending)
+        synced = request.op == FLUSH or request.flags & FUA
+        if synced and self.flushes_fail and not self.random.randrange(4):
+            self.memory = list(self.stable)
+            self.executed.discard(id(request))
+            channel.answer(request, errno.EIO)
+            return
         self.execute(request)
         if self.random.randrange(3):
             self.executed.discard(id(request))
@@ -840,8 +1320,16 @@ class Simulation:
             self.crashes.append(self.time)
             self.left_behind.clear()
             self.instance += 1
-        self.channels = []
-        self.session.lost(self.time, unanswered, stale_possible=bool(stale or self.left_behind))
+        channels, self.channels = self.channels, []
+        answered = any(channel.answered for channel in channels)
+        blamed = unanswered[0] if self.hangs_up and unanswered else None
+        self.session.lost(
+            self.time,
+            unanswered,
+            stale_possible=bool(stale or self.left_behind),
+            answered=answered,
+            blamed=blamed,
+        )
         deliver()
 
     def stale_writes(self) -> None:
@@ -879,6 +1367,11 @@ class Simulation:
 
         def done(request: Request) -> None:
             self.open_requests -= 1
+            if flags & FUA and self.flushes_fail and request.error:
+                return  # May be there or not, now or later.
+            if self.hangs_up and request.error == errno.EIO:
+                self.failed_for_it += 1  # It may have been executed, or may still be.
+                return
             assert request.error == 0, f"seed {self.seed}: {request}"
             for record in records:
                 record[2] = self.time
@@ -886,7 +1379,7 @@ class Simulation:
                 found = self.stable[first + i]
                 allowed = self.history[first + i].allowed(started, self.time)
                 assert found in allowed, f"seed {self.seed}: FUA, block {first + i} holds {found}"
-            if op == READ and not self.crashes:
+            if op == READ and not (self.crashes or self.flushes_fail):
                 for i in range(n_blocks):
                     value = float(int.from_bytes(data[i * BLOCK : i * BLOCK + 8]))
                     allowed = self.history[first + i].allowed(started, self.time)
@@ -900,8 +1393,9 @@ class Simulation:
         self.open_requests -= 1
         if request.error:
             # The guest knows now: what was completed before is not promised any more.
-            assert self.crashes or not self.proves, f"seed {self.seed}: flush failed, no crash"
-            self.flush_failed_at = self.time
+            blamed = self.crashes or self.flushes_fail or self.hangs_up or not self.proves
+            assert blamed, f"seed {self.seed}: flush failed, no crash"
+            self.flush_failed_at = max(self.flush_failed_at, started)
             return
         for block, history in enumerate(self.history):
             last = max((c for _, _, c in history.writes if c < started), default=0.0)
@@ -937,7 +1431,7 @@ class Simulation:
             self.session.tick(self.time)
             deliver()
             self.answer_one()
-            if not self.open_requests:
+            if not self.session.in_flight:
                 break
         assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
         assert self.session.in_flight == 0
@@ -950,3 +1444,22 @@ def test_simulated_server_dying_at_any_moment_every_value_is_explained(
 ) -> None:
     for seed in range(batch * 100, batch * 100 + 60):
         Simulation(seed, volatile=volatile).run(400)
+
+
+@pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
+@pytest.mark.parametrize("batch", range(4))
+def test_simulated_server_that_fails_to_flush_every_flush_is_true(
+    batch: int, volatile: bool
+) -> None:
+    for seed in range(batch * 100, batch * 100 + 60):
+        Simulation(seed, volatile=volatile, flushes_fail=True).run(400)
+
+
+@pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
+def test_simulated_server_that_hangs_up_every_value_is_explained(volatile: bool) -> None:
+    failed = 0
+    for seed in range(1000, 1150):
+        simulation = Simulation(seed, volatile=volatile, hangs_up=True)
+        simulation.run(400)
+        failed += simulation.failed_for_it
+    assert failed > 20  # Trials were held, and verdicts given.

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import trio
+import trustme
+from cryptography.hazmat.primitives import serialization
 
 from bridge.errors import BridgeError, ConfigError
 from bridge.nbd.options import ClientOptions
@@ -110,7 +112,7 @@ async def _refused(uri: str, match: str, options: ClientOptions = FAST) -> None:
     [
         ("expired", "expired"),
         ("other-name", "[Hh]ostname mismatch"),
-        ("other-ca", "unable to get local issuer"),
+        ("other-ca", r"unable to get local issuer.*give that with --tls-ca"),
     ],
 )
 async def test_bad_certificate_says_what_is_wrong_with_it(
@@ -135,7 +137,10 @@ async def test_client_certificate_missing_is_refused_and_given_is_taken(
 ) -> None:
     (tmp_path / "ca-cert.pem").write_bytes((folders["clients"] / "ca-cert.pem").read_bytes())
     async with tls_server(folders["good"], client_ca=folders["clients"]) as (port, _, _disk):
-        await _refused(f"nbds://localhost:{port}/?tls-certificates={tmp_path}", "TLS|hung up|lost")
+        await _refused(
+            f"nbds://localhost:{port}/?tls-certificates={tmp_path}",
+            "(TLS|hung up|lost).*give --tls-cert and --tls-key",
+        )
         uri = f"nbds://localhost:{port}/?tls-certificates={folders['clients']}"
         async with running_client(uri) as client:
             assert client.export.tls
@@ -196,6 +201,75 @@ def test_context_broken_certificate_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "ca-cert.pem").write_text("no certificate")
     with pytest.raises(ConfigError, match="not a usable certificate"):
         client_context(parse_uri(f"nbds://h/?tls-certificates={tmp_path}"), ClientOptions())
+
+
+def _key_files(folder: Path, tmp_path: Path) -> dict[str, str]:
+    """Paths: "cert", its "key", the key "encrypted", "both" in one, a "stranger"'s key, "none"."""
+    certificate = (folder / "client-cert.pem").read_bytes()
+    key = (folder / "client-key.pem").read_bytes()
+    private = serialization.load_pem_private_key(key, None)
+    stranger = trustme.CA().issue_cert("x@example.com").private_key_pem.bytes()
+    contents = {
+        "cert": certificate,
+        "key": key,
+        "encrypted": private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        ),
+        "both": certificate + key,
+        "stranger": stranger,
+        "none": b"nothing\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    return {name: str(tmp_path / name) for name in contents}
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key", "says"),
+    [
+        ("cert", "encrypted", r"encrypted: the key \(--tls-key\) is encrypted"),
+        ("cert", "stranger", r"stranger: the key \(--tls-key\) is not that of .*cert"),
+        ("cert", "none", r"none: not a usable key \(--tls-key\)"),
+        ("cert", None, "no key to the certificate in it: give --tls-key too"),
+        ("key", "key", r"key: not a usable certificate \(--tls-cert\)"),
+        ("none", "key", r"none: not a usable certificate \(--tls-cert\)"),
+        (None, "key", "give --tls-cert too"),
+    ],
+)
+def test_context_bad_key_or_certificate_is_told_as_what_it_is(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    certificate: str | None,
+    key: str | None,
+    says: str,
+) -> None:
+    """And nobody is asked for a passphrase."""
+    paths: dict[str | None, str | None] = {**_key_files(folders["clients"], tmp_path), None: None}
+    options = ClientOptions(tls_certificate_file=paths[certificate], tls_key_file=paths[key])
+
+    with pytest.raises(ConfigError, match=says) as caught:
+        client_context(parse_uri("nbds://h/"), options)
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("certificate", "key"), [("cert", "key"), ("both", None)])
+def test_context_good_key_and_certificate_are_taken(
+    folders: dict[str, Path], tmp_path: Path, certificate: str, key: str | None
+) -> None:
+    paths: dict[str | None, str | None] = {**_key_files(folders["clients"], tmp_path), None: None}
+    options = ClientOptions(tls_certificate_file=paths[certificate], tls_key_file=paths[key])
+
+    assert client_context(parse_uri("nbds://h/"), options)
+
+
+def test_context_options_beside_a_shared_key_are_refused(tmp_path: Path) -> None:
+    options = ClientOptions(tls_ca_file=str(tmp_path / "ca"))
+    with pytest.raises(ConfigError, match="--tls-ca and tls-psk-file exclude each other"):
+        client_context(parse_uri("nbds://h/?tls-psk-file=/k"), options)
 
 
 def test_context_is_never_below_tls_1_2() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,62 @@ def test_failed_flush_no_later_flush_succeeds_and_instance_changes(
         disk.flush()
     assert nbd_errno(caught.value) == errno.ESHUTDOWN
     assert disk.instance() != before
+
+
+def test_failed_write_through_counts_as_a_failed_flush(
+    disk: VolumeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = disk.instance()
+
+    def fail_flush(fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        count = os.pwritev(fd, buffers, offset)
+        if flags & os.RWF_DSYNC:
+            raise OSError(errno.EIO, "a page of another write was lost")
+        return count
+
+    monkeypatch.setattr("nbd_plugin.file_disk._pwritev", fail_flush)
+    with pytest.raises(OSError, match="was lost"):
+        disk.pwrite(memoryview(b"x" * 512), 0, True)
+    monkeypatch.undo()
+    for vouch in (disk.flush, lambda: disk.pwrite(memoryview(b"x" * 512), 0, True)):
+        with pytest.raises(PluginError) as caught:
+            vouch()
+        assert nbd_errno(caught.value) == errno.ESHUTDOWN
+    assert disk.instance() != before
+
+
+def test_write_through_for_which_there_is_no_space_is_no_failed_flush(
+    disk: VolumeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = disk.instance()
+
+    def full(fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("nbd_plugin.file_disk._pwritev", full)
+    with pytest.raises(OSError, match="full"):
+        disk.pwrite(memoryview(b"x" * 512), 0, True)
+    monkeypatch.undo()
+    disk.flush()
+    assert disk.instance() == before
+
+
+def test_state_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    """A failed flush beside the first write of a session, in two processes: none is lost."""
+    stores = [FileStore(tmp_path) for _ in range(4)]
+    stores[0].create("v", SIZE)
+    each = 25
+
+    def count(store: FileStore) -> None:
+        for _ in range(each):
+            store.update_state("v", lambda state: replace(state, losses=state.losses + 1))
+
+    threads = [threading.Thread(target=count, args=(store,)) for store in (*stores, *stores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stores[0].load_state("v").losses == each * len(threads)
 
 
 def test_short_reads_and_writes_are_continued(

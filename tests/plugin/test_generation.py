@@ -55,6 +55,23 @@ def test_last_writer_is_stored_before_the_write_is_answered(volumes: Path) -> No
     client.cut()
 
 
+def test_last_writer_of_a_shared_session_is_the_client_that_wrote_last(volumes: Path) -> None:
+    """One number for all of it: only this tells whether somebody else wrote since."""
+    names = [f"disk@session=s,client={name}" for name in ("source", "target")] + ["disk@session=s"]
+    with Nbdkit(f"file={volumes}/disk", "size=1M") as server:
+        source, target, nameless = (RawClient(str(server.socket), name) for name in names)
+        seen = []
+        for client in (source, target, source, source, nameless, target):
+            client.write(0, b"x" * 512)
+            seen.append(visit(server, names[0]).get("writer"))
+        assert seen == ["source", "target", "source", "source", None, "target"]
+        server.kill()
+    with Nbdkit(f"file={volumes}/disk") as server:
+        assert visit(server)["writer"] == "target"
+    for client in (source, target, nameless):
+        client.cut()
+
+
 def test_read_only_connection_raises_nothing(volumes: Path) -> None:
     with Nbdkit(f"file={volumes}/disk", "size=1M") as server:
         visit(server)

@@ -138,6 +138,95 @@ def test_next_host_after_the_first_left_sees_a_new_generation(ceph: Cluster, ima
     assert after["instance"] != before["instance"]
 
 
+def believes(cached: dict[str, str], now: dict[str, str]) -> bool:
+    """What README.md tells whoever cached the volume in an earlier session."""
+    return cached["identity"] == now["identity"] and (
+        int(now["written"]) <= int(cached["generation"]) <= int(now["generation"])
+    )
+
+
+def write_once(server: Nbdkit, image: str) -> dict[str, str]:
+    with RawClient(str(server.socket), image) as client:
+        client.write(0, block(1))
+        client.flush()
+        return client.properties
+
+
+def visit(server: Nbdkit, image: str) -> dict[str, str]:
+    with RawClient(str(server.socket), image, timeout_s=90) as client:
+        return client.properties
+
+
+def test_image_that_only_the_plugin_wrote_is_believed(ceph: Cluster, image: str) -> None:
+    with serve(ceph) as server:
+        cached = write_once(server, image)
+        assert believes(cached, visit(server, image))
+        with RawClient(str(server.socket), f"{image}@readonly") as reader:
+            assert believes(cached, reader.properties)
+    ceph.rbd("info", image)
+    command_line(ceph, "resize", image, "128M")
+    command_line(ceph, "snapshot", image, "s")
+    with serve(ceph) as server:
+        assert believes(cached, visit(server, image))
+
+
+def test_image_written_by_another_ceph_client_is_another_generation(
+    ceph: Cluster, image: str
+) -> None:
+    with serve(ceph) as server:
+        for change in (
+            ["bench", "--io-type", "write", "--io-size", "4096", "--io-total", "4096", image],
+            ["snap", "rollback", f"{image}@s"],
+        ):
+            cached = write_once(server, image)
+            if change[0] == "snap":
+                command_line(ceph, "snapshot", image, "s")
+            ceph.rbd(*change)
+            with RawClient(str(server.socket), f"{image}@readonly") as reader:
+                assert "generation" not in reader.properties
+            now = visit(server, image)
+            assert not believes(cached, now)
+            assert believes(now, visit(server, image)), "one change, one new generation"
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_kill_of_nbdkit_is_no_change_of_an_image_by_others(
+    ceph: Cluster, image: str, write: bool
+) -> None:
+    with serve(ceph) as server:
+        client = RawClient(str(server.socket), image)
+        if write:
+            client.write(0, block(1))
+        server.kill()
+        client.cut()
+    with serve(ceph, "fence_timeout=60") as server:
+        assert believes(client.properties, visit(server, image))
+
+
+def test_image_written_by_another_ceph_client_after_a_kill_is_another_generation(
+    ceph: Cluster, image: str
+) -> None:
+    with serve(ceph) as server:
+        client = RawClient(str(server.socket), image)
+        client.write(0, block(1))
+        server.kill()
+        client.cut()
+    # It waits until Ceph has given up the dead client.
+    words = ["--io-type", "write", "--io-size", "4096", "--io-total", "4096"]
+    ceph.rbd("bench", *words, image)
+    with serve(ceph, "fence_timeout=60") as server:
+        assert not believes(client.properties, visit(server, image))
+
+
+def test_image_that_is_made_anew_by_a_copy_is_another_generation(ceph: Cluster, image: str) -> None:
+    with serve(ceph) as server:
+        cached = write_once(server, image)
+        ceph.rbd("deep", "cp", image, f"{image}-copy")
+        ceph.rbd("rm", image)
+        ceph.rbd("rename", f"{image}-copy", image)
+        assert not believes(cached, visit(server, image))
+
+
 def test_nbdkit_killed_next_writer_is_let_in_and_flushed_data_is_there(
     ceph: Cluster, image: str
 ) -> None:

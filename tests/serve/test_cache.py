@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from bridge import cache_tools
 from bridge.cache.file import has_content, open_file
-from bridge.errors import RequestError
+from bridge.errors import ConnectionLost, RequestError
 from bridge.guest import Guest
+from bridge.nbd.server import Faults, Server
+from bridge.nbd.server_disk import MemoryDisk
 from tests.serve.processes import (
     bridge_argv,
     process,
@@ -414,13 +417,33 @@ async def test_cache_warm_gives_a_lost_server_up_after_its_timeout(directory):
     assert shown(directory)["clean_shutdown"]
 
 
+async def test_cache_warm_leaves_a_server_that_answers_nothing(directory):
+    """It takes every connection, and negotiates: nothing is ever lost for long enough."""
+    server = Server({"": MemoryDisk(1 << 20)}, faults=Faults(stall=True))
+    (directory / "cache").mkdir(exist_ok=True)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve_unix, directory / "s")
+        with trio.fail_after(30), pytest.raises(ExceptionGroup) as caught:
+            await cache_tools.warm(
+                unix_uri(directory / "s"),
+                cache_bytes=4 << 20,
+                directory=str(directory / "cache"),
+                ranges=(),
+                timeout_s=0.5,
+                progress=lambda done, total: None,
+            )
+        nursery.cancel_scope.cancel()
+    assert caught.group_contains(ConnectionLost, match=f"{directory}/s: the server ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 async def test_cache_warm_interrupted_with_a_hung_server_is_one_line_and_leaves_a_usable_file(
-    directory,
+    number, directory
 ):
     async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
         child = await warming(directory)
         server.send_signal(signal.SIGSTOP)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         assert await wait_for(child, limit_s=HUNG_S) == 1
         server.kill()
     assert child.stderr is not None

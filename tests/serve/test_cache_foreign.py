@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
-from bridge.errors import RequestError
+from bridge.cache.inspect import show
+from bridge.cache_tools import flush_file
+from bridge.errors import ConfigError, RequestError
 from bridge.guest import Guest
-from tests.serve.processes import process, serving, unix_uri, wait_for
+from tests.serve.processes import bridge_argv, process, serving, unix_uri, wait_for
 from tests.serve.test_cache import (
     SIZE_BYTES,
     cache_file,
@@ -244,3 +249,269 @@ async def test_guest_that_moved_away_and_came_back_reads_what_it_wrote_there(dir
                 assert await guest.read(0, MIB) == before * MIB
                 await guest.write(0, content * MIB)
                 await guest.stop()  # answered when everything is at the server
+
+
+CLEAN, DIRTY = b"c", b"d"
+
+
+async def leave_clean_and_dirty(directory: Path) -> None:
+    """1 MiB that was flushed, 1 MiB at 8 MiB that only the cache has; on a server without
+    sessions."""
+    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
+    nbd, vhost = directory / "nbd", directory / "vhost"
+    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
+    async with process(nbdkit_file(directory), ready=nbd):
+        async with process([*argv, "--flush-interval", "0"], ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, CLEAN * MIB)
+                await guest.flush()
+                await guest.write(8 << 20, DIRTY * MIB)
+                child.send_signal(signal.SIGKILL)
+            await wait_for(child, limit_s=10)
+
+
+async def test_dirty_data_is_not_written_over_a_foreign_servers_changed_image(directory):
+    """Nobody counts who wrote: what was flushed or read before is compared."""
+    await leave_clean_and_dirty(directory)
+    image = directory / "disk.img"
+    image.write_bytes(b"z" * SIZE_BYTES)
+    dirty = shown(directory)["dirty_bytes"]
+    path = str(cache_file(directory))
+    async with process(nbdkit_file(directory), ready=directory / "nbd"):
+        for _ in range(2):
+            refused = await refusal(directory)
+            assert "somebody else wrote" in refused
+            assert f"{dirty} bytes" in refused
+            assert f"cache flush --force {path}" in refused
+            assert f"cache drop --discard-dirty {path}" in refused
+            text = await trio.to_thread.run_sync(lambda: command("cache", "flush", path, status=2))
+            assert "somebody else wrote" in text
+        assert image.read_bytes() == b"z" * SIZE_BYTES
+        await trio.to_thread.run_sync(lambda: command("cache", "flush", "--force", path))
+    assert image.read_bytes()[8 << 20 :][:MIB] == DIRTY * MIB
+    assert image.read_bytes()[:MIB] == b"z" * MIB
+    assert shown(directory)["dirty_bytes"] == shown(directory)["valid_bytes"] - MIB == 0
+
+
+@pytest.mark.parametrize("grown_bytes", [0, 1 << 20], ids=["lost", "lost and grown"])
+async def test_foreign_server_that_lost_what_was_not_flushed_gets_it_again(directory, grown_bytes):
+    await leave_clean_and_dirty(directory)
+    nbd, vhost, image = directory / "nbd", directory / "vhost", directory / "disk.img"
+    content = image.read_bytes()
+    image.write_bytes(content[: 8 << 20] + bytes(SIZE_BYTES + grown_bytes - (8 << 20)))
+    async with process(nbdkit_file(directory), ready=nbd):
+        async with serving(unix_uri(nbd), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                assert await guest.read(8 << 20, MIB) == DIRTY * MIB
+                await guest.flush()
+    assert image.read_bytes()[8 << 20 :][:MIB] == DIRTY * MIB
+
+
+def nbdkit_tcp(directory: Path, port: int, *what: str) -> list[str]:
+    pid = str(directory / "pid")
+    return [need("nbdkit"), "-f", "-p", str(port), "-P", pid, *what]
+
+
+def plugin(directory: Path) -> list[str]:
+    return nbdkit(directory)[4:]
+
+
+def foreign(directory: Path) -> list[str]:
+    image = directory / "disk.img"
+    if not image.exists():
+        image.write_bytes(bytes(SIZE_BYTES))
+    return ["file", str(image)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        number: int = probe.getsockname()[1]
+        return number
+
+
+async def write_and_kill(directory: Path, uri: str, *options: str) -> None:
+    vhost = directory / "vhost"
+    argv = bridge_argv("serve", uri, "--socket-path", str(vhost), *cached(directory), *options)
+    async with process(argv, ready=vhost) as child:
+        async with await Guest.connect(vhost) as guest:
+            await guest.write(8 << 20, DIRTY * MIB)
+            child.send_signal(signal.SIGKILL)
+        await wait_for(child, limit_s=10)
+
+
+@pytest.mark.parametrize("server", [plugin, foreign])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("localhost", "127.0.0.1"), ("127.0.0.1", "[::1]"), ("LOCALHOST", "127.0.0.1")],
+)
+async def test_dirty_data_is_found_under_another_spelling_of_the_server(
+    server, first, then, directory
+):
+    port, vhost = free_port(), directory / "vhost"
+    argv = nbdkit_tcp(directory, port, *server(directory))
+    async with process(argv, ready=directory / "pid"):
+        await write_and_kill(directory, f"nbd://{first}:{port}/")
+        async with serving(f"nbd://{then}:{port}/", vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                assert await guest.read(8 << 20, MIB) == DIRTY * MIB
+    cache_file(directory)  # there is just one
+
+
+async def test_default_export_by_its_name_finds_the_volumes_dirty_data(directory):
+    """The plugin tells which volume it is."""
+    nbd, vhost = directory / "nbd", directory / "vhost"
+    volumes = directory / "volumes"
+    volumes.mkdir()
+    argv = [*nbdkit(directory)[:6], f"dir={volumes}", "volume=vm0"]
+    (volumes / "vm0").write_bytes(bytes(SIZE_BYTES))
+    async with process(argv, ready=nbd):
+        await write_and_kill(directory, unix_uri(nbd))
+        async with serving(unix_uri(nbd, "vm0"), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                assert await guest.read(8 << 20, MIB) == DIRTY * MIB
+    cache_file(directory)
+
+
+async def test_dirty_data_of_what_could_be_the_default_export_is_not_passed_over(directory):
+    nbd = directory / "nbd"
+    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
+    async with process(nbdkit_file(directory), ready=nbd):
+        await write_and_kill(directory, unix_uri(nbd))
+        path = str(cache_file(directory))
+        arguments = ("serve", unix_uri(nbd, "vm0"), *cached(directory))
+        arguments += ("--socket-path", str(directory / "vhost"))
+        text = await trio.to_thread.run_sync(lambda: command(*arguments, status=2))
+    assert f"{path} may belong to" in text
+    assert f"cache flush {path}" in text
+
+
+@pytest.mark.parametrize("options", [(), ("--cache-mode", "off")], ids=["cached", "off"])
+@pytest.mark.parametrize("server", [nbdkit, nbdkit_file])
+async def test_dirty_data_in_another_cache_directory_is_not_passed_over(server, options, directory):
+    nbd = directory / "nbd"
+    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
+    (directory / "other").mkdir()
+    other = ("--cache-dir", str(directory / "other"))
+    async with process(server(directory), ready=nbd):
+        await write_and_kill(directory, unix_uri(nbd), *other)
+        (path,) = (directory / "other").iterdir()
+        text = await refusal(directory, *options)
+        assert f"{path} belongs to" in text
+        await trio.to_thread.run_sync(lambda: command("cache", "flush", str(path)))
+        async with serving(unix_uri(nbd), directory / "vhost", *cached(directory), *options):
+            pass
+    assert (directory / "disk.img").read_bytes()[8 << 20 :][:MIB] == DIRTY * MIB
+
+
+async def test_clean_cache_of_another_spelling_of_a_foreign_server_is_not_left_to_grow_old(
+    directory,
+):
+    """Nobody would tell its next user that something was written meanwhile."""
+    nbd, vhost = directory / "nbd", directory / "vhost"
+    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
+    async with process(nbdkit_file(directory), ready=nbd):
+        async with serving(unix_uri(nbd), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, b"o" * MIB)
+                await guest.flush()
+        async with serving(unix_uri(nbd, "vm0"), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, b"n" * MIB)
+        async with serving(unix_uri(nbd), vhost, *cached(directory)):
+            async with await Guest.connect(vhost) as guest:
+                assert await guest.read(0, MIB) == b"n" * MIB
+
+
+async def test_cache_flush_of_an_export_with_a_long_name_needs_its_uri_and_takes_it(directory):
+    """The header has only the beginning of the name."""
+    nbd = directory / "nbd"
+    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
+    name = "n" * 2000
+    async with process(nbdkit_file(directory), ready=nbd):
+        await write_and_kill(directory, unix_uri(nbd, name))
+        path = str(cache_file(directory))
+        for uri in ((), (unix_uri(nbd, name[:1500]),), (unix_uri(nbd, name + "n"),)):
+            arguments = ("cache", "flush", path, *uri)
+            text = await trio.to_thread.run_sync(partial(command, *arguments, status=2))
+            assert "give the URI as well" in text or "--moved" in text
+        arguments = ("cache", "flush", path, unix_uri(nbd, name))
+        await trio.to_thread.run_sync(lambda: command(*arguments))
+    assert (directory / "disk.img").read_bytes()[8 << 20 :][:MIB] == DIRTY * MIB
+
+
+async def test_cache_flush_of_a_file_that_was_exchanged_meanwhile_is_refused(
+    directory, monkeypatch
+):
+    """What is looked at and what is flushed must be one file."""
+    nbd = directory / "nbd"
+    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
+    async with process(nbdkit_file(directory), ready=nbd):
+        await write_and_kill(directory, unix_uri(nbd, "vm0"))
+        path = str(cache_file(directory))
+        summary = show(path)
+        monkeypatch.setattr(
+            "bridge.cache_tools.show", lambda path: replace(summary, digest="00", export="vm0")
+        )
+        refusal = pytest.RaisesExc(ConfigError, match="is another one than a moment ago")
+        with pytest.RaisesGroup(refusal, flatten_subgroups=True):
+            await flush_file(path, unix_uri(nbd, "vm0"), moved=True, timeout_s=10)
+    assert show(path).dirty_bytes == MIB
+    assert not any((directory / "disk.img").read_bytes())
+
+
+async def test_cache_flush_sends_no_more_when_the_image_was_exchanged_under_it(directory):
+    """Not even without sessions: what comes back is compared first, as at the start."""
+    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
+    nbd, vhost, image = directory / "nbd", directory / "vhost", directory / "disk.img"
+    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
+    async with process(nbdkit_file(directory), ready=nbd):
+        async with process([*argv, "--flush-interval", "0"], ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, CLEAN * MIB)
+                await guest.flush()
+                for number in range(16):
+                    await guest.write((8 + number) << 20, DIRTY * MIB)
+                child.send_signal(signal.SIGKILL)
+            await wait_for(child, limit_s=10)
+    log = directory / "log"
+    slow = [*nbdkit_file(directory)[:4], "--filter=log", "--filter=delay", "file", str(image)]
+    slow += ["wdelay=600", f"logfile={log}"]
+    flush = bridge_argv("cache", "flush", str(cache_file(directory)))
+    async with process(slow, ready=nbd) as server:
+        child = subprocess.Popen(flush, stderr=subprocess.PIPE)
+        with trio.fail_after(30):
+            while "Write" not in (log.read_text() if log.exists() else ""):
+                await trio.sleep(0.02)
+        server.kill()
+        server.wait()
+    image.write_bytes(b"z" * SIZE_BYTES)
+    async with process(nbdkit_file(directory), ready=nbd):
+        assert await wait_for(child, limit_s=60) == 1
+    assert child.stderr is not None
+    text = child.stderr.read().decode()
+    child.stderr.close()
+    assert "the export was changed meanwhile" in text
+    assert "Traceback" not in text
+    assert image.read_bytes().count(b"z") >= SIZE_BYTES - (8 << 20)
+    assert shown(directory)["dirty_bytes"] == 16 << 20
+
+
+async def test_dirty_data_does_not_go_to_a_volume_that_grew_and_was_changed(directory):
+    """The plugin can only say that it is longer: the content has to confirm that this is all."""
+    nbd, vhost, image = directory / "nbd", directory / "vhost", directory / "disk.img"
+    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
+    async with process(nbdkit(directory), ready=nbd):
+        async with process(argv, ready=vhost) as child:
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, CLEAN * MIB)
+                await guest.flush()
+                await guest.write(8 << 20, DIRTY * MIB)
+                child.send_signal(signal.SIGKILL)
+            await wait_for(child, limit_s=10)
+    os.truncate(image, SIZE_BYTES + MIB)
+    with image.open("r+b") as file:
+        file.write(b"superblock")
+    async with process(nbdkit(directory)[:-1], ready=nbd):
+        assert "cache flush --force" in await refusal(directory)
+    assert image.read_bytes()[8 << 20 :][:MIB] != DIRTY * MIB

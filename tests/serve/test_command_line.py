@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +17,19 @@ from bridge.units import parse_size, size_text
 
 Said = Callable[..., str]
 
+_SIGNALS = [
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+]
+"""A command that connects keeps them to the end of its process, which is ours here."""
+
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Said:
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Said]:
     """Runs `nbd-bridge ARGUMENTS` in this process; the one line of its refusal."""
     # It would be set up for the whole process, with what stands for its standard error here.
     monkeypatch.setattr(cli.logs, "configure", lambda **_: None)
+    handlers = {each: signal.getsignal(each) for each in _SIGNALS}
 
     def run(*arguments: str, status: int = 2) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -29,7 +41,9 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         assert not said.out
         return line
 
-    return run
+    yield run
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
 
 
 _SECONDS = [
@@ -40,8 +54,11 @@ _SECONDS = [
     ("serve", "--reconnect-timeout"),
     ("serve", "--stale-write-grace"),
     ("serve", "--stop-timeout"),
+    ("info", "--connect-timeout"),
     ("cache flush", "--timeout"),
+    ("cache flush", "--connect-timeout"),
     ("cache warm", "--timeout"),
+    ("cache warm", "--connect-timeout"),
 ]
 
 
@@ -110,13 +127,18 @@ def test_help_is_printed_when_asked_for_and_when_nothing_is(
         ("4k", 4096),
         ("1MiB", 1 << 20),
         ("2TB", 2 << 40),
+        ("1.5G", 3 << 29),
+        ("0.1k", 102),
+        ("0.0001K", 0),
     ],
 )
 def test_size_good_one_is_its_bytes(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "K", "1P", "-1", "1.5G", "٣", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "K", "1P", "-1", "1.5", "1.G", ".5G", "1.5.5G", "٣", "9" * 5000]
+)
 def test_size_bad_one_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no size"):
         parse_size(text)
@@ -164,3 +186,116 @@ def test_range_good_one_is_accepted(value: str, refused: Said) -> None:
 )
 def test_range_bad_one_says_what_is_wrong(value: str, says: str, refused: Said) -> None:
     assert says in refused("cache", "warm", "nbd://none", "--range", value)
+
+
+_CONNECTING = ["serve", "info", "cache warm"]
+
+
+@pytest.mark.parametrize("command", _CONNECTING)
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("nbd:localhost:10809:exportname=x", "write nbd://localhost:10809/x"),
+        ("nbd:unix:/run/s", "write nbd+unix:///?socket=/run/s"),
+        ("nbd:/x", "write nbd://HOST/x"),
+        ("nbd://user:secret@localhost/x", "a user or password"),
+        ("nbd://a..b/", "the name of a host"),
+        ("nbd://münchen/", "xn--"),
+        ("nbd+unix:///?socket=/etc/passwd", "not a socket"),
+    ],
+)
+def test_uri_that_cannot_be_meant_is_refused(
+    command: str, uri: str, says: str, refused: Said, tmp_path: Path
+) -> None:
+    socket = ["--socket-path", str(tmp_path / "v")] if command == "serve" else []
+
+    line = refused(*command.split(), uri, *socket)
+
+    assert says in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("command", _CONNECTING)
+@pytest.mark.parametrize("option", ["--tls-ca", "--tls-cert", "--tls-key"])
+def test_tls_option_without_tls_is_refused(
+    command: str, option: str, refused: Said, tmp_path: Path
+) -> None:
+    socket = ["--socket-path", str(tmp_path / "v")] if command == "serve" else []
+    uri = f"nbd+unix:///?socket={tmp_path}/s"
+
+    line = refused(*command.split(), uri, option, "/etc/passwd", *socket)
+
+    assert f"{option} needs TLS: use the scheme nbds+unix://" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--tls-ca", "/nonexistent"], "/nonexistent (--tls-ca): No such file or directory"),
+        (["--tls-ca", "/etc/passwd"], "/etc/passwd: not a usable certificate of a CA (--tls-ca)"),
+        (["--tls-ca", "/dev/zero"], "/dev/zero (--tls-ca): not a file"),
+        (["--tls-key", "/etc/passwd"], "a key needs its certificate: give --tls-cert too"),
+        (["--tls-cert", "/etc/passwd"], "not a usable certificate (--tls-cert): no certificate"),
+        (["--tls-cert", "/nonexistent"], "/nonexistent (--tls-cert): No such file"),
+    ],
+)
+def test_tls_file_that_is_none_is_refused_with_its_option(
+    options: list[str], says: str, refused: Said
+) -> None:
+    assert says in refused("info", "nbds://localhost:1/", *options)
+
+
+def test_connection_refused_is_told_without_python(refused: Said) -> None:
+    line = refused("info", "nbd://127.0.0.1:1/", status=1)
+
+    assert line == "nbd-bridge: 127.0.0.1:1: cannot connect: Connection refused"
+
+
+def test_user_without_a_home_directory_is_told_to_name_one(
+    refused: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    line = refused("cache", "warm", "nbd://127.0.0.1:1/")
+
+    assert "user 4711 has no home directory" in line
+    assert "--cache-dir" in line
+
+
+@pytest.mark.parametrize("words", ["", "cache ", "c", "serve --tls", "info --", "cache flush --"])
+def test_completion_says_nothing_but_completions(words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bridge"],
+        env={
+            **os.environ,
+            "_NBD_BRIDGE_COMPLETE": "bash_complete",
+            "COMP_WORDS": f"nbd-bridge {words}",
+            "COMP_CWORD": str(len(words.split(" "))),
+        },
+        capture_output=True,
+        check=False,
+    )
+
+    assert done.stderr == b""
+    assert done.stdout.startswith(b"plain,")
+    assert all(line.startswith(b"plain,") for line in done.stdout.splitlines())
+
+
+def test_output_that_cannot_be_written_ends_the_demo_in_order(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bridge", "demo", "--no-guest"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            check=False,
+        )
+
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert list(tmp_path.iterdir()) == []

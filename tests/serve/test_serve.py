@@ -203,7 +203,7 @@ async def test_serve_flush_timer_fires_without_the_guest(directory):
                         await trio.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
 async def test_serve_signal_stops_cleanly_and_removes_the_socket(number, directory):
     nbd, vhost = directory / "nbd", directory / "vhost"
     async with process([need("nbdkit"), "-f", "-U", str(nbd), "memory", "64M"], ready=nbd):

@@ -14,13 +14,17 @@ import pytest
 import trio
 import trio.testing
 
-from bridge.cache.file import open_file
+from bridge.cache.file import CacheFile, open_file
 from bridge.cache.layout import HEADER_AREA_BYTES
+from bridge.cache_tools import flush_file
 from bridge.errors import ConfigError
 from bridge.loop import Loop
 from bridge.nbd.options import ClientOptions
+from bridge.nbd.protocol import CMD_WRITE
+from bridge.nbd.server import Faults, Server
+from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
-from bridge.request import FLUSH, PREFETCH, READ, WRITE, Request
+from bridge.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Request
 from bridge.storage import WRITEBACK, CacheSettings, Storage, cache_path
 from tests.serve.processes import process, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S, need
@@ -130,6 +134,7 @@ async def test_close_waits_for_reads_in_flight_longer_than_the_client_would(dire
     async with process(argv, ready=directory / "nbd") as server:
         async with running(directory) as storage:
             ended = [start(storage, PREFETCH, number << 21, 1 << 20) for number in range(4)]
+            await trio.testing.wait_all_tasks_blocked(0.01)  # They are sent.
             await storage.close(20)
         assert ended == [[0]] * 4
         server.terminate()
@@ -187,7 +192,9 @@ async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(dir
             await storage.close(10)
 
 
-async def test_write_that_waits_for_room_fails_when_everything_does(directory: Path) -> None:
+async def test_write_that_waits_for_room_is_never_done_once_it_is_abandoned(
+    directory: Path,
+) -> None:
     """Its memory is the guest's again: when the server is back, nothing may be read from there."""
     # One thread: hung up on with several requests at work, nbdkit 1.32 aborts.
     async with process([*slow_nbdkit(directory), "-t", "1"], ready=directory / "nbd") as nbdkit:
@@ -198,21 +205,15 @@ async def test_write_that_waits_for_room_fails_when_everything_does(directory: P
                 granule += 1
                 buffer = bytearray(b"w" * 4096)
                 ended = []
-                storage.backend.submit(
-                    Request(
-                        *(WRITE, granule << 16, 4096, [memoryview(buffer)]),
-                        lambda request, ended=ended: ended.append(request.error),
-                    )
+                request = Request(
+                    *(WRITE, granule << 16, 4096, [memoryview(buffer)]),
+                    lambda request, ended=ended: ended.append(request.error),
                 )
+                storage.backend.submit(request)
                 if not ended:
                     await turn_of_the_loop()
-            with storage.failing(EIO):
-                await trio.testing.wait_all_tasks_blocked(0.01)
-                assert ended == [EIO]
-                late = start(storage, WRITE, granule << 16, 4096)
-                flush = start(storage, FLUSH, 0, 0)
-                await trio.testing.wait_all_tasks_blocked(0.01)
-                assert (late, flush) == ([EIO], [EIO])
+            request.abandon(lambda request: None, memoryview(b""))
+            storage.abandon([request])
             buffer[:] = b"!" * 4096
             nbdkit.send_signal(signal.SIGCONT)
             with trio.fail_after(HUNG_S):
@@ -236,3 +237,131 @@ async def read(storage: Storage, offset: int) -> bytes:
         await trio.sleep(0.01)
     assert ended == [0]
     return bytes(buffer)
+
+
+async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeypatch):
+    """Neither a sync nor a read that never returns holds a stop for ever."""
+    stuck, began = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        began.set()
+        stuck.wait()
+
+    monkeypatch.setattr("bridge.storage.FILE_LIMIT_S", 0.1)
+    async with process(slow_nbdkit(directory), ready=directory / "nbd"):
+        async with running(directory) as storage:
+            assert start(storage, WRITE, 0, 4096) == [0]
+            assert storage._cold is not None
+            storage._cold.run(wait, lambda error: None)
+            monkeypatch.setattr("bridge.cache.file.os.fsync", wait)
+            problem = await storage.close(0)
+            assert began.is_set()
+            assert cache_file(directory) in problem
+            assert "not marked as closed" in problem
+            stuck.set()
+            with trio.fail_after(20):
+                while True:
+                    try:
+                        file = open_file(cache_file(directory))
+                    except ConfigError:
+                        await trio.sleep(0.01)
+                    else:
+                        break
+            assert not file.header.clean
+            file.close(clean=False)
+
+
+@asynccontextmanager
+async def own_server(directory: Path, faults: Faults, name: str = "") -> AsyncIterator[MemoryDisk]:
+    """Our own server with a disk in memory at the socket of `new_storage`."""
+    disk = MemoryDisk(SIZE_BYTES)
+    server = Server({name: disk}, faults=faults)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve_unix, directory / "nbd")
+        yield disk
+        nursery.cancel_scope.cancel()
+
+
+async def test_stop_with_a_silent_server_finishes_everything_before_the_file_is_closed(
+    directory, monkeypatch
+):
+    """What ends afterwards would touch memory that is not mapped any more."""
+    faults = Faults()
+    closed: list[bool] = []
+    late: list[str] = []
+    real_close = CacheFile.close
+    real_finish = Request.finish
+
+    def close(file: CacheFile, *, clean: bool) -> None:
+        closed.append(True)
+        real_close(file, clean=clean)
+
+    def finish(request: Request, error: int) -> None:
+        if closed:
+            late.append(repr(request))
+        real_finish(request, error)
+
+    monkeypatch.setattr(CacheFile, "close", close)
+    monkeypatch.setattr(Request, "finish", finish)
+    async with own_server(directory, faults):
+        async with running(directory) as storage:
+            faults.stall = True
+            ended = [start(storage, READ, 1 << 20, 65536)]  # a fetch without an answer
+            ended += [start(storage, WRITE, number << 16, 65536) for number in range(4)]
+            ended += [start(storage, DISCARD, 0, 1 << 20), start(storage, DISCARD, 0, 1 << 20)]
+            ended += [start(storage, WRITE, 4096, 512), start(storage, FLUSH, 0, 0)]
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            left_behind = await storage.close(0.2)
+            assert storage.client.in_flight == 0
+    assert closed == [True]
+    assert late == []
+    *others, flush = ended
+    assert [len(each) for each in others] == [1] * len(others)
+    assert len(flush) <= 1  # The cache may keep it: a flush has no memory of the guest's.
+    assert "is kept in" in left_behind
+
+
+async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the_flush(directory):
+    faults = Faults(hangs_up_on=CMD_WRITE)
+    async with own_server(directory, faults) as disk:
+        async with running(directory) as storage:
+            assert start(storage, WRITE, 0, 4096) == [0]
+            flush = start(storage, FLUSH, 0, 0)
+            read = start(storage, READ, 1 << 20, 4096)
+            with trio.fail_after(20):
+                while not (flush and read):
+                    await trio.sleep(0.001)
+            assert (flush, read) == ([EIO], [0])
+            assert storage._cache is not None
+            assert storage._cache.index.dirty_slots == 1
+            faults.hangs_up_on = None
+            flush = start(storage, FLUSH, 0, 0)
+            with trio.fail_after(20):
+                while not flush:
+                    await trio.sleep(0.001)
+            assert flush == [0]
+            assert disk.data[:4096] == b"w" * 4096
+            await storage.close(10)
+
+
+async def test_cache_file_of_an_export_with_a_long_name_can_be_flushed(directory):
+    """The file has room for the first 1500 bytes of it."""
+    name = "v" * 1600
+    uri = parse_uri(unix_uri(directory / "nbd", name))
+    loop = Loop(poll_us=0)
+    settings = CacheSettings(mode=WRITEBACK, size_bytes=32 << 20, directory=str(directory))
+    path = str(cache_path(uri, str(directory)))
+    async with own_server(directory, Faults(), name):
+        storage = Storage(uri, loop, ClientOptions(close_timeout_s=CLOSE_TIMEOUT_S), settings)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            await storage.open()
+            await storage.close(1)
+            nursery.cancel_scope.cancel()
+        assert await flush_file(path, uri.text, moved=False, timeout_s=10) == 0
+        with pytest.raises(ConfigError, match="give the URI"):
+            await flush_file(path, None, moved=False, timeout_s=10)
+        other = unix_uri(directory / "nbd", name[:-1])
+        with pytest.raises(ConfigError, match="--moved"):
+            await flush_file(path, other, moved=False, timeout_s=10)
+    loop.close()

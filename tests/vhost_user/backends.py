@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,9 @@ class MemoryTarget:
         for request in held:
             self.execute(request)
 
-    @contextmanager
-    def failing(self, error: int) -> Iterator[None]:
-        """Fail what was held."""
-        held, self.held = self.held, []
-        for request in held:
-            request.finish(error)
-        yield
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        """Do nothing more of these."""
+        self.held = [each for each in self.held if not each.is_abandoned]
 
     def execute(self, request: Request) -> None:
         """Do it and finish it."""
@@ -119,7 +115,7 @@ async def running_backend(
         ),
         serial="test-disk",
         max_queues=max_queues,
-        failing=target.failing,
+        on_abandoned=target.abandoned,
         **options,
     )
     path = directory / "disk.sock"

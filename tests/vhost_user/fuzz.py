@@ -367,7 +367,7 @@ class RealDevice:
             geometry,
             serial="fuzz",
             max_queues=2,
-            failing=self.target.failing,
+            on_abandoned=self.target.abandoned,
         )
 
     def turn(self) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import errno
+import mmap
 import os
 import random
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -332,6 +335,64 @@ async def test_bug_in_the_device_costs_the_session_and_not_the_process(short_dir
     ] * 2
 
 
+async def test_bug_at_the_end_of_a_session_costs_the_session_and_not_the_process(
+    short_dir: Path,
+) -> None:
+    device = FakeDevice()
+
+    async def broken() -> None:
+        raise ZeroDivisionError
+
+    device.disconnected = broken  # type: ignore[method-assign]
+    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, device, listener)
+            for _ in range(2):
+                with await FrontEnd.connect(short_dir / "s") as front_end:
+                    await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
+            await until(lambda: len([log for log in logs if "failed" in log["event"]]) == 2)
+            nursery.cancel_scope.cancel()
+    (first, _) = [log for log in logs if log["log_level"] == "error"]
+    assert first["event"] == "the end of the vhost-user session failed"
+    assert first["exc_info"]
+
+
+async def test_front_end_that_says_nothing_leaves_when_another_waits(
+    short_dir: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    device = FakeDevice()
+    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, device, listener)
+            silent = await FrontEnd.connect(short_dir / "s")
+            await trio.sleep(3600)  # alone it may be silent for as long as it likes
+            assert silent.is_alive
+            with await FrontEnd.connect(short_dir / "s") as front_end:
+                await front_end.get_u64(Request.GET_FEATURES)
+            silent.close()
+            nursery.cancel_scope.cancel()
+    reasons = [log["reason"] for log in logs if log["event"] == "front-end disconnected"]
+    assert reasons[0] == "said nothing for 5 s, and another front-end waits"
+
+
+async def test_front_end_that_waits_for_one_that_is_served_is_logged_once(
+    short_dir: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    device = FakeDevice()
+    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, device, listener)
+            first = await FrontEnd.connect(short_dir / "s")
+            await first.get_u64(Request.GET_FEATURES)
+            second = await FrontEnd.connect(short_dir / "s")
+            await trio.sleep(3600)
+            await first.get_u64(Request.GET_FEATURES)
+            first.close()
+            second.close()
+            nursery.cancel_scope.cancel()
+    assert len([log for log in logs if "another front-end waits" in log["event"]]) == 1
+
+
 async def test_why_a_front_end_left_is_logged(short_dir: Path) -> None:
     with capture_logs() as logs:
         async with running_backend(short_dir) as backend:
@@ -342,6 +403,63 @@ async def test_why_a_front_end_left_is_logged(short_dir: Path) -> None:
 
     (log,) = [log for log in logs if log["event"] == "front-end disconnected"]
     assert log["reason"] == "broke the protocol: SET_FEATURES: SET_FEATURES has 4 bytes, 8 needed"
+
+
+async def _starts_a_ring(front_end: FrontEnd) -> None:
+    await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
+    await front_end.set_features()
+    kick, call = eventfd(), eventfd()
+    with contextlib.suppress(ConnectionLost, Refused):
+        await front_end.set_ring(
+            0,
+            size=64,
+            base=0,
+            desc=0x7F0000000000,
+            avail=0x7F0000001000,
+            used=0x7F0000002000,
+            kick_fd=kick,
+            call_fd=call,
+        )
+        await front_end.enable_ring(0)
+    os.close(kick)
+    os.close(call)
+
+
+def _told(logs: list[Any]) -> list[str]:
+    return [log["reason"] for log in logs if "share the guest's memory" in log["event"]]
+
+
+async def test_guest_memory_that_is_not_shared_at_all_is_told_once_with_the_remedy(
+    short_dir: Path,
+) -> None:
+    with capture_logs() as logs:
+        async with running_backend(short_dir) as backend:
+            for _ in range(3):
+                with await FrontEnd.connect(backend.path) as front_end:
+                    await _starts_a_ring(front_end)
+
+    (event,) = [log for log in logs if log["log_level"] == "error"]
+    assert "share=on" in event["event"]
+    assert "<memoryBacking>" in event["event"]
+    assert event["reason"] == "it shares none"
+
+
+@pytest.mark.parametrize(("mapping", "told"), [(mmap.MAP_PRIVATE, 1), (mmap.MAP_SHARED, 0)])
+async def test_guest_memory_that_the_front_end_maps_privately_is_told_once(
+    mapping: int, told: int, short_dir: Path
+) -> None:
+    """QEMU's share=off: it sends a file, and the guest writes to a copy of it."""
+    fd = memfd(1 << 20)
+    with capture_logs() as logs, mmap.mmap(fd, 1 << 20, flags=mapping) as mapped:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        async with running_backend(short_dir) as backend:
+            for _ in range(2):
+                with await FrontEnd.connect(backend.path) as front_end:
+                    await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
+                    await front_end.set_memory([(Region(0, 1 << 20, address, 0), fd)])
+    os.close(fd)
+
+    assert _told(logs) == ["it maps its own copy (share=off)"] * told
 
 
 class Listening:

@@ -265,3 +265,24 @@ async def test_inflight_region_cannot_change_while_rings_run(talk: Talk) -> None
     payload = InflightRange(4096, 0, 1, 128).pack()
 
     assert await talk.ask(Request.SET_INFLIGHT_FD, payload, [memfd()]) == 1
+
+
+async def test_region_that_is_here_may_come_again(talk: Talk) -> None:
+    """A second device on one connection; qemu-storage-daemon accepts it, too."""
+    await talk.negotiate()
+    for _ in range(2):
+        assert await talk.ask(Request.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 0
+
+    assert await talk.ask(Request.REM_MEM_REG, region(3).pack_single()) == 0
+    assert await talk.ask(Request.REM_MEM_REG, region(3).pack_single()) == 1
+
+
+async def test_region_that_is_here_may_come_again_when_every_slot_is_taken(talk: Talk) -> None:
+    await talk.negotiate()
+    for number in range(MAX_MEMORY_SLOTS):
+        payload = region(number).pack_single()
+        assert await talk.ask(Request.ADD_MEM_REG, payload, [memfd()]) == 0
+
+    assert await talk.ask(Request.ADD_MEM_REG, region(7).pack_single(), [memfd()]) == 0
+    other = Region(7 << 24, 4096, 0x7000_0000_0000 + (7 << 24), 0)
+    assert await talk.ask(Request.ADD_MEM_REG, other.pack_single(), [memfd()]) == 1

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from bridge.errors import ProtocolError
+from bridge.errors import LeftBehind, ProtocolError
 from bridge.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     VRING_LOG,
@@ -386,6 +386,45 @@ async def test_reset_device_forgets_rings_but_not_eventfds(talk: Talk) -> None:
     assert talk.device.rings == {}
     await talk.set_up_ring()
     assert 0 in talk.device.rings
+
+
+def leave_behind(talk: Talk) -> None:
+    """The device cannot bring everything to where the next host looks."""
+    stop_ring = talk.device.stop_ring
+
+    async def stop(index: int) -> int:
+        await stop_ring(index)
+        raise LeftBehind("4096 bytes")
+
+    talk.device.stop_ring = stop  # type: ignore[method-assign]
+
+
+async def test_stop_that_leaves_something_behind_ends_the_conversation(talk: Talk) -> None:
+    """The reply of GET_VRING_BASE has no room for a failure."""
+    leave_behind(talk)
+    await talk.negotiate()
+    await talk.run_ring()
+
+    with pytest.raises(LeftBehind):
+        await talk.send(Request.GET_VRING_BASE, state(0))
+    await talk.send(Request.SET_VRING_ENABLE, state(1))
+    assert talk.device.rings == {}
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload"), [(Request.SET_STATUS, pack_u64(0)), (Request.RESET_DEVICE, b"")]
+)
+async def test_reset_that_leaves_something_behind_is_answered_with_failure(
+    talk: Talk, request_: Request, payload: bytes
+) -> None:
+    leave_behind(talk)
+    await talk.negotiate()
+    await talk.run_ring(0)
+    await talk.run_ring(1)
+
+    assert await talk.ask(request_, payload) == 1
+    assert talk.device.rings == {}
+    assert ("reset" in talk.device.names()) == (request_ == Request.RESET_DEVICE)
 
 
 async def test_queues_are_independent(talk: Talk) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from bridge.request import DISCARD, READ, WRITE, WRITE_ZEROES, Request
 from bridge.virtio import driver as guest_driver
@@ -140,11 +139,9 @@ class FakeDisk:
         self.error = 0
         deliver()
 
-    @contextmanager
-    def failing(self, errno: int) -> Iterator[None]:
-        """Finish all that is held, as the storage side does when it has to give up."""
-        self.release(error=errno)
-        yield
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        """Do nothing more of these, as the storage side does when a ring stops without them."""
+        self.held = [each for each in self.held if not each.is_abandoned]
 
     def execute(self, request: Request) -> None:
         assert request.offset + request.length <= len(self.data), request
@@ -219,7 +216,16 @@ class BlkGuest(Guest):
         self.disk = disk or FakeDisk()
         self.config = BlkConfig(geometry or DiskGeometry(len(self.disk.data)), num_queues=1)
         self.faults: Counter[str] = Counter()
-        self.engine = BlkEngine(self.config, self.disk, hits=hits, serial=serial, fault=self._fault)
+        self.epoch = 0
+        """Of what the server has acknowledged: see `lanes.Job`."""
+        self.engine = BlkEngine(
+            self.config,
+            self.disk,
+            hits=hits,
+            serial=serial,
+            fault=self._fault,
+            epoch=lambda: self.epoch,
+        )
         self.engine.negotiated(self.config.features() if features is None else features)
         self.ring = MockRing(self.queue)
 

@@ -416,6 +416,53 @@ def test_3_6_dwz_segments_keep_their_own_flags_and_finish_together() -> None:
     assert guest.read(status, 1) == bytes([S_IOERR])
 
 
+def test_3_6_dwz_segments_that_a_failed_flush_may_have_dropped_are_done_once_more() -> None:
+    """The guest hears of all segments at once: that flush told it of none of them."""
+    guest = BlkGuest()
+    guest.disk.hold = True
+    data = segments((0, 1, 0), (8, 1, 0), (16, 1, 0))
+    token = guest.put(
+        (guest.alloc(guest.header(T_WRITE_ZEROES)), 16, 0),
+        (guest.alloc(data), len(data), 0),
+        (guest.alloc(1), 1, DEVICE_WRITES),
+    )
+    guest.run()
+    first, *others = guest.disk.held
+    guest.disk.held = [first]
+    guest.disk.release()
+    guest.epoch += 1
+    guest.disk.held = others
+    guest.disk.release()
+    assert guest.driver.poll() == []
+    assert [each.offset for each in guest.disk.held] == [0]
+    guest.disk.release()
+    assert guest.driver.poll() == [(token, 1)]
+
+
+def test_large_write_that_a_failed_flush_may_have_dropped_in_part_is_done_once_more() -> None:
+    """Its pieces are acknowledged one by one; the guest hears of all of them at once."""
+    guest = BlkGuest(disk=FakeDisk(8 << 20))
+    guest.disk.hold = True
+    length = 3 << 20
+    token = guest.put(
+        (guest.alloc(guest.header(T_OUT)), 16, 0),
+        (guest.alloc(length), length, 0),
+        (guest.alloc(1), 1, DEVICE_WRITES),
+    )
+    guest.run()
+    first, *others = guest.disk.held
+    guest.disk.held = [first]
+    guest.disk.release()
+    guest.epoch += 1
+    guest.disk.held = others
+    guest.disk.release()
+    assert guest.driver.poll() == []
+    again = [(each.offset, each.length) for each in guest.disk.held]
+    guest.disk.release()
+    assert again == [(0, 1 << 20)]
+    assert guest.driver.poll() == [(token, 1)]
+
+
 @pytest.mark.parametrize("type_", [T_DISCARD, T_WRITE_ZEROES])
 def test_3_6_dwz_not_negotiated_is_unsupp(type_: int) -> None:
     """B19-B21."""

@@ -1,0 +1,25 @@
+"""How many descriptors the process may have open.
+
+The usual soft limit of 1024 is for programs that use select(2). A front-end may hand over 509
+memory regions with a descriptor each, and a reconnect with several connections must still find
+some.
+"""
+
+from __future__ import annotations
+
+import resource
+
+import structlog
+
+_log = structlog.get_logger(__name__)
+
+
+def allow_all_descriptors() -> None:
+    """Raise the soft limit to the hard one. Where that is not allowed the limit stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        _log.warning("the limit of open descriptors stays", limit=soft, reason=str(error))

@@ -1,0 +1,87 @@
+"""The signals that end a command: each means the same clean end, and it means it once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeVar
+
+import trio
+
+from bridge.errors import BridgeError
+
+T = TypeVar("T")
+
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_MEANINGLESS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Not worth a disk: a process that has no handler for them is killed."""
+
+
+@contextmanager
+def ending_signals() -> Iterator[trio.MemoryReceiveChannel[signal.Signals]]:
+    """The signals that ask for the end, as they come. For the main thread, around all of the work.
+
+    Those that come after the block are ignored up to the end of the process: trio's own receiver
+    would give back the default handlers, and a second SIGTERM would then decide the exit status.
+    """
+    token = trio.lowlevel.current_trio_token()
+    send, receive = trio.open_memory_channel[signal.Signals](len(_ENDING))
+
+    def put(number: int) -> None:
+        try:
+            send.send_nowait(signal.Signals(number))
+        except trio.WouldBlock:
+            return  # Nobody takes them any more: the end has begun.
+
+    def ask(number: int, _: FrameType | None) -> None:
+        token.run_sync_soon(put, number, idempotent=True)
+
+    # nohup ignores SIGHUP for the commands that it starts.
+    ending = [each for each in _ENDING if not _is_ignored_hangup(each)]
+    for number in ending:
+        signal.signal(number, ask)
+    for number in _MEANINGLESS:
+        signal.signal(number, _nothing)  # SIG_IGN would be inherited by what we start.
+    try:
+        yield receive
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_IGN)
+        send.close()
+
+
+def _is_ignored_hangup(number: signal.Signals) -> bool:
+    return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
+def _nothing(number: int, _: FrameType | None) -> None:
+    """A signal without a meaning here."""
+
+
+def run_until_signal(function: Callable[[], Awaitable[T]]) -> T:
+    """`trio.run`; a signal that asks for the end cancels `function`.
+
+    Raises BridgeError then, and whatever `function` raises, in a group perhaps.
+    """
+
+    async def main() -> T:
+        with ending_signals() as signals:
+            results: list[T] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_at_first, signals, nursery.cancel_scope)
+                results.append(await function())
+                nursery.cancel_scope.cancel()
+        if not results:
+            raise BridgeError("interrupted")
+        return results[0]
+
+    return trio.run(main)
+
+
+async def _cancel_at_first(
+    signals: trio.MemoryReceiveChannel[signal.Signals], scope: trio.CancelScope
+) -> None:
+    await signals.receive()
+    scope.cancel()

@@ -1,0 +1,198 @@
+"""Whether somebody else changed a volume's file while this plugin did not have it open.
+
+A client that cached the volume must learn of it: a difference begins another generation. What is
+remembered of the file (`VolumeState.seen`) and compared at the next opening for writing:
+
+- **Closed in order.** Inode, size and modification time, to the nanosecond. Who reads or renames
+  the file, or gives it to another owner, changes none of them.
+- **Open for writing, and nbdkit was killed.** Our own writes changed the modification time. So a
+  page of shared memory (`Mark`, in a file beside the state, which outlives the process) says when
+  the last of them began and ended, and after a flush which time the file had. The time the file
+  has now must be one that we gave it. Where a write was being executed at the kill, up to
+  `_UNFINISHED_S` after its beginning are allowed for: it may have waited for its turn.
+- **The host was started anew since.** After a loss of power the file may be older than what is
+  remembered: inode times reach the medium later than data. So there it may be older, but must not
+  have been changed later than we can have done it; that is asked of the change time, which nobody
+  can set. The mark's page reaches the medium within half a minute by itself.
+
+What this cannot see: a change within the same tick of the kernel's clock (4 ms) as our last one, a
+change that is made while we have the file open, a change after a loss of power on a host that
+forgets the time, and a program that writes and then puts back the time that it found. A clock that
+is set back, and a network file system with a clock of its own, make a killed nbdkit's file look
+changed.
+
+Nothing of this can be asked of a block device: it is known by what the kernel calls it, so that
+another disk under the same path is another generation, and by nothing else.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_SECOND_NS = 1_000_000_000
+_UNFINISHED_NS = 50_000_000
+_LATE_NS = 60 * _SECOND_NS
+"""After a loss of power: how much older than the file's last change the mark may be."""
+
+_COARSE = 5
+"""CLOCK_REALTIME_COARSE, for which Python has no name: a file's times are of this clock."""
+
+_BEGAN, _ENDED, _RUNNING, _EXACT = range(4)
+_MARK_BYTES = mmap.PAGESIZE
+
+SEEN = re.compile(r"[!-~ ]{0,200}")
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+
+
+class Mark:
+    """When our last change of a file began and ended, in memory that survives a kill.
+
+    `began` and `ended` cost half a microsecond together, where an fstat after each write would
+    cost three. Changes that run at the same time may lose one another's `_RUNNING`; then the file
+    looks changed after a kill, and never unchanged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, _MARK_BYTES)  # no SIGBUS on a full disk
+            self._map = mmap.mmap(fd, _MARK_BYTES)
+            self._words = memoryview(self._map).cast("q")
+            words = self._words
+            words[_BEGAN] = words[_ENDED] = time.time_ns()
+            words[_RUNNING] = words[_EXACT] = 0
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._running: list[None] = []
+        self._begun = 0
+
+    def began(self) -> None:
+        words = self._words
+        self._begun += 1
+        words[_BEGAN] = time.clock_gettime_ns(_COARSE)
+        self._running.append(None)
+        words[_RUNNING] = 1
+        words[_EXACT] = 0
+
+    def ended(self) -> None:
+        words = self._words
+        words[_ENDED] = time.time_ns()
+        self._running.pop()
+        if not self._running:
+            words[_RUNNING] = 0
+
+    def note_time(self, fd: int) -> None:
+        """Remember the exact time that the file has, if nothing changes it now."""
+        begun = self._begun
+        if self._running:
+            return
+        exact = os.fstat(fd).st_mtime_ns
+        if self._begun == begun:
+            self._words[_EXACT] = exact
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()
+
+
+def read_mark(path: Path) -> tuple[int, int, int, int]:
+    """What a process that is gone left in its mark; zeroes if there is none."""
+    try:
+        with open(path, "rb") as file:
+            words = memoryview(file.read(32)).cast("q")
+    except (OSError, TypeError):
+        return 0, 0, 0, 0
+    return (*words,) if len(words) == 4 else (0, 0, 0, 0)  # type: ignore[return-value]
+
+
+def describe(fd: int, *, is_open: bool) -> str:
+    """What is to be remembered of the file. `is_open`: a session writes it from here on."""
+    info = os.fstat(fd)
+    if stat.S_ISBLK(info.st_mode):
+        return f"device {device_name(info.st_rdev)}"
+    return " ".join(
+        map(
+            str,
+            (
+                "open" if is_open else "closed",
+                *(boot_id(), info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns),
+            ),
+        )
+    )
+
+
+def has_changed(seen: str, fd: int, mark: Callable[[], tuple[int, int, int, int]]) -> bool:
+    """Somebody else changed the file since `seen` was remembered. "": nothing was, so no."""
+    words = seen.split(" ")
+    info = os.fstat(fd)
+    if not seen:
+        return False
+    if stat.S_ISBLK(info.st_mode):
+        return seen != describe(fd, is_open=False)
+    if len(words) != 6 or words[0] not in ("open", "closed"):
+        return True  # it was a device
+    if words[2:4] != [str(info.st_ino), str(info.st_size)]:
+        return True
+    same_boot = words[1] == boot_id()
+    if words[0] == "closed" and words[4] == str(info.st_mtime_ns):
+        return False
+    if words[0] == "closed":
+        return same_boot or info.st_ctime_ns > int(words[5])
+    if words[4] == str(info.st_mtime_ns):
+        return False  # killed before its first write
+    began, ended, running, exact = mark()
+    if not same_boot:
+        return info.st_ctime_ns > ended + _LATE_NS
+    if exact:
+        return info.st_mtime_ns != exact
+    if running:
+        ended = max(ended, began + _UNFINISHED_NS)
+    if info.st_mtime_ns % _SECOND_NS == 0:
+        began -= 2 * _SECOND_NS  # a file system that keeps whole seconds only
+    return not began <= info.st_mtime_ns <= ended
+
+
+def has_grown(seen: str, fd: int) -> bool:
+    """It is the file that `seen` tells of, and longer. Whether something else was changed as well,
+    nobody can say: its time is another in either case."""
+    words = seen.split(" ")
+    info = os.fstat(fd)
+    return len(words) == 6 and words[2] == str(info.st_ino) and int(words[3]) < info.st_size
+
+
+def device_name(number: int) -> str:
+    """A block device's lasting name, from sysfs; where it has none, one that lasts until the
+    device goes away or the host is started anew."""
+    folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    try:
+        folder = folder.resolve(strict=True)
+    except OSError:
+        return f"{boot_id()} {number}"
+    part = ""
+    if (partition := _word(folder / "partition")) and not _word(folder / "dm/uuid"):
+        part = f" {partition} {_word(folder / 'start')}"
+        folder = folder.parent
+    for name in ("dm/uuid", "md/uuid", "wwid", "device/wwid", "device/serial", "serial"):
+        if word := _word(folder / name):
+            return f"{name} {word}{part}"
+    if backing := _word(folder / "loop/backing_file"):
+        return f"loop {backing}{part}"
+    return f"{boot_id()} {number} {_word(folder / 'diskseq')}{part}"
+
+
+def _word(path: Path) -> str:
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return ""
+    return re.sub(r"[^!-~]+", "_", text.strip())[:120]

@@ -1,0 +1,503 @@
+"""What a flush vouches for: the marks alone, then the session that lives by them."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from bridge.nbd.durability import BEFORE, Durability, instance_mark
+from bridge.nbd.options import ClientOptions
+from bridge.nbd.protocol import TransmissionFlags
+from bridge.nbd.server_core import DEFAULT_FLAGS
+from bridge.nbd.session import Session
+from bridge.request import DISCARD, FLUSH, FUA, UNASKED, WRITE, WRITE_ZEROES, Request
+from tests.nbd.test_session import BLOCK, World
+
+NO_FUA = DEFAULT_FLAGS & ~TransmissionFlags.SEND_FUA
+EIO = errno.EIO
+
+
+# The marks alone.
+
+
+def connected(instance: str = "") -> Durability:
+    durability = Durability()
+    assert not durability.connected(instance, BEFORE)
+    return durability
+
+
+def test_what_was_before_the_process_may_be_lost_until_a_flush_has_succeeded() -> None:
+    durability = connected()
+    assert durability.unflushed(BEFORE)
+    assert durability.connected("", BEFORE)
+    assert durability.untold
+
+
+def test_flush_that_succeeded_leaves_nothing_to_lose() -> None:
+    durability = connected()
+    assert durability.flushed(BEFORE, durability.epoch)
+    assert not durability.unflushed(BEFORE)
+    assert not durability.connected("", BEFORE)
+    assert not durability.untold
+
+
+def test_flush_covers_only_what_was_answered_when_it_was_sent() -> None:
+    durability = connected()
+    durability.flushed(5, durability.epoch)
+    assert durability.unflushed(6)
+    assert durability.failed(6)
+    assert durability.untold
+
+
+def test_flush_of_an_older_epoch_vouches_for_nothing() -> None:
+    durability = connected()
+    epoch = durability.epoch
+    durability.failed(3)
+    assert not durability.flushed(3, epoch)
+
+
+def test_failure_without_anything_unflushed_loses_nothing_and_ends_the_epoch() -> None:
+    durability = connected()
+    durability.flushed(4, durability.epoch)
+    epoch = durability.epoch
+    assert not durability.failed(4)
+    assert not durability.untold
+    assert durability.epoch != epoch
+
+
+def test_loss_is_told_by_a_flush_that_was_submitted_after_all_of_it() -> None:
+    durability = connected()
+    durability.failed(7)
+    durability.tell(6)
+    assert durability.untold
+    durability.tell(7)
+    assert not durability.untold
+
+
+def test_same_instance_has_lost_nothing_another_or_none_may_have() -> None:
+    durability = connected("a")
+    epoch = durability.epoch
+    assert not durability.connected("a", 9)
+    assert durability.epoch == epoch
+    assert durability.connected("b", 9)
+    durability = connected("")
+    assert durability.connected("", 9)
+
+
+def test_layer_that_keeps_what_is_not_durable_has_no_loss_to_tell() -> None:
+    durability = connected()
+    durability.keeps_unflushed = True
+    epoch = durability.epoch
+    assert not durability.failed(5)
+    assert not durability.untold
+    assert durability.epoch != epoch
+
+
+def test_disk_that_is_only_read_has_nothing_to_lose() -> None:
+    durability = connected()
+    durability.nothing_before()
+    assert not durability.connected("", BEFORE)
+
+
+def test_mark_of_an_instance_fits_56_bits_and_no_instance_has_none() -> None:
+    marks = {instance_mark(f"{number}") for number in range(100)}
+    assert len(marks) == 100
+    assert all(0 < mark < 1 << 56 for mark in marks)
+    assert instance_mark("") == 0
+
+
+def test_mark_of_another_instance_means_a_loss_and_no_mark_means_nothing() -> None:
+    durability = connected("a")
+    assert not durability.is_lost(instance_mark("a"))
+    assert durability.is_lost(instance_mark("b"))
+    assert not durability.is_lost(0)
+
+
+# A process that follows another one.
+
+
+def fresh(description: str = "", flags: TransmissionFlags = DEFAULT_FLAGS) -> World:
+    """A world of which nobody knows what was before."""
+    world = World(description=description, flags=flags)
+    world.session = Session(ClientOptions())
+    world.up()
+    return world
+
+
+def test_first_flush_fails_when_the_server_went_away_before_it() -> None:
+    """A process before this one was killed; what it had acknowledged died with the server."""
+    world = fresh()
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == EIO
+    assert world.ask(FLUSH).error == -1
+
+
+def test_first_flush_of_a_server_that_stayed_succeeds() -> None:
+    world = fresh()
+    flush = world.ask(FLUSH)
+    world.channels[0].answer_all()
+    assert flush.error == 0
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == -1
+
+
+def test_first_flush_after_a_reconnect_to_the_same_instance_succeeds() -> None:
+    world = fresh("instance=a")
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == -1
+
+
+def test_read_only_disk_never_fails_a_flush() -> None:
+    world = fresh(flags=DEFAULT_FLAGS | TransmissionFlags.READ_ONLY)
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == -1
+
+
+def test_guest_that_has_not_run_before_loses_nothing() -> None:
+    world = fresh()
+    world.down()
+    world.up()
+    world.session.durability.nothing_before()
+    assert world.ask(FLUSH).error == -1
+
+
+def test_guest_that_comes_from_another_process_may_have_left_something_unflushed() -> None:
+    world = World()
+    world.session.expect_unflushed()
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == EIO
+
+
+# A server that fails to flush has dropped what it had.
+
+
+def ended(world: World, request: Request) -> bool:
+    """`request` was finished. (Its `error` alone does not say so while it is sent again.)"""
+    return any(request is each for each in world.finished)
+
+
+@pytest.mark.parametrize("op", [WRITE, WRITE_ZEROES])
+def test_change_in_flight_when_a_flush_fails_is_sent_again_when_it_is_answered(op: int) -> None:
+    """The server may have executed it before, and dropped it."""
+    world = World()
+    (channel,) = world.channels
+    change = world.ask(op, 3)
+    flush = world.ask(FLUSH)
+    channel.answer(channel.pending[1], EIO)
+    assert flush.error == EIO
+    channel.answer(channel.pending[0])
+    assert not ended(world, change)
+    assert world.sent == [(op, 3)]
+    channel.answer_all()
+    assert (ended(world, change), change.error) == (True, 0)
+    later = world.ask(FLUSH)
+    channel.answer_all()
+    assert later.error == 0
+
+
+def test_change_in_flight_through_two_failures_is_sent_again_once() -> None:
+    world = World()
+    (channel,) = world.channels
+    write = world.ask(WRITE, 3)
+    for _ in range(2):
+        world.ask(FLUSH)
+        channel.answer(channel.pending[1], EIO)
+    channel.answer(channel.pending[0])
+    assert not ended(world, write)
+    channel.answer(channel.pending[0])
+    assert (write.error, world.sent) == (0, [])
+
+
+def test_change_in_flight_on_another_connection_is_sent_again_too() -> None:
+    world = World()
+    world.down()
+    world.up(count=2)
+    write = world.ask(WRITE, 3)
+    world.ask(FLUSH)
+    wrote, flushed = sorted(
+        (channel for channel in world.channels), key=lambda channel: channel.pending[0].op
+    )
+    flushed.answer(flushed.pending[0], EIO)
+    wrote.answer(wrote.pending[0])
+    assert not ended(world, write)
+    assert world.sent == [(WRITE, 3)]
+
+
+def test_change_that_fails_when_it_is_answered_is_not_sent_again() -> None:
+    world = World()
+    (channel,) = world.channels
+    write = world.ask(WRITE, 3)
+    world.ask(FLUSH)
+    channel.answer(channel.pending[1], EIO)
+    channel.answer(channel.pending[0], errno.ENOSPC)
+    assert (write.error, world.sent) == (errno.ENOSPC, [])
+
+
+def test_change_in_flight_when_a_flush_fails_is_sent_again_once_if_the_connection_is_lost() -> None:
+    world = World()
+    write = world.ask(WRITE, 3)
+    world.ask(FLUSH)
+    world.channels[0].answer(world.channels[0].pending[1], EIO)
+    world.down()
+    world.up()
+    assert world.sent == [(WRITE, 3)]
+    world.channels[0].answer_all()
+    assert (write.error, world.sent) == (0, [])
+
+
+def test_write_answered_while_a_flush_was_in_flight_that_fails_makes_the_next_one_fail() -> None:
+    """The guest was told of what was complete before it submitted that flush, not of this."""
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 3)
+    first = world.ask(FLUSH)
+    channel.answer(channel.pending[0])
+    channel.answer(channel.pending[0], EIO)
+    assert first.error == EIO
+    assert world.ask(FLUSH).error == EIO
+    third = world.ask(FLUSH)
+    channel.answer_all()
+    assert third.error == 0
+
+
+def test_flush_that_was_submitted_before_another_one_failed_fails_too() -> None:
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 3)
+    channel.answer_all()
+    first, second = world.ask(FLUSH), world.ask(FLUSH)
+    assert world.sent == [(FLUSH, 0)]  # One at a time.
+    channel.answer(channel.pending[0], EIO)
+    assert (first.error, second.error) == (EIO, EIO)
+    third = world.ask(FLUSH)
+    channel.answer_all()
+    assert third.error == 0
+
+
+def test_flush_waits_for_the_one_in_flight_on_another_connection() -> None:
+    """Its success, read first, must not hide that the other one failed and dropped everything."""
+    world = World()
+    world.down()
+    world.up(count=2)
+    world.ask(WRITE, 3)
+    for channel in world.channels:
+        channel.answer_all()
+    timed = world.ask(FLUSH, flags=UNASKED)
+    guests = world.ask(FLUSH)
+    assert world.sent == [(FLUSH, 0)]
+    for channel in world.channels:
+        while channel.pending:
+            channel.answer(channel.pending[0], EIO)
+    assert (timed.error, guests.error) == (EIO, EIO)
+
+
+def test_flushes_that_wait_share_the_next_command() -> None:
+    world = World()
+    (channel,) = world.channels
+    flushes = [world.ask(FLUSH) for _ in range(100)]
+    assert world.sent == [(FLUSH, 0)]
+    channel.answer(channel.pending[0])
+    assert [flush.error for flush in flushes] == [0] + [-1] * 99
+    assert world.sent == [(FLUSH, 0)]
+    channel.answer(channel.pending[0])
+    assert [flush.error for flush in flushes] == [0] * 100
+    assert world.session.in_flight == 0
+
+
+def test_flush_that_the_guest_did_not_send_tells_it_nothing() -> None:
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 3)
+    channel.answer_all()
+    world.ask(FLUSH, flags=UNASKED)
+    channel.answer(channel.pending[0], EIO)
+    unasked = world.ask(FLUSH, flags=UNASKED)
+    channel.answer_all()
+    assert unasked.error == 0  # It has no loss to hear of, and flushes what there is.
+    assert world.ask(FLUSH).error == EIO
+    assert world.ask(FLUSH).error == -1
+
+
+def test_durable_write_whose_server_dropped_it_for_anothers_flush_is_written_again() -> None:
+    """Write cache off, server without FUA: each write is WRITE and FLUSH."""
+    world = World(flags=NO_FUA)
+    (channel,) = world.channels
+    first = world.ask(WRITE, 1, flags=FUA)
+    second = world.ask(WRITE, 2, flags=FUA)
+    channel.answer(channel.pending[0])
+    channel.answer(channel.pending[0])
+    assert world.sent == [(FLUSH, 0)]
+    channel.answer(channel.pending[0], EIO)
+    assert first.error == EIO
+    channel.answer(channel.pending[0])
+    assert not ended(world, second)
+    assert world.sent == [(WRITE, 2)]
+    channel.answer_all()
+    assert (second.error, world.sent) == (0, [])
+    assert world.log == [(WRITE, EIO), (WRITE, 0)]
+
+
+@pytest.mark.parametrize("op", [DISCARD, WRITE_ZEROES])
+def test_durable_change_is_done_again_after_anothers_failed_flush(op: int) -> None:
+    world = World(flags=NO_FUA)
+    (channel,) = world.channels
+    change = world.ask(op, 1, flags=FUA)
+    channel.answer(channel.pending[0])
+    flush = world.ask(FLUSH)
+    channel.answer(channel.pending[0], EIO)  # The one that stands for FUA.
+    assert (change.error, flush.error) == (EIO, EIO if op == WRITE_ZEROES else -1)
+    world.ask(op, 1, flags=FUA)
+    assert (op, 1) in world.sent
+
+
+def test_write_of_several_parts_is_sent_again_whole_when_a_flush_failed_in_between() -> None:
+    world = World(max_payload_bytes=BLOCK)
+    (channel,) = world.channels
+    write = world.ask(WRITE, 0, count=2)
+    channel.answer(channel.pending[0])
+    world.ask(FLUSH)
+    channel.answer(channel.pending[1], EIO)
+    assert world.sent == [(WRITE, 1)]
+    channel.answer(channel.pending[0])
+    channel.answer(channel.pending[0])
+    assert not ended(world, write)
+    assert world.sent == [(WRITE, 0), (WRITE, 1)]
+    channel.answer_all()
+    assert (ended(world, write), write.error) == (True, 0)
+
+
+def test_write_of_sectors_in_large_blocks_is_sent_again_when_a_flush_failed_in_between() -> None:
+    world = World(min_block_bytes=4096)
+    (channel,) = world.channels
+    write = world.ask(WRITE, 3)
+    world.ask(FLUSH)
+    channel.answer(channel.pending[0])  # The block is read, its write goes out.
+    channel.answer(channel.pending[0], EIO)
+    channel.answer(channel.pending[0])
+    assert not ended(world, write)
+    channel.answer_all()
+    assert (write.error, world.sent) == (0, [])
+
+
+@pytest.mark.parametrize("min_block_bytes", [1, 4096])
+def test_epoch_shows_whether_a_flush_failed_between_changes_of_one_guests_request(
+    min_block_bytes: int,
+) -> None:
+    world = World(min_block_bytes=min_block_bytes)
+    (channel,) = world.channels
+    epochs = []
+    for error in (0, EIO, 0):
+        world.ask(WRITE_ZEROES, 8, count=8)
+        channel.answer_all()
+        epochs.append(world.session.durability.epoch)
+        world.ask(FLUSH)
+        channel.answer(channel.pending[0], error)
+    assert epochs[0] == epochs[1] < epochs[2]
+
+
+def test_change_with_fua_that_fails_ends_the_epoch_like_a_flush() -> None:
+    """The server's fsync failed for it, and dropped what others had only been acknowledged."""
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 1)
+    channel.answer_all()
+    in_flight = world.ask(WRITE, 2)
+    failing = world.ask(WRITE, 3, flags=FUA)
+    flush = world.ask(FLUSH)
+    channel.answer(channel.pending[1], EIO)
+    assert (failing.error, flush.error) == (EIO, EIO)
+    channel.answer(channel.pending[0])
+    assert not ended(world, in_flight)
+    channel.answer_all()
+    assert (ended(world, in_flight), in_flight.error) == (True, 0)
+
+
+def test_change_with_fua_that_fails_makes_the_next_flush_fail() -> None:
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 1)
+    channel.answer_all()
+    world.ask(WRITE, 3, flags=FUA)
+    channel.answer(channel.pending[0], EIO)
+    assert world.ask(FLUSH).error == EIO
+    assert world.ask(FLUSH).error == -1
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EPERM])
+def test_change_with_fua_that_is_refused_has_cost_nothing(error: int) -> None:
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 1)
+    channel.answer_all()
+    world.ask(WRITE, 3, flags=FUA)
+    channel.answer(channel.pending[0], error)
+    assert world.ask(FLUSH).error == -1
+
+
+def test_failed_flush_is_told_although_the_connection_is_lost_before_the_next() -> None:
+    """Our plugin proves its instance; it is the same one, and what it dropped is gone."""
+    world = World(description="instance=a")
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    world.ask(WRITE, 3, flags=FUA)
+    flush = world.ask(FLUSH)
+    world.channels[0].answer(world.channels[0].pending[0], EIO)
+    assert flush.error == EIO
+    world.down()
+    world.up()
+    assert world.ask(FLUSH).error == -1
+    assert world.session.in_flight == 1
+
+
+def test_flush_that_we_fail_ourselves_ends_no_epoch() -> None:
+    """The server has not failed: nothing was dropped, and the same instance proves it."""
+    world = World(ClientOptions(reconnect_timeout_s=1), description="instance=a")
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    flush, waits = world.ask(FLUSH), world.ask(FLUSH)
+    world.down()
+    world.session.tick(2)
+    assert (flush.error, waits.error) == (EIO, EIO)
+    world.up()
+    later = world.ask(FLUSH)
+    world.channels[0].answer_all()
+    assert later.error == 0
+
+
+def test_layer_that_keeps_what_is_not_durable_hears_of_the_failure_and_nothing_else() -> None:
+    world = World()
+    world.session.keeps_unflushed = True
+    (channel,) = world.channels
+    write = world.ask(WRITE, 1)
+    flush = world.ask(FLUSH)
+    channel.answer(channel.pending[1], EIO)
+    channel.answer(channel.pending[0])
+    assert (flush.error, write.error, world.sent) == (EIO, 0, [])
+    assert world.ask(FLUSH).error == -1
+
+
+def test_closed_session_fails_the_flushes_that_wait() -> None:
+    world = World()
+    flushes = [world.ask(FLUSH), world.ask(FLUSH)]
+    world.session.closed(list(world.channels[0].pending))
+    assert [flush.error for flush in flushes] == [EIO, EIO]
+    assert world.ask(FLUSH).error == EIO
+    assert world.session.in_flight == 0
+
+
+def test_flush_submitted_by_one_that_is_refused_is_sent() -> None:
+    world = World()
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    world.down()
+    world.up()
+    again: list[Request] = []
+    world.session.submit(Request(FLUSH, 0, 0, [], lambda _: again.append(world.ask(FLUSH))))
+    assert [flush.error for flush in again] == [-1]
+    assert world.sent == [(FLUSH, 0)]
