@@ -143,6 +143,10 @@ class Rig:
         self.cache.check_sample(done)
         deliver()
 
+    def check_before_writing(self, done: Callable[[int], None]) -> None:
+        self.cache.check_before_writing(done)
+        deliver()
+
     def take_turn(self) -> None:
         """What was left to the next turn goes on."""
         going_on, self.next_turn[:] = list(self.next_turn), []

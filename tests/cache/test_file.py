@@ -37,6 +37,7 @@ from bridge.cache.layout import (
 from bridge.cache.options import Options
 from bridge.errors import ConfigError
 from bridge.request import FLUSH, READ, WRITE, Request
+from tests.tools import HUNG_S
 from tests.turns import submit
 
 from .fakes import BLOCK, GRANULE, FakeServer
@@ -891,7 +892,7 @@ def test_threaded_cold_with_a_stuck_disk_is_not_waited_for() -> None:
     os.fstat(cold.fd)  # The thread may still write to it.
     stuck.set()
     for thread in cold._threads:
-        thread.join(10)
+        thread.join(HUNG_S)
 
     assert later == []
     os.close(cold.fd)
@@ -905,15 +906,15 @@ def test_close_that_was_given_up_sets_no_clean_mark(
 
     def fsync(fd: int) -> None:
         began.set()
-        assert stuck.wait(10)
+        assert stuck.wait(HUNG_S)
 
     monkeypatch.setattr(cache_file.os, "fsync", fsync)
     closing = threading.Thread(target=lambda: file.close(clean=True))
     closing.start()
-    assert began.wait(10)
+    assert began.wait(HUNG_S)
     file.abandon()
     stuck.set()
-    closing.join(10)
+    closing.join(HUNG_S)
 
     assert not show(path).clean_shutdown
     assert show(path).usable

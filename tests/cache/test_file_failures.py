@@ -290,9 +290,9 @@ def test_cold_reads_that_wait_for_memory_fail_when_the_cache_refuses() -> None:
     rig.cache.index.forget_residency()
     reads = [rig.start(READ, number * GRANULE, GRANULE) for number in range(4)]
 
-    rig.cache.refuse(EIO)
+    rig.refuse(EIO)
     early = [read.error for read in reads]
-    rig.cache.refuse(0)
+    rig.refuse(0)
     while cold.jobs:
         cold.finish()
 

@@ -13,6 +13,7 @@ from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.session import Session
 from bridge.request import DISCARD, FLUSH, FUA, UNASKED, WRITE, WRITE_ZEROES, Request
 from tests.nbd.test_session import BLOCK, World
+from tests.turns import submit
 
 NO_FUA = DEFAULT_FLAGS & ~TransmissionFlags.SEND_FUA
 EIO = errno.EIO
@@ -462,7 +463,7 @@ def test_flush_that_we_fail_ourselves_ends_no_epoch() -> None:
     world.channels[0].answer_all()
     flush, waits = world.ask(FLUSH), world.ask(FLUSH)
     world.down()
-    world.session.tick(2)
+    world.tick(2)
     assert (flush.error, waits.error) == (EIO, EIO)
     world.up()
     later = world.ask(FLUSH)
@@ -485,7 +486,7 @@ def test_layer_that_keeps_what_is_not_durable_hears_of_the_failure_and_nothing_e
 def test_closed_session_fails_the_flushes_that_wait() -> None:
     world = World()
     flushes = [world.ask(FLUSH), world.ask(FLUSH)]
-    world.session.closed(list(world.channels[0].pending))
+    world.closed(world.pending)
     assert [flush.error for flush in flushes] == [EIO, EIO]
     assert world.ask(FLUSH).error == EIO
     assert world.session.in_flight == 0
@@ -498,6 +499,7 @@ def test_flush_submitted_by_one_that_is_refused_is_sent() -> None:
     world.down()
     world.up()
     again: list[Request] = []
-    world.session.submit(Request(FLUSH, 0, 0, [], lambda _: again.append(world.ask(FLUSH))))
+    flush = Request(FLUSH, 0, 0, [], lambda _: again.append(world.submit(FLUSH)))
+    submit(world.session, flush)
     assert [flush.error for flush in again] == [-1]
     assert world.sent == [(FLUSH, 0)]

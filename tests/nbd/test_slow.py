@@ -12,6 +12,7 @@ from bridge.nbd.connection import Connection
 from bridge.nbd.export import Export
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
+from tests.turns import deliver, end_turn
 
 TIMEOUT_S = 60.0
 
@@ -60,8 +61,7 @@ class Link:
 
     def _turn(self) -> None:
         callbacks, self._at_turn_end = self._at_turn_end, []
-        for callback in callbacks:
-            callback()
+        end_turn(callbacks)
         try:
             data = self.server.recv(1 << 20)
         except BlockingIOError:
@@ -78,6 +78,7 @@ class Link:
         data = bytes(512) if command == p.CMD_READ else b""
         self.server.send(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, found[1]) + data)
         self.on_event(1)
+        deliver()
 
     def wait(self, seconds: float, *, answers_reads: bool = False) -> None:
         """Time passes; the client looks at the connection now and then."""

@@ -259,7 +259,7 @@ async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeyp
             assert cache_file(directory) in problem
             assert "not marked as closed" in problem
             stuck.set()
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 while True:
                     try:
                         file = open_file(cache_file(directory))
@@ -328,7 +328,7 @@ async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the
             assert start(storage, WRITE, 0, 4096) == [0]
             flush = start(storage, FLUSH, 0, 0)
             read = start(storage, READ, 1 << 20, 4096)
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 while not (flush and read):
                     await trio.sleep(0.001)
             assert (flush, read) == ([EIO], [0])
@@ -336,7 +336,7 @@ async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the
             assert storage._cache.index.dirty_slots == 1
             faults.hangs_up_on = None
             flush = start(storage, FLUSH, 0, 0)
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 while not flush:
                     await trio.sleep(0.001)
             assert flush == [0]

@@ -19,6 +19,7 @@ from bridge.virtio.lanes import (
     TURN_BYTES,
     WHOLE_BYTES,
 )
+from tests.turns import deliver, end_turn, finish
 from tests.virtio.mock import BlkGuest, FakeHits
 from tests.virtio.test_blk import segments
 
@@ -39,8 +40,7 @@ class Turns:
     def next(self) -> None:
         self.now += 1
         waiting, self.waiting = self.waiting, []
-        for callback in waiting:
-            callback()
+        end_turn(waiting)
 
 
 class Target:
@@ -61,7 +61,7 @@ class Target:
     def answer(self, count: int | None = None, error: int = 0) -> None:
         for request in self.pending[:count]:
             self.pending.remove(request)
-            request.finish(error)
+            finish(request, error)
 
     @property
     def pending_bytes(self) -> int:
@@ -104,6 +104,7 @@ class Rig:
 
     def start(self, *chains: Chain, ring: Ring | None = None) -> None:
         self.engine.start(ring or self.ring, chains)
+        deliver()
 
     def finish_all(self) -> int:
         """Turn after turn, with every answer; how many turns that took."""
