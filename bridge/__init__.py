@@ -6,6 +6,7 @@ cloud-hypervisor, crosvm or libblkio connect to its socket), on the other an NBD
 The map, and which way imports point:
 
     cli, serve          the command line; puts the pieces together
+    logs, signals       a log that holds nothing up; what ends a command, and how
     parameters, units   what options accept; sizes as operators write and read them
     device, ring        the join: vhost-user session, virtqueues, engine, loop
       vhost_user/       messages and session without I/O; back-end; front-end

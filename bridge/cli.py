@@ -93,7 +93,7 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        errors: list[BaseException] = []
+        errors: list[BridgeError] = []
         try:
             command(*args, **kwargs)
         except* BridgeError as group:
@@ -104,13 +104,13 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         for error in errors:
             _complain(str(error))
         if errors:
-            sys.exit(2 if all(isinstance(error, ConfigError) for error in errors) else 1)
+            sys.exit(min(error.exit_status for error in errors))
 
     return wrapper
 
 
-def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
-    leaves: list[BaseException] = []
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BridgeError]:
+    leaves: list[BridgeError] = []
     for error in group.exceptions:
         leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return leaves

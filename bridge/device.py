@@ -268,12 +268,14 @@ class BlkDevice:
         )
 
     async def _use_memory(self, memory: GuestMemory) -> None:
-        """Change the memory while no request uses it; rings that ran go on in the new one.
+        """Change the memory while no request uses what goes away; rings go on in the new one.
 
         A request that takes too long is no reason to fail it: it keeps the mapping that it
-        uses, which the guest has given up.
+        uses, which the guest has given up. Those elsewhere are not even waited for: QEMU's main
+        loop would stand still for them while the server is away.
         """
-        rings = list(self._rings.values())
+        gone = memory.missing_of(self._memory)
+        rings = [ring for ring in self._rings.values() if ring.uses(gone)]
         try:
             if not await self._drained(rings, self._deadline_s()):
                 _log.warning("requests are still in flight in memory that is taken away")

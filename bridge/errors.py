@@ -9,9 +9,13 @@ import os
 class BridgeError(Exception):
     """Base of every error that the bridge raises on purpose; its text is for the operator."""
 
+    exit_status = 1
+
 
 class ConfigError(BridgeError):
     """The operator asked for something that cannot be: exit status 2, one line, no traceback."""
+
+    exit_status = 2
 
 
 class InUse(ConfigError):
@@ -36,6 +40,12 @@ class ConnectionLost(BridgeError):
 
 class LeftBehind(BridgeError):
     """The guest has stopped, and not everything that it wrote is where the next host will look."""
+
+
+class CertificateWanted(ConnectionLost):
+    """The other side went away without a word where it could have wanted a certificate."""
+
+    exit_status = 2
 
 
 class RequestError(BridgeError):

@@ -24,7 +24,7 @@ from bridge.loop import EPOLLET, EPOLLIN, Loop
 from bridge.virtio.blk import BlkEngine, BlkRequest
 from bridge.virtio.chain import Chain, QueueBroken
 from bridge.virtio.dirty_log import DirtyLog
-from bridge.virtio.memory import GuestMemory
+from bridge.virtio.memory import GuestMemory, Region
 from bridge.virtio.queue import RingAreas, VirtQueue
 
 _log = structlog.get_logger(__name__)
@@ -250,6 +250,18 @@ class RunningRing:
     def unanswered(self) -> list[BlkRequest]:
         """What the storage side has of this ring, oldest first."""
         return self._engine.unanswered(self)
+
+    def uses(self, regions: list[Region]) -> bool:
+        """Something that is not answered has buffers in one of `regions`."""
+        mappings = [region.view.obj for region in regions]
+        for request in self.unanswered():
+            _, _, _, readable, writable, status_view, _, _ = request.chain
+            views = [*readable, *writable]
+            if status_view is not None:
+                views.append(status_view)
+            if any(view.obj is mapping for view in views for mapping in mappings):
+                return True
+        return False
 
     def fail(self, requests: list[BlkRequest]) -> None:
         """Tell the guest that `requests` of this ring failed."""

@@ -234,10 +234,10 @@ def _nothing() -> None:
 async def _cancel_at_signal(
     signals: trio.MemoryReceiveChannel[signal.Signals], serving: trio.CancelScope, stop: _Stop
 ) -> None:
-    async for number in signals:
-        _log.info("stopping", signal=number.name)
-        stop.begin()
-        serving.cancel()
+    number = await signals.receive()  # Those that follow ask for the same.
+    _log.info("stopping", signal=number.name)
+    stop.begin()
+    serving.cancel()
 
 
 def _listener(options: ServeOptions) -> Listener:

@@ -34,7 +34,7 @@ from bridge.cache.layout import Identity, geometry_for
 from bridge.cache.options import Options
 from bridge.cache.sample import check_sample
 from bridge.disk import Backend
-from bridge.errors import ConfigError, ConnectionLost, InUse, LeftBehind
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, InUse, LeftBehind
 from bridge.location import Found, Wanted
 from bridge.loop import Loop
 from bridge.nbd.client import Client
@@ -173,7 +173,8 @@ def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
     volume, without being told to. Raises ConfigError."""
     if not cache.index.dirty_slots:
         return
-    if file.header.frozen and (export.sessions is None or is_shared(export.name)):
+    shared = file.header.shared or is_shared(export.name)
+    if file.header.frozen and (export.sessions is None or shared):
         reason = "the guest was stopped and may have written elsewhere since, which cannot be told"
         raise unwritten(file, reason, "nbd-bridge cache flush --force")
     if export.content_sessions is None:
@@ -378,7 +379,7 @@ class Storage:
         self._away = False
         """Nothing is sent, and the session was left: see `stop_sending`."""
         self._go: Callable[[], None] = _go_nowhere
-        self._refusal: ConfigError | None = None
+        self._refusal: BridgeError | None = None
         self._refused = trio.Event()
         self.on_resized: Callable[[int], None] = _nothing
         """Called with the new size in bytes when the disk has grown, and may be used so far."""
@@ -701,7 +702,7 @@ class Storage:
         # The mark comes first: from here on a death finds it. The gate next: what is not in the
         # client's hands yet never gets there.
         if cache.index.dirty_slots:
-            file.save_header(frozen=True)
+            file.save_header(frozen=True, shared=is_shared(self._uri.export_name))
         cache.freeze(True)
         self._refuse(EIO)
         await self.client.leave(min(_LEAVE_S, self.client.options.close_timeout_s), EIO)
@@ -775,7 +776,8 @@ class Storage:
 
     def _refuse_return(self, reason: str) -> None:
         assert self._file is not None
-        self._refusal = unwritten(self._file, reason, "nbd-bridge cache flush --force")
+        refusal = unwritten(self._file, reason, "nbd-bridge cache flush --force")
+        self._refusal = BridgeError(str(refusal))  # nothing was asked wrongly
         self._refused.set()
 
     async def _watch_refusal(self) -> None:

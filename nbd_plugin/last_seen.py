@@ -9,7 +9,7 @@ remembered of the file (`VolumeState.seen`) and compared at the next opening for
   page of shared memory (`Mark`, in a file beside the state, which outlives the process) says when
   the last of them began and ended, and after a flush which time the file had. The time the file
   has now must be one that we gave it. Where a write was being executed at the kill, up to
-  `_UNFINISHED_S` after its beginning are allowed for: it may have waited for its turn.
+  `_UNFINISHED_NS` after its beginning are allowed for: it may have waited for its turn.
 - **The host was started anew since.** After a loss of power the file may be older than what is
   remembered: inode times reach the medium later than data. So there it may be older, but must not
   have been changed later than we can have done it; that is asked of the change time, which nobody
@@ -27,13 +27,18 @@ another disk under the same path is another generation, and by nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 import os
 import re
 import stat
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+_library = ctypes.CDLL(None)
 
 _SECOND_NS = 1_000_000_000
 _UNFINISHED_NS = 50_000_000
@@ -45,6 +50,9 @@ _COARSE = 5
 
 _BEGAN, _ENDED, _RUNNING, _EXACT = range(4)
 _MARK_BYTES = mmap.PAGESIZE
+
+_OVERWRITTEN_IN_PLACE = frozenset({0xEF53, 0x58465342, 0x01021994})
+"""ext4, XFS and tmpfs, as statfs(2) has them."""
 
 SEEN = re.compile(r"[!-~ ]{0,200}")
 
@@ -59,17 +67,24 @@ class Mark:
     `began` and `ended` cost half a microsecond together, where an fstat after each write would
     cost three. Changes that run at the same time may lose one another's `_RUNNING`; then the file
     looks changed after a kill, and never unchanged.
+
+    A file system that never overwrites in place (btrfs) may have no room for a page that is stored
+    to, and then the process gets SIGBUS: there the page is written with a system call, and if that
+    fails, the file looks changed after a kill.
     """
 
     def __init__(self, path: Path) -> None:
         fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, _MARK_BYTES)  # no SIGBUS on a full disk
-            self._map = mmap.mmap(fd, _MARK_BYTES)
+            self._is_mapped = _file_system(fd) in _OVERWRITTEN_IN_PLACE
+            self._map = mmap.mmap(fd if self._is_mapped else -1, _MARK_BYTES)
+            self._fd = os.dup(fd)
             self._words = memoryview(self._map).cast("q")
             words = self._words
             words[_BEGAN] = words[_ENDED] = time.time_ns()
             words[_RUNNING] = words[_EXACT] = 0
+            self._store()
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -83,6 +98,8 @@ class Mark:
         self._running.append(None)
         words[_RUNNING] = 1
         words[_EXACT] = 0
+        if not self._is_mapped:
+            self._store()
 
     def ended(self) -> None:
         words = self._words
@@ -90,6 +107,8 @@ class Mark:
         self._running.pop()
         if not self._running:
             words[_RUNNING] = 0
+        if not self._is_mapped:
+            self._store()
 
     def note_time(self, fd: int) -> None:
         """Remember the exact time that the file has, if nothing changes it now."""
@@ -99,10 +118,25 @@ class Mark:
         exact = os.fstat(fd).st_mtime_ns
         if self._begun == begun:
             self._words[_EXACT] = exact
+            if not self._is_mapped:
+                self._store()
+
+    def _store(self) -> None:
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, self._words[:4], 0)
 
     def close(self) -> None:
         self._words.release()
         self._map.close()
+        os.close(self._fd)
+
+
+def _file_system(fd: int) -> int:
+    """statfs(2)'s f_type, the first word of what it returns; 0 if it fails."""
+    info = ctypes.create_string_buffer(256)
+    if _library.fstatfs(fd, info) != 0:
+        return 0
+    return int.from_bytes(info.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
 
 
 def read_mark(path: Path) -> tuple[int, int, int, int]:
@@ -157,9 +191,15 @@ def has_changed(seen: str, fd: int, mark: Callable[[], tuple[int, int, int, int]
         return info.st_mtime_ns != exact
     if running:
         ended = max(ended, began + _UNFINISHED_NS)
-    if info.st_mtime_ns % _SECOND_NS == 0:
-        began -= 2 * _SECOND_NS  # a file system that keeps whole seconds only
-    return not began <= info.st_mtime_ns <= ended
+    return not began - _rounded_by(info.st_mtime_ns) <= info.st_mtime_ns <= ended
+
+
+def _rounded_by(time_ns: int) -> int:
+    """By how much the file system may have rounded down the time: two seconds on some, 10 ms or
+    100 ns on others."""
+    if time_ns % _SECOND_NS == 0:
+        return 2 * _SECOND_NS
+    return 10_000_000 if time_ns % 10_000_000 == 0 else 100
 
 
 def has_grown(seen: str, fd: int) -> bool:

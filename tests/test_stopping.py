@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from errno import EIO
@@ -21,9 +21,10 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bridge.cache.file import open_file
+from bridge.cache.inspect import describe, show
 from bridge.cache.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
 from bridge.disk import Disk
-from bridge.errors import ConfigError, LeftBehind
+from bridge.errors import BridgeError, ConfigError, LeftBehind
 from bridge.loop import Loop
 from bridge.nbd import protocol as p
 from bridge.nbd.options import ClientOptions
@@ -31,6 +32,7 @@ from bridge.nbd.server import Server
 from bridge.nbd.server_core import ServerSettings
 from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
+from bridge.serve import ServeOptions, serve_disk
 from bridge.storage import OFF, WRITEBACK, WRITETHROUGH, CacheSettings, Storage, cache_path
 from bridge.virtio.blk import S_IOERR, S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
 from bridge.virtio.blk_config import DiskGeometry
@@ -41,6 +43,18 @@ SIZE_BYTES = 16 << 20
 BLOCK = 4096
 UNANSWERED = 0xEE
 DRAIN_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def _files_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual clock would not wait for the thread that closes a cache file."""
+
+    async def run_here(
+        call: Callable[..., object], *arguments: object, **options: object
+    ) -> object:
+        return call(*arguments)
+
+    monkeypatch.setattr("bridge.storage.trio.to_thread.run_sync", run_here)
 
 
 class GuestDisk(Disk):
@@ -90,6 +104,7 @@ class Bridge:
             on_all_stopped=partial(self.storage.hand_over, partial(self.disk.flush, quiet=True)),
             on_left_behind=self.storage.stop_sending,
             on_starting=self.storage.starting,
+            on_fresh_guest=self.storage.nothing_inherited,
         )
         self.device = self.guest.device
         await self.guest.connect()
@@ -149,7 +164,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.image = MemoryDisk(SIZE_BYTES)
-        self.server = Server({"": self.image, "vm@session=s": self.image})
+        self.server = Server(dict.fromkeys(("", "vm", "vm@session=s"), self.image))
         self.server.commands = []
         self.faults = self.server.faults
 
@@ -342,7 +357,7 @@ async def test_guest_that_comes_back_after_somebody_else_wrote_is_refused(
 ) -> None:
     world.counts(5, 4)
     with pytest.RaisesGroup(
-        pytest.RaisesExc(ConfigError, match=r"cache flush --force.*cache drop"),
+        pytest.RaisesExc(BridgeError, match=r"cache flush --force.*cache drop"),
         flatten_subgroups=True,
     ):
         async with world.bridge() as bridge:
@@ -368,7 +383,7 @@ async def test_guest_that_comes_back_to_an_image_that_looks_different_is_refused
 ) -> None:
     """A server that counts nobody: what is cached and clean tells."""
     with pytest.RaisesGroup(
-        pytest.RaisesExc(ConfigError, match="cache flush --force"), flatten_subgroups=True
+        pytest.RaisesExc(BridgeError, match="cache flush --force"), flatten_subgroups=True
     ):
         async with world.bridge() as bridge:
             await bridge.do(T_IN, 4096, room=BLOCK)
@@ -407,7 +422,7 @@ async def test_shared_session_tells_by_who_wrote_last(
         assert world.image.data[:BLOCK] == block("o")
     else:
         with pytest.RaisesGroup(
-            pytest.RaisesExc(ConfigError, match="cache flush --force"), flatten_subgroups=True
+            pytest.RaisesExc(BridgeError, match="cache flush --force"), flatten_subgroups=True
         ):
             await come_and_go()
         assert world.changes() == 0
@@ -422,23 +437,25 @@ async def test_source_killed_after_the_freeze_leaves_data_that_the_next_start_fi
         world.go_away()
         with pytest.raises(LeftBehind):
             await bridge.stop()
-        shutil.copy(bridge.cache_file, tmp_path)  # as the kernel has it when the process dies
+        path = bridge.cache_file
+        shutil.copy(path, tmp_path / "left")  # as the kernel has it when the process dies
         world.image.data[:] = bytes(SIZE_BYTES)
+    shutil.copy(tmp_path / "left", path)
     world.come_back()
     world.counts(6, 5)
-    async with world.bridge(directory=tmp_path) as bridge:
+    async with world.bridge() as bridge:
         assert not bridge.header.frozen
         assert await bridge.do(T_FLUSH) == S_OK
     assert world.image.data[:BLOCK] == block("d")
 
 
-@pytest.mark.parametrize("case", ["nobody counts", "shared", "somebody wrote"])
+@pytest.mark.parametrize("case", ["nobody counts", "shared", "was shared", "somebody wrote"])
 async def test_next_start_on_frozen_data_is_refused_where_others_may_have_written(
     world: World, autojump_clock: MockClock, case: str
 ) -> None:
     if case != "nobody counts":
         world.counts(5, 4)
-    export = "vm@session=s" if case == "shared" else ""
+    export = "vm@session=s" if case in ("shared", "was shared") else "vm"
     async with world.bridge(export=export) as bridge:
         await bridge.do(T_OUT, out=block("d"))
         world.go_away()
@@ -451,12 +468,12 @@ async def test_next_start_on_frozen_data_is_refused_where_others_may_have_writte
         pytest.RaisesExc(ConfigError, match=r"cache flush --force.*cache drop"),
         flatten_subgroups=True,
     ):
-        async with world.bridge(export=export):
+        async with world.bridge(export="vm" if case == "was shared" else export):
             pass
     assert world.changes() == 0
-    file = open_file(str(bridge.cache_file))
-    assert file.header.frozen
-    file.close(clean=False)
+    summary = show(str(bridge.cache_file))
+    assert summary.frozen
+    assert "frozen" in describe(summary)
 
 
 async def test_process_that_stops_while_data_is_frozen_sends_nothing_and_says_so(
@@ -685,3 +702,27 @@ async def test_stop_of_the_process_shortens_a_drain_that_is_under_way(
         await trio.sleep(1)
         uncached.device.hurry(2)
     assert trio.current_time() - began_s == pytest.approx(3, abs=0.5)
+
+
+async def test_limit_of_the_guests_stop_is_no_part_of_the_processs(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--stop-timeout 0` is for the end of the process; a guest that pauses is no end."""
+    seen: list[float] = []
+
+    def device(*args: Any, drain_timeout_s: float, **options: Any) -> None:
+        seen.append(drain_timeout_s)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("bridge.serve.BlkDevice", device)
+    for options in ({}, {"drain_timeout_s": 7.0}):
+        with pytest.RaisesGroup(ConfigError, flatten_subgroups=True):
+            await serve_disk(
+                ServeOptions(
+                    unix_uri(world.directory / "nbd"),
+                    socket_path=str(world.directory / "vhost"),
+                    stop_timeout_s=0,
+                    **options,
+                )
+            )
+    assert seen == [30.0, 7.0]

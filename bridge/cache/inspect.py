@@ -54,6 +54,8 @@ class Summary:
     damaged_slots: int
     """Slots that cannot be believed; what they held counts nowhere else."""
     clean_shutdown: bool
+    frozen: bool
+    """The guest was stopped before all was at the server, and may have gone on elsewhere."""
     usable: bool
     fault: str
     """Why it is not usable; empty if it is."""
@@ -91,6 +93,7 @@ def show(path: str, *, not_ours: str = "") -> Summary:
         dirty_bytes=index.dirty_blocks * sizes.block_bytes,
         damaged_slots=index.damaged_slots,
         clean_shutdown=header.clean,
+        frozen=header.frozen and bool(index.dirty_slots),
         usable=not fault,
         fault=fault,
         export_generation=header.export_generation,
@@ -123,10 +126,13 @@ def describe(summary: Summary) -> str:
         "blocks": f"{size_text(summary.block_bytes)} in granules of "
         f"{size_text(summary.granule_bytes)}",
         "last shutdown": "clean" if summary.clean_shutdown else "not clean",
+        "frozen": "yes: the guest was stopped before all of it was at the server",
         "usable": "yes" if summary.usable else f"no: {summary.fault}",
         "export generation": str(summary.export_generation or "-"),
         "created": f"{created:%Y-%m-%d %H:%M:%S} UTC",
     }
+    if not summary.frozen:
+        del lines["frozen"]
     if not summary.damaged_slots:
         del lines["damaged"]
     width = max(map(len, lines))

@@ -166,6 +166,8 @@ class Header:
     frozen: bool = False
     """Its guest was stopped before everything was at the server, and may have gone on elsewhere:
     what is dirty is not to be sent before it is known that nobody else wrote."""
+    shared: bool = False
+    """`frozen` in a session that others were in: its number does not tell whether they wrote."""
     export_identity: bytes = b""
     """16 bytes of the volume that the content belongs to; b"": the server gives none."""
     witness: int = 0
@@ -192,7 +194,7 @@ class Header:
             sizes.block_bytes,
             sizes.granule_bytes,
             sizes.slots,
-            self.clean | self.frozen << 1,
+            self.clean | self.frozen << 1 | self.shared << 2,
             sizes.disk_bytes,
             self.sequence,
             self.export_generation,
@@ -279,6 +281,7 @@ def _parse_page(page: bytes) -> Header | None:
         boot_id=boot_id,
         clean=bool(marks & 1),
         frozen=bool(marks & 2),
+        shared=bool(marks & 4),
         index_crc=index_crc,
         export_generation=generation,
         created_s=created,

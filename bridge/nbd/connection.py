@@ -24,7 +24,7 @@ from typing import Final
 import structlog
 import trio
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
+from bridge.errors import BridgeError, CertificateWanted, ConfigError, ConnectionLost, ProtocolError
 from bridge.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.nbd import tls
 from bridge.nbd.export import Export
@@ -121,11 +121,14 @@ async def negotiate(
         silent.about_export = handshake.waits_for_export
         raise silent from None
     except BridgeError as error:
-        if handshake.silent_over_tls and not tls.has_certificate(uri, options):
-            raise ConfigError(
-                f"{uri.server}: {error}: if the server wants a certificate of its client, give "
-                "--tls-cert and --tls-key"
-            ) from None
+        if handshake.silent_over_tls:
+            # A server that does not like its client's certificate, or none, often says no more.
+            hint = (
+                "does it accept the certificate (--tls-cert)?"
+                if tls.has_certificate(uri, options)
+                else "if it wants a certificate of its client, give --tls-cert and --tls-key"
+            )
+            raise CertificateWanted(f"{uri.server}: {error}: {hint}") from None
         raise type(error)(f"{uri.server}: {error}") from None
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
@@ -226,6 +229,8 @@ async def _shake_hands(
         sock.close()
         if handshake.refused is not None:
             raise handshake.refused from None
+        if isinstance(error, ssl.SSLEOFError):
+            raise handshake.receive_eof() from None
         raise ConnectionLost(
             f"connection lost while waiting for {handshake.waits_for}: {error.strerror or error}"
         ) from None

@@ -9,7 +9,7 @@ from bridge.nbd.protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 from bridge.nbd.untrusted import counter
 
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
-_REFUSAL = re.compile(r"nbd-bridge volume=.* refused: (.+)")
+_REFUSAL = re.compile(r"nbd-bridge volume=.*? refused: (.+)")
 _IDENTITY = re.compile("[0-9a-f]{32}")
 _COUNTER = re.compile("[0-9]{1,19}", re.ASCII)
 

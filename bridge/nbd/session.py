@@ -80,8 +80,12 @@ _log = structlog.get_logger(__name__)
 _SECTOR_BYTES: Final = 512
 _GOOD_CONNECTION_S: Final = 1.0
 _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
-_NOTHING_DONE: Final = (errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP)
-"""With these a server refuses a command; it has not tried to make anything durable."""
+_NOTHING_FAILED: Final = (
+    *(errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP),
+    errno.ECANCELED,
+)
+"""With these a server refuses a command, and has not tried to make anything durable; or the
+command was abandoned, and the server did not say that it failed."""
 _STATUS_MAX_BYTES: Final = 1 << 30
 
 
@@ -262,7 +266,7 @@ class Session:
 
     def _fua_done(self, inner: Request) -> None:
         request: Request = inner.owner
-        if inner.error and inner.generation and inner.error not in _NOTHING_DONE:
+        if inner.error and inner.generation and inner.error not in _NOTHING_FAILED:
             self._refuse_flushes(self._end_epoch())
         request.generation = inner.generation
         request.finish(inner.error)

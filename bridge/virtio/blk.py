@@ -398,6 +398,7 @@ class BlkEngine:
                 request.owner.abandon(scratch)
             elif isinstance(request.owner, Lane):
                 request.done = _abandoned_whole
+            del request.chain, request.ring  # views of the guest's memory, which may go away now
 
     def _finish(self, request: BlkRequest) -> None:
         """The disk is done with `request`: tell the guest."""

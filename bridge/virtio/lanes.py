@@ -204,6 +204,7 @@ class Job:
         begun."""
         self._error = self._error or ECANCELED
         self._next = None
+        self._pieces = iter(())  # They have views of the guest's memory.
         self._lane.leave(self)
         for piece in self._in_flight:
             piece.abandon(piece.done, scratch)

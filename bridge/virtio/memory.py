@@ -124,11 +124,17 @@ class GuestMemory:
                     f"{high.guest_address:#x} overlap"
                 )
 
+    def missing_of(self, other: GuestMemory) -> list[Region]:
+        """The regions of `other` that are not here."""
+        return [
+            theirs
+            for theirs in other.regions
+            if not any(mine is theirs or mine.is_the_same_as(theirs) for mine in self.regions)
+        ]
+
     def has_all_of(self, other: GuestMemory) -> bool:
         """Every region of `other` is here, too: nothing that is in use went away."""
-        return all(
-            any(mine.is_the_same_as(theirs) for mine in self.regions) for theirs in other.regions
-        )
+        return not self.missing_of(other)
 
     def with_region(self, region: Region) -> GuestMemory:
         """The same memory with one region more."""

@@ -124,6 +124,13 @@ class Rig:
         self.end_turn()
         return result
 
+    def take_turn(self) -> None:
+        """What was left to the next turn goes on."""
+        going_on, self.next_turn[:] = list(self.next_turn), []
+        for callback in going_on:
+            callback()
+        self.end_turn()
+
     # What others than the guest and the server do. Each is a turn of its own; what was put off to
     # the end of the loop's turn comes with `end_turn`.
 
@@ -146,13 +153,6 @@ class Rig:
     def check_before_writing(self, done: Callable[[int], None]) -> None:
         self.cache.check_before_writing(done)
         deliver()
-
-    def take_turn(self) -> None:
-        """What was left to the next turn goes on."""
-        going_on, self.next_turn[:] = list(self.next_turn), []
-        for callback in going_on:
-            callback()
-        self.end_turn()
 
     def serve(self) -> None:
         """The server answers everything, in order, however many turns it takes."""

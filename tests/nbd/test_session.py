@@ -37,6 +37,8 @@ class FakeChannel:
         self.pending: list[Request] = []
         self.unflushed = 0
         self.answered = False
+        self.values: dict[int, list[float]] = {}
+        """What changes put into each block, as it was sent."""
 
     @property
     def in_flight(self) -> int:
@@ -48,9 +50,15 @@ class FakeChannel:
     def send(self, request: Request) -> None:
         request.cookie = next(_cookies)
         self.pending.append(request)
+        if request.op in (WRITE, WRITE_ZEROES):
+            self.values[request.cookie] = values_of(request)
 
     def abandon(self) -> list[Request]:
-        return [request for request in self.pending if request.is_abandoned]
+        found = [request for request in self.pending if request.is_abandoned]
+        for request in found:
+            length = request.length if request.op == READ else 0
+            request.buffers = [memoryview(bytearray(length))]
+        return found
 
     def answer(self, request: Request, error: int = 0) -> None:
         self.pending.remove(request)
@@ -678,63 +686,6 @@ def test_fail_pending_fails_everything_once_and_goes_on() -> None:
     assert world.sent == [(READ, 3)]
 
 
-def on_two_connections(options: ClientOptions | None = None) -> World:
-    """A session that keeps overlapping changes apart."""
-    world = World(options)
-    world.down()
-    world.up(count=2)
-    return world
-
-
-@pytest.mark.parametrize("again", [WRITE, DISCARD, WRITE_ZEROES])
-def test_fail_pending_fails_the_changes_that_wait_for_one_in_flight(again: int) -> None:
-    """Their memory is the guest's again, too: nothing of them may be sent later."""
-    world = on_two_connections()
-    requests = [world.ask(WRITE, 1, count=2), world.ask(again, 1), world.ask(WRITE, 2)]
-    requests += [world.ask(again, 1, count=2), world.ask(WRITE, 1)]
-    assert world.sent == [(WRITE, 1)]
-    world.fail_pending(0.0, world.pending, errno.ENODEV)
-    assert [request.error for request in requests] == [errno.ENODEV] * 5
-    assert world.session.in_flight == 0
-    world.up()
-    assert world.sent == []
-    assert len(world.log) == 5
-
-
-def test_fail_pending_while_down_fails_the_changes_that_wait_for_one_in_flight() -> None:
-    world = on_two_connections()
-    requests = [world.ask(WRITE, 1) for _ in range(3)]
-    world.down()
-    requests.append(world.ask(WRITE, 1))
-    world.fail_pending(0.0, [], errno.ENODEV)
-    assert [request.error for request in requests] == [errno.ENODEV] * 4
-    world.up()
-    assert world.sent == []
-
-
-@pytest.mark.parametrize("grace_s", [0, GRACE_S])
-def test_closed_session_fails_the_changes_that_wait_for_one_in_flight(grace_s: float) -> None:
-    """Also those that a stale write would have kept waiting for the grace time."""
-    world = on_two_connections(ClientOptions(stale_write_grace_s=grace_s))
-    requests = [world.ask(WRITE, 1) for _ in range(3)]
-    world.closed(world.pending)
-    assert [request.error for request in requests] == [errno.EIO] * 3
-    assert world.session.in_flight == 0
-
-
-@pytest.mark.parametrize("give_up", [False, True])
-def test_nothing_waits_for_a_grace_that_begins_with_its_own_failing(give_up: bool) -> None:
-    world = on_two_connections(ClientOptions(stale_write_grace_s=GRACE_S, reconnect_timeout_s=2))
-    requests = [world.ask(WRITE, 1) for _ in range(3)]
-    world.down(stale_possible=True)
-    if give_up:
-        world.tick(2)
-    else:
-        world.fail_pending(0.0, [], errno.EIO)
-    assert [request.error for request in requests] == [errno.EIO] * 3
-    assert world.session.in_flight == 0
-
-
 MANY = 64 * 1024
 """What 64 queues of 1024 can have in flight."""
 
@@ -1171,6 +1122,62 @@ def test_abandoned_change_that_waits_for_its_range_lets_the_next_one_go() -> Non
     for channel in world.channels:
         channel.answer_all()
     assert (first.error, third.error) == (0, 0)
+
+
+def on_two_connections(options: ClientOptions | None = None) -> World:
+    """A session that keeps overlapping changes apart."""
+    world = World(options)
+    world.down()
+    world.up(count=2)
+    return world
+
+
+@pytest.mark.parametrize("again", [WRITE, DISCARD, WRITE_ZEROES])
+def test_fail_pending_fails_the_changes_that_wait_for_one_in_flight(again: int) -> None:
+    """Their memory is the guest's again, too: nothing of them may be sent later."""
+    world = on_two_connections()
+    requests = [world.ask(WRITE, 1, count=2), world.ask(again, 1), world.ask(WRITE, 2)]
+    requests += [world.ask(again, 1, count=2), world.ask(WRITE, 1)]
+    assert world.sent == [(WRITE, 1)]
+    world.fail_pending(0.0, world.pending, errno.ENODEV)
+    assert [request.error for request in requests] == [errno.ENODEV] * 5
+    assert world.session.in_flight == 0
+    world.up()
+    assert world.sent == []
+    assert len(world.log) == 5
+
+
+def test_fail_pending_while_down_fails_the_changes_that_wait_for_one_in_flight() -> None:
+    world = on_two_connections()
+    requests = [world.ask(WRITE, 1) for _ in range(3)]
+    world.down()
+    requests.append(world.ask(WRITE, 1))
+    world.fail_pending(0.0, [], errno.ENODEV)
+    assert [request.error for request in requests] == [errno.ENODEV] * 4
+    world.up()
+    assert world.sent == []
+
+
+@pytest.mark.parametrize("grace_s", [0, GRACE_S])
+def test_closed_session_fails_the_changes_that_wait_for_one_in_flight(grace_s: float) -> None:
+    """Also those that a stale write would have kept waiting for the grace time."""
+    world = on_two_connections(ClientOptions(stale_write_grace_s=grace_s))
+    requests = [world.ask(WRITE, 1) for _ in range(3)]
+    world.closed(world.pending)
+    assert [request.error for request in requests] == [errno.EIO] * 3
+    assert world.session.in_flight == 0
+
+
+@pytest.mark.parametrize("give_up", [False, True])
+def test_nothing_waits_for_a_grace_that_begins_with_its_own_failing(give_up: bool) -> None:
+    world = on_two_connections(ClientOptions(stale_write_grace_s=GRACE_S, reconnect_timeout_s=2))
+    requests = [world.ask(WRITE, 1) for _ in range(3)]
+    world.down(stale_possible=True)
+    if give_up:
+        world.tick(2)
+    else:
+        world.fail_pending(0.0, [], errno.EIO)
+    assert [request.error for request in requests] == [errno.EIO] * 3
     assert world.session.in_flight == 0
 
 
@@ -1268,7 +1275,7 @@ class Simulation:
         self.executed.add(id(request))
         first = request.offset // BLOCK
         if request.op == WRITE:
-            for i, value in enumerate(values_of(request)):
+            for i, value in enumerate(self.sent_values(request)):
                 self.memory[first + i] = value
         elif request.op == READ:
             for i in range(request.length // BLOCK):
@@ -1283,6 +1290,14 @@ class Simulation:
         if request.flags & FUA:
             for i in range(request.length // BLOCK):
                 self.stable[first + i] = self.memory[first + i]
+
+    def sent_values(self, request: Request) -> list[float]:
+        """What it was when it was sent: by now it may be abandoned."""
+        return next(
+            channel.values[request.cookie]
+            for channel in self.channels
+            if request.cookie in channel.values
+        )
 
     def answer_one(self) -> None:
         busy = [channel for channel in self.channels if channel.pending]
@@ -1311,7 +1326,7 @@ class Simulation:
                 change = request.op in (WRITE, WRITE_ZEROES)
                 if stale and change and id(request) not in self.executed:
                     late = self.time + self.random.uniform(0, GRACE_S * 0.9)
-                    self.left_behind.append((late, request, values_of(request)))
+                    self.left_behind.append((late, request, self.sent_values(request)))
                 unanswered.append(request)
         unanswered.sort(key=lambda request: request.cookie)
         self.executed.clear()
@@ -1431,10 +1446,72 @@ class Simulation:
             self.session.tick(self.time)
             deliver()
             self.answer_one()
-            if not self.session.in_flight:
+            if not (self.session.in_flight or self.open_requests):
                 break
         assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
         assert self.session.in_flight == 0
+
+
+class PausedGuest(Simulation):
+    """The same with a guest whose ring stops now and then with requests in flight, which are left
+    in an in-flight region and executed again, oldest first, when it runs on."""
+
+    def __init__(self, seed: int, *, volatile: bool) -> None:
+        super().__init__(seed, volatile=volatile)
+        self.running: dict[Request, None] = {}
+        self.left: list[tuple[Request, bytearray, bytes]] = []
+        self.submitting = self.session.submit
+        self.session.submit = self.start  # type: ignore[method-assign]
+
+    def start(self, request: Request) -> None:
+        done = request.done
+
+        def finished(request: Request) -> None:
+            del self.running[request]
+            done(request)
+
+        request.done = finished
+        self.running[request] = None
+        self.submitting(request)
+
+    def pause(self) -> None:
+        scratch = memoryview(bytearray(3 * BLOCK))
+        for old in list(self.running):
+            data = old.buffers[0].obj if old.buffers else bytearray()
+            assert isinstance(data, bytearray)
+            done = old.done.__closure__[0].cell_contents  # what `start` wrapped
+            again = Request(old.op, old.offset, old.length, list(old.buffers), done, old.flags)
+            self.left.append((again, data, bytes(data)))
+            old.abandon(lambda request: None, scratch)
+        self.running.clear()
+        self.session.abandon()
+
+    def resume(self) -> None:
+        left, self.left = self.left, []
+        for request, data, before in left:
+            assert data == before, f"seed {self.seed}: the guest's memory was written"
+            self.start(request)
+
+    def answer_one(self) -> None:
+        if self.left:
+            if not self.random.randrange(8):
+                self.resume()
+        elif not self.random.randrange(40):
+            self.pause()
+        super().answer_one()
+
+    def submit(self) -> None:
+        if not self.left:
+            super().submit()
+
+
+@pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
+@pytest.mark.parametrize("batch", range(2))
+def test_simulated_guest_that_is_paused_at_any_moment_every_value_is_explained(
+    batch: int, volatile: bool
+) -> None:
+    for seed in range(batch * 100, batch * 100 + 60):
+        PausedGuest(seed, volatile=volatile).run(400)
 
 
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])

@@ -14,7 +14,7 @@ import trio
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, CertificateWanted, ConfigError
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.server import Faults, Server
 from bridge.nbd.server_core import ServerSettings
@@ -144,6 +144,42 @@ async def test_client_certificate_missing_is_refused_and_given_is_taken(
         uri = f"nbds://localhost:{port}/?tls-certificates={folders['clients']}"
         async with running_client(uri) as client:
             assert client.export.tls
+
+
+@pytest.mark.parametrize("has_certificate", [False, True])
+async def test_server_that_hangs_up_after_tls_may_not_like_our_certificate(
+    folders: dict[str, Path], tmp_path: Path, has_certificate: bool
+) -> None:
+    """GnuTLS says no with TLS 1.3 after our handshake is over, and no more than that."""
+    from tests.nbd.test_handshake import greeting, reply
+
+    folder = folders["good"]
+    context = server_context(str(folder / "server-cert.pem"), str(folder / "server-key.pem"))
+
+    async def speak(stream: trio.SocketStream) -> None:
+        await stream.send_all(greeting())
+        await stream.receive_some()
+        await stream.send_all(reply(5, 1))
+        over_tls = trio.SSLStream(stream, context, server_side=True)
+        await over_tls.do_handshake()
+        await stream.aclose()
+
+    files = folders["clients"]
+    if not has_certificate:
+        (tmp_path / "ca-cert.pem").write_bytes((files / "ca-cert.pem").read_bytes())
+        files = tmp_path
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = listeners[0].socket.getsockname()[1]
+        nursery.start_soon(trio.serve_listeners, speak, listeners)
+        async with running_client(
+            f"nbds://localhost:{port}/?tls-certificates={files}", FAST, connect=False
+        ) as client:
+            says = "accept the certificate" if has_certificate else "give --tls-cert and --tls-key"
+            with pytest.raises(CertificateWanted, match=says) as caught:
+                await client.connect()
+            assert caught.value.exit_status == 2
+        nursery.cancel_scope.cancel()
 
 
 async def test_plain_client_at_a_server_requiring_tls_is_told(folders: dict[str, Path]) -> None:

@@ -77,6 +77,35 @@ def test_reads_received_in_any_pieces_are_whole(kind: str, step: int, length: in
     assert not transmission.pending
 
 
+@pytest.mark.parametrize("kind", ["simple", "structured", "extended"])
+@pytest.mark.parametrize("before", [0, 10, 1000, 100_000, 299_000])
+def test_payload_of_an_abandoned_read_goes_nowhere_from_there_on(kind: str, before: int) -> None:
+    """Its buffers are the guest's again, wherever in its reply the stream is."""
+    transmission = machine(kind)
+    reads = [Asked(transmission, READ, i * 300_000, 300_000) for i in range(3)]
+    stream = b"".join(whole_answer(kind, read, pattern(i, 300_000)) for i, read in enumerate(reads))
+    feed(transmission, stream[:before], 4096)
+    abandoned = reads[0]
+    there = bytes(abandoned.data)
+    abandoned.request.abandon(abandoned.request.done, memoryview(bytearray(300_000)))
+    assert transmission.abandon() == [abandoned.request]
+    feed(transmission, stream[before:], 4096)
+    assert abandoned.data == there
+    assert [read.finished for read in reads] == [1, 1, 1]
+    assert [read.data for read in reads[1:]] == [pattern(i, 300_000) for i in (1, 2)]
+
+
+def test_payload_of_an_abandoned_write_is_sent_from_a_copy() -> None:
+    """The rest of its frame has to come, and may not be what the guest puts there by then."""
+    transmission = machine("simple")
+    asked = Asked(transmission, WRITE, 0, 4096)
+    whole = b"".join(transmission.output)
+    asked.request.abandon(asked.request.done, memoryview(b""))
+    transmission.abandon()
+    asked.data[:] = b"!" * 4096
+    assert b"".join(transmission.output) == whole
+
+
 @given(st.lists(st.integers(1, 90_000), max_size=12), st.integers(1, 70_000))
 def test_mixed_stream_split_anywhere_equals_whole(steps: list[int], rest: int) -> None:
     transmission = machine("structured")

@@ -3,6 +3,7 @@ nobody believes what they cached; and nothing that the plugin did itself looks l
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from nbd_plugin import last_seen
 from nbd_plugin.file_store import FileStore, VolumeFile
+from nbd_plugin.last_seen import Mark, read_mark
 from nbd_plugin.session import begin_generation
 from nbd_plugin.volume_state import parse_state
 from tests.plugin.client import WRITE, RawClient
@@ -167,6 +169,63 @@ def test_reader_is_not_told_counters_after_an_outside_change(volumes: Path) -> N
         edit(volumes / "disk")
         with RawClient(str(server.socket), "disk@readonly") as client:
             assert "generation" not in client.properties
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_mark_is_on_disk_however_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    """On a file system that overwrites in place it is mapped, elsewhere (btrfs) written."""
+    monkeypatch.setattr(last_seen, "_file_system", lambda fd: 0xEF53 if in_place else 0x9123683E)
+    path = tmp_path / "mark"
+    mark = Mark(path)
+    mark.began()
+    began, _, running, _ = read_mark(path)
+    assert (running, began > 0) == (1, True)
+    mark.ended()
+    _, ended, running, exact = read_mark(path)
+    assert (running, exact, ended >= began) == (0, 0, True)
+    with open(path, "rb") as file:
+        mark.note_time(file.fileno())
+    assert read_mark(path)[3] > 0
+    mark.began()
+    assert read_mark(path)[3] == 0
+    mark.ended()
+    mark.close()
+
+
+def test_mark_that_cannot_be_written_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(last_seen, "_file_system", lambda fd: 0)
+    mark = Mark(tmp_path / "mark")
+
+    def full(fd: int, data: object, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    mark.began()
+    mark.ended()
+    mark.close()
+
+
+@pytest.mark.parametrize("rounded_to_ns", [100, 10_000_000, 1_000_000_000, 2_000_000_000])
+def test_file_system_with_coarse_times_kill_is_no_outside_change(
+    tmp_path: Path, rounded_to_ns: int
+) -> None:
+    path = tmp_path / "v"
+    path.write_bytes(b"x")
+    began = 1_700_000_001_234_567_891
+    kept = began - began % rounded_to_ns
+    os.utime(path, ns=(kept, kept))
+    with open(path, "rb") as file:
+        seen = last_seen.describe(file.fileno(), is_open=True).split(" ")
+        seen[4] = "1"
+        marked = (began, began + 5000, 0, 0)
+        assert not last_seen.has_changed(" ".join(seen), file.fileno(), lambda: marked)
+        late = began + 5001
+        os.utime(path, ns=(late, late))
+        assert last_seen.has_changed(" ".join(seen), file.fileno(), lambda: marked)
 
 
 # --- the host was started anew: told by the boot's number, which is made up here

@@ -12,7 +12,10 @@ import uuid
 from pathlib import Path
 
 import pytest
+import trio
 
+from bridge.nbd.client import list_exports
+from bridge.nbd.uri import parse_uri
 from tests.ceph.cluster import POOL, Cluster
 from tests.plugin.client import NbdError, RawClient, Refused
 from tests.plugin.server import PACKAGE, Nbdkit, refusal, run
@@ -157,12 +160,20 @@ def visit(server: Nbdkit, image: str) -> dict[str, str]:
         return client.properties
 
 
+def look_after_session(server: Nbdkit, image: str) -> dict[str, str]:
+    """A reader's view when the session is over, of which clients see the end a little earlier."""
+    deadline = time.monotonic() + 20
+    while "generation" not in (seen := visit(server, f"{image}@readonly")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return seen
+
+
 def test_image_that_only_the_plugin_wrote_is_believed(ceph: Cluster, image: str) -> None:
     with serve(ceph) as server:
         cached = write_once(server, image)
         assert believes(cached, visit(server, image))
-        with RawClient(str(server.socket), f"{image}@readonly") as reader:
-            assert believes(cached, reader.properties)
+        assert believes(cached, look_after_session(server, image))
     ceph.rbd("info", image)
     command_line(ceph, "resize", image, "128M")
     command_line(ceph, "snapshot", image, "s")
@@ -335,6 +346,26 @@ def test_image_without_exclusive_lock_refused_with_the_remedy(ceph: Cluster) -> 
         with pytest.raises(Refused):
             RawClient(str(server.socket), name)
         assert f"rbd feature enable {POOL}/{name} exclusive-lock" in server.log
+
+
+def test_demoted_image_refused_with_the_remedy_and_readable(ceph: Cluster, image: str) -> None:
+    ceph.rbd("mirror", "pool", "enable", POOL, "image")
+    ceph.rbd("mirror", "image", "enable", f"{POOL}/{image}", "snapshot")
+    ceph.rbd("mirror", "image", "demote", f"{POOL}/{image}")
+    try:
+        with serve(ceph, f"image={image}") as server:
+            with pytest.raises(Refused):
+                RawClient(str(server.socket), image)
+            assert f"volume {image} is demoted" in server.log
+            assert f"rbd mirror image promote {POOL}/{image}" in server.log
+            (listed,) = trio.run(list_exports, parse_uri(server.uri()))
+            assert f"refused: volume {image} is demoted" in listed.description
+            with RawClient(str(server.socket), f"{image}@readonly") as reader:
+                assert reader.read(0, BLOCK) == bytes(BLOCK)
+    finally:
+        ceph.rbd("mirror", "image", "promote", f"{POOL}/{image}")
+        ceph.rbd("mirror", "image", "disable", f"{POOL}/{image}")
+        ceph.rbd("mirror", "pool", "disable", POOL)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -193,3 +194,25 @@ def test_serve_dead_socket_is_replaced(nbd, directory):
     child.terminate()
     assert child.wait(HUNG_S) == 0
     child.stderr.close()
+
+
+def test_info_list_names_every_export_with_its_description(directory):
+    for name in ("vm0", "vm1"):
+        (directory / "disks").mkdir(exist_ok=True)
+        (directory / "disks" / name).write_bytes(bytes(65536))
+    for path in _nbdkit(directory / "nbd", "file", f"dir={directory}/disks"):
+        text = _info("--list", unix_uri(path))
+        names = [each["export"] for each in json.loads(_info("--list", "--json", unix_uri(path)))]
+        line = refused(unix_uri(path, "vm2"), "--socket-path", str(directory / "v"), status=2)
+    assert sorted(text.splitlines()) == ["vm0", "vm1"]
+    assert sorted(names) == ["vm0", "vm1"]
+    assert "refused the export 'vm2': " in line
+    assert "'vm0'" in line
+    assert "(nbd-bridge info --list)" in line
+
+
+def _info(*arguments: str) -> str:
+    done = subprocess.run(
+        bridge_argv("info", *arguments), capture_output=True, timeout=60, check=True
+    )
+    return done.stdout.decode()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from bridge.errors import RequestError
 from bridge.guest import Guest
 from tests.plugin.test_outside_changes import wait_for_another_tick
 from tests.serve.processes import process, serving, unix_uri, wait_for
@@ -85,6 +86,30 @@ async def test_nbdkit_ends_at_sigterm_while_an_idle_bridge_is_connected(director
                 await guest.write(4096, NEW)
                 await guest.flush()
     assert (directory / "disk.img").read_bytes()[:8192] == OLD + NEW
+
+
+@pytest.mark.parametrize("mode", ["off", "writeback"])
+async def test_filter_that_loses_data_with_nbdkit_no_flush_vouches_for_it(
+    directory: Path, mode: str
+) -> None:
+    """nbdkit's cache filter has acknowledged the write and holds it in its memory."""
+    nbd, vhost = directory / "nbd", directory / "vhost"
+    argv = [*nbdkit(directory), "cache=writeback"]
+    argv[1:1] = ["--filter=cache"]
+    async with AsyncExitStack() as servers:
+        server = await servers.enter_async_context(process(argv, ready=nbd))
+        async with serving(unix_uri(nbd), vhost, *cached(directory, mode)):
+            async with await Guest.connect(vhost) as guest:
+                await guest.write(0, OLD)
+                server.kill()
+                await wait_for(server, limit_s=10)
+                await servers.enter_async_context(process(argv, ready=nbd))
+                if mode == "off":
+                    with pytest.raises(RequestError):
+                        await guest.flush()
+                else:
+                    await guest.flush()
+                    assert (directory / "disk.img").read_bytes()[:4096] == OLD
 
 
 async def test_read_only_bridge_beside_one_that_writes(directory: Path) -> None:
