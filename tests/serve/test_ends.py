@@ -132,11 +132,15 @@ async def test_serve_log_as_json_is_one_object_per_line_in_order(start, director
         argv = serve_argv(directory, "--cache-mode", "off", "--log-format", "json")
         child = start(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         await until_there(directory / "vhost")
+        assert child.stderr is not None
         (await Guest.connect(directory / "vhost")).close()
+        events = []
+        while "front-end disconnected" not in events:  # else it may come after "stopping"
+            line = await trio.to_thread.run_sync(child.stderr.readline)
+            events.append(json.loads(line)["event"])
         child.terminate()
         assert await wait_for(child, limit_s=HUNG_S) == 0
-    assert child.stderr is not None
-    events = [json.loads(line)["event"] for line in child.stderr]
+    events += [json.loads(line)["event"] for line in child.stderr]
     child.stderr.close()
     assert events[0] == "serving"
     assert events[-2:] == ["stopping", "stopped"]
