@@ -10,7 +10,9 @@ The map, and which way imports point:
     parameters, units   what options accept; sizes as operators write and read them
     device, ring        the join: vhost-user session, virtqueues, engine, loop
       vhost_user/       messages and session without I/O; back-end; front-end
-      virtio/           guest memory, virtqueues, virtio-blk requests, configuration space
+      virtio/           guest memory, virtqueues, virtio-blk requests (large ones in lanes),
+                        configuration space
+    eventfds, faults    what a front-end could do to the process
     disk                the seam: requests on byte ranges; flush timer
     storage, location   client and cache put together; which cache file belongs to an export
       cache/            the local cache

@@ -243,28 +243,32 @@ class BlkEngine:
             op, lane, buffers = WRITE, self._writes, readable
             flags, used_bytes = self._write_flags, 1
             hit = self._write_hit if not flags else _no_hit
+        at_once = length <= WHOLE_BYTES and lane.is_free
+        if at_once and hit(offset, length, buffers):
+            lane.copied(length)
+            ring.complete(chain, S_OK, used_bytes)
+            return
         request = BlkRequest(
-            ring, chain, op, offset, length, buffers, self._large_done, flags, used_bytes
+            ring, chain, op, offset, length, buffers, self._done, flags, used_bytes
         )
-        if length <= WHOLE_BYTES and lane.is_free:
-            if hit(offset, length, buffers):
-                lane.copied(length)
-                ring.complete(chain, S_OK, used_bytes)
-                return
-            if lane.begin_whole(length):
-                self._unanswered[request] = None
-                request.owner = lane
-                self._submit(request)
-                return
-        request.done = self._done
         self._unanswered[request] = None
-        epoch = self._epoch if op == WRITE else None
-        request.owner = Job(lane, request, _data_pieces(request), request.finish, epoch)
-        lane.enter(request.owner)
+        if at_once and lane.begin_whole(length):
+            request.owner = lane
+            request.done = self._large_done
+            self._submit(request)
+        else:
+            self._enter(lane, request, _data_pieces(request))
+
+    def _enter(
+        self, lane: Lane, request: BlkRequest, pieces: Iterator[tuple[int, Request]]
+    ) -> None:
+        """Have `lane` do `request` in `pieces`."""
+        epoch = self._epoch if request.op != READ else None
+        job = request.owner = Job(lane, request, pieces, request.finish, epoch)
+        lane.enter(job)
 
     def _finish_large(self, request: BlkRequest) -> None:
-        lane = self._reads if request.op == READ else self._writes
-        lane.ended(request.length)
+        request.owner.ended(request.length)  # the lane
         self._finish(request)
 
     def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
@@ -342,10 +346,7 @@ class BlkEngine:
         if not parts:
             request.finish(0)
             return
-        lane = self._range_lane
-        pieces = _range_pieces(request, parts)
-        request.owner = Job(lane, request, pieces, request.finish, self._epoch)
-        lane.enter(request.owner)
+        self._enter(self._range_lane, request, _range_pieces(request, parts))
 
     def _check_ranges(
         self, op: int, segments: bytes
