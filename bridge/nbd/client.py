@@ -267,12 +267,16 @@ class Client:
             return [first]
         export = first.export
         announced = export.properties.get("session") == "yes"
-        if announced and self.options.read_only and "@" not in export.name:
+        if (
+            announced
+            and self.options.read_only
+            and "@" not in export.name.partition("@session=")[0]
+        ):
             # Our plugin, which did not say so when it was asked: let go of the volume at once.
             await leave(first)
             self._reads_only = True
             return await self._negotiate_all()
-        announced = announced and self._may_be_named
+        announced = announced and self._may_be_named and not self._reads_only
         if announced and token is None and not self._names_refused:
             # Our plugin: connections that name one session are admitted together, and one that
             # names its client replaces what that client has left behind.
@@ -321,11 +325,17 @@ class Client:
         """Our plugin gives a volume to one writer at a time, and to any number of readers beside
         it; these say so in the name, since NBD has no other way. So who we talk to must be known
         before the export is opened. A server that hangs up is asked again the next time."""
-        if "@" in self.uri.export_name:
+        if "@" in self._volume:
             self._reads_only = False
             return
         with contextlib.suppress(ConnectionLost):
-            self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options)
+            volume = self._volume
+            self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options, volume)
+
+    @property
+    def _volume(self) -> str:
+        """The export's name without the session that it may name: a reader is in none."""
+        return self.uri.export_name.partition("@session=")[0]
 
     @property
     def _may_be_named(self) -> bool:
@@ -336,7 +346,7 @@ class Client:
     def _name(self, token: str | None, number: int) -> str:
         name = self.uri.export_name
         if self._reads_only:
-            return f"{name}@readonly"
+            return f"{self._volume}@readonly"
         if token is None:
             return name
         if "@" in name:
@@ -499,20 +509,21 @@ async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
 async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
     """The server is our plugin and has that export, says its list."""
     try:
-        return "@" not in uri.export_name and await _is_listed_by_our_plugin(uri, options)
+        return "@" not in uri.export_name and await _is_listed_by_our_plugin(
+            uri, options, uri.export_name
+        )
     except BridgeError:
         return False
 
 
-async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions) -> bool:
+async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions, volume: str) -> bool:
     """The same; a server that does not list is not ours. Raises ConnectionLost."""
     try:
         listed = await list_exports(uri, options)
     except (ConfigError, ProtocolError):
         return False
     return any(
-        each.description.startswith("nbd-bridge volume=")
-        and each.name == (uri.export_name or each.name)
+        each.description.startswith("nbd-bridge volume=") and each.name == (volume or each.name)
         for each in listed
     )
 
