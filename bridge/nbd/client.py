@@ -267,11 +267,8 @@ class Client:
             return [first]
         export = first.export
         announced = export.properties.get("session") == "yes"
-        if (
-            announced
-            and self.options.read_only
-            and "@" not in export.name.partition("@session=")[0]
-        ):
+        is_plain = "@" not in export.name.partition("@session=")[0]
+        if announced and self.options.read_only and is_plain:
             # Our plugin, which did not say so when it was asked: let go of the volume at once.
             await leave(first)
             self._reads_only = True

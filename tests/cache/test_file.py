@@ -879,7 +879,7 @@ def test_file_system_that_maps_no_files_is_an_error_with_the_remedy(
 ) -> None:
     monkeypatch.setattr("bridge.cache.file.mmap.mmap", _refuse)
 
-    with pytest.raises(ConfigError, match="cannot be mapped .*--cache-dir.*--cache-mode off"):
+    with pytest.raises(ConfigError, match=r"cannot be mapped .*--cache-dir.*--cache-mode off"):
         _open(path)
 
 
