@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import count
 from typing import Final
@@ -53,6 +53,9 @@ class Client:
         self.submit: Callable[[Request], None] = self.session.submit
         """Start a request: never raises, never blocks. One call, no wrapper: it is hot."""
         self.reconnects_total = 0
+        self.examine: Callable[[Export, Callable[[Request], None]], Awaitable[str]] = _take_it
+        """Asked when a server comes back, before anything else is sent to it: why it must not be
+        used, "" if it may. Reads that are submitted to what comes with it go to that server."""
         self._loop = loop
         self._connections: list[Connection] = []
         self._cookies = count(1)
@@ -245,9 +248,29 @@ class Client:
             for connection in connections:
                 connection.close()
             raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
+        if generation > 1:
+            await self._examine(export, connections)
         self._connections = connections
         self._first_cookie = next(self._cookies)
         self.session.established(trio.current_time(), export, connections)
+
+    async def _examine(self, export: Export, connections: list[Connection]) -> None:
+        """Raises ConnectionLost, and closes `connections`, if the server is not to be used."""
+        reason = "the connection was lost again"
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_when, self._broken, nursery.cancel_scope)
+                reason = await self.examine(export, connections[0].send)
+                nursery.cancel_scope.cancel()
+            if not self._wanted.is_set():
+                reason = "nobody wants the connection any more"
+            if reason:
+                raise ConnectionLost(f"{self.uri.server}: {reason}")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for each in connections:
+                    await each.hang_up(min(_DRAIN_S, self.options.close_timeout_s))
+            raise
 
     async def _negotiate_all(self) -> list[Negotiated]:
         wanted = self.options.connections
@@ -454,6 +477,15 @@ class Client:
             deadline = self.session.next_deadline_s()
             wait_s = tick_s if deadline is None else min(tick_s, max(deadline - now, 0.001))
             await trio.sleep(wait_s)
+
+
+async def _take_it(export: Export, submit: Callable[[Request], None]) -> str:
+    return ""
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
 
 
 async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> list[Listed]:
