@@ -177,7 +177,8 @@ def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
     volume, without being told to. Raises ConfigError."""
     if not cache.index.dirty_slots:
         return
-    if file.header.frozen and (export.sessions is None or is_shared(export.name)):
+    shared = file.header.shared or is_shared(export.name)
+    if file.header.frozen and (export.sessions is None or shared):
         reason = "the guest was stopped and may have written elsewhere since, which cannot be told"
         raise unwritten(file, reason, _FORCE)
     if export.content_sessions is None:
@@ -745,7 +746,7 @@ class Storage:
         # The mark comes first: from here on a death finds it. The gate next: what is not in the
         # client's hands yet never gets there.
         if cache.index.dirty_slots:
-            file.save_header(frozen=True)
+            file.save_header(frozen=True, shared=is_shared(self._uri.export_name))
         cache.freeze(True)
         self._refuse(EIO)
         await self.client.leave(min(_LEAVE_S, self.client.options.close_timeout_s), EIO)

@@ -166,6 +166,9 @@ class Header:
     frozen: bool = False
     """Its guest was stopped before everything was at the server, and may have gone on elsewhere:
     what is dirty is not to be sent before it is known that nobody else wrote."""
+    shared: bool = False
+    """When it was frozen, others could be in its session: the generation that wrote last may be its
+    own, and somebody else in it."""
     export_identity: bytes = b""
     """16 bytes of the volume that the content belongs to; b"": the server gives none."""
     witness: int = 0
@@ -192,7 +195,7 @@ class Header:
             sizes.block_bytes,
             sizes.granule_bytes,
             sizes.slots,
-            self.clean | self.frozen << 1,
+            self.clean | self.frozen << 1 | self.shared << 2,
             sizes.disk_bytes,
             self.sequence,
             self.export_generation,
@@ -279,6 +282,7 @@ def _parse_page(page: bytes) -> Header | None:
         boot_id=boot_id,
         clean=bool(marks & 1),
         frozen=bool(marks & 2),
+        shared=bool(marks & 4),
         index_crc=index_crc,
         export_generation=generation,
         created_s=created,
