@@ -164,7 +164,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.image = MemoryDisk(SIZE_BYTES)
-        self.server = Server({name: self.image for name in ("", "vm", "vm@session=s")})
+        self.server = Server(dict.fromkeys(("", "vm", "vm@session=s"), self.image))
         self.server.commands = []
         self.faults = self.server.faults
 
