@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +112,8 @@ class Service:
             raise
         if reason := handle.disk.why_read_only:
             self._refusals[volume] = (time.monotonic(), f"{READ_ONLY}{reason}")
-            print(f"nbdkit: volume {volume} is served read-only: {reason}", file=sys.stderr)
+            with suppress(OSError):  # nobody may be there to read it
+                print(f"nbdkit: volume {volume} is served read-only: {reason}", file=sys.stderr)
         elif handle.session is not None:
             self._refusals.pop(volume, None)
         return handle
