@@ -132,14 +132,15 @@ async def test_serve_log_as_json_is_one_object_per_line_in_order(start, director
         argv = serve_argv(directory, "--cache-mode", "off", "--log-format", "json")
         child = start(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         await until_there(directory / "vhost")
-        (await Guest.connect(directory / "vhost")).close()
+        guest = await Guest.connect(directory / "vhost")
         child.terminate()
         assert await wait_for(child, limit_s=20) == 0
+        guest.close()
     assert child.stderr is not None
     events = [json.loads(line)["event"] for line in child.stderr]
     child.stderr.close()
     assert events[0] == "serving"
-    assert events[-2:] == ["stopping", "stopped"]
+    assert events[-3:] == ["stopping", "front-end disconnected", "stopped"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
