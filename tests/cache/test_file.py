@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -854,6 +855,33 @@ def test_directory_that_others_may_write_is_refused_unless_sticky(
             _open(path).close(clean=False)
     finally:
         directory.chmod(0o700)
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_file_whose_disk_cannot_be_read_is_an_error_with_its_name(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _open(path).close(clean=True)
+    monkeypatch.setattr(os, "pread", _refuse)
+    before = len(os.listdir("/proc/self/fd"))
+
+    for use in (show, drop, cache_file.open_file, cache_file.has_content, _open):
+        with pytest.raises(ConfigError, match=f"cache file {path}: cannot be read: Input/output"):
+            use(path)
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_file_system_that_maps_no_files_is_an_error_with_the_remedy(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.cache.file.mmap.mmap", _refuse)
+
+    with pytest.raises(ConfigError, match=r"cannot be mapped .*--cache-dir.*--cache-mode off"):
+        _open(path)
 
 
 def test_show_of_something_else_does_not_recommend_to_remove_it() -> None:
