@@ -262,7 +262,10 @@ def disk_geometry(export: Export, options: ServeOptions) -> DiskGeometry:
             hidden_bytes=tail,
         )
     if export.read_only and not options.read_only:
-        _log.warning("the export is read-only, so the disk is; say --read-only to expect that")
+        why = {"reason": export.why_read_only} if export.why_read_only else {}
+        _log.warning(
+            "the export is read-only, so the disk is; say --read-only to expect that", **why
+        )
     if not export.can_flush and not export.read_only:
         _log.warning(
             "the server cannot flush: the guest gets no write cache control, and how durable a "

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import EIO
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -62,6 +63,9 @@ _COMPARE_LIMIT_S = 30.0
 _LEAVE_S = 2.0
 """How long a session that is left may take to answer what is in flight: the limit of the stop has
 passed already, and hanging up before aborts nbdkit 1.32."""
+
+_FORCE = "nbd-bridge cache flush --force"
+"""How what only a cache has is written over what somebody else wrote."""
 
 _SAMPLE_BLOCKS = 64
 """How many clean blocks are compared when a guest comes back to a server that counts nobody."""
@@ -178,11 +182,11 @@ def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
     shared = file.header.shared or is_shared(export.name)
     if file.header.frozen and (export.sessions is None or shared):
         reason = "the guest was stopped and may have written elsewhere since, which cannot be told"
-        raise unwritten(file, reason, "nbd-bridge cache flush --force")
+        raise unwritten(file, reason, _FORCE)
     if export.content_sessions is None:
         return
     if reason := cache.foreign_change(*export.content_sessions, export.identity):
-        raise unwritten(file, reason, "nbd-bridge cache flush --force")
+        raise unwritten(file, reason, _FORCE)
 
 
 def is_shared(export_name: str) -> bool:
@@ -229,7 +233,7 @@ async def check_content(
             file,
             "the export is not as it was left: somebody else wrote it, or another image is in its "
             f"place ({differing} blocks that were read or flushed before are different now)",
-            "nbd-bridge cache flush --force",
+            _FORCE,
         )
     if differing > 0:
         note_changed_content(cache, differing)
@@ -419,6 +423,10 @@ class Storage:
         """Abandoned discards that the cache has not come to the end of."""
         self._away = False
         """Nothing is sent, and the session was left: see `stop_sending`."""
+        self._objection = ""
+        """Why nothing is sent to the server, which is there again: see `_examine`."""
+        self._was_compared = False
+        """What is cached and clean was, with the present connection."""
         self._go: Callable[[], None] = _go_nowhere
         self._refusal: BridgeError | None = None
         self._refused = trio.Event()
@@ -448,6 +456,7 @@ class Storage:
         self.turn.add_stage(cache)
         self.client.keeps_unflushed = True
         self.client.on_reconnect = self._reconnected
+        self.client.examine = self._examine
         # While all is there to compare: what the counters say may drop the clean part.
         await check_content(cache, self._file, self.turn)
         if export.sessions and export.sessions[0] == self._file.header.export_generation:
@@ -581,6 +590,43 @@ class Storage:
 
         return await answer_of(start, self.turn)
 
+    async def _examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """Why what only the cache has must not go to the server that came back; "": it may.
+
+        Until then there is no connection, for all that the guest sees, and every further attempt
+        asks again: whoever started a server on the wrong image by mistake can mend that.
+        """
+        self._was_compared = False
+        cache, file = self._cache, self._file
+        if cache is None or file is None or self._away or not cache.index.dirty_slots:
+            self._objection = ""
+            return ""
+        reason = ""
+        if export.content_sessions is not None:
+            reason = cache.foreign_change(*export.content_sessions, export.identity)
+        is_counted = export.sessions is not None and export.sessions == export.content_sessions
+        # A command of more than the server takes would end the connection.
+        can_look = cache.index.block_bytes <= export.max_payload_bytes
+        if not reason and not is_counted and can_look:
+            differing = await answer_of(
+                partial(cache.check_server, submit), self.turn, _COMPARE_LIMIT_S
+            )
+            if differing < 0:
+                return "it did not answer when the export was compared with what is cached"
+            self._was_compared = True
+            if differing:
+                reason = (
+                    "the export is not as it was left: somebody else wrote it, or another image is "
+                    "in its place"
+                )
+        if reason and reason != self._objection:
+            _log.error(
+                "nothing is sent to the server, and the guest waits, until the export is as it was "
+                f"or this bridge is stopped: {unwritten(file, reason, _FORCE)}"
+            )
+        self._objection = reason
+        return reason
+
     def _reconnected(self) -> None:
         """A new connection is up; nothing was sent on it yet."""
         if self._away:
@@ -594,7 +640,7 @@ class Storage:
         assert cache is not None
         cache.backend_reconnected()
         note_export(cache, self.client.export)
-        if self.client.export.sessions is None:
+        if self.client.export.sessions is None and not self._was_compared:
             cache.check_sample(self._note_sample)
         if self.client.export.usable_bytes > cache.size_bytes:
             cache.resize(self.client.export.usable_bytes, Outcome(self._grown))
@@ -738,8 +784,8 @@ class Storage:
 
     @property
     def has_left(self) -> bool:
-        """Nothing is sent until the guest comes back."""
-        return self._away
+        """Nothing is sent: until the guest comes back, or the export is as it was."""
+        return self._away or bool(self._objection)
 
     @property
     def _is_frozen(self) -> bool:
@@ -802,8 +848,7 @@ class Storage:
 
     def _refuse_return(self, reason: str) -> None:
         assert self._file is not None
-        refusal = unwritten(self._file, reason, "nbd-bridge cache flush --force")
-        self._refusal = BridgeError(str(refusal))  # nothing was asked wrongly
+        self._refusal = BridgeError(str(unwritten(self._file, reason, _FORCE)))  # not asked wrongly
         self._refused.set()
 
     async def _watch_refusal(self) -> None:
@@ -844,17 +889,22 @@ class Storage:
         hang_up_s = min(self.client.options.close_timeout_s, limit_s / 4)
         deadline_s = trio.current_time() + limit_s
         dirty_slots = self._cache.index.dirty_slots if self._cache is not None else 0
-        if self._cache is not None and self._opened and not self._away and dirty_slots:
+        if self._cache is not None and self._opened and not self.has_left and dirty_slots:
             with trio.move_on_at(deadline_s - hang_up_s):
                 await self._flush_cache(self._cache)
         await self.client.close(max(deadline_s - trio.current_time(), hang_up_s))
         dirty = self._opened and self._cache is not None and self._cache.index.dirty_slots
         path = self._file.path if self._file is not None else ""
+        objection = ""
+        if self._objection and self._file is not None:
+            objection = str(unwritten(self._file, self._objection, _FORCE))
         problem = await self._close_file(max(deadline_s - trio.current_time(), FILE_LIMIT_S))
         if not dirty:
             return problem
         if problem:
             return f"{problem}; it holds what the server did not take in time"
+        if objection:
+            return objection
         if self._away:
             return (
                 f"what the server lacks is kept in {path}: before the guest starts elsewhere, run "

@@ -41,7 +41,9 @@ from pathlib import Path
 _library = ctypes.CDLL(None)
 
 _SECOND_NS = 1_000_000_000
-_UNFINISHED_NS = 50_000_000
+_UNFINISHED_NS = _SECOND_NS
+"""A busy host may keep a thread from its turn for long. Too short a time stops a disk whose bridge
+holds unwritten data; too long a one misses who edits the file right after the kill."""
 _LATE_NS = 60 * _SECOND_NS
 """After a loss of power: how much older than the file's last change the mark may be."""
 

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,10 @@ MAX_DESCRIPTION_CHARS = 1000
 
 REFUSED = "refused: "
 """In a volume's line of the export list, before the reason why it was not opened, to the end."""
+
+READ_ONLY = "read-only: "
+"""In a volume's description, before the reason why it could not be opened for writing, to the
+end."""
 
 REFUSAL_KEPT_S = 60.0
 _MAX_REFUSALS = 1000
@@ -107,8 +111,9 @@ class Service:
             self._note_refusal(volume, error)
             raise
         if reason := handle.disk.why_read_only:
-            self._refusals[volume] = (time.monotonic(), f"read-only: {reason}")
-            print(f"nbdkit: volume {volume} is served read-only: {reason}", file=sys.stderr)
+            self._refusals[volume] = (time.monotonic(), f"{READ_ONLY}{reason}")
+            with suppress(OSError):  # nobody may be there to read it
+                print(f"nbdkit: volume {volume} is served read-only: {reason}", file=sys.stderr)
         elif handle.session is not None:
             self._refusals.pop(volume, None)
         return handle
@@ -166,12 +171,15 @@ class Service:
         """
         instance = handle.disk.instance()
         if self._is_filtered:
-            return (
+            text = (
                 f"nbd-bridge volume={handle.volume} instance={uuid.uuid5(self._process, instance)}"
             )
-        return (
-            f"nbd-bridge volume={handle.volume} {_counters(handle)}instance={instance} session=yes"
-        )
+        else:
+            counters = _counters(handle)
+            text = f"nbd-bridge volume={handle.volume} {counters}instance={instance} session=yes"
+        if why := handle.disk.why_read_only:
+            text += f" {READ_ONLY}{why}"
+        return text[:MAX_DESCRIPTION_CHARS]
 
     def _list_line(self, volume: VolumeInfo) -> str:
         mode = " read-only=yes" if volume.read_only else ""

@@ -24,6 +24,18 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """A stop ignores further signals until the process has ended; here it goes on, and whatever it
+    starts would ignore them as well."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def nothing_left_to_collect() -> Iterator[None]:
     """Tests of other files count descriptors: those of tracebacks, in cycles, go before that."""

@@ -354,6 +354,23 @@ class Cache:
         in the file: the next sample, which is another one, has it too.
         """
 
+        self._compare(self._backend.submit, done, _THOROUGH_COUNT)
+
+    def check_server(
+        self, submit: Callable[[Request], None], done: Callable[[int], None], *, count: int = 64
+    ) -> None:
+        """The same for the server that has just come back, to which `submit` leads: before anything
+        goes there, and while the guest waits. What is being discarded is no evidence at all."""
+        self._compare(submit, done, count, only_zeroes=False)
+
+    def _compare(
+        self,
+        submit: Callable[[Request], None],
+        done: Callable[[int], None],
+        count: int,
+        *,
+        only_zeroes: bool = True,
+    ) -> None:
         def compared(sample: Sample) -> None:
             if not sample.unknown:
                 self._remember(sample.witness + 1 if sample.differing else 0)
@@ -361,12 +378,13 @@ class Cache:
 
         compare(
             self.index,
-            self._backend,
+            submit,
             compared,
-            _THOROUGH_COUNT,
+            count,
             beside_dirty=True,
             witness=self._witness,
             discarded=self._image.header.discarded,
+            only_zeroes=only_zeroes,
         )
 
     @property

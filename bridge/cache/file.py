@@ -282,10 +282,20 @@ def _map(path: str, fd: int, remedy: str = "") -> CacheFile:
             # Copied by something that leaves out zeroes: a store into a hole of a full disk is a
             # SIGBUS.
             _allocate(path, fd, header.geometry.file_bytes)
-        return CacheFile(path, fd, header)
+        return _mapped(path, fd, header)
     except BaseException:
         os.close(fd)
         raise
+
+
+def _mapped(path: str, fd: int, header: Header) -> CacheFile:
+    try:
+        return CacheFile(path, fd, header)
+    except OSError as error:
+        raise ConfigError(
+            f"cache file {path}: cannot be mapped into memory ({error.strerror}): choose a "
+            "directory on another file system with --cache-dir, or use --cache-mode off"
+        ) from None
 
 
 def read_index(path: str, remedy: str = "") -> MappedImage:
@@ -300,6 +310,8 @@ def read_index(path: str, remedy: str = "") -> MappedImage:
         view = memoryview(copy)
         while view and (count := os.preadv(fd, [view], len(copy) - len(view))):
             view = view[count:]
+    except OSError as error:
+        raise _unreadable(path, error) from None
     finally:
         os.close(fd)
     return MappedImage(copy, header)
@@ -323,10 +335,21 @@ def _read_header(path: str, fd: int, remedy: str = "") -> Header:
 
 def _read_ours(path: str, fd: int, remedy: str = "") -> bytes:
     """The first bytes of a file that is ours to change and to remove. Raises ConfigError."""
-    area = os.pread(fd, HEADER_AREA_BYTES, 0)
+    area = _read_start(path, fd)
     if not is_ours_untrusted(area):
         raise ConfigError(f"{path} is not a cache file{remedy}")
     return area
+
+
+def _read_start(path: str, fd: int) -> bytes:
+    try:
+        return os.pread(fd, HEADER_AREA_BYTES, 0)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> ConfigError:
+    return ConfigError(f"cache file {path}: cannot be read: {error.strerror}")
 
 
 def believe(file: CacheFile) -> bool:
@@ -374,7 +397,12 @@ def open_or_create(
     # Locked before anybody looks at what it holds: somebody else may be making it.
     fd = _open_locked(path, os.O_RDWR | os.O_CREAT)
     _adopt(path, fd)
-    if not _holds_something(fd):
+    try:
+        is_new = not _holds_something(path, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    if is_new:
         return _create(path, geometry, identity, [], fd)
     file = _map(path, fd, REMOVE_HINT)
     try:
@@ -480,13 +508,13 @@ def has_content(path: str) -> bool:
         return False
     fd = _open_regular(path, os.O_RDONLY)
     try:
-        return _holds_something(fd)
+        return _holds_something(path, fd)
     finally:
         os.close(fd)
 
 
-def _holds_something(fd: int) -> bool:
-    return any(os.pread(fd, HEADER_AREA_BYTES, 0))
+def _holds_something(path: str, fd: int) -> bool:
+    return any(_read_start(path, fd))
 
 
 def _create(
@@ -509,7 +537,8 @@ def _create(
                 os.ftruncate(fd, 0)
                 os.unlink(path)
             raise
-        file = CacheFile(path, fd, new_header(geometry, identity, boot_id(), int(time.time())))
+        header = new_header(geometry, identity, boot_id(), int(time.time()))
+        file = _mapped(path, fd, header)
     except BaseException:
         os.close(fd)
         raise

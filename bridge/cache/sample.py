@@ -74,24 +74,26 @@ def check_sample(
             cache.drop_clean()
         done(-1 if sample.unknown else sample.differing)
 
-    compare(cache.index, backend, compared, count, witness=witness, discarded=discarded)
+    compare(cache.index, backend.submit, compared, count, witness=witness, discarded=discarded)
 
 
 def compare(
     index: Index,
-    backend: Backend,
+    submit: Callable[[Request], None],
     done: Callable[[Sample], None],
     count: int,
     *,
     beside_dirty: bool = False,
     witness: int | None = None,
     discarded: tuple[int, int] = (0, 0),
+    only_zeroes: bool = True,
 ) -> None:
-    """Compare about `count` clean blocks with the server, then call `done`.
+    """Compare about `count` clean blocks with the server that `submit` leads to, then call `done`.
 
     `beside_dirty`: also some with dirty blocks beside them. `witness` is the number of a block that
     differed before, and is compared if it is still there. `discarded`: in these blocks sectors of
-    zeroes are no evidence.
+    zeroes are no evidence; nor is anything else there unless `only_zeroes`, since a server may
+    ignore a discard, and then lose what it had not flushed.
     """
     chosen = _choose(index, count, beside_dirty=beside_dirty, witness=witness)
     left = len(chosen)
@@ -107,7 +109,8 @@ def compare(
                 ours = index.data[at : at + request.length]
                 block = request.offset >> index.block_shift
                 if ours != buffer and not (
-                    discarded[0] <= block < discarded[1] and _differ_by_zeroes(ours, buffer)
+                    discarded[0] <= block < discarded[1]
+                    and (not only_zeroes or _differ_by_zeroes(ours, buffer))
                 ):
                     differing += 1
                     found = block
@@ -123,7 +126,7 @@ def compare(
         offset += bit.bit_length() - 1 << index.block_shift
         length = min(index.block_bytes, index.geometry.disk_bytes - offset)
         buffer = memoryview(bytearray(length))
-        backend.submit(Request(READ, offset, length, [buffer], answered, owner=(slot, bit, buffer)))
+        submit(Request(READ, offset, length, [buffer], answered, owner=(slot, bit, buffer)))
 
 
 def _differ_by_zeroes(one: memoryview, other: memoryview) -> bool:

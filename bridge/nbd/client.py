@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import count
 from typing import Final
@@ -54,6 +54,9 @@ class Client:
         self.submit: Callable[[Request], None] = self.session.submit
         """Start a request: never raises, never blocks. One call, no wrapper: it is hot."""
         self.reconnects_total = 0
+        self.examine: Callable[[Export, Callable[[Request], None]], Awaitable[str]] = _take_it
+        """Asked when a server comes back, before anything else is sent to it: why it must not be
+        used, "" if it may. Reads that are submitted to what comes with it go to that server."""
         self._loop = loop
         self._connections: list[Connection] = []
         self._cookies = count(1)
@@ -251,10 +254,30 @@ class Client:
             for connection in connections:
                 connection.close()
             raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
+        if generation > 1:
+            await self._examine(export, connections)
         self._connections = connections
         self._first_cookie = next(self._cookies)
         self.session.established(trio.current_time(), export, connections)
         self._loop.turn.end()
+
+    async def _examine(self, export: Export, connections: list[Connection]) -> None:
+        """Raises ConnectionLost, and closes `connections`, if the server is not to be used."""
+        reason = "the connection was lost again"
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_when, self._broken, nursery.cancel_scope)
+                reason = await self.examine(export, connections[0].send)
+                nursery.cancel_scope.cancel()
+            if not self._wanted.is_set():
+                reason = "nobody wants the connection any more"
+            if reason:
+                raise ConnectionLost(f"{self.uri.server}: {reason}")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for each in connections:
+                    await each.hang_up(min(_DRAIN_S, self.options.close_timeout_s))
+            raise
 
     async def _negotiate_all(self) -> list[Negotiated]:
         wanted = self.options.connections
@@ -274,12 +297,13 @@ class Client:
             return [first]
         export = first.export
         announced = export.properties.get("session") == "yes"
-        if announced and self.options.read_only and "@" not in export.name:
+        is_plain = "@" not in export.name.partition("@session=")[0]
+        if announced and self.options.read_only and is_plain:
             # Our plugin, which did not say so when it was asked: let go of the volume at once.
             await leave(first)
             self._reads_only = True
             return await self._negotiate_all()
-        announced = announced and self._may_be_named
+        announced = announced and self._may_be_named and not self._reads_only
         if announced and token is None and not self._names_refused:
             # Our plugin: connections that name one session are admitted together, and one that
             # names its client replaces what that client has left behind.
@@ -328,11 +352,17 @@ class Client:
         """Our plugin gives a volume to one writer at a time, and to any number of readers beside
         it; these say so in the name, since NBD has no other way. So who we talk to must be known
         before the export is opened. A server that hangs up is asked again the next time."""
-        if "@" in self.uri.export_name:
+        if "@" in self._volume:
             self._reads_only = False
             return
         with contextlib.suppress(ConnectionLost):
-            self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options)
+            volume = self._volume
+            self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options, volume)
+
+    @property
+    def _volume(self) -> str:
+        """The export's name without the session that it may name: a reader is in none."""
+        return self.uri.export_name.partition("@session=")[0]
 
     @property
     def _may_be_named(self) -> bool:
@@ -343,7 +373,7 @@ class Client:
     def _name(self, token: str | None, number: int) -> str:
         name = self.uri.export_name
         if self._reads_only:
-            return f"{name}@readonly"
+            return f"{self._volume}@readonly"
         if token is None:
             return name
         if "@" in name:
@@ -458,6 +488,15 @@ class Client:
             await trio.sleep(wait_s)
 
 
+async def _take_it(export: Export, submit: Callable[[Request], None]) -> str:
+    return ""
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
 async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> list[Listed]:
     """The exports that the server names.
 
@@ -508,20 +547,21 @@ async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
 async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
     """The server is our plugin and has that export, says its list."""
     try:
-        return "@" not in uri.export_name and await _is_listed_by_our_plugin(uri, options)
+        return "@" not in uri.export_name and await _is_listed_by_our_plugin(
+            uri, options, uri.export_name
+        )
     except BridgeError:
         return False
 
 
-async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions) -> bool:
+async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions, volume: str) -> bool:
     """The same; a server that does not list is not ours. Raises ConnectionLost."""
     try:
         listed = await list_exports(uri, options)
     except (ConfigError, ProtocolError):
         return False
     return any(
-        each.description.startswith("nbd-bridge volume=")
-        and each.name == (uri.export_name or each.name)
+        each.description.startswith("nbd-bridge volume=") and each.name == (volume or each.name)
         for each in listed
     )
 

@@ -10,6 +10,7 @@ from bridge.nbd.untrusted import counter
 
 _WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
 _REFUSAL = re.compile(r"nbd-bridge volume=.*? refused: (.+)")
+_READ_ONLY = re.compile(r"nbd-bridge volume=.*? read-only: (.+)")
 _IDENTITY = re.compile("[0-9a-f]{32}")
 _COUNTER = re.compile("[0-9]{1,19}", re.ASCII)
 
@@ -120,7 +121,14 @@ class Export:
     @property
     def properties(self) -> dict[str, str]:
         """The `key=value` words of the description, which our nbdkit plugin puts there."""
-        return dict(_WORD.findall(self.description))
+        words, _, _ = self.description.partition(" read-only: ")
+        return dict(_WORD.findall(words))
+
+    @property
+    def why_read_only(self) -> str:
+        """Why our plugin could not open the volume for writing, "" if it could or was not to."""
+        match = _READ_ONLY.match(self.description)
+        return match[1] if match else ""
 
 
 def refusal_reason(description: str) -> str:

@@ -21,6 +21,8 @@ from bridge.nbd.uri import NbdUri
 _PSK_KEY_MAX_BYTES = 64
 _UNKNOWN_CA_CODES = (18, 19, 20, 21)
 """X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT and its neighbours: nothing leads to a known CA."""
+_OTHER_NAME_CODES = (62, 64)
+"""X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH."""
 
 
 def client_context(uri: NbdUri, options: ClientOptions) -> ssl.SSLContext:
@@ -122,6 +124,8 @@ def explain(error: Exception, server_name: str | None) -> BridgeError:
         reason = error.verify_message
         if error.verify_code in _UNKNOWN_CA_CODES:
             reason += " (if its CA is one of your own, give that with --tls-ca)"
+        elif error.verify_code in _OTHER_NAME_CODES:
+            reason = f"{reason.rstrip('.')} (give the name that it is for with ?tls-hostname=NAME)"
         return ConfigError(f"the server's certificate is not accepted for {server_name}: {reason}")
     if isinstance(error, ssl.SSLError) and "CERTIFICATE_REQUIRED" in (error.reason or ""):
         return ConfigError(

@@ -25,6 +25,7 @@ _PARAMETERS = {"socket", "tls-certificates", "tls-hostname", "tls-psk-file", "tl
 _UNIX_PATH_MAX_BYTES = 107
 _HOST_MAX_BYTES = 253
 _LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}")
+_BAD_CHARACTER = re.compile(r"^ | $|[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -64,6 +65,12 @@ def parse_uri(text: str) -> NbdUri:
         text.encode()  # An argument of other bytes has surrogates in their place.
     except UnicodeEncodeError:
         raise ConfigError(f"{text!r}: not UTF-8; write other bytes as %XX") from None
+    if bad := _BAD_CHARACTER.search(text):
+        # Python would leave it out: another host, another name.
+        raise ConfigError(
+            f"not a URI: it has a {bad[0]!r} at character {bad.start() + 1}: leave that out, or "
+            "write it as %XX"
+        )
     try:
         parts = urlsplit(text)
         _refuse_user(parts.netloc, text)

@@ -142,6 +142,10 @@ class Rig:
         self.cache.check_sample(done)
         deliver()
 
+    def check_before_writing(self, done: Callable[[int], None]) -> None:
+        self.cache.check_before_writing(done)
+        deliver()
+
     def serve(self) -> None:
         """The server answers everything, in order, however many turns it takes."""
         while self.server.pending:

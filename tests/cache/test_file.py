@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -38,6 +39,7 @@ from bridge.cache.options import Options
 from bridge.errors import ConfigError
 from bridge.request import FLUSH, READ, WRITE, Request
 from bridge.turn import Outcome
+from tests.tools import HUNG_S
 from tests.turns import deliver, submit, turn
 
 from .fakes import BLOCK, GRANULE, FakeServer
@@ -858,6 +860,33 @@ def test_directory_that_others_may_write_is_refused_unless_sticky(
         directory.chmod(0o700)
 
 
+def _refuse(*_: object) -> NoReturn:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_file_whose_disk_cannot_be_read_is_an_error_with_its_name(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _open(path).close(clean=True)
+    monkeypatch.setattr(os, "pread", _refuse)
+    before = len(os.listdir("/proc/self/fd"))
+
+    for use in (show, drop, cache_file.open_file, cache_file.has_content, _open):
+        with pytest.raises(ConfigError, match=f"cache file {path}: cannot be read: Input/output"):
+            use(path)
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_file_system_that_maps_no_files_is_an_error_with_the_remedy(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.cache.file.mmap.mmap", _refuse)
+
+    with pytest.raises(ConfigError, match=r"cannot be mapped .*--cache-dir.*--cache-mode off"):
+        _open(path)
+
+
 def test_show_of_something_else_does_not_recommend_to_remove_it() -> None:
     with pytest.raises(ConfigError) as refused:
         show("/etc/passwd")
@@ -894,7 +923,7 @@ def test_threaded_cold_with_a_stuck_disk_is_not_waited_for() -> None:
     os.fstat(cold.fd)  # The thread may still write to it.
     stuck.set()
     for thread in cold._threads:
-        thread.join(10)
+        thread.join(HUNG_S)
 
     assert later == []
     os.close(cold.fd)
@@ -908,15 +937,15 @@ def test_close_that_was_given_up_sets_no_clean_mark(
 
     def fsync(fd: int) -> None:
         began.set()
-        assert stuck.wait(10)
+        assert stuck.wait(HUNG_S)
 
     monkeypatch.setattr(cache_file.os, "fsync", fsync)
     closing = threading.Thread(target=lambda: file.close(clean=True))
     closing.start()
-    assert began.wait(10)
+    assert began.wait(HUNG_S)
     file.abandon()
     stuck.set()
-    closing.join(10)
+    closing.join(HUNG_S)
 
     assert not show(path).clean_shutdown
     assert show(path).usable

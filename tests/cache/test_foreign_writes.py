@@ -97,8 +97,7 @@ def test_sample_finds_what_is_cached_in_a_large_cache_that_is_nearly_empty(used:
 def before_writing(rig: Rig) -> int:
     """What is found before the dirty data of an earlier run is sent."""
     results: list[int] = []
-    rig.cache.check_before_writing(results.append)
-    rig.end_turn()
+    rig.check_before_writing(results.append)
     rig.serve()
     (found,) = results
     return found
@@ -218,7 +217,7 @@ def test_server_that_answers_no_read_leaves_it_unknown() -> None:
 def test_one_unreadable_block_does_not_keep_the_others_from_telling() -> None:
     rig = with_clean_and_dirty_blocks()
     results: list[int] = []
-    rig.cache.check_before_writing(results.append)
+    rig.check_before_writing(results.append)
     rig.server.answer(error=5)
     rig.serve()
 

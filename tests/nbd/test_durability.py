@@ -488,7 +488,7 @@ def test_layer_that_keeps_what_is_not_durable_hears_of_the_failure_and_nothing_e
 def test_closed_session_fails_the_flushes_that_wait() -> None:
     world = World()
     flushes = [world.ask(FLUSH), world.ask(FLUSH)]
-    world.closed(list(world.channels[0].pending))
+    world.closed(world.pending)
     assert [flush.error for flush in flushes] == [EIO, EIO]
     assert world.ask(FLUSH).error == EIO
     assert world.session.in_flight == 0

@@ -28,3 +28,10 @@ def test_growth_makes_no_writer_later_than_it_was() -> None:
 
 def test_foreign_server_counts_nothing() -> None:
     assert Export("x", 1, description="grown_from=1").content_sessions is None
+
+
+def test_reason_why_a_volume_is_read_only_is_taken_from_our_plugin_as_it_is() -> None:
+    export = described("session=yes read-only: /a instance=1: Permission denied")
+    assert export.why_read_only == "/a instance=1: Permission denied session=yes"
+    assert "instance" not in export.properties
+    assert Export("x", 1, description="a read-only: disk").why_read_only == ""

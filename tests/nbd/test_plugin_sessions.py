@@ -100,6 +100,21 @@ async def test_reader_of_a_named_volume_and_over_several_connections() -> None:
             assert await read(reader, 0, 512) == b"a" * 512
 
 
+async def test_reader_that_names_a_session_takes_no_lock() -> None:
+    """Of a pair of hosts that migrate a guest whose disk is read-only."""
+    with short_dir() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
+        shared = uri.replace(":///", ":///disk.img@session=s")
+        async with (
+            running_client(shared, READER) as reader,
+            running_client(uri) as writer,
+            running_client(shared, READER) as late,
+        ):
+            assert await write(writer, 0, b"a" * 512) == 0
+            for each in (reader, late):
+                assert each.export.read_only
+                assert await read(each, 0, 512) == b"a" * 512
+
+
 async def test_reader_where_a_filter_hides_the_sessions_takes_no_lock() -> None:
     with short_dir() as folder, _plugin(folder, "fence_timeout=0.2", "--filter=readahead") as uri:
         async with running_client(uri, READER) as reader, running_client(uri) as writer:

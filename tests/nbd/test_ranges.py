@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bridge.nbd.held import WHOLE_DISK, Held
@@ -53,22 +53,36 @@ def begin(ranges: Ranges, change: Change) -> None:
 
 
 class Model:
-    """The rule itself: a claim goes once no earlier one and no held span overlaps it."""
+    """The rule itself: a claim goes once no earlier one and no held span overlaps it. One that was
+    taken does not go, but keeps its place until no earlier one overlaps it."""
 
     def __init__(self) -> None:
         self.claims: list[tuple[int, Span]] = []
         self.active: set[int] = set()
+        self.taken: set[int] = set()
         self.held: list[Span] = []
 
     def step(self) -> set[int]:
         """Those that go now."""
+        left: list[tuple[int, Span]] = []
+        for name, span in self.claims:
+            if name not in self.taken or any(_overlap(span, other) for _, other in left):
+                left.append((name, span))
+        self.claims = left
         new = set()
         for index, (name, span) in enumerate(self.claims):
             before = [each for _, each in self.claims[:index]] + self.held
-            if name not in self.active and not any(_overlap(span, other) for other in before):
+            waits = name not in self.active and name not in self.taken
+            if waits and not any(_overlap(span, other) for other in before):
                 new.add(name)
         self.active |= new
         return new
+
+    @property
+    def waiting(self) -> list[int]:
+        """Those that have not gone, in order."""
+        names = [name for name, _ in self.claims]
+        return [name for name in names if name not in self.active and name not in self.taken]
 
 
 def _overlap(one: Span, other: Span) -> bool:
@@ -88,6 +102,7 @@ steps = st.lists(
 
 
 @given(steps)
+@example([("enter", (1, 2)), ("enter", (0, 2)), ("take", None), ("enter", (0, 1))])
 def test_ranges_do_what_the_rule_says(given_steps) -> None:
     ranges, model = Ranges(), Model()
     log: list[int] = []
@@ -110,14 +125,15 @@ def test_ranges_do_what_the_rule_says(given_steps) -> None:
             ranges.hold(model.held)
             go_on(ranges)
         else:
-            waiting = [name for name, _ in model.claims if name not in model.active]
+            waiting = model.waiting
             assert ranges.take_waiting() == [changes[name] for name in waiting]
-            model.claims = [claim for claim in model.claims if claim[0] in model.active]
+            model.taken.update(waiting)
         expected = model.step()
         assert set(log) == expected
         assert len(log) == len(expected)
-        assert ranges.waiting_count == len(model.claims) - len(model.active)
-        assert [claim.active for claim in ranges.waiting] == [False] * ranges.waiting_count
+        assert ranges.waiting == [changes[name] for name in model.waiting]
+        assert not any(claim.active for claim in ranges.waiting)
+        assert ranges.waiting_count == len(model.waiting)
 
 
 def test_overlapping_claims_go_in_the_order_they_came() -> None:

@@ -707,7 +707,7 @@ MANY = 64 * 1024
 
 
 def fail_by_closing(world: World) -> None:
-    world.closed([request for channel in world.channels for request in channel.pending])
+    world.closed(world.pending)
 
 
 WAYS_TO_FAIL = pytest.mark.parametrize(

@@ -111,7 +111,7 @@ async def _refused(uri: str, match: str, options: ClientOptions = FAST) -> None:
     ("server", "says"),
     [
         ("expired", "expired"),
-        ("other-name", "[Hh]ostname mismatch"),
+        ("other-name", "[Hh]ostname mismatch.*tls-hostname=NAME"),
         ("other-ca", r"unable to get local issuer.*give that with --tls-ca"),
     ],
 )

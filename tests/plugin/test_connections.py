@@ -14,6 +14,7 @@ from nbd_plugin.connections import HANDSHAKE_S, MAX_SILENT, Connections
 from tests.plugin.client import READ, RawClient
 from tests.plugin.server import Nbdkit
 from tests.plugin.test_deployment import free_port
+from tests.tools import HUNG_S
 
 MIB = 1 << 20
 
@@ -91,7 +92,7 @@ def test_crowd_of_silent_connections_keeps_nobody_out(volumes: Path, where: str)
         assert held.read(0, 4) == bytes(4), "who has an export stays"
         with RawClient(port, "disk") as client:
             client.write(0, b"x" * 512)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HUNG_S
         while (alive := sum(not is_ended(sock) for sock in crowd)) > MAX_SILENT:
             assert time.monotonic() < deadline, f"{alive} are left"
             time.sleep(0.05)
@@ -122,7 +123,7 @@ def test_nbdkit_ends_at_sigterm_while_idle_clients_are_connected(
         silent = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
         silent.connect(address if unix else ("127.0.0.1", port))
         server.process.terminate()
-        assert server.process.wait(20) == 0
+        assert server.process.wait(HUNG_S) == 0
         for client in clients:
             client.cut()
         silent.close()
@@ -140,7 +141,7 @@ def test_nbdkit_ends_at_sigterm_while_clients_are_busy(
         def read(client: RawClient) -> None:
             try:
                 client.read(0, 4096)
-                begun.wait(20)
+                begun.wait(HUNG_S)
                 while not stop.is_set():
                     for number in range(8):
                         client.send(READ, number * 4096, 4096)
@@ -152,9 +153,9 @@ def test_nbdkit_ends_at_sigterm_while_clients_are_busy(
         threads = [threading.Thread(target=read, args=(client,)) for client in clients]
         for thread in threads:
             thread.start()
-        begun.wait(20)
+        begun.wait(HUNG_S)
         server.process.terminate()
-        status = server.process.wait(20)
+        status = server.process.wait(HUNG_S)
         stop.set()
         for thread in threads:
             thread.join()

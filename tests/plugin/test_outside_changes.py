@@ -21,6 +21,7 @@ from nbd_plugin.session import begin_generation
 from nbd_plugin.volume_state import parse_state
 from tests.plugin.client import WRITE, RawClient
 from tests.plugin.server import Nbdkit
+from tests.tools import HUNG_S
 
 MIB = 1 << 20
 
@@ -105,7 +106,7 @@ def wait_for_another_tick() -> None:
 
 def wait_for_end_of_session(volumes: Path) -> None:
     """The client sees the end of its connection a little earlier than the plugin does."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HUNG_S
     while '"closed ' not in (volumes / ".nbd_plugin" / "disk.json").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.nbd.export import Export
 from nbd_plugin.errors import PluginError
 from nbd_plugin.file_store import FileStore, VolumeFile
 from nbd_plugin.service import MAX_DESCRIPTION_CHARS, Service
@@ -159,7 +160,11 @@ def served_read_only(service: Service) -> str:
         handle.disk.pread(memoryview(seen), 0)
         assert seen == b"data"
         assert "instance=" in service.describe(handle)
-        return handle.disk.why_read_only
+        why = handle.disk.why_read_only
+        export = Export("v", MIB, description=service.describe(handle))
+        assert export.why_read_only == why
+        assert export.properties["session"] == "yes"
+        return why
     finally:
         service.close(handle)
 

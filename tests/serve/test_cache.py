@@ -423,7 +423,7 @@ async def test_cache_warm_leaves_a_server_that_answers_nothing(directory):
     (directory / "cache").mkdir(exist_ok=True)
     async with trio.open_nursery() as nursery:
         await nursery.start(server.serve_unix, directory / "s")
-        with trio.fail_after(30), pytest.raises(ExceptionGroup) as caught:
+        with trio.fail_after(HUNG_S), pytest.raises(ExceptionGroup) as caught:
             await cache_tools.warm(
                 unix_uri(directory / "s"),
                 cache_bytes=4 << 20,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -22,6 +21,7 @@ from bridge.cache.inspect import show
 from bridge.cache_tools import flush_file
 from bridge.errors import ConfigError, RequestError
 from bridge.guest import Guest
+from tests.ports import free_port
 from tests.serve.processes import bridge_argv, process, serving, unix_uri, wait_for
 from tests.serve.test_cache import (
     SIZE_BYTES,
@@ -267,7 +267,7 @@ async def leave_clean_and_dirty(directory: Path) -> None:
                 await guest.flush()
                 await guest.write(8 << 20, DIRTY * MIB)
                 child.send_signal(signal.SIGKILL)
-            await wait_for(child, limit_s=10)
+            await wait_for(child, limit_s=HUNG_S)
 
 
 async def test_dirty_data_is_not_written_over_a_foreign_servers_changed_image(directory):
@@ -323,13 +323,6 @@ def foreign(directory: Path) -> list[str]:
     return ["file", str(image)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        number: int = probe.getsockname()[1]
-        return number
-
-
 async def write_and_kill(directory: Path, uri: str, *options: str) -> None:
     vhost = directory / "vhost"
     argv = bridge_argv("serve", uri, "--socket-path", str(vhost), *cached(directory), *options)
@@ -337,7 +330,7 @@ async def write_and_kill(directory: Path, uri: str, *options: str) -> None:
         async with await Guest.connect(vhost) as guest:
             await guest.write(8 << 20, DIRTY * MIB)
             child.send_signal(signal.SIGKILL)
-        await wait_for(child, limit_s=10)
+        await wait_for(child, limit_s=HUNG_S)
 
 
 @pytest.mark.parametrize("server", [plugin, foreign])
@@ -434,7 +427,7 @@ async def test_cache_flush_of_an_export_with_a_long_name_needs_its_uri_and_takes
         for uri in ((), (unix_uri(nbd, name[:1500]),), (unix_uri(nbd, name + "n"),)):
             arguments = ("cache", "flush", path, *uri)
             text = await trio.to_thread.run_sync(partial(command, *arguments, status=2))
-            assert "give the URI as well" in text or "--moved" in text
+            assert "give the URI after the file" in text or "--moved" in text
         arguments = ("cache", "flush", path, unix_uri(nbd, name))
         await trio.to_thread.run_sync(lambda: command(*arguments))
     assert (directory / "disk.img").read_bytes()[8 << 20 :][:MIB] == DIRTY * MIB
@@ -473,21 +466,21 @@ async def test_cache_flush_sends_no_more_when_the_image_was_exchanged_under_it(d
                 for number in range(16):
                     await guest.write((8 + number) << 20, DIRTY * MIB)
                 child.send_signal(signal.SIGKILL)
-            await wait_for(child, limit_s=10)
+            await wait_for(child, limit_s=HUNG_S)
     log = directory / "log"
     slow = [*nbdkit_file(directory)[:4], "--filter=log", "--filter=delay", "file", str(image)]
     slow += ["wdelay=600", f"logfile={log}"]
     flush = bridge_argv("cache", "flush", str(cache_file(directory)))
     async with process(slow, ready=nbd) as server:
         child = subprocess.Popen(flush, stderr=subprocess.PIPE)
-        with trio.fail_after(30):
+        with trio.fail_after(HUNG_S):
             while "Write" not in (log.read_text() if log.exists() else ""):
                 await trio.sleep(0.02)
         server.kill()
         server.wait()
     image.write_bytes(b"z" * SIZE_BYTES)
     async with process(nbdkit_file(directory), ready=nbd):
-        assert await wait_for(child, limit_s=60) == 1
+        assert await wait_for(child, limit_s=HUNG_S) == 1
     assert child.stderr is not None
     text = child.stderr.read().decode()
     child.stderr.close()
@@ -508,7 +501,7 @@ async def test_dirty_data_does_not_go_to_a_volume_that_grew_and_was_changed(dire
                 await guest.flush()
                 await guest.write(8 << 20, DIRTY * MIB)
                 child.send_signal(signal.SIGKILL)
-            await wait_for(child, limit_s=10)
+            await wait_for(child, limit_s=HUNG_S)
     os.truncate(image, SIZE_BYTES + MIB)
     with image.open("r+b") as file:
         file.write(b"superblock")

@@ -20,6 +20,7 @@ from bridge.nbd.server import Server
 from bridge.nbd.server_core import ServerSettings
 from bridge.nbd.server_disk import MemoryDisk
 from tests.serve.processes import bridge_argv, process, short_directory, unix_uri, wait_for
+from tests.tools import HUNG_S
 
 BLOCK = 4096
 DATA = b"W" * BLOCK
@@ -75,7 +76,7 @@ class Setting:
         """The server has executed so many flushes since the last call."""
         commands = self.server.commands
         assert commands is not None
-        with trio.fail_after(20):
+        with trio.fail_after(HUNG_S):
             while sum(command.kind == p.CMD_FLUSH for command in commands) < count:
                 await trio.sleep(0.01)
         commands.clear()
@@ -126,7 +127,7 @@ async def test_killed_then_power_lost_the_next_flush_is_true(directory, descript
             await guest.reconnect()
             await made.flushed()
             made.lose_power(description and "instance=b")
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert await guest.read(0, BLOCK) == DATA
                 assert not await flush_fails(guest)
             assert made.survives
@@ -140,7 +141,7 @@ async def test_first_flush_of_the_next_bridge_that_fails_is_told(directory):
             await guest.reconnect()
             await made.flushed()
             made.server.faults.errors.clear()
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert await flush_fails(guest)
                 assert not await flush_fails(guest)
 
@@ -152,7 +153,7 @@ async def test_power_lost_before_the_guest_comes_to_the_next_bridge_is_told(dire
         async with made.bridge():
             made.lose_power(description and "instance=b")
             await guest.reconnect()
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert await flush_fails(guest)
                 assert not await flush_fails(guest)
 
@@ -161,7 +162,7 @@ async def test_server_restarted_before_a_guest_begins_fails_no_flush(directory):
     async with setting(directory) as made, made.bridge():
         made.lose_power()
         async with await Guest.connect(made.vhost, inflight=True) as guest:
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert not await flush_fails(guest)
                 made.lose_power()
                 assert not await flush_fails(guest)
@@ -174,7 +175,7 @@ async def test_bridge_and_server_died_together_the_next_flush_fails_once(directo
         made.lose_power("instance=b")
         async with made.bridge():
             await guest.reconnect()
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert await flush_fails(guest)
                 assert not await flush_fails(guest)
 
@@ -185,7 +186,7 @@ async def test_bridge_and_server_died_together_with_everything_flushed_no_flush_
         made.lose_power("instance=b")
         async with made.bridge():
             await guest.reconnect()
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert not await flush_fails(guest)
 
 
@@ -195,11 +196,11 @@ async def test_stopped_and_server_restarted_for_an_upgrade_no_flush_fails(direct
             guest = await guests.enter_async_context(await Guest.connect(made.vhost, inflight=True))
             await guest.write(0, DATA)
             bridge.send_signal(signal.SIGTERM)
-            assert await wait_for(bridge, limit_s=20) == 0
+            assert await wait_for(bridge, limit_s=HUNG_S) == 0
         made.lose_power("instance=b")
         async with made.bridge():
             await guest.reconnect()
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert not await flush_fails(guest)
             assert made.survives
 
@@ -216,7 +217,7 @@ async def test_timed_flush_that_failed_is_told_although_the_bridge_was_killed_si
         made.server.faults.errors.clear()
         async with made.bridge():
             await guest.reconnect()
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 assert await flush_fails(guest)
                 assert not await flush_fails(guest)
 

@@ -26,7 +26,7 @@ from tests.serve.processes import (
     unix_uri,
     wait_for,
 )
-from tests.tools import need
+from tests.tools import HUNG_S, need
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def cached(cache: Path) -> list[str]:
 
 
 async def until_there(path: Path) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(HUNG_S):
         while not path.exists():
             await trio.sleep(0.02)
 
@@ -91,7 +91,7 @@ async def test_serve_log_that_cannot_be_written_changes_nothing(log, start, dire
             async with await Guest.connect(directory / "vhost") as guest:
                 await guest.write(0, b"a" * 512)
         child.terminate()
-        assert await wait_for(child, limit_s=20) == 0
+        assert await wait_for(child, limit_s=HUNG_S) == 0
     assert not (directory / "vhost").exists()
 
 
@@ -104,11 +104,11 @@ async def test_serve_log_that_nobody_reads_holds_nothing_up(start, directory):
         os.close(stderr)
         await until_there(directory / "vhost")
         for _ in range(60):
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 async with await Guest.connect(directory / "vhost") as guest:
                     assert await guest.read(0, 512) == bytes(512)
         child.terminate()
-        assert await wait_for(child, limit_s=20) == 0
+        assert await wait_for(child, limit_s=HUNG_S) == 0
     os.close(reader)
 
 
@@ -124,7 +124,7 @@ async def test_serve_without_standard_error_starts_and_keeps_its_descriptors_apa
         async with await Guest.connect(directory / "vhost") as guest:
             await guest.write(0, b"a" * 512)
         child.terminate()
-        assert await wait_for(child, limit_s=20) == 0
+        assert await wait_for(child, limit_s=HUNG_S) == 0
 
 
 async def test_serve_log_as_json_is_one_object_per_line_in_order(start, directory):
@@ -132,14 +132,18 @@ async def test_serve_log_as_json_is_one_object_per_line_in_order(start, director
         argv = serve_argv(directory, "--cache-mode", "off", "--log-format", "json")
         child = start(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         await until_there(directory / "vhost")
+        assert child.stderr is not None
         (await Guest.connect(directory / "vhost")).close()
+        events = []
+        while "front-end disconnected" not in events:  # else it may come after "stopping"
+            line = await trio.to_thread.run_sync(child.stderr.readline)
+            events.append(json.loads(line)["event"])
         child.terminate()
-        assert await wait_for(child, limit_s=20) == 0
-    assert child.stderr is not None
-    events = [json.loads(line)["event"] for line in child.stderr]
+        assert await wait_for(child, limit_s=HUNG_S) == 0
+    events += [json.loads(line)["event"] for line in child.stderr]
     child.stderr.close()
     assert events[0] == "serving"
-    assert events[-2:] == ["stopping", "stopped"]
+    assert events[-3:] == ["stopping", "front-end disconnected", "stopped"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
@@ -153,7 +157,7 @@ async def test_serve_signal_leaves_a_cache_that_was_closed_in_order(number, star
         async with await Guest.connect(directory / "vhost") as guest:
             await guest.write(0, b"a" * 4096)
         child.send_signal(number)
-        assert await wait_for(child, limit_s=20) == 0
+        assert await wait_for(child, limit_s=HUNG_S) == 0
     (file,) = cache.glob("*.cache")
     shown = subprocess.run(
         bridge_argv("cache", "show", "--json", str(file)), capture_output=True, check=True
@@ -182,7 +186,7 @@ async def test_serve_under_nohup_outlives_its_terminal(start, directory):
         async with await Guest.connect(directory / "vhost") as guest:
             await guest.write(0, b"a" * 512)
         child.terminate()
-        assert await wait_for(child, limit_s=20) == 0
+        assert await wait_for(child, limit_s=HUNG_S) == 0
     assert child.stderr is not None
     text = child.stderr.read().decode()
     child.stderr.close()
@@ -204,7 +208,7 @@ async def test_serve_signals_that_keep_coming_do_not_change_the_exit_status(star
 
 def _bombard(child: subprocess.Popen[bytes]) -> None:
     signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + HUNG_S
     while child.poll() is None and time.monotonic() < deadline_s:
         for number in signals:
             child.send_signal(number)
@@ -227,12 +231,12 @@ async def test_cache_flush_interrupted_is_one_line_and_keeps_the_data(number, st
         guest.close()
         (file,) = cache.glob("*.cache")
         flush = start(bridge_argv("cache", "flush", str(file)), stderr=subprocess.PIPE)
-        with trio.fail_after(20):
+        with trio.fail_after(HUNG_S):
             while not _has_open(flush.pid, file):
                 await trio.sleep(0.02)
         flush.send_signal(number)
         flush.send_signal(number)
-        assert await wait_for(flush, limit_s=30) == 1
+        assert await wait_for(flush, limit_s=HUNG_S) == 1
         server.kill()
     assert flush.stderr is not None
     text = flush.stderr.read().decode()
@@ -263,13 +267,13 @@ async def test_demo_ended_by_a_signal_leaves_no_process_and_no_image(number, sta
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    with trio.fail_after(30):
+    with trio.fail_after(HUNG_S):
         while not any(directory.glob("*/disk.sock")):
             await trio.sleep(0.02)
 
     demo.send_signal(number)
 
-    assert await wait_for(demo, limit_s=30) == 1
+    assert await wait_for(demo, limit_s=HUNG_S) == 1
     assert demo.stderr is not None
     assert demo.stderr.read() == b"nbd-bridge: interrupted\n"
     demo.stderr.close()

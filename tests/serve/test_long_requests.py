@@ -24,7 +24,7 @@ from bridge.vhost_user.shared_memory import SharedMemory
 from bridge.virtio.blk import T_DISCARD, T_IN, T_OUT
 from bridge.virtio.driver import INDIRECT, WRITE, SplitDriver, write_chain
 from tests.serve.processes import bridge_argv, process, short_directory, unix_uri, wait_for
-from tests.tools import need
+from tests.tools import HUNG_S, need
 
 QUEUES = 4
 QUEUE_SIZE = 1024
@@ -169,7 +169,7 @@ async def test_process_stays_small_answers_and_stops(
         flood.fill_rings(*[flood.table(type_, each) for each in lengths])
         assert await flood.most_bytes(bridge) < ALLOWED_BYTES
         bridge.send_signal(signal.SIGTERM)
-        await wait_for(bridge, limit_s=20)
+        await wait_for(bridge, limit_s=HUNG_S)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +194,6 @@ async def test_process_stays_small_while_the_server_answers_nothing(
             flood.fill_rings(*[flood.table(type_, each) for each in lengths])
             assert await flood.most_bytes(bridge) < ALLOWED_BYTES
             bridge.send_signal(signal.SIGTERM)
-            await wait_for(bridge, limit_s=20)
+            await wait_for(bridge, limit_s=HUNG_S)
         finally:
             server.send_signal(signal.SIGCONT)

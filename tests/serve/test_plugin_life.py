@@ -15,6 +15,7 @@ from bridge.guest import Guest
 from tests.plugin.test_outside_changes import wait_for_another_tick
 from tests.serve.processes import process, serving, unix_uri, wait_for
 from tests.serve.test_cache import cached, directory, nbdkit
+from tests.tools import HUNG_S
 
 __all__ = ["directory"]
 
@@ -61,12 +62,12 @@ async def test_image_edited_under_a_running_bridge_while_nbdkit_was_dead_guest_r
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
             await write_and_read(vhost)
             server.kill()
-            await wait_for(server, limit_s=10)
+            await wait_for(server, limit_s=HUNG_S)
             wait_for_another_tick()
             edit(directory / "disk.img")
             await servers.enter_async_context(process(nbdkit(directory), ready=nbd))
             async with await Guest.connect(vhost) as guest:
-                with trio.fail_after(20):
+                with trio.fail_after(HUNG_S):
                     # A hit of before the reconnect may still be served.
                     while await guest.read(0, 4096) != NEW:
                         await trio.sleep(0.02)
@@ -79,7 +80,7 @@ async def test_nbdkit_ends_at_sigterm_while_an_idle_bridge_is_connected(director
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
             await write_and_read(vhost)
             server.send_signal(signal.SIGTERM)
-            assert await wait_for(server, limit_s=20) == 0
+            assert await wait_for(server, limit_s=HUNG_S) == 0
             await servers.enter_async_context(process(nbdkit(directory), ready=nbd))
             async with await Guest.connect(vhost) as guest:
                 await guest.write(4096, NEW)

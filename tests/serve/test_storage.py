@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from structlog.testing import capture_logs
 
 from bridge.cache.file import CacheFile, open_file
 from bridge.cache.layout import HEADER_AREA_BYTES
@@ -20,8 +21,9 @@ from bridge.cache_tools import flush_file
 from bridge.errors import ConfigError
 from bridge.loop import Loop
 from bridge.nbd.options import ClientOptions
-from bridge.nbd.protocol import CMD_WRITE
+from bridge.nbd.protocol import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from bridge.nbd.server import Faults, Server
+from bridge.nbd.server_core import Command, ServerSettings
 from bridge.nbd.server_disk import MemoryDisk
 from bridge.nbd.uri import parse_uri
 from bridge.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Request
@@ -263,7 +265,7 @@ async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeyp
             assert cache_file(directory) in problem
             assert "not marked as closed" in problem
             stuck.set()
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 while True:
                     try:
                         file = open_file(cache_file(directory))
@@ -332,7 +334,7 @@ async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the
             assert start(storage, WRITE, 0, 4096) == [0]
             flush = start(storage, FLUSH, 0, 0)
             read = start(storage, READ, 1 << 20, 4096)
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 while not (flush and read):
                     await trio.sleep(0.001)
             assert (flush, read) == ([EIO], [0])
@@ -340,7 +342,7 @@ async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the
             assert storage._cache.index.dirty_slots == 1
             faults.hangs_up_on = None
             flush = start(storage, FLUSH, 0, 0)
-            with trio.fail_after(20):
+            with trio.fail_after(HUNG_S):
                 while not flush:
                     await trio.sleep(0.001)
             assert flush == [0]
@@ -369,3 +371,117 @@ async def test_cache_file_of_an_export_with_a_long_name_can_be_flushed(directory
         with pytest.raises(ConfigError, match="--moved"):
             await flush_file(path, other, moved=False, timeout_s=10)
     loop.close()
+
+
+@asynccontextmanager
+async def changeable(
+    directory: Path, description: str = ""
+) -> AsyncIterator[tuple[Server, MemoryDisk, Storage]]:
+    """A server, and a storage on it with a flushed block at 0 and, since the server is away now,
+    a dirty one at 1 MiB."""
+    disk = MemoryDisk(SIZE_BYTES)
+    server = Server({"": disk}, ServerSettings(description=description))
+    server.commands = []
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve_unix, directory / "nbd")
+        async with running(directory) as storage:
+            assert start(storage, WRITE, 0, 4096) == [0]
+            assert await ended(start(storage, FLUSH, 0, 0)) == 0
+            server.faults.refuse_connections = True
+            server.cut()
+            with trio.fail_after(HUNG_S):
+                while storage.client.connected:
+                    await trio.sleep(0.001)
+            assert start(storage, WRITE, 1 << 20, 4096) == [0]
+            server.commands.clear()
+            yield server, disk, storage
+            await storage.close(0.1)
+        nursery.cancel_scope.cancel()
+
+
+async def ended(result: list[int]) -> int:
+    with trio.fail_after(HUNG_S):
+        while not result:
+            await trio.sleep(0.001)
+    return result[0]
+
+
+async def refused_attempts(server: Server, storage: Storage, count: int) -> None:
+    """The server is there again, and `count` connections to it were not wanted."""
+    server.faults.refuse_connections = False
+    before = server.connections_total
+    with trio.fail_after(HUNG_S):
+        while server.connections_total <= before + count:
+            await trio.sleep(0.001)
+    assert not storage.client.connected
+
+
+CHANGES = (CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM, CMD_FLUSH)
+
+
+def changes(server: Server) -> list[Command]:
+    return [each for each in server.commands or () if each.kind in CHANGES]
+
+
+async def test_image_replaced_under_dirty_data_while_serving_nothing_is_sent_until_it_is_back(
+    directory,
+):
+    async with changeable(directory) as (server, disk, storage):
+        ours = bytes(disk.data)
+        disk.data[:] = b"z" * SIZE_BYTES
+        with capture_logs() as logs:
+            await refused_attempts(server, storage, 3)
+        flush = start(storage, FLUSH, 0, 0)
+        read = start(storage, READ, 2 << 20, 4096)
+        assert changes(server) == []
+        (told,) = [each["event"] for each in logs if each["log_level"] == "error"]
+        path = cache_file(directory)
+        assert "4096 bytes" in told
+        assert "somebody else wrote it" in told
+        assert f"cache flush --force {path}" in told
+        assert f"cache drop --discard-dirty {path}" in told
+        assert (flush, read) == ([], [])
+
+        disk.data[:] = ours
+
+        assert await ended(flush) == 0
+        assert await ended(read) == 0
+        assert disk.data[1 << 20 :][:4096] == b"w" * 4096
+
+
+async def test_volume_written_by_somebody_else_under_dirty_data_while_serving_nothing_is_sent(
+    directory,
+):
+    """Our plugin counts who writes."""
+    numbers = "generation={} written={}"
+    async with changeable(directory, numbers.format(1, 1)) as (server, _, storage):
+        server.settings = ServerSettings(description=numbers.format(3, 2))
+        await refused_attempts(server, storage, 3)
+        assert changes(server) == []
+
+        left_behind = await storage.close(5)
+
+        assert changes(server) == []
+        assert "somebody else wrote the export since" in left_behind
+        assert f"cache flush --force {cache_file(directory)}" in left_behind
+        loop = Loop(poll_us=0)
+        again = new_storage(directory, loop)
+        with pytest.raises(ConfigError, match="somebody else wrote the export since"):
+            await again.open()
+        await again.close(1)
+        loop.close()
+
+
+async def test_server_that_lost_what_was_not_flushed_is_used_again_at_once(directory):
+    async with changeable(directory) as (server, disk, storage):
+        server.faults.refuse_connections = False
+        assert await ended(start(storage, FLUSH, 0, 0)) == 0
+        assert disk.data[1 << 20 :][:4096] == b"w" * 4096
+
+
+async def test_connection_lost_while_the_server_is_compared_is_tried_again(directory):
+    async with changeable(directory) as (server, _, storage):
+        server.faults.hangs_up_on = CMD_READ
+        await refused_attempts(server, storage, 3)
+        server.faults.hangs_up_on = None
+        assert await ended(start(storage, FLUSH, 0, 0)) == 0
