@@ -17,7 +17,8 @@ The map, and which way imports point:
     storage, location   client and cache put together; which cache file belongs to an export
       cache/            the local cache
       nbd/              wire formats and state machines; connection, client, server
-    loop                one epoll under one trio task; turns, batches, adaptive polling
+    loop, turn          one epoll under one trio task, adaptive polling; what a turn carries
+    deadlines           when something without a task of its own is called next
     request             the object that travels from a guest's request to the server's reply
     errors              whose fault it is
 
@@ -26,9 +27,12 @@ The life of a read. The guest puts a chain into the available ring and kicks. `L
 makes a `BlkRequest` whose buffers are the guest's own memory, `Disk.submit` passes it on, and
 the NBD client gives it a cookie and queues 28 bytes of header. At the turn's end one `sendmsg`
 per connection carries all of them. When replies arrive, a later turn of the same loop receives
-them (large payloads straight into the guest's memory), finishes the requests by cookie,
-`BlkEngine._finish` writes each status byte, `RunningRing.complete` each used element, and at the
-turn's end `RunningRing._publish` stores the used index once and calls the guest at most once.
+them (large payloads straight into the guest's memory) and notes the requests, found by cookie, as
+finished. `Turn.end` tells their owners one after the other: `BlkEngine._finish` writes each status
+byte, `RunningRing.complete` each used element, and what was put off to the end of the turn,
+`RunningRing._publish`, stores the used index once and calls the guest at most once. Nothing is
+finished within a call of `submit`, and nobody is told of it within a call of somebody else's:
+`turn` has the rule.
 
 With a cache the engine first asks for a hit (`Disk.hits`): the cache copies what it has between
 its file and the guest's memory, and the chain is used without a request.

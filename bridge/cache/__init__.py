@@ -4,14 +4,17 @@ Life of a block: absent → clean ⇄ dirty → written (the server replied, not
 
 - `layout`: what is on the file's first pages, and how it is checked; `file`: opening, locking,
   preallocating, mapping and closing one; `options`: the limits.
-- `index`: granule → slot, and the bits of every block, in flat arrays; `eviction`: which clean
-  granule goes when room is needed; `slots`: both in step.
-- `cache`: the `Target` that joins everything; hits are served inside `submit()`.
+- `blocks`: the bits of every block, the states that they stand for, and the only code that changes
+  them; `index`: granule → slot, in flat arrays; `eviction`: which clean granule goes when room is
+  needed; `slots`: both in step.
+- `cache`: the `Target` that joins everything, and the stage of the loop's turn: hits are served in
+  `submit()`, whatever has to wait stands in a queue of one of the parts, and `advance()` has each
+  part do what it can do now (`Cache.waiting` shows what waits for what).
 - `reads`, `fetch`, `readahead`: reads that are no hit; `cold`: blocks that left the page cache.
 - `store`: guest writes into the cache, and when each is complete.
-- `writeback`, `ticket`, `flush`: dirty blocks to the server, those who wait for that, and the
-  barrier after it.
-- `ranges`, `exclusive`: discard and write-zeroes, ordered against everything in flight.
+- `writeback`, `dirty_ring`, `wait`, `flush`: dirty blocks to the server, in which order, those who
+  wait for that, and the barrier after it.
+- `ranges`, `exclusive`, `discards`: discard and write-zeroes, ordered against everything in flight.
 - `sample`: did somebody else write the image? `inspect`, `warm`: for the command line.
 
 Life of a read: `Cache.read_hit` finds every block `ready` and copies it; else `reads` copies what
@@ -20,6 +23,6 @@ write: `Cache.write_hit` finds every block `open`, or has `store` open them, and
 else `store` marks, copies and puts the slot into `writeback`'s ring, from where age, a limit or a
 flush sends it; it is clean when a flush succeeded that was sent after the reply.
 
-Nothing here does I/O except `file` and `cold`; time comes from an injected clock, the end of a
-turn from an injected `call_at_turn_end`, and whoever owns the cache calls `tick()`.
+Nothing here does I/O except `file` and `cold`; time comes from an injected clock, turns from an
+injected `Turn`, and whoever owns the cache calls `tick()` at `next_deadline()`.
 """
