@@ -18,9 +18,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+import structlog
+
+_log = structlog.get_logger(__name__)
+
 ROUNDS_MAX: Final = 1 << 20
 """Rounds of one turn. Each moves something that a guest, a timer or a server set going, and every
 queue is bounded by the guest's rings (65,536 requests): more is a loop of ours."""
+
+
+def _not_told(finished: Finished, error: Exception) -> None:
+    """A bug of ours in what an end sets off: it costs whoever waits for that end, and nobody else.
+
+    Only an assertion that does not hold ends the process: nothing can be believed any more then.
+    """
+    if isinstance(error, AssertionError):
+        raise error
+    _log.error("internal error where the end of a request is told of", of=finished, exc_info=error)
 
 
 def _nobody_sleeps() -> None:
@@ -126,7 +140,10 @@ class Turn:
             while self.finished:
                 finished, self.finished = self.finished, []
                 for each in finished:
-                    each.done(each)
+                    try:
+                        each.done(each)
+                    except Exception as error:
+                        _not_told(each, error)
                 moved = True
             again = False
             for stage in self._stages:

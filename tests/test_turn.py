@@ -49,6 +49,37 @@ def test_nobody_is_told_before_the_turn_ends() -> None:
     assert not turn.pending
 
 
+def test_owner_that_raises_keeps_nobody_else_from_being_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turn = Turn()
+    told: list[int] = []
+    logged: list[str] = []
+    monkeypatch.setattr("bridge.turn._log.error", lambda text, **more: logged.append(str(more)))
+
+    def fail(each: Request) -> None:
+        raise ValueError("a bug of ours")
+
+    turn.finish(request(lambda each: told.append(1)))
+    turn.finish(request(fail))
+    turn.finish(request(lambda each: told.append(2)))
+    assert turn.end()
+    assert told == [1, 2]
+    assert len(logged) == 1
+    assert "a bug of ours" in logged[0]
+
+
+def test_assertion_that_does_not_hold_is_not_passed_over() -> None:
+    turn = Turn()
+
+    def fail(each: Request) -> None:
+        raise AssertionError("nothing can be believed")
+
+    turn.finish(request(fail))
+    with pytest.raises(AssertionError, match="believed"):
+        turn.end()
+
+
 def test_owners_are_told_once_and_of_the_error() -> None:
     turn = Turn()
     errors: list[int] = []

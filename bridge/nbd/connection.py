@@ -529,7 +529,7 @@ class Connection:
         sock = self._sock
         transmission = self.transmission
         for _ in range(_RECEIVES_PER_TURN):
-            # Only the system call is guarded: what a completion raises is not the socket's.
+            # Only the system call is guarded: what the parser raises is not the socket's.
             try:
                 if transmission.direct:
                     buffers = transmission.next_buffers()
@@ -605,7 +605,7 @@ class Connection:
             self.blamed = next(iter(self.transmission.pending.values()), None)
 
     def _fail_unexpectedly(self, error: Exception) -> None:
-        """A bug of ours, in what a reply completes perhaps: it costs this connection, not the disk.
+        """A bug of ours, in how a reply is read perhaps: it costs this connection, not the disk.
 
         What had no answer yet is sent again on the next one.
         """
