@@ -193,18 +193,16 @@ class _WriteZeroes:
         request.error = 0
         request.generation = 0
         self._mixed = False
-        parts = []
         for start, end in ((request.offset, first), (last, stop)):
             if start < end:
                 zeroes = [memoryview(bytes(end - start))]
-                flags = request.flags & FUA
-                parts.append(Request(WRITE, start, end - start, zeroes, self._done, flags, request))
+                self._send(WRITE, start, end, zeroes, request.flags & FUA)
         if first < last:
-            flags = request.flags
-            parts.append(Request(WRITE_ZEROES, first, last - first, [], self._done, flags, request))
-        self._left = len(parts)
-        for part in parts:
-            self._aligner.send(part)
+            self._send(WRITE_ZEROES, first, last, [], request.flags)
+
+    def _send(self, op: int, start: int, stop: int, data: list[memoryview], flags: int) -> None:
+        self._left += 1
+        self._aligner.send(Request(op, start, stop - start, data, self._done, flags, self._request))
 
     def _done(self, part: Request) -> None:
         request = self._request

@@ -407,6 +407,7 @@ class Session:
         else:
             request.progress = self._told_of
             self._flushes.append(request)
+            self._turn.want()
 
     def _note_told(self) -> None:
         """By now everybody was told of what has been answered.
@@ -481,20 +482,19 @@ class Session:
     def _flushed(self, inner: Request) -> None:
         error = inner.error
         flushes: list[Request] = inner.owner
-        refused: list[Request] = []
         # Not if a new connection came in the same turn as this answer, and a loss was told of.
         expected = self._flushing is inner
         if expected:
             self._flushing = None
-        self._tell(flushes if error else [])
-        if error and inner.generation:  # The server said so, not we.
-            refused = self._end_epoch()
-        elif not error and expected:
-            self.durability.flushed(inner.progress, self._flushing_epoch)
         for request in flushes:
             request.generation = inner.generation
             self._turn.finish(request, error)
-        self._refuse_flushes(refused)
+        if error:
+            self._tell(flushes)
+            if inner.generation:  # The server said so, not we.
+                self._refuse_flushes(self._end_epoch())
+        elif expected:
+            self.durability.flushed(inner.progress, self._flushing_epoch)
 
     @property
     def _epoch(self) -> int:
@@ -998,6 +998,7 @@ class Session:
             + len(self._flushes)
             + len(self._trial)
             + self._ranges.waiting_count
+            + len(self._ranges.gone)
         )
 
 

@@ -629,13 +629,13 @@ class Transmission:
         if error == errno.ESHUTDOWN:
             self.refused.append(request)
             return
-        request.error = error
         request.generation = self.generation
         if op == WRITE and self.sending:
             # Part of its payload may not have been sent: the owner looks.
+            request.error = error
             self.early.append(request)
-            return
-        self._turn.finish(request, error)
+        else:
+            self._turn.finish(request, error)
 
     def _bad_reply(self, magic: int, cookie: int) -> ProtocolError:
         allowed = (

@@ -759,3 +759,12 @@ def test_write_abandoned_between_its_answer_and_being_told_of_it_still_counts() 
     world.up()
     assert world.sent == []
     assert world.ask(FLUSH).error == EIO
+
+
+def test_flush_that_is_submitted_by_a_task_while_the_loop_sleeps_wakes_it() -> None:
+    """It is sent by a stage, with all that the turn brings."""
+    world = World()
+    world.submit(FLUSH)
+    assert turn().pending
+    deliver()
+    assert world.sent == [(FLUSH, 0)]
