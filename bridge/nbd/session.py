@@ -934,7 +934,7 @@ class Session:
         self._waiting, unsent = _without_abandoned(self._waiting)
         on_trial, more = _without_abandoned(list(self._trial))
         self._trial = deque(on_trial)
-        sent += more
+        unsent += more  # Not on this connection: what the last one may still do is held already.
         if self._tried is not None and self._tried.done != self._answered_alone:
             # It was abandoned itself: the trial goes on all the same when it is answered.
             self._tried_done, self._tried.done = self._tried.done, self._answered_alone
@@ -952,7 +952,7 @@ class Session:
 
     def _outlive(self, command: Request) -> None:
         """The answer to `command` is still to come: what it is a part of goes no further then."""
-        done = command.done
+        done = self._tried_done if command is self._tried else command.done
         if isinstance(done, _OnceMore):
             done = done.done
         claim: Claim | None = None
@@ -969,7 +969,10 @@ class Session:
                 self._ranges.withdraw(claim)
                 self._set_fast_limits()
 
-        command.done = ended
+        if command is self._tried:
+            self._tried_done = ended
+        else:
+            command.done = ended
 
     def _drop(self, abandoned: list[Request]) -> None:
         """These were sent on a connection that is lost, and are not to be sent again."""

@@ -7,6 +7,7 @@ checked against the history of completed and overlapping writes. A failing seed 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from itertools import count
 from random import Random
 from traceback import walk_stack
@@ -1265,6 +1266,42 @@ def test_everything_fails_while_abandoned_commands_wait_for_one_another() -> Non
     assert world.sent == [(WRITE, 1)]
 
 
+def test_write_over_one_that_was_abandoned_on_trial_goes_after_the_connection_is_lost() -> None:
+    world = World()
+    world.ask(READ, 5)
+    old = world.ask(WRITE, 1)
+    for _ in range(3):
+        world.down(hung_up=True)
+        world.up()
+    world.channels[0].answer_present()  # the probe
+    world.channels[0].answer_present()
+    assert world.sent == [(WRITE, 1)]
+    abandon(world, old)
+    abandon(world)  # Something else of the guest's.
+    world.down()
+    world.up()
+    assert world.sent == []
+    newer = world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    assert newer.error == 0
+
+
+def test_what_was_abandoned_before_its_trial_is_kept_away_from_for_the_grace_time_only() -> None:
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    world.ask(READ, 5)
+    old = world.ask(WRITE, 1)
+    for _ in range(3):
+        world.down(hung_up=True, stale_possible=True)
+        world.up()
+    abandon(world, old)
+    world.channels[0].answer_all()
+    world.ask(WRITE, 1)
+    assert world.sent == []
+    assert world.session.next_deadline_s() == world.now + GRACE_S
+    world.tick(world.now + GRACE_S)
+    assert world.sent == [(WRITE, 1)]
+
+
 def on_two_connections(options: ClientOptions | None = None) -> World:
     """A session that keeps overlapping changes apart."""
     world = World(options)
@@ -1617,7 +1654,7 @@ class PausedGuest(Simulation):
 
     def __init__(self, seed: int, *, volatile: bool, **more: bool) -> None:
         super().__init__(seed, volatile=volatile, **more)
-        self.running: dict[Request, None] = {}
+        self.running: dict[Request, Callable[[Request], None]] = {}
         self.resumed_at = -1.0
         self.forgets = self.long_turns
         self.left: list[tuple[Request, bytearray, bytes]] = []
@@ -1632,16 +1669,15 @@ class PausedGuest(Simulation):
             done(request)
 
         request.done = finished
-        self.running[request] = None
+        self.running[request] = done
         self.submitting(request)
 
     def pause(self) -> None:
         deliver()
         scratch = memoryview(bytearray(3 * BLOCK))
-        for old in list(self.running):
+        for old, done in self.running.items():
             data = old.buffers[0].obj if old.buffers else bytearray()
             assert isinstance(data, bytearray)
-            done = old.done.__closure__[0].cell_contents  # what `start` wrapped
             again = Request(old.op, old.offset, old.length, list(old.buffers), done, old.flags)
             self.left.append((again, data, bytes(data)))
             old.abandon(lambda request: None, scratch)
@@ -1654,7 +1690,7 @@ class PausedGuest(Simulation):
         super().flushed(request, max(started, self.resumed_at) if request.error else started)
 
     def resume(self) -> None:
-        if self.forgets:
+        if self.forgets:  # which promises a flush before the pause was to keep
             self.resumed_at = self.time
         left, self.left = self.left, []
         for request, data, before in left:
@@ -1682,6 +1718,9 @@ def test_simulated_guest_that_is_paused_at_any_moment_every_value_is_explained(
     for seed in range(batch * 100, batch * 100 + 60):
         PausedGuest(seed, volatile=volatile).run(400)
         PausedGuest(seed, volatile=volatile, long_turns=True).run(400)
+    for seed in range(3000 + batch * 200, 3100 + batch * 200):
+        PausedGuest(seed, volatile=volatile, long_turns=True, flushes_fail=True).run(200)
+        PausedGuest(seed, volatile=volatile, long_turns=True, hangs_up=True).run(400)
 
 
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
