@@ -5,7 +5,7 @@ is that count, and the caller passes it in. Three marks on it say all there is t
 
     flushed   what was answered up to here is durable, or known to be lost
     lost      what was answered up to here, and was not flushed then, may be gone
-    told      a guest's flush has failed that was submitted when so much was answered
+    told      a guest's flush has failed that was submitted when the guest knew of so many answers
 
 `told < lost` means that a loss is untold: the guest's next flush has to fail.
 
@@ -18,7 +18,8 @@ An **epoch** ends when the server may have dropped what it had only acknowledged
 What belongs to an older epoch is not vouched for. A change that was in flight at the end of an
 epoch may have been executed before it and be answered after it, so it has to be sent again. A
 flush that was in flight then vouches for nothing. A change of several commands is good if all of
-them were sent in the epoch in which the last one is answered.
+them were sent in the epoch in which the last one is answered. What is answered in the turn in which
+an epoch ends is told of after that, and may have been executed before: it is in neither epoch.
 
 **Before this process.** Another process may have served the same guest and left something
 unflushed. It counts as one change that was answered at the start (`BEFORE`): until a flush has
@@ -108,8 +109,8 @@ class Durability:
         return True
 
     def tell(self, answered: int) -> None:
-        """A flush fails that the guest submitted when so much was answered: the guest knows of
-        losses so far."""
+        """A flush fails that the guest submitted when it had been told of so many answers: it knows
+        of losses so far."""
         self._told = max(self._told, answered)
 
     def nothing_before(self) -> None:
