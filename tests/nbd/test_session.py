@@ -1173,6 +1173,120 @@ def test_nothing_waits_for_a_grace_that_begins_with_its_own_failing(give_up: boo
     assert world.session.in_flight == 0
 
 
+def on_trial(*asked: tuple[int, int]) -> tuple[World, list[Request]]:
+    """Commands that are on trial on the present connection: the first one is being tried."""
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    requests = [world.ask(op, block) for op, block in asked]
+    for _ in range(3):
+        world.channels[0].answered = True  # something: the server is proven to answer
+        world.down(hung_up=True, stale_possible=True)
+        world.up()
+    assert world.sent == [asked[0]]
+    return world, requests
+
+
+def test_abandoned_change_on_trial_whose_connection_is_lost_keeps_nobody_out() -> None:
+    world, (old, _) = on_trial((WRITE, 1), (READ, 5))
+    abandon(world, old)
+    world.down()
+    world.up()
+    world.channels[0].answer_all()
+    world.now += 2 * GRACE_S
+    world.tick(world.now)
+    newer = world.ask(WRITE, 1)
+    assert world.sent == [(WRITE, 1)]
+    world.channels[0].answer_all()
+    assert newer.error == 0
+
+
+def test_change_abandoned_before_its_turn_on_trial_is_kept_away_from_for_the_grace_time() -> None:
+    """It was sent on the connection that is lost, and is never sent on this one."""
+    world, (_, old) = on_trial((READ, 5), (WRITE, 1))
+    abandon(world, old)
+    newer = world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    assert newer.error == -1
+    world.now += GRACE_S
+    world.tick(world.now)
+    world.channels[0].answer_all()
+    assert newer.error == 0
+
+
+@pytest.mark.parametrize("times", [2, 3000])
+def test_guest_may_pause_again_and_again_while_a_request_is_on_trial(times: int) -> None:
+    world, (old, _) = on_trial((WRITE, 1), (READ, 5))
+    abandon(world, old)
+    for _ in range(times):
+        world.session.abandon()
+    newer = world.ask(WRITE, 1)
+    world.tick(world.now + GRACE_S)
+    world.channels[0].answer_all()
+    assert newer.error == 0
+
+
+def test_abandoned_change_is_not_sent_again_when_an_epoch_ends() -> None:
+    """Its bytes are gone: the frame would take those of the next one for its payload."""
+    world = World()
+    old = world.ask(WRITE, 1)
+    abandon(world, old)
+    world.ask(FLUSH)
+    channel = world.channels[0]
+    channel.answer(channel.pending[1], errno.EIO)
+    channel.answer(channel.pending[0])
+    assert world.sent == []
+
+
+def test_abandoned_change_that_was_to_be_sent_again_is_not() -> None:
+    world = World()
+    old = world.ask(WRITE, 1)
+    world.ask(FLUSH)
+    channel = world.channels[0]
+    channel.answer(channel.pending[1], errno.EIO)
+    abandon(world, old)
+    channel.answer(channel.pending[0])
+    assert world.sent == []
+
+
+def test_abandoned_durable_write_that_is_answered_ends_no_epoch() -> None:
+    world = World()
+    other = world.ask(WRITE, 5)
+    old = world.ask(WRITE, 1, flags=FUA)
+    world.channels[0].answer(world.channels[0].pending[0])
+    abandon(world, old)
+    world.channels[0].answer_all()
+    flush = world.ask(FLUSH)
+    world.channels[0].answer_all()
+    assert (other.error, flush.error) == (0, 0)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_closed_session_ends_with_abandoned_changes_in_flight(times: int) -> None:
+    world = on_two_connections()
+    old = world.ask(WRITE, 1)
+    newer = world.ask(WRITE, 1)
+    abandon(world, old)
+    for _ in range(times):
+        world.session.abandon()
+    world.leaving()
+    world.closed(world.pending)
+    assert newer.error == errno.EIO
+    assert world.session.in_flight == 0
+
+
+def test_flush_command_that_nobody_waits_for_any_more_is_not_sent_beside_another() -> None:
+    """One is in flight at a time, also if it waited for the end of a trial that was cut short."""
+    world, (_, _) = on_trial((WRITE, 3), (READ, 5))
+    world.channels[0].answer_present()
+    refused = world.ask(FLUSH)
+    world.down()
+    world.up()
+    assert refused.error == errno.EIO
+    flush = world.ask(FLUSH)
+    assert [op for op, _ in world.sent].count(FLUSH) == 1
+    world.channels[0].answer_all()
+    assert flush.error == 0
+
+
 # The simulation.
 
 
