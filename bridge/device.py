@@ -345,7 +345,7 @@ class BlkDevice:
         except BaseException:
             # All of it or nothing: nobody else knows of this ring.
             del self._setups[index]
-            self._rings.pop(index).close(told=False)
+            self._close_ring(self._rings.pop(index), told=False)
             raise
 
     def _note_guest(self, ring: RingSetup) -> None:
@@ -406,7 +406,7 @@ class BlkDevice:
             bases = {}
             for index in indexes:
                 ring = self._rings.pop(index)
-                bases[index] = ring.close(told=told)
+                bases[index] = self._close_ring(ring, told=told)
                 if ring.in_flight and ring.keeps_in_flight:
                     self._left[index] = ring.in_flight
                     self._left_in = self._inflight_source
@@ -484,14 +484,24 @@ class BlkDevice:
                 ring.fail(requests)
                 failed += len(requests)
             abandoned += requests
-        self._engine.abandon(abandoned)
-        self._on_abandoned(abandoned)
+        self._abandon(abandoned)
         if failed:
             _log.error(
                 "requests were not answered in time while rings stopped, they fail",
                 requests=failed,
                 timeout_s=self._drain_timeout_s,
             )
+
+    def _abandon(self, requests: list[BlkRequest]) -> None:
+        self._engine.abandon(requests)
+        self._on_abandoned(requests)
+
+    def _close_ring(self, ring: RunningRing, *, told: bool) -> int:
+        """See RunningRing.close. What was not drained before, after an error, is abandoned: writes
+        without their bytes must not be sent."""
+        if requests := ring.unanswered():
+            self._abandon(requests)
+        return ring.close(told=told)
 
     async def _drained(self, rings: Collection[RunningRing], deadline_s: float) -> bool:
         """Pause `rings`; whether everything they popped was answered in time.
@@ -641,7 +651,7 @@ class BlkDevice:
                 index, ring = self._rings.popitem()
                 self._setups.pop(index, None)
                 with suppress(Exception):
-                    ring.close(told=False)
+                    self._close_ring(ring, told=False)
             self.set_features(0)
             self._forget_shared()
             self._memory = GuestMemory([])

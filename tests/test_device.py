@@ -1251,6 +1251,27 @@ async def test_disconnect_lets_go_of_every_ring_whatever_fails(
     assert guest.disk.requests == []
 
 
+async def test_storage_is_told_of_requests_whose_ring_is_closed_by_an_error(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bytes are gone: nothing of them may be sent."""
+    guest.start()
+    guest.disk.hold = True
+    guest.put(T_OUT, out=bytes(512))
+    guest.rings[0].kick_device()
+    await a_while()
+    assert len(guest.disk.held) == 1
+    with monkeypatch.context() as patched:
+
+        async def fails(*_: object, **__: object) -> None:
+            raise RuntimeError("a bug")
+
+        patched.setattr(guest.device, "_close_rings", fails)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await guest.device.disconnected()
+    assert guest.disk.held == []
+
+
 async def test_kick_that_cannot_be_waited_for_leaves_the_old_one(
     guest: DeviceGuest, tmp_path: Path
 ) -> None:
