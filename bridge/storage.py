@@ -679,8 +679,9 @@ class Storage:
                 f"the server could not flush ({os.strerror(error)}): what the guest wrote since "
                 "its last flush may not be durable"
             )
-        if self._late:
-            await self.stop_sending()
+        if self._late or (self._cache is not None and self._cache.index.dirty_slots):
+            if left_here := await self.stop_sending():
+                raise LeftBehind(left_here)
         elif self._cache is None:
             self.client.silence()
         self.may_be_written_elsewhere()

@@ -239,7 +239,9 @@ class Session:
 
     def _part(self, part: Request) -> None:
         """A part of a split request; the export may be another one by now."""
-        if part.op == FLUSH:
+        if part.is_abandoned:
+            part.finish(errno.ECANCELED)  # One that was too long is not tried again smaller.
+        elif part.op == FLUSH:
             # It stands for FUA: what it must vouch for is that write only (see `_whole`).
             part.flags = UNASKED
             self._flush(part)

@@ -1259,6 +1259,15 @@ def test_abandoned_change_that_was_to_be_sent_again_is_not() -> None:
     assert world.sent == []
 
 
+def test_abandoned_discard_that_was_too_long_is_not_tried_again_smaller() -> None:
+    world = World(size=1 << 30)
+    old = world.ask(DISCARD, 0, 1 << 20)
+    assert world.sent == [(DISCARD, 0)]
+    abandon(world, old)
+    world.channels[0].answer(world.channels[0].pending[0], errno.EINVAL)
+    assert world.sent == []
+
+
 def test_abandoned_durable_write_that_is_answered_ends_no_epoch() -> None:
     world = World()
     other = world.ask(WRITE, 5)
