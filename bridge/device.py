@@ -345,7 +345,7 @@ class BlkDevice:
         except BaseException:
             # All of it or nothing: nobody else knows of this ring.
             del self._setups[index]
-            self._close_ring(self._rings.pop(index), told=False)
+            self._close_ring(self._rings.pop(index))
             raise
 
     def _note_guest(self, ring: RingSetup) -> None:
@@ -400,13 +400,14 @@ class BlkDevice:
         module's text): raises LeftBehind when it cannot be given.
         """
         deadline_s = self._deadline_s()
+        rings = [self._rings[index] for index in indexes]
         try:
-            await self._drain([self._rings[index] for index in indexes], deadline_s)
+            await self._drain(rings, deadline_s)
         finally:
             bases = {}
             for index in indexes:
                 ring = self._rings.pop(index)
-                bases[index] = self._close_ring(ring, told=told)
+                bases[index] = self._close_ring(ring)
                 if ring.in_flight and ring.keeps_in_flight:
                     self._left[index] = ring.in_flight
                     self._left_in = self._inflight_source
@@ -421,6 +422,10 @@ class BlkDevice:
                     "there when the server takes it",
                     reason=failure or "no answer in time",
                 )
+        if told:
+            # Not before there is an answer: a front-end without one goes on from an older base.
+            for ring in rings:
+                ring.was_told()
         return bases
 
     async def _bring_up_to_date(self, deadline_s: float) -> tuple[str, bool]:
@@ -496,12 +501,12 @@ class BlkDevice:
         self._engine.abandon(requests)
         self._on_abandoned(requests)
 
-    def _close_ring(self, ring: RunningRing, *, told: bool) -> int:
+    def _close_ring(self, ring: RunningRing) -> int:
         """See RunningRing.close. What was not drained before, after an error, is abandoned: writes
         without their bytes must not be sent."""
         if requests := ring.unanswered():
             self._abandon(requests)
-        return ring.close(told=told)
+        return ring.close(told=False)
 
     async def _drained(self, rings: Collection[RunningRing], deadline_s: float) -> bool:
         """Pause `rings`; whether everything they popped was answered in time.
@@ -651,7 +656,7 @@ class BlkDevice:
                 index, ring = self._rings.popitem()
                 self._setups.pop(index, None)
                 with suppress(Exception):
-                    self._close_ring(ring, told=False)
+                    self._close_ring(ring)
             self.set_features(0)
             self._forget_shared()
             self._memory = GuestMemory([])
