@@ -1649,6 +1649,9 @@ class Simulation:
                 self.lose()
             elif not self.channels:
                 self.up()
+        if self.pauses and not self.random.randrange(4):
+            self.stop()
+            return
         if not self.channels:
             self.up()
         for _ in range(2000):
@@ -1661,6 +1664,20 @@ class Simulation:
             if not (self.session.in_flight or self.open_requests):
                 break
         assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
+        self.check_end()
+
+    def stop(self) -> None:
+        """The process stops, whatever is under way."""
+        self.gives_up = True
+        self.session.leaving()
+        unanswered = [request for channel in self.channels for request in channel.pending]
+        self.session.closed(sorted(unanswered, key=lambda request: request.cookie))
+        deliver()
+        self.next_turn()
+        assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
+        self.check_end()
+
+    def check_end(self) -> None:
         assert self.session.in_flight == 0
         assert self.lane.in_flight_bytes == 0
         assert not self.session._outlived
