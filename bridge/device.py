@@ -15,7 +15,8 @@ wrote is brought to the server and flushed first (`on_all_stopped`). If that doe
 within the limit the storage side sees to it that nothing of the guest's is sent from here any
 more (`on_left_behind`), and when something is left here that the next host would miss the stop is
 not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
-in-flight region counts as missing while the dirty log is on: such a region does not migrate.
+in-flight region counts as missing while the dirty log is on: such a region does not migrate, and
+neither does what the guest has still to be told of a loss.
 """
 
 from __future__ import annotations
@@ -461,6 +462,11 @@ class BlkDevice:
             raise self._left_behind(
                 f"the server has not answered {what} in time, and the guest migrates: it cannot "
                 "before that is answered; let it go on here and migrate it later"
+            )
+        if self._logging and self._loss_untold:
+            raise self._left_behind(
+                "the server may have lost writes of the guest's, which its next flush has to tell "
+                "it, and only here: let the guest go on here and migrate it later"
             )
         if in_region:
             _log.warning(

@@ -722,6 +722,24 @@ async def test_guest_that_migrates_is_not_let_go_without_its_requests(
         await uncached.stop()
 
 
+@pytest.mark.parametrize("migrates", [True, False])
+async def test_guest_that_migrates_is_not_let_go_before_it_was_told_of_a_loss(
+    world: World, autojump_clock: MockClock, uncached: Bridge, migrates: bool
+) -> None:
+    """The bridge that it goes to would vouch for what is gone."""
+    uncached.device.remember_durability(unflushed_on=0, loss_untold=True)
+    if not migrates:
+        await uncached.stop()
+        return
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, 1024)
+    uncached.device.set_log(fd, 0, 1024)
+    os.close(fd)
+    uncached.device.set_logging(True)
+    with pytest.raises(LeftBehind, match="lost"):
+        await uncached.stop()
+
+
 async def test_abandoned_flush_that_fails_is_told_with_the_next_one(
     world: World, autojump_clock: MockClock, uncached: Bridge
 ) -> None:
