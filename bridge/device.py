@@ -15,7 +15,8 @@ wrote is brought to the server and flushed first (`on_all_stopped`). If that doe
 within the limit the storage side sees to it that nothing of the guest's is sent from here any
 more (`on_left_behind`), and when something is left here that the next host would miss the stop is
 not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
-in-flight region counts as missing while the dirty log is on: such a region does not migrate.
+in-flight region counts as missing while the dirty log is on: such a region does not migrate, and
+neither does what the guest has still to be told of a loss.
 """
 
 from __future__ import annotations
@@ -346,7 +347,7 @@ class BlkDevice:
         except BaseException:
             # All of it or nothing: nobody else knows of this ring.
             del self._setups[index]
-            self._rings.pop(index).close(told=False)
+            self._close_ring(self._rings.pop(index))
             raise
 
     def _note_guest(self, ring: RingSetup) -> None:
@@ -401,13 +402,14 @@ class BlkDevice:
         module's text): raises LeftBehind when it cannot be given.
         """
         deadline_s = self._deadline_s()
+        rings = [self._rings[index] for index in indexes]
         try:
-            await self._drain([self._rings[index] for index in indexes], deadline_s)
+            await self._drain(rings, deadline_s)
         finally:
             bases = {}
             for index in indexes:
                 ring = self._rings.pop(index)
-                bases[index] = ring.close(told=told)
+                bases[index] = self._close_ring(ring)
                 if ring.in_flight and ring.keeps_in_flight:
                     self._left[index] = ring.in_flight
                     self._left_in = self._inflight_source
@@ -422,6 +424,10 @@ class BlkDevice:
                     "there when the server takes it",
                     reason=failure or "no answer in time",
                 )
+        if told:
+            # Not before there is an answer: a front-end without one goes on from an older base.
+            for ring in rings:
+                ring.was_told()
         return bases
 
     async def _bring_up_to_date(self, deadline_s: float) -> tuple[str, bool]:
@@ -458,6 +464,11 @@ class BlkDevice:
                 f"the server has not answered {what} in time, and the guest migrates: it cannot "
                 "before that is answered; let it go on here and migrate it later"
             )
+        if self._logging and self._loss_untold:
+            raise self._left_behind(
+                "the server may have lost writes of the guest's, which its next flush has to tell "
+                "it, and only here: let the guest go on here and migrate it later"
+            )
         if in_region:
             _log.warning(
                 "requests are left in the in-flight region until the guest goes on",
@@ -485,14 +496,24 @@ class BlkDevice:
                 ring.fail(requests)
                 failed += len(requests)
             abandoned += requests
-        self._engine.abandon(abandoned)
-        self._on_abandoned(abandoned)
+        self._abandon(abandoned)
         if failed:
             _log.error(
                 "requests were not answered in time while rings stopped, they fail",
                 requests=failed,
                 timeout_s=self._drain_timeout_s,
             )
+
+    def _abandon(self, requests: list[BlkRequest]) -> None:
+        self._engine.abandon(requests)
+        self._on_abandoned(requests)
+
+    def _close_ring(self, ring: RunningRing) -> int:
+        """See RunningRing.close. What was not drained before, after an error, is abandoned: writes
+        without their bytes must not be sent."""
+        if requests := ring.unanswered():
+            self._abandon(requests)
+        return ring.close(told=False)
 
     async def _drained(self, rings: Collection[RunningRing], deadline_s: float) -> bool:
         """Pause `rings`; whether everything they popped was answered in time.
@@ -642,7 +663,7 @@ class BlkDevice:
                 index, ring = self._rings.popitem()
                 self._setups.pop(index, None)
                 with suppress(Exception):
-                    ring.close(told=False)
+                    self._close_ring(ring)
             self.set_features(0)
             self._forget_shared()
             self._memory = GuestMemory([])

@@ -12,7 +12,8 @@ the storage side says so only once.
 
 Of the flushes that the guest did not send (the timer's, the last one before a stop, the one when
 it turns its write cache off) one is in flight at a time: while the server is away they would pile
-up. Whoever wants one meanwhile shares the next, or the same one if nothing was written since.
+up. Whoever wants one meanwhile shares the next, or the same one if nothing was written since (a
+cache that holds something may have got it since, from a write that was submitted long before).
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ class Disk:
         """A flush that the guest did not send. If it fails, the guest's next one does, too."""
         if self._unasked is None:
             self._start_unasked([then])
-        elif self._deadline_s is None:
+        elif self._deadline_s is None and not self._backend.holds_writes:
             self._unasked.append(then)
         else:
             self._next_unasked.append(then)

@@ -304,6 +304,10 @@ class RunningRing:
         self._log = None
         return self._queue.close(told=told)
 
+    def was_told(self) -> None:
+        """The front-end gets the base of this closed ring after all."""
+        self._queue.was_told()
+
 
 def _kicked(events: int) -> None:
     """A kick says only that a turn is due; `poll` looks at the ring in every turn."""

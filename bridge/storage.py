@@ -736,8 +736,9 @@ class Storage:
         self.client.abandon()
         if self._cache is not None:
             for request in requests:
-                # A write is not stored any more; these have no such point.
-                if request.op in (DISCARD, WRITE_ZEROES):
+                # A write is not stored any more; these have no such point. (With an error: it was
+                # not begun, and has ended.)
+                if request.op in (DISCARD, WRITE_ZEROES) and not request.error:
                     self._late.add(request)
                     request.done = self._late.discard
 
@@ -751,8 +752,9 @@ class Storage:
                 f"the server could not flush ({os.strerror(error)}): what the guest wrote since "
                 "its last flush may not be durable"
             )
-        if self._late:
-            await self.stop_sending()
+        if self._late or (self._cache is not None and self._cache.index.dirty_slots):
+            if left_here := await self.stop_sending():
+                raise LeftBehind(left_here)
         elif self._cache is None:
             self.client.silence()
         self.may_be_written_elsewhere()
@@ -840,6 +842,8 @@ class Storage:
 
     def _judge_sample(self, differing: int) -> None:
         """The same where the server counts nobody: what is cached and clean was compared."""
+        if not self.client.is_wanted:
+            return  # The guest has stopped again meanwhile.
         if differing > 0:
             self._refuse_return("somebody else wrote the export since")
         elif not differing and self._away:

@@ -1258,6 +1258,67 @@ async def test_disconnect_lets_go_of_every_ring_whatever_fails(
     assert guest.disk.requests == []
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+async def test_3_10_ring_whose_stop_is_not_answered_goes_on_where_it_was(packed: bool) -> None:
+    """The front-end has only an older base: the region has to know."""
+
+    async def fails() -> None:
+        raise LeftBehind("something is left")
+
+    async with running_device(packed=packed, on_all_stopped=fails) as guest:
+        await guest.connect()
+        fd, _ = guest.device.create_inflight(1, 16)
+        os.close(fd)
+        ring = guest.start()
+        for _ in range(3):
+            assert (await guest.request(T_FLUSH))[0] == S_OK
+        with pytest.raises(LeftBehind):
+            await guest.device.stop_ring(0)
+        # Of a split ring the front-end knows it from the used index.
+        guest.start(base=ring.base if packed else 3)
+        for _ in range(3):
+            assert (await guest.request(T_FLUSH))[0] == S_OK
+
+
+async def test_3_10_packed_ring_of_a_process_that_dies_before_it_answers_goes_on_where_it_was(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device(packed=True, on_all_stopped=trio.sleep_forever) as guest:
+        await guest.connect()
+        fd, size = guest.device.create_inflight(1, 16)
+        guest.start()
+        for _ in range(3):
+            assert (await guest.request(T_FLUSH))[0] == S_OK
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guest.device.stop_ring, 0)
+            await a_while()
+            region = InflightRegion.map(fd, 0, size, num_queues=1, queue_size=1024, packed=True)
+            assert region.was_used
+        assert not region.was_used
+        os.close(fd)
+
+
+async def test_storage_is_told_of_requests_whose_ring_is_closed_by_an_error(
+    guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bytes are gone: nothing of them may be sent."""
+    guest.start()
+    guest.disk.hold = True
+    guest.put(T_OUT, out=bytes(512))
+    guest.rings[0].kick_device()
+    await a_while()
+    assert len(guest.disk.held) == 1
+    with monkeypatch.context() as patched:
+
+        async def fails(*_: object, **__: object) -> None:
+            raise RuntimeError("a bug")
+
+        patched.setattr(guest.device, "_close_rings", fails)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await guest.device.disconnected()
+    assert guest.disk.held == []
+
+
 async def test_kick_that_cannot_be_waited_for_leaves_the_old_one(
     guest: DeviceGuest, tmp_path: Path
 ) -> None:

@@ -293,6 +293,30 @@ async def test_flush_at_the_end_covers_what_came_after_the_one_in_flight(
         assert backend.ops == ["write", "flush", "write", "flush"]
 
 
+async def test_flush_at_the_end_covers_a_write_that_a_cache_took_after_the_one_in_flight(
+    autojump_clock: MockClock,
+) -> None:
+    """It had waited for room, and counts as submitted before."""
+
+    class Cached(FakeBackend):
+        in_flight = 0  # type: ignore[assignment]
+
+    backend = Cached()
+    backend.holds_writes = True
+    async with timed(backend) as client, trio.open_nursery() as nursery:
+        backend.hold = True
+        client.do(WRITE)
+        client.disk.flush_now()
+        backend.release(1)
+        nursery.start_soon(client.disk.flush)
+        await trio.sleep(1)
+        assert backend.ops == ["write", "flush"]
+        backend.release()
+        await trio.sleep(1)
+        assert backend.ops == ["write", "flush", "flush"]
+        backend.release()
+
+
 async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
     autojump_clock: MockClock,
 ) -> None:

@@ -537,6 +537,54 @@ async def test_discard_that_is_late_is_not_sent_after_the_stop(
         assert world.changes() == 3
 
 
+async def test_discards_that_had_not_begun_when_the_guest_stopped_are_not_waited_for(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.virtio.lanes.IN_FLIGHT_BYTES", 40 << 20)
+    async with world.bridge() as bridge:
+        bridge.track()
+        await bridge.stop()
+        bridge.start()
+        world.faults.stall = True
+        segments = b"".join(
+            (128 * n).to_bytes(8, "little") + (128).to_bytes(4, "little") + bytes(4)
+            for n in range(32)
+        )
+        late = [await bridge.begin(T_DISCARD, out=segments) for _ in range(4)]
+        await bridge.stop()
+        world.faults.stall = False
+        bridge.start()
+        while UNANSWERED in [each.status for each in late]:
+            await trio.sleep(1)
+        assert [each.status for each in late] == [S_OK] * len(late)
+        await bridge.stop()
+        assert not bridge.storage.has_left
+
+
+async def test_guest_that_stops_again_while_it_is_decided_whether_it_may_go_on_leaves_all_frozen(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """What is cached is being compared when the session is left for the second time."""
+    async with world.bridge() as bridge:
+        await bridge.do(T_IN, 4096, room=BLOCK)
+        await bridge.do(T_OUT, out=block("a"))
+        world.go_away()
+        with pytest.raises(LeftBehind):
+            await bridge.stop()
+        world.come_back()
+        world.faults.delay_s = 1
+        bridge.start()
+        while not bridge.storage.client.connected:
+            await trio.sleep(0.1)
+        with pytest.raises(LeftBehind):
+            await bridge.stop()
+        assert bridge.header.frozen
+        world.faults.delay_s = 0
+        bridge.start()
+        assert await bridge.do(T_FLUSH) == S_OK
+        assert world.image.data[:BLOCK] == block("a")
+
+
 # Without a cache: what is in flight.
 
 
@@ -678,6 +726,24 @@ async def test_guest_that_migrates_is_not_let_go_without_its_requests(
         world.faults.stall = True
         await uncached.begin(T_IN, 80, room=BLOCK)
     with pytest.raises(LeftBehind):
+        await uncached.stop()
+
+
+@pytest.mark.parametrize("migrates", [True, False])
+async def test_guest_that_migrates_is_not_let_go_before_it_was_told_of_a_loss(
+    world: World, autojump_clock: MockClock, uncached: Bridge, migrates: bool
+) -> None:
+    """The bridge that it goes to would vouch for what is gone."""
+    uncached.device.remember_durability(unflushed_on=0, loss_untold=True)
+    if not migrates:
+        await uncached.stop()
+        return
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, 1024)
+    uncached.device.set_log(fd, 0, 1024)
+    os.close(fd)
+    uncached.device.set_logging(True)
+    with pytest.raises(LeftBehind, match="lost"):
         await uncached.stop()
 
 

@@ -190,6 +190,11 @@ class Client:
                     ConnectionLost("given up: the guest has stopped with writes half sent")
                 )
 
+    @property
+    def is_wanted(self) -> bool:
+        """False between `leave` and `come_back`."""
+        return self._wanted.is_set()
+
     async def leave(self, timeout_s: float, errno: int) -> None:
         """Hang up, and stay away until `come_back`. What has no answer within `timeout_s` fails
         with `errno`, and so does what waits; what is submitted later waits for the return."""

@@ -81,12 +81,10 @@ _log = structlog.get_logger(__name__)
 _SECTOR_BYTES: Final = 512
 _GOOD_CONNECTION_S: Final = 1.0
 _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
-_NOTHING_FAILED: Final = (
-    *(errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP),
-    errno.ECANCELED,
-)
-"""With these a server refuses a command, and has not tried to make anything durable; or the
-command was abandoned, and the server did not say that it failed."""
+_NOTHING_DONE: Final = (errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP)
+"""With these a server refuses a command; it has not tried to make anything durable."""
+_NO_FAILURE: Final = (*_NOTHING_DONE, errno.ECANCELED)
+"""The same, and that of a command that was abandoned: the server has done it."""
 _STATUS_MAX_BYTES: Final = 1 << 30
 
 
@@ -292,11 +290,15 @@ class Session:
 
     def _part(self, part: Request) -> None:
         """A part of a split request; the export may be another one by now."""
-        if part.op == FLUSH:
+        if part.is_abandoned:
+            self._turn.finish(
+                part, errno.ECANCELED
+            )  # One that was too long is not tried again smaller.
+        elif part.op == FLUSH:
             # It stands for FUA: what it must vouch for is that write only (see `_whole`).
             part.flags = UNASKED
             self._flush(part)
-        elif self._fits(part) and not part.is_abandoned:
+        elif self._fits(part):
             self._issue(part)
         else:
             self._command(part)
@@ -323,7 +325,7 @@ class Session:
             self.resent_total += 1
             self._send_again(inner)
             return
-        if inner.error and inner.generation and inner.error not in _NOTHING_FAILED:
+        if inner.error and inner.generation and inner.error not in _NO_FAILURE:
             self._refuse_flushes(self._end_epoch())
         request.generation = inner.generation
         self._turn.finish(request, inner.error)
@@ -514,14 +516,16 @@ class Session:
         self._flush_failed = True
         for channel in self._channels:
             for request in channel.changes():
-                if not isinstance(request.done, _OnceMore):
+                if not isinstance(request.done, (_OnceMore, _Outlived)):
                     request.done = _OnceMore(self, request.done)
         return self._take_guests_flushes() if lost else []
 
     def _send_again(self, request: Request) -> None:
         """A command that was sent before; the export may be another one by now."""
         request.progress = self._epoch
-        if self._fits(request) and not request.is_abandoned:
+        if request.is_abandoned:
+            self._turn.finish(request, errno.ECANCELED)  # Its bytes are gone.
+        elif self._fits(request):
             self._send(request)
         else:
             self._command(request)
@@ -653,7 +657,7 @@ class Session:
         self._begin_grace(now, _changed(again) if self._stale_possible else [])
         if self.durability.untold:
             self._refuse_flushes(self._take_guests_flushes())
-        again = self._without_told_flush(again)
+        again, waited = self._without_told_flush(again, waited)
         if self._on_trial:
             self._waiting[:0] = waited
             self._trial.extend(again)
@@ -661,13 +665,18 @@ class Session:
         else:
             self._send_all(self._suspects.in_order([*again, *waited]))
 
-    def _without_told_flush(self, requests: list[Request]) -> list[Request]:
-        """`requests` without the FLUSH if all that it was for have heard of a loss."""
+    def _without_told_flush(
+        self, again: list[Request], waited: list[Request]
+    ) -> tuple[list[Request], list[Request]]:
+        """Both without the FLUSH if all that it was for have heard of a loss."""
         flushing = self._flushing
         if flushing is None or flushing.owner:
-            return requests
+            return again, waited
         self._flushing = None
-        return [request for request in requests if request is not flushing]
+        return (
+            [request for request in again if request is not flushing],
+            [request for request in waited if request is not flushing],
+        )
 
     def _send_all(self, requests: list[Request]) -> None:
         """Send commands that were made for an earlier connection, or without one."""
@@ -932,9 +941,8 @@ class Session:
         be told of anything has been: a failed flush of theirs would have told nobody of a loss."""
         self._unanswered, sent = _without_abandoned(self._unanswered)
         self._waiting, unsent = _without_abandoned(self._waiting)
-        on_trial, more = _without_abandoned(list(self._trial))
+        on_trial, sent_before = _without_abandoned(list(self._trial))
         self._trial = deque(on_trial)
-        unsent += more  # Not on this connection: what the last one may still do is held already.
         if self._tried is not None and self._tried.done != self._answered_alone:
             # It was abandoned itself: the trial goes on all the same when it is answered.
             self._tried_done, self._tried.done = self._tried.done, self._answered_alone
@@ -947,12 +955,16 @@ class Session:
                 self._outlive(command)
         self._set_fast_limits()
         self._drop(sent)
-        for request in (*unsent, *flushes):
+        # What is on trial is held already: its time began with this connection.
+        for request in (*unsent, *sent_before, *flushes):
             self._turn.finish(request, errno.ECANCELED)
 
     def _outlive(self, command: Request) -> None:
         """The answer to `command` is still to come: what it is a part of goes no further then."""
-        done = self._tried_done if command is self._tried else command.done
+        on_trial = command is self._tried
+        done = self._tried_done if on_trial else command.done
+        if isinstance(done, _Outlived):
+            return  # The guest has paused before.
         if isinstance(done, _OnceMore):
             done = done.done
         claim: Claim | None = None
@@ -960,19 +972,15 @@ class Session:
             claim = Claim(command.offset, command.offset + command.length)
             self._outlived.add(claim)
             self._ranges.enter(claim)
-
-        def ended(command: Request) -> None:
-            command.error = command.error or errno.ECANCELED
-            done(command)
-            if claim is not None:
-                self._outlived.remove(claim)
-                self._ranges.withdraw(claim)
-                self._set_fast_limits()
-
-        if command is self._tried:
-            self._tried_done = ended
+        if on_trial:
+            self._tried_done = _Outlived(self, done, claim)
         else:
-            command.done = ended
+            command.done = _Outlived(self, done, claim)
+
+    def _outlived_ended(self, claim: Claim) -> None:
+        self._outlived.remove(claim)
+        self._ranges.withdraw(claim)
+        self._set_fast_limits()
 
     def _drop(self, abandoned: list[Request]) -> None:
         """These were sent on a connection that is lost, and are not to be sent again."""
@@ -985,10 +993,13 @@ class Session:
         """No more connections: what is left fails."""
         self._channels = ()
         if unanswered := self._take_trial(unanswered):
-            self._unanswered += unanswered
             self._stale_possible = True
+        unanswered, abandoned = _without_abandoned(unanswered)
+        self._unanswered += unanswered
         self.phase = Phase.CLOSED
         self._choose_channel()
+        if abandoned:
+            self._drop(abandoned)
         self._fail_all(errno.EIO)
 
     @property
@@ -1019,8 +1030,29 @@ class _OnceMore:
         if request.error:
             self.done(request)
         else:
+            request.generation = 0  # Nobody has answered what is sent now.
             self._session.resent_total += 1
             self._session._send_again(request)
+
+
+class _Outlived:
+    """The `done` of a command of an abandoned request that is still to be answered."""
+
+    __slots__ = ("_claim", "_done", "_session")
+
+    def __init__(
+        self, session: Session, done: Callable[[Request], None], claim: Claim | None
+    ) -> None:
+        """`claim` keeps other changes out of its way meanwhile."""
+        self._session = session
+        self._done = done
+        self._claim = claim
+
+    def __call__(self, command: Request) -> None:
+        command.error = command.error or errno.ECANCELED
+        self._done(command)
+        if self._claim is not None:
+            self._session._outlived_ended(self._claim)
 
 
 class _Change(Claim):

@@ -240,9 +240,14 @@ class TrackedPackedQueue(PackedQueue):
 
     def close(self, *, told: bool) -> int:
         """See VirtQueue. While the base is not told, only the region knows the indexes."""
-        if told and not self.in_flight:
-            self._h[_VERSION_AT] = 0
+        if told:
+            self.was_told()
         return super().close(told=told)
+
+    def was_told(self) -> None:
+        """See VirtQueue."""
+        if not self.in_flight:
+            self._h[_VERSION_AT] = 0
 
     def publish(self) -> bool:
         """See VirtQueue. It is all visible already; what is left is the call."""

@@ -261,3 +261,6 @@ class PackedQueue:
             | self._next_used << 16
             | self._used_wrap << 31
         )
+
+    def was_told(self) -> None:
+        """See VirtQueue. It is nowhere else."""

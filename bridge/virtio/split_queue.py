@@ -115,6 +115,9 @@ class SplitQueue:
         """See VirtQueue. The base is the next available index."""
         return self.next_avail
 
+    def was_told(self) -> None:
+        """See VirtQueue. It is nowhere else."""
+
     def pop(self) -> list[Chain]:
         """Every chain that is available now, oldest first.
 

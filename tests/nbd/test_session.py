@@ -7,7 +7,7 @@ checked against the history of completed and overlapping writes. A failing seed 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from random import Random
 from traceback import walk_stack
@@ -21,7 +21,8 @@ from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.session import Phase, Session
 from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
-from tests.turns import deliver, forget, submit, turn
+from bridge.virtio.lanes import TURN_BYTES, Job, Lane
+from tests.turns import deliver, finish, forget, submit, turn
 
 BLOCK = 512
 GRACE_S = 5.0
@@ -37,10 +38,10 @@ class FakeChannel:
         self._session = session
         self._generation = session.generation + 1
         self.pending: list[Request] = []
+        self.payloads: dict[Request, bytes] = {}
+        """What was put into the output: nobody can take it back."""
         self.unflushed = 0
         self.answered = False
-        self.values: dict[int, list[float]] = {}
-        """What changes put into each block, as it was sent."""
 
     @property
     def in_flight(self) -> int:
@@ -52,14 +53,15 @@ class FakeChannel:
     def send(self, request: Request) -> None:
         request.cookie = next(_cookies)
         self.pending.append(request)
-        if request.op in (WRITE, WRITE_ZEROES):
-            self.values[request.cookie] = values_of(request)
+        if request.op == WRITE:
+            payload = self.payloads[request] = b"".join(request.buffers)
+            assert len(payload) == request.length, "half a frame"
 
     def abandon(self) -> list[Request]:
         found = [request for request in self.pending if request.is_abandoned]
         for request in found:
-            length = request.length if request.op == READ else 0
-            request.buffers = [memoryview(bytearray(length))]
+            room = memoryview(bytearray(request.length))
+            request.buffers = [room] if request.op == READ else []
         return found
 
     def answer(self, request: Request, error: int = 0) -> None:
@@ -69,6 +71,7 @@ class FakeChannel:
     def reply(self, request: Request, error: int = 0) -> None:
         """The same amid a turn."""
         self.pending.remove(request)
+        self.payloads.pop(request, None)
         self.answered = True
         if not error and request.op in (WRITE, WRITE_ZEROES) and not request.flags & FUA:
             self.unflushed += 1
@@ -1359,6 +1362,129 @@ def test_nothing_waits_for_a_grace_that_begins_with_its_own_failing(give_up: boo
     assert world.session.in_flight == 0
 
 
+def on_trial(*asked: tuple[int, int]) -> tuple[World, list[Request]]:
+    """Commands that are on trial on the present connection: the first one is being tried."""
+    world = World(ClientOptions(stale_write_grace_s=GRACE_S))
+    requests = [world.ask(op, block) for op, block in asked]
+    for _ in range(3):
+        world.channels[0].answered = True  # something: the server is proven to answer
+        world.down(hung_up=True, stale_possible=True)
+        world.up()
+    assert world.sent == [asked[0]]
+    return world, requests
+
+
+def test_abandoned_change_on_trial_whose_connection_is_lost_keeps_nobody_out() -> None:
+    world, (old, _) = on_trial((WRITE, 1), (READ, 5))
+    abandon(world, old)
+    world.down()
+    world.up()
+    world.channels[0].answer_all()
+    world.now += 2 * GRACE_S
+    world.tick(world.now)
+    newer = world.ask(WRITE, 1)
+    assert world.sent == [(WRITE, 1)]
+    world.channels[0].answer_all()
+    assert newer.error == 0
+
+
+def test_change_abandoned_before_its_turn_on_trial_is_kept_away_from_for_the_grace_time() -> None:
+    """It was sent on the connection that is lost, and is never sent on this one."""
+    world, (_, old) = on_trial((READ, 5), (WRITE, 1))
+    abandon(world, old)
+    newer = world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    assert newer.error == -1
+    world.now += GRACE_S
+    world.tick(world.now)
+    world.channels[0].answer_all()
+    assert newer.error == 0
+
+
+@pytest.mark.parametrize("times", [2, 3000])
+def test_guest_may_pause_again_and_again_while_a_request_is_on_trial(times: int) -> None:
+    world, (old, _) = on_trial((WRITE, 1), (READ, 5))
+    abandon(world, old)
+    for _ in range(times):
+        world.session.abandon()
+    newer = world.ask(WRITE, 1)
+    world.tick(world.now + GRACE_S)
+    world.channels[0].answer_all()
+    assert newer.error == 0
+
+
+def test_abandoned_change_is_not_sent_again_when_an_epoch_ends() -> None:
+    """Its bytes are gone: the frame would take those of the next one for its payload."""
+    world = World()
+    old = world.ask(WRITE, 1)
+    abandon(world, old)
+    world.ask(FLUSH)
+    channel = world.channels[0]
+    channel.answer(channel.pending[1], errno.EIO)
+    channel.answer(channel.pending[0])
+    assert world.sent == []
+
+
+def test_abandoned_change_that_was_to_be_sent_again_is_not() -> None:
+    world = World()
+    old = world.ask(WRITE, 1)
+    world.ask(FLUSH)
+    channel = world.channels[0]
+    channel.answer(channel.pending[1], errno.EIO)
+    abandon(world, old)
+    channel.answer(channel.pending[0])
+    assert world.sent == []
+
+
+def test_abandoned_discard_that_was_too_long_is_not_tried_again_smaller() -> None:
+    world = World(size=1 << 30)
+    old = world.ask(DISCARD, 0, 1 << 20)
+    assert world.sent == [(DISCARD, 0)]
+    abandon(world, old)
+    world.channels[0].answer(world.channels[0].pending[0], errno.EINVAL)
+    assert world.sent == []
+
+
+def test_abandoned_durable_write_that_is_answered_ends_no_epoch() -> None:
+    world = World()
+    other = world.ask(WRITE, 5)
+    old = world.ask(WRITE, 1, flags=FUA)
+    world.channels[0].answer(world.channels[0].pending[0])
+    abandon(world, old)
+    world.channels[0].answer_all()
+    flush = world.ask(FLUSH)
+    world.channels[0].answer_all()
+    assert (other.error, flush.error) == (0, 0)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_closed_session_ends_with_abandoned_changes_in_flight(times: int) -> None:
+    world = on_two_connections()
+    old = world.ask(WRITE, 1)
+    newer = world.ask(WRITE, 1)
+    abandon(world, old)
+    for _ in range(times):
+        world.session.abandon()
+    world.leaving()
+    world.closed(world.pending)
+    assert newer.error == errno.EIO
+    assert world.session.in_flight == 0
+
+
+def test_flush_command_that_nobody_waits_for_any_more_is_not_sent_beside_another() -> None:
+    """One is in flight at a time, also if it waited for the end of a trial that was cut short."""
+    world, (_, _) = on_trial((WRITE, 3), (READ, 5))
+    world.channels[0].answer_present()
+    refused = world.ask(FLUSH)
+    world.down()
+    world.up()
+    assert refused.error == errno.EIO
+    flush = world.ask(FLUSH)
+    assert [op for op, _ in world.sent].count(FLUSH) == 1
+    world.channels[0].answer_all()
+    assert flush.error == 0
+
+
 # The simulation.
 
 
@@ -1366,25 +1492,25 @@ class History:
     """The writes of one block: which values may it hold?"""
 
     def __init__(self) -> None:
-        self.writes: list[list[float]] = [[0.0, 0.0, 0.0]]
-        """[value, submitted, completed]; completed is infinite while in flight."""
+        self.writes: list[list[float]] = [[0.0, 0.0, 0.0, True]]
+        """[value, submitted, completed, done]; completed is infinite while in flight. A write that
+        failed or was abandoned is over then, but perhaps not done."""
 
     def allowed(self, started: float, ended: float) -> set[float]:
         """What a read between two times may return (a regular register)."""
         found = set()
-        for value, submitted, completed in self.writes:
+        for value, submitted, completed, _ in self.writes:
             if submitted > ended:
                 continue
-            if not any(s > completed and c < started for _, s, c in self.writes):
+            if not any(s > completed and c < started and d for _, s, c, d in self.writes):
                 found.add(value)
         return found
 
 
-def values_of(request: Request) -> list[float]:
+def values_of(op: int, length: int, data: bytes) -> list[float]:
     """What a write puts into each block."""
-    if request.op == WRITE_ZEROES:
-        return [0.0] * (request.length // BLOCK)
-    data = b"".join(request.buffers)
+    if op == WRITE_ZEROES:
+        return [0.0] * (length // BLOCK)
     return [float(int.from_bytes(data[i : i + 8])) for i in range(0, len(data), BLOCK)]
 
 
@@ -1399,6 +1525,8 @@ class Simulation:
         flushes_fail: bool = False,
         hangs_up: bool = False,
         long_turns: bool = False,
+        pauses: bool = False,
+        gives_up: bool = False,
     ) -> None:
         self.random = Random(seed)
         self.long_turns = long_turns
@@ -1410,6 +1538,14 @@ class Simulation:
         self.hangs_up = hangs_up
         """Connections end as if for a command; some commands fail for it, innocent ones, too."""
         self.failed_for_it = 0
+        self.pauses = pauses
+        """The guest abandons what it has in flight, and goes on; long requests have a lane."""
+        self.gives_up = gives_up
+        """What waits is failed now and then, or has waited for too long."""
+        self.open: dict[Request, tuple[list[list[float]], Job | None, bytearray]] = {}
+        self.ended: set[Request] = set()
+        self.left_alone: list[tuple[Request, bytearray, bytes]] = []
+        """What was abandoned, its buffer, and what was in that."""
         self.blocks = 6
         self.time = 0.0
         self.connections = self.random.choice([1, 1, 3])
@@ -1419,11 +1555,14 @@ class Simulation:
                 self.flags &= ~flag
         self.min_block_bytes = self.random.choice([1, 512, 1024])
         self.max_payload_bytes = self.random.choice([1024, 32 << 20])
-        self.options = ClientOptions(stale_write_grace_s=GRACE_S)
+        self.options = ClientOptions(
+            stale_write_grace_s=GRACE_S, reconnect_timeout_s=1.0 if gives_up else 0
+        )
         self.turn = forget()
         self.session = Session(self.options, self.turn, random=Random(seed))
         self.turn.add_stage(self.session)
         self.session.keeps_unflushed = False
+        self.lane = Lane(self.session.submit, self.turn)
         self.memory = [0.0] * self.blocks
         self.stable = [0.0] * self.blocks
         self.history = [History() for _ in range(self.blocks)]
@@ -1441,7 +1580,7 @@ class Simulation:
 
     def end_turn(self) -> None:
         if not self.long_turns or not self.random.randrange(3):
-            deliver()
+            self.turn.end()
 
     # The server.
 
@@ -1461,13 +1600,14 @@ class Simulation:
         )
         self.end_turn()
 
-    def execute(self, request: Request) -> None:
+    def execute(self, request: Request, channel: FakeChannel) -> None:
         if id(request) in self.executed:
             return
         self.executed.add(id(request))
         first = request.offset // BLOCK
         if request.op == WRITE:
-            for i, value in enumerate(self.sent_values(request)):
+            payload = channel.payloads[request]
+            for i, value in enumerate(values_of(WRITE, request.length, payload)):
                 self.memory[first + i] = value
         elif request.op == READ:
             for i in range(request.length // BLOCK):
@@ -1483,14 +1623,6 @@ class Simulation:
             for i in range(request.length // BLOCK):
                 self.stable[first + i] = self.memory[first + i]
 
-    def sent_values(self, request: Request) -> list[float]:
-        """What it was when it was sent: by now it may be abandoned."""
-        return next(
-            channel.values[request.cookie]
-            for channel in self.channels
-            if request.cookie in channel.values
-        )
-
     def answer_one(self) -> None:
         busy = [channel for channel in self.channels if channel.pending]
         if not busy:
@@ -1504,7 +1636,7 @@ class Simulation:
             channel.reply(request, errno.EIO)
             self.end_turn()
             return
-        self.execute(request)
+        self.execute(request, channel)
         if self.random.randrange(3):
             self.executed.discard(id(request))
             channel.reply(request)
@@ -1520,7 +1652,9 @@ class Simulation:
                 change = request.op in (WRITE, WRITE_ZEROES)
                 if stale and change and id(request) not in self.executed:
                     late = self.time + self.random.uniform(0, GRACE_S * 0.9)
-                    self.left_behind.append((late, request, self.sent_values(request)))
+                    payload = channel.payloads.get(request, b"")
+                    values = values_of(request.op, request.length, payload)
+                    self.left_behind.append((late, request, values))
                 unanswered.append(request)
         unanswered.sort(key=lambda request: request.cookie)
         self.executed.clear()
@@ -1531,6 +1665,10 @@ class Simulation:
             self.instance += 1
         channels, self.channels = self.channels, []
         answered = any(channel.answered for channel in channels)
+        if self.gives_up and not self.random.randrange(4):
+            self.session.fail_pending(self.time, unanswered, errno.EIO)
+            deliver()
+            return
         blamed = unanswered[0] if self.hangs_up and unanswered else None
         self.session.lost(
             self.time,
@@ -1552,12 +1690,15 @@ class Simulation:
 
     def submit(self) -> None:
         op = self.random.choice([READ, WRITE, WRITE, FLUSH, WRITE_ZEROES])
+        long = self.pauses and op != FLUSH and not self.random.randrange(3)
         first = self.random.randrange(self.blocks)
         n_blocks = self.random.randrange(1, min(3, self.blocks - first) + 1)
         started = self.time
         self.open_requests += 1
         if op == FLUSH:
-            self.session.submit(Request(FLUSH, 0, 0, [], lambda r: self.flushed(r, started)))
+            flush = Request(FLUSH, 0, 0, [], lambda r: self.flushed(r, started))
+            self.open[flush] = [], None, bytearray()
+            self.session.submit(flush)
             self.end_turn()
             return
         data = bytearray(n_blocks * BLOCK)
@@ -1569,21 +1710,24 @@ class Simulation:
         if op != READ:
             for i in range(n_blocks):
                 value = int.from_bytes(data[i * BLOCK : i * BLOCK + 8])
-                record = [float(value), started, float("inf")]
+                record = [float(value), started, float("inf"), False]
                 self.history[first + i].writes.append(record)
                 records.append(record)
         flags = FUA if op != READ and not self.random.randrange(6) else 0
 
         def done(request: Request) -> None:
-            self.open_requests -= 1
+            self.has_ended(request)
+            for record in records:
+                # With an error it may have been executed, or may still be if that was not told by
+                # the server; but whatever comes from now on comes after it.
+                record[2] = self.time
+                record[3] = not request.error
             if flags & FUA and self.flushes_fail and request.error:
-                return  # May be there or not, now or later.
-            if self.hangs_up and request.error == errno.EIO:
-                self.failed_for_it += 1  # It may have been executed, or may still be.
+                return
+            if (self.hangs_up or self.gives_up) and request.error == errno.EIO:
+                self.failed_for_it += 1
                 return
             assert request.error == 0, f"seed {self.seed}: {request}"
-            for record in records:
-                record[2] = self.time
             for i in range(n_blocks if flags & FUA else 0):
                 found = self.stable[first + i]
                 allowed = self.history[first + i].allowed(started, self.time)
@@ -1595,19 +1739,61 @@ class Simulation:
                     assert value in allowed, f"seed {self.seed}: block {first + i} read {value}"
 
         buffers = [memoryview(data)] if op != WRITE_ZEROES else []
-        self.session.submit(Request(op, first * BLOCK, len(data), buffers, done, flags))
+        request = Request(op, first * BLOCK, len(data), buffers, done, flags)
+        self.open[request] = records, None, data
+        if long:
+            epoch = (lambda: self.session.durability.epoch) if op != READ else None
+            job = Job(self.lane, request, self.pieces(request), epoch)
+            self.open[request] = records, job, data
+            self.lane.enter(job)
+        else:
+            self.session.submit(request)
         self.end_turn()
 
-    def flushed(self, request: Request, started: float) -> None:
+    def pieces(self, request: Request) -> Iterator[tuple[int, Request]]:
+        """Of one block each, as `virtio.blk` makes them; two of them in a turn."""
+        for at in range(0, request.length, BLOCK):
+            buffers = [request.buffers[0][at : at + BLOCK]] if request.buffers else []
+            piece = Request(request.op, request.offset + at, BLOCK, buffers, finish, request.flags)
+            yield TURN_BYTES // 2, piece
+
+    def has_ended(self, request: Request) -> None:
+        assert request not in self.ended, f"seed {self.seed}: {request} ended twice"
+        self.ended.add(request)
         self.open_requests -= 1
+        del self.open[request]
+
+    def pause(self) -> None:
+        """A ring stops: what is in flight is abandoned, as the engine does it."""
+        chosen = [request for request in self.open if self.random.randrange(2)]
+        scratch = memoryview(bytearray(4 * BLOCK))
+        for request in chosen:
+            records, job, data = self.open.pop(request)
+            self.open_requests -= 1
+            self.left_alone.append((request, data, bytes(data)))
+            for record in records:
+                record[2] = self.time
+            request.abandon(self.abandoned_ended, scratch)
+            if job is not None:
+                job.abandon(scratch)
+        self.session.abandon()
+        deliver()
+
+    def abandoned_ended(self, request: Request) -> None:
+        assert request not in self.ended, f"seed {self.seed}: {request} ended twice"
+        self.ended.add(request)
+
+    def flushed(self, request: Request, started: float) -> None:
+        self.has_ended(request)
         if request.error:
             # The guest knows now: what was completed before is not promised any more.
             blamed = self.crashes or self.flushes_fail or self.hangs_up or not self.proves
+            blamed = blamed or self.gives_up
             assert blamed, f"seed {self.seed}: flush failed, no crash"
             self.flush_failed_at = max(self.flush_failed_at, started)
             return
         for block, history in enumerate(self.history):
-            last = max((c for _, _, c in history.writes if c < started), default=0.0)
+            last = max((c for _, _, c, d in history.writes if c < started and d), default=0.0)
             if last <= self.flush_failed_at and self.flush_failed_at >= 0:
                 continue
             allowed = history.allowed(started, self.time)
@@ -1623,6 +1809,8 @@ class Simulation:
             self.stale_writes()
             self.session.tick(self.time)
             self.end_turn()
+            if self.pauses and not self.random.randrange(25):
+                self.pause()
             what = self.random.randrange(100)
             if what < 35 and self.open_requests < 12:
                 self.submit()
@@ -1634,6 +1822,9 @@ class Simulation:
                 self.up()
         deliver()
         self.long_turns = False
+        if self.pauses and not self.random.randrange(4):
+            self.stop()
+            return
         if not self.channels:
             self.up()
         for _ in range(2000):
@@ -1645,7 +1836,26 @@ class Simulation:
             if not (self.session.in_flight or self.open_requests):
                 break
         assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
+        self.check_end()
+
+    def stop(self) -> None:
+        """The process stops, whatever is under way."""
+        self.gives_up = True
+        self.session.leaving()
+        unanswered = [request for channel in self.channels for request in channel.pending]
+        self.session.closed(sorted(unanswered, key=lambda request: request.cookie))
+        deliver()
+        assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
+        self.check_end()
+
+    def check_end(self) -> None:
         assert self.session.in_flight == 0
+        assert self.lane.in_flight_bytes == 0
+        assert not self.session._outlived
+        assert not self.session._ranges.waiting_count
+        for request, data, before in self.left_alone:
+            assert request in self.ended, f"seed {self.seed}: abandoned {request} never ended"
+            assert data == before, f"seed {self.seed}: {request} after it was abandoned"
 
 
 class PausedGuest(Simulation):
@@ -1679,6 +1889,7 @@ class PausedGuest(Simulation):
             data = old.buffers[0].obj if old.buffers else bytearray()
             assert isinstance(data, bytearray)
             again = Request(old.op, old.offset, old.length, list(old.buffers), done, old.flags)
+            self.open[again] = self.open.pop(old)
             self.left.append((again, data, bytes(data)))
             old.abandon(lambda request: None, scratch)
         self.running.clear()
@@ -1751,3 +1962,21 @@ def test_simulated_server_that_hangs_up_every_value_is_explained(volatile: bool)
         simulation.run(400)
         failed += simulation.failed_for_it
     assert failed > 20  # Trials were held, and verdicts given.
+
+
+@pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
+@pytest.mark.parametrize("batch", range(2))
+def test_simulated_guest_that_pauses_while_everything_else_fails_too(
+    batch: int, volatile: bool
+) -> None:
+    """Requests are abandoned on trial, between epochs, in their lanes, with no connection."""
+    for seed in range(batch * 100, batch * 100 + 60):
+        options = Random(seed)
+        Simulation(
+            seed,
+            volatile=volatile,
+            pauses=True,
+            flushes_fail=bool(options.randrange(2)),
+            hangs_up=bool(options.randrange(2)),
+            gives_up=not options.randrange(3),
+        ).run(400)

@@ -143,7 +143,7 @@ async def test_serve_log_as_json_is_one_object_per_line_in_order(start, director
     events += [json.loads(line)["event"] for line in child.stderr]
     child.stderr.close()
     assert events[0] == "serving"
-    assert events[-3:] == ["stopping", "front-end disconnected", "stopped"]
+    assert events[-2:] == ["stopping", "stopped"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
