@@ -27,7 +27,7 @@ from typing import Protocol
 import structlog
 import trio
 
-from bridge.request import FLUSH, READ, UNASKED, Hits, Request, Target
+from bridge.request import FLUSH, READ, REPEATED, UNASKED, Hits, Request, Target
 from bridge.turn import Turn
 
 _log = structlog.get_logger(__name__)
@@ -100,7 +100,8 @@ class Disk:
         elif op == FLUSH:
             was_armed = self._clear_timer()
             self._unanswered_flushes += 1
-            flush = Request(FLUSH, 0, 0, [], self._flush_done, owner=(request, was_armed))
+            owner = request, was_armed
+            flush = Request(FLUSH, 0, 0, [], self._flush_done, request.flags, owner)
             self._submit(flush)
         else:
             if self._deadline_s is None:
@@ -155,7 +156,8 @@ class Disk:
             self._turn.finish(request, flush.error)
             return
         error = flush.error or self._untold_error
-        self._untold_error = 0
+        if not request.flags & REPEATED:
+            self._untold_error = 0
         self._flush_ended(flush.error)
         self._turn.finish(request, error)
 

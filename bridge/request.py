@@ -27,6 +27,10 @@ MAY_UNMAP = 2
 """WRITE_ZEROES may leave a hole behind."""
 UNASKED = 4
 """A FLUSH that the guest did not send: it learns of a loss from its own next one."""
+REPEATED = 8
+"""A FLUSH that is executed again, after a pause or by another process. When the guest sent it is
+not known, so its failure tells nothing of what is complete by now: the next one has to fail, too.
+"""
 
 
 class Request:

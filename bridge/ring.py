@@ -78,7 +78,7 @@ class RunningRing:
         """Execute again what was in flight when the ring ran last."""
         if recovered := self._queue.recovered():
             self.requests += len(recovered)
-            self._engine.start(self, recovered)
+            self._engine.start_again(self, recovered)
             self._turn.want()
 
     # The data path

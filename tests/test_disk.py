@@ -20,6 +20,7 @@ from bridge.request import (
     MAY_UNMAP,
     OP_NAMES,
     READ,
+    REPEATED,
     UNASKED,
     WRITE,
     WRITE_ZEROES,
@@ -333,6 +334,24 @@ async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
         client.do(FLUSH)
         assert client.errors == [0, EIO, EIO, 0]
         assert [each.flags for each in backend.requests[-2:]] == [0, 0]
+
+
+async def test_flush_that_is_executed_again_tells_nothing_of_a_failure_before(
+    autojump_clock: MockClock,
+) -> None:
+    """The guest may have sent it before a write that is complete by now."""
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.error = EIO
+        client.do(FLUSH, flags=UNASKED)
+        backend.error = 0
+        client.do(FLUSH, flags=REPEATED)
+        assert backend.requests[-1].flags == REPEATED
+        assert client.disk.untold
+        client.do(FLUSH)
+        client.do(FLUSH)
+        assert client.errors == [0, EIO, EIO, EIO, 0]
 
 
 async def test_flush_for_a_guest_of_another_process_counts_as_its_own(

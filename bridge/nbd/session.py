@@ -69,6 +69,7 @@ from bridge.request import (
     OP_NAMES,
     PREFETCH,
     READ,
+    REPEATED,
     UNASKED,
     WRITE,
     WRITE_ZEROES,
@@ -478,7 +479,7 @@ class Session:
 
     def _tell(self, flushes: list[Request]) -> None:
         for request in flushes:
-            if not request.flags & UNASKED:
+            if not request.flags & (UNASKED | REPEATED):
                 self.durability.tell(request.progress)
 
     def _flushed(self, inner: Request) -> None:

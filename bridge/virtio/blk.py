@@ -19,6 +19,7 @@ from bridge.request import (
     FUA,
     MAY_UNMAP,
     READ,
+    REPEATED,
     WRITE,
     WRITE_ZEROES,
     Hits,
@@ -151,6 +152,7 @@ class BlkEngine:
         self._fault = fault
         self._features = 0
         self._write_flags = 0
+        self._flush_flags = 0
         self.geometry_changed()
 
     def geometry_changed(self) -> None:
@@ -230,6 +232,12 @@ class BlkEngine:
                 )
                 unanswered[request] = None
                 submit(request)
+
+    def start_again(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
+        """The same for what was begun before, and left in an in-flight region."""
+        self._flush_flags = REPEATED
+        self.start(ring, chains)
+        self._flush_flags = 0
 
     def _start_large(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
         """An IN or OUT that is worth asking first whether it may be begun now."""
@@ -318,7 +326,9 @@ class BlkEngine:
     def _flush(self, ring: UsedRing, chain: Chain) -> None:
         """FLUSH: the sector and any data are the driver's mistake, and harmless."""
         if self.config.geometry.can_flush:
-            self._submit(self._request(ring, chain, FLUSH))
+            request = self._request(ring, chain, FLUSH)
+            request.flags = self._flush_flags
+            self._submit(request)
         else:
             self._refuse(ring, chain, S_UNSUPP, "a flush that was not offered")
 

@@ -11,7 +11,7 @@ from bridge.nbd.options import ClientOptions
 from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.session import Session
-from bridge.request import DISCARD, FLUSH, FUA, UNASKED, WRITE, WRITE_ZEROES, Request
+from bridge.request import DISCARD, FLUSH, FUA, REPEATED, UNASKED, WRITE, WRITE_ZEROES, Request
 from tests.nbd.test_session import BLOCK, World, export
 from tests.turns import deliver, forget, submit, turn
 
@@ -768,3 +768,26 @@ def test_flush_that_is_submitted_by_a_task_while_the_loop_sleeps_wakes_it() -> N
     assert turn().pending
     deliver()
     assert world.sent == [(FLUSH, 0)]
+
+
+def test_flush_that_is_executed_again_tells_of_no_loss() -> None:
+    """The guest may have sent it before a write that was complete when it paused."""
+    world = World()
+    world.ask(WRITE, 3)
+    world.channels[0].answer_all()
+    again = world.ask(FLUSH, flags=REPEATED)
+    world.channels[0].answer(world.channels[0].pending[0], EIO)
+    assert again.error == EIO
+    assert world.ask(FLUSH).error == EIO
+    assert world.ask(FLUSH).error == -1
+
+
+def test_flush_that_is_executed_again_after_a_loss_fails_and_so_does_the_next() -> None:
+    world = World()
+    world.ask(WRITE, 3)
+    world.channels[0].answer_all()
+    world.down()
+    world.up()
+    assert world.ask(FLUSH, flags=REPEATED).error == EIO
+    assert world.ask(FLUSH).error == EIO
+    assert world.ask(FLUSH).error == -1

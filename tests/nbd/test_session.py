@@ -20,7 +20,7 @@ from bridge.nbd.options import ClientOptions
 from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
 from bridge.nbd.session import Phase, Session
-from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
+from bridge.request import DISCARD, FLUSH, FUA, READ, REPEATED, WRITE, WRITE_ZEROES, Request
 from bridge.virtio.lanes import TURN_BYTES, Job, Lane
 from tests.turns import deliver, finish, forget, submit, turn
 
@@ -1865,8 +1865,6 @@ class PausedGuest(Simulation):
     def __init__(self, seed: int, *, volatile: bool, **more: bool) -> None:
         super().__init__(seed, volatile=volatile, **more)
         self.running: dict[Request, Callable[[Request], None]] = {}
-        self.resumed_at = -1.0
-        self.forgets = self.long_turns
         self.left: list[tuple[Request, bytearray, bytes]] = []
         self.submitting = self.session.submit
         self.session.submit = self.start  # type: ignore[method-assign]
@@ -1888,7 +1886,8 @@ class PausedGuest(Simulation):
         for old, done in self.running.items():
             data = old.buffers[0].obj if old.buffers else bytearray()
             assert isinstance(data, bytearray)
-            again = Request(old.op, old.offset, old.length, list(old.buffers), done, old.flags)
+            flags = old.flags | (REPEATED if old.op == FLUSH else 0)
+            again = Request(old.op, old.offset, old.length, list(old.buffers), done, flags)
             self.open[again] = self.open.pop(old)
             self.left.append((again, data, bytes(data)))
             old.abandon(lambda request: None, scratch)
@@ -1896,13 +1895,7 @@ class PausedGuest(Simulation):
         self.session.abandon()
         self.end_turn()
 
-    def flushed(self, request: Request, started: float) -> None:
-        # One that is executed again cannot say when it was submitted first.
-        super().flushed(request, max(started, self.resumed_at) if request.error else started)
-
     def resume(self) -> None:
-        if self.forgets:  # which promises a flush before the pause was to keep
-            self.resumed_at = self.time
         left, self.left = self.left, []
         for request, data, before in left:
             assert data == before, f"seed {self.seed}: the guest's memory was written"
