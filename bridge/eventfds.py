@@ -4,14 +4,15 @@ O_NONBLOCK is of the open file, which the front-end has as well: it can clear th
 counter, and the next write would stop the whole process. Asking before each write (fcntl, poll)
 would cost as much as the write, and the front-end could act in between; a write that cannot block
 (RWF_NOWAIT) the system does not have for eventfds. So a thread looks every now and then whether a
-write is still the one that it was the last time. If so it takes the counter's value away, which
-lets the write end. While nothing is written the thread sleeps.
+write is still the one that it was the last time. If so, and if it would block, it takes the
+counter's value away, which lets the write end. While nothing is written the thread sleeps.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
 import time
 from typing import Final
@@ -68,12 +69,14 @@ class EventfdWriter:
             if writes != seen:
                 seen, quiet = writes, 0
                 continue
-            if fd is not None:
+            if fd is not None and _would_block(fd):
                 self._rescued = writes
                 with contextlib.suppress(OSError):
                     os.set_blocking(fd, False)
                     os.eventfd_read(fd)
                 continue
+            if fd is not None:
+                continue  # This thread ran, and that one did not: a busy machine.
             quiet += 1
             if quiet >= _QUIET_LOOKS:
                 self._wanted.clear()
@@ -82,6 +85,18 @@ class EventfdWriter:
                     self._wanted.wait()
                 self._watched = True
                 quiet = 0
+
+
+def _would_block(fd: int) -> bool:
+    """A write of 1 to `fd` would wait: it is full, and blocking."""
+    try:
+        if not os.get_blocking(fd):
+            return False
+    except OSError:
+        return False
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return not poll.poll(0)
 
 
 writer = EventfdWriter()
