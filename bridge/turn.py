@@ -115,7 +115,8 @@ class Turn:
             self._woken()
 
     def at_end(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once at the end of this turn, or of one that starts now."""
+        """Call `callback` once at the end of this turn, or of one that starts now. If it begins
+        something, it says so as a task does: see `want`."""
         self._ends.append(callback)
         if self.asleep:
             self._woken()
@@ -168,13 +169,15 @@ class Turn:
                 for callback in later:
                     callback()
             worked = self.settle()
+            self._wanted = False  # Every stage has been asked since.
             while self._ends:
                 ends, self._ends = self._ends, []
                 for callback in ends:
                     callback()
                 worked = True
-                self.settle()
+                if self.finished or self._wanted:
+                    self.settle()
+                    self._wanted = False
         finally:
             self._running = False
-        self._wanted = False  # Every stage has been asked since.
         return worked
