@@ -16,11 +16,17 @@ lock. What looks like a change and is none: any lock, be it for a snapshot.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import rados
 
 _ATTRIBUTE = "nbd_plugin.header"
+_OPEN = b"open"
+
+_CLOSING_S = 0.5
+"""Between giving the lock back and remembering: a few milliseconds."""
+_LOOK_EVERY_S = 0.01
 
 OpenPool = Callable[[], rados.Ioctx]
 """A pool of one's own: RADOS tells a version for the last operation of a pool handle."""
@@ -34,11 +40,18 @@ class HeaderVersion:
         self._name = f"rbd_id.{image}"
 
     def is_as_remembered(self) -> bool:
-        """The header has the version that `remember` saw."""
+        """The header has the version that `remember` saw.
+
+        Whoever gave the image back a moment ago may be about to remember: that is waited for.
+        """
         pool = self._open_pool()
         try:
             try:
                 remembered = pool.get_xattr(self._name, _ATTRIBUTE)
+                deadline_s = time.monotonic() + _CLOSING_S
+                while remembered == _OPEN and time.monotonic() < deadline_s:
+                    time.sleep(_LOOK_EVERY_S)
+                    remembered = pool.get_xattr(self._name, _ATTRIBUTE)
             except rados.NoData:
                 return False
             return remembered == self._version(pool)
@@ -57,7 +70,7 @@ class HeaderVersion:
         """The image is about to be written. Says by an error that we may not remember at all."""
         pool = self._open_pool()
         try:
-            pool.set_xattr(self._name, _ATTRIBUTE, b"open")
+            pool.set_xattr(self._name, _ATTRIBUTE, _OPEN)
         finally:
             pool.close()
 

@@ -112,12 +112,12 @@ def open_file_of(path: Path, server: str, export: str) -> CacheFile:
 
 
 def mark_dirty(file: CacheFile) -> None:
-
     index = Index(file)
     index.load()
     slot = index.take_free()
     index.bind(slot, 1)
-    index.set_valid(slot, 1, 1)
+    index.fill(slot, 1)
+    index.write(slot, 1)
 
 
 def looked(places: tuple[Path, Path], each: Wanted) -> tuple[list[Found], list[Found]]:
