@@ -52,9 +52,9 @@ from typing import Final, Protocol
 
 import structlog
 
+from bridge.durability import BEFORE, Durability
 from bridge.nbd.align import Aligner, cover
 from bridge.nbd.chunks import StatusRequest
-from bridge.nbd.durability import BEFORE, Durability
 from bridge.nbd.export import Export
 from bridge.nbd.held import WHOLE_DISK, Held
 from bridge.nbd.options import ClientOptions

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from bridge.nbd.durability import BEFORE, Durability, instance_mark
+from bridge.durability import BEFORE, Durability, instance_mark
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
