@@ -1,24 +1,33 @@
 """What the server has to keep, and what it may have lost: the truth about flushes, without I/O.
 
 Theory. Every change that the server acknowledged without making it durable is counted: `answered`
-is that count, and the caller passes it in. Three marks on it say all there is to know:
-
-    flushed   what was answered up to here is durable, or known to be lost
-    lost      what was answered up to here, and was not flushed then, may be gone
-    told      a guest's flush has failed that was submitted when so much was answered
-
-`told < lost` means that a loss is untold: the guest's next flush has to fail.
+is that count. The mark `flushed` on it says up to where nothing can be lost any more.
 
 An **epoch** ends when the server may have dropped what it had only acknowledged, whoever's it was:
 
 - a FLUSH failed, or a change with FUA: a Linux server whose fsync fails drops what was to be
   written, and says so once;
-- a connection brought us to a server that cannot be shown to be the same one (`instance`).
+- a new connection brought us to a server that may be another one, or the same without its memory.
 
 What belongs to an older epoch is not vouched for. A change that was in flight at the end of an
 epoch may have been executed before it and be answered after it, so it has to be sent again. A
 flush that was in flight then vouches for nothing. A change of several commands is good if all of
 them were sent in the epoch in which the last one is answered.
+
+So whoever sends something remembers the epoch, and compares when the answer comes. What a lost
+epoch leads to depends on the layer:
+
+- `Told`: the NBD client alone has nothing that it could send again. The guest has to be told, by a
+  flush that fails. Two more marks say whether it was:
+
+      lost      what was answered up to here, and was not flushed then, may be gone
+      told      a guest's flush has failed that was submitted when so much was answered
+
+  `told < lost` means that a loss is untold: the guest's next flush has to fail.
+
+- `Kept`: the cache has every block until a flush has covered it, and sends it again. Nobody is
+  told, so it need not know which server a new connection leads to: each one ends an epoch. It must
+  know which changes the client has sent again by itself, on the new connection (`done_in`).
 
 **Before this process.** Another process may have served the same guest and left something
 unflushed. It counts as one change that was answered at the start (`BEFORE`): until a flush has
@@ -30,7 +39,7 @@ comes with the guest, as a number (`instance_mark`) that outlives a kill.
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Final
+from typing import Final, Protocol
 
 BEFORE: Final = 1
 """What was answered before this process, as far as anybody knows."""
@@ -45,17 +54,47 @@ def instance_mark(instance: str) -> int:
 
 
 class Durability:
-    """See the module's text. `answered` never falls from one call to the next."""
+    """What every layer has to know. `answered` never falls from one call to the next."""
 
-    __slots__ = ("_flushed", "_instance", "_lost", "_told", "epoch", "keeps_unflushed")
+    __slots__ = ("_ended", "_flushed")
 
     def __init__(self) -> None:
-        self.epoch = 0
-        """Raised when what was acknowledged and not flushed may be gone."""
+        self._ended = 0
+        self._flushed = 0
+
+    @property
+    def epoch(self) -> int:
+        """Another number when what was acknowledged and not flushed may be gone; it only grows."""
+        return self._ended
+
+    def unflushed(self, answered: int) -> bool:
+        """Something acknowledged is not durable yet, as far as is known."""
+        return self._flushed < answered
+
+    def flushed(self, answered: int, epoch: int) -> bool:
+        """A FLUSH succeeded that was sent in `epoch`, when so much was answered.
+
+        False if it vouches for nothing: an epoch ended while it was in flight.
+        """
+        if epoch != self.epoch:
+            return False
+        self._flushed = max(self._flushed, answered)
+        return True
+
+
+class Told(Durability):
+    """Of a layer that keeps nothing: a loss has to be told. The caller counts what is answered.
+
+    `flushed` also means: known to be lost.
+    """
+
+    __slots__ = ("_instance", "_lost", "_told", "keeps_unflushed")
+
+    def __init__(self) -> None:
+        super().__init__()
         self.keeps_unflushed = False
         """The layer above has all that is not durable, and sends it again: no loss is untold."""
         self._instance: str | None = None
-        self._flushed = 0
         self._lost = 0
         self._told = 0
 
@@ -68,10 +107,6 @@ class Durability:
     def instance_mark(self) -> int:
         """Of the present server instance, or the last one; 0 if it has no name."""
         return instance_mark(self._instance or "")
-
-    def unflushed(self, answered: int) -> bool:
-        """Something acknowledged is not durable yet, as far as is known."""
-        return self._flushed < answered
 
     def connected(self, instance: str, answered: int) -> bool:
         """There is a new connection to the server `instance` ("": it does not say).
@@ -88,7 +123,7 @@ class Durability:
 
         True if there was any of it, and the layer above does not keep it.
         """
-        self.epoch += 1
+        self.end_epoch()
         if not self.unflushed(answered):
             return False
         self._flushed = answered
@@ -97,15 +132,9 @@ class Durability:
         self._lost = answered
         return True
 
-    def flushed(self, answered: int, epoch: int) -> bool:
-        """A FLUSH succeeded that was sent in `epoch`, when so much was answered.
-
-        False if it vouches for nothing: an epoch ended while it was in flight.
-        """
-        if epoch != self.epoch:
-            return False
-        self._flushed = max(self._flushed, answered)
-        return True
+    def end_epoch(self) -> None:
+        """What was sent until now is not vouched for."""
+        self._ended += 1
 
     def tell(self, answered: int) -> None:
         """A flush fails that the guest submitted when so much was answered: the guest knows of
@@ -121,3 +150,63 @@ class Durability:
     def is_lost(self, mark: int) -> bool:
         """Whether what was unflushed on the instance of that `mark` may be gone by now."""
         return mark not in (0, self.instance_mark)
+
+
+class Connections(Protocol):
+    """What knows of the connections to the server."""
+
+    @property
+    def generation(self) -> int:
+        """Raised by each reconnect, before anything is sent on the new connection."""
+
+
+class Kept(Durability):
+    """Of a layer that keeps all that is not durable, and sends it again when an epoch ends.
+
+    The generation of connections is a part of the epoch, asked for each time: an answer may wait
+    to be told of while the connection that brought it is replaced, and there must be no moment in
+    which that answer counts for the new one.
+    """
+
+    __slots__ = ("_connections", "_ended_before", "answered")
+
+    def __init__(self, connections: Connections) -> None:
+        super().__init__()
+        self.answered = BEFORE
+        self._connections = connections
+        self._ended_before = 0
+        """`_ended` when the present connection began."""
+
+    @property
+    def epoch(self) -> int:
+        """See Durability. Each of the two numbers only grows, so that no sum comes again."""
+        return self._connections.generation + self._ended
+
+    @property
+    def all_flushed(self) -> bool:
+        """The server holds nothing that is not durable, as far as is known."""
+        return not self.unflushed(self.answered)
+
+    def acknowledged(self) -> None:
+        """The server did something that is durable after the next FLUSH only."""
+        self.answered += 1
+
+    def failed(self) -> None:
+        """The server could not make something durable: an epoch ends."""
+        self._ended += 1
+        self.answered += 1  # What the server has of that epoch is not durable, for all we know.
+
+    def reconnected(self) -> None:
+        """The connection was replaced, which has ended an epoch."""
+        self._ended_before = self._ended
+        self.answered += 1  # As in `failed`.
+
+    def done_in(self, *, sent_in: int, generation: int) -> int:
+        """In which epoch a change was done, at the earliest, that was sent in the epoch `sent_in`
+        and answered by a connection of that `generation`.
+
+        What was sent before a reconnect and is answered after it, the client has sent again: it
+        was done there, no earlier than in the epoch with which that connection began. An answer of
+        an older connection gives an epoch that is over.
+        """
+        return max(sent_in, generation + self._ended_before)

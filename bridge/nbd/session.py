@@ -52,7 +52,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from bridge.durability import BEFORE, Durability
+from bridge.durability import BEFORE, Told
 from bridge.nbd.align import Aligner, cover
 from bridge.nbd.chunks import StatusRequest
 from bridge.nbd.export import Export
@@ -130,7 +130,7 @@ class Session:
         self._turn = turn
         self.phase = Phase.NEW
         self.generation = 0
-        self.durability = Durability()
+        self.durability = Told()
         self.on_reconnect: Callable[[], None] = _nothing
         self.on_export_changed: Callable[[Export], None] = _nothing_changed
         self.given_up = False
@@ -418,7 +418,7 @@ class Session:
             # What was answered in this turn may have been executed before, and must not look as
             # if it belonged to the new epoch.
             self._flush_failed = False
-            self.durability.epoch += 1
+            self.durability.end_epoch()
         channel = self._channel
         if channel is not None:
             answered = self._answered_before + channel.unflushed

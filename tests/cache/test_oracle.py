@@ -117,7 +117,8 @@ def _fua_whatever_is_unflushed(patch: pytest.MonkeyPatch) -> None:
 
     def broken(self: Flusher, running: Any) -> None:
         if running.fua:
-            self._writeback.unflushed = False
+            durability = self._durability
+            durability.flushed(durability.answered, durability.epoch)
         real(self, running)
 
     patch.setattr(Flusher, "_flush", broken)
@@ -137,7 +138,7 @@ def _failed_flush_loses_nothing(patch: pytest.MonkeyPatch) -> None:
 
 def _failed_flush_loses_what_was_replied_to_only(patch: pytest.MonkeyPatch) -> None:
     def broken(self: Writeback) -> None:
-        self.unflushed = True
+        self._durability.acknowledged()
         self.lost()
 
     patch.setattr(Writeback, "could_not_flush", broken)

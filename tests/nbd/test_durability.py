@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from bridge.durability import BEFORE, Durability, instance_mark
+from bridge.durability import BEFORE, Told, instance_mark
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
@@ -22,8 +22,8 @@ EIO = errno.EIO
 # The marks alone.
 
 
-def connected(instance: str = "") -> Durability:
-    durability = Durability()
+def connected(instance: str = "") -> Told:
+    durability = Told()
     assert not durability.connected(instance, BEFORE)
     return durability
 
