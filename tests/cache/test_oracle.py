@@ -16,6 +16,7 @@ from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
 from bridge.cache.store import Store
 from bridge.cache.writeback import Writeback
+from bridge.durability import Kept
 from bridge.turn import Outcome
 
 from .world import run
@@ -144,6 +145,19 @@ def _failed_flush_loses_what_was_replied_to_only(patch: pytest.MonkeyPatch) -> N
     patch.setattr(Writeback, "could_not_flush", broken)
 
 
+def _reconnect_ends_no_epoch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Kept, "epoch", property(lambda self: self._ended))
+    patch.setattr(Kept, "done_in", lambda self, *, sent_in, generation: sent_in)
+
+
+def _flush_vouches_for_whatever_epoch_there_is(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Kept, answered: int, epoch: int) -> bool:
+        return real(self, answered, self.epoch)
+
+    real = Kept.flushed
+    patch.setattr(Kept, "flushed", broken)
+
+
 def _clean_by_any_reply(patch: pytest.MonkeyPatch) -> None:
     real = Writeback._arrived
 
@@ -209,6 +223,8 @@ def _growth_before_the_last_block_is_known(patch: pytest.MonkeyPatch) -> None:
         _discard_drops_nothing,
         _failed_flush_loses_nothing,
         _failed_flush_loses_what_was_replied_to_only,
+        _reconnect_ends_no_epoch,
+        _flush_vouches_for_whatever_epoch_there_is,
         _clean_by_any_reply,
         _flush_cleans_what_came_after,
         _failing_forgets_who_waits_for_room,
