@@ -23,7 +23,11 @@ epoch leads to depends on the layer:
       lost      what was answered up to here, and was not flushed then, may be gone
       told      a guest's flush has failed that was submitted when so much was answered
 
-  `told < lost` means that a loss is untold: the guest's next flush has to fail.
+  `told < lost` means that a loss is untold: the guest's next flush has to fail. What is answered in
+  a turn the guest learns of at its end: a flush that it submits in the same turn tells it, by
+  failing, only of what it had `seen` before. And what is answered in the turn of a failure may have
+  been done before that, and must not look as if it belonged to the epoch after it: that one begins
+  with the next round, and in between there is one to which nothing belongs (`sending_epoch`).
 
 - `Kept`: the cache has every block until a flush has covered it, and sends it again. Nobody is
   told, so it need not know which server a new connection leads to: each one ends an epoch. It must
@@ -32,8 +36,8 @@ epoch leads to depends on the layer:
 **Before this process.** Another process may have served the same guest and left something
 unflushed. It counts as one change that was answered at the start (`BEFORE`): until a flush has
 succeeded, or a guest has come that has not run before, a server that went away may have lost it.
-Of which server instance that process knew
-comes with the guest, as a number (`instance_mark`) that outlives a kill.
+Of which server instance that process knew comes with the guest, as a number (`instance_mark`) that
+outlives a kill.
 """
 
 from __future__ import annotations
@@ -88,10 +92,19 @@ class Told(Durability):
     `flushed` also means: known to be lost.
     """
 
-    __slots__ = ("_instance", "_lost", "_told", "keeps_unflushed")
+    __slots__ = (
+        *("_failed_now", "_instance", "_lost", "_settled", "_told"),
+        *("keeps_unflushed", "seen"),
+    )
 
     def __init__(self) -> None:
         super().__init__()
+        self.seen = BEFORE
+        """How much was answered by the end of an earlier turn: the guest may know of that."""
+        self._settled = BEFORE
+        """The same including this turn, in which the guest may not have seen it yet."""
+        self._failed_now = False
+        """The epoch of what is sent now has not begun: see `sending_epoch`."""
         self.keeps_unflushed = False
         """The layer above has all that is not durable, and sends it again: no loss is untold."""
         self._instance: str | None = None
@@ -123,7 +136,7 @@ class Told(Durability):
 
         True if there was any of it, and the layer above does not keep it.
         """
-        self.end_epoch()
+        self._ended += 1
         if not self.unflushed(answered):
             return False
         self._flushed = answered
@@ -132,9 +145,40 @@ class Told(Durability):
         self._lost = answered
         return True
 
-    def end_epoch(self) -> None:
-        """What was sent until now is not vouched for."""
-        self._ended += 1
+    def could_not_flush(self, answered: int) -> bool:
+        """`failed`, and the server said so in answer to something."""
+        lost = self.failed(answered)
+        if not self.keeps_unflushed:
+            self._failed_now = True
+        return lost
+
+    @property
+    def sending_epoch(self) -> int:
+        """The epoch of what is sent now."""
+        return self._ended + self._failed_now
+
+    def settled(self, answered: int) -> bool:
+        """Whoever waited for what has been answered was told of it.
+
+        True if `turn_over` has to be called at the end of this turn.
+        """
+        if self._failed_now:
+            self._failed_now = False
+            self._ended += 1
+        if answered == self._settled:
+            return False
+        first = self._settled == self.seen
+        self._settled = answered
+        return first
+
+    def turn_over(self) -> None:
+        """The guest may know of all that has been settled."""
+        self.seen = self._settled
+
+    def one_more_before(self) -> None:
+        """One more change was answered before this process: see the module's text."""
+        self._settled += 1
+        self.seen += 1
 
     def tell(self, answered: int) -> None:
         """A flush fails that the guest submitted when so much was answered: the guest knows of
