@@ -19,6 +19,7 @@ The map, and which way imports point:
       nbd/              wire formats and state machines; connection, client, server
     loop, turn          one epoll under one trio task, adaptive polling; what a turn carries
     deadlines           when something without a task of its own is called next
+    durability          what the server acknowledged and may still lose
     request             the object that travels from a guest's request to the server's reply
     errors              whose fault it is
 

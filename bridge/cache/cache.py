@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from bridge.durability import Kept
 from bridge.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -82,6 +83,7 @@ class Cache:
             backend=backend,
             options=options,
             stats=Stats(),
+            durability=Kept(backend),
             turn=turn,
             cold=cold or InlineCold(turn),
             clock=clock,
@@ -264,7 +266,7 @@ class Cache:
     def backend_reconnected(self) -> None:
         """The connection was replaced: call this after `backend.generation` was raised and
         before unanswered requests are sent again."""
-        self._writeback.unflushed = True
+        self._common.durability.reconnected()
         self._writeback.lost()
         if self.index.dirty_slots:
             self._flusher.arm()
@@ -403,7 +405,7 @@ class Cache:
         """
         index = self.index
         self._remember(0)
-        self._discards.nothing_older(self._writeback.incarnation)
+        self._discards.nothing_older(self._common.durability.epoch)
         before = index.valid_blocks
         for granule in list(self._fetcher.fetching):
             self._fetcher.overtaken(granule, BITS)

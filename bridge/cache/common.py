@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bridge.durability import Kept
 from bridge.turn import Turn
 
 from .backend import Backend, Stats
@@ -25,6 +26,7 @@ class Common:
     backend: Backend
     options: Options
     stats: Stats
+    durability: Kept
     turn: Turn
     cold: Cold
     clock: Callable[[], float]

@@ -24,8 +24,8 @@ class Discards:
         self._by_first: SortedDict[int, Exclusive] = SortedDict()
         self._image = common.image
         self._shift = common.index.granule_shift - common.index.block_shift
-        self._since: tuple[int, int] | None = None
-        """Since which `Writeback.incarnation` the header's `discarded` is for nothing older. None:
+        self._since: int | None = None
+        """Since which epoch the header's `discarded` is for nothing older. None:
         it was there at the start."""
 
     def __bool__(self) -> bool:
@@ -64,26 +64,22 @@ class Discards:
     # What the cache file's header says of them: a block that the server has or had to zero is no
     # evidence of somebody else's writes (see `sample`).
 
-    def note(self, first: int, end: int, incarnation: tuple[int, int]) -> None:
+    def note(self, first: int, end: int, epoch: int) -> None:
         """The blocks `first` … `end` are about to be discarded or zeroed by the server."""
         before = self._image.header.discarded
         if before == _NOWHERE:
-            self._since = incarnation
+            self._since = epoch
         else:
             first, end = min(first, before[0]), max(end, before[1])
         if (first, end) != before:
             self._image.save_header(discarded=(first, end))
 
-    def flushed(self, incarnation: tuple[int, int]) -> None:
+    def flushed(self, epoch: int) -> None:
         """Nothing is unflushed. If discards may have been lost before this, that stays noted:
         blocks that were read as zeroes are still in the cache."""
-        if (
-            self._image.header.discarded != _NOWHERE
-            and self._since == incarnation
-            and not self._by_first
-        ):
+        if self._image.header.discarded != _NOWHERE and self._since == epoch and not self._by_first:
             self._image.save_header(discarded=_NOWHERE)
 
-    def nothing_older(self, incarnation: tuple[int, int]) -> None:
+    def nothing_older(self, epoch: int) -> None:
         """Nothing clean is in the cache that is older than this."""
-        self._since = incarnation
+        self._since = epoch

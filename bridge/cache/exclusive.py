@@ -6,7 +6,7 @@ the write-outs in flight there, then goes to the server, and when the server did
 a failed discard must lose nothing) the cached blocks of the range are dropped, dirty or not.
 Reads of cached blocks go on meanwhile and return the old content.
 
-Write-zeroes is complete only when durable (FUA, or a flush of the same generation and epoch):
+Write-zeroes is complete only when durable (FUA, or a flush in the epoch in which it was done):
 nothing of it is kept that could be sent again after the server lost power.
 """
 
@@ -40,8 +40,7 @@ class Exclusive(WriteOutWait):
     """One discard or write-zeroes in progress; it waits for the write-outs before it."""
 
     __slots__ = (
-        *("_exclusives", "end", "epoch", "first", "flags", "generation", "op", "outcome", "stop"),
-        "waiting",
+        *("_exclusives", "end", "epoch", "first", "flags", "op", "outcome", "stop", "waiting"),
     )
 
     def __init__(
@@ -64,8 +63,8 @@ class Exclusive(WriteOutWait):
         grown since."""
         self.flags = flags
         self.outcome = outcome
-        self.generation = 0
         self.epoch = 0
+        """The one in which it was sent, then the one in which it was done."""
         self.waiting: deque[WaitsForDiscard] = deque()
         """What is to be tried again when this one has ended."""
 
@@ -89,6 +88,7 @@ class Exclusives:
         self._index = common.index
         self._backend = common.backend
         self._discards = discards
+        self._durability = common.durability
         self._fetcher = fetcher
         self._writeback = writeback
         self._flusher = flusher
@@ -183,15 +183,14 @@ class Exclusives:
             flags |= FUA
         elif each.op == DISCARD:
             flags = each.flags & FUA if self._backend.can_fua else 0
-        each.generation = self._backend.generation
-        each.epoch = self._writeback.epoch
-        self._discards.note(each.first, each.end, self._writeback.incarnation)
+        each.epoch = self._durability.epoch
+        self._discards.note(each.first, each.end, each.epoch)
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:
         each: Exclusive = request.owner
         if not request.flags & FUA:
-            self._writeback.unflushed = True
+            self._durability.acknowledged()
         elif request.error:
             self._writeback.could_not_flush()
         if request.error or request.flags & FUA or not self._backend.can_flush:
@@ -199,17 +198,14 @@ class Exclusives:
         elif each.op == DISCARD and not each.flags & FUA:
             self._end(each, 0)
         else:
-            each.generation = request.generation
+            each.epoch = self._durability.done_in(sent_in=each.epoch, generation=request.generation)
             self._backend.submit(Request(FLUSH, 0, 0, [], self._flushed, owner=each))
 
     def _flushed(self, request: Request) -> None:
         each: Exclusive = request.owner
         if request.error:
             self._writeback.could_not_flush()
-        lost = (
-            not request.generation == each.generation == self._backend.generation
-            or each.epoch != self._writeback.epoch
-        )
+        lost = each.epoch != self._durability.epoch
         if lost and not request.error:
             self._send(each)
         else:

@@ -5,10 +5,10 @@ completed since that began, otherwise it waits for the next: so a burst of flush
 queues costs two. A flush of few dirty blocks sends them as writes with FUA, all at once, which
 saves the second round trip; that is right only when the server holds nothing else unflushed.
 
-A block becomes clean when a flush succeeded that was sent after the block's reply, on the same
-connection generation as that reply. If the connection was replaced in between, or the server
-failed to make something else durable, everything begins again: the server may have lost what it
-acknowledged.
+A block becomes clean when a flush succeeded that was sent after the block's reply, in the same
+epoch (see `durability`). If that ended in between, because the connection was replaced or the
+server failed to make something else durable, everything begins again: the server may have lost
+what it acknowledged.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from .writeback import Writeback
 class _Pass(WriteOutWait):
     """One flush in progress."""
 
-    __slots__ = ("covered", "epoch", "generation", "waiting", "writes_seen")
+    __slots__ = ("answered", "covered", "epoch", "waiting", "writes_seen")
 
+    answered: int
+    """How much had been when the FLUSH was sent."""
     covered: list[int]
     """The slots with blocks that the FLUSH covers."""
-    generation: int
     epoch: int
+    """The one in which it began."""
     writes_seen: int
     waiting: list[Request]
     """Whose end this flush is: guests' flushes, and writes that have to be durable."""
@@ -46,6 +48,7 @@ class Flusher:
         self._options = common.options
         self._writeback = writeback
         self._discards = discards
+        self._durability = common.durability
         self._pass: _Pass | None = None
         self._written_out: list[_Pass] = []
         """The pass in progress, once every block it waits for was replied to."""
@@ -107,10 +110,9 @@ class Flusher:
         assert self._pass is None
         writeback = self._writeback
         few = writeback.ring.tail - writeback.ring.head <= self._options.fua_granules
-        fua = self._backend.can_fua and few and not writeback.unflushed
+        fua = self._backend.can_fua and few and self._durability.all_flushed
         running = self._pass = _Pass(self._written_out, fua=fua)
-        running.generation = self._backend.generation
-        running.epoch = writeback.epoch
+        running.epoch = self._durability.epoch
         running.writes_seen = self.writes
         running.covered = []
         running.waiting = waiting
@@ -119,19 +121,16 @@ class Flusher:
 
     def _flush(self, running: _Pass) -> None:
         """Every dirty block was replied to."""
-        writeback = self._writeback
+        writeback, durability = self._writeback, self._durability
         if running.error:
             self._end(running, running.error)
-        elif (
-            running.lost
-            or running.generation != self._backend.generation
-            or running.epoch != writeback.epoch
-        ):
+        elif running.lost or running.epoch != durability.epoch:
             self._restart(running)
         elif not self._backend.can_flush:
             writeback.take_written()
+            durability.flushed(durability.answered, running.epoch)
             self._end(running, 0)
-        elif not writeback.unflushed:
+        elif durability.all_flushed:
             # Nothing but FUA writes happened since the last flush was sent: all is durable.
             self._common.stats.fua_flushes += 1
             self._end(running, 0)
@@ -139,18 +138,14 @@ class Flusher:
             running.covered = writeback.take_written()
             for slot in running.covered:
                 self._index.flush_sent(slot)
+            running.answered = durability.answered
             self._common.stats.flushes += 1
             self._backend.submit(Request(FLUSH, 0, 0, [], self._replied, owner=running))
 
     def _replied(self, request: Request) -> None:
         running: _Pass = request.owner
         index, writeback = self._index, self._writeback
-        lost = (
-            not request.generation == running.generation == self._backend.generation
-            or running.epoch != writeback.epoch
-        )
-        if request.error or lost:
-            writeback.unflushed = True
+        if request.error or not self._durability.flushed(running.answered, running.epoch):
             for slot in running.covered:
                 writeback.send_again(slot, index.flush_lost(slot))
             if request.error:
@@ -181,8 +176,8 @@ class Flusher:
             self._retry_at = 0.0
         for request in running.waiting:
             self._common.turn.finish(request, error)
-        if not self._writeback.unflushed:
-            self._discards.flushed(self._writeback.incarnation)
+        if self._durability.all_flushed:
+            self._discards.flushed(self._durability.epoch)
         self._slots.freed += 1  # What waits for room looks again, also when there is none.
         if self._next:
             waiting, self._next = self._next, []

@@ -40,7 +40,7 @@ class WriteOut(Request):
     """(slot, bits) in disk order."""
     end: int
     epoch: int
-    """`Writeback.epoch` when it was sent."""
+    """The one in which it was sent."""
     waits: list[WriteOutWait]
 
 
@@ -55,6 +55,7 @@ class Writeback:
         self._backend = common.backend
         self._options = options = common.options
         self._discards = discards
+        self._durability = common.durability
         self._blocks_shift = index.granule_shift - index.block_shift
         self._run_blocks = max(1, options.writeback_run_bytes >> index.block_shift)
         self.set_limits()
@@ -83,12 +84,6 @@ class Writeback:
         self.written: list[int] = []
         """Slots with WRITTEN blocks since the last flush was sent."""
         self._is_written = bytearray(index.slots + 1)
-        self.epoch = 0
-        """Raised when the server could not make something durable. A flush is good only for what
-        was acknowledged in the epoch in which it ends."""
-        self.unflushed = True
-        """The server may hold something that finished after the last flush was sent. True at
-        the start: the process before this one may have left that."""
         self.paused_until = 0.0
         self._pause_s = options.retry_s
 
@@ -158,12 +153,10 @@ class Writeback:
     def could_not_flush(self) -> None:
         """The server failed to make something durable: a FLUSH, or a request with FUA.
 
-        Whatever it had only acknowledged may be gone with that, whoever's write it was: a Linux
-        server whose fsync fails drops what was to be written, and says so once. That goes for
+        Whatever it had only acknowledged may be gone with that (see `durability`). That goes for
         what is in flight, too, if it is acknowledged later.
         """
-        self.epoch += 1
-        self.unflushed = True
+        self._durability.failed()
         self.lost()
 
     def send_again(self, slot: int, bits: int) -> None:
@@ -177,13 +170,7 @@ class Writeback:
         slots, self.written = self.written, []
         for slot in slots:
             self._is_written[slot] = 0
-        self.unflushed = False
         return slots
-
-    @property
-    def incarnation(self) -> tuple[int, int]:
-        """Another one: the server may have lost what it had not flushed."""
-        return self._backend.generation, self.epoch
 
     @property
     def waiting(self) -> int:
@@ -391,7 +378,7 @@ class Writeback:
         )
         write_out.end = offset + length
         write_out.parts = parts
-        write_out.epoch = self.epoch
+        write_out.epoch = self._durability.epoch
         write_out.waits = []
         for wait in waits:
             _attach(write_out, wait)
@@ -431,10 +418,10 @@ class Writeback:
         )
         fua = bool(write_out.flags & FUA)
         stable = fua or not self._backend.can_flush
-        # Only what this connection generation received is covered by a flush of it.
-        kept = stable or (
-            write_out.generation == self._backend.generation and write_out.epoch == self.epoch
-        )
+        durability = self._durability
+        done_in = durability.done_in(sent_in=write_out.epoch, generation=write_out.generation)
+        # What was done in another epoch no flush of this one covers.
+        kept = stable or done_in == durability.epoch
         if error:
             if fua:
                 self.could_not_flush()
@@ -442,7 +429,7 @@ class Writeback:
         else:
             self._pause_s = self._options.retry_s
             if not stable:
-                self.unflushed = True
+                durability.acknowledged()
         for slot, bits in write_out.parts:
             if error:
                 self._refused[slot] = error

@@ -52,9 +52,9 @@ from typing import Final, Protocol
 
 import structlog
 
+from bridge.durability import BEFORE, Told
 from bridge.nbd.align import Aligner, cover
 from bridge.nbd.chunks import StatusRequest
-from bridge.nbd.durability import BEFORE, Durability
 from bridge.nbd.export import Export
 from bridge.nbd.held import WHOLE_DISK, Held
 from bridge.nbd.options import ClientOptions
@@ -129,7 +129,7 @@ class Session:
         self._turn = turn
         self.phase = Phase.NEW
         self.generation = 0
-        self.durability = Durability()
+        self.durability = Told()
         self.on_reconnect: Callable[[], None] = _nothing
         self.on_export_changed: Callable[[Export], None] = _nothing_changed
         self.given_up = False
@@ -167,12 +167,6 @@ class Session:
         self._tried_done: Callable[[Request], None] = _ignore
         self._attempts = 0
         self._answered_before = BEFORE
-        self._told_of = BEFORE
-        """Changes answered whose owners have been told, by the end of an earlier turn."""
-        self._settled = BEFORE
-        """The same including this turn, in which the guest may not have seen it yet."""
-        self._flush_failed = False
-        """In this turn."""
         self._flushes: list[Request] = []
         """What the next FLUSH is for."""
         self._flushing: Request | None = None
@@ -230,8 +224,15 @@ class Session:
 
     def advance(self) -> bool:
         """See `Stage`: begin the changes whose range has become free, and a FLUSH."""
-        if not self.durability.keeps_unflushed:
-            self._note_told()
+        durability = self.durability
+        if not durability.keeps_unflushed:
+            # By now everybody was told of what has been answered. One channel is the usual case.
+            channel = self._channel
+            answered = (
+                self._answered_before + channel.unflushed if channel is not None else self._answered
+            )
+            if durability.settled(answered):
+                self._turn.at_end(durability.turn_over)
         moved = False
         gone = self._ranges.gone
         while gone:
@@ -316,7 +317,7 @@ class Session:
                 request.flags,
                 request,
             )
-            request.progress = self._epoch
+            request.progress = self.durability.sending_epoch
         self._send(request)
 
     def _fua_done(self, inner: Request) -> None:
@@ -344,7 +345,7 @@ class Session:
             request.flags,
             request,
         )
-        whole.progress = self._epoch
+        whole.progress = self.durability.sending_epoch
         return whole
 
     def _whole_done(self, whole: Request) -> None:
@@ -408,33 +409,9 @@ class Session:
         elif self._fails:
             self._turn.finish(request, self._fail_errno)
         else:
-            request.progress = self._told_of
+            request.progress = self.durability.seen
             self._flushes.append(request)
             self._turn.want()
-
-    def _note_told(self) -> None:
-        """By now everybody was told of what has been answered.
-
-        A flush may be submitted in the same turn as a change is answered, by a guest that does not
-        know of that yet. If it fails, that tells the guest nothing about the change.
-        """
-        if self._flush_failed:
-            # What was answered in this turn may have been executed before, and must not look as
-            # if it belonged to the new epoch.
-            self._flush_failed = False
-            self.durability.epoch += 1
-        channel = self._channel
-        if channel is not None:
-            answered = self._answered_before + channel.unflushed
-        else:
-            answered = self._answered
-        if answered != self._settled:
-            if self._settled == self._told_of:
-                self._turn.at_end(self._note_seen)
-            self._settled = answered
-
-    def _note_seen(self) -> None:
-        self._told_of = self._settled
 
     def _send_flush(self) -> None:
         """Send one FLUSH for all that wait for one; none is in flight.
@@ -456,7 +433,7 @@ class Session:
     def _note_flush_sent(self, inner: Request) -> None:
         """What a FLUSH that is sent now will vouch for."""
         inner.progress = self._answered
-        self._flushing_epoch = self._epoch
+        self._flushing_epoch = self.durability.sending_epoch
 
     def _take_guests_flushes(self) -> list[Request]:
         """All that the guest has submitted and not heard of, also those of the FLUSH in flight."""
@@ -499,11 +476,6 @@ class Session:
         elif expected:
             self.durability.flushed(inner.progress, self._flushing_epoch)
 
-    @property
-    def _epoch(self) -> int:
-        """That of what is sent now."""
-        return self.durability.epoch + self._flush_failed
-
     def _end_epoch(self) -> list[Request]:
         """The server could not make something durable, and may have dropped what it had.
 
@@ -511,10 +483,9 @@ class Session:
         executed it before. Returns the flushes that have to fail with this.
         """
         durability = self.durability
-        lost = durability.failed(self._answered)
+        lost = durability.could_not_flush(self._answered)
         if durability.keeps_unflushed:
             return []
-        self._flush_failed = True
         for channel in self._channels:
             for request in channel.changes():
                 if not isinstance(request.done, (_OnceMore, _Outlived)):
@@ -523,7 +494,7 @@ class Session:
 
     def _send_again(self, request: Request) -> None:
         """A command that was sent before; the export may be another one by now."""
-        request.progress = self._epoch
+        request.progress = self.durability.sending_epoch
         if request.is_abandoned:
             self._turn.finish(request, errno.ECANCELED)  # Its bytes are gone.
         elif self._fits(request):
@@ -548,8 +519,7 @@ class Session:
     def expect_unflushed(self) -> None:
         """A process before this one may have left changes that are not flushed, on this server."""
         self._answered_before += 1
-        self._settled += 1
-        self._told_of += 1
+        self.durability.one_more_before()
 
     # Where commands go.
 
@@ -707,7 +677,7 @@ class Session:
                 self._waiting.append(request)
                 continue
             else:
-                request.progress = self._epoch
+                request.progress = self.durability.sending_epoch
             self._try(request)
             return
         if self.phase is Phase.UP:

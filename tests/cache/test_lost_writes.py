@@ -129,3 +129,25 @@ def test_flush_that_waits_for_a_write_from_before_a_failed_one_begins_anew(rig: 
 
     assert (first.value, second.value) == (EIO, 0)
     assert medium(rig, 5 * GRANULE) == b"b" * BLOCK
+
+
+def test_write_that_the_client_sends_again_after_a_failed_flush_is_not_sent_once_more(
+    rig: Rig,
+) -> None:
+    """What failed was on the connection before, and the write was done on the new one."""
+    rig.start(FLUSH)
+    rig.start(WRITE, 5 * GRANULE, data=b"b" * BLOCK)
+    rig.tick(10)
+    assert [request.op for request in rig.server.pending] == [FLUSH, WRITE]
+    let_fsync_fail(rig)
+    rig.server.answer(0)
+    rig.server.generation += 1
+    rig.reconnected()
+
+    rig.server.answer(0)  # sent again by the client
+    rig.tick(60)
+    assert rig.flush() == 0
+
+    assert rig.server.ops(WRITE).count((5 * GRANULE, BLOCK)) == 1
+    assert medium(rig, 5 * GRANULE) == b"b" * BLOCK
+    assert medium(rig, 0) == b"a" * BLOCK

@@ -16,6 +16,7 @@ from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
 from bridge.cache.store import Store
 from bridge.cache.writeback import Writeback
+from bridge.durability import Kept
 from bridge.turn import Outcome
 
 from .world import run
@@ -117,7 +118,8 @@ def _fua_whatever_is_unflushed(patch: pytest.MonkeyPatch) -> None:
 
     def broken(self: Flusher, running: Any) -> None:
         if running.fua:
-            self._writeback.unflushed = False
+            durability = self._durability
+            durability.flushed(durability.answered, durability.epoch)
         real(self, running)
 
     patch.setattr(Flusher, "_flush", broken)
@@ -137,10 +139,23 @@ def _failed_flush_loses_nothing(patch: pytest.MonkeyPatch) -> None:
 
 def _failed_flush_loses_what_was_replied_to_only(patch: pytest.MonkeyPatch) -> None:
     def broken(self: Writeback) -> None:
-        self.unflushed = True
+        self._durability.acknowledged()
         self.lost()
 
     patch.setattr(Writeback, "could_not_flush", broken)
+
+
+def _reconnect_ends_no_epoch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Kept, "epoch", property(lambda self: self._ended))
+    patch.setattr(Kept, "done_in", lambda self, *, sent_in, generation: sent_in)
+
+
+def _flush_vouches_for_whatever_epoch_there_is(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Kept, answered: int, epoch: int) -> bool:
+        return real(self, answered, self.epoch)
+
+    real = Kept.flushed
+    patch.setattr(Kept, "flushed", broken)
 
 
 def _clean_by_any_reply(patch: pytest.MonkeyPatch) -> None:
@@ -208,6 +223,8 @@ def _growth_before_the_last_block_is_known(patch: pytest.MonkeyPatch) -> None:
         _discard_drops_nothing,
         _failed_flush_loses_nothing,
         _failed_flush_loses_what_was_replied_to_only,
+        _reconnect_ends_no_epoch,
+        _flush_vouches_for_whatever_epoch_there_is,
         _clean_by_any_reply,
         _flush_cleans_what_came_after,
         _failing_forgets_who_waits_for_room,

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from bridge.nbd.durability import BEFORE, Durability, instance_mark
+from bridge.durability import BEFORE, Told, instance_mark
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.protocol import TransmissionFlags
 from bridge.nbd.server_core import DEFAULT_FLAGS
@@ -22,8 +22,8 @@ EIO = errno.EIO
 # The marks alone.
 
 
-def connected(instance: str = "") -> Durability:
-    durability = Durability()
+def connected(instance: str = "") -> Told:
+    durability = Told()
     assert not durability.connected(instance, BEFORE)
     return durability
 
@@ -74,6 +74,42 @@ def test_loss_is_told_by_a_flush_that_was_submitted_after_all_of_it() -> None:
     assert durability.untold
     durability.tell(7)
     assert not durability.untold
+
+
+def test_guest_has_seen_what_was_answered_when_the_turn_is_over() -> None:
+    durability = connected()
+    assert durability.settled(BEFORE + 1)
+    assert not durability.settled(BEFORE + 2)  # The end of the turn is waited for already.
+    assert durability.seen == BEFORE
+    durability.turn_over()
+    assert durability.seen == BEFORE + 2
+    assert not durability.settled(BEFORE + 2)
+
+
+def test_guest_knows_of_what_a_process_before_left_and_of_what_is_answered_then() -> None:
+    durability = connected()
+    durability.one_more_before()
+    assert durability.seen == BEFORE + 1
+    assert durability.settled(BEFORE + 2)
+    durability.turn_over()
+    assert durability.seen == BEFORE + 2
+
+
+def test_nothing_that_was_answered_in_the_turn_of_a_failure_is_of_the_epoch_after_it() -> None:
+    durability = connected()
+    before = durability.epoch
+    durability.could_not_flush(3)
+    within, sending = durability.epoch, durability.sending_epoch
+    durability.settled(3)
+    assert len({before, within, sending}) == 3
+    assert durability.epoch == durability.sending_epoch == sending
+
+
+def test_layer_that_keeps_what_is_not_durable_needs_no_epoch_within_a_turn() -> None:
+    durability = connected()
+    durability.keeps_unflushed = True
+    durability.could_not_flush(3)
+    assert durability.sending_epoch == durability.epoch
 
 
 def test_same_instance_has_lost_nothing_another_or_none_may_have() -> None:
