@@ -47,8 +47,9 @@ class Deadlines:
         return False
 
     def arm(self) -> bool:
-        """The loop is about to sleep."""
-        self._look()
+        """The loop is about to sleep; after a nap it asks again."""
+        if not self._loop.naps_first:
+            self._look()
         return False
 
     def disarm(self) -> None:
@@ -71,7 +72,10 @@ class Deadlines:
                 with trio.move_on_at(self._awaited_s):
                     await self._earlier.wait()
                     continue
-                self._tick(trio.current_time())
-                self._loop.turn.end()
+                now = trio.current_time()
+                due_s = self._next_deadline()
+                if due_s is not None and due_s <= now:
+                    self._tick(now)
+                    self._loop.turn.end()
         finally:
             self._loop.remove_poller(self)

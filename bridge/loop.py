@@ -121,6 +121,11 @@ class Loop:
         """More of what this turn dealt with is about to come: poll longer than usual for it."""
         self._lingering = True
 
+    @property
+    def naps_first(self) -> bool:
+        """Falling asleep now means a nap (see `_NAP_S`), and again if that was all."""
+        return self._worked
+
     def wake(self) -> None:
         """Look at every poller soon, whoever calls."""
         if self.turn.asleep:
