@@ -180,6 +180,7 @@ async def _flush_to(
     Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
     """
     turn = loop.turn
+    deadline_s = trio.current_time() + timeout_s
     backend = GatedBackend(client, turn)
     try:
         cache = Cache(
@@ -235,7 +236,7 @@ async def _flush_to(
     await check_content(cache, file, turn, force=force, limit_s=timeout_s)
     note_export(cache, client.export)
     request = Request(FLUSH, 0, 0, [], _nothing)
-    with trio.move_on_after(timeout_s) as scope:
+    with trio.move_on_at(deadline_s) as scope:
         await _finish(cache, request, turn)
     if not changed and (scope.cancelled_caught or request.error):
         changed = "the server did not take everything"
