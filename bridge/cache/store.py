@@ -60,6 +60,7 @@ class _Obstacle(NamedTuple):
 
 
 _NO_ROOM = _Obstacle(Why.ROOM)
+_PRESSES_PER_TURN = 8
 
 
 class _WriteOp(WriteOutWait):
@@ -125,6 +126,8 @@ class Store:
         """`Slots.freed` when room was looked for last."""
         self._pressed = False
         """Much is dirty: to be looked at in this turn."""
+        self._pressed_turn = self._presses = 0
+        """In which turn that was last, and how often."""
 
     def set_limits(self) -> None:
         """Take the limits from the sizes of cache and disk, at the start and when that grows."""
@@ -199,7 +202,7 @@ class Store:
             moved = True
         if self._for_room and self._try_for_room():
             moved = True
-        if self._pressed:
+        if self._pressed and self._may_press():
             self._pressed = False
             if self._for_room or self._index.dirty_slots > self._flush_slots:
                 self._flusher.press()
@@ -344,6 +347,15 @@ class Store:
     def _press(self) -> None:
         """Much is dirty: see to it in this turn."""
         self._pressed = True
+
+    def _may_press(self) -> bool:
+        """Not for ever in one turn. Slots that cold reads hold are no room, and a flush of nothing,
+        which makes none either, ends at once: who waits looks again, and presses again."""
+        number = self._common.turn.number
+        if number != self._pressed_turn:
+            self._pressed_turn, self._presses = number, 0
+        self._presses += 1
+        return self._presses <= _PRESSES_PER_TURN
 
     # Storing.
 

@@ -328,3 +328,24 @@ def test_cold_read_that_is_larger_than_the_budget_is_done_alone() -> None:
         cold.finish()
 
     assert [read.error for read in reads] == [0] * 4
+
+
+def test_turn_ends_while_a_write_waits_for_slots_that_slow_reads_hold() -> None:
+    """A flush makes no room, since nothing is dirty: it ends at once, and is tried a few times."""
+    cold = LaterCold()
+    first = Rig(granules=8, slots=2)
+    image = _ColdImage(first.image._whole.obj, first.image.header)
+    rig = Rig(granules=8, slots=2, image=image, cold=cold)
+    rig.prefetch(0, 2 * GRANULE)
+    assert rig.flush() == 0
+    rig.cache.index.forget_residency()
+    reads = [rig.start(READ, granule * GRANULE, BLOCK) for granule in range(2)]
+
+    write = rig.start(WRITE, 3 * GRANULE, data=b"w" * BLOCK)
+
+    assert write.error is None
+    assert rig.cache.waiting["room"] == 1
+    for _ in reads:
+        cold.finish()
+    assert [read.value for read in reads] == [0, 0]
+    assert write.value == 0
