@@ -19,12 +19,14 @@ class _ColdImage(MappedImage):
         return self.warm
 
 
-def _cold_rig() -> tuple[Rig, LaterCold]:
-    cold = LaterCold()
-    first = Rig()
+def _cold_rig(
+    cached: int = 2, *, granules: int = 64, slots: int = 64, **options: int
+) -> tuple[Rig, LaterCold]:
+    """A cache that holds the first granules of the disk, none of them in the page cache."""
+    first, cold = Rig(granules=granules, slots=slots), LaterCold()
     image = _ColdImage(first.image._whole.obj, first.image.header)
-    rig = Rig(image=image, cold=cold)
-    rig.prefetch(0, 2 * GRANULE)
+    rig = Rig(granules=granules, slots=slots, image=image, cold=cold, **options)
+    rig.prefetch(0, cached * GRANULE)
     rig.cache.index.forget_residency()
     return rig, cold
 
@@ -283,11 +285,7 @@ def test_cold_reads_have_private_copies_within_a_budget_and_the_rest_follows() -
 
 
 def test_cold_reads_that_wait_for_memory_fail_when_the_cache_refuses() -> None:
-    first, cold = Rig(granules=16, slots=16), LaterCold()
-    image = _ColdImage(first.image._whole.obj, first.image.header)
-    rig = Rig(granules=16, slots=16, image=image, cold=cold, cold_bytes=GRANULE)
-    rig.prefetch(0, 16 * GRANULE)
-    rig.cache.index.forget_residency()
+    rig, cold = _cold_rig(16, granules=16, slots=16, cold_bytes=GRANULE)
     reads = [rig.start(READ, number * GRANULE, GRANULE) for number in range(4)]
 
     rig.refuse(EIO)
@@ -316,11 +314,7 @@ def test_cold_blocks_that_are_written_partly_share_one_buffer() -> None:
 
 
 def test_cold_read_that_is_larger_than_the_budget_is_done_alone() -> None:
-    first, cold = Rig(granules=16, slots=16), LaterCold()
-    image = _ColdImage(first.image._whole.obj, first.image.header)
-    rig = Rig(granules=16, slots=16, image=image, cold=cold, cold_bytes=BLOCK)
-    rig.prefetch(0, 16 * GRANULE)
-    rig.cache.index.forget_residency()
+    rig, cold = _cold_rig(16, granules=16, slots=16, cold_bytes=BLOCK)
 
     reads = [rig.start(READ, number * GRANULE, GRANULE) for number in range(4)]
     while cold.jobs:
@@ -332,13 +326,8 @@ def test_cold_read_that_is_larger_than_the_budget_is_done_alone() -> None:
 
 def test_turn_ends_while_a_write_waits_for_slots_that_slow_reads_hold() -> None:
     """A flush makes no room, since nothing is dirty: it ends at once, and is tried a few times."""
-    cold = LaterCold()
-    first = Rig(granules=8, slots=2)
-    image = _ColdImage(first.image._whole.obj, first.image.header)
-    rig = Rig(granules=8, slots=2, image=image, cold=cold)
-    rig.prefetch(0, 2 * GRANULE)
+    rig, cold = _cold_rig(granules=8, slots=2)
     assert rig.flush() == 0
-    rig.cache.index.forget_residency()
     reads = [rig.start(READ, granule * GRANULE, BLOCK) for granule in range(2)]
 
     write = rig.start(WRITE, 3 * GRANULE, data=b"w" * BLOCK)

@@ -254,8 +254,8 @@ async def test_guest_that_moved_away_and_came_back_reads_what_it_wrote_there(dir
 CLEAN, DIRTY = b"c", b"d"
 
 
-async def leave_clean_and_dirty(directory: Path) -> None:
-    """1 MiB that was flushed, 1 MiB at 8 MiB that only the cache has; on a server without
+async def leave_clean_and_dirty(directory: Path, dirty_mib: int = 1) -> None:
+    """1 MiB that was flushed, and from 8 MiB on what only the cache has; on a server without
     sessions."""
     (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
     nbd, vhost = directory / "nbd", directory / "vhost"
@@ -265,7 +265,8 @@ async def leave_clean_and_dirty(directory: Path) -> None:
             async with await Guest.connect(vhost) as guest:
                 await guest.write(0, CLEAN * MIB)
                 await guest.flush()
-                await guest.write(8 << 20, DIRTY * MIB)
+                for number in range(dirty_mib):
+                    await guest.write((8 + number) << 20, DIRTY * MIB)
                 child.send_signal(signal.SIGKILL)
             await wait_for(child, limit_s=HUNG_S)
 
@@ -455,18 +456,8 @@ async def test_cache_flush_of_a_file_that_was_exchanged_meanwhile_is_refused(
 
 async def test_cache_flush_sends_no_more_when_the_image_was_exchanged_under_it(directory):
     """Not even without sessions: what comes back is compared first, as at the start."""
-    (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
-    nbd, vhost, image = directory / "nbd", directory / "vhost", directory / "disk.img"
-    argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
-    async with process(nbdkit_file(directory), ready=nbd):
-        async with process([*argv, "--flush-interval", "0"], ready=vhost) as child:
-            async with await Guest.connect(vhost) as guest:
-                await guest.write(0, CLEAN * MIB)
-                await guest.flush()
-                for number in range(16):
-                    await guest.write((8 + number) << 20, DIRTY * MIB)
-                child.send_signal(signal.SIGKILL)
-            await wait_for(child, limit_s=HUNG_S)
+    nbd, image = directory / "nbd", directory / "disk.img"
+    await leave_clean_and_dirty(directory, dirty_mib=16)
     log = directory / "log"
     slow = [*nbdkit_file(directory)[:4], "--filter=log", "--filter=delay", "file", str(image)]
     slow += ["wdelay=600", f"logfile={log}"]

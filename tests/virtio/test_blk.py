@@ -441,8 +441,8 @@ def test_3_6_dwz_segments_that_a_failed_flush_may_have_dropped_are_done_once_mor
     assert guest.driver.poll() == [(token, 1)]
 
 
-def test_large_write_that_a_failed_flush_may_have_dropped_in_part_is_done_once_more() -> None:
-    """Its pieces are acknowledged one by one; the guest hears of all of them at once."""
+def guest_with_a_write_in_pieces() -> tuple[BlkGuest, int]:
+    """A guest that waits for a write of 3 MiB, whose three pieces the disk holds; its token."""
     guest = BlkGuest(disk=FakeDisk(8 << 20))
     guest.disk.hold = True
     length = 3 << 20
@@ -452,6 +452,12 @@ def test_large_write_that_a_failed_flush_may_have_dropped_in_part_is_done_once_m
         (guest.alloc(1), 1, DEVICE_WRITES),
     )
     guest.run()
+    return guest, token
+
+
+def test_large_write_that_a_failed_flush_may_have_dropped_in_part_is_done_once_more() -> None:
+    """Its pieces are acknowledged one by one; the guest hears of all of them at once."""
+    guest, token = guest_with_a_write_in_pieces()
     first, *others = guest.disk.held
     guest.disk.held = [first]
     guest.disk.release()
@@ -467,15 +473,7 @@ def test_large_write_that_a_failed_flush_may_have_dropped_in_part_is_done_once_m
 
 def test_piece_that_was_answered_just_before_the_failed_flush_is_done_once_more() -> None:
     """Both answers came in one turn, and the job hears of its piece after the flush has failed."""
-    guest = BlkGuest(disk=FakeDisk(8 << 20))
-    guest.disk.hold = True
-    length = 3 << 20
-    token = guest.put(
-        (guest.alloc(guest.header(T_OUT)), 16, 0),
-        (guest.alloc(length), length, 0),
-        (guest.alloc(1), 1, DEVICE_WRITES),
-    )
-    guest.run()
+    guest, token = guest_with_a_write_in_pieces()
     pieces, guest.disk.held = guest.disk.held, []
     for piece in pieces:
         guest.disk.execute(piece)
