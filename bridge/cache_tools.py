@@ -36,10 +36,12 @@ from bridge.storage import (
     check_export,
     close_file,
     expect_stale_writes,
+    finished,
     may_call_clean,
     note_changed_content,
     note_export,
     notes_directory,
+    to_be_set,
     wanted_cache,
 )
 from bridge.turn import Turn
@@ -213,9 +215,6 @@ async def _flush_to(
     def compared(differing: int) -> None:
         if differing > 0:
             note_changed_content(cache, differing)
-        if not changed:
-            backend.refuse(0)
-        if differing > 0:
             found_changed("the export was changed meanwhile (--force writes over that)")
         backend.let_go()
 
@@ -235,9 +234,9 @@ async def _flush_to(
     turn.add_stage(cache)
     await check_content(cache, file, turn, force=force, limit_s=timeout_s)
     note_export(cache, client.export)
-    request = Request(FLUSH, 0, 0, [], _nothing)
+    request = Request(FLUSH, 0, 0, [], to_be_set)
     with trio.move_on_at(deadline_s) as scope:
-        await _finish(cache, request, turn)
+        await finished(cache, request, turn)
     if not changed and (scope.cancelled_caught or request.error):
         changed = "the server did not take everything"
     if changed:
@@ -294,9 +293,7 @@ async def warm(
                     )
             # More than the cache holds would only push out what came first.
             total = min(sum(length for _, length in allocated), size_bytes)
-            await _prefetch(
-                storage, loop.turn, allocated, total, lambda done: progress(done, total)
-            )
+            await _prefetch(storage, allocated, total, lambda done: progress(done, total))
             close_s = timeout_s  # There may be something dirty from before.
         finally:
             with trio.CancelScope(shield=True):
@@ -346,7 +343,6 @@ def _within(ranges: Sequence[tuple[int, int]], disk_bytes: int) -> list[tuple[in
 
 async def _prefetch(
     storage: Storage,
-    turn: Turn,
     ranges: list[tuple[int, int]],
     total_bytes: int,
     progress: Callable[[int], None],
@@ -370,7 +366,7 @@ async def _prefetch(
     )
     with _patience(client.uri, client.options.reconnect_timeout_s) as moved:
         warmer.start()
-        turn.end()
+        storage.turn.end()
         try:
             await ended.wait()
         finally:
@@ -395,28 +391,15 @@ async def _data(
     end = offset + length
     while offset < end:
         request = StatusRequest(
-            BLOCK_STATUS, offset, min(end - offset, _STATUS_BYTES), [], _nothing
+            BLOCK_STATUS, offset, min(end - offset, _STATUS_BYTES), [], to_be_set
         )
-        await _finish(target, request, turn)
+        await finished(target, request, turn)
         if request.error or not request.extents:
             found.append((offset, end - offset))  # no answer: everything may be data
             break
         found += data_ranges(request.extents, offset)
         offset += sum(length for length, _ in request.extents)
     return found
-
-
-async def _finish(target: Target, request: Request, turn: Turn) -> None:
-    """Submit `request` and wait until it is finished."""
-    ended = trio.Event()
-    request.done = lambda _: ended.set()
-    target.submit(request)
-    turn.end()
-    await ended.wait()
-
-
-def _nothing(request: Request) -> None:
-    """Replaced by `_finish`."""
 
 
 @asynccontextmanager

@@ -43,7 +43,7 @@ from bridge.nbd.client import Client
 from bridge.nbd.export import Export
 from bridge.nbd.options import ClientOptions
 from bridge.nbd.uri import NbdUri
-from bridge.request import DISCARD, FLUSH, READ, WRITE_ZEROES, Request
+from bridge.request import DISCARD, FLUSH, READ, WRITE_ZEROES, Request, Target
 from bridge.turn import Outcome, Turn
 
 _log = structlog.get_logger(__name__)
@@ -961,13 +961,19 @@ class Storage:
         return problem
 
     async def _flush_cache(self, cache: Cache) -> None:
-        finished = trio.Event()
-        request = Request(FLUSH, 0, 0, [], lambda _: finished.set())
-        cache.submit(request)
-        self.turn.end()
-        await finished.wait()
+        request = Request(FLUSH, 0, 0, [], to_be_set)
+        await finished(cache, request, self.turn)
         if request.error:
             _log.error("the last flush failed", reason=os.strerror(request.error))
+
+
+async def finished(target: Target, request: Request, turn: Turn) -> None:
+    """Submit `request`, whose `done` is set here, and wait until it has ended."""
+    ended = trio.Event()
+    request.done = lambda _: ended.set()
+    target.submit(request)
+    turn.end()
+    await ended.wait()
 
 
 async def answer_of(
@@ -992,6 +998,10 @@ async def answer_of(
     with trio.move_on_after(limit_s):
         await ended.wait()
     return answer
+
+
+def to_be_set(request: Request) -> None:
+    """The `done` of a request for `finished`, which replaces it."""
 
 
 def _go_nowhere() -> None:
