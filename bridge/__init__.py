@@ -5,23 +5,15 @@ cloud-hypervisor, crosvm or libblkio connect to its socket), on the other an NBD
 
 The map, and which way imports point:
 
-    cli, serve          the command line; puts the pieces together
-    logs, signals       a log that holds nothing up; what ends a command, and how
-    parameters, units   what options accept; sizes as operators write and read them
-    device, ring        the join: vhost-user session, virtqueues, engine, loop
-      vhost_user/       messages and session without I/O; back-end; front-end
-      virtio/           guest memory, virtqueues, virtio-blk requests (large ones in lanes),
-                        configuration space
-    eventfds, faults    what a front-end could do to the process
-    disk                the seam: requests on byte ranges; flush timer
-    storage, location   client and cache put together; which cache file belongs to an export
-      cache/            the local cache
-      nbd/              wire formats and state machines; connection, client, server
-    loop, turn          one epoll under one trio task, adaptive polling; what a turn carries
-    deadlines           when something without a task of its own is called next
-    durability          what the server acknowledged and may still lose
-    request             the object that travels from a guest's request to the server's reply
-    errors              whose fault it is
+    cli/                the commands: what an operator types and reads
+    app/                the parts put together, served and stopped; the process
+    guest/              the guest's side: vhost-user session, virtqueues, virtio-blk requests
+    cache/              the local cache; `cache/file` is its file
+    server/             the server's side: NBD client, reconnecting
+    datapath/           what every request passes: the turn, requests, lanes, the disk's seam
+    peers/              what plays the other side, for the demo, the benchmark and the tests
+    demo/               a Linux guest on a disk, without any set-up
+    errors, units       whose fault it is; sizes as operators write and read them
 
 The life of a read. The guest puts a chain into the available ring and kicks. `Loop` has a turn:
 `RunningRing.poll` takes every new chain from `SplitQueue.pop`, `BlkEngine.start` checks it and

@@ -13,8 +13,8 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from bridge.request import Request, Target
-from bridge.turn import Turn
+from bridge.datapath.request import Request, Target
+from bridge.datapath.turn import Turn
 
 _turn = Turn()
 

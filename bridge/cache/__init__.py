@@ -2,8 +2,7 @@
 
 Life of a block: absent → clean ⇄ dirty → written (the server replied, not flushed) → clean.
 
-- `layout`: what is on the file's first pages, and how it is checked; `file`: opening, locking,
-  preallocating, mapping and closing one; `options`: the limits.
+- `file`: the mapped file, its format and its place; `cache_options`: the limits.
 - `blocks`: the bits of every block, the states that they stand for, and the only code that changes
   them; `index`: granule → slot, in flat arrays; `eviction`: which clean granule goes when room is
   needed; `slots`: both in step.
@@ -14,8 +13,9 @@ Life of a block: absent → clean ⇄ dirty → written (the server replied, not
 - `store`: guest writes into the cache, and when each is complete.
 - `writeback`, `dirty_ring`, `wait`, `flush`: dirty blocks to the server, in which order, those who
   wait for that, and the barrier after it.
-- `ranges`, `exclusive`, `discards`: discard and write-zeroes, ordered against everything in flight.
-- `sample`: did somebody else write the image? `inspect`, `warm`: for the command line.
+- `range_requests`, `exclusive`, `discards`: discard and write-zeroes, ordered against everything in
+  flight.
+- `sample`: did somebody else write the image? `warm`: for the command line.
 
 Life of a read: `Cache.read_hit` finds every block `ready` and copies it; else `reads` copies what
 is there and has `fetch` bring the rest, which is filled in unless a write overtook it. Life of a
@@ -23,6 +23,7 @@ write: `Cache.write_hit` finds every block `open`, or has `store` open them, and
 else `store` marks, copies and puts the slot into `writeback`'s ring, from where age, a limit or a
 flush sends it; it is clean when a flush succeeded that was sent after the reply.
 
-Nothing here does I/O except `file` and `cold`; time comes from an injected clock, turns from an
-injected `Turn`, and whoever owns the cache calls `tick()` at `next_deadline()`.
+`upstream`: what the cache needs of the server. Nothing here does I/O except `file` and `cold`; time
+comes from an injected clock, turns from an injected `Turn`, and whoever owns the cache calls
+`tick()` at `next_deadline()`.
 """

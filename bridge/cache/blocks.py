@@ -34,7 +34,7 @@ import mmap
 from enum import Enum
 from typing import Any, Final, Literal
 
-from .layout import BITS, DIRTY_SHIFT, LOW_MASK, state_word
+from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, state_word
 
 
 class State(Enum):

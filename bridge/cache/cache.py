@@ -15,8 +15,28 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from bridge.durability import Kept
-from bridge.request import (
+from bridge.cache.cache_options import Options
+from bridge.cache.cold import Cold, InlineCold
+from bridge.cache.common import Common
+from bridge.cache.discards import Discards
+from bridge.cache.eviction import UP, Evictor
+from bridge.cache.exclusive import Exclusives
+from bridge.cache.fetch import Fetcher
+from bridge.cache.file.cache_file import MappedImage, damaged_index
+from bridge.cache.file.layout import BITS
+from bridge.cache.flush import Flusher
+from bridge.cache.index import Index
+from bridge.cache.range_requests import Ranges
+from bridge.cache.readahead import Readahead
+from bridge.cache.reads import Reads
+from bridge.cache.resize import Resizer
+from bridge.cache.sample import Sample, check_sample, compare
+from bridge.cache.slots import Slots
+from bridge.cache.store import Store
+from bridge.cache.upstream import Backend, Stats
+from bridge.cache.writeback import Writeback
+from bridge.datapath.durability import Kept
+from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
     FLUSH,
@@ -26,28 +46,7 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.turn import Outcome, Turn
-
-from .backend import Backend, Stats
-from .cold import Cold, InlineCold
-from .common import Common
-from .discards import Discards
-from .eviction import UP, Evictor
-from .exclusive import Exclusives
-from .fetch import Fetcher
-from .file import MappedImage, damaged_index
-from .flush import Flusher
-from .index import Index
-from .layout import BITS
-from .options import Options
-from .ranges import Ranges
-from .readahead import Readahead
-from .reads import Reads
-from .resize import Resizer
-from .sample import Sample, check_sample, compare
-from .slots import Slots
-from .store import Store
-from .writeback import Writeback
+from bridge.datapath.turn import Outcome, Turn
 
 _THOROUGH_COUNT = 256
 """Blocks compared before dirty data goes out: a small cache wholly, and a few seconds at worst."""

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from bridge.turn import Outcome, Turn
+from bridge.datapath.turn import Outcome, Turn
 
 _THREADS = 4
 """Cold reads at a time: enough to keep a disk's queue filled, few enough to be cheap."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bridge.durability import Kept
-from bridge.turn import Turn
-
-from .backend import Backend, Stats
-from .cold import Cold
-from .file import MappedImage
-from .index import Index
-from .options import Options
-from .slots import Slots
+from bridge.cache.cache_options import Options
+from bridge.cache.cold import Cold
+from bridge.cache.file.cache_file import MappedImage
+from bridge.cache.index import Index
+from bridge.cache.slots import Slots
+from bridge.cache.upstream import Backend, Stats
+from bridge.datapath.durability import Kept
+from bridge.datapath.turn import Turn
 
 
 @dataclass(frozen=True, slots=True)

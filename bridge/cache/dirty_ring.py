@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from .blocks import zeroed
+from bridge.cache.blocks import zeroed
 
 _MARK_EVERY_S = 1.0
 """One mark a second bounds their number; ages are right to a second."""

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from sortedcontainers import SortedDict
 
-from .common import Common
+from bridge.cache.common import Common
 
 if TYPE_CHECKING:
-    from .exclusive import Exclusive
+    from bridge.cache.exclusive import Exclusive
 
 
 _NOWHERE = (0, 0)

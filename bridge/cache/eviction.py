@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .blocks import zeroed
+from bridge.cache.blocks import zeroed
 
 _NONE, _SMALL, _MAIN, _PARKED = range(4)
 

@@ -15,15 +15,14 @@ from __future__ import annotations
 from collections import deque
 from typing import Final, Protocol
 
-from bridge.request import DISCARD, FLUSH, FUA, MAY_UNMAP, Request
-from bridge.turn import Outcome
-
-from .common import Common
-from .discards import Discards
-from .fetch import Fetcher
-from .flush import Flusher
-from .wait import WriteOutWait
-from .writeback import Writeback
+from bridge.cache.common import Common
+from bridge.cache.discards import Discards
+from bridge.cache.fetch import Fetcher
+from bridge.cache.flush import Flusher
+from bridge.cache.wait import WriteOutWait
+from bridge.cache.writeback import Writeback
+from bridge.datapath.request import DISCARD, FLUSH, FUA, MAY_UNMAP, Request
+from bridge.datapath.turn import Outcome
 
 _TRIES: Final = 64
 """So many that waited are tried again before the rest is left to whoever is in the way now."""

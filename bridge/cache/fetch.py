@@ -14,10 +14,9 @@ from __future__ import annotations
 from bisect import insort
 from typing import Protocol
 
-from bridge.request import READ, Request
-
-from .common import Common
-from .layout import BITS
+from bridge.cache.common import Common
+from bridge.cache.file.layout import BITS
+from bridge.datapath.request import READ, Request
 
 
 class Waiter(Protocol):

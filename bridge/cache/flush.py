@@ -13,12 +13,11 @@ what it acknowledged.
 
 from __future__ import annotations
 
-from bridge.request import FLUSH, Request
-
-from .common import Common
-from .discards import Discards
-from .wait import WriteOutWait
-from .writeback import Writeback
+from bridge.cache.common import Common
+from bridge.cache.discards import Discards
+from bridge.cache.wait import WriteOutWait
+from bridge.cache.writeback import Writeback
+from bridge.datapath.request import FLUSH, Request
 
 
 class _Pass(WriteOutWait):

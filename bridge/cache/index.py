@@ -11,8 +11,8 @@ from array import array
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from .blocks import Blocks, zeroed
-from .layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of
+from bridge.cache.blocks import Blocks, zeroed
+from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of
 
 
 class Image(Protocol):

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .backend import Stats
-from .fetch import Fetcher
-from .index import Index
-from .options import Options
+from bridge.cache.cache_options import Options
+from bridge.cache.fetch import Fetcher
+from bridge.cache.index import Index
+from bridge.cache.upstream import Stats
 
 _STREAMS = 32
 """Streams that are followed at a time; a table scan or a copy in a guest is one or two."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 
-from bridge.request import READ, Request
-from bridge.turn import Outcome, Turn
-
-from .buffers import scatter
-from .common import Common
-from .discards import Discards
-from .fetch import Fetcher
-from .readahead import Readahead
+from bridge.cache.buffers import scatter
+from bridge.cache.common import Common
+from bridge.cache.discards import Discards
+from bridge.cache.fetch import Fetcher
+from bridge.cache.readahead import Readahead
+from bridge.datapath.request import READ, Request
+from bridge.datapath.turn import Outcome, Turn
 
 
 class _ReadOp:

@@ -16,11 +16,10 @@ import errno
 from collections.abc import Callable
 from dataclasses import replace
 
-from bridge.request import READ, Request
-from bridge.turn import Outcome
-
-from .common import Common
-from .fetch import Fetcher
+from bridge.cache.common import Common
+from bridge.cache.fetch import Fetcher
+from bridge.datapath.request import READ, Request
+from bridge.datapath.turn import Outcome
 
 
 class Resizer:

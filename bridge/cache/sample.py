@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from bridge.request import READ, Request
-
-from .backend import Backend
-from .index import Index
+from bridge.cache.index import Index
+from bridge.cache.upstream import Backend
+from bridge.datapath.request import READ, Request
 
 _SECTOR_BYTES = 512
 _HEAD_BYTES = 2 << 20

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bridge.turn import Outcome
-
-from .cold import Cold
-from .eviction import Evictor
-from .file import MappedImage
-from .index import Index
-from .layout import BITS, DIRTY_SHIFT
+from bridge.cache.cold import Cold
+from bridge.cache.eviction import Evictor
+from bridge.cache.file.cache_file import MappedImage
+from bridge.cache.file.layout import BITS, DIRTY_SHIFT
+from bridge.cache.index import Index
+from bridge.datapath.turn import Outcome
 
 _DIRTY = BITS << DIRTY_SHIFT
 

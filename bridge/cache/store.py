@@ -19,18 +19,17 @@ from enum import Enum
 from errno import ECANCELED, EIO
 from typing import NamedTuple
 
-from bridge.request import FUA, Request
-from bridge.turn import Outcome
-
-from .buffers import gather
-from .common import Common
-from .discards import Discards
-from .fetch import Fetcher
-from .flush import Flusher
-from .layout import BITS, DIRTY_SHIFT
-from .options import WRITEBACK
-from .wait import WriteOutWait
-from .writeback import Writeback
+from bridge.cache.buffers import gather
+from bridge.cache.cache_options import WRITEBACK
+from bridge.cache.common import Common
+from bridge.cache.discards import Discards
+from bridge.cache.fetch import Fetcher
+from bridge.cache.file.layout import BITS, DIRTY_SHIFT
+from bridge.cache.flush import Flusher
+from bridge.cache.wait import WriteOutWait
+from bridge.cache.writeback import Writeback
+from bridge.datapath.request import FUA, Request
+from bridge.datapath.turn import Outcome
 
 
 class Why(Enum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from bridge.request import PREFETCH, Request
+from bridge.datapath.request import PREFETCH, Request
 
 HOLE = 1
 ZERO = 2

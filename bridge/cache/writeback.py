@@ -19,13 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import itemgetter
 
-from bridge.request import FUA, WRITE, Request
-from bridge.turn import Outcome
-
-from .common import Common
-from .dirty_ring import DirtyRing
-from .discards import Discards
-from .wait import WriteOutWait
+from bridge.cache.common import Common
+from bridge.cache.dirty_ring import DirtyRing
+from bridge.cache.discards import Discards
+from bridge.cache.wait import WriteOutWait
+from bridge.datapath.request import FUA, WRITE, Request
+from bridge.datapath.turn import Outcome
 
 _BATCH_SLOTS = 1024
 """Slots taken from the ring at once: sorting them is a matter of 1 ms."""

@@ -12,8 +12,8 @@ import sys
 
 import trio
 
-from bridge.nbd.server import Server
-from bridge.nbd.server_disk import FileDisk
+from bridge.peers.nbd_server import Server
+from bridge.peers.nbd_server_disk import FileDisk
 
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2

@@ -13,7 +13,7 @@ from bridge.demo.guest import Checkpoint
 from bridge.demo.report import GuestReport
 from bridge.demo.unwrap import unwrapped
 from bridge.errors import BridgeError
-from bridge.guest import Guest
+from bridge.peers.guest import Guest
 
 CHUNK_BYTES = 1 << 20
 _TASKS = 8

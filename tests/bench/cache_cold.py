@@ -16,12 +16,12 @@ import tempfile
 import time
 
 from bridge.cache.cache import Cache
+from bridge.cache.cache_options import Options
 from bridge.cache.cold import ThreadedCold
-from bridge.cache.file import CacheFile, open_or_create
-from bridge.cache.layout import Identity, geometry_for
-from bridge.cache.options import Options
-from bridge.request import PREFETCH, READ, Request
-from bridge.turn import Turn
+from bridge.cache.file.cache_file import CacheFile, open_or_create
+from bridge.cache.file.layout import Identity, geometry_for
+from bridge.datapath.request import PREFETCH, READ, Request
+from bridge.datapath.turn import Turn
 
 from .cache_core import DISK_BYTES, NullServer
 

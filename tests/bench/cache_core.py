@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 
 from bridge.cache.cache import Cache
-from bridge.cache.file import open_or_create
-from bridge.cache.layout import Identity, geometry_for
-from bridge.cache.options import Options
-from bridge.request import READ, WRITE, Request
-from bridge.turn import Turn
+from bridge.cache.cache_options import Options
+from bridge.cache.file.cache_file import open_or_create
+from bridge.cache.file.layout import Identity, geometry_for
+from bridge.datapath.request import READ, WRITE, Request
+from bridge.datapath.turn import Turn
 
 DISK_BYTES = 1 << 30
 COUNT = 100_000

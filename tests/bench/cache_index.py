@@ -14,10 +14,10 @@ import tempfile
 import time
 
 from bridge.cache.cache import Cache
-from bridge.cache.file import CacheFile, boot_id
-from bridge.cache.layout import Identity, geometry_for, new_header, state_word
-from bridge.cache.options import Options
-from bridge.turn import Turn
+from bridge.cache.cache_options import Options
+from bridge.cache.file.cache_file import CacheFile, boot_id
+from bridge.cache.file.layout import Identity, geometry_for, new_header, state_word
+from bridge.datapath.turn import Turn
 
 from .cache_core import NullServer
 

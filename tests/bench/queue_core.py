@@ -13,19 +13,19 @@ import mmap
 import time
 from collections.abc import Callable
 
-from bridge.request import Request
-from bridge.turn import Turn
-from bridge.virtio.blk import BlkEngine
-from bridge.virtio.blk_config import BlkConfig, DiskGeometry
-from bridge.virtio.chain import Chain
-from bridge.virtio.driver import INDIRECT, WRITE, SplitDriver, write_chain
-from bridge.virtio.inflight import TrackedSplitQueue, queue_region_bytes
-from bridge.virtio.inflight_packed import TrackedPackedQueue
-from bridge.virtio.memory import GuestMemory, Region
-from bridge.virtio.packed_driver import PackedDriver, write_packed_chain
-from bridge.virtio.packed_queue import EVENT_AREA_BYTES, PackedQueue
-from bridge.virtio.queue import VirtQueue
-from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
+from bridge.datapath.request import Request
+from bridge.datapath.turn import Turn
+from bridge.guest.virtio.blk import BlkEngine
+from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
+from bridge.guest.virtio.chain import Chain
+from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
+from bridge.guest.virtio.inflight_packed import TrackedPackedQueue
+from bridge.guest.virtio.memory import GuestMemory, Region
+from bridge.guest.virtio.packed_queue import EVENT_AREA_BYTES, PackedQueue
+from bridge.guest.virtio.queue import VirtQueue
+from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
+from bridge.peers.packed_driver import PackedDriver, write_packed_chain
+from bridge.peers.split_driver import INDIRECT, WRITE, SplitDriver, write_chain
 
 _QUEUE_SIZE = 256
 _ROUND_REQUESTS = 256

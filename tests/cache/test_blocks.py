@@ -11,7 +11,7 @@ import pytest
 
 import bridge
 from bridge.cache.blocks import TRANSITIONS, Blocks, Event, State
-from bridge.cache.layout import state_word
+from bridge.cache.file.layout import state_word
 
 SLOT = 1
 BLOCK = 3

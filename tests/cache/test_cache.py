@@ -8,7 +8,16 @@ import random
 from typing import Any
 
 from bridge.cache.buffers import slices
-from bridge.request import DISCARD, FLUSH, FUA, PREFETCH, READ, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.request import (
+    DISCARD,
+    FLUSH,
+    FUA,
+    PREFETCH,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
 
 from .fakes import BLOCK, EIO, GRANULE, Rig
 

@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
 
 from .fakes import BLOCK, GRANULE, FakeServer, Rig
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bridge.durability import Kept
+from bridge.datapath.durability import Kept
 
 
 class _Connections:

@@ -19,12 +19,13 @@ from typing import NoReturn
 
 import pytest
 
-from bridge.cache import file as cache_file
 from bridge.cache.cache import Cache
+from bridge.cache.cache_options import Options
 from bridge.cache.cold import ThreadedCold
-from bridge.cache.file import CacheFile, open_or_create
-from bridge.cache.inspect import describe, drop, open_to_flush, show
-from bridge.cache.layout import (
+from bridge.cache.file import cache_file
+from bridge.cache.file.cache_file import CacheFile, open_or_create
+from bridge.cache.file.inspect import describe, drop, open_to_flush, show
+from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
     MIN_SLOTS,
     Geometry,
@@ -35,10 +36,9 @@ from bridge.cache.layout import (
     parse_header_untrusted,
     state_word,
 )
-from bridge.cache.options import Options
+from bridge.datapath.request import FLUSH, READ, WRITE, Request
+from bridge.datapath.turn import Outcome
 from bridge.errors import ConfigError
-from bridge.request import FLUSH, READ, WRITE, Request
-from bridge.turn import Outcome
 from tests.tools import HUNG_S
 from tests.turns import deliver, submit, turn
 
@@ -318,7 +318,7 @@ def test_file_cut_short_is_refused(path: str) -> None:
 
 
 def test_file_of_another_version_is_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bridge.cache.layout.VERSION", 2)
+    monkeypatch.setattr("bridge.cache.file.layout.VERSION", 2)
     _open(path).close(clean=True)
     monkeypatch.undo()
 
@@ -727,11 +727,11 @@ def test_threaded_cold_runs_jobs_and_reports_on_the_callers_side() -> None:
 _WRITER = """
 import os, sys, struct
 from bridge.cache.cache import Cache
-from bridge.cache.file import open_or_create
-from bridge.cache.layout import Geometry, Identity
-from bridge.cache.options import Options
-from bridge.request import WRITE, Request
-from bridge.turn import Turn
+from bridge.cache.file.cache_file import open_or_create
+from bridge.cache.file.layout import Geometry, Identity
+from bridge.cache.cache_options import Options
+from bridge.datapath.request import WRITE, Request
+from bridge.datapath.turn import Turn
 class Server:
     size_bytes = 64 * 65536
     min_block_bytes = 1
@@ -881,7 +881,7 @@ def test_file_whose_disk_cannot_be_read_is_an_error_with_its_name(
 def test_file_system_that_maps_no_files_is_an_error_with_the_remedy(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.cache.file.mmap.mmap", _refuse)
+    monkeypatch.setattr("bridge.cache.file.cache_file.mmap.mmap", _refuse)
 
     with pytest.raises(ConfigError, match=r"cannot be mapped .*--cache-dir.*--cache-mode off"):
         _open(path)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cache.file import CacheFile, open_file, open_or_create
-from bridge.cache.layout import Identity, geometry_for
+from bridge.cache.file.cache_file import CacheFile, open_file, open_or_create
+from bridge.cache.file.layout import Identity, geometry_for
 from bridge.errors import ConfigError
 
 DISK_BYTES = 64 << 20

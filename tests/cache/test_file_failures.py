@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 
-from bridge.cache.file import MappedImage
-from bridge.request import DISCARD, FLUSH, READ, WRITE
+from bridge.cache.file.cache_file import MappedImage
+from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE
 
 from .fakes import BLOCK, EIO, GRANULE, LaterCold, Rig
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.cache.file import MappedImage
-from bridge.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES
+from bridge.cache.file.cache_file import MappedImage
+from bridge.datapath.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES
 
 from .fakes import BLOCK, GRANULE, FakeServer, Rig
 

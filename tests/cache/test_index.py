@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.cache.file import MappedImage
+from bridge.cache.file.cache_file import MappedImage
+from bridge.cache.file.layout import Geometry, Identity, check_of, new_header, state_word
 from bridge.cache.index import Index
-from bridge.cache.layout import Geometry, Identity, check_of, new_header, state_word
 
 from .fakes import BLOCK, GRANULE
 

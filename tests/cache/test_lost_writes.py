@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from bridge.request import FLUSH, FUA, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.request import FLUSH, FUA, WRITE, WRITE_ZEROES, Request
 from tests.turns import finish
 
 from .fakes import BLOCK, EIO, GRANULE, FakeServer, Rig

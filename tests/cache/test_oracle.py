@@ -16,8 +16,8 @@ from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
 from bridge.cache.store import Store
 from bridge.cache.writeback import Writeback
-from bridge.durability import Kept
-from bridge.turn import Outcome
+from bridge.datapath.durability import Kept
+from bridge.datapath.turn import Outcome
 
 from .world import run
 

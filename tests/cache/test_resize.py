@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from bridge.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES
+from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES
 
 from .fakes import BLOCK, EIO, GRANULE, Result, Rig
 

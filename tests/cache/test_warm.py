@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bridge.cache.warm import HOLE, ZERO, Warmer, data_ranges
-from bridge.request import READ, Request
+from bridge.datapath.request import READ, Request
 from tests.turns import finish
 
 from .fakes import EIO, GRANULE, Rig

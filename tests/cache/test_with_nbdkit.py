@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.loop import Loop
-from bridge.nbd.options import ClientOptions
-from bridge.nbd.uri import parse_uri
-from bridge.request import FLUSH, READ, WRITE, Request
-from bridge.storage import CacheSettings, Storage
+from bridge.app.storage import CacheSettings, Storage
+from bridge.datapath.loop import Loop
+from bridge.datapath.request import FLUSH, READ, WRITE, Request
+from bridge.server.client_options import ClientOptions
+from bridge.server.uri import parse_uri
 from tests.tools import HUNG_S
 
 from ..tools import need

@@ -18,10 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 from bridge.cache.cache import Cache
-from bridge.cache.file import MappedImage
-from bridge.cache.layout import Geometry, Identity, new_header
-from bridge.cache.options import Options
-from bridge.request import (
+from bridge.cache.cache_options import Options
+from bridge.cache.file.cache_file import MappedImage
+from bridge.cache.file.layout import Geometry, Identity, new_header
+from bridge.datapath.request import (
     DISCARD,
     FLUSH,
     FUA,
@@ -32,7 +32,7 @@ from bridge.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.turn import Outcome
+from bridge.datapath.turn import Outcome
 from tests.turns import deliver, forget, turn
 
 SECTOR = 512

@@ -16,10 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bridge.app.signals import run_until_signal
 from bridge.demo.demo import DemoConfig, run_demo
 from bridge.demo.unwrap import unwrapped
 from bridge.errors import BridgeError
-from bridge.signals import run_until_signal
 from tests.ceph.cluster import Cluster, ClusterError, install
 
 _POOL = "rbd"

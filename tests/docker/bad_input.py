@@ -115,7 +115,7 @@ def cache_of_another_version(compose: Compose) -> None:
 
 _SET_VERSION = """
 import glob, struct, sys, zlib
-from bridge.cache.layout import HEADER_AREA_BYTES, HEADER_BYTES
+from bridge.cache.file.layout import HEADER_AREA_BYTES, HEADER_BYTES
 for name in glob.glob("/var/cache/nbd-bridge/*.cache"):
     with open(name, "r+b") as file:
         for offset in range(0, HEADER_AREA_BYTES, HEADER_BYTES):

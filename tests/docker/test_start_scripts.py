@@ -10,8 +10,8 @@ import start_bridge
 import start_storage
 from environment import SettingError
 
-from bridge.cli import nbd_bridge
-from bridge.nbd.uri import parse_uri
+from bridge.cli.main import nbd_bridge
+from bridge.server.uri import parse_uri
 from nbd_plugin.settings import Settings
 
 

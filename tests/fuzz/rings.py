@@ -27,19 +27,19 @@ import time
 from collections import Counter
 from typing import Any
 
+from bridge.datapath.request import FLUSH, READ, WRITE, Request
 from bridge.errors import ProtocolError
-from bridge.request import FLUSH, READ, WRITE, Request
-from bridge.virtio.blk import BlkEngine
-from bridge.virtio.blk_config import BlkConfig, DiskGeometry
-from bridge.virtio.chain import Chain, QueueBroken
-from bridge.virtio.driver import WRITE as DEVICE_WRITES
-from bridge.virtio.driver import SplitDriver
-from bridge.virtio.inflight import TrackedSplitQueue, queue_region_bytes
-from bridge.virtio.inflight_packed import TrackedPackedQueue
-from bridge.virtio.memory import GuestMemory, Region
-from bridge.virtio.packed_queue import PackedQueue
-from bridge.virtio.queue import RingAreas, VirtQueue
-from bridge.virtio.split_queue import SplitQueue, ring_sizes_bytes
+from bridge.guest.virtio.blk import BlkEngine
+from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
+from bridge.guest.virtio.chain import Chain, QueueBroken
+from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
+from bridge.guest.virtio.inflight_packed import TrackedPackedQueue
+from bridge.guest.virtio.memory import GuestMemory, Region
+from bridge.guest.virtio.packed_queue import PackedQueue
+from bridge.guest.virtio.queue import RingAreas, VirtQueue
+from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
+from bridge.peers.split_driver import WRITE as DEVICE_WRITES
+from bridge.peers.split_driver import SplitDriver
 from tests import turns
 
 _REGION_BYTES = 0x10000

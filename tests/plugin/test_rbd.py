@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.nbd.client import list_exports
-from bridge.nbd.uri import parse_uri
+from bridge.server.client import list_exports
+from bridge.server.uri import parse_uri
 from tests.ceph.cluster import POOL, Cluster
 from tests.plugin.client import NbdError, RawClient, Refused
 from tests.plugin.server import PACKAGE, Nbdkit, refusal, run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.nbd.export import Export
+from bridge.server.export import Export
 from nbd_plugin.errors import PluginError
 from nbd_plugin.file_store import FileStore, VolumeFile
 from nbd_plugin.service import MAX_DESCRIPTION_CHARS, Service

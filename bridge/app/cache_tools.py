@@ -1,0 +1,420 @@
+"""What `nbd-bridge cache` does with a server: flush a cache file to it, warm one from it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
+from urllib.parse import quote
+
+import structlog
+import trio
+
+from bridge.app.storage import (
+    WRITEBACK,
+    CacheSettings,
+    GatedBackend,
+    Storage,
+    cache_identity,
+    cache_path,
+    check_content,
+    check_export,
+    close_file,
+    expect_stale_writes,
+    finished,
+    may_call_clean,
+    note_changed_content,
+    note_export,
+    notes_directory,
+    to_be_set,
+    wanted_cache,
+)
+from bridge.cache.cache import Cache
+from bridge.cache.cache_options import Options
+from bridge.cache.file.cache_file import CacheFile, dirty_bytes, has_content
+from bridge.cache.file.inspect import open_to_flush, show
+from bridge.cache.file.layout import Header, printable
+from bridge.cache.file.location import forget, peek
+from bridge.cache.warm import Warmer, data_ranges
+from bridge.datapath.loop import Loop
+from bridge.datapath.request import BLOCK_STATUS, FLUSH, Request, Target
+from bridge.datapath.turn import Turn
+from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.server.chunks import StatusRequest
+from bridge.server.client import Client, inspect
+from bridge.server.client_options import ClientOptions
+from bridge.server.uri import NbdUri, parse_uri
+
+_log = structlog.get_logger(__name__)
+
+_STATUS_BYTES = 1 << 30
+"""How much of a disk one question about its extents covers."""
+
+_FILE_LIMIT_S = 60.0
+"""How long the cache's disk may take at the end of a flush."""
+
+_HANG_UP_S = 2.0
+"""How long a `warm` that was interrupted, or failed, waits for answers that are still to come."""
+
+_PATIENCE = 2
+"""How many times the `--timeout` of a `warm` may pass without any progress: once with a server that
+is lost, and once more with one that is silent."""
+
+
+def uri_of(path: str) -> NbdUri:
+    """Where the export of a cache file was, without TLS. Raises ConfigError."""
+    summary = show(path)
+    if summary.is_cut:
+        raise ConfigError(
+            f"cache file {path} keeps only the beginning of its export's long name: give the URI "
+            "after the file"
+        )
+    name = quote(summary.export, safe="")
+    if summary.uri.startswith("/"):
+        return parse_uri(f"nbd+unix:///{name}?socket={quote(summary.uri)}")
+    host = quote(summary.uri, safe="[]:")  # an IPv6 address may have a zone, after a %
+    return parse_uri(f"nbd://{host}/{name}")
+
+
+async def flush_file(
+    path: str,
+    uri_text: str | None,
+    *,
+    moved: bool,
+    timeout_s: float,
+    force: bool = False,
+    skip_damaged: bool = False,
+    client: ClientOptions | None = None,
+) -> int:
+    """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
+
+    `uri_text` None: where the file says that the export was. `moved`: it may be another one.
+    `force`: also over what somebody else wrote since. `skip_damaged`: what damaged slots hold is
+    given up.
+    Raises ConfigError, ConnectionLost or ProtocolError; on any error the data stays in the file.
+    """
+    summary = show(path)
+    uri = uri_of(path) if uri_text is None else parse_uri(uri_text)
+    if not moved:
+        await _check_spelling(path, uri, client)
+    # The file is closed last: until the loop has ended the cache may look into it.
+    options = replace(client or ClientOptions(), reconnect_timeout_s=timeout_s)
+    async with AsyncExitStack() as at_last:
+        async with _client(uri, options) as (connected, loop):
+            if connected.export.read_only:
+                why = connected.export.why_read_only
+                raise ConfigError(
+                    f"{uri.text}: the export is read-only, nothing can be flushed to it"
+                    + (f" ({why})" if why else "")
+                )
+
+            def check(file: CacheFile) -> None:
+                # What was shown before it was locked may be another file's.
+                if file.header.digest.hex() != summary.digest:
+                    raise ConfigError(
+                        f"cache file {path} is another one than a moment ago: look at it with "
+                        f"'nbd-bridge cache show {path}', and try again"
+                    )
+                if not moved and not wanted_cache(uri, connected.export).owns(file.header):
+                    raise _of_another(path, file.header, uri)
+
+            file = open_to_flush(
+                path,
+                export_bytes=connected.export.usable_bytes,
+                skip_damaged=skip_damaged,
+                check=check,
+            )
+            at_last.push_async_callback(_close, file, connected)
+            flushed = await _flush_to(
+                file, connected, loop, timeout_s=timeout_s, force=force, skip_damaged=skip_damaged
+            )
+    if (notes := notes_directory()) is not None:
+        forget(path, notes)
+    return flushed
+
+
+async def _check_spelling(path: str, uri: NbdUri, options: ClientOptions | None) -> None:
+    """What is not called like the file's export has to show that it is the same volume, before it
+    is opened for writing. Raises ConfigError."""
+    header = peek(path)
+    if header is None or wanted_cache(uri, None).is_spelled_so(header):
+        return
+    try:
+        export = await inspect(uri, options)
+    except BridgeError:
+        raise _of_another(path, header, uri) from None
+    if not wanted_cache(uri, export).owns(header):
+        raise _of_another(path, header, uri)
+
+
+def _of_another(path: str, header: Header, uri: NbdUri) -> ConfigError:
+    """For the operator: the file was made for another export, as far as anybody can tell."""
+    identity = cache_identity(uri)
+    return ConfigError(
+        f"cache file {path} belongs to export {header.export!r} of "
+        f"{printable(header.uri)}, not to {identity.export!r} of {identity.uri}; if that "
+        "export moved there, add --moved"
+    )
+
+
+async def _close(file: CacheFile, client: Client) -> None:
+    """Raises BridgeError if the disk of `file` is stuck."""
+    dirty = bool(dirty_bytes(file))
+    clean = may_call_clean(client, dirty)
+    with trio.CancelScope(shield=True):
+        problem = await close_file(file, clean=clean, dirty=dirty, limit_s=_FILE_LIMIT_S)
+    if problem:
+        raise BridgeError(problem)
+
+
+async def _flush_to(
+    file: CacheFile,
+    client: Client,
+    loop: Loop,
+    *,
+    timeout_s: float,
+    force: bool,
+    skip_damaged: bool,
+) -> int:
+    """Bring what is dirty in `file` to the server; how many bytes it was.
+
+    Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
+    """
+    turn = loop.turn
+    deadline_s = trio.current_time() + timeout_s
+    backend = GatedBackend(client, turn)
+    try:
+        cache = Cache(
+            file,
+            backend,
+            Options(flush_interval_s=0),
+            clock=trio.current_time,
+            turn=turn,
+            skip_damaged=skip_damaged,
+        )
+    except BaseException:
+        file.abandon()  # No clean mark for a damaged index.
+        raise
+    if damaged := cache.index.damaged_slots:
+        _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
+    if not force:
+        check_export(cache, file, client.export)
+    expect_stale_writes(client, file, cache.index.dirty_slots)
+    client.keeps_unflushed = True
+    dirty_blocks = cache.index.dirty_blocks
+    changed = ""
+
+    def found_changed(reason: str) -> None:
+        # What the session has in flight it sends again; nothing more goes out.
+        nonlocal changed
+        if not force and cache.index.dirty_slots:
+            changed = changed or reason
+            backend.refuse(errno.EIO)
+
+    def compared(differing: int) -> None:
+        if differing > 0:
+            note_changed_content(cache, differing)
+            found_changed("the export was changed meanwhile (--force writes over that)")
+        backend.let_go()
+
+    def reconnected() -> None:
+        cache.backend_reconnected()
+        export = client.export
+        if export.sessions is None:
+            backend.hold_changes()  # until it is known whether this is the export still
+            cache.check_sample(compared)
+        elif reason := cache.foreign_change(
+            *(export.content_sessions or export.sessions), export.identity
+        ):
+            found_changed(f"{reason} (--force writes over that)")
+        note_export(cache, export)
+
+    client.on_reconnect = reconnected
+    turn.add_stage(cache)
+    await check_content(cache, file, turn, force=force, limit_s=timeout_s)
+    note_export(cache, client.export)
+    request = Request(FLUSH, 0, 0, [], to_be_set)
+    with trio.move_on_at(deadline_s) as scope:
+        await finished(cache, request, turn)
+    if not changed and (scope.cancelled_caught or request.error):
+        changed = "the server did not take everything"
+    if changed:
+        raise BridgeError(f"{client.uri.text}: {changed}; what is missing is still in {file.path}")
+    return dirty_blocks * file.geometry.block_bytes
+
+
+async def warm(
+    uri_text: str,
+    *,
+    cache_bytes: int | None,
+    directory: str | None,
+    ranges: Sequence[tuple[int, int]],
+    timeout_s: float,
+    progress: Callable[[int, int], None],
+    client: ClientOptions | None = None,
+) -> int:
+    """Read `ranges` (all of the disk if there are none) into its cache; how many bytes it was.
+
+    Holes that the server reports are left out. `cache_bytes` None: a cache that is there keeps
+    its size. `timeout_s` bounds the waiting for a lost server, not the whole.
+    `progress(done_bytes, total_bytes)` is called as it goes. Raises ConfigError, ConnectionLost or
+    ProtocolError, BridgeError if something could not be read.
+    """
+    uri = parse_uri(uri_text)
+    loop = Loop(poll_us=0)
+    options = client or ClientOptions()
+    options = replace(
+        options,
+        request_timeout_s=min(timeout_s, options.request_timeout_s),
+        reconnect_timeout_s=timeout_s,
+        close_timeout_s=_HANG_UP_S,
+    )
+    size_bytes = cache_bytes or _size_to_keep(str(cache_path(uri, directory)))
+    settings = CacheSettings(mode=WRITEBACK, size_bytes=size_bytes, directory=directory)
+    storage = Storage(uri, loop, options, settings)
+    close_s = _HANG_UP_S
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        try:
+            export = await storage.open()
+            if export.read_only:
+                raise ConfigError(
+                    f"{uri_text}: the export is read-only, so it is served without a cache: "
+                    "there is none to warm"
+                )
+            nursery.start_soon(storage.run)
+            wanted = _within(ranges, export.usable_bytes) or [(0, export.usable_bytes)]
+            allocated: list[tuple[int, int]] = []
+            for offset, length in wanted:
+                with _patience(uri, timeout_s):
+                    allocated += await _data(
+                        storage.backend, loop.turn, offset, length, export.can_block_status
+                    )
+            # More than the cache holds would only push out what came first.
+            total = min(sum(length for _, length in allocated), size_bytes)
+            await _prefetch(storage, allocated, total, lambda done: progress(done, total))
+            close_s = timeout_s  # There may be something dirty from before.
+        finally:
+            with trio.CancelScope(shield=True):
+                await storage.close(limit_s=close_s)
+        nursery.cancel_scope.cancel()
+    loop.close()
+    return total
+
+
+@contextmanager
+def _patience(uri: NbdUri, timeout_s: float) -> Iterator[Callable[[], None]]:
+    """A bound for what a server that takes connections, and answers nothing, would never end.
+
+    Calling what it gives begins the time anew. Raises ConnectionLost.
+    """
+    limit_s = _PATIENCE * timeout_s
+    scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
+
+    def moved() -> None:
+        scope.deadline = trio.current_time() + limit_s
+
+    with scope:
+        yield moved
+    if scope.cancelled_caught:
+        raise ConnectionLost(f"{uri.server}: the server answered nothing for {limit_s:g} s")
+
+
+def _size_to_keep(path: str) -> int:
+    """The size that the cache file at `path` has, or else will have. Raises ConfigError."""
+    default = CacheSettings().size_bytes
+    if not has_content(path):
+        return default
+    summary = show(path)
+    if summary.cache_bytes < summary.disk_bytes:
+        return summary.cache_bytes
+    # All of the disk: nobody knows how much more it was meant to be.
+    return max(default, summary.cache_bytes)
+
+
+def _within(ranges: Sequence[tuple[int, int]], disk_bytes: int) -> list[tuple[int, int]]:
+    """`ranges` up to the end of the disk. Raises ConfigError for one that begins behind it."""
+    for offset, length in ranges:
+        if offset >= disk_bytes:
+            raise ConfigError(f"--range {offset}:{length}: the disk has only {disk_bytes} bytes")
+    return [(offset, min(length, disk_bytes - offset)) for offset, length in ranges]
+
+
+async def _prefetch(
+    storage: Storage,
+    ranges: list[tuple[int, int]],
+    total_bytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Bring the first `total_bytes` of `ranges` into the cache. Raises if that fails."""
+    ended = trio.Event()
+    client = storage.client
+
+    def chunk_ended(done_bytes: int) -> None:
+        moved()
+        if client.session.given_up:
+            warmer.stop()  # All the others would fail, too.
+        progress(done_bytes)
+
+    warmer = Warmer(
+        storage.backend.submit,
+        ranges,
+        limit_bytes=total_bytes,
+        progress=chunk_ended,
+        done=lambda failed_bytes: ended.set(),
+    )
+    with _patience(client.uri, client.options.reconnect_timeout_s) as moved:
+        warmer.start()
+        storage.turn.end()
+        try:
+            await ended.wait()
+        finally:
+            warmer.stop()
+    if warmer.failed_bytes and client.session.given_up:
+        raise ConnectionLost(
+            f"{client.uri.server}: the server is lost and was not back within "
+            f"{client.options.reconnect_timeout_s:g} s; "
+            f"{warmer.done_bytes - warmer.failed_bytes} bytes are in the cache"
+        )
+    if warmer.failed_bytes:
+        raise BridgeError(f"{client.uri.server}: {warmer.failed_bytes} bytes could not be read")
+
+
+async def _data(
+    target: Target, turn: Turn, offset: int, length: int, can_block_status: bool
+) -> list[tuple[int, int]]:
+    """The parts of a range that are no holes, as far as the server says."""
+    if not can_block_status:
+        return [(offset, length)]
+    found: list[tuple[int, int]] = []
+    end = offset + length
+    while offset < end:
+        request = StatusRequest(
+            BLOCK_STATUS, offset, min(end - offset, _STATUS_BYTES), [], to_be_set
+        )
+        await finished(target, request, turn)
+        if request.error or not request.extents:
+            found.append((offset, end - offset))  # no answer: everything may be data
+            break
+        found += data_ranges(request.extents, offset)
+        offset += sum(length for length, _ in request.extents)
+    return found
+
+
+@asynccontextmanager
+async def _client(uri: NbdUri, options: ClientOptions) -> AsyncIterator[tuple[Client, Loop]]:
+    """A connected client with its loop, for as long as the block lasts."""
+    loop = Loop(poll_us=0)
+    client = Client(uri, loop, options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        await client.connect()
+        nursery.start_soon(client.run)
+        try:
+            yield client, loop
+        finally:
+            with trio.CancelScope(shield=True):
+                await client.close()
+            nursery.cancel_scope.cancel()
+    loop.close()

@@ -1,0 +1,290 @@
+"""`nbd-bridge serve`: connect the storage side, then let front-ends come."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import structlog
+import trio
+
+from bridge.app.descriptors import allow_all_descriptors
+from bridge.app.faults import report_bus_errors
+from bridge.app.heap import keep_freed_pages
+from bridge.app.signals import ending_signals
+from bridge.app.storage import OFF, CacheSettings, Storage
+from bridge.datapath.disk import Disk
+from bridge.datapath.loop import Loop
+from bridge.errors import BridgeError, ConfigError
+from bridge.guest.device import BlkDevice
+from bridge.guest.vhost_user import backend
+from bridge.guest.vhost_user.listener import Listener
+from bridge.guest.virtio.blk import ID_BYTES
+from bridge.guest.virtio.blk_config import SECTOR_BYTES, DiskGeometry
+from bridge.server.client_options import ClientOptions
+from bridge.server.export import Export
+from bridge.server.uri import parse_uri
+
+_log = structlog.get_logger(__name__)
+
+
+_STOP_STEPS = 4
+"""A stop drains the rings, flushes after the last one, flushes once more what came without a ring,
+and closes the storage. Each may take its share of `stop_timeout_s`, the last one what the others
+left; a flush that was given up goes on, and the next step waits for the same."""
+
+
+class _Stop:
+    """The end of one `serve`: how long it may take, and what it did not achieve."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._deadline_s: float | None = None
+        self.on_begin: Callable[[], None] = _nothing
+        """Called when the time begins to run."""
+        self.problem = ""
+        """What the operator has to know: the exit status says that there was something."""
+
+    def begin(self) -> None:
+        """The time runs from here on."""
+        if self._deadline_s is None:
+            self._deadline_s = trio.current_time() + self._limit_s
+            self.on_begin()
+
+    @property
+    def step_s(self) -> float:
+        """How long each step may take at least."""
+        return self._limit_s / _STOP_STEPS
+
+    @property
+    def left_s(self) -> float:
+        """How long the last step may take."""
+        self.begin()
+        assert self._deadline_s is not None
+        return max(self.step_s, self._deadline_s - trio.current_time())
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `nbd-bridge serve`, as the command line has them."""
+
+    uri: str
+    socket_path: str | None = None
+    fd: int | None = None
+    read_only: bool = False
+    serial: str = ""
+    num_queues: int = 1
+    queue_size: int = 1024
+    block_size: int = 512
+    flush_interval_s: float = 60.0
+    poll_us: float = 32.0
+    stop_timeout_s: float = 30.0
+    """How long a stop of the process may take to bring everything to the server."""
+    drain_timeout_s: float = 30.0
+    """How long the guest's rings may take to stop, and what it wrote to get to the server then."""
+    withheld_features: int = 0
+    client: ClientOptions = field(default_factory=ClientOptions)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+
+
+async def serve_disk(options: ServeOptions) -> None:
+    """Serve one disk until SIGTERM, SIGINT, SIGQUIT or SIGHUP, then stop cleanly.
+
+    Raises ConfigError, ConnectionLost or ProtocolError (possibly in a group), each with one line
+    for the operator; BridgeError when the stop left something behind.
+    """
+    uri = parse_uri(options.uri)
+    keep_freed_pages()
+    report_bus_errors()
+    allow_all_descriptors()
+    loop = Loop(poll_us=options.poll_us)
+    client_options = replace(options.client, read_only=options.read_only)
+    client_options = client_options.for_reading_and_writing(local=uri.socket_path is not None)
+    cache = replace(options.cache, flush_interval_s=options.flush_interval_s)
+    storage = Storage(uri, loop, client_options, cache)
+    serving = trio.CancelScope()
+    stop = _Stop(options.stop_timeout_s)
+    with ending_signals() as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            nursery.start_soon(_cancel_at_signal, signals, serving, stop)
+            try:
+                with serving:
+                    await _serve(options, loop, storage, stop, nursery)
+            finally:
+                with trio.CancelScope(shield=True):
+                    left_behind = await storage.close(stop.left_s)
+                    stop.problem = left_behind or stop.problem
+            nursery.cancel_scope.cancel()
+    loop.close()
+    if stop.problem:
+        raise BridgeError(stop.problem)
+    _log.info("stopped")
+
+
+async def _serve(
+    options: ServeOptions, loop: Loop, storage: Storage, stop: _Stop, nursery: trio.Nursery
+) -> None:
+    """Connect, then serve front-ends until cancelled; what was written is flushed at the end."""
+    export = await storage.open()
+    nursery.start_soon(storage.run)
+    # A cache has a flush timer of its own.
+    interval_s = options.flush_interval_s if options.cache.mode == OFF else 0
+    disk = Disk(storage.backend, turn=loop.turn, flush_interval_s=interval_s, now=trio.current_time)
+    nursery.start_soon(disk.run_flush_timer)
+    geometry = disk_geometry(export, options)
+
+    def remember() -> None:
+        """For the process after this one. A server without a name that is away has lost what was
+        unflushed, for all that anybody can tell later."""
+        mark = storage.instance_mark
+        unflushed = not disk.is_durable and not storage.has_cache
+        device.remember_durability(
+            unflushed_on=mark if unflushed else 0,
+            loss_untold=disk.untold
+            or storage.loss_untold
+            or (unflushed and not mark and storage.is_away),
+        )
+
+    def inherited(unflushed_on: int, loss_untold: bool) -> None:
+        if storage.inherit(unflushed_on) or loss_untold:
+            _log.error(
+                "writes that the process before this one had not flushed may be lost: "
+                "the guest's next flush will fail"
+            )
+            disk.tell(errno.EIO)
+        if not (storage.has_cache or geometry.read_only):
+            disk.flush_inherited()
+
+    def nothing_inherited() -> None:
+        storage.nothing_inherited()
+        remember()
+
+    async def all_stopped() -> None:
+        try:
+            await storage.hand_over(partial(disk.flush, quiet=True))
+        finally:
+            remember()
+
+    device = BlkDevice(
+        loop,
+        disk,
+        geometry,
+        hits=disk.hits,
+        serial=options.serial or default_serial(export),
+        max_queues=options.num_queues,
+        max_queue_size=options.queue_size,
+        drain_timeout_s=options.drain_timeout_s,
+        on_abandoned=storage.abandon,
+        on_all_stopped=all_stopped,
+        on_left_behind=storage.stop_sending,
+        on_starting=storage.starting,
+        on_recovered=storage.client.expect_stale_writes,
+        on_inherited=inherited,
+        on_fresh_guest=nothing_inherited,
+        epoch=storage.epoch,
+        withheld_features=options.withheld_features,
+    )
+    if not (storage.has_cache or geometry.read_only):
+        disk.on_changed = remember
+        storage.client.on_reconnect = remember
+    stop.on_begin = lambda: device.hurry(stop.step_s)
+    storage.on_resized = device.resize
+    nursery.start_soon(device.run)
+    with _listener(options) as listener:
+        _log.info(
+            "serving",
+            uri=options.uri,
+            socket=options.socket_path or f"fd {options.fd}",
+            size_bytes=geometry.capacity_sectors * SECTOR_BYTES,
+            read_only=geometry.read_only,
+            cache=options.cache.mode,
+        )
+        try:
+            await backend.serve(device, listener)
+        finally:
+            stop.begin()
+            error = 0
+            with trio.move_on_after(stop.step_s, shield=True) as flushing:
+                if not storage.has_left:
+                    error = await disk.flush()
+            # A cache keeps what could not be flushed, and has another try when it is closed.
+            if not storage.has_cache and (flushing.cancelled_caught or error):
+                why = os.strerror(error) if error else "it did not answer in time"
+                stop.problem = (
+                    f"the server could not flush at the end ({why}): what the guest wrote since "
+                    "its last flush may not be durable"
+                )
+            elif disk.untold or storage.loss_untold:
+                stop.problem = (
+                    "the server may have lost writes of the guest's that it had not flushed, and "
+                    "the guest has not flushed since, so it does not know: check its file systems"
+                )
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
+async def _cancel_at_signal(
+    signals: trio.MemoryReceiveChannel[signal.Signals], serving: trio.CancelScope, stop: _Stop
+) -> None:
+    number = await signals.receive()  # Those that follow ask for the same.
+    _log.info("stopping", signal=number.name)
+    stop.begin()
+    serving.cancel()
+
+
+def _listener(options: ServeOptions) -> Listener:
+    if options.socket_path is not None:
+        return Listener.at_path(options.socket_path)
+    if options.fd is None:
+        raise ConfigError("give either --socket-path or --fd")
+    return Listener.from_fd(options.fd)
+
+
+def disk_geometry(export: Export, options: ServeOptions) -> DiskGeometry:
+    """What the guest gets to see of `export`. Raises ConfigError if it is no disk at all."""
+    if export.usable_bytes < options.block_size:
+        raise ConfigError(
+            f"{options.uri}: the export has {export.size_bytes} bytes, less than one block of "
+            f"{options.block_size}: there is no disk to serve"
+        )
+    if tail := export.size_bytes % options.block_size:
+        _log.warning(
+            "the end of the export is no whole block, the guest does not see it",
+            size_bytes=export.size_bytes,
+            hidden_bytes=tail,
+        )
+    if export.read_only and not options.read_only:
+        why = {"reason": export.why_read_only} if export.why_read_only else {}
+        _log.warning(
+            "the export is read-only, so the disk is; say --read-only to expect that", **why
+        )
+    if not export.can_flush and not export.read_only:
+        _log.warning(
+            "the server cannot flush: the guest gets no write cache control, and how durable a "
+            "completed write is, is up to the server"
+        )
+    return DiskGeometry(
+        size_bytes=export.usable_bytes,
+        read_only=options.read_only or export.read_only,
+        can_flush=export.can_flush,
+        can_discard=export.can_trim,
+        block_size_bytes=options.block_size,
+        min_io_bytes=max(export.min_block_bytes, SECTOR_BYTES),
+        optimal_io_bytes=export.preferred_block_bytes if export.has_block_sizes else 0,
+    )
+
+
+def default_serial(export: Export) -> str:
+    """A serial number from the export's name: the name if it fits, else its hash."""
+    name = export.name or "nbd"
+    if len(name.encode()) <= ID_BYTES and name.isascii() and name.isprintable():
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()[:ID_BYTES]

@@ -1,0 +1,210 @@
+"""What can be done with a cache file that no process uses: show it, drop it, open it to flush.
+
+To flush it: `open_to_flush()`, a `Cache` over the result and a connected client, one FLUSH
+request, and `close(clean=True)`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from bridge.cache.file.cache_file import (
+    REMOVE_HINT,
+    CacheFile,
+    MappedImage,
+    Unusable,
+    believe,
+    dirty_bytes,
+    export_shrunk,
+    has_survived,
+    index_is_whole,
+    lock_to_drop,
+    open_file,
+    read_index,
+)
+from bridge.cache.file.layout import Identity, printable
+from bridge.cache.index import Index
+from bridge.errors import ConfigError
+from bridge.units import size_text
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a cache file holds."""
+
+    path: str
+    uri: str
+    export: str
+    digest: str
+    """Of the whole server and the whole name of the export: the file has room for 1500 bytes of
+    each."""
+    disk_bytes: int
+    cache_bytes: int
+    block_bytes: int
+    granule_bytes: int
+    granules_used: int
+    valid_bytes: int
+    dirty_bytes: int
+    """Not known to be durable on the server."""
+    damaged_slots: int
+    """Slots that cannot be believed; what they held counts nowhere else."""
+    clean_shutdown: bool
+    frozen: bool
+    """The guest was stopped before all was at the server, and may have gone on elsewhere."""
+    usable: bool
+    fault: str
+    """Why it is not usable; empty if it is."""
+    export_generation: int
+    created_s: int
+    """Seconds of the epoch."""
+
+    @property
+    def is_cut(self) -> bool:
+        """`uri` or `export` are not all of what they were."""
+        return Identity(self.uri, self.export).digest.hex() != self.digest
+
+
+def show(path: str, *, not_ours: str = "") -> Summary:
+    """Read what `path` holds. Raises ConfigError: in use, damaged, not a cache file, which gets the
+    remedy `not_ours`."""
+    image = read_index(path, not_ours)
+    fault = _fault(image)
+    header, sizes = image.header, image.geometry
+    index = Index(image)
+    index.load(skip_damaged=True)  # in the copy
+    if index.damaged_slots and not fault:
+        fault = _DAMAGED
+    return Summary(
+        path=path,
+        uri=header.uri,
+        export=header.export,
+        digest=header.digest.hex(),
+        disk_bytes=sizes.disk_bytes,
+        cache_bytes=sizes.slots * sizes.granule_bytes,
+        block_bytes=sizes.block_bytes,
+        granule_bytes=sizes.granule_bytes,
+        granules_used=index.used,
+        valid_bytes=index.valid_blocks * sizes.block_bytes,
+        dirty_bytes=index.dirty_blocks * sizes.block_bytes,
+        damaged_slots=index.damaged_slots,
+        clean_shutdown=header.clean,
+        frozen=header.frozen and bool(index.dirty_slots),
+        usable=not fault,
+        fault=fault,
+        export_generation=header.export_generation,
+        created_s=header.created_s,
+    )
+
+
+_CRASHED = "the host went down without a clean shutdown: the content will be discarded"
+_DAMAGED = "the index is damaged: 'nbd-bridge cache flush --skip-damaged' brings the rest away"
+
+
+def _fault(image: MappedImage) -> str:
+    """Why nothing of `image` is used by a bridge that finds it."""
+    if not has_survived(image):
+        return _CRASHED
+    return "" if index_is_whole(image) else _DAMAGED
+
+
+def describe(summary: Summary) -> str:
+    """The same as lines of text."""
+    created = datetime.fromtimestamp(summary.created_s, UTC)
+    lines = {
+        "file": summary.path,
+        "server": printable(summary.uri),
+        "export": printable(summary.export) or "(default)",
+        "disk": size_text(summary.disk_bytes),
+        "cache": f"{size_text(summary.cache_bytes)}, {size_text(summary.valid_bytes)} of it used",
+        "not on the server": size_text(summary.dirty_bytes),
+        "damaged": f"{summary.damaged_slots} granules, besides what is counted here",
+        "blocks": f"{size_text(summary.block_bytes)} in granules of "
+        f"{size_text(summary.granule_bytes)}",
+        "last shutdown": "clean" if summary.clean_shutdown else "not clean",
+        "frozen": "yes: the guest was stopped before all of it was at the server",
+        "usable": "yes" if summary.usable else f"no: {summary.fault}",
+        "export generation": str(summary.export_generation or "-"),
+        "created": f"{created:%Y-%m-%d %H:%M:%S} UTC",
+    }
+    if not summary.frozen:
+        del lines["frozen"]
+    if not summary.damaged_slots:
+        del lines["damaged"]
+    width = max(map(len, lines))
+    return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
+
+
+def drop(path: str, *, discard_dirty: bool = False) -> None:
+    """Remove a cache file that nobody uses.
+
+    Raises ConfigError, if not told to discard what is dirty: it holds data that the server does
+    not have, or is so damaged that nobody can say. Never removes what is not a cache file.
+    """
+    if not discard_dirty:
+        _refuse_to_lose(path)
+    fd = lock_to_drop(path)
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+    except OSError as error:
+        raise ConfigError(f"cache file {path}: {error.strerror}") from None
+    finally:
+        os.close(fd)
+
+
+def _refuse_to_lose(path: str) -> None:
+    """Raises ConfigError if `path` holds, or may hold, what the server does not have."""
+    try:
+        summary = show(path, not_ours=REMOVE_HINT)
+    except Unusable as error:
+        raise ConfigError(
+            f"cache file {path} {error.fault}; whether it holds unwritten data cannot be said: "
+            "add --discard-dirty to drop it all the same"
+        ) from None
+    if summary.fault == _DAMAGED:
+        raise ConfigError(
+            f"cache file {path} has a damaged index and holds {summary.dirty_bytes} bytes, besides "
+            f"what is damaged, that the server does not have: run 'nbd-bridge cache flush "
+            f"--skip-damaged {path}' first, or add --discard-dirty"
+        )
+    if summary.dirty_bytes and summary.usable:
+        raise ConfigError(
+            f"cache file {path} holds {summary.dirty_bytes} bytes that the server does not "
+            f"have: run 'nbd-bridge cache flush {path}' first, or add --discard-dirty"
+        )
+
+
+def open_to_flush(
+    path: str,
+    *,
+    export_bytes: int,
+    skip_damaged: bool = False,
+    check: Callable[[CacheFile], None] | None = None,
+) -> CacheFile:
+    """Open a cache file to bring its dirty data to an export of `export_bytes`.
+
+    `check` may raise ConfigError when it has seen the file, locked and as it was left.
+
+    Raises ConfigError: in use, damaged (unless that is to be skipped), discarded by a crash of
+    the host, or the export is smaller than the disk was.
+    """
+    file = open_file(path)
+    try:
+        if check is not None:
+            check(file)
+        if not (has_survived(file) if skip_damaged else believe(file)):
+            raise ConfigError(
+                f"cache file {path}: the host went down without a clean shutdown, "
+                f"its content cannot be used; to start anew: nbd-bridge cache drop {path}"
+            )
+        if export_bytes < file.geometry.disk_bytes and dirty_bytes(file):
+            raise export_shrunk(file, export_bytes)
+        file.begin()
+    except BaseException:
+        file.close(clean=False)
+        raise
+    return file

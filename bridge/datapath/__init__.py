@@ -1,0 +1,9 @@
+"""The data path: what every request passes, and the turn in which that happens.
+
+- `request`: what travels from a guest's request to the server's reply;
+- `loop`, `turn`: one epoll under one trio task; what one turn carries, and in which order;
+- `deadlines`: when something without a task of its own is called next;
+- `lanes`: large requests, some of them per turn;
+- `disk`: the seam between the guest's side and the storage side, and the flush timer;
+- `durability`: what the server acknowledged and may still lose.
+"""

@@ -1,0 +1,283 @@
+"""The disk: the one seam between the guest's side and the storage side.
+
+`Disk` is a `Target` over a back-end: the NBD client, or the cache over it, which do themselves
+what a server lacks. It adds the periodic flush timer; requests go on untouched, without an
+object of their own, except for flushes; a back-end with a cache may serve `hits` without any.
+
+**The flush timer.** A guest that never flushes would leave its writes in the server's volatile
+cache for ever. The first write after a flush arms a timer; when it fires, everything is flushed.
+A guest's own flush clears it. A timed flush that fails is logged, counted and tried again, and
+the guest's next flush fails, too: a server that could not flush may have dropped what it had, and
+the storage side says so only once.
+
+Of the flushes that the guest did not send (the timer's, the last one before a stop, the one when
+it turns its write cache off) one is in flight at a time: while the server is away they would pile
+up. Whoever wants one meanwhile shares the next, or the same one if nothing was written since (a
+cache that holds something may have got it since, from a write that was submitted long before).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from errno import ECANCELED
+from math import inf
+from typing import Protocol
+
+import structlog
+import trio
+
+from bridge.datapath.request import FLUSH, READ, REPEATED, UNASKED, Hits, Request, Target
+from bridge.datapath.turn import Turn
+
+_log = structlog.get_logger(__name__)
+
+
+class Backend(Target, Protocol):
+    """What a disk needs of the storage side."""
+
+    @property
+    def can_flush(self) -> bool:
+        """FLUSH means something."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are not finished."""
+
+    @property
+    def holds_writes(self) -> bool:
+        """It holds what the server has not, perhaps from before this process: a cache."""
+
+    @property
+    def hits(self) -> Hits | None:
+        """What serves requests on the spot; None: nothing does."""
+
+
+class Disk:
+    """The guest's disk over `backend`. See the module's text."""
+
+    def __init__(
+        self, backend: Backend, *, turn: Turn, flush_interval_s: float, now: Callable[[], float]
+    ) -> None:
+        """`turn` is the one of `backend`. `flush_interval_s` 0 turns the timer off; `now` is a
+        monotonic clock in seconds."""
+        self._backend = backend
+        self._turn = turn
+        self._submit = backend.submit
+        hits = backend.hits
+        self.hits: Hits | None = None
+        """What may be asked before `submit`."""
+        if hits is not None:
+            self.hits = self
+            self.read_hit = hits.read_hit  # bound once: no second call per request
+            self._write_hit = hits.write_hit
+        self._flush_interval_s = (backend.can_flush and flush_interval_s) or inf
+        self._now = now
+        self._deadline_s: float | None = None
+        self._armed = trio.Event()
+        self._untold_error = 0
+        self._unanswered_flushes = 0
+        self._unasked: list[Callable[[Request], None]] | None = None
+        """Who waits for the flush in flight that the guest did not send; None: there is none."""
+        self._next_unasked: list[Callable[[Request], None]] = []
+        self._unasked_covers = False
+        """Something was written that this flush is to make durable."""
+        self._unasked_ended = trio.Event()
+        self.is_durable = True
+        """All that was submitted is durable, as far as is known here."""
+        self.on_changed: Callable[[], None] = _nothing
+        """Called when `is_durable` or `untold` may have changed."""
+        self.timed_flushes = 0
+        self.timed_flush_failures = 0
+
+    def submit(self, request: Request) -> None:
+        """Start `request` (see `Target`)."""
+        op = request.op
+        if op == READ:
+            self._submit(request)
+        elif op == FLUSH and request.flags & UNASKED:
+            self._flush_unasked(lambda flush: self._turn.finish(request, flush.error))
+        elif op == FLUSH:
+            was_armed = self._clear_timer()
+            self._unanswered_flushes += 1
+            owner = request, was_armed
+            flush = Request(FLUSH, 0, 0, [], self._flush_done, request.flags, owner)
+            self._submit(flush)
+        else:
+            if self._deadline_s is None:
+                self._arm_timer()
+            self._submit(request)
+
+    def write_hit(self, offset: int, length: int, buffers: list[memoryview]) -> bool:
+        """See `Hits`. Only where `hits` is not None."""
+        if not self._write_hit(offset, length, buffers):
+            return False
+        if self._deadline_s is None:
+            self._arm_timer()
+        return True
+
+    # The flush timer
+
+    @property
+    def flush_deadline_s(self) -> float | None:
+        """When the timer fires, on the clock `now`; None while it is not armed."""
+        return None if self._deadline_s == inf else self._deadline_s
+
+    def _arm_timer(self) -> None:
+        """Something is not durable. (Without a timer the deadline never comes.)"""
+        self._deadline_s = self._now() + self._flush_interval_s
+        self._armed.set()
+        if self.is_durable:
+            self.is_durable = False
+            self.on_changed()
+
+    def _clear_timer(self) -> bool:
+        """A flush is about to be submitted: it covers what was completed before it.
+
+        True if there was anything to flush, as far as is known here.
+        """
+        if self._deadline_s is None:
+            return False
+        self._deadline_s = None
+        if self._backend.in_flight:
+            self._arm_timer()
+        return True
+
+    def _flush_done(self, flush: Request) -> None:
+        """A guest's flush is done. One that failed has made nothing durable."""
+        request, was_armed = flush.owner
+        if flush.error and was_armed and self._deadline_s is None:
+            self._arm_timer()
+        if request.is_abandoned:
+            # Nobody hears of it. (ECANCELED: it did not come to pass, which harms nothing.)
+            if flush.error not in (0, ECANCELED):
+                self._note_failure(flush.error)
+            self._flush_ended(flush.error)
+            self._turn.finish(request, flush.error)
+            return
+        error = flush.error or self._untold_error
+        if not request.flags & REPEATED:
+            self._untold_error = 0
+        self._flush_ended(flush.error)
+        self._turn.finish(request, error)
+
+    def _flush_ended(self, error: int) -> None:
+        self._unanswered_flushes -= 1
+        # Another one in flight may be for something that this one was too early for.
+        if not error and self._deadline_s is None and not self._unanswered_flushes:
+            self.is_durable = True
+        self.on_changed()
+
+    @property
+    def untold(self) -> bool:
+        """The guest's next flush fails, for a loss that it has not heard of."""
+        return bool(self._untold_error)
+
+    def tell(self, error: int) -> None:
+        """Something may be lost that the guest believes to be on the disk: its next flush fails."""
+        self._untold_error = error
+        self.on_changed()
+
+    def flush_inherited(self) -> None:
+        """A guest comes that has run with another process, which may have left something unflushed:
+        what becomes of that is not to depend on how long this server lives."""
+        if self._backend.can_flush:
+            if self._deadline_s is None:
+                self._arm_timer()
+            self._flush_unasked(_ignore)
+
+    def flush_now(self) -> None:
+        """The timer fired: flush, whoever else does."""
+        self.timed_flushes += 1
+        self._flush_unasked(self._timed_flush_done)
+
+    def _timed_flush_done(self, flush: Request) -> None:
+        if flush.error:
+            self.timed_flush_failures += 1
+            reason = os.strerror(flush.error)
+            _log.warning("timed flush failed, will be tried again", reason=reason)
+
+    async def flush(self, *, quiet: bool = False) -> int:
+        """Bring what was written to the server and flush it, for a clean stop; 0 or an errno.
+
+        Failure is logged, unless `quiet`; when cancelled, the flush goes on without anybody
+        waiting for it.
+        """
+        backend = self._backend
+        covers = self._unasked is not None and self._unasked_covers
+        if not backend.can_flush or not (
+            self._deadline_s is not None or covers or backend.holds_writes
+        ):
+            return 0
+        finished = trio.Event()
+        result = 0
+
+        def done(flush: Request) -> None:
+            nonlocal result
+            result = flush.error
+            if flush.error and not quiet:
+                _log.error("the last flush failed", reason=os.strerror(flush.error))
+            finished.set()
+
+        self._flush_unasked(done)
+        await finished.wait()
+        return result
+
+    def _flush_unasked(self, then: Callable[[Request], None]) -> None:
+        """A flush that the guest did not send. If it fails, the guest's next one does, too."""
+        if self._unasked is None:
+            self._start_unasked([then])
+        elif self._deadline_s is None and not self._backend.holds_writes:
+            self._unasked.append(then)
+        else:
+            self._next_unasked.append(then)
+
+    def _start_unasked(self, waiters: list[Callable[[Request], None]]) -> None:
+        self._unasked = waiters
+        self._unasked_covers = self._clear_timer()
+        self._unanswered_flushes += 1
+        self._submit(Request(FLUSH, 0, 0, [], self._unasked_done, UNASKED))
+        self._turn.want()  # Most who ask for this are tasks.
+
+    def _unasked_done(self, flush: Request) -> None:
+        waiters, self._unasked = self._unasked or [], None
+        if flush.error:
+            self._note_failure(flush.error)
+            if self._deadline_s is None:
+                self._arm_timer()
+        self._flush_ended(flush.error)
+        following, self._next_unasked = self._next_unasked, []
+        if following:
+            self._start_unasked(following)
+        self._unasked_ended.set()
+        for then in waiters:
+            then(flush)
+
+    def _note_failure(self, errno: int) -> None:
+        """A flush failed that the guest does not hear of: its next one has to. What a cache still
+        holds it sends again, and its flush tells the truth by itself."""
+        if not self._backend.holds_writes:
+            self._untold_error = errno
+
+    async def run_flush_timer(self) -> None:
+        """Fire the timer whenever it is due, for ever."""
+        while True:
+            deadline_s = self._deadline_s
+            if deadline_s is None:
+                self._armed = trio.Event()
+                await self._armed.wait()
+            elif (left_s := deadline_s - self._now()) > 0:
+                await trio.sleep(left_s)
+            elif self._unasked is not None:
+                self._unasked_ended = trio.Event()
+                await self._unasked_ended.wait()
+            else:
+                self.flush_now()
+
+
+def _ignore(flush: Request) -> None:
+    """Nobody waits for it; a failure is told by the guest's next flush."""
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

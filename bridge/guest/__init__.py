@@ -1,0 +1,7 @@
+"""The guest's side: a vhost-user-blk back-end and its virtqueues.
+
+- `vhost_user`: the conversation with the front-end (QEMU, cloud-hypervisor, …);
+- `virtio`: guest memory, virtqueues, and the virtio-blk requests in them;
+- `device`: one disk's device, which joins both; `ring_setup`, `ring`: a virtqueue that runs;
+- `eventfds`: calls to the guest, on descriptors that a front-end may have made block.
+"""

@@ -1,0 +1,320 @@
+"""A ring that runs: the join of a virtqueue, the request engine and the loop.
+
+This is the one place where chains become requests and finished requests become used elements:
+
+    poll      pop every available chain, hand each to the engine       (once per turn)
+    complete  a request is finished: its element goes to the used ring (any time in a turn)
+    publish   one store of used.idx, at most one call                  (once per turn)
+
+What is rarely on (the dirty log) or happens at the end (a ring that was closed with requests
+unanswered) costs the data path nothing: `complete` is an attribute that holds the function that
+fits, and a request that is in flight meanwhile finds the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+import trio
+
+from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
+from bridge.errors import ProtocolError
+from bridge.guest.eventfds import writer
+from bridge.guest.virtio.blk import BlkEngine, BlkRequest
+from bridge.guest.virtio.chain import Chain, QueueBroken
+from bridge.guest.virtio.dirty_log import DirtyLog
+from bridge.guest.virtio.memory import GuestMemory, Region
+from bridge.guest.virtio.queue import RingAreas, VirtQueue
+
+_log = structlog.get_logger(__name__)
+
+
+class RunningRing:
+    """One started virtqueue of a disk."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        queue: VirtQueue,
+        engine: BlkEngine,
+        *,
+        kick_fd: int | None,
+        call_fd: int | None,
+        error_fd: int | None,
+        broken: Callable[[str], None],
+        held: bool = False,
+    ) -> None:
+        """The descriptors stay the caller's. `broken(reason)` is told when the guest broke the
+        ring. `held`: nothing is begun before `let_go`. Raises ProtocolError for a descriptor that
+        cannot be waited for."""
+        self._loop = loop
+        self._turn = loop.turn
+        self._queue = queue
+        self._push = queue.push  # bound once
+        self._engine = engine
+        self._broken = broken
+        self._suspended = False
+        self._stopping = False
+        self._held = held
+        self._popping = not held
+        self._publishing = False
+        self._drained: trio.Event | None = None
+        self._log: DirtyLog | None = None
+        self._kick_fd: int | None = None
+        self._call_fd: int | None = None
+        self._error_fd: int | None = None
+        self.requests = 0
+        self.is_broken = False
+        self.complete: Callable[[Chain, int, int], None] = self._complete
+        self.set_error(error_fd)
+        self.set_call(call_fd)
+        self.set_kick(kick_fd)
+        loop.add_poller(self)
+        if not held:
+            self._start_recovered()
+
+    def _start_recovered(self) -> None:
+        """Execute again what was in flight when the ring ran last."""
+        if recovered := self._queue.recovered():
+            self.requests += len(recovered)
+            self._engine.start_again(self, recovered)
+            self._turn.want()
+
+    # The data path
+
+    def poll(self) -> bool:
+        """Start every request that the guest has made available; True if there was one."""
+        if not self._popping:
+            return False
+        try:
+            chains = self._queue.pop()
+        except QueueBroken as error:
+            self._break(str(error))
+            return True
+        if not chains:
+            return False
+        self.requests += len(chains)
+        self._engine.start(self, chains)
+        return True
+
+    def _complete(self, chain: Chain, status: int, length: int) -> None:
+        """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
+        head, _, _, _, _, status_view, status_at, _ = chain
+        if status_view is not None:
+            status_view[status_at] = status
+        self._push(head, length)
+        if not self._publishing:
+            self._publishing = True
+            self._turn.at_end(self._publish)
+
+    def _complete_logged(self, chain: Chain, status: int, length: int) -> None:
+        """The same while the memory is being migrated: what was written is marked."""
+        self._complete(chain, status, length)
+        assert self._log is not None
+        self._log.mark_chain(chain)
+
+    def _publish(self) -> None:
+        if not self._publishing:
+            return  # closed meanwhile
+        self._publishing = False
+        wants_call = self._queue.publish()
+        if self._log is not None:
+            self._log.mark_ring()
+        if wants_call and self._call_fd is not None and not _signal(self._call_fd):
+            self._call_blocks()
+        if self._drained is not None and not self._queue.in_flight:
+            self._drained.set()
+
+    def _call_blocks(self) -> None:
+        """The front-end made the call descriptor block: the loop does not wait for it twice."""
+        self._call_fd = None
+        _log.error(
+            "writing to the call eventfd of a ring blocked: the front-end has changed it, and gets "
+            "no more calls on it"
+        )
+
+    def arm(self) -> bool:
+        """Ask the guest for kicks; True if there are requests already (see `loop.Poller`)."""
+        if not self._popping:
+            return False
+        more = self._queue.arm()
+        if self._log is not None:
+            self._log.mark_ring()
+        return more
+
+    def disarm(self) -> None:
+        """Kicks are not needed for now."""
+        if self._popping:
+            self._queue.disarm()
+            if self._log is not None:
+                self._log.mark_ring()
+
+    def _break(self, reason: str) -> None:
+        """The guest broke the ring: it is not served any more; the other rings are."""
+        self.is_broken = True
+        self._set_popping()
+        if self._error_fd is not None:
+            _signal(self._error_fd)
+        self._broken(reason)
+
+    # Control
+
+    @property
+    def must_be_polled(self) -> bool:
+        """The guest sends no kicks: somebody has to wake the loop."""
+        return self._kick_fd is None and self._popping
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not answered."""
+        return self._queue.in_flight
+
+    def set_kick(self, fd: int | None) -> None:
+        """Wait for `fd` from now on. Raises ProtocolError, and waits for the old one still, if
+        that is not possible."""
+        if fd is not None:
+            try:
+                # Edge-triggered: the counter need not be read, every write to it is an event.
+                self._loop.add(fd, _kicked, EPOLLIN | EPOLLET)
+            except OSError as error:
+                raise ProtocolError(f"the kick descriptor cannot be waited for: {error}") from error
+        if self._kick_fd is not None:
+            self._loop.remove(self._kick_fd)
+        self._kick_fd = fd
+        self._loop.wake()
+
+    def set_call(self, fd: int | None) -> None:
+        """Signal `fd` from now on, and once now: an earlier call may have got lost."""
+        self._call_fd = fd
+        if fd is not None and not _signal(fd):
+            self._call_blocks()
+
+    def set_error(self, fd: int | None) -> None:
+        """Signal `fd` when the ring breaks; now, if it has."""
+        self._error_fd = fd
+        if fd is not None and self.is_broken:
+            _signal(fd)
+
+    def set_log(self, log: DirtyLog | None) -> None:
+        """Mark what is written from now on in `log`, including for what is in flight."""
+        self._log = log
+        self.complete = self._complete if log is None else self._complete_logged
+
+    def suspend(self) -> None:
+        """Leave new requests in the ring."""
+        self._suspended = True
+        self._set_popping()
+
+    def resume(self) -> None:
+        """Serve again."""
+        self._suspended = False
+        self._set_popping()
+
+    def pause(self) -> None:
+        """Pop no more until `unpause` or `close`, whatever suspend and resume say."""
+        self._stopping = True
+        self._set_popping()
+
+    def unpause(self) -> None:
+        """The end of `pause`."""
+        self._stopping = False
+        self._set_popping()
+
+    @property
+    def is_held(self) -> bool:
+        """Nothing was begun yet: see `let_go`."""
+        return self._held
+
+    def let_go(self) -> None:
+        """The storage side is ready for a ring that was started as `held`."""
+        if self._held:
+            self._held = False
+            self._start_recovered()
+            self._set_popping()
+
+    def _set_popping(self) -> None:
+        self._popping = not (self._suspended or self._stopping or self._held or self.is_broken)
+        if self._popping:
+            self._loop.wake()
+
+    async def drained(self) -> None:
+        """Return when everything popped is published. May be cancelled."""
+        while (self._queue.in_flight or self._publishing) and not self._held:
+            self._drained = trio.Event()
+            await self._drained.wait()
+
+    @property
+    def keeps_in_flight(self) -> bool:
+        """What is not answered when the ring is closed is executed when it runs again."""
+        return self._queue.keeps_in_flight and not self.is_broken
+
+    def unanswered(self) -> list[BlkRequest]:
+        """What the storage side has of this ring, oldest first."""
+        return self._engine.unanswered(self)
+
+    def uses(self, regions: list[Region]) -> bool:
+        """Something that is not answered has buffers in one of `regions`."""
+        mappings = [region.view.obj for region in regions]
+        for request in self.unanswered():
+            _, _, _, readable, writable, status_view, _, _ = request.chain
+            views = [*readable, *writable]
+            if status_view is not None:
+                views.append(status_view)
+            if any(view.obj is mapping for view in views for mapping in mappings):
+                return True
+        return False
+
+    def fail(self, requests: list[BlkRequest]) -> None:
+        """Tell the guest that `requests` of this ring failed."""
+        self._engine.fail(requests)
+
+    def move(self, memory: GuestMemory, areas: RingAreas | None) -> None:
+        """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
+        and is broken."""
+        if areas is not None:
+            self._queue.use_memory(memory, areas)
+        elif not self.is_broken:
+            self._break("its memory was taken away")
+
+    def close(self, *, told: bool) -> int:
+        """Let go of the ring and its descriptors; the base to go on from (see VirtQueue.close).
+
+        Requests that are still unanswered then are forgotten: their end is not reported to the
+        guest, and nothing is written to the ring or a status byte any more. (With an in-flight
+        region they stay in that.)
+        """
+        self.pause()
+        self._loop.remove_poller(self)
+        if self._kick_fd is not None:
+            self._loop.remove(self._kick_fd)
+            self._kick_fd = None
+        if self._publishing:
+            self._publish()
+        if not self.is_broken:
+            # Whoever serves the ring next finds a driver that kicks.
+            self._queue.arm()
+            if self._log is not None:
+                self._log.mark_ring()
+        self.complete = _forget
+        self._engine.abandon(self._engine.unanswered(self))
+        self._queue.long.leave()
+        self._call_fd = None
+        self._error_fd = None
+        self._log = None
+        return self._queue.close(told=told)
+
+    def was_told(self) -> None:
+        """The front-end gets the base of this closed ring after all."""
+        self._queue.was_told()
+
+
+def _kicked(events: int) -> None:
+    """A kick says only that a turn is due; `poll` looks at the ring in every turn."""
+
+
+def _forget(chain: Chain, status: int, length: int) -> None:
+    """The end of a request whose ring was closed before."""
+
+
+_signal = writer.signal

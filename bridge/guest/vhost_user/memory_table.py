@@ -1,0 +1,139 @@
+"""Which regions of guest memory a session has: checked here, mapped by the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bridge.errors import ProtocolError
+from bridge.guest.vhost_user.device_interface import MemoryRegion, VhostUserDevice
+from bridge.guest.vhost_user.messages import (
+    MAX_TABLE_REGIONS,
+    U64_MAX,
+    Region,
+    Request,
+    unpack_memory_table,
+)
+from bridge.guest.vhost_user.reply import Handler, Reply, reply_u64
+
+MAX_MEMORY_SLOTS = 509
+"""What rust-vmm and libvhost-user answer too; QEMU's own limit is 512."""
+
+
+class MemoryTable:
+    """The regions of one session, in the order in which they came."""
+
+    def __init__(
+        self, device: VhostUserDevice, on_region: Callable[[Region, int], None] | None = None
+    ) -> None:
+        """`on_region` is told of each region and its file."""
+        self._device = device
+        self._on_region = on_region or _unobserved
+        self._regions: list[Region] = []
+
+    def handlers(self) -> dict[Request, Handler]:
+        """Who does what about memory."""
+        return {
+            Request.SET_MEM_TABLE: self.set_mem_table,
+            Request.ADD_MEM_REG: self.add_mem_reg,
+            Request.REM_MEM_REG: self.rem_mem_reg,
+            Request.GET_MAX_MEM_SLOTS: self.get_max_mem_slots,
+        }
+
+    async def set_mem_table(self, payload: bytes, fds: list[int]) -> None:
+        """All regions anew. On refusal there is no memory at all."""
+        regions = unpack_memory_table(payload)
+        if len(regions) > MAX_TABLE_REGIONS:
+            raise ProtocolError(f"{len(regions)} memory regions, the limit is {MAX_TABLE_REGIONS}")
+        checked: list[Region] = []
+        for region in regions:
+            _check_region(region, checked)
+            checked.append(region)
+        for region, fd in zip(regions, fds, strict=True):
+            self._on_region(region, fd)
+        self._regions = []
+        await self._device.replace_memory(
+            [_memory_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
+        )
+        self._regions = checked
+
+    async def add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        """One region more. One that is here already may come again: a second device on this
+        connection (QEMU's device_del and device_add with the chardev kept) sends all of them."""
+        region = Region.unpack_single(payload)
+        others = [each for each in self._regions if not _same_place(each, region)]
+        if len(others) >= MAX_MEMORY_SLOTS:
+            raise ProtocolError(f"more than {MAX_MEMORY_SLOTS} memory regions")
+        _check_region(region, others)
+        self._on_region(region, fds[0])
+        await self._device.add_memory(_memory_region(region, fds[0]))
+        self._regions = [*others, region]
+
+    async def rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        """The region with these addresses and size; the file offset does not count."""
+        wanted = Region.unpack_single(payload)
+        for region in self._regions:
+            if _same_place(region, wanted):
+                break
+        else:
+            raise ProtocolError(f"no memory region at {wanted.guest_address:#x}")
+        await self._device.remove_memory(
+            guest_address=region.guest_address,
+            user_address=region.user_address,
+            size_bytes=region.size_bytes,
+        )
+        self._regions.remove(region)
+
+    async def get_max_mem_slots(self, payload: bytes, fds: list[int]) -> Reply:
+        return reply_u64(Request.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
+
+
+def _unobserved(region: Region, fd: int) -> None:
+    """Nobody wants to know."""
+
+
+def _memory_region(region: Region, fd: int) -> MemoryRegion:
+    return MemoryRegion(
+        region.guest_address,
+        region.size_bytes,
+        region.user_address,
+        region.mmap_offset_bytes,
+        fd,
+    )
+
+
+def check_range(offset: int, size: int) -> None:
+    """A range of a file: not empty, and its end fits a u64 (CVE-2020-10722)."""
+    if size == 0 or offset + size > U64_MAX:
+        raise ProtocolError(f"{size} bytes from offset {offset:#x} are no range of a file")
+
+
+def _check_region(region: Region, others: list[Region]) -> None:
+    """A region that is one: not empty, no overflow, no overlap with `others`."""
+    check_range(region.mmap_offset_bytes, region.size_bytes)
+    for start in (region.guest_address, region.user_address):
+        if start + region.size_bytes - 1 > U64_MAX:
+            raise ProtocolError(f"memory region at {start:#x} runs over the end of addresses")
+    for other in others:
+        if _overlap(region.guest_address, region.size_bytes, other.guest_address, other.size_bytes):
+            raise ProtocolError(
+                f"memory regions at guest addresses {region.guest_address:#x} and "
+                f"{other.guest_address:#x} overlap"
+            )
+        if _overlap(region.user_address, region.size_bytes, other.user_address, other.size_bytes):
+            raise ProtocolError(
+                f"memory regions at front-end addresses {region.user_address:#x} and "
+                f"{other.user_address:#x} overlap"
+            )
+
+
+def _same_place(one: Region, other: Region) -> bool:
+    """The same addresses and size, whatever the file and the offset in it."""
+    return (one.guest_address, one.user_address, one.size_bytes) == (
+        other.guest_address,
+        other.user_address,
+        other.size_bytes,
+    )
+
+
+def _overlap(start: int, size: int, other_start: int, other_size: int) -> bool:
+    return start < other_start + other_size and other_start < start + size

@@ -1,0 +1,321 @@
+"""The virtqueues of a session: what the front-end said about each, and their states.
+
+vhost-user "Ring states". A ring is *started* by SET_VRING_KICK (as libvhost-user does it; waiting
+for the first kick would lose nothing, but polling drivers never kick) and stopped by
+GET_VRING_BASE. It is *enabled* by SET_VRING_ENABLE, or always when bit 30 was not negotiated. It
+is *live*, known to the device, from the moment when it is started, enabled and completely
+described until it is stopped; disabling a live ring only suspends it. NUM, ADDR, BASE, KICK,
+CALL, ERR and ENABLE may come in any order; whichever makes the description complete starts the
+ring.
+"""
+
+from __future__ import annotations
+
+import os
+
+from bridge.errors import LeftBehind, ProtocolError
+from bridge.guest.vhost_user.device_interface import RingSetup, VhostUserDevice
+from bridge.guest.vhost_user.messages import (
+    F_PROTOCOL_FEATURES,
+    F_RING_PACKED,
+    VRING_LOG,
+    Request,
+    VringAddress,
+    VringFile,
+    VringState,
+    pack_reply,
+)
+from bridge.guest.vhost_user.reply import Handler, Reply
+
+MAX_VRING_SIZE = 32768
+
+
+class Ring:
+    """What the front-end has said about one virtqueue, and the descriptors it gave."""
+
+    __slots__ = (
+        "address",
+        "base",
+        "call_fd",
+        "enabled",
+        "error_fd",
+        "index",
+        "kick_fd",
+        "live",
+        "size",
+        "started",
+        "suspended",
+    )
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.call_fd: int | None = None
+        self.error_fd: int | None = None
+        self.kick_fd: int | None = None
+        self.forget_setup()
+
+    def forget_setup(self) -> None:
+        """Back to the initial state, except for the descriptors."""
+        self.size = 0
+        self.address: VringAddress | None = None
+        self.base = 0
+        self.enabled = False
+        self.started = False
+        self.live = False
+        self.suspended = False
+
+    @property
+    def complete(self) -> bool:
+        """Started, and described well enough to run."""
+        return self.started and self.size > 0 and self.address is not None
+
+
+class Rings:
+    """Every ring of one session. Owns the eventfds that its handlers keep."""
+
+    def __init__(self, device: VhostUserDevice) -> None:
+        self._device = device
+        self._all = [Ring(index) for index in range(device.max_queues)]
+        self.features: int | None = None
+        """What was negotiated, with the session's own bits; None: nothing yet, no ring runs.
+        Call `features_changed` after setting it."""
+
+    def handlers(self) -> dict[Request, Handler]:
+        """Who does what about rings."""
+        return {
+            Request.SET_VRING_NUM: self.set_vring_num,
+            Request.SET_VRING_ADDR: self.set_vring_addr,
+            Request.SET_VRING_BASE: self.set_vring_base,
+            Request.GET_VRING_BASE: self.get_vring_base,
+            Request.SET_VRING_KICK: self.set_vring_kick,
+            Request.SET_VRING_CALL: self.set_vring_call,
+            Request.SET_VRING_ERR: self.set_vring_err,
+            Request.SET_VRING_ENABLE: self.set_vring_enable,
+        }
+
+    @property
+    def any_live(self) -> bool:
+        """The device serves a ring, or would if it were not suspended."""
+        return any(ring.live for ring in self._all)
+
+    def features_changed(self) -> None:
+        """Rings may be enabled by it (no bit 30), or may run now at all."""
+        for ring in self._all:
+            self._start_if_ready(ring)
+
+    async def stop_all(self) -> None:
+        """Stop every ring. Raises LeftBehind as `stop_ring` does, with all of them stopped."""
+        left_behind: LeftBehind | None = None
+        for ring in self._all:
+            try:
+                await self._stop(ring)
+            except LeftBehind as error:
+                left_behind = error
+        if left_behind is not None:
+            raise left_behind
+
+    def forget_setups(self) -> None:
+        """Every (stopped) ring is in its initial state, but for its eventfds."""
+        for ring in self._all:
+            ring.forget_setup()
+
+    def close(self) -> None:
+        """Close every eventfd; the device uses none of them any more."""
+        for ring in self._all:
+            _close(ring.kick_fd)
+            _close(ring.call_fd)
+            _close(ring.error_fd)
+        self._all = []
+
+    def _ring(self, index: int) -> Ring:
+        if index >= len(self._all):
+            raise ProtocolError(f"queue {index}, there are {len(self._all)}")
+        return self._all[index]
+
+    def _start_if_ready(self, ring: Ring) -> None:
+        """Tell the device to run, suspend or resume `ring`, whatever its state asks for.
+
+        On ProtocolError the ring is stopped: it takes a new SET_VRING_KICK to try again.
+        """
+        features = self.features
+        if features is None:
+            return
+        enabled = ring.enabled or not features & F_PROTOCOL_FEATURES
+        if ring.live:
+            if enabled and ring.suspended:
+                self._device.resume_ring(ring.index)
+            elif not enabled and not ring.suspended:
+                self._device.suspend_ring(ring.index)
+            ring.suspended = not enabled
+            return
+        if not (enabled and ring.complete):
+            return
+        try:
+            self._device.start_ring(ring.index, self._ring_setup(ring, features))
+        except BaseException:
+            ring.started = False
+            _close(ring.kick_fd)
+            ring.kick_fd = None
+            raise
+        ring.live = True
+        ring.suspended = False
+
+    def _ring_setup(self, ring: Ring, features: int) -> RingSetup:
+        address = ring.address
+        assert address is not None
+        if not features & F_RING_PACKED and ring.size & (ring.size - 1):
+            raise ProtocolError(f"queue {ring.index}: size {ring.size} is no power of two")
+        return RingSetup(
+            size=ring.size,
+            desc_user_address=address.desc,
+            avail_user_address=address.avail,
+            used_user_address=address.used,
+            log_guest_address=_log_address(address),
+            base=ring.base if features & F_RING_PACKED else ring.base & 0xFFFF,
+            kick_fd=ring.kick_fd,
+            call_fd=ring.call_fd,
+            error_fd=ring.error_fd,
+        )
+
+    async def _stop(self, ring: Ring) -> None:
+        """The ring is stopped afterwards, and its kick forgotten."""
+        try:
+            if ring.live:
+                # Whatever happens while waiting, the ring is not to be served again.
+                ring.live = False
+                ring.base = await self._device.stop_ring(ring.index)
+        finally:
+            ring.started = False
+            ring.suspended = False
+            _close(ring.kick_fd)
+            ring.kick_fd = None
+
+    async def set_vring_num(self, payload: bytes, fds: list[int]) -> None:
+        state = VringState.unpack(payload)
+        ring = self._ring(state.index)
+        limit = min(self._device.max_queue_size, MAX_VRING_SIZE)
+        if not 0 < state.num <= limit:
+            raise ProtocolError(f"queue {state.index}: size {state.num}, the limit is {limit}")
+        if ring.live and state.num != ring.size:
+            raise ProtocolError(f"queue {state.index}: the size changes while it runs")
+        ring.size = state.num
+        self._start_if_ready(ring)
+
+    async def set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
+        """Where the ring is. While it runs only the log flag may change (migration does that)."""
+        address = VringAddress.unpack(payload)
+        ring = self._ring(address.index)
+        if address.flags & ~VRING_LOG:
+            raise ProtocolError(f"queue {address.index}: unknown flags {address.flags:#x}")
+        before = ring.address
+        if ring.live:
+            assert before is not None
+            if (address.desc, address.used, address.avail) != (
+                before.desc,
+                before.used,
+                before.avail,
+            ):
+                raise ProtocolError(f"queue {address.index}: addresses change while it runs")
+            if _log_address(address) != _log_address(before):
+                self._device.set_ring_log(ring.index, _log_address(address))
+            ring.address = address
+            return
+        ring.address = address
+        self._start_if_ready(ring)
+
+    async def set_vring_base(self, payload: bytes, fds: list[int]) -> None:
+        state = VringState.unpack(payload)
+        ring = self._ring(state.index)
+        if ring.live:
+            raise ProtocolError(f"queue {state.index}: the base changes while it runs")
+        ring.base = state.num
+        self._start_if_ready(ring)
+
+    async def get_vring_base(self, payload: bytes, fds: list[int]) -> Reply:
+        state = VringState.unpack(payload)
+        ring = self._ring(state.index)
+        if state.num:
+            raise ProtocolError(f"queue {state.index}: num is {state.num}, not 0")
+        await self._stop(ring)
+        answer = VringState(state.index, ring.base)
+        return Reply(pack_reply(Request.GET_VRING_BASE, answer.pack()))
+
+    async def set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
+        file = VringFile.unpack(payload)
+        ring = self._ring(file.index)
+        new = _take_eventfd(file, fds)
+        if ring.live:
+            try:
+                self._device.set_kick(ring.index, new)
+            except BaseException:
+                _close(new)  # the device goes on with the old one
+                raise
+        old, ring.kick_fd = ring.kick_fd, new
+        _close(old)
+        if not ring.live:
+            ring.started = True
+            self._start_if_ready(ring)
+
+    async def set_vring_call(self, payload: bytes, fds: list[int]) -> None:
+        file = VringFile.unpack(payload)
+        ring = self._ring(file.index)
+        old, ring.call_fd = ring.call_fd, _take_eventfd(file, fds)
+        try:
+            if ring.live:
+                self._device.set_call(ring.index, ring.call_fd)
+        finally:
+            _close(old)
+
+    async def set_vring_err(self, payload: bytes, fds: list[int]) -> None:
+        file = VringFile.unpack(payload)
+        ring = self._ring(file.index)
+        old, ring.error_fd = ring.error_fd, _take_eventfd(file, fds)
+        try:
+            if ring.live:
+                self._device.set_error(ring.index, ring.error_fd)
+        finally:
+            _close(old)
+
+    async def set_vring_enable(self, payload: bytes, fds: list[int]) -> None:
+        state = VringState.unpack(payload)
+        ring = self._ring(state.index)
+        if state.num not in (0, 1):
+            raise ProtocolError(f"queue {state.index}: enable is {state.num}, not 0 or 1")
+        if self.features is not None and not self.features & F_PROTOCOL_FEATURES:
+            # Rings are enabled from the start then; whoever says so anyway says nothing wrong.
+            if not state.num:
+                raise ProtocolError(f"queue {state.index}: disabled without bit 30")
+            return
+        ring.enabled = bool(state.num)
+        self._start_if_ready(ring)
+
+
+def _take_eventfd(file: VringFile, fds: list[int]) -> int | None:
+    """The message's eventfd, kept from now on; None when it brought none.
+
+    The device writes to it and waits for it, so it must not be able to block or be anything
+    else: a pipe or a socket of somebody else's, for instance.
+    """
+    if not file.has_fd:
+        return None
+    fd = fds[0]
+    if not _is_eventfd(fd):
+        raise ProtocolError(f"queue {file.index}: the descriptor is no eventfd")
+    os.set_blocking(fd, False)
+    return fds.pop(0)
+
+
+def _is_eventfd(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    except OSError:
+        return True  # no /proc in this container: the device copes with errors
+
+
+def _log_address(address: VringAddress) -> int | None:
+    return address.log if address.flags & VRING_LOG else None
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)

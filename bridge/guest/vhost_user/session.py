@@ -1,0 +1,382 @@
+"""One front-end's conversation with the back-end, without sockets.
+
+`handle(message)` takes a message, checks it, tells the device what it means, and returns the
+reply, if there is one to send. It is `async` only because the device must quiesce rings.
+
+Rules that hold everywhere (vhost-user "Communication"):
+
+- A reply is sent only to a message that asks: requests with a reply of their own always, every
+  other one when it says need_reply and REPLY_ACK was negotiated (0 = done, 1 = refused). A front
+  end that gets a reply it does not expect is out of step for good.
+- A refused message changes nothing but what its method's text says. When nobody asked how it
+  went, refusing means ending the conversation (`ProtocolError` leaves `handle`).
+- Every descriptor that came with a message belongs to the session. Each is closed exactly once:
+  at the end of `handle` unless a ring or the back-end channel keeps it, else when it is replaced,
+  else in `close()`.
+
+What is about rings is in `rings`, what is about guest memory in `memory_table`; the rest is here:
+dispatch, features, status, configuration space, dirty log, in-flight region, back-end channel.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+
+from bridge.errors import LeftBehind, ProtocolError
+from bridge.guest.vhost_user.device_interface import VhostUserDevice
+from bridge.guest.vhost_user.memory_table import MemoryTable, check_range
+from bridge.guest.vhost_user.messages import (
+    F_LOG_ALL,
+    F_PROTOCOL_FEATURES,
+    MAX_CONFIG_BYTES,
+    P_BACKEND_REQ,
+    P_CONFIG,
+    P_CONFIGURE_MEM_SLOTS,
+    P_INFLIGHT_SHMFD,
+    P_LOG_SHMFD,
+    P_MQ,
+    P_REPLY_ACK,
+    P_RESET_DEVICE,
+    P_STATUS,
+    BackendRequest,
+    ConfigAccess,
+    InflightRange,
+    LogRange,
+    Message,
+    Region,
+    Request,
+    pack_message,
+    pack_reply,
+    pack_u64,
+    request_name,
+    unpack_u64,
+)
+from bridge.guest.vhost_user.reply import Handler, Reply, reply_u64
+from bridge.guest.vhost_user.rings import Rings
+from bridge.guest.vhost_user.shapes import SHAPES, check_shape
+
+STATUS_FEATURES_OK = 8
+
+_ALWAYS_OFFERED = (
+    P_MQ
+    | P_REPLY_ACK
+    | P_BACKEND_REQ
+    | P_CONFIG
+    | P_RESET_DEVICE
+    | P_CONFIGURE_MEM_SLOTS
+    | P_STATUS
+)
+
+_CONFIG_REQUEST_FLAGS = frozenset({0, 1, 2})
+"""By the specification 0 is the guest and 1 migration; by rust-vmm, which took them for bits, 1 is
+the guest and 2 migration. Told apart by length: a guest writes one field, of one byte."""
+
+_REPLY_HAS_NO_ERROR = frozenset(request for request, shape in SHAPES.items() if shape.replies) - {
+    Request.GET_CONFIG
+}
+
+
+class Session:
+    """The back-end's side of one connection. See the module's text.
+
+    `send_to_front_end(fd, data)` puts a message into the front-end's back-end channel without
+    ever waiting; False means that the channel is dead. `on_refused(error)` is told why a message
+    is refused, `on_region(region, fd)` of guest memory.
+    """
+
+    def __init__(
+        self,
+        device: VhostUserDevice,
+        send_to_front_end: Callable[[int, bytes], bool],
+        *,
+        on_refused: Callable[[Exception], None] | None = None,
+        on_region: Callable[[Region, int], None] | None = None,
+    ) -> None:
+        self._device = device
+        self._send_to_front_end = send_to_front_end
+        self._protocol_features = 0
+        self._status = 0
+        self._rings = Rings(device)
+        self._memory = MemoryTable(device, on_region)
+        self._on_refused = on_refused or _unobserved
+        self._channel_fd: int | None = None
+        self._config_changed = False
+        self._closed = False
+        self._handlers = self._own_handlers() | self._rings.handlers() | self._memory.handlers()
+        device.on_config_changed = self._note_config_changed
+
+    def _own_handlers(self) -> dict[Request, Handler]:
+        return {
+            Request.GET_FEATURES: self._get_features,
+            Request.SET_FEATURES: self._set_features,
+            Request.SET_OWNER: self._set_owner,
+            Request.RESET_OWNER: self._reset_owner,
+            Request.SET_LOG_BASE: self._set_log_base,
+            Request.SET_LOG_FD: self._set_log_fd,
+            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            Request.GET_QUEUE_NUM: self._get_queue_num,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
+            Request.GET_CONFIG: self._get_config,
+            Request.SET_CONFIG: self._set_config,
+            Request.GET_INFLIGHT_FD: self._get_inflight_fd,
+            Request.SET_INFLIGHT_FD: self._set_inflight_fd,
+            Request.RESET_DEVICE: self._reset_device,
+            Request.SET_STATUS: self._set_status,
+            Request.GET_STATUS: self._get_status,
+        }
+
+    # The edge's side.
+
+    async def handle(self, message: Message) -> Reply | None:
+        """Do what `message` asks; the reply to send, if it asks for one.
+
+        Takes over the message's descriptors. Raises ProtocolError or LeftBehind when the
+        conversation is over; then only `close()` may follow. Cancellation closes the descriptors,
+        too.
+        """
+        try:
+            return await self._answer(message)
+        finally:
+            while message.fds:
+                os.close(message.fds.pop())
+            self._tell_config_changed()
+
+    async def close(self) -> None:
+        """The conversation is over: the device drops everything, every descriptor is closed.
+
+        Idempotent. Takes as long as the device needs to finish what is in flight (bounded).
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._device.on_config_changed = None
+        try:
+            await self._device.disconnected()
+        finally:
+            self._rings.close()
+            self._close_channel()
+
+    # Dispatch.
+
+    async def _answer(self, message: Message) -> Reply | None:
+        number = message.header.request
+        try:
+            try:
+                request = Request(number)
+            except ValueError:
+                raise ProtocolError("unknown request") from None
+            shape = SHAPES[request]
+            if shape.feature and not self._protocol_features & shape.feature:
+                raise ProtocolError("its protocol feature was not negotiated")
+            check_shape(request, message.payload, len(message.fds))
+            reply = await self._handlers[request](message.payload, message.fds)
+        except (ProtocolError, OSError) as error:
+            # OSError: a file or eventfd of the front-end's that does not do what one does.
+            self._on_refused(error)
+            refusal = self._refusal(message)
+            if refusal is None:
+                raise ProtocolError(f"{request_name(number)}: {error}") from error
+            return refusal
+        except LeftBehind:
+            # A stop is a promise that cannot be given: whoever migrates the guest has to see it.
+            refusal = self._refusal(message)
+            if refusal is None:
+                raise
+            return refusal
+        assert shape.replies == (reply is not None)
+        return reply or self._acknowledge(message, 0)
+
+    def _acknowledge(self, message: Message, result: int) -> Reply | None:
+        if not (message.header.need_reply and self._protocol_features & P_REPLY_ACK):
+            return None
+        return Reply(pack_reply(message.header.request, pack_u64(result)))
+
+    def _refusal(self, message: Message) -> Reply | None:
+        """How to say no to `message`; None when there is no way but to hang up."""
+        request = message.header.request
+        if request == Request.GET_CONFIG:
+            # "uses zero length of payload to indicate an error"
+            return Reply(pack_reply(request, b""))
+        if request in _REPLY_HAS_NO_ERROR:
+            return None
+        return self._acknowledge(message, 1)
+
+    # Features.
+
+    def _offered_features(self) -> int:
+        features = self._device.offered_features() | F_PROTOCOL_FEATURES
+        return features | F_LOG_ALL if self._device.supports_dirty_log else features
+
+    def _offered_protocol_features(self) -> int:
+        features = _ALWAYS_OFFERED
+        if self._device.supports_dirty_log:
+            features |= P_LOG_SHMFD
+        if self._device.supports_inflight:
+            features |= P_INFLIGHT_SHMFD
+        return features
+
+    async def _get_features(self, payload: bytes, fds: list[int]) -> Reply:
+        return reply_u64(Request.GET_FEATURES, self._offered_features())
+
+    async def _set_features(self, payload: bytes, fds: list[int]) -> None:
+        """New features, or only LOG_ALL toggled: migration does that while rings run."""
+        features = unpack_u64(payload)
+        surplus = features & ~self._offered_features()
+        if surplus:
+            raise ProtocolError(f"features {surplus:#x} were not offered")
+        before = self._rings.features
+        if before is None or (before ^ features) & ~F_LOG_ALL:
+            if self._rings.any_live:
+                raise ProtocolError("features other than LOG_ALL change while rings run")
+            self._device.set_features(features & ~(F_LOG_ALL | F_PROTOCOL_FEATURES))
+        self._rings.features = features
+        if ((before or 0) ^ features) & F_LOG_ALL:
+            self._device.set_logging(bool(features & F_LOG_ALL))
+        self._rings.features_changed()
+
+    async def _get_protocol_features(self, payload: bytes, fds: list[int]) -> Reply:
+        return reply_u64(Request.GET_PROTOCOL_FEATURES, self._offered_protocol_features())
+
+    async def _set_protocol_features(self, payload: bytes, fds: list[int]) -> None:
+        features = unpack_u64(payload)
+        surplus = features & ~self._offered_protocol_features()
+        if surplus:
+            raise ProtocolError(f"protocol features {surplus:#x} were not offered")
+        self._protocol_features = features
+
+    async def _get_queue_num(self, payload: bytes, fds: list[int]) -> Reply:
+        return reply_u64(Request.GET_QUEUE_NUM, self._device.max_queues)
+
+    # Owner, status, reset.
+
+    async def _set_owner(self, payload: bytes, fds: list[int]) -> None:
+        """There is one front-end per connection, and it is the owner."""
+
+    async def _reset_owner(self, payload: bytes, fds: list[int]) -> None:
+        """Deprecated. "It's better to just ignore this message"."""
+
+    async def _set_status(self, payload: bytes, fds: list[int]) -> None:
+        """The driver's status byte; 0 is a virtio reset: rings stop, negotiation goes on."""
+        status = unpack_u64(payload)
+        if status > 0xFF:
+            raise ProtocolError(f"status {status:#x} is more than a byte")
+        self._status = status
+        if status == 0:
+            await self._rings.stop_all()
+
+    async def _get_status(self, payload: bytes, fds: list[int]) -> Reply:
+        status = self._status
+        if self._rings.features is None:
+            status &= ~STATUS_FEATURES_OK
+        return reply_u64(Request.GET_STATUS, status)
+
+    async def _reset_device(self, payload: bytes, fds: list[int]) -> None:
+        """Initial state for a new driver; memory, descriptors and protocol features stay."""
+        try:
+            await self._rings.stop_all()
+        finally:
+            # Whatever the stop left behind: the driver has forgotten what it had in flight.
+            await self._device.reset()
+            self._rings.forget_setups()
+            self._rings.features = None
+            self._status = 0
+
+    # Config space.
+
+    async def _get_config(self, payload: bytes, fds: list[int]) -> Reply:
+        access = ConfigAccess.unpack(payload)
+        if not 0 < access.size <= MAX_CONFIG_BYTES:
+            raise ProtocolError(f"{access.size} bytes of config space asked for")
+        data = self._device.read_config(access.offset, access.size)
+        assert len(data) == access.size
+        answer = ConfigAccess(access.offset, access.size, access.flags, data)
+        return Reply(pack_reply(Request.GET_CONFIG, answer.pack()))
+
+    async def _set_config(self, payload: bytes, fds: list[int]) -> None:
+        access = ConfigAccess.unpack(payload)
+        if not 0 < access.size <= MAX_CONFIG_BYTES:
+            raise ProtocolError(f"{access.size} bytes of config space to be written")
+        if access.flags not in _CONFIG_REQUEST_FLAGS:
+            raise ProtocolError(f"unknown flags {access.flags:#x}")
+        migration = access.flags == 2 or (access.flags == 1 and access.size > 1)
+        self._device.write_config(access.offset, access.data, migration=migration)
+
+    # Dirty log and in-flight region.
+
+    async def _set_log_base(self, payload: bytes, fds: list[int]) -> Reply:
+        log = LogRange.unpack(payload)
+        check_range(log.mmap_offset, log.mmap_size)
+        self._device.set_log(fds[0], log.mmap_offset, log.mmap_size)
+        return reply_u64(Request.SET_LOG_BASE, 0)
+
+    async def _set_log_fd(self, payload: bytes, fds: list[int]) -> None:
+        """An eventfd for a logger that wants to be woken. No front-end sends it; not used."""
+
+    async def _get_inflight_fd(self, payload: bytes, fds: list[int]) -> Reply:
+        wanted = InflightRange.unpack(payload)
+        self._check_inflight(wanted)
+        fd, size_bytes = self._device.create_inflight(wanted.num_queues, wanted.queue_size)
+        answer = InflightRange(size_bytes, 0, wanted.num_queues, wanted.queue_size)
+        return Reply(pack_reply(Request.GET_INFLIGHT_FD, answer.pack(len(payload))), fd)
+
+    async def _set_inflight_fd(self, payload: bytes, fds: list[int]) -> None:
+        region = InflightRange.unpack(payload)
+        self._check_inflight(region)
+        check_range(region.mmap_offset, region.mmap_size)
+        self._device.set_inflight(
+            fds[0], region.mmap_offset, region.mmap_size, region.num_queues, region.queue_size
+        )
+
+    def _check_inflight(self, region: InflightRange) -> None:
+        if not 0 < region.num_queues <= self._device.max_queues:
+            raise ProtocolError(
+                f"in-flight region for {region.num_queues} queues, "
+                f"there are {self._device.max_queues}"
+            )
+        if not 0 < region.queue_size <= self._device.max_queue_size:
+            raise ProtocolError(
+                f"in-flight region for queues of {region.queue_size}, "
+                f"the limit is {self._device.max_queue_size}"
+            )
+        if self._rings.any_live:
+            raise ProtocolError("the in-flight region changes while rings run")
+
+    # The back-end's own messages.
+
+    async def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> None:
+        if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
+            raise ProtocolError("the back-end channel is no socket")
+        self._close_channel()
+        self._channel_fd = fds.pop()
+
+    def _close_channel(self) -> None:
+        if self._channel_fd is not None:
+            os.close(self._channel_fd)
+            self._channel_fd = None
+
+    def _note_config_changed(self) -> None:
+        self._config_changed = True
+        self._tell_config_changed()
+
+    def _tell_config_changed(self) -> None:
+        """Send CONFIG_CHANGE, if it is due and allowed.
+
+        While no ring runs the device is suspended and sends nothing (vhost-user "Suspended device
+        state"): it is then sent when the first ring starts. No acknowledgement is asked for:
+        QEMU answers by reading the config space on the main socket, and waiting would hang both.
+        """
+        if not self._config_changed or not self._rings.any_live:
+            return
+        self._config_changed = False
+        if self._channel_fd is None:
+            return
+        message = pack_message(BackendRequest.CONFIG_CHANGE)
+        if not self._send_to_front_end(self._channel_fd, message):
+            self._close_channel()
+
+
+def _unobserved(error: Exception) -> None:
+    """Nobody wants to know."""

@@ -1,0 +1,83 @@
+"""Guest memory that the front-end does not share: the beginner's mistake, told once.
+
+QEMU without `share=on` sends no memory at all, and the first ring is at an address that nobody
+knows; or it sends a file that it has mapped privately, and then the guest and we look at different
+pages, without an error anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from itertools import count
+from struct import Struct
+
+import structlog
+
+from bridge.errors import NoMemory
+from bridge.guest.vhost_user.messages import Region
+
+log = structlog.get_logger(__name__)
+
+_PEER = Struct("3i")
+"""`struct ucred`: process, user, group."""
+_LOOKS_MAX = 8
+"""Regions of one front-end that are looked at: each look reads the list of all its mappings."""
+
+
+class UnsharedMemory:
+    """Looks at what the front-ends of one back-end share, and tells the operator once."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def refused(self, error: Exception) -> None:
+        """A message was refused with `error`."""
+        if isinstance(error, NoMemory):
+            self._tell("it shares none")
+
+    def of(self, front_end: socket.socket) -> Callable[[Region, int], None]:
+        """What is to be told of each region, and its file, that comes from `front_end`."""
+        looks = count()
+
+        def seen(region: Region, fd: int) -> None:
+            if self._told or next(looks) >= _LOOKS_MAX:
+                return
+            if _maps_privately(front_end, region.user_address, fd):
+                self._tell("it maps its own copy (share=off)")
+
+        return seen
+
+    def _tell(self, reason: str) -> None:
+        if self._told:
+            return
+        self._told = True
+        log.error(
+            "the front-end does not share the guest's memory, so the disk cannot work: start QEMU "
+            "with -object memory-backend-memfd,id=mem,size=SIZE,share=on and -machine "
+            "memory-backend=mem; in libvirt's XML <memoryBacking><source type='memfd'/>"
+            "<access mode='shared'/></memoryBacking>",
+            reason=reason,
+        )
+
+
+def _maps_privately(front_end: socket.socket, address: int, fd: int) -> bool:
+    """Whether the front-end has the file `fd` at `address`, as a private copy.
+
+    False where that cannot be found out: a front-end of another user, or of another namespace.
+    """
+    try:
+        peer = front_end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        inode = os.fstat(fd).st_ino
+        with open(
+            f"/proc/{_PEER.unpack(peer)[0]}/maps", encoding="utf-8", errors="replace"
+        ) as maps:
+            for line in maps:
+                span, access, _, _, found, *_ = line.split()
+                start, end = (int(each, 16) for each in span.split("-"))
+                if start <= address < end:
+                    return access.endswith("p") and int(found) == inode
+    except (OSError, ValueError):
+        pass
+    return False

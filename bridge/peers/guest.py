@@ -1,0 +1,514 @@
+"""The built-in guest: a virtio-blk driver behind a vhost-user front-end.
+
+It does to a back-end what a virtual machine does, without one: shares memory, sets up virtqueues,
+puts requests into them, kicks, waits for calls. `Guest` has the comfortable methods (`await
+guest.read(offset, length)`); under each `Guest` are `GuestQueue`s, whose `submit`, `kick` and
+`poll` are plain functions for whoever wants to keep many requests in flight at full speed.
+
+    async with await Guest.connect("/run/disk.sock") as guest:
+        await guest.write(0, b"…")
+        await guest.flush()
+
+Memory: ring areas, request headers, status bytes and one data buffer per request slot, in one
+memfd or several. Nothing is copied on the way to the back-end but what `write` and `read` copy
+between the caller and the slot's buffer.
+
+Source: virtio 1.3 §5.2 (block device), vhost-user.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from bridge.errors import ConnectionLost, ProtocolError, RequestError
+from bridge.guest.vhost_user.messages import (
+    F_LOG_ALL,
+    F_PROTOCOL_FEATURES,
+    P_BACKEND_REQ,
+    P_INFLIGHT_SHMFD,
+    InflightRange,
+    Request,
+)
+from bridge.guest.virtio.blk import (
+    ID_BYTES,
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
+)
+from bridge.guest.virtio.blk_config import F_INDIRECT, F_RING_PACKED, SECTOR_BYTES
+from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
+from bridge.peers.guest_queue import (
+    STATUS_IOERR,
+    STATUS_OK,
+    STATUS_UNSUPP,
+    GuestQueue,
+    queue_memory_bytes,
+)
+from bridge.peers.shared_memory import SharedMemory
+
+FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~F_LOG_ALL
+"""Everything that is offered, but split rings and no dirty log."""
+PACKED_FEATURES = FEATURES | F_RING_PACKED
+
+CONFIG_BYTES = 60
+WRITEBACK_OFFSET = 32
+_ALIVE_CHECK_S = 1.0
+"""How long to wait for a completion before looking whether the back-end is still there."""
+_GUEST_MEMORY_START = 0x1_0000_0000
+_REGION_GAP = 0x1000_0000
+
+_SEGMENT = struct.Struct("<QII")
+_CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
+_UNMAP = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DiskConfig:
+    """The configuration space of a virtio-blk device (virtio 1.3 §5.2.4), as far as it is used."""
+
+    capacity_sectors: int
+    seg_max: int
+    block_size_bytes: int
+    writeback: int
+    num_queues: int
+    max_discard_sectors: int
+    max_discard_segments: int
+    discard_sector_alignment: int
+    max_write_zeroes_sectors: int
+    max_write_zeroes_segments: int
+    write_zeroes_may_unmap: int
+
+    @classmethod
+    def unpack(cls, data: bytes) -> DiskConfig:
+        """The configuration in the first 60 bytes."""
+        fields = _CONFIG.unpack(data[:CONFIG_BYTES])
+        return cls(
+            capacity_sectors=fields[0],
+            seg_max=fields[2],
+            block_size_bytes=fields[6],
+            writeback=fields[11],
+            num_queues=fields[13],
+            max_discard_sectors=fields[14],
+            max_discard_segments=fields[15],
+            discard_sector_alignment=fields[16],
+            max_write_zeroes_sectors=fields[17],
+            max_write_zeroes_segments=fields[18],
+            write_zeroes_may_unmap=fields[19],
+        )
+
+
+class Guest:
+    """A virtio-blk disk as its guest sees it. Make one with `await Guest.connect(path)`.
+
+    The async methods may be used by many tasks at once. They fail with RequestError (EIO for
+    IOERR, ENOTSUP for UNSUPP); cancelled, the request goes on and its result is dropped. When the
+    back-end hangs up they raise ConnectionLost, or, with `inflight`, wait for `reconnect`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        num_queues: int = 1,
+        queue_size: int = 128,
+        depth: int | None = None,
+        request_bytes: int = 65536,
+        features: int = FEATURES,
+        protocol_features: int = PROTOCOL_FEATURES,
+        segment_bytes: int | None = None,
+        regions: int = 1,
+        inflight: bool = False,
+    ) -> None:
+        self.path = path
+        self._wanted_features = features
+        self._wanted_protocol_features = protocol_features
+        self._num_queues = num_queues
+        self._queue_size = queue_size
+        self._depth = depth
+        self._request_bytes = request_bytes
+        self._segment_bytes = segment_bytes
+        self._regions = regions
+        self._use_inflight = inflight
+        self._inflight: tuple[InflightRange, int] | None = None
+        self.memory = SharedMemory()
+        self.queues: list[GuestQueue] = []
+        self.front_end: FrontEnd | None = None
+        self.features = 0
+        self.config = DiskConfig.unpack(bytes(CONFIG_BYTES))
+        self._results: dict[tuple[int, int], int] = {}
+        self._abandoned: set[tuple[int, int]] = set()
+        self._lots: list[trio.lowlevel.ParkingLot] = []
+        self._waiting: set[int] = set()
+        self._turn = 0
+
+    @classmethod
+    async def connect(cls, path: str | os.PathLike[str], **options: object) -> Guest:
+        """Connect, negotiate and start every queue. `options` are those of the constructor."""
+        guest = cls(path, **options)  # type: ignore[arg-type]
+        try:
+            await guest.start()
+        except BaseException:
+            guest.close()
+            raise
+        return guest
+
+    # Connecting.
+
+    async def start(self) -> None:
+        """Connect and negotiate, make memory and queues, and let the rings run."""
+        await self._negotiate()
+        self._make_queues()
+        await self._share()
+        for queue in self.queues:
+            await self._start_queue(queue, base=queue.driver.base)
+
+    async def reconnect(self) -> None:
+        """Connect again after the back-end died, as QEMU does: same memory, same rings.
+
+        Rings go on from their used index; with an in-flight region the new back-end finds out what
+        the old one had begun, without one those requests are lost.
+        """
+        if self.front_end is not None:
+            self.front_end.close()
+            self.front_end = None
+        await self._negotiate()
+        await self._share()
+        for queue in self.queues:
+            await self._start_queue(queue, base=queue.driver.restore_base)
+
+    async def _negotiate(self) -> None:
+        self.front_end = await FrontEnd.connect(self.path)
+        features, protocol = await self.front_end.negotiate(
+            self._wanted_features | F_PROTOCOL_FEATURES, self._wanted_protocol_features
+        )
+        self.features = features
+        if protocol & P_BACKEND_REQ:
+            await self.front_end.open_channel()
+        await self.refresh_config()
+        await self.front_end.set_features()
+
+    def _make_queues(self) -> None:
+        """Memory for everything, in as many regions as were asked for, then the queues in it."""
+        segments = -(-self._request_bytes // (self._segment_bytes or self._request_bytes))
+        descriptors = 1 if self.features & F_INDIRECT else segments + 2
+        depth = max(1, self._queue_size // descriptors)
+        depth = min(self._depth or depth, depth)
+        per_queue = queue_memory_bytes(
+            size=self._queue_size,
+            depth=depth,
+            request_bytes=self._request_bytes,
+            segments=segments,
+        )
+        total = per_queue * self._num_queues + 65536
+        share = max(-(-total // self._regions) + self._request_bytes, 65536)
+        for number in range(self._regions):
+            gap = -(-share // _REGION_GAP) * _REGION_GAP
+            self.memory.add(share, guest_address=_GUEST_MEMORY_START + number * gap)
+        for index in range(self._num_queues):
+            self.queues.append(
+                GuestQueue(
+                    index,
+                    self.memory,
+                    size=self._queue_size,
+                    depth=depth,
+                    request_bytes=self._request_bytes,
+                    features=self.features,
+                    segment_bytes=self._segment_bytes,
+                )
+            )
+            self._lots.append(trio.lowlevel.ParkingLot())
+
+    async def _share(self) -> None:
+        """Hand over memory and, if wanted, the in-flight region."""
+        front_end = self._connected()
+        await front_end.set_memory([(each.region, each.fd) for each in self.memory.regions])
+        if self._use_inflight and front_end.protocol_features & P_INFLIGHT_SHMFD:
+            if self._inflight is None:
+                self._inflight = await front_end.get_inflight(self._num_queues, self._queue_size)
+            await front_end.set_inflight(*self._inflight)
+
+    async def _start_queue(self, queue: GuestQueue, *, base: int) -> None:
+        front_end = self._connected()
+        user = self.memory.user_address(queue.ring_address)
+        await front_end.set_ring_file(Request.SET_VRING_ERR, queue.index, queue.error_fd)
+        await front_end.set_ring(
+            queue.index,
+            size=queue.size,
+            base=base,
+            desc=user,
+            avail=user + queue.driver.avail_offset,
+            used=user + queue.driver.used_offset,
+            kick_fd=queue.kick_fd,
+            call_fd=queue.call_fd,
+        )
+        if self.features & F_PROTOCOL_FEATURES:
+            await front_end.enable_ring(queue.index)
+
+    def _connected(self) -> FrontEnd:
+        if self.front_end is None:
+            raise RuntimeError("the guest is not connected")
+        return self.front_end
+
+    async def stop(self) -> list[int]:
+        """Stop every ring as a migration or a shutdown does; their bases."""
+        front_end = self._connected()
+        for queue in self.queues:
+            if self.features & F_PROTOCOL_FEATURES:
+                await front_end.enable_ring(queue.index, False)
+        return [await front_end.stop_ring(queue.index) for queue in self.queues]
+
+    def close(self) -> None:
+        """Hang up without a word and give everything back. Idempotent."""
+        if self.front_end is not None:
+            self.front_end.close()
+            self.front_end = None
+        while self.queues:
+            self.queues.pop().close()
+        if self._inflight is not None:
+            os.close(self._inflight[1])
+            self._inflight = None
+        self.memory.close()
+
+    async def __aenter__(self) -> Guest:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # Configuration.
+
+    async def refresh_config(self) -> DiskConfig:
+        """Read the configuration space again."""
+        self.config = DiskConfig.unpack(await self._connected().get_config(0, CONFIG_BYTES))
+        return self.config
+
+    async def config_changed(self) -> DiskConfig:
+        """Wait for the back-end to announce a change (a resize); the new configuration."""
+        await self._connected().config_changed()
+        return await self.refresh_config()
+
+    async def set_writeback(self, enabled: bool) -> None:
+        """Turn the disk's write cache on or off (VIRTIO_BLK_F_CONFIG_WCE)."""
+        await self._connected().set_config(WRITEBACK_OFFSET, bytes([enabled]))
+
+    @property
+    def size_bytes(self) -> int:
+        """The disk's capacity, as last read."""
+        return self.config.capacity_sectors * SECTOR_BYTES
+
+    # Requests.
+
+    async def read(self, offset: int, length: int, *, queue: int | None = None) -> bytes:
+        """`length` bytes from `offset`; both whole sectors."""
+        data = bytearray(length)
+
+        def part(position: int, size: int) -> Callable[[GuestQueue], int]:
+            return lambda on: on.submit(T_IN, (offset + position) // SECTOR_BYTES, size)
+
+        def take(on: GuestQueue, slot: int, position: int, size: int) -> None:
+            data[position : position + size] = on.data(slot, size)
+
+        await self._in_parts(length, part, queue, take)
+        return bytes(data)
+
+    async def write(
+        self, offset: int, data: bytes | bytearray | memoryview, *, queue: int | None = None
+    ) -> None:
+        """Write whole sectors of `data` from `offset` on."""
+        view = memoryview(data)
+
+        def part(position: int, size: int) -> Callable[[GuestQueue], int]:
+            piece = view[position : position + size]
+            return lambda on: on.submit(T_OUT, (offset + position) // SECTOR_BYTES, size, piece)
+
+        await self._in_parts(len(view), part, queue, None)
+
+    async def flush(self, *, queue: int | None = None) -> None:
+        """Make everything durable that was completed before."""
+        await self.request(T_FLUSH, queue=queue)
+
+    async def discard(self, ranges: Sequence[tuple[int, int]], *, queue: int | None = None) -> None:
+        """Forget the bytes of `ranges` (offset and length, whole sectors), in one request."""
+        await self.request(T_DISCARD, data=_segments(ranges, 0), queue=queue)
+
+    async def write_zeroes(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        unmap: bool = False,
+        queue: int | None = None,
+    ) -> None:
+        """Zero the bytes of `ranges`, in one request."""
+        data = _segments(ranges, _UNMAP if unmap else 0)
+        await self.request(T_WRITE_ZEROES, data=data, queue=queue)
+
+    async def get_id(self, *, queue: int | None = None) -> str:
+        """The disk's serial number."""
+        found = b""
+
+        def take(on: GuestQueue, slot: int) -> None:
+            nonlocal found
+            found = bytes(on.data(slot, ID_BYTES))
+
+        await self._one(self._pick(queue), lambda on: on.submit(T_GET_ID, 0, ID_BYTES), take)
+        return found.split(b"\0")[0].decode("ascii", "replace")
+
+    async def request(
+        self, kind: int, sector: int = 0, data: bytes = b"", *, queue: int | None = None
+    ) -> None:
+        """Any request that writes nothing but its status."""
+        await self._one(
+            self._pick(queue), lambda on: on.submit(kind, sector, len(data), data), None
+        )
+
+    async def _in_parts(
+        self,
+        length: int,
+        part: Callable[[int, int], Callable[[GuestQueue], int]],
+        queue: int | None,
+        take: Callable[[GuestQueue, int, int, int], None] | None,
+    ) -> None:
+        """Requests of at most a slot's buffer each, several at a time, on one queue."""
+        on = self._pick(queue)
+        limit = trio.CapacityLimiter(on.depth)
+
+        async def one(position: int, size: int) -> None:
+            async with limit:
+                await self._one(
+                    on,
+                    part(position, size),
+                    None if take is None else lambda q, slot: take(q, slot, position, size),
+                )
+
+        if length <= on.request_bytes:
+            await one(0, length)
+            return
+        errors: list[RequestError] = []
+
+        async def guarded(position: int, size: int) -> None:
+            try:
+                await one(position, size)
+            except RequestError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for position in range(0, length, on.request_bytes):
+                nursery.start_soon(guarded, position, min(on.request_bytes, length - position))
+        if errors:
+            raise errors[0]
+
+    async def _one(
+        self,
+        on: GuestQueue,
+        submit: Callable[[GuestQueue], int],
+        take: Callable[[GuestQueue, int], None] | None,
+    ) -> None:
+        """One request from submission to its status. Raises RequestError."""
+        while not on.free:
+            await self._progress(on)
+        slot = submit(on)
+        key = (on.index, slot)
+        on.kick()
+        try:
+            while key not in self._results:
+                await self._progress(on)
+        except BaseException:
+            if key not in self._results:
+                # The slot stays busy until the device is done with it.
+                self._abandoned.add(key)
+            else:
+                self._claim(on, slot)
+            raise
+        status = self._results[key]
+        try:
+            if status != STATUS_OK:
+                raise _request_error(status)
+            if take is not None:
+                take(on, slot)
+        finally:
+            self._claim(on, slot)
+
+    async def _progress(self, on: GuestQueue) -> None:
+        """Wait until something about `on` changes: results are there, or slots are free.
+
+        One task waits for the device and takes completions for everybody; the others are parked.
+        With nothing in flight there is nothing to wait for but the owners of the results.
+        """
+        lot = self._lots[on.index]
+        if on.index in self._waiting:
+            # Nobody else may take completions, or that task would wait for what is gone.
+            await lot.park()
+            return
+        if self._reap(on):
+            await trio.lowlevel.checkpoint()
+            return
+        unclaimed = sum(queue == on.index for queue, _ in self._results)
+        if len(on.free) + unclaimed == on.depth:
+            await lot.park()
+            return
+        self._waiting.add(on.index)
+        try:
+            with trio.move_on_after(_ALIVE_CHECK_S) as scope:
+                await on.wait()
+        finally:
+            self._waiting.discard(on.index)
+            self._reap(on)
+            lot.unpark_all()
+        if scope.cancelled_caught and not (self._use_inflight or self._is_alive):
+            raise ConnectionLost("the back-end hung up with requests in flight")
+
+    @property
+    def _is_alive(self) -> bool:
+        return self.front_end is not None and self.front_end.is_alive
+
+    def _reap(self, on: GuestQueue) -> bool:
+        """Take completions; their slots are not free before their owners have taken the data."""
+        done = on.poll()
+        for slot, status in done:
+            key = (on.index, slot)
+            if key in self._abandoned:
+                self._abandoned.discard(key)
+            else:
+                self._results[key] = status
+                on.free.remove(slot)
+        if done:
+            self._lots[on.index].unpark_all()
+        return bool(done)
+
+    def _claim(self, on: GuestQueue, slot: int) -> None:
+        """The owner is done with a result; its slot is free."""
+        del self._results[on.index, slot]
+        on.free.append(slot)
+        self._lots[on.index].unpark_all()
+
+    def _pick(self, queue: int | None) -> GuestQueue:
+        """The queue asked for, or each in turn."""
+        if queue is None:
+            queue = self._turn
+            self._turn = (queue + 1) % len(self.queues)
+        return self.queues[queue]
+
+
+def _segments(ranges: Sequence[tuple[int, int]], flags: int) -> bytes:
+    """The payload of DISCARD and WRITE_ZEROES."""
+    return b"".join(
+        _SEGMENT.pack(offset // SECTOR_BYTES, length // SECTOR_BYTES, flags)
+        for offset, length in ranges
+    )
+
+
+def _request_error(status: int) -> RequestError:
+    if status == STATUS_UNSUPP:
+        return RequestError(errno.ENOTSUP, "the device does not support the request (UNSUPP)")
+    if status == STATUS_IOERR:
+        return RequestError(errno.EIO, "the device failed the request (IOERR)")
+    raise ProtocolError(f"the device gave status {status:#x}, which is none")

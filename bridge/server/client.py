@@ -1,0 +1,578 @@
+"""The NBD client: `submit(request)`, and it gets done, whatever the server does meanwhile.
+
+This is the edge around `session`: it connects, watches the clock, and gives the session its
+connections. Reconnecting is for ever; see `session` for what happens to requests meanwhile.
+
+Connections. One by default: a Python process is not held up by one fast connection, and several
+cost a system call each and the ordering of overlapping writes (nbdkit memory, unix socket, 4 KiB,
+depth 32: reads alike, writes 75,000 per second with one and 48,000 with four). Several pay where
+the server bounds the requests in flight of one connection (nbdkit: its threads, 16) and each takes
+long (1 ms: 14,000 reads per second with one, 24,500 with four), or where one TCP stream does not
+fill the network. They are used only if the server says that a flush on one covers them all
+(CAN_MULTI_CONN).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from itertools import count
+from typing import Final
+
+import structlog
+import trio
+
+from bridge.datapath.loop import Loop
+from bridge.datapath.request import Request
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
+from bridge.server.client_options import ClientOptions
+from bridge.server.connection import Connection, Negotiated, Silent, leave, negotiate
+from bridge.server.export import Export
+from bridge.server.handshake import Goal, Listed
+from bridge.server.link import Phase, Session
+from bridge.server.nbd_protocol import NAME_MAX_BYTES
+from bridge.server.uri import NbdUri
+
+_log = structlog.get_logger(__name__)
+
+_TICK_S: Final = 1.0
+_DRAIN_S: Final = 2.0
+"""How long the other connections may take to answer when one is lost."""
+
+
+class Client:
+    """One export. `submit`, `export`, `generation` and the hooks are the session's."""
+
+    def __init__(self, uri: NbdUri, loop: Loop, options: ClientOptions | None = None) -> None:
+        self.uri = uri
+        self.options = options or ClientOptions()
+        self.session = Session(self.options, loop.turn)
+        loop.turn.add_stage(self.session)
+        self.submit: Callable[[Request], None] = self.session.submit
+        """Start a request: never raises, never blocks. One call, no wrapper: it is hot."""
+        self.reconnects_total = 0
+        self.examine: Callable[[Export, Callable[[Request], None]], Awaitable[str]] = _take_it
+        """Asked when a server comes back, before anything else is sent to it: why it must not be
+        used, "" if it may. Reads that are submitted to what comes with it go to that server."""
+        self._loop = loop
+        self._connections: list[Connection] = []
+        self._cookies = count(1)
+        self._first_cookie = 0
+        """What was sent on the present connections has later ones."""
+        self._broken = trio.Event()
+        self._run_scope = trio.CancelScope()
+        self._closing = False
+        self._wanted = trio.Event()
+        """Set, but for the time between `leave` and `come_back`."""
+        self._wanted.set()
+        self._reconnecting = trio.CancelScope()
+        named = re.search(",client=([^,]+)", uri.export_name)
+        self.client_id = named[1] if named else secrets.token_hex(8)
+        """Who we are for our plugin: it says who wrote a volume last."""
+        self._takes_names = False
+        self._plain_next = False
+        self._names_refused = False
+        self._reads_only: bool | None = None
+        """Whether the server has a name for readers of the export; None: it was not asked."""
+        self._last_failure = ""
+
+    @property
+    def export(self) -> Export:
+        """What the server offers. Only after `connect`."""
+        return self.session.export
+
+    @property
+    def generation(self) -> int:
+        """The number of the present set of connections, from 1."""
+        return self.session.generation
+
+    @property
+    def connected(self) -> bool:
+        return self.session.phase is Phase.UP
+
+    @property
+    def in_flight(self) -> int:
+        """How many commands are not finished."""
+        return self.session.in_flight
+
+    @property
+    def keeps_unflushed(self) -> bool:
+        """The layer above sends unflushed writes again when `on_reconnect` tells it to."""
+        return self.session.keeps_unflushed
+
+    @keeps_unflushed.setter
+    def keeps_unflushed(self, keeps: bool) -> None:
+        self.session.keeps_unflushed = keeps
+
+    @property
+    def on_reconnect(self) -> Callable[[], None]:
+        """Called, synchronously, before unanswered commands are sent again."""
+        return self.session.on_reconnect
+
+    @on_reconnect.setter
+    def on_reconnect(self, hook: Callable[[], None]) -> None:
+        self.session.on_reconnect = hook
+
+    @property
+    def on_export_changed(self) -> Callable[[Export], None]:
+        """Called after a reconnect when the export has grown."""
+        return self.session.on_export_changed
+
+    @on_export_changed.setter
+    def on_export_changed(self, hook: Callable[[Export], None]) -> None:
+        self.session.on_export_changed = hook
+
+    def expect_stale_writes(self) -> None:
+        """A process before this one, which is gone, may have left changes at the server.
+
+        Unless the server has a fence, changes wait for `options.stale_write_grace_s` from now on.
+        Only after `connect`.
+        """
+        self.session.expect_stale_writes(trio.current_time())
+        self._loop.turn.end()
+
+    @property
+    def may_leave_writes(self) -> bool:
+        """The process after this one has to expect stale writes. Also after `close`."""
+        return self.session.may_leave_writes
+
+    async def connect(self) -> Export:
+        """Connect for the first time, within `options.connect_timeout_s`.
+
+        Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
+        """
+        await self._establish()
+        return self.export
+
+    async def run(self) -> None:
+        """Look after the connections until cancelled or closed: reconnect whenever they break."""
+        with self._run_scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch)
+                while True:
+                    await self._broken.wait()
+                    await self._give_up_connections()
+                    await self._wanted.wait()
+                    with trio.CancelScope() as self._reconnecting:
+                        await self._reconnect()
+
+    async def close(self, timeout_s: float | None = None) -> None:
+        """Let what is in flight be answered, say DISC, close. What is left then fails with EIO.
+
+        Takes at most `timeout_s` (None: `options.close_timeout_s`); when cancelled the
+        connections are closed at once.
+        """
+        timeout_s = self.options.close_timeout_s if timeout_s is None else timeout_s
+        self._closing = True
+        self._run_scope.cancel()
+        self.session.leaving()
+        try:
+            await self._hang_up(timeout_s)
+        finally:
+            self.session.closed(self._take_unanswered())
+            self._loop.turn.end()
+            self._loop.turn.remove_stage(self.session)
+
+    def abandon(self) -> None:
+        """See `Session.abandon`."""
+        self.session.abandon()
+        self._loop.turn.end()
+
+    def silence(self) -> None:
+        """Nothing of abandoned requests leaves this process from here on: a connection that has
+        some of it to send is given up."""
+        for connection in self._connections:
+            if connection.alive and connection.has_unsent and connection.abandon():
+                connection.fail(
+                    ConnectionLost("given up: the guest has stopped with writes half sent")
+                )
+
+    @property
+    def is_wanted(self) -> bool:
+        """False between `leave` and `come_back`."""
+        return self._wanted.is_set()
+
+    async def leave(self, timeout_s: float, errno: int) -> None:
+        """Hang up, and stay away until `come_back`. What has no answer within `timeout_s` fails
+        with `errno`, and so does what waits; what is submitted later waits for the return."""
+        if not self._wanted.is_set():
+            return
+        self._wanted = trio.Event()
+        self._reconnecting.cancel()
+        self.session.leaving()
+        try:
+            await self._hang_up(timeout_s)
+        finally:
+            for connection in self._connections:
+                connection.close()
+            self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
+            self._loop.turn.end()
+            self._broken.set()
+
+    def come_back(self) -> None:
+        """The end of `leave`: connect again."""
+        if not self._wanted.is_set():
+            self.session.wait_anew(trio.current_time())
+            self._wanted.set()
+
+    # Connections.
+
+    async def _establish(self) -> None:
+        """Open the connections of a new generation and hand them to the session."""
+        negotiated = await self._negotiate_all()
+        export = replace(negotiated[0].export, name=self.uri.export_name)
+        reason = self.session.refusal(export)
+        if reason is not None:
+            for each in negotiated:
+                await leave(each)
+            raise ConnectionLost(f"{self.uri.server}: {reason}")
+        if not self._wanted.is_set():
+            for each in negotiated:
+                each.close()
+            raise ConnectionLost("nobody wants the connection any more")
+        self._broken = trio.Event()
+        generation = self.session.generation + 1
+        connections: list[Connection] = []
+        try:
+            for each in negotiated:
+                connections.append(
+                    Connection(
+                        each,
+                        self._loop,
+                        lost=self._lost,
+                        generation=generation,
+                        cookies=self._cookies,
+                    )
+                )
+        except OSError as error:
+            # The system has no room to watch one more socket, or for its buffer.
+            for connection in connections:
+                connection.close()
+            for each in negotiated:
+                each.close()
+            reason = f"cannot use the connection: {error.strerror or error}"
+            raise ConnectionLost(f"{self.uri.server}: {reason}") from None
+        if not all(connection.alive for connection in connections):
+            for connection in connections:
+                connection.close()
+            raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
+        if generation > 1:
+            await self._examine(export, connections)
+        self._connections = connections
+        self._first_cookie = next(self._cookies)
+        self.session.established(trio.current_time(), export, connections)
+        self._loop.turn.end()
+
+    async def _examine(self, export: Export, connections: list[Connection]) -> None:
+        """Raises ConnectionLost, and closes `connections`, if the server is not to be used."""
+        reason = "the connection was lost again"
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_when, self._broken, nursery.cancel_scope)
+                reason = await self.examine(export, connections[0].send)
+                nursery.cancel_scope.cancel()
+            if not self._wanted.is_set():
+                reason = "nobody wants the connection any more"
+            if reason:
+                raise ConnectionLost(f"{self.uri.server}: {reason}")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for each in connections:
+                    await each.hang_up(min(_DRAIN_S, self.options.close_timeout_s))
+            raise
+
+    async def _negotiate_all(self) -> list[Negotiated]:
+        wanted = self.options.connections
+        if self.options.read_only and self._reads_only is None:
+            await self._ask_for_readers_name()
+        named = self._takes_names and not self._plain_next
+        token = secrets.token_hex(8) if named else None
+        try:
+            first = await negotiate(self.uri, self.options, export_name=self._name(token, 1))
+        except ConfigError:
+            # Perhaps another server took the place of our plugin: try without the names.
+            self._plain_next = self._takes_names and not self._plain_next
+            self._reads_only = None
+            raise
+        self._plain_next = False
+        if self.session.phase is Phase.CLOSED:
+            return [first]
+        export = first.export
+        announced = export.properties.get("session") == "yes"
+        is_plain = "@" not in export.name.partition("@session=")[0]
+        if announced and self.options.read_only and is_plain:
+            # Our plugin, which did not say so when it was asked: let go of the volume at once.
+            await leave(first)
+            self._reads_only = True
+            return await self._negotiate_all()
+        announced = announced and self._may_be_named and not self._reads_only
+        if announced and token is None and not self._names_refused:
+            # Our plugin: connections that name one session are admitted together, and one that
+            # names its client replaces what that client has left behind.
+            await leave(first)
+            self._takes_names = True
+            try:
+                return await self._negotiate_all()
+            except ConfigError:
+                if self._names_refused:
+                    raise
+                # Announced, but refused: never again.
+                self._names_refused = True
+                self._takes_names = False
+                return await self._negotiate_all()
+        if wanted == 1:
+            return [first]
+        if not export.can_multi_conn:
+            _log.warning("the server does not allow several connections: using one")
+            return [first]
+        found = [first]
+
+        async def another(number: int) -> None:
+            try:
+                found.append(
+                    await negotiate(self.uri, self.options, export_name=self._name(token, number))
+                )
+            except BridgeError as error:
+                _log.warning("one connection less", error=str(error))
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for number in range(2, wanted + 1):
+                    nursery.start_soon(another, number)
+        except BaseException:
+            for each in found:
+                each.close()
+            raise
+        sizes = {each.export.size_bytes for each in found}
+        if len(sizes) > 1:
+            for each in found:
+                await leave(each)
+            raise ConnectionLost(f"{self.uri.server}: connections differ in size: {sorted(sizes)}")
+        return found
+
+    async def _ask_for_readers_name(self) -> None:
+        """Our plugin gives a volume to one writer at a time, and to any number of readers beside
+        it; these say so in the name, since NBD has no other way. So who we talk to must be known
+        before the export is opened. A server that hangs up is asked again the next time."""
+        if "@" in self._volume:
+            self._reads_only = False
+            return
+        with contextlib.suppress(ConnectionLost):
+            volume = self._volume
+            self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options, volume)
+
+    @property
+    def _volume(self) -> str:
+        """The export's name without the session that it may name: a reader is in none."""
+        return self.uri.export_name.partition("@session=")[0]
+
+    @property
+    def _may_be_named(self) -> bool:
+        """The export's name does not say yet who we are."""
+        name = self.uri.export_name
+        return "@" not in name or ("@session=" in name and ",client=" not in name)
+
+    def _name(self, token: str | None, number: int) -> str:
+        name = self.uri.export_name
+        if self._reads_only:
+            return f"{self._volume}@readonly"
+        if token is None:
+            return name
+        if "@" in name:
+            # A session that is shared, for a migration: who we are tells later who wrote last.
+            named = f"{name},client={self.client_id}"
+        else:
+            named = f"{name}@session={token},client={self.client_id},connection={number}"
+        # A server may refuse a name that is longer than the protocol's limit.
+        return named if len(named.encode()) <= NAME_MAX_BYTES else name
+
+    def _lost(self, connection: Connection, error: BridgeError) -> None:
+        """A connection broke, or the server wants to be left."""
+        if not self._broken.is_set():
+            _log.warning("connection lost", server=self.uri.server, reason=str(error))
+        self.session.leaving()
+        self._broken.set()
+
+    async def _give_up_connections(self) -> None:
+        """Let the other connections finish, then take what has no answer."""
+        await self._hang_up(min(_DRAIN_S, self.options.close_timeout_s))
+        if self.session.phase not in (Phase.UP, Phase.LEAVING):
+            return
+        # The end of a unix socket means that the server, on this machine, is through with it.
+        ended = self.uri.socket_path is not None and all(
+            connection.peer_closed for connection in self._connections
+        )
+        blamed = min(
+            (each.blamed for each in self._connections if each.blamed is not None),
+            key=_cookie,
+            default=None,
+        )
+        sent = next(self._cookies) - self._first_cookie - 1
+        unanswered = self._take_unanswered()
+        self.session.lost(
+            trio.current_time(),
+            unanswered,
+            stale_possible=not ended,
+            answered=sent > len(unanswered),
+            blamed=blamed,
+        )
+        self._loop.turn.end()
+
+    async def _hang_up(self, timeout_s: float) -> None:
+        async with trio.open_nursery() as nursery:
+            for connection in self._connections:
+                if connection.alive:
+                    nursery.start_soon(connection.hang_up, timeout_s)
+
+    def _take_unanswered(self) -> list[Request]:
+        unanswered: list[Request] = []
+        for connection in self._connections:
+            unanswered += connection.transmission.unanswered()
+            connection.blamed = None
+        unanswered.sort(key=_cookie)
+        return unanswered
+
+    async def _reconnect(self) -> None:
+        while True:
+            await trio.sleep(self.session.next_delay_s())
+            try:
+                await self._establish()
+            except BridgeError as error:
+                if str(error) != self._last_failure:
+                    self._last_failure = str(error)
+                    _log.warning("cannot reconnect yet", reason=str(error))
+                continue
+            except Exception as error:
+                # A bug of ours must not take the disk away: it may be gone with what the server
+                # says next time.
+                if repr(error) != self._last_failure:
+                    self._last_failure = repr(error)
+                    _log.error("cannot reconnect yet: internal error", exc_info=error)
+                if self.session.phase is not Phase.UP:
+                    continue
+                for connection in self._connections:
+                    connection.close()
+                self._broken.set()
+                return
+            self._last_failure = ""
+            self.reconnects_total += 1
+            _log.info("reconnected", server=self.uri.server, generation=self.generation)
+            return
+
+    async def _watch(self) -> None:
+        """Deadlines of the session, and silent servers."""
+        options = self.options
+        tick_s = min(
+            _TICK_S,
+            *(
+                timeout_s / 4
+                for timeout_s in (options.request_timeout_s, options.reconnect_timeout_s)
+                if timeout_s
+            ),
+            _TICK_S,
+        )
+        while True:
+            if not self._wanted.is_set():
+                await self._wanted.wait()
+            now = trio.current_time()
+            self.session.tick(now)
+            self._loop.turn.end()
+            if options.request_timeout_s:
+                for connection in self._connections:
+                    if connection.alive and connection.stalled(now, options.request_timeout_s):
+                        connection.fail(
+                            ConnectionLost(
+                                f"no answer to a request for {options.request_timeout_s:g} s"
+                            )
+                        )
+            deadline = self.session.next_deadline_s()
+            wait_s = tick_s if deadline is None else min(tick_s, max(deadline - now, 0.001))
+            await trio.sleep(wait_s)
+
+
+async def _take_it(export: Export, submit: Callable[[Request], None]) -> str:
+    return ""
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> list[Listed]:
+    """The exports that the server names.
+
+    Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
+    """
+    negotiated = await negotiate(uri, options or ClientOptions(), Goal.LIST)
+    await leave(negotiated)
+    return negotiated.handshake.exports
+
+
+async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
+    """What the server offers, without using the export.
+
+    Takes `options.connect_timeout_s`; twice that where the server hesitates to give the export.
+    Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
+    """
+    options = options or ClientOptions()
+    try:
+        negotiated = await negotiate(uri, options, Goal.INFO)
+    except (ConfigError, ConnectionLost) as error:
+        if isinstance(error, Silent) and not error.about_export:
+            raise
+        found = None
+        with trio.move_on_after(options.connect_timeout_s):
+            found = await _in_use(uri, options)
+        if found is None:
+            raise
+        negotiated = found
+    await leave(negotiated)
+    if not negotiated.export.size_bytes:
+        # nbd-server 3.24 answers INFO with a size of 0, and knows better when it is to GO.
+        negotiated = await negotiate(uri, options, Goal.GO)
+        await leave(negotiated)
+    return negotiated.export
+
+
+async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
+    """Our plugin, and the volume is in use? It may be looked at read-only all the same."""
+    if not await _has_sessions(uri, options):
+        return None
+    try:
+        name = f"{uri.export_name}@readonly"
+        return await negotiate(uri, options, Goal.INFO, export_name=name)
+    except BridgeError:
+        return None
+
+
+async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
+    """The server is our plugin and has that export, says its list."""
+    try:
+        return "@" not in uri.export_name and await _is_listed_by_our_plugin(
+            uri, options, uri.export_name
+        )
+    except BridgeError:
+        return False
+
+
+async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions, volume: str) -> bool:
+    """The same; a server that does not list is not ours. Raises ConnectionLost."""
+    try:
+        listed = await list_exports(uri, options)
+    except (ConfigError, ProtocolError):
+        return False
+    return any(
+        each.description.startswith("nbd-bridge volume=") and each.name == (volume or each.name)
+        for each in listed
+    )
+
+
+def _cookie(request: Request) -> int:
+    return request.cookie
+
+
+__all__ = ["Client", "inspect", "list_exports"]

@@ -1,0 +1,140 @@
+"""The log: what it cannot write costs a line, and nothing else."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from bridge.app import logs
+from bridge.app.logs import DroppingStream
+
+_LIMIT_S = 20.0
+
+
+def note(count: int) -> str:
+    return f"dropped {count}\n"
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """(read end, write end) of one page."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    yield reader, writer
+    for fd in (reader, writer):
+        try:
+            os.close(fd)
+        except OSError:
+            continue
+
+
+def read_to_the_end(reader: int) -> list[str]:
+    """The lines that come out of the pipe before "the end"."""
+    data = b""
+    while not data.endswith(b"the end\n"):
+        data += os.read(reader, 65536)
+    return data.decode().splitlines()[:-1]
+
+
+def test_log_that_nobody_reads_is_dropped_and_counted_in_its_place(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_QUEUE_MAX_BYTES", 10_000)
+    reader, writer = pipe
+    stream = DroppingStream(writer, note)
+    total = 500
+
+    for number in range(total):
+        assert stream.write(f"{number:0100}\n") == 101
+
+    data, told, expected = b"", 0, 0
+    while expected < total:
+        data += os.read(reader, 4096)
+        *lines, data = data.split(b"\n")
+        for line in lines:
+            if line.startswith(b"dropped "):
+                told += int(line.split()[1])
+                expected += int(line.split()[1])
+            else:
+                assert int(line) == expected
+                expected += 1
+    assert expected == total
+    assert total / 2 < told < total
+
+
+def test_log_on_a_full_file_system_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    fd = os.open("/dev/full", os.O_WRONLY)
+    stream = DroppingStream(fd, note)
+    for _ in range(3):
+        stream.write("lost\n")
+    stream.drain(_LIMIT_S)
+    file = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, fd)
+
+    stream.write("kept\n")
+    stream.drain(_LIMIT_S)
+
+    assert (tmp_path / "log").read_text() == "dropped 3\nkept\n"
+    os.close(file)
+    os.close(fd)
+
+
+def test_log_whose_reader_is_gone_does_no_harm(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    stream = DroppingStream(writer, note)
+    os.close(reader)
+
+    stream.write("to nobody\n")
+    stream.write("to nobody\n")
+    stream.drain(_LIMIT_S)
+
+
+def test_log_that_others_made_non_blocking_loses_nothing(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    os.set_blocking(writer, False)
+    stream = DroppingStream(writer, note)
+
+    for number in range(1000):
+        stream.write(f"{number:0100}\n")
+    stream.write("the end\n")
+
+    assert [int(line) for line in read_to_the_end(reader)] == list(range(1000))
+
+
+def test_log_end_waits_only_its_time_for_a_reader(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    stream = DroppingStream(writer, note)
+    stream.write("x" * 10_000 + "the end\n")
+
+    stream.drain(0.001)  # It returns.
+
+    assert read_to_the_end(reader) == []
+
+
+def test_log_takes_what_is_no_utf8() -> None:
+    reader, writer = os.pipe()
+    stream = DroppingStream(writer, note)
+
+    stream.write("name \udcff\n")
+    stream.drain(_LIMIT_S)
+
+    assert os.read(reader, 100) == b"name \\udcff\n"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_log_value_that_cannot_be_shown_costs_the_value_only() -> None:
+    class Bad:
+        def __repr__(self) -> str:
+            raise ValueError
+
+    render = logs._or_plain(structlog.processors.JSONRenderer())
+
+    assert render(None, "info", {"event": "connected", "what": Bad()}) == (
+        "connected (cannot be logged in full: ValueError)"
+    )

@@ -1,0 +1,158 @@
+"""A whole back-end in this process: real device, real socket, a disk in memory below."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from bridge.datapath.loop import Loop
+from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.turn import Turn
+from bridge.guest.device import BlkDevice
+from bridge.guest.vhost_user.backend import serve
+from bridge.guest.vhost_user.listener import Listener
+from bridge.guest.virtio.blk_config import DiskGeometry
+from bridge.peers.guest import Guest
+from tests.tools import HUNG_S
+
+
+class MemoryTarget:
+    """A disk in memory that answers at once, or when it is told to (`hold`)."""
+
+    def __init__(self, turn: Turn, size_bytes: int, data: Any = None) -> None:
+        self._turn = turn
+        self.data = bytearray(size_bytes) if data is None else data
+        self.requests: list[tuple[int, int, int]] = []
+        self.hold = False
+        self.held: list[Request] = []
+        self.fail = 0
+
+    def submit(self, request: Request) -> None:
+        """See `Target`."""
+        self.requests.append((request.op, request.offset, request.length))
+        if self.hold:
+            self.held.append(request)
+        else:
+            self.execute(request)
+
+    def release(self) -> None:
+        """Answer what was held."""
+        self.hold = False
+        held, self.held = self.held, []
+        for request in held:
+            self.execute(request)
+
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        """Do nothing more of these."""
+        self.held = [each for each in self.held if not each.is_abandoned]
+
+    def execute(self, request: Request) -> None:
+        """Do it and finish it."""
+        start, end = request.offset, request.offset + request.length
+        assert 0 <= start <= end <= len(self.data)
+        if self.fail:
+            self._turn.finish(request, self.fail)
+            return
+        if request.op == READ:
+            for buffer in request.buffers:
+                buffer[:] = self.data[start : start + len(buffer)]
+                start += len(buffer)
+            assert start == end
+        elif request.op == WRITE:
+            self.data[start:end] = b"".join(request.buffers)
+            assert len(self.data) >= end
+        elif request.op in (DISCARD, WRITE_ZEROES):
+            self.data[start:end] = bytes(end - start)
+        elif request.op != FLUSH:
+            self._turn.finish(request, errno.EOPNOTSUPP)
+            return
+        self._turn.finish(request)
+
+
+@dataclass
+class Running:
+    """A back-end that runs."""
+
+    path: Path
+    device: BlkDevice
+    target: MemoryTarget
+    loop: Loop
+    scope: trio.CancelScope
+    connections: list[bool] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def running_backend(
+    directory: Path,
+    *,
+    size_bytes: int = 16 << 20,
+    max_queues: int = 4,
+    geometry: dict[str, Any] | None = None,
+    make_device: Callable[..., BlkDevice] = BlkDevice,
+    **options: Any,
+) -> AsyncIterator[Running]:
+    """A back-end that listens at `directory`/disk.sock until the block ends."""
+    loop = Loop(poll_us=0)
+    target = MemoryTarget(loop.turn, size_bytes)
+    device = make_device(
+        loop,
+        target,
+        DiskGeometry(
+            **{
+                "size_bytes": size_bytes,
+                "read_only": False,
+                "can_flush": True,
+                "can_discard": True,
+                "block_size_bytes": 512,
+                "min_io_bytes": 512,
+                "optimal_io_bytes": 0,
+            }
+            | (geometry or {})
+        ),
+        serial="test-disk",
+        max_queues=max_queues,
+        on_abandoned=target.abandoned,
+        **options,
+    )
+    path = directory / "disk.sock"
+    try:
+        with Listener.at_path(path) as listener:
+            async with trio.open_nursery() as nursery:
+                running = Running(path, device, target, loop, trio.CancelScope())
+
+                async def serving() -> None:
+                    with running.scope:
+                        await serve(device, listener, on_connected=running.connections.append)
+
+                nursery.start_soon(loop.run)
+                nursery.start_soon(device.run)
+                nursery.start_soon(serving)
+                with trio.fail_after(HUNG_S):
+                    yield running
+                running.scope.cancel()
+                await until(lambda: not running.connections or not running.connections[-1])
+                nursery.cancel_scope.cancel()
+    finally:
+        loop.close()
+
+
+@asynccontextmanager
+async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Running, Guest]]:
+    """A back-end and a guest that is connected to it with `options`."""
+    async with (
+        running_backend(directory) as backend,
+        await Guest.connect(backend.path, **options) as guest,
+    ):
+        yield backend, guest
+
+
+async def until(ready: Callable[[], object]) -> None:
+    """Let the other tasks run until `ready()`."""
+    while not ready():
+        await trio.sleep(0.001)

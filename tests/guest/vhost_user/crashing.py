@@ -1,0 +1,209 @@
+"""A back-end process that is killed between any two lines of the data path.
+
+`python -m tests.guest.vhost_user.crashing DIR` is a process that has everything imported and forks
+a back-end for every line that it reads. Each child serves DIR/disk.sock from DIR/image, and counts
+the lines of Python that it executes in the files of the data path once DIR/control says so; at
+the line that DIR/control names it kills itself (SIGKILL): whatever was stored by then is stored,
+nothing else is. So a test can stop a back-end at every single step of the in-flight protocol.
+
+`Zygote` is the test's side of it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+import trio
+
+from bridge.datapath.loop import Loop
+from bridge.datapath.request import Request
+from bridge.datapath.turn import Turn
+from bridge.guest.device import BlkDevice
+from bridge.guest.vhost_user.backend import serve
+from bridge.guest.vhost_user.listener import Listener
+from bridge.guest.virtio.blk_config import DiskGeometry
+from tests.guest.vhost_user.backends import MemoryTarget
+
+IMAGE_BYTES = 1 << 20
+TRACED = (
+    "bridge/guest/ring.py",
+    "bridge/guest/virtio/blk.py",
+    "bridge/guest/virtio/inflight.py",
+    "bridge/guest/virtio/inflight_packed.py",
+    "bridge/guest/virtio/packed_queue.py",
+    "bridge/guest/virtio/split_queue.py",
+)
+_WORDS = struct.Struct("=III")
+
+
+class Control:
+    """Three words in a shared file: counting is on, the line to die at, the lines so far."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 4096)
+        self.words = memoryview(self._map).cast("I")
+
+    def reset(self, kill_at: int) -> None:
+        """Count from 0, once `arm` is called; 0: never kill."""
+        self.words[0] = self.words[2] = 0
+        self.words[1] = kill_at
+
+    def arm(self) -> None:
+        """Count from now on."""
+        self.words[0] = 1
+
+    @property
+    def lines(self) -> int:
+        """Lines executed since `arm`."""
+        return self.words[2]
+
+
+class LateTarget(MemoryTarget):
+    """Executes at once, but answers later and in another order: half now, half a turn later."""
+
+    def __init__(self, turn: Turn, data: Any) -> None:
+        super().__init__(turn, len(data), data)
+        self._executed: list[Request] = []
+
+    def submit(self, request: Request) -> None:
+        """See `Target`."""
+        op, offset, length = request.op, request.offset, request.length
+        self.execute(Request(op, offset, length, request.buffers, lambda done: None))
+        if not self._executed:
+            self._turn.at_end(self._answer)
+        self._executed.append(request)
+
+    def _answer(self) -> None:
+        half = -(-len(self._executed) // 2)
+        executed, self._executed = self._executed, []
+        for request in reversed(executed[:half]):
+            self._turn.finish(request)
+        self._executed = executed[half:]
+        if self._executed:
+            self._turn.at_end(self._answer)
+
+
+def _trace(control: Control) -> Callable[[FrameType, str, Any], Any]:
+    words = control.words
+
+    def line(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line" and words[0]:
+            words[2] += 1
+            if words[2] == words[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return line
+
+    def call(frame: FrameType, event: str, argument: Any) -> Any:
+        return line if frame.f_code.co_filename.endswith(TRACED) else None
+
+    return call
+
+
+async def _serve(directory: Path, late: bool) -> None:
+    with (directory / "image").open("r+b") as file:
+        image = mmap.mmap(file.fileno(), IMAGE_BYTES)
+    loop = Loop(poll_us=0)
+    target = LateTarget(loop.turn, image) if late else MemoryTarget(loop.turn, IMAGE_BYTES, image)
+    geometry = DiskGeometry(
+        size_bytes=IMAGE_BYTES,
+        read_only=False,
+        can_flush=True,
+        can_discard=True,
+        block_size_bytes=512,
+        min_io_bytes=512,
+        optimal_io_bytes=0,
+    )
+    device = BlkDevice(loop, target, geometry, serial="crash", max_queues=2)
+    with Listener.at_path(directory / "disk.sock") as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            nursery.start_soon(device.run)
+            os.write(1, f"{os.getpid()}\n".encode())
+            await serve(device, listener)
+
+
+def _child(directory: Path, late: bool) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+    sys.settrace(_trace(Control(directory / "control")))
+    trio.run(_serve, directory, late)
+
+
+def main() -> None:
+    """Fork a back-end for each line on standard input; end with it."""
+    directory = Path(sys.argv[1])
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    children = []
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            try:
+                _child(directory, line.strip() == "late")
+            finally:
+                os._exit(1)
+        children.append(pid)
+
+
+class Zygote:
+    """Back-ends to be killed: `start` one, `wait_dead` for it or `kill` it."""
+
+    def __init__(self, directory: Path) -> None:
+        (directory / "image").write_bytes(bytes(IMAGE_BYTES))
+        (directory / "control").write_bytes(bytes(4096))
+        self.path = directory / "disk.sock"
+        self.control = Control(directory / "control")
+        with (directory / "image").open("r+b") as file:
+            self.image = mmap.mmap(file.fileno(), IMAGE_BYTES)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.guest.vhost_user.crashing", str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[3],
+        )
+        self._pidfd = -1
+
+    def start(self, *, late: bool, kill_at: int) -> None:
+        """Start a back-end; it listens when this returns."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self.control.reset(kill_at)
+        self._process.stdin.write(b"late\n" if late else b"at once\n")
+        self._process.stdin.flush()
+        pid = int(self._process.stdout.readline())
+        self._pidfd = os.pidfd_open(pid)
+
+    @property
+    def is_dead(self) -> bool:
+        """The back-end is no more."""
+        return bool(select.select([self._pidfd], [], [], 0)[0])
+
+    def kill(self) -> None:
+        """End the back-end, if it has not ended by itself."""
+        if self._pidfd >= 0:
+            if not self.is_dead:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                select.select([self._pidfd], [], [])
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def close(self) -> None:
+        """End everything."""
+        self.kill()
+        self._process.__exit__(None, None, None)
+
+
+if __name__ == "__main__":
+    assert threading.active_count() == 1
+    main()

@@ -1,0 +1,143 @@
+"""The socket's file: what may be there, what is refused, and how it goes away."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import ConfigError
+from bridge.guest.vhost_user.listener import Listener
+
+pytestmark = pytest.mark.usefixtures("no_fd_leak")
+
+
+def bound(path: Path, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """A socket bound at `path`."""
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.bind(str(path))
+    return sock
+
+
+def test_socket_has_mode_0600_whatever_the_umask_and_is_removed(short_dir: Path) -> None:
+    path = short_dir / "s"
+    before = os.umask(0)
+    try:
+        with Listener.at_path(path):
+            status = path.stat()
+            assert stat.S_ISSOCK(status.st_mode)
+            assert stat.S_IMODE(status.st_mode) == 0o600
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+    assert not path.exists()
+
+
+def test_dead_processs_socket_is_replaced(short_dir: Path) -> None:
+    path = short_dir / "s"
+    bound(path).close()
+    assert path.exists()
+
+    with Listener.at_path(path), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+def test_socket_that_is_listened_on_is_refused(short_dir: Path) -> None:
+    path = short_dir / "s"
+    with bound(path) as sock:
+        sock.listen()
+        with pytest.raises(ConfigError, match="another process listens"):
+            Listener.at_path(path)
+    assert path.exists()
+
+
+def test_socket_whose_backlog_is_full_is_refused(short_dir: Path) -> None:
+    path = short_dir / "s"
+    clients = []
+    with bound(path) as sock:
+        sock.listen(0)
+        for _ in range(3):
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            client.connect_ex(str(path))
+            clients.append(client)
+        with pytest.raises(ConfigError, match="another process listens"):
+            Listener.at_path(path)
+    for client in clients:
+        client.close()
+
+
+def test_datagram_socket_of_another_process_is_refused(short_dir: Path) -> None:
+    with bound(short_dir / "s", socket.SOCK_DGRAM), pytest.raises(ConfigError, match="another"):
+        Listener.at_path(short_dir / "s")
+
+
+def test_path_that_is_no_socket_is_refused_and_kept(short_dir: Path) -> None:
+    path = short_dir / "s"
+    path.write_text("precious")
+
+    with pytest.raises(ConfigError, match="is no socket"):
+        Listener.at_path(path)
+    with pytest.raises(ConfigError, match="is no socket"):
+        Listener.at_path(short_dir)
+    assert path.read_text() == "precious"
+
+
+def test_missing_directory_is_named(short_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"directory .*/nowhere does not exist"):
+        Listener.at_path(short_dir / "nowhere" / "s")
+
+
+def test_path_through_a_file_is_refused(short_dir: Path) -> None:
+    (short_dir / "f").write_text("")
+
+    with pytest.raises(ConfigError, match="cannot listen"):
+        Listener.at_path(short_dir / "f" / "s")
+
+
+def test_path_longer_than_a_socket_address_is_refused(short_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="longer than 107 bytes"):
+        Listener.at_path(short_dir / ("x" * 107))
+
+
+def test_file_that_somebody_else_put_there_is_not_removed(short_dir: Path) -> None:
+    path = short_dir / "s"
+    listener = Listener.at_path(path)
+    path.unlink()
+    with bound(path):
+        listener.close()
+        assert path.exists()
+
+
+def test_file_already_gone_at_the_end_is_no_error(short_dir: Path) -> None:
+    with Listener.at_path(short_dir / "s"):
+        (short_dir / "s").unlink()
+
+
+def test_passed_descriptor_that_is_no_unix_stream_socket_is_refused(short_dir: Path) -> None:
+    with (short_dir / "f").open("w") as file, pytest.raises(ConfigError, match="no socket"):
+        Listener.from_fd(file.fileno())
+    with socket.socket(socket.AF_INET) as sock:
+        with pytest.raises(ConfigError, match="no unix stream socket"):
+            Listener.from_fd(sock.fileno())
+        assert sock.getsockname()
+    with pytest.raises(ConfigError, match="no socket"):
+        Listener.from_fd(987654)
+
+
+def test_passed_descriptor_is_told_listening_from_connected(short_dir: Path) -> None:
+    sock = bound(short_dir / "s")
+    sock.listen()
+    with Listener.from_fd(sock.detach()) as listener:
+        assert not listener.is_connected
+    assert (short_dir / "s").exists()
+    ours, theirs = socket.socketpair()
+    with ours, Listener.from_fd(theirs.detach()) as listener:
+        assert listener.is_connected
+
+
+def test_directory_that_takes_no_socket_is_named() -> None:
+    with pytest.raises(ConfigError, match="cannot listen on socket path /proc/s"):
+        Listener.at_path("/proc/s")
