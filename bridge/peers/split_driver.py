@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from bridge.guest.virtio.fence import fence
+from bridge.datapath.fence import fence
 
 NEXT = 1
 WRITE = 2

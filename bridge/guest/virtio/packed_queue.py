@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.chain import (
     DESC_INDIRECT,
@@ -29,7 +30,6 @@ from bridge.guest.virtio.chain import (
     request_chain,
     resolve,
 )
-from bridge.guest.virtio.fence import WEAK_ORDER, fence
 from bridge.guest.virtio.long_chains import LongChains
 from bridge.guest.virtio.memory import BadAddress, GuestMemory
 from bridge.guest.virtio.queue import RingAreas

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 
+from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.guest.virtio.chain import (
     DESC_INDIRECT,
     DESC_NEXT,
@@ -28,7 +29,6 @@ from bridge.guest.virtio.chain import (
     resolve,
     unpack_header,
 )
-from bridge.guest.virtio.fence import WEAK_ORDER, fence
 from bridge.guest.virtio.long_chains import LongChains
 from bridge.guest.virtio.memory import BadAddress, GuestMemory, Region
 from bridge.guest.virtio.queue import RingAreas

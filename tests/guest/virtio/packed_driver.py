@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from bridge.guest.virtio.fence import fence
+from bridge.datapath.fence import fence
 from bridge.guest.virtio.packed_queue import DESC_AVAIL, DESC_USED
 from bridge.peers.split_driver import NEXT, Buffer
 
