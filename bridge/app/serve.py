@@ -88,6 +88,8 @@ class ServeOptions:
     drain_timeout_s: float = 30.0
     """How long the guest's rings may take to stop, and what it wrote to get to the server then."""
     withheld_features: int = 0
+    usual: bool = True
+    """The usual case of a turn goes its own way (see `datapath.usual`); for tests."""
     client: ClientOptions = field(default_factory=ClientOptions)
     cache: CacheSettings = field(default_factory=CacheSettings)
 
@@ -135,7 +137,13 @@ async def _serve(
     nursery.start_soon(storage.run)
     # A cache has a flush timer of its own.
     interval_s = options.flush_interval_s if options.cache.mode == OFF else 0
-    disk = Disk(storage.backend, turn=loop.turn, flush_interval_s=interval_s, now=trio.current_time)
+    disk = Disk(
+        storage.backend,
+        turn=loop.turn,
+        flush_interval_s=interval_s,
+        now=trio.current_time,
+        usual=options.usual,
+    )
     nursery.start_soon(disk.run_flush_timer)
     geometry = disk_geometry(export, options)
 
@@ -176,6 +184,7 @@ async def _serve(
         disk,
         geometry,
         hits=disk.hits,
+        usual=disk.usual,
         serial=options.serial or default_serial(export),
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,

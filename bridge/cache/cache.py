@@ -35,6 +35,7 @@ from bridge.cache.slots import Slots
 from bridge.cache.store import Store
 from bridge.cache.upstream import Backend, Stats
 from bridge.cache.writeback import Writeback
+from bridge.datapath.cells import Resident
 from bridge.datapath.durability import Kept
 from bridge.datapath.request import (
     BLOCK_STATUS,
@@ -123,6 +124,8 @@ class Cache:
         self._data = index.data
         self._open_blocks = self._store.open_blocks
         self._touched = evictor.touched
+        self.resident = _resident(index, evictor, self._store)
+        """What the usual case of a turn serves by itself."""
         self._adopt(self._load(skip_damaged=skip_damaged))
 
     def _load(self, *, skip_damaged: bool) -> list[int]:
@@ -206,6 +209,11 @@ class Cache:
         self._touched[slot] = UP[self._touched[slot]]
         self.stats.write_hits += 1
         return True
+
+    def count_hits(self, reads: int, writes: int) -> None:
+        """So many were served out of `resident`."""
+        self.stats.read_hits += reads
+        self.stats.write_hits += writes
 
     def submit_slowly(self, request: Request) -> None:
         """The same as `submit`, for a request that was found to be no hit."""
@@ -413,3 +421,20 @@ class Cache:
             if clean:
                 self._slots.drop(slot, clean)
         return before - index.valid_blocks
+
+
+def _resident(index: Index, evictor: Evictor, store: Store) -> Resident:
+    """The flat state of these parts, for `datapath.usual`."""
+    resident = Resident()
+    resident.granule_shift = index.granule_shift
+    resident.block_shift = index.block_shift
+    resident.bucket_mask = index.bucket_mask
+    resident.head = index.head
+    resident.granule_of = index.granule_of
+    resident.ready = index.ready
+    resident.open = index.open
+    resident.data = index.data
+    resident.touched = evictor.touched
+    resident.up = UP
+    resident.open_blocks = store.open_blocks
+    return resident

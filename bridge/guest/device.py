@@ -33,6 +33,7 @@ import trio
 
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, UNASKED, Hits, Request, Target
+from bridge.datapath.rows import Usual
 from bridge.errors import LeftBehind, ProtocolError
 from bridge.guest.ring import RunningRing
 from bridge.guest.ring_setup import make_queue, ring_areas, written_areas
@@ -81,6 +82,7 @@ class BlkDevice:
         *,
         serial: str,
         hits: Hits | None = None,
+        usual: Usual | None = None,
         max_queues: int = 1,
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
@@ -99,7 +101,8 @@ class BlkDevice:
         gets what that one remembered (see `remember_durability`); `on_fresh_guest` when one comes
         that has not. Either is called before the first ring runs.
 
-        `hits`: what can be asked before `target`. `on_abandoned(requests)` is told of requests
+        `hits`: what can be asked before `target`; `usual`: what rings may ask before they pop a
+        chain. `on_abandoned(requests)` is told of requests
         that were abandoned (`Request.abandon`), right after that.
 
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
@@ -122,6 +125,7 @@ class BlkDevice:
             self._config,
             target,
             hits=hits,
+            usual=usual,
             serial=serial,
             fault=self._guest_fault,
             turn=loop.turn,

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
+from bridge.datapath.cells import NEXT_AVAIL, Queue
 from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
 from bridge.errors import ProtocolError
 from bridge.guest.eventfds import writer
@@ -53,6 +54,11 @@ class RunningRing:
         self._queue = queue
         self._push = queue.push  # bound once
         self._engine = engine
+        self._usual = engine.usual
+        self._flat: Queue | None = None
+        """The queue, if it takes part in the usual case (see `rows`)."""
+        self._takes = False
+        """Usual chains are taken from it. Not while the dirty log is on."""
         self._broken = broken
         self._suspended = False
         self._stopping = False
@@ -70,6 +76,9 @@ class RunningRing:
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
+        if self._usual is not None and isinstance(queue, Queue) and self._usual.enter(queue, self):
+            self._flat = queue
+            self._takes = True
         loop.add_poller(self)
         if not held:
             self._start_recovered()
@@ -87,16 +96,35 @@ class RunningRing:
         """Start every request that the guest has made available; True if there was one."""
         if not self._popping:
             return False
+        taken = self._take_usual() if self._takes else 0
+        if taken < 0:
+            return True
         try:
             chains = self._queue.pop()
         except QueueBroken as error:
             self._break(str(error))
             return True
         if not chains:
-            return False
+            return taken > 0
         self.requests += len(chains)
         self._engine.start(self, chains)
         return True
+
+    def _take_usual(self) -> int:
+        """The usual case: everything up to the first chain that is not usual. How many chains that
+        were, -1 if there are no others."""
+        usual, queue = self._usual, self._flat
+        assert usual is not None
+        assert queue is not None
+        if self._queue.long.views:
+            return 0  # They are counted, and some may have to wait.
+        taken = usual.take(queue, self._engine.limits)
+        if not taken:
+            return 0
+        self.requests += taken
+        if usual.answers_at_once and not self._publishing:
+            self.publish_later()
+        return -1 if queue.avail[1] == queue.cells[NEXT_AVAIL] else taken
 
     def _complete(self, chain: Chain, status: int, length: int) -> None:
         """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
@@ -105,8 +133,23 @@ class RunningRing:
             status_view[status_at] = status
         self._push(head, length)
         if not self._publishing:
+            self.publish_later()
+
+    def publish_later(self) -> None:
+        """Publish what was pushed at the end of this turn."""
+        if not self._publishing:
             self._publishing = True
             self._turn.at_end(self._publish)
+
+    def adopt(self, head: int, row: tuple[int, ...]) -> BlkRequest:
+        """See rows.RowOwner."""
+        assert self._flat is not None
+        return self._engine.adopt(self, head, row, self._flat.views)
+
+    def _adopt_all(self) -> None:
+        """What is in flight becomes requests."""
+        if self._usual is not None:
+            self._usual.adopt_all()
 
     def _complete_logged(self, chain: Chain, status: int, length: int) -> None:
         """The same while the memory is being migrated: what was written is marked."""
@@ -198,6 +241,8 @@ class RunningRing:
 
     def set_log(self, log: DirtyLog | None) -> None:
         """Mark what is written from now on in `log`, including for what is in flight."""
+        self._adopt_all()
+        self._takes = self._flat is not None and log is None
         self._log = log
         self.complete = self._complete if log is None else self._complete_logged
 
@@ -272,6 +317,7 @@ class RunningRing:
     def move(self, memory: GuestMemory, areas: RingAreas | None) -> None:
         """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
         and is broken."""
+        self._adopt_all()
         if areas is not None:
             self._queue.use_memory(memory, areas)
         elif not self.is_broken:
@@ -298,6 +344,10 @@ class RunningRing:
                 self._log.mark_ring()
         self.complete = _forget
         self._engine.abandon(self._engine.unanswered(self))
+        if self._usual is not None and self._flat is not None:
+            self._usual.leave(self._flat)
+            self._takes = False
+            self._flat = None
         self._queue.long.leave()
         self._call_fd = None
         self._error_fd = None

@@ -19,7 +19,6 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from itertools import count
 from typing import Final
 
 import structlog
@@ -27,6 +26,7 @@ import trio
 
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import Request
+from bridge.datapath.rows import Rows, sent_at
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Connection, Negotiated, Silent, leave, negotiate
@@ -59,9 +59,10 @@ class Client:
         used, "" if it may. Reads that are submitted to what comes with it go to that server."""
         self._loop = loop
         self._connections: list[Connection] = []
-        self._cookies = count(1)
-        self._first_cookie = 0
-        """What was sent on the present connections has later ones."""
+        self.rows = Rows()
+        """The guest's requests in flight that were sent in the usual way."""
+        self._first_sent = 0
+        """The number of the first command that was sent on the present connections."""
         self._broken = trio.Event()
         self._run_scope = trio.CancelScope()
         self._closing = False
@@ -244,7 +245,7 @@ class Client:
                         self._loop,
                         lost=self._lost,
                         generation=generation,
-                        cookies=self._cookies,
+                        rows=self.rows,
                     )
                 )
         except OSError as error:
@@ -262,7 +263,7 @@ class Client:
         if generation > 1:
             await self._examine(export, connections)
         self._connections = connections
-        self._first_cookie = next(self._cookies)
+        self._first_sent = self.rows.sequence
         self.session.established(trio.current_time(), export, connections)
         self._loop.turn.end()
 
@@ -407,10 +408,10 @@ class Client:
         )
         blamed = min(
             (each.blamed for each in self._connections if each.blamed is not None),
-            key=_cookie,
+            key=sent_at,
             default=None,
         )
-        sent = next(self._cookies) - self._first_cookie - 1
+        sent = self.rows.sequence - self._first_sent
         unanswered = self._take_unanswered()
         self.session.lost(
             trio.current_time(),
@@ -432,7 +433,7 @@ class Client:
         for connection in self._connections:
             unanswered += connection.transmission.unanswered()
             connection.blamed = None
-        unanswered.sort(key=_cookie)
+        unanswered.sort(key=sent_at)
         return unanswered
 
     async def _reconnect(self) -> None:
@@ -569,10 +570,6 @@ async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions, volume: 
         each.description.startswith("nbd-bridge volume=") and each.name == (volume or each.name)
         for each in listed
     )
-
-
-def _cookie(request: Request) -> int:
-    return request.cookie
 
 
 __all__ = ["Client", "inspect", "list_exports"]

@@ -18,14 +18,15 @@ import ssl
 import stat
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 from typing import Final
 
 import structlog
 import trio
 
+from bridge.datapath.cells import ROWS, Channel
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.rows import Rows
 from bridge.datapath.turn import Turn
 from bridge.errors import BridgeError, CertificateWanted, ConfigError, ConnectionLost, ProtocolError
 from bridge.server import tls
@@ -324,7 +325,7 @@ class Connection:
         *,
         lost: Callable[[Connection, BridgeError], None],
         generation: int = 1,
-        cookies: count[int] | None = None,
+        rows: Rows | None = None,
     ) -> None:
         self._sock = negotiated.sock
         self._tls = isinstance(self._sock, ssl.SSLSocket)
@@ -352,9 +353,7 @@ class Connection:
         """The connection ended because the peer's end was closed (or a reset says so)."""
         self.blamed: Request | None = None
         """The command that may have made the server hang up."""
-        self.transmission = Transmission(
-            self.export, loop.turn, generation=generation, cookies=cookies
-        )
+        self.transmission = Transmission(self.export, loop.turn, generation=generation, rows=rows)
         loop.add(self._fd, self._on_event, EPOLLIN)
         if negotiated.handshake.trailing_data():
             self._fail(ProtocolError("the server talked before it was asked"))
@@ -369,12 +368,17 @@ class Connection:
     @property
     def in_flight(self) -> int:
         """See session.Channel."""
-        transmission = self.transmission
-        return len(transmission.pending) + len(transmission.refused) + len(transmission.early)
+        return self.transmission.in_flight
+
+    @property
+    def flat(self) -> Channel | None:
+        """See session.Channel."""
+        return self.transmission if self.transmission.takes_rows else None
 
     def changes(self) -> list[Request]:
         """See session.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
+        transmission.adopt_all()
         unfinished = (*transmission.pending.values(), *transmission.early)
         return [request for request in unfinished if request.op in _CHANGES]
 
@@ -388,6 +392,7 @@ class Connection:
         never answered beside such a command gets ten times as long.
         """
         transmission = self.transmission
+        transmission.adopt_all()
         pending = transmission.pending
         oldest = next(iter(pending), 0)
         received = transmission.received_bytes
@@ -425,6 +430,11 @@ class Connection:
     def send(self, request: Request) -> None:
         """Send `request` at the end of this turn."""
         self.transmission.start(request)
+        if not self._queued:
+            self.flush_later()
+
+    def flush_later(self) -> None:
+        """Send the output at the end of this turn."""
         if not self._queued:
             self._queued = True
             self._loop.turn.at_end(self.flush_output)
@@ -602,6 +612,7 @@ class Connection:
         Not when the server wants to be left, nor when the network or its silence ends it.
         """
         if self.alive and not self.leaving:
+            self.transmission.adopt_all()
             self.blamed = next(iter(self.transmission.pending.values()), None)
 
     def _fail_unexpectedly(self, error: Exception) -> None:
@@ -632,6 +643,7 @@ class Connection:
         if not self.alive:
             return
         self.alive = False
+        self.transmission.retire()
         self._loop.remove(self._fd)
         self._sock.close()
         self._unsent = []
@@ -648,7 +660,8 @@ class Connection:
 
     def _check_idle(self) -> None:
         transmission = self.transmission
-        busy = transmission.pending or self._unsent or transmission.output
+        rows = transmission.cells[ROWS]
+        busy = rows or transmission.pending or self._unsent or transmission.output
         if self._idle is not None and not (self.alive and busy):
             self._idle.set()
 

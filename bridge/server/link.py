@@ -52,6 +52,14 @@ from typing import Final, Protocol
 
 import structlog
 
+from bridge.datapath.cells import (
+    ALIGN_MASK,
+    MAX_READ_BYTES,
+    MAX_WRITE_BYTES,
+    SIZE_BYTES,
+    Link,
+)
+from bridge.datapath.cells import Channel as FlatChannel
 from bridge.datapath.durability import BEFORE, Told
 from bridge.datapath.request import (
     BLOCK_STATUS,
@@ -109,6 +117,13 @@ class Channel(Protocol):
     @property
     def in_flight(self) -> int:
         """How many commands it has not answered."""
+
+    @property
+    def flat(self) -> FlatChannel | None:
+        """Itself, where the usual case may put commands into its output; None: it may not."""
+
+    def flush_later(self) -> None:
+        """Send the output at the end of this turn."""
 
     def changes(self) -> list[Request]:
         """The commands that change the export and are not finished."""
@@ -173,7 +188,9 @@ class Session:
         """The FLUSH that has no answer yet."""
         self._flushing_epoch = 0
         self._fail_errno = errno.EIO
-        # Limits of the fast path in `submit`; 0 sends everything the slow way.
+        self.link = Link()
+        """Where usual commands go, and the limits of the fast path in `submit`: 0 sends everything
+        the slow way."""
         self._size_bytes = 0
         self._max_read = 0
         self._max_write = 0
@@ -537,7 +554,10 @@ class Session:
     def _choose_channel(self) -> None:
         """After everything that decides where commands go."""
         alone = self.phase is Phase.UP and not self._on_trial and len(self._channels) == 1
-        self._channel = self._channels[0] if alone else None
+        self._channel = channel = self._channels[0] if alone else None
+        self.link.channel = channel.flat if channel is not None else None
+        if channel is not None:
+            self.link.flush_later = channel.flush_later
 
     # Phases.
 
@@ -594,6 +614,9 @@ class Session:
         slow = self._ordered or self._held or self._outlived
         fast = not (slow or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
+        limits = self.link.cells
+        limits[MAX_READ_BYTES], limits[MAX_WRITE_BYTES] = self._max_read, self._max_write
+        limits[SIZE_BYTES], limits[ALIGN_MASK] = self._size_bytes, self._align_mask
 
     def _judge_unflushed(self, export: Export) -> None:
         """Whether what the old connection answered may be gone (a flush must not vouch for it)."""

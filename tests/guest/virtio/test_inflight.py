@@ -62,8 +62,8 @@ class Split:
             region=life.watch(self.region),
             n_entries=SIZE,
         )
-        queue._used = life.watch(queue._used)
-        queue._used_elements = life.watch(queue._used_elements)
+        queue.used = life.watch(queue.used)
+        queue.elements = life.watch(queue.elements)
         return queue
 
     def poll(self) -> list[int]:
