@@ -24,7 +24,6 @@ from bridge.datapath.cells import (
     ROW,
     ROW_BYTES,
     ROW_COOKIE,
-    ROW_WORDS,
     ROWS,
     SEQUENCE_MASK,
     SIZE,
@@ -41,7 +40,7 @@ from bridge.datapath.cells import (
 from bridge.datapath.request import Request
 from bridge.datapath.usual import take_commands, take_hits
 
-_CHANNEL_AT: Final = 5
+_CHANNEL_AT: Final = 4
 """In a row: see `ROW`."""
 _LAST_SEQUENCE: Final = SEQUENCE_MASK - MAX_HEADS
 """From here on there are no more rows: the next batch might not have numbers that fit."""
@@ -58,7 +57,7 @@ class Rows:
     """See the module's text."""
 
     def __init__(self) -> None:
-        self.cells: Cells = cells(1)
+        self.cells: Cells[int] = cells(1)
         """The number of the next command, of rows and requests alike."""
         self.cells[0] = 1
         self.queues: list[Queue | None] = [None] * MAX_QUEUES
@@ -113,7 +112,7 @@ class Rows:
             cookie
             for queue in self.queues
             if queue is not None
-            for cookie in queue.row_words[::ROW_WORDS]
+            for cookie in queue.cookies
             if cookie
         )
         by_channel: dict[int, list[Request]] = {}
@@ -134,7 +133,7 @@ class Rows:
         if not cookie & ROW_COOKIE or queue is None or head >= queue.cells[SIZE]:
             return None
         row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
-        if row[0] != cookie or row[_CHANNEL_AT] != channel.number:
+        if queue.cookies[head] != cookie or row[_CHANNEL_AT] != channel.number:
             return None
         channel.cells[ROWS] -= 1
         return self._adopt(cookie)[1]
@@ -146,8 +145,8 @@ class Rows:
         assert queue is not None
         assert queue.owner is not None
         row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
-        queue.row_words[ROW_WORDS * head] = 0
-        request: Request = queue.owner.adopt(head, row)
+        queue.cookies[head] = 0
+        request: Request = queue.owner.adopt(head, cookie, row)
         request.cookie = cookie
         self.adopted_total += 1
         return row[_CHANNEL_AT], request
@@ -187,7 +186,7 @@ class Usual(Protocol):
     answers_at_once: bool
     """What is served is pushed, and to be published at the end of this turn."""
 
-    def take(self, queue: Queue, disk: Cells) -> int:
+    def take(self, queue: Queue, disk: Cells[int]) -> int:
         """Serve what `queue` has available up to the first chain that is not usual; how many."""
 
     def enter(self, queue: Queue, owner: RowOwner) -> bool:
@@ -219,7 +218,7 @@ class FromCache:
         self._counted = counted
         self._wrote = wrote
 
-    def take(self, queue: Queue, disk: Cells) -> int:
+    def take(self, queue: Queue, disk: Cells[int]) -> int:
         """See `Usual`."""
         reads, writes = take_hits(queue, disk, self._cache)
         taken = reads + writes
@@ -258,7 +257,7 @@ class ToServer:
         """See `Usual`."""
         return self._rows.cells[0]
 
-    def take(self, queue: Queue, disk: Cells) -> int:
+    def take(self, queue: Queue, disk: Cells[int]) -> int:
         """See `Usual`."""
         link, rows = self._link, self._rows
         channel = link.channel

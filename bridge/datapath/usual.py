@@ -52,7 +52,6 @@ from bridge.datapath.cells import (
     ROW,
     ROW_BYTES,
     ROW_COOKIE,
-    ROW_WORDS,
     ROWS,
     SIGNAL_ANYWAY,
     SIZE,
@@ -110,11 +109,12 @@ def available(queue: Queue) -> int:
     return count
 
 
-def usual_chain(queue: Queue, head: int) -> UsualChain | None:
+def usual_chain(queue: Queue, head: int, mask: int, base: int, size: int) -> UsualChain | None:
     """The chain at `head`, if it is the usual one: header of 16 bytes, data, status of one byte, in
-    three descriptors of the table or of an indirect one; None: it is something else."""
-    regions = queue.regions
-    base, size = regions[0], regions[1]  # The largest one has most of them.
+    three descriptors of the table or of an indirect one; None: it is something else.
+
+    `mask`: of heads. `base` and `size` are of region 0, the largest, which has most of them.
+    """
     address, length, flags, following = _unpack_descriptor(queue.descriptors, head << 4)
     if flags == _INDIRECT:
         if length != 48 or not queue.cells[INDIRECT]:
@@ -130,7 +130,6 @@ def usual_chain(queue: Queue, head: int) -> UsualChain | None:
         if following != 1 or last != 2:
             return None
     else:
-        mask = queue.cells[SIZE] - 1
         if flags != _NEXT or following > mask:
             return None
         data, data_bytes, way, last = _unpack_descriptor(queue.descriptors, following << 4)
@@ -166,7 +165,7 @@ def region_of(queue: Queue, address: int, length: int) -> tuple[int, int]:
     return -1, 0
 
 
-def take_hits(queue: Queue, disk: Cells, cache: Resident) -> tuple[int, int]:
+def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int]:
     """Serve chains from the cache up to the first one that is unusual or no hit; how many reads and
     how many writes that were."""
     count = available(queue)
@@ -176,6 +175,7 @@ def take_hits(queue: Queue, disk: Cells, cache: Resident) -> tuple[int, int]:
     mask = state[SIZE] - 1
     first = state[NEXT_AVAIL]
     used = state[NEXT_USED]
+    base, size = queue.regions[0], queue.regions[1]
     avail, elements, views = queue.avail, queue.elements, queue.views
     tracked, words, halves = queue.tracked, queue.tracked_words, queue.tracked_halves
     pushed, n_pushed = queue.pushed, state[PUSHED]
@@ -199,7 +199,7 @@ def take_hits(queue: Queue, disk: Cells, cache: Resident) -> tuple[int, int]:
         head = avail[2 + (first + served & mask)]
         if head > mask:
             break
-        chain = usual_chain(queue, head)
+        chain = usual_chain(queue, head, mask, base, size)
         if chain is None:
             break
         type_, sector, data_region, data_at, length, status_region, status_at = chain
@@ -254,7 +254,7 @@ def take_hits(queue: Queue, disk: Cells, cache: Resident) -> tuple[int, int]:
 
 
 def take_commands(
-    queue: Queue, disk: Cells, link: Link, channel: Channel, rows: Rows
+    queue: Queue, disk: Cells[int], link: Link, channel: Channel, rows: Rows
 ) -> tuple[int, int]:
     """Make commands of chains up to the first one that is unusual; how many reads and how many
     writes that were."""
@@ -264,7 +264,8 @@ def take_commands(
     state, limits = queue.cells, link.cells
     mask = state[SIZE] - 1
     first = state[NEXT_AVAIL]
-    avail, views, row_table, row_words = queue.avail, queue.views, queue.rows, queue.row_words
+    base, size = queue.regions[0], queue.regions[1]
+    avail, views, row_table, cookies = queue.avail, queue.views, queue.rows, queue.cookies
     tracked, words, counter = queue.tracked, queue.tracked_words, state[COUNTER]
     output, number = channel.output, channel.number
     capacity_bytes = min(disk[CAPACITY_BYTES], limits[SIZE_BYTES])
@@ -278,9 +279,9 @@ def take_commands(
     taken = writes = long_reads = 0
     while taken < count:
         head = avail[2 + (first + taken & mask)]
-        if head > mask or row_words[ROW_WORDS * head]:
+        if head > mask or cookies[head]:
             break  # No such head, or it is in flight already.
-        chain = usual_chain(queue, head)
+        chain = usual_chain(queue, head, mask, base, size)
         if chain is None:
             break
         type_, sector, data_region, data_at, length, status_region, status_at = chain
@@ -295,8 +296,9 @@ def take_commands(
             words[3 + 2 * head] = counter
             counter += 1
             tracked[16 + 16 * head] = 1
+        cookies[head] = cookie
         _pack_row(
-            *(row_table, ROW_BYTES * head, cookie, offset, data_at, status_at, length, number),
+            *(row_table, ROW_BYTES * head, offset, data_at, status_at, length, number),
             *(data_region, status_region, type_),
         )
         output.append(_pack_command(0x25609513, 0, type_, cookie, offset, length))
@@ -326,9 +328,9 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
     """
     staging, structured, number = channel.staging, channel.structured, channel.number
     queue: Queue | None = None
-    state = halves = pushed = elements = row_words = channel.cells
+    state = pushed = cookies = channel.cells
     table, views = bytearray(), [staging]
-    tracked = staging
+    tracked = halves = elements = staging
     current = -1
     used = mask = last_head = n_pushed = answered = 0
     total = writes = long_reads = 0
@@ -346,17 +348,17 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
             queue = rows.queues[current]
             if queue is None:
                 break
-            state, table, row_words, views = queue.cells, queue.rows, queue.row_words, queue.views
+            state, table, cookies, views = queue.cells, queue.rows, queue.cookies, queue.views
             tracked, halves, pushed = queue.tracked, queue.tracked_halves, queue.pushed
             elements, mask, used = queue.elements, state[SIZE] - 1, state[NEXT_USED]
             last_head, n_pushed = state[LAST_HEAD], state[PUSHED]
         head = cookie & _HEAD_MASK
-        if head > mask:
+        if head > mask or cookies[head] != cookie:
             break
-        busy, offset, data_at, status_at, length, sent_on, data_region, status_region, op = (
-            _unpack_row(table, ROW_BYTES * head)
+        offset, data_at, status_at, length, sent_on, data_region, status_region, op = _unpack_row(
+            table, ROW_BYTES * head
         )
-        if busy != cookie or sent_on != number:
+        if sent_on != number:
             break
         if op == _OUT:
             if magic != 0x67446698 or error:
@@ -385,7 +387,7 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
             used_bytes = length + 1
             if length >= LONG_BYTES:
                 long_reads += 1
-        row_words[ROW_WORDS * head] = 0
+        cookies[head] = 0
         views[status_region][status_at] = 0
         if tracked:
             halves[11 + 8 * head] = last_head

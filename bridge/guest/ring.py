@@ -141,10 +141,10 @@ class RunningRing:
             self._publishing = True
             self._turn.at_end(self._publish)
 
-    def adopt(self, head: int, row: tuple[int, ...]) -> BlkRequest:
+    def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> BlkRequest:
         """See rows.RowOwner."""
         assert self._flat is not None
-        return self._engine.adopt(self, head, row, self._flat.views)
+        return self._engine.adopt(self, head, cookie, row, self._flat.views)
 
     def _adopt_all(self) -> None:
         """What is in flight becomes requests."""

@@ -18,6 +18,7 @@ from bridge.datapath.cells import (
     CAPACITY_BYTES,
     DISK_CELLS,
     MAY_WRITE,
+    Cells,
     cells,
     sequence_of,
 )
@@ -157,7 +158,7 @@ class BlkEngine:
         self._write_hit = hits.write_hit if hits is not None else _no_hit
         self._done = self._finish  # bound once
         self.usual = usual
-        self.limits = cells(DISK_CELLS)
+        self.limits: Cells[int] = cells(DISK_CELLS)
         """Of the disk, for what is usual: see there."""
         self._unanswered: dict[BlkRequest, int] = {}
         """What the target has and did not finish, and when it was popped, in a number that grows:
@@ -411,11 +412,16 @@ class BlkEngine:
         ring.complete(chain, status, _status_bytes(chain) if has_status else 0)
 
     def adopt(
-        self, ring: UsedRing, head: int, row: tuple[int, ...], views: list[memoryview]
+        self,
+        ring: UsedRing,
+        head: int,
+        cookie: int,
+        row: tuple[int, ...],
+        views: list[memoryview],
     ) -> BlkRequest:
         """The request that `start` would have made of a chain of `ring`, had it not been sent as
         `row` (see `cells.ROW`); `views` are the regions that it names."""
-        cookie, offset, data_at, status_at, length, _, data_region, status_region, op = row
+        offset, data_at, status_at, length, _, data_region, status_region, op = row
         buffers = [views[data_region][data_at : data_at + length]]
         status_view = views[status_region]
         sector = offset // SECTOR_BYTES

@@ -21,7 +21,6 @@ from bridge.datapath.cells import (
     NEXT_AVAIL,
     NEXT_USED,
     PUBLISHED,
-    ROW_WORDS,
     SIGNAL_ANYWAY,
     Queue,
     cells,
@@ -98,7 +97,7 @@ class SplitQueue(Queue):
 
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
         """See VirtQueue. There are no rows."""
-        assert not any(self.row_words[::ROW_WORDS])
+        assert not any(self.cookies)
         self.descriptors, available, used = areas
         self._memory = memory
         regions = sorted(memory.regions, key=lambda region: -region.size_bytes)

@@ -191,7 +191,7 @@ def test_short_cut_and_walk_agree(data: st.DataObject) -> None:
         guest.raw(0, table, 48, DESC_INDIRECT)
     queue = guest.queue
     assert isinstance(queue, SplitQueue)
-    short = usual_chain(queue, 0)
+    short = usual_chain(queue, 0, 7, queue.regions[0], queue.regions[1])
     if short is None:
         return
     type_, sector, data_region, data_at, length, status_region, status_at = short
