@@ -42,14 +42,16 @@ def cells(count: int) -> Cells[int]:
     LAST_HEAD,
     PUSHED,
     TOUCHED,
+    STOPPED,
     QUEUE_CELLS,
-) = range(14)
+) = range(15)
 """SIZE: entries of the ring. NEXT_AVAIL, NEXT_USED, PUBLISHED: free-running indexes of 16 bits, of
 the next chain to pop, of the next element to put, and the used index that the driver can see.
 IN_FLIGHT: chains popped and not pushed. SIGNAL_ANYWAY: call at the next publication. EVENT_IDX,
 INDIRECT: negotiated. NUMBER: of the queue, in cookies. COUNTER, LAST_HEAD, PUSHED: of the in-flight
 region; the number of the next chain, the head of the last batch, and how many chains were pushed
-since the last publication. TOUCHED: something was pushed by `usual.answers`."""
+since the last publication. TOUCHED: something was pushed by `usual.answers`. STOPPED: the last look
+at the available ring ended at a chain that is not usual."""
 
 ROW: Final = Struct("=QQQIIHHB3x")
 """Offset on the disk, where in its region the data is, where the

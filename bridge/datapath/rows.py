@@ -27,6 +27,7 @@ from bridge.datapath.cells import (
     ROWS,
     SEQUENCE_MASK,
     SIZE,
+    STOPPED,
     TOUCHED,
     Cells,
     Channel,
@@ -187,7 +188,8 @@ class Usual(Protocol):
     """What is served is pushed, and to be published at the end of this turn."""
 
     def take(self, queue: Queue, disk: Cells[int]) -> int:
-        """Serve what `queue` has available up to the first chain that is not usual; how many."""
+        """Serve what `queue` has available up to the first chain that is not usual, which its cell
+        STOPPED then tells of; how many."""
 
     def enter(self, queue: Queue, owner: RowOwner) -> bool:
         """Let `queue` take part; False if it cannot."""
@@ -261,9 +263,13 @@ class ToServer:
         """See `Usual`."""
         link, rows = self._link, self._rows
         channel = link.channel
-        if channel is None or channel.sending or channel.is_closed:
-            return 0
-        if rows.cells[0] > _LAST_SEQUENCE:
+        if (
+            channel is None
+            or channel.sending
+            or channel.is_closed
+            or rows.cells[0] > _LAST_SEQUENCE
+        ):
+            queue.cells[STOPPED] = 1
             return 0
         reads, writes = take_commands(queue, disk, link, channel, rows)
         taken = reads + writes

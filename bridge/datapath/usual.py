@@ -56,6 +56,7 @@ from bridge.datapath.cells import (
     SIGNAL_ANYWAY,
     SIZE,
     SIZE_BYTES,
+    STOPPED,
     TOUCHED,
     UNFLUSHED,
     Cells,
@@ -96,13 +97,14 @@ UsualChain = tuple[int, int, int, int, int, int, int]
 
 
 def available(queue: Queue) -> int:
-    """How many chains the driver has made available; 0 as well if that breaks the ring.
+    """How many chains the driver has made available; 0, and STOPPED, if that breaks the ring.
 
-    What it cannot know to be used is in flight, too (see `split_queue.SplitQueue.pop`).
+    What the driver cannot know to be used is in flight, too (see `split_queue.SplitQueue.pop`).
     """
     state = queue.cells
     count = queue.avail[1] - state[NEXT_AVAIL] & 0xFFFF
     if count + state[IN_FLIGHT] + (state[NEXT_USED] - state[PUBLISHED] & 0xFFFF) > state[SIZE]:
+        state[STOPPED] = 1
         return 0
     if WEAK_ORDER:
         fence()  # the ring's entries are read after its index
@@ -168,10 +170,8 @@ def region_of(queue: Queue, address: int, length: int) -> tuple[int, int]:
 def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int]:
     """Serve chains from the cache up to the first one that is unusual or no hit; how many reads and
     how many writes that were."""
-    count = available(queue)
-    if not count:
-        return 0, 0
     state = queue.cells
+    count = available(queue)
     mask = state[SIZE] - 1
     first = state[NEXT_AVAIL]
     used = state[NEXT_USED]
@@ -247,9 +247,12 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
         elements[(used & mask) << 1] = head
         used += 1
         served += 1
+    if served < count:
+        state[STOPPED] = 1
     state[NEXT_AVAIL] = first + served & 0xFFFF
     state[NEXT_USED] = used & 0xFFFF
-    state[PUSHED], state[COUNTER], state[LAST_HEAD] = n_pushed, counter, last_head
+    if tracked:
+        state[PUSHED], state[COUNTER], state[LAST_HEAD] = n_pushed, counter, last_head
     return served - writes, writes
 
 
@@ -258,10 +261,8 @@ def take_commands(
 ) -> tuple[int, int]:
     """Make commands of chains up to the first one that is unusual; how many reads and how many
     writes that were."""
-    count = available(queue)
-    if not count:
-        return 0, 0
     state, limits = queue.cells, link.cells
+    count = available(queue)
     mask = state[SIZE] - 1
     first = state[NEXT_AVAIL]
     base, size = queue.regions[0], queue.regions[1]
@@ -308,6 +309,8 @@ def take_commands(
         elif length >= LONG_BYTES:
             long_reads += 1
         taken += 1
+    if taken < count:
+        state[STOPPED] = 1
     state[NEXT_AVAIL] = first + taken & 0xFFFF
     state[IN_FLIGHT] += taken
     state[COUNTER] = counter

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
-from bridge.datapath.cells import NEXT_AVAIL, Queue
+from bridge.datapath.cells import NEXT_AVAIL, STOPPED, Queue
 from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
 from bridge.errors import ProtocolError
 from bridge.guest.eventfds import writer
@@ -79,6 +79,8 @@ class RunningRing:
         if self._usual is not None and isinstance(queue, Queue) and self._usual.enter(queue, self):
             self._flat = queue
             self._takes = True
+            self._take = self._usual.take  # bound once
+            self._answers_at_once = self._usual.answers_at_once
         loop.add_poller(self)
         if not held:
             self._start_recovered()
@@ -96,9 +98,21 @@ class RunningRing:
         """Start every request that the guest has made available; True if there was one."""
         if not self._popping:
             return False
-        taken = self._take_usual() if self._takes else 0
-        if taken < 0:
-            return True
+        taken = 0
+        flat = self._flat
+        if flat is not None:
+            state = flat.cells
+            if flat.avail[1] == state[NEXT_AVAIL]:
+                return False
+            if self._takes and not self._queue.long.views:  # Those are counted, and may wait.
+                state[STOPPED] = 0
+                taken = self._take(flat, self._engine.limits)
+                if taken:
+                    self.requests += taken
+                    if self._answers_at_once and not self._publishing:
+                        self.publish_later()
+                if not state[STOPPED]:
+                    return taken > 0
         try:
             chains = self._queue.pop()
         except QueueBroken as error:
@@ -109,22 +123,6 @@ class RunningRing:
         self.requests += len(chains)
         self._engine.start(self, chains)
         return True
-
-    def _take_usual(self) -> int:
-        """The usual case: everything up to the first chain that is not usual. How many chains that
-        were, -1 if there are no others."""
-        usual, queue = self._usual, self._flat
-        assert usual is not None
-        assert queue is not None
-        if self._queue.long.views:
-            return 0  # They are counted, and some may have to wait.
-        taken = usual.take(queue, self._engine.limits)
-        if not taken:
-            return 0
-        self.requests += taken
-        if usual.answers_at_once and not self._publishing:
-            self.publish_later()
-        return -1 if queue.avail[1] == queue.cells[NEXT_AVAIL] else taken
 
     def _complete(self, chain: Chain, status: int, length: int) -> None:
         """A request is finished with `length` bytes written (see `blk.UsedRing`)."""

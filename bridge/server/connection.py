@@ -23,7 +23,7 @@ from typing import Final
 import structlog
 import trio
 
-from bridge.datapath.cells import ROWS, Channel
+from bridge.datapath.cells import LONG_READS, ROWS, Channel
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.rows import Rows
@@ -524,7 +524,7 @@ class Connection:
                 self._push()
             if self.alive and events & ~EPOLLOUT:
                 self._receive_some()
-                if self.transmission.long_reads or self._unsent:
+                if self.transmission.cells[LONG_READS] or self._unsent:
                     # A long payload comes and goes in many pieces, one right after the other.
                     self._loop.linger()
                 if self.transmission.refused and not self.leaving:

@@ -125,11 +125,12 @@ class Server:
         """Answer the command at `index`; the bytes are not sent yet."""
         kind, _, cookie, offset, length, _ = self.commands.pop(index)
         if how == "error" or how == "shutdown":
-            self.outgoing += p.SIMPLE_REPLY.pack(
-                p.SIMPLE_REPLY_MAGIC, 108 if how == "shutdown" else 5, cookie
-            ) if kind != p.CMD_READ or not self.structured else p.CHUNK.pack(
-                p.STRUCTURED_REPLY_MAGIC, 1, p.REPLY_TYPE_ERROR, cookie, 6
-            ) + struct.pack(">IH", 108 if how == "shutdown" else 5, 0)
+            self.outgoing += (
+                p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 108 if how == "shutdown" else 5, cookie)
+                if kind != p.CMD_READ or not self.structured
+                else p.CHUNK.pack(p.STRUCTURED_REPLY_MAGIC, 1, p.REPLY_TYPE_ERROR, cookie, 6)
+                + struct.pack(">IH", 108 if how == "shutdown" else 5, 0)
+            )
         elif kind != p.CMD_READ:
             self.outgoing += p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie)
         elif not self.structured:
@@ -487,9 +488,9 @@ class Script:
 
     def _mend(self) -> None:
         """A connection that was lost is replaced some time."""
-        if not self.twins[0].connection.alive and self.rng.random() < 0.5:
-            self._both(Twin.settle_loss)
-        elif self.twins[0].connection.leaving and self.rng.random() < 0.5:
+        if (not self.twins[0].connection.alive and self.rng.random() < 0.5) or (
+            self.twins[0].connection.leaving and self.rng.random() < 0.5
+        ):
             self._both(Twin.settle_loss)
         if self.twins[0].ring is None and self.rng.random() < 0.5:
             self._both(Twin.start)
