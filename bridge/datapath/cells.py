@@ -137,7 +137,8 @@ not be durable when it is complete."""
 
 # Cells of a `Link`.
 MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, LINK_CELLS = range(5)
-"""What is sent as it comes: 0 bytes if nothing is. ALIGN_MASK: as BLOCK_MASK, of the server."""
+"""What is sent as it comes, at most `lanes.SMALL_BYTES`: 0 if nothing is. ALIGN_MASK: as BLOCK_MASK,
+of the server."""
 
 # Cells of a `Channel`.
 UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)

@@ -269,12 +269,10 @@ def take_commands(
     avail, views, row_table, cookies = queue.avail, queue.views, queue.rows, queue.cookies
     tracked, words, counter = queue.tracked, queue.tracked_words, state[COUNTER]
     output, number = channel.output, channel.number
-    capacity_bytes = min(disk[CAPACITY_BYTES], limits[SIZE_BYTES])
+    capacity_bytes, size_bytes = disk[CAPACITY_BYTES], limits[SIZE_BYTES]
     block_mask = disk[BLOCK_MASK] | limits[ALIGN_MASK]
-    max_bytes = (
-        min(limits[MAX_READ_BYTES], SMALL_BYTES),
-        min(limits[MAX_WRITE_BYTES], SMALL_BYTES) if disk[MAY_WRITE] else 0,
-    )
+    max_read_bytes = limits[MAX_READ_BYTES]
+    max_write_bytes = limits[MAX_WRITE_BYTES] if disk[MAY_WRITE] else 0
     name = ROW_COOKIE | state[NUMBER] << HEAD_BITS
     sequence = rows.cells[0]
     taken = writes = long_reads = 0
@@ -286,10 +284,16 @@ def take_commands(
         if chain is None:
             break
         type_, sector, data_region, data_at, length, status_region, status_at = chain
-        if length > max_bytes[type_] or sector > capacity_bytes >> _SECTOR_SHIFT:
+        if sector > capacity_bytes >> _SECTOR_SHIFT:
             break
         offset = sector << _SECTOR_SHIFT
-        if length > capacity_bytes - offset or (offset | length) & block_mask:
+        if (
+            length > (max_write_bytes if type_ else max_read_bytes)
+            or length > capacity_bytes - offset
+            or offset > size_bytes
+            or length > size_bytes - offset
+            or (offset | length) & block_mask
+        ):
             break
         cookie = name | sequence << NAME_BITS | head
         sequence += 1
@@ -313,7 +317,8 @@ def take_commands(
         state[STOPPED] = 1
     state[NEXT_AVAIL] = first + taken & 0xFFFF
     state[IN_FLIGHT] += taken
-    state[COUNTER] = counter
+    if tracked:
+        state[COUNTER] = counter
     rows.cells[0] = sequence
     channel.cells[ROWS] += taken
     if long_reads:
@@ -331,19 +336,17 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
     """
     staging, structured, number = channel.staging, channel.structured, channel.number
     queue: Queue | None = None
-    state = pushed = cookies = channel.cells
-    table, views = bytearray(), [staging]
-    tracked = halves = elements = staging
     current = -1
-    used = mask = last_head = n_pushed = answered = 0
-    total = writes = long_reads = 0
+    used = last_head = n_pushed = 0
+    answered = total = writes = long_reads = 0
     waits = False
     while end - start >= 16:
         magic, error, cookie = _unpack_reply(staging, start)
         if not cookie >> 63:
             break
         if (cookie & _NAME_MASK) >> HEAD_BITS != current:
-            if queue is not None:
+            if answered:
+                assert queue is not None
                 _pushed(queue, rows, used, answered, last_head, n_pushed)
                 total += answered
                 answered = 0
@@ -402,7 +405,8 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
         elements[slot + 1] = used_bytes
         used += 1
         answered += 1
-    if queue is not None and answered:
+    if answered:
+        assert queue is not None
         _pushed(queue, rows, used, answered, last_head, n_pushed)
         total += answered
     state = channel.cells
@@ -416,8 +420,6 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
 
 def _pushed(queue: Queue, rows: Rows, used: int, count: int, last_head: int, n_pushed: int) -> None:
     """`count` chains of `queue` were pushed, up to the index `used`."""
-    if not count:
-        return
     state = queue.cells
     state[NEXT_USED] = used & 0xFFFF
     state[IN_FLIGHT] -= count

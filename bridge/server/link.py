@@ -61,6 +61,7 @@ from bridge.datapath.cells import (
 )
 from bridge.datapath.cells import Channel as FlatChannel
 from bridge.datapath.durability import BEFORE, Told
+from bridge.datapath.lanes import SMALL_BYTES
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -615,7 +616,8 @@ class Session:
         fast = not (slow or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
         limits = self.link.cells
-        limits[MAX_READ_BYTES], limits[MAX_WRITE_BYTES] = self._max_read, self._max_write
+        limits[MAX_READ_BYTES] = min(self._max_read, SMALL_BYTES)
+        limits[MAX_WRITE_BYTES] = min(self._max_write, SMALL_BYTES)
         limits[SIZE_BYTES], limits[ALIGN_MASK] = self._size_bytes, self._align_mask
 
     def _judge_unflushed(self, export: Export) -> None:

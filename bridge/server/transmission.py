@@ -342,16 +342,14 @@ class Transmission(Channel):
             return
         more = True
         while more:
-            if self.cells[ROWS] and not self.sending and self._take_usual():
-                return
+            if self.cells[ROWS] and not self.sending:
+                rows = self._rows
+                self._start, waits = answers(self, rows, self._start, self._end)
+                if rows.touched:
+                    rows.publish_touched()
+                if waits or self._end - self._start < 16:
+                    return
             more = self._parse_structured() if self.structured else self._parse_simple()
-
-    def _take_usual(self) -> bool:
-        """The usual replies at the start of the staging buffer; True if there is nothing else."""
-        start, end = self._start, self._end
-        self._start, waits = answers(self, self._rows, start, end)
-        self._rows.publish_touched()
-        return waits or end - self._start < 16
 
     def _request_of(self, magic: int, cookie: int) -> Request:
         """The request of a reply that is not among those `pending`: of a row, whose reply is not

@@ -436,6 +436,8 @@ class Script:
         }
         self.seed = seed
         self.hostile = rng.random() < 0.3
+        self.calm = rng.random() < 0.6
+        """Nearly everything is usual."""
         self.twins = [Twin(usual=usual, **kind) for usual in (True, False)]
         self.free = list(range(SLOTS))
         self.spare = list(range(SLOTS, SLOTS + SPARE))
@@ -466,7 +468,7 @@ class Script:
         for _ in range(rng.choice([0, 1, 1, 2, 6, 12])):
             self._add()
         self._server()
-        if rng.random() < 0.12:
+        if rng.random() < (0.02 if self.calm else 0.12):
             self._control()
         self._turn()
 
@@ -488,9 +490,8 @@ class Script:
 
     def _mend(self) -> None:
         """A connection that was lost is replaced some time."""
-        if (not self.twins[0].connection.alive and self.rng.random() < 0.5) or (
-            self.twins[0].connection.leaving and self.rng.random() < 0.5
-        ):
+        connection = self.twins[0].connection
+        if (not connection.alive or connection.leaving) and self.rng.random() < 0.5:
             self._both(Twin.settle_loss)
         if self.twins[0].ring is None and self.rng.random() < 0.5:
             self._both(Twin.start)
@@ -548,10 +549,12 @@ class Script:
     def _chain(self, slot: int) -> tuple[list[tuple[int, int, int, int]], bytes]:
         """Descriptors, with the number of the next one in the chain, and the header."""
         rng = self.rng
-        type_ = rng.choice([0, 0, 0, 0, 1, 1, 1, 1, 4, 8, 13])
+        type_ = rng.choice([0, 1] if rng.random() < 0.9 or self.calm else [4, 8, 13])
         length = rng.choice([512, 4096, 4096, 4096, 8192, 0x9000, 0x10000, 0x11000])
+        if self.calm and rng.random() < 0.7:
+            length = 4096
         sector = rng.randrange(DISK_BYTES // 4096) * 8
-        if rng.random() < 0.1:
+        if rng.random() < (0.01 if self.calm else 0.1):
             sector = rng.choice([1, 2047, 2048, 1 << 55, (1 << 64) - 1, rng.randrange(2048)])
         data = HIGH + ROOM_BYTES * slot + rng.choice([0, 0, 512])
         if type_ == 13:
@@ -563,7 +566,7 @@ class Script:
         chain = [(HEADERS + 16 * slot, 16, 1, 1)]
         if type_ == 4:
             chain.append((STATUSES + slot, 1, 2, 0))
-        elif rng.random() < 0.1:
+        elif rng.random() < (0.02 if self.calm else 0.1):
             half = length // 2
             chain += [(data, half, 1 | way, 2), (data + half, length - half, 1 | way, 3)]
             chain.append((STATUSES + slot, 1, 2, 0))
@@ -588,9 +591,9 @@ class Script:
             if not commands:
                 break
             index = rng.randrange(len(commands)) if rng.random() < 0.5 else 0
-            odd = rng.random()
+            odd = rng.random() * (4 if self.calm else 1)
             how = "error" if odd < 0.02 else "chunks" if odd < 0.06 else "whole"
-            if odd > 0.998:
+            if 0.998 < odd < 1:
                 how = "shutdown"
             if commands[index][3] + commands[index][4] > DISK_BYTES:
                 how = "error"
