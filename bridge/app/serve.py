@@ -213,6 +213,7 @@ async def _serve(
             size_bytes=geometry.capacity_sectors * SECTOR_BYTES,
             read_only=geometry.read_only,
             cache=options.cache.mode,
+            engine=loop.engine.name,
         )
         try:
             await backend.serve(device, listener)

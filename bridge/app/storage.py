@@ -37,6 +37,7 @@ from bridge.cache.file.location import Found, Wanted
 from bridge.cache.sample import check_sample
 from bridge.datapath.deadlines import Deadlines
 from bridge.datapath.disk import Backend
+from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE_ZEROES, Request, Target
 from bridge.datapath.rows import FromCache, ToServer, Usual
@@ -394,14 +395,15 @@ class CachedBackend:
     can_flush = True
     in_flight = 0
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, engine: Engine = PURE_ENGINE) -> None:
         self._cache = cache
+        self._engine = engine
         self.hits = cache
         self.submit = cache.submit_slowly  # whoever submits has asked for a hit before
 
     def usual(self, wrote: Callable[[], None]) -> Usual | None:
         """See disk.Backend."""
-        return FromCache(self._cache.resident, self._cache.count_hits, wrote)
+        return FromCache(self._cache.resident, self._cache.count_hits, wrote, self._engine)
 
     @property
     def holds_writes(self) -> bool:
@@ -723,7 +725,9 @@ class Storage:
     @property
     def backend(self) -> Backend:
         """What the disk submits to. Only after `open`."""
-        return NbdBackend(self.client) if self._cache is None else CachedBackend(self._cache)
+        if self._cache is None:
+            return NbdBackend(self.client)
+        return CachedBackend(self._cache, self._loop.engine)
 
     async def run(self) -> None:
         """Look after the connection and the cache's deadlines, until cancelled."""

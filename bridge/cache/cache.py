@@ -437,4 +437,5 @@ def _resident(index: Index, evictor: Evictor, store: Store) -> Resident:
     resident.touched = evictor.touched
     resident.up = UP
     resident.open_blocks = store.open_blocks
+    resident.native = None
     return resident

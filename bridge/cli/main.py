@@ -123,6 +123,23 @@ def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool
         context.exit()
 
 
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from bridge.datapath.engine import description  # Only this needs it that early.
+
+        click.echo(f"nbd-bridge, version {__version__}, engine {description()}")
+        context.exit()
+
+
+_version_option = click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+
 _capabilities_option = option(
     "--print-capabilities",
     is_flag=True,
@@ -144,7 +161,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="nbd-bridge")
+@_version_option
 @_capabilities_option
 def nbd_bridge() -> None:
     """Give a virtual machine a disk that lives on a network block device.

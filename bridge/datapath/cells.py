@@ -17,6 +17,10 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Any, Final, Protocol
 
+ABI: Final = 1
+"""Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
+changes."""
+
 Cells = array
 """Unsigned numbers of 64 bits, or of the size that their place says. (An array is read twice as
 fast as a view of one, and written four times as fast; both are plain memory.)"""
@@ -118,6 +122,8 @@ class Queue:
     pushed: Cells[int]
     """Heads that were pushed since the last publication, 16 bits."""
     owner: RowOwner | None
+    native: object
+    """What the compiled engine keeps of all this; None, to be set by whoever replaces any of it."""
 
     def __init__(self, size: int) -> None:
         state = self.cells = cells(QUEUE_CELLS)
@@ -128,6 +134,7 @@ class Queue:
         self.tracked = self.tracked_halves = self.tracked_words = _NOTHING
         self.pushed = array("H", bytes(2 * size))
         self.owner = None
+        self.native = None
 
 
 # Cells of a disk, as its guest sees it.
@@ -137,8 +144,8 @@ not be durable when it is complete."""
 
 # Cells of a `Link`.
 MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, LINK_CELLS = range(5)
-"""What is sent as it comes, at most `lanes.SMALL_BYTES`: 0 if nothing is. ALIGN_MASK: as BLOCK_MASK,
-of the server."""
+"""What is sent as it comes, at most `lanes.SMALL_BYTES`: 0 if nothing is. ALIGN_MASK: as
+BLOCK_MASK, of the server."""
 
 # Cells of a `Channel`.
 UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)
@@ -154,7 +161,7 @@ class Channel:
 
     __slots__ = (
         *("cells", "has_payload", "is_closed", "number"),
-        *("output", "sending", "staging", "structured"),
+        *("native", "output", "sending", "staging", "structured"),
     )
 
     cells: Cells[int]
@@ -172,6 +179,8 @@ class Channel:
     """Where replies are received, outside of long payloads."""
     structured: bool
     """A READ is answered in chunks."""
+    native: object
+    """See `Queue`."""
 
 
 class Link:
@@ -196,7 +205,7 @@ class Resident:
 
     __slots__ = (
         *("block_shift", "bucket_mask", "data", "granule_of", "granule_shift", "head"),
-        *("open", "open_blocks", "ready", "touched", "up"),
+        *("native", "open", "open_blocks", "ready", "touched", "up"),
     )
 
     granule_shift: int
@@ -217,3 +226,5 @@ class Resident:
     """The next value of that."""
     open_blocks: Callable[[int, int], bool]
     """Make clean blocks of a slot open, marked dirty first; False: not now."""
+    native: object
+    """See `Queue`."""

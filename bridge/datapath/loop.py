@@ -30,6 +30,7 @@ from typing import Protocol
 
 import trio
 
+from bridge.datapath.engine import Engine, choose
 from bridge.datapath.turn import Turn
 
 EPOLLIN = select.EPOLLIN
@@ -72,7 +73,9 @@ class Poller(Protocol):
 class Loop:
     """Callbacks on file descriptors, batched by turns. See the module's text."""
 
-    def __init__(self, *, poll_us: float = 32) -> None:
+    def __init__(self, *, poll_us: float = 32, engine: Engine | None = None) -> None:
+        self.engine = engine if engine is not None else choose()
+        """What does the usual case of the turns."""
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self.turn = Turn(self.wake)

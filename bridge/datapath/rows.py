@@ -38,8 +38,8 @@ from bridge.datapath.cells import (
     cells,
     sequence_of,
 )
+from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.request import Request
-from bridge.datapath.usual import take_commands, take_hits
 
 _CHANNEL_AT: Final = 4
 """In a row: see `ROW`."""
@@ -57,7 +57,8 @@ class PendingOwner(Protocol):
 class Rows:
     """See the module's text."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine = PURE_ENGINE) -> None:
+        self.engine = engine
         self.cells: Cells[int] = cells(1)
         """The number of the next command, of rows and requests alike."""
         self.cells[0] = 1
@@ -184,6 +185,7 @@ class Usual(Protocol):
 
     served: int
     """Chains so far."""
+    engine: Engine
     answers_at_once: bool
     """What is served is pushed, and to be published at the end of this turn."""
 
@@ -212,17 +214,23 @@ class FromCache:
     sequence = 0
 
     def __init__(
-        self, cache: Resident, counted: Callable[[int, int], None], wrote: Callable[[], None]
+        self,
+        cache: Resident,
+        counted: Callable[[int, int], None],
+        wrote: Callable[[], None],
+        engine: Engine = PURE_ENGINE,
     ) -> None:
         """`counted(reads, writes)` is told of hits. `wrote()`: something is not durable."""
         self.served = 0
+        self.engine = engine
+        self._take_hits = engine.take_hits
         self._cache = cache
         self._counted = counted
         self._wrote = wrote
 
     def take(self, queue: Queue, disk: Cells[int]) -> int:
         """See `Usual`."""
-        reads, writes = take_hits(queue, disk, self._cache)
+        reads, writes = self._take_hits(queue, disk, self._cache)
         taken = reads + writes
         if taken:
             self.served += taken
@@ -250,6 +258,8 @@ class ToServer:
     def __init__(self, link: Link, rows: Rows, wrote: Callable[[], None]) -> None:
         """`wrote()`: something is not durable."""
         self.served = 0
+        self.engine = rows.engine
+        self._take_commands = rows.engine.take_commands
         self._link = link
         self._rows = rows
         self._wrote = wrote
@@ -271,7 +281,7 @@ class ToServer:
         ):
             queue.cells[STOPPED] = 1
             return 0
-        reads, writes = take_commands(queue, disk, link, channel, rows)
+        reads, writes = self._take_commands(queue, disk, link, channel, rows)
         taken = reads + writes
         if taken:
             self.served += taken

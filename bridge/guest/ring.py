@@ -14,6 +14,7 @@ fits, and a request that is in flight meanwhile finds the new one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 import trio
@@ -53,6 +54,7 @@ class RunningRing:
         self._turn = loop.turn
         self._queue = queue
         self._push = queue.push  # bound once
+        self._publish_pushed: Callable[[], bool] = queue.publish
         self._engine = engine
         self._usual = engine.usual
         self._flat: Queue | None = None
@@ -79,6 +81,7 @@ class RunningRing:
         if self._usual is not None and isinstance(queue, Queue) and self._usual.enter(queue, self):
             self._flat = queue
             self._takes = True
+            self._publish_pushed = partial(self._usual.engine.publish, queue)
             self._take = self._usual.take  # bound once
             self._answers_at_once = self._usual.answers_at_once
         loop.add_poller(self)
@@ -159,7 +162,7 @@ class RunningRing:
         if not self._publishing:
             return  # closed meanwhile
         self._publishing = False
-        wants_call = self._queue.publish()
+        wants_call = self._publish_pushed()
         if self._log is not None:
             self._log.mark_ring()
         if wants_call and self._call_fd is not None and not _signal(self._call_fd):

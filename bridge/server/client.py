@@ -59,7 +59,7 @@ class Client:
         used, "" if it may. Reads that are submitted to what comes with it go to that server."""
         self._loop = loop
         self._connections: list[Connection] = []
-        self.rows = Rows()
+        self.rows = Rows(loop.engine)
         """The guest's requests in flight that were sent in the usual way."""
         self._first_sent = 0
         """The number of the first command that was sent on the present connections."""

@@ -46,7 +46,6 @@ from bridge.datapath.request import (
 )
 from bridge.datapath.rows import Rows, in_order
 from bridge.datapath.turn import Turn
-from bridge.datapath.usual import answers
 from bridge.errors import ProtocolError
 from bridge.server import nbd_protocol as p
 from bridge.server.chunks import (
@@ -100,6 +99,7 @@ class Transmission(Channel):
 
     __slots__ = (
         "_after_direct",
+        "_answers",
         "_assemblies",
         "_context_id",
         "_direct_left",
@@ -131,7 +131,9 @@ class Transmission(Channel):
         self.pending: dict[int, Request] = {}
         self.cells = cells(CHANNEL_CELLS)
         self._rows = rows if rows is not None else Rows()
+        self._answers = self._rows.engine.answers  # bound once
         self._sequence = self._rows.cells
+        self.native = None
         self.number = self._rows.join(self, self)
         self.is_closed = False
         self.output = []
@@ -344,7 +346,7 @@ class Transmission(Channel):
         while more:
             if self.cells[ROWS] and not self.sending:
                 rows = self._rows
-                self._start, waits = answers(self, rows, self._start, self._end)
+                self._start, waits = self._answers(self, rows, self._start, self._end)
                 if rows.touched:
                     rows.publish_touched()
                 if waits or self._end - self._start < 16:

@@ -24,6 +24,7 @@ from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
 from bridge.datapath.disk import Disk
+from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
 from bridge.datapath.rows import Rows, ToServer, Usual
 from bridge.datapath.turn import Turn
@@ -203,7 +204,14 @@ class Twin:
     """See the module's text."""
 
     def __init__(
-        self, *, usual: bool, cached: bool, tracked: bool, structured: bool, event_idx: bool
+        self,
+        *,
+        usual: bool,
+        cached: bool,
+        tracked: bool,
+        structured: bool,
+        event_idx: bool,
+        engine: Engine = PURE_ENGINE,
     ) -> None:
         self.loop: Any = Sockets()
         self.now = 0.0
@@ -216,7 +224,7 @@ class Twin:
         self.log_bytes = memoryview(bytearray(LOG_BYTES))
         self.export = Export("", DISK_BYTES, DEFAULT_FLAGS, structured=structured)
         self.server = Server(structured)
-        self.rows = Rows()
+        self.rows = Rows(engine)
         self.session = Session(ClientOptions(), self.loop.turn, random=random.Random(3))
         self.loop.turn.add_stage(self.session)
         backend: Any = _Backend(self.session, self.rows)
@@ -234,7 +242,7 @@ class Twin:
             self.loop.turn.add_stage(self.cache)
             self.session.keeps_unflushed = True
             self.session.on_reconnect = self.cache.backend_reconnected
-            backend = CachedBackend(self.cache)
+            backend = CachedBackend(self.cache, engine)
         self.disk = Disk(
             backend,
             turn=self.loop.turn,
@@ -426,7 +434,7 @@ Step = Callable[[Twin], None]
 class Script:
     """The steps of one seed, taken in both twins."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, engine: Engine = PURE_ENGINE) -> None:
         self.rng = rng = random.Random(seed)
         kind = {
             "cached": rng.random() < 0.4,
@@ -438,7 +446,7 @@ class Script:
         self.hostile = rng.random() < 0.3
         self.calm = rng.random() < 0.6
         """Nearly everything is usual."""
-        self.twins = [Twin(usual=usual, **kind) for usual in (True, False)]
+        self.twins = [Twin(usual=usual, engine=engine, **kind) for usual in (True, False)]
         self.free = list(range(SLOTS))
         self.spare = list(range(SLOTS, SLOTS + SPARE))
         self.avail_index = 0

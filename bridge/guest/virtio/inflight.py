@@ -236,6 +236,7 @@ class TrackedSplitQueue(SplitQueue):
         self.tracked = region
         self.tracked_halves = region.cast("H")
         self.tracked_words = region.cast("Q")
+        self.native = None
         self._lost: list[int] = []
         if self.tracked_halves[self._VERSION_AT]:
             self._recover()

@@ -98,6 +98,7 @@ class SplitQueue(Queue):
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
         """See VirtQueue. There are no rows."""
         assert not any(self.cookies)
+        self.native = None
         self.descriptors, available, used = areas
         self._memory = memory
         regions = sorted(memory.regions, key=lambda region: -region.size_bytes)

@@ -1,0 +1,13 @@
+"""See `usual`, whose functions these are, and `engine`."""
+
+from bridge.datapath.cells import Cells, Channel, Link, Queue, Resident
+from bridge.datapath.rows import Rows
+
+ABI: int
+
+def take_hits(queue: Queue, disk: Cells[int], cache: Resident, /) -> tuple[int, int]: ...
+def take_commands(
+    queue: Queue, disk: Cells[int], link: Link, channel: Channel, rows: Rows, /
+) -> tuple[int, int]: ...
+def answers(channel: Channel, rows: Rows, start: int, end: int, /) -> tuple[int, bool]: ...
+def publish(queue: Queue, /) -> bool: ...

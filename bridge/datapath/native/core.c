@@ -1,0 +1,563 @@
+#include "core.h"
+
+#include <endian.h>
+#include <string.h>
+
+enum { NEXT = 1, WRITE = 2, INDIRECT = 4 };
+enum { IN = 0, OUT = 1 };
+enum { HEADER_BYTES = 16, SECTOR_SHIFT = 9, AVAIL_NO_INTERRUPT = 1, USED_NO_NOTIFY = 1 };
+enum { SIMPLE_REPLY_BYTES = 16, DATA_CHUNK_BYTES = 28 };
+
+#define ROW_COOKIE (UINT64_C(1) << 63)
+#define NAME_MASK ((UINT64_C(1) << DP_NAME_BITS) - 1)
+#define REQUEST_MAGIC UINT32_C(0x25609513)
+#define SIMPLE_MAGIC UINT32_C(0x67446698)
+#define CHUNK_MAGIC UINT32_C(0x668E33EF)
+#define DONE_AND_OFFSET_DATA UINT32_C(0x10001)
+
+_Static_assert(sizeof(struct dp_row) == 40, "a row is as in cells.ROW");
+
+struct descriptor {
+    uint64_t address;
+    uint32_t length;
+    uint16_t flags;
+    uint16_t next;
+};
+
+_Static_assert(sizeof(struct descriptor) == 16, "virtio 1.3, 2.7.5");
+
+struct chain {
+    uint64_t sector;
+    uint64_t data_at;
+    uint64_t status_at;
+    uint32_t type;
+    uint32_t length;
+    uint16_t data_region;
+    uint16_t status_region;
+};
+
+/* The one check of bounds: `length` bytes from `at` on are among the first `size`. */
+static inline bool within(uint64_t at, uint64_t length, uint64_t size)
+{
+    return length <= size && at <= size - length;
+}
+
+/* Copy what somebody else may be changing. What is copied is looked at afterwards, not what it was
+ * copied from: the fence keeps the compiler from reading it again. */
+static inline void fetch(void *to, const void *from, size_t n_bytes)
+{
+    memcpy(to, from, n_bytes);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
+
+static inline uint16_t load_16(const uint16_t *from)
+{
+    return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+}
+
+/* A store that is seen after all stores before it: also by a process that finds what this one left
+ * behind. */
+static inline void store_16(uint16_t *to, uint16_t value)
+{
+    __atomic_store_n(to, value, __ATOMIC_RELEASE);
+}
+
+static inline void store_8(uint8_t *to, uint8_t value)
+{
+    __atomic_store_n(to, value, __ATOMIC_RELEASE);
+}
+
+static inline uint32_t big_32(const uint8_t *from)
+{
+    uint32_t value;
+    memcpy(&value, from, 4);
+    return be32toh(value);
+}
+
+static inline uint64_t big_64(const uint8_t *from)
+{
+    uint64_t value;
+    memcpy(&value, from, 8);
+    return be64toh(value);
+}
+
+bool dp_queue_is_sound(const struct dp_queue *queue)
+{
+    uint32_t size = queue->size;
+
+    return size && size <= 1u << 15 && !(size & (size - 1)) && queue->cells[DP_SIZE] == size &&
+           queue->region_count && queue->region_count <= UINT16_MAX &&
+           !((uintptr_t)queue->avail & 1) && !((uintptr_t)queue->used & 3) &&
+           !((uintptr_t)queue->tracked & 7);
+}
+
+/* The in-flight region (vhost-user, "Inflight I/O tracking"): 16 bytes of header, with the head of
+ * the last batch at 12 and the used index at 14; entries of 16 bytes from 16 on: in flight at 0,
+ * the next of the batch at 6, the counter at 8. */
+
+static inline void note_popped(const struct dp_queue *queue, uint32_t head, uint64_t counter)
+{
+    uint8_t *entry = queue->tracked + 16 + 16 * (size_t)head;
+
+    __atomic_store_n((uint64_t *)(void *)(entry + 8), counter, __ATOMIC_RELEASE);
+    store_8(entry, 1);
+    /* Nothing is done for the chain before it is noted. */
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
+
+static inline void note_pushed(const struct dp_queue *queue, uint32_t head, uint64_t *last_head)
+{
+    store_16((uint16_t *)(void *)(queue->tracked + 22 + 16 * (size_t)head), (uint16_t)*last_head);
+    store_16((uint16_t *)(void *)(queue->tracked + 12), (uint16_t)head);
+    *last_head = head;
+}
+
+static inline void put_element(const struct dp_queue *queue, uint64_t used, uint32_t head,
+                               uint32_t length)
+{
+    uint32_t *element =
+        (uint32_t *)(void *)(queue->used + 2) + 2 * (size_t)(used & (queue->size - 1));
+
+    __atomic_store_n(element, head, __ATOMIC_RELAXED);
+    __atomic_store_n(element + 1, length, __ATOMIC_RELAXED);
+}
+
+static inline int region_of(const struct dp_queue *queue, uint64_t address, uint64_t length,
+                            uint64_t *at)
+{
+    for (uint32_t number = 0; number < queue->region_count; number++) {
+        const struct dp_region *region = &queue->regions[number];
+
+        if (address >= region->guest_address &&
+            within(address - region->guest_address, length, region->size_bytes)) {
+            *at = address - region->guest_address;
+            return (int)number;
+        }
+    }
+    return -1;
+}
+
+static inline uint8_t *in_region(const struct dp_queue *queue, uint32_t number, uint64_t at)
+{
+    return queue->regions[number].at + at;
+}
+
+/* See `usual.usual_chain`. `head` is below the size. */
+static bool usual_chain(const struct dp_queue *queue, uint32_t head, struct chain *chain)
+{
+    struct descriptor three[3];
+    uint32_t mask = queue->size - 1;
+    struct {
+        uint32_t type;
+        uint32_t unused;
+        uint64_t sector;
+    } header;
+    uint64_t at;
+    int region;
+
+    fetch(&three[0], queue->descriptors + 16 * (size_t)head, 16);
+    if (three[0].flags == INDIRECT) {
+        if (three[0].length != sizeof three || !queue->cells[DP_INDIRECT])
+            return false;
+        region = region_of(queue, three[0].address, sizeof three, &at);
+        if (region < 0)
+            return false;
+        fetch(three, in_region(queue, (uint32_t)region, at), sizeof three);
+        if (three[0].next != 1 || three[1].next != 2)
+            return false;
+    } else {
+        if (three[0].flags != NEXT || three[0].next > mask)
+            return false;
+        fetch(&three[1], queue->descriptors + 16 * (size_t)three[0].next, 16);
+        if (three[1].next > mask)
+            return false;
+        fetch(&three[2], queue->descriptors + 16 * (size_t)three[1].next, 16);
+    }
+    if (three[0].flags != NEXT || three[0].length != HEADER_BYTES || three[2].flags != WRITE ||
+        three[2].length != 1 || !three[1].length)
+        return false;
+    region = region_of(queue, three[0].address, HEADER_BYTES, &at);
+    if (region < 0)
+        return false;
+    fetch(&header, in_region(queue, (uint32_t)region, at), HEADER_BYTES);
+    region = region_of(queue, three[1].address, three[1].length, &chain->data_at);
+    if (region < 0)
+        return false;
+    chain->data_region = (uint16_t)region;
+    region = region_of(queue, three[2].address, 1, &chain->status_at);
+    if (region < 0)
+        return false;
+    chain->status_region = (uint16_t)region;
+    chain->type = le32toh(header.type);
+    chain->sector = le64toh(header.sector);
+    chain->length = three[1].length;
+    return (chain->type == IN && three[1].flags == (NEXT | WRITE)) ||
+           (chain->type == OUT && three[1].flags == NEXT);
+}
+
+/* See `usual.available`. */
+static uint32_t available(const struct dp_queue *queue)
+{
+    uint64_t *state = queue->cells;
+    uint16_t count = (uint16_t)(load_16(&queue->avail[1]) - state[DP_NEXT_AVAIL]);
+    uint16_t unseen = (uint16_t)(state[DP_NEXT_USED] - state[DP_PUBLISHED]);
+
+    if (!within(state[DP_IN_FLIGHT], (uint64_t)count + unseen, queue->size)) {
+        state[DP_STOPPED] = 1;
+        return 0;
+    }
+    return count;
+}
+
+static inline uint32_t head_at(const struct dp_queue *queue, uint64_t index)
+{
+    return __atomic_load_n(&queue->avail[2 + (index & (queue->size - 1))], __ATOMIC_RELAXED);
+}
+
+/* Whether `length` bytes from `sector` on are blocks of the first `capacity_bytes`. */
+static inline bool on_disk(uint64_t sector, uint32_t length, uint64_t capacity_bytes,
+                           uint64_t block_mask)
+{
+    return sector <= capacity_bytes >> SECTOR_SHIFT &&
+           within(sector << SECTOR_SHIFT, length, capacity_bytes) &&
+           !((sector << SECTOR_SHIFT | length) & block_mask);
+}
+
+/* Where `chain` is in the cache, if it can be served there: its slot, and where in the data; 0: it
+ * cannot, -1: nothing can any more. */
+static int hit_of(const struct chain *chain, const uint64_t *disk,
+                  const struct dp_resident *cache, bool may_write, uint32_t *slot, uint64_t *at)
+{
+    uint64_t offset, within_granule, granule, last, bits;
+
+    if (chain->length > DP_SMALL_BYTES ||
+        !on_disk(chain->sector, chain->length, disk[DP_CAPACITY_BYTES], disk[DP_BLOCK_MASK]))
+        return 0;
+    offset = chain->sector << SECTOR_SHIFT;
+    granule = offset >> cache->granule_shift;
+    within_granule = offset & ((UINT64_C(1) << cache->granule_shift) - 1);
+    *slot = __atomic_load_n(&cache->head[granule & cache->bucket_mask], __ATOMIC_RELAXED);
+    last = within_granule + chain->length;
+    if (*slot >= cache->slots || cache->granule_of[*slot] != granule ||
+        last > UINT64_C(1) << cache->granule_shift || cache->touched[*slot] >= cache->up_bytes)
+        return 0;
+    last = (last + (UINT64_C(1) << cache->block_shift) - 1) >> cache->block_shift;
+    bits = (UINT64_C(1) << last) - (UINT64_C(1) << (within_granule >> cache->block_shift));
+    *at = ((uint64_t)*slot << cache->granule_shift) + within_granule;
+    if (!within(*at, chain->length, cache->data_bytes))
+        return 0;
+    if (chain->type == IN)
+        return !(bits & ~(uint64_t)cache->ready[*slot]);
+    if (!disk[DP_MAY_WRITE] || !may_write)
+        return 0;
+    if (!(bits & ~(uint64_t)cache->open[*slot]))
+        return 1;
+    return cache->open_blocks ? cache->open_blocks(cache->owner, *slot, (uint32_t)bits) : 0;
+}
+
+struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
+                             const struct dp_resident *cache, bool may_write)
+{
+    struct dp_taken taken = {0, 0};
+    uint64_t *state = queue->cells;
+    uint64_t first = state[DP_NEXT_AVAIL], used = state[DP_NEXT_USED];
+    uint64_t counter = state[DP_COUNTER], last_head = state[DP_LAST_HEAD];
+    uint64_t pushed = state[DP_PUSHED], at = 0;
+    uint32_t count = available(queue), served = 0, slot = 0;
+    struct chain chain;
+
+    for (; served < count; served++, used++) {
+        uint32_t head = head_at(queue, first + served);
+        uint8_t *data, *here;
+
+        if (head >= queue->size || (queue->tracked && pushed >= queue->size) ||
+            !usual_chain(queue, head, &chain) ||
+            hit_of(&chain, disk, cache, may_write, &slot, &at) <= 0)
+            break;
+        if (queue->tracked)
+            note_popped(queue, head, counter++);
+        data = in_region(queue, chain.data_region, chain.data_at);
+        here = cache->data + at;
+        if (chain.type == IN) {
+            memmove(data, here, chain.length);
+            put_element(queue, used, head, chain.length + 1);
+            taken.reads++;
+        } else {
+            memmove(here, data, chain.length);
+            put_element(queue, used, head, 1);
+            taken.writes++;
+        }
+        cache->touched[slot] = cache->up[cache->touched[slot]];
+        *in_region(queue, chain.status_region, chain.status_at) = 0;
+        if (queue->tracked) {
+            note_pushed(queue, head, &last_head);
+            queue->pushed[pushed++] = (uint16_t)head;
+        }
+    }
+    if (served < count)
+        state[DP_STOPPED] = 1;
+    state[DP_NEXT_AVAIL] = (uint16_t)(first + served);
+    state[DP_NEXT_USED] = (uint16_t)used;
+    if (queue->tracked) {
+        state[DP_PUSHED] = pushed;
+        state[DP_COUNTER] = counter;
+        state[DP_LAST_HEAD] = last_head;
+    }
+    return taken;
+}
+
+static void put_command(uint8_t *to, uint32_t type, uint64_t cookie, uint64_t offset,
+                        uint32_t length)
+{
+    uint32_t magic = htobe32(REQUEST_MAGIC), kind = htobe32(type), n_bytes = htobe32(length);
+
+    cookie = htobe64(cookie);
+    offset = htobe64(offset);
+    memcpy(to, &magic, 4);
+    memcpy(to + 4, &kind, 4); /* flags 0 */
+    memcpy(to + 8, &cookie, 8);
+    memcpy(to + 16, &offset, 8);
+    memcpy(to + 24, &n_bytes, 4);
+}
+
+static inline uint64_t least(uint64_t one, uint64_t other)
+{
+    return one < other ? one : other;
+}
+
+struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
+                                 const uint64_t *link, struct dp_channel *channel,
+                                 uint64_t *sequence, bool may_write, struct dp_command *out,
+                                 uint32_t room)
+{
+    struct dp_taken taken = {0, 0};
+    uint64_t *state = queue->cells;
+    uint64_t first = state[DP_NEXT_AVAIL], counter = state[DP_COUNTER];
+    uint64_t capacity_bytes = least(disk[DP_CAPACITY_BYTES], link[DP_SIZE_BYTES]);
+    uint64_t block_mask = disk[DP_BLOCK_MASK] | link[DP_ALIGN_MASK];
+    uint64_t max_bytes[2] = {
+        least(link[DP_MAX_READ_BYTES], DP_SMALL_BYTES),
+        disk[DP_MAY_WRITE] && may_write ? least(link[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES) : 0,
+    };
+    uint64_t name = ROW_COOKIE | state[DP_NUMBER] << DP_HEAD_BITS;
+    uint64_t long_reads = 0;
+    uint32_t count = available(queue), done = 0;
+    struct chain chain;
+
+    if (queue->size > DP_MAX_HEADS || state[DP_NUMBER] >= DP_MAX_QUEUES) {
+        state[DP_STOPPED] = 1;
+        return taken;
+    }
+    for (; done < count && done < room; done++) {
+        uint32_t head = head_at(queue, first + done);
+        struct dp_command *command = &out[done];
+        struct dp_row row = {0};
+        uint64_t cookie;
+
+        if (head >= queue->size || queue->cookies[head] || !usual_chain(queue, head, &chain) ||
+            chain.length > max_bytes[chain.type] ||
+            !on_disk(chain.sector, chain.length, capacity_bytes, block_mask))
+            break;
+        cookie = name | (*sequence)++ << DP_NAME_BITS | head;
+        if (queue->tracked)
+            note_popped(queue, head, counter++);
+        row.offset = chain.sector << SECTOR_SHIFT;
+        row.data_at = chain.data_at;
+        row.status_at = chain.status_at;
+        row.length = chain.length;
+        row.channel = channel->number;
+        row.data_region = chain.data_region;
+        row.status_region = chain.status_region;
+        row.op = (uint8_t)chain.type;
+        queue->cookies[head] = cookie;
+        memcpy(queue->rows + sizeof row * (size_t)head, &row, sizeof row);
+        put_command(command->header, chain.type, cookie, row.offset, chain.length);
+        command->head = (uint16_t)head;
+        command->payload_bytes = 0;
+        if (chain.type == OUT) {
+            command->payload_bytes = chain.length;
+            command->payload_at = chain.data_at;
+            command->payload_region = chain.data_region;
+            command->payload = in_region(queue, chain.data_region, chain.data_at);
+            taken.writes++;
+        } else {
+            long_reads += chain.length >= DP_LONG_BYTES;
+            taken.reads++;
+        }
+    }
+    if (done < count && done < room)
+        state[DP_STOPPED] = 1;
+    state[DP_NEXT_AVAIL] = (uint16_t)(first + done);
+    state[DP_IN_FLIGHT] += done;
+    state[DP_COUNTER] = counter;
+    channel->cells[DP_ROWS] += done;
+    channel->cells[DP_LONG_READS] += long_reads;
+    return taken;
+}
+
+/* `count` chains of `queue` were pushed. */
+static void pushed_some(struct dp_queue *queue, unsigned number, uint64_t count,
+                        struct dp_answered *answered)
+{
+    uint64_t *state = queue->cells;
+
+    state[DP_NEXT_USED] = (uint16_t)(state[DP_NEXT_USED] + count);
+    state[DP_IN_FLIGHT] -= count;
+    if (!state[DP_TOUCHED]) {
+        state[DP_TOUCHED] = 1;
+        answered->touched[answered->touched_count++] = (uint8_t)number;
+    }
+}
+
+/* The row that the reply with `cookie` is for, copied; false: there is none, or it is not sound. */
+static bool row_of(const struct dp_queue *queue, uint64_t cookie, const struct dp_channel *channel,
+                   struct dp_row *row)
+{
+    uint64_t head = cookie & (DP_MAX_HEADS - 1);
+
+    if (head >= queue->size || queue->cookies[head] != cookie)
+        return false;
+    memcpy(row, queue->rows + sizeof *row * (size_t)head, sizeof *row);
+    return row->channel == channel->number && row->op <= OUT &&
+           row->data_region < queue->region_count && row->status_region < queue->region_count &&
+           within(row->data_at, row->length, queue->regions[row->data_region].size_bytes) &&
+           within(row->status_at, 1, queue->regions[row->status_region].size_bytes);
+}
+
+/* How many bytes of the reply at `at` come before its payload: 0 if it is not the usual answer. */
+static uint64_t header_of(const struct dp_channel *channel, const struct dp_row *row,
+                          const uint8_t *at, uint64_t here)
+{
+    bool structured = channel->structured && row->op == IN;
+
+    if (!structured)
+        return big_32(at) == SIMPLE_MAGIC && !big_32(at + 4) ? SIMPLE_REPLY_BYTES : 0;
+    if (big_32(at) != CHUNK_MAGIC || big_32(at + 4) != DONE_AND_OFFSET_DATA)
+        return 0;
+    if (here >= DATA_CHUNK_BYTES && (big_32(at + 16) != (uint64_t)row->length + 8 ||
+                                     big_64(at + 20) != row->offset))
+        return 0;
+    return DATA_CHUNK_BYTES;
+}
+
+void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, uint64_t start,
+                uint64_t end, struct dp_answered *answered)
+{
+    struct dp_queue *queue = NULL;
+    unsigned current = 0;
+    uint64_t count = 0, total = 0, writes = 0, long_reads = 0;
+    struct dp_row row;
+
+    answered->waits = false;
+    answered->touched_count = 0;
+    if (end > channel->staging_bytes || start > end)
+        end = start;
+    while (end - start >= SIMPLE_REPLY_BYTES) {
+        const uint8_t *reply = channel->staging + start;
+        uint64_t cookie = big_64(reply + 8), header, payload;
+        unsigned number = (unsigned)((cookie & NAME_MASK) >> DP_HEAD_BITS);
+        uint64_t *state;
+        uint32_t head;
+
+        if (!(cookie & ROW_COOKIE))
+            break;
+        if (!queue || number != current) {
+            if (queue && count)
+                pushed_some(queue, current, count, answered);
+            count = 0;
+            current = number;
+            queue = queue_of(owner, number);
+            if (!queue)
+                break;
+        }
+        state = queue->cells;
+        if (!row_of(queue, cookie, channel, &row) || count >= state[DP_IN_FLIGHT] ||
+            (queue->tracked && state[DP_PUSHED] >= queue->size))
+            break;
+        header = header_of(channel, &row, reply, end - start);
+        if (!header)
+            break;
+        payload = row.op == IN ? row.length : 0;
+        if (header + payload > end - start) {
+            answered->waits = row.length < DP_LONG_BYTES;
+            break;
+        }
+        if (row.op == IN) {
+            memmove(in_region(queue, row.data_region, row.data_at), reply + header, row.length);
+            long_reads += row.length >= DP_LONG_BYTES;
+        } else {
+            writes++;
+        }
+        start += header + payload;
+        head = (uint32_t)(cookie & (DP_MAX_HEADS - 1));
+        queue->cookies[head] = 0;
+        *in_region(queue, row.status_region, row.status_at) = 0;
+        if (queue->tracked) {
+            note_pushed(queue, head, &state[DP_LAST_HEAD]);
+            queue->pushed[state[DP_PUSHED]++] = (uint16_t)head;
+        }
+        put_element(queue, state[DP_NEXT_USED] + count, head, (uint32_t)payload + 1);
+        count++;
+        total++;
+    }
+    if (queue && count)
+        pushed_some(queue, current, count, answered);
+    channel->cells[DP_ROWS] -= total;
+    channel->cells[DP_UNFLUSHED] += writes;
+    channel->cells[DP_LONG_READS] -= long_reads;
+    answered->start = start;
+}
+
+bool dp_publish(struct dp_queue *queue)
+{
+    uint64_t *state = queue->cells;
+    uint16_t old = (uint16_t)state[DP_PUBLISHED], new = (uint16_t)state[DP_NEXT_USED];
+    bool wants_call;
+
+    if (old == new)
+        return false;
+    state[DP_PUBLISHED] = new;
+    store_16(&queue->used[1], new); /* the elements are in place before the index */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* it is out before the driver's wish is read */
+    if (state[DP_SIGNAL_ANYWAY]) {
+        state[DP_SIGNAL_ANYWAY] = 0;
+        wants_call = true;
+    } else if (state[DP_EVENT_IDX]) {
+        /* virtio 1.3, 2.7.7.2: when used_event is among the entries just published. */
+        uint16_t used_event = load_16(&queue->avail[2 + (size_t)queue->size]);
+
+        wants_call = (uint16_t)(new - used_event - 1) < (uint16_t)(new - old);
+    } else {
+        wants_call = !(load_16(&queue->avail[0]) & AVAIL_NO_INTERRUPT);
+    }
+    if (queue->tracked) {
+        uint64_t pushed = least(state[DP_PUSHED], queue->size);
+
+        for (uint64_t index = 0; index < pushed; index++) {
+            uint32_t head = queue->pushed[index];
+
+            if (head < queue->size)
+                store_8(queue->tracked + 16 + 16 * (size_t)head, 0);
+        }
+        state[DP_PUSHED] = 0;
+        store_16((uint16_t *)(void *)(queue->tracked + 14), new);
+    }
+    return wants_call;
+}
+
+bool dp_arm(struct dp_queue *queue)
+{
+    uint16_t next = (uint16_t)queue->cells[DP_NEXT_AVAIL];
+
+    if (queue->cells[DP_EVENT_IDX])
+        store_16(&queue->used[2 + 4 * (size_t)queue->size], next);
+    else
+        store_16(&queue->used[0], 0);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* the wish is out before the index is read */
+    return load_16(&queue->avail[1]) != next;
+}
+
+void dp_disarm(struct dp_queue *queue)
+{
+    store_16(&queue->used[0], queue->cells[DP_EVENT_IDX] ? 0 : USED_NO_NOTIFY);
+}

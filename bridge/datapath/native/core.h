@@ -1,0 +1,176 @@
+/* The usual case of a turn, compiled: see `usual` (the specification) and `cells` (the state).
+ *
+ * Plain C99 without Python. The functions work on rows, cells and views of memory that the caller
+ * owns and keeps; they allocate nothing, keep nothing, log nothing and, but for `dp_turn`, call
+ * nothing of the system's. What is not usual is left where it is, untouched, and told of.
+ *
+ * What a guest or a server may have written is read once, into a local, before it is looked at
+ * (`fetch`). Every range is checked by `within`, which cannot wrap.
+ */
+#ifndef NBD_BRIDGE_CORE_H
+#define NBD_BRIDGE_CORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Of the layout below and of `cells`: another number whenever either changes. */
+#define DP_ABI 1
+
+/* Cells of a `Queue`, in the order of `cells`. */
+enum {
+    DP_SIZE,
+    DP_NEXT_AVAIL,
+    DP_NEXT_USED,
+    DP_PUBLISHED,
+    DP_IN_FLIGHT,
+    DP_SIGNAL_ANYWAY,
+    DP_EVENT_IDX,
+    DP_INDIRECT,
+    DP_NUMBER,
+    DP_COUNTER,
+    DP_LAST_HEAD,
+    DP_PUSHED,
+    DP_TOUCHED,
+    DP_STOPPED,
+    DP_QUEUE_CELLS
+};
+
+/* Cells of a disk. */
+enum { DP_CAPACITY_BYTES, DP_BLOCK_MASK, DP_MAY_WRITE, DP_DISK_CELLS };
+
+/* Cells of a `Link`. */
+enum { DP_MAX_READ_BYTES, DP_MAX_WRITE_BYTES, DP_SIZE_BYTES, DP_ALIGN_MASK, DP_LINK_CELLS };
+
+/* Cells of a `Channel`. */
+enum {
+    DP_UNFLUSHED,
+    DP_LONG_READS,
+    DP_ROWS,
+    DP_CHANNEL_CELLS
+};
+
+enum {
+    DP_HEAD_BITS = 10,
+    DP_QUEUE_BITS = 8,
+    DP_NAME_BITS = DP_HEAD_BITS + DP_QUEUE_BITS,
+    DP_MAX_HEADS = 1 << DP_HEAD_BITS,
+    DP_MAX_QUEUES = 1 << DP_QUEUE_BITS,
+    DP_LONG_BYTES = 32 << 10,
+    DP_SMALL_BYTES = 64 << 10,
+    DP_COMMAND_BYTES = 28
+};
+
+/* A row: `cells.ROW`. */
+struct dp_row {
+    uint64_t offset;
+    uint64_t data_at;
+    uint64_t status_at;
+    uint32_t length;
+    uint32_t channel;
+    uint16_t data_region;
+    uint16_t status_region;
+    uint8_t op;
+    uint8_t unused[3];
+};
+
+struct dp_region {
+    uint64_t guest_address;
+    uint64_t size_bytes;
+    uint8_t *at;
+};
+
+/* A split virtqueue. `dp_queue_is_sound` says what must hold. */
+struct dp_queue {
+    uint64_t *cells;
+    uint32_t size;              /* entries, a power of two */
+    const uint8_t *descriptors; /* 16 bytes each */
+    uint16_t *avail;            /* 3 + size */
+    uint16_t *used;             /* 3 + 4 * size */
+    const struct dp_region *regions;
+    uint32_t region_count; /* at least 1 */
+    uint8_t *rows;         /* size of struct dp_row each */
+    uint64_t *cookies;     /* size */
+    uint8_t *tracked;      /* this queue's part of an in-flight region; NULL: there is none */
+    uint16_t *pushed;      /* size */
+};
+
+struct dp_channel {
+    uint64_t *cells;
+    uint8_t *staging;
+    uint64_t staging_bytes;
+    uint32_t number;
+    bool structured;
+};
+
+/* What a cache has at hand. */
+struct dp_resident {
+    unsigned granule_shift;
+    unsigned block_shift;
+    uint64_t bucket_mask;
+    const uint32_t *head; /* bucket_mask + 1 */
+    const uint32_t *granule_of;
+    const uint16_t *ready;
+    const uint16_t *open;
+    uint8_t *touched;
+    uint64_t slots; /* of the four arrays before */
+    uint8_t *data;
+    uint64_t data_bytes;
+    const uint8_t *up;
+    uint32_t up_bytes;
+    /* Make clean blocks open: 1, or 0: not now, or -1: stop here. NULL: never. */
+    int (*open_blocks)(void *owner, uint32_t slot, uint32_t bits);
+    void *owner;
+};
+
+/* A command to be sent: its header, and for a WRITE its payload. */
+struct dp_command {
+    uint8_t header[DP_COMMAND_BYTES];
+    uint32_t payload_bytes; /* 0: none */
+    uint64_t payload_at;    /* in its region */
+    uint8_t *payload;
+    uint16_t payload_region;
+    uint16_t head;
+};
+
+struct dp_taken {
+    uint32_t reads;
+    uint32_t writes;
+};
+
+struct dp_answered {
+    uint64_t start;    /* where the first reply is that was not taken */
+    bool waits;        /* it is only not all there yet */
+    uint32_t touched_count;
+    uint8_t touched[DP_MAX_QUEUES]; /* numbers of queues, from which nothing had been pushed */
+};
+
+/* The queue with that number, or NULL. */
+typedef struct dp_queue *(*dp_queue_of)(void *owner, unsigned number);
+
+/* Sizes and alignments fit together. (The cells and rows are the caller's own, and right.) */
+bool dp_queue_is_sound(const struct dp_queue *queue);
+
+/* See `usual.take_hits`. */
+struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
+                             const struct dp_resident *cache, bool may_write);
+
+/* See `usual.take_commands`: at most `room` commands are put at `out`. With less room than chains
+ * there is no STOPPED: the rest is to be asked for again. */
+struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
+                                 const uint64_t *link, struct dp_channel *channel,
+                                 uint64_t *sequence, bool may_write, struct dp_command *out,
+                                 uint32_t room);
+
+/* See `usual.answers`. */
+void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, uint64_t start,
+                uint64_t end, struct dp_answered *answered);
+
+/* See `usual.publish`. */
+bool dp_publish(struct dp_queue *queue);
+
+/* See `SplitQueue.arm` and `disarm`. */
+bool dp_arm(struct dp_queue *queue);
+void dp_disarm(struct dp_queue *queue);
+
+#endif

@@ -1,0 +1,23 @@
+"""Which engines there are to be tested."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from bridge.datapath.engine import COMPILED, PURE, Engine, choose
+from bridge.errors import ConfigError
+
+
+def engine(name: str) -> Engine:
+    """The engine of that name; the test is skipped if this installation does not have it."""
+    try:
+        return choose(name)
+    except ConfigError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+BOTH = (PURE, COMPILED)
