@@ -1,0 +1,412 @@
+/* The compiled core under a fuzzer, alone: every area that it is given is an allocation of its own,
+ * so that AddressSanitizer sees each byte read or written outside of it.
+ *
+ * The input is a program: which chains the guest makes, what it pokes where, what the server
+ * answers, which function is called. With clang, libFuzzer writes the programs:
+ *
+ *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Ibridge/datapath/native \
+ *       tests/fuzz/core_fuzz.c bridge/datapath/native/core.c -o core_fuzz
+ *   ./core_fuzz tests/fuzz/corpus
+ *
+ * With -DOWN_DRIVER it runs on its own: `core_fuzz ROUNDS SEED FILE...` runs the files, then so
+ * many programs made of random numbers.
+ */
+#include "core.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+enum { QUEUES = 2, REGIONS = 3, SLOTS = 6, BUCKETS = 8, GRANULE_SHIFT = 12, BLOCK_SHIFT = 9 };
+enum { STAGING_BYTES = 0x14000, DISK_BYTES = 1 << 17, COMMANDS = 64 };
+
+struct input {
+    const uint8_t *at;
+    size_t left;
+};
+
+struct world {
+    struct dp_queue queues[QUEUES];
+    struct dp_region regions[REGIONS];
+    struct dp_channel channel;
+    struct dp_resident cache;
+    uint64_t disk[DP_DISK_CELLS], link[DP_LINK_CELLS], sequence;
+    struct dp_command *commands; /* of the last call: exactly as many as there is room for */
+    uint8_t sent[COMMANDS][DP_COMMAND_BYTES];
+    uint32_t sent_count;
+    uint64_t staged;
+    uint16_t *open;
+    int calls;
+};
+
+static uint64_t take(struct input *input, size_t n_bytes)
+{
+    uint64_t value = 0;
+
+    while (n_bytes-- && input->left) {
+        value = value << 8 | *input->at++;
+        input->left--;
+    }
+    return value;
+}
+
+static void *room(size_t n_bytes)
+{
+    void *found = calloc(1, n_bytes ? n_bytes : 1);
+
+    if (!found)
+        abort();
+    return found;
+}
+
+static int open_blocks(void *owner, uint32_t slot, uint32_t bits)
+{
+    struct world *world = owner;
+    int result = ++world->calls % 4 - 1;
+
+    if (slot >= SLOTS)
+        abort();
+    if (result > 0)
+        world->open[slot] = (uint16_t)(world->open[slot] | bits);
+    return result > 0 ? 1 : result;
+}
+
+static void make_queue(struct world *world, unsigned number, struct input *input)
+{
+    struct dp_queue *queue = &world->queues[number];
+    uint64_t setup = take(input, 2);
+    uint32_t size = 1u << setup % 7;
+
+    queue->cells = room(8 * DP_QUEUE_CELLS);
+    queue->size = size;
+    queue->descriptors = room(16 * size);
+    queue->avail = room(6 + 2 * size);
+    queue->used = room(6 + 8 * size);
+    queue->regions = world->regions;
+    queue->region_count = REGIONS;
+    queue->rows = room(sizeof(struct dp_row) * size);
+    queue->cookies = room(8 * size);
+    queue->pushed = room(2 * size);
+    queue->tracked = setup & 0x100 ? room(16 + 16 * size) : NULL;
+    queue->cells[DP_SIZE] = size;
+    queue->cells[DP_NUMBER] = number;
+    queue->cells[DP_EVENT_IDX] = setup >> 9 & 1;
+    queue->cells[DP_INDIRECT] = setup >> 10 & 1;
+    queue->cells[DP_NEXT_AVAIL] = queue->avail[1] = (uint16_t)(setup & 0x800 ? 0xFFFE : 0);
+    if (!dp_queue_is_sound(queue))
+        abort();
+}
+
+static void make_world(struct world *world, struct input *input)
+{
+    static const uint8_t up[4] = {1, 2, 3, 3};
+    static const uint64_t sizes[REGIONS] = {0x20000, 0x3001, 0x230};
+    static const uint64_t addresses[REGIONS] = {0x100000, UINT64_MAX - 0x3000, 0x200};
+    uint32_t *head, *granule_of;
+    uint16_t *ready;
+
+    memset(world, 0, sizeof *world);
+    for (int index = 0; index < REGIONS; index++)
+        world->regions[index] =
+            (struct dp_region){addresses[index], sizes[index], room(sizes[index])};
+    for (unsigned number = 0; number < QUEUES; number++)
+        make_queue(world, number, input);
+    world->channel.cells = room(8 * DP_CHANNEL_CELLS);
+    world->channel.staging = room(STAGING_BYTES);
+    world->channel.staging_bytes = STAGING_BYTES;
+    world->channel.number = 1;
+    world->channel.structured = take(input, 1) & 1;
+    head = room(4 * BUCKETS);
+    granule_of = room(4 * SLOTS);
+    ready = room(2 * SLOTS);
+    world->open = room(2 * SLOTS);
+    for (uint32_t slot = 1; slot < SLOTS; slot++) {
+        granule_of[slot] = slot;
+        head[slot & (BUCKETS - 1)] = slot;
+        ready[slot] = 0xFF;
+        world->open[slot] = 0x0F;
+    }
+    head[0] = (uint32_t)take(input, 1); /* stale, or no slot at all */
+    world->cache = (struct dp_resident){
+        .granule_shift = GRANULE_SHIFT,
+        .block_shift = BLOCK_SHIFT,
+        .bucket_mask = BUCKETS - 1,
+        .head = head,
+        .granule_of = granule_of,
+        .ready = ready,
+        .open = world->open,
+        .touched = room(SLOTS),
+        .slots = SLOTS,
+        .data = room(SLOTS << GRANULE_SHIFT),
+        .data_bytes = SLOTS << GRANULE_SHIFT,
+        .up = up,
+        .up_bytes = sizeof up,
+        .open_blocks = open_blocks,
+        .owner = world,
+    };
+    world->disk[DP_CAPACITY_BYTES] = DISK_BYTES;
+    world->disk[DP_BLOCK_MASK] = 511;
+    world->disk[DP_MAY_WRITE] = 1;
+    world->link[DP_MAX_READ_BYTES] = world->link[DP_MAX_WRITE_BYTES] = DP_SMALL_BYTES;
+    world->link[DP_SIZE_BYTES] = DISK_BYTES;
+    world->sequence = 1;
+}
+
+static void end_world(struct world *world)
+{
+    for (int index = 0; index < REGIONS; index++)
+        free(world->regions[index].at);
+    for (int number = 0; number < QUEUES; number++) {
+        struct dp_queue *queue = &world->queues[number];
+
+        free(queue->cells);
+        free((void *)queue->descriptors);
+        free(queue->avail);
+        free(queue->used);
+        free(queue->rows);
+        free(queue->cookies);
+        free(queue->pushed);
+        free(queue->tracked);
+    }
+    free(world->channel.cells);
+    free(world->channel.staging);
+    free((void *)world->cache.head);
+    free((void *)world->cache.granule_of);
+    free((void *)world->cache.ready);
+    free(world->open);
+    free(world->cache.touched);
+    free(world->cache.data);
+}
+
+static void put_descriptor(uint8_t *to, uint64_t address, uint32_t length, uint16_t flags,
+                           uint16_t next)
+{
+    memcpy(to, &address, 8);
+    memcpy(to + 8, &length, 4);
+    memcpy(to + 12, &flags, 2);
+    memcpy(to + 14, &next, 2);
+}
+
+/* A chain that is usual, unless `odd` says where it is not. */
+static void add_chain(struct world *world, struct dp_queue *queue, struct input *input)
+{
+    static const uint64_t edges[] = {0, 0x100000, 0x11FFFF, 0x120000, UINT64_MAX,
+                                     UINT64_MAX - 0x3000, 0x200, 0x42F};
+    uint64_t what = take(input, 4), sector = take(input, 1), odd = take(input, 1);
+    uint16_t index = (uint16_t)(queue->avail[1]), head = (uint16_t)(what % queue->size);
+    uint32_t length = 512u << (what >> 8) % 9, type = what >> 12 & 1;
+    uint64_t data = 0x108000 + (what >> 16) % 0x7000;
+    uint8_t table[48], *main = world->regions[0].at, *descriptors = (void *)queue->descriptors;
+    uint64_t header_at = 0x1000 + 16 * (index & 63), table_at = 0x2000 + 64 * (index & 63);
+    uint16_t second = (uint16_t)((head + 1) % queue->size);
+    uint16_t third = (uint16_t)((head + 2) % queue->size);
+    int indirect = what >> 13 & 1;
+
+    if (odd & 0x40)
+        sector = sector << 55 | sector;
+    memcpy(main + header_at, &type, 4);
+    memcpy(main + header_at + 8, &sector, 8);
+    put_descriptor(table, 0x100000 + header_at, 16, 1, indirect ? 1 : second);
+    put_descriptor(table + 16, data, length, type ? 1 : 3, indirect ? 2 : third);
+    put_descriptor(table + 32, 0x100000 + 0x4000 + (index & 255), 1, 2, 0);
+    if (odd & 0x80) {
+        uint8_t *broken = table + 16 * (odd % 3);
+        uint64_t address = edges[take(input, 1) % 8] + take(input, 1) - take(input, 1);
+        uint32_t n_bytes = (uint32_t)take(input, 4);
+
+        if (odd & 0x08)
+            memcpy(broken, &address, 8);
+        if (odd & 0x10)
+            memcpy(broken + 8, &n_bytes, 4);
+        if (odd & 0x20)
+            broken[12 + n_bytes % 4] = (uint8_t)(n_bytes >> 8);
+    }
+    if (indirect) {
+        memcpy(main + table_at, table, 48);
+        put_descriptor(descriptors + 16 * head, 0x100000 + table_at, 48, 4, 0);
+    } else {
+        memcpy(descriptors + 16 * head, table, 16);
+        memcpy(descriptors + 16 * second, table + 16, 16);
+        memcpy(descriptors + 16 * third, table + 32, 16);
+    }
+    queue->avail[2 + (index & (queue->size - 1))] = (uint16_t)(odd & 4 ? what : head);
+    queue->avail[1]++;
+}
+
+static void commands(struct world *world, struct dp_queue *queue, struct input *input)
+{
+    uint32_t space = (uint32_t)take(input, 1) % 65;
+    struct dp_command *out = room(space * sizeof *out);
+    struct dp_taken taken = dp_take_commands(queue, world->disk, world->link, &world->channel,
+                                             &world->sequence, true, out, space);
+
+    if (taken.reads + taken.writes > space)
+        abort();
+    for (uint32_t index = 0; index < taken.reads + taken.writes; index++) {
+        volatile uint8_t sum = 0;
+
+        for (uint32_t at = 0; at < out[index].payload_bytes; at++)
+            sum = (uint8_t)(sum + out[index].payload[at]); /* may be read */
+        memcpy(world->sent[world->sent_count++ % COMMANDS], out[index].header, DP_COMMAND_BYTES);
+    }
+    free(out);
+}
+
+/* A reply to one of the last commands, perhaps again, perhaps broken. */
+static void reply(struct world *world, struct input *input)
+{
+    uint64_t which = take(input, 1), odd = take(input, 1);
+    const uint8_t *command = world->sent[which % COMMANDS];
+    uint8_t header[28] = {0x67, 0x44, 0x66, 0x98};
+    uint32_t length, header_bytes = 16, payload;
+
+    memcpy(&length, command + 24, 4);
+    length = __builtin_bswap32(length);
+    payload = command[7] ? 0 : length;
+    memcpy(header + 8, command + 8, 8);
+    if (payload && world->channel.structured) {
+        static const uint8_t chunk[8] = {0x66, 0x8E, 0x33, 0xEF, 0, 1, 0, 1};
+        uint32_t stated = __builtin_bswap32(length + 8);
+
+        memcpy(header, chunk, 8);
+        memcpy(header + 16, &stated, 4);
+        memcpy(header + 20, command + 16, 8);
+        header_bytes = 28;
+    }
+    if (odd & 0x80)
+        header[odd % 28] ^= (uint8_t)take(input, 1);
+    if (world->staged + header_bytes + payload > STAGING_BYTES)
+        return;
+    memcpy(world->channel.staging + world->staged, header, header_bytes);
+    world->staged += header_bytes + payload;
+}
+
+static struct dp_queue *queue_of(void *owner, unsigned number)
+{
+    struct world *world = owner;
+
+    return number < QUEUES ? &world->queues[number] : NULL;
+}
+
+static void answer(struct world *world, struct input *input)
+{
+    struct dp_answered answered;
+    uint64_t cut = take(input, 1), end = world->staged;
+
+    if (cut & 0x80 && end)
+        end -= cut % end;
+    dp_answers(&world->channel, queue_of, world, 0, end, &answered);
+    if (answered.start > end || answered.touched_count > QUEUES)
+        abort();
+    memmove(world->channel.staging, world->channel.staging + answered.start,
+            world->staged - answered.start);
+    world->staged -= answered.start;
+    if (cut & 0x40)
+        world->staged = 0;
+    for (uint32_t index = 0; index < answered.touched_count; index++)
+        world->queues[answered.touched[index]].cells[DP_TOUCHED] = 0;
+}
+
+static void poke(struct world *world, struct dp_queue *queue, struct input *input)
+{
+    uint64_t where = take(input, 3), value = take(input, 2);
+
+    if (where & 0x800000)
+        ((uint8_t *)queue->avail)[where % (6 + 2 * queue->size)] = (uint8_t)value;
+    else if (where & 0x400000)
+        ((uint8_t *)queue->descriptors)[where % (16 * queue->size)] = (uint8_t)value;
+    else if (where & 0x200000 && queue->tracked)
+        queue->tracked[where % (16 + 16 * queue->size)] = (uint8_t)value;
+    else if (where & 0x100000)
+        world->channel.staging[where % STAGING_BYTES] = (uint8_t)value;
+    else
+        world->regions[0].at[where % 0x20000] = (uint8_t)value;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    struct input input = {data, size};
+    struct world world;
+
+    make_world(&world, &input);
+    while (input.left) {
+        uint64_t op = take(&input, 1);
+        struct dp_queue *queue = &world.queues[op >> 4 & 1];
+
+        switch (op & 15) {
+        case 0:
+        case 1:
+        case 2:
+        case 3:
+        case 4:
+        case 5:
+            add_chain(&world, queue, &input);
+            break;
+        case 6:
+            dp_take_hits(queue, world.disk, &world.cache, op >> 5 & 1);
+            break;
+        case 7:
+        case 8:
+            commands(&world, queue, &input);
+            break;
+        case 9:
+        case 10:
+            reply(&world, &input);
+            break;
+        case 11:
+            answer(&world, &input);
+            break;
+        case 12:
+            dp_publish(queue);
+            break;
+        case 13:
+            poke(&world, queue, &input);
+            break;
+        case 14:
+            dp_arm(queue);
+            dp_disarm(queue);
+            break;
+        default: /* what the general path does with what was left */
+            queue->cells[DP_NEXT_AVAIL] = queue->avail[1];
+        }
+    }
+    end_world(&world);
+    return 0;
+}
+
+#ifdef OWN_DRIVER
+static int run_file(const char *path)
+{
+    static uint8_t program[1 << 16];
+    FILE *file = fopen(path, "rb");
+    size_t size;
+
+    if (!file)
+        return perror(path), 1;
+    size = fread(program, 1, sizeof program, file);
+    fclose(file);
+    return LLVMFuzzerTestOneInput(program, size);
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t rounds = argc > 1 ? strtoull(argv[1], NULL, 0) : 1000;
+    uint64_t state = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
+    static uint8_t program[2048];
+
+    for (int index = 3; index < argc; index++)
+        if (run_file(argv[index]))
+            return 1;
+    while (rounds--) {
+        for (size_t at = 0; at < sizeof program; at++) {
+            state = state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+            program[at] = (uint8_t)(state >> 56);
+        }
+        LLVMFuzzerTestOneInput(program, sizeof program);
+    }
+    printf("no fault found\n");
+    return 0;
+}
+#endif
