@@ -43,15 +43,15 @@ def test_an_engine_that_leaves_one_byte_different_is_found_out(what: str) -> Non
         return result
 
     pairs = [Pair(seed, (PURE_ENGINE, PURE_ENGINE._replace(**{what: wrong}))) for seed in range(9)]
-    found = 0
+    problems = []
     for pair in pairs:
         world = pair.worlds[1]
         try:
             pair.run(500)
         except AssertionError as error:
-            assert re.match(r"seed \d+, call \d+: byte", str(error))
-            found += 1
-    assert found
+            problems.append(str(error))
+    assert problems
+    assert all(re.match(r"seed \d+, call \d+: byte", each) for each in problems)
 
 
 def test_a_ring_that_the_core_cannot_take_goes_the_general_way() -> None:
