@@ -470,11 +470,13 @@ class Connection:
             has_payload, transmission.has_payload = transmission.has_payload, False
             if not self._tls and len(output) <= _IOV_MAX:
                 # The usual case: everything goes out at once.
-                if not has_payload:
-                    # Headers only: joining 32 of them costs less than 32 pieces in one call.
-                    output = [b"".join(output)]
                 try:
-                    sent = self._sendmsg(output)
+                    if has_payload:
+                        sent = self._sendmsg(output)
+                    else:
+                        # Headers only: joining 32 of them costs less than 32 pieces in one call.
+                        output = [b"".join(output)]
+                        sent = self._sock.send(output[0])
                 except BlockingIOError:
                     sent = 0
                 except OSError as error:

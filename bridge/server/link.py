@@ -57,6 +57,7 @@ from bridge.datapath.cells import (
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     SIZE_BYTES,
+    UNFLUSHED,
     Link,
 )
 from bridge.datapath.cells import Channel as FlatChannel
@@ -245,10 +246,11 @@ class Session:
         durability = self.durability
         if not durability.keeps_unflushed:
             # By now everybody was told of what has been answered. One channel is the usual case.
-            channel = self._channel
-            answered = (
-                self._answered_before + channel.unflushed if channel is not None else self._answered
-            )
+            flat = self.link.channel
+            if flat is not None and not flat.early:
+                answered = self._answered_before + flat.cells[UNFLUSHED]
+            else:
+                answered = self._answered
             if durability.settled(answered):
                 self._turn.at_end(durability.turn_over)
         moved = False

@@ -232,9 +232,7 @@ class SplitQueue(Queue):
         if self.long.views:
             self.long.pushed(head)
 
-    def publish(self) -> bool:
-        """Show the driver all that was pushed; True if it wants to be called."""
-        return publish(self)
+    publish = publish
 
     def arm(self) -> bool:
         """Ask for a kick with the next chain; True if one is there already."""
