@@ -305,6 +305,7 @@ class Connection:
         "_queued",
         "_receive_some",
         "_received_then",
+        "_send",
         "_sendmsg",
         "_sent_bytes",
         "_sock",
@@ -343,6 +344,7 @@ class Connection:
         self._closing = False
         self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
+        self._send = self._sock.send
         self._sendmsg = self._sock.sendmsg
         self._receive_some = self._receive_tls if self._tls else self._receive_plain
         self.export = negotiated.export
@@ -476,7 +478,7 @@ class Connection:
                     else:
                         # Headers only: joining 32 of them costs less than 32 pieces in one call.
                         output = [b"".join(output)]
-                        sent = self._sock.send(output[0])
+                        sent = self._send(output[0])
                 except BlockingIOError:
                     sent = 0
                 except OSError as error:
