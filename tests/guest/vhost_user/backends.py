@@ -18,7 +18,7 @@ from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user.backend import serve
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.tools import HUNG_S
 
 
@@ -143,11 +143,11 @@ async def running_backend(
 
 
 @asynccontextmanager
-async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Running, Guest]]:
+async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Running, BlkDriver]]:
     """A back-end and a guest that is connected to it with `options`."""
     async with (
         running_backend(directory) as backend,
-        await Guest.connect(backend.path, **options) as guest,
+        await BlkDriver.connect(backend.path, **options) as guest,
     ):
         yield backend, guest
 

@@ -29,7 +29,7 @@ UNWRITTEN = 0xEE
 _PATTERN = bytes((at // 512 + at) & 0xFF for at in range(1 << 16))
 
 
-class Guest:
+class QueueRig:
     """`memory` with a ring of `size` at address 0; `put` adds chains, `queue` is the device's."""
 
     def __init__(
@@ -201,7 +201,7 @@ class MockRing:
         self.queue.publish()
 
 
-class BlkGuest(Guest):
+class BlkGuest(QueueRig):
     """A guest with a virtio-blk device over a `FakeDisk`."""
 
     def __init__(

@@ -1,11 +1,11 @@
 """The built-in guest: a virtio-blk driver behind a vhost-user front-end.
 
 It does to a back-end what a virtual machine does, without one: shares memory, sets up virtqueues,
-puts requests into them, kicks, waits for calls. `Guest` has the comfortable methods (`await
-guest.read(offset, length)`); under each `Guest` are `GuestQueue`s, whose `submit`, `kick` and
+puts requests into them, kicks, waits for calls. `BlkDriver` has the comfortable methods (`await
+guest.read(offset, length)`); under each `BlkDriver` are `DriverQueue`s, whose `submit`, `kick` and
 `poll` are plain functions for whoever wants to keep many requests in flight at full speed.
 
-    async with await Guest.connect("/run/disk.sock") as guest:
+    async with await BlkDriver.connect("/run/disk.sock") as guest:
         await guest.write(0, b"…")
         await guest.flush()
 
@@ -45,14 +45,14 @@ from bridge.guest.virtio.blk import (
     T_WRITE_ZEROES,
 )
 from bridge.guest.virtio.blk_config import F_INDIRECT, F_RING_PACKED, SECTOR_BYTES
-from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
-from bridge.peers.guest_queue import (
+from bridge.peers.driver_queue import (
     STATUS_IOERR,
     STATUS_OK,
     STATUS_UNSUPP,
-    GuestQueue,
+    DriverQueue,
     queue_memory_bytes,
 )
+from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
 from bridge.peers.shared_memory import SharedMemory
 
 FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~F_LOG_ALL
@@ -106,8 +106,8 @@ class DiskConfig:
         )
 
 
-class Guest:
-    """A virtio-blk disk as its guest sees it. Make one with `await Guest.connect(path)`.
+class BlkDriver:
+    """A virtio-blk disk as its guest sees it. Make one with `await BlkDriver.connect(path)`.
 
     The async methods may be used by many tasks at once. They fail with RequestError (EIO for
     IOERR, ENOTSUP for UNSUPP); cancelled, the request goes on and its result is dropped. When the
@@ -140,7 +140,7 @@ class Guest:
         self._use_inflight = inflight
         self._inflight: tuple[InflightRange, int] | None = None
         self.memory = SharedMemory()
-        self.queues: list[GuestQueue] = []
+        self.queues: list[DriverQueue] = []
         self.front_end: FrontEnd | None = None
         self.features = 0
         self.config = DiskConfig.unpack(bytes(CONFIG_BYTES))
@@ -151,7 +151,7 @@ class Guest:
         self._turn = 0
 
     @classmethod
-    async def connect(cls, path: str | os.PathLike[str], **options: object) -> Guest:
+    async def connect(cls, path: str | os.PathLike[str], **options: object) -> BlkDriver:
         """Connect, negotiate and start every queue. `options` are those of the constructor."""
         guest = cls(path, **options)  # type: ignore[arg-type]
         try:
@@ -215,7 +215,7 @@ class Guest:
             self.memory.add(share, guest_address=_GUEST_MEMORY_START + number * gap)
         for index in range(self._num_queues):
             self.queues.append(
-                GuestQueue(
+                DriverQueue(
                     index,
                     self.memory,
                     size=self._queue_size,
@@ -236,7 +236,7 @@ class Guest:
                 self._inflight = await front_end.get_inflight(self._num_queues, self._queue_size)
             await front_end.set_inflight(*self._inflight)
 
-    async def _start_queue(self, queue: GuestQueue, *, base: int) -> None:
+    async def _start_queue(self, queue: DriverQueue, *, base: int) -> None:
         front_end = self._connected()
         user = self.memory.user_address(queue.ring_address)
         await front_end.set_ring_file(Request.SET_VRING_ERR, queue.index, queue.error_fd)
@@ -278,7 +278,7 @@ class Guest:
             self._inflight = None
         self.memory.close()
 
-    async def __aenter__(self) -> Guest:
+    async def __aenter__(self) -> BlkDriver:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -311,10 +311,10 @@ class Guest:
         """`length` bytes from `offset`; both whole sectors."""
         data = bytearray(length)
 
-        def part(position: int, size: int) -> Callable[[GuestQueue], int]:
+        def part(position: int, size: int) -> Callable[[DriverQueue], int]:
             return lambda on: on.submit(T_IN, (offset + position) // SECTOR_BYTES, size)
 
-        def take(on: GuestQueue, slot: int, position: int, size: int) -> None:
+        def take(on: DriverQueue, slot: int, position: int, size: int) -> None:
             data[position : position + size] = on.data(slot, size)
 
         await self._in_parts(length, part, queue, take)
@@ -326,7 +326,7 @@ class Guest:
         """Write whole sectors of `data` from `offset` on."""
         view = memoryview(data)
 
-        def part(position: int, size: int) -> Callable[[GuestQueue], int]:
+        def part(position: int, size: int) -> Callable[[DriverQueue], int]:
             piece = view[position : position + size]
             return lambda on: on.submit(T_OUT, (offset + position) // SECTOR_BYTES, size, piece)
 
@@ -355,7 +355,7 @@ class Guest:
         """The disk's serial number."""
         found = b""
 
-        def take(on: GuestQueue, slot: int) -> None:
+        def take(on: DriverQueue, slot: int) -> None:
             nonlocal found
             found = bytes(on.data(slot, ID_BYTES))
 
@@ -373,9 +373,9 @@ class Guest:
     async def _in_parts(
         self,
         length: int,
-        part: Callable[[int, int], Callable[[GuestQueue], int]],
+        part: Callable[[int, int], Callable[[DriverQueue], int]],
         queue: int | None,
-        take: Callable[[GuestQueue, int, int, int], None] | None,
+        take: Callable[[DriverQueue, int, int, int], None] | None,
     ) -> None:
         """Requests of at most a slot's buffer each, several at a time, on one queue."""
         on = self._pick(queue)
@@ -408,9 +408,9 @@ class Guest:
 
     async def _one(
         self,
-        on: GuestQueue,
-        submit: Callable[[GuestQueue], int],
-        take: Callable[[GuestQueue, int], None] | None,
+        on: DriverQueue,
+        submit: Callable[[DriverQueue], int],
+        take: Callable[[DriverQueue, int], None] | None,
     ) -> None:
         """One request from submission to its status. Raises RequestError."""
         while not on.free:
@@ -437,7 +437,7 @@ class Guest:
         finally:
             self._claim(on, slot)
 
-    async def _progress(self, on: GuestQueue) -> None:
+    async def _progress(self, on: DriverQueue) -> None:
         """Wait until something about `on` changes: results are there, or slots are free.
 
         One task waits for the device and takes completions for everybody; the others are parked.
@@ -470,7 +470,7 @@ class Guest:
     def _is_alive(self) -> bool:
         return self.front_end is not None and self.front_end.is_alive
 
-    def _reap(self, on: GuestQueue) -> bool:
+    def _reap(self, on: DriverQueue) -> bool:
         """Take completions; their slots are not free before their owners have taken the data."""
         done = on.poll()
         for slot, status in done:
@@ -484,13 +484,13 @@ class Guest:
             self._lots[on.index].unpark_all()
         return bool(done)
 
-    def _claim(self, on: GuestQueue, slot: int) -> None:
+    def _claim(self, on: DriverQueue, slot: int) -> None:
         """The owner is done with a result; its slot is free."""
         del self._results[on.index, slot]
         on.free.append(slot)
         self._lots[on.index].unpark_all()
 
-    def _pick(self, queue: int | None) -> GuestQueue:
+    def _pick(self, queue: int | None) -> DriverQueue:
         """The queue asked for, or each in turn."""
         if queue is None:
             queue = self._turn
