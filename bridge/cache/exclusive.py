@@ -52,7 +52,7 @@ class Exclusive(WriteOutWait):
         flags: int,
         outcome: Outcome,
     ) -> None:
-        super().__init__(exclusives.written_out, fua=False)
+        super().__init__(fua=False)
         self._exclusives = exclusives
         self.op = op
         self.first = first
@@ -70,6 +70,10 @@ class Exclusive(WriteOutWait):
     def discard_ended(self) -> None:
         """See WaitsForDiscard."""
         self._exclusives.begin(self)
+
+    def join_written_out(self) -> None:
+        """See WriteOutWait."""
+        self._exclusives.written_out.append(self)
 
 
 class Exclusives:
@@ -187,7 +191,8 @@ class Exclusives:
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:
-        each: Exclusive = request.owner
+        each = request.owner
+        assert isinstance(each, Exclusive)
         if not request.flags & FUA:
             self._durability.acknowledged()
         elif request.error:
@@ -201,7 +206,8 @@ class Exclusives:
             self._backend.submit(Request(FLUSH, 0, 0, [], self._flushed, owner=each))
 
     def _flushed(self, request: Request) -> None:
-        each: Exclusive = request.owner
+        each = request.owner
+        assert isinstance(each, Exclusive)
         if request.error:
             self._writeback.could_not_flush()
         lost = each.epoch != self._durability.epoch

@@ -12,7 +12,7 @@ Those who waited already asked before the write completed, so the old bytes are 
 from __future__ import annotations
 
 from bisect import insort
-from typing import Protocol
+from typing import Protocol, cast
 
 from bridge.cache.common import Common
 from bridge.cache.file.layout import BITS
@@ -190,7 +190,7 @@ class Fetcher:
         self._backend.submit(Request(READ, offset, length, buffers, self._replied, owner=group))
 
     def _replied(self, request: Request) -> None:
-        group: list[Fetch] = request.owner
+        group = cast("list[Fetch]", request.owner)
         for fetch in group:
             self._blocks_in_flight -= fetch.end - fetch.first
             for granule in range(fetch.first >> self._shift, (fetch.end - 1 >> self._shift) + 1):

@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, cast
 
 from bridge.cache.index import Index
 from bridge.cache.upstream import Backend
@@ -100,7 +100,7 @@ def compare(
 
     def answered(request: Request) -> None:
         nonlocal left, compared, differing, found
-        slot, bit, buffer = request.owner
+        slot, bit, buffer = cast("tuple[int, int, memoryview]", request.owner)
         if not request.error:
             compared += 1
             if index.valid(slot) & ~index.dirty(slot) & bit:

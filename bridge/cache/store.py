@@ -68,7 +68,7 @@ class _WriteOp(WriteOutWait):
     __slots__ = ("fetches", "position", "request", "store")
 
     def __init__(self, request: Request, store: Store, position: int) -> None:
-        super().__init__(store.written_out, fua=bool(request.flags & FUA))
+        super().__init__(fua=bool(request.flags & FUA))
         self.request = request
         self.store = store
         self.position = position
@@ -86,6 +86,10 @@ class _WriteOp(WriteOutWait):
     def discard_ended(self) -> None:
         """See exclusive.WaitsForDiscard."""
         self.store.go_on(self)
+
+    def join_written_out(self) -> None:
+        """See WriteOutWait."""
+        self.store.written_out.append(self)
 
 
 class Store:

@@ -59,7 +59,8 @@ class Aligner:
 
     def finish_owner(self, part: Request) -> None:
         """`part` was all of its owner."""
-        request: Request = part.owner
+        request = part.owner
+        assert isinstance(request, Request)
         request.generation = part.generation
         self.finish(request, part.error)
 
