@@ -96,7 +96,15 @@ class FakeDevice:
         self, *, guest_address: int, user_address: int, size_bytes: int
     ) -> None:
         self._note("remove_memory", guest_address, user_address, size_bytes)
-        self.memory = [each for each in self.memory if each.guest_address != guest_address]
+        place = guest_address, user_address, size_bytes
+        kept = [
+            each
+            for each in self.memory
+            if (each.guest_address, each.user_address, each.size_bytes) != place
+        ]
+        if kept == self.memory:
+            raise ProtocolError("no such region")
+        self.memory = kept
 
     def start_ring(self, index: int, ring: RingSetup) -> None:
         assert 0 <= index < self.max_queues
@@ -143,7 +151,7 @@ class FakeDevice:
 
     def create_inflight(self, num_queues: int, queue_size: int) -> tuple[int, int]:
         self._note("create_inflight", num_queues, queue_size)
-        return os.memfd_create("inflight"), 4096
+        return memfd(4096), 4096
 
     def set_inflight(
         self, fd: int, offset: int, size: int, num_queues: int, queue_size: int
