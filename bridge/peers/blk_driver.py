@@ -18,15 +18,13 @@ Source: virtio 1.3 §5.2 (block device), vhost-user.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import trio
 
-from bridge.errors import ConnectionLost, ProtocolError, RequestError
+from bridge.errors import RequestError
 from bridge.guest.vhost_user.messages import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
@@ -45,65 +43,21 @@ from bridge.guest.virtio.blk import (
     T_WRITE_ZEROES,
 )
 from bridge.guest.virtio.blk_config import F_INDIRECT, F_RING_PACKED, SECTOR_BYTES
-from bridge.peers.driver_queue import (
-    STATUS_IOERR,
-    STATUS_OK,
-    STATUS_UNSUPP,
-    DriverQueue,
-    queue_memory_bytes,
-)
+from bridge.peers.disk_config import CONFIG_BYTES, WRITEBACK_OFFSET, DiskConfig
+from bridge.peers.driver_queue import DriverQueue, queue_memory_bytes
 from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
+from bridge.peers.pending_requests import PendingRequests
 from bridge.peers.shared_memory import SharedMemory
 
 FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~F_LOG_ALL
 """Everything that is offered, but split rings and no dirty log."""
 PACKED_FEATURES = FEATURES | F_RING_PACKED
 
-CONFIG_BYTES = 60
-WRITEBACK_OFFSET = 32
-_ALIVE_CHECK_S = 1.0
-"""How long to wait for a completion before looking whether the back-end is still there."""
 _GUEST_MEMORY_START = 0x1_0000_0000
 _REGION_GAP = 0x1000_0000
 
 _SEGMENT = struct.Struct("<QII")
-_CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 _UNMAP = 1
-
-
-@dataclass(frozen=True, slots=True)
-class DiskConfig:
-    """The configuration space of a virtio-blk device (virtio 1.3 §5.2.4), as far as it is used."""
-
-    capacity_sectors: int
-    seg_max: int
-    block_size_bytes: int
-    writeback: int
-    num_queues: int
-    max_discard_sectors: int
-    max_discard_segments: int
-    discard_sector_alignment: int
-    max_write_zeroes_sectors: int
-    max_write_zeroes_segments: int
-    write_zeroes_may_unmap: int
-
-    @classmethod
-    def unpack(cls, data: bytes) -> DiskConfig:
-        """The configuration in the first 60 bytes."""
-        fields = _CONFIG.unpack(data[:CONFIG_BYTES])
-        return cls(
-            capacity_sectors=fields[0],
-            seg_max=fields[2],
-            block_size_bytes=fields[6],
-            writeback=fields[11],
-            num_queues=fields[13],
-            max_discard_sectors=fields[14],
-            max_discard_segments=fields[15],
-            discard_sector_alignment=fields[16],
-            max_write_zeroes_sectors=fields[17],
-            max_write_zeroes_segments=fields[18],
-            write_zeroes_may_unmap=fields[19],
-        )
 
 
 class BlkDriver:
@@ -144,10 +98,7 @@ class BlkDriver:
         self.front_end: FrontEnd | None = None
         self.features = 0
         self.config = DiskConfig.unpack(bytes(CONFIG_BYTES))
-        self._results: dict[tuple[int, int], int] = {}
-        self._abandoned: set[tuple[int, int]] = set()
-        self._lots: list[trio.lowlevel.ParkingLot] = []
-        self._waiting: set[int] = set()
+        self._pending = PendingRequests(lambda: self._use_inflight or self._is_alive)
         self._turn = 0
 
     @classmethod
@@ -225,7 +176,6 @@ class BlkDriver:
                     segment_bytes=self._segment_bytes,
                 )
             )
-            self._lots.append(trio.lowlevel.ParkingLot())
 
     async def _share(self) -> None:
         """Hand over memory and, if wanted, the in-flight region."""
@@ -359,14 +309,16 @@ class BlkDriver:
             nonlocal found
             found = bytes(on.data(slot, ID_BYTES))
 
-        await self._one(self._pick(queue), lambda on: on.submit(T_GET_ID, 0, ID_BYTES), take)
+        await self._pending.complete(
+            self._pick(queue), lambda on: on.submit(T_GET_ID, 0, ID_BYTES), take
+        )
         return found.split(b"\0")[0].decode("ascii", "replace")
 
     async def request(
         self, kind: int, sector: int = 0, data: bytes = b"", *, queue: int | None = None
     ) -> None:
         """Any request that writes nothing but its status."""
-        await self._one(
+        await self._pending.complete(
             self._pick(queue), lambda on: on.submit(kind, sector, len(data), data), None
         )
 
@@ -383,7 +335,7 @@ class BlkDriver:
 
         async def one(position: int, size: int) -> None:
             async with limit:
-                await self._one(
+                await self._pending.complete(
                     on,
                     part(position, size),
                     None if take is None else lambda q, slot: take(q, slot, position, size),
@@ -406,89 +358,9 @@ class BlkDriver:
         if errors:
             raise errors[0]
 
-    async def _one(
-        self,
-        on: DriverQueue,
-        submit: Callable[[DriverQueue], int],
-        take: Callable[[DriverQueue, int], None] | None,
-    ) -> None:
-        """One request from submission to its status. Raises RequestError."""
-        while not on.free:
-            await self._progress(on)
-        slot = submit(on)
-        key = (on.index, slot)
-        on.kick()
-        try:
-            while key not in self._results:
-                await self._progress(on)
-        except BaseException:
-            if key not in self._results:
-                # The slot stays busy until the device is done with it.
-                self._abandoned.add(key)
-            else:
-                self._claim(on, slot)
-            raise
-        status = self._results[key]
-        try:
-            if status != STATUS_OK:
-                raise _request_error(status)
-            if take is not None:
-                take(on, slot)
-        finally:
-            self._claim(on, slot)
-
-    async def _progress(self, on: DriverQueue) -> None:
-        """Wait until something about `on` changes: results are there, or slots are free.
-
-        One task waits for the device and takes completions for everybody; the others are parked.
-        With nothing in flight there is nothing to wait for but the owners of the results.
-        """
-        lot = self._lots[on.index]
-        if on.index in self._waiting:
-            # Nobody else may take completions, or that task would wait for what is gone.
-            await lot.park()
-            return
-        if self._reap(on):
-            await trio.lowlevel.checkpoint()
-            return
-        unclaimed = sum(queue == on.index for queue, _ in self._results)
-        if len(on.free) + unclaimed == on.depth:
-            await lot.park()
-            return
-        self._waiting.add(on.index)
-        try:
-            with trio.move_on_after(_ALIVE_CHECK_S) as scope:
-                await on.wait()
-        finally:
-            self._waiting.discard(on.index)
-            self._reap(on)
-            lot.unpark_all()
-        if scope.cancelled_caught and not (self._use_inflight or self._is_alive):
-            raise ConnectionLost("the back-end hung up with requests in flight")
-
     @property
     def _is_alive(self) -> bool:
         return self.front_end is not None and self.front_end.is_alive
-
-    def _reap(self, on: DriverQueue) -> bool:
-        """Take completions; their slots are not free before their owners have taken the data."""
-        done = on.poll()
-        for slot, status in done:
-            key = (on.index, slot)
-            if key in self._abandoned:
-                self._abandoned.discard(key)
-            else:
-                self._results[key] = status
-                on.free.remove(slot)
-        if done:
-            self._lots[on.index].unpark_all()
-        return bool(done)
-
-    def _claim(self, on: DriverQueue, slot: int) -> None:
-        """The owner is done with a result; its slot is free."""
-        del self._results[on.index, slot]
-        on.free.append(slot)
-        self._lots[on.index].unpark_all()
 
     def _pick(self, queue: int | None) -> DriverQueue:
         """The queue asked for, or each in turn."""
@@ -504,11 +376,3 @@ def _segments(ranges: Sequence[tuple[int, int]], flags: int) -> bytes:
         _SEGMENT.pack(offset // SECTOR_BYTES, length // SECTOR_BYTES, flags)
         for offset, length in ranges
     )
-
-
-def _request_error(status: int) -> RequestError:
-    if status == STATUS_UNSUPP:
-        return RequestError(errno.ENOTSUP, "the device does not support the request (UNSUPP)")
-    if status == STATUS_IOERR:
-        return RequestError(errno.EIO, "the device failed the request (IOERR)")
-    raise ProtocolError(f"the device gave status {status:#x}, which is none")

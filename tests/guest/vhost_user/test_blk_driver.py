@@ -285,7 +285,7 @@ async def test_back_end_stopped_with_requests_in_flight_finishes_them(short_dir:
 async def test_back_end_that_dies_fails_what_is_in_flight(
     short_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.peers.blk_driver._ALIVE_CHECK_S", 0.02)
+    monkeypatch.setattr("bridge.peers.pending_requests._ALIVE_CHECK_S", 0.02)
     async with guest_on(short_dir) as (backend, guest):
         backend.target.hold = True
         with pytest.RaisesGroup(ConnectionLost):
