@@ -1,9 +1,9 @@
-"""The built-in guest: a virtio-blk driver behind a vhost-user front-end.
+"""A virtio-blk driver behind a vhost-user front-end: a guest without a virtual machine.
 
-It does to a back-end what a virtual machine does, without one: shares memory, sets up virtqueues,
-puts requests into them, kicks, waits for calls. `BlkDriver` has the comfortable methods (`await
-guest.read(offset, length)`); under each `BlkDriver` are `DriverQueue`s, whose `submit`, `kick` and
-`poll` are plain functions for whoever wants to keep many requests in flight at full speed.
+It does to a back-end what a virtual machine does: it shares memory, sets up virtqueues, puts
+requests into them, kicks, waits for calls. `BlkDriver` has the comfortable methods (`await
+guest.read(offset, length)`). Under it are `DriverQueue`s, whose `submit`, `kick` and `poll` are
+plain functions for a caller that keeps many requests in flight at full speed.
 
     async with await BlkDriver.connect("/run/disk.sock") as guest:
         await guest.write(0, b"…")
@@ -50,8 +50,9 @@ from bridge.peers.pending_requests import PendingRequests
 from bridge.peers.shared_memory import SharedMemory
 
 FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~F_LOG_ALL
-"""Everything that is offered, but split rings and no dirty log."""
+"""Accept every feature that is offered, but packed rings and the dirty log."""
 PACKED_FEATURES = FEATURES | F_RING_PACKED
+"""The same with packed rings."""
 
 _GUEST_MEMORY_START = 0x1_0000_0000
 _REGION_GAP = 0x1000_0000
@@ -309,9 +310,8 @@ class BlkDriver:
             nonlocal found
             found = bytes(on.data(slot, ID_BYTES))
 
-        await self._pending.complete(
-            self._pick(queue), lambda on: on.submit(T_GET_ID, 0, ID_BYTES), take
-        )
+        on = self._pick(queue)
+        await self._pending.complete(on, lambda on: on.submit(T_GET_ID, 0, ID_BYTES), take)
         return found.split(b"\0")[0].decode("ascii", "replace")
 
     async def request(

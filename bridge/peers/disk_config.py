@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 
 CONFIG_BYTES = 60
+"""How much of the space is read."""
 WRITEBACK_OFFSET = 32
 """Of the byte that turns the write cache on and off, from the start of the space."""
 
@@ -34,7 +35,7 @@ class DiskConfig:
 
     @classmethod
     def unpack(cls, data: bytes) -> DiskConfig:
-        """The fields in the first `CONFIG_BYTES` of `data`. Raises struct.error if it is shorter."""
+        """The fields, from `CONFIG_BYTES` of data or more. Raises struct.error if it is shorter."""
         fields = _CONFIG.unpack(data[:CONFIG_BYTES])
         return cls(
             capacity_sectors=fields[0],
