@@ -60,6 +60,7 @@ SEEN = re.compile(r"[!-~ ]{0,200}")
 
 
 def boot_id() -> str:
+    """A UUID that changes with every boot of the host (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
 
 
@@ -94,6 +95,7 @@ class Mark:
         self._begun = 0
 
     def began(self) -> None:
+        """A change of the file begins. From any thread."""
         words = self._words
         self._begun += 1
         words[_BEGAN] = time.clock_gettime_ns(_COARSE)
@@ -104,6 +106,7 @@ class Mark:
             self._store()
 
     def ended(self) -> None:
+        """The change has ended, whether it succeeded or not. From the same thread."""
         words = self._words
         words[_ENDED] = time.time_ns()
         self._running.pop()
@@ -128,6 +131,7 @@ class Mark:
             os.pwrite(self._fd, self._words[:4], 0)
 
     def close(self) -> None:
+        """Let go of the mark; its file stays."""
         self._words.release()
         self._map.close()
         os.close(self._fd)

@@ -134,9 +134,11 @@ class RbdStore:
     # --- volumes -----------------------------------------------------------------------------
 
     def default_volume(self) -> str:
+        """See `Store`: the image of the parameter `image`."""
         return self._only
 
     def list_volumes(self) -> list[VolumeInfo]:
+        """See `Store`. Raises PluginError (ETIMEDOUT, and what `open` raises)."""
         if self._only:
             images = [self._only]
         else:
@@ -154,6 +156,8 @@ class RbdStore:
         return found
 
     def open(self, name: str, *, read_only: bool, timeout_s: float) -> RbdDisk:
+        """See `Store`. For writing, the image's exclusive lock is taken. Raises PluginError
+        (ENOENT, EBUSY, EROFS, ETIMEDOUT; without the exclusive-lock feature)."""
         volume, _, snapshot = self._check(name).partition("@")
         image = self._open_image(volume, snapshot, read_only=read_only or bool(snapshot))
         try:
@@ -197,6 +201,7 @@ class RbdStore:
             raise
 
     def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
+        """See `Store`. Raises PluginError (EEXIST, ETIMEDOUT)."""
         self._check(name)
         features = rbd.RBD().features_from_string(",".join(_FEATURES))
 
@@ -213,6 +218,7 @@ class RbdStore:
             disk.close()
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
+        """See `Store`. Raises PluginError (EROFS; EBUSY; smaller without `shrink`)."""
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         try:
             if disk.read_only:
@@ -229,6 +235,8 @@ class RbdStore:
             disk.close()
 
     def remove(self, name: str) -> None:
+        """See `Store`. A snapshot by `name@snapshot`. Raises PluginError (EBUSY, ENOENT; with
+        snapshots left)."""
         volume, _, snapshot = self._check(name).partition("@")
         if not snapshot:
             self.open(volume, read_only=False, timeout_s=COMMAND_WAIT_S).close()
@@ -249,6 +257,7 @@ class RbdStore:
             raise PluginError(f"volume {name} does not exist", errno.ENOENT) from None
 
     def snapshot(self, name: str, snapshot: str) -> None:
+        """See `Store`. Raises PluginError (EEXIST, EBUSY)."""
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         try:
             disk.image.create_snap(snapshot)

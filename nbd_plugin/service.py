@@ -81,12 +81,15 @@ class Service:
             self._prepare_file(Path(settings.file), settings.size_bytes)
 
     def start(self) -> None:
+        """Connect to the store. Raises PluginError."""
         self._store.start()
 
     def stop(self) -> None:
+        """Disconnect from the store."""
         self._store.stop()
 
     def default_export(self) -> str:
+        """The volume of an export without a name; "" for none."""
         return self._settings.volume or self._store.default_volume()
 
     def list_exports(self) -> list[tuple[str, str]]:

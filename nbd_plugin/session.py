@@ -112,6 +112,8 @@ class Handle:
         connection: int | None,
         client: str | None = None,
     ) -> None:
+        """`connection`: the number in the export's name, None without one. `session`: None for a
+        reader."""
         self.volume = volume
         self.disk = disk
         self.session = session
@@ -147,6 +149,7 @@ class Session:
         self._mark = threading.Lock()
 
     def admits(self, token: str | None) -> bool:
+        """Whether a connection with this session name may join."""
         if self.disk is None or self.disk.failed:
             return False
         return self.is_open and self.shared and token == self.token
@@ -188,6 +191,7 @@ class Fence:
 
     @property
     def is_empty(self) -> bool:
+        """No session is open, or about to be."""
         return self._session is None
 
     def enter(

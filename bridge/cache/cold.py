@@ -42,6 +42,7 @@ class InlineCold:
         self._turn = turn
 
     def run(self, job: Job, outcome: Outcome) -> None:
+        """See `Cold`."""
         self._turn.finish(outcome, attempt(job))
 
 
@@ -57,6 +58,7 @@ class ThreadedCold:
         self.outstanding = 0
 
     def run(self, job: Job, outcome: Outcome) -> None:
+        """See `Cold`. Only from the loop."""
         self.outstanding += 1
         if len(self._threads) < min(_THREADS, self.outstanding):
             thread = threading.Thread(target=self._work, name="cold-read", daemon=True)

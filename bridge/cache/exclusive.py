@@ -52,6 +52,7 @@ class Exclusive(WriteOutWait):
         flags: int,
         outcome: Outcome,
     ) -> None:
+        """`op` on the blocks `first` … `end`, up to the byte `stop`; `flags` as of the request."""
         super().__init__(fua=False)
         self._exclusives = exclusives
         self.op = op

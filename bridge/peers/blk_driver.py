@@ -83,6 +83,14 @@ class BlkDriver:
         regions: int = 1,
         inflight: bool = False,
     ) -> None:
+        """`num_queues` virtqueues of `queue_size` descriptors, with at most `depth` requests in
+        flight each (None: as many as fit) of at most `request_bytes` of data each, in descriptors
+        of at most `segment_bytes` (None: one).
+
+        `features` and `protocol_features` are masks of what to accept of the back-end's offer.
+        `regions`: how many regions the memory is made of. `inflight`: use an in-flight region, so
+        that `reconnect` loses no request.
+        """
         self.path = path
         self._wanted_features = features
         self._wanted_protocol_features = protocol_features
@@ -317,7 +325,8 @@ class BlkDriver:
     async def request(
         self, kind: int, sector: int = 0, data: bytes = b"", *, queue: int | None = None
     ) -> None:
-        """Any request that writes nothing but its status."""
+        """Any request that writes nothing but its status. `kind`: virtio 1.3 §5.2.6; `sector`
+        counts 512 bytes. Raises as the class says."""
         await self._pending.complete(
             self._pick(queue), lambda on: on.submit(kind, sector, len(data), data), None
         )

@@ -106,7 +106,7 @@ class FrontEnd:
         await self._transport.send(data, fds)
 
     async def receive(self) -> Message:
-        """The next message of the back-end's."""
+        """The next message of the back-end's. Raises ConnectionLost when none comes in time."""
         try:
             with trio.fail_after(self._timeout_s):
                 message = await self._transport.receive()
@@ -124,7 +124,10 @@ class FrontEnd:
     async def tell(
         self, request: Request, payload: bytes = b"", fds: list[int] | None = None
     ) -> None:
-        """Send a request that has none, and see it acknowledged where that was negotiated."""
+        """Send a request that has no reply, and see it acknowledged where that was negotiated.
+
+        Raises Refused when the acknowledgement says so, ConnectionLost.
+        """
         acknowledged = bool(self.protocol_features & P_REPLY_ACK)
         flags = VERSION | _NEED_REPLY if acknowledged else VERSION
         await self.send_raw(pack_message(request, payload, flags=flags), fds)
@@ -233,7 +236,7 @@ class FrontEnd:
         await self.tell(Request.SET_VRING_ENABLE, VringState(index, int(enabled)).pack())
 
     async def stop_ring(self, index: int) -> int:
-        """GET_VRING_BASE: stop the ring; where to go on."""
+        """GET_VRING_BASE: stop the ring; where to go on. Raises ProtocolError for another ring."""
         reply = await self.call(Request.GET_VRING_BASE, VringState(index, 0).pack())
         _need_size(reply, 8)
         state = VringState.unpack(reply.payload)
@@ -260,7 +263,8 @@ class FrontEnd:
     # In-flight region and dirty log.
 
     async def get_inflight(self, num_queues: int, queue_size: int) -> tuple[InflightRange, int]:
-        """A fresh in-flight region: its description and its file, which the caller closes."""
+        """A fresh in-flight region: its description and its file, which the caller closes. Raises
+        Refused."""
         wanted = InflightRange(0, 0, num_queues, queue_size)
         reply = await self.call(Request.GET_INFLIGHT_FD, wanted.pack())
         if len(reply.fds) != 1 or len(reply.payload) not in (20, 24):
@@ -294,7 +298,10 @@ class FrontEnd:
         self._channel = Transport(ours, replies=False)
 
     async def config_changed(self) -> None:
-        """Wait until the back-end says that the configuration space has changed."""
+        """Wait until the back-end says that the configuration space has changed.
+
+        Raises ConnectionLost, and RuntimeError without `open_channel`.
+        """
         if self._channel is None:
             raise RuntimeError("open_channel() first")
         while True:

@@ -141,7 +141,10 @@ class SplitDriver:
         return not self._used[0] & NO_NOTIFY
 
     def poll(self) -> list[tuple[int, int]]:
-        """Every new completion: token and used length (as the device says, unchecked)."""
+        """Every new completion: token and used length in bytes (as the device says, unchecked).
+
+        Raises ValueError for a descriptor that the device was not given.
+        """
         end = self._used[1]
         idx = self.used_idx
         done: list[tuple[int, int]] = []

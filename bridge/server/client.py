@@ -91,6 +91,7 @@ class Client:
 
     @property
     def connected(self) -> bool:
+        """Connections are up and commands are sent."""
         return self.session.phase is Phase.UP
 
     @property

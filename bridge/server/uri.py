@@ -1,4 +1,7 @@
-"""NBD URIs (NetworkBlockDevice/nbd, doc/uri.md): what to connect to."""
+"""NBD URIs: what to connect to.
+
+Source: NetworkBlockDevice/nbd, doc/uri.md.
+"""
 
 from __future__ import annotations
 

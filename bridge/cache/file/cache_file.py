@@ -100,17 +100,18 @@ class MappedImage:
         return zlib.crc32(self._whole[HEADER_AREA_BYTES : self.geometry.data_offset])
 
     def put(self, position: int, source: Bytes) -> None:
-        """Store `source` into the data at `position`, a whole number of blocks."""
+        """Store `source` at the byte `position` of the data, a whole number of blocks."""
         self.data[position : position + len(source)] = source
 
     def read_wait(self, views: list[memoryview], position: int) -> None:
-        """Fill `views`, however long that takes; may run in a thread. Raises OSError."""
+        """Fill `views` with the bytes from `position` of the data on, however long that takes; may
+        run in a thread. Raises OSError."""
         for view in views:
             view[:] = self.data[position : position + len(view)]
             position += len(view)
 
     def resident(self, position: int, length: int) -> bool:
-        """Would touching the data at `position` need no waiting?"""
+        """Would touching `length` bytes at `position` of the data need no waiting?"""
         return True
 
     def sync(self) -> None:
@@ -148,6 +149,7 @@ class CacheFile(MappedImage):
         self._map.madvise(mmap.MADV_RANDOM)
 
     def read_wait(self, views: list[memoryview], position: int) -> None:
+        """See MappedImage; `position` in bytes. Raises OSError (EIO if the file was cut short)."""
         position += self.geometry.data_offset
         for view in views:
             done = 0
@@ -159,6 +161,8 @@ class CacheFile(MappedImage):
             position += done
 
     def put(self, position: int, source: Bytes) -> None:
+        """See MappedImage; `position` in bytes. Raises OSError when the file system refuses a
+        write."""
         # A page fault on a page that was never written costs 10 us here, a pwrite 11 us per
         # call and 1.5 us per page: so runs of pages are written, single ones stored. A store
         # into a page that is on the disk only would read it first, for nothing.
@@ -194,6 +198,7 @@ class CacheFile(MappedImage):
             view = view[count:]
 
     def resident(self, position: int, length: int) -> bool:
+        """See MappedImage; bytes. Asks mincore(2)."""
         first = self._data_address + position & -_PAGE
         pages = (self._data_address + position + length - first + _PAGE - 1) // _PAGE
         vector = ctypes.create_string_buffer(pages)
@@ -202,6 +207,7 @@ class CacheFile(MappedImage):
         return vector.raw.translate(None, _RESIDENT) == b""
 
     def sync(self) -> None:
+        """See MappedImage. Raises OSError."""
         # No msync: on Linux that is an fsync of the mapped part, and `mmap.flush` would stop all
         # threads for as long as it takes.
         os.fsync(self.fd)
