@@ -159,7 +159,7 @@ class FileStore:
         _sync_directory(self._directory)
 
         # A removed volume of the same name may have left its counters: go on from there, so that
-        # nobody mistakes the new contents for the old.
+        # no client mistakes the new contents for the old.
         def made(state: VolumeState) -> VolumeState:
             number = state.generation + 1
             return VolumeState(
@@ -182,7 +182,7 @@ class FileStore:
                 raise PluginError(
                     f"volume {name} has {disk.size_bytes} bytes: making it smaller loses data"
                 )
-            # Growing changes nothing that anybody has seen of the volume.
+            # Growing changes nothing that a client has read of the volume.
             begin_generation(disk, writes=size_bytes < disk.size_bytes)
             os.truncate(self._path(name), size_bytes)
             disk.flush()
@@ -268,7 +268,7 @@ class FileStore:
         try:
             return self.load_state(name).read_only
         except (PermissionError, NotADirectoryError):
-            return False  # and whoever wants to write is refused that, see `_open`
+            return False  # and a writer is refused, see `_open`
 
     def _save_state(self, path: Path, state: VolumeState) -> None:
         new = path.with_name(f"{path.name}.{os.getpid()}.new")

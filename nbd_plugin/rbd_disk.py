@@ -61,7 +61,7 @@ class RbdDisk:
         is_untouched: Callable[[], bool],
         on_closed: Callable[[], object] | None = None,
     ) -> None:
-        """`is_untouched`: nobody but the plugin can have written the image since it last had it.
+        """`is_untouched`: only the plugin can have written the image since it last had it.
         `on_closed` remembers what that is asked of; None where that cannot be done."""
         self.image = image
         self._is_untouched = is_untouched
@@ -150,7 +150,7 @@ class RbdDisk:
 
     def update_state(self, change: ChangeState) -> VolumeState:
         """See `Disk`. Stored in the image's metadata; the caller holds the image's lock."""
-        # Who calls this holds the image's exclusive lock, so no other process does.
+        # The caller holds the image's exclusive lock, so no other process does.
         with self._state_lock:
             state = change(self.load_state())
             self.image.metadata_set(STATE_KEY, json.dumps(asdict(state)))
@@ -167,7 +167,7 @@ class RbdDisk:
         return rest == [_HEADER] and not self._is_untouched()
 
     def has_grown(self, state: VolumeState) -> bool:
-        """To grow is no change here."""
+        """Never: growing does not make `was_changed` true here."""
         return False
 
     def seen(self, *, writing: bool) -> str:

@@ -24,7 +24,7 @@ Two more bits say how a block may be reached; they follow from its past, not fro
 
 `state` (u64 per slot: valid, dirty, and a check over both, see `layout`) is in the mapped file and
 survives kill -9; the others are in memory. **Store order**: a kill -9 between any two stores must
-leave a truthful file. Whoever writes calls `write` before the data of present blocks is stored,
+leave a truthful file. A writer calls `write` before the data of present blocks is stored,
 and `stored` after that of absent ones.
 """
 
@@ -75,7 +75,7 @@ class Event(Enum):
     WRITTEN_LOST = "written_lost"
     """The server may have lost all that it acknowledged."""
     DROP = "drop"
-    """The cache forgets the block: evicted, discarded, or changed by somebody else."""
+    """The cache forgets the block: evicted, discarded, or changed by another client."""
 
 
 _S = State

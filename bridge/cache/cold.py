@@ -29,7 +29,7 @@ Job = Callable[[], None]
 
 
 class Cold(Protocol):
-    """Who runs a job that may wait for a disk."""
+    """Runs jobs that may have to wait for a disk."""
 
     def run(self, job: Job, outcome: Outcome) -> None:
         """Run `job` somewhere; `outcome` is finished on the loop with 0 or an errno."""

@@ -1,7 +1,9 @@
 """The client side of vhost-user: what a virtual machine monitor does.
 
-Plays QEMU for the tests, the checks and the load generator; and, since it sends whatever it is
-told to, every hostile front-end, too (`send_raw`).
+Plays QEMU for the demo and the tests. Since it also sends any bytes that it is given (`send_raw`),
+it plays hostile front-ends, too.
+
+Source: vhost-user "Message types", "Front-end message types".
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from bridge.guest.vhost_user.messages import FLAG_NEED_REPLY as _NEED_REPLY
 from bridge.guest.vhost_user.transport import Transport
 
 DEFAULT_TIMEOUT_S = 120.0
-"""A back-end may finish what is in flight before it answers GET_VRING_BASE; not for ever."""
+"""A back-end may finish what is in flight before it answers GET_VRING_BASE, but not longer."""
 
 PROTOCOL_FEATURES = (
     P_MQ
@@ -102,7 +104,7 @@ class FrontEnd:
     # Anything.
 
     async def send_raw(self, data: bytes, fds: list[int] | None = None) -> None:
-        """Send these bytes, whatever they are, with these descriptors (which stay the caller's)."""
+        """Send these bytes, unchecked, with these descriptors (which stay the caller's)."""
         await self._transport.send(data, fds)
 
     async def receive(self) -> Message:

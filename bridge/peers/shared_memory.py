@@ -9,7 +9,7 @@ import os
 from bridge.guest.vhost_user.messages import Region
 
 USER_OFFSET = 0x7F00_0000_0000
-"""Front-end addresses differ from guest addresses, so that nobody confuses them unnoticed."""
+"""Front-end addresses differ from guest addresses, so that a mix-up of the two is noticed."""
 
 
 class SharedRegion:

@@ -55,7 +55,7 @@ REMOVE_HINT = "; remove it with rm if you mean it"
 
 _LOCK_TRIES = 20
 _LOCK_PAUSE_S = 0.02
-"""Somebody may only look at the file: `cache show`, or a bridge that looks for its own."""
+"""The lock may be held for a moment only: by `cache show`, or a bridge that looks for its file."""
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -137,7 +137,7 @@ class CacheFile(MappedImage):
         self.notes: list[str] = []
         """What the operator should know about how the file was opened."""
         self.was_killed = not header.clean
-        """Whoever used the file last has not closed it."""
+        """The process that used the file last has not closed it."""
         self._abandoned = False
         self._map = mmap.mmap(fd, header.geometry.file_bytes)
         super().__init__(self._map, header)
@@ -242,7 +242,7 @@ class CacheFile(MappedImage):
     def abandon(self) -> None:
         """A `close` in another thread takes too long: there will be no clean mark any more.
 
-        Nothing is stored here: on a stuck disk that could wait for ever, too. If the mark is there
+        Nothing is stored here: on a stuck disk that might never end, either. If the mark is there
         already, it is true: all that it stands for was synced before.
         """
         self._abandoned = True
@@ -304,7 +304,7 @@ def _mapped(path: str, fd: int, header: Header) -> CacheFile:
 
 
 def read_index(path: str, remedy: str = "") -> MappedImage:
-    """A copy of the header and the index of a cache file that nobody uses: it has no data.
+    """A copy of the header and the index of a cache file that no process uses: it has no data.
 
     Raises ConfigError naming the file and the remedy.
     """
@@ -399,7 +399,7 @@ def open_or_create(
     Raises ConfigError, naming the file and the remedy: directory missing or not writable, disk
     full, in use, foreign, damaged, or dirty data that does not fit.
     """
-    # Locked before anybody looks at what it holds: somebody else may be making it.
+    # Locked before its content is looked at: another process may be making it.
     fd = _open_locked(path, os.O_RDWR | os.O_CREAT)
     _adopt(path, fd)
     try:
@@ -471,7 +471,7 @@ def _unfit(
 def _can_take_over(held: Geometry, wanted: Geometry) -> bool:
     """Is a file of `held` good for a disk of `wanted`, in a cache of another size?
 
-    The disk may have grown since, before or after the one who wrote the file was told.
+    The disk may have grown since, and the process that wrote the file may not have heard of it.
     """
     blocks = (held.block_bytes, held.granule_bytes)
     return (
@@ -497,7 +497,7 @@ def export_shrunk(file: CacheFile, export_bytes: int) -> ConfigError:
 
 
 def lock_to_drop(path: str) -> int:
-    """A descriptor of `path`, locked. Raises ConfigError if somebody uses it, or it is not ours."""
+    """A descriptor of `path`, locked. Raises ConfigError if it is in use, or not ours."""
     fd = _open_locked(path, os.O_RDWR)
     try:
         _read_ours(path, fd, REMOVE_HINT)

@@ -170,14 +170,14 @@ class Header:
     created_s: int
     frozen: bool = False
     """Its guest was stopped before everything was at the server, and may have gone on elsewhere:
-    what is dirty is not to be sent before it is known that nobody else wrote."""
+    what is dirty may be sent only once it is known that no other client wrote."""
     shared: bool = False
     """`frozen` in a session that others were in: its number does not tell whether they wrote."""
     export_identity: bytes = b""
     """16 bytes of the volume that the content belongs to; b"": the server gives none."""
     witness: int = 0
-    """1 + the number of a clean block that the server has other content for: somebody else wrote,
-    and there is dirty data. 0: none was seen."""
+    """1 + the number of a clean block that the server has other content for: another client wrote
+    while dirty data was here. 0: none was seen."""
     discarded: tuple[int, int] = (0, 0)
     """First block and end of a range: the server was asked to discard or zero within it, and that
     is not known to be durable. Killed before the answer, the cache still has what was there before;
@@ -217,7 +217,7 @@ class Header:
 
 
 def printable(text: str) -> str:
-    """`text` of a file's header for a terminal: whatever would control that is escaped."""
+    """`text` of a file's header for a terminal: control characters are escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
