@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
     each.relative_to(ROOT)
     for each in (
         *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
         *(ROOT / ".github").rglob("*.md"),
         *(ROOT / ".github").rglob("*.yml"),
     )
@@ -38,7 +38,7 @@ OTHERS_NAMES = {"MockClock", "Keep", "Semantic"}
 """Classes of libraries, and words that look like one."""
 
 TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
-PATH = re.compile(rf"(?<![\w/.@:-])((?:{'|'.join(map(re.escape, TOP_LEVEL))})/[\w./-]*\w)")
+PATH = re.compile(rf"(?<![\w/.@:-])((?:{'|'.join(map(re.escape, TOP_LEVEL))})/[\w./*-]*\w)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+\w")
 MODULE = re.compile(r"python3? -m ((?:bridge|nbd_plugin|tests)[\w.]*)")
 MEMBER = re.compile(r"`([A-Z]\w*[a-z]\w*)\.(\w+)(?:\(\))?`")
@@ -129,7 +129,7 @@ def anchors(document: Path) -> set[str]:
 def test_paths_and_tests_that_a_document_names_exist(document: Path) -> None:
     text = text_of(document)
 
-    missing = {each for each in PATH.findall(text) if not (ROOT / each).exists()}
+    missing = {each for each in PATH.findall(text) if not any(ROOT.glob(each))}
     for path, name in TEST.findall(text):
         if path in missing:
             continue
