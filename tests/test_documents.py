@@ -108,17 +108,25 @@ def _add_options(command: click.Command, found: set[str]) -> None:
     found.add("--help")
     for parameter in command.params:
         found.update((*parameter.opts, *parameter.secondary_opts))
-    if isinstance(command, click.Group):
-        for each in command.commands.values():
-            _add_options(each, found)
+    for each in subcommands(command).values():
+        _add_options(each, found)
 
 
-def commands() -> set[str]:
-    found = set(nbd_bridge.commands)
-    for name, command in nbd_bridge.commands.items():
-        if isinstance(command, click.Group):
-            found.update(f"{name} {each}" for each in command.commands)
-    return found
+def subcommands(command: click.Command) -> dict[str, click.Command]:
+    """Asked for as click does it: a group may make them when they are wanted."""
+    if not isinstance(command, click.Group):
+        return {}
+    context = click.Context(command)
+    found = {name: command.get_command(context, name) for name in command.list_commands(context)}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+@cache
+def commands() -> frozenset[str]:
+    found = set()
+    for name, command in subcommands(nbd_bridge).items():
+        found.update((name, *(f"{name} {each}" for each in subcommands(command))))
+    return frozenset(found)
 
 
 def anchors(document: Path) -> set[str]:

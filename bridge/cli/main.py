@@ -1,4 +1,4 @@
-"""The command line: `nbd-bridge serve`, `info`, `cache` and `demo`, and their options."""
+"""The command line: `nbd-bridge serve`, `info` and their options."""
 
 from __future__ import annotations
 
