@@ -32,7 +32,7 @@ from bridge.datapath.request import (
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from tests.cache.fakes import FakeServer, Rig
-from tests.guest.vhost_user.backends import MemoryTarget
+from tests.guest.memory_target import MemoryTarget
 from tests.guest.virtio.mock import FakeDisk
 from tests.server.helpers import cut, pattern, process, running_client, served, short_dir, unix_uri
 from tests.tools import HUNG_S, need

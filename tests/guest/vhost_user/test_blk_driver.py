@@ -44,7 +44,7 @@ async def test_every_request_type_does_what_it_says(short_dir: Path) -> None:
     async with guest_on(short_dir) as (backend, guest):
         await guest.write(0, b"x" * 8192)
         await guest.flush()
-        assert backend.target.requests[-1][0] == FLUSH
+        assert backend.target.seen[-1][0] == FLUSH
         await guest.discard([(0, 512), (1024, 512)])
         await guest.write_zeroes([(4096, 1024)], unmap=True)
         assert await guest.get_id() == "test-disk"
@@ -199,7 +199,7 @@ async def test_disabled_ring_leaves_requests_queued_until_enabled(short_dir: Pat
         queue.submit(T_IN, 0, 512)
         queue.kick()
         await trio.sleep(0.02)
-        assert backend.target.requests == []
+        assert backend.target.seen == []
 
         await guest.front_end.enable_ring(0, True)
         await queue.wait()

@@ -133,7 +133,7 @@ async def test_spurious_kicks_do_nothing(short_dir: Path) -> None:
             os.eventfd_write(guest.queues[0].kick_fd, 1)
             await trio.lowlevel.checkpoint()
         await trio.sleep(0.01)
-        assert backend.target.requests == []
+        assert backend.target.seen == []
         await guest.write(0, b"k" * 512)
 
 
@@ -463,7 +463,7 @@ async def test_recovery_ignores_which_base_the_front_end_names(short_dir: Path, 
             done += await complete(queue)
         assert [status for _, status in done] == [STATUS_OK] * 3
         assert backend.target.data[:1536] == b"".join(bytes([n]) * 512 for n in range(3))
-        assert [offset for _, offset, _ in backend.target.requests[-3:]] == [0, 512, 1024]
+        assert [offset for _, offset, _ in backend.target.seen[-3:]] == [0, 512, 1024]
         await guest.write(0, b"2" * 512)
 
 
