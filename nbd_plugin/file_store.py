@@ -28,7 +28,7 @@ from nbd_plugin import last_seen, names
 from nbd_plugin.errors import PluginError
 from nbd_plugin.file_disk import FileDisk
 from nbd_plugin.last_seen import Mark, read_mark
-from nbd_plugin.session import begin_generation
+from nbd_plugin.resizing import resizing
 from nbd_plugin.sparse_copy import sparse_copy
 from nbd_plugin.store import COMMAND_WAIT_S, ChangeState, VolumeInfo, VolumeState
 from nbd_plugin.volume_state import MAX_STATE_BYTES, parse_state
@@ -175,20 +175,9 @@ class FileStore:
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
         """See `Store`. Raises PluginError (EROFS; EBUSY; smaller without `shrink`)."""
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
-        try:
-            if disk.read_only:
-                raise PluginError(f"volume {name} is read-only", errno.EROFS)
-            if size_bytes < disk.size_bytes and not shrink:
-                raise PluginError(
-                    f"volume {name} has {disk.size_bytes} bytes: making it smaller loses data"
-                )
-            # Growing changes nothing that a client has read of the volume.
-            begin_generation(disk, writes=size_bytes < disk.size_bytes)
+        with resizing(disk, name, size_bytes, shrink=shrink) as opened:
             os.truncate(self._path(name), size_bytes)
-            disk.flush()
-            disk.update_state(lambda state: replace(state, seen=disk.seen(writing=False)))
-        finally:
-            disk.close()
+            opened.flush()
 
     def remove(self, name: str) -> None:
         """See `Store`. Its counters stay. Raises PluginError (EBUSY, ENOENT)."""
