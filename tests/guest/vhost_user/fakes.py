@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from bridge.errors import ProtocolError
 from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
@@ -46,7 +45,7 @@ class FakeDevice:
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
         self.on_config_changed: Callable[[], None] | None = None
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[object, ...]] = []
         self.rings: dict[int, RingSetup] = {}
         self.suspended: set[int] = set()
         self.refuse: set[str] = set()
@@ -56,7 +55,7 @@ class FakeDevice:
         self.features = 0
         self.is_logging = False
 
-    def _note(self, name: str, *arguments: Any) -> None:
+    def _note(self, name: str, *arguments: object) -> None:
         self.calls.append((name, *arguments))
         if name in self.refuse:
             raise ProtocolError(f"{name} refused")
