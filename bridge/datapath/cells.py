@@ -15,7 +15,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from struct import Struct
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from bridge.datapath.request import Request
 
 ABI: Final = 1
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
@@ -144,8 +147,8 @@ not be durable when it is complete."""
 
 # Cells of a `Link`.
 MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, LINK_CELLS = range(5)
-"""What is sent as it comes, at most `lanes.SMALL_BYTES`: 0 if nothing is. ALIGN_MASK: as
-BLOCK_MASK, of the server."""
+"""What is sent as it comes, at most `lanes.SMALL_BYTES`: 0 if nothing is. ALIGN_MASK: as BLOCK_MASK
+is, of the server."""
 
 # Cells of a `Channel`.
 UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)
@@ -160,13 +163,15 @@ class Channel:
     """One connection's transmission phase, flat."""
 
     __slots__ = (
-        *("cells", "has_payload", "is_closed", "number"),
-        *("native", "output", "sending", "staging", "structured"),
+        *("cells", "early", "has_payload", "is_closed", "native", "number"),
+        *("output", "sending", "staging", "structured"),
     )
 
     cells: Cells[int]
     number: int
     """In rows."""
+    early: list[Request]
+    """Answered while part of the output was unsent; the owner finishes them once it is."""
     is_closed: bool
     """Its connection has ended."""
     output: list[bytes | memoryview]

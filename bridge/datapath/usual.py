@@ -96,14 +96,14 @@ UsualChain = tuple[int, int, int, int, int, int, int]
 """
 
 
-def available(queue: Queue) -> int:
+def available(queue: Queue, first: int, used: int) -> int:
     """How many chains the driver has made available; 0, and STOPPED, if that breaks the ring.
 
     What the driver cannot know to be used is in flight, too (see `split_queue.SplitQueue.pop`).
     """
     state = queue.cells
-    count = queue.avail[1] - state[NEXT_AVAIL] & 0xFFFF
-    if count + state[IN_FLIGHT] + (state[NEXT_USED] - state[PUBLISHED] & 0xFFFF) > state[SIZE]:
+    count = queue.avail[1] - first & 0xFFFF
+    if count + state[IN_FLIGHT] + (used - state[PUBLISHED] & 0xFFFF) > state[SIZE]:
         state[STOPPED] = 1
         return 0
     if WEAK_ORDER:
@@ -171,15 +171,15 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
     """Serve chains from the cache up to the first one that is unusual or no hit; how many reads and
     how many writes that were."""
     state = queue.cells
-    count = available(queue)
     mask = state[SIZE] - 1
-    first = state[NEXT_AVAIL]
-    used = state[NEXT_USED]
+    first, used = state[NEXT_AVAIL], state[NEXT_USED]
+    count = available(queue, first, used)
     base, size = queue.regions[0], queue.regions[1]
     avail, elements, views = queue.avail, queue.elements, queue.views
-    tracked, words, halves = queue.tracked, queue.tracked_words, queue.tracked_halves
-    pushed, n_pushed = queue.pushed, state[PUSHED]
-    counter, last_head = state[COUNTER], state[LAST_HEAD]
+    tracked = queue.tracked
+    if tracked:
+        words, halves, pushed = queue.tracked_words, queue.tracked_halves, queue.pushed
+        counter, last_head, n_pushed = state[COUNTER], state[LAST_HEAD], state[PUSHED]
     capacity_bytes, block_mask, may_write = (
         disk[CAPACITY_BYTES],
         disk[BLOCK_MASK],
@@ -262,12 +262,14 @@ def take_commands(
     """Make commands of chains up to the first one that is unusual; how many reads and how many
     writes that were."""
     state, limits = queue.cells, link.cells
-    count = available(queue)
     mask = state[SIZE] - 1
     first = state[NEXT_AVAIL]
+    count = available(queue, first, state[NEXT_USED])
     base, size = queue.regions[0], queue.regions[1]
-    avail, views, row_table, cookies = queue.avail, queue.views, queue.rows, queue.cookies
-    tracked, words, counter = queue.tracked, queue.tracked_words, state[COUNTER]
+    avail, views, table, cookies = queue.avail, queue.views, queue.rows, queue.cookies
+    tracked = queue.tracked
+    if tracked:
+        words, counter = queue.tracked_words, state[COUNTER]
     output, number = channel.output, channel.number
     capacity_bytes, size_bytes = disk[CAPACITY_BYTES], limits[SIZE_BYTES]
     block_mask = disk[BLOCK_MASK] | limits[ALIGN_MASK]
@@ -302,9 +304,9 @@ def take_commands(
             counter += 1
             tracked[16 + 16 * head] = 1
         cookies[head] = cookie
+        at = ROW_BYTES * head
         _pack_row(
-            *(row_table, ROW_BYTES * head, offset, data_at, status_at, length, number),
-            *(data_region, status_region, type_),
+            table, at, offset, data_at, status_at, length, number, data_region, status_region, type_
         )
         output.append(_pack_command(0x25609513, 0, type_, cookie, offset, length))
         if type_ == _OUT:
@@ -342,23 +344,25 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
     waits = False
     while end - start >= 16:
         magic, error, cookie = _unpack_reply(staging, start)
-        if not cookie >> 63:
+        if cookie < ROW_COOKIE:
             break
-        if (cookie & _NAME_MASK) >> HEAD_BITS != current:
-            if answered:
-                assert queue is not None
+        name = cookie & _NAME_MASK
+        if name >> HEAD_BITS != current:
+            if queue is not None and answered:
                 _pushed(queue, rows, used, answered, last_head, n_pushed)
                 total += answered
                 answered = 0
-            current = (cookie & _NAME_MASK) >> HEAD_BITS
+            current = name >> HEAD_BITS
             queue = rows.queues[current]
             if queue is None:
                 break
             state, table, cookies, views = queue.cells, queue.rows, queue.cookies, queue.views
-            tracked, halves, pushed = queue.tracked, queue.tracked_halves, queue.pushed
             elements, mask, used = queue.elements, state[SIZE] - 1, state[NEXT_USED]
-            last_head, n_pushed = state[LAST_HEAD], state[PUSHED]
-        head = cookie & _HEAD_MASK
+            tracked = queue.tracked
+            if tracked:
+                halves, pushed = queue.tracked_halves, queue.pushed
+                last_head, n_pushed = state[LAST_HEAD], state[PUSHED]
+        head = name & _HEAD_MASK
         if head > mask or cookies[head] != cookie:
             break
         offset, data_at, status_at, length, sent_on, data_region, status_region, op = _unpack_row(
@@ -405,8 +409,7 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
         elements[slot + 1] = used_bytes
         used += 1
         answered += 1
-    if answered:
-        assert queue is not None
+    if queue is not None and answered:
         _pushed(queue, rows, used, answered, last_head, n_pushed)
         total += answered
     state = channel.cells
@@ -423,7 +426,8 @@ def _pushed(queue: Queue, rows: Rows, used: int, count: int, last_head: int, n_p
     state = queue.cells
     state[NEXT_USED] = used & 0xFFFF
     state[IN_FLIGHT] -= count
-    state[LAST_HEAD], state[PUSHED] = last_head, n_pushed
+    if queue.tracked:
+        state[LAST_HEAD], state[PUSHED] = last_head, n_pushed
     if not state[TOUCHED]:
         state[TOUCHED] = 1
         rows.touched.append(queue)

@@ -1,7 +1,7 @@
 """One NBD connection: trio until the handshake is done, the data path's loop afterwards.
 
-Theory. `open_connection` connects, negotiates and returns a `Connection` whose raw non-blocking
-socket is registered in the `Loop`. From then on nothing awaits: `send` puts a request into the
+Theory. `negotiate` connects and shakes hands; a `Connection` takes the raw non-blocking socket of
+that and registers it in the `Loop`. From then on nothing awaits: `send` puts a request into the
 transmission machine, the turn's end sends everything in one system call, and readable sockets
 complete requests from the loop's callback. What a socket does not take is kept and sent when it
 is writable again. On any error the connection is dead at once: its socket is closed, and `lost`
@@ -17,7 +17,6 @@ import socket
 import ssl
 import stat
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -288,7 +287,7 @@ async def _receive(sock: socket.socket) -> bytes:
 
 
 class Connection:
-    """A connection in the transmission phase. All methods but `drained` are synchronous."""
+    """A connection in the transmission phase. Everything but `hang_up` is synchronous."""
 
     __slots__ = (
         "_answers_beside",
@@ -305,6 +304,7 @@ class Connection:
         "_queued",
         "_receive_some",
         "_received_then",
+        "_send",
         "_sendmsg",
         "_sent_bytes",
         "_sock",
@@ -343,6 +343,7 @@ class Connection:
         self._closing = False
         self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
+        self._send = self._sock.send
         self._sendmsg = self._sock.sendmsg
         self._receive_some = self._receive_tls if self._tls else self._receive_plain
         self.export = negotiated.export
@@ -362,21 +363,21 @@ class Connection:
 
     @property
     def unflushed(self) -> int:
-        """See session.Channel."""
+        """See link.Channel."""
         return self.transmission.unflushed
 
     @property
     def in_flight(self) -> int:
-        """See session.Channel."""
+        """See link.Channel."""
         return self.transmission.in_flight
 
     @property
     def flat(self) -> Channel | None:
-        """See session.Channel."""
+        """See link.Channel."""
         return self.transmission if self.transmission.takes_rows else None
 
     def changes(self) -> list[Request]:
-        """See session.Channel. What was refused is sent again with the next connection anyway."""
+        """See link.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
         transmission.adopt_all()
         unfinished = (*transmission.pending.values(), *transmission.early)
@@ -440,7 +441,7 @@ class Connection:
             self._loop.turn.at_end(self.flush_output)
 
     def abandon(self) -> list[Request]:
-        """See session.Channel."""
+        """See link.Channel."""
         found = self.transmission.abandon()
         if found:
             self._unsent = [bytes(piece) for piece in self._unsent]
@@ -470,11 +471,13 @@ class Connection:
             has_payload, transmission.has_payload = transmission.has_payload, False
             if not self._tls and len(output) <= _IOV_MAX:
                 # The usual case: everything goes out at once.
-                if not has_payload:
-                    # Headers only: joining 32 of them costs less than 32 pieces in one call.
-                    output = [b"".join(output)]
                 try:
-                    sent = self._sendmsg(output)
+                    if has_payload:
+                        sent = self._sendmsg(output)
+                    else:
+                        # Headers only: joining 32 of them costs less than 32 pieces in one call.
+                        output = [b"".join(output)]
+                        sent = self._send(output[0])
                 except BlockingIOError:
                     sent = 0
                 except OSError as error:
@@ -738,16 +741,10 @@ async def leave(negotiated: Negotiated) -> None:
         negotiated.close()
 
 
-def with_export_name(uri: NbdUri, name: str) -> NbdUri:
-    """The same server, another export."""
-    return replace(uri, export_name=name)
-
-
 __all__ = [
     "ConfigError",
     "Connection",
     "Negotiated",
     "leave",
     "negotiate",
-    "with_export_name",
 ]

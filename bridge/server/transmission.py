@@ -111,7 +111,6 @@ class Transmission(Channel):
         "_start",
         "_turn",
         "direct",
-        "early",
         "generation",
         "pending",
         "received_bytes",
@@ -139,8 +138,7 @@ class Transmission(Channel):
         self.output = []
         self.has_payload = False
         self.sending = False
-        self.early: list[Request] = []
-        """Answered while part of the output was unsent; the owner finishes them once it is."""
+        self.early = []
         self.refused: list[Request] = []
         """Refused with ESHUTDOWN: to be sent again elsewhere."""
         self.generation = generation

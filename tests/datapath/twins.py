@@ -7,16 +7,22 @@ kinds, hostile ones too, replies in any order and in any pieces, errors, lost co
 that pause, stop and go on. After every turn all that anybody outside can see is compared.
 
 What is left open: the order of the used elements of one turn, and cookies.
+
+    python -m tests.datapath.twins --scripts 10000 --seed 1
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 import mmap
 import random
 import socket
 import struct
 from collections.abc import Callable
 from typing import Any
+
+import structlog
 
 from bridge.app.storage import CachedBackend
 from bridge.cache.cache import Cache
@@ -649,7 +655,7 @@ class Script:
     def _finish(self) -> None:
         """Everything is answered in the end."""
         self._both(lambda twin: _pause(twin, False) if twin.ring is not None else None)
-        for _ in range(200):
+        for _ in range(30):
             if not self.twins[0].connection.alive or self.twins[0].connection.leaving:
                 self._both(Twin.settle_loss)
             if self.twins[0].ring is None:
@@ -710,3 +716,23 @@ def _difference(one: Any, other: Any) -> str:
         at = next(at for at, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
         return f"from {at:#x} on {one[at : at + 16]!r}, elsewhere {other[at : at + 16]!r}"
     return f"{one!r:.400}, elsewhere {other!r:.400}"
+
+
+def main() -> None:
+    """Many scripts, until one fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests.datapath.twins", description=__doc__)
+    parser.add_argument("--scripts", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first one")
+    parser.add_argument("--steps", type=int, default=60, help="turns of each, and 30 to end it")
+    arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    served = adopted = 0
+    for seed in range(arguments.seed, arguments.seed + arguments.scripts):
+        script = Script(seed)
+        served += script.run(arguments.steps)
+        adopted += script.twins[0].rows.adopted_total
+    print(f"{arguments.scripts} scripts: {served} chains the usual way, {adopted} rows adopted")
+
+
+if __name__ == "__main__":
+    main()

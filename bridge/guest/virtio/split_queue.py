@@ -26,7 +26,7 @@ from bridge.datapath.cells import (
     cells,
 )
 from bridge.datapath.fence import WEAK_ORDER, fence
-from bridge.datapath.usual import publish
+from bridge.datapath.usual import publish, usual_chain
 from bridge.guest.virtio.chain import (
     DESC_INDIRECT,
     DESC_NEXT,
@@ -155,13 +155,26 @@ class SplitQueue(Queue):
                     raise QueueBroken(f"available ring names descriptor {head} of {self.size}")
                 count = len(chains)  # those before it are good; the next pop says what is wrong
                 break
-            chains.append(self._walk(head))
+            chains.append(self._usual(head, mask) or self._walk(head))
             if self.long.views and self.long.too_many:
                 count = len(chains)
                 break
         state[NEXT_AVAIL] = (index + count) & 0xFFFF
         state[IN_FLIGHT] = in_flight + count
         return chains
+
+    def _usual(self, head: int, mask: int) -> Chain | None:
+        """The chain at `head` if it is the usual one, of data; None: walk it. `_walk` comes to the
+        same result, half a microsecond later."""
+        usual = usual_chain(self, head, mask, self.regions[0], self.regions[1])
+        if usual is None:
+            return None
+        type_, sector, data_region, data_at, length, status_region, status_at = usual
+        views = self.views
+        buffers = [views[data_region][data_at : data_at + length]]
+        if type_:
+            return head, type_, sector, buffers, [], views[status_region], status_at, None
+        return head, type_, sector, [], buffers, views[status_region], status_at, None
 
     def _walk(self, head: int) -> Chain:
         """Resolve the chain that starts at `head`; what is wrong with it is in its fault."""
@@ -233,9 +246,7 @@ class SplitQueue(Queue):
         if self.long.views:
             self.long.pushed(head)
 
-    def publish(self) -> bool:
-        """Show the driver all that was pushed; True if it wants to be called."""
-        return publish(self)
+    publish = publish
 
     def arm(self) -> bool:
         """Ask for a kick with the next chain; True if one is there already."""
