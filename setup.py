@@ -12,8 +12,8 @@ setup(
     ext_modules=[
         Extension(
             "bridge.datapath._native",
-            sources=[f"{_NATIVE}/core.c", f"{_NATIVE}/module.c"],
-            depends=[f"{_NATIVE}/core.h"],
+            sources=[f"{_NATIVE}/{name}.c" for name in ("core", "turns", "module", "turns_module")],
+            depends=[f"{_NATIVE}/{name}.h" for name in ("core", "turns", "module")],
             define_macros=[("_GNU_SOURCE", None)],
             extra_compile_args=["-std=c99", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra"],
             py_limited_api=True,

@@ -1,5 +1,7 @@
 """See `usual`, whose functions these are, and `engine`."""
 
+from collections.abc import Callable
+
 from bridge.datapath.cells import Cells, Channel, Link, Queue, Resident
 from bridge.datapath.rows import Rows
 
@@ -11,3 +13,35 @@ def take_commands(
 ) -> tuple[int, int]: ...
 def answers(channel: Channel, rows: Rows, start: int, end: int, /) -> tuple[int, bool]: ...
 def publish(queue: Queue, /) -> bool: ...
+
+Side = tuple[Resident] | tuple[Channel, int, Link, Rows, int, int]
+"""A cache; or a channel, its descriptor, the link and the rows, and where in the staging buffer
+what was received begins and ends."""
+
+def new_turns(poll_max_ns: int, /) -> object: ...
+def turns(
+    state: object,
+    epoll_fd: int,
+    rings: tuple[tuple[Queue, int, Callable[[], None], *tuple[object, ...]], ...],
+    disk: Cells[int],
+    may_write: bool,
+    side: Side,
+    until_ns: int,
+    worked: bool,
+    /,
+) -> (
+    tuple[
+        int,
+        tuple[int, ...],
+        int,
+        int,
+        list[tuple[int, int]],
+        list[bytes | memoryview],
+        int,
+        int,
+        int,
+        int,
+        int,
+    ]
+    | None
+): ...

@@ -188,15 +188,33 @@ class Channel:
     """See `Queue`."""
 
 
+class Wire(Protocol):
+    """The connection of a channel, as compiled turns have it (see `compiled`)."""
+
+    def received(self) -> tuple[int, int, int] | None:
+        """Its descriptor, and where in the staging buffer what was received begins and ends; None:
+        something is not usual, and it has to be served in the general way."""
+
+    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+        """So much was received; this is what stands in the staging buffer, and what was not
+        sent."""
+
+    def unusual(self, *, ended: bool, errno: int) -> None:
+        """What stands in the staging buffer is not usual, or the connection has `ended`, or failed
+        with `errno`."""
+
+
 class Link:
     """Where commands go: the limits of the export, and the one channel that takes them."""
 
-    __slots__ = ("cells", "channel", "flush_later")
+    __slots__ = ("cells", "channel", "flush_later", "wire")
 
     def __init__(self) -> None:
         self.cells = cells(LINK_CELLS)
         self.channel: Channel | None = None
         """None: commands must go the general way."""
+        self.wire: Wire | None = None
+        """The connection of `channel`."""
         self.flush_later: Callable[[], None] = _no_channel
         """Send the output of `channel` at the end of this turn."""
 

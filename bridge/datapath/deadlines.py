@@ -46,6 +46,10 @@ class Deadlines:
             self._look()
         return False
 
+    def usual_ring(self) -> tuple[()]:
+        """See rows.MaybeUsual: a look now and then is enough."""
+        return ()
+
     def arm(self) -> bool:
         """The loop is about to sleep; after a nap it asks again."""
         if not self._loop.naps_first:

@@ -84,6 +84,8 @@ class Disk:
             self._write_hit = hits.write_hit
         self.usual = backend.usual(self._wrote) if usual else None
         """What rings may ask before they pop a chain; None: there is nothing."""
+        if self.usual is not None:
+            self.usual.is_armed = self._is_armed
         self._flush_interval_s = (backend.can_flush and flush_interval_s) or inf
         self._now = now
         self._deadline_s: float | None = None
@@ -143,6 +145,9 @@ class Disk:
         if self.is_durable:
             self.is_durable = False
             self.on_changed()
+
+    def _is_armed(self) -> bool:
+        return self._deadline_s is not None
 
     def _wrote(self) -> None:
         """There were usual writes."""

@@ -26,12 +26,15 @@ import os
 import select
 from collections.abc import Callable
 from time import perf_counter
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from bridge.datapath.engine import Engine, choose
+from bridge.datapath.engine import COMPILED, Engine, choose
 from bridge.datapath.turn import Turn
+
+if TYPE_CHECKING:
+    from bridge.datapath.compiled import CompiledTurns, Turns
 
 EPOLLIN = select.EPOLLIN
 EPOLLOUT = select.EPOLLOUT
@@ -70,6 +73,14 @@ class Poller(Protocol):
         """The loop is awake again: notifications are not needed."""
 
 
+def _compiled_turns(loop: Loop) -> CompiledTurns | None:
+    if loop.engine.name != COMPILED:
+        return None
+    from bridge.datapath.compiled import CompiledTurns  # Not in every installation.
+
+    return CompiledTurns(loop.turn, poll_max_s=loop.poll_max_s)
+
+
 class Loop:
     """Callbacks on file descriptors, batched by turns. See the module's text."""
 
@@ -85,10 +96,11 @@ class Loop:
         # Edge-triggered: the counter never has to be read back. No callback: a wake-up alone
         # is no work.
         self._epoll.register(self._wake_fd, EPOLLIN | EPOLLET)
-        self._poll_max_s = poll_us / 1e6 * _POLL_GROWTH
+        self.poll_max_s = poll_us / 1e6 * _POLL_GROWTH
         self._poll_s = poll_us / 1e6
         self._lingering = False
         self._worked = False
+        self._compiled = _compiled_turns(self)
         self.now = perf_counter()
         """The time of the current turn, in seconds of the monotonic clock."""
 
@@ -147,6 +159,24 @@ class Loop:
         ready: list[tuple[int, int]] = []
         until_s = perf_counter() + _YIELD_EVERY_S
         while True:
+            compiled = self._compiled_turns(epoll_fd, until_s) if not ready else None
+            if compiled is not None:
+                polling = False
+                ready = compiled.ready
+                if compiled.went_to_sleep:
+                    if not self._arm():
+                        await trio.lowlevel.wait_readable(epoll_fd)
+                        self._wake_up()
+                        until_s = perf_counter() + _YIELD_EVERY_S
+                    continue
+                if not compiled.used_up:
+                    # What they left, in one turn.
+                    self._turns(ready, self.now, polling=False)
+                    ready = []
+                if perf_counter() >= until_s:
+                    await trio.lowlevel.checkpoint()
+                    until_s = perf_counter() + _YIELD_EVERY_S
+                continue
             more = self._turns(ready, until_s, polling=polling)
             ready = []
             if not more and self._arm():
@@ -168,6 +198,20 @@ class Loop:
                 await trio.lowlevel.wait_readable(epoll_fd)
                 self._wake_up()
             until_s = perf_counter() + _YIELD_EVERY_S
+
+    def _compiled_turns(self, epoll_fd: int, until_s: float) -> Turns | None:
+        """Have turns by compiled code; None: not now."""
+        if self._compiled is None or self.turn.pending:
+            return None
+        found = self._compiled.run(epoll_fd, self._pollers, until_s)
+        if found is None:
+            return None
+        self.now = perf_counter()
+        self._worked = not found.went_to_sleep
+        for poller in self._pollers:
+            if poller.usual_ring() == ():  # type: ignore[attr-defined]
+                poller.poll()
+        return found
 
     def _wake_up(self) -> None:
         # Not inside `run`: its frame would keep the last poller, and the guest memory behind
@@ -214,7 +258,7 @@ class Loop:
                 window_s = self._poll_s
                 if self._lingering:
                     self._lingering = False
-                    window_s = self._poll_max_s
+                    window_s = self.poll_max_s
                 if not window_s and now >= idle_until_s:
                     # The nap that follows sees at once what is there already.
                     return now >= until_s
@@ -230,10 +274,10 @@ class Loop:
         ready = self._epoll.poll(_NAP_S, _EVENTS_PER_POLL)
         took_s = perf_counter() - began_s
         self._wake_up()
-        least_s = self._poll_max_s / 32
-        if took_s < self._poll_max_s:
+        least_s = self.poll_max_s / 32
+        if took_s < self.poll_max_s:
             # Polling would have seen it.
-            self._poll_s = min(self._poll_max_s, self._poll_s * 2 + least_s)
+            self._poll_s = min(self.poll_max_s, self._poll_s * 2 + least_s)
         else:
             self._poll_s = self._poll_s / 2 if self._poll_s > least_s else 0.0
         return ready

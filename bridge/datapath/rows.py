@@ -14,7 +14,7 @@ state of the disk's two sides. `Disk` has the one that fits, or none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from bridge.datapath.cells import (
     HEAD_BITS,
@@ -45,6 +45,17 @@ _CHANNEL_AT: Final = 4
 """In a row: see `ROW`."""
 _LAST_SEQUENCE: Final = SEQUENCE_MASK - MAX_HEADS
 """From here on there are no more rows: the next batch might not have numbers that fit."""
+
+
+_LAST_SEQUENCE_OF_TURNS: Final = SEQUENCE_MASK - (1 << 24)
+"""The same for compiled turns, which are some thousand commands each."""
+
+Side = tuple[Resident] | tuple[Channel, int, Link, "Rows", int, int]
+"""Where compiled turns serve chains (see `_native.pyi`)."""
+
+
+def _never() -> bool:
+    return False
 
 
 class PendingOwner(Protocol):
@@ -185,6 +196,8 @@ class Usual(Protocol):
 
     served: int
     """Chains so far."""
+    is_armed: Callable[[], bool]
+    """It is known already that something is not durable: `wrote` need not be called."""
     engine: Engine
     answers_at_once: bool
     """What is served is pushed, and to be published at the end of this turn."""
@@ -206,6 +219,44 @@ class Usual(Protocol):
     def sequence(self) -> int:
         """A number that only grows: see `cells.sequence_of`."""
 
+    # For compiled turns.
+
+    def side(self) -> Side | None:
+        """Where they serve chains; None: not now."""
+
+    def took(self, reads: int, writes: int) -> None:
+        """So many chains were taken. There were writes only if it was `armed`."""
+
+    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+        """So much was received; this is what stands in the staging buffer, and what was not
+        sent."""
+
+    def unusual(self, *, ended: bool, errno: int) -> None:
+        """The server sent something that is not usual, or the connection has ended."""
+
+
+class UsualRing(NamedTuple):
+    """A ring of which the compiled turns serve the usual chains. (The first three are for C.)"""
+
+    queue: Queue
+    kick_fd: int
+    """-1: the guest sends no kicks."""
+    call: Callable[[], None]
+    """Call the driver."""
+    took: Callable[[int], None]
+    """So many chains were taken."""
+    limits: Cells[int]
+    """Of the disk."""
+    usual: Usual
+
+
+class MaybeUsual(Protocol):
+    """A poller of the loop."""
+
+    def usual_ring(self) -> UsualRing | tuple[()] | None:
+        """What of it compiled turns may serve; (): nothing, but it need not be polled in every turn
+        either; None: it has to be."""
+
 
 class FromCache:
     """Hits of a cache. There are no rows: what is served is answered."""
@@ -222,8 +273,10 @@ class FromCache:
     ) -> None:
         """`counted(reads, writes)` is told of hits. `wrote()`: something is not durable."""
         self.served = 0
+        self.is_armed: Callable[[], bool] = _never
         self.engine = engine
         self._take_hits = engine.take_hits
+        self._side = (cache,)
         self._cache = cache
         self._counted = counted
         self._wrote = wrote
@@ -238,6 +291,21 @@ class FromCache:
             if writes:
                 self._wrote()
         return taken
+
+    def side(self) -> Side | None:
+        """See `Usual`."""
+        return self._side
+
+    def took(self, reads: int, writes: int) -> None:
+        """See `Usual`."""
+        self.served += reads + writes
+        self._counted(reads, writes)
+
+    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+        """See `Usual`. There is no connection here."""
+
+    def unusual(self, *, ended: bool, errno: int) -> None:
+        """See `Usual`."""
 
     def enter(self, queue: Queue, owner: RowOwner) -> bool:
         """See `Usual`."""
@@ -258,6 +326,7 @@ class ToServer:
     def __init__(self, link: Link, rows: Rows, wrote: Callable[[], None]) -> None:
         """`wrote()`: something is not durable."""
         self.served = 0
+        self.is_armed: Callable[[], bool] = _never
         self.engine = rows.engine
         self._take_commands = rows.engine.take_commands
         self._link = link
@@ -289,6 +358,33 @@ class ToServer:
             if writes:
                 self._wrote()
         return taken
+
+    def side(self) -> Side | None:
+        """See `Usual`."""
+        link, rows = self._link, self._rows
+        channel, wire = link.channel, link.wire
+        if channel is None or wire is None or rows.cells[0] > _LAST_SEQUENCE_OF_TURNS:
+            return None
+        received = wire.received()
+        if received is None:
+            return None
+        fd, start, end = received
+        return channel, fd, link, rows, start, end
+
+    def took(self, reads: int, writes: int) -> None:
+        """See `Usual`."""
+        self.served += reads + writes
+
+    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+        """See `Usual`."""
+        assert self._link.wire is not None
+        self._link.wire.turned(start, end, received, unsent)
+
+    def unusual(self, *, ended: bool, errno: int) -> None:
+        """See `Usual`."""
+        wire = self._link.wire
+        if wire is not None:
+            wire.unusual(ended=ended, errno=errno)
 
     def enter(self, queue: Queue, owner: RowOwner) -> bool:
         """See `Usual`."""

@@ -21,6 +21,7 @@ import trio
 
 from bridge.datapath.cells import NEXT_AVAIL, STOPPED, Queue
 from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
+from bridge.datapath.rows import UsualRing
 from bridge.errors import ProtocolError
 from bridge.guest.eventfds import writer
 from bridge.guest.virtio.blk import BlkEngine, BlkRequest
@@ -59,6 +60,7 @@ class RunningRing:
         self._usual = engine.usual
         self._flat: Queue | None = None
         """The queue, if it takes part in the usual case (see `rows`)."""
+        self._usual_ring: UsualRing | None = None
         self._takes = False
         """Usual chains are taken from it. Not while the dirty log is on."""
         self._broken = broken
@@ -84,6 +86,7 @@ class RunningRing:
             self._publish_pushed = partial(self._usual.engine.publish, queue)
             self._take = self._usual.take  # bound once
             self._answers_at_once = self._usual.answers_at_once
+            self._describe()
         loop.add_poller(self)
         if not held:
             self._start_recovered()
@@ -94,6 +97,14 @@ class RunningRing:
             self.requests += len(recovered)
             self._engine.start_again(self, recovered)
             self._turn.want()
+
+    def _describe(self) -> None:
+        """Tell compiled turns what there is to be served."""
+        if self._flat is not None and self._usual is not None:
+            kick_fd = -1 if self._kick_fd is None else self._kick_fd
+            self._usual_ring = UsualRing(
+                *(self._flat, kick_fd, self.call, self._took, self._engine.limits, self._usual)
+            )
 
     # The data path
 
@@ -142,6 +153,17 @@ class RunningRing:
             self._publishing = True
             self._turn.at_end(self._publish)
 
+    def usual_ring(self) -> UsualRing | tuple[()] | None:
+        """See rows.MaybeUsual."""
+        if not self._popping:
+            return ()
+        if not self._takes or self._drained is not None or self._queue.long.views:
+            return None
+        return self._usual_ring
+
+    def _took(self, count: int) -> None:
+        self.requests += count
+
     def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> BlkRequest:
         """See rows.RowOwner."""
         assert self._flat is not None
@@ -165,10 +187,15 @@ class RunningRing:
         wants_call = self._publish_pushed()
         if self._log is not None:
             self._log.mark_ring()
-        if wants_call and self._call_fd is not None and not _signal(self._call_fd):
-            self._call_blocks()
+        if wants_call:
+            self.call()
         if self._drained is not None and not self._queue.in_flight:
             self._drained.set()
+
+    def call(self) -> None:
+        """Call the driver: something was published."""
+        if self._call_fd is not None and not _signal(self._call_fd):
+            self._call_blocks()
 
     def _call_blocks(self) -> None:
         """The front-end made the call descriptor block: the loop does not wait for it twice."""
@@ -226,6 +253,7 @@ class RunningRing:
         if self._kick_fd is not None:
             self._loop.remove(self._kick_fd)
         self._kick_fd = fd
+        self._describe()
         self._loop.wake()
 
     def set_call(self, fd: int | None) -> None:
@@ -349,6 +377,7 @@ class RunningRing:
             self._usual.leave(self._flat)
             self._takes = False
             self._flat = None
+            self._usual_ring = None
         self._queue.long.leave()
         self._call_fd = None
         self._error_fd = None

@@ -22,7 +22,7 @@ from typing import Final
 import structlog
 import trio
 
-from bridge.datapath.cells import LONG_READS, ROWS, Channel
+from bridge.datapath.cells import LONG_READS, ROWS, Channel, Wire
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.rows import Rows
@@ -527,14 +527,53 @@ class Connection:
                 self._push()
             if self.alive and events & ~EPOLLOUT:
                 self._receive_some()
-                if self.transmission.cells[LONG_READS] or self._unsent:
-                    # A long payload comes and goes in many pieces, one right after the other.
-                    self._loop.linger()
-                if self.transmission.refused and not self.leaving:
-                    self.leaving = True
-                    self._lost(self, ConnectionLost("the server is shutting down"))
+                self._after_receiving()
             if self._idle is not None:
                 self._check_idle()
+        except Exception as error:
+            self._fail_unexpectedly(error)
+
+    def _after_receiving(self) -> None:
+        if self.transmission.cells[LONG_READS] or self._unsent:
+            # A long payload comes and goes in many pieces, one right after the other.
+            self._loop.linger()
+        if self.transmission.refused and not self.leaving:
+            self.leaving = True
+            self._lost(self, ConnectionLost("the server is shutting down"))
+
+    # What compiled turns leave: see cells.Wire.
+
+    @property
+    def wire(self) -> Wire | None:
+        """See link.Channel."""
+        return None if self._tls else self
+
+    def received(self) -> tuple[int, int, int] | None:
+        """See cells.Wire."""
+        if not self.alive or self.leaving or self._idle is not None or self._unsent:
+            return None
+        received = self.transmission.received
+        return None if received is None else (self._fd, *received)
+
+    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+        """See cells.Wire."""
+        transmission = self.transmission
+        transmission.turned(start, end, received)
+        if unsent:
+            transmission.output = unsent
+            transmission.has_payload = True
+            self.flush_later()
+
+    def unusual(self, *, ended: bool, errno: int) -> None:
+        """See cells.Wire."""
+        try:
+            if errno:
+                self._fail_by(OSError(errno, os.strerror(errno)))
+            elif ended:
+                self._end_of_file()
+            else:
+                self._parse(0)
+                self._after_receiving()
         except Exception as error:
             self._fail_unexpectedly(error)
 
@@ -586,12 +625,15 @@ class Connection:
         if not n_bytes:
             self._end_of_file()
             return False
+        self._parse(n_bytes)
+        return self.alive
+
+    def _parse(self, n_bytes: int) -> None:
         try:
             self.transmission.bytes_received(n_bytes)
         except ProtocolError as error:
             self._blame()
             self._fail(error)
-        return self.alive
 
     def _poll_tls(self) -> None:
         if self.alive:

@@ -59,6 +59,7 @@ from bridge.datapath.cells import (
     SIZE_BYTES,
     UNFLUSHED,
     Link,
+    Wire,
 )
 from bridge.datapath.cells import Channel as FlatChannel
 from bridge.datapath.durability import BEFORE, Told
@@ -123,6 +124,10 @@ class Channel(Protocol):
     @property
     def flat(self) -> FlatChannel | None:
         """Itself, where the usual case may put commands into its output; None: it may not."""
+
+    @property
+    def wire(self) -> Wire | None:
+        """Itself, where compiled turns may read and write; None: they may not."""
 
     def flush_later(self) -> None:
         """Send the output at the end of this turn."""
@@ -565,6 +570,7 @@ class Session:
         self.link.channel = channel.flat if channel is not None else None
         if channel is not None:
             self.link.flush_later = channel.flush_later
+            self.link.wire = channel.wire if self.link.channel is not None else None
 
     # Phases.
 

@@ -297,6 +297,19 @@ class Transmission(Channel):
 
     # Receiving.
 
+    @property
+    def received(self) -> tuple[int, int] | None:
+        """Where in the staging buffer what was received begins and ends; None: what comes next goes
+        elsewhere, or something is not usual."""
+        if self.direct or self.sending or self.early or self.output:
+            return None
+        return self._start, self._end
+
+    def turned(self, start: int, end: int, received: int) -> None:
+        """Somebody else has received so much, and taken all before `start`."""
+        self.received_bytes += received
+        self._start, self._end = start, end
+
     def next_buffer(self) -> memoryview:
         """Where the next bytes go, while not `direct`."""
         start, end = self._start, self._end

@@ -372,7 +372,7 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
         queue->cookies[head] = cookie;
         memcpy(queue->rows + sizeof row * (size_t)head, &row, sizeof row);
         put_command(command->header, chain.type, cookie, row.offset, chain.length);
-        command->head = (uint16_t)head;
+        command->queue_number = (uint16_t)state[DP_NUMBER];
         command->payload_bytes = 0;
         if (chain.type == OUT) {
             command->payload_bytes = chain.length;

@@ -130,7 +130,7 @@ struct dp_command {
     uint64_t payload_at;    /* in its region */
     uint8_t *payload;
     uint16_t payload_region;
-    uint16_t head;
+    uint16_t queue_number;
 };
 
 struct dp_taken {

@@ -5,30 +5,15 @@
  * that nothing goes away under the core. Whoever replaces one of the arrays or views sets `native`
  * to None again. `native` False: the core cannot take this one, and all of it goes the general way.
  */
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
-
-#include "core.h"
+#include "module.h"
 
 #include <string.h>
 
 enum { FIXED_BUFFERS = 9 };
 
-struct holder {
-    union {
-        struct dp_queue queue;
-        struct dp_channel channel;
-        struct dp_resident resident;
-    } is;
-    struct dp_region *regions;
-    PyObject *callback; /* Resident: open_blocks */
-    Py_ssize_t buffer_count;
-    Py_buffer buffers[]; /* those that are held */
-};
-
-static const char QUEUE[] = "bridge.Queue";
-static const char CHANNEL[] = "bridge.Channel";
-static const char RESIDENT[] = "bridge.Resident";
+const char dp_queue_kind[] = "bridge.Queue";
+const char dp_channel_kind[] = "bridge.Channel";
+const char dp_resident_kind[] = "bridge.Resident";
 
 static PyObject *name_native, *name_cells, *name_output, *name_views, *name_queues, *name_touched;
 static PyObject *pure_publish;
@@ -194,7 +179,7 @@ static int fill_queue(struct holder *holder, PyObject *object, PyObject *views)
     return 0;
 }
 
-static struct holder *make_queue(PyObject *object)
+struct holder *dp_make_queue(PyObject *object)
 {
     PyObject *views = PyObject_GetAttr(object, name_views);
     Py_ssize_t count = views ? PyList_Size(views) : -1;
@@ -208,7 +193,7 @@ static struct holder *make_queue(PyObject *object)
     return holder;
 }
 
-static struct holder *make_channel(PyObject *object)
+struct holder *dp_make_channel(PyObject *object)
 {
     struct holder *holder = new_holder(FIXED_BUFFERS);
     struct dp_channel *channel;
@@ -297,7 +282,7 @@ static int fill_resident(struct holder *holder, PyObject *object)
     return holder->callback ? 0 : -1;
 }
 
-static struct holder *make_resident(PyObject *object)
+struct holder *dp_make_resident(PyObject *object)
 {
     struct holder *holder = new_holder(FIXED_BUFFERS);
 
@@ -310,8 +295,8 @@ static struct holder *make_resident(PyObject *object)
 
 /* What is behind `object.native`, made now if it is None. NULL with an exception, or without one:
  * the core cannot take it. `*keeps` is a reference to be given back. */
-static struct holder *native_of(PyObject *object, const char *kind,
-                                struct holder *(*make)(PyObject *), PyObject **keeps)
+struct holder *dp_native_of(PyObject *object, const char *kind,
+                            struct holder *(*make)(PyObject *), PyObject **keeps)
 {
     PyObject *native = PyObject_GetAttr(object, name_native);
     struct holder *holder = NULL;
@@ -342,7 +327,7 @@ static struct holder *native_of(PyObject *object, const char *kind,
 }
 
 /* A buffer for the length of one call. */
-static int borrow(PyObject *object, Py_buffer *view, Py_ssize_t least)
+int dp_borrow(PyObject *object, Py_buffer *view, Py_ssize_t least)
 {
     if (PyObject_GetBuffer(object, view, PyBUF_WRITABLE) < 0)
         return -1;
@@ -354,16 +339,16 @@ static int borrow(PyObject *object, Py_buffer *view, Py_ssize_t least)
     return 0;
 }
 
-static int borrow_cells(PyObject *object, Py_buffer *view, Py_ssize_t least)
+int dp_borrow_cells(PyObject *object, Py_buffer *view, Py_ssize_t least)
 {
     PyObject *cells = PyObject_GetAttr(object, name_cells);
-    int failed = cells ? borrow(cells, view, least) : -1;
+    int failed = cells ? dp_borrow(cells, view, least) : -1;
 
     Py_XDECREF(cells);
     return failed;
 }
 
-static int check_count(Py_ssize_t given, Py_ssize_t wanted)
+int dp_check_count(Py_ssize_t given, Py_ssize_t wanted)
 {
     if (given == wanted)
         return 0;
@@ -376,7 +361,7 @@ static PyObject *stopped(PyObject *queue)
 {
     Py_buffer cells;
 
-    if (PyErr_Occurred() || borrow_cells(queue, &cells, 8 * DP_QUEUE_CELLS) < 0)
+    if (PyErr_Occurred() || dp_borrow_cells(queue, &cells, 8 * DP_QUEUE_CELLS) < 0)
         return NULL;
     ((uint64_t *)cells.buf)[DP_STOPPED] = 1;
     PyBuffer_Release(&cells);
@@ -391,14 +376,14 @@ static PyObject *take_hits(PyObject *module, PyObject *const *args, Py_ssize_t c
     Py_buffer disk;
 
     (void)module;
-    if (check_count(count, 3) < 0)
+    if (dp_check_count(count, 3) < 0)
         return NULL;
-    queue = native_of(args[0], QUEUE, make_queue, &keeps_queue);
+    queue = dp_native_of(args[0], dp_queue_kind, dp_make_queue, &keeps_queue);
     if (queue)
-        cache = native_of(args[2], RESIDENT, make_resident, &keeps_cache);
+        cache = dp_native_of(args[2], dp_resident_kind, dp_make_resident, &keeps_cache);
     if (!queue || !cache) {
         result = stopped(args[0]);
-    } else if (borrow(args[1], &disk, 8 * DP_DISK_CELLS) == 0) {
+    } else if (dp_borrow(args[1], &disk, 8 * DP_DISK_CELLS) == 0) {
         taken = dp_take_hits(&queue->is.queue, disk.buf, &cache->is.resident, true);
         PyBuffer_Release(&disk);
         if (!PyErr_Occurred())
@@ -409,10 +394,10 @@ static PyObject *take_hits(PyObject *module, PyObject *const *args, Py_ssize_t c
     return result;
 }
 
-static PyObject *slice_of(PyObject *views, const struct dp_command *command)
+PyObject *dp_slice_of(PyObject *views, const struct dp_command *command, uint32_t skip)
 {
     PyObject *view = PyList_GetItem(views, command->payload_region);
-    PyObject *from = PyLong_FromUnsignedLongLong(command->payload_at);
+    PyObject *from = PyLong_FromUnsignedLongLong(command->payload_at + skip);
     PyObject *to = PyLong_FromUnsignedLongLong(command->payload_at + command->payload_bytes);
     PyObject *slice = from && to ? PySlice_New(from, to, NULL) : NULL;
     PyObject *result = view && slice ? PyObject_GetItem(view, slice) : NULL;
@@ -424,7 +409,7 @@ static PyObject *slice_of(PyObject *views, const struct dp_command *command)
 }
 
 /* Add `object`, a new reference or NULL, to `list`. */
-static int append(PyObject *list, PyObject *object)
+int dp_append(PyObject *list, PyObject *object)
 {
     int failed = object ? PyList_Append(list, object) : -1;
 
@@ -442,10 +427,10 @@ static int put_out(PyObject *queue, PyObject *channel, const struct dp_command *
     for (uint32_t index = 0; !failed && index < taken.reads + taken.writes; index++) {
         const struct dp_command *command = &commands[index];
 
-        failed = append(output, PyBytes_FromStringAndSize((const char *)command->header,
+        failed = dp_append(output, PyBytes_FromStringAndSize((const char *)command->header,
                                                           DP_COMMAND_BYTES));
         if (!failed && command->payload_bytes)
-            failed = append(output, slice_of(views, command));
+            failed = dp_append(output, dp_slice_of(views, command, 0));
     }
     if (!failed && taken.writes)
         failed = PyObject_SetAttrString(channel, "has_payload", Py_True);
@@ -463,16 +448,16 @@ static PyObject *take_commands(PyObject *module, PyObject *const *args, Py_ssize
     Py_buffer disk, link, rows;
 
     (void)module;
-    if (check_count(count, 5) < 0)
+    if (dp_check_count(count, 5) < 0)
         return NULL;
-    queue = native_of(args[0], QUEUE, make_queue, &keeps_queue);
+    queue = dp_native_of(args[0], dp_queue_kind, dp_make_queue, &keeps_queue);
     if (queue)
-        channel = native_of(args[3], CHANNEL, make_channel, &keeps_channel);
+        channel = dp_native_of(args[3], dp_channel_kind, dp_make_channel, &keeps_channel);
     if (!queue || !channel) {
         result = stopped(args[0]);
-    } else if (borrow(args[1], &disk, 8 * DP_DISK_CELLS) == 0) {
-        if (borrow_cells(args[2], &link, 8 * DP_LINK_CELLS) == 0) {
-            if (borrow_cells(args[4], &rows, 8) == 0) {
+    } else if (dp_borrow(args[1], &disk, 8 * DP_DISK_CELLS) == 0) {
+        if (dp_borrow_cells(args[2], &link, 8 * DP_LINK_CELLS) == 0) {
+            if (dp_borrow_cells(args[4], &rows, 8) == 0) {
                 taken = dp_take_commands(&queue->is.queue, disk.buf, link.buf,
                                          &channel->is.channel, rows.buf, true, commands,
                                          DP_MAX_HEADS);
@@ -504,7 +489,7 @@ static struct dp_queue *queue_of(void *owner, unsigned number)
 
     if (!queue || queue == Py_None)
         return NULL;
-    holder = native_of(queue, QUEUE, make_queue, &keeps);
+    holder = dp_native_of(queue, dp_queue_kind, dp_make_queue, &keeps);
     Py_XDECREF(table->keeps[number]);
     table->keeps[number] = keeps;
     return holder ? &holder->is.queue : NULL;
@@ -533,13 +518,13 @@ static PyObject *answers(PyObject *module, PyObject *const *args, Py_ssize_t cou
     unsigned long long start, end;
 
     (void)module;
-    if (check_count(count, 4) < 0)
+    if (dp_check_count(count, 4) < 0)
         return NULL;
     start = PyLong_AsUnsignedLongLong(args[2]);
     end = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[3]);
     if (PyErr_Occurred())
         return NULL;
-    channel = native_of(args[0], CHANNEL, make_channel, &keeps);
+    channel = dp_native_of(args[0], dp_channel_kind, dp_make_channel, &keeps);
     table.queues = PyErr_Occurred() ? NULL : PyObject_GetAttr(args[1], name_queues);
     if (table.queues && channel) {
         dp_answers(&channel->is.channel, queue_of, &table, start, end, &answered);
@@ -559,7 +544,7 @@ static PyObject *answers(PyObject *module, PyObject *const *args, Py_ssize_t cou
 static PyObject *publish(PyObject *module, PyObject *queue)
 {
     PyObject *keeps = NULL, *result = NULL;
-    struct holder *holder = native_of(queue, QUEUE, make_queue, &keeps);
+    struct holder *holder = dp_native_of(queue, dp_queue_kind, dp_make_queue, &keeps);
 
     (void)module;
     if (holder)
@@ -575,6 +560,8 @@ static PyMethodDef methods[] = {
     {"take_commands", (PyCFunction)(void (*)(void))take_commands, METH_FASTCALL, NULL},
     {"answers", (PyCFunction)(void (*)(void))answers, METH_FASTCALL, NULL},
     {"publish", publish, METH_O, NULL},
+    {"new_turns", dp_new_turns, METH_O, NULL},
+    {"turns", (PyCFunction)(void (*)(void))dp_run_turns, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,0 +1,100 @@
+"""Whole turns of the loop by the compiled engine: `_native.turns`, and what it leaves to Python.
+
+One call is as many turns as fit into half a millisecond while everything is usual: it waits, takes
+replies, serves chains, sends, publishes and calls. It ends as soon as anything else has to be done,
+and this module has that done: what was counted is counted, what the socket did not take is left to
+the connection, a reply that is not usual is parsed where every reply can be. A chain that is not
+usual is still in its ring; a turn of the loop finds it there.
+
+For everything outside, such a call is one turn in which the same things came: it ends as turns do
+(see `turn`). That is done before anything else happens, so that what the guest was shown in it is
+known to be shown before, say, a failed flush is heard of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from bridge.datapath import _native
+from bridge.datapath.rows import UsualRing
+from bridge.datapath.turn import Turn
+
+# As in `native/turns.h`.
+BUDGET: Final = 1
+_OTHERS: Final = 2
+_CHAIN: Final = 4
+_REPLY: Final = 8
+_UNSENT: Final = 16
+_ENDED: Final = 32
+_FAILED: Final = 64
+
+
+class Turns(NamedTuple):
+    """What came of some turns."""
+
+    went_to_sleep: bool
+    """Nothing came for a while, or nothing at all: the rings are armed."""
+    used_up: bool
+    """There may be more; the time is over."""
+    ready: list[tuple[int, int]]
+    """Events of descriptors that are not of a ring, and not of the connection."""
+
+
+class CompiledTurns:
+    """See the module's text."""
+
+    def __init__(self, turn: Turn, *, poll_max_s: float) -> None:
+        self._turn = turn
+        self._state = _native.new_turns(round(poll_max_s * 1e9))
+        self._worked = False
+        self.calls = 0
+
+    def run(self, epoll_fd: int, pollers: Sequence[object], until_s: float) -> Turns | None:
+        """Have turns until there is something to do that is not usual; None: there is now, or no
+        usual ring. Not while the turn is `pending`."""
+        rings = _usual_rings(pollers)
+        if rings is None:
+            return None
+        first = rings[0]
+        usual = first.usual
+        side = usual.side()
+        if side is None:
+            return None
+        found = _native.turns(
+            *(self._state, epoll_fd, rings, first.limits),
+            *(usual.is_armed(), side, round(until_s * 1e9), self._worked),
+        )
+        if found is None:
+            return None
+        self.calls += 1
+        flags, taken, reads, writes, ready, unsent, start, end, received, error, worked = found
+        self._worked = bool(worked)
+        if reads or writes:
+            for ring, count in zip(rings, taken, strict=True):
+                ring.took(count)
+            usual.took(reads, writes)
+        usual.turned(start, end, received, unsent)
+        self._turn.end()
+        if flags & (_REPLY | _ENDED | _FAILED):
+            usual.unusual(ended=bool(flags & _ENDED), errno=error)
+        return Turns(not flags, flags == BUDGET, ready)
+
+
+def _usual_rings(pollers: Sequence[object]) -> tuple[UsualRing, ...] | None:
+    """The rings among `pollers`, all of one disk; None: something else has to be polled."""
+    rings: list[UsualRing] = []
+    for poller in pollers:
+        usual_ring: Callable[[], UsualRing | tuple[()] | None] | None
+        usual_ring = getattr(poller, "usual_ring", None)
+        ring = usual_ring() if usual_ring is not None else None
+        if ring is None:
+            return None
+        if ring:
+            rings.append(ring)
+    if not rings:
+        return None
+    first = rings[0]
+    if any(ring.usual is not first.usual or ring.limits is not first.limits for ring in rings):
+        return None
+    return tuple(rings)

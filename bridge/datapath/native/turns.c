@@ -1,0 +1,306 @@
+/* Turns of the loop as long as everything is usual: wait, receive, answer, take, send, publish.
+ *
+ * It does what `loop.Loop` does with the functions of `core.c`, and ends as soon as there is
+ * anything else to do: another descriptor, a chain or reply that is not usual, a socket that is
+ * full. What it had begun is complete then: everything taken was sent or is among `commands`,
+ * everything pushed is published. It never blocks but in `wait`, and ends after `until_ns`.
+ */
+#include "turns.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+
+enum {
+    RECEIVES_PER_TURN = 8,
+    STAGING_LONG_BYTES = 16 << 10, /* while long reads are in flight: see transmission.py */
+    DEEP = 8,                      /* with so many in flight, waiting gathers a batch */
+    PAUSE_NS = 10000000
+};
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static struct dp_queue *queue_of(void *owner, unsigned number)
+{
+    struct dp_turns *turns = owner;
+
+    for (uint32_t index = 0; index < turns->ring_count; index++)
+        if (turns->rings[index].queue->cells[DP_NUMBER] == number)
+            return turns->rings[index].queue;
+    return NULL;
+}
+
+/* Receive once, and take the usual replies; the flags. `*drained`: there is no more for now. */
+static int receive_once(struct dp_turns *turns, bool *drained)
+{
+    struct dp_channel *channel = turns->channel;
+    struct dp_answered answered;
+    uint64_t room;
+    ssize_t got;
+
+    if (turns->start) {
+        memmove(channel->staging, channel->staging + turns->start, turns->end - turns->start);
+        turns->end -= turns->start;
+        turns->start = 0;
+    }
+    room = channel->staging_bytes - turns->end;
+    if (channel->cells[DP_LONG_READS] && room > STAGING_LONG_BYTES)
+        room = STAGING_LONG_BYTES;
+    if (!room)
+        return DP_REPLY;
+    got = recv(turns->socket_fd, channel->staging + turns->end, room, MSG_DONTWAIT);
+    if (got < 0) {
+        *drained = true;
+        if (errno == EAGAIN || errno == EINTR)
+            return 0;
+        turns->error = errno;
+        return DP_FAILED;
+    }
+    if (!got)
+        return DP_ENDED;
+    *drained = (uint64_t)got < room;
+    turns->end += (uint64_t)got;
+    turns->received_bytes += (uint64_t)got;
+    dp_answers(channel, queue_of, turns, turns->start, turns->end, &answered);
+    turns->start = answered.start;
+    for (uint32_t index = 0; index < answered.touched_count; index++)
+        queue_of(turns, answered.touched[index])->cells[DP_TOUCHED] = 0;
+    if (turns->end - turns->start >= 16 && !answered.waits)
+        return DP_REPLY;
+    return 0;
+}
+
+static int receive(struct dp_turns *turns)
+{
+    bool drained = false;
+    int flags = 0;
+
+    for (int calls = 0; calls < RECEIVES_PER_TURN && !flags && !drained; calls++)
+        flags = receive_once(turns, &drained);
+    return flags;
+}
+
+static int handle_events(struct dp_turns *turns, int count)
+{
+    int flags = 0;
+
+    for (int index = 0; index < count; index++) {
+        const struct epoll_event *event = &turns->events[index];
+        bool known = false;
+
+        if (turns->channel && event->data.fd == turns->socket_fd && event->events == EPOLLIN) {
+            flags |= receive(turns);
+            known = true;
+        }
+        for (uint32_t ring = 0; ring < turns->ring_count && !known; ring++)
+            known = event->data.fd == turns->rings[ring].kick_fd;
+        if (!known) {
+            turns->others[turns->other_count++] = *event;
+            flags |= DP_OTHERS;
+        }
+    }
+    turns->worked |= count > 0;
+    return flags;
+}
+
+/* Take what the rings have. */
+static int take(struct dp_turns *turns)
+{
+    int flags = 0;
+
+    turns->command_count = 0;
+    turns->first_ring++;
+    for (uint32_t index = 0; index < turns->ring_count; index++) {
+        struct dp_ring *ring = &turns->rings[(turns->first_ring + index) % turns->ring_count];
+        struct dp_queue *queue = ring->queue;
+        struct dp_taken taken;
+
+        if (__atomic_load_n(&queue->avail[1], __ATOMIC_RELAXED) ==
+            (uint16_t)queue->cells[DP_NEXT_AVAIL])
+            continue;
+        queue->cells[DP_STOPPED] = 0;
+        if (turns->cache) {
+            taken = dp_take_hits(queue, turns->disk, turns->cache, turns->may_write);
+        } else {
+            taken = dp_take_commands(queue, turns->disk, turns->link, turns->channel,
+                                     turns->sequence, turns->may_write,
+                                     turns->commands + turns->command_count,
+                                     DP_COMMANDS - turns->command_count);
+            turns->command_count += taken.reads + taken.writes;
+        }
+        ring->taken += taken.reads + taken.writes;
+        turns->reads += taken.reads;
+        turns->writes += taken.writes;
+        turns->worked |= taken.reads + taken.writes > 0;
+        if (queue->cells[DP_STOPPED])
+            flags |= DP_CHAIN;
+    }
+    return flags;
+}
+
+/* Gather the commands for one system call: headers that follow one another are one piece. */
+static size_t gather(struct dp_turns *turns, uint64_t *bytes)
+{
+    size_t count = 0;
+    uint8_t *header = turns->headers;
+
+    *bytes = 0;
+    for (uint32_t index = 0; index < turns->command_count; index++) {
+        struct dp_command *command = &turns->commands[index];
+
+        memcpy(header, command->header, DP_COMMAND_BYTES);
+        if (count && !turns->commands[index - 1].payload_bytes)
+            turns->pieces[count - 1].iov_len += DP_COMMAND_BYTES;
+        else
+            turns->pieces[count++] = (struct iovec){header, DP_COMMAND_BYTES};
+        header += DP_COMMAND_BYTES;
+        if (command->payload_bytes)
+            turns->pieces[count++] = (struct iovec){command->payload, command->payload_bytes};
+        *bytes += DP_COMMAND_BYTES + command->payload_bytes;
+    }
+    return count;
+}
+
+static int send_all(struct dp_turns *turns)
+{
+    struct msghdr message = {0};
+    uint64_t bytes;
+    ssize_t sent;
+
+    turns->sent_bytes = 0;
+    if (!turns->command_count)
+        return 0;
+    message.msg_iov = turns->pieces;
+    message.msg_iovlen = gather(turns, &bytes);
+    sent = sendmsg(turns->socket_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent < 0) {
+        if (errno == EAGAIN || errno == EINTR)
+            return DP_UNSENT;
+        turns->error = errno;
+        return DP_UNSENT | DP_FAILED;
+    }
+    turns->sent_bytes = (uint64_t)sent;
+    return turns->sent_bytes < bytes ? DP_UNSENT : 0;
+}
+
+static int publish(struct dp_turns *turns)
+{
+    int flags = 0;
+
+    for (uint32_t index = 0; index < turns->ring_count; index++)
+        if (dp_publish(turns->rings[index].queue) && turns->call(turns->owner, index) < 0)
+            flags |= DP_RAISED;
+    return flags;
+}
+
+static bool arm(struct dp_turns *turns)
+{
+    bool more = false;
+
+    for (uint32_t index = 0; index < turns->ring_count; index++)
+        more |= dp_arm(turns->rings[index].queue);
+    return more;
+}
+
+static void disarm(struct dp_turns *turns)
+{
+    for (uint32_t index = 0; index < turns->ring_count; index++)
+        dp_disarm(turns->rings[index].queue);
+}
+
+/* How long to poll now. Not while a batch or a long payload gathers, nor while others want the
+ * processor. */
+static uint64_t window_ns(const struct dp_turns *turns, uint64_t now)
+{
+    uint64_t in_flight = 0;
+
+    if (now < turns->no_poll_until_ns || (turns->channel && turns->channel->cells[DP_LONG_READS]))
+        return 0;
+    for (uint32_t index = 0; index < turns->ring_count; index++)
+        in_flight += turns->rings[index].queue->cells[DP_IN_FLIGHT];
+    return in_flight < DEEP ? turns->poll_ns : 0;
+}
+
+static void look_at_switches(struct dp_turns *turns, uint64_t now)
+{
+    struct rusage usage;
+
+    if (getrusage(RUSAGE_THREAD, &usage) < 0)
+        return;
+    if ((uint64_t)usage.ru_nivcsw != turns->switches)
+        turns->no_poll_until_ns = now + PAUSE_NS;
+    turns->switches = (uint64_t)usage.ru_nivcsw;
+}
+
+/* Wait in the epoll; how many events, -1: it failed. How long that took decides how long to poll
+ * (see `loop.Loop._nap`). */
+static int nap(struct dp_turns *turns)
+{
+    uint64_t began = now_ns(), least = turns->poll_max_ns / 32;
+    int count = turns->wait(turns->owner, turns->events);
+
+    disarm(turns);
+    if (now_ns() - began < turns->poll_max_ns) {
+        turns->poll_ns = 2 * turns->poll_ns + least;
+        if (turns->poll_ns > turns->poll_max_ns)
+            turns->poll_ns = turns->poll_max_ns;
+    } else {
+        turns->poll_ns = turns->poll_ns > least ? turns->poll_ns / 2 : 0;
+    }
+    return count;
+}
+
+int dp_turns(struct dp_turns *turns)
+{
+    uint64_t now = now_ns(), idle_ns = 0;
+    bool had_work = turns->worked;
+    int count = 0;
+
+    look_at_switches(turns, now);
+    for (;;) {
+        int flags;
+
+        turns->worked = false;
+        if (!count)
+            count = epoll_wait(turns->epoll_fd, turns->events, DP_EVENTS, 0);
+        flags = handle_events(turns, count > 0 ? count : 0);
+        count = 0;
+        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED))) {
+            flags |= take(turns);
+            flags |= turns->channel ? send_all(turns) : 0;
+        }
+        flags |= publish(turns);
+        now = now_ns();
+        if (turns->worked) {
+            had_work = true;
+            idle_ns = now + window_ns(turns, now);
+        }
+        turns->worked = had_work;
+        if (flags)
+            return flags;
+        if (now >= turns->until_ns)
+            return DP_BUDGET;
+        if (now < idle_ns)
+            continue;
+        if (arm(turns)) {
+            disarm(turns);
+            continue;
+        }
+        if (!had_work)
+            return 0;
+        turns->worked = had_work = false;
+        count = nap(turns);
+        if (count < 0)
+            return DP_RAISED;
+        if (!count)
+            return 0;
+    }
+}

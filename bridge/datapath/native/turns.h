@@ -1,0 +1,79 @@
+/* Whole turns of the usual case: see `turns.c`. */
+#ifndef NBD_BRIDGE_TURNS_H
+#define NBD_BRIDGE_TURNS_H
+
+#include "core.h"
+
+#include <sys/epoll.h>
+#include <sys/uio.h>
+
+enum { DP_EVENTS = 64, DP_COMMANDS = 512 };
+
+/* Why `dp_turns` has ended: any of these together, or 0: nothing came, and the rings are armed. */
+enum {
+    DP_BUDGET = 1,  /* time is up */
+    DP_OTHERS = 2,  /* `others`: events of descriptors that are not known here */
+    DP_CHAIN = 4,   /* a chain that is not usual, or no place for it */
+    DP_REPLY = 8,   /* a reply that is not usual, from `start` on */
+    DP_UNSENT = 16, /* the socket did not take everything: see `sent_bytes` */
+    DP_ENDED = 32,  /* the end of file */
+    DP_FAILED = 64, /* the socket failed, with `error` */
+    DP_RAISED = 128 /* a callback failed */
+};
+
+struct dp_ring {
+    struct dp_queue *queue;
+    int kick_fd; /* -1: none */
+    uint32_t taken;
+};
+
+struct dp_turns {
+    int epoll_fd;
+    struct dp_ring *rings;
+    uint32_t ring_count;
+    uint32_t first_ring; /* another one in each turn */
+    const uint64_t *disk;
+    bool may_write; /* it is known already that something is not durable */
+
+    /* Commands go to a server: its channel, or NULL. */
+    struct dp_channel *channel;
+    int socket_fd;
+    const uint64_t *link;
+    uint64_t *sequence;
+    uint64_t start, end; /* what stands in the staging buffer */
+
+    /* Or there is a cache, or NULL. */
+    const struct dp_resident *cache;
+
+    /* Nanoseconds of CLOCK_MONOTONIC. */
+    uint64_t until_ns;
+    uint64_t poll_ns, poll_max_ns; /* how long to poll after the last work, and at most */
+    uint64_t no_poll_until_ns;
+    uint64_t switches; /* involuntary ones so far: another process wants this processor */
+
+    /* epoll_wait of up to a millisecond, with all that may run meanwhile; -1: it failed. */
+    int (*wait)(void *owner, struct epoll_event *events);
+    /* Call the driver of a ring; -1: it failed. */
+    int (*call)(void *owner, uint32_t ring);
+    void *owner;
+
+    /* What came of it. */
+    bool worked; /* also before: there was work since the last nap */
+    uint32_t reads, writes;
+    uint64_t received_bytes;
+    struct epoll_event others[DP_EVENTS];
+    uint32_t other_count;
+    uint32_t command_count;
+    uint64_t sent_bytes;
+    int error;
+
+    /* Room. */
+    struct epoll_event events[DP_EVENTS];
+    struct dp_command commands[DP_COMMANDS];
+    uint8_t headers[DP_COMMANDS * DP_COMMAND_BYTES];
+    struct iovec pieces[2 * DP_COMMANDS];
+};
+
+int dp_turns(struct dp_turns *turns);
+
+#endif

@@ -1,0 +1,302 @@
+/* `_native.new_turns` and `_native.turns`: see `compiled.py`, which is the one caller. */
+#include "module.h"
+#include "turns.h"
+
+#include <errno.h>
+#include <string.h>
+
+enum { RINGS_MAX = 256 };
+
+static const char TURNS[] = "bridge.Turns";
+
+struct state {
+    struct dp_turns turns;
+    struct dp_ring rings[RINGS_MAX];
+    PyObject *ring_objects; /* while it runs */
+    bool runs;
+};
+
+/* Everything that one call holds. */
+struct held {
+    PyObject *keeps[RINGS_MAX + 1];
+    uint32_t count;
+    Py_buffer disk, link, sequence;
+    bool has_disk, has_link, has_sequence;
+};
+
+static void drop_turns(PyObject *capsule)
+{
+    PyMem_Free(PyCapsule_GetPointer(capsule, TURNS));
+}
+
+PyObject *dp_new_turns(PyObject *module, PyObject *poll_ns)
+{
+    uint64_t poll_max_ns = PyLong_AsUnsignedLongLong(poll_ns);
+    struct state *state = PyErr_Occurred() ? NULL : PyMem_Calloc(1, sizeof *state);
+    PyObject *capsule;
+
+    (void)module;
+    if (!state)
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    state->turns.poll_ns = poll_max_ns / 4;
+    state->turns.poll_max_ns = poll_max_ns;
+    capsule = PyCapsule_New(state, TURNS, drop_turns);
+    if (!capsule)
+        PyMem_Free(state);
+    return capsule;
+}
+
+static int wait_for_events(void *owner, struct epoll_event *events)
+{
+    struct state *state = owner;
+    int count;
+
+    Py_BEGIN_ALLOW_THREADS
+    count = epoll_wait(state->turns.epoll_fd, events, DP_EVENTS, 1);
+    Py_END_ALLOW_THREADS
+    if (count >= 0 || errno == EINTR)
+        return count < 0 ? 0 : count;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
+}
+
+static int call_driver(void *owner, uint32_t ring)
+{
+    struct state *state = owner;
+    PyObject *entry = PyTuple_GetItem(state->ring_objects, (Py_ssize_t)ring);
+    PyObject *call = entry ? PyTuple_GetItem(entry, 2) : NULL;
+    PyObject *result = call ? PyObject_CallNoArgs(call) : NULL;
+
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+/* 1: all is held; 0: the core cannot take one of them; -1: an exception. */
+static int hold_rings(struct state *state, struct held *held, PyObject *rings)
+{
+    Py_ssize_t count = PyTuple_Size(rings);
+
+    if (count < 0 || count > RINGS_MAX) {
+        if (count >= 0)
+            PyErr_SetString(PyExc_ValueError, "too many rings");
+        return -1;
+    }
+    for (Py_ssize_t index = 0; index < count; index++) {
+        PyObject *entry = PyTuple_GetItem(rings, index);
+        PyObject *queue = entry ? PyTuple_GetItem(entry, 0) : NULL;
+        PyObject *kick = queue ? PyTuple_GetItem(entry, 1) : NULL;
+        long kick_fd = kick ? PyLong_AsLong(kick) : -1;
+        struct holder *holder;
+
+        if (PyErr_Occurred())
+            return -1;
+        holder = dp_native_of(queue, dp_queue_kind, dp_make_queue, &held->keeps[held->count++]);
+        if (!holder)
+            return PyErr_Occurred() ? -1 : 0;
+        state->rings[index] = (struct dp_ring){&holder->is.queue, (int)kick_fd, 0};
+    }
+    state->turns.rings = state->rings;
+    state->turns.ring_count = (uint32_t)count;
+    state->ring_objects = rings;
+    return count > 0;
+}
+
+/* `side` is (channel, descriptor, link, rows, start, end), or (resident,). As `hold_rings`. */
+static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
+{
+    PyObject *object, *link, *rows;
+    struct holder *holder;
+    unsigned long long start, end;
+    int fd;
+
+    turns->channel = NULL;
+    turns->cache = NULL;
+    if (PyTuple_Size(side) == 1) {
+        holder = dp_native_of(PyTuple_GetItem(side, 0), dp_resident_kind, dp_make_resident,
+                              &held->keeps[held->count++]);
+        turns->cache = holder ? &holder->is.resident : NULL;
+        return holder ? 1 : PyErr_Occurred() ? -1 : 0;
+    }
+    if (!PyArg_ParseTuple(side, "OiOOKK", &object, &fd, &link, &rows, &start, &end))
+        return -1;
+    holder = dp_native_of(object, dp_channel_kind, dp_make_channel, &held->keeps[held->count++]);
+    if (!holder)
+        return PyErr_Occurred() ? -1 : 0;
+    if (dp_borrow_cells(link, &held->link, 8 * DP_LINK_CELLS) < 0)
+        return -1;
+    held->has_link = true;
+    if (dp_borrow_cells(rows, &held->sequence, 8) < 0)
+        return -1;
+    held->has_sequence = true;
+    turns->channel = &holder->is.channel;
+    turns->socket_fd = fd;
+    turns->link = held->link.buf;
+    turns->sequence = held->sequence.buf;
+    turns->start = start;
+    turns->end = end;
+    return start <= end && end <= turns->channel->staging_bytes;
+}
+
+static void let_go(struct held *held)
+{
+    for (uint32_t index = 0; index < held->count; index++)
+        Py_XDECREF(held->keeps[index]);
+    if (held->has_disk)
+        PyBuffer_Release(&held->disk);
+    if (held->has_link)
+        PyBuffer_Release(&held->link);
+    if (held->has_sequence)
+        PyBuffer_Release(&held->sequence);
+}
+
+static PyObject *others_of(const struct dp_turns *turns)
+{
+    PyObject *list = PyList_New(0);
+
+    for (uint32_t index = 0; list && index < turns->other_count; index++) {
+        const struct epoll_event *event = &turns->others[index];
+
+        if (dp_append(list, Py_BuildValue("iI", event->data.fd, event->events)) < 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* The views of the ring whose command it is. */
+static PyObject *views_of(const struct state *state, const struct dp_command *command)
+{
+    for (uint32_t index = 0; index < state->turns.ring_count; index++)
+        if (state->rings[index].queue->cells[DP_NUMBER] == command->queue_number)
+            return PyObject_GetAttrString(
+                PyTuple_GetItem(PyTuple_GetItem(state->ring_objects, (Py_ssize_t)index), 0),
+                "views");
+    PyErr_SetString(PyExc_AssertionError, "a command of no ring");
+    return NULL;
+}
+
+static int add_unsent(const struct state *state, const struct dp_command *command, uint64_t skip,
+                      PyObject *list)
+{
+    PyObject *views;
+    int failed;
+
+    if (skip < DP_COMMAND_BYTES) {
+        if (dp_append(list, PyBytes_FromStringAndSize((const char *)command->header + skip,
+                                                      (Py_ssize_t)(DP_COMMAND_BYTES - skip))) < 0)
+            return -1;
+        skip = DP_COMMAND_BYTES;
+    }
+    if (!command->payload_bytes)
+        return 0;
+    views = views_of(state, command);
+    failed = views ? dp_append(list, dp_slice_of(views, command,
+                                                 (uint32_t)(skip - DP_COMMAND_BYTES)))
+                   : -1;
+    Py_XDECREF(views);
+    return failed;
+}
+
+/* What the socket did not take, in pieces. */
+static PyObject *unsent_of(const struct state *state)
+{
+    const struct dp_turns *turns = &state->turns;
+    uint64_t skip = turns->sent_bytes;
+    PyObject *list = PyList_New(0);
+
+    for (uint32_t index = 0; list && index < turns->command_count; index++) {
+        const struct dp_command *command = &turns->commands[index];
+        uint64_t bytes = DP_COMMAND_BYTES + (uint64_t)command->payload_bytes;
+
+        if (skip >= bytes) {
+            skip -= bytes;
+            continue;
+        }
+        if (add_unsent(state, command, skip, list) < 0)
+            Py_CLEAR(list);
+        skip = 0;
+    }
+    return list;
+}
+
+static PyObject *taken_of(const struct dp_turns *turns)
+{
+    PyObject *tuple = PyTuple_New((Py_ssize_t)turns->ring_count);
+
+    for (uint32_t index = 0; tuple && index < turns->ring_count; index++) {
+        PyObject *taken = PyLong_FromUnsignedLong(turns->rings[index].taken);
+
+        if (!taken || PyTuple_SetItem(tuple, (Py_ssize_t)index, taken) < 0)
+            Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+static PyObject *result_of(const struct state *state, int flags)
+{
+    const struct dp_turns *turns = &state->turns;
+    PyObject *others = NULL, *unsent = NULL, *taken = taken_of(turns), *result = NULL;
+
+    if (taken && (others = others_of(turns)) &&
+        (unsent = flags & DP_UNSENT ? unsent_of(state) : PyList_New(0)))
+        result = Py_BuildValue("iOIIOOKKKii", flags, taken, turns->reads, turns->writes, others,
+                               unsent, (unsigned long long)turns->start,
+                               (unsigned long long)turns->end,
+                               (unsigned long long)turns->received_bytes, turns->error,
+                               (int)turns->worked);
+    Py_XDECREF(taken);
+    Py_XDECREF(others);
+    Py_XDECREF(unsent);
+    return result;
+}
+
+static PyObject *run(struct state *state, PyObject *const *args, struct held *held)
+{
+    struct dp_turns *turns = &state->turns;
+    int ready, flags;
+
+    turns->epoll_fd = (int)PyLong_AsLong(args[1]);
+    turns->may_write = PyObject_IsTrue(args[4]) > 0;
+    turns->until_ns = PyLong_AsUnsignedLongLong(args[6]);
+    turns->worked = PyObject_IsTrue(args[7]) > 0;
+    if (PyErr_Occurred() || dp_borrow(args[3], &held->disk, 8 * DP_DISK_CELLS) < 0)
+        return NULL;
+    held->has_disk = true;
+    turns->disk = held->disk.buf;
+    ready = hold_rings(state, held, args[2]);
+    ready = ready > 0 ? hold_side(turns, held, args[5]) : ready;
+    if (ready <= 0)
+        return ready < 0 ? NULL : Py_NewRef(Py_None);
+    turns->wait = wait_for_events;
+    turns->call = call_driver;
+    turns->owner = state;
+    turns->reads = turns->writes = turns->other_count = turns->command_count = 0;
+    turns->received_bytes = turns->sent_bytes = 0;
+    turns->error = 0;
+    flags = dp_turns(turns);
+    return PyErr_Occurred() ? NULL : result_of(state, flags);
+}
+
+/* turns(state, epoll_fd, rings, disk, may_write, side, until_ns, worked) */
+PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    struct held held = {0};
+    struct state *state;
+    PyObject *result;
+
+    (void)module;
+    if (dp_check_count(count, 8) < 0)
+        return NULL;
+    state = PyCapsule_GetPointer(args[0], TURNS);
+    if (!state)
+        return NULL;
+    if (state->runs) {
+        PyErr_SetString(PyExc_RuntimeError, "turns within turns");
+        return NULL;
+    }
+    state->runs = true;
+    result = run(state, args, &held);
+    state->runs = false;
+    state->ring_objects = NULL;
+    let_go(&held);
+    return result;
+}
