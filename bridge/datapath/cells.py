@@ -140,8 +140,8 @@ not be durable when it is complete."""
 
 # Cells of a `Link`.
 MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, LINK_CELLS = range(5)
-"""What is sent as it comes, at most `lanes.SMALL_BYTES`: 0 if nothing is. ALIGN_MASK: as BLOCK_MASK
-is, of the server."""
+"""What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
+nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server."""
 
 # Cells of a `Channel`.
 UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)
@@ -149,7 +149,7 @@ UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)
 `LONG_BYTES` and more. ROWS: rows in flight."""
 
 LONG_BYTES: Final = 32 << 10
-"""What is longer may be received straight into its buffers: by the general path."""
+"""From here on a payload is received straight into its buffers: by the general path."""
 
 
 class Channel:

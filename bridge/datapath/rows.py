@@ -23,7 +23,6 @@ from bridge.datapath.cells import (
     NUMBER,
     ROW,
     ROW_BYTES,
-    ROW_COOKIE,
     ROWS,
     SEQUENCE_MASK,
     SIZE,
@@ -125,19 +124,6 @@ class Rows:
             channel.cells[ROWS] -= len(requests)
             assert not channel.cells[ROWS]
             owner.adopted(requests)
-
-    def adopt(self, cookie: int, channel: Channel) -> Request | None:
-        """The request of the row that was sent on `channel` with that cookie; None: there is none.
-        It is not `adopted` by the channel yet."""
-        queue = self.queues[cookie >> HEAD_BITS & MAX_QUEUES - 1]
-        head = cookie & MAX_HEADS - 1
-        if not cookie & ROW_COOKIE or queue is None or head >= queue.cells[SIZE]:
-            return None
-        row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
-        if queue.cookies[head] != cookie or row[_CHANNEL_AT] != channel.number:
-            return None
-        channel.cells[ROWS] -= 1
-        return self._adopt(cookie)[1]
 
     def _adopt(self, cookie: int) -> tuple[int, Request]:
         """The number of the channel, and the request."""

@@ -54,6 +54,7 @@ import structlog
 
 from bridge.datapath.cells import (
     ALIGN_MASK,
+    LONG_BYTES,
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     SIZE_BYTES,
@@ -622,7 +623,7 @@ class Session:
         fast = not (slow or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
         limits = self.link.cells
-        limits[MAX_READ_BYTES] = min(self._max_read, SMALL_BYTES)
+        limits[MAX_READ_BYTES] = min(self._max_read, LONG_BYTES - 1)
         limits[MAX_WRITE_BYTES] = min(self._max_write, SMALL_BYTES)
         limits[SIZE_BYTES], limits[ALIGN_MASK] = self._size_bytes, self._align_mask
 
