@@ -41,25 +41,27 @@ def cells(count: int) -> Cells[int]:
     EVENT_IDX,
     INDIRECT,
     NUMBER,
+    NAME,
     COUNTER,
     LAST_HEAD,
     PUSHED,
     TOUCHED,
     STOPPED,
     QUEUE_CELLS,
-) = range(15)
+) = range(16)
 """SIZE: entries of the ring. NEXT_AVAIL, NEXT_USED, PUBLISHED: free-running indexes of 16 bits, of
 the next chain to pop, of the next element to put, and the used index that the driver can see.
 IN_FLIGHT: chains popped and not pushed. SIGNAL_ANYWAY: call at the next publication. EVENT_IDX,
-INDIRECT: negotiated. NUMBER: of the queue, in cookies. COUNTER, LAST_HEAD, PUSHED: of the in-flight
-region; the number of the next chain, the head of the last batch, and how many chains were pushed
-since the last publication. TOUCHED: something was pushed by `usual.answers`. STOPPED: the last look
-at the available ring ended at a chain that is not usual."""
+INDIRECT: negotiated. NUMBER: of the queue in `rows.Rows`; NAME: what the cookies of its rows have
+in common. COUNTER, LAST_HEAD, PUSHED: of the in-flight region; the number of the next chain, the
+head of the last batch, and how many chains were pushed since the last publication. TOUCHED:
+something was pushed by `usual.answers`. STOPPED: the last look at the available ring ended at a
+chain that is not usual."""
 
 ROW: Final = Struct("=QQQIIHHB3x")
-"""Offset on the disk, where in its region the data is, where the
-status byte is, length of the data in bytes, number of the channel, regions of data and status,
-NBD command (0 READ, 1 WRITE)."""
+"""Offset on the disk, where in its region the data is, where in its region the status byte is,
+length of the data in bytes, number of the channel, regions of data and status, NBD command (0 READ,
+1 WRITE)."""
 ROW_BYTES: Final = ROW.size
 
 HEAD_BITS: Final = 10

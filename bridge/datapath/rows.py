@@ -20,6 +20,7 @@ from bridge.datapath.cells import (
     HEAD_BITS,
     MAX_HEADS,
     MAX_QUEUES,
+    NAME,
     NUMBER,
     ROW,
     ROW_BYTES,
@@ -35,6 +36,7 @@ from bridge.datapath.cells import (
     Resident,
     RowOwner,
     cells,
+    row_cookie,
     sequence_of,
 )
 from bridge.datapath.request import Request
@@ -77,6 +79,7 @@ class Rows:
         number = self.queues.index(None)
         self.queues[number] = queue
         queue.cells[NUMBER] = number
+        queue.cells[NAME] = row_cookie(0, number, 0)
         queue.owner = owner
         return True
 

@@ -41,10 +41,10 @@ from bridge.datapath.cells import (
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     MAY_WRITE,
+    NAME,
     NAME_BITS,
     NEXT_AVAIL,
     NEXT_USED,
-    NUMBER,
     PUBLISHED,
     PUSHED,
     ROW,
@@ -273,7 +273,7 @@ def take_commands(
     block_mask = disk[BLOCK_MASK] | limits[ALIGN_MASK]
     max_read_bytes = limits[MAX_READ_BYTES]
     max_write_bytes = limits[MAX_WRITE_BYTES] if disk[MAY_WRITE] else 0
-    name = ROW_COOKIE | state[NUMBER] << HEAD_BITS
+    name = state[NAME]
     sequence = rows.cells[0]
     taken = writes = 0
     while taken < count:
