@@ -197,6 +197,22 @@ def test_reply_in_pieces_is_waited_for_as_a_row() -> None:
     assert world.rows.adopted_total == 0
 
 
+@pytest.mark.parametrize(
+    ("offset", "length", "text"),
+    [(512, 512, "at 512"), (0, 511, "less than"), (0, 513, "sent 513 bytes"), (1, 511, "less")],
+)
+def test_chunk_of_other_bytes_than_were_asked_is_no_answer(
+    offset: int, length: int, text: str
+) -> None:
+    world = World()
+    cookie, status = world.take(0)
+    reply = p.CHUNK.pack(p.STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8)
+    with pytest.raises(ProtocolError, match=text):
+        world.server.receive(reply + p.U64.pack(offset) + bytes(length))
+    assert world.status(status) == UNWRITTEN
+    assert len(world.transmission.pending) == 1
+
+
 def test_numbers_that_do_not_fit_a_cookie_any_more_go_the_general_way() -> None:
     world = World()
     world.rows.cells[0] = SEQUENCE_MASK
