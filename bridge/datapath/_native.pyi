@@ -6,6 +6,8 @@ from bridge.datapath.cells import Cells, Channel, Link, Queue, Resident
 from bridge.datapath.rows import Rows
 
 ABI: int
+PLACES: dict[str, int]
+"""Names of `cells`, and what they are in the compiled code."""
 
 def take_hits(queue: Queue, disk: Cells[int], cache: Resident, /) -> tuple[int, int]: ...
 def take_commands(
@@ -37,6 +39,7 @@ def turns(
         int,
         list[tuple[int, int]],
         list[bytes | memoryview],
+        int,
         int,
         int,
         int,

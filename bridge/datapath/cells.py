@@ -45,25 +45,27 @@ def cells(count: int) -> Cells[int]:
     EVENT_IDX,
     INDIRECT,
     NUMBER,
+    NAME,
     COUNTER,
     LAST_HEAD,
     PUSHED,
     TOUCHED,
     STOPPED,
     QUEUE_CELLS,
-) = range(15)
+) = range(16)
 """SIZE: entries of the ring. NEXT_AVAIL, NEXT_USED, PUBLISHED: free-running indexes of 16 bits, of
 the next chain to pop, of the next element to put, and the used index that the driver can see.
 IN_FLIGHT: chains popped and not pushed. SIGNAL_ANYWAY: call at the next publication. EVENT_IDX,
-INDIRECT: negotiated. NUMBER: of the queue, in cookies. COUNTER, LAST_HEAD, PUSHED: of the in-flight
-region; the number of the next chain, the head of the last batch, and how many chains were pushed
-since the last publication. TOUCHED: something was pushed by `usual.answers`. STOPPED: the last look
-at the available ring ended at a chain that is not usual."""
+INDIRECT: negotiated. NUMBER: of the queue in `rows.Rows`; NAME: what the cookies of its rows have
+in common. COUNTER, LAST_HEAD, PUSHED: of the in-flight region; the number of the next chain, the
+head of the last batch, and how many chains were pushed since the last publication. TOUCHED:
+something was pushed by `usual.answers`. STOPPED: the last look at the available ring ended at a
+chain that is not usual."""
 
 ROW: Final = Struct("=QQQIIHHB3x")
-"""Offset on the disk, where in its region the data is, where the
-status byte is, length of the data in bytes, number of the channel, regions of data and status,
-NBD command (0 READ, 1 WRITE)."""
+"""Offset on the disk, where in its region the data is, where in its region the status byte is,
+length of the data in bytes, number of the channel, regions of data and status, NBD command (0 READ,
+1 WRITE)."""
 ROW_BYTES: Final = ROW.size
 
 HEAD_BITS: Final = 10
@@ -147,8 +149,8 @@ not be durable when it is complete."""
 
 # Cells of a `Link`.
 MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, LINK_CELLS = range(5)
-"""What is sent as it comes, at most `lanes.SMALL_BYTES`: 0 if nothing is. ALIGN_MASK: as BLOCK_MASK
-is, of the server."""
+"""What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
+nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server."""
 
 # Cells of a `Channel`.
 UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)
@@ -156,7 +158,7 @@ UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)
 `LONG_BYTES` and more. ROWS: rows in flight."""
 
 LONG_BYTES: Final = 32 << 10
-"""What is longer may be received straight into its buffers: by the general path."""
+"""From here on a payload is received straight into its buffers: by the general path."""
 
 
 class Channel:
@@ -207,7 +209,7 @@ class Wire(Protocol):
 class Link:
     """Where commands go: the limits of the export, and the one channel that takes them."""
 
-    __slots__ = ("cells", "channel", "flush_later", "wire")
+    __slots__ = ("cells", "channel", "flush_later", "shown", "wire")
 
     def __init__(self) -> None:
         self.cells = cells(LINK_CELLS)
@@ -215,8 +217,15 @@ class Link:
         """None: commands must go the general way."""
         self.wire: Wire | None = None
         """The connection of `channel`."""
+        self.shown: Callable[[int], None] = _nobody
+        """The guest may know that `channel` has answered so much (UNFLUSHED): a turn has ended since.
+        """
         self.flush_later: Callable[[], None] = _no_channel
         """Send the output of `channel` at the end of this turn."""
+
+
+def _nobody(unflushed: int) -> None:
+    raise AssertionError("answers without a session")
 
 
 def _no_channel() -> None:

@@ -6,9 +6,10 @@ and this module has that done: what was counted is counted, what the socket did 
 the connection, a reply that is not usual is parsed where every reply can be. A chain that is not
 usual is still in its ring; a turn of the loop finds it there.
 
-For everything outside, such a call is one turn in which the same things came: it ends as turns do
-(see `turn`). That is done before anything else happens, so that what the guest was shown in it is
-known to be shown before, say, a failed flush is heard of.
+For everything outside, such a call is a turn in which the same things came, and it ends as turns do
+(see `turn`). If the last one was not usual to its end, it is the loop that goes on with it and ends
+it: what was answered in it is not published yet. But what was shown to the guest before it has to
+be known to be shown, before a flush of that turn is heard of (see `durability`).
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from bridge.datapath import _native
+from bridge.datapath.cells import NEXT_USED, PUBLISHED
 from bridge.datapath.rows import UsualRing
 from bridge.datapath.turn import Turn
 
 # As in `native/turns.h`.
 BUDGET: Final = 1
-_OTHERS: Final = 2
 _CHAIN: Final = 4
 _REPLY: Final = 8
 _UNSENT: Final = 16
 _ENDED: Final = 32
 _FAILED: Final = 64
+_INCOMPLETE: Final = _CHAIN | _REPLY | _UNSENT | _ENDED | _FAILED
 
 
 class Turns(NamedTuple):
@@ -68,14 +70,21 @@ class CompiledTurns:
         if found is None:
             return None
         self.calls += 1
-        flags, taken, reads, writes, ready, unsent, start, end, received, error, worked = found
+        flags, taken, reads, writes, ready, unsent, *received, shown, error, worked = found
         self._worked = bool(worked)
         if reads or writes:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
             usual.took(reads, writes)
-        usual.turned(start, end, received, unsent)
-        self._turn.end()
+        start, end, n_bytes = received
+        usual.turned(start, end, n_bytes, unsent)
+        if not flags & _INCOMPLETE:
+            self._turn.end()
+            return Turns(not flags, flags == BUDGET, ready)
+        usual.shown(shown)
+        for ring in rings:
+            if ring.queue.cells[NEXT_USED] != ring.queue.cells[PUBLISHED]:
+                ring.publish_later()
         if flags & (_REPLY | _ENDED | _FAILED):
             usual.unusual(ended=bool(flags & _ENDED), errno=error)
         return Turns(not flags, flags == BUDGET, ready)

@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from bridge.datapath import usual
+from bridge.datapath import cells, usual
 from bridge.datapath.cells import ABI, Cells, Channel, Link, Queue, Resident
 from bridge.errors import ConfigError
 
@@ -72,8 +72,9 @@ def _problem() -> str:
         if isinstance(error, ModuleNotFoundError):
             return "this installation has none, as it was made without a C compiler"
         return f"it cannot be loaded: {error}".splitlines()[0]
-    if ABI != _native.ABI:
-        return f"it is for version {_native.ABI} of the data path, which is {ABI}: install anew"
+    places = _native.PLACES.items()
+    if ABI != _native.ABI or any(vars(cells).get(name) != at for name, at in places):
+        return "it is of another version than the code around it: install anew"
     return ""
 
 

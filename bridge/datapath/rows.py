@@ -20,10 +20,10 @@ from bridge.datapath.cells import (
     HEAD_BITS,
     MAX_HEADS,
     MAX_QUEUES,
+    NAME,
     NUMBER,
     ROW,
     ROW_BYTES,
-    ROW_COOKIE,
     ROWS,
     SEQUENCE_MASK,
     SIZE,
@@ -36,6 +36,7 @@ from bridge.datapath.cells import (
     Resident,
     RowOwner,
     cells,
+    row_cookie,
     sequence_of,
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
@@ -90,6 +91,7 @@ class Rows:
         number = self.queues.index(None)
         self.queues[number] = queue
         queue.cells[NUMBER] = number
+        queue.cells[NAME] = row_cookie(0, number, 0)
         queue.owner = owner
         return True
 
@@ -137,19 +139,6 @@ class Rows:
             channel.cells[ROWS] -= len(requests)
             assert not channel.cells[ROWS]
             owner.adopted(requests)
-
-    def adopt(self, cookie: int, channel: Channel) -> Request | None:
-        """The request of the row that was sent on `channel` with that cookie; None: there is none.
-        It is not `adopted` by the channel yet."""
-        queue = self.queues[cookie >> HEAD_BITS & MAX_QUEUES - 1]
-        head = cookie & MAX_HEADS - 1
-        if not cookie & ROW_COOKIE or queue is None or head >= queue.cells[SIZE]:
-            return None
-        row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
-        if queue.cookies[head] != cookie or row[_CHANNEL_AT] != channel.number:
-            return None
-        channel.cells[ROWS] -= 1
-        return self._adopt(cookie)[1]
 
     def _adopt(self, cookie: int) -> tuple[int, Request]:
         """The number of the channel, and the request."""
@@ -231,6 +220,10 @@ class Usual(Protocol):
         """So much was received; this is what stands in the staging buffer, and what was not
         sent."""
 
+    def shown(self, unflushed: int) -> None:
+        """The guest may know of so much (the cell UNFLUSHED) by now: turns have ended in which it
+        was answered."""
+
     def unusual(self, *, ended: bool, errno: int) -> None:
         """The server sent something that is not usual, or the connection has ended."""
 
@@ -245,6 +238,8 @@ class UsualRing(NamedTuple):
     """Call the driver."""
     took: Callable[[int], None]
     """So many chains were taken."""
+    publish_later: Callable[[], None]
+    """Something was pushed: publish it at the end of this turn."""
     limits: Cells[int]
     """Of the disk."""
     usual: Usual
@@ -303,6 +298,9 @@ class FromCache:
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """See `Usual`. There is no connection here."""
+
+    def shown(self, unflushed: int) -> None:
+        """See `Usual`."""
 
     def unusual(self, *, ended: bool, errno: int) -> None:
         """See `Usual`."""
@@ -379,6 +377,10 @@ class ToServer:
         """See `Usual`."""
         assert self._link.wire is not None
         self._link.wire.turned(start, end, received, unsent)
+
+    def shown(self, unflushed: int) -> None:
+        """See `Usual`."""
+        self._link.shown(unflushed)
 
     def unusual(self, *, ended: bool, errno: int) -> None:
         """See `Usual`."""

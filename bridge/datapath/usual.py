@@ -37,16 +37,14 @@ from bridge.datapath.cells import (
     IN_FLIGHT,
     INDIRECT,
     LAST_HEAD,
-    LONG_BYTES,
-    LONG_READS,
     MAX_HEADS,
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     MAY_WRITE,
+    NAME,
     NAME_BITS,
     NEXT_AVAIL,
     NEXT_USED,
-    NUMBER,
     PUBLISHED,
     PUSHED,
     ROW,
@@ -275,9 +273,9 @@ def take_commands(
     block_mask = disk[BLOCK_MASK] | limits[ALIGN_MASK]
     max_read_bytes = limits[MAX_READ_BYTES]
     max_write_bytes = limits[MAX_WRITE_BYTES] if disk[MAY_WRITE] else 0
-    name = ROW_COOKIE | state[NUMBER] << HEAD_BITS
+    name = state[NAME]
     sequence = rows.cells[0]
-    taken = writes = long_reads = 0
+    taken = writes = 0
     while taken < count:
         head = avail[2 + (first + taken & mask)]
         if head > mask or cookies[head]:
@@ -312,8 +310,6 @@ def take_commands(
         if type_ == _OUT:
             output.append(views[data_region][data_at : data_at + length])
             writes += 1
-        elif length >= LONG_BYTES:
-            long_reads += 1
         taken += 1
     if taken < count:
         state[STOPPED] = 1
@@ -323,8 +319,6 @@ def take_commands(
         state[COUNTER] = counter
     rows.cells[0] = sequence
     channel.cells[ROWS] += taken
-    if long_reads:
-        channel.cells[LONG_READS] += long_reads
     if writes:
         channel.has_payload = True
     return taken - writes, writes
@@ -340,7 +334,7 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
     queue: Queue | None = None
     current = -1
     used = last_head = n_pushed = 0
-    answered = total = writes = long_reads = 0
+    answered = total = writes = 0
     waits = False
     while end - start >= 16:
         magic, error, cookie = _unpack_reply(staging, start)
@@ -390,13 +384,11 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
                 break
             stop = payload + length
             if stop > end:
-                waits = length < LONG_BYTES
+                waits = True
                 break
             views[data_region][data_at : data_at + length] = staging[payload:stop]
             start = stop
             used_bytes = length + 1
-            if length >= LONG_BYTES:
-                long_reads += 1
         cookies[head] = 0
         views[status_region][status_at] = 0
         if tracked:
@@ -416,8 +408,6 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
     state[ROWS] -= total
     if writes:
         state[UNFLUSHED] += writes
-    if long_reads:
-        state[LONG_READS] -= long_reads
     return start, waits
 
 

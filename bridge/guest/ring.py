@@ -103,7 +103,8 @@ class RunningRing:
         if self._flat is not None and self._usual is not None:
             kick_fd = -1 if self._kick_fd is None else self._kick_fd
             self._usual_ring = UsualRing(
-                *(self._flat, kick_fd, self.call, self._took, self._engine.limits, self._usual)
+                *(self._flat, kick_fd, self.call, self._took, self.publish_later),
+                *(self._engine.limits, self._usual),
             )
 
     # The data path
@@ -130,6 +131,8 @@ class RunningRing:
         try:
             chains = self._queue.pop()
         except QueueBroken as error:
+            if taken:
+                return True  # Those before it were good; the next turn says what is wrong.
             self._break(str(error))
             return True
         if not chains:

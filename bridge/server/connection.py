@@ -355,7 +355,11 @@ class Connection:
         self.blamed: Request | None = None
         """The command that may have made the server hang up."""
         self.transmission = Transmission(self.export, loop.turn, generation=generation, rows=rows)
-        loop.add(self._fd, self._on_event, EPOLLIN)
+        try:
+            loop.add(self._fd, self._on_event, EPOLLIN)
+        except OSError:
+            self.transmission.retire()
+            raise
         if negotiated.handshake.trailing_data():
             self._fail(ProtocolError("the server talked before it was asked"))
         elif self._tls:
@@ -779,6 +783,7 @@ async def leave(negotiated: Negotiated) -> None:
             with trio.move_on_after(1):
                 with contextlib.suppress(OSError):
                     await _send_all(negotiated.sock, b"".join(farewell.output))
+            farewell.retire()
     finally:
         negotiated.close()
 

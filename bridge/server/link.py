@@ -54,6 +54,7 @@ import structlog
 
 from bridge.datapath.cells import (
     ALIGN_MASK,
+    LONG_BYTES,
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     SIZE_BYTES,
@@ -196,6 +197,7 @@ class Session:
         self._flushing_epoch = 0
         self._fail_errno = errno.EIO
         self.link = Link()
+        self.link.shown = self._shown
         """Where usual commands go, and the limits of the fast path in `submit`: 0 sends everything
         the slow way."""
         self._size_bytes = 0
@@ -270,14 +272,21 @@ class Session:
             self._send_flush()
         return moved
 
+    def _shown(self, unflushed: int) -> None:
+        """See cells.Link."""
+        durability = self.durability
+        answered = self._answered_before + unflushed
+        if not durability.keeps_unflushed and durability.settled(answered):
+            durability.turn_over()
+
     def _begin(self, change: _Change) -> None:
         request = change.request
         op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
-        owner = request, change
-        self._command(Request(op, offset, length, buffers, self._change_done, request.flags, owner))
+        done, owner = self._change_done, (request, change)
+        self._command(_ChangeCommand(op, offset, length, buffers, done, request.flags, owner))
 
-    def _change_done(self, inner: Request) -> None:
-        request, change = cast("tuple[Request, Claim]", inner.owner)
+    def _change_done(self, inner: _ChangeCommand) -> None:
+        request, change = inner.owner
         request.generation = inner.generation
         self._ranges.release(change)
         self._turn.finish(request, inner.error)
@@ -628,7 +637,7 @@ class Session:
         fast = not (slow or export.read_only or self._options.read_only)
         self._max_write = self._limits.payload_bytes if fast else 0
         limits = self.link.cells
-        limits[MAX_READ_BYTES] = min(self._max_read, SMALL_BYTES)
+        limits[MAX_READ_BYTES] = min(self._max_read, LONG_BYTES - 1)
         limits[MAX_WRITE_BYTES] = min(self._max_write, SMALL_BYTES)
         limits[SIZE_BYTES], limits[ALIGN_MASK] = self._size_bytes, self._align_mask
 
@@ -1072,6 +1081,14 @@ class _Change(Claim):
     def __init__(self, request: Request, start: int, stop: int) -> None:
         super().__init__(start, stop)
         self.request = request
+
+
+class _ChangeCommand(Request):
+    """The command of a `_Change`."""
+
+    __slots__ = ()
+
+    owner: tuple[Request, _Change]
 
 
 def _guests_and_others(flushes: list[Request]) -> tuple[list[Request], list[Request]]:

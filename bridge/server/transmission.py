@@ -28,6 +28,7 @@ from typing import Final
 
 from bridge.datapath.cells import (
     CHANNEL_CELLS,
+    LONG_BYTES,
     LONG_READS,
     ROW_COOKIE,
     ROWS,
@@ -60,7 +61,7 @@ from bridge.server.chunks import (
 )
 from bridge.server.export import Export
 
-DIRECT_MIN_BYTES: Final = 32 << 10
+DIRECT_MIN_BYTES: Final = LONG_BYTES
 STAGING_BYTES: Final = 256 << 10
 STAGING_LONG_BYTES: Final = 16 << 10
 _IOV_MAX: Final = 1000
@@ -367,10 +368,10 @@ class Transmission(Channel):
     def _request_of(self, magic: int, cookie: int) -> Request:
         """The request of a reply that is not among those `pending`: of a row, whose reply is not
         usual. Raises ProtocolError if nobody waits for it."""
-        request = self._rows.adopt(cookie, self)
+        self.adopt_all()
+        request = self.pending.get(cookie)
         if request is None:
             raise self._bad_reply(magic, cookie)
-        self.pending[cookie] = request
         return request
 
     def _parse_simple(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge.datapath.cells import (
+    LONG_BYTES,
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     SIZE_BYTES,
@@ -38,7 +39,8 @@ class Loopback:
         self.link = Link()
         self.link.channel = self.transmission
         self.link.flush_later = self._flush_later
-        self.link.cells[MAX_READ_BYTES] = self.link.cells[MAX_WRITE_BYTES] = SMALL_BYTES
+        self.link.cells[MAX_READ_BYTES] = LONG_BYTES - 1
+        self.link.cells[MAX_WRITE_BYTES] = SMALL_BYTES
         self.link.cells[SIZE_BYTES] = len(data)
         self._flushing = False
         self._replies: list[bytes] = []

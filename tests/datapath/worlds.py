@@ -34,6 +34,7 @@ from bridge.datapath.cells import (
     NEXT_AVAIL,
     NEXT_USED,
     PUBLISHED,
+    ROWS,
     SIGNAL_ANYWAY,
     SIZE_BYTES,
     STOPPED,
@@ -409,16 +410,14 @@ class Pair:
         """Sometimes what is in flight is answered by the general path."""
         if self.rng.random() < 0.8 or not self.commands:
             return
-        kind, cookie, _, length = self.commands.pop(self.rng.randrange(len(self.commands)))
+        _, cookie, _, _ = self.commands.pop(self.rng.randrange(len(self.commands)))
         for world in self.worlds:
             for queue in world.queues:
                 for head, each in enumerate(queue.cookies):
                     if each == cookie:
                         queue.cookies[head] = 0
                         queue.cells[IN_FLIGHT] -= 1
-                        world.channel.cells[2] -= 1
-                        if kind == 0 and length >= 32 << 10:
-                            world.channel.cells[1] -= 1
+                        world.channel.cells[ROWS] -= 1
 
     def _reply(self) -> bytes:
         rng = self.rng

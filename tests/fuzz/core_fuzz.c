@@ -92,6 +92,7 @@ static void make_queue(struct world *world, unsigned number, struct input *input
     queue->tracked = setup & 0x100 ? room(16 + 16 * size) : NULL;
     queue->cells[DP_SIZE] = size;
     queue->cells[DP_NUMBER] = number;
+    queue->cells[DP_NAME] = UINT64_C(1) << 63 | number << DP_HEAD_BITS;
     queue->cells[DP_EVENT_IDX] = setup >> 9 & 1;
     queue->cells[DP_INDIRECT] = setup >> 10 & 1;
     queue->cells[DP_NEXT_AVAIL] = queue->avail[1] = (uint16_t)(setup & 0x800 ? 0xFFFE : 0);

@@ -339,8 +339,7 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
         least(link[DP_MAX_READ_BYTES], DP_SMALL_BYTES),
         disk[DP_MAY_WRITE] && may_write ? least(link[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES) : 0,
     };
-    uint64_t name = ROW_COOKIE | state[DP_NUMBER] << DP_HEAD_BITS;
-    uint64_t long_reads = 0;
+    uint64_t name = state[DP_NAME];
     uint32_t count = available(queue), done = 0;
     struct chain chain;
 
@@ -381,7 +380,6 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
             command->payload = in_region(queue, chain.data_region, chain.data_at);
             taken.writes++;
         } else {
-            long_reads += chain.length >= DP_LONG_BYTES;
             taken.reads++;
         }
     }
@@ -391,7 +389,6 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
     state[DP_IN_FLIGHT] += done;
     state[DP_COUNTER] = counter;
     channel->cells[DP_ROWS] += done;
-    channel->cells[DP_LONG_READS] += long_reads;
     return taken;
 }
 
@@ -445,7 +442,7 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, u
 {
     struct dp_queue *queue = NULL;
     unsigned current = 0;
-    uint64_t count = 0, total = 0, writes = 0, long_reads = 0;
+    uint64_t count = 0, total = 0, writes = 0;
     struct dp_row row;
 
     answered->waits = false;
@@ -479,12 +476,11 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, u
             break;
         payload = row.op == IN ? row.length : 0;
         if (header + payload > end - start) {
-            answered->waits = row.length < DP_LONG_BYTES;
+            answered->waits = true;
             break;
         }
         if (row.op == IN) {
             memmove(in_region(queue, row.data_region, row.data_at), reply + header, row.length);
-            long_reads += row.length >= DP_LONG_BYTES;
         } else {
             writes++;
         }
@@ -504,7 +500,6 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, u
         pushed_some(queue, current, count, answered);
     channel->cells[DP_ROWS] -= total;
     channel->cells[DP_UNFLUSHED] += writes;
-    channel->cells[DP_LONG_READS] -= long_reads;
     answered->start = start;
 }
 

@@ -28,6 +28,7 @@ enum {
     DP_EVENT_IDX,
     DP_INDIRECT,
     DP_NUMBER,
+    DP_NAME,
     DP_COUNTER,
     DP_LAST_HEAD,
     DP_PUSHED,
@@ -56,7 +57,6 @@ enum {
     DP_NAME_BITS = DP_HEAD_BITS + DP_QUEUE_BITS,
     DP_MAX_HEADS = 1 << DP_HEAD_BITS,
     DP_MAX_QUEUES = 1 << DP_QUEUE_BITS,
-    DP_LONG_BYTES = 32 << 10,
     DP_SMALL_BYTES = 64 << 10,
     DP_COMMAND_BYTES = 28
 };

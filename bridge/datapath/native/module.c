@@ -573,6 +573,44 @@ static struct PyModuleDef definition = {
     .m_methods = methods,
 };
 
+/* Where everything is, so that the Python code can see that it means the same. */
+#define PLACE(name)      \
+    {                    \
+        #name, DP_##name \
+    }
+
+static const struct {
+    const char *name;
+    int at;
+} places[] = {
+    PLACE(SIZE),           PLACE(NEXT_AVAIL),      PLACE(NEXT_USED),      PLACE(PUBLISHED),
+    PLACE(IN_FLIGHT),      PLACE(SIGNAL_ANYWAY),   PLACE(EVENT_IDX),      PLACE(INDIRECT),
+    PLACE(NUMBER),         PLACE(NAME),            PLACE(COUNTER),        PLACE(LAST_HEAD),
+    PLACE(PUSHED),         PLACE(TOUCHED),         PLACE(STOPPED),        PLACE(QUEUE_CELLS),
+    PLACE(CAPACITY_BYTES), PLACE(BLOCK_MASK),      PLACE(MAY_WRITE),      PLACE(DISK_CELLS),
+    PLACE(MAX_READ_BYTES), PLACE(MAX_WRITE_BYTES), PLACE(SIZE_BYTES),     PLACE(ALIGN_MASK),
+    PLACE(LINK_CELLS),     PLACE(UNFLUSHED),       PLACE(LONG_READS),     PLACE(ROWS),
+    PLACE(CHANNEL_CELLS),  PLACE(HEAD_BITS),       PLACE(QUEUE_BITS),     PLACE(MAX_HEADS),
+    PLACE(MAX_QUEUES),
+};
+
+static int add_places(PyObject *module)
+{
+    PyObject *dict = PyDict_New();
+
+    for (size_t index = 0; dict && index < sizeof places / sizeof places[0]; index++) {
+        PyObject *at = PyLong_FromLong(places[index].at);
+
+        if (!at || PyDict_SetItemString(dict, places[index].name, at) < 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(at);
+    }
+    if (dict && PyModule_AddObjectRef(module, "PLACES", dict) < 0)
+        Py_CLEAR(dict);
+    Py_XDECREF(dict);
+    return dict ? 0 : -1;
+}
+
 static int intern(PyObject **name, const char *text)
 {
     *name = PyUnicode_InternFromString(text);
@@ -590,7 +628,7 @@ PyMODINIT_FUNC PyInit__native(void)
         intern(&name_cells, "cells") < 0 || intern(&name_output, "output") < 0 ||
         intern(&name_views, "views") < 0 || intern(&name_queues, "queues") < 0 ||
         intern(&name_touched, "touched") < 0 ||
-        PyModule_AddIntConstant(module, "ABI", DP_ABI) < 0) {
+        PyModule_AddIntConstant(module, "ABI", DP_ABI) < 0 || add_places(module) < 0) {
         Py_XDECREF(module);
         return NULL;
     }

@@ -2,8 +2,12 @@
  *
  * It does what `loop.Loop` does with the functions of `core.c`, and ends as soon as there is
  * anything else to do: another descriptor, a chain or reply that is not usual, a socket that is
- * full. What it had begun is complete then: everything taken was sent or is among `commands`,
- * everything pushed is published. It never blocks but in `wait`, and ends after `until_ns`.
+ * full. It never blocks but in `wait`, and ends after `until_ns`.
+ *
+ * A turn in which something was not usual is left as it is, for the caller to go on with and to
+ * end: what was pushed in it is not published. For whatever is in a ring was put there by a driver
+ * that knew nothing of this turn's answers; if it is a flush that fails, that must not count as
+ * telling of them (see `durability`). So nothing is published while there is a chain to be taken.
  */
 #include "turns.h"
 
@@ -264,6 +268,7 @@ int dp_turns(struct dp_turns *turns)
     bool had_work = turns->worked;
     int count = 0;
 
+    turns->shown = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
     look_at_switches(turns, now);
     for (;;) {
         int flags;
@@ -274,10 +279,16 @@ int dp_turns(struct dp_turns *turns)
         flags = handle_events(turns, count > 0 ? count : 0);
         count = 0;
         if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED))) {
-            flags |= take(turns);
-            flags |= turns->channel ? send_all(turns) : 0;
+            /* With more than fits, again: nothing that can be taken is left before a publication. */
+            do {
+                flags |= take(turns);
+                flags |= turns->channel ? send_all(turns) : 0;
+            } while (!flags && turns->command_count == DP_COMMANDS);
         }
-        flags |= publish(turns);
+        if (!(flags & DP_INCOMPLETE)) {
+            flags |= publish(turns);
+            turns->shown = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
+        }
         now = now_ns();
         if (turns->worked) {
             had_work = true;

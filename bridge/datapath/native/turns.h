@@ -21,6 +21,9 @@ enum {
     DP_RAISED = 128 /* a callback failed */
 };
 
+/* With one of these the last turn has not ended: nothing of it is published. */
+#define DP_INCOMPLETE (DP_CHAIN | DP_REPLY | DP_UNSENT | DP_ENDED | DP_FAILED)
+
 struct dp_ring {
     struct dp_queue *queue;
     int kick_fd; /* -1: none */
@@ -61,6 +64,7 @@ struct dp_turns {
     bool worked; /* also before: there was work since the last nap */
     uint32_t reads, writes;
     uint64_t received_bytes;
+    uint64_t shown; /* UNFLUSHED at the end of the last turn that has ended */
     struct epoll_event others[DP_EVENTS];
     uint32_t other_count;
     uint32_t command_count;
