@@ -218,8 +218,7 @@ class Link:
         self.wire: Wire | None = None
         """The connection of `channel`."""
         self.shown: Callable[[int], None] = _nobody
-        """The guest may know that `channel` has answered so much (UNFLUSHED): a turn has ended since.
-        """
+        """The guest may know that `channel` has answered so much (UNFLUSHED): a turn has ended."""
         self.flush_later: Callable[[], None] = _no_channel
         """Send the output of `channel` at the end of this turn."""
 
