@@ -41,6 +41,8 @@ class Engine(NamedTuple):
     take_commands: Callable[[Queue, Cells[int], Link, Channel, Rows], tuple[int, int]]
     answers: Callable[[Channel, Rows, int, int], tuple[int, bool]]
     publish: Callable[[Queue], bool]
+    has_turns: bool = False
+    """Whole turns, too: see `compiled`."""
 
 
 PURE_ENGINE: Final = Engine(
@@ -82,7 +84,8 @@ def _compiled() -> Engine:
     from bridge.datapath import _native
 
     return Engine(
-        COMPILED, _native.take_hits, _native.take_commands, _native.answers, _native.publish
+        *(COMPILED, _native.take_hits, _native.take_commands, _native.answers, _native.publish),
+        has_turns=True,
     )
 
 

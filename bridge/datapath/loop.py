@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from bridge.datapath.engine import COMPILED, Engine, choose
+from bridge.datapath.engine import Engine, choose
 from bridge.datapath.turn import Turn
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Poller(Protocol):
 
 
 def _compiled_turns(loop: Loop) -> CompiledTurns | None:
-    if loop.engine.name != COMPILED:
+    if not loop.engine.has_turns:
         return None
     from bridge.datapath.compiled import CompiledTurns  # Not in every installation.
 

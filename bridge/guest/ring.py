@@ -100,7 +100,7 @@ class RunningRing:
 
     def _describe(self) -> None:
         """Tell compiled turns what there is to be served."""
-        if self._flat is not None and self._usual is not None:
+        if self._flat is not None and self._usual is not None and self._usual.engine.has_turns:
             kick_fd = -1 if self._kick_fd is None else self._kick_fd
             self._usual_ring = UsualRing(
                 *(self._flat, kick_fd, self.call, self._took, self.publish_later),

@@ -14,6 +14,7 @@ from bridge.datapath.cells import (
     Link,
     Resident,
 )
+from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.lanes import SMALL_BYTES
 from bridge.datapath.request import Request
 from bridge.datapath.rows import FromCache, Rows, ToServer
@@ -28,11 +29,13 @@ class Loopback:
     """A target whose commands are executed on `data` at the end of a turn, and answered then, or
     (`late`) in another order: half of them then, half a turn later."""
 
-    def __init__(self, turn: Turn, data: Any, *, late: bool = False) -> None:
+    def __init__(
+        self, turn: Turn, data: Any, *, late: bool = False, engine: Engine = PURE_ENGINE
+    ) -> None:
         self._turn = turn
         self._data = data
         self._late = late
-        self.rows = Rows()
+        self.rows = Rows(engine)
         self.transmission = Transmission(
             Export("", len(data), DEFAULT_FLAGS, structured=True), turn, rows=self.rows
         )
@@ -104,6 +107,7 @@ def at_hand(data: Any, open_blocks: Callable[[int, int], bool] = lambda slot, bi
     """A cache that has all of `data`, at most 16 MiB of it, in its place."""
     granules = len(data) >> 16
     resident = Resident()
+    resident.native = None
     resident.granule_shift, resident.block_shift = 16, 12
     resident.bucket_mask = 255
     resident.head = memoryview(bytearray(4 * 256)).cast("I")

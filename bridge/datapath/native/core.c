@@ -60,11 +60,20 @@ static inline uint16_t load_16(const uint16_t *from)
 static inline void store_16(uint16_t *to, uint16_t value)
 {
     __atomic_store_n(to, value, __ATOMIC_RELEASE);
+    DP_STORED();
 }
 
 static inline void store_8(uint8_t *to, uint8_t value)
 {
     __atomic_store_n(to, value, __ATOMIC_RELEASE);
+    DP_STORED();
+}
+
+/* Of a guest's memory to or from ours. They overlap only where a guest has seen to it. */
+static inline void copy(uint8_t *to, const uint8_t *from, uint32_t n_bytes)
+{
+    memmove(to, from, n_bytes);
+    DP_STORED();
 }
 
 static inline uint32_t big_32(const uint8_t *from)
@@ -100,6 +109,7 @@ static inline void note_popped(const struct dp_queue *queue, uint32_t head, uint
     uint8_t *entry = queue->tracked + 16 + 16 * (size_t)head;
 
     __atomic_store_n((uint64_t *)(void *)(entry + 8), counter, __ATOMIC_RELEASE);
+    DP_STORED();
     store_8(entry, 1);
     /* Nothing is done for the chain before it is noted. */
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
@@ -119,7 +129,9 @@ static inline void put_element(const struct dp_queue *queue, uint64_t used, uint
         (uint32_t *)(void *)(queue->used + 2) + 2 * (size_t)(used & (queue->size - 1));
 
     __atomic_store_n(element, head, __ATOMIC_RELAXED);
+    DP_STORED();
     __atomic_store_n(element + 1, length, __ATOMIC_RELAXED);
+    DP_STORED();
 }
 
 static inline int region_of(const struct dp_queue *queue, uint64_t address, uint64_t length,
@@ -279,16 +291,16 @@ struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
         data = in_region(queue, chain.data_region, chain.data_at);
         here = cache->data + at;
         if (chain.type == IN) {
-            memmove(data, here, chain.length);
+            copy(data, here, chain.length);
             put_element(queue, used, head, chain.length + 1);
             taken.reads++;
         } else {
-            memmove(here, data, chain.length);
+            copy(here, data, chain.length);
             put_element(queue, used, head, 1);
             taken.writes++;
         }
         cache->touched[slot] = cache->up[cache->touched[slot]];
-        *in_region(queue, chain.status_region, chain.status_at) = 0;
+        store_8(in_region(queue, chain.status_region, chain.status_at), 0);
         if (queue->tracked) {
             note_pushed(queue, head, &last_head);
             queue->pushed[pushed++] = (uint16_t)head;
@@ -480,14 +492,14 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, u
             break;
         }
         if (row.op == IN) {
-            memmove(in_region(queue, row.data_region, row.data_at), reply + header, row.length);
+            copy(in_region(queue, row.data_region, row.data_at), reply + header, row.length);
         } else {
             writes++;
         }
         start += header + payload;
         head = (uint32_t)(cookie & (DP_MAX_HEADS - 1));
         queue->cookies[head] = 0;
-        *in_region(queue, row.status_region, row.status_at) = 0;
+        store_8(in_region(queue, row.status_region, row.status_at), 0);
         if (queue->tracked) {
             note_pushed(queue, head, &state[DP_LAST_HEAD]);
             queue->pushed[state[DP_PUSHED]++] = (uint16_t)head;

@@ -173,4 +173,12 @@ bool dp_publish(struct dp_queue *queue);
 bool dp_arm(struct dp_queue *queue);
 void dp_disarm(struct dp_queue *queue);
 
+#ifdef DP_TEST_STORES
+/* For tests: called after every store that outlives the process. */
+void dp_stored(void);
+#define DP_STORED() dp_stored()
+#else
+#define DP_STORED() ((void)0)
+#endif
+
 #endif

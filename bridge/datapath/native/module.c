@@ -555,7 +555,30 @@ static PyObject *publish(PyObject *module, PyObject *queue)
     return result;
 }
 
+#ifdef DP_TEST_STORES
+static PyObject *on_stored;
+
+void dp_stored(void)
+{
+    PyObject *result = on_stored ? PyObject_CallNoArgs(on_stored) : NULL;
+
+    Py_XDECREF(result);
+}
+
+/* Call `callback` after every store that outlives the process. */
+static PyObject *on_store(PyObject *module, PyObject *callback)
+{
+    (void)module;
+    Py_XDECREF(on_stored);
+    on_stored = Py_NewRef(callback);
+    return Py_NewRef(Py_None);
+}
+#endif
+
 static PyMethodDef methods[] = {
+#ifdef DP_TEST_STORES
+    {"on_store", on_store, METH_O, NULL},
+#endif
     {"take_hits", (PyCFunction)(void (*)(void))take_hits, METH_FASTCALL, NULL},
     {"take_commands", (PyCFunction)(void (*)(void))take_commands, METH_FASTCALL, NULL},
     {"answers", (PyCFunction)(void (*)(void))answers, METH_FASTCALL, NULL},

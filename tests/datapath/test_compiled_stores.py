@@ -1,0 +1,131 @@
+"""The compiled core dies after any of its stores: the same as `test_usual_stores`.
+
+Built for this test it calls back after every store that outlives a process. What shared memory
+holds then is kept, and for each of these moments a process follows that finds just that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.datapath.engine import COMPILED, Engine
+from bridge.datapath.turn import Turn
+from tests.datapath.loopback import Loopback, at_hand
+from tests.datapath.test_usual_stores import Ring, _Owner, serve_the_rest
+from tests.guest.virtio.dying import Life
+
+_NATIVE = Path(__file__).parent.parent.parent / "bridge" / "datapath" / "native"
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    include = Path(sysconfig.get_paths()["include"])
+    if compiler is None or not (include / "Python.h").exists():
+        pytest.skip("no C compiler, or no headers of Python")
+    library = tmp_path_factory.mktemp("native") / "_native.so"
+    options = ["-std=c99", "-O1", "-shared", "-fPIC", "-D_GNU_SOURCE", "-DDP_TEST_STORES"]
+    sources = sorted(str(each) for each in _NATIVE.glob("*.c"))
+    subprocess.run([compiler, *options, f"-I{include}", *sources, "-o", str(library)], check=True)
+    spec = importlib.util.spec_from_file_location("_native", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _engine(native: Any) -> Engine:
+    return Engine(
+        *(COMPILED, native.take_hits, native.take_commands, native.answers, native.publish)
+    )
+
+
+class _Moment:
+    """What shared memory and the disk hold."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.shared, self.region = bytes(ring.guest.shared), bytes(ring.region)
+        self.image = bytes(ring.image)
+
+    def return_to(self, ring: Ring) -> None:
+        ring.guest.shared[:] = self.shared
+        ring.region[:] = self.region
+        ring.image[:] = self.image
+
+
+def _hits(ring: Ring, engine: Engine) -> None:
+    """Two batches, served from a cache."""
+    queue = ring.queue(Life())
+    cache = at_hand(ring.image)
+    assert engine.take_hits(queue, ring.disk, cache) == (1, 2)
+    engine.publish(queue)
+    ring.add()
+    assert engine.take_hits(queue, ring.disk, cache) == (1, 0)
+    engine.publish(queue)
+
+
+def _commands(ring: Ring, engine: Engine) -> None:
+    """Two batches, sent to a server; answered in three, and in another order."""
+    queue = ring.queue(Life())
+    server = Loopback(Turn(), ring.image, late=True, engine=engine)
+    assert server.rows.enter(queue, _Owner())
+
+    def take() -> None:
+        arguments = queue, ring.disk, server.link, server.transmission, server.rows
+        assert sum(engine.take_commands(*arguments))
+
+    take()
+    server._flush()
+    engine.publish(queue)
+    ring.add()
+    take()
+    server._flush()
+    engine.publish(queue)
+    while queue.in_flight:
+        server._answer()
+    engine.publish(queue)
+
+
+class _PlainRing(Ring):
+    """Its shared memory is only memory, as compiled code takes it."""
+
+    def queue(self, life: Life) -> Any:
+        life.watch = lambda view: view  # type: ignore[method-assign]
+        return super().queue(life)
+
+
+@pytest.mark.parametrize("base", [0, 65533])
+@pytest.mark.parametrize("life_of_a_process", [_hits, _commands])
+def test_death_after_any_compiled_store_loses_nothing_and_repeats_no_answer(
+    native: Any, life_of_a_process: Callable[[Ring, Engine], None], base: int
+) -> None:
+    ring = _PlainRing(base)
+    for _ in range(3):
+        ring.add()
+    moments: list[tuple[int, _Moment]] = []
+    native.on_store(lambda: moments.append((ring.n_tokens, _Moment(ring))))
+    life_of_a_process(ring, _engine(native))
+    assert len(moments) > 30
+    for number, (n_tokens, moment) in enumerate(moments):
+        later = _PlainRing(base)
+        for _ in range(n_tokens):
+            later.add()
+        moment.return_to(later)
+        answered = later.poll()
+        for token in answered:
+            assert later.done(token), (number, "answered, and not done")
+        queue = later.start(Life())
+        serve_the_rest(later, queue)
+        answered += later.poll()
+        assert sorted(answered) == list(range(1, n_tokens + 1)), number
+        assert queue.in_flight == 0
+        assert all(map(later.done, answered)), number
