@@ -11,9 +11,8 @@ from urllib.parse import quote
 import structlog
 import trio
 
+from bridge.app.settings import CacheSettings
 from bridge.app.storage import (
-    WRITEBACK,
-    CacheSettings,
     GatedBackend,
     Storage,
     cache_identity,
@@ -31,7 +30,7 @@ from bridge.app.storage import (
     wanted_cache,
 )
 from bridge.cache.cache import Cache
-from bridge.cache.cache_options import Options
+from bridge.cache.cache_options import WRITEBACK, Options
 from bridge.cache.file.cache_file import CacheFile, dirty_bytes, has_content
 from bridge.cache.file.inspect import open_to_flush, show
 from bridge.cache.file.layout import Header, printable

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from errno import EIO
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,9 @@ from pathlib import Path
 import structlog
 import trio
 
+from bridge.app.settings import CacheSettings
 from bridge.cache.cache import Cache
-from bridge.cache.cache_options import Options
+from bridge.cache.cache_options import OFF, Options
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import location
 from bridge.cache.file.cache_file import (
@@ -48,11 +48,6 @@ from bridge.server.uri import NbdUri
 
 _log = structlog.get_logger(__name__)
 
-WRITEBACK = "writeback"
-WRITETHROUGH = "writethrough"
-OFF = "off"
-
-
 _ANSWER_LIMIT_S = 10.0
 """How long what the cache asks of the server at the start may take."""
 
@@ -69,17 +64,6 @@ _FORCE = "nbd-bridge cache flush --force"
 
 _SAMPLE_BLOCKS = 64
 """How many clean blocks are compared when a guest comes back to a server that counts nobody."""
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """The cache as the command line has it."""
-
-    mode: str = OFF
-    size_bytes: int = 1 << 30
-    directory: str | None = None
-    """None: `default_directory()`."""
-    flush_interval_s: float = 60.0
 
 
 def default_directory() -> Path:

@@ -20,8 +20,10 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bridge.app.serve import ServeOptions, serve_disk
-from bridge.app.storage import OFF, WRITEBACK, WRITETHROUGH, CacheSettings, Storage, cache_path
+from bridge.app.serve import serve_disk
+from bridge.app.settings import CacheSettings, DiskSettings, LimitSettings, ServeSettings
+from bridge.app.storage import Storage, cache_path
+from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.cache.file.cache_file import open_file
 from bridge.cache.file.inspect import describe, show
 from bridge.cache.file.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
@@ -791,11 +793,11 @@ async def test_limit_of_the_guests_stop_is_no_part_of_the_processs(
     for options in ({}, {"drain_timeout_s": 7.0}):
         with pytest.RaisesGroup(ConfigError, flatten_subgroups=True):
             await serve_disk(
-                ServeOptions(
-                    unix_uri(world.directory / "nbd"),
-                    socket_path=str(world.directory / "vhost"),
-                    stop_timeout_s=0,
-                    **options,
-                )
+                unix_uri(world.directory / "nbd"),
+                ServeSettings(
+                    disk=DiskSettings(socket_path=str(world.directory / "vhost")),
+                    cache=CacheSettings(mode=OFF),
+                    limits=LimitSettings(stop_timeout_s=0, **options),
+                ),
             )
     assert seen == [30.0, 7.0]

@@ -16,7 +16,9 @@ import trio.testing
 from structlog.testing import capture_logs
 
 from bridge.app.cache_tools import flush_file
-from bridge.app.storage import WRITEBACK, CacheSettings, Storage, cache_path
+from bridge.app.settings import CacheSettings
+from bridge.app.storage import Storage, cache_path
+from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.file.cache_file import CacheFile, open_file
 from bridge.cache.file.layout import HEADER_AREA_BYTES
 from bridge.datapath.loop import Loop

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from bridge.cache.file.cache_file import (
     REMOVE_HINT,
@@ -26,10 +25,9 @@ from bridge.cache.file.cache_file import (
     open_file,
     read_index,
 )
-from bridge.cache.file.layout import Identity, printable
+from bridge.cache.file.layout import Identity
 from bridge.cache.index import Index
 from bridge.errors import ConfigError
-from bridge.units import size_text
 
 
 @dataclass(frozen=True)
@@ -109,33 +107,6 @@ def _fault(image: MappedImage) -> str:
     if not has_survived(image):
         return _CRASHED
     return "" if index_is_whole(image) else _DAMAGED
-
-
-def describe(summary: Summary) -> str:
-    """The same as lines of text."""
-    created = datetime.fromtimestamp(summary.created_s, UTC)
-    lines = {
-        "file": summary.path,
-        "server": printable(summary.uri),
-        "export": printable(summary.export) or "(default)",
-        "disk": size_text(summary.disk_bytes),
-        "cache": f"{size_text(summary.cache_bytes)}, {size_text(summary.valid_bytes)} of it used",
-        "not on the server": size_text(summary.dirty_bytes),
-        "damaged": f"{summary.damaged_slots} granules, besides what is counted here",
-        "blocks": f"{size_text(summary.block_bytes)} in granules of "
-        f"{size_text(summary.granule_bytes)}",
-        "last shutdown": "clean" if summary.clean_shutdown else "not clean",
-        "frozen": "yes: the guest was stopped before all of it was at the server",
-        "usable": "yes" if summary.usable else f"no: {summary.fault}",
-        "export generation": str(summary.export_generation or "-"),
-        "created": f"{created:%Y-%m-%d %H:%M:%S} UTC",
-    }
-    if not summary.frozen:
-        del lines["frozen"]
-    if not summary.damaged_slots:
-        del lines["damaged"]
-    width = max(map(len, lines))
-    return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
 
 
 def drop(path: str, *, discard_dirty: bool = False) -> None:
