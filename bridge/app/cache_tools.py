@@ -102,7 +102,7 @@ async def flush_file(
     async with AsyncExitStack() as at_last:
         async with _client(uri, options) as (connected, loop):
             if connected.export.read_only:
-                why = connected.export.why_read_only
+                why = connected.export.volume.why_read_only
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                     + (f" ({why})" if why else "")

@@ -245,7 +245,7 @@ def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeomet
             hidden_bytes=tail,
         )
     if export.read_only and not disk.read_only:
-        why = {"reason": export.why_read_only} if export.why_read_only else {}
+        why = {"reason": export.volume.why_read_only} if export.volume.why_read_only else {}
         _log.warning(
             "the export is read-only, so the disk is; say --read-only to expect that", **why
         )

@@ -45,6 +45,7 @@ from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.uri import NbdUri
+from bridge.server.volume_words import VolumeName
 
 _log = structlog.get_logger(__name__)
 
@@ -107,7 +108,7 @@ def cache_identity(uri: NbdUri) -> Identity:
 
     Our plugin's `@session=…` is no part of that: the next session of a volume finds its cache.
     """
-    return Identity(uri=uri.server, export=uri.export_name.partition("@session=")[0])
+    return Identity(uri=uri.server, export=VolumeName(uri.export_name).without_session)
 
 
 def wanted_cache(uri: NbdUri, export: Export | None) -> Wanted:
@@ -117,7 +118,7 @@ def wanted_cache(uri: NbdUri, export: Export | None) -> Wanted:
     if export is None:
         return Wanted(identity, frozenset(names), b"", 0)
     if export.canonical_name:
-        names.add(export.canonical_name.partition("@session=")[0])
+        names.add(VolumeName(export.canonical_name).without_session)
     return Wanted(identity, frozenset(names), export.identity, export.usable_bytes)
 
 
@@ -175,7 +176,7 @@ def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
 
 def is_shared(export_name: str) -> bool:
     """Others may be in the same session of our plugin: for a migration."""
-    return "@session=" in export_name
+    return VolumeName(export_name).is_shared
 
 
 def note_export(cache: Cache, export: Export) -> None:
@@ -817,7 +818,7 @@ class Storage:
             return reason
         if is_shared(self._uri.export_name):
             # One number for all of the session: only who wrote last tells more.
-            writer = export.properties.get("writer")
+            writer = export.volume.writer
             if writer is None:
                 return "others in the same session may have written the export since"
             if writer != self.client.client_id:

@@ -25,9 +25,10 @@ from struct import Struct
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.server import nbd_protocol as p
-from bridge.server.export import Export, refusal_reason
+from bridge.server.export import Export
 from bridge.server.untrusted import bounded, clean, printable
 from bridge.server.untrusted import text as text_of
+from bridge.server.volume_words import VolumeDescription
 
 _REPLIES_MAX = 256
 """Replies to one option that are believed to be meant seriously (INFO, META_CONTEXT)."""
@@ -323,7 +324,7 @@ class Handshake:
         if not volume and len(names) == 1:
             volume = names[0]
         for each in self.exports:
-            if each.name == volume and (reason := refusal_reason(each.description)):
+            if each.name == volume and (reason := VolumeDescription(each.description).why_refused):
                 return ConfigError(f"the server refused {self._shown_name()}: {reason}")
         if volume in names:
             return ConfigError(f"{plain} (it is in the server's list: is it in use?)")

@@ -599,9 +599,7 @@ class Session:
         """Whether what the old connection answered may be gone (a flush must not vouch for it)."""
         if export.read_only or self._options.read_only:
             self.durability.nothing_before()
-        lost = self.durability.connected(
-            export.properties.get("instance", ""), self._answered_before
-        )
+        lost = self.durability.connected(export.volume.instance, self._answered_before)
         if lost and self._answered_before > BEFORE:
             _log.error(
                 "the server came back and may have lost writes that were not flushed: "
@@ -747,7 +745,7 @@ class Session:
     @property
     def _fenced(self) -> bool:
         """The server executes nothing of a lost connection once there is a new one."""
-        return self.export.properties.get("session") == "yes"
+        return self.export.volume.is_fenced
 
     def _hold(self, spans: list[Span], until_s: float = inf) -> None:
         if spans and self._options.stale_write_grace_s:

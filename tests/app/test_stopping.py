@@ -25,8 +25,9 @@ from bridge.app.settings import CacheSettings, DiskSettings, LimitSettings, Serv
 from bridge.app.storage import Storage, cache_path
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.cache.file.cache_file import open_file
-from bridge.cache.file.inspect import describe, show
+from bridge.cache.file.inspect import show
 from bridge.cache.file.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
+from bridge.cli.cache_show import text_of
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
 from bridge.errors import BridgeError, ConfigError, LeftBehind
@@ -482,7 +483,7 @@ async def test_next_start_on_frozen_data_is_refused_where_others_may_have_writte
     assert world.changes() == 0
     summary = show(str(bridge.cache_file))
     assert summary.frozen
-    assert "frozen" in describe(summary)
+    assert "frozen" in text_of(summary)
 
 
 async def test_process_that_stops_while_data_is_frozen_sends_nothing_and_says_so(

@@ -24,7 +24,7 @@ from bridge.cache.cache_options import Options
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import cache_file
 from bridge.cache.file.cache_file import CacheFile, open_or_create
-from bridge.cache.file.inspect import describe, drop, open_to_flush, show
+from bridge.cache.file.inspect import drop, open_to_flush, show
 from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
     MIN_SLOTS,
@@ -36,6 +36,7 @@ from bridge.cache.file.layout import (
     parse_header_untrusted,
     state_word,
 )
+from bridge.cli.cache_show import text_of
 from bridge.datapath.request import FLUSH, READ, WRITE, Request
 from bridge.datapath.turn import Outcome
 from bridge.errors import ConfigError
@@ -605,13 +606,13 @@ def test_show_of_a_crashed_hosts_file_says_why_it_is_not_usable(
     summary = show(path)
 
     assert "without a clean shutdown" in summary.fault
-    assert "usable             no: the host" in describe(summary)
+    assert "usable             no: the host" in text_of(summary)
 
 
 def test_show_for_people_has_sizes_and_a_date(path: str) -> None:
     _write_one(path)
 
-    text = describe(replace(show(path), created_s=1_700_000_000))
+    text = text_of(replace(show(path), created_s=1_700_000_000))
 
     assert "cache              4 MiB, 4 KiB of it used" in text
     assert "not on the server  4 KiB" in text
@@ -897,7 +898,7 @@ def test_show_of_something_else_does_not_recommend_to_remove_it() -> None:
 def test_show_escapes_what_would_control_the_terminal(path: str) -> None:
     _open(path, identity=Identity("h\x1b[2J:1", "x\ny\r\x9b\u202eü")).close(clean=True)
 
-    text = describe(show(path))
+    text = text_of(show(path))
 
     assert r"h\x1b[2J:1" in text
     assert r"x\ny\r\x9b\u202eü" in text

@@ -465,7 +465,7 @@ def test_cve_2019_14842_option_reply_with_more_than_was_asked_is_refused() -> No
 
 def test_description_words_are_properties() -> None:
     export = Export("", 0, description="our plugin; instance=ab-1 generation=7, session=yes")
-    assert export.properties == {"instance": "ab-1", "generation": "7", "session": "yes"}
+    assert export.volume.words == {"instance": "ab-1", "generation": "7", "session": "yes"}
 
 
 @pytest.mark.parametrize("word", ["generation", "written"])
