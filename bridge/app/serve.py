@@ -22,7 +22,7 @@ from bridge.app.storage import Storage
 from bridge.cache.cache_options import OFF
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, Remedy
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
 from bridge.guest.vhost_user.listener import Listener
@@ -48,7 +48,7 @@ class _Stop:
         self._deadline_s: float | None = None
         self.on_begin: Callable[[], None] = _nothing
         """Called when the time begins to run."""
-        self.problem = ""
+        self.problem: BridgeError | None = None
         """What the operator has to know: the exit status says that there was something."""
 
     def begin(self) -> None:
@@ -100,8 +100,8 @@ async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
                     stop.problem = left_behind or stop.problem
             nursery.cancel_scope.cancel()
     loop.close()
-    if stop.problem:
-        raise BridgeError(stop.problem)
+    if stop.problem is not None:
+        raise stop.problem
     _log.info("stopped")
 
 
@@ -199,12 +199,12 @@ async def _serve(
             # A cache keeps what could not be flushed, and has another try when it is closed.
             if not storage.has_cache and (flushing.cancelled_caught or error):
                 why = os.strerror(error) if error else "it did not answer in time"
-                stop.problem = (
+                stop.problem = BridgeError(
                     f"the server could not flush at the end ({why}): what the guest wrote since "
                     "its last flush may not be durable"
                 )
             elif disk.untold or storage.loss_untold:
-                stop.problem = (
+                stop.problem = BridgeError(
                     "the server may have lost writes of the guest's that it had not flushed, and "
                     "the guest has not flushed since, so it does not know: check its file systems"
                 )
@@ -227,7 +227,7 @@ def _listener(disk: DiskSettings) -> Listener:
     if disk.socket_path is not None:
         return Listener.at_path(disk.socket_path)
     if disk.fd is None:
-        raise ConfigError("give either --socket-path or --fd")
+        raise ConfigError("neither a path nor a descriptor to listen on")
     return Listener.from_fd(disk.fd)
 
 
@@ -247,7 +247,7 @@ def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeomet
     if export.read_only and not disk.read_only:
         why = {"reason": export.volume.why_read_only} if export.volume.why_read_only else {}
         _log.warning(
-            "the export is read-only, so the disk is; say --read-only to expect that", **why
+            "the export is read-only, so the disk is", remedy=Remedy.EXPECT_READ_ONLY, **why
         )
     if not export.can_flush and not export.read_only:
         _log.warning(

@@ -2,6 +2,8 @@
 
 - `main`: finds the command; one module for each: `serve`, `info`, `cache_show`, `cache_drop`,
   `cache_flush`, `cache_warm`, `demo`;
+- `wording`: what an operator is told of an error, and what helps: sentences that name a command or
+  an option stand there, and nowhere else;
 - `common`: how each is made, prints and fails; `options`: what options accept, made from
   `bridge.app.settings`, where every option is declared.
 

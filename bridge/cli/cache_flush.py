@@ -11,6 +11,7 @@ from bridge.app.cache_tools import flush_file
 from bridge.app.settings import CacheFlushSettings, client_options
 from bridge.app.signals import run_until_signal
 from bridge.cli import common
+from bridge.cli.wording import explain
 
 
 @common.command("flush", CacheFlushSettings, example="nbd-bridge cache flush FILE")
@@ -21,7 +22,7 @@ def command(settings: CacheFlushSettings, file: str, uri: str | None) -> None:
 
     URI is needed where the server wants TLS, or has moved.
     """
-    logs.configure(level="warning", format_="text")
+    logs.configure(level="warning", format_="text", explain=explain)
     chosen = settings.cache
     flushed = run_until_signal(
         partial(

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import click
 
 from bridge.app.settings import CacheShowSettings
-from bridge.cache.file.inspect import Summary, show
+from bridge.cache.file.inspect import Fault, Summary, show
 from bridge.cache.file.layout import printable
 from bridge.cli import common
 from bridge.units import size_text
@@ -20,8 +20,20 @@ from bridge.units import size_text
 def command(settings: CacheShowSettings, file: str) -> None:
     """Print what cache FILE holds."""
     summary = show(file)
-    as_json = settings.output.as_json
-    common.print_result(json.dumps(asdict(summary), indent=2) if as_json else text_of(summary))
+    common.print_result(json_of(summary) if settings.output.as_json else text_of(summary))
+
+
+_FAULTS = {
+    Fault.CRASHED: "the host went down without a clean shutdown: the content will be discarded",
+    Fault.DAMAGED: "the index is damaged: 'nbd-bridge cache flush --skip-damaged' brings the rest "
+    "away",
+}
+
+
+def json_of(summary: Summary) -> str:
+    """The summary for a program."""
+    fault = "" if summary.fault is None else _FAULTS[summary.fault]
+    return json.dumps(asdict(summary) | {"usable": summary.usable, "fault": fault}, indent=2)
 
 
 def text_of(summary: Summary) -> str:
@@ -39,7 +51,7 @@ def text_of(summary: Summary) -> str:
         f"{size_text(summary.granule_bytes)}",
         "last shutdown": "clean" if summary.clean_shutdown else "not clean",
         "frozen": "yes: the guest was stopped before all of it was at the server",
-        "usable": "yes" if summary.usable else f"no: {summary.fault}",
+        "usable": "yes" if summary.fault is None else f"no: {_FAULTS[summary.fault]}",
         "export generation": str(summary.export_generation or "-"),
         "created": f"{created:%Y-%m-%d %H:%M:%S} UTC",
     }

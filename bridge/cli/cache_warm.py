@@ -14,6 +14,7 @@ from bridge.app.cache_tools import warm
 from bridge.app.settings import CacheWarmSettings, client_options
 from bridge.app.signals import run_until_signal
 from bridge.cli import common
+from bridge.cli.wording import explain
 
 
 @common.command(
@@ -28,7 +29,7 @@ def command(settings: CacheWarmSettings, uri: str) -> None:
     All of it is read that the cache has room for; holes are left out. `serve` needs the same
     --cache-size and --cache-dir to use the cache.
     """
-    logs.configure(level="warning", format_="text")
+    logs.configure(level="warning", format_="text", explain=explain)
     chosen = settings.cache
     with ExitStack() as at_last:
         bar: Any = None

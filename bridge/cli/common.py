@@ -14,6 +14,7 @@ import click
 
 from bridge.app.settings import CommandSettings, declared, settings_of
 from bridge.cli.options import Command, options_of
+from bridge.cli.wording import explain
 from bridge.errors import BridgeError
 
 P = ParamSpec("P")
@@ -64,7 +65,7 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
             errors = [BridgeError("interrupted")]
         # Outside the except*: it would wrap SystemExit into a group.
         for error in errors:
-            complain(str(error))
+            complain(explain(error))
         if errors:
             sys.exit(min(error.exit_status for error in errors))
 

@@ -13,6 +13,7 @@ from bridge.app.info import ListedExport, inspect_uri, list_uri
 from bridge.app.settings import InfoSettings, client_options
 from bridge.app.signals import run_until_signal
 from bridge.cli import common
+from bridge.cli.wording import explain
 from bridge.units import size_text
 
 
@@ -20,7 +21,7 @@ from bridge.units import size_text
 @click.argument("uri")
 def command(settings: InfoSettings, uri: str) -> None:
     """Print what the server at URI offers."""
-    logs.configure(level="warning", format_="text")
+    logs.configure(level="warning", format_="text", explain=explain)
     client = client_options(settings.server, settings.tls)
     as_json = settings.output.as_json
     if settings.output.as_list:

@@ -9,6 +9,7 @@ from bridge.app import logs
 from bridge.app.serve import serve_disk
 from bridge.app.settings import ServeSettings
 from bridge.cli import common
+from bridge.cli.wording import explain
 from bridge.errors import ConfigError
 
 
@@ -25,7 +26,8 @@ def command(settings: ServeSettings, uri: str) -> None:
     URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds:// and nbds+unix://
     with TLS.
     """
-    logs.configure(level=settings.logging.level, format_=settings.logging.format)
+    logging = settings.logging
+    logs.configure(level=logging.level, format_=logging.format, explain=explain)
     if (settings.disk.socket_path is None) == (settings.disk.fd is None):
         raise ConfigError("give either --socket-path or --fd")
     trio.run(serve_disk, uri, settings)

@@ -89,7 +89,7 @@ class BlkDevice:
         on_fresh_guest: Callable[[], None] | None = None,
         on_abandoned: Callable[[Sequence[Request]], object] = _nothing_abandoned,
         on_all_stopped: Callable[[], Awaitable[object]] | None = None,
-        on_left_behind: Callable[[], Awaitable[str]] | None = None,
+        on_left_behind: Callable[[], Awaitable[LeftBehind | None]] | None = None,
         on_starting: Callable[[Callable[[], None]], bool] = _at_once,
         epoch: Callable[[], int] = one_epoch,
         withheld_features: int = 0,
@@ -105,8 +105,8 @@ class BlkDevice:
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
         image next must find everything there. It raises LeftBehind if that failed, and is
         cancelled when it takes too long. After either, `on_left_behind` sees to it that nothing
-        more of the guest's is sent; it returns what is left here, one line for the operator, or
-        "". `on_starting(go)` is told that a ring starts: False, if it has to wait until `go` is
+        more of the guest's is sent; it returns what is left here, None if nothing is.
+        `on_starting(go)` is told that a ring starts: False, if it has to wait until `go` is
         called. `epoch()`: see `lanes.Job`. `withheld_features`: see BlkConfig.
         """
         self.max_queues = max_queues
@@ -430,12 +430,12 @@ class BlkDevice:
                 ring.was_told()
         return bases
 
-    async def _bring_up_to_date(self, deadline_s: float) -> tuple[str, bool]:
+    async def _bring_up_to_date(self, deadline_s: float) -> tuple[LeftBehind | None, bool]:
         """Have everything that the guest wrote brought to the server; why that failed, or whether
         it took too long."""
         if self._on_all_stopped is None:
-            return "", False
-        failure = ""
+            return None, False
+        failure = None
         least_s = min(_SHORT_DRAIN_S, self._drain_timeout_s)
         deadline_s = max(deadline_s, trio.current_time() + least_s)
         with trio.CancelScope(deadline=deadline_s) as scope:
@@ -443,31 +443,35 @@ class BlkDevice:
             try:
                 await self._on_all_stopped()
             except LeftBehind as error:
-                failure = str(error)
+                failure = error
             finally:
                 self._waiting = None
         self._series_ended_s = trio.current_time()
         return failure, scope.cancelled_caught
 
-    async def _promise(self, failure: str, *, is_late: bool) -> None:
+    async def _promise(self, failure: LeftBehind | None, *, is_late: bool) -> None:
         """No ring runs, and the front-end is about to be told so: see the module's text."""
-        left_here = ""
+        left_here = None
         if (failure or is_late) and self._on_left_behind is not None:
             with trio.CancelScope(shield=True):
                 left_here = await self._on_left_behind()
-        if left_here or failure:
-            raise self._left_behind(left_here or failure)
+        if (left_behind := left_here or failure) is not None:
+            raise _logged(left_behind)
         in_region = sum(self._left.values())
         if self._logging and (is_late or in_region):
             what = f"{in_region} requests" if in_region else "the last flush"
-            raise self._left_behind(
-                f"the server has not answered {what} in time, and the guest migrates: it cannot "
-                "before that is answered; let it go on here and migrate it later"
+            raise _logged(
+                LeftBehind(
+                    f"the server has not answered {what} in time, and the guest migrates: it "
+                    "cannot before that is answered; let it go on here and migrate it later"
+                )
             )
         if self._logging and self._loss_untold:
-            raise self._left_behind(
-                "the server may have lost writes of the guest's, which its next flush has to tell "
-                "it, and only here: let the guest go on here and migrate it later"
+            raise _logged(
+                LeftBehind(
+                    "the server may have lost writes of the guest's, which its next flush has to "
+                    "tell it, and only here: let the guest go on here and migrate it later"
+                )
             )
         if in_region:
             _log.warning(
@@ -479,10 +483,6 @@ class BlkDevice:
                 "the server has not answered the last flush in time: what the guest wrote since "
                 "the flush before may not be durable yet"
             )
-
-    def _left_behind(self, problem: str) -> LeftBehind:
-        _log.error(problem)
-        return LeftBehind(problem)
 
     async def _drain(self, rings: Collection[RunningRing], deadline_s: float) -> None:
         """Pause `rings`; return when everything they popped is answered, or abandoned."""
@@ -692,6 +692,11 @@ class BlkDevice:
         self.guest_faults[kind] += 1
         if self.guest_faults[kind] == 1:
             _log.warning("the guest sent a bad request (said once, counted)", what=problem)
+
+
+def _logged(error: LeftBehind) -> LeftBehind:
+    _log.error(error)
+    return error
 
 
 def _source(fd: int, offset: int) -> tuple[int, int, int]:

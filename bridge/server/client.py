@@ -340,7 +340,7 @@ class Client:
                     )
                 )
             except BridgeError as error:
-                _log.warning("one connection less", error=str(error))
+                _log.warning("one connection less", error=error)
 
         try:
             async with trio.open_nursery() as nursery:
@@ -381,7 +381,7 @@ class Client:
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
         if not self._broken.is_set():
-            _log.warning("connection lost", server=self.uri.server, reason=str(error))
+            _log.warning("connection lost", server=self.uri.server, reason=error)
         self.session.leaving()
         self._broken.set()
 
@@ -432,7 +432,7 @@ class Client:
             except BridgeError as error:
                 if str(error) != self._last_failure:
                     self._last_failure = str(error)
-                    _log.warning("cannot reconnect yet", reason=str(error))
+                    _log.warning("cannot reconnect yet", reason=error)
                 continue
             except Exception as error:
                 # A bug of ours must not take the disk away: it may be gone with what the server

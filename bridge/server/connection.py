@@ -27,7 +27,14 @@ import trio
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.turn import Turn
-from bridge.errors import BridgeError, CertificateWanted, ConfigError, ConnectionLost, ProtocolError
+from bridge.errors import (
+    BridgeError,
+    CertificateWanted,
+    ConfigError,
+    ConnectionLost,
+    ProtocolError,
+    Remedy,
+)
 from bridge.server import tls
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
@@ -124,13 +131,13 @@ async def negotiate(
     except BridgeError as error:
         if handshake.silent_over_tls:
             # A server that does not like its client's certificate, or none, often says no more.
-            hint = (
-                "does it accept the certificate (--tls-cert)?"
+            raise CertificateWanted(
+                f"{uri.server}: {error}",
+                remedy=Remedy.CERTIFICATE_ACCEPTED
                 if tls.has_certificate(uri, options)
-                else "if it wants a certificate of its client, give --tls-cert and --tls-key"
-            )
-            raise CertificateWanted(f"{uri.server}: {error}: {hint}") from None
-        raise type(error)(f"{uri.server}: {error}") from None
+                else Remedy.PERHAPS_GIVE_CERTIFICATE,
+            ) from None
+        raise error.within(type(error), f"{uri.server}: ") from None
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
     return Negotiated(sock, handshake)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import Enum
 from struct import Struct
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError, Remedy
 from bridge.server import nbd_protocol as p
 from bridge.server.export import Export
 from bridge.server.untrusted import bounded, clean, printable
@@ -330,7 +330,7 @@ class Handshake:
             return ConfigError(f"{plain} (it is in the server's list: is it in use?)")
         shown = ", ".join(repr(name) if name else "the default one" for name in names[:_SHOWN_MAX])
         more = f" and {len(names) - _SHOWN_MAX} more" if len(names) > _SHOWN_MAX else ""
-        return ConfigError(f"{plain}; there is {shown}{more} (nbd-bridge info --list)")
+        return ConfigError(f"{plain}; there is {shown}{more}", remedy=Remedy.LIST_EXPORTS)
 
     def _export_name(self) -> _Steps:
         """The old way to choose an export; a refusal is a closed connection."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, Remedy
 from bridge.server.nbd_protocol import DEFAULT_PORT, NAME_MAX_BYTES
 
 _SCHEMES = {
@@ -137,7 +137,8 @@ def _refuse_user(netloc: str, text: str) -> None:
     if at:
         raise ConfigError(
             f"{text.replace(user + at, '', 1)}: a user or password stood before the host, and NBD "
-            "has neither: leave it out; a TLS certificate (--tls-cert) says who a client is"
+            "has neither: leave it out",
+            remedy=Remedy.CERTIFICATE_INSTEAD,
         )
 
 

@@ -470,8 +470,8 @@ async def test_3_8_last_stop_that_leaves_something_behind_is_not_answered(
             raise LeftBehind("the flush failed")
         await trio.sleep_forever()
 
-    async def on_left_behind() -> str:
-        return "4096 bytes"
+    async def on_left_behind() -> LeftBehind:
+        return LeftBehind("4096 bytes")
 
     async with running_device(
         on_all_stopped=on_all_stopped, on_left_behind=on_left_behind, drain_timeout_s=7
@@ -488,9 +488,9 @@ async def test_3_8_last_stop_that_leaves_something_behind_is_not_answered(
 async def test_front_end_that_has_gone_is_promised_nothing(autojump_clock: MockClock) -> None:
     asked = []
 
-    async def on_left_behind() -> str:
+    async def on_left_behind() -> LeftBehind:
         asked.append(1)
-        return "something"
+        return LeftBehind("something")
 
     async with running_device(
         on_all_stopped=trio.sleep_forever, on_left_behind=on_left_behind, drain_timeout_s=7

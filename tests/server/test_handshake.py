@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.cli.wording import explain
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.peers.nbd_server_core import ServerCore, ServerSettings, ServerState
 from bridge.peers.nbd_server_disk import MemoryDisk
@@ -517,7 +518,7 @@ def refused(*listed: bytes, typed: str = "vm0", sent: str | None = None, final: 
     with pytest.raises(ConfigError) as caught:
         client.receive(reply(p.OPT_LIST, final or p.REP_ACK))
     assert options_sent(client.data_to_send()) == [p.OPT_GO, p.OPT_LIST, p.OPT_ABORT]
-    return str(caught.value)
+    return explain(caught.value)
 
 
 def listed(name: bytes, description: bytes = b"") -> bytes:

@@ -38,7 +38,7 @@ from bridge.cache.file.layout import (
     parse_header_untrusted,
     printable,
 )
-from bridge.errors import ConfigError, InUse
+from bridge.errors import ConfigError, InUse, Remedy
 from bridge.units import size_text
 
 _PAGE = mmap.PAGESIZE
@@ -49,9 +49,6 @@ _RESIDENT = bytes(range(1, 256, 2))
 # PyDLL: mincore does not wait, and giving the GIL away to ask would cost more than the answer.
 _mincore = ctypes.PyDLL(None).mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
-
-REMOVE_HINT = "; remove it with rm if you mean it"
-"""Where a cache file has to be, or is to be removed. What is only looked at may be anything."""
 
 _LOCK_TRIES = 20
 _LOCK_PAUSE_S = 0.02
@@ -259,21 +256,21 @@ class Unusable(ConfigError):
     """A cache file is ours, and nothing can be told of what it holds."""
 
     def __init__(self, path: str, fault: str) -> None:
-        super().__init__(f"cache file {path} {fault}; {_give_up_hint(path)}")
+        super().__init__(f"cache file {path} {fault}", remedy=Remedy.GIVE_UP, path=path)
         self.fault = fault
 
 
 def open_file(path: str) -> CacheFile:
     """Open and lock an existing cache file; its content is as it is.
 
-    Raises ConfigError naming the file and the remedy.
+    Raises ConfigError naming the file.
     """
     fd = _open_locked(path, os.O_RDWR)
     _adopt(path, fd)
     return _map(path, fd)
 
 
-def _map(path: str, fd: int, remedy: str = "") -> CacheFile:
+def _map(path: str, fd: int, remedy: Remedy | None = None) -> CacheFile:
     """The file that `fd` has open, which is closed if that fails. Raises ConfigError."""
     try:
         header = _read_header(path, fd, remedy)
@@ -292,15 +289,16 @@ def _mapped(path: str, fd: int, header: Header) -> CacheFile:
         return CacheFile(path, fd, header)
     except OSError as error:
         raise ConfigError(
-            f"cache file {path}: cannot be mapped into memory ({error.strerror}): choose a "
-            "directory on another file system with --cache-dir, or use --cache-mode off"
+            f"cache file {path}: cannot be mapped into memory ({error.strerror})",
+            remedy=Remedy.OTHER_FILE_SYSTEM,
         ) from None
 
 
-def read_index(path: str, remedy: str = "") -> MappedImage:
+def read_index(path: str, remedy: Remedy | None = None) -> MappedImage:
     """A copy of the header and the index of a cache file that nobody uses: it has no data.
 
-    Raises ConfigError naming the file and the remedy.
+    Raises ConfigError naming the file; `remedy` is for what is no cache file. Where one has to be,
+    or is to be removed, that has to go; what is only looked at may be anything.
     """
     fd = _open_locked(path, os.O_RDONLY)
     try:
@@ -316,7 +314,7 @@ def read_index(path: str, remedy: str = "") -> MappedImage:
     return MappedImage(copy, header)
 
 
-def _read_header(path: str, fd: int, remedy: str = "") -> Header:
+def _read_header(path: str, fd: int, remedy: Remedy | None = None) -> Header:
     """The header of a file that is as long as it says. Raises ConfigError."""
     area = _read_ours(path, fd, remedy)
     try:
@@ -332,11 +330,11 @@ def _read_header(path: str, fd: int, remedy: str = "") -> Header:
     return header
 
 
-def _read_ours(path: str, fd: int, remedy: str = "") -> bytes:
+def _read_ours(path: str, fd: int, remedy: Remedy | None = None) -> bytes:
     """The first bytes of a file that is ours to change and to remove. Raises ConfigError."""
     area = _read_start(path, fd)
     if not is_ours_untrusted(area):
-        raise ConfigError(f"{path} is not a cache file{remedy}")
+        raise ConfigError(f"{path} is not a cache file", remedy=remedy, path=path)
     return area
 
 
@@ -371,8 +369,7 @@ def has_survived(image: MappedImage) -> bool:
 def damaged_index(path: str, fault: str) -> ConfigError:
     """The line for an operator whose cache file has slots that cannot be believed."""
     return ConfigError(
-        f"cache file {path} has a damaged index ({fault}); to bring what is intact to the "
-        f"server: nbd-bridge cache flush --skip-damaged {path}; " + _give_up_hint(path)
+        f"cache file {path} has a damaged index ({fault})", remedy=Remedy.BRING_INTACT, path=path
     )
 
 
@@ -403,7 +400,7 @@ def open_or_create(
         raise
     if is_new:
         return _create(path, geometry, identity, [], fd)
-    file = _map(path, fd, REMOVE_HINT)
+    file = _map(path, fd, Remedy.REMOVE_FILE)
     try:
         note = _unfit(file, geometry, identity, owns)
     except BaseException:
@@ -430,8 +427,9 @@ def _unfit(
     if header.digest != identity.digest and not (owns is not None and owns(header)):
         raise ConfigError(
             f"cache file {path} belongs to export {header.export!r} of {printable(header.uri)}, "
-            f"not to {identity.export!r} of {identity.uri}; choose another file or "
-            f"{_drop_hint(path)}"
+            f"not to {identity.export!r} of {identity.uri}",
+            remedy=Remedy.OTHER_FILE,
+            path=path,
         )
     if not believe(file):
         return (
@@ -451,8 +449,9 @@ def _unfit(
             raise export_shrunk(file, geometry.disk_bytes)
         raise ConfigError(
             f"cache file {path} holds {dirty} bytes of unwritten data in blocks of "
-            f"{header.geometry.block_bytes}; now they are of {geometry.block_bytes}: "
-            f"run 'nbd-bridge cache flush {path}' first"
+            f"{header.geometry.block_bytes}; now they are of {geometry.block_bytes}",
+            remedy=Remedy.FLUSH_FIRST,
+            path=path,
         )
     if header.geometry.disk_bytes != geometry.disk_bytes:
         return (
@@ -485,8 +484,9 @@ def export_shrunk(file: CacheFile, export_bytes: int) -> ConfigError:
     """The line for an operator whose cache has data for an end of the disk that is gone."""
     return ConfigError(
         f"cache file {file.path} holds {dirty_bytes(file)} bytes of unwritten data for a disk of "
-        f"{file.geometry.disk_bytes} bytes, the export has {export_bytes}: nothing was written; "
-        f"grow the export back, or, {_give_up_hint(file.path)}"
+        f"{file.geometry.disk_bytes} bytes, the export has {export_bytes}: nothing was written",
+        remedy=Remedy.GROW_BACK,
+        path=file.path,
     )
 
 
@@ -494,7 +494,7 @@ def lock_to_drop(path: str) -> int:
     """A descriptor of `path`, locked. Raises ConfigError if somebody uses it, or it is not ours."""
     fd = _open_locked(path, os.O_RDWR)
     try:
-        _read_ours(path, fd, REMOVE_HINT)
+        _read_ours(path, fd, Remedy.REMOVE_FILE)
     except BaseException:
         os.close(fd)
         raise
@@ -555,8 +555,8 @@ def _allocate(path: str, fd: int, count: int) -> None:
         os.posix_fallocate(fd, 0, count)
     except OSError as error:
         raise ConfigError(
-            f"cache file {path}: no room for {count} bytes ({error.strerror}); make room or choose "
-            "a smaller --cache-size"
+            f"cache file {path}: no room for {count} bytes ({error.strerror})",
+            remedy=Remedy.SMALLER_CACHE,
         ) from None
 
 
@@ -617,7 +617,9 @@ def _check_directory(path: str) -> None:
     if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
         raise ConfigError(
             f"cache directory {where} may be written by other users, who could remove the cache "
-            f"file: run 'chmod go-w {where}', or choose another with --cache-dir"
+            "file",
+            remedy=Remedy.PROTECT_DIRECTORY,
+            path=where,
         )
 
 
@@ -635,39 +637,33 @@ def _open_regular(path: str, flags: int) -> int:
     try:
         fd = os.open(path, flags, 0o600)
     except OSError as error:
-        raise ConfigError(_open_fault(path, error, creating=bool(flags & os.O_CREAT))) from None
+        raise _open_fault(path, error, creating=bool(flags & os.O_CREAT)) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise ConfigError(_not_regular(path))
     return fd
 
 
-def _open_fault(path: str, error: OSError, *, creating: bool) -> str:
+def _open_fault(path: str, error: OSError, *, creating: bool) -> ConfigError:
     """Why `path` could not be opened, and what helps."""
     if os.path.islink(path):
-        return (
+        return ConfigError(
             f"cache file {path} is a symbolic link, which is not followed; "
             f"the file itself is {os.path.realpath(path)}"
         )
     if error.errno in (errno.EISDIR, errno.ENXIO):
-        return _not_regular(path)
+        return ConfigError(_not_regular(path))
     if creating and not os.path.lexists(path):
         where = os.path.dirname(path) or "."
-        fault = {
-            errno.ENOENT: "does not exist; create it or choose another",
-            errno.ENOTDIR: "is not a directory; choose another",
-        }.get(error.errno or 0, f"cannot be written ({error.strerror}); choose another")
-        return f"cache directory {where} {fault} with --cache-dir, or use --cache-mode off"
-    return f"cache file {path}: {error.strerror}"
+        if error.errno == errno.ENOENT:
+            return ConfigError(
+                f"cache directory {where} does not exist", remedy=Remedy.MAKE_DIRECTORY
+            )
+        is_file = error.errno == errno.ENOTDIR
+        fault = "is not a directory" if is_file else f"cannot be written ({error.strerror})"
+        return ConfigError(f"cache directory {where} {fault}", remedy=Remedy.OTHER_DIRECTORY)
+    return ConfigError(f"cache file {path}: {error.strerror}")
 
 
 def _not_regular(path: str) -> str:
     return f"cache file {path} is not a regular file"
-
-
-def _drop_hint(path: str) -> str:
-    return f"to start anew: nbd-bridge cache drop {path}"
-
-
-def _give_up_hint(path: str) -> str:
-    return f"to give up what it holds: nbd-bridge cache drop --discard-dirty {path}"
