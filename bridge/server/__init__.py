@@ -12,5 +12,6 @@ From the wire upwards:
   server hangs up;
 * `split`, `align`, `overlaps`: how a request becomes commands that this server takes;
 * `client`: all of it behind `submit(request)`;
-* `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave.
+* `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave;
+* `volume_words`: what our nbdkit plugin understands in a name, and says in a description.
 """
