@@ -1,8 +1,7 @@
 """The server's side: an NBD client that survives its server.
 
-From the wire upwards:
+From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
 
-* `nbd_protocol`: the numbers and layouts of the NBD specification;
 * `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O; `untrusted`:
   what a server says, bounded;
 * `connection`: one socket with both, driven by trio while it connects and by the data path's

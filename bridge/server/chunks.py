@@ -11,7 +11,7 @@ from struct import Struct
 
 from bridge.datapath.request import Request
 from bridge.errors import ProtocolError
-from bridge.server import nbd_protocol as p
+from bridge.spec import nbd as p
 
 _INTERVALS_MAX = 4096
 """Gaps that a reply may have at any time: an honest server answers in a few long pieces."""

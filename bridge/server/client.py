@@ -32,9 +32,9 @@ from bridge.server.connection import Connection, Negotiated, Silent, leave, nego
 from bridge.server.export import Export
 from bridge.server.handshake import Goal, Listed
 from bridge.server.link import Phase, Session
-from bridge.server.nbd_protocol import NAME_MAX_BYTES
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeDescription, VolumeName
+from bridge.spec.nbd import NAME_MAX_BYTES
 
 _log = structlog.get_logger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bridge.server.nbd_protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 from bridge.server.volume_words import VolumeDescription
+from bridge.spec.nbd import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ from enum import Enum
 from struct import Struct
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError, Remedy
-from bridge.server import nbd_protocol as p
 from bridge.server.export import Export
 from bridge.server.untrusted import bounded, clean, printable
 from bridge.server.untrusted import text as text_of
 from bridge.server.volume_words import VolumeDescription
+from bridge.spec import nbd as p
 
 _REPLIES_MAX = 256
 """Replies to one option that are believed to be meant seriously (INFO, META_CONTEXT)."""

@@ -38,7 +38,6 @@ from bridge.datapath.request import (
 )
 from bridge.datapath.turn import Turn
 from bridge.errors import ProtocolError
-from bridge.server import nbd_protocol as p
 from bridge.server.chunks import (
     Assembly,
     StatusRequest,
@@ -50,6 +49,7 @@ from bridge.server.chunks import (
     zero,
 )
 from bridge.server.export import Export
+from bridge.spec import nbd as p
 
 DIRECT_MIN_BYTES: Final = 32 << 10
 STAGING_BYTES: Final = 256 << 10

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit
 
 from bridge.errors import ConfigError, Remedy
-from bridge.server.nbd_protocol import DEFAULT_PORT, NAME_MAX_BYTES
+from bridge.spec.nbd import DEFAULT_PORT, NAME_MAX_BYTES
 
 _SCHEMES = {
     "nbd": (False, False),

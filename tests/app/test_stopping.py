@@ -37,9 +37,9 @@ from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server import nbd_protocol as p
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
+from bridge.spec import nbd as p
 from tests.guest.device_guest import DeviceGuest, GuestRing, PendingRequest
 from tests.server.helpers import short_dir, unix_uri
 from tests.tools import told

@@ -30,8 +30,8 @@ from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_core import Command, ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client_options import ClientOptions
-from bridge.server.nbd_protocol import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from bridge.server.uri import parse_uri
+from bridge.spec.nbd import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from tests.app.processes import process, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S, need, told
 from tests.turns import turn_of_the_loop

@@ -18,10 +18,10 @@ from bridge.cli.wording import explain
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.peers.nbd_server_core import ServerCore, ServerSettings, ServerState
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server import nbd_protocol as p
 from bridge.server.export import Export
 from bridge.server.handshake import Goal, Handshake, State, Wishes
-from bridge.server.nbd_protocol import TransmissionFlags
+from bridge.spec import nbd as p
+from bridge.spec.nbd import TransmissionFlags
 
 PLAIN = Wishes(structured=False, extended=False, block_status=False)
 

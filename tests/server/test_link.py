@@ -30,7 +30,7 @@ from bridge.server.chunks import scatter
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.link import Phase, Session
-from bridge.server.nbd_protocol import TransmissionFlags
+from bridge.spec.nbd import TransmissionFlags
 from tests.turns import deliver, finish, forget, submit, turn
 
 BLOCK = 512
