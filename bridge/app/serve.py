@@ -26,10 +26,11 @@ from bridge.errors import BridgeError, ConfigError, Remedy
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
 from bridge.guest.vhost_user.listener import Listener
-from bridge.guest.virtio.blk import ID_BYTES
-from bridge.guest.virtio.blk_config import SECTOR_BYTES, DiskGeometry
+from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.server.export import Export
 from bridge.server.uri import NbdUri, parse_uri
+from bridge.spec.virtio_blk import ID_BYTES
+from bridge.units import SECTOR_BYTES
 
 _log = structlog.get_logger(__name__)
 

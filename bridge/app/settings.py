@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.server.client_options import ClientOptions
+from bridge.spec.virtio_blk import ID_BYTES
 
 T = TypeVar("T")
 
@@ -30,8 +31,6 @@ MIN_CACHE_SIZE = "4M"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
-_SERIAL_MAX_BYTES = 20
-"""virtio 1.3 §5.2.6.1: what VIRTIO_BLK_T_GET_ID has room for."""
 _MAX_FD = (1 << 31) - 1
 """An `int` of the system's."""
 _CLIENT = ClientOptions()
@@ -144,9 +143,9 @@ class DiskSettings:
     read_only: bool = setting("--read-only", Flag(), False, "The guest may not write.")
     serial: str = setting(
         "--serial",
-        Text(max_bytes=_SERIAL_MAX_BYTES),
+        Text(max_bytes=ID_BYTES),
         "",
-        f"Serial number of the disk, at most {_SERIAL_MAX_BYTES} bytes.",
+        f"Serial number of the disk, at most {ID_BYTES} bytes.",
     )
     num_queues: int = setting("--num-queues", Whole(1, 64), 1, "Virtqueues offered to the guest.")
     queue_size: int = setting(

@@ -27,6 +27,7 @@ from bridge.app.settings import (
     Whole,
     declared,
 )
+from bridge.spec.virtio_blk import FEATURE_BITS
 from bridge.units import parse_size
 
 S = TypeVar("S", bound=CommandSettings)
@@ -217,8 +218,6 @@ class WithheldFeatures(click.ParamType):  # type: ignore[type-arg]
     name = "-name,…"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from bridge.guest.virtio.blk_config import FEATURE_BITS  # only where it is asked for
-
         bits = 0
         for word in filter(None, value.split(",")):
             name = word.strip().removeprefix("-").lower()

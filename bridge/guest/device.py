@@ -38,12 +38,13 @@ from bridge.guest.ring import RunningRing
 from bridge.guest.ring_setup import make_queue, ring_areas, written_areas
 from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
 from bridge.guest.virtio.blk import BlkEngine, BlkRequest, one_epoch
-from bridge.guest.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
+from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.guest.virtio.chain import MAX_QUEUE_SIZE
 from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog
 from bridge.guest.virtio.inflight import InflightRegion, queue_size_by_region
 from bridge.guest.virtio.long_chains import LongViews
 from bridge.guest.virtio.memory import GuestMemory, Region, map_region
+from bridge.spec.virtqueue import F_RING_PACKED
 
 _log = structlog.get_logger(__name__)
 

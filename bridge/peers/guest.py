@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,40 +34,37 @@ from bridge.guest.vhost_user.messages import (
     InflightRange,
     Request,
 )
-from bridge.guest.virtio.blk import (
+from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
+from bridge.peers.guest_queue import GuestQueue, queue_memory_bytes
+from bridge.peers.shared_memory import SharedMemory
+from bridge.spec.virtio_blk import (
+    CONFIG,
+    CONFIG_BYTES,
     ID_BYTES,
+    S_IOERR,
+    S_OK,
+    S_UNSUPP,
+    SEGMENT,
+    SEGMENT_UNMAP,
     T_DISCARD,
     T_FLUSH,
     T_GET_ID,
     T_IN,
     T_OUT,
     T_WRITE_ZEROES,
+    WRITEBACK_OFFSET,
 )
-from bridge.guest.virtio.blk_config import F_INDIRECT, F_RING_PACKED, SECTOR_BYTES
-from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
-from bridge.peers.guest_queue import (
-    STATUS_IOERR,
-    STATUS_OK,
-    STATUS_UNSUPP,
-    GuestQueue,
-    queue_memory_bytes,
-)
-from bridge.peers.shared_memory import SharedMemory
+from bridge.spec.virtqueue import F_INDIRECT, F_RING_PACKED
+from bridge.units import SECTOR_BYTES
 
 FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~F_LOG_ALL
 """Everything that is offered, but split rings and no dirty log."""
 PACKED_FEATURES = FEATURES | F_RING_PACKED
 
-CONFIG_BYTES = 60
-WRITEBACK_OFFSET = 32
 _ALIVE_CHECK_S = 1.0
 """How long to wait for a completion before looking whether the back-end is still there."""
 _GUEST_MEMORY_START = 0x1_0000_0000
 _REGION_GAP = 0x1000_0000
-
-_SEGMENT = struct.Struct("<QII")
-_CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
-_UNMAP = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +86,7 @@ class DiskConfig:
     @classmethod
     def unpack(cls, data: bytes) -> DiskConfig:
         """The configuration in the first 60 bytes."""
-        fields = _CONFIG.unpack(data[:CONFIG_BYTES])
+        fields = CONFIG.unpack(data[:CONFIG_BYTES])
         return cls(
             capacity_sectors=fields[0],
             seg_max=fields[2],
@@ -348,7 +344,7 @@ class Guest:
         queue: int | None = None,
     ) -> None:
         """Zero the bytes of `ranges`, in one request."""
-        data = _segments(ranges, _UNMAP if unmap else 0)
+        data = _segments(ranges, SEGMENT_UNMAP if unmap else 0)
         await self.request(T_WRITE_ZEROES, data=data, queue=queue)
 
     async def get_id(self, *, queue: int | None = None) -> str:
@@ -430,7 +426,7 @@ class Guest:
             raise
         status = self._results[key]
         try:
-            if status != STATUS_OK:
+            if status != S_OK:
                 raise _request_error(status)
             if take is not None:
                 take(on, slot)
@@ -501,14 +497,14 @@ class Guest:
 def _segments(ranges: Sequence[tuple[int, int]], flags: int) -> bytes:
     """The payload of DISCARD and WRITE_ZEROES."""
     return b"".join(
-        _SEGMENT.pack(offset // SECTOR_BYTES, length // SECTOR_BYTES, flags)
+        SEGMENT.pack(offset // SECTOR_BYTES, length // SECTOR_BYTES, flags)
         for offset, length in ranges
     )
 
 
 def _request_error(status: int) -> RequestError:
-    if status == STATUS_UNSUPP:
+    if status == S_UNSUPP:
         return RequestError(errno.ENOTSUP, "the device does not support the request (UNSUPP)")
-    if status == STATUS_IOERR:
+    if status == S_IOERR:
         return RequestError(errno.EIO, "the device failed the request (IOERR)")
     raise ProtocolError(f"the device gave status {status:#x}, which is none")

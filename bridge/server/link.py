@@ -76,10 +76,10 @@ from bridge.server.grace import WHOLE_DISK, Held
 from bridge.server.overlaps import Claim, Ranges, Span
 from bridge.server.split import Limits, Split
 from bridge.server.suspects import Suspects
+from bridge.units import SECTOR_BYTES
 
 _log = structlog.get_logger(__name__)
 
-_SECTOR_BYTES: Final = 512
 _GOOD_CONNECTION_S: Final = 1.0
 _CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _NOTHING_DONE: Final = (errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP)
@@ -267,7 +267,7 @@ class Session:
             return errno.EPERM
         if not length:
             return 0
-        if (offset | length) & self._align_mask and self._align_mask < _SECTOR_BYTES:
+        if (offset | length) & self._align_mask and self._align_mask < SECTOR_BYTES:
             return errno.EINVAL
         return None
 
@@ -560,7 +560,7 @@ class Session:
             return "the export is read-only now"
         if old.can_flush and not export.can_flush:
             return "the server cannot flush any more"
-        if export.min_block_bytes > max(old.min_block_bytes, _SECTOR_BYTES) and not self._ordered:
+        if export.min_block_bytes > max(old.min_block_bytes, SECTOR_BYTES) and not self._ordered:
             return (
                 f"the minimum block size grew from {old.min_block_bytes} to "
                 f"{export.min_block_bytes}"
@@ -582,7 +582,7 @@ class Session:
         self._limits = Limits(export)
         self._size_bytes = export.usable_bytes
         self._align_mask = export.min_block_bytes - 1
-        self._ordered = len(channels) > 1 or export.min_block_bytes > _SECTOR_BYTES
+        self._ordered = len(channels) > 1 or export.min_block_bytes > SECTOR_BYTES
         self._choose_channel()
         self._set_fast_limits()
         if old is not None:
@@ -659,7 +659,7 @@ class Session:
 
     def _begin_trial(self) -> None:
         if self._trial and not self._suspects.proven:
-            length = min(max(self._align_mask + 1, _SECTOR_BYTES), self._size_bytes)
+            length = min(max(self._align_mask + 1, SECTOR_BYTES), self._size_bytes)
             offset = 0 if self._trial[0].offset >= length else self._size_bytes - length
             self._try(Request(READ, offset, length, [memoryview(bytearray(length))], _ignore))
         else:

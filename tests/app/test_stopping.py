@@ -32,7 +32,6 @@ from bridge.cli.wording import explain
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
 from bridge.errors import BridgeError, ConfigError, LeftBehind
-from bridge.guest.virtio.blk import S_IOERR, S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_core import ServerSettings
@@ -40,6 +39,7 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec import nbd as p
+from bridge.spec.virtio_blk import S_IOERR, S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
 from tests.guest.device_guest import DeviceGuest, GuestRing, PendingRequest
 from tests.server.helpers import short_dir, unix_uri
 from tests.tools import told

@@ -20,10 +20,19 @@ from bridge.datapath.request import FLUSH, READ, REPEATED, UNASKED, WRITE, Reque
 from bridge.errors import LeftBehind, ProtocolError
 from bridge.guest.eventfds import EventfdWriter
 from bridge.guest.vhost_user.device_interface import MemoryRegion
-from bridge.guest.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
-from bridge.guest.virtio.blk_config import F_CONFIG_WCE, F_FLUSH, F_VERSION_1
 from bridge.guest.virtio.inflight import InflightRegion, queue_region_bytes
 from bridge.guest.virtio.long_chains import MAX_LONG_VIEWS
+from bridge.spec.virtio_blk import (
+    F_CONFIG_WCE,
+    F_FLUSH,
+    S_IOERR,
+    S_OK,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+)
+from bridge.spec.virtqueue import F_VERSION_1
 from tests.guest.device_guest import (
     MEMORY_BYTES,
     USER_BASE,
