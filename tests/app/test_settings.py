@@ -64,7 +64,12 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def context_of(command: str, arguments: list[str], **extra: object) -> click.Context:
     """`nbd-bridge COMMAND ARGUMENTS`, parsed and not run."""
-    context = click.Context(nbd_bridge, info_name="nbd-bridge", auto_envvar_prefix="NBD_BRIDGE")
+    context = click.Context(
+        nbd_bridge,
+        info_name="nbd-bridge",
+        auto_envvar_prefix="NBD_BRIDGE",
+        **nbd_bridge.context_settings,  # Each command keeps the first help option that it made.
+    )
     found: click.Command = nbd_bridge
     for word in command.split():
         assert isinstance(found, click.Group)
