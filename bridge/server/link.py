@@ -55,6 +55,7 @@ import structlog
 from bridge.datapath.durability import BEFORE, Told
 from bridge.datapath.request import (
     BLOCK_STATUS,
+    CHANGES,
     DISCARD,
     FLUSH,
     FUA,
@@ -81,7 +82,6 @@ from bridge.units import SECTOR_BYTES
 _log = structlog.get_logger(__name__)
 
 _GOOD_CONNECTION_S: Final = 1.0
-_CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _NOTHING_DONE: Final = (errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP)
 """With these a server refuses a command; it has not tried to make anything durable."""
 _NO_FAILURE: Final = (*_NOTHING_DONE, errno.ECANCELED)
@@ -208,7 +208,7 @@ class Session:
         if error is not None:
             self._turn.finish(request, error)
         elif (
-            request.op in _CHANGES
+            request.op in CHANGES
             and (self._ordered or self._held or self._outlived)
             and not self._fails
         ):
@@ -263,7 +263,7 @@ class Session:
         offset, length = request.offset, request.length
         if offset < 0 or not 0 <= length <= self._size_bytes - offset:
             return errno.EINVAL
-        if op in _CHANGES and (self.export.read_only or self._options.read_only):
+        if op in CHANGES and (self.export.read_only or self._options.read_only):
             return errno.EPERM
         if not length:
             return 0
@@ -334,7 +334,7 @@ class Session:
 
     def _whole(self, request: Request) -> Request:
         """`request`, to be done with several commands, all of them in one epoch."""
-        if request.op not in _CHANGES or self.durability.keeps_unflushed:
+        if request.op not in CHANGES or self.durability.keeps_unflushed:
             return request
         whole = Request(
             request.op,
@@ -937,7 +937,7 @@ class Session:
         if isinstance(done, _OnceMore):
             done = done.done
         claim: Claim | None = None
-        if command.op in _CHANGES:
+        if command.op in CHANGES:
             claim = Claim(command.offset, command.offset + command.length)
             self._outlived.add(claim)
             self._ranges.enter(claim)
@@ -1052,7 +1052,7 @@ def _without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Req
 
 def _changed(requests: list[Request]) -> list[Span]:
     """What some of `requests` change."""
-    return [(each.offset, each.offset + each.length) for each in requests if each.op in _CHANGES]
+    return [(each.offset, each.offset + each.length) for each in requests if each.op in CHANGES]
 
 
 def _ignore(request: Request) -> None:

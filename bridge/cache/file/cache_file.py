@@ -39,6 +39,7 @@ from bridge.cache.file.layout import (
     printable,
 )
 from bridge.errors import ConfigError, InUse, Remedy
+from bridge.host import boot_id
 from bridge.units import size_text
 
 _PAGE = mmap.PAGESIZE
@@ -53,14 +54,6 @@ _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 _LOCK_TRIES = 20
 _LOCK_PAUSE_S = 0.02
 """Somebody may only look at the file: `cache show`, or a bridge that looks for its own."""
-
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
-
-
-def boot_id() -> bytes:
-    """16 bytes that change with every boot of the host."""
-    with open(_BOOT_ID, encoding="ascii") as file:
-        return bytes.fromhex(file.read().strip().replace("-", ""))
 
 
 class MappedImage:
