@@ -31,10 +31,11 @@ from bridge.app.storage import (
 )
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import WRITEBACK, Options
-from bridge.cache.file.cache_file import CacheFile, dirty_bytes, has_content
+from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.file.inspect import open_to_flush, show
 from bridge.cache.file.layout import Header, printable
 from bridge.cache.file.location import forget, peek
+from bridge.cache.file.locking import has_content
 from bridge.cache.warm import Warmer, data_ranges
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import BLOCK_STATUS, FLUSH, Request, Target

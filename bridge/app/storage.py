@@ -23,17 +23,12 @@ from bridge.cache.cache import Cache
 from bridge.cache.cache_options import OFF, Options
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import location
-from bridge.cache.file.cache_file import (
-    CacheFile,
-    believe,
-    dirty_bytes,
-    has_content,
-    open_file,
-    open_or_create,
-)
+from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.file.inspect import drop
 from bridge.cache.file.layout import Identity, geometry_for
 from bridge.cache.file.location import Found, Wanted
+from bridge.cache.file.locking import has_content
+from bridge.cache.file.opening import believe, open_file, open_or_create
 from bridge.cache.sample import check_sample
 from bridge.datapath.deadlines import Deadlines
 from bridge.datapath.disk import Backend

@@ -24,9 +24,9 @@ from bridge.app.serve import serve_disk
 from bridge.app.settings import CacheSettings, DiskSettings, LimitSettings, ServeSettings
 from bridge.app.storage import Storage, cache_path
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
-from bridge.cache.file.cache_file import open_file
 from bridge.cache.file.inspect import show
 from bridge.cache.file.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
+from bridge.cache.file.opening import open_file
 from bridge.cli.cache_show import text_of
 from bridge.cli.wording import explain
 from bridge.datapath.disk import Disk

@@ -19,8 +19,9 @@ from bridge.app.cache_tools import flush_file
 from bridge.app.settings import CacheSettings
 from bridge.app.storage import Storage, cache_path
 from bridge.cache.cache_options import WRITEBACK
-from bridge.cache.file.cache_file import CacheFile, open_file
+from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import HEADER_AREA_BYTES
+from bridge.cache.file.opening import open_file
 from bridge.cli.wording import explain
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Request

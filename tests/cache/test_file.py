@@ -23,8 +23,8 @@ import pytest
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.cold import ThreadedCold
-from bridge.cache.file import cache_file
-from bridge.cache.file.cache_file import CacheFile, open_or_create
+from bridge.cache.file import cache_file, locking, opening
+from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.inspect import Fault, drop, open_to_flush, show
 from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
@@ -37,6 +37,7 @@ from bridge.cache.file.layout import (
     parse_header_untrusted,
     state_word,
 )
+from bridge.cache.file.opening import open_or_create
 from bridge.cli.cache_show import json_of, text_of
 from bridge.cli.wording import explain
 from bridge.datapath.request import FLUSH, READ, WRITE, Request
@@ -119,7 +120,7 @@ def test_unclean_end_under_another_boot_is_discarded(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_one(path, clean=False)
-    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+    monkeypatch.setattr(opening, "boot_id", lambda: bytes(range(16)))
 
     file = _open(path)
 
@@ -130,7 +131,7 @@ def test_unclean_end_under_another_boot_is_discarded(
 
 def test_clean_end_under_another_boot_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _write_one(path)
-    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+    monkeypatch.setattr(opening, "boot_id", lambda: bytes(range(16)))
 
     file = _open(path)
 
@@ -610,7 +611,7 @@ def test_show_of_a_crashed_hosts_file_says_why_it_is_not_usable(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_one(path, clean=False)
-    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+    monkeypatch.setattr(opening, "boot_id", lambda: bytes(range(16)))
 
     summary = show(path)
 
@@ -738,7 +739,7 @@ def test_threaded_cold_runs_jobs_and_reports_on_the_callers_side() -> None:
 _WRITER = """
 import os, sys, struct
 from bridge.cache.cache import Cache
-from bridge.cache.file.cache_file import open_or_create
+from bridge.cache.file.opening import open_or_create
 from bridge.cache.file.layout import Geometry, Identity
 from bridge.cache.cache_options import Options
 from bridge.datapath.request import WRITE, Request
@@ -815,7 +816,7 @@ def test_header_keeps_what_was_seen(path: str) -> None:
     file.save_header(witness=1 << 40, discarded=(7, 9), export_identity=b"i" * 16)
     file.close(clean=False)
 
-    header = cache_file.open_file(path).header
+    header = opening.open_file(path).header
 
     assert (header.witness, header.discarded) == (1 << 40, (7, 9))
     assert header.export_identity == b"i" * 16
@@ -882,7 +883,7 @@ def test_file_whose_disk_cannot_be_read_is_an_error_with_its_name(
     monkeypatch.setattr(os, "pread", _refuse)
     before = len(os.listdir("/proc/self/fd"))
 
-    for use in (show, drop, cache_file.open_file, cache_file.has_content, _open):
+    for use in (show, drop, opening.open_file, locking.has_content, _open):
         with pytest.raises(
             ConfigError, check=told(f"cache file {path}: cannot be read: Input/output")
         ):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cache.file.cache_file import CacheFile, open_file, open_or_create
+from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import Identity, geometry_for
+from bridge.cache.file.opening import open_file, open_or_create
 from bridge.errors import ConfigError
 from tests.tools import told
 

@@ -12,20 +12,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from bridge.cache.file.cache_file import (
-    CacheFile,
-    MappedImage,
+from bridge.cache.file.cache_file import CacheFile, MappedImage, dirty_bytes
+from bridge.cache.file.layout import Identity
+from bridge.cache.file.locking import lock_to_drop
+from bridge.cache.file.opening import (
     Unusable,
     believe,
-    dirty_bytes,
     export_shrunk,
     has_survived,
     index_is_whole,
-    lock_to_drop,
     open_file,
     read_index,
 )
-from bridge.cache.file.layout import Identity
 from bridge.cache.index import Index
 from bridge.errors import ConfigError, Remedy
 
