@@ -135,8 +135,11 @@ class VolumeDescription:
 
     @property
     def content_sessions(self) -> tuple[int, int] | None:
-        """`sessions`, but if the volume was only made longer past the plugin, that is no write: as
-        far as the plugin can tell, so a look at the content has to confirm it."""
+        """`sessions`, where growing the volume past our plugin does not count as a write.
+
+        The plugin cannot tell for certain that nothing else was changed: a look at the content has
+        to confirm it.
+        """
         sessions = self.sessions
         text = self.words.get("grown_from", "")
         if sessions is None or not _COUNTER.fullmatch(text):

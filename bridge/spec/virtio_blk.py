@@ -35,7 +35,7 @@ FEATURE_BITS: Final[dict[str, int]] = {
 
 # §5.2.4, the configuration space
 CONFIG: Final = Struct("<QIIHBBIBBHIBBHIIIIIB3x")
-CONFIG_BYTES: Final = 60
+"""60 bytes. The built-in driver has a layout of its own: `peers.disk_config` says why."""
 WRITEBACK_OFFSET: Final = 32
 
 # §5.2.6, requests

@@ -18,8 +18,8 @@ import pytest
 import trio
 
 from bridge.guest.vhost_user.messages import F_PROTOCOL_FEATURES, Request
+from bridge.peers.blk_driver import FEATURES, PROTOCOL_FEATURES
 from bridge.peers.frontend import FrontEnd
-from bridge.peers.guest import FEATURES, PROTOCOL_FEATURES
 from bridge.peers.shared_memory import SharedMemory
 from bridge.peers.split_driver import SplitDriver, write_chain
 from bridge.spec.virtio_blk import T_DISCARD, T_IN, T_OUT

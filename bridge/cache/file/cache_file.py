@@ -15,7 +15,6 @@ import os
 import zlib
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
@@ -24,6 +23,7 @@ from bridge.cache.file.layout import (
     Geometry,
     Header,
 )
+from bridge.datapath.buffers import Bytes
 from bridge.host import boot_id
 
 _PAGE = mmap.PAGESIZE
@@ -42,16 +42,16 @@ class MappedImage:
     may_go_cold = False
     """What was stored can leave the memory again."""
 
-    def __init__(self, buffer: Any, header: Header) -> None:
+    def __init__(self, buffer: mmap.mmap | bytearray, header: Header) -> None:
         geometry = header.geometry
         count = geometry.slots + 1
         whole = memoryview(buffer)
         self.header = header
         self.geometry: Geometry = geometry
         self._whole = whole
-        self.granule_of: Any = whole[HEADER_AREA_BYTES:][: count * 4].cast("I")
-        self.state: Any = whole[geometry.states_offset :][: count * 8].cast("Q")
-        self.data: Any = whole[geometry.data_offset : geometry.file_bytes]
+        self.granule_of = whole[HEADER_AREA_BYTES:][: count * 4].cast("I")
+        self.state = whole[geometry.states_offset :][: count * 8].cast("Q")
+        self.data = whole[geometry.data_offset : geometry.file_bytes]
         self.granule_of[0] = NO_GRANULE
 
     def save_header(self, **changes: object) -> None:
@@ -69,18 +69,19 @@ class MappedImage:
         """The checksum of the whole index."""
         return zlib.crc32(self._whole[HEADER_AREA_BYTES : self.geometry.data_offset])
 
-    def put(self, position: int, source: Any) -> None:
-        """Store `source` into the data at `position`, a whole number of blocks."""
+    def put(self, position: int, source: Bytes) -> None:
+        """Store `source` at the byte `position` of the data, a whole number of blocks."""
         self.data[position : position + len(source)] = source
 
     def read_wait(self, views: list[memoryview], position: int) -> None:
-        """Fill `views`, however long that takes; may run in a thread. Raises OSError."""
+        """Fill `views` with the bytes from `position` of the data on, however long that takes; may
+        run in a thread. Raises OSError."""
         for view in views:
             view[:] = self.data[position : position + len(view)]
             position += len(view)
 
     def resident(self, position: int, length: int) -> bool:
-        """Would touching the data at `position` need no waiting?"""
+        """Would touching `length` bytes at `position` of the data need no waiting?"""
         return True
 
     def sync(self) -> None:
@@ -106,7 +107,7 @@ class CacheFile(MappedImage):
         self.notes: list[str] = []
         """What the operator should know about how the file was opened."""
         self.was_killed = not header.clean
-        """Whoever used the file last has not closed it."""
+        """The process that used the file last has not closed it."""
         self._abandoned = False
         self._map = mmap.mmap(fd, header.geometry.file_bytes)
         super().__init__(self._map, header)
@@ -118,6 +119,7 @@ class CacheFile(MappedImage):
         self._map.madvise(mmap.MADV_RANDOM)
 
     def read_wait(self, views: list[memoryview], position: int) -> None:
+        """See MappedImage; `position` in bytes. Raises OSError (EIO if the file was cut short)."""
         position += self.geometry.data_offset
         for view in views:
             done = 0
@@ -128,7 +130,9 @@ class CacheFile(MappedImage):
                 done += count
             position += done
 
-    def put(self, position: int, source: Any) -> None:
+    def put(self, position: int, source: Bytes) -> None:
+        """See MappedImage; `position` in bytes. Raises OSError when the file system refuses a
+        write."""
         # A page fault on a page that was never written costs 10 us here, a pwrite 11 us per
         # call and 1.5 us per page: so runs of pages are written, single ones stored. A store
         # into a page that is on the disk only would read it first, for nothing.
@@ -154,7 +158,7 @@ class CacheFile(MappedImage):
         self._stored[slot] = before | bits
         return not before & bits
 
-    def _write(self, position: int, source: Any) -> None:
+    def _write(self, position: int, source: Bytes) -> None:
         """Write through the page cache. Raises OSError when the file system refuses."""
         position += self.geometry.data_offset
         view = memoryview(source)
@@ -164,6 +168,7 @@ class CacheFile(MappedImage):
             view = view[count:]
 
     def resident(self, position: int, length: int) -> bool:
+        """See MappedImage; bytes. Asks mincore(2)."""
         first = self._data_address + position & -_PAGE
         pages = (self._data_address + position + length - first + _PAGE - 1) // _PAGE
         vector = ctypes.create_string_buffer(pages)
@@ -172,6 +177,7 @@ class CacheFile(MappedImage):
         return vector.raw.translate(None, _RESIDENT) == b""
 
     def sync(self) -> None:
+        """See MappedImage. Raises OSError."""
         # No msync: on Linux that is an fsync of the mapped part, and `mmap.flush` would stop all
         # threads for as long as it takes.
         os.fsync(self.fd)
@@ -206,7 +212,7 @@ class CacheFile(MappedImage):
     def abandon(self) -> None:
         """A `close` in another thread takes too long: there will be no clean mark any more.
 
-        Nothing is stored here: on a stuck disk that could wait for ever, too. If the mark is there
+        Nothing is stored here: on a stuck disk that might never end, either. If the mark is there
         already, it is true: all that it stands for was synced before.
         """
         self._abandoned = True

@@ -109,16 +109,17 @@ def show(path: str, *, not_ours: Remedy | None = None) -> Summary:
 
 
 def _fault(image: MappedImage) -> Fault | None:
+    """Why a bridge that finds `image` starts with an empty cache, None if it does not."""
     if not has_survived(image):
         return Fault.CRASHED
     return None if index_is_whole(image) else Fault.DAMAGED
 
 
 def drop(path: str, *, discard_dirty: bool = False) -> None:
-    """Remove a cache file that nobody uses.
+    """Remove a cache file that no process uses.
 
-    Raises ConfigError, if not told to discard what is dirty: it holds data that the server does
-    not have, or is so damaged that nobody can say. Never removes what is not a cache file.
+    Raises ConfigError, unless `discard_dirty`, for a file with data that the server does not have,
+    and for one so damaged that this cannot be known. Never removes another kind of file.
     """
     if not discard_dirty:
         _refuse_to_lose(path)

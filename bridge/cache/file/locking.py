@@ -17,7 +17,7 @@ from bridge.errors import ConfigError, InUse, Remedy
 
 _LOCK_TRIES = 20
 _LOCK_PAUSE_S = 0.02
-"""Somebody may only look at the file: `cache show`, or a bridge that looks for its own."""
+"""The lock may be held for a moment only: by `cache show`, or a bridge that looks for its file."""
 
 
 def has_content(path: str) -> bool:
@@ -36,7 +36,7 @@ def holds_something(path: str, fd: int) -> bool:
 
 
 def lock_to_drop(path: str) -> int:
-    """A descriptor of `path`, locked. Raises ConfigError if somebody uses it, or it is not ours."""
+    """A descriptor of `path`, locked. Raises ConfigError if it is in use, or not ours."""
     fd = open_locked(path, os.O_RDWR)
     try:
         read_ours(path, fd, Remedy.REMOVE_FILE)

@@ -82,7 +82,7 @@ def _mapped(path: str, fd: int, header: Header) -> CacheFile:
 
 
 def read_index(path: str, remedy: Remedy | None = None) -> MappedImage:
-    """A copy of the header and the index of a cache file that nobody uses: it has no data.
+    """A copy of the header and the index of a cache file that no process uses: it has no data.
 
     Raises ConfigError naming the file; `remedy` is for what is no cache file. Where one has to be,
     or is to be removed, that has to go; what is only looked at may be anything.
@@ -158,7 +158,7 @@ def open_or_create(
     Raises ConfigError, naming the file and the remedy: directory missing or not writable, disk
     full, in use, foreign, damaged, or dirty data that does not fit.
     """
-    # Locked before anybody looks at what it holds: somebody else may be making it.
+    # Locked before its content is looked at: another process may be making it.
     fd = open_locked(path, os.O_RDWR | os.O_CREAT)
     adopt(path, fd)
     try:
@@ -232,7 +232,7 @@ def _unfit(
 def _can_take_over(held: Geometry, wanted: Geometry) -> bool:
     """Is a file of `held` good for a disk of `wanted`, in a cache of another size?
 
-    The disk may have grown since, before or after the one who wrote the file was told.
+    The disk may have grown since, and the process that wrote the file may not have heard of it.
     """
     blocks = (held.block_bytes, held.granule_bytes)
     return (

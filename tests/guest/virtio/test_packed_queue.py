@@ -21,13 +21,13 @@ from bridge.spec.virtqueue import (
     EVENT_DISABLE,
     EVENT_ENABLE,
 )
-from tests.guest.virtio.mock import DEVICE_WRITES, Guest, data_of
+from tests.guest.virtio.mock import DEVICE_WRITES, QueueRig, data_of
 from tests.guest.virtio.packed_driver import PackedDriver
 
 HEADER = struct.pack("<IIQ", 1, 0, 7)
 
 
-class PackedGuest(Guest):
+class PackedGuest(QueueRig):
     """A guest with a packed ring at address 0."""
 
     def __init__(
