@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
 
-from bridge.app.settings import CommandSettings, declared, settings_of
+from bridge.app.settings_model import CommandSettings, declared, settings_of
 from bridge.cli.options import Command, options_of
 from bridge.cli.wording import explain
 from bridge.errors import BridgeError

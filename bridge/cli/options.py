@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bridge.app.settings import (
+from bridge.app.settings_model import (
     Choice,
     CommandSettings,
     Declared,

@@ -6,7 +6,8 @@ with a `Remedy`, or a class of its own, which sentence it is.
 
 from __future__ import annotations
 
-from bridge.app.settings import ServeSettings, declared
+from bridge.app.settings import ServeSettings
+from bridge.app.settings_model import declared
 from bridge.cache.file.layout import CacheSizeFault
 from bridge.errors import (
     BridgeError,

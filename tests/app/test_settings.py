@@ -13,7 +13,6 @@ from bridge.app.settings import (
     CacheFlushSettings,
     CacheShowSettings,
     CacheWarmSettings,
-    CommandSettings,
     ConnectSettings,
     DemoSettings,
     InfoSettings,
@@ -21,9 +20,8 @@ from bridge.app.settings import (
     ServeSettings,
     TlsSettings,
     client_options,
-    declared,
-    settings_of,
 )
+from bridge.app.settings_model import CommandSettings, declared, settings_of
 from bridge.cli.main import nbd_bridge
 from bridge.server.client_options import ClientOptions
 
