@@ -26,6 +26,7 @@ import mmap
 from struct import Struct
 from typing import Final
 
+from bridge.datapath.buffers import scatter, slices, zero
 from bridge.datapath.cells import (
     CHANNEL_CELLS,
     LONG_BYTES,
@@ -49,18 +50,15 @@ from bridge.datapath.rows import Rows, in_order
 from bridge.datapath.turn import Turn
 from bridge.datapath.usual import answers
 from bridge.errors import ProtocolError
-from bridge.server import nbd_protocol as p
 from bridge.server.chunks import (
     Assembly,
     StatusRequest,
     parse_error,
     parse_extents,
     parse_hole,
-    scatter,
-    slice_buffers,
-    zero,
 )
 from bridge.server.export import Export
+from bridge.spec import nbd as p
 
 DIRECT_MIN_BYTES: Final = LONG_BYTES
 STAGING_BYTES: Final = 256 << 10
@@ -597,7 +595,7 @@ class Transmission(Channel):
         buffers = request.buffers
         if here:
             scatter(buffers, skip, self.staging[start:end])
-        self.direct = slice_buffers(buffers, skip + here, length - here)
+        self.direct = slices(buffers, skip + here, length - here)
         self._direct_left = length - here
         self._after_direct = (cookie, flags, p.REPLY_TYPE_OFFSET_DATA, None)
 
@@ -616,7 +614,7 @@ class Transmission(Channel):
         left = self._direct_left
         if n_bytes < left:
             self._direct_left = left - n_bytes
-            self.direct = slice_buffers(self.direct, n_bytes, left - n_bytes)
+            self.direct = slices(self.direct, n_bytes, left - n_bytes)
             return 0
         self.direct = []
         cookie, flags, kind, store = self._after_direct

@@ -19,9 +19,9 @@ from bridge.datapath.request import Request
 from bridge.datapath.rows import FromCache, Rows, ToServer
 from bridge.datapath.turn import Turn
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
-from bridge.server import nbd_protocol as p
 from bridge.server.export import Export
 from bridge.server.transmission import Transmission
+from bridge.spec import nbd as p
 
 
 class Loopback:

@@ -28,9 +28,9 @@ from bridge.datapath.rows import Rows, sent_at
 from bridge.datapath.turn import Turn
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.split_queue import SplitQueue
-from bridge.server import nbd_protocol as p
 from bridge.server.export import Export
 from bridge.server.transmission import Transmission
+from bridge.spec import nbd as p
 from tests.datapath.loopback import Loopback
 from tests.guest.virtio.mock import DEVICE_WRITES, UNWRITTEN, QueueRig
 

@@ -42,11 +42,11 @@ from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
 from bridge.guest.virtio.memory import GuestMemory, Region
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
-from bridge.server import nbd_protocol as p
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Connection
 from bridge.server.export import Export
 from bridge.server.link import Phase, Session
+from bridge.spec import nbd as p
 
 SIZE = 64
 SLOTS = 20

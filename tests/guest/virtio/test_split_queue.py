@@ -10,17 +10,11 @@ from hypothesis import strategies as st
 
 from bridge.datapath.cells import SIGNAL_ANYWAY
 from bridge.datapath.usual import usual_chain
-from bridge.guest.virtio.chain import (
-    DESC_INDIRECT,
-    DESC_NEXT,
-    DESC_WRITE,
-    NO_TYPE,
-    Chain,
-    QueueBroken,
-)
+from bridge.guest.virtio.chain import NO_TYPE, Chain, QueueBroken
 from bridge.guest.virtio.dirty_log import address_of
 from bridge.guest.virtio.long_chains import MAX_LONG_VIEWS, LongChains
 from bridge.guest.virtio.split_queue import SplitQueue
+from bridge.spec.virtqueue import DESC_INDIRECT, DESC_NEXT, DESC_WRITE
 from tests.guest.virtio.mock import DEVICE_WRITES, MEMORY_BYTES, QueueRig, data_of
 
 HEADER = struct.pack("<IIQ", 1, 0, 7)
