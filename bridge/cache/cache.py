@@ -162,7 +162,11 @@ class Cache:
             self.submit_slowly(request)
 
     def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
-        """See `request.Hits`: blocks of one granule that are all `ready`."""
+        """See `request.Hits`: blocks of one granule that are all `ready`.
+
+        For what is not usual: packed rings, buffers in several pieces, requests above 64 KiB. What
+        is usual `usual.take_hits` serves, in the same way.
+        """
         granule = offset >> self._shift
         slot = self._head[granule & self._bucket_mask]
         if self._granule_of[slot] != granule:

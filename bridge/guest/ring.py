@@ -2,7 +2,8 @@
 
 This is the one place where chains become requests and finished requests become used elements:
 
-    poll      pop every available chain, hand each to the engine       (once per turn)
+    poll      let the usual case take what it can; pop every chain that is left, hand each to the
+              engine                                                   (once per turn)
     complete  a request is finished: its element goes to the used ring (any time in a turn)
     publish   one store of used.idx, at most one call                  (once per turn)
 
@@ -142,7 +143,7 @@ class RunningRing:
             self._turn.at_end(self._publish)
 
     def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> BlkRequest:
-        """See rows.RowOwner."""
+        """See rows.RowOwner. There are rows only while `_flat` is there."""
         assert self._flat is not None
         return self._engine.adopt(self, head, cookie, row, self._flat.views)
 

@@ -5,6 +5,10 @@ were sent) until their reply has come; then they are put on the turn's list of w
 exactly once. Headers and payload views gather in `output`; the owner sends them in one system
 call.
 
+A guest's request that was sent in the usual way is a row, not in `pending` (see `datapath.rows`),
+and its usual reply is taken by `usual.answers`. Whoever looks at what is unanswered, and the parser
+when a reply is not usual, has all rows become requests first.
+
 Received bytes go where `next_buffers` says: normally into a staging buffer, where one system
 call may bring many replies; `bytes_received` parses them and copies payloads out. A payload of
 which more than `DIRECT_MIN_BYTES` are still to come is received straight into the request's
@@ -358,7 +362,10 @@ class Transmission(Channel):
         return request
 
     def _parse_simple(self) -> bool:
-        """True: it goes on with the reply to a row, which may be usual again."""
+        """True: it goes on with the reply to a row, which may be usual again.
+
+        The first two cases stand here only for speed (the cache's own reads and writes).
+        """
         finished = self._turn.finished
         staging = self._staging
         view = self.staging
