@@ -477,7 +477,7 @@ class Store:
         writeback = self._writeback
         writeback.enqueue(slot)
         if self._index.dirty_slots > self._flush_slots or writeback.over_background():
-            self._pressed = True
+            self._pressed = self._common.turn.wanted = True
 
     def _partial(self, at: int, within: int, end: int, first: int, last: int) -> int:
         """Blocks of which this write covers only a part."""

@@ -201,6 +201,7 @@ class Session:
             self._submit_slow(request)
 
     def _submit_slow(self, request: Request) -> None:
+        self._turn.wanted = True
         if request.op == FLUSH:
             self._flush(request)
             return
@@ -571,6 +572,7 @@ class Session:
         """New connections, all to `export`: a new generation begins."""
         assert self.phase in (Phase.NEW, Phase.DOWN)
         assert channels
+        self._turn.want()
         old = self._export
         self.generation += 1
         self.phase = Phase.UP
@@ -768,6 +770,7 @@ class Session:
         # other's end: that of a bridge that stood by, or of the one that a guest migrates to.
         if self._fenced:
             return
+        self._turn.want()
         grace_s = self._options.stale_write_grace_s
         self._hold([WHOLE_DISK], now + grace_s)
         if grace_s:
@@ -799,6 +802,7 @@ class Session:
         were answered. `blamed`: the server hung up, for this unanswered command perhaps.
         """
         assert self.phase in (Phase.UP, Phase.LEAVING)
+        self._turn.want()
         self._answered_before = self._answered
         self._channels = ()
         for request in unanswered:
@@ -840,6 +844,7 @@ class Session:
 
     def tick(self, now: float) -> None:
         """Time has passed: end grace times, give up waiting."""
+        self._turn.want()
         if self._held:
             self._held.expire(now)
             self._set_fast_limits()
@@ -859,6 +864,7 @@ class Session:
 
     def wait_anew(self, now: float) -> None:
         """The connection was done without for a while, and is wanted again from now on."""
+        self._turn.want()
         if self.phase is Phase.DOWN:
             self._down_since_s = now
             self.given_up = False
@@ -878,6 +884,7 @@ class Session:
         The server may execute what it was sent all the same. Nobody sends that again, and whoever
         was told of the failure may write something else there: it has to be kept in mind.
         """
+        self._turn.want()
         self._fail_errno = error
         self._suspects.clear()
         again, self._unanswered = self._unanswered, []
@@ -910,6 +917,7 @@ class Session:
         are dropped, those that were are never sent again, and other changes keep out of their way
         until they are answered or, if their connection is lost, for the grace time. Whoever was to
         be told of anything has been: a failed flush of theirs would have told nobody of a loss."""
+        self._turn.want()
         self._unanswered, sent = _without_abandoned(self._unanswered)
         self._waiting, unsent = _without_abandoned(self._waiting)
         on_trial, sent_before = _without_abandoned(list(self._trial))

@@ -241,6 +241,7 @@ class Server:
         """The connection is lost, and nobody waits for another: everything fails at once."""
         self.given_up = True
         self.fail_pending()
+        turn().want()
 
     def fail_pending(self) -> None:
         """What is in flight fails; it may have been executed."""
