@@ -44,6 +44,7 @@ from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.server.chunks import StatusRequest
 from bridge.server.client import Client, inspect
 from bridge.server.client_options import ClientOptions
+from bridge.server.export import Export
 from bridge.server.uri import NbdUri, parse_uri
 
 _log = structlog.get_logger(__name__)
@@ -101,7 +102,8 @@ async def flush_file(
     # The file is closed last: until the loop has ended the cache may look into it.
     options = replace(client or ClientOptions(), reconnect_timeout_s=timeout_s)
     async with AsyncExitStack() as at_last:
-        async with _client(uri, options) as (connected, loop):
+        over = _OverReconnects()
+        async with _client(uri, options, over) as (connected, loop):
             if connected.export.read_only:
                 why = connected.export.why_read_only
                 raise ConfigError(
@@ -127,7 +129,10 @@ async def flush_file(
             )
             at_last.push_async_callback(_close, file, connected)
             flushed = await _flush_to(
-                file, connected, loop, timeout_s=timeout_s, force=force, skip_damaged=skip_damaged
+                *(file, connected, loop, over),
+                timeout_s=timeout_s,
+                force=force,
+                skip_damaged=skip_damaged,
             )
     if (notes := notes_directory()) is not None:
         forget(path, notes)
@@ -168,10 +173,66 @@ async def _close(file: CacheFile, client: Client) -> None:
         raise BridgeError(problem)
 
 
+class _OverReconnects:
+    """What a flush of a cache file does when the server comes back amid it. The layer above the
+    client, which is there first."""
+
+    def __init__(self) -> None:
+        self.changed = ""
+        """Why nothing more is sent."""
+        self._parts: tuple[Client, Cache, GatedBackend] | None = None
+        self._force = False
+
+    def begin(self, client: Client, cache: Cache, backend: GatedBackend, *, force: bool) -> None:
+        """From here on `cache` sends what is dirty, through `backend`."""
+        self._parts = client, cache, backend
+        self._force = force
+
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """See client.Above. The comparison goes through the gate, in `reconnected`."""
+        return ""
+
+    def export_changed(self, export: Export) -> None:
+        """See client.Above. What is cached lies before the old end."""
+
+    def reconnected(self) -> None:
+        """See client.Above."""
+        if self._parts is None:
+            return
+        client, cache, backend = self._parts
+        cache.backend_reconnected()
+        export = client.export
+        if export.sessions is None:
+            backend.hold_changes()  # until it is known whether this is the export still
+            cache.check_sample(self._compared)
+        elif reason := cache.foreign_change(
+            *(export.content_sessions or export.sessions), export.identity
+        ):
+            self._found_changed(f"{reason} (--force writes over that)")
+        note_export(cache, export)
+
+    def _compared(self, differing: int) -> None:
+        assert self._parts is not None
+        _, cache, backend = self._parts
+        if differing > 0:
+            note_changed_content(cache, differing)
+            self._found_changed("the export was changed meanwhile (--force writes over that)")
+        backend.let_go()
+
+    def _found_changed(self, reason: str) -> None:
+        # What the session has in flight it sends again; nothing more goes out.
+        assert self._parts is not None
+        _, cache, backend = self._parts
+        if not self._force and cache.index.dirty_slots:
+            self.changed = self.changed or reason
+            backend.refuse(errno.EIO)
+
+
 async def _flush_to(
     file: CacheFile,
     client: Client,
     loop: Loop,
+    over: _OverReconnects,
     *,
     timeout_s: float,
     force: bool,
@@ -203,40 +264,14 @@ async def _flush_to(
     expect_stale_writes(client, file, cache.index.dirty_slots)
     client.keeps_unflushed = True
     dirty_blocks = cache.index.dirty_blocks
-    changed = ""
-
-    def found_changed(reason: str) -> None:
-        # What the session has in flight it sends again; nothing more goes out.
-        nonlocal changed
-        if not force and cache.index.dirty_slots:
-            changed = changed or reason
-            backend.refuse(errno.EIO)
-
-    def compared(differing: int) -> None:
-        if differing > 0:
-            note_changed_content(cache, differing)
-            found_changed("the export was changed meanwhile (--force writes over that)")
-        backend.let_go()
-
-    def reconnected() -> None:
-        cache.backend_reconnected()
-        export = client.export
-        if export.sessions is None:
-            backend.hold_changes()  # until it is known whether this is the export still
-            cache.check_sample(compared)
-        elif reason := cache.foreign_change(
-            *(export.content_sessions or export.sessions), export.identity
-        ):
-            found_changed(f"{reason} (--force writes over that)")
-        note_export(cache, export)
-
-    client.on_reconnect = reconnected
+    over.begin(client, cache, backend, force=force)
     turn.add_stage(cache)
     await check_content(cache, file, turn, force=force, limit_s=timeout_s)
     note_export(cache, client.export)
     request = Request(FLUSH, 0, 0, [], to_be_set)
     with trio.move_on_at(deadline_s) as scope:
         await finished(cache, request, turn)
+    changed = over.changed
     if not changed and (scope.cancelled_caught or request.error):
         changed = "the server did not take everything"
     if changed:
@@ -403,10 +438,12 @@ async def _data(
 
 
 @asynccontextmanager
-async def _client(uri: NbdUri, options: ClientOptions) -> AsyncIterator[tuple[Client, Loop]]:
+async def _client(
+    uri: NbdUri, options: ClientOptions, above: _OverReconnects
+) -> AsyncIterator[tuple[Client, Loop]]:
     """A connected client with its loop, for as long as the block lasts."""
     loop = Loop(poll_us=0)
-    client = Client(uri, loop, options)
+    client = Client(uri, loop, options, above=above)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
         await client.connect()

@@ -17,10 +17,10 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 import trio
@@ -28,6 +28,7 @@ import trio
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import Request
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
+from bridge.server import link
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Connection, Negotiated, Silent, leave, negotiate
 from bridge.server.export import Export
@@ -43,20 +44,33 @@ _DRAIN_S: Final = 2.0
 """How long the other connections may take to answer when one is lost."""
 
 
-class Client:
-    """One export. `submit`, `export`, `generation` and the hooks are the session's."""
+class Above(link.Above, Protocol):
+    """The layer above a client."""
 
-    def __init__(self, uri: NbdUri, loop: Loop, options: ClientOptions | None = None) -> None:
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """A server has come back, and nothing else was sent to it: why it must not be used, "" if
+        it may. Reads that are given to `submit` go to that server."""
+
+
+class Client:
+    """One export. `submit`, `export` and `generation` are the session's."""
+
+    def __init__(
+        self,
+        uri: NbdUri,
+        loop: Loop,
+        options: ClientOptions | None = None,
+        *,
+        above: Above | None = None,
+    ) -> None:
         self.uri = uri
         self.options = options or ClientOptions()
-        self.session = Session(self.options, loop.turn)
+        self.session = Session(self.options, loop.turn, above=above)
         loop.turn.add_stage(self.session)
         self.submit: Callable[[Request], None] = self.session.submit
         """Start a request: never raises, never blocks. One call, no wrapper: it is hot."""
         self.reconnects_total = 0
-        self.examine: Callable[[Export, Callable[[Request], None]], Awaitable[str]] = _take_it
-        """Asked when a server comes back, before anything else is sent to it: why it must not be
-        used, "" if it may. Reads that are submitted to what comes with it go to that server."""
+        self._above = above
         self._loop = loop
         self._connections: list[Connection] = []
         self._cookies = count(1)
@@ -100,30 +114,12 @@ class Client:
 
     @property
     def keeps_unflushed(self) -> bool:
-        """The layer above sends unflushed writes again when `on_reconnect` tells it to."""
+        """The layer above sends unflushed writes again when it is told of a new connection."""
         return self.session.keeps_unflushed
 
     @keeps_unflushed.setter
     def keeps_unflushed(self, keeps: bool) -> None:
         self.session.keeps_unflushed = keeps
-
-    @property
-    def on_reconnect(self) -> Callable[[], None]:
-        """Called, synchronously, before unanswered commands are sent again."""
-        return self.session.on_reconnect
-
-    @on_reconnect.setter
-    def on_reconnect(self, hook: Callable[[], None]) -> None:
-        self.session.on_reconnect = hook
-
-    @property
-    def on_export_changed(self) -> Callable[[Export], None]:
-        """Called after a reconnect when the export has grown."""
-        return self.session.on_export_changed
-
-    @on_export_changed.setter
-    def on_export_changed(self, hook: Callable[[Export], None]) -> None:
-        self.session.on_export_changed = hook
 
     def expect_stale_writes(self) -> None:
         """A process before this one, which is gone, may have left changes at the server.
@@ -259,20 +255,20 @@ class Client:
             for connection in connections:
                 connection.close()
             raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
-        if generation > 1:
-            await self._examine(export, connections)
+        if generation > 1 and self._above is not None:
+            await self._examine(self._above, export, connections)
         self._connections = connections
         self._first_cookie = next(self._cookies)
         self.session.established(trio.current_time(), export, connections)
         self._loop.turn.end()
 
-    async def _examine(self, export: Export, connections: list[Connection]) -> None:
+    async def _examine(self, above: Above, export: Export, connections: list[Connection]) -> None:
         """Raises ConnectionLost, and closes `connections`, if the server is not to be used."""
         reason = "the connection was lost again"
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_when, self._broken, nursery.cancel_scope)
-                reason = await self.examine(export, connections[0].send)
+                reason = await above.examine(export, connections[0].send)
                 nursery.cancel_scope.cancel()
             if not self._wanted.is_set():
                 reason = "nobody wants the connection any more"
@@ -493,10 +489,6 @@ class Client:
             await trio.sleep(wait_s)
 
 
-async def _take_it(export: Export, submit: Callable[[Request], None]) -> str:
-    return ""
-
-
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
@@ -575,4 +567,4 @@ def _cookie(request: Request) -> int:
     return request.cookie
 
 
-__all__ = ["Client", "inspect", "list_exports"]
+__all__ = ["Above", "Client", "inspect", "list_exports"]

@@ -121,17 +121,33 @@ class Channel(Protocol):
         touches the buffers that those came with."""
 
 
+class Above(Protocol):
+    """The layer above: what it is told of new connections, amid the turn that brings them."""
+
+    def reconnected(self) -> None:
+        """A new connection is up. Nothing was sent on it yet: not what had no answer, either."""
+
+    def export_changed(self, export: Export) -> None:
+        """The export has grown; told after `reconnected`."""
+
+
 class Session:
     """See the module's text. `now` is in seconds of any monotonic clock."""
 
-    def __init__(self, options: ClientOptions, turn: Turn, *, random: Random | None = None) -> None:
+    def __init__(
+        self,
+        options: ClientOptions,
+        turn: Turn,
+        *,
+        above: Above | None = None,
+        random: Random | None = None,
+    ) -> None:
         """Takes part in `turn` as a stage (`turn.add_stage`), which is its owner's to arrange."""
         self._turn = turn
+        self._above = above
         self.phase = Phase.NEW
         self.generation = 0
         self.durability = Told()
-        self.on_reconnect: Callable[[], None] = _nothing
-        self.on_export_changed: Callable[[Export], None] = _nothing_changed
         self.given_up = False
         self.resent_total = 0
         self.flushes_refused_total = 0
@@ -510,7 +526,7 @@ class Session:
 
     @property
     def keeps_unflushed(self) -> bool:
-        """The layer above sends unflushed writes again when `on_reconnect` tells it to."""
+        """The layer above sends unflushed writes again when it is told of a new connection."""
         return self.durability.keeps_unflushed
 
     @keeps_unflushed.setter
@@ -620,9 +636,10 @@ class Session:
         export = self.export
         self._on_trial, self._begin_with_trial = self._begin_with_trial, False
         self._choose_channel()
-        self.on_reconnect()
-        if export.usable_bytes != old.usable_bytes:
-            self.on_export_changed(export)
+        if self._above is not None:
+            self._above.reconnected()
+            if export.usable_bytes != old.usable_bytes:
+                self._above.export_changed(export)
         again, self._unanswered = self._unanswered, []
         waited, self._waiting = self._waiting, []
         self.resent_total += len(again)
@@ -1069,12 +1086,4 @@ def _ignore(request: Request) -> None:
     """Nobody waits for its end: a probe."""
 
 
-def _nothing() -> None:
-    """No hook."""
-
-
-def _nothing_changed(export: Export) -> None:
-    """No hook."""
-
-
-__all__ = ["Channel", "Phase", "Session"]
+__all__ = ["Above", "Channel", "Phase", "Session"]

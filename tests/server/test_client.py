@@ -35,6 +35,7 @@ from bridge.server.nbd_protocol import TransmissionFlags
 from bridge.server.uri import parse_uri
 from tests.server.helpers import (
     FAST,
+    LayerAbove,
     do,
     pattern,
     read,
@@ -405,9 +406,9 @@ async def test_reconnect_timeout_fails_requests_until_the_server_is_back() -> No
 
 
 async def test_export_grown_while_away_is_reported() -> None:
-    async with served(1 << 20) as (client, server, disk):
-        seen = []
-        client.on_export_changed = lambda export: seen.append(export.size_bytes)
+    seen: list[int] = []
+    above = LayerAbove(export_changed=lambda export: seen.append(export.size_bytes))
+    async with served(1 << 20, above=above) as (client, server, disk):
         disk.resize(2 << 20)
         server.cut()
         await until(lambda: client.generation >= 2)
@@ -477,10 +478,10 @@ async def test_flush_after_reconnect_to_the_same_instance_succeeds() -> None:
 
 
 async def test_layer_that_keeps_unflushed_writes_is_told_and_flush_succeeds() -> None:
-    async with served(volatile=True) as (client, server, _disk):
+    told: list[int] = []
+    above = LayerAbove(reconnected=lambda: told.append(client.generation))
+    async with served(volatile=True, above=above) as (client, server, _disk):
         client.keeps_unflushed = True
-        told: list[int] = []
-        client.on_reconnect = lambda: told.append(client.generation)
         assert await write(client, 0, b"a" * 512) == 0
         server.crash()
         await until(lambda: client.generation >= 2)

@@ -31,6 +31,7 @@ from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.link import Phase, Session
 from bridge.server.nbd_protocol import TransmissionFlags
+from tests.server.helpers import LayerAbove
 from tests.turns import deliver, finish, forget, submit, turn
 
 BLOCK = 512
@@ -104,8 +105,13 @@ def export(size: int = 1 << 20, flags: TransmissionFlags = DEFAULT_FLAGS, **more
 class World:
     """A session with fake channels and a clock."""
 
-    def __init__(self, options: ClientOptions | None = None, **more: object) -> None:
-        self.session = Session(options or ClientOptions(), turn(), random=Random(1))
+    def __init__(
+        self,
+        options: ClientOptions | None = None,
+        above: LayerAbove | None = None,
+        **more: object,
+    ) -> None:
+        self.session = Session(options or ClientOptions(), turn(), above=above, random=Random(1))
         turn().add_stage(self.session)
         self.now = 0.0
         self.export = export(**more)  # type: ignore[arg-type]
@@ -351,18 +357,16 @@ def test_empty_instance_proves_nothing() -> None:
 
 
 def test_layer_above_is_told_before_anything_is_sent_again() -> None:
-    world = World()
+    def resend() -> None:
+        assert world.sent == []
+        world.submit(WRITE, 1)
+
+    world = World(above=LayerAbove(reconnected=resend))
     world.session.keeps_unflushed = True
     world.ask(WRITE, 1)
     world.channels[0].answer_all()
     world.ask(WRITE, 2)
     world.down()
-
-    def resend() -> None:
-        assert world.sent == []
-        world.submit(WRITE, 1)
-
-    world.session.on_reconnect = resend
     world.up()
     assert world.sent == [(WRITE, 1), (WRITE, 2)]
     assert world.ask(FLUSH).error == -1
