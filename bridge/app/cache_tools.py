@@ -220,7 +220,7 @@ class _OverReconnects:
         backend.let_go()
 
     def _found_changed(self, reason: str) -> None:
-        # What the session has in flight it sends again; nothing more goes out.
+        # What the link has in flight it sends again; nothing more goes out.
         assert self._parts is not None
         _, cache, backend = self._parts
         if not self._force and cache.index.dirty_slots:
@@ -388,7 +388,7 @@ async def _prefetch(
 
     def chunk_ended(done_bytes: int) -> None:
         moved()
-        if client.session.given_up:
+        if client.link.given_up:
             warmer.stop()  # All the others would fail, too.
         progress(done_bytes)
 
@@ -406,7 +406,7 @@ async def _prefetch(
             await ended.wait()
         finally:
             warmer.stop()
-    if warmer.failed_bytes and client.session.given_up:
+    if warmer.failed_bytes and client.link.given_up:
         raise ConnectionLost(
             f"{client.uri.server}: the server is lost and was not back within "
             f"{client.options.reconnect_timeout_s:g} s; "

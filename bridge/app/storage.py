@@ -340,7 +340,7 @@ class NbdBackend:
     @property
     def gone(self) -> bool:
         """There was no connection for too long: requests fail."""
-        return self._client.session.given_up
+        return self._client.link.given_up
 
     @property
     def in_flight(self) -> int:
@@ -697,14 +697,14 @@ class Storage:
     @property
     def loss_untold(self) -> bool:
         """The server may have lost something, and the guest has not heard of it."""
-        session = self.client.session
-        return session.durability.untold
+        link = self.client.link
+        return link.durability.untold
 
     @property
     def instance_mark(self) -> int:
         """Stands for the server instance that has what is unflushed; 0 if it has no name, or if a
         cache has the same."""
-        return 0 if self.has_cache else self.client.session.durability.instance_mark
+        return 0 if self.has_cache else self.client.link.durability.instance_mark
 
     @property
     def is_away(self) -> bool:
@@ -714,19 +714,19 @@ class Storage:
     def inherit(self, unflushed_on: int) -> bool:
         """A guest comes that ran with another process, which may have left something unflushed on
         the server instance of that mark (0: nobody knows). True if it may be lost by now."""
-        session = self.client.session
+        link = self.client.link
         if not self.has_cache and not self._read_only:
-            session.expect_unflushed()
-        return session.durability.is_lost(unflushed_on)
+            link.expect_unflushed()
+        return link.durability.is_lost(unflushed_on)
 
     def nothing_inherited(self) -> None:
         """A guest comes that has not run before: it has no promise from any other process."""
-        self.client.session.durability.nothing_before()
+        self.client.link.durability.nothing_before()
 
     def epoch(self) -> int:
         """Another number whenever the server may have dropped what it had acknowledged; a cache
         sees to that itself."""
-        return 0 if self.has_cache else self.client.session.durability.epoch
+        return 0 if self.has_cache else self.client.link.durability.epoch
 
     @property
     def has_cache(self) -> bool:
@@ -896,7 +896,7 @@ class Storage:
         self._go_on()
         cache.freeze(False)
         go, self._go = self._go, _go_nowhere
-        # Not before the session is through with what a new connection asks of it.
+        # Not before the link is through with what a new connection asks of it.
         self.turn.at_end(go)
 
     def _refuse(self, errno: int) -> None:

@@ -363,17 +363,17 @@ class Connection:
 
     @property
     def unflushed(self) -> int:
-        """See session.Channel."""
+        """See link.Channel."""
         return self.transmission.unflushed
 
     @property
     def in_flight(self) -> int:
-        """See session.Channel."""
+        """See link.Channel."""
         transmission = self.transmission
         return len(transmission.pending) + len(transmission.refused) + len(transmission.early)
 
     def changes(self) -> list[Request]:
-        """See session.Channel. What was refused is sent again with the next connection anyway."""
+        """See link.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
         unfinished = (*transmission.pending.values(), *transmission.early)
         return [request for request in unfinished if request.op in _CHANGES]
@@ -430,7 +430,7 @@ class Connection:
             self._loop.turn.at_end(self.flush_output)
 
     def abandon(self) -> list[Request]:
-        """See session.Channel."""
+        """See link.Channel."""
         found = self.transmission.abandon()
         if found:
             self._unsent = [bytes(piece) for piece in self._unsent]

@@ -1,6 +1,6 @@
 """What a client does when its server goes away and comes back, without I/O.
 
-Theory. A session outlives its connections. It takes requests at any time and hands **commands**
+Theory. A link outlives its connections. It takes requests at any time and hands **commands**
 (requests that fit the export's limits) to its channels, the connections of the present
 **generation**. Phases:
 
@@ -100,7 +100,7 @@ class Phase(Enum):
 
 
 class Channel(Protocol):
-    """One connection, as the session sees it."""
+    """One connection, as the link sees it."""
 
     @property
     def unflushed(self) -> int:
@@ -131,7 +131,7 @@ class Above(Protocol):
         """The export has grown; told after `reconnected`."""
 
 
-class Session:
+class Link:
     """See the module's text. `now` is in seconds of any monotonic clock."""
 
     def __init__(
@@ -1015,10 +1015,10 @@ class Session:
 class _OnceMore:
     """The `done` of a change that was in flight when an epoch ended: it is sent once more."""
 
-    __slots__ = ("_session", "done")
+    __slots__ = ("_link", "done")
 
-    def __init__(self, session: Session, done: Callable[[Request], None]) -> None:
-        self._session = session
+    def __init__(self, link: Link, done: Callable[[Request], None]) -> None:
+        self._link = link
         self.done = done
 
     def __call__(self, request: Request) -> None:
@@ -1027,20 +1027,18 @@ class _OnceMore:
             self.done(request)
         else:
             request.generation = 0  # Nobody has answered what is sent now.
-            self._session.resent_total += 1
-            self._session._send_again(request)
+            self._link.resent_total += 1
+            self._link._send_again(request)
 
 
 class _Outlived:
     """The `done` of a command of an abandoned request that is still to be answered."""
 
-    __slots__ = ("_claim", "_done", "_session")
+    __slots__ = ("_claim", "_done", "_link")
 
-    def __init__(
-        self, session: Session, done: Callable[[Request], None], claim: Claim | None
-    ) -> None:
+    def __init__(self, link: Link, done: Callable[[Request], None], claim: Claim | None) -> None:
         """`claim` keeps other changes out of its way meanwhile."""
-        self._session = session
+        self._link = link
         self._done = done
         self._claim = claim
 
@@ -1048,7 +1046,7 @@ class _Outlived:
         command.error = command.error or errno.ECANCELED
         self._done(command)
         if self._claim is not None:
-            self._session._outlived_ended(self._claim)
+            self._link._outlived_ended(self._claim)
 
 
 class _Change(Claim):
@@ -1086,4 +1084,4 @@ def _ignore(request: Request) -> None:
     """Nobody waits for its end: a probe."""
 
 
-__all__ = ["Above", "Channel", "Phase", "Session"]
+__all__ = ["Above", "Channel", "Link", "Phase"]

@@ -267,7 +267,7 @@ class Guest:
         changes = self.world.changes()
         await trio.sleep(300)
         assert self.world.changes() == changes
-        session = bridge.storage.client.session
+        session = bridge.storage.client.link
         assert not session.in_flight
         assert not session._outlived
         assert not bridge.storage._late

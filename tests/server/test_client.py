@@ -398,7 +398,7 @@ async def test_reconnect_timeout_fails_requests_until_the_server_is_back() -> No
         server.cut()
         await until(lambda: not client.connected)
         assert await write(client, 0, bytes(512)) == errno.EIO
-        assert client.session.given_up
+        assert client.link.given_up
         assert await write(client, 0, bytes(512)) == errno.EIO
         server.faults.refuse_connections = False
         await until(lambda: client.connected)
@@ -611,7 +611,7 @@ async def test_stale_write_with_grace_does_not_overwrite_newer_data() -> None:
         assert await elsewhere.wait() == 0
         assert not second.finished.is_set()
         server.execute_left_behind()
-        client.session.tick(trio.current_time() + 3600)
+        client.link.tick(trio.current_time() + 3600)
         assert await second.wait() == 0
         assert disk.data[:512] == b"B" * 512
 
