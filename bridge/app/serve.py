@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,7 +20,9 @@ from bridge.app.signals import ending_signals
 from bridge.app.storage import OFF, CacheSettings, Storage
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
+from bridge.datapath.request import Request
 from bridge.errors import BridgeError, ConfigError
+from bridge.guest.above import Above
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
 from bridge.guest.vhost_user.listener import Listener
@@ -167,7 +170,7 @@ class _Serving:
                 self.stop.problem = await guests.flush_at_the_end(self.stop.step_s)
 
 
-class _GuestsSide:
+class _GuestsSide(Above):
     """What guests see of a storage side that is open: the disk and the device."""
 
     def __init__(self, options: ServeOptions, export: Export, storage: Storage, loop: Loop) -> None:
@@ -192,14 +195,7 @@ class _GuestsSide:
             max_queues=options.num_queues,
             max_queue_size=options.queue_size,
             drain_timeout_s=options.drain_timeout_s,
-            on_abandoned=storage.abandon,
-            on_all_stopped=self._all_stopped,
-            on_left_behind=storage.stop_sending,
-            on_starting=storage.starting,
-            on_recovered=storage.client.expect_stale_writes,
-            on_inherited=self._inherited,
-            on_fresh_guest=self._nothing_inherited,
-            epoch=storage.epoch,
+            above=self,
             withheld_features=options.withheld_features,
         )
 
@@ -226,7 +222,10 @@ class _GuestsSide:
             or (unflushed and not mark and storage.is_away),
         )
 
-    def _inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+    # See guest.above.Above.
+
+    def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+        """What the process before this one left unflushed may be lost."""
         if self._storage.inherit(unflushed_on) or loss_untold:
             _log.error(
                 "writes that the process before this one had not flushed may be lost: "
@@ -236,11 +235,33 @@ class _GuestsSide:
         if self._loses_with_server:
             self.disk.flush_inherited()
 
-    def _nothing_inherited(self) -> None:
+    def fresh_guest(self) -> None:
+        """Nothing is promised to it yet."""
         self._storage.nothing_inherited()
         self._remember()
 
-    async def _all_stopped(self) -> None:
+    def starting(self, go: Callable[[], None]) -> bool:
+        """It has to wait where the session was left."""
+        return self._storage.starting(go)
+
+    def recovered(self) -> None:
+        """The other process may have sent them."""
+        self._storage.client.expect_stale_writes()
+
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        """They are not sent any more."""
+        self._storage.abandon(requests)
+
+    async def left_behind(self) -> str:
+        """It stays in the cache, or is lost."""
+        return await self._storage.stop_sending()
+
+    def epoch(self) -> int:
+        """That of the storage side."""
+        return self._storage.epoch()
+
+    async def all_stopped(self) -> None:
+        """Everything goes to the server, and is flushed there."""
         try:
             await self._storage.hand_over(partial(self.disk.flush, quiet=True))
         finally:

@@ -19,6 +19,7 @@ from bridge.guest.vhost_user.backend import serve
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.guest import Guest
+from tests.guest.device_guest import StorageSide
 from tests.tools import HUNG_S
 
 
@@ -117,7 +118,7 @@ async def running_backend(
         ),
         serial="test-disk",
         max_queues=max_queues,
-        on_abandoned=target.abandoned,
+        above=StorageSide(on_abandoned=target.abandoned),
         **options,
     )
     path = directory / "disk.sock"
