@@ -3,7 +3,8 @@
 From the wire upwards:
 
 * `nbd_protocol`: the numbers and layouts of the NBD specification;
-* `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O;
+* `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O; `untrusted`:
+  what a server says, bounded;
 * `connection`: one socket with both, driven by trio while it connects and by the data path's
   `Loop` afterwards; `tls`: the same over TLS;
 * `link`: what happens when the server goes away and comes back, sans-I/O. Its parts: `channels`
