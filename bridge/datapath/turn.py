@@ -183,19 +183,22 @@ class Turn:
         assert not self._running
         self._running = True
         self.number += 1
+        worked = False
         try:
             if self._next:
                 self.wanted = True  # Who put something off goes on with it.
                 later, self._next = self._next, []
                 for callback in later:
                     callback()
-            worked = self.settle()
-            while self._ends:
+            while True:
+                # Asked here as well: a turn that brought nothing but hits is as long as this.
+                if self.finished or self.wanted or self.checks_stages:
+                    worked |= self.settle()
+                if not self._ends:
+                    return worked
                 ends, self._ends = self._ends, []
                 for callback in ends:
                     callback()
                 worked = True
-                self.settle()
         finally:
             self._running = False
-        return worked
