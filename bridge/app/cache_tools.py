@@ -228,6 +228,25 @@ class _OverReconnects:
             backend.refuse(errno.EIO)
 
 
+def _cache_over(file: CacheFile, backend: GatedBackend, turn: Turn, *, skip_damaged: bool) -> Cache:
+    """The cache in `file`. Raises ConfigError, and leaves the file unmarked, if it is damaged."""
+    try:
+        cache = Cache(
+            file,
+            backend,
+            Options(flush_interval_s=0),
+            clock=trio.current_time,
+            turn=turn,
+            skip_damaged=skip_damaged,
+        )
+    except BaseException:
+        file.abandon()  # No clean mark for a damaged index.
+        raise
+    if damaged := cache.index.damaged_slots:
+        _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
+    return cache
+
+
 async def _flush_to(
     file: CacheFile,
     client: Client,
@@ -245,20 +264,7 @@ async def _flush_to(
     turn = loop.turn
     deadline_s = trio.current_time() + timeout_s
     backend = GatedBackend(client, turn)
-    try:
-        cache = Cache(
-            file,
-            backend,
-            Options(flush_interval_s=0),
-            clock=trio.current_time,
-            turn=turn,
-            skip_damaged=skip_damaged,
-        )
-    except BaseException:
-        file.abandon()  # No clean mark for a damaged index.
-        raise
-    if damaged := cache.index.damaged_slots:
-        _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
+    cache = _cache_over(file, backend, turn, skip_damaged=skip_damaged)
     if not force:
         check_export(cache, file, client.export)
     expect_stale_writes(client, file, cache.index.dirty_slots)
