@@ -109,12 +109,13 @@ class Changes:
     def advance(self) -> bool:
         """See `Stage`: begin what may go by now."""
         gone = self._ranges.gone
-        moved = bool(gone)
+        if not gone:
+            return False
         while gone:
             claim = gone.popleft()
             if isinstance(claim, Change):
                 self._begin(claim)
-        return moved
+        return True
 
     def _begin(self, change: Change) -> None:
         request = change.request

@@ -77,17 +77,15 @@ class Flushes:
             self._asked.append(request)
             self._turn.want()
 
-    def settle(self) -> None:
-        """Everybody was told of what has been answered."""
-        durability = self.durability
-        if not durability.keeps_unflushed and durability.settled(self._channels.answered):
-            self._turn.at_end(durability.turn_over)
-
     def advance(self) -> bool:
         """See `Stage`: send a FLUSH if one is asked for and none is in flight."""
+        durability = self.durability
+        if not durability.keeps_unflushed and durability.settled(self._channels.answered):
+            # By now everybody was told of what has been answered.
+            self._turn.at_end(durability.turn_over)
         if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
             return False
-        if self.durability.untold:
+        if durability.untold:
             self._refuse(self._take_guests())
         if self._asked:
             waiting, self._asked = self._asked, []

@@ -184,7 +184,6 @@ class Link:
 
     def advance(self) -> bool:
         """See `Stage`: begin the changes whose range has become free, and a FLUSH."""
-        self._flushes.settle()
         moved = self._changes.advance()
         return self._flushes.advance() or moved
 
