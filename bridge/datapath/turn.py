@@ -21,7 +21,7 @@ are asked all the same, and must have had nothing to do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Final, Protocol
+from typing import ClassVar, Final, Protocol, Self
 
 import structlog
 
@@ -50,7 +50,7 @@ class Finished(Protocol):
     """Something with an end: a `Request`, or an `Outcome`."""
 
     error: int
-    done: Callable[[Any], None]
+    done: Callable[[Self], None]
 
 
 class Outcome:
@@ -59,7 +59,7 @@ class Outcome:
 
     __slots__ = ("done", "error")
 
-    def __init__(self, done: Callable[[Any], None]) -> None:
+    def __init__(self, done: Callable[[Self], None]) -> None:
         self.done = done
         self.error = 0
 

@@ -13,6 +13,7 @@ import errno
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
+from typing import cast
 
 import structlog
 
@@ -124,7 +125,7 @@ class Changes:
         self._do(Request(op, offset, length, buffers, self._done, request.flags, owner))
 
     def _done(self, inner: Request) -> None:
-        request, change = inner.owner
+        request, change = cast("tuple[Request, Claim]", inner.owner)
         request.generation = inner.generation
         self._ranges.release(change)
         self._turn.finish(request, inner.error)

@@ -169,7 +169,8 @@ class Commands:
         self._channels.send(request)
 
     def _fua_done(self, inner: Request) -> None:
-        request: Request = inner.owner
+        request = inner.owner
+        assert isinstance(request, Request)
         if not inner.error and inner.progress != self._durability.epoch:
             # Answered in the turn that brought the end of that epoch, but perhaps executed before.
             self.resent_total += 1
@@ -197,7 +198,8 @@ class Commands:
         return whole
 
     def _whole_done(self, whole: Request) -> None:
-        request: Request = whole.owner
+        request = whole.owner
+        assert isinstance(request, Request)
         if not whole.error and whole.progress != self._durability.epoch:
             # The server may have dropped the first commands; the bytes are still here.
             self.resent_total += 1
@@ -244,6 +246,7 @@ class Commands:
 
     def _status_done(self, part: StatusRequest) -> None:
         request = part.owner
+        assert isinstance(request, StatusRequest)
         request.extents = part.extents
         request.generation = part.generation
         self._turn.finish(request, part.error)

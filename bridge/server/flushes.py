@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 import structlog
 
@@ -107,7 +107,8 @@ class Flushes:
         """All that the guest has submitted and not heard of, also those of the FLUSH in flight."""
         taken: list[Request] = []
         if self._flushing is not None:
-            taken, self._flushing.owner = _guests_and_others(self._flushing.owner)
+            flushes = cast("list[Request]", self._flushing.owner)
+            taken, self._flushing.owner = _guests_and_others(flushes)
         waiting, self._asked = _guests_and_others(self._asked)
         return taken + waiting
 
@@ -129,7 +130,7 @@ class Flushes:
 
     def _flushed(self, inner: Request) -> None:
         error = inner.error
-        flushes: list[Request] = inner.owner
+        flushes = cast("list[Request]", inner.owner)
         # Not if a new connection came in the same turn as this answer, and a loss was told of.
         expected = self._flushing is inner
         if expected:
@@ -199,7 +200,8 @@ class Flushes:
         """Those of abandoned requests, which no FLUSH is for from here on."""
         self._asked, flushes = without_abandoned(self._asked)
         if self._flushing is not None:
-            self._flushing.owner, more = without_abandoned(self._flushing.owner)
+            answering = cast("list[Request]", self._flushing.owner)
+            self._flushing.owner, more = without_abandoned(answering)
             flushes += more
         return flushes
 
