@@ -13,7 +13,6 @@ import errno
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import cast
 
 import structlog
 
@@ -37,6 +36,14 @@ class Change(Claim):
     def __init__(self, request: Request, start: int, stop: int) -> None:
         super().__init__(start, stop)
         self.request = request
+
+
+class _ChangeCommand(Request):
+    """The command of a `Change`."""
+
+    __slots__ = ()
+
+    owner: tuple[Request, Change]
 
 
 class Outlived:
@@ -121,11 +128,11 @@ class Changes:
     def _begin(self, change: Change) -> None:
         request = change.request
         op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
-        owner = request, change
-        self._do(Request(op, offset, length, buffers, self._done, request.flags, owner))
+        done, owner = self._done, (request, change)
+        self._do(_ChangeCommand(op, offset, length, buffers, done, request.flags, owner))
 
-    def _done(self, inner: Request) -> None:
-        request, change = cast("tuple[Request, Claim]", inner.owner)
+    def _done(self, inner: _ChangeCommand) -> None:
+        request, change = inner.owner
         request.generation = inner.generation
         self._ranges.release(change)
         self._turn.finish(request, inner.error)
