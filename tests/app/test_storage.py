@@ -155,7 +155,7 @@ async def test_close_sends_no_further_reads(directory):
     async with process(argv, ready=directory / "nbd") as server:
         async with running(directory) as storage:
             ended = [start(storage, PREFETCH, number << 20, 1 << 20) for number in range(60)]
-            storage.client.session.leaving()
+            storage.client.link.leaving()
             late = start(storage, READ, 63 << 20, 4096)
             with trio.fail_after(HUNG_S):
                 await storage.client.close(10)

@@ -383,11 +383,14 @@ def test_flush_that_a_task_asks_for_wants_a_turn() -> None:
 
 
 def test_disk_is_durable_when_a_flush_has_covered_everything_submitted() -> None:
+    class Remembering:
+        def durability_changed(self) -> None:
+            changes.append(disk.is_durable)
+
     backend = FakeBackend()
-    client = client_of(backend)
-    disk = client.disk
     changes: list[bool] = []
-    disk.on_changed = lambda: changes.append(disk.is_durable)
+    disk = Disk(backend, turn=turn(), flush_interval_s=60, now=lambda: 0.0, above=Remembering())
+    client = Client(disk)
     assert disk.is_durable
     client.do(WRITE)
     assert changes == [False]

@@ -523,7 +523,7 @@ async def test_ring_held_at_its_start_begins_nothing_until_it_is_let_go(
     guest.device.hurry(0)
     await guest.device.stop_ring(0)
     guest.disk.hold = False
-    guest.device._on_starting = lambda go: bool(let_go.append(go))
+    guest.above.calls["on_starting"] = let_go.append
     guest.start()
     late = guest.put(T_FLUSH)
     guest.rings[0].kick_device()
@@ -570,7 +570,7 @@ async def test_3_10_requests_that_this_process_left_itself_are_no_other_processs
     """It knows what it has sent: nothing need be waited for. QEMU hands the region over anew with
     each start."""
     told: list[None] = []
-    guest.device._on_recovered = lambda: told.append(None)
+    guest.above.calls["on_recovered"] = lambda: told.append(None)
     fd, size = guest.device.create_inflight(1, 16)
     guest.start()
     guest.disk.hold = True
@@ -764,7 +764,12 @@ async def test_memory_unknown_cannot_be_removed(guest: DeviceGuest) -> None:
 
 async def test_resize_is_told_and_counts_at_once(guest: DeviceGuest) -> None:
     told: list[None] = []
-    guest.device.on_config_changed = lambda: told.append(None)
+
+    class Listener:
+        def config_changed(self) -> None:
+            told.append(None)
+
+    guest.device.listener = Listener()
     guest.start()
     assert (await guest.request(T_IN, 2048, room=512))[0] == S_IOERR
     guest.disk.data += bytes(1 << 20)

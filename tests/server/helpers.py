@@ -23,6 +23,7 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.chunks import StatusRequest
 from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions
+from bridge.server.export import Export
 from bridge.server.uri import parse_uri
 from tests.tools import HUNG_S
 
@@ -43,13 +44,39 @@ def unix_uri(path: Path | str, export: str = "", *, tls: bool = False, more: str
     return f"nbd{'s' if tls else ''}+unix:///{export}?socket={path}{more}"
 
 
+class LayerAbove:
+    """What stands above a client or a link, and does what a test wants of it."""
+
+    def __init__(
+        self,
+        *,
+        reconnected: Callable[[], object] = lambda: None,
+        export_changed: Callable[[Export], object] = lambda export: None,
+    ) -> None:
+        self._reconnected = reconnected
+        self._export_changed = export_changed
+
+    def reconnected(self) -> None:
+        self._reconnected()
+
+    def export_changed(self, export: Export) -> None:
+        self._export_changed(export)
+
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        return ""
+
+
 @contextlib.asynccontextmanager
 async def running_client(
-    uri: str, options: ClientOptions = FAST, *, connect: bool = True
+    uri: str,
+    options: ClientOptions = FAST,
+    *,
+    connect: bool = True,
+    above: LayerAbove | None = None,
 ) -> AsyncIterator[Client]:
     """A client on a loop of its own, connected."""
     loop = Loop(poll_us=0)
-    client = Client(parse_uri(uri), loop, options)
+    client = Client(parse_uri(uri), loop, options, above=above)
     try:
         async with trio.open_nursery() as nursery:
             if connect:
@@ -74,6 +101,7 @@ async def served(
     faults: Faults | None = None,
     options: ClientOptions = FAST,
     volatile: bool = False,
+    above: LayerAbove | None = None,
 ) -> AsyncIterator[tuple[Client, Server, MemoryDisk]]:
     """Our server with one export in memory on a unix socket, and a client on it."""
     disk = MemoryDisk(size_bytes, volatile=volatile)
@@ -81,7 +109,7 @@ async def served(
     with short_dir() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
-            async with running_client(unix_uri(folder / "s"), options) as client:
+            async with running_client(unix_uri(folder / "s"), options, above=above) as client:
                 yield client, server, disk
             nursery.cancel_scope.cancel()
 

@@ -35,6 +35,7 @@ from bridge.spec import nbd as p
 from bridge.spec.nbd import TransmissionFlags
 from tests.server.helpers import (
     FAST,
+    LayerAbove,
     do,
     pattern,
     read,
@@ -397,7 +398,7 @@ async def test_reconnect_timeout_fails_requests_until_the_server_is_back() -> No
         server.cut()
         await until(lambda: not client.connected)
         assert await write(client, 0, bytes(512)) == errno.EIO
-        assert client.session.given_up
+        assert client.link.given_up
         assert await write(client, 0, bytes(512)) == errno.EIO
         server.faults.refuse_connections = False
         await until(lambda: client.connected)
@@ -405,9 +406,9 @@ async def test_reconnect_timeout_fails_requests_until_the_server_is_back() -> No
 
 
 async def test_export_grown_while_away_is_reported() -> None:
-    async with served(1 << 20) as (client, server, disk):
-        seen = []
-        client.on_export_changed = lambda export: seen.append(export.size_bytes)
+    seen: list[int] = []
+    above = LayerAbove(export_changed=lambda export: seen.append(export.size_bytes))
+    async with served(1 << 20, above=above) as (client, server, disk):
         disk.resize(2 << 20)
         server.cut()
         await until(lambda: client.generation >= 2)
@@ -477,10 +478,10 @@ async def test_flush_after_reconnect_to_the_same_instance_succeeds() -> None:
 
 
 async def test_layer_that_keeps_unflushed_writes_is_told_and_flush_succeeds() -> None:
-    async with served(volatile=True) as (client, server, _disk):
+    told: list[int] = []
+    above = LayerAbove(reconnected=lambda: told.append(client.generation))
+    async with served(volatile=True, above=above) as (client, server, _disk):
         client.keeps_unflushed = True
-        told: list[int] = []
-        client.on_reconnect = lambda: told.append(client.generation)
         assert await write(client, 0, b"a" * 512) == 0
         server.crash()
         await until(lambda: client.generation >= 2)
@@ -610,7 +611,7 @@ async def test_stale_write_with_grace_does_not_overwrite_newer_data() -> None:
         assert await elsewhere.wait() == 0
         assert not second.finished.is_set()
         server.execute_left_behind()
-        client.session.tick(trio.current_time() + 3600)
+        client.link.tick(trio.current_time() + 3600)
         assert await second.wait() == 0
         assert disk.data[:512] == b"B" * 512
 

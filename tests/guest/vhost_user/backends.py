@@ -16,6 +16,7 @@ from bridge.guest.vhost_user.backend import serve
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.blk_driver import BlkDriver
+from tests.guest.device_guest import StorageSide
 from tests.guest.memory_target import MemoryTarget
 from tests.tools import HUNG_S
 
@@ -62,7 +63,7 @@ async def running_backend(
         ),
         serial="test-disk",
         max_queues=max_queues,
-        on_abandoned=target.abandoned,
+        above=StorageSide(on_abandoned=target.abandoned),
         **options,
     )
     path = directory / "disk.sock"

@@ -237,8 +237,8 @@ async def test_channel_that_nobody_reads_blocks_nothing(short_dir: Path) -> None
     """Rule 2: the main socket never waits for the back-end channel."""
     async with guest_on(short_dir) as (backend, guest):
         for _ in range(3000):
-            assert backend.device.on_config_changed is not None
-            backend.device.on_config_changed()
+            assert backend.device.listener is not None
+            backend.device.listener.config_changed()
         await guest.write(0, b"s" * 512)
         assert (await guest.refresh_config()).capacity_sectors == 32768
         await guest.config_changed()
