@@ -27,9 +27,8 @@ from tests.app.processes import (
     unix_uri,
     wait_for,
 )
-from tests.peers import peer_command
 from tests.ports import free_port
-from tests.tools import HUNG_S, need
+from tests.tools import HUNG_S, need, peer
 
 PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
 SIZE_BYTES = 64 << 20
@@ -157,9 +156,7 @@ async def test_serve_libblkio_client_reads_back_its_patterns(disk, directory):
     target = f"driver=virtio-blk-vhost-user,path={disk},cache.direct=on"
     commands = ["write -P 0x5a 0 1M", "write -P 0x33 4k 8k", "flush", "write -z 256k 64k"]
     commands += ["read -P 0x5a 12k 100k", "read -P 0x33 4k 8k", "read -P 0 256k 64k"]
-    argv = peer_command(
-        "qemu-io", *(x for c in commands for x in ("-c", c)), "--image-opts", target
-    )
+    argv = peer("qemu-io", *(x for c in commands for x in ("-c", c)), "--image-opts", target)
     done = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
     output = (done.stdout + done.stderr).decode()
     assert done.returncode == 0, output

@@ -100,6 +100,7 @@ def flushes_between_writes(count: int) -> Iterator[Made]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [0, 5], ids=["", "first-fails"])
 @pytest.mark.parametrize(
     "scenario",

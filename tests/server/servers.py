@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import peers
+import pytest
+
 from tests.ports import free_port
 from tests.server.helpers import process
-from tests.tools import missing, need
+from tests.tools import need, peer
 
 SIZE = 8 << 20
 EXTENDED = ("qemu-nbd-10", "qemu-storage-daemon-10")
@@ -29,18 +30,9 @@ class Served:
     image: Path
 
 
-def newer(*argv: str) -> list[str]:
-    """A command of the newer peers."""
-    try:
-        return peers.peer_command(*argv)
-    except peers.PeersMissing as error:
-        missing(str(error))
-        raise
-
-
 @contextlib.contextmanager
 def serve(kind: str, folder: Path, *, tcp: bool, tls: Path | None) -> Iterator[Served]:
-    """Start server `kind` on an image of `SIZE` in `folder`. Skips or fails if it is not there."""
+    """Start server `kind` on an image of `SIZE` in `folder`."""
     image = folder / "disk.img"
     with image.open("wb") as file:
         file.truncate(SIZE)
@@ -146,7 +138,7 @@ def _host(name: str, make: object) -> object:
 
 def _peer(name: str, make: object) -> object:
     def command(*arguments: object) -> tuple[list[str], str]:
-        return make(newer(name))(*arguments)  # type: ignore[operator,no-any-return]
+        return make(peer(name))(*arguments)  # type: ignore[operator,no-any-return]
 
     return command
 
@@ -159,7 +151,12 @@ _COMMANDS = {
     "qemu-storage-daemon-10": _peer("qemu-storage-daemon", _storage_daemon),
     "nbd-server": lambda *arguments: _nbd_server(*arguments),
 }
-KINDS = tuple(_COMMANDS)
+_MARKERS = {"nbdkit": "nbdkit", "nbd-server": "nbdkit", "qemu-nbd": "qemu"}
+KINDS = tuple(
+    pytest.param(kind, marks=getattr(pytest.mark, _MARKERS.get(kind, "peers")))
+    for kind in _COMMANDS
+)
+"""For parametrize: each server with the marker of what it needs."""
 
 
 @contextlib.contextmanager

@@ -15,18 +15,8 @@ import trio
 from bridge.errors import RequestError
 from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_INDIRECT
 from bridge.peers.guest import FEATURES, Guest
-from tests import peers
 from tests.guest.vhost_user.backends import running_backend
-from tests.tools import missing
-
-
-def peer(*argv: str) -> list[str]:
-    """A command line that runs in the chroot with newer peers."""
-    try:
-        return peers.peer_command(*argv)
-    except peers.PeersMissing as error:
-        missing(str(error))
-        raise
+from tests.tools import peer
 
 
 @contextmanager
