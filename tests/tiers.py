@@ -27,6 +27,7 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/app/test_cache.py": ("nbdkit",),
     "tests/app/test_cache_foreign.py": ("nbdkit", "qemu"),
     "tests/app/test_cache_guest.py": ("nbdkit", "qemu", "slow"),
+    "tests/app/test_durability.py": ("slow",),
     "tests/app/test_ends.py": ("nbdkit",),
     "tests/app/test_long_requests.py": ("nbdkit", "slow"),
     "tests/app/test_plugin_life.py": ("nbdkit",),

@@ -728,6 +728,7 @@ WAYS_TO_FAIL = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @WAYS_TO_FAIL
 def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
     """Each waits for the one before: failing one must not fail the next from inside of it."""
@@ -743,6 +744,7 @@ def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
     assert world.session.in_flight == 0
 
 
+@pytest.mark.slow
 @WAYS_TO_FAIL
 def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail) -> None:
     world = World(ClientOptions(stale_write_grace_s=3600, reconnect_timeout_s=2))
@@ -755,6 +757,7 @@ def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail
     assert world.session.in_flight == 0
 
 
+@pytest.mark.slow
 def test_65536_writes_that_waited_for_a_grace_are_sent_when_it_ends() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S), size=MANY * BLOCK)
     world.expect_stale_writes(0.0)
@@ -811,6 +814,7 @@ def deepest(n_writes: int, **limits: int) -> int:
     return max(*depths, *(channel.deepest for channel in channels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits",
     [{}, {"max_payload_bytes": BLOCK}, {"min_block_bytes": 4096}],
@@ -1923,6 +1927,7 @@ class PausedGuest(Simulation):
             super().submit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
 @pytest.mark.parametrize("batch", range(2))
 def test_simulated_guest_that_is_paused_at_any_moment_every_value_is_explained(

@@ -138,6 +138,7 @@ async def crash_at(zygote: Zygote, *, features: int, late: bool, kill_at: int) -
         zygote.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("features", "late"), KINDS)
 async def test_back_end_killed_at_any_step_loses_and_repeats_nothing(
     zygote: Zygote, features: int, late: bool

@@ -74,6 +74,7 @@ async def test_request_past_the_end_fails_and_the_next_works(short_dir: Path) ->
         assert await guest.read(0, 512) == b"y" * 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", RINGS)
 async def test_index_wraps_on_all_queues_under_depth(short_dir: Path, features: int) -> None:
     """Rule 3.1.2: indexes run freely over 65535."""
