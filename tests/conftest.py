@@ -60,8 +60,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("needs"):
         return 0
     cores = len(os.sched_getaffinity(0))
-    # The others' tests wait for processes half of the time.
-    return cores if config.getoption("fast") else 2 * cores
+    # The others wait for processes half of the time.
+    return cores if config.getoption("fast") else cores + (cores + 1) // 2
 
 
 @pytest.hookimpl(tryfirst=True)

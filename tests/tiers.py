@@ -49,14 +49,14 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
 }
 """Markers of every test of a folder or a file."""
 
-_BY_FIXTURE: dict[str, tuple[str, ...]] = {
-    "archive": ("qemu",),
-    "ceph": ("ceph",),
-    "server_certificates": ("openssl", "nbdkit"),
-    "machine": ("qemu", "slow"),
-    "where": ("nbdkit",),
+_BY_FIXTURE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("tests/docker/", "server_certificates"): ("openssl", "nbdkit"),
+    ("tests/plugin/", "ceph"): ("ceph",),
+    ("tests/plugin/", "where"): ("nbdkit",),
+    ("tests/qemu/", "archive"): ("qemu",),
+    ("tests/qemu/", "machine"): ("qemu", "slow"),
 }
-"""Markers of every test that uses a fixture, directly or not."""
+"""Markers of every test of a folder that uses a fixture, directly or not."""
 
 _IMPLIED: dict[str, tuple[str, ...]] = {"ceph": ("root",), "peers": ("root",)}
 
@@ -98,8 +98,10 @@ def _names(item: pytest.Item, path: str) -> list[str]:
         if path == place or path.startswith(f"{place}/")
         for name in found
     ]
-    for fixture in getattr(item, "fixturenames", ()):
-        names += _BY_FIXTURE.get(fixture, ())
+    fixtures = getattr(item, "fixturenames", ())
+    for (folder, fixture), found in _BY_FIXTURE.items():
+        if path.startswith(folder) and fixture in fixtures:
+            names += found
     own = [mark.name for mark in item.iter_markers()]
     names += [more for name in (*names, *own) for more in _IMPLIED.get(name, ())]
     return [name for name in dict.fromkeys(names) if name not in own]
