@@ -16,7 +16,7 @@ from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, chec
 
 
 class Image(Protocol):
-    """The mapped parts of a cache file: see `file.CacheFile`."""
+    """The mapped parts of a cache file: see `cache_file.CacheFile`."""
 
     geometry: Geometry
     granule_of: Any

@@ -1,9 +1,9 @@
 """The one object that travels from a guest's request to the server's reply.
 
-A `Request` is one operation on a byte range. The virtio engine makes it, `disk`, `cache` and
-`nbd` pass it on (or make requests of their own for parts of it), and whoever finishes it says so to
-the turn (`Turn.finish`), which tells its maker. It is a plain object that a reply completes, not a
-coroutine: a task or a checkpoint per request would cost more than the request.
+A `Request` is one operation on a byte range. The virtio engine makes it; the disk, the cache and
+the client pass it on, or make requests of their own for parts of it. The one that finishes it says
+so to the turn (`Turn.finish`), which calls its maker. It is a plain object that a reply completes,
+not a coroutine: a task or a checkpoint per request would cost more than the request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The client side of vhost-user: what a virtual machine monitor does.
 
-Plays QEMU for the tests, the checks and the load generator; and, since it sends whatever it is
-told to, every hostile front-end, too (`send_raw`).
+Plays QEMU for the demo and the tests, and, since `send_raw` sends anything, every hostile front-end
+as well.
 """
 
 from __future__ import annotations

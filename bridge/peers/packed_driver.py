@@ -1,4 +1,4 @@
-"""The guest's side of a packed virtqueue; the same methods as `driver.SplitDriver`.
+"""The guest's side of a packed virtqueue; the same methods as `split_driver.SplitDriver`.
 
 One ring holds what is available and what is used; two flag bits and a wrap counter on each side
 tell which. `set_slot` and `set_driver_event` write anything, for tests that play a bad driver.

@@ -1,8 +1,8 @@
 """The guest's side of a split virtqueue: adds buffers, kicks, takes completions.
 
-Used by the built-in guest (load generator, checks) and by the tests, which need a driver that can
-also do what a driver must not: `write_descriptor`, `put_head` and `set_avail_idx` write anything.
-Plain and synchronous; whoever has the eventfds kicks and waits.
+Used by the built-in guest and by the tests, which need a driver that can also do what a driver must
+not: `write_descriptor`, `put_head` and `set_avail_idx` write anything. Plain and synchronous; the
+owner of the eventfds kicks and waits.
 
 Source: virtio 1.3 §2.7 (split virtqueues), §2.7.7 and §2.7.10 (notification suppression).
 """
