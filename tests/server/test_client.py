@@ -367,7 +367,7 @@ async def test_misbehaving_server_is_left_and_requests_survive(fault: dict[str, 
 
 
 async def test_server_shutting_down_is_left_in_order_and_requests_are_sent_again() -> None:
-    """Obligation 23: ESHUTDOWN means a soft disconnect, and it is no answer."""
+    """Rule `shutdown`: ESHUTDOWN means a soft disconnect, and it is no answer."""
     faults = Faults(shutting_down=True)
     async with served(faults=faults) as (client, _server, disk):
         waiter = start(client, WRITE, 0, 512, [memoryview(b"a" * 512)])

@@ -282,7 +282,7 @@ def test_no_reconnect_timeout_waits_for_ever() -> None:
 
 
 def test_flush_mark_is_what_was_answered_when_the_flush_was_sent() -> None:
-    """Obligation 19: a flush covers only writes whose replies we had received."""
+    """Rule `flush_order`: a flush covers only writes whose replies we had received."""
     world = World()
     world.ask(WRITE, 1)
     flush = world.ask(FLUSH)
@@ -293,7 +293,7 @@ def test_flush_mark_is_what_was_answered_when_the_flush_was_sent() -> None:
     assert world.ask(FLUSH).error == errno.EIO  # the write was answered after the flush was sent
 
 
-def test_obligation_19_flush_over_several_connections_is_one_command() -> None:
+def test_flush_order_flush_over_several_connections_is_one_command() -> None:
     world = World()
     world.down()
     world.up(count=3)

@@ -1,4 +1,4 @@
-"""The back-end's socket against front-ends that behave badly (rules 3.8 and 3.9)."""
+"""The back-end's socket against front-ends that behave badly (rules `session` and `message`)."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def test_descriptors_with_a_message_that_takes_none_are_closed(
 
 
 async def test_more_descriptors_than_fit_are_refused_and_closed(short_dir: Path) -> None:
-    """Rule 3.9: MSG_CTRUNC is an error; what arrived is closed."""
+    """Rule `message`: MSG_CTRUNC is an error; what arrived is closed."""
     async with running_backend(short_dir) as backend:
         before = open_fds()
         with await FrontEnd.connect(backend.path) as front_end:
@@ -182,7 +182,7 @@ async def test_refusal_that_was_asked_for_leaves_the_session_alive(short_dir: Pa
 async def test_front_end_that_vanishes_at_any_byte_is_forgotten(
     short_dir: Path, length: int
 ) -> None:
-    """Rule 3.8: disconnect at any byte; everything is closed, the next one is served."""
+    """Rule `session`: disconnect at any byte; everything is closed, the next one is served."""
     region = Region(0, 1 << 20, 0, 0)
     data = pack_message(Request.SET_MEM_TABLE, pack_memory_table([region]))
     async with running_backend(short_dir) as backend:
@@ -255,7 +255,7 @@ async def test_channel_that_is_closed_hurts_nobody(short_dir: Path) -> None:
 
 
 async def test_channel_replaced_is_the_one_used(short_dir: Path) -> None:
-    """Rule 3.8: BACKEND_REQ replaces the old channel on repeat."""
+    """Rule `session`: BACKEND_REQ replaces the old channel on repeat."""
     async with guest_on(short_dir) as (backend, guest):
         assert guest.front_end is not None
         for _ in range(10):
@@ -265,7 +265,7 @@ async def test_channel_replaced_is_the_one_used(short_dir: Path) -> None:
 
 
 async def test_nothing_is_sent_after_the_last_ring_stopped(short_dir: Path) -> None:
-    """Rule 3.8: a suspended device calls nobody, writes nothing, sends nothing."""
+    """Rule `session`: a suspended device calls nobody, writes nothing, sends nothing."""
     async with guest_on(short_dir) as (backend, guest):
         queue = guest.queues[0]
         await guest.write(0, b"t" * 512)
@@ -292,7 +292,7 @@ async def test_nothing_is_sent_after_the_last_ring_stopped(short_dir: Path) -> N
 
 
 async def test_ring_number_is_masked_before_use(short_dir: Path) -> None:
-    """Rule 3.5 (SPDK 71c1bbeeb5): bit 8 is a flag, not part of the queue's number."""
+    """Rule `notify` (SPDK 71c1bbeeb5): bit 8 is a flag, not part of the queue's number."""
     async with guest_on(short_dir) as (_backend, guest):
         assert guest.front_end is not None
         await guest.front_end.tell(Request.SET_VRING_CALL, pack_u64(0x100))
@@ -536,7 +536,7 @@ async def connect_and_abort(directory: Path, *, cycles: int, seed: int) -> None:
 
 
 async def test_300_front_ends_that_abort_leave_nothing_behind(short_dir: Path) -> None:
-    """Rule 3.8, the descriptor leak campaign in small;
+    """Rule `session`, the descriptor leak campaign in small;
     `python -m tests.guest.vhost_user.test_backend` has the 10,000."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
     try:

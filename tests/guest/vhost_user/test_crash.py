@@ -1,5 +1,5 @@
 """The back-end is killed between two lines of the data path; nothing is lost, nothing is answered
-twice (rule 3.10, the crash matrix).
+twice (rule `inflight`, the crash matrix).
 
     python -m tests.guest.vhost_user.test_crash          every line, all kinds of ring
     python -m tests.guest.vhost_user.test_crash 10       every tenth

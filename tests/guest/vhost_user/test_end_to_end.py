@@ -1,5 +1,7 @@
-"""What a front-end can do to the rings and the memory of a whole back-end (rules 3.5, 3.8, 3.10
-and 3.11)."""
+"""What a front-end can do to the rings and the memory of a whole back-end.
+
+Rules `notify`, `session`, `inflight`, `dirty_log` of docs/rules/virtio.md.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ async def complete(queue: GuestQueue) -> list[tuple[int, int]]:
 async def test_polling_guest_without_kick_and_call_is_served(
     short_dir: Path, features: int
 ) -> None:
-    """Rule 3.5: no kick fd means that the back-end must poll, no call fd never to signal."""
+    """Rule `notify`: no kick fd means that the back-end must poll, no call fd never to signal."""
     async with guest_on(short_dir, features=features) as (_backend, guest):
         queue = guest.queues[0]
         front_end = front_end_of(guest)
@@ -100,7 +102,7 @@ async def test_full_call_counter_costs_nothing_but_itself(short_dir: Path) -> No
 
 
 async def test_new_call_fd_is_signalled_once_for_what_may_be_lost(short_dir: Path) -> None:
-    """Rule 3.5 (SPDK dbe47004e5): a guest whose call fd was replaced must not wait for ever."""
+    """`notify` (SPDK dbe47004e5): a guest whose call fd was replaced must not wait for ever."""
     async with guest_on(short_dir) as (_backend, guest):
         fresh = os.eventfd(0, os.EFD_NONBLOCK)
         await front_end_of(guest).set_ring_file(Request.SET_VRING_CALL, 0, fresh)
@@ -127,7 +129,7 @@ async def test_first_completion_after_a_restart_calls_whatever_the_suppression_s
 
 
 async def test_spurious_kicks_do_nothing(short_dir: Path) -> None:
-    """Rule 3.5: a kick with nothing new is no request."""
+    """Rule `notify`: a kick with nothing new is no request."""
     async with guest_on(short_dir) as (backend, guest):
         for _ in range(100):
             os.eventfd_write(guest.queues[0].kick_fd, 1)
@@ -156,7 +158,7 @@ def calls(queue: GuestQueue) -> int:
 
 
 async def test_event_idx_counts_and_the_flags_do_not(short_dir: Path) -> None:
-    """Rule 3.5: with EVENT_IDX avail.flags is ignored and used.flags stays 0."""
+    """Rule `notify`: with EVENT_IDX avail.flags is ignored and used.flags stays 0."""
     async with guest_on(short_dir) as (_backend, guest):
         queue = guest.queues[0]
         driver = queue.driver
@@ -175,7 +177,7 @@ async def test_event_idx_counts_and_the_flags_do_not(short_dir: Path) -> None:
 
 
 async def test_flags_count_without_event_idx(short_dir: Path) -> None:
-    """Rule 3.5: flags 1 means no call, 0 means a call; used_event means nothing."""
+    """Rule `notify`: flags 1 means no call, 0 means a call; used_event means nothing."""
     async with guest_on(short_dir, features=FEATURES & ~F_EVENT_IDX) as (_backend, guest):
         queue = guest.queues[0]
         driver = queue.driver
@@ -193,7 +195,7 @@ async def test_flags_count_without_event_idx(short_dir: Path) -> None:
 
 
 async def test_device_offers_version_1_and_as_many_queues_as_it_has(short_dir: Path) -> None:
-    """Rules 3.7 and 3.8: VERSION_1 is offered; GET_QUEUE_NUM and num_queues agree."""
+    """Rules `features` and `session`: VERSION_1 is offered; GET_QUEUE_NUM and num_queues agree."""
     async with guest_on(short_dir) as (_backend, guest):
         assert guest.features & F_VERSION_1
         assert await front_end_of(guest).get_u64(Request.GET_QUEUE_NUM) == guest.config.num_queues
@@ -219,7 +221,7 @@ async def test_device_offers_version_1_and_as_many_queues_as_it_has(short_dir: P
 async def test_ring_at_impossible_addresses_is_refused_and_the_session_lives(
     short_dir: Path, part: str, shift: int
 ) -> None:
-    """Rule 3.1.1: misaligned, overlapping or unmapped rings."""
+    """Rule `ring`.1: misaligned, overlapping or unmapped rings."""
     async with guest_on(short_dir) as (_backend, guest):
         wrong = addresses(guest, guest.queues[0])
         wrong[part] = (wrong[part] + shift) & ((1 << 64) - 1)
@@ -285,7 +287,7 @@ async def test_memory_file_that_cannot_be_mapped_is_refused(short_dir: Path) -> 
 
 
 async def test_ring_whose_memory_is_taken_away_breaks_and_only_that(short_dir: Path) -> None:
-    """Rule 3.8: users of old mappings are quiesced; a ring in thin air is broken, not a crash."""
+    """`session`: users of old mappings are quiesced; a ring in thin air is broken, not a crash."""
     async with guest_on(short_dir) as (_backend, guest):
         queue = guest.queues[0]
         front_end = front_end_of(guest)
@@ -355,7 +357,7 @@ async def test_regions_with_a_file_offset_map_the_right_bytes(short_dir: Path) -
 async def test_stop_with_a_dead_storage_is_bounded_and_fails_the_requests(
     short_dir: Path, features: int
 ) -> None:
-    """Rule 3.8: QEMU waits for GET_VRING_BASE without a limit of its own."""
+    """Rule `session`: QEMU waits for GET_VRING_BASE without a limit of its own."""
     async with (
         running_backend(short_dir, drain_timeout_s=0.05) as backend,
         await Guest.connect(backend.path, features=features) as guest,
@@ -472,7 +474,7 @@ async def test_recovery_ignores_which_base_the_front_end_names(short_dir: Path, 
 async def test_inflight_region_full_of_nonsense_is_survived(
     short_dir: Path, features: int, seed: int
 ) -> None:
-    """Rule 3.10, CVE-2026-63110: the region is the front-end's to write to."""
+    """Rule `inflight`, CVE-2026-63110: the region is the front-end's to write to."""
     dice = random.Random(seed)
     async with interrupted(short_dir, features=features) as (backend, guest, _queue):
         assert guest._inflight is not None
@@ -538,7 +540,7 @@ class Log:
 
 @pytest.mark.parametrize("features", RINGS)
 async def test_everything_written_while_logging_is_marked(short_dir: Path, features: int) -> None:
-    """Rule 3.11: data of IN and GET_ID, the status byte, the used ring; nothing that was read."""
+    """`dirty_log`: data of IN and GET_ID, the status byte, the used ring; nothing that was read."""
     async with guest_on(short_dir, features=features, request_bytes=16384) as (_backend, guest):
         front_end = front_end_of(guest)
         queue = guest.queues[0]

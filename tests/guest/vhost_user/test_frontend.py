@@ -171,7 +171,7 @@ async def test_config_written_carries_its_flags(both: Scripted) -> None:
 
 
 async def test_received_descriptors_are_not_inherited_by_children(both: Scripted) -> None:
-    """Rule 3.9: MSG_CMSG_CLOEXEC."""
+    """Rule `message`: MSG_CMSG_CLOEXEC."""
     fd = os.eventfd(0, 0)
     await both.front_end.send_raw(pack_message(Request.SET_VRING_CALL, bytes(8)), [fd])
     os.close(fd)

@@ -77,7 +77,7 @@ async def test_request_past_the_end_fails_and_the_next_works(short_dir: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("features", RINGS)
 async def test_index_wraps_on_all_queues_under_depth(short_dir: Path, features: int) -> None:
-    """Rule 3.1.2: indexes run freely over 65535."""
+    """Rule `ring`.2: indexes run freely over 65535."""
     async with guest_on(short_dir, num_queues=4, request_bytes=512, features=features) as (
         _backend,
         guest,
@@ -135,7 +135,7 @@ async def test_memory_in_several_regions_and_data_in_small_segments(short_dir: P
 
 
 async def test_kicks_and_calls_are_saved_with_event_idx(short_dir: Path) -> None:
-    """Rule 3.5: a batch costs one kick at most."""
+    """Rule `notify`: a batch costs one kick at most."""
     async with guest_on(short_dir) as (_backend, guest):
         queue = guest.queues[0]
         for _ in range(10):
@@ -157,7 +157,7 @@ async def test_guest_without_acknowledgements_works_too(short_dir: Path, acknowl
 
 @pytest.mark.parametrize("features", RINGS)
 async def test_stopped_rings_go_on_where_they_were(short_dir: Path, features: int) -> None:
-    """Rule 3.8: GET_VRING_BASE gives the next available index; nothing is lost or repeated."""
+    """`session`: GET_VRING_BASE gives the next available index; nothing is lost or repeated."""
     async with guest_on(short_dir, features=features) as (_backend, guest):
         for turn in range(5):
             await guest.write(turn * 512, b"a" * 512)
@@ -168,7 +168,7 @@ async def test_stopped_rings_go_on_where_they_were(short_dir: Path, features: in
 
 
 async def test_stop_waits_for_requests_in_flight(short_dir: Path) -> None:
-    """Rule 3.8: all in-flight requests complete before GET_VRING_BASE is answered."""
+    """Rule `session`: all in-flight requests complete before GET_VRING_BASE is answered."""
     async with guest_on(short_dir) as (backend, guest):
         queue = guest.queues[0]
         backend.target.hold = True
@@ -190,7 +190,7 @@ async def test_stop_waits_for_requests_in_flight(short_dir: Path) -> None:
 
 
 async def test_disabled_ring_leaves_requests_queued_until_enabled(short_dir: Path) -> None:
-    """Rule 3.8: started and disabled means no side effects; the kick is not lost."""
+    """Rule `session`: started and disabled means no side effects; the kick is not lost."""
     async with guest_on(short_dir) as (backend, guest):
         assert guest.front_end is not None
         await guest.front_end.enable_ring(0, False)
@@ -206,7 +206,7 @@ async def test_disabled_ring_leaves_requests_queued_until_enabled(short_dir: Pat
 
 
 async def test_memory_plugged_and_unplugged_under_load(short_dir: Path) -> None:
-    """Rule 3.8: ADD_MEM_REG and REM_MEM_REG while rings run."""
+    """Rule `session`: ADD_MEM_REG and REM_MEM_REG while rings run."""
     async with guest_on(short_dir) as (_backend, guest):
         front_end = guest.front_end
         assert front_end is not None
