@@ -14,7 +14,7 @@ import pytest
 
 from bridge.app.storage import cache_path
 from bridge.server.uri import parse_uri
-from tests.app.processes import bridge_argv, short_directory, unix_uri
+from tests.processes import bridge_argv, short_directory, unix_uri
 from tests.tools import HUNG_S, need
 
 

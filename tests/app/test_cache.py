@@ -20,7 +20,7 @@ from bridge.errors import ConnectionLost, RequestError
 from bridge.peers.guest import Guest
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
-from tests.app.processes import (
+from tests.processes import (
     bridge_argv,
     process,
     serving,

@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from bridge.peers.guest import Guest
-from tests.app.processes import (
+from tests.processes import (
     bridge_argv,
     process,
     serving,

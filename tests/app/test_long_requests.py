@@ -23,7 +23,7 @@ from bridge.peers.frontend import FrontEnd
 from bridge.peers.guest import FEATURES, PROTOCOL_FEATURES
 from bridge.peers.shared_memory import SharedMemory
 from bridge.peers.split_driver import INDIRECT, WRITE, SplitDriver, write_chain
-from tests.app.processes import bridge_argv, process, short_directory, unix_uri, wait_for
+from tests.processes import bridge_argv, process, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 
 QUEUES = 4

@@ -17,7 +17,8 @@ import trio
 
 from bridge.errors import RequestError
 from bridge.peers.guest import Guest
-from tests.app.processes import (
+from tests.ports import free_port
+from tests.processes import (
     bridge_argv,
     cpu_seconds,
     private_memory_bytes,
@@ -27,7 +28,6 @@ from tests.app.processes import (
     unix_uri,
     wait_for,
 )
-from tests.ports import free_port
 from tests.tools import HUNG_S, need, peer
 
 PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"

@@ -20,7 +20,7 @@ from bridge.errors import ConnectionLost
 from bridge.peers.guest import Guest
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
-from tests.app.processes import bridge_argv, process, serving, short_directory, unix_uri
+from tests.processes import bridge_argv, process, serving, short_directory, unix_uri
 from tests.tools import HUNG_S, need
 
 PLUGIN = Path(__file__).with_name("unfenced_plugin.py")

@@ -29,7 +29,7 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client_options import ClientOptions
 from bridge.server.nbd_protocol import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from bridge.server.uri import parse_uri
-from tests.app.processes import process, short_directory, unix_uri, wait_for
+from tests.processes import process, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 from tests.turns import turn_of_the_loop
 

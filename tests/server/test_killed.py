@@ -17,7 +17,7 @@ import trio
 from bridge.datapath.request import FLUSH
 from bridge.peers.guest import Guest
 from bridge.server.client import Client
-from tests.app.processes import serving
+from tests.processes import serving
 from tests.server.helpers import FAST, do, pattern, read, running_client, short_dir, until, write
 from tests.tools import need
 
