@@ -6,11 +6,13 @@ import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import tiers, tools, turns
+from tests.processes import short_directory
 
 # A bridge that a test starts has no cache unless the test says so: the default one is a large
 # file in the system's cache directory.
@@ -78,6 +80,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
         return (yield)
     finally:
         tools.allowed = None
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory of its own for the test, with a short name: see `short_directory`."""
+    with short_directory() as path:
+        yield path
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
+import trio
 
 from tests.peers import PeersMissing, peer_command
 
 HUNG_S = 60.0
 """Nothing that a test waits for takes this long, on the busiest machine: it hangs."""
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that has no event of its own."""
+    with trio.fail_after(HUNG_S):
+        while not condition():
+            await trio.sleep(0.001)
 
 
 _MARKER_OF = {

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from tests.processes import (
     bridge_argv,
     process,
     serving,
-    short_directory,
     unix_uri,
     wait_for,
 )
@@ -35,10 +33,9 @@ SIZE_BYTES = 64 << 20
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        (path / "cache").mkdir()
-        yield path
+def directory(directory: Path) -> Path:
+    (directory / "cache").mkdir()
+    return directory
 
 
 def nbdkit(directory: Path) -> list[str]:

@@ -8,7 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from tests.processes import (
     private_memory_bytes,
     process,
     serving,
-    short_directory,
     unix_uri,
     wait_for,
 )
@@ -32,12 +31,6 @@ from tests.tools import HUNG_S, need, peer
 
 PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
 SIZE_BYTES = 64 << 20
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def nbdkit_plugin(directory: Path, *options: str) -> list[str]:

@@ -37,7 +37,7 @@ from bridge.server import nbd_protocol as p
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from tests.guest.device_guest import DeviceGuest, GuestRing, PendingRequest
-from tests.server.helpers import short_dir, unix_uri
+from tests.processes import short_directory, unix_uri
 
 SIZE_BYTES = 16 << 20
 BLOCK = 4096
@@ -229,7 +229,7 @@ class World:
 
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
-    with short_dir() as directory:
+    with short_directory() as directory:
         world = World(directory)
         async with trio.open_nursery() as nursery:
             await nursery.start(world.server.serve_unix, directory / "nbd")

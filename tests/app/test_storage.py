@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from errno import EIO
 from pathlib import Path
@@ -29,18 +29,12 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client_options import ClientOptions
 from bridge.server.nbd_protocol import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from bridge.server.uri import parse_uri
-from tests.processes import process, short_directory, unix_uri, wait_for
+from tests.processes import process, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 from tests.turns import turn_of_the_loop
 
 SIZE_BYTES = 64 << 20
 CLOSE_TIMEOUT_S = 0.1
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def slow_nbdkit(directory: Path, *, read_delay: str = "0") -> list[str]:

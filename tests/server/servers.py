@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_port
-from tests.server.helpers import process
+from tests.processes import program
 from tests.tools import need, peer
 
 SIZE = 8 << 20
@@ -39,7 +39,7 @@ def serve(kind: str, folder: Path, *, tcp: bool, tls: Path | None) -> Iterator[S
     port = free_port() if tcp else 0
     sock = folder / "s"
     argv, export = _COMMANDS[kind](image, sock, port, tls)  # type: ignore[operator]
-    running = _daemon if kind == "nbd-server" else process
+    running = _daemon if kind == "nbd-server" else program
     where = f"localhost:{port}/{export}?" if tcp else f"/{export}?socket={sock}"
     scheme = "nbd" + ("s" if tls else "") + ("" if tcp else "+unix")
     more = f"&tls-certificates={tls.parent / 'clients'}&tls-hostname=localhost" if tls else ""
@@ -123,7 +123,7 @@ def _daemon(argv: list[str], *, ready: Path | int) -> Iterator[None]:
         time.sleep(0.01)
     pid = int(pid_file.read_text())
     try:
-        with process(["sleep", "60"], ready=ready):
+        with program(["sleep", "60"], ready=ready):
             yield
     finally:
         os.kill(pid, signal.SIGTERM)
@@ -164,5 +164,5 @@ def nbdkit(folder: Path, *arguments: str) -> Iterator[str]:
     """nbdkit with any arguments on a unix socket; the URI."""
     sock = folder / f"s{os.urandom(3).hex()}"
     argv = [need("nbdkit"), "-f", "--exit-with-parent", "-U", str(sock), *arguments]
-    with process(argv, ready=sock):
+    with program(argv, ready=sock):
         yield f"nbd+unix:///?socket={sock}"

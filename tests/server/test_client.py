@@ -33,6 +33,7 @@ from bridge.server.client import inspect, list_exports
 from bridge.server.client_options import ClientOptions
 from bridge.server.nbd_protocol import TransmissionFlags
 from bridge.server.uri import parse_uri
+from tests.processes import short_directory, unix_uri
 from tests.server.helpers import (
     FAST,
     do,
@@ -40,14 +41,11 @@ from tests.server.helpers import (
     read,
     running_client,
     served,
-    short_dir,
     start,
     status,
-    unix_uri,
-    until,
     write,
 )
-from tests.tools import HUNG_S
+from tests.tools import HUNG_S, until
 
 FORMATS = {
     "simple": ServerSettings(structured=False, extended=False),
@@ -244,7 +242,7 @@ class _HugeDisk(MemoryDisk):
 async def test_discard_of_two_terabytes_is_split_at_32_bits() -> None:
     disk = _HugeDisk()
     server = Server({"": disk}, ServerSettings(extended=False))
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s")) as client:
@@ -493,7 +491,7 @@ async def test_close_with_requests_in_flight_drains_them() -> None:
     disk = MemoryDisk(1 << 20)
     server = Server({"": disk}, faults=Faults(delay_s=0.05))
     server.commands = []
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s")) as client:
@@ -647,7 +645,7 @@ async def test_connect_unreachable_server_says_so(
 
 async def test_connect_unknown_export_is_a_config_error() -> None:
     server = Server({"disk": MemoryDisk(512)})
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s", "nope"), connect=False) as client:
@@ -663,7 +661,7 @@ async def test_inspect_and_list_leave_a_silent_server_in_time(
     look: Callable[..., Awaitable[object]], autojump_clock: trio.testing.MockClock
 ) -> None:
     options = replace(FAST, connect_timeout_s=7.0)
-    with short_dir() as folder, socket.socket(socket.AF_UNIX) as listening:
+    with short_directory() as folder, socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "s"))
         listening.listen()
 

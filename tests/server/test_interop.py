@@ -28,19 +28,9 @@ from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client import Client, inspect, list_exports
 from bridge.server.uri import parse_uri
+from tests.processes import short_directory, unix_uri
 from tests.server import certificates, servers
-from tests.server.helpers import (
-    FAST,
-    do,
-    pattern,
-    read,
-    running_client,
-    short_dir,
-    start,
-    status,
-    unix_uri,
-    write,
-)
+from tests.server.helpers import FAST, do, pattern, read, running_client, start, status, write
 from tests.tools import need, peer
 
 REPLIES = {
@@ -50,15 +40,9 @@ REPLIES = {
 }
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with short_dir() as path:
-        yield path
-
-
 @pytest.fixture(scope="module")
 def pki() -> Iterator[dict[str, Path]]:
-    with short_dir() as path:
+    with short_directory() as path:
         yield certificates.make(path)
 
 

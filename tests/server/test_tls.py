@@ -23,7 +23,8 @@ from bridge.server.client_options import ClientOptions
 from bridge.server.tls import client_context, server_context
 from bridge.server.uri import parse_uri
 from tests.server import certificates
-from tests.server.helpers import FAST, do, pattern, read, running_client, start, until, write
+from tests.server.helpers import FAST, do, pattern, read, running_client, start, write
+from tests.tools import until
 
 
 @pytest.fixture(scope="module")

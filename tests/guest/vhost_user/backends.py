@@ -19,7 +19,7 @@ from bridge.guest.vhost_user.backend import serve
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.guest import Guest
-from tests.tools import HUNG_S
+from tests.tools import HUNG_S, until
 
 
 class MemoryTarget:
@@ -150,9 +150,3 @@ async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Runni
         await Guest.connect(backend.path, **options) as guest,
     ):
         yield backend, guest
-
-
-async def until(ready: Callable[[], object]) -> None:
-    """Let the other tasks run until `ready()`."""
-    while not ready():
-        await trio.sleep(0.001)

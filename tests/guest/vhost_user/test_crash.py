@@ -32,9 +32,9 @@ KINDS = [
 
 
 @pytest.fixture
-def zygote(short_dir: Path) -> Iterator[Zygote]:
+def zygote(directory: Path) -> Iterator[Zygote]:
     """A maker of back-ends."""
-    zygote = Zygote(short_dir)
+    zygote = Zygote(directory)
     yield zygote
     zygote.close()
 

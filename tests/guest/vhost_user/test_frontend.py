@@ -210,8 +210,8 @@ async def test_send_that_nobody_receives_waits_and_can_be_cancelled(both: Script
     assert scope.cancelled_caught
 
 
-async def test_connecting_to_a_full_backlog_waits_for_room(short_dir: Path) -> None:
-    path = short_dir / "s"
+async def test_connecting_to_a_full_backlog_waits_for_room(directory: Path) -> None:
+    path = directory / "s"
     waiting = []
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
