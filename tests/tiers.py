@@ -42,7 +42,7 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/plugin/test_fence.py": ("nbdkit",),
     "tests/plugin/test_generation.py": ("nbdkit",),
     "tests/plugin/test_rbd.py": ("ceph", "nbdkit", "qemu", "slow"),
-    "tests/qemu/test_firmware.py": ("qemu", "slow"),
+    "tests/qemu/test_firmware.py": ("nbdkit", "qemu", "slow"),
     "tests/qemu/test_guest_life.py": ("nbdkit", "qemu", "slow"),
     "tests/server/test_killed.py": ("nbdkit", "slow"),
     "tests/server/test_plugin_sessions.py": ("nbdkit",),

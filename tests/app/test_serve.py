@@ -103,7 +103,7 @@ async def exercise(vhost: Path) -> dict[int, bytes]:
     return expected
 
 
-@pytest.mark.parametrize("server", [nbdkit_plugin, qemu_nbd])
+@pytest.mark.parametrize("server", [nbdkit_plugin, pytest.param(qemu_nbd, marks=pytest.mark.qemu)])
 async def test_serve_real_server_image_holds_what_was_written(server, directory):
     vhost = directory / "vhost"
     async with process(server(directory), ready=directory / "nbd"):
@@ -145,6 +145,7 @@ async def test_serve_device_shows_size_serial_and_cache(disk):
         assert await guest.read(0, 512, queue=1) == b"a" * 512
 
 
+@pytest.mark.peers
 async def test_serve_libblkio_client_reads_back_its_patterns(disk, directory):
     target = f"driver=virtio-blk-vhost-user,path={disk},cache.direct=on"
     commands = ["write -P 0x5a 0 1M", "write -P 0x33 4k 8k", "flush", "write -z 256k 64k"]
