@@ -122,7 +122,10 @@ class PackedDriver:
         return ((new - event - 1) & 0xFFFF) < (added & 0xFFFF)
 
     def poll(self) -> list[tuple[int, int]]:
-        """Every new completion: token and used length (as the device says, unchecked)."""
+        """Every new completion: token and used length in bytes (as the device says, unchecked).
+
+        Raises ValueError for a buffer that the device was not given.
+        """
         done: list[tuple[int, int]] = []
         slot, wrap = self.used_idx, self._used_wrap
         while self._is_used(slot, wrap):
