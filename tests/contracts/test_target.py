@@ -8,10 +8,11 @@ over the client.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -169,13 +170,20 @@ TARGETS = UPSTREAMS | {
 }
 
 
-@pytest.fixture(params=list(TARGETS))
+def _params(subjects: Iterable[str]) -> list[Any]:
+    return [
+        pytest.param(name, marks=pytest.mark.nbdkit if "nbdkit" in name else ())
+        for name in subjects
+    ]
+
+
+@pytest.fixture(params=_params(TARGETS))
 async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
     async with AsyncExitStack() as stack:
         yield await stack.enter_async_context(TARGETS[request.param](tmp_path))
 
 
-@pytest.fixture(params=list(UPSTREAMS))
+@pytest.fixture(params=_params(UPSTREAMS))
 async def upstream(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
     async with AsyncExitStack() as stack:
         yield await stack.enter_async_context(UPSTREAMS[request.param](tmp_path))
