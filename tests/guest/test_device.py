@@ -31,6 +31,8 @@ from tests.guest.device_guest import (
     MEMORY_BYTES,
     USER_BASE,
     DeviceGuest,
+    GuestRing,
+    PendingRequest,
     a_while,
     running_device,
     signals,
@@ -310,11 +312,7 @@ async def test_rings_broken_again_and_again_do_not_fill_the_log(
 async def test_session_suspended_ring_leaves_requests_and_completes_what_it_has(
     guest: DeviceGuest,
 ) -> None:
-    ring = guest.start()
-    guest.disk.hold = True
-    first = guest.put(T_FLUSH)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    ring, first = await with_one_held(guest, T_FLUSH)
     guest.device.suspend_ring(0)
     guest.device.suspend_ring(0)
     second = guest.put(T_FLUSH)
@@ -327,6 +325,18 @@ async def test_session_suspended_ring_leaves_requests_and_completes_what_it_has(
     guest.device.resume_ring(0)
     guest.device.resume_ring(0)
     await until(lambda: second.status == S_OK)
+
+
+async def with_one_held(
+    guest: DeviceGuest, op: int, sector: int = 0, **options: Any
+) -> tuple[GuestRing, PendingRequest]:
+    """Start ring 0 with a request that the disk holds back."""
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(op, sector, **options)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    return ring, pending
 
 
 # Stopping
@@ -370,11 +380,7 @@ async def test_session_stop_is_bounded_and_fails_what_nobody_answers(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
     """A dead server must not hang QEMU's main loop."""
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    ring, pending = await with_one_held(guest, T_IN, room=512)
     started_s = trio.current_time()
     await guest.device.stop_ring(0)
     assert trio.current_time() - started_s == pytest.approx(30)
@@ -434,11 +440,7 @@ async def test_rings_stopped_one_after_the_other_do_not_each_take_that_long(
 async def test_cancelled_stop_leaves_nothing_behind(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     with trio.move_on_after(1):
         await guest.device.stop_ring(0)
     assert pending.status == S_IOERR
@@ -544,11 +546,7 @@ async def test_requests_left_in_the_region_are_forgotten_by_a_reset(
 ) -> None:
     """The driver has forgotten them, and uses their memory again."""
     fd, size = guest.device.create_inflight(1, 16)
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     base = await guest.device.stop_ring(0)
     await guest.device.reset()
     await guest.connect()
@@ -615,11 +613,7 @@ async def test_disconnect_gives_the_memory_back(guest: DeviceGuest) -> None:
 
 async def test_memory_added_while_requests_are_in_flight_does_not_wait(guest: DeviceGuest) -> None:
     await guest.device.replace_memory([guest.region(0, 0x200000)])
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     await guest.device.add_memory(guest.region(0x200000, 0x100000))
     guest.disk.release()
     await until(lambda: pending.status == S_OK)
@@ -669,11 +663,7 @@ async def test_memory_that_no_request_uses_is_taken_away_at_once(
 ) -> None:
     """QEMU's main loop waits: not for a server that is away, because of other memory."""
     await guest.device.replace_memory([guest.region(0, 0x200000), guest.region(0x200000, 0x100000)])
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     began_s = trio.current_time()
     if replaced:
         await guest.device.replace_memory([guest.region(0, 0x200000)])
@@ -704,11 +694,7 @@ async def test_memory_replaced_by_the_same_goes_on(guest: DeviceGuest) -> None:
 async def test_memory_replaced_by_more_does_not_wait(guest: DeviceGuest) -> None:
     """QEMU without memory slots hot-plugs like that, perhaps while the server is away."""
     await guest.device.replace_memory([guest.region(0, 0x200000)])
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     await guest.device.replace_memory([guest.region(0, 0x200000), guest.region(0x200000, 0x100000)])
     guest.disk.release()
     await until(lambda: pending.status == S_OK)
@@ -720,11 +706,7 @@ async def test_memory_replaced_by_more_does_not_wait(guest: DeviceGuest) -> None
 async def test_memory_taken_away_under_a_slow_request_does_not_fail_it(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     await guest.device.replace_memory([guest.region(0, 0x200000)])
     assert pending.status == 0xEE
     guest.disk.release()
@@ -1136,11 +1118,7 @@ async def test_dirty_log_request_from_before_logging_is_marked_when_it_ends(
     guest: DeviceGuest, log_fd: int
 ) -> None:
     """The front-end has copied the page meanwhile."""
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=4096)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=4096)
     guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
     guest.device.set_logging(True)
     guest.disk.release()
@@ -1199,11 +1177,7 @@ async def test_failed_requests_are_answered(guest: DeviceGuest) -> None:
 
 
 async def test_target_that_finishes_out_of_turn_wakes_the_loop(guest: DeviceGuest) -> None:
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_FLUSH)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    ring, pending = await with_one_held(guest, T_FLUSH)
     await a_while()  # the loop sleeps
     ring.calls()
     guest.disk.release()

@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import structlog
 import trio
 import trio.testing
 from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from bridge.errors import ConnectionLost
 from bridge.guest.vhost_user.backend import _accept, serve
@@ -315,6 +317,16 @@ async def test_connected_socket_serves_one_front_end_and_ends(directory: Path) -
     assert device.names() == ["disconnected"]
 
 
+@contextlib.asynccontextmanager
+async def served(device: FakeDevice, path: Path) -> AsyncIterator[list[EventDict]]:
+    """`device` is served at `path` meanwhile; gives what is logged."""
+    with capture_logs() as logs, Listener.at_path(path) as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, device, listener)
+            yield logs
+            nursery.cancel_scope.cancel()
+
+
 async def test_bug_in_the_device_costs_the_session_and_not_the_process(directory: Path) -> None:
     device = FakeDevice()
 
@@ -322,15 +334,12 @@ async def test_bug_in_the_device_costs_the_session_and_not_the_process(directory
         raise ZeroDivisionError
 
     device.read_config = broken  # type: ignore[method-assign]
-    with capture_logs() as logs, Listener.at_path(directory / "s") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, device, listener)
-            for _ in range(2):
-                with await FrontEnd.connect(directory / "s") as front_end:
-                    await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
-                    with pytest.raises(ConnectionLost):
-                        await front_end.get_config(0, 8)
-            nursery.cancel_scope.cancel()
+    async with served(device, directory / "s") as logs:
+        for _ in range(2):
+            with await FrontEnd.connect(directory / "s") as front_end:
+                await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
+                with pytest.raises(ConnectionLost):
+                    await front_end.get_config(0, 8)
     assert [log["event"] for log in logs if log["log_level"] == "error"] == [
         "the vhost-user session failed"
     ] * 2
@@ -345,14 +354,11 @@ async def test_bug_at_the_end_of_a_session_costs_the_session_and_not_the_process
         raise ZeroDivisionError
 
     device.disconnected = broken  # type: ignore[method-assign]
-    with capture_logs() as logs, Listener.at_path(directory / "s") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, device, listener)
-            for _ in range(2):
-                with await FrontEnd.connect(directory / "s") as front_end:
-                    await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
-            await until(lambda: len([log for log in logs if "failed" in log["event"]]) == 2)
-            nursery.cancel_scope.cancel()
+    async with served(device, directory / "s") as logs:
+        for _ in range(2):
+            with await FrontEnd.connect(directory / "s") as front_end:
+                await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
+        await until(lambda: len([log for log in logs if "failed" in log["event"]]) == 2)
     (first, _) = [log for log in logs if log["log_level"] == "error"]
     assert first["event"] == "the end of the vhost-user session failed"
     assert first["exc_info"]
@@ -362,16 +368,13 @@ async def test_front_end_that_says_nothing_leaves_when_another_waits(
     directory: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     device = FakeDevice()
-    with capture_logs() as logs, Listener.at_path(directory / "s") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, device, listener)
-            silent = await FrontEnd.connect(directory / "s")
-            await trio.sleep(3600)  # alone it may be silent for as long as it likes
-            assert silent.is_alive
-            with await FrontEnd.connect(directory / "s") as front_end:
-                await front_end.get_u64(Request.GET_FEATURES)
-            silent.close()
-            nursery.cancel_scope.cancel()
+    async with served(device, directory / "s") as logs:
+        silent = await FrontEnd.connect(directory / "s")
+        await trio.sleep(3600)  # alone it may be silent for as long as it likes
+        assert silent.is_alive
+        with await FrontEnd.connect(directory / "s") as front_end:
+            await front_end.get_u64(Request.GET_FEATURES)
+        silent.close()
     reasons = [log["reason"] for log in logs if log["event"] == "front-end disconnected"]
     assert reasons[0] == "said nothing for 5 s, and another front-end waits"
 
@@ -380,17 +383,14 @@ async def test_front_end_that_waits_for_one_that_is_served_is_logged_once(
     directory: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     device = FakeDevice()
-    with capture_logs() as logs, Listener.at_path(directory / "s") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, device, listener)
-            first = await FrontEnd.connect(directory / "s")
-            await first.get_u64(Request.GET_FEATURES)
-            second = await FrontEnd.connect(directory / "s")
-            await trio.sleep(3600)
-            await first.get_u64(Request.GET_FEATURES)
-            first.close()
-            second.close()
-            nursery.cancel_scope.cancel()
+    async with served(device, directory / "s") as logs:
+        first = await FrontEnd.connect(directory / "s")
+        await first.get_u64(Request.GET_FEATURES)
+        second = await FrontEnd.connect(directory / "s")
+        await trio.sleep(3600)
+        await first.get_u64(Request.GET_FEATURES)
+        first.close()
+        second.close()
     assert len([log for log in logs if "another front-end waits" in log["event"]]) == 1
 
 

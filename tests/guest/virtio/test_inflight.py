@@ -7,6 +7,7 @@ import os
 import random
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -54,17 +55,21 @@ class Split:
     def start(self, life: Life, *, base: int | None = None) -> VirtQueue:
         """A process that serves the ring for as long as `life` has it."""
         queue = TrackedSplitQueue(
-            *(self.guest.memory, self.guest.areas),
-            size=SIZE,
-            base=self.base if base is None else base,
-            event_idx=True,
-            indirect=True,
-            region=life.watch(self.region),
-            n_entries=SIZE,
+            *(self.guest.memory, self.guest.areas), **self._options(life, base)
         )
         queue._used = life.watch(queue._used)
         queue._used_elements = life.watch(queue._used_elements)
         return queue
+
+    def _options(self, life: Life, base: int | None) -> dict[str, Any]:
+        return {
+            "size": SIZE,
+            "base": self.base if base is None else base,
+            "event_idx": True,
+            "indirect": True,
+            "region": life.watch(self.region),
+            "n_entries": SIZE,
+        }
 
     def poll(self) -> list[int]:
         return [token for token, _ in self.guest.driver.poll()]
@@ -97,15 +102,8 @@ class Packed(Split):
         self.driver.add(self.n_tokens, buffers)
 
     def start(self, life: Life, *, base: int | None = None) -> VirtQueue:
-        queue = TrackedPackedQueue(
-            *(self.guest.memory, self.areas),
-            size=SIZE,
-            base=self.base if base is None else base,
-            event_idx=True,
-            indirect=True,
-            region=life.watch(self.region),
-            n_entries=SIZE,
-        )
+        options = self._options(life, base)
+        queue = TrackedPackedQueue(self.guest.memory, self.areas, **options)
         queue._halves = life.watch(queue._halves)
         queue._lengths = life.watch(queue._lengths)
         return queue
