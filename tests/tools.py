@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from typing import NoReturn
@@ -10,6 +11,8 @@ from typing import NoReturn
 import pytest
 import trio
 
+from bridge.cli.wording import explain
+from bridge.errors import BridgeError
 from tests.peers import PeersMissing, peer_command
 
 HUNG_S = 60.0
@@ -76,3 +79,12 @@ def peer(*argv: str) -> list[str]:
 def missing(reason: str) -> NoReturn:
     """What a test needs is not there. It fails: a test that is skipped protects nothing."""
     pytest.fail(f"{reason}; './run test' installs it, './run test --fast' does without")
+
+
+def told(pattern: str) -> Callable[[BridgeError], bool]:
+    """For `pytest.raises(…, check=…)`: what the operator is told of the error has `pattern`."""
+
+    def check(error: BridgeError) -> bool:
+        return re.search(pattern, explain(error)) is not None
+
+    return check
