@@ -748,7 +748,7 @@ class _Counted:
 
 def test_discards_in_progress_are_found_without_looking_at_each() -> None:
     """32 segments in each of 1024 chains are 32,768."""
-    rig = Rig(granules=1 << 16, slots=64)
+    rig = Rig(granules=2048, slots=64)
     for number in range(1024):
         rig.start(DISCARD, number * 2 * GRANULE, BLOCK)
     discards = rig.cache._discards

@@ -33,6 +33,7 @@ from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec import nbd as p
 from bridge.spec.nbd import TransmissionFlags
+from tests.processes import short_directory, unix_uri
 from tests.server.helpers import (
     FAST,
     LayerAbove,
@@ -41,14 +42,11 @@ from tests.server.helpers import (
     read,
     running_client,
     served,
-    short_dir,
     start,
     status,
-    unix_uri,
-    until,
     write,
 )
-from tests.tools import HUNG_S
+from tests.tools import HUNG_S, until
 
 FORMATS = {
     "simple": ServerSettings(structured=False, extended=False),
@@ -245,7 +243,7 @@ class _HugeDisk(MemoryDisk):
 async def test_discard_of_two_terabytes_is_split_at_32_bits() -> None:
     disk = _HugeDisk()
     server = Server({"": disk}, ServerSettings(extended=False))
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s")) as client:
@@ -368,7 +366,7 @@ async def test_misbehaving_server_is_left_and_requests_survive(fault: dict[str, 
 
 
 async def test_server_shutting_down_is_left_in_order_and_requests_are_sent_again() -> None:
-    """Obligation 23: ESHUTDOWN means a soft disconnect, and it is no answer."""
+    """Rule `shutdown`: ESHUTDOWN means a soft disconnect, and it is no answer."""
     faults = Faults(shutting_down=True)
     async with served(faults=faults) as (client, _server, disk):
         waiter = start(client, WRITE, 0, 512, [memoryview(b"a" * 512)])
@@ -494,7 +492,7 @@ async def test_close_with_requests_in_flight_drains_them() -> None:
     disk = MemoryDisk(1 << 20)
     server = Server({"": disk}, faults=Faults(delay_s=0.05))
     server.commands = []
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s")) as client:
@@ -648,7 +646,7 @@ async def test_connect_unreachable_server_says_so(
 
 async def test_connect_unknown_export_is_a_config_error() -> None:
     server = Server({"disk": MemoryDisk(512)})
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s", "nope"), connect=False) as client:
@@ -664,7 +662,7 @@ async def test_inspect_and_list_leave_a_silent_server_in_time(
     look: Callable[..., Awaitable[object]], autojump_clock: trio.testing.MockClock
 ) -> None:
     options = replace(FAST, connect_timeout_s=7.0)
-    with short_dir() as folder, socket.socket(socket.AF_UNIX) as listening:
+    with short_directory() as folder, socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "s"))
         listening.listen()
 

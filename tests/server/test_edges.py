@@ -19,8 +19,8 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client import inspect, list_exports
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
-from tests.server.helpers import FAST, LayerAbove, read, running_client, served, start, until
-from tests.tools import HUNG_S
+from tests.server.helpers import FAST, LayerAbove, read, running_client, served, start
+from tests.tools import HUNG_S, until
 
 
 def open_descriptors() -> int:

@@ -288,7 +288,7 @@ def test_no_reconnect_timeout_waits_for_ever() -> None:
 
 
 def test_flush_mark_is_what_was_answered_when_the_flush_was_sent() -> None:
-    """Obligation 19: a flush covers only writes whose replies we had received."""
+    """Rule `flush_order`: a flush covers only writes whose replies we had received."""
     world = World()
     world.ask(WRITE, 1)
     flush = world.ask(FLUSH)
@@ -299,7 +299,7 @@ def test_flush_mark_is_what_was_answered_when_the_flush_was_sent() -> None:
     assert world.ask(FLUSH).error == errno.EIO  # the write was answered after the flush was sent
 
 
-def test_obligation_19_flush_over_several_connections_is_one_command() -> None:
+def test_flush_order_flush_over_several_connections_is_one_command() -> None:
     world = World()
     world.down()
     world.up(count=3)
@@ -732,6 +732,7 @@ WAYS_TO_FAIL = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @WAYS_TO_FAIL
 def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
     """Each waits for the one before: failing one must not fail the next from inside of it."""
@@ -747,6 +748,7 @@ def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
     assert world.link.in_flight == 0
 
 
+@pytest.mark.slow
 @WAYS_TO_FAIL
 def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail) -> None:
     world = World(ClientOptions(stale_write_grace_s=3600, reconnect_timeout_s=2))
@@ -759,6 +761,7 @@ def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail
     assert world.link.in_flight == 0
 
 
+@pytest.mark.slow
 def test_65536_writes_that_waited_for_a_grace_are_sent_when_it_ends() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S), size=MANY * BLOCK)
     world.expect_stale_writes(0.0)
@@ -815,6 +818,7 @@ def deepest(n_writes: int, **limits: int) -> int:
     return max(*depths, *(channel.deepest for channel in channels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits",
     [{}, {"max_payload_bytes": BLOCK}, {"min_block_bytes": 4096}],
@@ -1927,6 +1931,7 @@ class PausedGuest(Simulation):
             super().submit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
 @pytest.mark.parametrize("batch", range(2))
 def test_simulated_guest_that_is_paused_at_any_moment_every_value_is_explained(

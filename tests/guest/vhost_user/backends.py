@@ -18,7 +18,7 @@ from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.blk_driver import BlkDriver
 from tests.guest.device_guest import StorageSide
 from tests.guest.memory_target import MemoryTarget
-from tests.tools import HUNG_S
+from tests.tools import HUNG_S, until
 
 
 @dataclass
@@ -96,9 +96,3 @@ async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Runni
         await BlkDriver.connect(backend.path, **options) as guest,
     ):
         yield backend, guest
-
-
-async def until(ready: Callable[[], object]) -> None:
-    """Let the other tasks run until `ready()`."""
-    while not ready():
-        await trio.sleep(0.001)

@@ -1,4 +1,7 @@
-"""Features, status and the configuration space in a session (rules 3.6 "Config" and 3.7)."""
+"""Features, status and the configuration space in a session.
+
+Rules `request` ("Config") and `features` of docs/rules/virtio.md.
+"""
 
 from __future__ import annotations
 
