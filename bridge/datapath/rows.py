@@ -31,9 +31,9 @@ from bridge.datapath.cells import (
     TOUCHED,
     Cells,
     Channel,
-    Link,
     Queue,
     Resident,
+    Route,
     RowOwner,
     cells,
     row_cookie,
@@ -232,14 +232,14 @@ class FromCache:
 
 
 class ToServer:
-    """Commands on a link."""
+    """Commands on a route."""
 
     answers_at_once = False
 
-    def __init__(self, link: Link, rows: Rows, wrote: Callable[[], None]) -> None:
+    def __init__(self, route: Route, rows: Rows, wrote: Callable[[], None]) -> None:
         """`wrote()`: something is not durable."""
         self.served = 0
-        self._link = link
+        self._route = route
         self._rows = rows
         self._wrote = wrote
 
@@ -250,8 +250,8 @@ class ToServer:
 
     def take(self, queue: Queue, disk: Cells[int]) -> int:
         """See `Usual`."""
-        link, rows = self._link, self._rows
-        channel = link.channel
+        route, rows = self._route, self._rows
+        channel = route.channel
         if (
             channel is None
             or channel.sending
@@ -260,11 +260,11 @@ class ToServer:
         ):
             queue.cells[STOPPED] = 1
             return 0
-        reads, writes = take_commands(queue, disk, link, channel, rows)
+        reads, writes = take_commands(queue, disk, route, channel, rows)
         taken = reads + writes
         if taken:
             self.served += taken
-            link.flush_later()
+            route.flush_later()
             if writes:
                 self._wrote()
         return taken

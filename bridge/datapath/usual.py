@@ -59,9 +59,9 @@ from bridge.datapath.cells import (
     UNFLUSHED,
     Cells,
     Channel,
-    Link,
     Queue,
     Resident,
+    Route,
 )
 from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.datapath.lanes import SMALL_BYTES
@@ -264,11 +264,11 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
 
 
 def take_commands(
-    queue: Queue, disk: Cells[int], link: Link, channel: Channel, rows: Rows
+    queue: Queue, disk: Cells[int], route: Route, channel: Channel, rows: Rows
 ) -> tuple[int, int]:
     """Make commands of chains up to the first one that is unusual; how many reads and how many
     writes that were."""
-    state, limits = queue.cells, link.cells
+    state, limits = queue.cells, route.cells
     mask = state[SIZE] - 1
     first = state[NEXT_AVAIL]
     count = available(queue, first, state[NEXT_USED])

@@ -345,7 +345,10 @@ class Transmission(Channel):
         while more:
             if self.cells[ROWS] and not self.sending:
                 rows = self._rows
+                unflushed = self.cells[UNFLUSHED]
                 self._start, waits = answers(self, rows, self._start, self._end)
+                if self.cells[UNFLUSHED] != unflushed:
+                    self._turn.wanted = True  # Whoever counts them is to look.
                 if rows.touched:
                     rows.publish_touched()
                 if waits or self._end - self._start < 16:

@@ -11,8 +11,8 @@ from bridge.datapath.cells import (
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     SIZE_BYTES,
-    Link,
     Resident,
+    Route,
 )
 from bridge.datapath.lanes import SMALL_BYTES
 from bridge.datapath.request import Request
@@ -36,19 +36,19 @@ class Loopback:
         self.transmission = Transmission(
             Export("", len(data), DEFAULT_FLAGS, structured=True), turn, rows=self.rows
         )
-        self.link = Link()
-        self.link.channel = self.transmission
-        self.link.flush_later = self._flush_later
-        self.link.cells[MAX_READ_BYTES] = LONG_BYTES - 1
-        self.link.cells[MAX_WRITE_BYTES] = SMALL_BYTES
-        self.link.cells[SIZE_BYTES] = len(data)
+        self.route = Route()
+        self.route.channel = self.transmission
+        self.route.flush_later = self._flush_later
+        self.route.cells[MAX_READ_BYTES] = LONG_BYTES - 1
+        self.route.cells[MAX_WRITE_BYTES] = SMALL_BYTES
+        self.route.cells[SIZE_BYTES] = len(data)
         self._flushing = False
         self._replies: list[bytes] = []
 
     @property
     def usual(self) -> ToServer:
         """For the rings."""
-        return ToServer(self.link, self.rows, lambda: None)
+        return ToServer(self.route, self.rows, lambda: None)
 
     def submit(self, request: Request) -> None:
         """See `Target`."""

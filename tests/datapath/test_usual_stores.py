@@ -110,7 +110,7 @@ def commands(ring: Ring, life: Life) -> None:
     assert rows.enter(queue, _Owner())
 
     def take() -> None:
-        assert sum(take_commands(queue, ring.disk, server.link, server.transmission, rows))
+        assert sum(take_commands(queue, ring.disk, server.route, server.transmission, rows))
 
     take()
     server._flush()
