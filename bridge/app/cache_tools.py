@@ -11,9 +11,8 @@ from urllib.parse import quote
 import structlog
 import trio
 
+from bridge.app.settings import CacheSettings
 from bridge.app.storage import (
-    WRITEBACK,
-    CacheSettings,
     GatedBackend,
     Storage,
     cache_identity,
@@ -31,19 +30,28 @@ from bridge.app.storage import (
     wanted_cache,
 )
 from bridge.cache.cache import Cache
-from bridge.cache.cache_options import Options
-from bridge.cache.file.cache_file import CacheFile, dirty_bytes, has_content
+from bridge.cache.cache_options import WRITEBACK, Options
+from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.file.inspect import open_to_flush, show
 from bridge.cache.file.layout import Header, printable
 from bridge.cache.file.location import forget, peek
+from bridge.cache.file.locking import has_content
 from bridge.cache.warm import Warmer, data_ranges
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import BLOCK_STATUS, FLUSH, Request, Target
 from bridge.datapath.turn import Turn
-from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.errors import (
+    BridgeError,
+    ChangedMeanwhile,
+    ConfigError,
+    ConnectionLost,
+    RangeBeyondDisk,
+    Remedy,
+)
 from bridge.server.chunks import StatusRequest
 from bridge.server.client import Client, inspect
 from bridge.server.client_options import ClientOptions
+from bridge.server.export import Export
 from bridge.server.uri import NbdUri, parse_uri
 
 _log = structlog.get_logger(__name__)
@@ -101,9 +109,10 @@ async def flush_file(
     # The file is closed last: until the loop has ended the cache may look into it.
     options = replace(client or ClientOptions(), reconnect_timeout_s=timeout_s)
     async with AsyncExitStack() as at_last:
-        async with _client(uri, options) as (connected, loop):
+        over = _OverReconnects()
+        async with _client(uri, options, over) as (connected, loop):
             if connected.export.read_only:
-                why = connected.export.why_read_only
+                why = connected.export.volume.why_read_only
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                     + (f" ({why})" if why else "")
@@ -113,8 +122,9 @@ async def flush_file(
                 # What was shown before it was locked may be another file's.
                 if file.header.digest.hex() != summary.digest:
                     raise ConfigError(
-                        f"cache file {path} is another one than a moment ago: look at it with "
-                        f"'nbd-bridge cache show {path}', and try again"
+                        f"cache file {path} is another one than a moment ago",
+                        remedy=Remedy.LOOK_AGAIN,
+                        path=path,
                     )
                 if not moved and not wanted_cache(uri, connected.export).owns(file.header):
                     raise _of_another(path, file.header, uri)
@@ -127,7 +137,10 @@ async def flush_file(
             )
             at_last.push_async_callback(_close, file, connected)
             flushed = await _flush_to(
-                file, connected, loop, timeout_s=timeout_s, force=force, skip_damaged=skip_damaged
+                *(file, connected, loop, over),
+                timeout_s=timeout_s,
+                force=force,
+                skip_damaged=skip_damaged,
             )
     if (notes := notes_directory()) is not None:
         forget(path, notes)
@@ -153,8 +166,8 @@ def _of_another(path: str, header: Header, uri: NbdUri) -> ConfigError:
     identity = cache_identity(uri)
     return ConfigError(
         f"cache file {path} belongs to export {header.export!r} of "
-        f"{printable(header.uri)}, not to {identity.export!r} of {identity.uri}; if that "
-        "export moved there, add --moved"
+        f"{printable(header.uri)}, not to {identity.export!r} of {identity.uri}",
+        remedy=Remedy.MOVED,
     )
 
 
@@ -168,22 +181,63 @@ async def _close(file: CacheFile, client: Client) -> None:
         raise BridgeError(problem)
 
 
-async def _flush_to(
-    file: CacheFile,
-    client: Client,
-    loop: Loop,
-    *,
-    timeout_s: float,
-    force: bool,
-    skip_damaged: bool,
-) -> int:
-    """Bring what is dirty in `file` to the server; how many bytes it was.
+class _OverReconnects:
+    """What a flush of a cache file does when the server comes back amid it. The layer above the
+    client, which is there first."""
 
-    Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
-    """
-    turn = loop.turn
-    deadline_s = trio.current_time() + timeout_s
-    backend = GatedBackend(client, turn)
+    def __init__(self) -> None:
+        self.changed = ""
+        """Why nothing more is sent."""
+        self._parts: tuple[Client, Cache, GatedBackend] | None = None
+        self._force = False
+
+    def begin(self, client: Client, cache: Cache, backend: GatedBackend, *, force: bool) -> None:
+        """From here on `cache` sends what is dirty, through `backend`."""
+        self._parts = client, cache, backend
+        self._force = force
+
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """See client.Above. The comparison goes through the gate, in `reconnected`."""
+        return ""
+
+    def export_changed(self, export: Export) -> None:
+        """See client.Above. What is cached lies before the old end."""
+
+    def reconnected(self) -> None:
+        """See client.Above."""
+        if self._parts is None:
+            return
+        client, cache, backend = self._parts
+        cache.backend_reconnected()
+        export = client.export
+        if export.sessions is None:
+            backend.hold_changes()  # until it is known whether this is the export still
+            cache.check_sample(self._compared)
+        elif reason := cache.foreign_change(
+            *(export.content_sessions or export.sessions), export.identity
+        ):
+            self._found_changed(reason)
+        note_export(cache, export)
+
+    def _compared(self, differing: int) -> None:
+        assert self._parts is not None
+        _, cache, backend = self._parts
+        if differing > 0:
+            note_changed_content(cache, differing)
+            self._found_changed("the export was changed meanwhile")
+        backend.let_go()
+
+    def _found_changed(self, reason: str) -> None:
+        # What the link has in flight it sends again; nothing more goes out.
+        assert self._parts is not None
+        _, cache, backend = self._parts
+        if not self._force and cache.index.dirty_slots:
+            self.changed = self.changed or reason
+            backend.refuse(errno.EIO)
+
+
+def _cache_over(file: CacheFile, backend: GatedBackend, turn: Turn, *, skip_damaged: bool) -> Cache:
+    """The cache in `file`. Raises ConfigError, and leaves the file unmarked, if it is damaged."""
     try:
         cache = Cache(
             file,
@@ -198,49 +252,44 @@ async def _flush_to(
         raise
     if damaged := cache.index.damaged_slots:
         _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
+    return cache
+
+
+async def _flush_to(
+    file: CacheFile,
+    client: Client,
+    loop: Loop,
+    over: _OverReconnects,
+    *,
+    timeout_s: float,
+    force: bool,
+    skip_damaged: bool,
+) -> int:
+    """Bring what is dirty in `file` to the server; how many bytes it was.
+
+    Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
+    """
+    turn = loop.turn
+    deadline_s = trio.current_time() + timeout_s
+    backend = GatedBackend(client, turn)
+    cache = _cache_over(file, backend, turn, skip_damaged=skip_damaged)
     if not force:
         check_export(cache, file, client.export)
     expect_stale_writes(client, file, cache.index.dirty_slots)
     client.keeps_unflushed = True
     dirty_blocks = cache.index.dirty_blocks
-    changed = ""
-
-    def found_changed(reason: str) -> None:
-        # What the session has in flight it sends again; nothing more goes out.
-        nonlocal changed
-        if not force and cache.index.dirty_slots:
-            changed = changed or reason
-            backend.refuse(errno.EIO)
-
-    def compared(differing: int) -> None:
-        if differing > 0:
-            note_changed_content(cache, differing)
-            found_changed("the export was changed meanwhile (--force writes over that)")
-        backend.let_go()
-
-    def reconnected() -> None:
-        cache.backend_reconnected()
-        export = client.export
-        if export.sessions is None:
-            backend.hold_changes()  # until it is known whether this is the export still
-            cache.check_sample(compared)
-        elif reason := cache.foreign_change(
-            *(export.content_sessions or export.sessions), export.identity
-        ):
-            found_changed(f"{reason} (--force writes over that)")
-        note_export(cache, export)
-
-    client.on_reconnect = reconnected
+    over.begin(client, cache, backend, force=force)
     turn.add_stage(cache)
     await check_content(cache, file, turn, force=force, limit_s=timeout_s)
     note_export(cache, client.export)
     request = Request(FLUSH, 0, 0, [], to_be_set)
     with trio.move_on_at(deadline_s) as scope:
         await finished(cache, request, turn)
-    if not changed and (scope.cancelled_caught or request.error):
-        changed = "the server did not take everything"
-    if changed:
-        raise BridgeError(f"{client.uri.text}: {changed}; what is missing is still in {file.path}")
+    kept = f"what is missing is still in {file.path}"
+    if over.changed:
+        raise ChangedMeanwhile(f"{client.uri.text}: {over.changed}", kept)
+    if scope.cancelled_caught or request.error:
+        raise BridgeError(f"{client.uri.text}: the server did not take everything; {kept}")
     return dirty_blocks * file.geometry.block_bytes
 
 
@@ -337,7 +386,7 @@ def _within(ranges: Sequence[tuple[int, int]], disk_bytes: int) -> list[tuple[in
     """`ranges` up to the end of the disk. Raises ConfigError for one that begins behind it."""
     for offset, length in ranges:
         if offset >= disk_bytes:
-            raise ConfigError(f"--range {offset}:{length}: the disk has only {disk_bytes} bytes")
+            raise RangeBeyondDisk(offset, length, disk_bytes)
     return [(offset, min(length, disk_bytes - offset)) for offset, length in ranges]
 
 
@@ -353,7 +402,7 @@ async def _prefetch(
 
     def chunk_ended(done_bytes: int) -> None:
         moved()
-        if client.session.given_up:
+        if client.link.given_up:
             warmer.stop()  # All the others would fail, too.
         progress(done_bytes)
 
@@ -371,7 +420,7 @@ async def _prefetch(
             await ended.wait()
         finally:
             warmer.stop()
-    if warmer.failed_bytes and client.session.given_up:
+    if warmer.failed_bytes and client.link.given_up:
         raise ConnectionLost(
             f"{client.uri.server}: the server is lost and was not back within "
             f"{client.options.reconnect_timeout_s:g} s; "
@@ -403,10 +452,12 @@ async def _data(
 
 
 @asynccontextmanager
-async def _client(uri: NbdUri, options: ClientOptions) -> AsyncIterator[tuple[Client, Loop]]:
+async def _client(
+    uri: NbdUri, options: ClientOptions, above: _OverReconnects
+) -> AsyncIterator[tuple[Client, Loop]]:
     """A connected client with its loop, for as long as the block lasts."""
     loop = Loop(poll_us=0)
-    client = Client(uri, loop, options)
+    client = Client(uri, loop, options, above=above)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
         await client.connect()

@@ -23,8 +23,7 @@ from typing import TextIO, cast
 
 import structlog
 
-LEVELS = ("debug", "info", "warning", "error")
-FORMATS = ("text", "json")
+from bridge.errors import BridgeError, Remedy
 
 _STDERR = 2
 _QUEUE_MAX_BYTES = 1 << 20
@@ -33,8 +32,12 @@ _LAST_WORDS_S = 1.0
 """How long the end of the process waits for a log that nobody may be reading."""
 
 
-def configure(*, level: str, format_: str) -> None:
-    """Set up structlog for the whole process: `level` of LEVELS, `format_` of FORMATS.
+def configure(
+    *, level: str, format_: str, explain: Callable[[BridgeError | Remedy], str] = str
+) -> None:
+    """Set up structlog for the whole process: `level` and `format_` as in LogSettings.
+
+    `explain` puts an error, or a remedy that is logged without one, into an operator's words.
 
     From here on `sys.stderr` is the stream of the log, so that nothing else which is said there
     (a progress bar, an exception that nobody catches) blocks or raises, either.
@@ -56,11 +59,34 @@ def configure(*, level: str, format_: str) -> None:
     atexit.register(dropping.drain, _LAST_WORDS_S)
     stream = sys.stderr = cast("TextIO", dropping)
     structlog.configure(
-        processors=[structlog.processors.add_log_level, stamp, _or_plain(renderer)],
+        processors=[
+            structlog.processors.add_log_level,
+            stamp,
+            explained(explain),
+            _or_plain(renderer),
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
+
+
+def explained(explain: Callable[[BridgeError | Remedy], str]) -> structlog.typing.Processor:
+    """Our errors as text. That of `problem`, and a `remedy`, belong to the event's own sentence."""
+
+    def process(
+        logger: object, name: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        for key, value in event.items():
+            if isinstance(value, BridgeError | Remedy):
+                event[key] = explain(value)
+        if problem := event.pop("problem", ""):
+            event["event"] = f"{event['event']}: {problem}"
+        if remedy := event.pop("remedy", ""):
+            event["event"] = f"{event['event']}{remedy}"
+        return event
+
+    return process
 
 
 def _or_plain(renderer: structlog.typing.Processor) -> structlog.typing.Processor:

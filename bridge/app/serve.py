@@ -6,8 +6,8 @@ import errno
 import hashlib
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -16,19 +16,24 @@ import trio
 from bridge.app.descriptors import allow_all_descriptors
 from bridge.app.faults import report_bus_errors
 from bridge.app.heap import keep_freed_pages
+from bridge.app.settings import DiskSettings, ServeSettings, client_options
 from bridge.app.signals import ending_signals
-from bridge.app.storage import OFF, CacheSettings, Storage
+from bridge.app.storage import Storage
+from bridge.cache.cache_options import OFF
 from bridge.datapath.disk import Disk
+from bridge.datapath.engine import choose
 from bridge.datapath.loop import Loop
-from bridge.errors import BridgeError, ConfigError
+from bridge.datapath.request import Request
+from bridge.errors import BridgeError, ConfigError, LeftBehind, Remedy
+from bridge.guest.above import Above
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
 from bridge.guest.vhost_user.listener import Listener
-from bridge.guest.virtio.blk import ID_BYTES
-from bridge.guest.virtio.blk_config import SECTOR_BYTES, DiskGeometry
-from bridge.server.client_options import ClientOptions
+from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.server.export import Export
-from bridge.server.uri import parse_uri
+from bridge.server.uri import NbdUri, parse_uri
+from bridge.spec.virtio_blk import ID_BYTES
+from bridge.units import SECTOR_BYTES
 
 _log = structlog.get_logger(__name__)
 
@@ -45,16 +50,15 @@ class _Stop:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._deadline_s: float | None = None
-        self.on_begin: Callable[[], None] = _nothing
-        """Called when the time begins to run."""
-        self.problem = ""
+        self.problem: BridgeError | None = None
         """What the operator has to know: the exit status says that there was something."""
 
-    def begin(self) -> None:
-        """The time runs from here on."""
-        if self._deadline_s is None:
-            self._deadline_s = trio.current_time() + self._limit_s
-            self.on_begin()
+    def begin(self) -> bool:
+        """The time runs from here on; False if it did already."""
+        if self._deadline_s is not None:
+            return False
+        self._deadline_s = trio.current_time() + self._limit_s
+        return True
 
     @property
     def step_s(self) -> float:
@@ -69,212 +73,256 @@ class _Stop:
         return max(self.step_s, self._deadline_s - trio.current_time())
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """The options of `nbd-bridge serve`, as the command line has them."""
-
-    uri: str
-    socket_path: str | None = None
-    fd: int | None = None
-    read_only: bool = False
-    serial: str = ""
-    num_queues: int = 1
-    queue_size: int = 1024
-    block_size: int = 512
-    flush_interval_s: float = 60.0
-    poll_us: float = 32.0
-    stop_timeout_s: float = 30.0
-    """How long a stop of the process may take to bring everything to the server."""
-    drain_timeout_s: float = 30.0
-    """How long the guest's rings may take to stop, and what it wrote to get to the server then."""
-    withheld_features: int = 0
-    usual: bool = True
-    """The usual case of a turn goes its own way (see `datapath.usual`); for tests."""
-    client: ClientOptions = field(default_factory=ClientOptions)
-    cache: CacheSettings = field(default_factory=CacheSettings)
-
-
-async def serve_disk(options: ServeOptions) -> None:
-    """Serve one disk until SIGTERM, SIGINT, SIGQUIT or SIGHUP, then stop cleanly.
+async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
+    """Serve the export at `uri_text` until SIGTERM, SIGINT, SIGQUIT or SIGHUP, then stop cleanly.
 
     Raises ConfigError, ConnectionLost or ProtocolError (possibly in a group), each with one line
     for the operator; BridgeError when the stop left something behind.
     """
-    uri = parse_uri(options.uri)
+    uri = parse_uri(uri_text)
     keep_freed_pages()
     report_bus_errors()
     allow_all_descriptors()
-    loop = Loop(poll_us=options.poll_us)
-    client_options = replace(options.client, read_only=options.read_only)
-    client_options = client_options.for_reading_and_writing(local=uri.socket_path is not None)
-    cache = replace(options.cache, flush_interval_s=options.flush_interval_s)
-    storage = Storage(uri, loop, client_options, cache)
-    serving = trio.CancelScope()
-    stop = _Stop(options.stop_timeout_s)
+    loop = Loop(poll_us=settings.limits.poll_us, engine=choose(settings.limits.engine))
+    serving = _Serving(uri, settings, loop)
+    stop = serving.stop
+    until = trio.CancelScope()
     with ending_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
-            nursery.start_soon(_cancel_at_signal, signals, serving, stop)
+            nursery.start_soon(_cancel_at_signal, signals, until, serving)
             try:
-                with serving:
-                    await _serve(options, loop, storage, stop, nursery)
+                with until:
+                    await serving.run(nursery)
             finally:
                 with trio.CancelScope(shield=True):
-                    left_behind = await storage.close(stop.left_s)
+                    left_behind = await serving.storage.close(stop.left_s)
                     stop.problem = left_behind or stop.problem
             nursery.cancel_scope.cancel()
     loop.close()
-    if stop.problem:
-        raise BridgeError(stop.problem)
+    if stop.problem is not None:
+        raise stop.problem
     _log.info("stopped")
 
 
-async def _serve(
-    options: ServeOptions, loop: Loop, storage: Storage, stop: _Stop, nursery: trio.Nursery
-) -> None:
-    """Connect, then serve front-ends until cancelled; what was written is flushed at the end."""
-    export = await storage.open()
-    nursery.start_soon(storage.run)
-    # A cache has a flush timer of its own.
-    interval_s = options.flush_interval_s if options.cache.mode == OFF else 0
-    disk = Disk(
-        storage.backend,
-        turn=loop.turn,
-        flush_interval_s=interval_s,
-        now=trio.current_time,
-        usual=options.usual,
-    )
-    nursery.start_soon(disk.run_flush_timer)
-    geometry = disk_geometry(export, options)
+class _Serving:
+    """One `serve`. The layer above the storage side, which is there before the guest's side is."""
 
-    def remember() -> None:
+    def __init__(self, uri: NbdUri, settings: ServeSettings, loop: Loop) -> None:
+        options = client_options(settings.server, settings.tls)
+        options = replace(options, read_only=settings.disk.read_only)
+        options = options.for_reading_and_writing(local=uri.socket_path is not None)
+        self.storage = Storage(uri, loop, options, settings.cache, above=self)
+        self.stop = _Stop(settings.limits.stop_timeout_s)
+        self._uri = uri
+        self._settings = settings
+        self._loop = loop
+        self._guests: _GuestsSide | None = None
+
+    def resized(self, size_bytes: int) -> None:
+        """See storage.Above."""
+        if self._guests is not None:
+            self._guests.device.resize(size_bytes)
+
+    def reconnected(self) -> None:
+        """See storage.Above."""
+        if self._guests is not None:
+            self._guests.durability_changed()
+
+    def begin_to_stop(self) -> None:
+        """The time for it runs from here on."""
+        if self.stop.begin() and self._guests is not None:
+            self._guests.device.hurry(self.stop.step_s)
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Connect, then serve front-ends until cancelled; what was written is flushed at the
+        end."""
+        export = await self.storage.open()
+        nursery.start_soon(self.storage.run)
+        guests = _GuestsSide(self._uri, self._settings, export, self.storage, self._loop)
+        self._guests = guests
+        nursery.start_soon(guests.disk.run_flush_timer)
+        nursery.start_soon(guests.device.run)
+        with _listener(self._settings.disk) as listener:
+            guests.log_start()
+            try:
+                await backend.serve(guests.device, listener)
+            finally:
+                self.begin_to_stop()
+                self.stop.problem = await guests.flush_at_the_end(self.stop.step_s)
+
+
+class _GuestsSide(Above):
+    """What guests see of a storage side that is open: the disk and the device."""
+
+    def __init__(
+        self, uri: NbdUri, settings: ServeSettings, export: Export, storage: Storage, loop: Loop
+    ) -> None:
+        self._uri = uri
+        self._settings = settings
+        self._storage = storage
+        self._engine = loop.engine.name
+        self._geometry = disk_geometry(uri, export, settings.disk)
+        # A cache has a flush timer of its own.
+        interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
+        self.disk = Disk(
+            storage.backend,
+            turn=loop.turn,
+            flush_interval_s=interval_s,
+            now=trio.current_time,
+            above=self,
+        )
+        self.device = BlkDevice(
+            loop,
+            self.disk,
+            self._geometry,
+            hits=self.disk.hits,
+            usual=self.disk.usual,
+            serial=settings.disk.serial or default_serial(export),
+            max_queues=settings.disk.num_queues,
+            max_queue_size=settings.disk.queue_size,
+            drain_timeout_s=settings.limits.drain_timeout_s,
+            above=self,
+            withheld_features=settings.disk.withheld_features,
+        )
+
+    @property
+    def _loses_with_server(self) -> bool:
+        """What is not flushed is at the server only."""
+        return not (self._storage.has_cache or self._geometry.read_only)
+
+    def durability_changed(self) -> None:
+        """See disk.Above. Also after a reconnect."""
+        if self._loses_with_server:
+            self._remember()
+
+    def _remember(self) -> None:
         """For the process after this one. A server without a name that is away has lost what was
         unflushed, for all that anybody can tell later."""
+        disk, storage = self.disk, self._storage
         mark = storage.instance_mark
         unflushed = not disk.is_durable and not storage.has_cache
-        device.remember_durability(
+        self.device.remember_durability(
             unflushed_on=mark if unflushed else 0,
             loss_untold=disk.untold
             or storage.loss_untold
             or (unflushed and not mark and storage.is_away),
         )
 
-    def inherited(unflushed_on: int, loss_untold: bool) -> None:
-        if storage.inherit(unflushed_on) or loss_untold:
+    # See guest.above.Above.
+
+    def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+        """What the process before this one left unflushed may be lost."""
+        if self._storage.inherit(unflushed_on) or loss_untold:
             _log.error(
                 "writes that the process before this one had not flushed may be lost: "
                 "the guest's next flush will fail"
             )
-            disk.tell(errno.EIO)
-        if not (storage.has_cache or geometry.read_only):
-            disk.flush_inherited()
+            self.disk.tell(errno.EIO)
+        if self._loses_with_server:
+            self.disk.flush_inherited()
 
-    def nothing_inherited() -> None:
-        storage.nothing_inherited()
-        remember()
+    def fresh_guest(self) -> None:
+        """Nothing is promised to it yet."""
+        self._storage.nothing_inherited()
+        self._remember()
 
-    async def all_stopped() -> None:
+    def starting(self, go: Callable[[], None]) -> bool:
+        """It has to wait where the session was left."""
+        return self._storage.starting(go)
+
+    def recovered(self) -> None:
+        """The other process may have sent them."""
+        self._storage.client.expect_stale_writes()
+
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        """They are not sent any more."""
+        self._storage.abandon(requests)
+
+    async def left_behind(self) -> LeftBehind | None:
+        """It stays in the cache, or is lost."""
+        return await self._storage.stop_sending()
+
+    def epoch(self) -> int:
+        """That of the storage side."""
+        return self._storage.epoch()
+
+    async def all_stopped(self) -> None:
+        """Everything goes to the server, and is flushed there."""
         try:
-            await storage.hand_over(partial(disk.flush, quiet=True))
+            await self._storage.hand_over(partial(self.disk.flush, quiet=True))
         finally:
-            remember()
+            self._remember()
 
-    device = BlkDevice(
-        loop,
-        disk,
-        geometry,
-        hits=disk.hits,
-        usual=disk.usual,
-        serial=options.serial or default_serial(export),
-        max_queues=options.num_queues,
-        max_queue_size=options.queue_size,
-        drain_timeout_s=options.drain_timeout_s,
-        on_abandoned=storage.abandon,
-        on_all_stopped=all_stopped,
-        on_left_behind=storage.stop_sending,
-        on_starting=storage.starting,
-        on_recovered=storage.client.expect_stale_writes,
-        on_inherited=inherited,
-        on_fresh_guest=nothing_inherited,
-        epoch=storage.epoch,
-        withheld_features=options.withheld_features,
-    )
-    if not (storage.has_cache or geometry.read_only):
-        disk.on_changed = remember
-        storage.client.on_reconnect = remember
-    stop.on_begin = lambda: device.hurry(stop.step_s)
-    storage.on_resized = device.resize
-    nursery.start_soon(device.run)
-    with _listener(options) as listener:
+    def log_start(self) -> None:
+        """Front-ends may come."""
+        disk = self._settings.disk
         _log.info(
             "serving",
-            uri=options.uri,
-            socket=options.socket_path or f"fd {options.fd}",
-            size_bytes=geometry.capacity_sectors * SECTOR_BYTES,
-            read_only=geometry.read_only,
-            cache=options.cache.mode,
-            engine=loop.engine.name,
+            uri=self._uri.text,
+            socket=disk.socket_path or f"fd {disk.fd}",
+            size_bytes=self._geometry.capacity_sectors * SECTOR_BYTES,
+            read_only=self._geometry.read_only,
+            cache=self._settings.cache.mode,
+            engine=self._engine,
         )
-        try:
-            await backend.serve(device, listener)
-        finally:
-            stop.begin()
-            error = 0
-            with trio.move_on_after(stop.step_s, shield=True) as flushing:
-                if not storage.has_left:
-                    error = await disk.flush()
-            # A cache keeps what could not be flushed, and has another try when it is closed.
-            if not storage.has_cache and (flushing.cancelled_caught or error):
-                why = os.strerror(error) if error else "it did not answer in time"
-                stop.problem = (
-                    f"the server could not flush at the end ({why}): what the guest wrote since "
-                    "its last flush may not be durable"
-                )
-            elif disk.untold or storage.loss_untold:
-                stop.problem = (
-                    "the server may have lost writes of the guest's that it had not flushed, and "
-                    "the guest has not flushed since, so it does not know: check its file systems"
-                )
 
-
-def _nothing() -> None:
-    """Nobody wants to know."""
+    async def flush_at_the_end(self, limit_s: float) -> BridgeError | None:
+        """Flush what was written; None, or what the operator has to know."""
+        disk, storage = self.disk, self._storage
+        error = 0
+        with trio.move_on_after(limit_s, shield=True) as flushing:
+            if not storage.has_left:
+                error = await disk.flush()
+        # A cache keeps what could not be flushed, and has another try when it is closed.
+        if not storage.has_cache and (flushing.cancelled_caught or error):
+            why = os.strerror(error) if error else "it did not answer in time"
+            return BridgeError(
+                f"the server could not flush at the end ({why}): what the guest wrote since "
+                "its last flush may not be durable"
+            )
+        if disk.untold or storage.loss_untold:
+            return BridgeError(
+                "the server may have lost writes of the guest's that it had not flushed, and "
+                "the guest has not flushed since, so it does not know: check its file systems"
+            )
+        return None
 
 
 async def _cancel_at_signal(
-    signals: trio.MemoryReceiveChannel[signal.Signals], serving: trio.CancelScope, stop: _Stop
+    signals: trio.MemoryReceiveChannel[signal.Signals], until: trio.CancelScope, serving: _Serving
 ) -> None:
     number = await signals.receive()  # Those that follow ask for the same.
     _log.info("stopping", signal=number.name)
-    stop.begin()
-    serving.cancel()
+    serving.begin_to_stop()
+    until.cancel()
 
 
-def _listener(options: ServeOptions) -> Listener:
-    if options.socket_path is not None:
-        return Listener.at_path(options.socket_path)
-    if options.fd is None:
-        raise ConfigError("give either --socket-path or --fd")
-    return Listener.from_fd(options.fd)
+def _listener(disk: DiskSettings) -> Listener:
+    if disk.socket_path is not None:
+        return Listener.at_path(disk.socket_path)
+    if disk.fd is None:
+        raise ConfigError("neither a path nor a descriptor to listen on")
+    return Listener.from_fd(disk.fd)
 
 
-def disk_geometry(export: Export, options: ServeOptions) -> DiskGeometry:
+def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeometry:
     """What the guest gets to see of `export`. Raises ConfigError if it is no disk at all."""
-    if export.usable_bytes < options.block_size:
+    if export.usable_bytes < disk.block_size_bytes:
         raise ConfigError(
-            f"{options.uri}: the export has {export.size_bytes} bytes, less than one block of "
-            f"{options.block_size}: there is no disk to serve"
+            f"{uri.text}: the export has {export.size_bytes} bytes, less than one block of "
+            f"{disk.block_size_bytes}: there is no disk to serve"
         )
-    if tail := export.size_bytes % options.block_size:
+    if tail := export.size_bytes % disk.block_size_bytes:
         _log.warning(
             "the end of the export is no whole block, the guest does not see it",
             size_bytes=export.size_bytes,
             hidden_bytes=tail,
         )
-    if export.read_only and not options.read_only:
-        why = {"reason": export.why_read_only} if export.why_read_only else {}
+    if export.read_only and not disk.read_only:
+        why = {"reason": export.volume.why_read_only} if export.volume.why_read_only else {}
         _log.warning(
-            "the export is read-only, so the disk is; say --read-only to expect that", **why
+            "the export is read-only, so the disk is", remedy=Remedy.EXPECT_READ_ONLY, **why
         )
     if not export.can_flush and not export.read_only:
         _log.warning(
@@ -283,10 +331,10 @@ def disk_geometry(export: Export, options: ServeOptions) -> DiskGeometry:
         )
     return DiskGeometry(
         size_bytes=export.usable_bytes,
-        read_only=options.read_only or export.read_only,
+        read_only=disk.read_only or export.read_only,
         can_flush=export.can_flush,
         can_discard=export.can_trim,
-        block_size_bytes=options.block_size,
+        block_size_bytes=disk.block_size_bytes,
         min_io_bytes=max(export.min_block_bytes, SECTOR_BYTES),
         optimal_io_bytes=export.preferred_block_bytes if export.has_block_sizes else 0,
     )

@@ -11,29 +11,25 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from errno import EIO
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 import trio
 
+from bridge.app.settings import CacheSettings
 from bridge.cache.cache import Cache
-from bridge.cache.cache_options import Options
+from bridge.cache.cache_options import OFF, Options
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import location
-from bridge.cache.file.cache_file import (
-    CacheFile,
-    believe,
-    dirty_bytes,
-    has_content,
-    open_file,
-    open_or_create,
-)
+from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.file.inspect import drop
 from bridge.cache.file.layout import Identity, geometry_for
 from bridge.cache.file.location import Found, Wanted
+from bridge.cache.file.locking import has_content
+from bridge.cache.file.opening import believe, open_file, open_or_create
 from bridge.cache.sample import check_sample
 from bridge.datapath.deadlines import Deadlines
 from bridge.datapath.disk import Backend
@@ -42,18 +38,14 @@ from bridge.datapath.loop import Loop
 from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE_ZEROES, Request, Target
 from bridge.datapath.rows import FromCache, ToServer, Usual
 from bridge.datapath.turn import Outcome, Turn
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, InUse, LeftBehind
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, InUse, LeftBehind, Remedy
 from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.uri import NbdUri
+from bridge.server.volume_words import VolumeName
 
 _log = structlog.get_logger(__name__)
-
-WRITEBACK = "writeback"
-WRITETHROUGH = "writethrough"
-OFF = "off"
-
 
 _ANSWER_LIMIT_S = 10.0
 """How long what the cache asks of the server at the start may take."""
@@ -66,22 +58,8 @@ _LEAVE_S = 2.0
 """How long a session that is left may take to answer what is in flight: the limit of the stop has
 passed already, and hanging up before aborts nbdkit 1.32."""
 
-_FORCE = "nbd-bridge cache flush --force"
-"""How what only a cache has is written over what somebody else wrote."""
-
 _SAMPLE_BLOCKS = 64
 """How many clean blocks are compared when a guest comes back to a server that counts nobody."""
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """The cache as the command line has it."""
-
-    mode: str = OFF
-    size_bytes: int = 1 << 30
-    directory: str | None = None
-    """None: `default_directory()`."""
-    flush_interval_s: float = 60.0
 
 
 def default_directory() -> Path:
@@ -95,8 +73,8 @@ def default_directory() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbd-bridge"
     except RuntimeError:
         raise ConfigError(
-            f"user {os.geteuid()} has no home directory for the cache: choose a directory with "
-            "--cache-dir, or serve with --cache-mode off"
+            f"user {os.geteuid()} has no home directory for the cache",
+            remedy=Remedy.NAME_DIRECTORY,
         ) from None
 
 
@@ -115,8 +93,8 @@ def make_default_directory() -> None:
         chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"cache directory {chosen} cannot be made ({error.strerror}): "
-            "choose another with --cache-dir, or --cache-mode off"
+            f"cache directory {chosen} cannot be made ({error.strerror})",
+            remedy=Remedy.OTHER_DIRECTORY,
         ) from None
 
 
@@ -125,7 +103,7 @@ def cache_identity(uri: NbdUri) -> Identity:
 
     Our plugin's `@session=…` is no part of that: the next session of a volume finds its cache.
     """
-    return Identity(uri=uri.server, export=uri.export_name.partition("@session=")[0])
+    return Identity(uri=uri.server, export=VolumeName(uri.export_name).without_session)
 
 
 def wanted_cache(uri: NbdUri, export: Export | None) -> Wanted:
@@ -135,7 +113,7 @@ def wanted_cache(uri: NbdUri, export: Export | None) -> Wanted:
     if export is None:
         return Wanted(identity, frozenset(names), b"", 0)
     if export.canonical_name:
-        names.add(export.canonical_name.partition("@session=")[0])
+        names.add(VolumeName(export.canonical_name).without_session)
     return Wanted(identity, frozenset(names), export.identity, export.usable_bytes)
 
 
@@ -152,8 +130,9 @@ def passed_over(uri: NbdUri, found: Found) -> ConfigError:
     which = "belongs to" if found.owned else "may belong to"
     return ConfigError(
         f"cache file {found.path} {which} the export {uri.text} and holds {found.dirty_bytes} "
-        f"bytes that the server lacks: run 'nbd-bridge cache flush {found.path}' first, or give "
-        f"them up with 'nbd-bridge cache drop --discard-dirty {found.path}'"
+        "bytes that the server lacks",
+        remedy=Remedy.FLUSH_OR_GIVE_UP,
+        path=found.path,
     )
 
 
@@ -167,12 +146,15 @@ def _remove(files: list[Found]) -> None:
             )
 
 
-def unwritten(file: CacheFile, reason: str, remedy: str) -> ConfigError:
+def unwritten(
+    file: CacheFile, reason: str, remedy: Remedy = Remedy.FORCE_OR_GIVE_UP
+) -> ConfigError:
     """For the operator: the cache file holds what the server has not, and that is in the way."""
     return ConfigError(
         f"cache file {file.path} holds {dirty_bytes(file)} bytes that the server lacks, and "
-        f"{reason}: run '{remedy} {file.path}' first, or give them up with "
-        f"'nbd-bridge cache drop --discard-dirty {file.path}'"
+        f"{reason}",
+        remedy=remedy,
+        path=file.path,
     )
 
 
@@ -184,16 +166,16 @@ def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
     shared = file.header.shared or is_shared(export.name)
     if file.header.frozen and (export.sessions is None or shared):
         reason = "the guest was stopped and may have written elsewhere since, which cannot be told"
-        raise unwritten(file, reason, _FORCE)
+        raise unwritten(file, reason)
     if export.content_sessions is None:
         return
     if reason := cache.foreign_change(*export.content_sessions, export.identity):
-        raise unwritten(file, reason, _FORCE)
+        raise unwritten(file, reason)
 
 
 def is_shared(export_name: str) -> bool:
     """Others may be in the same session of our plugin: for a migration."""
-    return "@session=" in export_name
+    return VolumeName(export_name).is_shared
 
 
 def note_export(cache: Cache, export: Export) -> None:
@@ -235,15 +217,15 @@ async def check_content(
             file,
             "the export is not as it was left: somebody else wrote it, or another image is in its "
             f"place ({differing} blocks that were read or flushed before are different now)",
-            _FORCE,
         )
     if differing > 0:
         note_changed_content(cache, differing)
     elif differing < 0 and dirty and not force:
         raise ConnectionLost(
             f"cache file {file.path} holds data that the server lacks, and the server did not "
-            "answer when it was compared with the export: nothing was written; if reads of the "
-            f"export fail for good, run 'nbd-bridge cache flush --force {file.path}'"
+            "answer when it was compared with the export: nothing was written",
+            remedy=Remedy.FORCE_IF_UNREADABLE,
+            path=file.path,
         )
     elif differing < 0:
         _log.warning("the cache could not be compared with the export: its clean part is discarded")
@@ -341,7 +323,7 @@ class NbdBackend:
     @property
     def gone(self) -> bool:
         """There was no connection for too long: requests fail."""
-        return self._client.session.given_up
+        return self._client.link.given_up
 
     @property
     def in_flight(self) -> int:
@@ -350,7 +332,7 @@ class NbdBackend:
 
     def usual(self, wrote: Callable[[], None]) -> Usual | None:
         """See disk.Backend."""
-        return ToServer(self._client.session.link, self._client.rows, wrote)
+        return ToServer(self._client.link.route, self._client.rows, wrote)
 
 
 class GatedBackend(NbdBackend):
@@ -411,13 +393,31 @@ class CachedBackend:
         return bool(self._cache.index.dirty_slots)
 
 
+class Above(Protocol):
+    """What serves the disk to guests."""
+
+    def resized(self, size_bytes: int) -> None:
+        """The disk has grown, and may be used so far."""
+
+    def reconnected(self) -> None:
+        """There is a new connection to the server, and no cache that keeps what the last one had
+        not made durable."""
+
+
 class Storage:
     """One export, with or without a cache. `open`, then `backend`, then `close`."""
 
     def __init__(
-        self, uri: NbdUri, loop: Loop, options: ClientOptions, cache: CacheSettings
+        self,
+        uri: NbdUri,
+        loop: Loop,
+        options: ClientOptions,
+        cache: CacheSettings,
+        *,
+        above: Above | None = None,
     ) -> None:
-        self.client = Client(uri, loop, options)
+        self.client = Client(uri, loop, options, above=self)
+        self._above = above
         self._uri = uri
         self._loop = loop
         self.turn = loop.turn
@@ -435,21 +435,18 @@ class Storage:
         self._away = False
         """Nothing is sent, and the session was left: see `stop_sending`."""
         self._objection = ""
-        """Why nothing is sent to the server, which is there again: see `_examine`."""
+        """Why nothing is sent to the server, which is there again: see `examine`."""
         self._was_compared = False
         """What is cached and clean was, with the present connection."""
         self._go: Callable[[], None] = _go_nowhere
         self._refusal: BridgeError | None = None
         self._refused = trio.Event()
-        self.on_resized: Callable[[int], None] = _nothing
-        """Called with the new size in bytes when the disk has grown, and may be used so far."""
 
     async def open(self) -> Export:
         """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
         export = await self.client.connect()
         if self._settings.mode == OFF or export.read_only or self._read_only:
             await self._check_unused_cache(export)
-            self.client.on_export_changed = lambda changed: self.on_resized(changed.usable_bytes)
             return export
         if self._settings.directory is None:
             make_default_directory()
@@ -466,8 +463,6 @@ class Storage:
         expect_stale_writes(self.client, self._file, cache.index.dirty_slots)
         self.turn.add_stage(cache)
         self.client.keeps_unflushed = True
-        self.client.on_reconnect = self._reconnected
-        self.client.examine = self._examine
         # While all is there to compare: what the counters say may drop the clean part.
         await check_content(cache, self._file, self.turn)
         if export.sessions and export.sessions[0] == self._file.header.export_generation:
@@ -582,7 +577,7 @@ class Storage:
             if not believe(file):
                 return
             if dirty_bytes(file):
-                raise unwritten(file, "it would be passed over", "nbd-bridge cache flush")
+                raise unwritten(file, "it would be passed over", Remedy.FLUSH_OR_GIVE_UP)
             if not read_only and export.sessions is None:
                 # Nobody would tell the next run that this one wrote.
                 os.unlink(path)
@@ -601,8 +596,8 @@ class Storage:
 
         return await answer_of(start, self.turn)
 
-    async def _examine(self, export: Export, submit: Callable[[Request], None]) -> str:
-        """Why what only the cache has must not go to the server that came back; "": it may.
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """See client.Above. Why what only the cache has must not go there; "": it may.
 
         Until then there is no connection, for all that the guest sees, and every further attempt
         asks again: whoever started a server on the wrong image by mistake can mend that.
@@ -633,17 +628,26 @@ class Storage:
         if reason and reason != self._objection:
             _log.error(
                 "nothing is sent to the server, and the guest waits, until the export is as it was "
-                f"or this bridge is stopped: {unwritten(file, reason, _FORCE)}"
+                "or this bridge is stopped",
+                problem=unwritten(file, reason),
             )
         self._objection = reason
         return reason
 
-    def _reconnected(self) -> None:
-        """A new connection is up; nothing was sent on it yet."""
-        if self._away:
+    def reconnected(self) -> None:
+        """See client.Above."""
+        if self._cache is None:
+            if self._above is not None:
+                self._above.reconnected()
+        elif self._away:
             self._judge_return()
         else:
             self._go_on()
+
+    def export_changed(self, export: Export) -> None:
+        """See client.Above. A cache grows first, see `_go_on`."""
+        if self._cache is None and self._above is not None:
+            self._above.resized(export.usable_bytes)
 
     def _go_on(self) -> None:
         """What is dirty may be sent on this connection."""
@@ -665,8 +669,8 @@ class Storage:
                 "the next reconnect",
                 reason=os.strerror(outcome.error),
             )
-        else:
-            self.on_resized(self._cache.size_bytes)
+        elif self._above is not None:
+            self._above.resized(self._cache.size_bytes)
 
     def _note_sample(self, differing: int) -> None:
         """The sample after a reconnect was compared, or the connection is lost again."""
@@ -686,14 +690,14 @@ class Storage:
     @property
     def loss_untold(self) -> bool:
         """The server may have lost something, and the guest has not heard of it."""
-        session = self.client.session
-        return session.durability.untold
+        link = self.client.link
+        return link.durability.untold
 
     @property
     def instance_mark(self) -> int:
         """Stands for the server instance that has what is unflushed; 0 if it has no name, or if a
         cache has the same."""
-        return 0 if self.has_cache else self.client.session.durability.instance_mark
+        return 0 if self.has_cache else self.client.link.durability.instance_mark
 
     @property
     def is_away(self) -> bool:
@@ -703,19 +707,19 @@ class Storage:
     def inherit(self, unflushed_on: int) -> bool:
         """A guest comes that ran with another process, which may have left something unflushed on
         the server instance of that mark (0: nobody knows). True if it may be lost by now."""
-        session = self.client.session
+        link = self.client.link
         if not self.has_cache and not self._read_only:
-            session.expect_unflushed()
-        return session.durability.is_lost(unflushed_on)
+            link.expect_unflushed()
+        return link.durability.is_lost(unflushed_on)
 
     def nothing_inherited(self) -> None:
         """A guest comes that has not run before: it has no promise from any other process."""
-        self.client.session.durability.nothing_before()
+        self.client.link.durability.nothing_before()
 
     def epoch(self) -> int:
         """Another number whenever the server may have dropped what it had acknowledged; a cache
         sees to that itself."""
-        return 0 if self.has_cache else self.client.session.durability.epoch
+        return 0 if self.has_cache else self.client.link.durability.epoch
 
     @property
     def has_cache(self) -> bool:
@@ -759,32 +763,32 @@ class Storage:
         """The guest has stopped: bring what it wrote to the server and `flush` it, so that it may
         go on elsewhere. Raises LeftBehind if that fails; may be cancelled."""
         if self._is_frozen:
-            raise LeftBehind(self._what_is_left())
+            raise self._what_is_left()
         if not self._away and (error := await flush()):
             raise LeftBehind(
                 f"the server could not flush ({os.strerror(error)}): what the guest wrote since "
                 "its last flush may not be durable"
             )
         if self._late or (self._cache is not None and self._cache.index.dirty_slots):
-            if left_here := await self.stop_sending():
-                raise LeftBehind(left_here)
+            if (left_here := await self.stop_sending()) is not None:
+                raise left_here
         elif self._cache is None:
             self.client.silence()
         self.may_be_written_elsewhere()
 
-    async def stop_sending(self) -> str:
+    async def stop_sending(self) -> LeftBehind | None:
         """The guest has stopped and may go on elsewhere before all that it wrote is at the server:
         nothing of it is sent from here any more, until `starting`.
 
         What is dirty is marked in the cache file as frozen, and the session is left. Returns what
-        is left here and what to do, one line, or "" if nothing is.
+        is left here, None if nothing is.
         """
         cache, file = self._cache, self._file
         if cache is None or file is None:
             self.client.silence()
-            return ""
+            return None
         if not cache.index.dirty_slots and not self._late:
-            return ""
+            return None
         self._away = True
         # The mark comes first: from here on a death finds it. The gate next: what is not in the
         # client's hands yet never gets there.
@@ -795,7 +799,7 @@ class Storage:
         await self.client.leave(min(_LEAVE_S, self.client.options.close_timeout_s), EIO)
         if not cache.index.dirty_slots:
             file.save_header(frozen=False)  # the last answers came after all
-        return self._what_is_left() if self._is_frozen else ""
+        return self._what_is_left() if self._is_frozen else None
 
     @property
     def has_left(self) -> bool:
@@ -806,13 +810,14 @@ class Storage:
     def _is_frozen(self) -> bool:
         return self._away and self._file is not None and self._file.header.frozen
 
-    def _what_is_left(self) -> str:
+    def _what_is_left(self) -> LeftBehind:
         assert self._file is not None
         path, dirty = self._file.path, dirty_bytes(self._file)
-        return (
+        return LeftBehind(
             f"the server did not take everything before the guest stopped: {dirty} bytes are kept "
-            f"in {path} and not sent any more; start the guest here again, or stop this bridge and "
-            f"run 'nbd-bridge cache flush {path}' before it starts elsewhere"
+            f"in {path} and not sent any more",
+            remedy=Remedy.GO_ON_HERE_OR_FLUSH,
+            path=path,
         )
 
     def starting(self, go: Callable[[], None]) -> bool:
@@ -846,7 +851,7 @@ class Storage:
             return reason
         if is_shared(self._uri.export_name):
             # One number for all of the session: only who wrote last tells more.
-            writer = export.properties.get("writer")
+            writer = export.volume.writer
             if writer is None:
                 return "others in the same session may have written the export since"
             if writer != self.client.client_id:
@@ -865,7 +870,7 @@ class Storage:
 
     def _refuse_return(self, reason: str) -> None:
         assert self._file is not None
-        self._refusal = BridgeError(str(unwritten(self._file, reason, _FORCE)))  # not asked wrongly
+        self._refusal = unwritten(self._file, reason).within(BridgeError)  # not asked wrongly
         self._refused.set()
 
     async def _watch_refusal(self) -> None:
@@ -887,7 +892,7 @@ class Storage:
         self._go_on()
         cache.freeze(False)
         go, self._go = self._go, _go_nowhere
-        # Not before the session is through with what a new connection asks of it.
+        # Not before the link is through with what a new connection asks of it.
         self.turn.at_end(go)
 
     def _refuse(self, errno: int) -> None:
@@ -895,13 +900,13 @@ class Storage:
             self._under_cache.refuse(errno)
             self._cache.refuse(errno)
 
-    async def close(self, limit_s: float) -> str:
+    async def close(self, limit_s: float) -> BridgeError | None:
         """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up.
 
         What the cache still reads is waited for: hanging up with requests in flight aborts
         nbdkit 1.32. A quarter of the limit is kept for that, if the client's own is not shorter.
 
-        Returns "", or where what the server did not take is, for the operator.
+        Returns None, or where what the server did not take is.
         """
         hang_up_s = min(self.client.options.close_timeout_s, limit_s / 4)
         deadline_s = trio.current_time() + limit_s
@@ -912,22 +917,23 @@ class Storage:
         await self.client.close(max(deadline_s - trio.current_time(), hang_up_s))
         dirty = self._opened and self._cache is not None and self._cache.index.dirty_slots
         path = self._file.path if self._file is not None else ""
-        objection = ""
+        objection = None
         if self._objection and self._file is not None:
-            objection = str(unwritten(self._file, self._objection, _FORCE))
+            objection = unwritten(self._file, self._objection).within(BridgeError)
         problem = await self._close_file(max(deadline_s - trio.current_time(), FILE_LIMIT_S))
         if not dirty:
-            return problem
+            return BridgeError(problem) if problem else None
         if problem:
-            return f"{problem}; it holds what the server did not take in time"
-        if objection:
+            return BridgeError(f"{problem}; it holds what the server did not take in time")
+        if objection is not None:
             return objection
         if self._away:
-            return (
-                f"what the server lacks is kept in {path}: before the guest starts elsewhere, run "
-                f"'nbd-bridge cache flush {path}'"
+            return BridgeError(
+                f"what the server lacks is kept in {path}",
+                remedy=Remedy.FLUSH_BEFORE_ELSEWHERE,
+                path=path,
             )
-        return (
+        return BridgeError(
             f"the server did not take everything in time: what is missing is kept in {path} and "
             "goes to the server at the next start"
         )
@@ -1019,7 +1025,3 @@ def to_be_set(request: Request) -> None:
 
 def _go_nowhere() -> None:
     """Nobody waits."""
-
-
-def _nothing(size_bytes: int) -> None:
-    """Nobody wants to know."""

@@ -22,8 +22,9 @@ from bridge.cache.discards import Discards
 from bridge.cache.eviction import UP, Evictor
 from bridge.cache.exclusive import Exclusives
 from bridge.cache.fetch import Fetcher
-from bridge.cache.file.cache_file import MappedImage, damaged_index
+from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import BITS
+from bridge.cache.file.opening import damaged_index
 from bridge.cache.flush import Flusher
 from bridge.cache.index import Index
 from bridge.cache.range_requests import Ranges
@@ -161,7 +162,11 @@ class Cache:
             self.submit_slowly(request)
 
     def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
-        """See `request.Hits`: blocks of one granule that are all `ready`."""
+        """See `request.Hits`: blocks of one granule that are all `ready`.
+
+        For what is not usual: packed rings, buffers in several pieces, requests above 64 KiB. What
+        is usual `usual.take_hits` serves, in the same way.
+        """
         granule = offset >> self._shift
         slot = self._head[granule & self._bucket_mask]
         if self._granule_of[slot] != granule:
@@ -217,6 +222,7 @@ class Cache:
 
     def submit_slowly(self, request: Request) -> None:
         """The same as `submit`, for a request that was found to be no hit."""
+        self._turn.wanted = True
         op, length = request.op, request.length
         if op == FLUSH:
             self._flusher.request(request)
@@ -262,6 +268,7 @@ class Cache:
     def refuse(self, errno: int) -> None:
         """Fail with `errno` all requests that wait for room or for the cache's disk, and those that
         would have to. What waits for the server's answer is not touched. 0: they may wait again."""
+        self._turn.want()
         self._store.refuse(errno)
         self._reads.refuse(errno)
 
@@ -273,6 +280,7 @@ class Cache:
     def backend_reconnected(self) -> None:
         """The connection was replaced: call this after `backend.generation` was raised and
         before unanswered requests are sent again."""
+        self._turn.want()
         self._common.durability.reconnected()
         self._writeback.lost()
         if self.index.dirty_slots:
@@ -285,6 +293,7 @@ class Cache:
         the last block could not be read, or no cache can be for a disk of that size (EFBIG).
         A size that is not larger changes nothing. The number of slots stays.
         """
+        self._turn.want()
         self._resizer.resize(size_bytes, outcome)
 
     def _grown(self) -> None:
@@ -309,6 +318,7 @@ class Cache:
         """Do what is due: the flush timer, write-out by age."""
         if self._frozen:
             return
+        self._turn.want()
         self._flusher.tick(now)
         self._writeback.tick(now)
         if now >= self._residency_due:
@@ -410,6 +420,7 @@ class Cache:
 
         Fetches in flight are not filled in either. Dirty blocks stay.
         """
+        self._turn.want()
         index = self.index
         self._remember(0)
         self._discards.nothing_older(self._common.durability.epoch)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from bridge.cache.blocks import Blocks, zeroed
-from bridge.cache.buffers import Bytes
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of
+from bridge.datapath.buffers import Bytes
 
 
 class Image(Protocol):
@@ -171,6 +171,11 @@ class Index(Blocks):
         while slot and granule_of[slot] != granule:
             slot = self.chain[slot]
         return slot
+
+    @property
+    def has_free(self) -> bool:
+        """There is a slot that holds nothing."""
+        return self._free_count > 0 or self._next_unused <= self.slots
 
     def take_free(self) -> int:
         """A slot that holds nothing, or 0. `bind()` or `give_back()` must follow."""

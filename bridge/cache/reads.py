@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
-from bridge.cache.buffers import scatter
 from bridge.cache.common import Common
 from bridge.cache.discards import Discards
 from bridge.cache.fetch import Fetcher
 from bridge.cache.readahead import Readahead
+from bridge.datapath.buffers import scatter
 from bridge.datapath.request import READ, Request
 from bridge.datapath.turn import Outcome, Turn
 
@@ -31,7 +31,7 @@ class _ReadOp:
         self.abandoned = True
         self.turn.finish(self.request, error)
 
-    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
+    def fetched(self, first: int, end: int, view: memoryview, error: int, not_kept: int) -> None:
         """Some blocks have come from the server."""
         if error:
             self.error = self.error or error

@@ -1,4 +1,12 @@
 """The commands of `nbd-bridge`: what an operator types and reads.
 
-- `main`: every command; `parameters`: what their options accept.
+- `main`: finds the command; one module for each: `serve`, `info`, `cache_show`, `cache_drop`,
+  `cache_flush`, `cache_warm`, `demo`;
+- `wording`: what an operator is told of an error, and what helps: sentences that name a command or
+  an option stand there, and nowhere else;
+- `common`: how each is made, prints and fails; `options`: what options accept, made from
+  `bridge.app.settings`, where every option is declared.
+
+A new option goes into `bridge.app.settings`; a new command gets a module here, its settings there,
+and a line in `main`.
 """

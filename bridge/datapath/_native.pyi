@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bridge.datapath.cells import Cells, Channel, Link, Queue, Resident
+from bridge.datapath.cells import Cells, Channel, Queue, Resident, Route
 from bridge.datapath.rows import Rows
 
 ABI: int
@@ -11,13 +11,13 @@ PLACES: dict[str, int]
 
 def take_hits(queue: Queue, disk: Cells[int], cache: Resident, /) -> tuple[int, int]: ...
 def take_commands(
-    queue: Queue, disk: Cells[int], link: Link, channel: Channel, rows: Rows, /
+    queue: Queue, disk: Cells[int], route: Route, channel: Channel, rows: Rows, /
 ) -> tuple[int, int]: ...
 def answers(channel: Channel, rows: Rows, start: int, end: int, /) -> tuple[int, bool]: ...
 def publish(queue: Queue, /) -> bool: ...
 
-Side = tuple[Resident] | tuple[Channel, int, Link, Rows, int, int]
-"""A cache; or a channel, its descriptor, the link and the rows, and where in the staging buffer
+Side = tuple[Resident] | tuple[Channel, int, Route, Rows, int, int]
+"""A cache; or a channel, its descriptor, the route and the rows, and where in the staging buffer
 what was received begins and ends."""
 
 def new_turns(poll_max_ns: int, /) -> object: ...

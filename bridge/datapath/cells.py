@@ -147,8 +147,8 @@ CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, DISK_CELLS = range(4)
 """BLOCK_MASK: bits that offset and length must not have. MAY_WRITE: a write is allowed, and need
 not be durable when it is complete."""
 
-# Cells of a `Link`.
-MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, LINK_CELLS = range(5)
+# Cells of a `Route`.
+MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, ROUTE_CELLS = range(5)
 """What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
 nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server."""
 
@@ -206,13 +206,13 @@ class Wire(Protocol):
         with `errno`."""
 
 
-class Link:
+class Route:
     """Where commands go: the limits of the export, and the one channel that takes them."""
 
     __slots__ = ("cells", "channel", "flush_later", "shown", "wire")
 
     def __init__(self) -> None:
-        self.cells = cells(LINK_CELLS)
+        self.cells = cells(ROUTE_CELLS)
         self.channel: Channel | None = None
         """None: commands must go the general way."""
         self.wire: Wire | None = None

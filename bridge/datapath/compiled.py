@@ -78,6 +78,8 @@ class CompiledTurns:
             usual.took(reads, writes)
         start, end, n_bytes = received
         usual.turned(start, end, n_bytes, unsent)
+        if n_bytes:
+            self._turn.wanted = True  # Whoever counts what was answered is to look.
         if not flags & _INCOMPLETE:
             self._turn.end()
             return Turns(not flags, flags == BUDGET, ready)

@@ -9,7 +9,8 @@ once, when a loop is made:
     pure        as it says
     compiled    as it says, or a ConfigError
 
-The environment variable NBD_BRIDGE_SERVE_ENGINE says which; `auto` is the default.
+`serve --engine` says which, elsewhere the environment variable NBD_BRIDGE_SERVE_ENGINE; `auto` is
+the default.
 """
 
 from __future__ import annotations
@@ -19,16 +20,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from bridge.datapath import cells, usual
-from bridge.datapath.cells import ABI, Cells, Channel, Link, Queue, Resident
+from bridge.datapath.cells import ABI, Cells, Channel, Queue, Resident, Route
+from bridge.datapath.engine_names import AUTO, COMPILED, ENGINES, PURE
 from bridge.errors import ConfigError
 
 if TYPE_CHECKING:
     from bridge.datapath.rows import Rows
-
-AUTO: Final = "auto"
-PURE: Final = "pure"
-COMPILED: Final = "compiled"
-ENGINES: Final = (AUTO, PURE, COMPILED)
 
 _VARIABLE: Final = "NBD_BRIDGE_SERVE_ENGINE"
 
@@ -38,7 +35,7 @@ class Engine(NamedTuple):
 
     name: str
     take_hits: Callable[[Queue, Cells[int], Resident], tuple[int, int]]
-    take_commands: Callable[[Queue, Cells[int], Link, Channel, Rows], tuple[int, int]]
+    take_commands: Callable[[Queue, Cells[int], Route, Channel, Rows], tuple[int, int]]
     answers: Callable[[Channel, Rows, int, int], tuple[int, bool]]
     publish: Callable[[Queue], bool]
     has_turns: bool = False

@@ -31,9 +31,9 @@ from bridge.datapath.cells import (
     TOUCHED,
     Cells,
     Channel,
-    Link,
     Queue,
     Resident,
+    Route,
     RowOwner,
     cells,
     row_cookie,
@@ -51,7 +51,7 @@ _LAST_SEQUENCE: Final = SEQUENCE_MASK - MAX_HEADS
 _LAST_SEQUENCE_OF_TURNS: Final = SEQUENCE_MASK - (1 << 24)
 """The same for compiled turns, which are some thousand commands each."""
 
-Side = tuple[Resident] | tuple[Channel, int, Link, "Rows", int, int]
+Side = tuple[Resident] | tuple[Channel, int, Route, "Rows", int, int]
 """Where compiled turns serve chains (see `_native.pyi`)."""
 
 
@@ -317,17 +317,17 @@ class FromCache:
 
 
 class ToServer:
-    """Commands on a link."""
+    """Commands on a route."""
 
     answers_at_once = False
 
-    def __init__(self, link: Link, rows: Rows, wrote: Callable[[], None]) -> None:
+    def __init__(self, route: Route, rows: Rows, wrote: Callable[[], None]) -> None:
         """`wrote()`: something is not durable."""
         self.served = 0
         self.is_armed: Callable[[], bool] = _never
         self.engine = rows.engine
         self._take_commands = rows.engine.take_commands
-        self._link = link
+        self._route = route
         self._rows = rows
         self._wrote = wrote
 
@@ -338,8 +338,8 @@ class ToServer:
 
     def take(self, queue: Queue, disk: Cells[int]) -> int:
         """See `Usual`."""
-        link, rows = self._link, self._rows
-        channel = link.channel
+        route, rows = self._route, self._rows
+        channel = route.channel
         if (
             channel is None
             or channel.sending
@@ -348,26 +348,26 @@ class ToServer:
         ):
             queue.cells[STOPPED] = 1
             return 0
-        reads, writes = self._take_commands(queue, disk, link, channel, rows)
+        reads, writes = self._take_commands(queue, disk, route, channel, rows)
         taken = reads + writes
         if taken:
             self.served += taken
-            link.flush_later()
+            route.flush_later()
             if writes:
                 self._wrote()
         return taken
 
     def side(self) -> Side | None:
         """See `Usual`."""
-        link, rows = self._link, self._rows
-        channel, wire = link.channel, link.wire
+        route, rows = self._route, self._rows
+        channel, wire = route.channel, route.wire
         if channel is None or wire is None or rows.cells[0] > _LAST_SEQUENCE_OF_TURNS:
             return None
         received = wire.received()
         if received is None:
             return None
         fd, start, end = received
-        return channel, fd, link, rows, start, end
+        return channel, fd, route, rows, start, end
 
     def took(self, reads: int, writes: int) -> None:
         """See `Usual`."""
@@ -375,16 +375,16 @@ class ToServer:
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """See `Usual`."""
-        assert self._link.wire is not None
-        self._link.wire.turned(start, end, received, unsent)
+        assert self._route.wire is not None
+        self._route.wire.turned(start, end, received, unsent)
 
     def shown(self, unflushed: int) -> None:
         """See `Usual`."""
-        self._link.shown(unflushed)
+        self._route.shown(unflushed)
 
     def unusual(self, *, ended: bool, errno: int) -> None:
         """See `Usual`."""
-        wire = self._link.wire
+        wire = self._route.wire
         if wire is not None:
             wire.unusual(ended=ended, errno=errno)
 

@@ -59,17 +59,24 @@ from bridge.datapath.cells import (
     UNFLUSHED,
     Cells,
     Channel,
-    Link,
     Queue,
     Resident,
+    Route,
 )
 from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.datapath.lanes import SMALL_BYTES
+from bridge.spec.virtqueue import (
+    AVAIL_NO_INTERRUPT,
+    DESC_INDIRECT,
+    DESC_NEXT,
+    DESC_WRITE,
+    DESCRIPTOR,
+)
 
 if TYPE_CHECKING:
     from bridge.datapath.rows import Rows
 
-_unpack_descriptor = Struct("=QIHH").unpack_from
+_unpack_descriptor = DESCRIPTOR.unpack_from
 _unpack_three = Struct("=QIHHQIHHQIHH").unpack_from
 _unpack_header = Struct("<I4xQ").unpack_from
 _pack_row = ROW.pack_into
@@ -78,14 +85,10 @@ _pack_command = Struct(">IHHQQI").pack
 _unpack_reply = Struct(">IIQ").unpack_from
 _unpack_chunk = Struct(">IQ").unpack_from
 
-_NEXT: Final = 1
-_WRITE: Final = 2
-_INDIRECT: Final = 4
 _HEADER_BYTES: Final = 16
 _SECTOR_SHIFT: Final = 9
 _IN: Final = 0
 _OUT: Final = 1
-_AVAIL_NO_INTERRUPT: Final = 1
 _NAME_MASK: Final = (1 << NAME_BITS) - 1
 _HEAD_MASK: Final = MAX_HEADS - 1
 
@@ -116,7 +119,7 @@ def usual_chain(queue: Queue, head: int, mask: int, base: int, size: int) -> Usu
     `mask`: of heads. `base` and `size` are of region 0, the largest, which has most of them.
     """
     address, length, flags, following = _unpack_descriptor(queue.descriptors, head << 4)
-    if flags == _INDIRECT:
+    if flags == DESC_INDIRECT:
         if length != 48 or not queue.cells[INDIRECT]:
             return None
         region, at = 0, address - base
@@ -130,13 +133,19 @@ def usual_chain(queue: Queue, head: int, mask: int, base: int, size: int) -> Usu
         if following != 1 or last != 2:
             return None
     else:
-        if flags != _NEXT or following > mask:
+        if flags != DESC_NEXT or following > mask:
             return None
         data, data_bytes, way, last = _unpack_descriptor(queue.descriptors, following << 4)
         if last > mask:
             return None
         end, room, tail, _ = _unpack_descriptor(queue.descriptors, last << 4)
-    if flags != _NEXT or length != _HEADER_BYTES or tail != _WRITE or room != 1 or not data_bytes:
+    if (
+        flags != DESC_NEXT
+        or length != _HEADER_BYTES
+        or tail != DESC_WRITE
+        or room != 1
+        or not data_bytes
+    ):
         return None
     region, at = 0, address - base
     data_region, data_at = 0, data - base
@@ -150,7 +159,7 @@ def usual_chain(queue: Queue, head: int, mask: int, base: int, size: int) -> Usu
     if region < 0 or data_region < 0 or status_region < 0:
         return None
     type_, sector = _unpack_header(queue.views[region], at)
-    if (type_ == _IN and way == _NEXT | _WRITE) or (type_ == _OUT and way == _NEXT):
+    if (type_ == _IN and way == DESC_NEXT | DESC_WRITE) or (type_ == _OUT and way == DESC_NEXT):
         return type_, sector, data_region, data_at, data_bytes, status_region, status_at
     return None
 
@@ -255,11 +264,11 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
 
 
 def take_commands(
-    queue: Queue, disk: Cells[int], link: Link, channel: Channel, rows: Rows
+    queue: Queue, disk: Cells[int], route: Route, channel: Channel, rows: Rows
 ) -> tuple[int, int]:
     """Make commands of chains up to the first one that is unusual; how many reads and how many
     writes that were."""
-    state, limits = queue.cells, link.cells
+    state, limits = queue.cells, route.cells
     mask = state[SIZE] - 1
     first = state[NEXT_AVAIL]
     count = available(queue, first, state[NEXT_USED])
@@ -442,7 +451,7 @@ def publish(queue: Queue) -> bool:
         used_event = queue.avail[2 + state[SIZE]]
         wants_call = (new - used_event - 1 & 0xFFFF) < (new - old & 0xFFFF)
     else:
-        wants_call = not queue.avail[0] & _AVAIL_NO_INTERRUPT
+        wants_call = not queue.avail[0] & AVAIL_NO_INTERRUPT
     tracked = queue.tracked
     if tracked:
         pushed = queue.pushed

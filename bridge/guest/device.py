@@ -11,10 +11,10 @@ in-flight region it stays in that, neither completed nor failed, and is executed
 again; without one it fails, for that ring alone.
 
 **The last stop.** When no ring runs any more the guest may go on elsewhere. So everything that it
-wrote is brought to the server and flushed first (`on_all_stopped`). If that does not succeed
+wrote is brought to the server and flushed first (`Above.all_stopped`). If that does not succeed
 within the limit the storage side sees to it that nothing of the guest's is sent from here any
-more (`on_left_behind`), and when something is left here that the next host would miss the stop is
-not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
+more (`Above.left_behind`), and when something is left here that the next host would miss the stop
+is not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
 in-flight region counts as missing while the dirty log is on: such a region does not migrate, and
 neither does what the guest has still to be told of a loss.
 """
@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
-from math import inf
 
 import structlog
 import trio
@@ -35,37 +34,25 @@ from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, UNASKED, Hits, Request, Target
 from bridge.datapath.rows import Usual
 from bridge.errors import LeftBehind, ProtocolError
+from bridge.guest.above import Above
+from bridge.guest.drain import Drain
+from bridge.guest.regions import mapped, with_added
 from bridge.guest.ring import RunningRing
 from bridge.guest.ring_setup import make_queue, ring_areas, written_areas
-from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
-from bridge.guest.virtio.blk import BlkEngine, BlkRequest, one_epoch
-from bridge.guest.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
+from bridge.guest.vhost_user.device_interface import ConfigListener, MemoryRegion, RingSetup
+from bridge.guest.virtio.blk import BlkEngine, BlkRequest
+from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.guest.virtio.chain import MAX_QUEUE_SIZE
 from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog
 from bridge.guest.virtio.inflight import InflightRegion, queue_size_by_region
 from bridge.guest.virtio.long_chains import LongViews
-from bridge.guest.virtio.memory import GuestMemory, Region, map_region
+from bridge.guest.virtio.memory import GuestMemory
+from bridge.spec.virtqueue import F_RING_PACKED
 
 _log = structlog.get_logger(__name__)
 
 _KICKLESS_POLL_S = 0.0005
 """How often a ring without a kick descriptor is looked at."""
-
-_SHORT_DRAIN_S = 1.0
-"""For what comes after a limit that has passed: a ring that stops right after one that had to be
-given up, the flush after that."""
-
-_SERIES_GAP_S = 1.0
-"""Stops that follow one another this closely are one stop of a device with several rings."""
-
-
-def _nothing_abandoned(requests: Sequence[Request]) -> None:
-    """Nobody has to know."""
-
-
-def _at_once(go: Callable[[], None]) -> bool:
-    """Rings need not wait."""
-    return True
 
 
 class BlkDevice:
@@ -86,35 +73,15 @@ class BlkDevice:
         max_queues: int = 1,
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
-        on_recovered: Callable[[], None] | None = None,
-        on_inherited: Callable[[int, bool], None] | None = None,
-        on_fresh_guest: Callable[[], None] | None = None,
-        on_abandoned: Callable[[Sequence[Request]], object] = _nothing_abandoned,
-        on_all_stopped: Callable[[], Awaitable[object]] | None = None,
-        on_left_behind: Callable[[], Awaitable[str]] | None = None,
-        on_starting: Callable[[Callable[[], None]], bool] = _at_once,
-        epoch: Callable[[], int] = one_epoch,
+        above: Above | None = None,
         withheld_features: int = 0,
     ) -> None:
-        """`on_recovered` is called before requests that another process began are executed again.
-        `on_inherited` is called when a guest comes that has run with another process, perhaps, and
-        gets what that one remembered (see `remember_durability`); `on_fresh_guest` when one comes
-        that has not. Either is called before the first ring runs.
-
-        `hits`: what can be asked before `target`; `usual`: what rings may ask before they pop a
-        chain. `on_abandoned(requests)` is told of requests
-        that were abandoned (`Request.abandon`), right after that.
-
-        `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
-        image next must find everything there. It raises LeftBehind if that failed, and is
-        cancelled when it takes too long. After either, `on_left_behind` sees to it that nothing
-        more of the guest's is sent; it returns what is left here, one line for the operator, or
-        "". `on_starting(go)` is told that a ring starts: False, if it has to wait until `go` is
-        called. `epoch()`: see `lanes.Job`. `withheld_features`: see BlkConfig.
-        """
+        """`hits`: what can be asked before `target`; `usual`: what rings may ask before they pop a
+        chain. `withheld_features`: see BlkConfig."""
+        above = self._above = above or Above()
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
-        self.on_config_changed: Callable[[], None] | None = None
+        self.listener: ConfigListener | None = None
         self._loop = loop
         self._config = BlkConfig(
             geometry, num_queues=max_queues, withheld_features=withheld_features
@@ -129,24 +96,15 @@ class BlkDevice:
             serial=serial,
             fault=self._guest_fault,
             turn=loop.turn,
-            epoch=epoch,
+            epoch=above.epoch,
         )
-        self._drain_timeout_s = drain_timeout_s
-        self._on_recovered = on_recovered
-        self._on_inherited = on_inherited
-        self._on_fresh_guest = on_fresh_guest
+        self._drain = Drain(drain_timeout_s)
         self._has_inherited = False
         """The guest with the present in-flight region has run with another process."""
         self._has_served = False
         """A ring ran here: what a guest left unflushed when it stopped is known."""
         self._unflushed_on = 0
         self._loss_untold = False
-        self._on_abandoned = on_abandoned
-        self._on_all_stopped = on_all_stopped
-        self._on_left_behind = on_left_behind
-        self._on_starting = on_starting
-        self._series_began_s = self._series_ended_s = -inf
-        self._waiting: trio.CancelScope | None = None
         self._memory = GuestMemory([])
         self._features = 0
         self._setups: dict[int, RingSetup] = {}
@@ -232,15 +190,15 @@ class BlkDevice:
         """The disk below has another size: the guest is told."""
         self._config.resize(size_bytes)
         self._engine.geometry_changed()
-        if self.on_config_changed is not None:
-            self.on_config_changed()
+        if self.listener is not None:
+            self.listener.config_changed()
 
     # Memory
 
     async def replace_memory(self, regions: list[MemoryRegion]) -> None:
         """See VhostUserDevice. Front-ends without memory slots do this to add a region."""
         try:
-            memory = GuestMemory([_map(region) for region in regions])
+            memory = mapped(regions)
         except ProtocolError:
             await self._use_memory(GuestMemory([]))
             raise
@@ -251,17 +209,7 @@ class BlkDevice:
 
     async def add_memory(self, region: MemoryRegion) -> None:
         """See VhostUserDevice. Nothing that was there goes away, so nothing has to wait."""
-        added = _map(region)
-        former = self._memory.region_at(added.guest_address)
-        if former is None or not former.has_the_addresses_of(added):
-            memory = self._memory.with_region(added)
-        elif self._rings and not former.is_the_same_as(added):
-            raise ProtocolError(
-                f"the memory region at {added.guest_address:#x} changes while rings run"
-            )
-        else:
-            memory = self._memory.with_region_again(added)
-        self._move_rings(memory)
+        self._move_rings(with_added(self._memory, region, in_use=bool(self._rings)))
 
     async def remove_memory(
         self, *, guest_address: int, user_address: int, size_bytes: int
@@ -283,7 +231,7 @@ class BlkDevice:
         gone = memory.missing_of(self._memory)
         rings = [ring for ring in self._rings.values() if ring.uses(gone)]
         try:
-            if not await self._drained(rings, self._deadline_s()):
+            if not await self._drain.rings(rings, self._drain.deadline_s()):
                 _log.warning("requests are still in flight in memory that is taken away")
             self._move_rings(memory)
         finally:
@@ -323,13 +271,13 @@ class BlkDevice:
             self._has_served = True
             self._note_guest(ring)
         left_by_us = self._left_in == self._inflight_source and index in self._left
-        if queue.in_flight and not left_by_us and self._on_recovered is not None:
+        if queue.in_flight and not left_by_us:
             # In flight before the ring runs: begun by another process, perhaps sent by it.
-            self._on_recovered()
+            self._above.recovered()
         self._left.pop(index, None)
         if self._inflight is None:
             self._left.clear()
-        ready = self._on_starting(self._let_go)
+        ready = self._above.starting(self._let_go)
 
         def broken(reason: str) -> None:
             self._ring_broken(index, reason)
@@ -360,10 +308,9 @@ class BlkDevice:
         if self._has_inherited:
             return
         if ring.base in fresh:
-            if self._on_fresh_guest is not None:
-                self._on_fresh_guest()
-        elif self._on_inherited is not None:
-            self._on_inherited(0, False)
+            self._above.fresh_guest()
+        else:
+            self._above.inherited(0, False)
 
     @property
     def _packed(self) -> bool:
@@ -381,21 +328,7 @@ class BlkDevice:
 
     def hurry(self, limit_s: float) -> None:
         """The process stops: from here on, and for what waits now, drains take at most that."""
-        self._drain_timeout_s = min(self._drain_timeout_s, limit_s)
-        if self._waiting is not None:
-            until_s = trio.current_time() + limit_s
-            self._waiting.deadline = min(self._waiting.deadline, until_s)
-
-    def _deadline_s(self) -> float:
-        """Until when rings that have to stop now may be waited for, on trio's clock.
-
-        The rings of a device are stopped one after the other: not each may take that long.
-        """
-        now = trio.current_time()
-        if now - self._series_ended_s > _SERIES_GAP_S:
-            self._series_began_s = now
-        least_s = min(_SHORT_DRAIN_S, self._drain_timeout_s)
-        return max(self._series_began_s + self._drain_timeout_s, now + least_s)
+        self._drain.hurry(limit_s)
 
     async def _close_rings(
         self, indexes: Collection[int], *, told: bool = False, answered: bool = True
@@ -405,10 +338,10 @@ class BlkDevice:
         If they were the last ones, and the stop is to be `answered`, that is a promise (see the
         module's text): raises LeftBehind when it cannot be given.
         """
-        deadline_s = self._deadline_s()
+        deadline_s = self._drain.deadline_s()
         rings = [self._rings[index] for index in indexes]
         try:
-            await self._drain(rings, deadline_s)
+            await self._stop(rings, deadline_s)
         finally:
             bases = {}
             for index in indexes:
@@ -434,44 +367,44 @@ class BlkDevice:
                 ring.was_told()
         return bases
 
-    async def _bring_up_to_date(self, deadline_s: float) -> tuple[str, bool]:
+    async def _bring_up_to_date(self, deadline_s: float) -> tuple[LeftBehind | None, bool]:
         """Have everything that the guest wrote brought to the server; why that failed, or whether
         it took too long."""
-        if self._on_all_stopped is None:
-            return "", False
-        failure = ""
-        least_s = min(_SHORT_DRAIN_S, self._drain_timeout_s)
-        deadline_s = max(deadline_s, trio.current_time() + least_s)
-        with trio.CancelScope(deadline=deadline_s) as scope:
-            self._waiting = scope
-            try:
-                await self._on_all_stopped()
-            except LeftBehind as error:
-                failure = str(error)
-            finally:
-                self._waiting = None
-        self._series_ended_s = trio.current_time()
-        return failure, scope.cancelled_caught
+        failure: LeftBehind | None = None
 
-    async def _promise(self, failure: str, *, is_late: bool) -> None:
+        async def bring() -> None:
+            nonlocal failure
+            try:
+                await self._above.all_stopped()
+            except LeftBehind as error:
+                failure = error
+
+        in_time = await self._drain.last(bring, deadline_s)
+        return failure, not in_time
+
+    async def _promise(self, failure: LeftBehind | None, *, is_late: bool) -> None:
         """No ring runs, and the front-end is about to be told so: see the module's text."""
-        left_here = ""
-        if (failure or is_late) and self._on_left_behind is not None:
+        left_here = None
+        if failure or is_late:
             with trio.CancelScope(shield=True):
-                left_here = await self._on_left_behind()
-        if left_here or failure:
-            raise self._left_behind(left_here or failure)
+                left_here = await self._above.left_behind()
+        if (left_behind := left_here or failure) is not None:
+            raise _logged(left_behind)
         in_region = sum(self._left.values())
         if self._logging and (is_late or in_region):
             what = f"{in_region} requests" if in_region else "the last flush"
-            raise self._left_behind(
-                f"the server has not answered {what} in time, and the guest migrates: it cannot "
-                "before that is answered; let it go on here and migrate it later"
+            raise _logged(
+                LeftBehind(
+                    f"the server has not answered {what} in time, and the guest migrates: it "
+                    "cannot before that is answered; let it go on here and migrate it later"
+                )
             )
         if self._logging and self._loss_untold:
-            raise self._left_behind(
-                "the server may have lost writes of the guest's, which its next flush has to tell "
-                "it, and only here: let the guest go on here and migrate it later"
+            raise _logged(
+                LeftBehind(
+                    "the server may have lost writes of the guest's, which its next flush has to "
+                    "tell it, and only here: let the guest go on here and migrate it later"
+                )
             )
         if in_region:
             _log.warning(
@@ -484,13 +417,9 @@ class BlkDevice:
                 "the flush before may not be durable yet"
             )
 
-    def _left_behind(self, problem: str) -> LeftBehind:
-        _log.error(problem)
-        return LeftBehind(problem)
-
-    async def _drain(self, rings: Collection[RunningRing], deadline_s: float) -> None:
+    async def _stop(self, rings: Collection[RunningRing], deadline_s: float) -> None:
         """Pause `rings`; return when everything they popped is answered, or abandoned."""
-        if await self._drained(rings, deadline_s):
+        if await self._drain.rings(rings, deadline_s):
             return
         failed = 0
         abandoned: list[BlkRequest] = []
@@ -505,12 +434,12 @@ class BlkDevice:
             _log.error(
                 "requests were not answered in time while rings stopped, they fail",
                 requests=failed,
-                timeout_s=self._drain_timeout_s,
+                timeout_s=self._drain.timeout_s,
             )
 
     def _abandon(self, requests: list[BlkRequest]) -> None:
         self._engine.abandon(requests)
-        self._on_abandoned(requests)
+        self._above.abandoned(requests)
 
     def _close_ring(self, ring: RunningRing) -> int:
         """See RunningRing.close. What was not drained before, after an error, is abandoned: writes
@@ -518,21 +447,6 @@ class BlkDevice:
         if requests := ring.unanswered():
             self._abandon(requests)
         return ring.close(told=False)
-
-    async def _drained(self, rings: Collection[RunningRing], deadline_s: float) -> bool:
-        """Pause `rings`; whether everything they popped was answered in time.
-
-        Cancellation has to wait for that: what is in flight writes to the guest's memory.
-        """
-        for ring in rings:
-            ring.pause()
-        with trio.CancelScope(shield=True, deadline=deadline_s) as scope:
-            self._waiting = scope
-            for ring in rings:
-                await ring.drained()
-        self._waiting = None
-        self._series_ended_s = trio.current_time()
-        return not scope.cancelled_caught
 
     def suspend_ring(self, index: int) -> None:
         """See VhostUserDevice."""
@@ -613,8 +527,8 @@ class BlkDevice:
         self._has_inherited = self._inflight.was_used and (
             not self._has_served or bool(unflushed_on) or loss_untold
         )
-        if self._has_inherited and self._on_inherited is not None:
-            self._on_inherited(unflushed_on, loss_untold)
+        if self._has_inherited:
+            self._above.inherited(unflushed_on, loss_untold)
         self._remember()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
@@ -671,7 +585,7 @@ class BlkDevice:
             self.set_features(0)
             self._forget_shared()
             self._memory = GuestMemory([])
-            self.on_config_changed = None
+            self.listener = None
 
     def _forget_inflight(self) -> None:
         self._inflight = None
@@ -698,17 +612,12 @@ class BlkDevice:
             _log.warning("the guest sent a bad request (said once, counted)", what=problem)
 
 
+def _logged(error: LeftBehind) -> LeftBehind:
+    _log.error(error)
+    return error
+
+
 def _source(fd: int, offset: int) -> tuple[int, int, int]:
     """Which bytes of which file: the same region comes with another descriptor each time."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino, offset
-
-
-def _map(region: MemoryRegion) -> Region:
-    return map_region(
-        region.fd,
-        guest_address=region.guest_address,
-        user_address=region.user_address,
-        size_bytes=region.size_bytes,
-        mmap_offset_bytes=region.mmap_offset_bytes,
-    )

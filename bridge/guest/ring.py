@@ -2,13 +2,13 @@
 
 This is the one place where chains become requests and finished requests become used elements:
 
-    poll      pop every available chain, hand each to the engine       (once per turn)
+    poll      let the usual case take what it can; pop every chain that is left, hand each to the
+              engine                                                   (once per turn)
     complete  a request is finished: its element goes to the used ring (any time in a turn)
     publish   one store of used.idx, at most one call                  (once per turn)
 
-What is rarely on (the dirty log) or happens at the end (a ring that was closed with requests
-unanswered) costs the data path nothing: `complete` is an attribute that holds the function that
-fits, and a request that is in flight meanwhile finds the new one.
+A request may be in flight while the dirty log begins or ends, or the ring is closed: `complete`
+looks at how it is then.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class RunningRing:
         self._error_fd: int | None = None
         self.requests = 0
         self.is_broken = False
-        self.complete: Callable[[Chain, int, int], None] = self._complete
+        self._closed = False
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
@@ -141,14 +141,18 @@ class RunningRing:
         self._engine.start(self, chains)
         return True
 
-    def _complete(self, chain: Chain, status: int, length: int) -> None:
+    def complete(self, chain: Chain, status: int, length: int) -> None:
         """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
+        if self._closed:
+            return
         head, _, _, _, _, status_view, status_at, _ = chain
         if status_view is not None:
             status_view[status_at] = status
         self._push(head, length)
         if not self._publishing:
             self.publish_later()
+        if self._log is not None:
+            self._log.mark_chain(chain)  # After it was written: who reads the log may be fast.
 
     def publish_later(self) -> None:
         """Publish what was pushed at the end of this turn."""
@@ -168,7 +172,7 @@ class RunningRing:
         self.requests += count
 
     def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> BlkRequest:
-        """See rows.RowOwner."""
+        """See rows.RowOwner. There are rows only while `_flat` is there."""
         assert self._flat is not None
         return self._engine.adopt(self, head, cookie, row, self._flat.views)
 
@@ -176,12 +180,6 @@ class RunningRing:
         """What is in flight becomes requests."""
         if self._usual is not None:
             self._usual.adopt_all()
-
-    def _complete_logged(self, chain: Chain, status: int, length: int) -> None:
-        """The same while the memory is being migrated: what was written is marked."""
-        self._complete(chain, status, length)
-        assert self._log is not None
-        self._log.mark_chain(chain)
 
     def _publish(self) -> None:
         if not self._publishing:
@@ -276,7 +274,6 @@ class RunningRing:
         self._adopt_all()
         self._takes = self._flat is not None and log is None
         self._log = log
-        self.complete = self._complete if log is None else self._complete_logged
 
     def suspend(self) -> None:
         """Leave new requests in the ring."""
@@ -374,7 +371,7 @@ class RunningRing:
             self._queue.arm()
             if self._log is not None:
                 self._log.mark_ring()
-        self.complete = _forget
+        self._closed = True
         self._engine.abandon(self._engine.unanswered(self))
         if self._usual is not None and self._flat is not None:
             self._usual.leave(self._flat)
@@ -394,10 +391,6 @@ class RunningRing:
 
 def _kicked(events: int) -> None:
     """A kick says only that a turn is due; `poll` looks at the ring in every turn."""
-
-
-def _forget(chain: Chain, status: int, length: int) -> None:
-    """The end of a request whose ring was closed before."""
 
 
 _signal = writer.signal

@@ -1,6 +1,6 @@
 """The NBD client: a request that was submitted gets done, also when the server goes and returns.
 
-This is the edge around `session`: it connects, watches the clock, and gives the session its
+This is the edge around `link`: it connects, watches the clock, and gives the link its
 connections. It never gives up reconnecting; see `link` for what happens to requests meanwhile.
 
 Connections. One by default: a Python process is not held up by one fast connection, and several
@@ -15,11 +15,10 @@ fill the network. They are used only if the server says that a flush on one cove
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 import trio
@@ -28,13 +27,15 @@ from bridge.datapath.loop import Loop
 from bridge.datapath.request import Request
 from bridge.datapath.rows import Rows, sent_at
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
+from bridge.server import link
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Connection, Negotiated, Silent, leave, negotiate
 from bridge.server.export import Export
 from bridge.server.handshake import Goal, Listed
-from bridge.server.link import Phase, Session
-from bridge.server.nbd_protocol import NAME_MAX_BYTES
+from bridge.server.link import Link, Phase
 from bridge.server.uri import NbdUri
+from bridge.server.volume_words import VolumeDescription, VolumeName
+from bridge.spec.nbd import NAME_MAX_BYTES
 
 _log = structlog.get_logger(__name__)
 
@@ -43,20 +44,33 @@ _DRAIN_S: Final = 2.0
 """How long the other connections may take to answer when one is lost."""
 
 
-class Client:
-    """One export. `submit`, `export`, `generation` and the hooks are the session's."""
+class Above(link.Above, Protocol):
+    """The layer above a client."""
 
-    def __init__(self, uri: NbdUri, loop: Loop, options: ClientOptions | None = None) -> None:
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """A server has come back, and nothing else was sent to it: why it must not be used, "" if
+        it may. Reads that are given to `submit` go to that server."""
+
+
+class Client:
+    """One export. `submit`, `export` and `generation` are the link's."""
+
+    def __init__(
+        self,
+        uri: NbdUri,
+        loop: Loop,
+        options: ClientOptions | None = None,
+        *,
+        above: Above | None = None,
+    ) -> None:
         self.uri = uri
         self.options = options or ClientOptions()
-        self.session = Session(self.options, loop.turn)
-        loop.turn.add_stage(self.session)
-        self.submit: Callable[[Request], None] = self.session.submit
+        self.link = Link(self.options, loop.turn, above=above)
+        loop.turn.add_stage(self.link)
+        self.submit: Callable[[Request], None] = self.link.submit
         """Start a request: never raises, never blocks. One call, no wrapper: it is hot."""
         self.reconnects_total = 0
-        self.examine: Callable[[Export, Callable[[Request], None]], Awaitable[str]] = _take_it
-        """Asked when a server comes back, before anything else is sent to it: why it must not be
-        used, "" if it may. Reads that are submitted to what comes with it go to that server."""
+        self._above = above
         self._loop = loop
         self._connections: list[Connection] = []
         self.rows = Rows(loop.engine)
@@ -70,8 +84,8 @@ class Client:
         """Set, but for the time between `leave` and `come_back`."""
         self._wanted.set()
         self._reconnecting = trio.CancelScope()
-        named = re.search(",client=([^,]+)", uri.export_name)
-        self.client_id = named[1] if named else secrets.token_hex(8)
+        self._name = VolumeName(uri.export_name)
+        self.client_id = self._name.client or secrets.token_hex(8)
         """Our name towards our plugin, which tells by it which client wrote a volume last."""
         self._takes_names = False
         self._plain_next = False
@@ -83,49 +97,31 @@ class Client:
     @property
     def export(self) -> Export:
         """What the server offers. Only after `connect`."""
-        return self.session.export
+        return self.link.export
 
     @property
     def generation(self) -> int:
         """The number of the present set of connections, from 1."""
-        return self.session.generation
+        return self.link.generation
 
     @property
     def connected(self) -> bool:
         """Connections are up and commands are sent."""
-        return self.session.phase is Phase.UP
+        return self.link.phase is Phase.UP
 
     @property
     def in_flight(self) -> int:
         """How many commands are not finished."""
-        return self.session.in_flight
+        return self.link.in_flight
 
     @property
     def keeps_unflushed(self) -> bool:
-        """The layer above sends unflushed writes again when `on_reconnect` tells it to."""
-        return self.session.keeps_unflushed
+        """The layer above sends unflushed writes again when it is told of a new connection."""
+        return self.link.keeps_unflushed
 
     @keeps_unflushed.setter
     def keeps_unflushed(self, keeps: bool) -> None:
-        self.session.keeps_unflushed = keeps
-
-    @property
-    def on_reconnect(self) -> Callable[[], None]:
-        """Called, synchronously, before unanswered commands are sent again."""
-        return self.session.on_reconnect
-
-    @on_reconnect.setter
-    def on_reconnect(self, hook: Callable[[], None]) -> None:
-        self.session.on_reconnect = hook
-
-    @property
-    def on_export_changed(self) -> Callable[[Export], None]:
-        """Called after a reconnect when the export has grown."""
-        return self.session.on_export_changed
-
-    @on_export_changed.setter
-    def on_export_changed(self, hook: Callable[[Export], None]) -> None:
-        self.session.on_export_changed = hook
+        self.link.keeps_unflushed = keeps
 
     def expect_stale_writes(self) -> None:
         """A process before this one, which is gone, may have left changes at the server.
@@ -133,13 +129,13 @@ class Client:
         Unless the server has a fence, changes wait for `options.stale_write_grace_s` from now on.
         Only after `connect`.
         """
-        self.session.expect_stale_writes(trio.current_time())
+        self.link.expect_stale_writes(trio.current_time())
         self._loop.turn.end()
 
     @property
     def may_leave_writes(self) -> bool:
         """The process after this one has to expect stale writes. Also after `close`."""
-        return self.session.may_leave_writes
+        return self.link.may_leave_writes
 
     async def connect(self) -> Export:
         """Connect for the first time, within `options.connect_timeout_s`.
@@ -170,17 +166,17 @@ class Client:
         timeout_s = self.options.close_timeout_s if timeout_s is None else timeout_s
         self._closing = True
         self._run_scope.cancel()
-        self.session.leaving()
+        self.link.leaving()
         try:
             await self._hang_up(timeout_s)
         finally:
-            self.session.closed(self._take_unanswered())
+            self.link.closed(self._take_unanswered())
             self._loop.turn.end()
-            self._loop.turn.remove_stage(self.session)
+            self._loop.turn.remove_stage(self.link)
 
     def abandon(self) -> None:
-        """See `Session.abandon`."""
-        self.session.abandon()
+        """See `Link.abandon`."""
+        self.link.abandon()
         self._loop.turn.end()
 
     def silence(self) -> None:
@@ -204,29 +200,29 @@ class Client:
             return
         self._wanted = trio.Event()
         self._reconnecting.cancel()
-        self.session.leaving()
+        self.link.leaving()
         try:
             await self._hang_up(timeout_s)
         finally:
             for connection in self._connections:
                 connection.close()
-            self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
+            self.link.fail_pending(trio.current_time(), self._take_unanswered(), errno)
             self._loop.turn.end()
             self._broken.set()
 
     def come_back(self) -> None:
         """The end of `leave`: connect again."""
         if not self._wanted.is_set():
-            self.session.wait_anew(trio.current_time())
+            self.link.wait_anew(trio.current_time())
             self._wanted.set()
 
     # Connections.
 
     async def _establish(self) -> None:
-        """Open the connections of a new generation and hand them to the session."""
+        """Open the connections of a new generation and hand them to the link."""
         negotiated = await self._negotiate_all()
         export = replace(negotiated[0].export, name=self.uri.export_name)
-        reason = self.session.refusal(export)
+        reason = self.link.refusal(export)
         if reason is not None:
             for each in negotiated:
                 await leave(each)
@@ -236,7 +232,7 @@ class Client:
                 each.close()
             raise ConnectionLost("the connection is not wanted any more")
         self._broken = trio.Event()
-        generation = self.session.generation + 1
+        generation = self.link.generation + 1
         connections: list[Connection] = []
         try:
             for each in negotiated:
@@ -261,20 +257,20 @@ class Client:
             for connection in connections:
                 connection.close()
             raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
-        if generation > 1:
-            await self._examine(export, connections)
+        if generation > 1 and self._above is not None:
+            await self._examine(self._above, export, connections)
         self._connections = connections
         self._first_sent = self.rows.sequence
-        self.session.established(trio.current_time(), export, connections)
+        self.link.established(trio.current_time(), export, connections)
         self._loop.turn.end()
 
-    async def _examine(self, export: Export, connections: list[Connection]) -> None:
+    async def _examine(self, above: Above, export: Export, connections: list[Connection]) -> None:
         """Raises ConnectionLost, and closes `connections`, if the server is not to be used."""
         reason = "the connection was lost again"
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_when, self._broken, nursery.cancel_scope)
-                reason = await self.examine(export, connections[0].send)
+                reason = await above.examine(export, connections[0].send)
                 nursery.cancel_scope.cancel()
             if not self._wanted.is_set():
                 reason = "the connection is not wanted any more"
@@ -293,24 +289,26 @@ class Client:
         named = self._takes_names and not self._plain_next
         token = secrets.token_hex(8) if named else None
         try:
-            first = await negotiate(self.uri, self.options, export_name=self._name(token, 1))
+            first = await negotiate(
+                self.uri, self.options, export_name=self._name_to_send(token, 1)
+            )
         except ConfigError:
             # Perhaps another server took the place of our plugin: try without the names.
             self._plain_next = self._takes_names and not self._plain_next
             self._reads_only = None
             raise
         self._plain_next = False
-        if self.session.phase is Phase.CLOSED:
+        if self.link.phase is Phase.CLOSED:
             return [first]
         export = first.export
-        announced = export.properties.get("session") == "yes"
-        is_plain = "@" not in export.name.partition("@session=")[0]
+        announced = export.volume.is_fenced
+        is_plain = VolumeName(export.name).may_name_reader
         if announced and self.options.read_only and is_plain:
             # Our plugin, which did not say so when it was asked: let go of the volume at once.
             await leave(first)
             self._reads_only = True
             return await self._negotiate_all()
-        announced = announced and self._may_be_named and not self._reads_only
+        announced = announced and self._name.may_name_client and not self._reads_only
         if announced and token is None and not self._names_refused:
             # Our plugin: connections that name one session are admitted together, and one that
             # names its client replaces what that client has left behind.
@@ -335,10 +333,12 @@ class Client:
         async def another(number: int) -> None:
             try:
                 found.append(
-                    await negotiate(self.uri, self.options, export_name=self._name(token, number))
+                    await negotiate(
+                        self.uri, self.options, export_name=self._name_to_send(token, number)
+                    )
                 )
             except BridgeError as error:
-                _log.warning("one connection less", error=str(error))
+                _log.warning("one connection less", error=error)
 
         try:
             async with trio.open_nursery() as nursery:
@@ -360,49 +360,34 @@ class Client:
         it; these say so in the name, since NBD has no other way. So it must be known whether the
         server is our plugin before the export is opened. A server that hangs up is asked again the
         next time."""
-        if "@" in self._volume:
+        if not self._name.may_name_reader:
             self._reads_only = False
             return
         with contextlib.suppress(ConnectionLost):
-            volume = self._volume
+            volume = self._name.without_session
             self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options, volume)
 
-    @property
-    def _volume(self) -> str:
-        """The export's name without the session that it may name: a reader is in none."""
-        return self.uri.export_name.partition("@session=")[0]
-
-    @property
-    def _may_be_named(self) -> bool:
-        """The export's name does not hold a client's name yet."""
-        name = self.uri.export_name
-        return "@" not in name or ("@session=" in name and ",client=" not in name)
-
-    def _name(self, token: str | None, number: int) -> str:
-        name = self.uri.export_name
+    def _name_to_send(self, token: str | None, number: int) -> str:
+        """The name of the export for connection `number` of the session `token`."""
         if self._reads_only:
-            return f"{self._volume}@readonly"
+            return self._name.for_reader()  # A reader is in no session.
         if token is None:
-            return name
-        if "@" in name:
-            # A session that is shared, for a migration: the name tells which client wrote last.
-            named = f"{name},client={self.client_id}"
-        else:
-            named = f"{name}@session={token},client={self.client_id},connection={number}"
+            return self._name.text
+        named = self._name.for_connection(token, client=self.client_id, number=number)
         # A server may refuse a name that is longer than the protocol's limit.
-        return named if len(named.encode()) <= NAME_MAX_BYTES else name
+        return named if len(named.encode()) <= NAME_MAX_BYTES else self._name.text
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
         if not self._broken.is_set():
-            _log.warning("connection lost", server=self.uri.server, reason=str(error))
-        self.session.leaving()
+            _log.warning("connection lost", server=self.uri.server, reason=error)
+        self.link.leaving()
         self._broken.set()
 
     async def _give_up_connections(self) -> None:
         """Let the other connections finish, then take what has no answer."""
         await self._hang_up(min(_DRAIN_S, self.options.close_timeout_s))
-        if self.session.phase not in (Phase.UP, Phase.LEAVING):
+        if self.link.phase not in (Phase.UP, Phase.LEAVING):
             return
         # The end of a unix socket means that the server, on this machine, is through with it.
         ended = self.uri.socket_path is not None and all(
@@ -415,7 +400,7 @@ class Client:
         )
         sent = self.rows.sequence - self._first_sent
         unanswered = self._take_unanswered()
-        self.session.lost(
+        self.link.lost(
             trio.current_time(),
             unanswered,
             stale_possible=not ended,
@@ -440,13 +425,13 @@ class Client:
 
     async def _reconnect(self) -> None:
         while True:
-            await trio.sleep(self.session.next_delay_s())
+            await trio.sleep(self.link.next_delay_s())
             try:
                 await self._establish()
             except BridgeError as error:
                 if str(error) != self._last_failure:
                     self._last_failure = str(error)
-                    _log.warning("cannot reconnect yet", reason=str(error))
+                    _log.warning("cannot reconnect yet", reason=error)
                 continue
             except Exception as error:
                 # A bug of ours must not take the disk away: it may be gone with what the server
@@ -454,7 +439,7 @@ class Client:
                 if repr(error) != self._last_failure:
                     self._last_failure = repr(error)
                     _log.error("cannot reconnect yet: internal error", exc_info=error)
-                if self.session.phase is not Phase.UP:
+                if self.link.phase is not Phase.UP:
                     continue
                 for connection in self._connections:
                     connection.close()
@@ -466,7 +451,7 @@ class Client:
             return
 
     async def _watch(self) -> None:
-        """Deadlines of the session, and silent servers."""
+        """Deadlines of the link, and silent servers."""
         options = self.options
         tick_s = min(
             _TICK_S,
@@ -481,7 +466,7 @@ class Client:
             if not self._wanted.is_set():
                 await self._wanted.wait()
             now = trio.current_time()
-            self.session.tick(now)
+            self.link.tick(now)
             self._loop.turn.end()
             if options.request_timeout_s:
                 for connection in self._connections:
@@ -491,13 +476,9 @@ class Client:
                                 f"no answer to a request for {options.request_timeout_s:g} s"
                             )
                         )
-            deadline = self.session.next_deadline_s()
+            deadline = self.link.next_deadline_s()
             wait_s = tick_s if deadline is None else min(tick_s, max(deadline - now, 0.001))
             await trio.sleep(wait_s)
-
-
-async def _take_it(export: Export, submit: Callable[[Request], None]) -> str:
-    return ""
 
 
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
@@ -546,7 +527,7 @@ async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
     if not await _has_sessions(uri, options):
         return None
     try:
-        name = f"{uri.export_name}@readonly"
+        name = VolumeName(uri.export_name).for_reader()
         return await negotiate(uri, options, Goal.INFO, export_name=name)
     except BridgeError:
         return None
@@ -555,7 +536,7 @@ async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
 async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
     """The server is our plugin and has that export, says its list."""
     try:
-        return "@" not in uri.export_name and await _is_listed_by_our_plugin(
+        return VolumeName(uri.export_name).is_plain and await _is_listed_by_our_plugin(
             uri, options, uri.export_name
         )
     except BridgeError:
@@ -569,9 +550,9 @@ async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions, volume: 
     except (ConfigError, ProtocolError):
         return False
     return any(
-        each.description.startswith("nbd-bridge volume=") and each.name == (volume or each.name)
+        VolumeDescription(each.description).is_ours and each.name == (volume or each.name)
         for each in listed
     )
 
 
-__all__ = ["Client", "inspect", "list_exports"]
+__all__ = ["Above", "Client", "inspect", "list_exports"]

@@ -24,10 +24,17 @@ import trio
 
 from bridge.datapath.cells import LONG_READS, ROWS, Channel, Wire
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
-from bridge.datapath.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.request import CHANGES, FUA, READ, WRITE, Request
 from bridge.datapath.rows import Rows
 from bridge.datapath.turn import Turn
-from bridge.errors import BridgeError, CertificateWanted, ConfigError, ConnectionLost, ProtocolError
+from bridge.errors import (
+    BridgeError,
+    CertificateWanted,
+    ConfigError,
+    ConnectionLost,
+    ProtocolError,
+    Remedy,
+)
 from bridge.server import tls
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
@@ -48,7 +55,6 @@ _SOCKET_BUFFER_BYTES: Final = 1 << 20
 _TLS_SEND_BYTES: Final = 256 << 10
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
-_CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _PATIENCE: Final = 10
 """How many times `--request-timeout` a server may take that is not known to be dead."""
 _REASON_S: Final = 2.0
@@ -124,13 +130,13 @@ async def negotiate(
     except BridgeError as error:
         if handshake.silent_over_tls:
             # A server that does not like its client's certificate, or none, often says no more.
-            hint = (
-                "does it accept the certificate (--tls-cert)?"
+            raise CertificateWanted(
+                f"{uri.server}: {error}",
+                remedy=Remedy.CERTIFICATE_ACCEPTED
                 if tls.has_certificate(uri, options)
-                else "if it wants a certificate of its client, give --tls-cert and --tls-key"
-            )
-            raise CertificateWanted(f"{uri.server}: {error}: {hint}") from None
-        raise type(error)(f"{uri.server}: {error}") from None
+                else Remedy.PERHAPS_GIVE_CERTIFICATE,
+            ) from None
+        raise error.within(type(error), f"{uri.server}: ") from None
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
     return Negotiated(sock, handshake)
@@ -156,7 +162,7 @@ async def _connect(uri: NbdUri) -> socket.socket:
             cause = cause.exceptions[0]
         number = getattr(cause, "errno", None)
         reason = os.strerror(number) if number else str(cause)
-        if number == errno.ECONNREFUSED and uri.socket_path is not None:
+        if number in (errno.ECONNREFUSED, errno.EACCES) and uri.socket_path is not None:
             _check_socket(uri.socket_path)
         raise ConnectionLost(f"cannot connect: {reason}") from None
 
@@ -174,7 +180,8 @@ def _taken_from(stream: trio.SocketStream) -> socket.socket:
 
 
 def _check_socket(path: str) -> None:
-    """Whatever is no socket refuses connections, too. Raises ConfigError for it."""
+    """What is not a socket refuses connections, too; to a user who may not write it, with EACCES.
+    Raises ConfigError for it."""
     with contextlib.suppress(OSError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise ConfigError("not a socket: write ?socket=PATH with that of the NBD server")
@@ -367,25 +374,25 @@ class Connection:
 
     @property
     def unflushed(self) -> int:
-        """See link.Channel."""
+        """See channels.Channel."""
         return self.transmission.unflushed
 
     @property
     def in_flight(self) -> int:
-        """See link.Channel."""
+        """See channels.Channel."""
         return self.transmission.in_flight
 
     @property
     def flat(self) -> Channel | None:
-        """See link.Channel."""
+        """See channels.Channel."""
         return self.transmission if self.transmission.takes_rows else None
 
     def changes(self) -> list[Request]:
-        """See link.Channel. What was refused is sent again with the next connection anyway."""
+        """See channels.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
         transmission.adopt_all()
         unfinished = (*transmission.pending.values(), *transmission.early)
-        return [request for request in unfinished if request.op in _CHANGES]
+        return [request for request in unfinished if request.op in CHANGES]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
         """Whether the server must be taken for dead. To be asked a few times per `timeout_s`.
@@ -445,7 +452,7 @@ class Connection:
             self._loop.turn.at_end(self.flush_output)
 
     def abandon(self) -> list[Request]:
-        """See link.Channel."""
+        """See channels.Channel."""
         found = self.transmission.abandon()
         if found:
             self._unsent = [bytes(piece) for piece in self._unsent]
@@ -549,7 +556,7 @@ class Connection:
 
     @property
     def wire(self) -> Wire | None:
-        """See link.Channel."""
+        """See channels.Channel."""
         return None if self._tls else self
 
     def received(self) -> tuple[int, int, int] | None:

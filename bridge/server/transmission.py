@@ -5,6 +5,10 @@ were sent) until their reply has come; then they are put on the turn's list of w
 exactly once. Headers and payload views gather in `output`; the owner sends them in one system
 call.
 
+A guest's request that was sent in the usual way is a row, not in `pending` (see `datapath.rows`),
+and its usual reply is taken by `usual.answers`. Whoever looks at what is unanswered, and the parser
+when a reply is not usual, has all rows become requests first.
+
 Received bytes go where `next_buffers` says: normally into a staging buffer, where one system
 call may bring many replies; `bytes_received` parses them and copies payloads out. A payload of
 which more than `DIRECT_MIN_BYTES` are still to come is received straight into the request's
@@ -26,6 +30,7 @@ import mmap
 from struct import Struct
 from typing import Final
 
+from bridge.datapath.buffers import scatter, slices, zero
 from bridge.datapath.cells import (
     CHANNEL_CELLS,
     LONG_BYTES,
@@ -48,18 +53,15 @@ from bridge.datapath.request import (
 from bridge.datapath.rows import Rows, in_order
 from bridge.datapath.turn import Turn
 from bridge.errors import ProtocolError
-from bridge.server import nbd_protocol as p
 from bridge.server.chunks import (
     Assembly,
     StatusRequest,
     parse_error,
     parse_extents,
     parse_hole,
-    scatter,
-    slice_buffers,
-    zero,
 )
 from bridge.server.export import Export
+from bridge.spec import nbd as p
 
 DIRECT_MIN_BYTES: Final = LONG_BYTES
 STAGING_BYTES: Final = 256 << 10
@@ -358,7 +360,10 @@ class Transmission(Channel):
         while more:
             if self.cells[ROWS] and not self.sending:
                 rows = self._rows
+                unflushed = self.cells[UNFLUSHED]
                 self._start, waits = self._answers(self, rows, self._start, self._end)
+                if self.cells[UNFLUSHED] != unflushed:
+                    self._turn.wanted = True  # Whoever counts them is to look.
                 if rows.touched:
                     rows.publish_touched()
                 if waits or self._end - self._start < 16:
@@ -375,7 +380,10 @@ class Transmission(Channel):
         return request
 
     def _parse_simple(self) -> bool:
-        """True: it goes on with the reply to a row, which may be usual again."""
+        """True: it goes on with the reply to a row, which may be usual again.
+
+        The first two cases stand here only for speed (the cache's own reads and writes).
+        """
         finished = self._turn.finished
         staging = self._staging
         view = self.staging
@@ -612,7 +620,7 @@ class Transmission(Channel):
         buffers = request.buffers
         if here:
             scatter(buffers, skip, self.staging[start:end])
-        self.direct = slice_buffers(buffers, skip + here, length - here)
+        self.direct = slices(buffers, skip + here, length - here)
         self._direct_left = length - here
         self._after_direct = (cookie, flags, p.REPLY_TYPE_OFFSET_DATA, None)
 
@@ -631,7 +639,7 @@ class Transmission(Channel):
         left = self._direct_left
         if n_bytes < left:
             self._direct_left = left - n_bytes
-            self.direct = slice_buffers(self.direct, n_bytes, left - n_bytes)
+            self.direct = slices(self.direct, n_bytes, left - n_bytes)
             return 0
         self.direct = []
         cookie, flags, kind, store = self._after_direct

@@ -10,7 +10,7 @@ import os
 import signal
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,12 +18,13 @@ import pytest
 import trio
 
 from bridge.guest.vhost_user.messages import F_PROTOCOL_FEATURES, Request
-from bridge.guest.virtio.blk import T_DISCARD, T_IN, T_OUT
 from bridge.peers.blk_driver import FEATURES, PROTOCOL_FEATURES
 from bridge.peers.frontend import FrontEnd
 from bridge.peers.shared_memory import SharedMemory
-from bridge.peers.split_driver import INDIRECT, WRITE, SplitDriver, write_chain
-from tests.app.processes import bridge_argv, process, short_directory, unix_uri, wait_for
+from bridge.peers.split_driver import SplitDriver, write_chain
+from bridge.spec.virtio_blk import T_DISCARD, T_IN, T_OUT
+from bridge.spec.virtqueue import DESC_INDIRECT, DESC_WRITE
+from tests.processes import bridge_argv, process, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 
 QUEUES = 4
@@ -34,12 +35,6 @@ DATA = 4 << 20
 
 ALLOWED_BYTES = (192 + 3 * 8) << 20
 """What the README promises: 192 MiB, and 8 MiB for each queue after the first."""
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 class Flood:
@@ -82,12 +77,12 @@ class Flood:
         """An indirect table; the descriptor that names it."""
         header = self.put(struct.pack("<IIQ", type_, 0, 0))
         status = self.memory.allocate(1)
-        flags = WRITE if type_ == T_IN else 0
+        flags = DESC_WRITE if type_ == T_IN else 0
         data = [(self.base + DATA, length, flags) for length in lengths]
-        chain = [(header, 16, 0), *data, (status, 1, WRITE)]
+        chain = [(header, 16, 0), *data, (status, 1, DESC_WRITE)]
         at = self.memory.allocate(16 * len(chain))
         write_chain(self.memory.view(at, 16 * len(chain)), chain)
-        return at, 16 * len(chain), INDIRECT
+        return at, 16 * len(chain), DESC_INDIRECT
 
     def put(self, content: bytes) -> int:
         at = self.memory.allocate(len(content))

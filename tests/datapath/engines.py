@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from bridge.datapath.engine import COMPILED, PURE, Engine, choose
+from bridge.datapath.engine import Engine, choose
+from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.errors import ConfigError
 
 

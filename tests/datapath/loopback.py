@@ -11,8 +11,8 @@ from bridge.datapath.cells import (
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     SIZE_BYTES,
-    Link,
     Resident,
+    Route,
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.lanes import SMALL_BYTES
@@ -20,9 +20,9 @@ from bridge.datapath.request import Request
 from bridge.datapath.rows import FromCache, Rows, ToServer
 from bridge.datapath.turn import Turn
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
-from bridge.server import nbd_protocol as p
 from bridge.server.export import Export
 from bridge.server.transmission import Transmission
+from bridge.spec import nbd as p
 
 
 class Loopback:
@@ -39,19 +39,19 @@ class Loopback:
         self.transmission = Transmission(
             Export("", len(data), DEFAULT_FLAGS, structured=True), turn, rows=self.rows
         )
-        self.link = Link()
-        self.link.channel = self.transmission
-        self.link.flush_later = self._flush_later
-        self.link.cells[MAX_READ_BYTES] = LONG_BYTES - 1
-        self.link.cells[MAX_WRITE_BYTES] = SMALL_BYTES
-        self.link.cells[SIZE_BYTES] = len(data)
+        self.route = Route()
+        self.route.channel = self.transmission
+        self.route.flush_later = self._flush_later
+        self.route.cells[MAX_READ_BYTES] = LONG_BYTES - 1
+        self.route.cells[MAX_WRITE_BYTES] = SMALL_BYTES
+        self.route.cells[SIZE_BYTES] = len(data)
         self._flushing = False
         self._replies: list[bytes] = []
 
     @property
     def usual(self) -> ToServer:
         """For the rings."""
-        return ToServer(self.link, self.rows, lambda: None)
+        return ToServer(self.route, self.rows, lambda: None)
 
     def submit(self, request: Request) -> None:
         """See `Target`."""

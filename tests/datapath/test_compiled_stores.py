@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from bridge.datapath.engine import COMPILED, Engine
+from bridge.datapath.engine import Engine
+from bridge.datapath.engine_names import COMPILED
 from bridge.datapath.turn import Turn
 from tests.datapath.loopback import Loopback, at_hand
 from tests.datapath.test_usual_stores import Ring, _Owner, serve_the_rest
@@ -80,7 +81,7 @@ def _commands(ring: Ring, engine: Engine) -> None:
     assert server.rows.enter(queue, _Owner())
 
     def take() -> None:
-        arguments = queue, ring.disk, server.link, server.transmission, server.rows
+        arguments = queue, ring.disk, server.route, server.transmission, server.rows
         assert sum(engine.take_commands(*arguments))
 
     take()

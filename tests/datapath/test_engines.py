@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bridge.datapath import cells
-from bridge.datapath.engine import AUTO, COMPILED, PURE, PURE_ENGINE, choose
+from bridge.datapath.engine import PURE_ENGINE, choose
+from bridge.datapath.engine_names import AUTO, COMPILED, PURE
 from bridge.errors import ConfigError
 from tests.datapath.engines import engine
 from tests.datapath.worlds import Pair, World
@@ -63,7 +64,7 @@ def test_a_ring_that_the_core_cannot_take_goes_the_general_way() -> None:
     assert compiled.take_hits(queue, world.disk, world.cache) == (0, 0)
     assert queue.cells[cells.STOPPED]
     queue.cells[cells.STOPPED] = 0
-    arguments = queue, world.disk, world.link, world.channel, world.rows
+    arguments = queue, world.disk, world.route, world.channel, world.rows
     assert compiled.take_commands(*arguments) == (0, 0)
     assert queue.cells[cells.STOPPED]
 

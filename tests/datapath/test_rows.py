@@ -28,9 +28,9 @@ from bridge.datapath.rows import Rows, sent_at
 from bridge.datapath.turn import Turn
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.split_queue import SplitQueue
-from bridge.server import nbd_protocol as p
 from bridge.server.export import Export
 from bridge.server.transmission import Transmission
+from bridge.spec import nbd as p
 from tests.datapath.loopback import Loopback
 from tests.guest.virtio.mock import DEVICE_WRITES, UNWRITTEN, QueueRig
 
@@ -211,6 +211,17 @@ def test_chunk_of_other_bytes_than_were_asked_is_no_answer(
         world.server.receive(reply + p.U64.pack(offset) + bytes(length))
     assert world.status(status) == UNWRITTEN
     assert len(world.transmission.pending) == 1
+
+
+def test_whole_chunk_that_is_not_the_last_does_not_answer_yet() -> None:
+    world = World()
+    cookie, status = world.take(0)
+    data = p.U64.pack(0) + bytes(512)
+    world.server.receive(p.CHUNK.pack(p.STRUCTURED_REPLY_MAGIC, 0, 1, cookie, 520) + data)
+    assert world.status(status) == UNWRITTEN
+    assert len(world.transmission.pending) == 1
+    world.server.receive(p.CHUNK.pack(p.STRUCTURED_REPLY_MAGIC, 1, 0, cookie, 0))
+    assert [each.error for each in world.turn.finished] == [0]
 
 
 def test_numbers_that_do_not_fit_a_cookie_any_more_go_the_general_way() -> None:

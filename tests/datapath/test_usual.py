@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bridge.datapath.engine import COMPILED
+from bridge.datapath.engine_names import COMPILED
 from tests.datapath.engines import BOTH, engine
 from tests.datapath.twins import Script
 

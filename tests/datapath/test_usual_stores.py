@@ -17,7 +17,8 @@ from bridge.datapath.usual import publish, take_commands, take_hits
 from bridge.guest.virtio.chain import Chain
 from bridge.guest.virtio.inflight import TrackedSplitQueue
 from bridge.guest.virtio.queue import VirtQueue
-from bridge.peers.split_driver import INDIRECT, write_chain
+from bridge.peers.split_driver import write_chain
+from bridge.spec.virtqueue import DESC_INDIRECT as INDIRECT
 from tests.datapath.loopback import Loopback, at_hand
 from tests.guest.virtio.dying import Died, Life
 from tests.guest.virtio.mock import DEVICE_WRITES
@@ -109,7 +110,7 @@ def commands(ring: Ring, life: Life) -> None:
     assert rows.enter(queue, _Owner())
 
     def take() -> None:
-        assert sum(take_commands(queue, ring.disk, server.link, server.transmission, rows))
+        assert sum(take_commands(queue, ring.disk, server.route, server.transmission, rows))
 
     take()
     server._flush()

@@ -45,11 +45,12 @@ from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
 from bridge.guest.virtio.memory import GuestMemory, Region
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
-from bridge.server import nbd_protocol as p
+from bridge.server.channels import Phase
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Connection
 from bridge.server.export import Export
-from bridge.server.link import Phase, Session
+from bridge.server.link import Link
+from bridge.spec import nbd as p
 
 SIZE = 64
 SLOTS = 20
@@ -191,7 +192,7 @@ class _Backend:
     min_block_bytes = 1
     can_flush = can_fua = can_trim = can_write_zeroes = True
 
-    def __init__(self, session: Session, rows: Rows) -> None:
+    def __init__(self, session: Link, rows: Rows) -> None:
         self._session = session
         self._rows = rows
         self.submit = session.submit
@@ -209,7 +210,7 @@ class _Backend:
         return self._session.given_up
 
     def usual(self, wrote: Callable[[], None]) -> Usual:
-        return ToServer(self._session.link, self._rows, wrote)
+        return ToServer(self._session.route, self._rows, wrote)
 
 
 class Twin:
@@ -245,7 +246,7 @@ class Twin:
         self.export = Export("", DISK_BYTES, DEFAULT_FLAGS, structured=structured)
         self.server = Server(structured)
         self.rows = Rows(engine)
-        self.session = Session(ClientOptions(), self.loop.turn, random=random.Random(3))
+        self.session = Link(ClientOptions(), self.loop.turn, above=self, random=random.Random(3))
         self.loop.turn.add_stage(self.session)
         backend: Any = _Backend(self.session, self.rows)
         self.cache: Cache | None = None
@@ -261,7 +262,6 @@ class Twin:
             )
             self.loop.turn.add_stage(self.cache)
             self.session.keeps_unflushed = True
-            self.session.on_reconnect = self.cache.backend_reconnected
             backend = CachedBackend(self.cache, engine)
         self.disk = Disk(
             backend,
@@ -290,6 +290,14 @@ class Twin:
         self.start()
 
     # The server's side.
+
+    def reconnected(self) -> None:
+        """See link.Above."""
+        if self.cache is not None:
+            self.cache.backend_reconnected()
+
+    def export_changed(self, export: Export) -> None:
+        """See link.Above."""
 
     def connect(self) -> None:
         ours, theirs = socket.socketpair()

@@ -40,12 +40,13 @@ from bridge.datapath.cells import (
     STOPPED,
     TOUCHED,
     Channel,
-    Link,
     Queue,
     Resident,
+    Route,
     cells,
 )
-from bridge.datapath.engine import COMPILED, PURE, Engine, choose
+from bridge.datapath.engine import Engine, choose
+from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.rows import Rows
 
 GUEST = 0x7000_0000
@@ -94,11 +95,11 @@ class World:
         self.disk[MAY_WRITE] = not odd or rng.random() < 0.8
         self.cache = self._cache(arena[data_at:staging_at])
         self.opened: list[tuple[int, int]] = []
-        self.link = Link()
-        self.link.cells[MAX_READ_BYTES] = rng.choice([0x10000, 4096, 0]) if odd else 0x10000
-        self.link.cells[MAX_WRITE_BYTES] = rng.choice([0x10000, 4096, 0]) if odd else 0x10000
-        self.link.cells[SIZE_BYTES] = rng.choice([DISK_BYTES, 0x1900]) if odd else DISK_BYTES
-        self.link.cells[ALIGN_MASK] = rng.choice([0, 511, 4095]) if odd else 0
+        self.route = Route()
+        self.route.cells[MAX_READ_BYTES] = rng.choice([0x10000, 4096, 0]) if odd else 0x10000
+        self.route.cells[MAX_WRITE_BYTES] = rng.choice([0x10000, 4096, 0]) if odd else 0x10000
+        self.route.cells[SIZE_BYTES] = rng.choice([DISK_BYTES, 0x1900]) if odd else DISK_BYTES
+        self.route.cells[ALIGN_MASK] = rng.choice([0, 511, 4095]) if odd else 0
         self.channel = self._channel(arena[staging_at:])
 
     def _queue(self, number: int, tracked: memoryview) -> Queue:
@@ -242,7 +243,7 @@ class Pair:
         results = []
         for world in self.worlds:
             world.queues[queue].cells[STOPPED] = 0
-            arguments = world.queues[queue], world.disk, world.link, world.channel, world.rows
+            arguments = world.queues[queue], world.disk, world.route, world.channel, world.rows
             results.append(world.engine.take_commands(*arguments))
         self.served["take_commands"] += sum(self._call("take_commands", results))
         self._skip(queue)

@@ -32,7 +32,7 @@ struct world {
     struct dp_region regions[REGIONS];
     struct dp_channel channel;
     struct dp_resident cache;
-    uint64_t disk[DP_DISK_CELLS], link[DP_LINK_CELLS], sequence;
+    uint64_t disk[DP_DISK_CELLS], route[DP_ROUTE_CELLS], sequence;
     struct dp_command *commands; /* of the last call: exactly as many as there is room for */
     uint8_t sent[COMMANDS][DP_COMMAND_BYTES];
     uint32_t sent_count;
@@ -150,8 +150,8 @@ static void make_world(struct world *world, struct input *input)
     world->disk[DP_CAPACITY_BYTES] = DISK_BYTES;
     world->disk[DP_BLOCK_MASK] = 511;
     world->disk[DP_MAY_WRITE] = 1;
-    world->link[DP_MAX_READ_BYTES] = world->link[DP_MAX_WRITE_BYTES] = DP_SMALL_BYTES;
-    world->link[DP_SIZE_BYTES] = DISK_BYTES;
+    world->route[DP_MAX_READ_BYTES] = world->route[DP_MAX_WRITE_BYTES] = DP_SMALL_BYTES;
+    world->route[DP_SIZE_BYTES] = DISK_BYTES;
     world->sequence = 1;
 }
 
@@ -240,7 +240,7 @@ static void commands(struct world *world, struct dp_queue *queue, struct input *
 {
     uint32_t space = (uint32_t)take(input, 1) % 65;
     struct dp_command *out = room(space * sizeof *out);
-    struct dp_taken taken = dp_take_commands(queue, world->disk, world->link, &world->channel,
+    struct dp_taken taken = dp_take_commands(queue, world->disk, world->route, &world->channel,
                                              &world->sequence, true, out, space);
 
     if (taken.reads + taken.writes > space)

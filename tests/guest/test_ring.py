@@ -11,7 +11,7 @@ import trio
 
 from bridge.datapath.loop import Loop
 from bridge.guest.ring import RunningRing
-from bridge.guest.virtio.blk import S_OK, T_FLUSH, T_IN
+from bridge.spec.virtio_blk import S_OK, T_FLUSH, T_IN
 from tests.guest.device_guest import a_while, signals
 from tests.guest.virtio.mock import BlkGuest
 
@@ -160,7 +160,7 @@ async def test_ring_with_requests_in_flight_breaks_and_still_answers_them() -> N
 
 
 @pytest.mark.parametrize("spurious", [1, 100])
-async def test_3_5_spurious_kicks_are_nothing(spurious: int) -> None:
+async def test_notify_spurious_kicks_are_nothing(spurious: int) -> None:
     """T68, T69, T71."""
     async with running() as guest:
         for _ in range(spurious):

@@ -338,18 +338,18 @@ static inline uint64_t least(uint64_t one, uint64_t other)
 }
 
 struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
-                                 const uint64_t *link, struct dp_channel *channel,
+                                 const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, struct dp_command *out,
                                  uint32_t room)
 {
     struct dp_taken taken = {0, 0};
     uint64_t *state = queue->cells;
     uint64_t first = state[DP_NEXT_AVAIL], counter = state[DP_COUNTER];
-    uint64_t capacity_bytes = least(disk[DP_CAPACITY_BYTES], link[DP_SIZE_BYTES]);
-    uint64_t block_mask = disk[DP_BLOCK_MASK] | link[DP_ALIGN_MASK];
+    uint64_t capacity_bytes = least(disk[DP_CAPACITY_BYTES], route[DP_SIZE_BYTES]);
+    uint64_t block_mask = disk[DP_BLOCK_MASK] | route[DP_ALIGN_MASK];
     uint64_t max_bytes[2] = {
-        least(link[DP_MAX_READ_BYTES], DP_SMALL_BYTES),
-        disk[DP_MAY_WRITE] && may_write ? least(link[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES) : 0,
+        least(route[DP_MAX_READ_BYTES], DP_SMALL_BYTES),
+        disk[DP_MAY_WRITE] && may_write ? least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES) : 0,
     };
     uint64_t name = state[DP_NAME];
     uint32_t count = available(queue), done = 0;

@@ -40,8 +40,8 @@ enum {
 /* Cells of a disk. */
 enum { DP_CAPACITY_BYTES, DP_BLOCK_MASK, DP_MAY_WRITE, DP_DISK_CELLS };
 
-/* Cells of a `Link`. */
-enum { DP_MAX_READ_BYTES, DP_MAX_WRITE_BYTES, DP_SIZE_BYTES, DP_ALIGN_MASK, DP_LINK_CELLS };
+/* Cells of a `Route`. */
+enum { DP_MAX_READ_BYTES, DP_MAX_WRITE_BYTES, DP_SIZE_BYTES, DP_ALIGN_MASK, DP_ROUTE_CELLS };
 
 /* Cells of a `Channel`. */
 enum {
@@ -158,7 +158,7 @@ struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
 /* See `usual.take_commands`: at most `room` commands are put at `out`. With less room than chains
  * there is no STOPPED: the rest is to be asked for again. */
 struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
-                                 const uint64_t *link, struct dp_channel *channel,
+                                 const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, struct dp_command *out,
                                  uint32_t room);
 

@@ -445,7 +445,7 @@ static PyObject *take_commands(PyObject *module, PyObject *const *args, Py_ssize
     PyObject *keeps_queue = NULL, *keeps_channel = NULL, *result = NULL;
     struct holder *queue, *channel = NULL;
     struct dp_taken taken;
-    Py_buffer disk, link, rows;
+    Py_buffer disk, route, rows;
 
     (void)module;
     if (dp_check_count(count, 5) < 0)
@@ -456,16 +456,16 @@ static PyObject *take_commands(PyObject *module, PyObject *const *args, Py_ssize
     if (!queue || !channel) {
         result = stopped(args[0]);
     } else if (dp_borrow(args[1], &disk, 8 * DP_DISK_CELLS) == 0) {
-        if (dp_borrow_cells(args[2], &link, 8 * DP_LINK_CELLS) == 0) {
+        if (dp_borrow_cells(args[2], &route, 8 * DP_ROUTE_CELLS) == 0) {
             if (dp_borrow_cells(args[4], &rows, 8) == 0) {
-                taken = dp_take_commands(&queue->is.queue, disk.buf, link.buf,
+                taken = dp_take_commands(&queue->is.queue, disk.buf, route.buf,
                                          &channel->is.channel, rows.buf, true, commands,
                                          DP_MAX_HEADS);
                 PyBuffer_Release(&rows);
                 if (put_out(args[0], args[3], commands, taken) == 0)
                     result = Py_BuildValue("II", taken.reads, taken.writes);
             }
-            PyBuffer_Release(&link);
+            PyBuffer_Release(&route);
         }
         PyBuffer_Release(&disk);
     }
@@ -612,7 +612,7 @@ static const struct {
     PLACE(PUSHED),         PLACE(TOUCHED),         PLACE(STOPPED),        PLACE(QUEUE_CELLS),
     PLACE(CAPACITY_BYTES), PLACE(BLOCK_MASK),      PLACE(MAY_WRITE),      PLACE(DISK_CELLS),
     PLACE(MAX_READ_BYTES), PLACE(MAX_WRITE_BYTES), PLACE(SIZE_BYTES),     PLACE(ALIGN_MASK),
-    PLACE(LINK_CELLS),     PLACE(UNFLUSHED),       PLACE(LONG_READS),     PLACE(ROWS),
+    PLACE(ROUTE_CELLS),     PLACE(UNFLUSHED),       PLACE(LONG_READS),     PLACE(ROWS),
     PLACE(CHANNEL_CELLS),  PLACE(HEAD_BITS),       PLACE(QUEUE_BITS),     PLACE(MAX_HEADS),
     PLACE(MAX_QUEUES),
 };

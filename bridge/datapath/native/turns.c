@@ -134,7 +134,7 @@ static int take(struct dp_turns *turns)
         if (turns->cache) {
             taken = dp_take_hits(queue, turns->disk, turns->cache, turns->may_write);
         } else {
-            taken = dp_take_commands(queue, turns->disk, turns->link, turns->channel,
+            taken = dp_take_commands(queue, turns->disk, turns->route, turns->channel,
                                      turns->sequence, turns->may_write,
                                      turns->commands + turns->command_count,
                                      DP_COMMANDS - turns->command_count);

@@ -41,7 +41,7 @@ struct dp_turns {
     /* Commands go to a server: its channel, or NULL. */
     struct dp_channel *channel;
     int socket_fd;
-    const uint64_t *link;
+    const uint64_t *route;
     uint64_t *sequence;
     uint64_t start, end; /* what stands in the staging buffer */
 

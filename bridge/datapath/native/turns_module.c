@@ -20,8 +20,8 @@ struct state {
 struct held {
     PyObject *keeps[RINGS_MAX + 1];
     uint32_t count;
-    Py_buffer disk, link, sequence;
-    bool has_disk, has_link, has_sequence;
+    Py_buffer disk, route, sequence;
+    bool has_disk, has_route, has_sequence;
 };
 
 static void drop_turns(PyObject *capsule)
@@ -101,10 +101,10 @@ static int hold_rings(struct state *state, struct held *held, PyObject *rings)
     return count > 0;
 }
 
-/* `side` is (channel, descriptor, link, rows, start, end), or (resident,). As `hold_rings`. */
+/* `side` is (channel, descriptor, route, rows, start, end), or (resident,). As `hold_rings`. */
 static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
 {
-    PyObject *object, *link, *rows;
+    PyObject *object, *route, *rows;
     struct holder *holder;
     unsigned long long start, end;
     int fd;
@@ -117,20 +117,20 @@ static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
         turns->cache = holder ? &holder->is.resident : NULL;
         return holder ? 1 : PyErr_Occurred() ? -1 : 0;
     }
-    if (!PyArg_ParseTuple(side, "OiOOKK", &object, &fd, &link, &rows, &start, &end))
+    if (!PyArg_ParseTuple(side, "OiOOKK", &object, &fd, &route, &rows, &start, &end))
         return -1;
     holder = dp_native_of(object, dp_channel_kind, dp_make_channel, &held->keeps[held->count++]);
     if (!holder)
         return PyErr_Occurred() ? -1 : 0;
-    if (dp_borrow_cells(link, &held->link, 8 * DP_LINK_CELLS) < 0)
+    if (dp_borrow_cells(route, &held->route, 8 * DP_ROUTE_CELLS) < 0)
         return -1;
-    held->has_link = true;
+    held->has_route = true;
     if (dp_borrow_cells(rows, &held->sequence, 8) < 0)
         return -1;
     held->has_sequence = true;
     turns->channel = &holder->is.channel;
     turns->socket_fd = fd;
-    turns->link = held->link.buf;
+    turns->route = held->route.buf;
     turns->sequence = held->sequence.buf;
     turns->start = start;
     turns->end = end;
@@ -143,8 +143,8 @@ static void let_go(struct held *held)
         Py_XDECREF(held->keeps[index]);
     if (held->has_disk)
         PyBuffer_Release(&held->disk);
-    if (held->has_link)
-        PyBuffer_Release(&held->link);
+    if (held->has_route)
+        PyBuffer_Release(&held->route);
     if (held->has_sequence)
         PyBuffer_Release(&held->sequence);
 }

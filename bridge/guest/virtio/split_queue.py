@@ -12,8 +12,6 @@ for the next kick and then looks again, because the driver may have added a chai
 
 from __future__ import annotations
 
-import struct
-
 from bridge.datapath.cells import (
     EVENT_IDX,
     IN_FLIGHT,
@@ -28,9 +26,6 @@ from bridge.datapath.cells import (
 from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.datapath.usual import publish, usual_chain
 from bridge.guest.virtio.chain import (
-    DESC_INDIRECT,
-    DESC_NEXT,
-    DESCRIPTOR_BYTES,
     MAX_INDIRECT_ENTRIES,
     Chain,
     Descriptor,
@@ -41,10 +36,15 @@ from bridge.guest.virtio.chain import (
 from bridge.guest.virtio.long_chains import LongChains
 from bridge.guest.virtio.memory import BadAddress, GuestMemory
 from bridge.guest.virtio.queue import RingAreas
+from bridge.spec.virtqueue import (
+    DESC_INDIRECT,
+    DESC_NEXT,
+    DESCRIPTOR,
+    DESCRIPTOR_BYTES,
+    USED_NO_NOTIFY,
+)
 
-_unpack_descriptor = struct.Struct("=QIHH").unpack_from
-
-_USED_NO_NOTIFY = 1
+_unpack_descriptor = DESCRIPTOR.unpack_from
 
 
 def ring_sizes_bytes(size: int) -> tuple[int, int, int]:
@@ -260,4 +260,4 @@ class SplitQueue(Queue):
 
     def disarm(self) -> None:
         """Kicks are not needed for now."""
-        self.used[0] = 0 if self.cells[EVENT_IDX] else _USED_NO_NOTIFY
+        self.used[0] = 0 if self.cells[EVENT_IDX] else USED_NO_NOTIFY

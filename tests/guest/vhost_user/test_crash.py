@@ -1,5 +1,5 @@
 """The back-end is killed between two lines of the data path; nothing is lost, nothing is answered
-twice (rule 3.10, the crash matrix).
+twice (rule `inflight`, the crash matrix).
 
     python -m tests.guest.vhost_user.test_crash          every line, all kinds of ring
     python -m tests.guest.vhost_user.test_crash 10       every tenth
@@ -17,9 +17,8 @@ from typing import cast
 import pytest
 import trio
 
-from bridge.guest.virtio.blk import T_FLUSH, T_IN, T_OUT
 from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
-from bridge.peers.driver_queue import STATUS_OK
+from bridge.spec.virtio_blk import S_OK, T_FLUSH, T_IN, T_OUT
 from tests.guest.vhost_user.crashing import Zygote
 from tests.tools import HUNG_S
 
@@ -35,9 +34,9 @@ KINDS = [
 
 
 @pytest.fixture
-def zygote(short_dir: Path) -> Iterator[Zygote]:
+def zygote(directory: Path) -> Iterator[Zygote]:
     """A maker of back-ends."""
-    zygote = Zygote(short_dir)
+    zygote = Zygote(directory)
     yield zygote
     zygote.close()
 
@@ -82,7 +81,7 @@ class Workload:
         """Take completions; each must be good, and the only one of its request."""
         for queue in self.guest.queues:
             for slot, status in queue.poll():  # raises for one that comes twice
-                assert status == STATUS_OK
+                assert status == S_OK
                 self.completed += 1
                 wanted = self.reads.pop((queue.index, slot), None)
                 if wanted is not None:
@@ -141,6 +140,7 @@ async def crash_at(zygote: Zygote, *, features: int, how: str, kill_at: int) -> 
         zygote.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("features", "how"), KINDS)
 async def test_back_end_killed_at_any_step_loses_and_repeats_nothing(
     zygote: Zygote, features: int, how: str
