@@ -148,14 +148,17 @@ CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, DISK_CELLS = range(4)
 not be durable when it is complete."""
 
 # Cells of a `Route`.
-MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, ROUTE_CELLS = range(5)
+(MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, WHOLE_READ_BYTES, ROUTE_CELLS) = range(6)
 """What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
-nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server."""
+nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES: the longest read that
+compiled turns send as one command."""
 
 # Cells of a `Channel`.
-UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)
+UNFLUSHED, LONG_READS, ROWS, DIRECT, DIRECT_LEFT, LARGE_BYTES, CHANNEL_CELLS = range(7)
 """UNFLUSHED: WRITE and WRITE_ZEROES without FUA that were answered. LONG_READS: reads in flight of
-`LONG_BYTES` and more. ROWS: rows in flight."""
+`LONG_BYTES` and more. ROWS: rows in flight. Of compiled turns only: DIRECT is the cookie of the row
+whose payload is being received straight into guest memory, DIRECT_LEFT how much of it is still to
+come, LARGE_BYTES how many bytes such rows are in flight for."""
 
 LONG_BYTES: Final = 32 << 10
 """From here on a payload is received straight into its buffers: by the general path."""

@@ -22,7 +22,7 @@ from typing import Final
 import structlog
 import trio
 
-from bridge.datapath.cells import LONG_READS, ROWS, Channel, Wire
+from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Wire
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import CHANGES, FUA, READ, WRITE, Request
 from bridge.datapath.rows import Rows
@@ -534,6 +534,8 @@ class Connection:
 
     def _on_event(self, events: int) -> None:
         try:
+            if self.transmission.cells[DIRECT_LEFT]:
+                self.transmission.adopt_all()  # Compiled turns were amid a payload.
             if events & EPOLLOUT and self._unsent:
                 self._push()
             if self.alive and events & ~EPOLLOUT:
@@ -578,6 +580,8 @@ class Connection:
     def unusual(self, *, ended: bool, errno: int) -> None:
         """See cells.Wire."""
         try:
+            if self.transmission.cells[DIRECT_LEFT]:
+                self.transmission.adopt_all()
             if errno:
                 self._fail_by(OSError(errno, os.strerror(errno)))
             elif ended:

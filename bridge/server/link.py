@@ -48,7 +48,14 @@ from typing import Protocol
 
 import structlog
 
-from bridge.datapath.cells import ALIGN_MASK, LONG_BYTES, MAX_READ_BYTES, SIZE_BYTES
+from bridge.datapath.cells import (
+    ALIGN_MASK,
+    LONG_BYTES,
+    MAX_READ_BYTES,
+    SIZE_BYTES,
+    WHOLE_READ_BYTES,
+)
+from bridge.datapath.lanes import WHOLE_BYTES
 from bridge.datapath.request import FLUSH, OP_NAMES, Request
 from bridge.datapath.turn import Turn
 from bridge.server.changes import CHANGES, Changes, Outlived
@@ -232,6 +239,7 @@ class Link:
         limits = self.route.cells
         limits[SIZE_BYTES], limits[ALIGN_MASK] = self._size_bytes, self._align_mask
         limits[MAX_READ_BYTES] = min(self._max_read, LONG_BYTES - 1)
+        limits[WHOLE_READ_BYTES] = min(self._max_read, WHOLE_BYTES)
         self._changes.connected(
             ordered=len(channels) > 1 or export.min_block_bytes > SECTOR_BYTES,
             fenced=export.volume.is_fenced,

@@ -33,6 +33,9 @@ from typing import Final
 from bridge.datapath.buffers import scatter, slices, zero
 from bridge.datapath.cells import (
     CHANNEL_CELLS,
+    DIRECT,
+    DIRECT_LEFT,
+    LARGE_BYTES,
     LONG_BYTES,
     LONG_READS,
     ROW_COOKIE,
@@ -195,6 +198,23 @@ class Transmission(Channel):
         everything = in_order([*self.pending.values(), *requests])
         self.pending.clear()
         self.pending.update((request.cookie, request) for request in everything)
+        self.cells[LARGE_BYTES] = 0
+        if self.cells[DIRECT_LEFT]:
+            self._take_over_direct()
+
+    def _take_over_direct(self) -> None:
+        """Compiled turns were amid a payload, which goes straight into a guest's memory."""
+        cells = self.cells
+        cookie, left = cells[DIRECT], cells[DIRECT_LEFT]
+        cells[DIRECT] = cells[DIRECT_LEFT] = 0
+        request = self.pending[cookie]
+        if self.structured:
+            assembly = self._assemblies[cookie] = Assembly(request)
+            assembly.cover(request.offset, request.length)
+        self.direct = slices(request.buffers, request.length - left, left)
+        self._direct_left = left
+        self._after_direct = (cookie, p.REPLY_FLAG_DONE, p.REPLY_TYPE_OFFSET_DATA, None)
+        self._start = self._end = 0
 
     def retire(self) -> None:
         """The connection has ended: nothing more is usual here."""

@@ -96,7 +96,7 @@ class World:
         self.cache = self._cache(arena[data_at:staging_at])
         self.opened: list[tuple[int, int]] = []
         self.route = Route()
-        self.route.cells[MAX_READ_BYTES] = rng.choice([0x10000, 4096, 0]) if odd else 0x10000
+        self.route.cells[MAX_READ_BYTES] = rng.choice([0x7FFF, 4096, 0]) if odd else 0x7FFF
         self.route.cells[MAX_WRITE_BYTES] = rng.choice([0x10000, 4096, 0]) if odd else 0x10000
         self.route.cells[SIZE_BYTES] = rng.choice([DISK_BYTES, 0x1900]) if odd else DISK_BYTES
         self.route.cells[ALIGN_MASK] = rng.choice([0, 511, 4095]) if odd else 0

@@ -20,7 +20,7 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 enum { QUEUES = 2, REGIONS = 3, SLOTS = 6, BUCKETS = 8, GRANULE_SHIFT = 12, BLOCK_SHIFT = 9 };
-enum { STAGING_BYTES = 0x14000, DISK_BYTES = 1 << 17, COMMANDS = 64 };
+enum { STAGING_BYTES = 0x14000, DISK_BYTES = 1 << 17, COMMANDS = 64, DP_DISK_MAX = 0x18000 };
 
 struct input {
     const uint8_t *at;
@@ -39,6 +39,7 @@ struct world {
     uint64_t staged;
     uint16_t *open;
     int calls;
+    bool whole; /* long reads, too */
 };
 
 static uint64_t take(struct input *input, size_t n_bytes)
@@ -107,6 +108,7 @@ static void make_world(struct world *world, struct input *input)
     static const uint64_t addresses[REGIONS] = {0x100000, UINT64_MAX - 0x3000, 0x200};
     uint32_t *head, *granule_of;
     uint16_t *ready;
+    uint64_t setup;
 
     memset(world, 0, sizeof *world);
     for (int index = 0; index < REGIONS; index++)
@@ -118,7 +120,9 @@ static void make_world(struct world *world, struct input *input)
     world->channel.staging = room(STAGING_BYTES);
     world->channel.staging_bytes = STAGING_BYTES;
     world->channel.number = 1;
-    world->channel.structured = take(input, 1) & 1;
+    setup = take(input, 1);
+    world->channel.structured = setup & 1;
+    world->whole = setup & 2;
     head = room(4 * BUCKETS);
     granule_of = room(4 * SLOTS);
     ready = room(2 * SLOTS);
@@ -151,6 +155,7 @@ static void make_world(struct world *world, struct input *input)
     world->disk[DP_BLOCK_MASK] = 511;
     world->disk[DP_MAY_WRITE] = 1;
     world->route[DP_MAX_READ_BYTES] = world->route[DP_MAX_WRITE_BYTES] = DP_SMALL_BYTES;
+    world->route[DP_WHOLE_READ_BYTES] = DP_DISK_MAX;
     world->route[DP_SIZE_BYTES] = DISK_BYTES;
     world->sequence = 1;
 }
@@ -241,7 +246,7 @@ static void commands(struct world *world, struct dp_queue *queue, struct input *
     uint32_t space = (uint32_t)take(input, 1) % 65;
     struct dp_command *out = room(space * sizeof *out);
     struct dp_taken taken = dp_take_commands(queue, world->disk, world->route, &world->channel,
-                                             &world->sequence, true, out, space);
+                                             &world->sequence, true, world->whole, out, space);
 
     if (taken.reads + taken.writes > space)
         abort();
@@ -291,6 +296,22 @@ static struct dp_queue *queue_of(void *owner, unsigned number)
     return number < QUEUES ? &world->queues[number] : NULL;
 }
 
+/* Bytes of a payload come where they belong. */
+static void receive_direct(struct world *world, struct input *input)
+{
+    struct dp_answered answered;
+    uint64_t left = world->channel.cells[DP_DIRECT_LEFT], n_bytes = take(input, 2) * 4 + 1;
+    uint8_t *at = dp_direct(&world->channel, queue_of, world);
+
+    if (!at)
+        return;
+    n_bytes = n_bytes < left ? n_bytes : left;
+    memset(at, 0x5A, left);
+    dp_direct_received(&world->channel, queue_of, world, n_bytes, &answered);
+    for (uint32_t index = 0; index < answered.touched_count; index++)
+        world->queues[answered.touched[index]].cells[DP_TOUCHED] = 0;
+}
+
 static void answer(struct world *world, struct input *input)
 {
     struct dp_answered answered;
@@ -298,7 +319,11 @@ static void answer(struct world *world, struct input *input)
 
     if (cut & 0x80 && end)
         end -= cut % end;
-    dp_answers(&world->channel, queue_of, world, 0, end, &answered);
+    if (world->channel.cells[DP_DIRECT_LEFT]) {
+        receive_direct(world, input);
+        return;
+    }
+    dp_answers(&world->channel, queue_of, world, world->whole, 0, end, &answered);
     if (answered.start > end || answered.touched_count > QUEUES)
         abort();
     memmove(world->channel.staging, world->channel.staging + answered.start,

@@ -339,8 +339,8 @@ static inline uint64_t least(uint64_t one, uint64_t other)
 
 struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
-                                 uint64_t *sequence, bool may_write, struct dp_command *out,
-                                 uint32_t room)
+                                 uint64_t *sequence, bool may_write, bool whole,
+                                 struct dp_command *out, uint32_t room)
 {
     struct dp_taken taken = {0, 0};
     uint64_t *state = queue->cells;
@@ -348,10 +348,11 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
     uint64_t capacity_bytes = least(disk[DP_CAPACITY_BYTES], route[DP_SIZE_BYTES]);
     uint64_t block_mask = disk[DP_BLOCK_MASK] | route[DP_ALIGN_MASK];
     uint64_t max_bytes[2] = {
-        least(route[DP_MAX_READ_BYTES], DP_SMALL_BYTES),
+        whole ? route[DP_WHOLE_READ_BYTES] : least(route[DP_MAX_READ_BYTES], DP_LONG_BYTES - 1),
         disk[DP_MAY_WRITE] && may_write ? least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES) : 0,
     };
     uint64_t name = state[DP_NAME];
+    uint64_t long_reads = 0, large_bytes = channel->cells[DP_LARGE_BYTES];
     uint32_t count = available(queue), done = 0;
     struct chain chain;
 
@@ -369,6 +370,12 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
             chain.length > max_bytes[chain.type] ||
             !on_disk(chain.sector, chain.length, capacity_bytes, block_mask))
             break;
+        if (chain.type == IN && chain.length >= DP_LONG_BYTES) {
+            if (!within(large_bytes, chain.length, DP_LARGE_IN_FLIGHT_BYTES))
+                break;
+            large_bytes += chain.length;
+            long_reads++;
+        }
         cookie = name | (*sequence)++ << DP_NAME_BITS | head;
         if (queue->tracked)
             note_popped(queue, head, counter++);
@@ -401,6 +408,8 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
     state[DP_IN_FLIGHT] += done;
     state[DP_COUNTER] = counter;
     channel->cells[DP_ROWS] += done;
+    channel->cells[DP_LARGE_BYTES] = large_bytes;
+    channel->cells[DP_LONG_READS] += long_reads;
     return taken;
 }
 
@@ -449,12 +458,58 @@ static uint64_t header_of(const struct dp_channel *channel, const struct dp_row 
     return DATA_CHUNK_BYTES;
 }
 
-void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, uint64_t start,
-                uint64_t end, struct dp_answered *answered)
+/* The chain of a row has been answered; its element is the one `count` after the next. */
+static void push_row(struct dp_queue *queue, const struct dp_channel *channel, uint64_t cookie,
+                     const struct dp_row *row, uint64_t count)
+{
+    uint64_t *state = queue->cells;
+    uint32_t head = (uint32_t)(cookie & (DP_MAX_HEADS - 1));
+
+    queue->cookies[head] = 0;
+    store_8(in_region(queue, row->status_region, row->status_at), 0);
+    if (queue->tracked) {
+        note_pushed(queue, head, &state[DP_LAST_HEAD]);
+        queue->pushed[state[DP_PUSHED]++] = (uint16_t)head;
+    }
+    put_element(queue, state[DP_NEXT_USED] + count, head, row->op == IN ? row->length + 1 : 1);
+    channel->cells[DP_ROWS]--;
+    if (row->op == OUT) {
+        channel->cells[DP_UNFLUSHED]++;
+    } else if (row->length >= DP_LONG_BYTES) {
+        channel->cells[DP_LONG_READS]--;
+        channel->cells[DP_LARGE_BYTES] -= least(channel->cells[DP_LARGE_BYTES], row->length);
+    }
+}
+
+static inline bool may_push(const struct dp_queue *queue, uint64_t count)
+{
+    return count < queue->cells[DP_IN_FLIGHT] &&
+           (!queue->tracked || queue->cells[DP_PUSHED] < queue->size);
+}
+
+/* Whether the rest of a payload is received where it belongs, with so much `missing`: as in
+ * transmission.py. */
+static inline bool goes_direct(const struct dp_channel *channel, const struct dp_row *row,
+                               uint64_t missing)
+{
+    return channel->structured || missing >= DP_LONG_BYTES || row->length >= 2 * DP_LONG_BYTES;
+}
+
+/* The payload from `at` on, of which `here` bytes are there, goes on elsewhere. */
+static void go_direct(struct dp_channel *channel, const struct dp_queue *queue, uint64_t cookie,
+                      const struct dp_row *row, const uint8_t *at, uint64_t here)
+{
+    copy(in_region(queue, row->data_region, row->data_at), at, (uint32_t)here);
+    channel->cells[DP_DIRECT] = cookie;
+    channel->cells[DP_DIRECT_LEFT] = row->length - here;
+}
+
+void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, bool whole,
+                uint64_t start, uint64_t end, struct dp_answered *answered)
 {
     struct dp_queue *queue = NULL;
     unsigned current = 0;
-    uint64_t count = 0, total = 0, writes = 0;
+    uint64_t count = 0;
     struct dp_row row;
 
     answered->waits = false;
@@ -465,8 +520,7 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, u
         const uint8_t *reply = channel->staging + start;
         uint64_t cookie = big_64(reply + 8), header, payload;
         unsigned number = (unsigned)((cookie & NAME_MASK) >> DP_HEAD_BITS);
-        uint64_t *state;
-        uint32_t head;
+        bool is_long;
 
         if (!(cookie & ROW_COOKIE))
             break;
@@ -479,40 +533,70 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, u
             if (!queue)
                 break;
         }
-        state = queue->cells;
-        if (!row_of(queue, cookie, channel, &row) || count >= state[DP_IN_FLIGHT] ||
-            (queue->tracked && state[DP_PUSHED] >= queue->size))
+        if (!row_of(queue, cookie, channel, &row) || !may_push(queue, count))
             break;
+        is_long = row.op == IN && row.length >= DP_LONG_BYTES;
         header = header_of(channel, &row, reply, end - start);
-        if (!header)
+        if (!header || (is_long && !whole))
             break;
         payload = row.op == IN ? row.length : 0;
         if (header + payload > end - start) {
             answered->waits = true;
+            if (is_long && header <= end - start &&
+                goes_direct(channel, &row, payload - (end - start - header))) {
+                go_direct(channel, queue, cookie, &row, reply + header, end - start - header);
+                start = end;
+            }
             break;
         }
-        if (row.op == IN) {
+        if (row.op == IN)
             copy(in_region(queue, row.data_region, row.data_at), reply + header, row.length);
-        } else {
-            writes++;
-        }
         start += header + payload;
-        head = (uint32_t)(cookie & (DP_MAX_HEADS - 1));
-        queue->cookies[head] = 0;
-        store_8(in_region(queue, row.status_region, row.status_at), 0);
-        if (queue->tracked) {
-            note_pushed(queue, head, &state[DP_LAST_HEAD]);
-            queue->pushed[state[DP_PUSHED]++] = (uint16_t)head;
-        }
-        put_element(queue, state[DP_NEXT_USED] + count, head, (uint32_t)payload + 1);
-        count++;
-        total++;
+        push_row(queue, channel, cookie, &row, count++);
     }
     if (queue && count)
         pushed_some(queue, current, count, answered);
-    channel->cells[DP_ROWS] -= total;
-    channel->cells[DP_UNFLUSHED] += writes;
     answered->start = start;
+}
+
+/* The queue and the row of the payload that is being received. */
+static struct dp_queue *direct_queue(struct dp_channel *channel, dp_queue_of queue_of, void *owner,
+                                     struct dp_row *row)
+{
+    uint64_t cookie = channel->cells[DP_DIRECT];
+    struct dp_queue *queue = queue_of(owner, (unsigned)((cookie & NAME_MASK) >> DP_HEAD_BITS));
+
+    if (!(cookie & ROW_COOKIE) || !queue || !row_of(queue, cookie, channel, row) ||
+        row->op != IN || channel->cells[DP_DIRECT_LEFT] > row->length || !may_push(queue, 0))
+        return NULL;
+    return queue;
+}
+
+uint8_t *dp_direct(struct dp_channel *channel, dp_queue_of queue_of, void *owner)
+{
+    struct dp_row row;
+    struct dp_queue *queue = direct_queue(channel, queue_of, owner, &row);
+
+    if (!queue)
+        return NULL;
+    return in_region(queue, row.data_region, row.data_at) + row.length -
+           channel->cells[DP_DIRECT_LEFT];
+}
+
+void dp_direct_received(struct dp_channel *channel, dp_queue_of queue_of, void *owner,
+                        uint64_t n_bytes, struct dp_answered *answered)
+{
+    uint64_t cookie = channel->cells[DP_DIRECT];
+    struct dp_row row;
+    struct dp_queue *queue = direct_queue(channel, queue_of, owner, &row);
+
+    answered->touched_count = 0;
+    channel->cells[DP_DIRECT_LEFT] -= least(n_bytes, channel->cells[DP_DIRECT_LEFT]);
+    if (!queue || channel->cells[DP_DIRECT_LEFT])
+        return;
+    channel->cells[DP_DIRECT] = 0;
+    push_row(queue, channel, cookie, &row, 0);
+    pushed_some(queue, (unsigned)((cookie & NAME_MASK) >> DP_HEAD_BITS), 1, answered);
 }
 
 bool dp_publish(struct dp_queue *queue)

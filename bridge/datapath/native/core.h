@@ -41,13 +41,16 @@ enum {
 enum { DP_CAPACITY_BYTES, DP_BLOCK_MASK, DP_MAY_WRITE, DP_DISK_CELLS };
 
 /* Cells of a `Route`. */
-enum { DP_MAX_READ_BYTES, DP_MAX_WRITE_BYTES, DP_SIZE_BYTES, DP_ALIGN_MASK, DP_ROUTE_CELLS };
+enum { DP_MAX_READ_BYTES, DP_MAX_WRITE_BYTES, DP_SIZE_BYTES, DP_ALIGN_MASK, DP_WHOLE_READ_BYTES, DP_ROUTE_CELLS };
 
 /* Cells of a `Channel`. */
 enum {
     DP_UNFLUSHED,
     DP_LONG_READS,
     DP_ROWS,
+    DP_DIRECT,
+    DP_DIRECT_LEFT,
+    DP_LARGE_BYTES,
     DP_CHANNEL_CELLS
 };
 
@@ -58,6 +61,8 @@ enum {
     DP_MAX_HEADS = 1 << DP_HEAD_BITS,
     DP_MAX_QUEUES = 1 << DP_QUEUE_BITS,
     DP_SMALL_BYTES = 64 << 10,
+    DP_LONG_BYTES = 32 << 10,
+    DP_LARGE_IN_FLIGHT_BYTES = 64 << 20,
     DP_COMMAND_BYTES = 28
 };
 
@@ -156,15 +161,24 @@ struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
                              const struct dp_resident *cache, bool may_write);
 
 /* See `usual.take_commands`: at most `room` commands are put at `out`. With less room than chains
- * there is no STOPPED: the rest is to be asked for again. */
+ * there is no STOPPED: the rest is to be asked for again. `whole`: also long reads, up to
+ * WHOLE_READ_BYTES each and DP_LARGE_IN_FLIGHT_BYTES together. */
 struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
-                                 uint64_t *sequence, bool may_write, struct dp_command *out,
-                                 uint32_t room);
+                                 uint64_t *sequence, bool may_write, bool whole,
+                                 struct dp_command *out, uint32_t room);
 
-/* See `usual.answers`. */
-void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, uint64_t start,
-                uint64_t end, struct dp_answered *answered);
+/* See `usual.answers`. `whole`: also long reads; of one whose payload is not all there the rest is
+ * to be received at `dp_direct`, and nothing is left in the staging buffer. */
+void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, bool whole,
+                uint64_t start, uint64_t end, struct dp_answered *answered);
+
+/* Where the next DIRECT_LEFT bytes of a payload go; NULL: that is not known here. */
+uint8_t *dp_direct(struct dp_channel *channel, dp_queue_of queue_of, void *owner);
+
+/* So many of them have come. */
+void dp_direct_received(struct dp_channel *channel, dp_queue_of queue_of, void *owner,
+                        uint64_t n_bytes, struct dp_answered *answered);
 
 /* See `usual.publish`. */
 bool dp_publish(struct dp_queue *queue);

@@ -459,7 +459,7 @@ static PyObject *take_commands(PyObject *module, PyObject *const *args, Py_ssize
         if (dp_borrow_cells(args[2], &route, 8 * DP_ROUTE_CELLS) == 0) {
             if (dp_borrow_cells(args[4], &rows, 8) == 0) {
                 taken = dp_take_commands(&queue->is.queue, disk.buf, route.buf,
-                                         &channel->is.channel, rows.buf, true, commands,
+                                         &channel->is.channel, rows.buf, true, false, commands,
                                          DP_MAX_HEADS);
                 PyBuffer_Release(&rows);
                 if (put_out(args[0], args[3], commands, taken) == 0)
@@ -527,7 +527,7 @@ static PyObject *answers(PyObject *module, PyObject *const *args, Py_ssize_t cou
     channel = dp_native_of(args[0], dp_channel_kind, dp_make_channel, &keeps);
     table.queues = PyErr_Occurred() ? NULL : PyObject_GetAttr(args[1], name_queues);
     if (table.queues && channel) {
-        dp_answers(&channel->is.channel, queue_of, &table, start, end, &answered);
+        dp_answers(&channel->is.channel, queue_of, &table, false, start, end, &answered);
         if (!PyErr_Occurred() && note_touched(args[1], table.queues, &answered) == 0)
             result = Py_BuildValue("KO", (unsigned long long)answered.start,
                                    answered.waits ? Py_True : Py_False);
@@ -614,7 +614,8 @@ static const struct {
     PLACE(MAX_READ_BYTES), PLACE(MAX_WRITE_BYTES), PLACE(SIZE_BYTES),     PLACE(ALIGN_MASK),
     PLACE(ROUTE_CELLS),     PLACE(UNFLUSHED),       PLACE(LONG_READS),     PLACE(ROWS),
     PLACE(CHANNEL_CELLS),  PLACE(HEAD_BITS),       PLACE(QUEUE_BITS),     PLACE(MAX_HEADS),
-    PLACE(MAX_QUEUES),
+    PLACE(MAX_QUEUES),     PLACE(DIRECT),          PLACE(DIRECT_LEFT),    PLACE(LARGE_BYTES),
+    PLACE(LONG_BYTES),     PLACE(WHOLE_READ_BYTES),
 };
 
 static int add_places(PyObject *module)

@@ -42,14 +42,69 @@ static struct dp_queue *queue_of(void *owner, unsigned number)
     return NULL;
 }
 
+/* What was touched is published at the end of this turn anyway. */
+static void untouch(struct dp_turns *turns, const struct dp_answered *answered)
+{
+    for (uint32_t index = 0; index < answered->touched_count; index++)
+        queue_of(turns, answered->touched[index])->cells[DP_TOUCHED] = 0;
+}
+
+static int take_answers(struct dp_turns *turns)
+{
+    struct dp_answered answered;
+
+    dp_answers(turns->channel, queue_of, turns, true, turns->start, turns->end, &answered);
+    turns->start = answered.start;
+    untouch(turns, &answered);
+    return turns->end - turns->start >= 16 && !answered.waits ? DP_REPLY : 0;
+}
+
+static int not_received(struct dp_turns *turns, ssize_t got, bool *drained)
+{
+    *drained = true;
+    if (!got)
+        return DP_ENDED;
+    if (errno == EAGAIN || errno == EINTR)
+        return 0;
+    turns->error = errno;
+    return DP_FAILED;
+}
+
+/* The same amid a long payload: into the guest's memory, and what comes after it. */
+static int receive_direct(struct dp_turns *turns, bool *drained)
+{
+    struct dp_channel *channel = turns->channel;
+    uint64_t left = channel->cells[DP_DIRECT_LEFT], direct;
+    struct iovec places[2] = {{dp_direct(channel, queue_of, turns), left},
+                              {channel->staging, STAGING_LONG_BYTES}};
+    struct msghdr message = {.msg_iov = places, .msg_iovlen = 2};
+    struct dp_answered answered;
+    ssize_t got;
+
+    if (!places[0].iov_base || channel->staging_bytes < STAGING_LONG_BYTES)
+        return DP_REPLY;
+    got = recvmsg(turns->socket_fd, &message, MSG_DONTWAIT);
+    if (got <= 0)
+        return not_received(turns, got, drained);
+    *drained = (uint64_t)got < left + STAGING_LONG_BYTES;
+    turns->received_bytes += (uint64_t)got;
+    direct = (uint64_t)got < left ? (uint64_t)got : left;
+    dp_direct_received(channel, queue_of, turns, direct, &answered);
+    untouch(turns, &answered);
+    turns->start = 0;
+    turns->end = (uint64_t)got - direct;
+    return take_answers(turns);
+}
+
 /* Receive once, and take the usual replies; the flags. `*drained`: there is no more for now. */
 static int receive_once(struct dp_turns *turns, bool *drained)
 {
     struct dp_channel *channel = turns->channel;
-    struct dp_answered answered;
     uint64_t room;
     ssize_t got;
 
+    if (channel->cells[DP_DIRECT_LEFT])
+        return receive_direct(turns, drained);
     if (turns->start) {
         memmove(channel->staging, channel->staging + turns->start, turns->end - turns->start);
         turns->end -= turns->start;
@@ -61,25 +116,12 @@ static int receive_once(struct dp_turns *turns, bool *drained)
     if (!room)
         return DP_REPLY;
     got = recv(turns->socket_fd, channel->staging + turns->end, room, MSG_DONTWAIT);
-    if (got < 0) {
-        *drained = true;
-        if (errno == EAGAIN || errno == EINTR)
-            return 0;
-        turns->error = errno;
-        return DP_FAILED;
-    }
-    if (!got)
-        return DP_ENDED;
+    if (got <= 0)
+        return not_received(turns, got, drained);
     *drained = (uint64_t)got < room;
     turns->end += (uint64_t)got;
     turns->received_bytes += (uint64_t)got;
-    dp_answers(channel, queue_of, turns, turns->start, turns->end, &answered);
-    turns->start = answered.start;
-    for (uint32_t index = 0; index < answered.touched_count; index++)
-        queue_of(turns, answered.touched[index])->cells[DP_TOUCHED] = 0;
-    if (turns->end - turns->start >= 16 && !answered.waits)
-        return DP_REPLY;
-    return 0;
+    return take_answers(turns);
 }
 
 static int receive(struct dp_turns *turns)
@@ -135,7 +177,7 @@ static int take(struct dp_turns *turns)
             taken = dp_take_hits(queue, turns->disk, turns->cache, turns->may_write);
         } else {
             taken = dp_take_commands(queue, turns->disk, turns->route, turns->channel,
-                                     turns->sequence, turns->may_write,
+                                     turns->sequence, turns->may_write, true,
                                      turns->commands + turns->command_count,
                                      DP_COMMANDS - turns->command_count);
             turns->command_count += taken.reads + taken.writes;
