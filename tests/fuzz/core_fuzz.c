@@ -2,20 +2,23 @@
  * so that AddressSanitizer sees each byte read or written outside of it.
  *
  * The input is a program: which chains the guest makes, what it pokes where, what the server
- * answers, which function is called. With clang, libFuzzer writes the programs:
+ * answers, which function is called. In every other program whole turns are called instead, with a
+ * server at the other end of a socket. With clang, libFuzzer writes the programs:
  *
  *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Ibridge/datapath/native \
- *       tests/fuzz/core_fuzz.c bridge/datapath/native/core.c -o core_fuzz
+ *       tests/fuzz/core_fuzz.c bridge/datapath/native/{core,turns}.c -o core_fuzz
  *   ./core_fuzz tests/fuzz/corpus
  *
  * With -DOWN_DRIVER it runs on its own: `core_fuzz ROUNDS SEED FILE...` runs the files, then so
  * many programs made of random numbers.
  */
-#include "core.h"
+#include "turns.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -40,6 +43,10 @@ struct world {
     uint16_t *open;
     int calls;
     bool whole; /* long reads, too */
+    bool turns; /* whole turns */
+    int ours, theirs, epoll_fd;
+    uint64_t start, end; /* in the staging buffer, between turns */
+    uint8_t *outgoing;   /* of the server, `staged` bytes */
 };
 
 static uint64_t take(struct input *input, size_t n_bytes)
@@ -101,6 +108,21 @@ static void make_queue(struct world *world, unsigned number, struct input *input
         abort();
 }
 
+static void connect_server(struct world *world)
+{
+    struct epoll_event event = {.events = EPOLLIN};
+    int ends[2];
+
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) < 0)
+        abort();
+    world->ours = ends[0];
+    world->theirs = ends[1];
+    world->epoll_fd = epoll_create1(0);
+    event.data.fd = world->ours;
+    if (epoll_ctl(world->epoll_fd, EPOLL_CTL_ADD, world->ours, &event) < 0)
+        abort();
+}
+
 static void make_world(struct world *world, struct input *input)
 {
     static const uint8_t up[4] = {1, 2, 3, 3};
@@ -123,6 +145,10 @@ static void make_world(struct world *world, struct input *input)
     setup = take(input, 1);
     world->channel.structured = setup & 1;
     world->whole = setup & 2;
+    world->turns = setup & 4;
+    world->outgoing = room(STAGING_BYTES);
+    if (world->turns)
+        connect_server(world);
     head = room(4 * BUCKETS);
     granule_of = room(4 * SLOTS);
     ready = room(2 * SLOTS);
@@ -184,6 +210,12 @@ static void end_world(struct world *world)
     free(world->open);
     free(world->cache.touched);
     free(world->cache.data);
+    free(world->outgoing);
+    if (world->turns) {
+        close(world->ours);
+        close(world->theirs);
+        close(world->epoll_fd);
+    }
 }
 
 static void put_descriptor(uint8_t *to, uint64_t address, uint32_t length, uint16_t flags,
@@ -285,7 +317,7 @@ static void reply(struct world *world, struct input *input)
         header[odd % 28] ^= (uint8_t)take(input, 1);
     if (world->staged + header_bytes + payload > STAGING_BYTES)
         return;
-    memcpy(world->channel.staging + world->staged, header, header_bytes);
+    memcpy(world->outgoing + world->staged, header, header_bytes);
     world->staged += header_bytes + payload;
 }
 
@@ -323,16 +355,92 @@ static void answer(struct world *world, struct input *input)
         receive_direct(world, input);
         return;
     }
+    memcpy(world->channel.staging, world->outgoing, end);
     dp_answers(&world->channel, queue_of, world, world->whole, 0, end, &answered);
     if (answered.start > end || answered.touched_count > QUEUES)
         abort();
-    memmove(world->channel.staging, world->channel.staging + answered.start,
+    memmove(world->outgoing, world->outgoing + answered.start,
             world->staged - answered.start);
     world->staged -= answered.start;
     if (cut & 0x40)
         world->staged = 0;
     for (uint32_t index = 0; index < answered.touched_count; index++)
         world->queues[answered.touched[index]].cells[DP_TOUCHED] = 0;
+}
+
+static int nothing_comes(void *owner, struct epoll_event *events)
+{
+    (void)owner;
+    (void)events;
+    return 0;
+}
+
+static int nobody_called(void *owner, uint32_t ring)
+{
+    struct world *world = owner;
+
+    return ring < QUEUES && ++world->calls % 64 ? 0 : -1;
+}
+
+/* The commands that the server has got by now. */
+static void serve(struct world *world)
+{
+    static uint8_t got[1 << 20];
+    ssize_t size = read(world->theirs, got, sizeof got);
+
+    for (ssize_t at = 0; at + DP_COMMAND_BYTES <= size;) {
+        uint32_t length;
+
+        memcpy(world->sent[world->sent_count++ % COMMANDS], got + at, DP_COMMAND_BYTES);
+        memcpy(&length, got + at + 24, 4);
+        at += DP_COMMAND_BYTES + (got[at + 7] ? (ssize_t)__builtin_bswap32(length) : 0);
+    }
+}
+
+/* One turn, or a few; what it leaves is dropped, as on a connection that is lost. */
+static void turn(struct world *world, struct input *input)
+{
+    static struct dp_turns turns;
+    struct dp_ring rings[QUEUES] = {{&world->queues[0], -1, 0}, {&world->queues[1], -1, 0}};
+    uint64_t how = take(input, 1), size = world->staged;
+    ssize_t sent;
+    int flags;
+
+    if (how & 0x80 && size)
+        size -= how % size;
+    sent = write(world->theirs, world->outgoing, size);
+    if (sent > 0) {
+        memmove(world->outgoing, world->outgoing + sent, world->staged - (uint64_t)sent);
+        world->staged -= (uint64_t)sent;
+    }
+    memset(&turns, 0, offsetof(struct dp_turns, others));
+    turns.epoll_fd = world->epoll_fd;
+    turns.rings = rings;
+    turns.ring_count = how & 1 ? 1 : QUEUES;
+    turns.disk = world->disk;
+    turns.may_write = how & 2;
+    if (how & 0x0C) {
+        turns.channel = &world->channel;
+        turns.socket_fd = world->ours;
+        turns.route = world->route;
+        turns.sequence = &world->sequence;
+        turns.start = world->start;
+        turns.end = world->end;
+    } else {
+        turns.cache = &world->cache;
+    }
+    turns.until_ns = how & 0x10 ? UINT64_MAX : 0;
+    turns.wait = nothing_comes;
+    turns.call = nobody_called;
+    turns.owner = world;
+    flags = dp_turns(&turns);
+    world->start = turns.start;
+    world->end = turns.end;
+    if (flags & DP_REPLY) {
+        world->start = world->end;
+        world->channel.cells[DP_DIRECT_LEFT] = 0;
+    }
+    serve(world);
 }
 
 static void poke(struct world *world, struct dp_queue *queue, struct input *input)
@@ -361,6 +469,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         uint64_t op = take(&input, 1);
         struct dp_queue *queue = &world.queues[op >> 4 & 1];
 
+        if (world.turns && (op & 15) >= 6 && (op & 15) <= 12 && (op & 15) != 9 && (op & 15) != 10)
+            op = 14;
         switch (op & 15) {
         case 0:
         case 1:
@@ -391,6 +501,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             poke(&world, queue, &input);
             break;
         case 14:
+            if (world.turns) {
+                turn(&world, &input);
+                break;
+            }
             dp_arm(queue);
             dp_disarm(queue);
             break;

@@ -23,7 +23,7 @@ def test_nothing_that_a_guest_or_server_sends_reaches_beyond_what_the_core_was_g
         pytest.skip("no C compiler")
     program = tmp_path / "core_fuzz"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
-    sources = [str(_HERE / "core_fuzz.c"), str(_NATIVE / "core.c")]
+    sources = [str(_HERE / "core_fuzz.c"), str(_NATIVE / "core.c"), str(_NATIVE / "turns.c")]
     options = ["-std=c99", *sanitizers, "-D_GNU_SOURCE", "-DOWN_DRIVER", f"-I{_NATIVE}"]
     subprocess.run([compiler, *options, *sources, "-o", str(program)], check=True)
     corpus = sorted(str(each) for each in (_HERE / "corpus").iterdir())

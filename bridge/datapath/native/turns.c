@@ -148,7 +148,7 @@ static int handle_events(struct dp_turns *turns, int count)
         }
         for (uint32_t ring = 0; ring < turns->ring_count && !known; ring++)
             known = event->data.fd == turns->rings[ring].kick_fd;
-        if (!known) {
+        if (!known && turns->other_count < DP_EVENTS) {
             turns->others[turns->other_count++] = *event;
             flags |= DP_OTHERS;
         }
@@ -310,6 +310,9 @@ int dp_turns(struct dp_turns *turns)
     bool had_work = turns->worked;
     int count = 0;
 
+    turns->reads = turns->writes = turns->other_count = turns->command_count = 0;
+    turns->received_bytes = turns->sent_bytes = 0;
+    turns->error = 0;
     turns->shown = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
     look_at_switches(turns, now);
     for (;;) {

@@ -270,9 +270,6 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
     turns->wait = wait_for_events;
     turns->call = call_driver;
     turns->owner = state;
-    turns->reads = turns->writes = turns->other_count = turns->command_count = 0;
-    turns->received_bytes = turns->sent_bytes = 0;
-    turns->error = 0;
     flags = dp_turns(turns);
     return PyErr_Occurred() ? NULL : result_of(state, flags);
 }

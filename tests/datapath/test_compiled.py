@@ -1,0 +1,166 @@
+"""Compiled turns where something is not usual: sockets that are full, payloads in pieces, ends."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from bridge.datapath.cells import DIRECT_LEFT, LARGE_BYTES, LONG_READS
+from bridge.datapath.engine_names import COMPILED
+from tests.datapath.engines import engine
+from tests.datapath.twins import (
+    AVAIL,
+    HEADERS,
+    HIGH,
+    ROOM_BYTES,
+    SIZE,
+    STATUSES,
+    TABLES,
+    Twin,
+)
+
+LENGTH = 0x10000
+
+
+@pytest.fixture(params=["simple", "structured"])
+def twin(request: pytest.FixtureRequest) -> Iterator[Twin]:
+    twin = Twin(
+        usual=True,
+        slots=0,
+        tracked=True,
+        structured=request.param == "structured",
+        event_idx=True,
+        engine=engine(COMPILED),
+        turns=True,
+    )
+    yield twin
+    twin.close()
+
+
+def add(twin: Twin, slot: int, type_: int) -> None:
+    """A chain of LENGTH bytes, at as many bytes times `slot` of the disk."""
+    halves = twin.low[AVAIL : AVAIL + 6 + 2 * SIZE].cast("H")
+    sector = slot * LENGTH // 512
+    twin.low[HEADERS + 16 * slot : HEADERS + 16 * slot + 16] = struct.pack("<IIQ", type_, 0, sector)
+    twin.low[STATUSES + slot] = 0xEE
+    way = 1 if type_ else 3
+    table = struct.pack("=QIHH", HEADERS + 16 * slot, 16, 1, 1)
+    table += struct.pack("=QIHH", HIGH + ROOM_BYTES * slot, LENGTH, way, 2)
+    table += struct.pack("=QIHH", STATUSES + slot, 1, 2, 0)
+    at = TABLES + 0x100 * slot
+    twin.low[at : at + 48] = table
+    twin.low[48 * slot : 48 * slot + 16] = struct.pack("=QIHH", at, 48, 4, 0)
+    halves[2 + halves[1] % SIZE] = 3 * slot
+    halves[1] += 1
+
+
+def data(twin: Twin, slot: int) -> bytes:
+    return bytes(twin.high[ROOM_BYTES * slot : ROOM_BYTES * slot + LENGTH])
+
+
+def serve(twin: Twin) -> None:
+    """The server answers all it has got."""
+    twin.server.receive()
+    while twin.server.commands:
+        twin.server.answer(0, "whole")
+    twin.server.send(1 << 30)
+
+
+def test_what_a_full_socket_does_not_take_is_sent_later_and_whole(twin: Twin) -> None:
+    twin.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    add(twin, 0, 1)
+    for _ in range(50):  # From here on it is known that something is not durable.
+        twin.turn()
+        serve(twin)
+    assert twin.used() == [(0, 1)]
+    for slot in range(1, 8):
+        add(twin, slot, 1)
+    twin.turn()
+    assert twin.connection.has_unsent
+    for _ in range(500):
+        twin.turn()
+        serve(twin)
+    assert twin.used() == [(3 * slot, 1) for slot in range(1, 8)]
+    for slot in range(8):
+        assert twin.server.image[LENGTH * slot : LENGTH * (slot + 1)] == data(twin, slot)
+
+
+def test_a_long_payload_in_pieces_is_received_where_it_belongs(twin: Twin) -> None:
+    for slot in range(4):
+        add(twin, slot, 0)
+    twin.turn()
+    twin.server.receive()
+    while twin.server.commands:
+        twin.server.answer(-1, "whole")
+    direct = 0
+    while twin.server.outgoing:
+        twin.server.send(9000)
+        twin.turn()
+        direct += twin.connection.transmission.cells[DIRECT_LEFT] > 0
+    assert direct > 10
+    assert not twin.rows.adopted_total
+    assert twin.used() == [(3 * slot, LENGTH + 1) for slot in range(4)]
+    for slot in range(4):
+        assert data(twin, slot) == twin.server.image[LENGTH * slot : LENGTH * (slot + 1)]
+    cells = twin.connection.transmission.cells
+    assert (cells[DIRECT_LEFT], cells[LARGE_BYTES], cells[LONG_READS]) == (0, 0, 0)
+
+
+def test_a_long_payload_is_taken_over_amid_by_who_needs_the_requests(twin: Twin) -> None:
+    add(twin, 0, 0)
+    add(twin, 1, 0)
+    twin.turn()
+    twin.server.receive()
+    twin.server.answer(0, "whole")
+    twin.server.answer(0, "whole")
+    twin.server.send(30_000)
+    twin.turn()
+    assert twin.connection.transmission.cells[DIRECT_LEFT]
+    assert not twin.connection.stalled(0.0, 60.0)  # A watchdog looks at all requests.
+    assert not twin.connection.transmission.cells[DIRECT_LEFT]
+    while twin.server.outgoing:
+        twin.server.send(9000)
+        twin.turn()
+    assert twin.used() == [(0, LENGTH + 1), (3, LENGTH + 1)]
+    for slot in range(2):
+        assert data(twin, slot) == twin.server.image[LENGTH * slot : LENGTH * (slot + 1)]
+
+
+def test_a_connection_that_is_lost_amid_a_long_payload_has_it_read_again(twin: Twin) -> None:
+    add(twin, 0, 0)
+    twin.turn()
+    twin.server.receive()
+    twin.server.answer(0, "whole")
+    twin.server.send(30_000)
+    twin.turn()
+    assert twin.server.end is not None
+    twin.server.end.shutdown(socket.SHUT_RDWR)
+    twin.turn()
+    assert not twin.connection.alive
+    assert twin.used() == []
+    twin.settle_loss()
+    for _ in range(3):
+        twin.turn()
+        serve(twin)
+    twin.turn()
+    assert twin.used() == [(0, LENGTH + 1)]
+    assert data(twin, 0) == twin.server.image[:LENGTH]
+
+
+def test_a_ring_that_is_closed_amid_a_long_payload_leaves_its_memory_alone(twin: Twin) -> None:
+    add(twin, 0, 0)
+    twin.turn()
+    twin.server.receive()
+    twin.server.answer(0, "whole")
+    twin.server.send(30_000)
+    twin.turn()
+    twin.stop()
+    before = bytes(twin.high)
+    for _ in range(20):
+        twin.server.send(9000)
+        twin.turn()
+    assert bytes(twin.high) == before
+    assert twin.connection.alive
