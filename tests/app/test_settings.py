@@ -33,7 +33,7 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
             *("socket-path", "fd", "read-only", "serial", "num-queues", "queue-size", "block-size"),
             *("features", "cache-mode", "cache-size", "cache-dir", "flush-interval"),
             *("connect-timeout", "connections", "request-timeout", "reconnect-timeout"),
-            *("stale-write-grace", "poll-us", "stop-timeout", "drain-timeout"),
+            *("stale-write-grace", "poll-us", "engine", "stop-timeout", "drain-timeout"),
             *("log-level", "log-format"),
             *_TLS,
         },

@@ -32,7 +32,8 @@ from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
 from bridge.datapath.disk import Disk
-from bridge.datapath.engine import PURE_ENGINE, Engine
+from bridge.datapath.engine import PURE_ENGINE, Engine, choose
+from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
 from bridge.datapath.rows import Rows, ToServer, Usual
 from bridge.datapath.turn import Turn
@@ -767,11 +768,13 @@ def main() -> None:
     parser.add_argument("--scripts", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the first one")
     parser.add_argument("--steps", type=int, default=60, help="turns of each, and some to end it")
+    parser.add_argument("--turns", action="store_true", help="with compiled turns")
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    engine = choose(COMPILED if arguments.turns else PURE)
     served = adopted = 0
     for seed in range(arguments.seed, arguments.seed + arguments.scripts):
-        script = Script(seed)
+        script = Script(seed, engine, turns=arguments.turns)
         served += script.run(arguments.steps)
         adopted += script.twins[0].rows.adopted_total
     print(f"{arguments.scripts} scripts: {served} chains the usual way, {adopted} rows adopted")
