@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.docker.command import run
 
 PROJECT = Path(__file__).parents[2]
-_PARTS = ("bridge", "nbd_plugin", "docker", "pyproject.toml", "README.md", "LICENSE",
+_PARTS = ("bridge", "nbd_plugin", "docker", "pyproject.toml", "setup.py", "README.md", "LICENSE",
           ".dockerignore")  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def stage(folder: Path, *, wheels: Path) -> Path:
 
     Returns the folder with the compose files. Raises Failed.
     """
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.whl")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.whl")
     for part in _PARTS:
         source, target = PROJECT / part, folder / part
         if source.is_dir():
