@@ -13,6 +13,9 @@ from functools import partial
 import structlog
 import trio
 
+from bridge.api.live import Facts, Live
+from bridge.api.service import Service
+from bridge.api.settings import ApiSettings
 from bridge.app.descriptors import allow_all_descriptors
 from bridge.app.faults import report_bus_errors
 from bridge.app.heap import keep_freed_pages
@@ -90,6 +93,7 @@ class ServeOptions:
     withheld_features: int = 0
     client: ClientOptions = field(default_factory=ClientOptions)
     cache: CacheSettings = field(default_factory=CacheSettings)
+    api: ApiSettings = field(default_factory=ApiSettings)
 
 
 async def serve_disk(options: ServeOptions) -> None:
@@ -138,6 +142,7 @@ async def _serve(
     disk = Disk(storage.backend, turn=loop.turn, flush_interval_s=interval_s, now=trio.current_time)
     nursery.start_soon(disk.run_flush_timer)
     geometry = disk_geometry(export, options)
+    serial = options.serial or default_serial(export)
 
     def remember() -> None:
         """For the process after this one. A server without a name that is away has lost what was
@@ -176,7 +181,7 @@ async def _serve(
         disk,
         geometry,
         hits=disk.hits,
-        serial=options.serial or default_serial(export),
+        serial=serial,
         max_queues=options.num_queues,
         max_queue_size=options.queue_size,
         drain_timeout_s=options.drain_timeout_s,
@@ -193,7 +198,15 @@ async def _serve(
     if not (storage.has_cache or geometry.read_only):
         disk.on_changed = remember
         storage.client.on_reconnect = remember
-    stop.on_begin = lambda: device.hurry(stop.step_s)
+    facts = Facts(options.uri, options.socket_path, serial)
+    service = Service.of(Live(facts, loop, storage, disk, device), options.api)
+    nursery.start_soon(service.run)
+
+    def stopping() -> None:
+        device.hurry(stop.step_s)
+        service.stopping()
+
+    stop.on_begin = stopping
     storage.on_resized = device.resize
     nursery.start_soon(device.run)
     with _listener(options) as listener:

@@ -6,9 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, fields
-from functools import partial, wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
@@ -17,8 +17,10 @@ import trio
 from bridge import __version__
 from bridge.app import logs
 from bridge.app.signals import run_until_signal
+from bridge.cli import api_options, bridges, flush, resize, settings, status, stop
+from bridge.cli.output import complain, one_line_errors, print_line
 from bridge.cli.parameters import FilePath, Finite, Range, Size, Utf8, option
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import ConfigError
 
 if TYPE_CHECKING:
     from bridge.server.client_options import ClientOptions
@@ -48,10 +50,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             standalone_mode=False,  # It would say an error in four lines.
         )
     except click.ClickException as error:
-        _complain(_one_line(error))
+        complain(_one_line(error))
         status = error.exit_code
     except click.Abort:
-        _complain("interrupted")
+        complain("interrupted")
         status = 1
     sys.exit(status)
 
@@ -65,56 +67,12 @@ def _open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest there is: this one
 
 
-def _complain(text: str) -> None:
-    """One line on standard error, if anybody hears it."""
-    with suppress(OSError):
-        click.echo(f"nbd-bridge: {text}", err=True)
-
-
-def _print(text: str) -> None:
-    """A result, on standard output. Raises BridgeError when it cannot be written."""
-    try:
-        click.echo(text)
-    except OSError as error:
-        # What is left in the buffer would be tried again, and complained about, at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise BridgeError(f"cannot write to standard output: {error.strerror}") from None
-
-
 def _one_line(error: click.ClickException) -> str:
     """What click has to say, without its line breaks, and where to read more."""
     text = " ".join(error.format_message().split("\n")).rstrip(".")
     context = getattr(error, "ctx", None)
     more = f" (see '{context.command_path} --help')" if context is not None else ""
     return text[:1].lower() + text[1:] + more
-
-
-def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn our errors into one line and an exit status: 2 for configuration, 1 at run time."""
-
-    @wraps(command)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        errors: list[BridgeError] = []
-        try:
-            command(*args, **kwargs)
-        except* BridgeError as group:
-            errors = _leaves(group)
-        except* KeyboardInterrupt:
-            errors = [BridgeError("interrupted")]
-        # Outside the except*: it would wrap SystemExit into a group.
-        for error in errors:
-            _complain(str(error))
-        if errors:
-            sys.exit(min(error.exit_status for error in errors))
-
-    return wrapper
-
-
-def _leaves(group: BaseExceptionGroup[Any]) -> list[BridgeError]:
-    leaves: list[BridgeError] = []
-    for error in group.exceptions:
-        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return leaves
 
 
 def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -325,9 +283,10 @@ def _client_options(options: dict[str, Any]) -> ClientOptions:
     show_default=True,
     help="Seconds that the guest's stop (pause, migration) may take to be answered.",
 )
+@api_options.add
 @option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @option("--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True)
-@_one_line_errors
+@one_line_errors
 def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
     """Serve the export at URI as a vhost-user-blk disk.
 
@@ -347,9 +306,10 @@ def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
         size_bytes=options.pop("cache_size"),
         directory=options.pop("cache_dir"),
     )
+    api = api_options.take(options)
     client = _client_options(options)
     options["withheld_features"] = options.pop("features")
-    trio.run(serve_disk, ServeOptions(uri=uri, client=client, cache=cache, **options))
+    trio.run(serve_disk, ServeOptions(uri=uri, client=client, cache=cache, api=api, **options))
 
 
 @nbd_bridge.command()
@@ -357,7 +317,7 @@ def serve(uri: str, log_level: str, log_format: str, **options: Any) -> None:
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @option("--list", "as_list", is_flag=True, help="Print which exports there are.")
 @_connection_options
-@_one_line_errors
+@one_line_errors
 def info(uri: str, as_json: bool, as_list: bool, **options: Any) -> None:
     """Print what the server at URI offers."""
     from bridge.app.info import describe, describe_list, inspect_uri, list_uri
@@ -366,10 +326,21 @@ def info(uri: str, as_json: bool, as_list: bool, **options: Any) -> None:
     client = _client_options(options)
     if as_list:
         exports = run_until_signal(partial(list_uri, uri, client))
-        _print(json.dumps(exports, indent=2) if as_json else describe_list(exports))
+        print_line(json.dumps(exports, indent=2) if as_json else describe_list(exports))
         return
     export = run_until_signal(partial(inspect_uri, uri, client))
-    _print(json.dumps(export, indent=2) if as_json else describe(export))
+    print_line(json.dumps(export, indent=2) if as_json else describe(export))
+
+
+for _command in (
+    bridges.list_,
+    status.status,
+    flush.flush,
+    resize.resize,
+    settings.set_,
+    stop.stop,
+):
+    nbd_bridge.add_command(_command)
 
 
 @nbd_bridge.group(cls=_Group)
@@ -383,19 +354,19 @@ def cache() -> None:
 @cache.command("show")
 @click.argument("file")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_one_line_errors
+@one_line_errors
 def cache_show(file: str, as_json: bool) -> None:
     """Print what cache FILE holds."""
     from bridge.cache.file.inspect import describe, show
 
     summary = show(file)
-    _print(json.dumps(asdict(summary), indent=2) if as_json else describe(summary))
+    print_line(json.dumps(asdict(summary), indent=2) if as_json else describe(summary))
 
 
 @cache.command("drop")
 @click.argument("file")
 @option("--discard-dirty", is_flag=True, help="Even if it holds what the server has not.")
-@_one_line_errors
+@one_line_errors
 def cache_drop(file: str, discard_dirty: bool) -> None:
     """Remove cache FILE."""
     from bridge.cache.file.inspect import drop
@@ -422,7 +393,7 @@ def cache_drop(file: str, discard_dirty: bool) -> None:
     help="Seconds for all of it; what is missing then stays in the file.",
 )
 @_connection_options
-@_one_line_errors
+@one_line_errors
 def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     """Bring what only FILE holds to the server.
 
@@ -433,7 +404,7 @@ def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     logs.configure(level="warning", format_="text")
     client = _client_options(options)
     flushed = run_until_signal(partial(flush_file, file, uri, client=client, **options))
-    _print(f"{flushed} bytes written to the server and flushed")
+    print_line(f"{flushed} bytes written to the server and flushed")
 
 
 @cache.command("warm")
@@ -463,7 +434,7 @@ def cache_flush(file: str, uri: str | None, **options: Any) -> None:
     help="Give up after this many seconds without a server.",
 )
 @_connection_options
-@_one_line_errors
+@one_line_errors
 def cache_warm(uri: str, **options: Any) -> None:
     """Fill the cache of the export at URI.
 
@@ -486,17 +457,17 @@ def cache_warm(uri: str, **options: Any) -> None:
             bar.update(done_bytes - bar.pos)
 
         warmed = run_until_signal(partial(warm, uri, client=client, progress=progress, **options))
-    _print(f"{warmed} bytes are in the cache")
+    print_line(f"{warmed} bytes are in the cache")
 
 
 @nbd_bridge.command()
 @option("--no-guest", is_flag=True, help="Let the built-in front-end play the guest.")
-@_one_line_errors
+@one_line_errors
 def demo(no_guest: bool) -> None:
     """Boot a small Linux guest on a disk of the bridge, check the image."""
     from bridge.demo.demo import DemoConfig, run_demo
 
     logs.configure(level="warning", format_="text")
-    result = run_until_signal(partial(run_demo, DemoConfig(guest=not no_guest), say=_print))
+    result = run_until_signal(partial(run_demo, DemoConfig(guest=not no_guest), say=print_line))
     if not result.passed:
         sys.exit(1)

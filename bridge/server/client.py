@@ -34,6 +34,7 @@ from bridge.server.export import Export
 from bridge.server.handshake import Goal, Listed
 from bridge.server.link import Phase, Session
 from bridge.server.nbd_protocol import NAME_MAX_BYTES
+from bridge.server.outage import Outages
 from bridge.server.uri import NbdUri
 
 _log = structlog.get_logger(__name__)
@@ -77,7 +78,7 @@ class Client:
         self._names_refused = False
         self._reads_only: bool | None = None
         """Whether the server has a name for readers of the export; None: it was not asked."""
-        self._last_failure = ""
+        self.outages = Outages(uri.server)
 
     @property
     def export(self) -> Export:
@@ -217,6 +218,19 @@ class Client:
         if not self._wanted.is_set():
             self.session.wait_anew(trio.current_time())
             self._wanted.set()
+
+    def renew(self) -> bool:
+        """Replace the connections in order: the server may have something new to say of the export.
+        Commands in flight are answered before, those that come wait for the new connections.
+
+        False, and nothing is done, where that could lose something acknowledged, for all that can
+        be told: see `Session.can_be_moved`.
+        """
+        if not (self.connected and self.session.can_be_moved):
+            return False
+        self.session.leaving()
+        self._broken.set()
+        return True
 
     # Connections.
 
@@ -392,7 +406,7 @@ class Client:
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
         if not self._broken.is_set():
-            _log.warning("connection lost", server=self.uri.server, reason=str(error))
+            self.outages.begin(trio.current_time(), str(error))
         self.session.leaving()
         self._broken.set()
 
@@ -412,6 +426,7 @@ class Client:
         )
         sent = next(self._cookies) - self._first_cookie - 1
         unanswered = self._take_unanswered()
+        self.outages.lost(len(unanswered))
         self.session.lost(
             trio.current_time(),
             unanswered,
@@ -441,15 +456,13 @@ class Client:
             try:
                 await self._establish()
             except BridgeError as error:
-                if str(error) != self._last_failure:
-                    self._last_failure = str(error)
+                if self.outages.failed(str(error)):
                     _log.warning("cannot reconnect yet", reason=str(error))
                 continue
             except Exception as error:
                 # A bug of ours must not take the disk away: it may be gone with what the server
                 # says next time.
-                if repr(error) != self._last_failure:
-                    self._last_failure = repr(error)
+                if self.outages.failed(repr(error)):
                     _log.error("cannot reconnect yet: internal error", exc_info=error)
                 if self.session.phase is not Phase.UP:
                     continue
@@ -457,9 +470,8 @@ class Client:
                     connection.close()
                 self._broken.set()
                 return
-            self._last_failure = ""
             self.reconnects_total += 1
-            _log.info("reconnected", server=self.uri.server, generation=self.generation)
+            self.outages.end(trio.current_time(), self.generation)
             return
 
     async def _watch(self) -> None:
@@ -479,6 +491,7 @@ class Client:
                 await self._wanted.wait()
             now = trio.current_time()
             self.session.tick(now)
+            self.outages.remind(now)
             self._loop.turn.end()
             if options.request_timeout_s:
                 for connection in self._connections:

@@ -778,6 +778,16 @@ class Session:
         """The server may still execute old changes: the process after this one has to expect it."""
         return bool(self._held) and not self._fenced
 
+    @property
+    def can_be_moved(self) -> bool:
+        """Nothing acknowledged is lost with the present connections, wherever the next ones lead:
+        it is durable, or kept above, or the server says whether it is the same one."""
+        durability = self.durability
+        if durability.keeps_unflushed or durability.instance_mark:
+            return True
+        changing = any(channel.changes() for channel in self._channels)
+        return not (changing or durability.unflushed(self._answered))
+
     def leaving(self) -> None:
         """The connections are being given up: send nothing more on them."""
         if self.phase is Phase.UP:
