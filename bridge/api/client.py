@@ -79,7 +79,8 @@ def _answer(name: str, status: int, data: bytes) -> dict[str, Any]:
         raise BridgeError(f"bridge {name} answered something that is no JSON object")
     if status < http.client.BAD_REQUEST:
         return answer
-    text = f"{name}: {answer.get('error', f'HTTP status {status}')}"
+    said = answer.get("error") or answer.get("reason") or f"HTTP status {status}"
+    text = f"{name}: {said}"
     if status in (http.client.BAD_REQUEST, http.client.NOT_FOUND):
         raise ConfigError(text)
     raise BridgeError(text)

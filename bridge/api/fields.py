@@ -64,7 +64,7 @@ def parse(fields: Fields, body: bytes) -> dict[str, Any]:
     value: Any = {}
     if body.strip():
         try:
-            value = json.loads(body)
+            value = json.loads(body, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise _bad(f"the body is no JSON: {error}") from None
     if not isinstance(value, dict):
@@ -76,6 +76,10 @@ def parse(fields: Fields, body: bytes) -> dict[str, Any]:
     for name, member in value.items():
         found[name] = fields[name].check(name, member)
     return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 def _bad(text: str) -> HttpError:

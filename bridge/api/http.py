@@ -9,6 +9,7 @@ answered if that is possible, and hung up on.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -115,14 +116,11 @@ async def serve_connection(stream: trio.abc.HalfCloseableStream, handle: Handler
             await stream.aclose()
 
 
-async def refuse(stream: trio.abc.HalfCloseableStream, status: HTTPStatus, text: str) -> None:
-    """Send an error before anything was read, and close `stream`; never waits."""
-    connection = h11.Connection(h11.SERVER)
+def refuse(sock: socket.socket, status: HTTPStatus, text: str) -> None:
+    """Send an error on `sock`, from which nothing was read, and close it; never waits."""
     reply = error_reply(HttpError(status, text))
-    with trio.move_on_after(0, shield=True):
-        with suppress(trio.BrokenResourceError):
-            await stream.send_all(_encode(connection, reply, head=False))
-        await stream.aclose()
+    with sock, suppress(OSError):
+        sock.send(_encode(h11.Connection(h11.SERVER), reply, head=False), socket.MSG_DONTWAIT)
 
 
 def _is_head(request: HttpRequest | None) -> bool:

@@ -62,7 +62,7 @@ def exposition(view: View) -> bytes:
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Collector:
     """The custom collector of one disk; every metric has the label `disk`."""
 

@@ -70,7 +70,7 @@ class Service:
         self._watch = watch
         self._actions = Actions(view, end)
         self.router = Router(view, self._actions)
-        self._room = trio.CapacityLimiter(CONNECTIONS_MAX)
+        self._connected = 0
 
     @classmethod
     def of(cls, live: Live, settings: ApiSettings) -> Service:
@@ -114,33 +114,32 @@ class Service:
                 if error.errno == errno.ECONNABORTED:
                     continue
                 raise
-            await self._welcome(sock, nursery)
+            self._welcome(sock, nursery)
             # A flood of connections leaves the others their turn.
             await trio.lowlevel.checkpoint()
 
-    async def _welcome(self, sock: socket.socket, nursery: trio.Nursery) -> None:
-        sock.setblocking(False)
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    def _welcome(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         pid, uid = peer_of(sock)
         if uid not in self._users:
             _log.warning(
                 "another user's process is refused on the control socket", uid=uid, pid=pid
             )
-            await refuse(stream, HTTPStatus.FORBIDDEN, "only the bridge's user and root may ask")
-        elif not self._room.available_tokens:
-            await refuse(stream, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
+            refuse(sock, HTTPStatus.FORBIDDEN, "only the bridge's user and root may ask")
+        elif self._connected >= CONNECTIONS_MAX:
+            refuse(sock, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
         else:
-            nursery.start_soon(self._serve, stream)
+            self._connected += 1
+            nursery.start_soon(self._serve, sock)
 
-    async def _serve(self, stream: trio.SocketStream) -> None:
+    async def _serve(self, sock: socket.socket) -> None:
         try:
-            self._room.acquire_nowait()
-        except trio.WouldBlock:
-            await refuse(stream, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
-            return
-        try:
+            sock.setblocking(False)
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
             await serve_connection(stream, self.router.handle)
         except OSError as error:
             _log.debug("a connection of the control socket broke", reason=error.strerror)
+        except Exception as error:
+            _log.error("internal error in the control socket", exc_info=error)
         finally:
-            self._room.release()
+            sock.close()
+            self._connected -= 1
