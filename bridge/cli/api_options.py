@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
-from bridge.api.places import check_name
 from bridge.api.settings import AUTO, ApiSettings
 from bridge.cli.parameters import FilePath, Finite, Utf8, option
 
@@ -46,6 +45,8 @@ def add(command: Callable[P, None]) -> Callable[P, None]:
 
 def take(options: dict[str, Any]) -> ApiSettings:
     """Those of `options`, which are taken out. Raises ConfigError."""
+    from bridge.api.places import check_name
+
     name = options.pop("name")
     if name:
         check_name(name)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bridge.api.client import ask
-from bridge.api.places import SUFFIX, control_sockets
 from bridge.cli.control import LOOK_S, as_json, command
 from bridge.cli.output import one_line_errors, print_line
 from bridge.errors import BridgeError
@@ -26,6 +23,10 @@ def list_(as_json: bool) -> None:
 
     SAFE says whether everything that the guest wrote is on the server.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from bridge.api.places import control_sockets
+
     paths = control_sockets()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         found = list(pool.map(_look, paths))
@@ -41,6 +42,9 @@ def list_(as_json: bool) -> None:
 
 def _look(path: Path) -> dict[str, Any]:
     """The status of the bridge at `path`, or why there is none."""
+    from bridge.api.client import ask
+    from bridge.api.places import SUFFIX
+
     try:
         return ask(path, "GET", "/status", timeout_s=LOOK_S)
     except BridgeError as error:

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import click
 
-from bridge.api.client import ask
-from bridge.api.places import socket_of
 from bridge.cli.output import print_line
 from bridge.cli.parameters import Finite, option
 
@@ -41,6 +39,9 @@ def act(
     name: str, method: str, target: str, body: dict[str, Any], *, timeout_s: float = LOOK_S
 ) -> dict[str, Any]:
     """What bridge `name` answers to this. Raises BridgeError."""
+    from bridge.api.client import ask
+    from bridge.api.places import socket_of
+
     return ask(socket_of(name), method, target, body, timeout_s=timeout_s + LOOK_S)
 
 

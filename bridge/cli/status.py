@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-from bridge.api.client import ask
-from bridge.api.places import control_sockets, socket_of
 from bridge.cli.control import LOOK_S, NAME_HELP, as_json, command
 from bridge.cli.output import one_line_errors, print_line
 from bridge.errors import ConfigError
@@ -26,6 +24,9 @@ from bridge.units import size_text
 @one_line_errors
 def status(name: str | None, as_json: bool) -> None:
     """Print how bridge NAME is, and whether this host may be rebooted."""
+    from bridge.api.client import ask
+    from bridge.api.places import control_sockets, socket_of
+
     paths = [socket_of(name)] if name else control_sockets()
     if not paths:
         raise ConfigError("no bridge is running that this user may ask: see 'nbd-bridge list'")
