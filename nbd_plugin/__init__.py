@@ -12,7 +12,10 @@
     memory_store.py  volumes in memory             fallocate.py    holes
     rbd_store.py     volumes as Ceph RBD images    rbd_disk.py     an open image
     rbd_lock.py      its exclusive lock            deadline.py     time limits for librbd
-    rbd_seen.py      whether others locked it
+    rbd_seen.py      whether others locked it      volume_state.py what is remembered, as text
+    thread_state.py  nbdkit's threads in Python    sparse_copy.py  snapshots of files
+    errors.py        errors and their errnos       sizes.py        sizes as people write them
+    resizing.py      a volume gets another size
     __main__.py      the command line: create, list, resize, remove, snapshot
 
 It runs in nbdkit's own interpreter: the standard library, and Debian's python3-rbd for the rbd

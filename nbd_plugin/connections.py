@@ -1,4 +1,4 @@
-"""Ends connections that would stay for ever: silent ones, and idle ones when nbdkit is to stop.
+"""Ends connections that would never end: silent ones, and idle ones when nbdkit is to stop.
 
 nbdkit (1.32 to 1.42) reads from each connection on a thread of its own and waits without a limit.
 So a client that connects and says nothing costs a thread for as long as it likes, before TLS has
@@ -9,7 +9,7 @@ closing a connection; but it may shut the socket down, and nbdkit's thread reads
 - A connection from the network has `HANDSHAKE_S` seconds to open an export, and of more than
   `MAX_SILENT` that have none, the oldest are ended. An honest client needs some milliseconds.
   nbdkit tells the plugin of a new connection (`preconnect`), and its peer's address, by which its
-  socket is found. Clients of a unix socket have none; the file's mode says who may come.
+  socket is found. Clients of a unix socket have none; the file's mode says which users may connect.
 - At SIGTERM all connections that have nothing to say are shut down for reading: what the client has
   sent is still answered. After `_LAST_WORDS_S` all others are, in both directions.
 """
@@ -125,7 +125,7 @@ class Connections:
         deadline = time.monotonic() + _LAST_WORDS_S
         quiet: set[int] = set()
         while not self._stopped:
-            quiet = end_idle(quiet, everybody=time.monotonic() > deadline)
+            quiet = end_idle(quiet, all_of_them=time.monotonic() > deadline)
             time.sleep(_PAUSE_S)
 
 
@@ -153,16 +153,16 @@ def end_connections(peers: set[bytes]) -> None:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-def end_idle(quiet: set[int], *, everybody: bool) -> set[int]:
+def end_idle(quiet: set[int], *, all_of_them: bool) -> set[int]:
     """Shut down connections that have nothing to say now, and had nothing when `quiet` was
-    returned. Never raises."""
+    returned; or all, in both directions. Never raises."""
     found = set()
     for sock in accepted():
         with contextlib.suppress(OSError):
             waiting = array.array("i", [0])
             fcntl.ioctl(sock.fileno(), termios.FIONREAD, waiting)
             inode = os.fstat(sock.fileno()).st_ino
-            if everybody:
+            if all_of_them:
                 sock.shutdown(socket.SHUT_RDWR)
             elif not waiting[0]:
                 found.add(inode)

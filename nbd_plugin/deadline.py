@@ -1,4 +1,4 @@
-"""A time limit for calls that have none: librbd waits for ever for a lost cluster."""
+"""A time limit for calls that have none: librbd waits without a limit for a lost cluster."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def wait_for_background(timeout_s: float) -> bool:
 
 
 class _Call(Generic[_T]):
-    """One call on a thread of its own, and who is to take its outcome."""
+    """One call on a thread of its own, and whether its caller still waits."""
 
     def __init__(self, function: Callable[[], _T], too_late: Callable[[_T], object] | None) -> None:
         self._function = function
@@ -66,7 +66,7 @@ class _Call(Generic[_T]):
         self.done.set()
 
     def abandon(self) -> bool:
-        """Nobody waits any more. False if the outcome arrived at the last moment."""
+        """The caller waits no longer. False if the outcome arrived at the last moment."""
         with self._lock:
             if self.done.is_set():
                 return False

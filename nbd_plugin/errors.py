@@ -62,7 +62,8 @@ def nbd_errno(error: BaseException) -> int:
 
 
 def one_line(error: BaseException, limit_chars: int = 500) -> str:
-    """The error as one printable line, for a log that others read line by line."""
+    """The error as one printable line of at most `limit_chars` characters, for a log that is read
+    line by line."""
     text = " ".join(str(error).split())
     if not isinstance(error, PluginError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -33,6 +33,7 @@ class FileDisk:
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 
     def pread(self, buf: memoryview, offset: int) -> None:
+        """See `Disk`. Raises OSError (EIO) when the file ends inside the volume."""
         length = len(buf)
         done = _preadv(self._fd, (buf,), offset)
         while done < length:
@@ -42,6 +43,7 @@ class FileDisk:
             done += count
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
+        """See `Disk`. Raises OSError (ENOSPC when the file takes nothing)."""
         if fua:
             self._write_through(buf, offset)
             return
@@ -102,6 +104,7 @@ class FileDisk:
         """A flush failed: acknowledged writes may be gone."""
 
     def trim(self, offset: int, length: int, fua: bool) -> None:
+        """See `Disk`. A file system that cannot punch holes does nothing."""
         try:
             fallocate.punch_hole(self._fd, offset, length)
         except OSError as error:
@@ -112,6 +115,7 @@ class FileDisk:
             self.flush()
 
     def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
+        """See `Disk`. Raises NotSupported where the file system can neither punch nor zero."""
         try:
             if may_trim:
                 fallocate.punch_hole(self._fd, offset, length)
@@ -135,6 +139,7 @@ class FileDisk:
             fallocate.allocate(self._fd, offset, length)
 
     def extents(self, offset: int, length: int, req_one: bool) -> Extents:
+        """See `Disk`. SEEK_HOLE and SEEK_DATA, at most 1,024 extents (lseek(2))."""
         end = offset + length
         extents: Extents = []
         while offset < end and len(extents) < (1 if req_one else _MAX_EXTENTS):
@@ -163,9 +168,11 @@ class FileDisk:
             raise
 
     def cache(self, offset: int, length: int) -> None:
+        """See `Disk`: posix_fadvise(2), POSIX_FADV_WILLNEED."""
         os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
+        """Close the file. Raises OSError."""
         os.close(self._fd)
 
 

@@ -28,7 +28,7 @@ from nbd_plugin import last_seen, names
 from nbd_plugin.errors import PluginError
 from nbd_plugin.file_disk import FileDisk
 from nbd_plugin.last_seen import Mark, read_mark
-from nbd_plugin.session import begin_generation
+from nbd_plugin.resizing import resizing
 from nbd_plugin.sparse_copy import sparse_copy
 from nbd_plugin.store import COMMAND_WAIT_S, ChangeState, VolumeInfo, VolumeState
 from nbd_plugin.volume_state import MAX_STATE_BYTES, parse_state
@@ -51,7 +51,8 @@ class FileStore:
     def __init__(
         self, directory: Path, only: str | None = None, state_directory: Path | None = None
     ) -> None:
-        """`state_directory`: where to remember, if not beside the volumes."""
+        """`only`: the one file of `directory` that is served. `state_directory`: where to remember,
+        if not beside the volumes. Raises PluginError (ENOENT) without that directory."""
         self._directory = directory
         self._state_directory = state_directory
         self._state_lock = threading.Lock()
@@ -64,21 +65,23 @@ class FileStore:
             raise PluginError(f"directory {directory} does not exist", errno.ENOENT)
 
     def check(self) -> None:
-        pass
+        """Nothing can be found out that `__init__` has not."""
 
     def start(self) -> None:
-        pass
+        """Nothing to connect to."""
 
     def stop(self) -> None:
-        pass
+        """Nothing to disconnect from."""
 
     def default_volume(self) -> str:
+        """See `Store`: the lone file, or the only volume of the directory."""
         if self._only is not None:
             return self._only
         volumes = self.list_volumes()
         return volumes[0].name if len(volumes) == 1 else ""
 
     def list_volumes(self) -> list[VolumeInfo]:
+        """See `Store`. Files with other names, or of other kinds, are left out."""
         found = []
         for name in [self._only] if self._only is not None else sorted(os.listdir(self._directory)):
             if self._only is None and not names.is_volume_name(name):
@@ -93,6 +96,8 @@ class FileStore:
         return found
 
     def open(self, name: str, *, read_only: bool, timeout_s: float) -> VolumeFile:
+        """See `Store`. A file that cannot be written is opened read-only, and the disk says why.
+        Raises PluginError (EACCES when it cannot be read either)."""
         why_read_only = ""
         if not (read_only or "@" in name or self._is_marked_read_only(name)):
             try:
@@ -135,6 +140,7 @@ class FileStore:
             raise
 
     def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
+        """See `Store`. Raises PluginError (EEXIST, or the errno of the file system)."""
         try:
             fd = os.open(self._path(name), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except FileExistsError:
@@ -153,7 +159,7 @@ class FileStore:
         _sync_directory(self._directory)
 
         # A removed volume of the same name may have left its counters: go on from there, so that
-        # nobody mistakes the new contents for the old.
+        # no client mistakes the new contents for the old.
         def made(state: VolumeState) -> VolumeState:
             number = state.generation + 1
             return VolumeState(
@@ -167,23 +173,14 @@ class FileStore:
         self.update_state(name, made)
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
+        """See `Store`. Raises PluginError (EROFS; EBUSY; smaller without `shrink`)."""
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
-        try:
-            if disk.read_only:
-                raise PluginError(f"volume {name} is read-only", errno.EROFS)
-            if size_bytes < disk.size_bytes and not shrink:
-                raise PluginError(
-                    f"volume {name} has {disk.size_bytes} bytes: making it smaller loses data"
-                )
-            # Growing changes nothing that anybody has seen of the volume.
-            begin_generation(disk, writes=size_bytes < disk.size_bytes)
+        with resizing(disk, name, size_bytes, shrink=shrink) as opened:
             os.truncate(self._path(name), size_bytes)
-            disk.flush()
-            disk.update_state(lambda state: replace(state, seen=disk.seen(writing=False)))
-        finally:
-            disk.close()
+            opened.flush()
 
     def remove(self, name: str) -> None:
+        """See `Store`. Its counters stay. Raises PluginError (EBUSY, ENOENT)."""
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         try:
             os.unlink(self._path(name))
@@ -192,6 +189,8 @@ class FileStore:
             disk.close()
 
     def snapshot(self, name: str, snapshot: str) -> None:
+        """See `Store`: a sparse copy, renamed when it is complete. Raises PluginError (EEXIST;
+        EBUSY; of a snapshot there is none)."""
         if "@" in name:
             raise PluginError(f"{name} is a snapshot itself")
         target = self._path(f"{name}@{snapshot}")
@@ -210,7 +209,10 @@ class FileStore:
             disk.close()
 
     def load_state(self, name: str) -> VolumeState:
-        """The remembered state. A damaged file is an error: guessing could hide a write."""
+        """The remembered state of the volume `name`.
+
+        Raises PluginError (EIO) for a damaged file: guessing could hide a write.
+        """
         if name in self._kept_here:
             return self._kept_here[name]
         path = self.state_path(name)
@@ -255,7 +257,7 @@ class FileStore:
         try:
             return self.load_state(name).read_only
         except (PermissionError, NotADirectoryError):
-            return False  # and whoever wants to write is refused that, see `_open`
+            return False  # and a writer is refused, see `_open`
 
     def _save_state(self, path: Path, state: VolumeState) -> None:
         new = path.with_name(f"{path.name}.{os.getpid()}.new")
@@ -337,6 +339,7 @@ class VolumeFile(FileDisk):
     # What changes the file is marked: `last_seen` tells why. `Session.note_write` comes first.
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
+        """See `Disk`."""
         mark = self._mark
         if mark is None:
             super().pwrite(buf, offset, fua)
@@ -348,10 +351,12 @@ class VolumeFile(FileDisk):
             mark.ended()
 
     def trim(self, offset: int, length: int, fua: bool) -> None:
+        """See `Disk`."""
         with self._marked():
             super().trim(offset, length, fua)
 
     def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
+        """See `Disk`."""
         with self._marked():
             super().zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
 
@@ -368,27 +373,34 @@ class VolumeFile(FileDisk):
             mark.ended()
 
     def flush(self) -> None:
+        """See `FileDisk.flush`. After a success the file's time is remembered exactly."""
         super().flush()
         if self._mark is not None:
             self._mark.note_time(self._fd)
 
     @property
     def state_lasts(self) -> bool:
+        """See `Disk`."""
         return self._store.state_lasts(self._name)
 
     def load_state(self) -> VolumeState:
+        """See `FileStore.load_state`."""
         return self._store.load_state(self._name)
 
     def update_state(self, change: ChangeState) -> VolumeState:
+        """See `FileStore.update_state`."""
         return self._store.update_state(self._name, change)
 
     def was_changed(self, state: VolumeState) -> bool:
+        """See `last_seen.has_changed`."""
         return last_seen.has_changed(state.seen, self._fd, lambda: read_mark(self._mark_path))
 
     def has_grown(self, state: VolumeState) -> bool:
+        """See `last_seen.has_grown`."""
         return last_seen.has_grown(state.seen, self._fd)
 
     def seen(self, *, writing: bool) -> str:
+        """See `Disk`. With `writing`, changes of a regular file are marked from here on."""
         if writing and self._mark is None and not stat.S_ISBLK(os.fstat(self._fd).st_mode):
             self._mark = Mark(self._mark_path)
         return last_seen.describe(self._fd, is_open=writing)
@@ -411,9 +423,11 @@ class VolumeFile(FileDisk):
         return str(uuid.uuid5(base, str(losses)))
 
     def note_loss(self) -> None:
+        """Count a failed flush, durably: `instance` is another from here on."""
         self.update_state(lambda state: replace(state, losses=state.losses + 1))
 
     def close(self) -> None:
+        """See `Disk`."""
         if self._mark is not None:
             self._mark.close()
         super().close()

@@ -1,8 +1,8 @@
 """Lets the kernel notice clients that vanished without a word.
 
 A client whose host lost power or network closes nothing. nbdkit would wait for its next request
-for ever (1.32 has no keep-alive option), and the volume would stay open for writing with it. So
-every TCP connection that this process accepted gets TCP keep-alives: a dead one ends after about
+without a limit (1.32 has no keep-alive option), and the volume would stay open for writing with it.
+So every TCP connection that this process accepted gets TCP keep-alives: a dead one ends after about
 half a minute.
 """
 

@@ -1,10 +1,10 @@
-"""Whether somebody else changed a volume's file while this plugin did not have it open.
+"""Whether another program changed a volume's file while this plugin did not have it open.
 
 A client that cached the volume must learn of it: a difference begins another generation. What is
 remembered of the file (`VolumeState.seen`) and compared at the next opening for writing:
 
-- **Closed in order.** Inode, size and modification time, to the nanosecond. Who reads or renames
-  the file, or gives it to another owner, changes none of them.
+- **Closed in order.** Inode, size and modification time, to the nanosecond. Reading or renaming
+  the file, or giving it to another owner, changes none of them.
 - **Open for writing, and nbdkit was killed.** Our own writes changed the modification time. So a
   page of shared memory (`Mark`, in a file beside the state, which outlives the process) says when
   the last of them began and ended, and after a flush which time the file had. The time the file
@@ -12,8 +12,8 @@ remembered of the file (`VolumeState.seen`) and compared at the next opening for
   `_UNFINISHED_NS` after its beginning are allowed for: it may have waited for its turn.
 - **The host was started anew since.** After a loss of power the file may be older than what is
   remembered: inode times reach the medium later than data. So there it may be older, but must not
-  have been changed later than we can have done it; that is asked of the change time, which nobody
-  can set. The mark's page reaches the medium within half a minute by itself.
+  have been changed later than we can have done it; that is asked of the change time, which
+  cannot be set. The mark's page reaches the medium within half a minute by itself.
 
 What this cannot see: a change within the same tick of the kernel's clock (4 ms) as our last one, a
 change that is made while we have the file open, a change after a loss of power on a host that
@@ -43,7 +43,7 @@ _library = ctypes.CDLL(None)
 _SECOND_NS = 1_000_000_000
 _UNFINISHED_NS = _SECOND_NS
 """A busy host may keep a thread from its turn for long. Too short a time stops a disk whose bridge
-holds unwritten data; too long a one misses who edits the file right after the kill."""
+holds unwritten data; too long a one misses an edit of the file right after the kill."""
 _LATE_NS = 60 * _SECOND_NS
 """After a loss of power: how much older than the file's last change the mark may be."""
 
@@ -60,6 +60,7 @@ SEEN = re.compile(r"[!-~ ]{0,200}")
 
 
 def boot_id() -> str:
+    """A UUID that changes with every boot of the host (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
 
 
@@ -94,6 +95,7 @@ class Mark:
         self._begun = 0
 
     def began(self) -> None:
+        """A change of the file begins. From any thread."""
         words = self._words
         self._begun += 1
         words[_BEGAN] = time.clock_gettime_ns(_COARSE)
@@ -104,6 +106,7 @@ class Mark:
             self._store()
 
     def ended(self) -> None:
+        """The change has ended, whether it succeeded or not. From the same thread."""
         words = self._words
         words[_ENDED] = time.time_ns()
         self._running.pop()
@@ -128,6 +131,7 @@ class Mark:
             os.pwrite(self._fd, self._words[:4], 0)
 
     def close(self) -> None:
+        """Let go of the mark; its file stays."""
         self._words.release()
         self._map.close()
         os.close(self._fd)
@@ -168,7 +172,7 @@ def describe(fd: int, *, is_open: bool) -> str:
 
 
 def has_changed(seen: str, fd: int, mark: Callable[[], tuple[int, int, int, int]]) -> bool:
-    """Somebody else changed the file since `seen` was remembered. "": nothing was, so no."""
+    """Whether another program changed the file since `seen` was remembered. No if `seen` is ""."""
     words = seen.split(" ")
     info = os.fstat(fd)
     if not seen:
@@ -205,8 +209,8 @@ def _rounded_by(time_ns: int) -> int:
 
 
 def has_grown(seen: str, fd: int) -> bool:
-    """It is the file that `seen` tells of, and longer. Whether something else was changed as well,
-    nobody can say: its time is another in either case."""
+    """It is the file that `seen` tells of, and longer. Whether something else was changed as well
+    is not known: its time is another in either case."""
     words = seen.split(" ")
     info = os.fstat(fd)
     return len(words) == 6 and words[2] == str(info.st_ino) and int(words[3]) < info.st_size

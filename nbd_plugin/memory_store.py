@@ -33,18 +33,20 @@ class MemoryStore:
         self._instance = uuid.uuid4()
 
     def check(self) -> None:
-        pass
+        """Nothing can fail."""
 
     def start(self) -> None:
-        pass
+        """Nothing to connect to."""
 
     def stop(self) -> None:
-        pass
+        """Nothing to disconnect from."""
 
     def default_volume(self) -> str:
+        """See `Store`: the only volume."""
         return next(iter(self._volumes)) if len(self._volumes) == 1 else ""
 
     def list_volumes(self) -> list[VolumeInfo]:
+        """See `Store`."""
         found = []
         for name, volume in sorted(self._volumes.items()):
             info = os.fstat(volume.fd)
@@ -54,6 +56,7 @@ class MemoryStore:
         return found
 
     def open(self, name: str, *, read_only: bool, timeout_s: float) -> MemoryDisk:
+        """See `Store`. Raises PluginError (ENOENT)."""
         volume = self._find(name)
         fd = os.dup(volume.fd)
         return MemoryDisk(
@@ -65,6 +68,7 @@ class MemoryStore:
         )
 
     def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
+        """See `Store`. Raises PluginError (EEXIST)."""
         names.check_volume_name(name, snapshots=False)
         with self._lock:
             if name in self._volumes:
@@ -72,17 +76,20 @@ class MemoryStore:
             self._volumes[name] = _Volume(size_bytes, read_only)
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
+        """See `Store`. Raises PluginError (ENOENT; smaller without `shrink`)."""
         volume = self._find(name)
         if size_bytes < os.fstat(volume.fd).st_size and not shrink:
             raise PluginError(f"volume {name} is larger: making it smaller loses data")
         os.ftruncate(volume.fd, size_bytes)
 
     def remove(self, name: str) -> None:
+        """See `Store`. Open disks keep their bytes. Raises PluginError (ENOENT)."""
         with self._lock:
             os.close(self._find(name).fd)
             del self._volumes[name]
 
     def snapshot(self, name: str, snapshot: str) -> None:
+        """There are none. Raises PluginError (EOPNOTSUPP)."""
         raise PluginError("the memory store has no snapshots", errno.EOPNOTSUPP)
 
     def _find(self, name: str) -> _Volume:
@@ -105,24 +112,29 @@ class MemoryDisk(FileDisk):
         self._instance = instance
 
     def load_state(self) -> VolumeState:
+        """See `Disk`."""
         return self._volume.state
 
     def update_state(self, change: ChangeState) -> VolumeState:
+        """See `Disk`."""
         with self._volume.lock:
             self._volume.state = change(self._volume.state)
             return self._volume.state
 
     def was_changed(self, state: VolumeState) -> bool:
-        """Nobody else can."""
+        """Never: only this process can reach the memory."""
         return False
 
     def has_grown(self, state: VolumeState) -> bool:
+        """Never: see `was_changed`."""
         return False
 
     def seen(self, *, writing: bool) -> str:
+        """Nothing, since nothing can be different."""
         return ""
 
     def note_loss(self) -> None:
+        """Count a failed flush: `instance` is another from here on."""
         self.update_state(lambda state: replace(state, losses=state.losses + 1))
 
     def instance(self) -> str:

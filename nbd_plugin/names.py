@@ -2,7 +2,7 @@
 
     VOLUME                     the volume
     VOLUME@SNAPSHOT            a snapshot, read-only
-    VOLUME@readonly            the volume, read-only, whoever else has it open
+    VOLUME@readonly            the volume, read-only, also while a session writes it
     VOLUME@session=TOKEN       a connection of the session TOKEN
     VOLUME@session=TOKEN,connection=N
                                its connection number N: a new one replaces the old one

@@ -1,7 +1,11 @@
 """nbdkit's entry: `nbdkit python nbd_plugin/plugin.py PARAMETER=VALUE…`
 
 nbdkit calls the functions below by name, from many threads, and runs them in its own Python
-interpreter (the system's). They only translate; `service` and the stores do the work.
+interpreter (the system's). They only translate; `service` and the stores do the work. Those that
+get a `handle` run in many threads at once. An exception fails the call: nbdkit logs it as one line
+and sends the client its errno.
+
+Source: nbdkit-python-plugin(3) and nbdkit-plugin(3), which say when each is called.
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def thread_model() -> int:
+    """How many threads serve a connection: nbdkit's constant."""
     # SERIALIZE_REQUESTS: one request at a time per connection, on the connection's own thread.
     if _settings.is_parallel:
         return nbdkit.THREAD_MODEL_PARALLEL
@@ -68,26 +73,31 @@ def thread_model() -> int:
 
 
 def config(key: str, value: str) -> None:
+    """Take one parameter of the command line. Raises PluginError for an unknown one."""
     _settings.set(key, value)
 
 
 def config_complete() -> None:
+    """Check all parameters together. Raises PluginError, naming what is wrong."""
     _settings.check()
 
 
 def get_ready() -> None:
+    """Find out what can be found out before the fork. Raises PluginError."""
     global _service
     _service = Service(_settings, is_filtered=filters.may_hold_data())
     _service.prepare()
 
 
 def after_fork() -> None:
+    """Connect to the store, in the process that serves. Raises PluginError."""
     # Here and not in get_ready: threads (librados has some) do not survive nbdkit's fork.
     _service.start()
     _connections.start()
 
 
 def cleanup() -> None:
+    """All connections have ended: disconnect from the store."""
     _connections.stop()
     _service.stop()
 
@@ -96,18 +106,22 @@ def cleanup() -> None:
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    """(name, description) of every volume."""
     return _service.list_exports()
 
 
 def default_export(readonly: bool, is_tls: bool) -> str:
+    """What an export without a name stands for; "" for nothing."""
     return _service.default_export()
 
 
 def preconnect(readonly: bool) -> None:
+    """A client has connected, and has opened no export yet."""
     _connections.is_silent(connections.peer_address())
 
 
 def open(readonly: bool) -> Handle:
+    """Admit a client that has chosen an export. An error reaches the client as its errno."""
     peer = connections.peer_address()
     _connections.is_heard(peer)
     try:
@@ -122,6 +136,7 @@ def open(readonly: bool) -> Handle:
 
 
 def close(handle: Handle) -> None:
+    """A client has gone; no request of it is running."""
     thread_state.let_go()
     # It may open another export, or be at its end; nbdkit logs an error if asked then.
     _connections.is_silent(handle.peer)
@@ -129,50 +144,62 @@ def close(handle: Handle) -> None:
 
 
 def export_description(handle: Handle) -> str:
+    """What a client is told of the volume, for people and for the bridge."""
     return _service.describe(handle)
 
 
 def get_size(handle: Handle) -> int:
+    """The size in bytes."""
     return handle.disk.size_bytes
 
 
 def block_size(handle: Handle) -> tuple[int, int, int]:
+    """Minimum, preferred and maximum, in bytes (NBD_INFO_BLOCK_SIZE)."""
     return handle.disk.block_sizes
 
 
 def can_write(handle: Handle) -> bool:
+    """Whether the client may write."""
     return not handle.read_only
 
 
 def can_multi_conn(handle: Handle) -> bool:
+    """Whether a flush on one connection covers the writes of all (NBD_FLAG_CAN_MULTI_CONN)."""
     return handle.multi_conn
 
 
 def can_flush(handle: Handle) -> bool:
+    """Every store can."""
     return True
 
 
 def can_fua(handle: Handle) -> int:
+    """`pwrite`, `trim` and `zero` look at the flag themselves."""
     return nbdkit.FUA_NATIVE
 
 
 def can_trim(handle: Handle) -> bool:
+    """Whether the client may discard."""
     return not handle.read_only
 
 
 def can_zero(handle: Handle) -> bool:
+    """Whether the client may zero."""
     return not handle.read_only
 
 
 def can_fast_zero(handle: Handle) -> bool:
+    """Whether `zero` can say that it would not be faster than writing."""
     return not handle.read_only
 
 
 def can_extents(handle: Handle) -> bool:
+    """Every store can."""
     return True
 
 
 def can_cache(handle: Handle) -> int:
+    """`cache` does it itself."""
     return nbdkit.CACHE_NATIVE
 
 
@@ -183,6 +210,7 @@ def can_cache(handle: Handle) -> int:
 
 
 def pread(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    """Fill `buf` from byte `offset` on."""
     if get_ident() not in kept:
         keep_worker()
     busy = handle.busy
@@ -198,6 +226,7 @@ def pread(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
 
 
 def pwrite(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    """Write `buf` at byte `offset`; durable on return if `flags` has FLAG_FUA."""
     if get_ident() not in kept:
         keep_worker()
     busy = handle.busy
@@ -212,10 +241,13 @@ def pwrite(handle: Handle, buf: memoryview, offset: int, flags: int) -> None:
 
 
 def flush(handle: Handle, flags: int) -> None:
+    """Everything that was written before is durable on return."""
     _run(handle, handle.disk.flush)
 
 
 def trim(handle: Handle, count: int, offset: int, flags: int) -> None:
+    """Give back the space of `count` bytes at `offset`; `flags`: FLAG_FUA."""
+
     def do() -> None:
         _check_write(handle)
         handle.disk.trim(offset, count, flags & _FUA != 0)
@@ -224,6 +256,8 @@ def trim(handle: Handle, count: int, offset: int, flags: int) -> None:
 
 
 def zero(handle: Handle, count: int, offset: int, flags: int) -> None:
+    """Zero `count` bytes at `offset`; `flags`: FLAG_FUA, FLAG_MAY_TRIM, FLAG_FAST_ZERO."""
+
     def do() -> None:
         _check_write(handle)
         handle.disk.zero(
@@ -238,10 +272,12 @@ def zero(handle: Handle, count: int, offset: int, flags: int) -> None:
 
 
 def extents(handle: Handle, count: int, offset: int, flags: int) -> Extents:
+    """What is allocated of `count` bytes at `offset`; `flags`: FLAG_REQ_ONE."""
     return _run(handle, lambda: handle.disk.extents(offset, count, flags & _REQ_ONE != 0))
 
 
 def cache(handle: Handle, count: int, offset: int, flags: int) -> None:
+    """Begin to read `count` bytes at `offset` into memory."""
     _run(handle, lambda: handle.disk.cache(offset, count))
 
 

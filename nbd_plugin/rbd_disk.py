@@ -61,7 +61,7 @@ class RbdDisk:
         is_untouched: Callable[[], bool],
         on_closed: Callable[[], object] | None = None,
     ) -> None:
-        """`is_untouched`: nobody but the plugin can have written the image since it last had it.
+        """`is_untouched`: only the plugin can have written the image since it last had it.
         `on_closed` remembers what that is asked of; None where that cannot be done."""
         self.image = image
         self._is_untouched = is_untouched
@@ -78,18 +78,23 @@ class RbdDisk:
         self.block_sizes = (1, preferred, MAX_PAYLOAD_BYTES)
 
     def pread(self, buf: memoryview, offset: int) -> None:
+        """See `Disk`. Raises PluginError (EIO) when the image ends inside the volume, rbd.Error."""
         data = self.image.read(offset, len(buf))
         if len(data) != len(buf):
             raise PluginError(f"the image ends at {offset + len(data)}, inside the volume")
         buf[:] = data
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
+        """See `Disk`. Raises rbd.Error, and PluginError as `flush` does."""
         self.image.write(bytes(buf), offset)
         if fua:
             self.flush()
 
     def flush(self) -> None:
-        """Write out librbd's cache. After a failure the disk has to be opened anew, see `Disk`."""
+        """Write out librbd's cache. After a failure the disk has to be opened anew, see `Disk`.
+
+        Raises rbd.Error, and PluginError (ESHUTDOWN) after a failure.
+        """
         if self.failed:
             raise PluginError("an earlier flush failed: written data may be lost", errno.ESHUTDOWN)
         try:
@@ -100,12 +105,14 @@ class RbdDisk:
             raise
 
     def trim(self, offset: int, length: int, fua: bool) -> None:
+        """See `Disk`. In pieces of at most 1 GiB, as librbd takes them."""
         for begin, count in _pieces(offset, length):
             self.image.discard(begin, count)
         if fua:
             self.flush()
 
     def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
+        """See `Disk`. Raises NotSupported if librbd would write zeroes where `fast` was asked."""
         if fast and not may_trim:
             raise NotSupported()  # librbd would write zeroes
         flags = 0 if may_trim else rbd.RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
@@ -115,6 +122,7 @@ class RbdDisk:
             self.flush()
 
     def extents(self, offset: int, length: int, req_one: bool) -> Extents:
+        """See `Disk`: librbd's diff_iterate, over a bounded part of the range."""
         end = offset + min(length, _MAX_EXTENTS_RANGE_BYTES)
         found: Extents = []
 
@@ -131,15 +139,18 @@ class RbdDisk:
         return found[:1] if req_one else found
 
     def cache(self, offset: int, length: int) -> None:
+        """See `Disk`: reads the range, up to a bound, and forgets it."""
         end = offset + min(length, _MAX_CACHE_BYTES)
         for begin in range(offset, end, _CACHE_STEP_BYTES):
             self.image.read(begin, min(_CACHE_STEP_BYTES, end - begin))
 
     def load_state(self) -> VolumeState:
+        """See `load_state`."""
         return load_state(self.image)
 
     def update_state(self, change: ChangeState) -> VolumeState:
-        # Who calls this holds the image's exclusive lock, so no other process does.
+        """See `Disk`. Stored in the image's metadata; the caller holds the image's lock."""
+        # The caller holds the image's exclusive lock, so no other process does.
         with self._state_lock:
             state = change(self.load_state())
             self.image.metadata_set(STATE_KEY, json.dumps(asdict(state)))
@@ -156,10 +167,12 @@ class RbdDisk:
         return rest == [_HEADER] and not self._is_untouched()
 
     def has_grown(self, state: VolumeState) -> bool:
-        """To grow is no change here."""
+        """Never: growing does not make `was_changed` true here."""
         return False
 
     def seen(self, *, writing: bool) -> str:
+        """See `Disk`: open or closed, the image's id and size in bytes, whether its header is
+        looked at."""
         words = ["open" if writing else "closed", self.image.id(), str(self.image.size())]
         return " ".join(words if self._on_closed is None else [*words, _HEADER])
 

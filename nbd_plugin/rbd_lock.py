@@ -1,7 +1,7 @@
 """The exclusive lock of an RBD image: taken at open, kept until the session ends.
 
-librbd's own lock would be handed over to whoever writes next, so that two hosts could write one
-image in turn, each with a stale cache. A lock that was asked for by name stays.
+librbd's own lock would be handed over to the next client that writes, so that two hosts could write
+one image in turn, each with a stale cache. A lock that was asked for by name stays.
 
 When its holder dies, Ceph notices after the watch timeout (30 s), librbd then shuts the dead client
 out (blocklists it) and takes the lock. A holder that was a process of this very machine can be seen
@@ -81,7 +81,7 @@ def _owners(image: rbd.Image) -> list[str]:
     try:
         return [owner["owner"] for owner in image.lock_get_owners()]
     except rbd.ImageNotFound:
-        return []  # librbd's way of saying that nobody does
+        return []  # librbd's way of saying that no client does
 
 
 def _this_process() -> str:

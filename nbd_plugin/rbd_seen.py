@@ -1,6 +1,6 @@
 """Whether another Ceph client could have written an RBD image since this plugin last had it open.
 
-Who writes an image with the exclusive-lock feature holds that lock, and taking it or giving it back
+A writer of an image with the exclusive-lock feature holds that lock, and to take it or give it back
 is a write to the image's header object, whose version RADOS counts. (Opening an image, reading it
 and `rbd info` leave the version alone.) So the version that the header has after our own closing is
 remembered, and compared before we lock the image again. It is kept as an attribute of the object
@@ -8,10 +8,10 @@ that leads from the image's name to its number: in the image's metadata, which a
 remembering it would change it, and an object of our own would outlive the image.
 
 After a kill there is no such version. But then the lock still belongs to the client that was ours
-(`rbd_lock` leaves a note of it), unless somebody else has taken it away from the dead.
+(`rbd_lock` leaves a note of it), unless another client has taken it away from the dead.
 
-What goes over: who locks, writes and unlocks the image in the milliseconds between our look and our
-lock. What looks like a change and is none: any lock, be it for a snapshot.
+What goes unnoticed: a client that locks, writes and unlocks the image in the milliseconds between
+our look and our lock. What looks like a change and is none: any lock, be it for a snapshot.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class HeaderVersion:
     def is_as_remembered(self) -> bool:
         """The header has the version that `remember` saw.
 
-        Whoever gave the image back a moment ago may be about to remember: that is waited for.
+        A session that gave the image back a moment ago may be about to remember: wait for that.
         """
         pool = self._open_pool()
         try:
@@ -59,7 +59,7 @@ class HeaderVersion:
             pool.close()
 
     def remember(self) -> None:
-        """What the header is like now; nobody of ours has the image open."""
+        """Remember what the header is like now; no session of ours has the image open."""
         pool = self._open_pool()
         try:
             pool.set_xattr(self._name, _ATTRIBUTE, self._version(pool))

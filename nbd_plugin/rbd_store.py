@@ -11,7 +11,6 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 import rados
@@ -23,7 +22,7 @@ from nbd_plugin.errors import PluginError, one_line
 from nbd_plugin.rbd_disk import RbdDisk, load_state
 from nbd_plugin.rbd_lock import take_lock
 from nbd_plugin.rbd_seen import HeaderVersion
-from nbd_plugin.session import begin_generation
+from nbd_plugin.resizing import resizing
 from nbd_plugin.settings import Settings
 from nbd_plugin.store import COMMAND_WAIT_S, VolumeInfo, VolumeState
 
@@ -134,9 +133,11 @@ class RbdStore:
     # --- volumes -----------------------------------------------------------------------------
 
     def default_volume(self) -> str:
+        """See `Store`: the image of the parameter `image`."""
         return self._only
 
     def list_volumes(self) -> list[VolumeInfo]:
+        """See `Store`. Raises PluginError (ETIMEDOUT, and what `open` raises)."""
         if self._only:
             images = [self._only]
         else:
@@ -154,6 +155,8 @@ class RbdStore:
         return found
 
     def open(self, name: str, *, read_only: bool, timeout_s: float) -> RbdDisk:
+        """See `Store`. For writing, the image's exclusive lock is taken. Raises PluginError
+        (ENOENT, EBUSY, EROFS, ETIMEDOUT; without the exclusive-lock feature)."""
         volume, _, snapshot = self._check(name).partition("@")
         image = self._open_image(volume, snapshot, read_only=read_only or bool(snapshot))
         try:
@@ -197,6 +200,7 @@ class RbdStore:
             raise
 
     def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
+        """See `Store`. Raises PluginError (EEXIST, ETIMEDOUT)."""
         self._check(name)
         features = rbd.RBD().features_from_string(",".join(_FEATURES))
 
@@ -213,22 +217,14 @@ class RbdStore:
             disk.close()
 
     def resize(self, name: str, size_bytes: int, *, shrink: bool = False) -> None:
+        """See `Store`. Raises PluginError (EROFS; EBUSY; smaller without `shrink`)."""
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
-        try:
-            if disk.read_only:
-                raise PluginError(f"volume {name} is read-only", errno.EROFS)
-            if size_bytes < disk.size_bytes and not shrink:
-                raise PluginError(
-                    f"volume {name} has {disk.size_bytes} bytes: making it smaller loses data"
-                )
-            # Growing changes nothing that anybody has seen of the volume.
-            begin_generation(disk, writes=size_bytes < disk.size_bytes)
-            disk.image.resize(size_bytes)
-            disk.update_state(lambda state: replace(state, seen=disk.seen(writing=False)))
-        finally:
-            disk.close()
+        with resizing(disk, name, size_bytes, shrink=shrink) as opened:
+            opened.image.resize(size_bytes)
 
     def remove(self, name: str) -> None:
+        """See `Store`. A snapshot by `name@snapshot`. Raises PluginError (EBUSY, ENOENT; with
+        snapshots left)."""
         volume, _, snapshot = self._check(name).partition("@")
         if not snapshot:
             self.open(volume, read_only=False, timeout_s=COMMAND_WAIT_S).close()
@@ -249,6 +245,7 @@ class RbdStore:
             raise PluginError(f"volume {name} does not exist", errno.ENOENT) from None
 
     def snapshot(self, name: str, snapshot: str) -> None:
+        """See `Store`. Raises PluginError (EEXIST, EBUSY)."""
         disk = self.open(name, read_only=False, timeout_s=COMMAND_WAIT_S)
         try:
             disk.image.create_snap(snapshot)

@@ -81,12 +81,15 @@ class Service:
             self._prepare_file(Path(settings.file), settings.size_bytes)
 
     def start(self) -> None:
+        """Connect to the store. Raises PluginError."""
         self._store.start()
 
     def stop(self) -> None:
+        """Disconnect from the store."""
         self._store.stop()
 
     def default_export(self) -> str:
+        """The volume of an export without a name; "" for none."""
         return self._settings.volume or self._store.default_volume()
 
     def list_exports(self) -> list[tuple[str, str]]:
@@ -112,7 +115,7 @@ class Service:
             raise
         if reason := handle.disk.why_read_only:
             self._refusals[volume] = (time.monotonic(), f"{READ_ONLY}{reason}")
-            with suppress(OSError):  # nobody may be there to read it
+            with suppress(OSError):  # its reader may be gone
                 print(f"nbdkit: volume {volume} is served read-only: {reason}", file=sys.stderr)
         elif handle.session is not None:
             self._refusals.pop(volume, None)
@@ -191,8 +194,8 @@ class Service:
         return line[:MAX_DESCRIPTION_CHARS]
 
     def _note_refusal(self, volume: str, error: Exception) -> None:
-        """Keep the reason for whoever lists the exports next: nbdkit before 1.42 does not tell it
-        to the client that is refused. Of volumes that there are not nothing is kept."""
+        """Keep the reason for the next client that lists the exports: nbdkit before 1.42 does not
+        tell the client that is refused. Nothing is kept of volumes that do not exist."""
         if getattr(error, "errno", None) == errno.ENOENT:
             return
         while len(self._refusals) >= _MAX_REFUSALS:
@@ -233,7 +236,7 @@ class Service:
 
     @contextmanager
     def _fence(self, volume: str) -> Iterator[Fence]:
-        """The volume's one fence, to be used within. It is forgotten when nobody uses it and it
+        """The volume's one fence, to be used within. It is forgotten when it is unused and
         has no session: a client may ask for any number of names."""
         with self._lock:
             fence = self._fences.get(volume)
@@ -252,7 +255,7 @@ class Service:
 
 def _counters(handle: Handle) -> str:
     """What holds of the volume's contents: nothing if that is not remembered; nothing for a reader
-    while somebody writes the volume, or after it was changed past the plugin."""
+    while a session writes the volume, or after it was changed past the plugin."""
     disk = handle.disk
     try:
         state = disk.load_state()

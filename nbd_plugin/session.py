@@ -1,4 +1,4 @@
-"""Who may write a volume, and when: sessions, their fence and their generation.
+"""Which client may write a volume, and when: sessions, their fence and their generation.
 
 Why. NBD has no notion of a session. A client that lost its connection comes back on a new one
 and sends its unanswered writes again; a write that the server still holds from the old
@@ -27,16 +27,16 @@ Waiting is bounded by `fence_timeout`; then the newcomer is refused (EBUSY), or,
 The **generation** counts writable sessions. It is stored before the handshake ends, so the
 number in the export's description is the one of the session being opened (nbdkit 1.32 and 1.42
 call `open`, then `get_size` and the `can_…`, then `export_description`). `written` is the last
-generation that wrote: it is stored before that session's first write is executed. Whoever cached
-the volume under generation G may keep the cache exactly if `written <= G`; looking around
+generation that wrote: it is stored before that session's first write is executed. A client that
+cached the volume under generation G may keep the cache exactly if `written <= G`; looking around
 (`nbdinfo --list` opens and closes every export) raises `generation`, not `written`. Within a
 session that several clients share (a migration), `writer` is the ID of the one that wrote last: a
-client that finds its own there knows that nobody else wrote since. The first session also gives
+client that finds its own there knows that no other client wrote since. The first session also gives
 the volume its **identity**: one of the same name that was made anew, or came back without its
-counters, has another. One that somebody changed past this plugin (see `last_seen`) was written by
+counters, has another. One that was changed past this plugin (see `last_seen`) was written by
 a generation of its own. If all that can be said is that it is longer now, `grown_from` is what
-`written` was before: who has unwritten data for the volume may bring it if that is no later than
-G, once a look at the content showed nothing else.
+`written` was before: a client with unwritten data for the volume may bring it if that is no later
+than G, once a look at the content showed nothing else.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ class Handle:
         connection: int | None,
         client: str | None = None,
     ) -> None:
+        """`connection`: the number in the export's name, None without one. `session`: None for a
+        reader."""
         self.volume = volume
         self.disk = disk
         self.session = session
@@ -142,17 +144,18 @@ class Session:
         self.disk: Disk | None = None
         self.generation = 0
         self.writer: str | None = None
-        """The client that wrote last, "" for one without a name; None: nobody yet."""
+        """The client that wrote last, "" for one without a name; None: none yet."""
         self.handles: list[Handle] = []
         self._mark = threading.Lock()
 
     def admits(self, token: str | None) -> bool:
+        """Whether a connection with this session name may join."""
         if self.disk is None or self.disk.failed:
             return False
         return self.is_open and self.shared and token == self.token
 
     def note_write(self, handle: Handle) -> None:
-        """Store that this generation writes, and who, before that one's first write is executed."""
+        """Store that this generation and client write, before their first write is executed."""
         with self._mark:
             if self.writer == handle.client or self.disk is None:
                 return
@@ -184,10 +187,11 @@ class Fence:
         self._changed = threading.Condition()
         self._session: Session | None = None
         self.users = 0
-        """Who is about to use this fence; see `Service`."""
+        """How many calls are about to use this fence; see `Service`."""
 
     @property
     def is_empty(self) -> bool:
+        """No session is open, or about to be."""
         return self._session is None
 
     def enter(
@@ -221,7 +225,7 @@ class Fence:
             if session.handles or not session.is_open:
                 self._changed.notify_all()
                 return
-            session.is_open = False  # nobody joins any more
+            session.is_open = False  # it admits no further connection
         self._end(session)
 
     def _begin(
@@ -283,7 +287,7 @@ class Fence:
         if session is None:
             return
         if not (self._takeover and session.is_open):
-            # Not by which token: whoever knows it may join.
+            # Not by which token: any client that knows it may join.
             holder = "another session" if session.token else "another connection"
             raise PluginError(
                 f"volume {self._volume} is open for writing by {holder} "

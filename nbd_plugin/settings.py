@@ -69,11 +69,13 @@ class Settings:
 
     @property
     def size_bytes(self) -> int | None:
+        """The parameter `size`; None without one. Raises PluginError."""
         return parse_size(self.size) if self.size else None
 
     @property
     def max_connections(self) -> int:
-        """How many connections may have an export open at a time; 0: any number."""
+        """How many connections may have an export open at a time; 0: any number. Raises
+        PluginError."""
         if not (self.connections.isascii() and self.connections.isdigit()):
             raise PluginError(f"connections={self.connections!r} is not a number")
         return int(self.connections[:9])
@@ -89,10 +91,12 @@ class Settings:
 
     @property
     def fence_timeout_s(self) -> float:
+        """How long a new writer waits for the one before it, 0 to 3600. Raises PluginError."""
         return _seconds("fence_timeout", self.fence_timeout)
 
     @property
     def timeout_s(self) -> float:
+        """How long a call into the cluster may take, 0 to 3600. Raises PluginError."""
         return _seconds("timeout", self.timeout)
 
     def _check_store_parameters(self) -> None:

@@ -38,7 +38,7 @@ class VolumeState:
     losses: int = 0
     """How often a flush failed, so that writes which were acknowledged may be gone."""
     seen: str = ""
-    """What would be different if somebody else had changed the volume; the store's own words.
+    """What would be different if another program had changed the volume; the store's own words.
     The first is `open` while a session writes the volume, and after a kill."""
     grown_from: int = 0
     grown_to: int = 0
@@ -46,7 +46,7 @@ class VolumeState:
 
     @property
     def only_grew(self) -> bool:
-        """`grown_to` counts: nobody has written since."""
+        """`grown_to` counts: no session has written since."""
         return self.grown_from < self.grown_to == self.written
 
     @property
@@ -123,11 +123,11 @@ class Disk(Protocol):
     def update_state(self, change: ChangeState) -> VolumeState:
         """Replace the remembered state by what `change` makes of it, durably, and return that.
 
-        One at a time: nobody else's update gets lost.
+        One at a time: no other update gets lost.
         """
 
     def was_changed(self, state: VolumeState) -> bool:
-        """Somebody else changed the volume since `state.seen` was remembered."""
+        """Whether another program changed the volume since `state.seen` was remembered."""
 
     def has_grown(self, state: VolumeState) -> bool:
         """It is the same volume, and longer: that alone makes `was_changed` true."""
@@ -163,7 +163,7 @@ class Store(Protocol):
         """All volumes, by name."""
 
     def open(self, name: str, *, read_only: bool, timeout_s: float) -> Disk:
-        """Open a volume; for writing only when nobody else has it open for writing.
+        """Open a volume; for writing only when no other session has it open for writing.
 
         Waits up to `timeout_s` for the other writer. Raises PluginError (ENOENT, EBUSY).
         """
@@ -175,7 +175,7 @@ class Store(Protocol):
         """Change the size; smaller only with `shrink`."""
 
     def remove(self, name: str) -> None:
-        """Delete a volume that nobody has open for writing."""
+        """Delete a volume that no session writes. Raises PluginError (EBUSY, ENOENT)."""
 
     def snapshot(self, name: str, snapshot: str) -> None:
         """Keep the present contents as the read-only volume `name@snapshot`."""

@@ -24,7 +24,7 @@ Two more bits say how a block may be reached; they follow from its past, not fro
 
 `state` (u64 per slot: valid, dirty, and a check over both, see `layout`) is in the mapped file and
 survives kill -9; the others are in memory. **Store order**: a kill -9 between any two stores must
-leave a truthful file. Whoever writes calls `write` before the data of present blocks is stored,
+leave a truthful file. A writer calls `write` before the data of present blocks is stored,
 and `stored` after that of absent ones.
 """
 
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import mmap
 from enum import Enum
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, state_word
 
@@ -75,7 +75,7 @@ class Event(Enum):
     WRITTEN_LOST = "written_lost"
     """The server may have lost all that it acknowledged."""
     DROP = "drop"
-    """The cache forgets the block: evicted, discarded, or changed by somebody else."""
+    """The cache forgets the block: evicted, discarded, or changed by another client."""
 
 
 _S = State
@@ -129,7 +129,7 @@ def zeroed(code: Literal["B", "H", "I"], count: int) -> memoryview:
 class Blocks:
     """The bits of all blocks of a cache. `bits` has bit i for block i of the slot."""
 
-    def __init__(self, granule_of: Any, state: Any, count: int) -> None:
+    def __init__(self, granule_of: memoryview, state: memoryview, count: int) -> None:
         """`granule_of` (u32) and `state` (u64) are the mapped arrays of `count` slots each."""
         self.granule_of = granule_of
         self.state = state
@@ -148,33 +148,28 @@ class Blocks:
 
     def valid(self, slot: int) -> int:
         """Blocks of `slot` that are not ABSENT."""
-        valid: int = self.state[slot] & BITS
-        return valid
+        return self.state[slot] & BITS
 
     def dirty(self, slot: int) -> int:
         """Blocks of `slot` that are neither ABSENT nor CLEAN."""
-        dirty: int = self.state[slot] >> DIRTY_SHIFT & BITS
-        return dirty
+        return self.state[slot] >> DIRTY_SHIFT & BITS
 
     def to_send(self, slot: int) -> int:
         """DIRTY blocks of `slot`."""
-        dirty: int = self.state[slot] >> DIRTY_SHIFT & BITS
+        dirty = self.state[slot] >> DIRTY_SHIFT & BITS
         return dirty & ~self.sent[slot] & ~self.inflight[slot]
 
     def sending(self, slot: int) -> int:
         """SENDING blocks of `slot`."""
-        sending: int = self.sent[slot] & self.inflight[slot]
-        return sending
+        return self.sent[slot] & self.inflight[slot]
 
     def rewritten(self, slot: int) -> int:
         """REWRITTEN blocks of `slot`."""
-        rewritten: int = self.inflight[slot] & ~self.sent[slot]
-        return rewritten
+        return self.inflight[slot] & ~self.sent[slot]
 
     def written(self, slot: int) -> int:
         """WRITTEN and FLUSHING blocks of `slot`."""
-        written: int = self.sent[slot] & ~self.inflight[slot]
-        return written
+        return self.sent[slot] & ~self.inflight[slot]
 
     def state_of(self, slot: int, block: int) -> State:
         """The state of one block. Raises ValueError for bits that are no state."""
@@ -284,7 +279,7 @@ class Blocks:
 
     def flush_lost(self, slot: int) -> int:
         """FLUSH_LOST; returns the blocks that are DIRTY again."""
-        lost: int = self.covered[slot]
+        lost = self.covered[slot]
         self.sent[slot] &= ~lost
         self.covered[slot] = 0
         return lost

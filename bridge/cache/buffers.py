@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Any, Final
+from typing import Final
+
+Bytes = bytes | bytearray | memoryview
+"""Anything with bytes that can be sliced."""
 
 _FEW: Final = 16
 
@@ -35,7 +38,7 @@ def slices(buffers: list[memoryview], start: int, length: int) -> list[memoryvie
     return found
 
 
-def scatter(buffers: list[memoryview], start: int, source: Any) -> None:
+def scatter(buffers: list[memoryview], start: int, source: Bytes) -> None:
     """Copy `source` into `buffers` from byte `start` on."""
     at = 0
     for part in slices(buffers, start, len(source)):
@@ -43,7 +46,13 @@ def scatter(buffers: list[memoryview], start: int, source: Any) -> None:
         at += len(part)
 
 
-def gather(buffers: list[memoryview], start: int, target: Any, position: int, length: int) -> None:
+def gather(
+    buffers: list[memoryview],
+    start: int,
+    target: bytearray | memoryview,
+    position: int,
+    length: int,
+) -> None:
     """Copy the bytes `start` … `start + length` of `buffers` to `target[position …]`."""
     for part in slices(buffers, start, length):
         target[position : position + len(part)] = part

@@ -6,7 +6,7 @@ granule. Both are one look-up, one bit test and one copy. Everything else goes t
 `flush` or `exclusive`.
 
 The cache is a stage of the loop's turn: what waits stands in one of the parts' queues, and
-`advance` lets go on what can. It has no task and no clock: whoever drives it calls `tick()` at
+`advance` lets go on what can. It has no task and no clock: its owner calls `tick()` at
 `next_deadline()`, which is asked for after every turn.
 """
 
@@ -252,8 +252,8 @@ class Cache:
         }
 
     def refuse(self, errno: int) -> None:
-        """Fail whatever waits here for something else than an answer of the server's: for room, or
-        for the cache's disk. 0: requests may wait again."""
+        """Fail with `errno` all requests that wait for room or for the cache's disk, and those that
+        would have to. What waits for the server's answer is not touched. 0: they may wait again."""
         self._store.refuse(errno)
         self._reads.refuse(errno)
 
@@ -372,7 +372,7 @@ class Cache:
     def check_before_writing(self, done: Callable[[int], None]) -> None:
         """Before dirty data of an earlier run goes to the server: the same, and more thoroughly.
 
-        Nothing is dropped, so that whoever tries again finds the same. What differs is remembered
+        Nothing is dropped, so that the next try finds the same. What differs is remembered
         in the file: the next sample, which is another one, has it too.
         """
 
@@ -382,7 +382,7 @@ class Cache:
         self, submit: Callable[[Request], None], done: Callable[[int], None], *, count: int = 64
     ) -> None:
         """The same for the server that has just come back, to which `submit` leads: before anything
-        goes there, and while the guest waits. What is being discarded is no evidence at all."""
+        goes there, and while the guest waits. What is being discarded proves nothing."""
         self._compare(submit, done, count, only_zeroes=False)
 
     def _compare(
@@ -419,7 +419,7 @@ class Cache:
             self._image.save_header(witness=witness)
 
     def drop_clean(self) -> int:
-        """Forget every clean block (somebody else changed the image); returns how many blocks.
+        """Forget every clean block (another client changed the image); returns how many blocks.
 
         Fetches in flight are not filled in either. Dirty blocks stay.
         """

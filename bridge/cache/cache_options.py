@@ -35,10 +35,10 @@ class Options:
     """At this share writers wait. The rest is left to reads, so that a slot can be had."""
     roomy_ratios: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
     """The same three where the cache has a slot for every granule of the disk: a dirty slot is
-    in nobody's way then, a block that is overwritten meanwhile is sent only once, and only its
+    not in the way then, a block that is overwritten meanwhile is sent only once, and only its
     age (and the guest's flushes) bound how much is dirty."""
     background_requests: int = 4
-    """Write-out in flight while nobody waits for it: the guest's own requests come first. More
+    """Write-out in flight while no request waits for it: the guest's own requests come first. More
     as the share of dirty slots nears `dirty_flush_ratio`."""
     writeback_run_bytes: int = 256 * 1024
     """Longest write of coalesced dirty blocks."""

@@ -29,7 +29,7 @@ Job = Callable[[], None]
 
 
 class Cold(Protocol):
-    """Who runs a job that may wait for a disk."""
+    """Runs jobs that may have to wait for a disk."""
 
     def run(self, job: Job, outcome: Outcome) -> None:
         """Run `job` somewhere; `outcome` is finished on the loop with 0 or an errno."""
@@ -42,21 +42,25 @@ class InlineCold:
         self._turn = turn
 
     def run(self, job: Job, outcome: Outcome) -> None:
+        """See `Cold`."""
         self._turn.finish(outcome, attempt(job))
 
 
 class ThreadedCold:
-    """A few threads; add `fd` to the loop and call `collect` when it is readable."""
+    """A few daemon threads; add `fd` to the loop and call `collect` when it is readable."""
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Readable when a job has ended."""
         self._jobs: queue.SimpleQueue[tuple[Job, Outcome] | None] = queue.SimpleQueue()
         self._finished: deque[tuple[Outcome, int]] = deque()
         self._threads: list[threading.Thread] = []
         self.outstanding = 0
+        """Jobs whose end was not collected."""
 
     def run(self, job: Job, outcome: Outcome) -> None:
+        """See `Cold`. Only from the loop."""
         self.outstanding += 1
         if len(self._threads) < min(_THREADS, self.outstanding):
             thread = threading.Thread(target=self._work, name="cold-read", daemon=True)
@@ -79,7 +83,8 @@ class ThreadedCold:
         """End the threads; jobs that have not begun are forgotten.
 
         One that waits for a stuck disk longer than `limit_s` is left alone, with `fd`: it ends with
-        the process. (The threads of an executor would be waited for at the exit.)
+        the process. That is why this is no `concurrent.futures.ThreadPoolExecutor`: the interpreter
+        waits at its exit for an executor's threads, also after `shutdown(wait=False)`.
         """
         with suppress(queue.Empty):
             while True:
@@ -100,7 +105,7 @@ class ThreadedCold:
 
 
 def attempt(job: Job) -> int:
-    """Run `job`; 0 or the errno it failed with."""
+    """Run `job`; 0 or the errno of its OSError (EIO if it has none)."""
     try:
         job()
     except OSError as error:

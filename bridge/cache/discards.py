@@ -62,7 +62,7 @@ class Discards:
         return self.overlapping(first, first + (1 << self._shift)) is not None
 
     # What the cache file's header says of them: a block that the server has or had to zero is no
-    # evidence of somebody else's writes (see `sample`).
+    # evidence of another client's writes (see `sample`).
 
     def note(self, first: int, end: int, epoch: int) -> None:
         """The blocks `first` … `end` are about to be discarded or zeroed by the server."""

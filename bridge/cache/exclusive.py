@@ -7,7 +7,7 @@ a failed discard must lose nothing) the cached blocks of the range are dropped, 
 Reads of cached blocks go on meanwhile and return the old content.
 
 Write-zeroes is complete only when durable (FUA, or a flush in the epoch in which it was done):
-nothing of it is kept that could be sent again after the server lost power.
+the cache keeps nothing that it could send again after the server lost power.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bridge.datapath.request import DISCARD, FLUSH, FUA, MAY_UNMAP, Request
 from bridge.datapath.turn import Outcome
 
 _TRIES: Final = 64
-"""So many that waited are tried again before the rest is left to whoever is in the way now."""
+"""So many waiting requests are tried again before the rest is left to the next discard."""
 
 
 class WaitsForDiscard(Protocol):
@@ -52,7 +52,8 @@ class Exclusive(WriteOutWait):
         flags: int,
         outcome: Outcome,
     ) -> None:
-        super().__init__(exclusives.written_out, fua=False)
+        """`op` on the blocks `first` … `end`, up to the byte `stop`; `flags` as of the request."""
+        super().__init__(fua=False)
         self._exclusives = exclusives
         self.op = op
         self.first = first
@@ -70,6 +71,10 @@ class Exclusive(WriteOutWait):
     def discard_ended(self) -> None:
         """See WaitsForDiscard."""
         self._exclusives.begin(self)
+
+    def join_written_out(self) -> None:
+        """See WriteOutWait."""
+        self._exclusives.written_out.append(self)
 
 
 class Exclusives:
@@ -187,7 +192,8 @@ class Exclusives:
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:
-        each: Exclusive = request.owner
+        each = request.owner
+        assert isinstance(each, Exclusive)
         if not request.flags & FUA:
             self._durability.acknowledged()
         elif request.error:
@@ -201,7 +207,8 @@ class Exclusives:
             self._backend.submit(Request(FLUSH, 0, 0, [], self._flushed, owner=each))
 
     def _flushed(self, request: Request) -> None:
-        each: Exclusive = request.owner
+        each = request.owner
+        assert isinstance(each, Exclusive)
         if request.error:
             self._writeback.could_not_flush()
         lost = each.epoch != self._durability.epoch
@@ -223,7 +230,7 @@ class Exclusives:
         self._common.turn.finish(each.outcome, error)
 
     def _drop(self, each: Exclusive, error: int) -> None:
-        """Forget the range. After an error nobody knows what the server did: what is dirty stays,
+        """Forget the range. After an error it is unknown what the server did: what is dirty stays,
         what is clean may differ from what the server has now."""
         index = self._index
         per_granule = 1 << self._shift

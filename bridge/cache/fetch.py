@@ -1,18 +1,19 @@
 """Reads from the server: merged misses, and filling the cache with what they bring.
 
-A fetch is one run of absent blocks. Everyone who needs one of them waits for the same fetch.
+A fetch is one run of absent blocks. All requests that need one of them wait for the same fetch.
 Fetches asked for within a turn are merged into one READ when they are adjacent, and land in
 private buffers: what is copied into the cache never was in the guest's hands.
 
 A write, discard or write-zeroes that completes while a fetch of the same block is in flight
-*overtakes* it: the block of that fetch is stale, it is not filled and nobody new may wait for it.
-Those who waited already asked before the write completed, so the old bytes are right for them.
+*overtakes* it: the block of that fetch is stale, it is not filled and no further request may wait
+for it. Those that waited already asked before the write completed: the old bytes are right for
+them.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from typing import Protocol
+from typing import Protocol, cast
 
 from bridge.cache.common import Common
 from bridge.cache.file.layout import BITS
@@ -20,7 +21,7 @@ from bridge.datapath.request import READ, Request
 
 
 class Waiter(Protocol):
-    """Who waits for a fetch."""
+    """A request that waits for a fetch."""
 
     def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
         """The blocks `first` … `end` are in `view`, unless `error` is an errno."""
@@ -38,7 +39,7 @@ class Fetch:
         """Bit i: block `first + i` was overtaken."""
         self.buffer = bytearray()
         self.waiters: list[tuple[Waiter, int, int]] = []
-        """Who waits, and for which blocks: the others may have newer content elsewhere."""
+        """What waits, for blocks from first to end: others may have newer content elsewhere."""
 
 
 def _falling(fetch: Fetch) -> int:
@@ -190,7 +191,7 @@ class Fetcher:
         self._backend.submit(Request(READ, offset, length, buffers, self._replied, owner=group))
 
     def _replied(self, request: Request) -> None:
-        group: list[Fetch] = request.owner
+        group = cast("list[Fetch]", request.owner)
         for fetch in group:
             self._blocks_in_flight -= fetch.end - fetch.first
             for granule in range(fetch.first >> self._shift, (fetch.end - 1 >> self._shift) + 1):

@@ -23,7 +23,7 @@ from bridge.datapath.request import FLUSH, Request
 class _Pass(WriteOutWait):
     """One flush in progress."""
 
-    __slots__ = ("answered", "covered", "epoch", "waiting", "writes_seen")
+    __slots__ = ("answered", "covered", "epoch", "flusher", "waiting", "writes_seen")
 
     answered: int
     """How much had been when the FLUSH was sent."""
@@ -34,6 +34,14 @@ class _Pass(WriteOutWait):
     writes_seen: int
     waiting: list[Request]
     """Whose end this flush is: guests' flushes, and writes that have to be durable."""
+
+    def __init__(self, flusher: Flusher, *, fua: bool) -> None:
+        super().__init__(fua=fua)
+        self.flusher = flusher
+
+    def join_written_out(self) -> None:
+        """See WriteOutWait."""
+        self.flusher.written_out.append(self)
 
 
 class Flusher:
@@ -49,7 +57,7 @@ class Flusher:
         self._discards = discards
         self._durability = common.durability
         self._pass: _Pass | None = None
-        self._written_out: list[_Pass] = []
+        self.written_out: list[_Pass] = []
         """The pass in progress, once every block it waits for was replied to."""
         self._next: list[Request] = []
         """What waits for the next pass."""
@@ -100,10 +108,10 @@ class Flusher:
 
     def advance(self) -> bool:
         """See `Stage`: go on with a pass that was written out."""
-        if not self._written_out:
+        if not self.written_out:
             return False
-        (running,) = self._written_out
-        self._written_out.clear()
+        (running,) = self.written_out
+        self.written_out.clear()
         self._flush(running)
         return True
 
@@ -112,7 +120,7 @@ class Flusher:
         writeback = self._writeback
         few = writeback.ring.tail - writeback.ring.head <= self._options.fua_granules
         fua = self._backend.can_fua and few and self._durability.all_flushed
-        running = self._pass = _Pass(self._written_out, fua=fua)
+        running = self._pass = _Pass(self, fua=fua)
         running.epoch = self._durability.epoch
         running.writes_seen = self.writes
         running.covered = []
@@ -144,7 +152,8 @@ class Flusher:
             self._backend.submit(Request(FLUSH, 0, 0, [], self._replied, owner=running))
 
     def _replied(self, request: Request) -> None:
-        running: _Pass = request.owner
+        running = request.owner
+        assert isinstance(running, _Pass)
         index, writeback = self._index, self._writeback
         if request.error or not self._durability.flushed(running.answered, running.epoch):
             for slot in running.covered:

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from bridge.cache.blocks import Blocks, zeroed
+from bridge.cache.buffers import Bytes
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of
 
 
 class Image(Protocol):
-    """The mapped parts of a cache file: see `file.CacheFile`."""
+    """The mapped parts of a cache file: see `cache_file.CacheFile`."""
 
     geometry: Geometry
-    granule_of: Any
-    state: Any
-    data: Any
+    granule_of: memoryview
+    """u32 per slot, from 0 on: which granule is in it."""
+    state: memoryview
+    """u64 per slot: see `layout`."""
+    data: memoryview
+    """u8: the granules' bytes, the first of slot 0 at 0."""
 
-    def put(self, position: int, source: Any) -> None:
-        """Store `source` into the data at `position`."""
+    def put(self, position: int, source: Bytes) -> None:
+        """Store `source` into the data at `position`, in bytes. Raises OSError."""
 
 
 _SLOTS_AT_A_TIME = 4096

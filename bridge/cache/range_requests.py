@@ -116,7 +116,8 @@ class Ranges:
             self._exclusives.start(step.op, step.start >> shift, end, step.stop, step.flags, op)
 
     def _written(self, write: Request) -> None:
-        op: _RangeOp = write.owner
+        op = write.owner
+        assert isinstance(op, _RangeOp)
         op.error = write.error
         self._next_step(op)
 

@@ -133,7 +133,9 @@ class Reads:
         return True
 
     def _bypassed(self, inner: Request) -> None:
-        self._common.turn.finish(inner.owner, inner.error)
+        request = inner.owner
+        assert isinstance(request, Request)
+        self._common.turn.finish(request, inner.error)
 
     def prefetch(self, request: Request) -> None:
         """Have the absent blocks of a range fetched."""

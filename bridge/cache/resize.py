@@ -4,9 +4,9 @@ A larger disk has more granules for the same slots, so nothing in the cache move
 is an old end that lies within a block: what follows it in that block was not part of the disk, is
 not what the server has there now, and would go to the server with the rest of the block. So the
 block is read from the server first, and what it has behind the old end completes a cached one.
-Until then the disk keeps its old size, for everybody.
+Until then the disk keeps its old size, for the guest, too.
 
-Whatever was begun under the old size ends there: writes that were sent and discards carry their
+What was begun under the old size ends there: writes that were sent and discards carry their
 end with them, and fetches of the old last block are overtaken.
 """
 

@@ -1,14 +1,14 @@
-"""Did somebody else write the image? A sample of clean cached blocks against the server.
+"""Did another client write the image? A sample of clean cached blocks against the server.
 
 A clean block was durable on the server when it became clean, or was read from it: so a server that
 lost power, and with it what was not flushed, still has it as it is here. What differs was written
-by somebody else. One exception: where a discard was under way, or was not flushed, one side may
+by another client. One exception: where a discard was under way, or was not flushed, one side may
 have zeroes.
 
-Our plugin counts writable sessions, so there the answer is exact, as long as nobody writes behind
+Our plugin counts writable sessions, so there the answer is exact, as long as nothing writes behind
 its back. Where it is not, this finds what changed much (an image restored, a disk reinstalled, a
 file system mounted elsewhere), not a single changed block. What is dirty here cannot be compared:
-nobody knows what the server had there before.
+what the server had there before is not known.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, cast
 
 from bridge.cache.index import Index
 from bridge.cache.upstream import Backend
@@ -25,8 +25,8 @@ from bridge.datapath.request import READ, Request
 
 _SECTOR_BYTES = 512
 _HEAD_BYTES = 2 << 20
-"""The beginning of the disk, with its partition table and mostly a first superblock: whoever mounts
-a file system to write changes that. As far as it is cached, it is compared in any case."""
+"""The beginning of the disk, with its partition table and mostly a first superblock: mounting a
+file system to write changes that. As far as it is cached, it is compared in any case."""
 _HEAD_BLOCKS = 64
 _NEIGHBOURS = 64
 """Clean blocks compared because the blocks beside them are dirty: who else wrote that file?"""
@@ -100,7 +100,7 @@ def compare(
 
     def answered(request: Request) -> None:
         nonlocal left, compared, differing, found
-        slot, bit, buffer = request.owner
+        slot, bit, buffer = cast("tuple[int, int, memoryview]", request.owner)
         if not request.error:
             compared += 1
             if index.valid(slot) & ~index.dirty(slot) & bit:

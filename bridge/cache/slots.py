@@ -79,7 +79,7 @@ class Slots:
     ) -> None:
         """Have a thread read `slot` into the page cache; it is pinned until `done(outcome)`."""
         size = self._index.granule_bytes
-        # One for all: it is the page cache that matters, nobody looks at the bytes.
+        # One for all: only the page cache matters, the bytes are never looked at.
         scratch = self._scratch = self._scratch or [memoryview(bytearray(size))]
         self.pin(slot)
 
@@ -90,7 +90,7 @@ class Slots:
         cold.run(lambda: image.read_wait(scratch, slot * size), Outcome(loaded))
 
     def pin(self, slot: int) -> None:
-        """Somebody reads from `slot` outside the turn."""
+        """`slot` is read from outside the turn: it must not be evicted until `unpin`."""
         self._pins[slot] = self._pins.get(slot, 0) + 1
 
     def unpin(self, slot: int) -> None:

@@ -2,7 +2,7 @@
 
 A write lands in the cache in every mode; what differs is when it completes: in write-back mode
 at once, in write-through mode after the server's reply, with FUA when it is durable there. So
-whatever completed is in the cache as dirty until a flush covered it, and is sent again if the
+a write that completed is in the cache as dirty until a flush covered it, and is sent again if the
 server loses it.
 
 Store order, for a kill -9 between any two stores: a present block is marked dirty first and gets
@@ -68,7 +68,7 @@ class _WriteOp(WriteOutWait):
     __slots__ = ("fetches", "position", "request", "store")
 
     def __init__(self, request: Request, store: Store, position: int) -> None:
-        super().__init__(store.written_out, fua=bool(request.flags & FUA))
+        super().__init__(fua=bool(request.flags & FUA))
         self.request = request
         self.store = store
         self.position = position
@@ -86,6 +86,10 @@ class _WriteOp(WriteOutWait):
     def discard_ended(self) -> None:
         """See exclusive.WaitsForDiscard."""
         self.store.go_on(self)
+
+    def join_written_out(self) -> None:
+        """See WriteOutWait."""
+        self.store.written_out.append(self)
 
 
 class Store:
@@ -349,8 +353,11 @@ class Store:
         self._pressed = True
 
     def _may_press(self) -> bool:
-        """Not for ever in one turn. Slots that cold reads hold are no room, and a flush of nothing,
-        which makes none either, ends at once: who waits looks again, and presses again."""
+        """A bounded number of times per turn.
+
+        Slots that cold reads hold are no room. A flush of nothing makes none either and ends at
+        once: a write that waits would look, and press, again and again.
+        """
         number = self._common.turn.number
         if number != self._pressed_turn:
             self._pressed_turn, self._presses = number, 0

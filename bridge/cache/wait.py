@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
 
 
 class WriteOutWait:
-    """Waits for write-outs; joins the list `settled` when all of them were replied to.
+    """Waits for write-outs; `join_written_out` puts it on a list when all were replied to.
 
-    It is not called back: whoever owns that list looks at it in its next `advance`.
+    Nothing else happens within the server's reply: the stage that has the list looks at it in its
+    next `advance`.
     """
 
-    __slots__ = ("error", "fua", "lost", "pending", "settled", "unstable")
+    __slots__ = ("error", "fua", "lost", "pending", "unstable")
 
-    def __init__(self, settled: list[Any], *, fua: bool) -> None:
-        self.settled = settled
+    def __init__(self, *, fua: bool) -> None:
         self.pending = 0
+        """Write-outs that have no reply yet."""
         self.error = 0
         """The first errno of a write-out."""
         self.fua = fua
@@ -26,7 +27,11 @@ class WriteOutWait:
         """Something it waited for was acknowledged, and has to be sent again all the same."""
 
     def release(self) -> None:
-        """One thing less to wait for."""
+        """One write-out less to wait for."""
         self.pending -= 1
         if not self.pending:
-            self.settled.append(self)
+            self.join_written_out()
+
+    @abstractmethod
+    def join_written_out(self) -> None:
+        """Append this to the list of its stage; nothing more."""

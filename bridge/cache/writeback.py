@@ -65,7 +65,7 @@ class Writeback:
         """Slots of the batch of which something came back with an error: not sent again with it.
         (Where there is no connection any more, the error comes back at once.)"""
         self._urgent: list[int] = []
-        """Slots that somebody waits for; they join the batch."""
+        """Slots that a request waits for; they join the batch."""
         self._wanted: dict[int, list[WriteOutWait]] = {}
         self._deferred: dict[int, list[WriteOutWait]] = {}
         """Slots with blocks that were written to while in flight, until the reply."""
@@ -173,7 +173,7 @@ class Writeback:
 
     @property
     def waiting(self) -> int:
-        """How many slots somebody waits for."""
+        """How many slots requests wait for."""
         return len(self._wanted) + len(self._deferred)
 
     # Time.
@@ -250,7 +250,7 @@ class Writeback:
         self._refused.clear()
 
     def _requests_allowed(self) -> int:
-        """How many write-outs may be in flight: all while somebody waits for one, few otherwise."""
+        """How many write-outs may be in flight: all while a request waits for one, else few."""
         options, limits = self._options, self._limits
         if self.barrier is not None or self._wanted:
             return options.writeback_requests
@@ -346,7 +346,7 @@ class Writeback:
         self._slots.load(self._common.image, self._common.cold, slot, loaded)
 
     def _unreadable(self, slot: int, error: int) -> None:
-        """The cache file does not give dirty data back: those who want it fail, it stays dirty."""
+        """The cache file does not give dirty data back: what waits for it fails, it stays dirty."""
         self._common.stats.file_errors += 1
         self._failed()
         if self._index.dirty(slot):
@@ -388,11 +388,11 @@ class Writeback:
         self._backend.submit(write_out)
 
     def _nothing_to_send(self, slot: int) -> None:
-        """No block of `slot` can be sent now: settle, attach or defer those who wait for it."""
+        """No block of `slot` can be sent now: resolve, attach or defer what waits for it."""
         waits = self._wanted.pop(slot, [])
         index = self._index
         if index.rewritten(slot):
-            # Also when nobody asks: the slot has left the ring, and must not be forgotten.
+            # Also when no request waits: the slot has left the ring, and must not be forgotten.
             self._deferred.setdefault(slot, []).extend(waits)
             return
         if not waits:

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable
 from errno import ECANCELED
 from math import inf
-from typing import Protocol
+from typing import Protocol, cast
 
 import structlog
 import trio
@@ -147,7 +147,7 @@ class Disk:
 
     def _flush_done(self, flush: Request) -> None:
         """A guest's flush is done. One that failed has made nothing durable."""
-        request, was_armed = flush.owner
+        request, was_armed = cast("tuple[Request, bool]", flush.owner)
         if flush.error and was_armed and self._deadline_s is None:
             self._arm_timer()
         if request.is_abandoned:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from errno import ECANCELED
-from typing import Any, Final
+from typing import Final, cast
 
 from bridge.datapath.request import Request
 from bridge.datapath.turn import Turn
@@ -189,9 +189,9 @@ class Job:
         if not self._in_flight:
             self._lane.turn.finish(self.owner, self._error)
 
-    def _ended(self, piece: Any) -> None:
+    def _ended(self, piece: Request) -> None:
         self._in_flight.remove(piece)
-        _, cost_bytes, epoch = piece.owner
+        _, cost_bytes, epoch = cast("tuple[Request, int, int]", piece.owner)
         if piece.error:
             self._error = self._error or piece.error
             self._next = None

@@ -1,15 +1,15 @@
 """The one object that travels from a guest's request to the server's reply.
 
-A `Request` is one operation on a byte range. The virtio engine makes it, `disk`, `cache` and
-`nbd` pass it on (or make requests of their own for parts of it), and whoever finishes it says so to
-the turn (`Turn.finish`), which tells its maker. It is a plain object that a reply completes, not a
-coroutine: a task or a checkpoint per request would cost more than the request.
+A `Request` is one operation on a byte range. The virtio engine makes it; the disk, the cache and
+the client pass it on, or make requests of their own for parts of it. The one that finishes it says
+so to the turn (`Turn.finish`), which calls its maker. It is a plain object that a reply completes,
+not a coroutine: a task or a checkpoint per request would cost more than the request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 READ = 0
 WRITE = 1
@@ -40,9 +40,9 @@ class Request:
     up to `length`), empty for every other operation. `error` is 0 or an errno, valid once `done`
     was called. `done(request)` is called exactly once, by the turn: never by a thread, and never
     before `submit()` has returned. The buffers may not be touched by the callee after that.
-    `owner` belongs to whoever made the request, and is the request that this one is a part of if
-    it is one (`is_abandoned` wants that); `cookie`, `generation` and `progress` to the
-    NBD client.
+    `owner` belongs to the maker of the request, which alone knows its type and narrows it. Where
+    this request is a part of another one, it is that one or a tuple that begins with it
+    (`is_abandoned` wants that). `cookie`, `generation` and `progress` belong to the NBD client.
     """
 
     __slots__ = (
@@ -66,9 +66,9 @@ class Request:
         offset: int,
         length: int,
         buffers: list[memoryview],
-        done: Callable[[Any], None],
+        done: Callable[[Self], None],
         flags: int = 0,
-        owner: Any = None,
+        owner: object = None,
     ) -> None:
         self.op = op
         self.offset = offset
@@ -82,7 +82,7 @@ class Request:
         self.generation = 0
         self.progress = 0
 
-    def abandon(self, done: Callable[[Any], None], scratch: memoryview) -> None:
+    def abandon(self, done: Callable[[Self], None], scratch: memoryview) -> None:
         """Nobody waits for this request any more, and its buffers are not its own any more.
 
         It may still come to its end, which `done` is told of: a READ lands in `scratch`, a WRITE
@@ -96,7 +96,7 @@ class Request:
     @property
     def is_abandoned(self) -> bool:
         """This request, or the one that it is a part of, was abandoned."""
-        request: Any = self
+        request: object = self
         while isinstance(request, Request):
             # The slot is empty until then: setting it would cost every request.
             if getattr(request, "_abandoned", False):

@@ -16,7 +16,7 @@ one publication per ring. Between turns both lists are empty.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol, Self
 
 import structlog
 
@@ -45,7 +45,7 @@ class Finished(Protocol):
     """Something with an end: a `Request`, or an `Outcome`."""
 
     error: int
-    done: Callable[[Any], None]
+    done: Callable[[Self], None]
 
 
 class Outcome:
@@ -54,7 +54,7 @@ class Outcome:
 
     __slots__ = ("done", "error")
 
-    def __init__(self, done: Callable[[Any], None]) -> None:
+    def __init__(self, done: Callable[[Self], None]) -> None:
         self.done = done
         self.error = 0
 

@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridge.demo.guest import run_guest
 from bridge.demo.qemu import GuestConfig
+from bridge.demo.virtual_machine import run_guest
 from bridge.errors import ConfigError
 
 PROBE_LIMIT_S = 10.0

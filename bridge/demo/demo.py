@@ -18,13 +18,13 @@ from pathlib import Path
 import trio
 
 from bridge.demo.accelerator import choose_accelerator
-from bridge.demo.guest import run_guest
 from bridge.demo.image import check_filesystem, check_sums, extract_files
 from bridge.demo.initramfs import build_initramfs
 from bridge.demo.kernel import Kernel, cache_dir, find_kernel
 from bridge.demo.qemu import GuestConfig, VhostUserDisk, find_qemu, qemu_version
 from bridge.demo.report import GuestReport
 from bridge.demo.servers import Server, bridge_command, running, watched
+from bridge.demo.virtual_machine import run_guest
 from bridge.demo.volume import FileVolume, Volume
 from bridge.demo.without_guest import CHUNK_BYTES, pattern, run_without_guest
 from bridge.errors import BridgeError, ConfigError

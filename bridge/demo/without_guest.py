@@ -9,11 +9,11 @@ from pathlib import Path
 
 import trio
 
-from bridge.demo.guest import Checkpoint
 from bridge.demo.report import GuestReport
 from bridge.demo.unwrap import unwrapped
+from bridge.demo.virtual_machine import Checkpoint
 from bridge.errors import BridgeError
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 
 CHUNK_BYTES = 1 << 20
 _TASKS = 8
@@ -43,7 +43,7 @@ async def run_without_guest(
     report = GuestReport()
     began_s = time.monotonic()
     try:
-        async with await Guest.connect(socket_path, request_bytes=_REQUEST_BYTES) as guest:
+        async with await BlkDriver.connect(socket_path, request_bytes=_REQUEST_BYTES) as guest:
             await _Workout(guest, report, total_mib, checkpoint).run()
         report.passed = not report.reason
     except (BridgeError, OSError) as error:
@@ -54,7 +54,7 @@ async def run_without_guest(
 
 class _Workout:
     def __init__(
-        self, guest: Guest, report: GuestReport, chunks: int, checkpoint: Checkpoint | None
+        self, guest: BlkDriver, report: GuestReport, chunks: int, checkpoint: Checkpoint | None
     ) -> None:
         self.guest = guest
         self.report = report

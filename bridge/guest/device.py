@@ -1,6 +1,6 @@
 """The vhost-user-blk device: guest memory, rings and the request engine over one disk.
 
-Implements `vhost_user.device.VhostUserDevice`, which says what each call means. Two things are
+Implements `device_interface.VhostUserDevice`, which says what each call means. Two things are
 this module's own: rings that have to stop, or whose memory changes, are drained within
 `drain_timeout_s` (QEMU's main loop waits for the answer without a limit of its own), and a stop
 that was answered is a promise to the host that opens the image next.

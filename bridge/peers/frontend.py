@@ -1,7 +1,9 @@
 """The client side of vhost-user: what a virtual machine monitor does.
 
-Plays QEMU for the tests, the checks and the load generator; and, since it sends whatever it is
-told to, every hostile front-end, too (`send_raw`).
+Plays QEMU for the demo and the tests. Since it also sends any bytes that it is given (`send_raw`),
+it plays hostile front-ends, too.
+
+Source: vhost-user "Message types", "Front-end message types".
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from bridge.guest.vhost_user.messages import FLAG_NEED_REPLY as _NEED_REPLY
 from bridge.guest.vhost_user.transport import Transport
 
 DEFAULT_TIMEOUT_S = 120.0
-"""A back-end may finish what is in flight before it answers GET_VRING_BASE; not for ever."""
+"""A back-end may finish what is in flight before it answers GET_VRING_BASE, but not longer."""
 
 PROTOCOL_FEATURES = (
     P_MQ
@@ -102,11 +104,11 @@ class FrontEnd:
     # Anything.
 
     async def send_raw(self, data: bytes, fds: list[int] | None = None) -> None:
-        """Send these bytes, whatever they are, with these descriptors (which stay the caller's)."""
+        """Send these bytes, unchecked, with these descriptors (which stay the caller's)."""
         await self._transport.send(data, fds)
 
     async def receive(self) -> Message:
-        """The next message of the back-end's."""
+        """The next message of the back-end's. Raises ConnectionLost when none comes in time."""
         try:
             with trio.fail_after(self._timeout_s):
                 message = await self._transport.receive()
@@ -124,7 +126,10 @@ class FrontEnd:
     async def tell(
         self, request: Request, payload: bytes = b"", fds: list[int] | None = None
     ) -> None:
-        """Send a request that has none, and see it acknowledged where that was negotiated."""
+        """Send a request that has no reply, and see it acknowledged where that was negotiated.
+
+        Raises Refused when the acknowledgement says so, ConnectionLost.
+        """
         acknowledged = bool(self.protocol_features & P_REPLY_ACK)
         flags = VERSION | _NEED_REPLY if acknowledged else VERSION
         await self.send_raw(pack_message(request, payload, flags=flags), fds)
@@ -233,7 +238,7 @@ class FrontEnd:
         await self.tell(Request.SET_VRING_ENABLE, VringState(index, int(enabled)).pack())
 
     async def stop_ring(self, index: int) -> int:
-        """GET_VRING_BASE: stop the ring; where to go on."""
+        """GET_VRING_BASE: stop the ring; where to go on. Raises ProtocolError for another ring."""
         reply = await self.call(Request.GET_VRING_BASE, VringState(index, 0).pack())
         _need_size(reply, 8)
         state = VringState.unpack(reply.payload)
@@ -260,7 +265,8 @@ class FrontEnd:
     # In-flight region and dirty log.
 
     async def get_inflight(self, num_queues: int, queue_size: int) -> tuple[InflightRange, int]:
-        """A fresh in-flight region: its description and its file, which the caller closes."""
+        """A fresh in-flight region: its description and its file, which the caller closes. Raises
+        Refused."""
         wanted = InflightRange(0, 0, num_queues, queue_size)
         reply = await self.call(Request.GET_INFLIGHT_FD, wanted.pack())
         if len(reply.fds) != 1 or len(reply.payload) not in (20, 24):
@@ -294,7 +300,10 @@ class FrontEnd:
         self._channel = Transport(ours, replies=False)
 
     async def config_changed(self) -> None:
-        """Wait until the back-end says that the configuration space has changed."""
+        """Wait until the back-end says that the configuration space has changed.
+
+        Raises ConnectionLost, and RuntimeError without `open_channel`.
+        """
         if self._channel is None:
             raise RuntimeError("open_channel() first")
         while True:

@@ -1,11 +1,13 @@
 """The server's side of one NBD connection, without I/O: options, commands, replies.
 
-Theory. `receive` takes bytes and returns the commands that they complete; whoever executes a
-command calls `reply`. Option haggling happens inside. `data_to_send` gives what is to be sent, in
+Theory. `receive` takes bytes and returns the commands that they complete; the owner executes each
+and calls `reply`. Option haggling happens inside. `data_to_send` gives what is to be sent, in
 order. `state` says what the owner has to do: go on, start TLS, or close.
 
 Every capability is switchable (`ServerSettings`), so that a client can be shown every kind of
 server; the rules that this side checks are those of the specification's "server" sentences.
+
+Source: NBD "Option haggling", "Request message", "Structured reply chunk message".
 """
 
 from __future__ import annotations

@@ -46,13 +46,16 @@ class MemoryDisk:
         self.flushes = 0
 
     def read(self, offset: int, length: int) -> bytes:
+        """See `ServerDisk`."""
         return bytes(memoryview(self.data)[offset : offset + length])
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
+        """See `ServerDisk`."""
         self.data[offset : offset + len(data)] = data
         self._note(offset, len(data))
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> None:
+        """See `ServerDisk`."""
         self.data[offset : offset + length] = bytes(length)
         self._note(offset, length)
 
@@ -61,6 +64,7 @@ class MemoryDisk:
             self._unflushed.append((offset, length))
 
     def flush(self) -> None:
+        """See `ServerDisk`. `flushes` counts it."""
         self.flushes += 1
         if self._stable is not None:
             for offset, length in self._unflushed:
@@ -68,6 +72,7 @@ class MemoryDisk:
             self._unflushed.clear()
 
     def crash(self) -> None:
+        """Lose what was not flushed, if the disk is volatile."""
         if self._stable is not None:
             for offset, length in self._unflushed:
                 self.data[offset : offset + length] = self._stable[offset : offset + length]
@@ -113,6 +118,7 @@ class FileDisk:
         os.close(self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
+        """See `ServerDisk`. Zeroes past the end of a file that was cut short. Raises OSError."""
         data = os.pread(self._fd, length, offset)
         while len(data) < length:
             more = os.pread(self._fd, length - len(data), offset + len(data))
@@ -122,6 +128,7 @@ class FileDisk:
         return data
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
+        """See `ServerDisk`. Raises OSError."""
         view = memoryview(data)
         while len(view):
             n_bytes = os.pwrite(self._fd, view, offset)
@@ -129,6 +136,7 @@ class FileDisk:
             view = view[n_bytes:]
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> None:
+        """See `ServerDisk`: writes zeroes. Raises OSError."""
         zeroes = bytes(min(length, 1 << 20))
         while length:
             piece = min(length, len(zeroes))
@@ -137,12 +145,14 @@ class FileDisk:
             length -= piece
 
     def flush(self) -> None:
+        """fdatasync(2). Raises OSError."""
         os.fdatasync(self._fd)
 
     def crash(self) -> None:
         """A file survives the server."""
 
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """See `ServerDisk`: SEEK_DATA and SEEK_HOLE (lseek(2))."""
         found: list[tuple[int, int]] = []
         stop = offset + length
         while offset < stop:

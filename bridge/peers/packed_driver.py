@@ -1,4 +1,4 @@
-"""The guest's side of a packed virtqueue; the same methods as `driver.SplitDriver`.
+"""The guest's side of a packed virtqueue; the same methods as `split_driver.SplitDriver`.
 
 One ring holds what is available and what is used; two flag bits and a wrap counter on each side
 tell which. `set_slot` and `set_driver_event` write anything, for tests that play a bad driver.
@@ -122,7 +122,10 @@ class PackedDriver:
         return ((new - event - 1) & 0xFFFF) < (added & 0xFFFF)
 
     def poll(self) -> list[tuple[int, int]]:
-        """Every new completion: token and used length (as the device says, unchecked)."""
+        """Every new completion: token and used length in bytes (as the device says, unchecked).
+
+        Raises ValueError for a buffer that the device was not given.
+        """
         done: list[tuple[int, int]] = []
         slot, wrap = self.used_idx, self._used_wrap
         while self._is_used(slot, wrap):

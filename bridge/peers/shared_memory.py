@@ -9,7 +9,7 @@ import os
 from bridge.guest.vhost_user.messages import Region
 
 USER_OFFSET = 0x7F00_0000_0000
-"""Front-end addresses differ from guest addresses, so that nobody confuses them unnoticed."""
+"""Front-end addresses differ from guest addresses, so that a mix-up of the two is noticed."""
 
 
 class SharedRegion:
@@ -48,7 +48,7 @@ class SharedMemory:
     def add(
         self, size_bytes: int, *, guest_address: int, user_address: int | None = None
     ) -> SharedRegion:
-        """Make one region more; whole pages."""
+        """Make one region more, of whole pages of bytes, at these addresses."""
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         region = SharedRegion(
             guest_address=guest_address, size_bytes=size_bytes, user_address=user_address
@@ -58,7 +58,7 @@ class SharedMemory:
         return region
 
     def allocate(self, size_bytes: int, *, align: int = 64) -> int:
-        """The guest address of `size_bytes` that nobody else has. Raises MemoryError."""
+        """The guest address of `size_bytes` that were not handed out before. Raises MemoryError."""
         for position, region in enumerate(self.regions):
             start = -(-self._used[position] // align) * align
             if start + size_bytes <= region.size_bytes:
@@ -67,13 +67,13 @@ class SharedMemory:
         raise MemoryError(f"no {size_bytes} bytes of guest memory left")
 
     def view(self, guest_address: int, size_bytes: int) -> memoryview:
-        """These bytes of one region. Raises ValueError for addresses that are none."""
+        """These bytes of one region. Raises ValueError for addresses outside."""
         region = self._region(guest_address, size_bytes)
         start = guest_address - region.guest_address
         return region.view[start : start + size_bytes]
 
     def user_address(self, guest_address: int) -> int:
-        """The front-end address of a guest address."""
+        """The front-end address of the byte at a guest address. Raises ValueError."""
         region = self._region(guest_address, 1)
         return region.user_address + guest_address - region.guest_address
 

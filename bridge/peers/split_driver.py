@@ -1,8 +1,8 @@
 """The guest's side of a split virtqueue: adds buffers, kicks, takes completions.
 
-Used by the built-in guest (load generator, checks) and by the tests, which need a driver that can
-also do what a driver must not: `write_descriptor`, `put_head` and `set_avail_idx` write anything.
-Plain and synchronous; whoever has the eventfds kicks and waits.
+Used by `driver_queue`, and by the tests, which need a driver that can also do what a driver must
+not: `write_descriptor`, `put_head` and `set_avail_idx` write anything. Plain and synchronous; the
+owner of the eventfds kicks and waits.
 
 Source: virtio 1.3 §2.7 (split virtqueues), §2.7.7 and §2.7.10 (notification suppression).
 """
@@ -141,7 +141,10 @@ class SplitDriver:
         return not self._used[0] & NO_NOTIFY
 
     def poll(self) -> list[tuple[int, int]]:
-        """Every new completion: token and used length (as the device says, unchecked)."""
+        """Every new completion: token and used length in bytes (as the device says, unchecked).
+
+        Raises ValueError for a descriptor that the device was not given.
+        """
         end = self._used[1]
         idx = self.used_idx
         done: list[tuple[int, int]] = []

@@ -3,11 +3,13 @@
 From the wire upwards:
 
 * `nbd_protocol`: the numbers and layouts of the NBD specification;
-* `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O;
+* `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O; `untrusted`:
+  what a server says, bounded;
 * `connection`: one socket with both, driven by trio while it connects and by the data path's
   `Loop` afterwards; `tls`: the same over TLS;
 * `link`: what happens when the server goes away and comes back, sans-I/O; `grace`: where new
-  changes wait because the server may still do something old;
+  changes wait because the server may still do something old; `suspects`: the command on which the
+  server hangs up;
 * `split`, `align`, `overlaps`: how a request becomes commands that this server takes;
 * `client`: all of it behind `submit(request)`;
 * `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave.

@@ -1,7 +1,7 @@
 """Requests in sectors on an export with larger blocks (NBD "Block size constraints").
 
 Reads take the whole blocks and leave out what was not asked for. Writes read the blocks at their
-two ends first (read-modify-write); the caller sees to it that nobody else changes those blocks
+two ends first (read-modify-write); the caller sees to it that nothing else changes those blocks
 meanwhile. A trim is a hint and shrinks to whole blocks; zeroes at the ends are written.
 """
 
@@ -59,7 +59,8 @@ class Aligner:
 
     def finish_owner(self, part: Request) -> None:
         """`part` was all of its owner."""
-        request: Request = part.owner
+        request = part.owner
+        assert isinstance(request, Request)
         request.generation = part.generation
         self.finish(request, part.error)
 

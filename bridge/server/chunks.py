@@ -121,7 +121,7 @@ def zero(buffers: list[memoryview], skip: int, length: int) -> None:
 
 
 def parse_hole(payload: memoryview) -> tuple[int, int]:
-    """OFFSET_HOLE: offset and size of zeroes."""
+    """OFFSET_HOLE: offset and length, in bytes of the export. Raises ProtocolError."""
     if len(payload) != _HOLE.size:
         raise ProtocolError(f"hole chunk of {len(payload)} bytes: it has {_HOLE.size}")
     offset, length = _HOLE.unpack(payload)
@@ -131,7 +131,10 @@ def parse_hole(payload: memoryview) -> tuple[int, int]:
 
 
 def parse_error(kind: int, payload: memoryview, request: Request) -> int:
-    """ERROR, ERROR_OFFSET or an error chunk of a kind we do not know: its errno."""
+    """The errno of an error chunk of `kind`: ERROR, ERROR_OFFSET, or one that we do not know.
+
+    Raises ProtocolError for lengths that do not fit, no error, or an offset outside the request.
+    """
     if len(payload) < _ERROR.size:
         raise ProtocolError(f"error chunk of {len(payload)} bytes: 6 at least")
     error, message_bytes = _ERROR.unpack_from(payload)
@@ -156,9 +159,11 @@ def parse_error(kind: int, payload: memoryview, request: Request) -> int:
 def parse_extents(
     kind: int, payload: memoryview, request: Request, context_id: int
 ) -> list[tuple[int, int]] | None:
-    """BLOCK_STATUS(_EXT): extents cut to the request; None for a context we did not select.
+    """BLOCK_STATUS(_EXT): (length in bytes, flags) from the request's offset on, cut to the
+    request; None if the chunk is not of the metadata context `context_id`.
 
-    Servers send tails that overrun the request (qemu-nbd 3.1); only the last extent may.
+    Servers send tails that overrun the request (qemu-nbd 3.1); only the last extent may. Raises
+    ProtocolError for others, for extents of no bytes and for lengths that do not fit.
     """
     if kind == p.REPLY_TYPE_BLOCK_STATUS_EXT:
         if len(payload) < 8 + _EXTENT_EXT.size or (len(payload) - 8) % _EXTENT_EXT.size:

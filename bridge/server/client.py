@@ -1,7 +1,7 @@
-"""The NBD client: `submit(request)`, and it gets done, whatever the server does meanwhile.
+"""The NBD client: a request that was submitted gets done, also when the server goes and returns.
 
 This is the edge around `session`: it connects, watches the clock, and gives the session its
-connections. Reconnecting is for ever; see `session` for what happens to requests meanwhile.
+connections. It never gives up reconnecting; see `link` for what happens to requests meanwhile.
 
 Connections. One by default: a Python process is not held up by one fast connection, and several
 cost a system call each and the ordering of overlapping writes (nbdkit memory, unix socket, 4 KiB,
@@ -72,7 +72,7 @@ class Client:
         self._reconnecting = trio.CancelScope()
         named = re.search(",client=([^,]+)", uri.export_name)
         self.client_id = named[1] if named else secrets.token_hex(8)
-        """Who we are for our plugin: it says who wrote a volume last."""
+        """Our name towards our plugin, which tells by it which client wrote a volume last."""
         self._takes_names = False
         self._plain_next = False
         self._names_refused = False
@@ -92,6 +92,7 @@ class Client:
 
     @property
     def connected(self) -> bool:
+        """Connections are up and commands are sent."""
         return self.session.phase is Phase.UP
 
     @property
@@ -246,7 +247,7 @@ class Client:
         if not self._wanted.is_set():
             for each in negotiated:
                 each.close()
-            raise ConnectionLost("nobody wants the connection any more")
+            raise ConnectionLost("the connection is not wanted any more")
         self._broken = trio.Event()
         generation = self.session.generation + 1
         connections: list[Connection] = []
@@ -289,7 +290,7 @@ class Client:
                 reason = await self.examine(export, connections[0].send)
                 nursery.cancel_scope.cancel()
             if not self._wanted.is_set():
-                reason = "nobody wants the connection any more"
+                reason = "the connection is not wanted any more"
             if reason:
                 raise ConnectionLost(f"{self.uri.server}: {reason}")
         except BaseException:
@@ -369,8 +370,9 @@ class Client:
 
     async def _ask_for_readers_name(self) -> None:
         """Our plugin gives a volume to one writer at a time, and to any number of readers beside
-        it; these say so in the name, since NBD has no other way. So who we talk to must be known
-        before the export is opened. A server that hangs up is asked again the next time."""
+        it; these say so in the name, since NBD has no other way. So it must be known whether the
+        server is our plugin before the export is opened. A server that hangs up is asked again the
+        next time."""
         if "@" in self._volume:
             self._reads_only = False
             return
@@ -385,7 +387,7 @@ class Client:
 
     @property
     def _may_be_named(self) -> bool:
-        """The export's name does not say yet who we are."""
+        """The export's name does not hold a client's name yet."""
         name = self.uri.export_name
         return "@" not in name or ("@session=" in name and ",client=" not in name)
 
@@ -396,7 +398,7 @@ class Client:
         if token is None:
             return name
         if "@" in name:
-            # A session that is shared, for a migration: who we are tells later who wrote last.
+            # A session that is shared, for a migration: the name tells which client wrote last.
             named = f"{name},client={self.client_id}"
         else:
             named = f"{name}@session={token},client={self.client_id},connection={number}"

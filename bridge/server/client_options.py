@@ -15,7 +15,7 @@ class ClientOptions:
     """A command unanswered for this long means that the server hangs: reconnect. 0 = never.
     (What may be slow, a flush for one, has longer: see `Connection.stalled`.)"""
     reconnect_timeout_s: float = 0.0
-    """Fail waiting requests with EIO after this long without a connection. 0 = wait for ever."""
+    """Fail waiting requests with EIO after this long without a connection. 0 = without a limit."""
     reconnect_first_s: float = 0.05
     reconnect_max_s: float = 5.0
     """Bounds of the exponential backoff between attempts to reconnect."""

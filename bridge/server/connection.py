@@ -1,7 +1,7 @@
 """One NBD connection: trio until the handshake is done, the data path's loop afterwards.
 
-Theory. `open_connection` connects, negotiates and returns a `Connection` whose raw non-blocking
-socket is registered in the `Loop`. From then on nothing awaits: `send` puts a request into the
+Theory. `negotiate` connects and shakes hands; a `Connection` takes the raw non-blocking socket of
+that and registers it in the `Loop`. From then on nothing awaits: `send` puts a request into the
 transmission machine, the turn's end sends everything in one system call, and readable sockets
 complete requests from the loop's callback. What a socket does not take is kept and sent when it
 is writable again. On any error the connection is dead at once: its socket is closed, and `lost`
@@ -17,7 +17,6 @@ import socket
 import ssl
 import stat
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from typing import Final
 
@@ -287,7 +286,7 @@ async def _receive(sock: socket.socket) -> bytes:
 
 
 class Connection:
-    """A connection in the transmission phase. All methods but `drained` are synchronous."""
+    """A connection in the transmission phase. Everything but `hang_up` is synchronous."""
 
     __slots__ = (
         "_answers_beside",
@@ -363,17 +362,17 @@ class Connection:
 
     @property
     def unflushed(self) -> int:
-        """See session.Channel."""
+        """See link.Channel."""
         return self.transmission.unflushed
 
     @property
     def in_flight(self) -> int:
-        """See session.Channel."""
+        """See link.Channel."""
         transmission = self.transmission
         return len(transmission.pending) + len(transmission.refused) + len(transmission.early)
 
     def changes(self) -> list[Request]:
-        """See session.Channel. What was refused is sent again with the next connection anyway."""
+        """See link.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
         unfinished = (*transmission.pending.values(), *transmission.early)
         return [request for request in unfinished if request.op in _CHANGES]
@@ -430,7 +429,7 @@ class Connection:
             self._loop.turn.at_end(self.flush_output)
 
     def abandon(self) -> list[Request]:
-        """See session.Channel."""
+        """See link.Channel."""
         found = self.transmission.abandon()
         if found:
             self._unsent = [bytes(piece) for piece in self._unsent]
@@ -725,16 +724,10 @@ async def leave(negotiated: Negotiated) -> None:
         negotiated.close()
 
 
-def with_export_name(uri: NbdUri, name: str) -> NbdUri:
-    """The same server, another export."""
-    return replace(uri, export_name=name)
-
-
 __all__ = [
     "ConfigError",
     "Connection",
     "Negotiated",
     "leave",
     "negotiate",
-    "with_export_name",
 ]

@@ -40,46 +40,57 @@ class Export:
 
     @property
     def read_only(self) -> bool:
+        """Changes are refused."""
         return bool(self.flags & TransmissionFlags.READ_ONLY)
 
     @property
     def can_flush(self) -> bool:
+        """FLUSH is understood. Without it, nothing says when a write is durable."""
         return bool(self.flags & TransmissionFlags.SEND_FLUSH)
 
     @property
     def can_fua(self) -> bool:
+        """Changes may be sent with FUA."""
         return bool(self.flags & TransmissionFlags.SEND_FUA)
 
     @property
     def can_trim(self) -> bool:
+        """TRIM is understood."""
         return bool(self.flags & TransmissionFlags.SEND_TRIM)
 
     @property
     def can_write_zeroes(self) -> bool:
+        """WRITE_ZEROES is understood."""
         return bool(self.flags & TransmissionFlags.SEND_WRITE_ZEROES)
 
     @property
     def can_fast_zero(self) -> bool:
+        """WRITE_ZEROES with FAST_ZERO fails where it would not be fast."""
         return bool(self.flags & TransmissionFlags.SEND_FAST_ZERO)
 
     @property
     def can_df(self) -> bool:
+        """A READ with DF is answered in one chunk."""
         return bool(self.flags & TransmissionFlags.SEND_DF)
 
     @property
     def can_multi_conn(self) -> bool:
+        """A FLUSH on one connection covers the writes answered on the others."""
         return bool(self.flags & TransmissionFlags.CAN_MULTI_CONN)
 
     @property
     def can_cache(self) -> bool:
+        """CACHE (read ahead) is understood."""
         return bool(self.flags & TransmissionFlags.SEND_CACHE)
 
     @property
     def can_block_status(self) -> bool:
+        """A metadata context was selected: BLOCK_STATUS is understood."""
         return bool(self.contexts)
 
     @property
     def rotational(self) -> bool:
+        """The medium prefers long sequential requests."""
         return bool(self.flags & TransmissionFlags.ROTATIONAL)
 
     @property
@@ -104,8 +115,11 @@ class Export:
 
     @property
     def content_sessions(self) -> tuple[int, int] | None:
-        """`sessions`, but if the volume was only made longer past our plugin, that is no write: as
-        far as the plugin can tell, so a look at the content has to confirm it."""
+        """`sessions`, where growing the volume past our plugin does not count as a write.
+
+        The plugin cannot tell for certain that nothing else was changed: a look at the content has
+        to confirm it.
+        """
         sessions = self.sessions
         text = self.properties.get("grown_from", "")
         if sessions is None or not _COUNTER.fullmatch(text):

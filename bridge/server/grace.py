@@ -1,4 +1,8 @@
-"""What new changes are kept out of for a time: where the server may still do something old."""
+"""Ranges that new changes are kept out of for a grace time.
+
+A write of a dead connection may still be executed there by the server; a newer write that was
+executed before it would be lost.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,8 @@ WHOLE_DISK: Final = (0, 1 << 64)
 class Held:
     """Spans with the times at which they are let go; `ranges` keeps the changes out of them.
 
-    A span without a time waits for one: what was failed while there was no connection is left
-    behind, too, and its time begins with the next connection.
+    A span without a time waits for one: commands that were failed while there was no connection may
+    be executed later, too, and their time begins with the next connection.
     """
 
     def __init__(self, ranges: Ranges) -> None:

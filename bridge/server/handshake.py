@@ -11,7 +11,7 @@ buffer. `Handshake` feeds it: bytes come in with `receive`, go out with `data_to
 One option is outstanding at a time; its replies are collected until the final one. Order: client
 flags, STARTTLS, EXTENDED_HEADERS (STRUCTURED_REPLY only if that was refused), SET_META_CONTEXT,
 GO with a fall-back to EXPORT_NAME. Nothing of what was negotiated in clear outlives STARTTLS,
-and bytes that arrived in clear after its ACK end the connection: somebody put them there.
+and bytes that arrived in clear after its ACK end the connection: an attacker put them there.
 
 Every length that the server names is checked before anything of that length is kept.
 """
@@ -168,7 +168,7 @@ class Handshake:
                     if self._buffer:
                         raise ProtocolError(
                             f"{len(self._buffer)} bytes in clear after the server agreed to TLS: "
-                            "somebody on the way put them there"
+                            "a third party on the way put them there"
                         )
                     self.state = State.WANTS_TLS
         except StopIteration:

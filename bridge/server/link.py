@@ -48,7 +48,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from math import inf
 from random import Random
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import structlog
 
@@ -252,7 +252,7 @@ class Session:
         self._command(Request(op, offset, length, buffers, self._change_done, request.flags, owner))
 
     def _change_done(self, inner: Request) -> None:
-        request, change = inner.owner
+        request, change = cast("tuple[Request, Claim]", inner.owner)
         request.generation = inner.generation
         self._ranges.release(change)
         self._turn.finish(request, inner.error)
@@ -321,7 +321,8 @@ class Session:
         self._send(request)
 
     def _fua_done(self, inner: Request) -> None:
-        request: Request = inner.owner
+        request = inner.owner
+        assert isinstance(request, Request)
         if not inner.error and inner.progress != self.durability.epoch:
             # Answered in the turn that brought the end of that epoch, but perhaps executed before.
             self.resent_total += 1
@@ -349,7 +350,8 @@ class Session:
         return whole
 
     def _whole_done(self, whole: Request) -> None:
-        request: Request = whole.owner
+        request = whole.owner
+        assert isinstance(request, Request)
         if not whole.error and whole.progress != self.durability.epoch:
             # The server may have dropped the first commands; the bytes are still here.
             self.resent_total += 1
@@ -396,6 +398,7 @@ class Session:
 
     def _status_done(self, part: StatusRequest) -> None:
         request = part.owner
+        assert isinstance(request, StatusRequest)
         request.extents = part.extents
         request.generation = part.generation
         self._turn.finish(request, part.error)
@@ -439,7 +442,8 @@ class Session:
         """All that the guest has submitted and not heard of, also those of the FLUSH in flight."""
         taken: list[Request] = []
         if self._flushing is not None:
-            taken, self._flushing.owner = _guests_and_others(self._flushing.owner)
+            flushes = cast("list[Request]", self._flushing.owner)
+            taken, self._flushing.owner = _guests_and_others(flushes)
         waiting, self._flushes = _guests_and_others(self._flushes)
         return taken + waiting
 
@@ -461,7 +465,7 @@ class Session:
 
     def _flushed(self, inner: Request) -> None:
         error = inner.error
-        flushes: list[Request] = inner.owner
+        flushes = cast("list[Request]", inner.owner)
         # Not if a new connection came in the same turn as this answer, and a loss was told of.
         expected = self._flushing is inner
         if expected:
@@ -929,7 +933,8 @@ class Session:
             self._tried_done, self._tried.done = self._tried.done, self._answered_alone
         self._flushes, flushes = _without_abandoned(self._flushes)
         if self._flushing is not None:
-            self._flushing.owner, more = _without_abandoned(self._flushing.owner)
+            answering = cast("list[Request]", self._flushing.owner)
+            self._flushing.owner, more = _without_abandoned(answering)
             flushes += more
         for channel in self._channels:
             for command in channel.abandon():

@@ -1,14 +1,14 @@
-"""Who may write where: overlapping changes one after the other, in the order they came.
+"""Which change may go where: overlapping ones run one after the other, in the order they came.
 
 Theory. The claims cut the disk into pieces, and each piece belongs to the claim that came last
 there. A new claim waits for the owners of the pieces that it covers, and owns them from then on:
-whoever had them before is waited for by those owners already. So each claim waits for few others,
+those owners already wait for the owners before them. So each claim waits for few others,
 however many overlap, and what entering and releasing cost grows with the logarithm of the claims
 (a guest may have 65,536 requests in flight).
 
-Claims that wait for nobody are disjoint. They go, unless they touch a span that is held; then they
-are parked until it is not. What may go is put on a list, `gone`, which the owner of the ranges
-works off at its own pace: no number of claims makes the stack grow.
+Claims that wait for no other are disjoint. They become active, unless they touch a span that is
+held; then they are parked until it is not. Those that became active are put on a list, `gone`,
+which the owner of the ranges works off at its own pace: no number of claims makes the stack grow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Span = tuple[int, int]
 
 
 class Claim:
-    """One byte range that somebody changes, or waits to change."""
+    """One byte range that a request changes, or waits to change."""
 
     __slots__ = ("active", "blockers", "followers", "pieces", "start", "stop", "taken")
 

@@ -154,7 +154,8 @@ class Split:
         return True
 
     def _again_done(self, again: Request) -> None:
-        part: Request = again.owner
+        part = again.owner
+        assert isinstance(part, Request)
         part.generation = again.generation
         part.length = 0  # Not once more.
         part.error = again.error

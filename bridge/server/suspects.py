@@ -1,13 +1,13 @@
 """Which command makes the server hang up, without I/O.
 
 Theory. A command that was not answered is sent again on the next connection. If the server hangs up
-on one (it crashes on it, or closes what breaks a rule of its own), that would go on for ever, and
+on one (it crashes on it, or closes what breaks a rule of its own), that would never end, and
 nothing else would be answered. So after `_LOSSES` connections in a row that ended like that, with
 the same command first among the unanswered ones, or without any answer, the unanswered commands are
 put **on trial** on the next connection: each is sent alone, in order. The one on which the server
 hangs up again fails with EIO, and all else goes on.
 
-A server that hangs up whatever it is asked is a server that is down, and an outage is waited for.
+A server that hangs up on every command is down, and an outage is waited for.
 So no command is blamed without a **proof** that the server does answer: it has answered something
 since it first hung up, or a small read elsewhere, a **probe**, right before. If it hangs up on the
 probe, too, the trial is off. From then on the blamed command is sent after the others: perhaps
@@ -47,7 +47,7 @@ class Suspects:
         return sorted(requests, key=lambda request: id(request) == self._sends_last)
 
     def clear(self) -> None:
-        """A connection ended otherwise, or everything was failed: nobody is suspected."""
+        """A connection ended otherwise, or everything was failed: no command is suspected."""
         self.proven = False
         self._sends_last = self._first = self._losses = 0
 

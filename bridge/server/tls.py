@@ -146,7 +146,7 @@ def _server_name(uri: NbdUri) -> str | None:
 
 
 def has_certificate(uri: NbdUri, options: ClientOptions) -> bool:
-    """Whether a server that asks who its client is gets an answer."""
+    """Whether a server that asks for a client certificate or a key gets one."""
     return uri.tls_psk_file is not None or _files(uri, options)[1] is not None
 
 
@@ -192,8 +192,8 @@ def _load_certificate(context: ssl.SSLContext, certificate: str, key: str | None
         return
     except _NeedsPassphrase:
         raise ConfigError(
-            f"{key or certificate}: the key (--tls-key) is encrypted, and there is nobody to ask "
-            "for its passphrase: give it without one (openssl pkey -in KEY -out NEW)"
+            f"{key or certificate}: the key (--tls-key) is encrypted, and its passphrase cannot "
+            "be asked for here: give it without one (openssl pkey -in KEY -out NEW)"
         ) from None
     except (ssl.SSLError, OSError) as caught:
         error = caught
@@ -222,7 +222,7 @@ def _no_passphrase() -> str:
 
 
 def _check_file(path: str, option: str) -> None:
-    """Reading it must not wait for anybody. Raises ConfigError."""
+    """Reading it must not wait: a regular file only, no pipe. Raises ConfigError."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):

@@ -1,4 +1,7 @@
-"""NBD URIs (NetworkBlockDevice/nbd, doc/uri.md): what to connect to."""
+"""NBD URIs: what to connect to.
+
+Source: NetworkBlockDevice/nbd, doc/uri.md.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,7 @@ def _address(
 
 
 def _refuse_user(netloc: str, text: str) -> None:
-    """Whoever writes one expects it to be used. Nothing of it goes into a message, or a log."""
+    """An operator who writes one expects it to be used. It goes into no message and no log."""
     user, at, _ = netloc.rpartition("@")
     if at:
         raise ConfigError(

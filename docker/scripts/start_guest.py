@@ -17,8 +17,8 @@ import trio
 from environment import SettingError, choice, integer, run, text
 
 from bridge.demo.accelerator import choose_accelerator
-from bridge.demo.guest import Guest, open_guest
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
+from bridge.demo.virtual_machine import VirtualMachine, open_guest
 from bridge.errors import ConfigError
 
 KERNEL = Path("/opt/guest/kernel")
@@ -83,13 +83,13 @@ def guest_config(accelerator: str) -> GuestConfig:
     )
 
 
-async def type_at_signals(guest: Guest, signals: AsyncIterator[int]) -> None:
+async def type_at_signals(guest: VirtualMachine, signals: AsyncIterator[int]) -> None:
     """SIGUSR1 types a line at the console: `use` ends its writing then."""
     async for _ in signals:
         await guest.send_line()
 
 
-async def show_console(guest: Guest) -> None:
+async def show_console(guest: VirtualMachine) -> None:
     """Copy the console's lines to standard output until the guest has ended."""
     shown = 0
     while True:

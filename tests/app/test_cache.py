@@ -17,7 +17,7 @@ import trio
 from bridge.app import cache_tools
 from bridge.cache.file.cache_file import has_content, open_file
 from bridge.errors import ConnectionLost, RequestError
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from tests.app.processes import (
@@ -85,7 +85,7 @@ async def write_and_leave_dirty(directory: Path) -> bytes:
             "serve", unix_uri(directory / "nbd"), "--socket-path", str(vhost), *cached(directory)
         )
         async with process(argv, ready=vhost) as child:
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(8 << 20, data)
                 child.send_signal(signal.SIGKILL)
             await wait_for(child, limit_s=HUNG_S)
@@ -98,7 +98,7 @@ async def test_killed_bridge_next_start_brings_completed_writes_to_the_server(di
     vhost = directory / "vhost"
     async with process(nbdkit(directory), ready=directory / "nbd"):
         async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(8 << 20, 1 << 20) == data
                 await guest.flush()
     assert (directory / "disk.img").read_bytes()[8 << 20 : 9 << 20] == data
@@ -110,7 +110,7 @@ async def test_flush_in_writeback_is_on_the_server(directory):
     vhost = directory / "vhost"
     async with process(nbdkit(directory), ready=directory / "nbd"):
         async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(4096, data)
                 await guest.flush()
                 image = (directory / "disk.img").read_bytes()
@@ -121,7 +121,7 @@ async def test_writethrough_completed_write_is_on_the_server(directory):
     vhost = directory / "vhost"
     async with process(nbdkit(directory), ready=directory / "nbd"):
         async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory, "writethrough")):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(4096, b"a" * 4096)
                 image = (directory / "disk.img").read_bytes()
     assert image[4096:8192] == b"a" * 4096
@@ -137,7 +137,7 @@ async def test_server_killed_and_started_again_guest_sees_no_error(directory):
             while not nbd.exists():
                 await trio.sleep(0.02)
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 for number, each in enumerate(data):
                     await guest.write(number << 20, each)
                     if number % 3 == 1:
@@ -162,7 +162,7 @@ async def test_server_given_up_flush_fails_until_it_is_back_and_loses_nothing(di
     options = [*cached(directory), "--reconnect-timeout", "0.3"]
     async with process(nbdkit(directory), ready=nbd) as server, AsyncExitStack() as later:
         async with serving(unix_uri(nbd), vhost, *options):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 server.kill()
                 server.wait()
                 await guest.write(8 << 20, data)
@@ -179,7 +179,7 @@ async def test_server_given_up_flush_fails_until_it_is_back_and_loses_nothing(di
     assert image[8 << 20 :][: len(data)] == data
 
 
-async def flushes(guest: Guest) -> bool:
+async def flushes(guest: BlkDriver) -> bool:
     try:
         await guest.flush()
     except RequestError:
@@ -212,7 +212,7 @@ async def test_disk_that_grows_is_used_to_its_new_end_and_after_a_restart(
     server_argv = nbdkit_on_image(directory)
     async with process(server_argv, ready=nbd) as server:
         async with process(argv, ready=vhost) as child:
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(size_bytes - 1024, last)
                 server.kill()
                 server.wait()
@@ -228,7 +228,7 @@ async def test_disk_that_grows_is_used_to_its_new_end_and_after_a_restart(
     nbd.unlink(missing_ok=True)
     async with process(server_argv, ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert guest.size_bytes == new_end
                 assert await guest.read(size_bytes - 1024, 2048) == last + b"s" * 1024
                 assert await guest.read(new_end - (1 << 20), 1 << 20) == beyond
@@ -244,7 +244,7 @@ async def test_disk_that_grew_while_the_bridge_was_dead_takes_what_is_dirty(size
     argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
     async with process(nbdkit_on_image(directory), ready=nbd):
         async with process(argv, ready=vhost) as child:
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(size_bytes - 1024, last)
                 child.kill()
             await wait_for(child, limit_s=HUNG_S)
@@ -252,7 +252,7 @@ async def test_disk_that_grew_while_the_bridge_was_dead_takes_what_is_dirty(size
     nbd.unlink(missing_ok=True)
     async with process(nbdkit_on_image(directory), ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert guest.size_bytes == size_bytes + (4 << 20)
                 await guest.write(size_bytes + (1 << 20), b"n" * 4096)
     found = image.read_bytes()
@@ -462,7 +462,7 @@ async def test_image_changed_meanwhile_is_read_anew(directory):
         (directory / "disk.img").write_bytes(expected * SIZE_BYTES)
         async with process(argv, ready=directory / "nbd"):
             async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
-                async with await Guest.connect(vhost) as guest:
+                async with await BlkDriver.connect(vhost) as guest:
                     assert await guest.read(0, 4 << 20) == expected * (4 << 20)
         (directory / "nbd").unlink(missing_ok=True)
 
@@ -475,7 +475,7 @@ async def test_stop_without_a_server_keeps_dirty_data_for_the_next_start(directo
     )
     async with process(nbdkit(directory), ready=directory / "nbd") as server:
         async with process([*argv, "--stop-timeout", "1"], ready=vhost) as child:
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 server.kill()
                 server.wait()
                 await guest.write(8 << 20, data)
@@ -485,7 +485,7 @@ async def test_stop_without_a_server_keeps_dirty_data_for_the_next_start(directo
     (directory / "nbd").unlink(missing_ok=True)
     async with process(nbdkit(directory), ready=directory / "nbd"):
         async with serving(unix_uri(directory / "nbd"), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(8 << 20, 1 << 20) == data
 
 

@@ -20,7 +20,7 @@ import trio
 from bridge.app.cache_tools import flush_file
 from bridge.cache.file.inspect import show
 from bridge.errors import ConfigError, RequestError
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.app.processes import bridge_argv, process, serving, unix_uri, wait_for
 from tests.app.test_cache import (
     SIZE_BYTES,
@@ -88,14 +88,14 @@ async def test_writing_past_a_clean_cache_of_a_foreign_server_removes_it(directo
     vhost, nbd = directory / "vhost", directory / "nbd"
     async with process(nbdkit_file(directory), ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(0, MIB) == b"a" * MIB
         async with serving(unix_uri(nbd), vhost, *cached(directory), "--cache-mode", "off"):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(4096, b"n" * 4096)
                 await guest.flush()
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(4096, 4096) == b"n" * 4096
 
 
@@ -138,12 +138,12 @@ async def test_volume_made_anew_is_not_served_from_the_old_ones_cache(directory)
     vhost, nbd = directory / "vhost", directory / "nbd"
     async with process(nbdkit(directory), ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, b"o" * MIB)
     remove_volume(directory)
     async with process(nbdkit(directory), ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(0, MIB) == bytes(MIB)
 
 
@@ -168,7 +168,7 @@ async def test_volume_replaced_under_a_running_bridge_is_refused(directory):
     options = [*cached(directory), "--reconnect-timeout", "1"]
     async with process(nbdkit(directory), ready=nbd) as server, AsyncExitStack() as later:
         async with serving(unix_uri(nbd), vhost, *options):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, b"o" * MIB)
                 await guest.flush()
                 server.kill()
@@ -186,7 +186,7 @@ async def test_image_changed_while_a_foreign_server_was_away_is_read_anew(direct
     image.write_bytes(b"a" * SIZE_BYTES)
     async with process(nbdkit_file(directory), ready=nbd) as server, AsyncExitStack() as later:
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(0, MIB) == b"a" * MIB
                 server.kill()
                 server.wait()
@@ -203,12 +203,12 @@ async def test_image_changed_behind_the_plugins_back_is_read_anew(directory):
     image, vhost, nbd = directory / "disk.img", directory / "vhost", directory / "nbd"
     async with process(nbdkit(directory), ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, b"a" * MIB)
         with image.open("r+b") as file:
             file.write(b"b" * MIB)
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(0, MIB) == b"b" * MIB
 
 
@@ -221,13 +221,13 @@ async def test_next_session_of_a_volume_finds_its_cache(directory):
 
     async with process(nbdkit(directory), ready=nbd):
         async with serving(uri("one"), vhost, *cached(directory)) as child:
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, data)
                 child.send_signal(signal.SIGKILL)
             await wait_for(child, limit_s=HUNG_S)
         vhost.unlink(missing_ok=True)
         async with serving(uri("two"), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(0, MIB) == data
     cache_file(directory)  # there is just one
 
@@ -244,7 +244,7 @@ async def test_guest_that_moved_away_and_came_back_reads_what_it_wrote_there(dir
         serving(uri, directory / "there.vhost", *there),
     ):
         for place, content in (("here", b"1"), ("there", b"2"), ("here", b"3"), ("there", b"4")):
-            async with await Guest.connect(directory / f"{place}.vhost") as guest:
+            async with await BlkDriver.connect(directory / f"{place}.vhost") as guest:
                 before = bytes([content[0] - 1]) if content != b"1" else b"\0"
                 assert await guest.read(0, MIB) == before * MIB
                 await guest.write(0, content * MIB)
@@ -262,7 +262,7 @@ async def leave_clean_and_dirty(directory: Path, dirty_mib: int = 1) -> None:
     argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
     async with process(nbdkit_file(directory), ready=nbd):
         async with process([*argv, "--flush-interval", "0"], ready=vhost) as child:
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, CLEAN * MIB)
                 await guest.flush()
                 for number in range(dirty_mib):
@@ -302,7 +302,7 @@ async def test_foreign_server_that_lost_what_was_not_flushed_gets_it_again(direc
     image.write_bytes(content[: 8 << 20] + bytes(SIZE_BYTES + grown_bytes - (8 << 20)))
     async with process(nbdkit_file(directory), ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(8 << 20, MIB) == DIRTY * MIB
                 await guest.flush()
     assert image.read_bytes()[8 << 20 :][:MIB] == DIRTY * MIB
@@ -328,7 +328,7 @@ async def write_and_kill(directory: Path, uri: str, *options: str) -> None:
     vhost = directory / "vhost"
     argv = bridge_argv("serve", uri, "--socket-path", str(vhost), *cached(directory), *options)
     async with process(argv, ready=vhost) as child:
-        async with await Guest.connect(vhost) as guest:
+        async with await BlkDriver.connect(vhost) as guest:
             await guest.write(8 << 20, DIRTY * MIB)
             child.send_signal(signal.SIGKILL)
         await wait_for(child, limit_s=HUNG_S)
@@ -347,7 +347,7 @@ async def test_dirty_data_is_found_under_another_spelling_of_the_server(
     async with process(argv, ready=directory / "pid"):
         await write_and_kill(directory, f"nbd://{first}:{port}/")
         async with serving(f"nbd://{then}:{port}/", vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(8 << 20, MIB) == DIRTY * MIB
     cache_file(directory)  # there is just one
 
@@ -362,7 +362,7 @@ async def test_default_export_by_its_name_finds_the_volumes_dirty_data(directory
     async with process(argv, ready=nbd):
         await write_and_kill(directory, unix_uri(nbd))
         async with serving(unix_uri(nbd, "vm0"), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(8 << 20, MIB) == DIRTY * MIB
     cache_file(directory)
 
@@ -406,14 +406,14 @@ async def test_clean_cache_of_another_spelling_of_a_foreign_server_is_not_left_t
     (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
     async with process(nbdkit_file(directory), ready=nbd):
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, b"o" * MIB)
                 await guest.flush()
         async with serving(unix_uri(nbd, "vm0"), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, b"n" * MIB)
         async with serving(unix_uri(nbd), vhost, *cached(directory)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(0, MIB) == b"n" * MIB
 
 
@@ -487,7 +487,7 @@ async def test_dirty_data_does_not_go_to_a_volume_that_grew_and_was_changed(dire
     argv = bridge_argv("serve", unix_uri(nbd), "--socket-path", str(vhost), *cached(directory))
     async with process(nbdkit(directory), ready=nbd):
         async with process(argv, ready=vhost) as child:
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, CLEAN * MIB)
                 await guest.flush()
                 await guest.write(8 << 20, DIRTY * MIB)

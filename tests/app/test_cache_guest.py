@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.demo.guest import Guest, open_guest
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
+from bridge.demo.virtual_machine import VirtualMachine, open_guest
 from tests.qemu.backends import MIB, Killable, killable_bridge, killable_nbdkit, make_image
 from tests.qemu.conftest import GuestMachine, folder, machine
 
@@ -28,19 +28,19 @@ LIMIT_S = 120.0 + 20 * KILLS
 pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 
 
-async def progress(guest: Guest) -> None:
+async def progress(guest: VirtualMachine) -> None:
     """Wait until the guest has written and verified something more."""
     before = _rounds(guest)
     while _rounds(guest) <= before:
         await guest.wait_for_line()
 
 
-def _rounds(guest: Guest) -> int:
+def _rounds(guest: VirtualMachine) -> int:
     told = [line for line in guest.lines if line.startswith("PROGRESS ")]
     return int(told[-1].split()[1]) if told else 0
 
 
-async def kill_in_turn(bridge: Killable, server: Killable, guest: Guest) -> None:
+async def kill_in_turn(bridge: Killable, server: Killable, guest: VirtualMachine) -> None:
     """Each time after the guest has come further, at a random moment of its work.
 
     Twice before the bridge is killed again: a QEMU before 9.0 does not try again when its
@@ -64,7 +64,7 @@ async def kill_in_turn(bridge: Killable, server: Killable, guest: Guest) -> None
         await server.start()
 
 
-def sums_told(guest: Guest) -> dict[int, str]:
+def sums_told(guest: VirtualMachine) -> dict[int, str]:
     """The guest's checksums: MiB of the disk → MD5."""
     words = [line.split() for line in guest.lines if line.startswith("SUM ")]
     return {int(slot): digest for _, slot, digest, *_ in words}

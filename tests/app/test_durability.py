@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from bridge.errors import RequestError
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
@@ -97,7 +97,7 @@ async def setting(directory: Path, description: str = ANONYMOUS) -> AsyncIterato
         nursery.cancel_scope.cancel()
 
 
-async def flush_fails(guest: Guest) -> bool:
+async def flush_fails(guest: BlkDriver) -> bool:
     try:
         await guest.flush()
     except RequestError as error:
@@ -105,10 +105,12 @@ async def flush_fails(guest: Guest) -> bool:
     return False
 
 
-async def write_and_kill(made: Setting, guests: AsyncExitStack, *, flush: bool = False) -> Guest:
+async def write_and_kill(
+    made: Setting, guests: AsyncExitStack, *, flush: bool = False
+) -> BlkDriver:
     """A guest has written; its bridge is dead."""
     async with made.bridge() as bridge:
-        guest = await guests.enter_async_context(await Guest.connect(made.vhost, inflight=True))
+        guest = await guests.enter_async_context(await BlkDriver.connect(made.vhost, inflight=True))
         await guest.write(0, DATA)
         if flush:
             await guest.flush()
@@ -161,7 +163,7 @@ async def test_power_lost_before_the_guest_comes_to_the_next_bridge_is_told(dire
 async def test_server_restarted_before_a_guest_begins_fails_no_flush(directory):
     async with setting(directory) as made, made.bridge():
         made.lose_power()
-        async with await Guest.connect(made.vhost, inflight=True) as guest:
+        async with await BlkDriver.connect(made.vhost, inflight=True) as guest:
             with trio.fail_after(HUNG_S):
                 assert not await flush_fails(guest)
                 made.lose_power()
@@ -193,7 +195,9 @@ async def test_bridge_and_server_died_together_with_everything_flushed_no_flush_
 async def test_stopped_and_server_restarted_for_an_upgrade_no_flush_fails(directory):
     async with setting(directory, "instance=a") as made, AsyncExitStack() as guests:
         async with made.bridge() as bridge:
-            guest = await guests.enter_async_context(await Guest.connect(made.vhost, inflight=True))
+            guest = await guests.enter_async_context(
+                await BlkDriver.connect(made.vhost, inflight=True)
+            )
             await guest.write(0, DATA)
             bridge.send_signal(signal.SIGTERM)
             assert await wait_for(bridge, limit_s=HUNG_S) == 0
@@ -208,7 +212,9 @@ async def test_stopped_and_server_restarted_for_an_upgrade_no_flush_fails(direct
 async def test_timed_flush_that_failed_is_told_although_the_bridge_was_killed_since(directory):
     async with setting(directory) as made, AsyncExitStack() as guests:
         async with made.bridge("--flush-interval", "0.2") as bridge:
-            guest = await guests.enter_async_context(await Guest.connect(made.vhost, inflight=True))
+            guest = await guests.enter_async_context(
+                await BlkDriver.connect(made.vhost, inflight=True)
+            )
             made.server.faults.errors[p.CMD_FLUSH] = errno.EIO
             await guest.write(0, DATA)
             await made.flushed(2)
@@ -235,7 +241,7 @@ async def test_stop_after_the_server_died_with_something_unflushed_is_status_1(
     directory: Path, attached: bool
 ):
     async with setting(directory) as made, made.bridge("--stop-timeout", "2") as bridge:
-        guest = await Guest.connect(made.vhost)
+        guest = await BlkDriver.connect(made.vhost)
         async with guest:
             await guest.write(0, DATA)
             made.stop_server()
@@ -248,7 +254,7 @@ async def test_stop_after_the_server_died_with_something_unflushed_is_status_1(
 async def test_stop_after_the_server_came_back_without_what_was_unflushed_is_status_1(directory):
     """The guest has sent no flush that could have told it."""
     async with setting(directory) as made, made.bridge() as bridge:
-        async with await Guest.connect(made.vhost) as guest:
+        async with await BlkDriver.connect(made.vhost) as guest:
             await guest.write(0, DATA)
             made.lose_power()
             await guest.read(0, BLOCK)
@@ -265,7 +271,7 @@ async def test_stop_with_nothing_written_and_the_server_away_is_status_0_at_once
     async with setting(directory) as made, made.bridge("--stop-timeout", "400", *more) as bridge:
         async with AsyncExitStack() as guests:
             if attached:
-                guest = await guests.enter_async_context(await Guest.connect(made.vhost))
+                guest = await guests.enter_async_context(await BlkDriver.connect(made.vhost))
                 await guest.read(0, BLOCK)
             made.stop_server()
             assert await stop(bridge, within_s=20) == 0

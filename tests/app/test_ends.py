@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.app.processes import (
     bridge_argv,
     process,
@@ -88,7 +88,7 @@ async def test_serve_log_that_cannot_be_written_changes_nothing(log, start, dire
         os.close(stderr)
         await until_there(directory / "vhost")
         for _ in range(3):
-            async with await Guest.connect(directory / "vhost") as guest:
+            async with await BlkDriver.connect(directory / "vhost") as guest:
                 await guest.write(0, b"a" * 512)
         child.terminate()
         assert await wait_for(child, limit_s=HUNG_S) == 0
@@ -105,7 +105,7 @@ async def test_serve_log_that_nobody_reads_holds_nothing_up(start, directory):
         await until_there(directory / "vhost")
         for _ in range(60):
             with trio.fail_after(HUNG_S):
-                async with await Guest.connect(directory / "vhost") as guest:
+                async with await BlkDriver.connect(directory / "vhost") as guest:
                     assert await guest.read(0, 512) == bytes(512)
         child.terminate()
         assert await wait_for(child, limit_s=HUNG_S) == 0
@@ -121,7 +121,7 @@ async def test_serve_without_standard_error_starts_and_keeps_its_descriptors_apa
         await until_there(directory / "vhost")
         for fd in (0, 1, 2):
             assert os.readlink(f"/proc/{child.pid}/fd/{fd}") == "/dev/null"
-        async with await Guest.connect(directory / "vhost") as guest:
+        async with await BlkDriver.connect(directory / "vhost") as guest:
             await guest.write(0, b"a" * 512)
         child.terminate()
         assert await wait_for(child, limit_s=HUNG_S) == 0
@@ -133,7 +133,7 @@ async def test_serve_log_as_json_is_one_object_per_line_in_order(start, director
         child = start(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         await until_there(directory / "vhost")
         assert child.stderr is not None
-        (await Guest.connect(directory / "vhost")).close()
+        (await BlkDriver.connect(directory / "vhost")).close()
         events = []
         while "front-end disconnected" not in events:  # else it may come after "stopping"
             line = await trio.to_thread.run_sync(child.stderr.readline)
@@ -154,7 +154,7 @@ async def test_serve_signal_leaves_a_cache_that_was_closed_in_order(number, star
         argv = serve_argv(directory, *cached(cache))
         child = start(argv, stdin=subprocess.DEVNULL)
         await until_there(directory / "vhost")
-        async with await Guest.connect(directory / "vhost") as guest:
+        async with await BlkDriver.connect(directory / "vhost") as guest:
             await guest.write(0, b"a" * 4096)
         child.send_signal(number)
         assert await wait_for(child, limit_s=HUNG_S) == 0
@@ -172,7 +172,7 @@ async def test_serve_signal_without_a_meaning_changes_nothing(number, directory)
         uri = unix_uri(directory / "nbd")
         async with serving(uri, directory / "vhost", "--cache-mode", "off") as child:
             child.send_signal(number)
-            async with await Guest.connect(directory / "vhost") as guest:
+            async with await BlkDriver.connect(directory / "vhost") as guest:
                 await guest.write(0, b"a" * 512)
             assert child.poll() is None
 
@@ -183,7 +183,7 @@ async def test_serve_under_nohup_outlives_its_terminal(start, directory):
         child = start(["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *argv], stderr=subprocess.PIPE)
         await until_there(directory / "vhost")
         child.send_signal(signal.SIGHUP)
-        async with await Guest.connect(directory / "vhost") as guest:
+        async with await BlkDriver.connect(directory / "vhost") as guest:
             await guest.write(0, b"a" * 512)
         child.terminate()
         assert await wait_for(child, limit_s=HUNG_S) == 0
@@ -199,7 +199,7 @@ async def test_serve_signals_that_keep_coming_do_not_change_the_exit_status(star
     async with process(nbdkit(directory), ready=directory / "nbd"):
         child = start(serve_argv(directory, "--cache-mode", "off"))
         await until_there(directory / "vhost")
-        async with await Guest.connect(directory / "vhost") as guest:
+        async with await BlkDriver.connect(directory / "vhost") as guest:
             await guest.write(0, b"a" * 512)
             await trio.to_thread.run_sync(partial(_bombard, child))
         assert child.returncode == 0
@@ -224,7 +224,7 @@ async def test_cache_flush_interrupted_is_one_line_and_keeps_the_data(number, st
     async with process(argv, ready=directory / "nbd") as server:
         child = start(serve_argv(directory, *cached(cache)))
         await until_there(directory / "vhost")
-        guest = await Guest.connect(directory / "vhost")
+        guest = await BlkDriver.connect(directory / "vhost")
         await guest.write(0, b"a" * 4096)
         child.kill()
         child.wait()

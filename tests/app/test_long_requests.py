@@ -19,8 +19,8 @@ import trio
 
 from bridge.guest.vhost_user.messages import F_PROTOCOL_FEATURES, Request
 from bridge.guest.virtio.blk import T_DISCARD, T_IN, T_OUT
+from bridge.peers.blk_driver import FEATURES, PROTOCOL_FEATURES
 from bridge.peers.frontend import FrontEnd
-from bridge.peers.guest import FEATURES, PROTOCOL_FEATURES
 from bridge.peers.shared_memory import SharedMemory
 from bridge.peers.split_driver import INDIRECT, WRITE, SplitDriver, write_chain
 from tests.app.processes import bridge_argv, process, short_directory, unix_uri, wait_for

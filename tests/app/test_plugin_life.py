@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from bridge.errors import RequestError
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.app.processes import process, serving, unix_uri, wait_for
 from tests.app.test_cache import cached, directory, nbdkit
 from tests.plugin.test_outside_changes import wait_for_another_tick
@@ -23,7 +23,7 @@ OLD, NEW = b"o" * 4096, b"n" * 4096
 
 
 async def write_and_read(vhost: Path) -> None:
-    async with await Guest.connect(vhost) as guest:
+    async with await BlkDriver.connect(vhost) as guest:
         await guest.write(0, OLD)
         await guest.flush()
         assert await guest.read(0, 4096) == OLD
@@ -48,7 +48,7 @@ async def test_image_edited_while_nbdkit_was_stopped_guest_reads_what_is_there(
     async with (
         process(nbdkit(directory), ready=nbd),
         serving(unix_uri(nbd), vhost, *cached(directory)),
-        await Guest.connect(vhost) as guest,
+        await BlkDriver.connect(vhost) as guest,
     ):
         assert await guest.read(0, 4096) == NEW
 
@@ -66,7 +66,7 @@ async def test_image_edited_under_a_running_bridge_while_nbdkit_was_dead_guest_r
             wait_for_another_tick()
             edit(directory / "disk.img")
             await servers.enter_async_context(process(nbdkit(directory), ready=nbd))
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 with trio.fail_after(HUNG_S):
                     # A hit of before the reconnect may still be served.
                     while await guest.read(0, 4096) != NEW:
@@ -82,7 +82,7 @@ async def test_nbdkit_ends_at_sigterm_while_an_idle_bridge_is_connected(director
             server.send_signal(signal.SIGTERM)
             assert await wait_for(server, limit_s=HUNG_S) == 0
             await servers.enter_async_context(process(nbdkit(directory), ready=nbd))
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(4096, NEW)
                 await guest.flush()
     assert (directory / "disk.img").read_bytes()[:8192] == OLD + NEW
@@ -99,7 +99,7 @@ async def test_filter_that_loses_data_with_nbdkit_no_flush_vouches_for_it(
     async with AsyncExitStack() as servers:
         server = await servers.enter_async_context(process(argv, ready=nbd))
         async with serving(unix_uri(nbd), vhost, *cached(directory, mode)):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, OLD)
                 server.kill()
                 await wait_for(server, limit_s=10)
@@ -120,5 +120,5 @@ async def test_read_only_bridge_beside_one_that_writes(directory: Path) -> None:
         serving(unix_uri(nbd), writer, *cached(directory)),
     ):
         await write_and_read(writer)
-        async with await Guest.connect(reader) as guest:
+        async with await BlkDriver.connect(reader) as guest:
             assert await guest.read(0, 4096) == OLD

@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from bridge.errors import RequestError
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.app.processes import (
     bridge_argv,
     cpu_seconds,
@@ -95,7 +95,7 @@ async def disk(directory: Path) -> AsyncIterator[Path]:
 async def exercise(vhost: Path) -> dict[int, bytes]:
     """Write, zero and discard through the bridge; what the image must hold, by offset."""
     expected = {}
-    async with await Guest.connect(vhost) as guest:
+    async with await BlkDriver.connect(vhost) as guest:
         for index, length in enumerate((512, 4096, 65536, 1 << 20)):
             offset = (index + 1) * (4 << 20) + 512
             data = os.urandom(length)
@@ -139,13 +139,13 @@ async def test_serve_tcp_server_works_like_a_unix_socket(directory):
     argv += ["-P", str(directory / "pid"), "memory", str(SIZE_BYTES)]
     async with process(argv, ready=directory / "pid"):
         async with serving(f"nbd://127.0.0.1:{port}", vhost):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(4096, b"x" * 4096)
                 assert await guest.read(4096, 4096) == b"x" * 4096
 
 
 async def test_serve_device_shows_size_serial_and_cache(disk):
-    async with await Guest.connect(disk, num_queues=2) as guest:
+    async with await BlkDriver.connect(disk, num_queues=2) as guest:
         assert guest.size_bytes == SIZE_BYTES
         assert await guest.get_id() == "serial-1"
         assert guest.config.writeback == 1
@@ -172,9 +172,9 @@ async def test_serve_libblkio_client_reads_back_its_patterns(disk, directory):
 
 async def test_serve_listens_again_after_a_front_end_left(disk):
     for number in range(3):
-        async with await Guest.connect(disk) as guest:
+        async with await BlkDriver.connect(disk) as guest:
             await guest.write(number * 512, bytes([number + 1]) * 512)
-    async with await Guest.connect(disk) as guest:
+    async with await BlkDriver.connect(disk) as guest:
         assert await guest.read(0, 1536) == b"\1" * 512 + b"\2" * 512 + b"\3" * 512
 
 
@@ -184,7 +184,7 @@ async def test_serve_unflushed_write_is_flushed_at_a_clean_stop(directory):
     argv = [need("nbdkit"), "-f", "-U", str(nbd), "--filter=log", "memory", "64M", f"logfile={log}"]
     async with process(argv, ready=nbd):
         async with serving(unix_uri(nbd), vhost):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, b"a" * 512)
                 assert " Flush " not in log.read_text()
         assert " Flush " in log.read_text()
@@ -196,7 +196,7 @@ async def test_serve_flush_timer_fires_without_the_guest(directory):
     argv = [need("nbdkit"), "-f", "-U", str(nbd), "--filter=log", "memory", "64M", f"logfile={log}"]
     async with process(argv, ready=nbd):
         async with serving(unix_uri(nbd), vhost, "--flush-interval", "0.2"):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 await guest.write(0, b"a" * 512)
                 with trio.fail_after(HUNG_S):
                     while " Flush " not in log.read_text():
@@ -209,7 +209,7 @@ async def test_serve_signal_stops_cleanly_and_removes_the_socket(number, directo
     async with process([need("nbdkit"), "-f", "-U", str(nbd), "memory", "64M"], ready=nbd):
         async with serving(unix_uri(nbd), vhost) as child:
             assert stat.S_IMODE(vhost.stat().st_mode) == 0o600
-            guest = await Guest.connect(vhost)
+            guest = await BlkDriver.connect(vhost)
             child.send_signal(number)
             assert await wait_for(child, limit_s=HUNG_S) == 0
             guest.close()
@@ -224,7 +224,7 @@ async def test_serve_idle_disk_uses_no_cpu_and_little_memory(disk, directory):
         if entry.name.isdigit() and str(disk) in _command_line(entry)
     ]
     assert len(pids) == 1
-    async with await Guest.connect(disk) as guest:
+    async with await BlkDriver.connect(disk) as guest:
         await guest.write(0, b"a" * 65536)
         await guest.flush()
         for _ in range(3):  # on a busy machine the start may not be over yet
@@ -249,7 +249,7 @@ async def test_serve_read_only_export_is_served_read_only(directory):
     nbd, vhost = directory / "nbd", directory / "vhost"
     async with process([need("nbdkit"), "-r", "-f", "-U", str(nbd), "memory", "64M"], ready=nbd):
         async with serving(unix_uri(nbd), vhost):
-            async with await Guest.connect(vhost) as guest:
+            async with await BlkDriver.connect(vhost) as guest:
                 assert await guest.read(0, 512) == bytes(512)
                 with pytest.raises(RequestError):
                     await guest.write(0, b"a" * 512)
@@ -265,7 +265,7 @@ async def test_serve_inherited_descriptor_instead_of_a_path(directory):
             child = subprocess.Popen(
                 bridge_argv("serve", unix_uri(nbd), "--fd", str(fd)), pass_fds=[fd]
             )
-        async with await Guest.connect(vhost) as guest:
+        async with await BlkDriver.connect(vhost) as guest:
             await guest.write(0, b"a" * 512)
         child.terminate()
         assert await wait_for(child, limit_s=HUNG_S) == 0

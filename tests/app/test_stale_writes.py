@@ -17,7 +17,7 @@ from bridge.cache.file.cache_file import open_file
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, WRITE, Request
 from bridge.errors import ConnectionLost
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from tests.app.processes import bridge_argv, process, serving, short_directory, unix_uri
@@ -64,7 +64,7 @@ async def test_killed_without_a_cache_old_write_does_not_go_over_a_newer_one(dir
     """The next process finds it in the in-flight region, and executes it again."""
     vhost, uri, repeated = directory / "vhost", unix_uri(directory / "nbd"), trio.Event()
 
-    async def write_once(guest: Guest) -> None:
+    async def write_once(guest: BlkDriver) -> None:
         await guest.write(0, OLD)
         repeated.set()
 
@@ -75,7 +75,7 @@ async def test_killed_without_a_cache_old_write_does_not_go_over_a_newer_one(dir
     ):
         argv = bridge_argv("serve", uri, "--socket-path", str(vhost))
         async with process(argv, ready=vhost) as bridge:
-            guest = await guests.enter_async_context(await Guest.connect(vhost, inflight=True))
+            guest = await guests.enter_async_context(await BlkDriver.connect(vhost, inflight=True))
             nursery.start_soon(write_once, guest)
             await appears(directory / "reached")
             bridge.kill()
@@ -96,7 +96,7 @@ async def test_killed_with_a_cache_old_write_out_does_not_go_over_the_newer_one(
     vhost, uri = directory / "vhost", unix_uri(directory / "nbd")
     cache = ("--cache-mode", "writeback", "--cache-dir", str(directory), "--cache-size", "4M")
 
-    async def flush_in_vain(guest: Guest) -> None:
+    async def flush_in_vain(guest: BlkDriver) -> None:
         with suppress(ConnectionLost):
             await guest.flush()
 
@@ -104,7 +104,7 @@ async def test_killed_with_a_cache_old_write_out_does_not_go_over_the_newer_one(
         argv = bridge_argv("serve", uri, "--socket-path", str(vhost), *cache)
         async with (
             process(argv, ready=vhost) as bridge,
-            await Guest.connect(vhost) as guest,
+            await BlkDriver.connect(vhost) as guest,
             trio.open_nursery() as nursery,
         ):
             await guest.write(0, OLD)
@@ -115,7 +115,7 @@ async def test_killed_with_a_cache_old_write_out_does_not_go_over_the_newer_one(
             bridge.wait()
         async with (
             serving(uri, vhost, *cache, "--stale-write-grace", f"{GRACE_S}"),
-            await Guest.connect(vhost) as guest,
+            await BlkDriver.connect(vhost) as guest,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(let_the_old_write_go, directory)

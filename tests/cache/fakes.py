@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Any
 
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
@@ -85,7 +84,7 @@ class Rig:
         image: MappedImage | None = None,
         server: FakeServer | None = None,
         cold: Cold | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
         size = size or granules * GRANULE
         geometry = Geometry(size, BLOCK, GRANULE, slots)

@@ -929,6 +929,28 @@ def test_threaded_cold_with_a_stuck_disk_is_not_waited_for() -> None:
     os.close(cold.fd)
 
 
+_STUCK_AT_THE_EXIT = """
+import os
+from bridge.cache.cold import ThreadedCold
+from bridge.datapath.turn import Outcome, Turn
+cold = ThreadedCold(Turn())
+began, begin = os.pipe()
+never, _ = os.pipe()
+def wait():
+    os.write(begin, b"x")
+    os.read(never, 1)
+cold.run(wait, Outcome(print))
+os.read(began, 1)
+cold.close(limit_s=0.0)
+"""
+
+
+def test_process_with_a_cold_read_on_a_stuck_disk_ends() -> None:
+    """The threads of a `concurrent.futures` executor would be waited for at the exit."""
+    done = subprocess.run([sys.executable, "-c", _STUCK_AT_THE_EXIT], timeout=HUNG_S, check=False)
+    assert done.returncode == 0
+
+
 def test_close_that_was_given_up_sets_no_clean_mark(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

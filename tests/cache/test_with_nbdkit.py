@@ -53,7 +53,7 @@ class _Server:
         os.unlink(self.socket)
 
 
-class _Guest:
+class _Requests:
     """Requests that are awaited."""
 
     def __init__(self, submit: Callable[[Request], None], loop: Loop) -> None:
@@ -73,7 +73,7 @@ class _Guest:
 
 
 @asynccontextmanager
-async def _disk(server: _Server, folder: str, mode: str) -> AsyncIterator[_Guest]:
+async def _disk(server: _Server, folder: str, mode: str) -> AsyncIterator[_Requests]:
     loop = Loop()
     storage = Storage(
         parse_uri(f"nbd+unix:///?socket={server.socket}"),
@@ -85,7 +85,7 @@ async def _disk(server: _Server, folder: str, mode: str) -> AsyncIterator[_Guest
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
         nursery.start_soon(storage.run)
-        yield _Guest(storage.backend.submit, loop)
+        yield _Requests(storage.backend.submit, loop)
         await storage.close(30)
         nursery.cancel_scope.cancel()
     loop.close()

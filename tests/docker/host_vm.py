@@ -10,10 +10,10 @@ from pathlib import Path
 
 import trio
 
-from bridge.demo.guest import run_guest
 from bridge.demo.initramfs import build_initramfs
 from bridge.demo.kernel import find_kernel
 from bridge.demo.qemu import GuestConfig, VhostUserDisk, find_qemu
+from bridge.demo.virtual_machine import run_guest
 from bridge.errors import ConfigError
 from tests.docker.command import Failed, find
 from tests.docker.compose import Compose

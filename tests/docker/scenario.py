@@ -259,7 +259,7 @@ def check_volume(compose: Compose, say: Say, version: str, volume: str = "disk")
         # Only through a container: the volume's place is the engine's own business.
         name = compose.engine(
             "create", "-v", f"{compose.name}_volumes:/volumes:ro",
-            f"nbd-bridge/app/storage:{version}",
+            f"nbd-bridge/storage:{version}",
         ).strip()  # fmt: skip
         try:
             compose.engine("cp", f"{name}:/volumes/{volume}", str(folder / "disk"), limit_s=120)

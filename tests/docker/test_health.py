@@ -24,7 +24,7 @@ from tests.tools import need
 
 UNIX = """\
 Num       RefCount Protocol Flags    Type St Inode Path
-0000000000000000: 00000002 00000000 00010000 0001 01 33025 /run/nbd-bridge/datapath/disk.sock
+0000000000000000: 00000002 00000000 00010000 0001 01 33025 /run/nbd-bridge/disk.sock
 0000000000000000: 00000003 00000000 00000000 0001 03 33026 /run/nbd-bridge/other.sock
 0000000000000000: 00000003 00000000 00000000 0001 03 33027
 """
@@ -37,7 +37,7 @@ TCP = """\
 
 
 def test_bridge_socket_that_listens_is_seen() -> None:
-    assert check_bridge.is_listening(UNIX, "/run/nbd-bridge/datapath/disk.sock")
+    assert check_bridge.is_listening(UNIX, "/run/nbd-bridge/disk.sock")
 
 
 def test_bridge_socket_that_is_only_connected_does_not_listen() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.demo.guest import open_guest, run_guest
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
+from bridge.demo.virtual_machine import open_guest, run_guest
 from tests.qemu.backends import MIB, bridge_on, make_image
 from tests.qemu.boot_sector import COPY_LBA, DATA_SECTORS, boot_disk
 from tests.qemu.conftest import GuestMachine

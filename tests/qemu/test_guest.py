@@ -11,7 +11,6 @@ import pytest
 import trio
 
 from bridge.demo.demo import DemoConfig, run_demo
-from bridge.demo.guest import open_guest, run_guest
 from bridge.demo.image import allocated_bytes, check_filesystem, check_sums, extract_files
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
 from bridge.demo.servers import (
@@ -21,6 +20,7 @@ from bridge.demo.servers import (
     start_server,
     watched,
 )
+from bridge.demo.virtual_machine import open_guest, run_guest
 from tests.qemu.conftest import GuestMachine
 from tests.tools import need
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.demo.guest import Guest, open_guest, run_guest
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
+from bridge.demo.virtual_machine import VirtualMachine, open_guest, run_guest
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_core import Command
 from bridge.peers.nbd_server_disk import MemoryDisk
@@ -51,7 +51,7 @@ def config(machine: GuestMachine, script: str, *disks: VhostUserDisk, **words: i
 
 
 @asynccontextmanager
-async def stressed(config: GuestConfig, folder: Path) -> AsyncIterator[Guest]:
+async def stressed(config: GuestConfig, folder: Path) -> AsyncIterator[VirtualMachine]:
     """A guest that has begun to write; it must end well once it is told to stop."""
     with trio.fail_after(LIMIT_S):
         async with open_guest(config, folder / "guest.log") as guest:
@@ -62,7 +62,7 @@ async def stressed(config: GuestConfig, folder: Path) -> AsyncIterator[Guest]:
             assert report.passed, report
 
 
-def rounds_done(guest: Guest) -> int:
+def rounds_done(guest: VirtualMachine) -> int:
     """How many rounds of writing and verifying the guest has told of, since it last booted."""
     for line in reversed(guest.lines):
         if line.startswith("PROGRESS "):
@@ -70,7 +70,7 @@ def rounds_done(guest: Guest) -> int:
     return 0
 
 
-async def progress(guest: Guest, more: int) -> None:
+async def progress(guest: VirtualMachine, more: int) -> None:
     """Wait until the guest has done `more` rounds more than now."""
     wanted = rounds_done(guest) + more
     while rounds_done(guest) < wanted:
@@ -250,7 +250,7 @@ async def test_guest_moves_to_another_qemu_while_it_writes(
 
 
 async def kill_repeatedly(
-    victim: Killable, guest: Guest, times: int, *, server: Killable | None = None
+    victim: Killable, guest: VirtualMachine, times: int, *, server: Killable | None = None
 ) -> None:
     """Kill and restart at random moments, each time after the guest has come a bit further.
 

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from bridge.datapath.request import FLUSH
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from bridge.server.client import Client
 from tests.app.processes import serving
 from tests.server.helpers import FAST, do, pattern, read, running_client, short_dir, until, write
@@ -95,7 +95,7 @@ class Plain:
 
 
 async def _work(
-    disk: Plain | Guest, number: int, versions: dict[int, int], stop: trio.Event
+    disk: Plain | BlkDriver, number: int, versions: dict[int, int], stop: trio.Event
 ) -> int:
     """Write and read blocks of one's own; the number of operations."""
     random = Random(number)
@@ -155,7 +155,7 @@ async def test_server_killed_50_times_under_a_guest_no_error_nothing_lost(folder
     versions: dict[int, int] = {}
     disk_socket = folder / "vm"
     async with server.running(), serving(f"nbd+unix:///?socket={folder}/s", disk_socket):
-        async with await Guest.connect(disk_socket) as guest:
+        async with await BlkDriver.connect(disk_socket) as guest:
             stop = trio.Event()
             async with trio.open_nursery() as nursery:
                 for number in range(WORKERS):

@@ -24,8 +24,8 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
+from bridge.cache.buffers import Bytes
 from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
     HEADER_BYTES,
@@ -55,7 +55,7 @@ REMOVE_HINT = "; remove it with rm if you mean it"
 
 _LOCK_TRIES = 20
 _LOCK_PAUSE_S = 0.02
-"""Somebody may only look at the file: `cache show`, or a bridge that looks for its own."""
+"""The lock may be held for a moment only: by `cache show`, or a bridge that looks for its file."""
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -72,16 +72,16 @@ class MappedImage:
     may_go_cold = False
     """What was stored can leave the memory again."""
 
-    def __init__(self, buffer: Any, header: Header) -> None:
+    def __init__(self, buffer: mmap.mmap | bytearray, header: Header) -> None:
         geometry = header.geometry
         count = geometry.slots + 1
         whole = memoryview(buffer)
         self.header = header
         self.geometry: Geometry = geometry
         self._whole = whole
-        self.granule_of: Any = whole[HEADER_AREA_BYTES:][: count * 4].cast("I")
-        self.state: Any = whole[geometry.states_offset :][: count * 8].cast("Q")
-        self.data: Any = whole[geometry.data_offset : geometry.file_bytes]
+        self.granule_of = whole[HEADER_AREA_BYTES:][: count * 4].cast("I")
+        self.state = whole[geometry.states_offset :][: count * 8].cast("Q")
+        self.data = whole[geometry.data_offset : geometry.file_bytes]
         self.granule_of[0] = NO_GRANULE
 
     def save_header(self, **changes: object) -> None:
@@ -99,18 +99,19 @@ class MappedImage:
         """The checksum of the whole index."""
         return zlib.crc32(self._whole[HEADER_AREA_BYTES : self.geometry.data_offset])
 
-    def put(self, position: int, source: Any) -> None:
-        """Store `source` into the data at `position`, a whole number of blocks."""
+    def put(self, position: int, source: Bytes) -> None:
+        """Store `source` at the byte `position` of the data, a whole number of blocks."""
         self.data[position : position + len(source)] = source
 
     def read_wait(self, views: list[memoryview], position: int) -> None:
-        """Fill `views`, however long that takes; may run in a thread. Raises OSError."""
+        """Fill `views` with the bytes from `position` of the data on, however long that takes; may
+        run in a thread. Raises OSError."""
         for view in views:
             view[:] = self.data[position : position + len(view)]
             position += len(view)
 
     def resident(self, position: int, length: int) -> bool:
-        """Would touching the data at `position` need no waiting?"""
+        """Would touching `length` bytes at `position` of the data need no waiting?"""
         return True
 
     def sync(self) -> None:
@@ -136,7 +137,7 @@ class CacheFile(MappedImage):
         self.notes: list[str] = []
         """What the operator should know about how the file was opened."""
         self.was_killed = not header.clean
-        """Whoever used the file last has not closed it."""
+        """The process that used the file last has not closed it."""
         self._abandoned = False
         self._map = mmap.mmap(fd, header.geometry.file_bytes)
         super().__init__(self._map, header)
@@ -148,6 +149,7 @@ class CacheFile(MappedImage):
         self._map.madvise(mmap.MADV_RANDOM)
 
     def read_wait(self, views: list[memoryview], position: int) -> None:
+        """See MappedImage; `position` in bytes. Raises OSError (EIO if the file was cut short)."""
         position += self.geometry.data_offset
         for view in views:
             done = 0
@@ -158,7 +160,9 @@ class CacheFile(MappedImage):
                 done += count
             position += done
 
-    def put(self, position: int, source: Any) -> None:
+    def put(self, position: int, source: Bytes) -> None:
+        """See MappedImage; `position` in bytes. Raises OSError when the file system refuses a
+        write."""
         # A page fault on a page that was never written costs 10 us here, a pwrite 11 us per
         # call and 1.5 us per page: so runs of pages are written, single ones stored. A store
         # into a page that is on the disk only would read it first, for nothing.
@@ -184,7 +188,7 @@ class CacheFile(MappedImage):
         self._stored[slot] = before | bits
         return not before & bits
 
-    def _write(self, position: int, source: Any) -> None:
+    def _write(self, position: int, source: Bytes) -> None:
         """Write through the page cache. Raises OSError when the file system refuses."""
         position += self.geometry.data_offset
         view = memoryview(source)
@@ -194,6 +198,7 @@ class CacheFile(MappedImage):
             view = view[count:]
 
     def resident(self, position: int, length: int) -> bool:
+        """See MappedImage; bytes. Asks mincore(2)."""
         first = self._data_address + position & -_PAGE
         pages = (self._data_address + position + length - first + _PAGE - 1) // _PAGE
         vector = ctypes.create_string_buffer(pages)
@@ -202,6 +207,7 @@ class CacheFile(MappedImage):
         return vector.raw.translate(None, _RESIDENT) == b""
 
     def sync(self) -> None:
+        """See MappedImage. Raises OSError."""
         # No msync: on Linux that is an fsync of the mapped part, and `mmap.flush` would stop all
         # threads for as long as it takes.
         os.fsync(self.fd)
@@ -236,7 +242,7 @@ class CacheFile(MappedImage):
     def abandon(self) -> None:
         """A `close` in another thread takes too long: there will be no clean mark any more.
 
-        Nothing is stored here: on a stuck disk that could wait for ever, too. If the mark is there
+        Nothing is stored here: on a stuck disk that might never end, either. If the mark is there
         already, it is true: all that it stands for was synced before.
         """
         self._abandoned = True
@@ -298,7 +304,7 @@ def _mapped(path: str, fd: int, header: Header) -> CacheFile:
 
 
 def read_index(path: str, remedy: str = "") -> MappedImage:
-    """A copy of the header and the index of a cache file that nobody uses: it has no data.
+    """A copy of the header and the index of a cache file that no process uses: it has no data.
 
     Raises ConfigError naming the file and the remedy.
     """
@@ -393,7 +399,7 @@ def open_or_create(
     Raises ConfigError, naming the file and the remedy: directory missing or not writable, disk
     full, in use, foreign, damaged, or dirty data that does not fit.
     """
-    # Locked before anybody looks at what it holds: somebody else may be making it.
+    # Locked before its content is looked at: another process may be making it.
     fd = _open_locked(path, os.O_RDWR | os.O_CREAT)
     _adopt(path, fd)
     try:
@@ -465,7 +471,7 @@ def _unfit(
 def _can_take_over(held: Geometry, wanted: Geometry) -> bool:
     """Is a file of `held` good for a disk of `wanted`, in a cache of another size?
 
-    The disk may have grown since, before or after the one who wrote the file was told.
+    The disk may have grown since, and the process that wrote the file may not have heard of it.
     """
     blocks = (held.block_bytes, held.granule_bytes)
     return (
@@ -491,7 +497,7 @@ def export_shrunk(file: CacheFile, export_bytes: int) -> ConfigError:
 
 
 def lock_to_drop(path: str) -> int:
-    """A descriptor of `path`, locked. Raises ConfigError if somebody uses it, or it is not ours."""
+    """A descriptor of `path`, locked. Raises ConfigError if it is in use, or not ours."""
     fd = _open_locked(path, os.O_RDWR)
     try:
         _read_ours(path, fd, REMOVE_HINT)

@@ -105,7 +105,7 @@ _DAMAGED = "the index is damaged: 'nbd-bridge cache flush --skip-damaged' brings
 
 
 def _fault(image: MappedImage) -> str:
-    """Why nothing of `image` is used by a bridge that finds it."""
+    """Why a bridge that finds `image` starts with an empty cache; "" if it does not."""
     if not has_survived(image):
         return _CRASHED
     return "" if index_is_whole(image) else _DAMAGED
@@ -139,10 +139,10 @@ def describe(summary: Summary) -> str:
 
 
 def drop(path: str, *, discard_dirty: bool = False) -> None:
-    """Remove a cache file that nobody uses.
+    """Remove a cache file that no process uses.
 
-    Raises ConfigError, if not told to discard what is dirty: it holds data that the server does
-    not have, or is so damaged that nobody can say. Never removes what is not a cache file.
+    Raises ConfigError, unless `discard_dirty`, for a file with data that the server does not have,
+    and for one so damaged that this cannot be known. Never removes another kind of file.
     """
     if not discard_dirty:
         _refuse_to_lose(path)

@@ -12,6 +12,8 @@ a cache file never leaves its host. Slot 0 holds nothing: 0 means "no slot" ever
 A slot's state is one u64, stored at once: bits 0-15 valid, 16-31 dirty (dirty or written: not
 known to be durable on the server), 32-63 a check over these bits and the granule number, so
 that a flipped bit in either is found. A slot whose state is 0 is free.
+
+Source: none but this file; the format is this project's own.
 """
 
 from __future__ import annotations
@@ -52,12 +54,12 @@ _CRC = struct.Struct("=I")
 
 
 def check_of(granule: int, low: int) -> int:
-    """The upper half of a state word: every single flipped bit changes it."""
+    """The upper half of a state word, for its lower half: every single flipped bit changes it."""
     return ((low ^ granule * 0x9E3779B1) * 0x85EBCA6B >> 7) & LOW_MASK
 
 
 def state_word(granule: int, valid: int, dirty: int) -> int:
-    """The state of a slot that holds `granule`."""
+    """The state of a slot that holds `granule`; `valid` and `dirty` have one bit per block."""
     low = valid | dirty << DIRTY_SHIFT
     return low | ((low ^ granule * 0x9E3779B1) * 0x85EBCA6B >> 7 & LOW_MASK) << 32
 
@@ -79,14 +81,17 @@ class Geometry:
 
     @property
     def states_offset(self) -> int:
+        """Where the states begin, in bytes from the start of the file."""
         return HEADER_AREA_BYTES + _page_up((self.slots + 1) * 4)
 
     @property
     def data_offset(self) -> int:
+        """Where the data begins, in bytes from the start of the file."""
         return self.states_offset + _page_up((self.slots + 1) * 8)
 
     @property
     def file_bytes(self) -> int:
+        """The size of the whole file."""
         return self.data_offset + (self.slots + 1) * self.granule_bytes
 
     def fault(self) -> str | None:
@@ -165,14 +170,14 @@ class Header:
     created_s: int
     frozen: bool = False
     """Its guest was stopped before everything was at the server, and may have gone on elsewhere:
-    what is dirty is not to be sent before it is known that nobody else wrote."""
+    what is dirty may be sent only once it is known that no other client wrote."""
     shared: bool = False
     """`frozen` in a session that others were in: its number does not tell whether they wrote."""
     export_identity: bytes = b""
     """16 bytes of the volume that the content belongs to; b"": the server gives none."""
     witness: int = 0
-    """1 + the number of a clean block that the server has other content for: somebody else wrote,
-    and there is dirty data. 0: none was seen."""
+    """1 + the number of a clean block that the server has other content for: another client wrote
+    while dirty data was here. 0: none was seen."""
     discarded: tuple[int, int] = (0, 0)
     """First block and end of a range: the server was asked to discard or zero within it, and that
     is not known to be durable. Killed before the answer, the cache still has what was there before;
@@ -183,7 +188,7 @@ class Header:
         return replace(self, sequence=self.sequence + 1, **changes)  # type: ignore[arg-type]
 
     def pack(self) -> bytes:
-        """One header page."""
+        """One header page of `HEADER_BYTES`; URI and export name are cut to 1,500 bytes each."""
         uri = self.uri.encode()[:_TEXT_BYTES]
         export = self.export.encode()[:_TEXT_BYTES]
         sizes = self.geometry
@@ -212,12 +217,12 @@ class Header:
 
 
 def printable(text: str) -> str:
-    """`text` of a file's header for a terminal: whatever would control that is escaped."""
+    """`text` of a file's header for a terminal: control characters are escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def new_header(geometry: Geometry, identity: Identity, boot_id: bytes, created_s: int) -> Header:
-    """The first header of a file."""
+    """The first header of a file; `boot_id` has 16 bytes."""
     return Header(
         geometry=geometry,
         uri=identity.uri,

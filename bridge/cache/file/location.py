@@ -179,7 +179,7 @@ def peek(path: str) -> Header | None:
 def note(path: str, default_directory: Path) -> None:
     """Let every later start know of the cache file at `path`, whatever its --cache-dir is.
 
-    Where that cannot be noted, nobody will know; it is no reason not to serve.
+    A directory that cannot be written to is no reason not to serve: then nothing is noted.
     """
     path = os.path.realpath(path)
     if _is_same(Path(path).parent, default_directory):

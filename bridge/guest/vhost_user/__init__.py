@@ -8,6 +8,8 @@
 | `reader` | cuts bytes and descriptors into messages | none |
 | `session` | the back-end's state machine: one front-end's conversation | none |
 | `rings`, `memory_table` | its parts about virtqueues and guest memory | none |
+| `reply` | what a request is answered with | none |
+| `unshared` | guest memory that is not shared: what to tell the operator | |
 | `transport` | messages over a non-blocking unix socket | trio |
 | `listener` | the back-end's socket file | |
 | `backend` | the back-end's socket: listen, receive, answer, listen again | trio |

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from errno import EOPNOTSUPP
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from bridge.datapath.lanes import (
     PIECE_BYTES,
@@ -91,7 +91,7 @@ class BlkRequest(Request):
         offset: int,
         length: int,
         buffers: list[memoryview],
-        done: Callable[[Any], None],
+        done: Callable[[BlkRequest], None],
         flags: int,
         used_bytes: int,
     ) -> None:
@@ -277,7 +277,9 @@ class BlkEngine:
         lane.enter(job)
 
     def _finish_large(self, request: BlkRequest) -> None:
-        request.owner.ended(request.length)  # the lane
+        lane = request.owner
+        assert isinstance(lane, Lane)
+        lane.ended(request.length)
         self._finish(request)
 
     def _refuse_data(self, ring: UsedRing, chain: Chain, offset: int, length: int) -> None:
@@ -432,7 +434,9 @@ def _status_bytes(chain: Chain) -> int:
 
 def _abandoned_whole(request: Request) -> None:
     """The end of an abandoned request that was begun in one piece."""
-    request.owner.ended(request.length)
+    lane = request.owner
+    assert isinstance(lane, Lane)
+    lane.ended(request.length)
 
 
 def _nobody_waits(request: Request) -> None:
@@ -477,5 +481,5 @@ def _range_pieces(
         yield RANGE_COST_BYTES, Request(op, offset, length, [], _set_by_job, flags | part_flags)
 
 
-def _set_by_job(request: Any) -> None:
+def _set_by_job(request: Request) -> None:
     raise AssertionError("a piece that no job began")

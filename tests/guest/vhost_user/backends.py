@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,67 +11,13 @@ from typing import Any
 import trio
 
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, Request
-from bridge.datapath.turn import Turn
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user.backend import serve
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
+from tests.guest.memory_target import MemoryTarget
 from tests.tools import HUNG_S
-
-
-class MemoryTarget:
-    """A disk in memory that answers at once, or when it is told to (`hold`)."""
-
-    def __init__(self, turn: Turn, size_bytes: int, data: Any = None) -> None:
-        self._turn = turn
-        self.data = bytearray(size_bytes) if data is None else data
-        self.requests: list[tuple[int, int, int]] = []
-        self.hold = False
-        self.held: list[Request] = []
-        self.fail = 0
-
-    def submit(self, request: Request) -> None:
-        """See `Target`."""
-        self.requests.append((request.op, request.offset, request.length))
-        if self.hold:
-            self.held.append(request)
-        else:
-            self.execute(request)
-
-    def release(self) -> None:
-        """Answer what was held."""
-        self.hold = False
-        held, self.held = self.held, []
-        for request in held:
-            self.execute(request)
-
-    def abandoned(self, requests: Sequence[Request]) -> None:
-        """Do nothing more of these."""
-        self.held = [each for each in self.held if not each.is_abandoned]
-
-    def execute(self, request: Request) -> None:
-        """Do it and finish it."""
-        start, end = request.offset, request.offset + request.length
-        assert 0 <= start <= end <= len(self.data)
-        if self.fail:
-            self._turn.finish(request, self.fail)
-            return
-        if request.op == READ:
-            for buffer in request.buffers:
-                buffer[:] = self.data[start : start + len(buffer)]
-                start += len(buffer)
-            assert start == end
-        elif request.op == WRITE:
-            self.data[start:end] = b"".join(request.buffers)
-            assert len(self.data) >= end
-        elif request.op in (DISCARD, WRITE_ZEROES):
-            self.data[start:end] = bytes(end - start)
-        elif request.op != FLUSH:
-            self._turn.finish(request, errno.EOPNOTSUPP)
-            return
-        self._turn.finish(request)
 
 
 @dataclass
@@ -143,11 +88,11 @@ async def running_backend(
 
 
 @asynccontextmanager
-async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Running, Guest]]:
+async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Running, BlkDriver]]:
     """A back-end and a guest that is connected to it with `options`."""
     async with (
         running_backend(directory) as backend,
-        await Guest.connect(backend.path, **options) as guest,
+        await BlkDriver.connect(backend.path, **options) as guest,
     ):
         yield backend, guest
 

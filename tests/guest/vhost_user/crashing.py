@@ -34,7 +34,7 @@ from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user.backend import serve
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
-from tests.guest.vhost_user.backends import MemoryTarget
+from tests.guest.memory_target import MemoryTarget
 
 IMAGE_BYTES = 1 << 20
 TRACED = (
@@ -74,7 +74,7 @@ class Control:
 class LateTarget(MemoryTarget):
     """Executes at once, but answers later and in another order: half now, half a turn later."""
 
-    def __init__(self, turn: Turn, data: Any) -> None:
+    def __init__(self, turn: Turn, data: mmap.mmap) -> None:
         super().__init__(turn, len(data), data)
         self._executed: list[Request] = []
 
@@ -83,17 +83,17 @@ class LateTarget(MemoryTarget):
         op, offset, length = request.op, request.offset, request.length
         self.execute(Request(op, offset, length, request.buffers, lambda done: None))
         if not self._executed:
-            self._turn.at_end(self._answer)
+            self.turn.at_end(self._answer)
         self._executed.append(request)
 
     def _answer(self) -> None:
         half = -(-len(self._executed) // 2)
         executed, self._executed = self._executed, []
         for request in reversed(executed[:half]):
-            self._turn.finish(request)
+            self.turn.finish(request)
         self._executed = executed[half:]
         if self._executed:
-            self._turn.at_end(self._answer)
+            self.turn.at_end(self._answer)
 
 
 def _trace(control: Control) -> Callable[[FrameType, str, Any], Any]:

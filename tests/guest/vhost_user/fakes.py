@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from bridge.errors import ProtocolError
 from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
@@ -46,7 +45,7 @@ class FakeDevice:
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
         self.on_config_changed: Callable[[], None] | None = None
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[object, ...]] = []
         self.rings: dict[int, RingSetup] = {}
         self.suspended: set[int] = set()
         self.refuse: set[str] = set()
@@ -56,7 +55,7 @@ class FakeDevice:
         self.features = 0
         self.is_logging = False
 
-    def _note(self, name: str, *arguments: Any) -> None:
+    def _note(self, name: str, *arguments: object) -> None:
         self.calls.append((name, *arguments))
         if name in self.refuse:
             raise ProtocolError(f"{name} refused")
@@ -96,7 +95,15 @@ class FakeDevice:
         self, *, guest_address: int, user_address: int, size_bytes: int
     ) -> None:
         self._note("remove_memory", guest_address, user_address, size_bytes)
-        self.memory = [each for each in self.memory if each.guest_address != guest_address]
+        place = guest_address, user_address, size_bytes
+        kept = [
+            each
+            for each in self.memory
+            if (each.guest_address, each.user_address, each.size_bytes) != place
+        ]
+        if kept == self.memory:
+            raise ProtocolError("no such region")
+        self.memory = kept
 
     def start_ring(self, index: int, ring: RingSetup) -> None:
         assert 0 <= index < self.max_queues
@@ -143,7 +150,7 @@ class FakeDevice:
 
     def create_inflight(self, num_queues: int, queue_size: int) -> tuple[int, int]:
         self._note("create_inflight", num_queues, queue_size)
-        return os.memfd_create("inflight"), 4096
+        return memfd(4096), 4096
 
     def set_inflight(
         self, fd: int, offset: int, size: int, num_queues: int, queue_size: int

@@ -48,7 +48,7 @@ from bridge.guest.vhost_user.reader import MessageReader
 from bridge.guest.vhost_user.session import Session
 from bridge.guest.vhost_user.shapes import SHAPES
 from bridge.guest.virtio.blk_config import DiskGeometry
-from tests.guest.vhost_user.backends import MemoryTarget
+from tests.guest.memory_target import MemoryTarget
 from tests.guest.vhost_user.fakes import FakeDevice, open_fds
 
 T = TypeVar("T")

@@ -36,8 +36,8 @@ from bridge.guest.vhost_user.messages import (
     pack_message,
     pack_u64,
 )
+from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.frontend import FrontEnd, Refused
-from bridge.peers.guest import Guest
 from tests.guest.vhost_user.backends import Running, guest_on, running_backend, until
 from tests.guest.vhost_user.fakes import F_VERSION_1, FakeDevice, eventfd, memfd, open_fds
 
@@ -48,7 +48,7 @@ ALL = (1 << 64) - 1
 
 async def still_serves(backend: Running) -> None:
     """The next front-end gets its disk."""
-    async with await Guest.connect(backend.path) as guest:
+    async with await BlkDriver.connect(backend.path) as guest:
         await guest.write(0, b"n" * 512)
         assert await guest.read(0, 512) == b"n" * 512
 
@@ -198,7 +198,7 @@ async def test_front_end_that_never_reads_replies_stops_only_its_own_conversatio
     short_dir: Path,
 ) -> None:
     async with running_backend(short_dir) as backend:
-        async with await Guest.connect(backend.path) as guest:
+        async with await BlkDriver.connect(backend.path) as guest:
             assert guest.front_end is not None
             sock = guest.front_end._transport.sock
             flood = pack_message(Request.GET_FEATURES) * 1000
@@ -507,7 +507,7 @@ async def abort_somewhere(path: Path, dice: random.Random) -> None:
             for fd in fds:
                 os.close(fd)
         return
-    guest = Guest(path, depth=2, request_bytes=4096, num_queues=dice.randrange(1, 5))
+    guest = BlkDriver(path, depth=2, request_bytes=4096, num_queues=dice.randrange(1, 5))
     try:
         await guest.start()
         for queue in guest.queues:

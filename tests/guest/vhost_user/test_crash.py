@@ -18,8 +18,8 @@ import pytest
 import trio
 
 from bridge.guest.virtio.blk import T_FLUSH, T_IN, T_OUT
-from bridge.peers.guest import FEATURES, PACKED_FEATURES, Guest
-from bridge.peers.guest_queue import STATUS_OK
+from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
+from bridge.peers.driver_queue import STATUS_OK
 from tests.guest.vhost_user.crashing import Zygote
 from tests.tools import HUNG_S
 
@@ -42,7 +42,7 @@ def zygote(short_dir: Path) -> Iterator[Zygote]:
 class Workload:
     """Requests on two queues, and what must come of them."""
 
-    def __init__(self, guest: Guest, model: bytearray) -> None:
+    def __init__(self, guest: BlkDriver, model: bytearray) -> None:
         self.guest = guest
         self.model = model
         self.reads: dict[tuple[int, int], bytes] = {}
@@ -101,7 +101,7 @@ async def crash_at(zygote: Zygote, *, features: int, late: bool, kill_at: int) -
     """One life and death; the number of lines that were executed until the end of it."""
     zygote.start(late=late, kill_at=kill_at)
     model = bytearray(zygote.image[:])
-    guest = Guest(
+    guest = BlkDriver(
         zygote.path,
         num_queues=2,
         depth=16,

@@ -25,9 +25,9 @@ from bridge.guest.vhost_user.messages import (
 )
 from bridge.guest.virtio.blk import T_GET_ID, T_IN, T_OUT
 from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_VERSION_1
+from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
+from bridge.peers.driver_queue import STATUS_IOERR, STATUS_NONE, STATUS_OK, DriverQueue
 from bridge.peers.frontend import FrontEnd, Refused
-from bridge.peers.guest import FEATURES, PACKED_FEATURES, Guest
-from bridge.peers.guest_queue import STATUS_IOERR, STATUS_NONE, STATUS_OK, GuestQueue
 from bridge.peers.shared_memory import USER_OFFSET, SharedMemory
 from bridge.peers.split_driver import WRITE, SplitDriver
 from tests.guest.vhost_user.backends import Running, guest_on, running_backend, until
@@ -38,13 +38,13 @@ pytestmark = pytest.mark.usefixtures("no_fd_leak")
 RINGS = [pytest.param(FEATURES, id="split"), pytest.param(PACKED_FEATURES, id="packed")]
 
 
-def front_end_of(guest: Guest) -> FrontEnd:
+def front_end_of(guest: BlkDriver) -> FrontEnd:
     """The guest's front-end."""
     assert guest.front_end is not None
     return guest.front_end
 
 
-def addresses(guest: Guest, queue: GuestQueue) -> dict[str, int]:
+def addresses(guest: BlkDriver, queue: DriverQueue) -> dict[str, int]:
     """The front-end addresses of a queue's parts."""
     start = guest.memory.user_address(queue.ring_address)
     return {
@@ -54,7 +54,7 @@ def addresses(guest: Guest, queue: GuestQueue) -> dict[str, int]:
     }
 
 
-async def complete(queue: GuestQueue) -> list[tuple[int, int]]:
+async def complete(queue: DriverQueue) -> list[tuple[int, int]]:
     """The next completions, taken without any call."""
     await until(lambda: queue.driver.has_used)
     return queue.poll()
@@ -133,7 +133,7 @@ async def test_spurious_kicks_do_nothing(short_dir: Path) -> None:
             os.eventfd_write(guest.queues[0].kick_fd, 1)
             await trio.lowlevel.checkpoint()
         await trio.sleep(0.01)
-        assert backend.target.requests == []
+        assert backend.target.seen == []
         await guest.write(0, b"k" * 512)
 
 
@@ -147,7 +147,7 @@ async def test_kick_fd_replaced_while_running_is_the_one_waited_for(short_dir: P
             await guest.write(0, b"k" * 512)
 
 
-def calls(queue: GuestQueue) -> int:
+def calls(queue: DriverQueue) -> int:
     """How often the device has called since the last look."""
     try:
         return os.eventfd_read(queue.call_fd)
@@ -358,7 +358,7 @@ async def test_stop_with_a_dead_storage_is_bounded_and_fails_the_requests(
     """Rule 3.8: QEMU waits for GET_VRING_BASE without a limit of its own."""
     async with (
         running_backend(short_dir, drain_timeout_s=0.05) as backend,
-        await Guest.connect(backend.path, features=features) as guest,
+        await BlkDriver.connect(backend.path, features=features) as guest,
     ):
         queue = guest.queues[0]
         backend.target.hold = True
@@ -380,7 +380,7 @@ async def test_front_end_that_vanishes_with_requests_in_flight_gets_no_late_writ
     short_dir: Path,
 ) -> None:
     async with running_backend(short_dir, drain_timeout_s=0.05) as backend:
-        guest = await Guest.connect(backend.path)
+        guest = await BlkDriver.connect(backend.path)
         queue = guest.queues[0]
         backend.target.hold = True
         slot = queue.submit(T_IN, 0, 512)
@@ -430,10 +430,10 @@ async def test_guest_that_boots_again_starts_its_rings_at_zero(short_dir: Path) 
 @asynccontextmanager
 async def interrupted(
     short_dir: Path, **options: Any
-) -> AsyncIterator[tuple[Running, Guest, GuestQueue]]:
+) -> AsyncIterator[tuple[Running, BlkDriver, DriverQueue]]:
     """A guest whose back-end left 3 requests unanswered: its front-end vanished."""
     async with running_backend(short_dir, drain_timeout_s=0.01) as backend:
-        async with await Guest.connect(backend.path, inflight=True, **options) as guest:
+        async with await BlkDriver.connect(backend.path, inflight=True, **options) as guest:
             queue = guest.queues[0]
             await guest.write(4096, b"1" * 512)
             backend.target.hold = True
@@ -463,7 +463,7 @@ async def test_recovery_ignores_which_base_the_front_end_names(short_dir: Path, 
             done += await complete(queue)
         assert [status for _, status in done] == [STATUS_OK] * 3
         assert backend.target.data[:1536] == b"".join(bytes([n]) * 512 for n in range(3))
-        assert [offset for _, offset, _ in backend.target.requests[-3:]] == [0, 512, 1024]
+        assert [offset for _, offset, _ in backend.target.seen[-3:]] == [0, 512, 1024]
         await guest.write(0, b"2" * 512)
 
 
@@ -485,7 +485,7 @@ async def test_inflight_region_full_of_nonsense_is_survived(
         await trio.sleep(0.005)
         front_end_of(guest).close()
         await until(lambda: not backend.connections[-1])
-        async with await Guest.connect(backend.path) as other:
+        async with await BlkDriver.connect(backend.path) as other:
             await other.write(0, b"n" * 512)
 
 
@@ -502,7 +502,7 @@ async def test_inflight_region_that_does_not_fit_is_refused(
 ) -> None:
     """CVE-2021-3839."""
     async with running_backend(short_dir) as backend:
-        guest = Guest(backend.path)
+        guest = BlkDriver(backend.path)
         try:
             await guest._negotiate()
             fd = memfd(4096)
@@ -591,7 +591,7 @@ async def test_log_range_past_its_file_is_refused(short_dir: Path) -> None:
         with pytest.raises(ConnectionLost):
             await front_end_of(guest).set_log(fd, 8192)
         os.close(fd)
-        async with await Guest.connect(backend.path) as other:
+        async with await BlkDriver.connect(backend.path) as other:
             await other.write(0, b"g" * 512)
 
 

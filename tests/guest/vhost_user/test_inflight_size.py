@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.guest.vhost_user.backends import running_backend
 
 SECTOR = bytes(range(256)) * 2
 
 
-class Qemu10Guest(Guest):
+class Qemu10Guest(BlkDriver):
     """Asks for a region of 128 entries and then starts whatever ring its driver wants.
 
     QEMU 10 asks for its device's `queue-size`, 128; SeaBIOS then starts a ring of 256 and Linux

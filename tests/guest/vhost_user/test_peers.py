@@ -14,7 +14,7 @@ import trio
 
 from bridge.errors import RequestError
 from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_INDIRECT
-from bridge.peers.guest import FEATURES, Guest
+from bridge.peers.blk_driver import FEATURES, BlkDriver
 from tests import peers
 from tests.guest.vhost_user.backends import running_backend
 from tests.tools import missing
@@ -63,7 +63,7 @@ def storage_daemon(directory: Path) -> Iterator[Path]:
 async def test_guest_uses_a_disk_of_qemu_storage_daemon(short_dir: Path, left_out: int) -> None:
     data = os.urandom(300 * 1024)
     with storage_daemon(short_dir) as path:
-        async with await Guest.connect(
+        async with await BlkDriver.connect(
             path, features=FEATURES & ~left_out, num_queues=2, regions=3
         ) as guest:
             assert guest.size_bytes == 64 << 20

@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from bridge.datapath.request import DISCARD, READ, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.request import READ, WRITE, Request
 from bridge.datapath.turn import Turn
 from bridge.guest.virtio.blk import BlkEngine
 from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
@@ -18,6 +18,7 @@ from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
 from bridge.peers import split_driver as guest_driver
 from bridge.peers.split_driver import INDIRECT, Buffer, SplitDriver, write_chain
 from tests import turns
+from tests.guest.memory_target import MemoryTarget
 
 DEVICE_WRITES = guest_driver.WRITE
 MEMORY_BYTES = 4 << 20
@@ -29,7 +30,7 @@ UNWRITTEN = 0xEE
 _PATTERN = bytes((at // 512 + at) & 0xFF for at in range(1 << 16))
 
 
-class Guest:
+class QueueRig:
     """`memory` with a ring of `size` at address 0; `put` adds chains, `queue` is the device's."""
 
     def __init__(
@@ -114,55 +115,27 @@ class Guest:
         self.driver.publish()
 
 
-class FakeDisk:
-    """A target of bytes. It executes requests at once, or with `hold` when told to."""
+class FakeDisk(MemoryTarget):
+    """A `MemoryTarget` with a pattern on it, whose requests can be released in parts."""
 
     def __init__(self, size_bytes: int = 1 << 20) -> None:
-        self.turn = turns.turn()
-        """The one in which it is asked: the loop's, of a test that has a loop."""
-        self.data = bytearray(_PATTERN * -(-size_bytes // len(_PATTERN)))[:size_bytes]
+        data = bytearray(_PATTERN * -(-size_bytes // len(_PATTERN)))[:size_bytes]
+        super().__init__(turns.turn(), size_bytes, data)
         self.requests: list[Request] = []
-        self.held: list[Request] = []
-        self.hold = False
-        self.error = 0
+        """All that was submitted, oldest first."""
 
     def submit(self, request: Request) -> None:
         self.requests.append(request)
-        if self.hold:
-            self.held.append(request)
-        else:
-            self.execute(request)
+        super().submit(request)
 
     def release(self, count: int | None = None, error: int = 0) -> None:
-        """Finish the oldest `count` requests that are held, all by default."""
+        """Finish the oldest `count` requests that are held, all by default, with `error`."""
         batch, self.held = self.held[:count], self.held[len(self.held[:count]) :]
         for request in batch:
             self.error = error
             self.execute(request)
         self.error = 0
         turns.deliver()
-
-    def abandoned(self, requests: Sequence[Request]) -> None:
-        """Do nothing more of these, as the storage side does when a ring stops without them."""
-        self.held = [each for each in self.held if not each.is_abandoned]
-
-    def execute(self, request: Request) -> None:
-        assert request.offset + request.length <= len(self.data), request
-        if self.error:
-            self.turn.finish(request, self.error)
-            return
-        at = request.offset
-        if request.op in (READ, WRITE):
-            assert sum(map(len, request.buffers)) == request.length, request
-            for view in request.buffers:
-                if request.op == READ:
-                    view[:] = self.data[at : at + len(view)]
-                else:
-                    self.data[at : at + len(view)] = view
-                at += len(view)
-        elif request.op in (DISCARD, WRITE_ZEROES):
-            self.data[at : at + request.length] = bytes(request.length)
-        self.turn.finish(request)
 
 
 class FakeHits:
@@ -201,7 +174,7 @@ class MockRing:
         self.queue.publish()
 
 
-class BlkGuest(Guest):
+class BlkGuest(QueueRig):
     """A guest with a virtio-blk device over a `FakeDisk`."""
 
     def __init__(

@@ -20,7 +20,7 @@ from bridge.guest.virtio.inflight import (
 from bridge.guest.virtio.inflight_packed import TrackedPackedQueue
 from bridge.guest.virtio.queue import VirtQueue
 from tests.guest.virtio.dying import Died, Life
-from tests.guest.virtio.mock import DEVICE_WRITES, Guest
+from tests.guest.virtio.mock import DEVICE_WRITES, QueueRig
 from tests.guest.virtio.packed_driver import PackedDriver
 
 SIZE = 8
@@ -32,7 +32,7 @@ class Split:
     packed = False
 
     def __init__(self, base: int = 0) -> None:
-        self.guest = Guest(size=SIZE, base=base)
+        self.guest = QueueRig(size=SIZE, base=base)
         self.base = base
         self.region = memoryview(bytearray(queue_region_bytes(SIZE, packed=False)))
         self.n_tokens = 0

@@ -25,13 +25,13 @@ from bridge.guest.virtio.packed_queue import (
     PackedQueue,
 )
 from bridge.peers.split_driver import INDIRECT, Buffer
-from tests.guest.virtio.mock import DEVICE_WRITES, Guest, data_of
+from tests.guest.virtio.mock import DEVICE_WRITES, QueueRig, data_of
 from tests.guest.virtio.packed_driver import PackedDriver
 
 HEADER = struct.pack("<IIQ", 1, 0, 7)
 
 
-class PackedGuest(Guest):
+class PackedGuest(QueueRig):
     """A guest with a packed ring at address 0."""
 
     def __init__(

@@ -18,23 +18,23 @@ from bridge.guest.virtio.chain import (
 )
 from bridge.guest.virtio.long_chains import MAX_LONG_VIEWS, LongChains
 from bridge.guest.virtio.split_queue import SplitQueue
-from tests.guest.virtio.mock import DEVICE_WRITES, MEMORY_BYTES, Guest, data_of
+from tests.guest.virtio.mock import DEVICE_WRITES, MEMORY_BYTES, QueueRig, data_of
 
 HEADER = struct.pack("<IIQ", 1, 0, 7)
 
 
-def pop_one(guest: Guest) -> Chain:
+def pop_one(guest: QueueRig) -> Chain:
     [chain] = guest.queue.pop()
     return chain
 
 
-def fault_of(guest: Guest) -> str:
+def fault_of(guest: QueueRig) -> str:
     fault = pop_one(guest)[-1]
     assert fault is not None
     return fault
 
 
-def usual(guest: Guest) -> list[tuple[int, int, int]]:
+def usual(guest: QueueRig) -> list[tuple[int, int, int]]:
     """Header, 512 bytes to write, status."""
     return [
         (guest.alloc(HEADER), 16, 0),
@@ -48,7 +48,7 @@ def usual(guest: Guest) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("size", [1, 2, 8, 256])
 def test_3_1_2_indexes_wrap_at_65536(size: int) -> None:
-    guest = Guest(size=max(size, 4), base=65530)
+    guest = QueueRig(size=max(size, 4), base=65530)
     for number in range(40):
         token = guest.put(*usual(guest))
         chain = pop_one(guest)
@@ -63,7 +63,7 @@ def test_3_1_2_indexes_wrap_at_65536(size: int) -> None:
 @given(start=st.integers(0, 65535), batches=st.lists(st.integers(0, 4), max_size=30))
 @settings(max_examples=50)
 def test_3_1_2_any_start_and_any_batches_keep_order(start: int, batches: list[int]) -> None:
-    guest = Guest(size=4, base=start)
+    guest = QueueRig(size=4, base=start)
     header = guest.alloc(HEADER)
     for batch in batches:
         tokens = [guest.put((header, 16, DEVICE_WRITES)) for _ in range(batch)]
@@ -79,7 +79,7 @@ def test_3_1_2_any_start_and_any_batches_keep_order(start: int, batches: list[in
 @pytest.mark.parametrize("jump", [17, 1000, 32768, 65535])
 def test_3_1_3_available_index_too_far_ahead_breaks_the_queue(jump: int) -> None:
     """T23-T25, T57; a step backwards is the same error."""
-    guest = Guest(size=16)
+    guest = QueueRig(size=16)
     guest.driver.set_avail_idx(jump)
     with pytest.raises(QueueBroken, match="ring of 16"):
         guest.queue.pop()
@@ -89,7 +89,7 @@ def test_3_1_3_available_index_too_far_ahead_breaks_the_queue(jump: int) -> None
 
 def test_3_1_3_in_flight_counts_against_the_size() -> None:
     """CVE-2016-5403: a driver that re-adds without waiting cannot make us hold more."""
-    guest = Guest(size=4)
+    guest = QueueRig(size=4)
     header = guest.alloc(HEADER)
     guest.raw(0, header, 16, DESC_WRITE)
     for _ in range(4):
@@ -102,7 +102,7 @@ def test_3_1_3_in_flight_counts_against_the_size() -> None:
 
 def test_3_1_3_base_far_from_the_used_index_bounds_the_work() -> None:
     """vm-virtio#196: a front-end's wrong base is no licence for 65535 requests."""
-    guest = Guest(size=4)
+    guest = QueueRig(size=4)
     queue = guest.make_queue(base=40000)
     guest.driver.set_avail_idx(3)
     with pytest.raises(QueueBroken):
@@ -110,7 +110,7 @@ def test_3_1_3_base_far_from_the_used_index_bounds_the_work() -> None:
 
 
 def test_3_1_3_head_out_of_range_breaks_the_queue_after_the_good_ones() -> None:
-    guest = Guest(size=8)
+    guest = QueueRig(size=8)
     guest.put(*usual(guest))
     guest.put_head(8)
     guest.put_head(0)
@@ -121,7 +121,7 @@ def test_3_1_3_head_out_of_range_breaks_the_queue_after_the_good_ones() -> None:
 
 def test_3_1_4_same_head_twice_is_answered_twice() -> None:
     """T22, T74."""
-    guest = Guest(size=8)
+    guest = QueueRig(size=8)
     guest.raw(0, guest.alloc(1), 1, DESC_WRITE)
     guest.put_head(0)
     guest.put_head(0)
@@ -133,7 +133,7 @@ def test_3_1_4_same_head_twice_is_answered_twice() -> None:
 
 
 def test_3_1_5_elements_are_invisible_until_published() -> None:
-    guest = Guest()
+    guest = QueueRig()
     token = guest.put(*usual(guest))
     chain = pop_one(guest)
     guest.queue.push(chain[0], 1)
@@ -144,7 +144,7 @@ def test_3_1_5_elements_are_invisible_until_published() -> None:
 
 def test_pop_of_nothing_new_is_nothing() -> None:
     """T68, T69, T71: spurious kicks."""
-    assert Guest().queue.pop() == []
+    assert QueueRig().queue.pop() == []
 
 
 # §3.2: chains
@@ -152,7 +152,7 @@ def test_pop_of_nothing_new_is_nothing() -> None:
 
 @pytest.mark.parametrize("indirect", [False, True])
 def test_usual_chain_is_taken_apart(indirect: bool) -> None:
-    guest = Guest()
+    guest = QueueRig()
     guest.put(*usual(guest), indirect=indirect)
     _, type_, sector, readable, writable, status_view, status_at, fault = pop_one(guest)
     assert (type_, sector, fault) == (1, 7, None)
@@ -166,7 +166,7 @@ def test_usual_chain_is_taken_apart(indirect: bool) -> None:
 @settings(max_examples=200)
 def test_short_cut_and_walk_agree(data: st.DataObject) -> None:
     """`_usual_chain` is only faster: whatever it accepts, `_walk` resolves to the same."""
-    guest = Guest(size=8)
+    guest = QueueRig(size=8)
     address = st.sampled_from([0, 64, 0x20000, MEMORY_BYTES - 16, MEMORY_BYTES - 1, MEMORY_BYTES])
     length = st.sampled_from([0, 1, 16, 48, 512, 4096])
     flags = st.sampled_from([0, 1, 2, 3, 4, 5])
@@ -225,7 +225,7 @@ def test_short_cut_and_walk_agree(data: st.DataObject) -> None:
 def test_3_2_malformed_chain_has_a_fault(
     number: str, descriptors: list[tuple[int, int, int, int]], text: str
 ) -> None:
-    guest = Guest(size=8)
+    guest = QueueRig(size=8)
     for index, (address, length, flags, following) in enumerate(descriptors):
         guest.raw(index, address, length, flags, following)
     guest.put_head(0)
@@ -237,14 +237,14 @@ def test_3_2_malformed_chain_has_a_fault(
 
 def test_3_2_indirect_without_negotiation_is_malformed() -> None:
     """T15."""
-    guest = Guest(indirect=False)
+    guest = QueueRig(indirect=False)
     guest.put(*usual(guest), indirect=True)
     assert "not negotiated" in fault_of(guest)
 
 
 def test_3_2_indirect_inside_indirect_is_malformed() -> None:
     """T16."""
-    guest = Guest()
+    guest = QueueRig()
     inner = guest.alloc(struct.pack("<QIHH", 0x8000, 1, DESC_WRITE, 0))
     outer = guest.alloc(struct.pack("<QIHH", inner, 16, DESC_INDIRECT, 0))
     guest.raw(0, outer, 16, DESC_INDIRECT)
@@ -255,7 +255,7 @@ def test_3_2_indirect_inside_indirect_is_malformed() -> None:
 @pytest.mark.parametrize("n_direct", [1, 2])
 def test_3_2_direct_then_indirect_is_one_chain(n_direct: int) -> None:
     """The device MUST handle it (virtio 1.3 §2.7.5.3.1); QEMU and libvhost-user do not."""
-    guest = Guest()
+    guest = QueueRig()
     buffers = usual(guest)
     table = guest.alloc(bytes(16 * (3 - n_direct)))
     rest = buffers[n_direct:]
@@ -274,7 +274,7 @@ def test_3_2_direct_then_indirect_is_one_chain(n_direct: int) -> None:
 
 def test_3_2_write_flag_on_the_indirect_pointer_is_ignored() -> None:
     """T67, T89."""
-    guest = Guest()
+    guest = QueueRig()
     guest.put(*usual(guest), indirect=True)
     address, length, _, _ = struct.unpack("<QIHH", bytes(guest.areas[0][16 * 15 :][:16]))
     guest.raw(15, address, length, DESC_INDIRECT | DESC_WRITE)
@@ -284,7 +284,7 @@ def test_3_2_write_flag_on_the_indirect_pointer_is_ignored() -> None:
 @pytest.mark.parametrize("entries", [515, 1024])
 def test_3_2_long_indirect_table_is_accepted(entries: int) -> None:
     """T2, T54, B51: Windows sends 515 entries whatever the queue's size."""
-    guest = Guest(size=4)
+    guest = QueueRig(size=4)
     buffers = [(guest.alloc(HEADER), 16, 0)]
     buffers += [(guest.alloc(b"y" * 8), 8, 0)] * (entries - 2)
     buffers.append((guest.alloc(1), 1, DEVICE_WRITES))
@@ -296,7 +296,7 @@ def test_3_2_long_indirect_table_is_accepted(entries: int) -> None:
 
 def test_3_2_indirect_table_unaligned_and_over_two_regions_is_read() -> None:
     """T58, T76."""
-    guest = Guest(regions=((0, 0, 0x10000), (0x10000, 0x20000, 0x10000)))
+    guest = QueueRig(regions=((0, 0, 0x10000), (0x10000, 0x20000, 0x10000)))
     guest.alloc(64)  # room for the table's end
     buffers = usual(guest)
     table = 0x10000 - 25
@@ -318,7 +318,7 @@ def test_3_2_indirect_table_unaligned_and_over_two_regions_is_read() -> None:
 
 def test_3_2_buffer_over_two_regions_comes_in_order() -> None:
     """CVE-2019-18960."""
-    guest = Guest(regions=((0, 0x20000, 0x20000), (0x20000, 0, 0x20000)))
+    guest = QueueRig(regions=((0, 0x20000, 0x20000), (0x20000, 0, 0x20000)))
     guest.write(0x20000 - 4, b"abcdefgh")
     guest.put((guest.alloc(HEADER), 16, 0), (0x20000 - 4, 8, 0), (guest.alloc(1), 1, DEVICE_WRITES))
     chain = pop_one(guest)
@@ -327,7 +327,7 @@ def test_3_2_buffer_over_two_regions_comes_in_order() -> None:
 
 def test_3_2_zero_length_descriptors_are_skipped() -> None:
     """T6, T61, B27; CVE-2016-6490: bounded like any other."""
-    guest = Guest()
+    guest = QueueRig()
     header, data, status = usual(guest)
     guest.put((0, 0, 0), header, (1 << 50, 0, 0), data, (5, 0, DEVICE_WRITES), status)
     chain = pop_one(guest)
@@ -337,7 +337,7 @@ def test_3_2_zero_length_descriptors_are_skipped() -> None:
 
 def test_3_2_more_than_4_gib_is_malformed() -> None:
     """T77. The sum, of lengths that are each possible."""
-    guest = Guest(size=8)
+    guest = QueueRig(size=8)
     guest.memory.regions[0].size_bytes = 1 << 32  # a region big enough, for the bounds check
     assert isinstance(guest.queue, SplitQueue)
     guest.queue.use_memory(guest.memory, guest.areas)
@@ -350,7 +350,7 @@ def test_3_2_more_than_4_gib_is_malformed() -> None:
 
 def test_3_2_rings_as_buffers_do_not_crash() -> None:
     """T70."""
-    guest = Guest()
+    guest = QueueRig()
     guest.put((0, 16, 0), (guest.driver.used_offset, 64, DEVICE_WRITES))
     chain = pop_one(guest)
     assert chain[-1] is None
@@ -359,7 +359,7 @@ def test_3_2_rings_as_buffers_do_not_crash() -> None:
 
 def test_3_2_descriptors_changed_after_the_pop_do_not_matter() -> None:
     """T51, T56, T75; CVE-2020-14375: everything is fetched once."""
-    guest = Guest()
+    guest = QueueRig()
     guest.put(*usual(guest), indirect=True)
     chain = pop_one(guest)
     for index in range(16):
@@ -368,7 +368,7 @@ def test_3_2_descriptors_changed_after_the_pop_do_not_matter() -> None:
 
 
 def test_3_2_fault_keeps_the_status_byte_if_it_is_known() -> None:
-    guest = Guest()
+    guest = QueueRig()
     status = guest.alloc(1)
     guest.put((1 << 50, 16, 0), (status, 1, DEVICE_WRITES))
     chain = pop_one(guest)
@@ -380,7 +380,7 @@ def test_3_2_fault_keeps_the_status_byte_if_it_is_known() -> None:
 
 def test_3_2_fault_in_the_last_writable_descriptor_has_no_status_byte() -> None:
     """The byte before it is data: nothing may be written there as a status."""
-    guest = Guest()
+    guest = QueueRig()
     guest.put(
         (guest.alloc(HEADER), 16, 0),
         (guest.alloc(9), 9, DEVICE_WRITES),
@@ -397,7 +397,7 @@ def test_3_2_fault_in_the_last_writable_descriptor_has_no_status_byte() -> None:
 )
 @settings(max_examples=300)
 def test_random_tables_end_in_chains_or_a_broken_queue(table: bytes, heads: list[int]) -> None:
-    guest = Guest(size=8)
+    guest = QueueRig(size=8)
     guest.areas[0][:] = table
     for head in heads:
         guest.put_head(head)
@@ -413,7 +413,7 @@ def test_random_tables_end_in_chains_or_a_broken_queue(table: bytes, heads: list
 
 def test_long_chains_in_flight_are_bounded_and_the_rest_waits() -> None:
     """A view takes 200 bytes here: 1024 tables of 1024 entries would be 200 MB."""
-    guest = Guest(size=256)
+    guest = QueueRig(size=256)
     entries = 1024
     table = guest.alloc(
         b"".join(
@@ -450,7 +450,7 @@ def test_long_chains_of_one_head_are_all_counted() -> None:
 # §3.5: notifications
 
 
-def complete_one(guest: Guest) -> bool:
+def complete_one(guest: QueueRig) -> bool:
     guest.queue.push(pop_one(guest)[0], 1)
     return guest.queue.publish()
 
@@ -458,7 +458,7 @@ def complete_one(guest: Guest) -> bool:
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_3_5_first_completion_after_start_always_calls(event_idx: bool) -> None:
     """SPDK#3150: used_event is the one of another life."""
-    guest = Guest(event_idx=event_idx)
+    guest = QueueRig(event_idx=event_idx)
     guest.driver.set_avail_flags(1)
     guest.driver.set_used_event(30000)
     guest.put(*usual(guest))
@@ -471,7 +471,7 @@ def test_3_5_first_completion_after_start_always_calls(event_idx: bool) -> None:
 def test_3_5_event_idx_calls_when_the_wanted_index_is_passed(
     used_event: int, expected: bool
 ) -> None:
-    guest = Guest(event_idx=True)
+    guest = QueueRig(event_idx=True)
     guest.put(*usual(guest))
     complete_one(guest)
     guest.driver.poll()
@@ -484,7 +484,7 @@ def test_3_5_event_idx_calls_when_the_wanted_index_is_passed(
 @given(old=st.integers(0, 65535), count=st.integers(1, 8), event=st.integers(0, 65535))
 def test_3_5_event_idx_over_any_batch_is_the_definition(old: int, count: int, event: int) -> None:
     """Call iff `event` is one of the indexes old … old + count - 1 just published."""
-    guest = Guest(size=8, base=old)
+    guest = QueueRig(size=8, base=old)
     header = guest.alloc(HEADER)
     queue = guest.queue
     assert isinstance(queue, SplitQueue)
@@ -499,7 +499,7 @@ def test_3_5_event_idx_over_any_batch_is_the_definition(old: int, count: int, ev
 
 @pytest.mark.parametrize(("flags", "expected"), [(0, True), (1, False)])
 def test_3_5_without_event_idx_the_flag_decides(flags: int, expected: bool) -> None:
-    guest = Guest(event_idx=False)
+    guest = QueueRig(event_idx=False)
     guest.put(*usual(guest))
     complete_one(guest)
     guest.driver.poll()
@@ -510,11 +510,11 @@ def test_3_5_without_event_idx_the_flag_decides(flags: int, expected: bool) -> N
 
 
 def test_3_5_nothing_published_calls_nobody() -> None:
-    assert not Guest().queue.publish()
+    assert not QueueRig().queue.publish()
 
 
 def test_3_5_armed_with_event_idx_the_next_chain_is_kicked_for() -> None:
-    guest = Guest(event_idx=True)
+    guest = QueueRig(event_idx=True)
     assert not guest.queue.arm()
     assert guest.driver.device_used_flags == 0
     guest.driver.add(1, usual(guest))
@@ -526,7 +526,7 @@ def test_3_5_armed_with_event_idx_the_next_chain_is_kicked_for() -> None:
 
 
 def test_3_5_without_event_idx_the_flag_suppresses_kicks() -> None:
-    guest = Guest(event_idx=False)
+    guest = QueueRig(event_idx=False)
     assert guest.driver.device_used_flags == 1
     guest.queue.arm()
     assert guest.driver.device_used_flags == 0
@@ -537,6 +537,6 @@ def test_3_5_without_event_idx_the_flag_suppresses_kicks() -> None:
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_3_1_7_arm_sees_a_chain_that_came_just_before(event_idx: bool) -> None:
     """CH#897: the driver added it while nobody asked for a kick."""
-    guest = Guest(event_idx=event_idx)
+    guest = QueueRig(event_idx=event_idx)
     guest.put(*usual(guest))
     assert guest.queue.arm()

@@ -34,7 +34,7 @@ Checkpoint = Callable[[str], Awaitable[None]]
 """Called with a checkpoint's name while the guest waits."""
 
 
-class Guest:
+class VirtualMachine:
     """A running guest. Made by `open_guest`."""
 
     def __init__(self, process: trio.Process, log_path: Path, checkpoint: Checkpoint | None):
@@ -136,7 +136,7 @@ class Guest:
 @asynccontextmanager
 async def open_guest(
     config: GuestConfig, log_path: Path, *, checkpoint: Checkpoint | None = None
-) -> AsyncIterator[Guest]:
+) -> AsyncIterator[VirtualMachine]:
     """Start the guest; on leaving, however that comes, QEMU is killed if it still runs.
 
     `log_path` gets the serial console (appended), `log_path` with the suffix `.err` what QEMU
@@ -150,7 +150,7 @@ async def open_guest(
         process = await trio.lowlevel.open_process(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
         )
-    guest = Guest(process, log_path, checkpoint)
+    guest = VirtualMachine(process, log_path, checkpoint)
     try:
         with unwrapped():
             async with trio.open_nursery() as nursery:

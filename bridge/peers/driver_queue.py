@@ -36,13 +36,13 @@ _HEADER = struct.Struct("<IIQ")
 
 
 def queue_memory_bytes(*, size: int, depth: int, request_bytes: int, segments: int) -> int:
-    """At most this much memory a `GuestQueue` takes, alignment included."""
+    """At most this much memory a `DriverQueue` takes, alignment included."""
     table_bytes = (segments + 2) * DESCRIPTOR_BYTES + 64
     per_slot = request_bytes + _PAGE_BYTES + table_bytes + 32
     return SplitDriver.area_bytes(size) + 2 * _PAGE_BYTES + depth * per_slot
 
 
-class GuestQueue:
+class DriverQueue:
     """One virtqueue with `depth` request slots: the fast, synchronous way.
 
     `submit` puts a request into the ring and returns its slot, `kick` shows what was submitted to

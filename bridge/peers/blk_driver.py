@@ -1,11 +1,11 @@
-"""The built-in guest: a virtio-blk driver behind a vhost-user front-end.
+"""A virtio-blk driver behind a vhost-user front-end: a guest without a virtual machine.
 
-It does to a back-end what a virtual machine does, without one: shares memory, sets up virtqueues,
-puts requests into them, kicks, waits for calls. `Guest` has the comfortable methods (`await
-guest.read(offset, length)`); under each `Guest` are `GuestQueue`s, whose `submit`, `kick` and
-`poll` are plain functions for whoever wants to keep many requests in flight at full speed.
+It does to a back-end what a virtual machine does: it shares memory, sets up virtqueues, puts
+requests into them, kicks, waits for calls. `BlkDriver` has the comfortable methods (`await
+guest.read(offset, length)`). Under it are `DriverQueue`s, whose `submit`, `kick` and `poll` are
+plain functions for a caller that keeps many requests in flight at full speed.
 
-    async with await Guest.connect("/run/disk.sock") as guest:
+    async with await BlkDriver.connect("/run/disk.sock") as guest:
         await guest.write(0, b"…")
         await guest.flush()
 
@@ -18,15 +18,13 @@ Source: virtio 1.3 §5.2 (block device), vhost-user.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import trio
 
-from bridge.errors import ConnectionLost, ProtocolError, RequestError
+from bridge.errors import RequestError
 from bridge.guest.vhost_user.messages import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
@@ -45,69 +43,26 @@ from bridge.guest.virtio.blk import (
     T_WRITE_ZEROES,
 )
 from bridge.guest.virtio.blk_config import F_INDIRECT, F_RING_PACKED, SECTOR_BYTES
+from bridge.peers.disk_config import CONFIG_BYTES, WRITEBACK_OFFSET, DiskConfig
+from bridge.peers.driver_queue import DriverQueue, queue_memory_bytes
 from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
-from bridge.peers.guest_queue import (
-    STATUS_IOERR,
-    STATUS_OK,
-    STATUS_UNSUPP,
-    GuestQueue,
-    queue_memory_bytes,
-)
+from bridge.peers.pending_requests import PendingRequests
 from bridge.peers.shared_memory import SharedMemory
 
 FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~F_LOG_ALL
-"""Everything that is offered, but split rings and no dirty log."""
+"""Accept every feature that is offered, but packed rings and the dirty log."""
 PACKED_FEATURES = FEATURES | F_RING_PACKED
+"""The same with packed rings."""
 
-CONFIG_BYTES = 60
-WRITEBACK_OFFSET = 32
-_ALIVE_CHECK_S = 1.0
-"""How long to wait for a completion before looking whether the back-end is still there."""
 _GUEST_MEMORY_START = 0x1_0000_0000
 _REGION_GAP = 0x1000_0000
 
 _SEGMENT = struct.Struct("<QII")
-_CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 _UNMAP = 1
 
 
-@dataclass(frozen=True, slots=True)
-class DiskConfig:
-    """The configuration space of a virtio-blk device (virtio 1.3 §5.2.4), as far as it is used."""
-
-    capacity_sectors: int
-    seg_max: int
-    block_size_bytes: int
-    writeback: int
-    num_queues: int
-    max_discard_sectors: int
-    max_discard_segments: int
-    discard_sector_alignment: int
-    max_write_zeroes_sectors: int
-    max_write_zeroes_segments: int
-    write_zeroes_may_unmap: int
-
-    @classmethod
-    def unpack(cls, data: bytes) -> DiskConfig:
-        """The configuration in the first 60 bytes."""
-        fields = _CONFIG.unpack(data[:CONFIG_BYTES])
-        return cls(
-            capacity_sectors=fields[0],
-            seg_max=fields[2],
-            block_size_bytes=fields[6],
-            writeback=fields[11],
-            num_queues=fields[13],
-            max_discard_sectors=fields[14],
-            max_discard_segments=fields[15],
-            discard_sector_alignment=fields[16],
-            max_write_zeroes_sectors=fields[17],
-            max_write_zeroes_segments=fields[18],
-            write_zeroes_may_unmap=fields[19],
-        )
-
-
-class Guest:
-    """A virtio-blk disk as its guest sees it. Make one with `await Guest.connect(path)`.
+class BlkDriver:
+    """A virtio-blk disk as its guest sees it. Make one with `await BlkDriver.connect(path)`.
 
     The async methods may be used by many tasks at once. They fail with RequestError (EIO for
     IOERR, ENOTSUP for UNSUPP); cancelled, the request goes on and its result is dropped. When the
@@ -128,6 +83,14 @@ class Guest:
         regions: int = 1,
         inflight: bool = False,
     ) -> None:
+        """`num_queues` virtqueues of `queue_size` descriptors, with at most `depth` requests in
+        flight each (None: as many as fit) of at most `request_bytes` of data each, in descriptors
+        of at most `segment_bytes` (None: one).
+
+        `features` and `protocol_features` are masks of what to accept of the back-end's offer.
+        `regions`: how many regions the memory is made of. `inflight`: use an in-flight region, so
+        that `reconnect` loses no request.
+        """
         self.path = path
         self._wanted_features = features
         self._wanted_protocol_features = protocol_features
@@ -140,18 +103,15 @@ class Guest:
         self._use_inflight = inflight
         self._inflight: tuple[InflightRange, int] | None = None
         self.memory = SharedMemory()
-        self.queues: list[GuestQueue] = []
+        self.queues: list[DriverQueue] = []
         self.front_end: FrontEnd | None = None
         self.features = 0
         self.config = DiskConfig.unpack(bytes(CONFIG_BYTES))
-        self._results: dict[tuple[int, int], int] = {}
-        self._abandoned: set[tuple[int, int]] = set()
-        self._lots: list[trio.lowlevel.ParkingLot] = []
-        self._waiting: set[int] = set()
+        self._pending = PendingRequests(lambda: self._use_inflight or self._is_alive)
         self._turn = 0
 
     @classmethod
-    async def connect(cls, path: str | os.PathLike[str], **options: object) -> Guest:
+    async def connect(cls, path: str | os.PathLike[str], **options: object) -> BlkDriver:
         """Connect, negotiate and start every queue. `options` are those of the constructor."""
         guest = cls(path, **options)  # type: ignore[arg-type]
         try:
@@ -215,7 +175,7 @@ class Guest:
             self.memory.add(share, guest_address=_GUEST_MEMORY_START + number * gap)
         for index in range(self._num_queues):
             self.queues.append(
-                GuestQueue(
+                DriverQueue(
                     index,
                     self.memory,
                     size=self._queue_size,
@@ -225,7 +185,6 @@ class Guest:
                     segment_bytes=self._segment_bytes,
                 )
             )
-            self._lots.append(trio.lowlevel.ParkingLot())
 
     async def _share(self) -> None:
         """Hand over memory and, if wanted, the in-flight region."""
@@ -236,7 +195,7 @@ class Guest:
                 self._inflight = await front_end.get_inflight(self._num_queues, self._queue_size)
             await front_end.set_inflight(*self._inflight)
 
-    async def _start_queue(self, queue: GuestQueue, *, base: int) -> None:
+    async def _start_queue(self, queue: DriverQueue, *, base: int) -> None:
         front_end = self._connected()
         user = self.memory.user_address(queue.ring_address)
         await front_end.set_ring_file(Request.SET_VRING_ERR, queue.index, queue.error_fd)
@@ -278,7 +237,7 @@ class Guest:
             self._inflight = None
         self.memory.close()
 
-    async def __aenter__(self) -> Guest:
+    async def __aenter__(self) -> BlkDriver:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -311,10 +270,10 @@ class Guest:
         """`length` bytes from `offset`; both whole sectors."""
         data = bytearray(length)
 
-        def part(position: int, size: int) -> Callable[[GuestQueue], int]:
+        def part(position: int, size: int) -> Callable[[DriverQueue], int]:
             return lambda on: on.submit(T_IN, (offset + position) // SECTOR_BYTES, size)
 
-        def take(on: GuestQueue, slot: int, position: int, size: int) -> None:
+        def take(on: DriverQueue, slot: int, position: int, size: int) -> None:
             data[position : position + size] = on.data(slot, size)
 
         await self._in_parts(length, part, queue, take)
@@ -326,7 +285,7 @@ class Guest:
         """Write whole sectors of `data` from `offset` on."""
         view = memoryview(data)
 
-        def part(position: int, size: int) -> Callable[[GuestQueue], int]:
+        def part(position: int, size: int) -> Callable[[DriverQueue], int]:
             piece = view[position : position + size]
             return lambda on: on.submit(T_OUT, (offset + position) // SECTOR_BYTES, size, piece)
 
@@ -355,27 +314,29 @@ class Guest:
         """The disk's serial number."""
         found = b""
 
-        def take(on: GuestQueue, slot: int) -> None:
+        def take(on: DriverQueue, slot: int) -> None:
             nonlocal found
             found = bytes(on.data(slot, ID_BYTES))
 
-        await self._one(self._pick(queue), lambda on: on.submit(T_GET_ID, 0, ID_BYTES), take)
+        on = self._pick(queue)
+        await self._pending.complete(on, lambda on: on.submit(T_GET_ID, 0, ID_BYTES), take)
         return found.split(b"\0")[0].decode("ascii", "replace")
 
     async def request(
         self, kind: int, sector: int = 0, data: bytes = b"", *, queue: int | None = None
     ) -> None:
-        """Any request that writes nothing but its status."""
-        await self._one(
+        """Any request that writes nothing but its status. `kind`: virtio 1.3 §5.2.6; `sector`
+        counts 512 bytes. Raises as the class says."""
+        await self._pending.complete(
             self._pick(queue), lambda on: on.submit(kind, sector, len(data), data), None
         )
 
     async def _in_parts(
         self,
         length: int,
-        part: Callable[[int, int], Callable[[GuestQueue], int]],
+        part: Callable[[int, int], Callable[[DriverQueue], int]],
         queue: int | None,
-        take: Callable[[GuestQueue, int, int, int], None] | None,
+        take: Callable[[DriverQueue, int, int, int], None] | None,
     ) -> None:
         """Requests of at most a slot's buffer each, several at a time, on one queue."""
         on = self._pick(queue)
@@ -383,7 +344,7 @@ class Guest:
 
         async def one(position: int, size: int) -> None:
             async with limit:
-                await self._one(
+                await self._pending.complete(
                     on,
                     part(position, size),
                     None if take is None else lambda q, slot: take(q, slot, position, size),
@@ -406,91 +367,11 @@ class Guest:
         if errors:
             raise errors[0]
 
-    async def _one(
-        self,
-        on: GuestQueue,
-        submit: Callable[[GuestQueue], int],
-        take: Callable[[GuestQueue, int], None] | None,
-    ) -> None:
-        """One request from submission to its status. Raises RequestError."""
-        while not on.free:
-            await self._progress(on)
-        slot = submit(on)
-        key = (on.index, slot)
-        on.kick()
-        try:
-            while key not in self._results:
-                await self._progress(on)
-        except BaseException:
-            if key not in self._results:
-                # The slot stays busy until the device is done with it.
-                self._abandoned.add(key)
-            else:
-                self._claim(on, slot)
-            raise
-        status = self._results[key]
-        try:
-            if status != STATUS_OK:
-                raise _request_error(status)
-            if take is not None:
-                take(on, slot)
-        finally:
-            self._claim(on, slot)
-
-    async def _progress(self, on: GuestQueue) -> None:
-        """Wait until something about `on` changes: results are there, or slots are free.
-
-        One task waits for the device and takes completions for everybody; the others are parked.
-        With nothing in flight there is nothing to wait for but the owners of the results.
-        """
-        lot = self._lots[on.index]
-        if on.index in self._waiting:
-            # Nobody else may take completions, or that task would wait for what is gone.
-            await lot.park()
-            return
-        if self._reap(on):
-            await trio.lowlevel.checkpoint()
-            return
-        unclaimed = sum(queue == on.index for queue, _ in self._results)
-        if len(on.free) + unclaimed == on.depth:
-            await lot.park()
-            return
-        self._waiting.add(on.index)
-        try:
-            with trio.move_on_after(_ALIVE_CHECK_S) as scope:
-                await on.wait()
-        finally:
-            self._waiting.discard(on.index)
-            self._reap(on)
-            lot.unpark_all()
-        if scope.cancelled_caught and not (self._use_inflight or self._is_alive):
-            raise ConnectionLost("the back-end hung up with requests in flight")
-
     @property
     def _is_alive(self) -> bool:
         return self.front_end is not None and self.front_end.is_alive
 
-    def _reap(self, on: GuestQueue) -> bool:
-        """Take completions; their slots are not free before their owners have taken the data."""
-        done = on.poll()
-        for slot, status in done:
-            key = (on.index, slot)
-            if key in self._abandoned:
-                self._abandoned.discard(key)
-            else:
-                self._results[key] = status
-                on.free.remove(slot)
-        if done:
-            self._lots[on.index].unpark_all()
-        return bool(done)
-
-    def _claim(self, on: GuestQueue, slot: int) -> None:
-        """The owner is done with a result; its slot is free."""
-        del self._results[on.index, slot]
-        on.free.append(slot)
-        self._lots[on.index].unpark_all()
-
-    def _pick(self, queue: int | None) -> GuestQueue:
+    def _pick(self, queue: int | None) -> DriverQueue:
         """The queue asked for, or each in turn."""
         if queue is None:
             queue = self._turn
@@ -504,11 +385,3 @@ def _segments(ranges: Sequence[tuple[int, int]], flags: int) -> bytes:
         _SEGMENT.pack(offset // SECTOR_BYTES, length // SECTOR_BYTES, flags)
         for offset, length in ranges
     )
-
-
-def _request_error(status: int) -> RequestError:
-    if status == STATUS_UNSUPP:
-        return RequestError(errno.ENOTSUP, "the device does not support the request (UNSUPP)")
-    if status == STATUS_IOERR:
-        return RequestError(errno.EIO, "the device failed the request (IOERR)")
-    raise ProtocolError(f"the device gave status {status:#x}, which is none")

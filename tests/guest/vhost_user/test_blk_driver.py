@@ -15,9 +15,9 @@ from bridge.errors import ConnectionLost, RequestError
 from bridge.guest.vhost_user.messages import P_REPLY_ACK, Region
 from bridge.guest.virtio.blk import T_FLUSH, T_IN, T_OUT
 from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED
+from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
+from bridge.peers.driver_queue import STATUS_OK
 from bridge.peers.frontend import PROTOCOL_FEATURES
-from bridge.peers.guest import FEATURES, PACKED_FEATURES, Guest
-from bridge.peers.guest_queue import STATUS_OK
 from bridge.peers.split_driver import QueueFull
 from tests.guest.vhost_user.backends import guest_on, running_backend, until
 
@@ -44,7 +44,7 @@ async def test_every_request_type_does_what_it_says(short_dir: Path) -> None:
     async with guest_on(short_dir) as (backend, guest):
         await guest.write(0, b"x" * 8192)
         await guest.flush()
-        assert backend.target.requests[-1][0] == FLUSH
+        assert backend.target.seen[-1][0] == FLUSH
         await guest.discard([(0, 512), (1024, 512)])
         await guest.write_zeroes([(4096, 1024)], unmap=True)
         assert await guest.get_id() == "test-disk"
@@ -126,7 +126,9 @@ async def test_memory_in_several_regions_and_data_in_small_segments(short_dir: P
     data = os.urandom(64 * 1024)
     async with (
         running_backend(short_dir) as backend,
-        await Guest.connect(backend.path, regions=5, segment_bytes=4096, queue_size=64) as guest,
+        await BlkDriver.connect(
+            backend.path, regions=5, segment_bytes=4096, queue_size=64
+        ) as guest,
     ):
         for offset in range(0, 1 << 20, len(data)):
             await guest.write(offset, data)
@@ -197,7 +199,7 @@ async def test_disabled_ring_leaves_requests_queued_until_enabled(short_dir: Pat
         queue.submit(T_IN, 0, 512)
         queue.kick()
         await trio.sleep(0.02)
-        assert backend.target.requests == []
+        assert backend.target.seen == []
 
         await guest.front_end.enable_ring(0, True)
         await queue.wait()
@@ -252,7 +254,7 @@ async def test_resize_reaches_the_guest(short_dir: Path) -> None:
 async def test_front_end_that_leaves_can_come_back(short_dir: Path) -> None:
     async with running_backend(short_dir) as backend:
         for number in range(5):
-            async with await Guest.connect(backend.path, num_queues=4) as guest:
+            async with await BlkDriver.connect(backend.path, num_queues=4) as guest:
                 await guest.write(number * 512, bytes([number]) * 512)
         assert backend.target.data[:2560] == b"".join(bytes([n]) * 512 for n in range(5))
 
@@ -283,7 +285,7 @@ async def test_back_end_stopped_with_requests_in_flight_finishes_them(short_dir:
 async def test_back_end_that_dies_fails_what_is_in_flight(
     short_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.peers.guest._ALIVE_CHECK_S", 0.02)
+    monkeypatch.setattr("bridge.peers.pending_requests._ALIVE_CHECK_S", 0.02)
     async with guest_on(short_dir) as (backend, guest):
         backend.target.hold = True
         with pytest.RaisesGroup(ConnectionLost):
