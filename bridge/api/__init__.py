@@ -12,6 +12,7 @@ signals and timers use.
     watch               slow requests, the rate of write-out: while there is something to watch
     actions             flush, warm, resize, … : what can be asked
     routes, openapi     which request leads where, and the description of all of them
+    fields              the body of a request, declared once
     http                one connection: h11 and its limits
     service             all of it joined: what `serve` starts
     client              the other end, for the commands

@@ -89,7 +89,7 @@ def open_control(settings: ApiSettings, name: str) -> tuple[str, Listener | None
     """The name that the bridge has then, and its control socket; None: it has none.
 
     What was asked for explicitly, a name or a path, is had or raises ConfigError. A disk that is
-    served without either must not fail for it: another name is taken, or a warning is logged.
+    served without either must not fail for it: another name is taken, or that is logged.
     """
     if settings.socket == OFF:
         return name, None
@@ -100,7 +100,7 @@ def open_control(settings: ApiSettings, name: str) -> tuple[str, Listener | None
     try:
         return _first_free(writable_directory(), name)
     except ConfigError as error:
-        _log.warning("there is no control socket", reason=str(error))
+        _log.info("there is no control socket", reason=str(error))
         return name, None
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from itertools import islice
 from random import Random
 from time import perf_counter
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import trio
@@ -39,9 +39,7 @@ class _Timed:
 
     __slots__ = ("_began_s", "_done", "_histogram")
 
-    def __init__(
-        self, done: Callable[[Request], None], began_s: float, histogram: Histogram
-    ) -> None:
+    def __init__(self, done: Callable[[Any], None], began_s: float, histogram: Histogram) -> None:
         self._done = done
         self._began_s = began_s
         self._histogram = histogram

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import trio
@@ -155,7 +155,9 @@ class Watch:
             return "the end of the grace time after a lost connection"
         if waiting:
             return "the cache: " + ", ".join(f"{why} {count}" for why, count in waiting.items())
-        return "its turn" if not live.commands_in_flight else "the server's answer to others"
+        if not live.commands_in_flight:
+            return "its turn"
+        return "the server's answer" + ("" if cache is not None else " to others")
 
 
 def _unsaid(request: Request, since_s: float) -> None:
@@ -169,7 +171,7 @@ class _Ending:
 
     def __init__(
         self,
-        done: Callable[[Request], None],
+        done: Callable[[Any], None],
         ended: Callable[[Request, float], None],
         since_s: float,
     ) -> None:

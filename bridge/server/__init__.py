@@ -11,6 +11,6 @@ From the wire upwards:
   changes wait because the server may still do something old; `suspects`: the command on which the
   server hangs up;
 * `split`, `align`, `overlaps`: how a request becomes commands that this server takes;
-* `client`: all of it behind `submit(request)`;
+* `client`: all of it behind `submit(request)`; `outage`: times without a server, counted and told;
 * `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave.
 """

@@ -11,7 +11,7 @@ import trio
 
 from bridge.app.storage import WRITEBACK
 from bridge.errors import BridgeError, ConfigError
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server import nbd_protocol as p
@@ -33,7 +33,7 @@ def changes(server: Server) -> list[int]:
 
 async def test_dirty_data_makes_a_reboot_unsafe_until_it_is_flushed(directory: Path) -> None:
     async with served(directory, cache=WRITEBACK) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 65536)
             found = await bridge.status()
             assert found["cache"]["dirty_bytes"] == 65536
@@ -51,7 +51,7 @@ async def test_dirty_data_makes_a_reboot_unsafe_until_it_is_flushed(directory: P
 
 async def test_unflushed_write_without_a_cache_makes_a_reboot_unsafe(directory: Path) -> None:
     async with served(directory) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 512)
             assert not (await bridge.status())["safe_to_reboot"]["safe"]
             await bridge.ask("POST", "/flush")
@@ -63,7 +63,7 @@ async def test_flush_that_the_server_refuses_is_an_error_and_the_data_stays(
 ) -> None:
     server = Server({"": MemoryDisk(SIZE_BYTES)})
     async with served(directory, cache=WRITEBACK, server=server) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 65536)
             server.faults.errors = {p.CMD_WRITE: errno.EIO}
             with pytest.raises(BridgeError, match="could not flush"):
@@ -76,7 +76,7 @@ async def test_flush_that_the_server_refuses_is_an_error_and_the_data_stays(
 async def test_flush_that_takes_too_long_says_so_and_goes_on(directory: Path) -> None:
     server = Server({"": MemoryDisk(SIZE_BYTES)}, faults=Faults())
     async with served(directory, cache=WRITEBACK, server=server) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 65536)
             server.faults.delay_s = 0.3
             with pytest.raises(BridgeError, match=r"not done after 0\.05 s, it goes on"):
@@ -89,7 +89,7 @@ async def test_write_through_set_at_run_time_has_a_write_wait_for_the_server(
     directory: Path,
 ) -> None:
     async with served(directory, cache=WRITEBACK, flush_interval_s=0) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             # An open block: writes to it are copies.
             await guest.write(0, b"a" * 4096)
             await guest.write(0, b"b" * 4096)
@@ -115,7 +115,7 @@ async def test_settings_are_changed_all_or_not_at_all(directory: Path) -> None:
         assert after == {**before, "slow_ms": 5, "flush_interval_s": 0.05}
         # The new interval is the one that counts.
         bridge.server.commands = []
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 512)
             with trio.fail_after(HUNG_S):
                 while p.CMD_FLUSH not in changes(bridge.server):
@@ -124,7 +124,7 @@ async def test_settings_are_changed_all_or_not_at_all(directory: Path) -> None:
 
 async def test_warm_fills_the_cache_and_drop_clean_empties_it(directory: Path) -> None:
     async with served(directory, cache=WRITEBACK) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 4096)
             answer = await bridge.ask("POST", "/cache/warm", {"offset": 1 << 20, "length": 2 << 20})
             assert answer["total_bytes"] == 2 << 20
@@ -164,7 +164,7 @@ async def test_resize_takes_a_larger_size_over_and_nothing_else(
     directory: Path, cache: str
 ) -> None:
     async with served(directory, cache=cache) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 4096)
             answer = await bridge.ask("POST", "/resize")
             assert answer == {"changed": False, "size_bytes": SIZE_BYTES}
@@ -185,7 +185,7 @@ async def test_resize_takes_a_larger_size_over_and_nothing_else(
 
 async def test_stop_is_refused_while_a_guest_runs_or_the_server_refuses(directory: Path) -> None:
     async with served(directory, cache=WRITEBACK) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 65536)
             with pytest.raises(BridgeError, match="a guest uses the disk"):
                 await bridge.ask("POST", "/stop")
@@ -206,7 +206,7 @@ async def test_outage_is_seen_with_its_reason_and_its_time(directory: Path) -> N
     server = Server({"": MemoryDisk(SIZE_BYTES)})
     async with served(directory, server=server) as bridge:
         assert (await bridge.ask("GET", "/ready"))["ready"]
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             server.faults.refuse_connections = True
             server.faults.cut_after_commands = 0
             async with trio.open_nursery() as nursery:

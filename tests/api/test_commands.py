@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.app.processes import bridge_argv, process, serving, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 
@@ -58,7 +58,7 @@ async def test_status_says_whether_the_host_may_be_rebooted(directory: Path) -> 
         status, text, _ = await run("status", control)
         assert status == 0
         assert "safe to reboot this host: yes" in text.splitlines()
-        async with await Guest.connect(directory / "vm0.sock") as guest:
+        async with await BlkDriver.connect(directory / "vm0.sock") as guest:
             await guest.write(0, b"a" * (1 << 20))
             _, text, _ = await run("status", control)
             assert "safe to reboot this host: no, because 1 MiB are not on the server" in text
@@ -72,7 +72,7 @@ async def test_status_says_whether_the_host_may_be_rebooted(directory: Path) -> 
 async def test_stop_when_clean_stops_and_leaves_nothing_behind(directory: Path) -> None:
     control = str(directory / "vm0.api")
     async with bridge(directory) as child:
-        async with await Guest.connect(directory / "vm0.sock") as guest:
+        async with await BlkDriver.connect(directory / "vm0.sock") as guest:
             await guest.write(0, b"a" * 4096)
             status, _, error = await run("stop", control, "--when-clean")
             assert status == 1

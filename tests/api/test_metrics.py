@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.api.client import _UnixConnection
 from bridge.app.storage import WRITEBACK
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.api.bridges import Bridge, served
 from tests.app.processes import short_directory
 from tests.tools import HUNG_S
@@ -53,7 +54,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 async def test_counters_are_those_of_what_happened(directory: Path) -> None:
     async with served(directory, cache=WRITEBACK) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 4096)
             await guest.read(0, 4096)
             await guest.read(1 << 20, 4096)
@@ -77,7 +78,7 @@ async def test_counters_are_those_of_what_happened(directory: Path) -> None:
 
 async def test_every_metric_has_help_and_base_units(directory: Path) -> None:
     async with served(directory, cache=WRITEBACK) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.read(0, 4096)
             text, _ = await scrape(bridge)
     families = list(text_string_to_metric_families(text))
@@ -98,7 +99,7 @@ async def test_disk_without_a_cache_has_no_metrics_of_one(directory: Path) -> No
 
 async def test_some_requests_are_timed_by_what_served_them(directory: Path) -> None:
     async with served(directory, cache=WRITEBACK) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             wanted = {"read cache", "read server", "flush server"}
             with trio.fail_after(HUNG_S):
                 offset = 0
@@ -120,3 +121,26 @@ async def test_bridge_that_is_not_scraped_does_not_import_the_client_library() -
     code = "import sys, bridge.app.serve; print('prometheus_client' in sys.modules)"
     done = await trio.run_process([sys.executable, "-c", code], capture_stdout=True, stdin=b"")
     assert done.stdout.strip() == b"False"
+
+
+async def test_every_metric_has_its_row_in_the_document(directory: Path) -> None:
+    document = Path(__file__).parents[2] / "docs" / "operating.md"
+    named = set(re.findall(r"`(nbd_bridge_\w+)`", document.read_text()))
+    async with served(directory, cache=WRITEBACK) as bridge:
+        text, _ = await scrape(bridge)
+    types = re.findall(r"^# TYPE (\w+) \w+$", text, re.MULTILINE)
+    assert named == set(types)
+
+
+async def test_slow_request_is_seen_and_counted(directory: Path) -> None:
+    async with served(directory, slow_s=0.2) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            bridge.server.faults.delay_s = 3.0
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.read, 0, 512)
+                with trio.fail_after(HUNG_S):
+                    while not (await bridge.status())["slow_requests_total"]:
+                        await trio.sleep(0.02)
+                bridge.server.faults.delay_s = 0
+            _, samples = await scrape(bridge)
+            assert value(samples, "slow_requests_total") == 1

@@ -20,7 +20,7 @@ import trio
 from bridge.api.service import CONNECTIONS_MAX, Service
 from bridge.app.storage import WRITEBACK
 from bridge.errors import BridgeError
-from bridge.peers.guest import Guest
+from bridge.peers.blk_driver import BlkDriver
 from tests.api.bridges import Bridge, served
 from tests.app.processes import short_directory
 from tests.tools import HUNG_S, missing, need
@@ -59,7 +59,7 @@ async def off(call):  # type: ignore[no-untyped-def]
 
 async def test_flood_of_connections_is_refused_and_the_disk_goes_on(directory: Path) -> None:
     async with served(directory) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             with ExitStack() as open_ones:
                 for _ in range(CONNECTIONS_MAX):
                     open_ones.enter_context(await off(partial(connected, bridge.control)))
@@ -131,7 +131,7 @@ print(sock.recv(4096).split()[1].decode())
 
 async def test_status_can_be_asked_for_while_the_disk_stops(directory: Path) -> None:
     async with served(directory, cache=WRITEBACK) as bridge:
-        async with await Guest.connect(bridge.vhost) as guest:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 4096)
             bridge.server.faults.delay_s = 0.5
             signal.raise_signal(signal.SIGTERM)
