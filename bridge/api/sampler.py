@@ -80,7 +80,8 @@ class Sampler:
         await self._active.wait()
 
     def _arm(self) -> None:
-        self._active = trio.Event()
+        if self._active.is_set():  # Else somebody may wait for it already.
+            self._active = trio.Event()
         self._look()
         self._loop.add_poller(self)
 

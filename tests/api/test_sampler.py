@@ -78,6 +78,21 @@ async def test_one_request_is_timed_and_then_none_for_a_while(autojump_clock: An
     assert rig.live.loop.pollers == []
 
 
+async def test_activity_is_seen_by_those_who_waited_before_the_start(autojump_clock: Any) -> None:
+    rig = Rig()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.sampler.activity)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(rig.sampler.run)
+        await trio.testing.wait_all_tasks_blocked()
+        rig.pop(READ)
+        with trio.fail_after(1):
+            await rig.sampler.activity()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(nursery.child_tasks) == 1  # who waited has gone on
+        nursery.cancel_scope.cancel()
+
+
 async def test_idle_disk_wakes_nothing(autojump_clock: Any) -> None:
     rig = Rig()
     async with trio.open_nursery() as nursery:
