@@ -248,11 +248,11 @@ class Session:
     def _begin(self, change: _Change) -> None:
         request = change.request
         op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
-        owner = request, change
-        self._command(Request(op, offset, length, buffers, self._change_done, request.flags, owner))
+        done, owner = self._change_done, (request, change)
+        self._command(_ChangeCommand(op, offset, length, buffers, done, request.flags, owner))
 
-    def _change_done(self, inner: Request) -> None:
-        request, change = cast("tuple[Request, Claim]", inner.owner)
+    def _change_done(self, inner: _ChangeCommand) -> None:
+        request, change = inner.owner
         request.generation = inner.generation
         self._ranges.release(change)
         self._turn.finish(request, inner.error)
@@ -1049,6 +1049,14 @@ class _Change(Claim):
     def __init__(self, request: Request, start: int, stop: int) -> None:
         super().__init__(start, stop)
         self.request = request
+
+
+class _ChangeCommand(Request):
+    """The command of a `_Change`."""
+
+    __slots__ = ()
+
+    owner: tuple[Request, _Change]
 
 
 def _guests_and_others(flushes: list[Request]) -> tuple[list[Request], list[Request]]:
