@@ -8,7 +8,9 @@
     datapath/           what every request passes: the turn, requests, lanes, the disk
     peers/              what plays the other side, for the demo, the benchmark and the tests
     demo/               a Linux guest on a disk, without any set-up
+    spec/               the numbers and layouts of the specifications
     errors, units       whose fault it is; sizes as operators write and read them
+    host                what this machine is
 
 The picture, one turn, the life of a request and the glossary: docs/architecture.md.
 """

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+SECTOR_BYTES = 512
+"""What a guest counts a disk in, whatever its blocks are."""
+
 _SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18})(?=[KMGT]))?([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = ((50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB"))
 

@@ -21,6 +21,7 @@ import rbd
 
 from nbd_plugin.deadline import call_within
 from nbd_plugin.errors import PluginError
+from nbd_plugin.last_seen import boot_id
 
 HOLDER_KEY = "nbd_plugin.holder"
 
@@ -90,8 +91,7 @@ def _this_process() -> str:
 
 def _machine() -> str:
     """This boot of this kernel, and the space in which process numbers mean something."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    return f"{boot_id} {os.stat('/proc/self/ns/pid').st_ino}"
+    return f"{boot_id()} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def _is_gone(process: str) -> bool:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Callable
 
 import pytest
+
+from bridge.cli.wording import explain
+from bridge.errors import BridgeError
 
 HUNG_S = 60.0
 """Nothing that a test waits for takes this long, on the busiest machine: it hangs."""
@@ -29,3 +34,12 @@ def missing(reason: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def told(pattern: str) -> Callable[[BridgeError], bool]:
+    """For `pytest.raises(…, check=…)`: what the operator is told of the error has `pattern`."""
+
+    def check(error: BridgeError) -> bool:
+        return re.search(pattern, explain(error)) is not None
+
+    return check

@@ -4,7 +4,7 @@ HTTP on a unix socket of its own, one per bridge. The data path knows nothing of
 read from the live objects when it is asked for, and every action goes through the same doors that
 signals and timers use.
 
-    settings, places    what is chosen; where the sockets are, and how one is made
+    places              where the sockets are, and how one is made
     live                the objects of one running disk, and the only place that looks into them
     view                what they say, as plain values: the answer to `GET /status`
     metrics             the same for Prometheus

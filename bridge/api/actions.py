@@ -24,9 +24,8 @@ from bridge.app import logs
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.warm import Warmer
 from bridge.errors import BridgeError
-from bridge.guest.virtio.blk_config import SECTOR_BYTES
 from bridge.server.client import inspect
-from bridge.units import size_text
+from bridge.units import SECTOR_BYTES, size_text
 
 _log = structlog.get_logger(__name__)
 
@@ -301,7 +300,7 @@ class Changes:
         live = self.view.live
         mode = wanted["cache_mode"]
         if mode is not None and live.cache is None:
-            raise _conflict("there is no cache: its mode is chosen with --cache-mode at the start")
+            raise _conflict("there is no cache, so it has no mode: a cache is chosen at the start")
         if mode is not None:
             assert live.cache is not None
             live.cache.set_write_back(mode == WRITEBACK)

@@ -23,6 +23,7 @@ from bridge.guest.device import BlkDevice
 from bridge.guest.ring import RunningRing
 from bridge.guest.virtio.blk import BlkRequest
 from bridge.server.link import Phase
+from bridge.units import SECTOR_BYTES
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Live:
     @property
     def capacity_bytes(self) -> int:
         """The size of the disk that the guest sees."""
-        return self.device._config.geometry.capacity_sectors * 512
+        return self.device._config.geometry.capacity_sectors * SECTOR_BYTES
 
     @property
     def read_only(self) -> bool:
@@ -203,11 +204,11 @@ class Live:
     @property
     def drain_timeout_s(self) -> float:
         """As `--drain-timeout` has it."""
-        return self.device._drain_timeout_s
+        return self.device._drain.timeout_s
 
     def set_drain_timeout(self, seconds: float) -> None:
         """From the next stop on."""
-        self.device._drain_timeout_s = seconds
+        self.device._drain.timeout_s = seconds
 
     @property
     def _index(self) -> Index | None:

@@ -34,7 +34,7 @@ _CACHE_COUNTERS: Final = {
     "cache_writeout_errors": ("writeback_errors", "Those that failed; they are tried again."),
     "cache_flushes": ("flushes", "Flushes sent to the server."),
     "cache_flush_errors": ("flush_errors", "Those that failed."),
-    "cache_timed_flushes": ("timed_flushes", "Flushes that --flush-interval asked for."),
+    "cache_timed_flushes": ("timed_flushes", "Flushes that the flush interval asked for."),
     "cache_fua_flushes": ("fua_flushes", "Flushes done by writes with FUA instead."),
     "cache_resent_blocks": ("resent_blocks", "Blocks sent again since the server may lose them."),
     "cache_writes_waited": ("writes_waited", "Writes that waited since too much was dirty."),
@@ -155,7 +155,7 @@ class _Collector:
         )
         yield from self._counter(
             "slow_requests",
-            "Requests that took longer than --slow-ms.",
+            "Requests that took longer than the limit for slow ones.",
             self.view.watch.slow_total,
         )
         faults: dict[tuple[str, ...], float]
@@ -222,7 +222,7 @@ class _Collector:
         )
         yield from self._counter(
             "timed_flushes",
-            "Flushes that --flush-interval asked for, without a cache.",
+            "Flushes that the flush interval asked for, without a cache.",
             live.disk.timed_flushes,
         )
         yield from self._counter(

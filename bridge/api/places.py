@@ -23,8 +23,9 @@ from typing import Final
 
 import structlog
 
-from bridge.api.settings import AUTO, OFF, ApiSettings
-from bridge.errors import ConfigError, InUse
+from bridge.app.settings import AUTO, ControlSettings
+from bridge.cache.cache_options import OFF
+from bridge.errors import ConfigError, InUse, Remedy
 from bridge.guest.vhost_user.listener import Listener
 
 _log = structlog.get_logger(__name__)
@@ -63,7 +64,7 @@ def writable_directory() -> Path:
         if os.access(directory, os.W_OK | os.X_OK):
             return directory
     raise ConfigError(
-        f"no directory for the control socket: {problem}; say --api PATH or --api off"
+        f"no directory for the control socket: {problem}", remedy=Remedy.PLACE_CONTROL
     )
 
 
@@ -77,7 +78,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def default_name(settings: ApiSettings, socket_path: str | None, otherwise: str) -> str:
+def default_name(settings: ControlSettings, socket_path: str | None, otherwise: str) -> str:
     """What a bridge is called: as the operator says, or like its socket, or `otherwise`."""
     if settings.name:
         return check_name(settings.name)
@@ -85,7 +86,7 @@ def default_name(settings: ApiSettings, socket_path: str | None, otherwise: str)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("-.")[:_NAME_MAX] or "nbd"
 
 
-def open_control(settings: ApiSettings, name: str) -> tuple[str, Listener | None]:
+def open_control(settings: ControlSettings, name: str) -> tuple[str, Listener | None]:
     """The name that the bridge has then, and its control socket; None: it has none.
 
     What was asked for explicitly, a name or a path, is had or raises ConfigError. A disk that is
@@ -94,13 +95,13 @@ def open_control(settings: ApiSettings, name: str) -> tuple[str, Listener | None
     if settings.socket == OFF:
         return name, None
     if settings.socket != AUTO:
-        return name, _listen(Path(settings.socket), settings.socket)
+        return name, _listen(Path(settings.socket))
     if settings.name:
-        return name, _listen(writable_directory() / f"{name}{SUFFIX}", name)
+        return name, _listen(writable_directory() / f"{name}{SUFFIX}")
     try:
         return _first_free(writable_directory(), name)
     except ConfigError as error:
-        _log.info("there is no control socket", reason=str(error))
+        _log.info("there is no control socket", reason=error)
         return name, None
 
 
@@ -108,26 +109,31 @@ def _first_free(directory: Path, name: str) -> tuple[str, Listener]:
     for number in range(1, _TRIES + 1):
         tried = name if number == 1 else f"{name}-{number}"
         try:
-            listener = _listen(directory / f"{tried}{SUFFIX}", tried)
+            listener = _listen(directory / f"{tried}{SUFFIX}")
         except InUse:
             continue
         if number > 1:
-            _log.warning("another bridge has this name: say --name", wanted=name, name=tried)
+            _log.warning(
+                "another bridge has this name",
+                wanted=name,
+                name=tried,
+                remedy=Remedy.NAME_BRIDGE,
+            )
         return tried, listener
-    raise ConfigError(f"{_TRIES} bridges are called {name}: say --name")
+    raise ConfigError(f"{_TRIES} bridges are called {name}", remedy=Remedy.NAME_BRIDGE)
 
 
-def _listen(path: Path, name: str) -> Listener:
+def _listen(path: Path) -> Listener:
     with _locked(path.parent):
         if (owner := listener_pid(path)) is not None:
             raise InUse(
-                f"the control socket {path} belongs to a running bridge (process {owner}): "
-                f"stop that one, or give this one another name with --name (not {name})"
+                f"the control socket {path} belongs to a running bridge (process {owner})",
+                remedy=Remedy.NAME_BRIDGE,
             )
         try:
             return Listener.at_path(path)
         except ConfigError as error:
-            raise ConfigError(f"control socket: {error}") from None
+            raise error.within(ConfigError, "control socket: ") from None
 
 
 @contextmanager
@@ -137,7 +143,7 @@ def _locked(directory: Path) -> Iterator[None]:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(
-            f"control socket: directory {directory}: {error.strerror}; say --api PATH or --api off"
+            f"control socket: directory {directory}: {error.strerror}", remedy=Remedy.PLACE_CONTROL
         ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -17,7 +17,7 @@ from bridge.api.fields import Field, Fields, parse
 from bridge.api.http import HttpError, HttpRequest, Reply, json_reply
 from bridge.api.metrics import CONTENT_TYPE, exposition
 from bridge.api.view import Safety, Settings, Status, View, Warming, server_state
-from bridge.app.logs import LEVELS
+from bridge.app.settings import LOG_LEVELS
 from bridge.cache.cache_options import WRITEBACK, WRITETHROUGH
 
 _TIMEOUT: Final = Field(float, "Seconds that this may take.", default=60.0, maximum=3600)
@@ -241,5 +241,5 @@ _SETTINGS: Final[Fields] = {
     ),
     "drain_timeout_s": Field(float, "For the answer to a guest's stop.", maximum=1e6),
     "slow_ms": Field(float, "Log requests that take longer; 0: none.", maximum=1e9),
-    "log_level": Field(str, "What is logged.", choices=LEVELS),
+    "log_level": Field(str, "What is logged.", choices=LOG_LEVELS),
 }

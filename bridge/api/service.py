@@ -21,10 +21,10 @@ from bridge.api.live import Live
 from bridge.api.places import default_name, open_control, peer_of
 from bridge.api.routes import Router
 from bridge.api.sampler import Sampler
-from bridge.api.settings import ApiSettings
 from bridge.api.view import View
 from bridge.api.watch import Watch
 from bridge.app import logs
+from bridge.app.settings import ControlSettings
 from bridge.guest.vhost_user.listener import Listener
 
 _log = structlog.get_logger(__name__)
@@ -54,7 +54,7 @@ class Service:
         self,
         live: Live,
         listener: Listener | None,
-        settings: ApiSettings,
+        settings: ControlSettings,
         *,
         end: Callable[[], None] = _terminate,
         users: frozenset[int] | None = None,
@@ -64,7 +64,7 @@ class Service:
         self._listener = listener
         self._users = users if users is not None else frozenset((0, os.geteuid()))
         sampler = Sampler(live)
-        watch = Watch(live, sampler, slow_s=settings.slow_s)
+        watch = Watch(live, sampler, slow_s=settings.slow_ms / 1000)
         view = View(live, sampler, watch)
         self._sampler = sampler
         self._watch = watch
@@ -73,7 +73,7 @@ class Service:
         self._connected = 0
 
     @classmethod
-    def of(cls, live: Live, settings: ApiSettings) -> Service:
+    def of(cls, live: Live, settings: ControlSettings) -> Service:
         """For the disk `live`, which gets its name here. Raises ConfigError if the name or the
         socket that was asked for cannot be had."""
         facts = live.facts

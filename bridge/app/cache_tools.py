@@ -11,9 +11,8 @@ from urllib.parse import quote
 import structlog
 import trio
 
+from bridge.app.settings import CacheSettings
 from bridge.app.storage import (
-    WRITEBACK,
-    CacheSettings,
     GatedBackend,
     Storage,
     cache_identity,
@@ -31,16 +30,24 @@ from bridge.app.storage import (
     wanted_cache,
 )
 from bridge.cache.cache import Cache
-from bridge.cache.cache_options import Options
-from bridge.cache.file.cache_file import CacheFile, dirty_bytes, has_content
+from bridge.cache.cache_options import WRITEBACK, Options
+from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.file.inspect import open_to_flush, show
 from bridge.cache.file.layout import Header, printable
 from bridge.cache.file.location import forget, peek
+from bridge.cache.file.locking import has_content
 from bridge.cache.warm import Warmer, data_ranges
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import BLOCK_STATUS, FLUSH, Request, Target
 from bridge.datapath.turn import Turn
-from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.errors import (
+    BridgeError,
+    ChangedMeanwhile,
+    ConfigError,
+    ConnectionLost,
+    RangeBeyondDisk,
+    Remedy,
+)
 from bridge.server.chunks import StatusRequest
 from bridge.server.client import Client, inspect
 from bridge.server.client_options import ClientOptions
@@ -103,7 +110,7 @@ async def flush_file(
     async with AsyncExitStack() as at_last:
         async with _client(uri, options) as (connected, loop):
             if connected.export.read_only:
-                why = connected.export.why_read_only
+                why = connected.export.volume.why_read_only
                 raise ConfigError(
                     f"{uri.text}: the export is read-only, nothing can be flushed to it"
                     + (f" ({why})" if why else "")
@@ -113,8 +120,9 @@ async def flush_file(
                 # What was shown before it was locked may be another file's.
                 if file.header.digest.hex() != summary.digest:
                     raise ConfigError(
-                        f"cache file {path} is another one than a moment ago: look at it with "
-                        f"'nbd-bridge cache show {path}', and try again"
+                        f"cache file {path} is another one than a moment ago",
+                        remedy=Remedy.LOOK_AGAIN,
+                        path=path,
                     )
                 if not moved and not wanted_cache(uri, connected.export).owns(file.header):
                     raise _of_another(path, file.header, uri)
@@ -153,8 +161,8 @@ def _of_another(path: str, header: Header, uri: NbdUri) -> ConfigError:
     identity = cache_identity(uri)
     return ConfigError(
         f"cache file {path} belongs to export {header.export!r} of "
-        f"{printable(header.uri)}, not to {identity.export!r} of {identity.uri}; if that "
-        "export moved there, add --moved"
+        f"{printable(header.uri)}, not to {identity.export!r} of {identity.uri}",
+        remedy=Remedy.MOVED,
     )
 
 
@@ -215,7 +223,7 @@ async def _flush_to(
     def compared(differing: int) -> None:
         if differing > 0:
             note_changed_content(cache, differing)
-            found_changed("the export was changed meanwhile (--force writes over that)")
+            found_changed("the export was changed meanwhile")
         backend.let_go()
 
     def reconnected() -> None:
@@ -227,7 +235,7 @@ async def _flush_to(
         elif reason := cache.foreign_change(
             *(export.content_sessions or export.sessions), export.identity
         ):
-            found_changed(f"{reason} (--force writes over that)")
+            found_changed(reason)
         note_export(cache, export)
 
     client.on_reconnect = reconnected
@@ -237,10 +245,11 @@ async def _flush_to(
     request = Request(FLUSH, 0, 0, [], to_be_set)
     with trio.move_on_at(deadline_s) as scope:
         await finished(cache, request, turn)
-    if not changed and (scope.cancelled_caught or request.error):
-        changed = "the server did not take everything"
+    kept = f"what is missing is still in {file.path}"
     if changed:
-        raise BridgeError(f"{client.uri.text}: {changed}; what is missing is still in {file.path}")
+        raise ChangedMeanwhile(f"{client.uri.text}: {changed}", kept)
+    if scope.cancelled_caught or request.error:
+        raise BridgeError(f"{client.uri.text}: the server did not take everything; {kept}")
     return dirty_blocks * file.geometry.block_bytes
 
 
@@ -337,7 +346,7 @@ def _within(ranges: Sequence[tuple[int, int]], disk_bytes: int) -> list[tuple[in
     """`ranges` up to the end of the disk. Raises ConfigError for one that begins behind it."""
     for offset, length in ranges:
         if offset >= disk_bytes:
-            raise ConfigError(f"--range {offset}:{length}: the disk has only {disk_bytes} bytes")
+            raise RangeBeyondDisk(offset, length, disk_bytes)
     return [(offset, min(length, disk_bytes - offset)) for offset, length in ranges]
 
 

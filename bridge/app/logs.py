@@ -23,8 +23,7 @@ from typing import TextIO, cast
 
 import structlog
 
-LEVELS = ("debug", "info", "warning", "error")
-FORMATS = ("text", "json")
+from bridge.errors import BridgeError, Remedy
 
 _STDERR = 2
 _QUEUE_MAX_BYTES = 1 << 20
@@ -44,7 +43,7 @@ class _State:
 
 
 def set_level(level: str) -> None:
-    """Log what is of `level` (of LEVELS) or above from here on."""
+    """Log what is of `level` (as in LogSettings) or above from here on."""
     _State.threshold = getattr(logging, level.upper())
 
 
@@ -63,8 +62,12 @@ def dropped_lines() -> int:
     return _State.stream.dropped_total if _State.stream is not None else 0
 
 
-def configure(*, level: str, format_: str) -> None:
-    """Set up structlog for the whole process: `level` of LEVELS, `format_` of FORMATS.
+def configure(
+    *, level: str, format_: str, explain: Callable[[BridgeError | Remedy], str] = str
+) -> None:
+    """Set up structlog for the whole process: `level` and `format_` as in LogSettings.
+
+    `explain` puts an error, or a remedy that is logged without one, into an operator's words.
 
     Under journald, text has no time of its own, and each line begins with its priority.
     From here on `sys.stderr` is the stream of the log, so that nothing else which is said there
@@ -96,6 +99,7 @@ def configure(*, level: str, format_: str) -> None:
             _above_threshold,
             structlog.processors.add_log_level,
             stamp,
+            explained(explain),
             _or_plain(renderer),
         ],
         # The threshold may change later, and loggers are cached: a processor looks at it.
@@ -141,6 +145,24 @@ def _with_priority(console: structlog.dev.ConsoleRenderer) -> structlog.typing.P
         return "\n".join(prefix + line for line in lines)
 
     return render
+
+
+def explained(explain: Callable[[BridgeError | Remedy], str]) -> structlog.typing.Processor:
+    """Our errors as text. That of `problem`, and a `remedy`, belong to the event's own sentence."""
+
+    def process(
+        logger: object, name: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        for key, value in event.items():
+            if isinstance(value, BridgeError | Remedy):
+                event[key] = explain(value)
+        if problem := event.pop("problem", ""):
+            event["event"] = f"{event['event']}: {problem}"
+        if remedy := event.pop("remedy", ""):
+            event["event"] = f"{event['event']}{remedy}"
+        return event
+
+    return process
 
 
 def _or_plain(renderer: structlog.typing.Processor) -> structlog.typing.Processor:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -15,23 +15,24 @@ import trio
 
 from bridge.api.live import Facts, Live
 from bridge.api.service import Service
-from bridge.api.settings import ApiSettings
 from bridge.app.descriptors import allow_all_descriptors
 from bridge.app.faults import report_bus_errors
 from bridge.app.heap import keep_freed_pages
+from bridge.app.settings import DiskSettings, ServeSettings, client_options
 from bridge.app.signals import ending_signals
-from bridge.app.storage import OFF, CacheSettings, Storage
+from bridge.app.storage import Storage
+from bridge.cache.cache_options import OFF
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, Remedy
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
 from bridge.guest.vhost_user.listener import Listener
-from bridge.guest.virtio.blk import ID_BYTES
-from bridge.guest.virtio.blk_config import SECTOR_BYTES, DiskGeometry
-from bridge.server.client_options import ClientOptions
+from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.server.export import Export
-from bridge.server.uri import parse_uri
+from bridge.server.uri import NbdUri, parse_uri
+from bridge.spec.virtio_blk import ID_BYTES
+from bridge.units import SECTOR_BYTES
 
 _log = structlog.get_logger(__name__)
 
@@ -50,7 +51,7 @@ class _Stop:
         self._deadline_s: float | None = None
         self.on_begin: Callable[[], None] = _nothing
         """Called when the time begins to run."""
-        self.problem = ""
+        self.problem: BridgeError | None = None
         """What the operator has to know: the exit status says that there was something."""
 
     def begin(self) -> None:
@@ -72,77 +73,58 @@ class _Stop:
         return max(self.step_s, self._deadline_s - trio.current_time())
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """The options of `nbd-bridge serve`, as the command line has them."""
-
-    uri: str
-    socket_path: str | None = None
-    fd: int | None = None
-    read_only: bool = False
-    serial: str = ""
-    num_queues: int = 1
-    queue_size: int = 1024
-    block_size: int = 512
-    flush_interval_s: float = 60.0
-    poll_us: float = 32.0
-    stop_timeout_s: float = 30.0
-    """How long a stop of the process may take to bring everything to the server."""
-    drain_timeout_s: float = 30.0
-    """How long the guest's rings may take to stop, and what it wrote to get to the server then."""
-    withheld_features: int = 0
-    client: ClientOptions = field(default_factory=ClientOptions)
-    cache: CacheSettings = field(default_factory=CacheSettings)
-    api: ApiSettings = field(default_factory=ApiSettings)
-
-
-async def serve_disk(options: ServeOptions) -> None:
-    """Serve one disk until SIGTERM, SIGINT, SIGQUIT or SIGHUP, then stop cleanly.
+async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
+    """Serve the export at `uri_text` until SIGTERM, SIGINT, SIGQUIT or SIGHUP, then stop cleanly.
 
     Raises ConfigError, ConnectionLost or ProtocolError (possibly in a group), each with one line
     for the operator; BridgeError when the stop left something behind.
     """
-    uri = parse_uri(options.uri)
+    uri = parse_uri(uri_text)
     keep_freed_pages()
     report_bus_errors()
     allow_all_descriptors()
-    loop = Loop(poll_us=options.poll_us)
-    client_options = replace(options.client, read_only=options.read_only)
-    client_options = client_options.for_reading_and_writing(local=uri.socket_path is not None)
-    cache = replace(options.cache, flush_interval_s=options.flush_interval_s)
-    storage = Storage(uri, loop, client_options, cache)
+    loop = Loop(poll_us=settings.limits.poll_us)
+    options = client_options(settings.server, settings.tls)
+    options = replace(options, read_only=settings.disk.read_only)
+    options = options.for_reading_and_writing(local=uri.socket_path is not None)
+    storage = Storage(uri, loop, options, settings.cache)
     serving = trio.CancelScope()
-    stop = _Stop(options.stop_timeout_s)
+    stop = _Stop(settings.limits.stop_timeout_s)
     with ending_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
             nursery.start_soon(_cancel_at_signal, signals, serving, stop)
             try:
                 with serving:
-                    await _serve(options, loop, storage, stop, nursery)
+                    await _serve(uri, settings, loop, storage, stop, nursery)
             finally:
                 with trio.CancelScope(shield=True):
                     left_behind = await storage.close(stop.left_s)
                     stop.problem = left_behind or stop.problem
             nursery.cancel_scope.cancel()
     loop.close()
-    if stop.problem:
-        raise BridgeError(stop.problem)
+    if stop.problem is not None:
+        raise stop.problem
     _log.info("stopped")
 
 
 async def _serve(
-    options: ServeOptions, loop: Loop, storage: Storage, stop: _Stop, nursery: trio.Nursery
+    uri: NbdUri,
+    settings: ServeSettings,
+    loop: Loop,
+    storage: Storage,
+    stop: _Stop,
+    nursery: trio.Nursery,
 ) -> None:
     """Connect, then serve front-ends until cancelled; what was written is flushed at the end."""
     export = await storage.open()
     nursery.start_soon(storage.run)
     # A cache has a flush timer of its own.
-    interval_s = options.flush_interval_s if options.cache.mode == OFF else 0
+    interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
     disk = Disk(storage.backend, turn=loop.turn, flush_interval_s=interval_s, now=trio.current_time)
     nursery.start_soon(disk.run_flush_timer)
-    geometry = disk_geometry(export, options)
-    serial = options.serial or default_serial(export)
+    geometry = disk_geometry(uri, export, settings.disk)
+    serial = settings.disk.serial or default_serial(export)
 
     def remember() -> None:
         """For the process after this one. A server without a name that is away has lost what was
@@ -182,9 +164,9 @@ async def _serve(
         geometry,
         hits=disk.hits,
         serial=serial,
-        max_queues=options.num_queues,
-        max_queue_size=options.queue_size,
-        drain_timeout_s=options.drain_timeout_s,
+        max_queues=settings.disk.num_queues,
+        max_queue_size=settings.disk.queue_size,
+        drain_timeout_s=settings.limits.drain_timeout_s,
         on_abandoned=storage.abandon,
         on_all_stopped=all_stopped,
         on_left_behind=storage.stop_sending,
@@ -193,13 +175,13 @@ async def _serve(
         on_inherited=inherited,
         on_fresh_guest=nothing_inherited,
         epoch=storage.epoch,
-        withheld_features=options.withheld_features,
+        withheld_features=settings.disk.withheld_features,
     )
     if not (storage.has_cache or geometry.read_only):
         disk.on_changed = remember
         storage.client.on_reconnect = remember
-    facts = Facts(options.uri, options.socket_path, serial)
-    service = Service.of(Live(facts, loop, storage, disk, device), options.api)
+    facts = Facts(uri.text, settings.disk.socket_path, serial)
+    service = Service.of(Live(facts, loop, storage, disk, device), settings.control)
     nursery.start_soon(service.run)
 
     def stopping() -> None:
@@ -209,14 +191,14 @@ async def _serve(
     stop.on_begin = stopping
     storage.on_resized = device.resize
     nursery.start_soon(device.run)
-    with _listener(options) as listener:
+    with _listener(settings.disk) as listener:
         _log.info(
             "serving",
-            uri=options.uri,
-            socket=options.socket_path or f"fd {options.fd}",
+            uri=uri.text,
+            socket=settings.disk.socket_path or f"fd {settings.disk.fd}",
             size_bytes=geometry.capacity_sectors * SECTOR_BYTES,
             read_only=geometry.read_only,
-            cache=options.cache.mode,
+            cache=settings.cache.mode,
         )
         try:
             await backend.serve(device, listener)
@@ -229,12 +211,12 @@ async def _serve(
             # A cache keeps what could not be flushed, and has another try when it is closed.
             if not storage.has_cache and (flushing.cancelled_caught or error):
                 why = os.strerror(error) if error else "it did not answer in time"
-                stop.problem = (
+                stop.problem = BridgeError(
                     f"the server could not flush at the end ({why}): what the guest wrote since "
                     "its last flush may not be durable"
                 )
             elif disk.untold or storage.loss_untold:
-                stop.problem = (
+                stop.problem = BridgeError(
                     "the server may have lost writes of the guest's that it had not flushed, and "
                     "the guest has not flushed since, so it does not know: check its file systems"
                 )
@@ -253,31 +235,31 @@ async def _cancel_at_signal(
     serving.cancel()
 
 
-def _listener(options: ServeOptions) -> Listener:
-    if options.socket_path is not None:
-        return Listener.at_path(options.socket_path)
-    if options.fd is None:
-        raise ConfigError("give either --socket-path or --fd")
-    return Listener.from_fd(options.fd)
+def _listener(disk: DiskSettings) -> Listener:
+    if disk.socket_path is not None:
+        return Listener.at_path(disk.socket_path)
+    if disk.fd is None:
+        raise ConfigError("neither a path nor a descriptor to listen on")
+    return Listener.from_fd(disk.fd)
 
 
-def disk_geometry(export: Export, options: ServeOptions) -> DiskGeometry:
+def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeometry:
     """What the guest gets to see of `export`. Raises ConfigError if it is no disk at all."""
-    if export.usable_bytes < options.block_size:
+    if export.usable_bytes < disk.block_size_bytes:
         raise ConfigError(
-            f"{options.uri}: the export has {export.size_bytes} bytes, less than one block of "
-            f"{options.block_size}: there is no disk to serve"
+            f"{uri.text}: the export has {export.size_bytes} bytes, less than one block of "
+            f"{disk.block_size_bytes}: there is no disk to serve"
         )
-    if tail := export.size_bytes % options.block_size:
+    if tail := export.size_bytes % disk.block_size_bytes:
         _log.warning(
             "the end of the export is no whole block, the guest does not see it",
             size_bytes=export.size_bytes,
             hidden_bytes=tail,
         )
-    if export.read_only and not options.read_only:
-        why = {"reason": export.why_read_only} if export.why_read_only else {}
+    if export.read_only and not disk.read_only:
+        why = {"reason": export.volume.why_read_only} if export.volume.why_read_only else {}
         _log.warning(
-            "the export is read-only, so the disk is; say --read-only to expect that", **why
+            "the export is read-only, so the disk is", remedy=Remedy.EXPECT_READ_ONLY, **why
         )
     if not export.can_flush and not export.read_only:
         _log.warning(
@@ -286,10 +268,10 @@ def disk_geometry(export: Export, options: ServeOptions) -> DiskGeometry:
         )
     return DiskGeometry(
         size_bytes=export.usable_bytes,
-        read_only=options.read_only or export.read_only,
+        read_only=disk.read_only or export.read_only,
         can_flush=export.can_flush,
         can_discard=export.can_trim,
-        block_size_bytes=options.block_size,
+        block_size_bytes=disk.block_size_bytes,
         min_io_bytes=max(export.min_block_bytes, SECTOR_BYTES),
         optimal_io_bytes=export.preferred_block_bytes if export.has_block_sizes else 0,
     )

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from errno import EIO
 from functools import partial
 from pathlib import Path
@@ -19,39 +18,31 @@ from pathlib import Path
 import structlog
 import trio
 
+from bridge.app.settings import CacheSettings
 from bridge.cache.cache import Cache
-from bridge.cache.cache_options import Options
+from bridge.cache.cache_options import OFF, Options
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import location
-from bridge.cache.file.cache_file import (
-    CacheFile,
-    believe,
-    dirty_bytes,
-    has_content,
-    open_file,
-    open_or_create,
-)
+from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.file.inspect import drop
 from bridge.cache.file.layout import Identity, geometry_for
 from bridge.cache.file.location import Found, Wanted
+from bridge.cache.file.locking import has_content
+from bridge.cache.file.opening import believe, open_file, open_or_create
 from bridge.cache.sample import check_sample
 from bridge.datapath.deadlines import Deadlines
 from bridge.datapath.disk import Backend
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE_ZEROES, Request, Target
 from bridge.datapath.turn import Outcome, Turn
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, InUse, LeftBehind
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, InUse, LeftBehind, Remedy
 from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.uri import NbdUri
+from bridge.server.volume_words import VolumeName
 
 _log = structlog.get_logger(__name__)
-
-WRITEBACK = "writeback"
-WRITETHROUGH = "writethrough"
-OFF = "off"
-
 
 _ANSWER_LIMIT_S = 10.0
 """How long what the cache asks of the server at the start may take."""
@@ -64,22 +55,8 @@ _LEAVE_S = 2.0
 """How long a session that is left may take to answer what is in flight: the limit of the stop has
 passed already, and hanging up before aborts nbdkit 1.32."""
 
-_FORCE = "nbd-bridge cache flush --force"
-"""How what only a cache has is written over what somebody else wrote."""
-
 _SAMPLE_BLOCKS = 64
 """How many clean blocks are compared when a guest comes back to a server that counts nobody."""
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """The cache as the command line has it."""
-
-    mode: str = OFF
-    size_bytes: int = 1 << 30
-    directory: str | None = None
-    """None: `default_directory()`."""
-    flush_interval_s: float = 60.0
 
 
 def default_directory() -> Path:
@@ -93,8 +70,8 @@ def default_directory() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbd-bridge"
     except RuntimeError:
         raise ConfigError(
-            f"user {os.geteuid()} has no home directory for the cache: choose a directory with "
-            "--cache-dir, or serve with --cache-mode off"
+            f"user {os.geteuid()} has no home directory for the cache",
+            remedy=Remedy.NAME_DIRECTORY,
         ) from None
 
 
@@ -113,8 +90,8 @@ def make_default_directory() -> None:
         chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"cache directory {chosen} cannot be made ({error.strerror}): "
-            "choose another with --cache-dir, or --cache-mode off"
+            f"cache directory {chosen} cannot be made ({error.strerror})",
+            remedy=Remedy.OTHER_DIRECTORY,
         ) from None
 
 
@@ -123,7 +100,7 @@ def cache_identity(uri: NbdUri) -> Identity:
 
     Our plugin's `@session=…` is no part of that: the next session of a volume finds its cache.
     """
-    return Identity(uri=uri.server, export=uri.export_name.partition("@session=")[0])
+    return Identity(uri=uri.server, export=VolumeName(uri.export_name).without_session)
 
 
 def wanted_cache(uri: NbdUri, export: Export | None) -> Wanted:
@@ -133,7 +110,7 @@ def wanted_cache(uri: NbdUri, export: Export | None) -> Wanted:
     if export is None:
         return Wanted(identity, frozenset(names), b"", 0)
     if export.canonical_name:
-        names.add(export.canonical_name.partition("@session=")[0])
+        names.add(VolumeName(export.canonical_name).without_session)
     return Wanted(identity, frozenset(names), export.identity, export.usable_bytes)
 
 
@@ -150,8 +127,9 @@ def passed_over(uri: NbdUri, found: Found) -> ConfigError:
     which = "belongs to" if found.owned else "may belong to"
     return ConfigError(
         f"cache file {found.path} {which} the export {uri.text} and holds {found.dirty_bytes} "
-        f"bytes that the server lacks: run 'nbd-bridge cache flush {found.path}' first, or give "
-        f"them up with 'nbd-bridge cache drop --discard-dirty {found.path}'"
+        "bytes that the server lacks",
+        remedy=Remedy.FLUSH_OR_GIVE_UP,
+        path=found.path,
     )
 
 
@@ -165,12 +143,15 @@ def _remove(files: list[Found]) -> None:
             )
 
 
-def unwritten(file: CacheFile, reason: str, remedy: str) -> ConfigError:
+def unwritten(
+    file: CacheFile, reason: str, remedy: Remedy = Remedy.FORCE_OR_GIVE_UP
+) -> ConfigError:
     """For the operator: the cache file holds what the server has not, and that is in the way."""
     return ConfigError(
         f"cache file {file.path} holds {dirty_bytes(file)} bytes that the server lacks, and "
-        f"{reason}: run '{remedy} {file.path}' first, or give them up with "
-        f"'nbd-bridge cache drop --discard-dirty {file.path}'"
+        f"{reason}",
+        remedy=remedy,
+        path=file.path,
     )
 
 
@@ -182,16 +163,16 @@ def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
     shared = file.header.shared or is_shared(export.name)
     if file.header.frozen and (export.sessions is None or shared):
         reason = "the guest was stopped and may have written elsewhere since, which cannot be told"
-        raise unwritten(file, reason, _FORCE)
+        raise unwritten(file, reason)
     if export.content_sessions is None:
         return
     if reason := cache.foreign_change(*export.content_sessions, export.identity):
-        raise unwritten(file, reason, _FORCE)
+        raise unwritten(file, reason)
 
 
 def is_shared(export_name: str) -> bool:
     """Others may be in the same session of our plugin: for a migration."""
-    return "@session=" in export_name
+    return VolumeName(export_name).is_shared
 
 
 def note_export(cache: Cache, export: Export) -> None:
@@ -233,15 +214,15 @@ async def check_content(
             file,
             "the export is not as it was left: somebody else wrote it, or another image is in its "
             f"place ({differing} blocks that were read or flushed before are different now)",
-            _FORCE,
         )
     if differing > 0:
         note_changed_content(cache, differing)
     elif differing < 0 and dirty and not force:
         raise ConnectionLost(
             f"cache file {file.path} holds data that the server lacks, and the server did not "
-            "answer when it was compared with the export: nothing was written; if reads of the "
-            f"export fail for good, run 'nbd-bridge cache flush --force {file.path}'"
+            "answer when it was compared with the export: nothing was written",
+            remedy=Remedy.FORCE_IF_UNREADABLE,
+            path=file.path,
         )
     elif differing < 0:
         _log.warning("the cache could not be compared with the export: its clean part is discarded")
@@ -571,7 +552,7 @@ class Storage:
             if not believe(file):
                 return
             if dirty_bytes(file):
-                raise unwritten(file, "it would be passed over", "nbd-bridge cache flush")
+                raise unwritten(file, "it would be passed over", Remedy.FLUSH_OR_GIVE_UP)
             if not read_only and export.sessions is None:
                 # Nobody would tell the next run that this one wrote.
                 os.unlink(path)
@@ -622,7 +603,8 @@ class Storage:
         if reason and reason != self._objection:
             _log.error(
                 "nothing is sent to the server, and the guest waits, until the export is as it was "
-                f"or this bridge is stopped: {unwritten(file, reason, _FORCE)}"
+                "or this bridge is stopped",
+                problem=unwritten(file, reason),
             )
         self._objection = reason
         return reason
@@ -746,32 +728,32 @@ class Storage:
         """The guest has stopped: bring what it wrote to the server and `flush` it, so that it may
         go on elsewhere. Raises LeftBehind if that fails; may be cancelled."""
         if self._is_frozen:
-            raise LeftBehind(self._what_is_left())
+            raise self._what_is_left()
         if not self._away and (error := await flush()):
             raise LeftBehind(
                 f"the server could not flush ({os.strerror(error)}): what the guest wrote since "
                 "its last flush may not be durable"
             )
         if self._late or (self._cache is not None and self._cache.index.dirty_slots):
-            if left_here := await self.stop_sending():
-                raise LeftBehind(left_here)
+            if (left_here := await self.stop_sending()) is not None:
+                raise left_here
         elif self._cache is None:
             self.client.silence()
         self.may_be_written_elsewhere()
 
-    async def stop_sending(self) -> str:
+    async def stop_sending(self) -> LeftBehind | None:
         """The guest has stopped and may go on elsewhere before all that it wrote is at the server:
         nothing of it is sent from here any more, until `starting`.
 
         What is dirty is marked in the cache file as frozen, and the session is left. Returns what
-        is left here and what to do, one line, or "" if nothing is.
+        is left here, None if nothing is.
         """
         cache, file = self._cache, self._file
         if cache is None or file is None:
             self.client.silence()
-            return ""
+            return None
         if not cache.index.dirty_slots and not self._late:
-            return ""
+            return None
         self._away = True
         # The mark comes first: from here on a death finds it. The gate next: what is not in the
         # client's hands yet never gets there.
@@ -782,7 +764,7 @@ class Storage:
         await self.client.leave(min(_LEAVE_S, self.client.options.close_timeout_s), EIO)
         if not cache.index.dirty_slots:
             file.save_header(frozen=False)  # the last answers came after all
-        return self._what_is_left() if self._is_frozen else ""
+        return self._what_is_left() if self._is_frozen else None
 
     @property
     def has_left(self) -> bool:
@@ -793,13 +775,14 @@ class Storage:
     def _is_frozen(self) -> bool:
         return self._away and self._file is not None and self._file.header.frozen
 
-    def _what_is_left(self) -> str:
+    def _what_is_left(self) -> LeftBehind:
         assert self._file is not None
         path, dirty = self._file.path, dirty_bytes(self._file)
-        return (
+        return LeftBehind(
             f"the server did not take everything before the guest stopped: {dirty} bytes are kept "
-            f"in {path} and not sent any more; start the guest here again, or stop this bridge and "
-            f"run 'nbd-bridge cache flush {path}' before it starts elsewhere"
+            f"in {path} and not sent any more",
+            remedy=Remedy.GO_ON_HERE_OR_FLUSH,
+            path=path,
         )
 
     def starting(self, go: Callable[[], None]) -> bool:
@@ -833,7 +816,7 @@ class Storage:
             return reason
         if is_shared(self._uri.export_name):
             # One number for all of the session: only who wrote last tells more.
-            writer = export.properties.get("writer")
+            writer = export.volume.writer
             if writer is None:
                 return "others in the same session may have written the export since"
             if writer != self.client.client_id:
@@ -852,7 +835,7 @@ class Storage:
 
     def _refuse_return(self, reason: str) -> None:
         assert self._file is not None
-        self._refusal = BridgeError(str(unwritten(self._file, reason, _FORCE)))  # not asked wrongly
+        self._refusal = unwritten(self._file, reason).within(BridgeError)  # not asked wrongly
         self._refused.set()
 
     async def _watch_refusal(self) -> None:
@@ -882,13 +865,13 @@ class Storage:
             self._under_cache.refuse(errno)
             self._cache.refuse(errno)
 
-    async def close(self, limit_s: float) -> str:
+    async def close(self, limit_s: float) -> BridgeError | None:
         """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up.
 
         What the cache still reads is waited for: hanging up with requests in flight aborts
         nbdkit 1.32. A quarter of the limit is kept for that, if the client's own is not shorter.
 
-        Returns "", or where what the server did not take is, for the operator.
+        Returns None, or where what the server did not take is.
         """
         hang_up_s = min(self.client.options.close_timeout_s, limit_s / 4)
         deadline_s = trio.current_time() + limit_s
@@ -899,22 +882,23 @@ class Storage:
         await self.client.close(max(deadline_s - trio.current_time(), hang_up_s))
         dirty = self._opened and self._cache is not None and self._cache.index.dirty_slots
         path = self._file.path if self._file is not None else ""
-        objection = ""
+        objection = None
         if self._objection and self._file is not None:
-            objection = str(unwritten(self._file, self._objection, _FORCE))
+            objection = unwritten(self._file, self._objection).within(BridgeError)
         problem = await self._close_file(max(deadline_s - trio.current_time(), FILE_LIMIT_S))
         if not dirty:
-            return problem
+            return BridgeError(problem) if problem else None
         if problem:
-            return f"{problem}; it holds what the server did not take in time"
-        if objection:
+            return BridgeError(f"{problem}; it holds what the server did not take in time")
+        if objection is not None:
             return objection
         if self._away:
-            return (
-                f"what the server lacks is kept in {path}: before the guest starts elsewhere, run "
-                f"'nbd-bridge cache flush {path}'"
+            return BridgeError(
+                f"what the server lacks is kept in {path}",
+                remedy=Remedy.FLUSH_BEFORE_ELSEWHERE,
+                path=path,
             )
-        return (
+        return BridgeError(
             f"the server did not take everything in time: what is missing is kept in {path} and "
             "goes to the server at the next start"
         )

@@ -4,7 +4,7 @@
   parts share; `cache_options`: the limits; `upstream`: what it needs of the server.
 - `blocks`: the states of a block, and the only code that changes them; `index`: granule → slot, in
   flat arrays; `eviction`: which clean granule goes when room is needed; `slots`: both in step.
-- `reads`, `fetch`, `readahead`, `buffers`: reads that are no hit; `cold`: blocks that left the page
+- `reads`, `fetch`, `readahead`: reads that are no hit; `cold`: blocks that left the page
   cache.
 - `store`: guest writes into the cache, and when each is complete.
 - `writeback`, `dirty_ring`, `wait`, `flush`: dirty blocks to the server, in which order, what waits

@@ -22,8 +22,9 @@ from bridge.cache.discards import Discards
 from bridge.cache.eviction import UP, Evictor
 from bridge.cache.exclusive import Exclusives
 from bridge.cache.fetch import Fetcher
-from bridge.cache.file.cache_file import MappedImage, damaged_index
+from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import BITS
+from bridge.cache.file.opening import damaged_index
 from bridge.cache.flush import Flusher
 from bridge.cache.index import Index
 from bridge.cache.range_requests import Ranges

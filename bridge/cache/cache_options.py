@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WRITEBACK = "writeback"
+OFF = "off"
 WRITETHROUGH = "writethrough"
+WRITEBACK = "writeback"
+"""How a disk is cached: not at all, for reads only, or so that its writes complete in the cache."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from bridge.cache.blocks import Blocks, zeroed
-from bridge.cache.buffers import Bytes
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of
+from bridge.datapath.buffers import Bytes
 
 
 class Image(Protocol):

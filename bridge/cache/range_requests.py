@@ -14,10 +14,11 @@ from typing import Final, NamedTuple
 
 from bridge.cache.common import Common
 from bridge.cache.exclusive import Exclusives
+from bridge.datapath.buffers import ZEROES
 from bridge.datapath.request import DISCARD, FUA, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.turn import Outcome
 
-_ZEROES = memoryview(bytes(256 * 1024))
+_ZEROES_BYTES = 256 * 1024
 """One write of zero bytes; the same memory for all."""
 
 
@@ -106,9 +107,7 @@ class Ranges:
         elif step.op == WRITE:
             length = step.stop - step.start
             self._submit(
-                Request(
-                    WRITE, step.start, length, [_ZEROES[:length]], self._written, step.flags, op
-                )
+                Request(WRITE, step.start, length, [ZEROES[:length]], self._written, step.flags, op)
             )
         else:
             shift = self._index.block_shift
@@ -148,6 +147,6 @@ class Ranges:
 
     def _write_steps(self, start: int, stop: int, flags: int) -> Iterator[_Step]:
         while start < stop:
-            length = min(stop - start, len(_ZEROES))
+            length = min(stop - start, _ZEROES_BYTES)
             yield _Step(WRITE, start, start + length, flags & FUA)
             start += length

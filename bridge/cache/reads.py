@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
-from bridge.cache.buffers import scatter
 from bridge.cache.common import Common
 from bridge.cache.discards import Discards
 from bridge.cache.fetch import Fetcher
 from bridge.cache.readahead import Readahead
+from bridge.datapath.buffers import scatter
 from bridge.datapath.request import READ, Request
 from bridge.datapath.turn import Outcome, Turn
 

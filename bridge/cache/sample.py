@@ -22,8 +22,8 @@ from typing import Protocol, cast
 from bridge.cache.index import Index
 from bridge.cache.upstream import Backend
 from bridge.datapath.request import READ, Request
+from bridge.units import SECTOR_BYTES
 
-_SECTOR_BYTES = 512
 _HEAD_BYTES = 2 << 20
 """The beginning of the disk, with its partition table and mostly a first superblock: mounting a
 file system to write changes that. As far as it is cached, it is compared in any case."""
@@ -130,8 +130,8 @@ def compare(
 
 def _differ_by_zeroes(one: memoryview, other: memoryview) -> bool:
     """Each sector is the same in both, or zeroes in one of them."""
-    for at in range(0, len(one), _SECTOR_BYTES):
-        a, b = one[at : at + _SECTOR_BYTES], other[at : at + _SECTOR_BYTES]
+    for at in range(0, len(one), SECTOR_BYTES):
+        a, b = one[at : at + SECTOR_BYTES], other[at : at + SECTOR_BYTES]
         if a != b and any(a) and any(b):
             return False
     return True

@@ -19,7 +19,6 @@ from enum import Enum
 from errno import ECANCELED, EIO
 from typing import NamedTuple
 
-from bridge.cache.buffers import gather
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.common import Common
 from bridge.cache.discards import Discards
@@ -28,6 +27,7 @@ from bridge.cache.file.layout import BITS, DIRTY_SHIFT
 from bridge.cache.flush import Flusher
 from bridge.cache.wait import WriteOutWait
 from bridge.cache.writeback import Writeback
+from bridge.datapath.buffers import gather
 from bridge.datapath.request import FUA, Request
 from bridge.datapath.turn import Outcome
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from bridge.datapath.request import PREFETCH, Request
-
-HOLE = 1
-ZERO = 2
-"""Flags of NBD's `base:allocation` context."""
+from bridge.spec.nbd import STATE_HOLE, STATE_ZERO
 
 _CHUNK_BYTES = 1 << 20
 _IN_FLIGHT = 8
@@ -22,7 +19,7 @@ def data_ranges(extents: Iterable[tuple[int, int]], offset: int = 0) -> Iterator
     """
     start = end = offset
     for length, flags in extents:
-        if flags & HOLE and flags & ZERO:
+        if flags & STATE_HOLE and flags & STATE_ZERO:
             if end > start:
                 yield start, end - start
             start = end = end + length

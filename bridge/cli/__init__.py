@@ -1,7 +1,14 @@
 """The commands of `nbd-bridge`: what an operator types and reads.
 
-- `main`: the commands that work on exports and cache files; `parameters`: what options accept;
-  `output`: what every command says, and how it ends.
-- `bridges` (`list`), `status`, `flush`, `resize`, `settings` (`set`), `stop`: they ask running
-  bridges over their control sockets; `control`: what these share; `api_options`: those of `serve`.
+- `main`: finds the command; one module for each: `serve`, `info`, `cache_show`, `cache_drop`,
+  `cache_flush`, `cache_warm`, `demo`;
+- those that ask running bridges over their control sockets: `bridges` (`list`), `status`, `flush`,
+  `resize`, `set_settings` (`set`), `stop`; `control`: what they share;
+- `wording`: what an operator is told of an error, and what helps: sentences that name a command or
+  an option stand there, and nowhere else;
+- `common`: how each is made, prints and fails; `options`: what options accept, made from
+  `bridge.app.settings`, where every option is declared.
+
+A new option goes into `bridge.app.settings`; a new command gets a module here, its settings there,
+and a line in `main`.
 """

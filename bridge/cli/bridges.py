@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bridge.cli.control import LOOK_S, as_json, command
-from bridge.cli.output import one_line_errors, print_line
+from bridge.api.client import ask
+from bridge.api.places import SUFFIX, control_sockets
+from bridge.app.settings import StatusSettings
+from bridge.cli import common
+from bridge.cli.control import LOOK_S
 from bridge.errors import BridgeError
 from bridge.units import size_text
 
@@ -15,36 +19,26 @@ _AT_ONCE = 16
 _HEAD = ("NAME", "GUEST", "SERVER", "SIZE", "CACHE", "DIRTY", "HITS", "SAFE", "URI")
 
 
-@command("list", "nbd-bridge list\nnbd-bridge list --json | jq -r '.[].bridge.name'")
-@as_json
-@one_line_errors
-def list_(as_json: bool) -> None:
+@common.command("list", StatusSettings, example="nbd-bridge list")
+def command(settings: StatusSettings) -> None:
     """Print all bridges of this host, one a line.
 
     SAFE says whether everything that the guest wrote is on the server.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from bridge.api.places import control_sockets
-
-    paths = control_sockets()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = list(pool.map(_look, paths))
-    if as_json:
-        print_line(json.dumps(found, indent=2))
+        found = list(pool.map(_look, control_sockets()))
+    if settings.output.as_json:
+        common.print_result(json.dumps(found, indent=2))
         return
     rows = [_HEAD, *(map(_row, found))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     for row in rows:
         line = "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
-        print_line(line.rstrip())
+        common.print_result(line.rstrip())
 
 
 def _look(path: Path) -> dict[str, Any]:
     """The status of the bridge at `path`, or why there is none."""
-    from bridge.api.client import ask
-    from bridge.api.places import SUFFIX
-
     try:
         return ask(path, "GET", "/status", timeout_s=LOOK_S)
     except BridgeError as error:

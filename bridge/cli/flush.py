@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import click
 
-from bridge.cli.control import NAME_HELP, act, as_json, command, show, timeout
-from bridge.cli.output import one_line_errors
+from bridge.app.settings import ActionSettings
+from bridge.cli import common
+from bridge.cli.control import act, show
 
 
-@command("flush", "nbd-bridge flush vm0\nnbd-bridge flush vm0 --timeout 600")
+@common.command("flush", ActionSettings, example="nbd-bridge flush vm0 --timeout 600")
 @click.argument("name")
-@timeout
-@as_json
-@one_line_errors
-def flush(name: str, timeout_s: float, as_json: bool) -> None:
+def command(settings: ActionSettings, name: str) -> None:
     """Bring everything that bridge NAME holds to the server, durable.
 
-    The guest goes on meanwhile, and what is cached stays.
+    The guest goes on meanwhile, and what is cached stays. NAME is what `list` shows, or the path
+    of a control socket.
     """
-    answer = act(name, "POST", "/flush", {"timeout_s": timeout_s}, timeout_s=timeout_s)
-    show(answer, f"flushed in {answer['seconds']:.1f} s", as_json=as_json)
-
-
-assert flush.help is not None
-flush.help += f" {NAME_HELP}"
+    timeout_s = settings.action.timeout_s
+    answer = act(name, "/flush", {"timeout_s": timeout_s}, timeout_s=timeout_s)
+    show(answer, f"flushed in {answer['seconds']:.1f} s", as_json=settings.output.as_json)

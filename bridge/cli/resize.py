@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import click
 
-from bridge.cli.control import NAME_HELP, act, as_json, command, show, timeout
-from bridge.cli.output import one_line_errors
+from bridge.app.settings import ActionSettings
+from bridge.cli import common
+from bridge.cli.control import act, show
 from bridge.units import size_text
 
 
-@command("resize", "nbd-bridge resize vm0")
+@common.command("resize", ActionSettings, example="nbd-bridge resize vm0")
 @click.argument("name")
-@timeout
-@as_json
-@one_line_errors
-def resize(name: str, timeout_s: float, as_json: bool) -> None:
+def command(settings: ActionSettings, name: str) -> None:
     """Have bridge NAME ask the server for the export's size again.
 
     Make the export larger first, at the server. The guest then sees the new size; a disk cannot
-    shrink under a guest.
+    shrink under a guest. NAME is what `list` shows, or the path of a control socket.
     """
-    answer = act(name, "POST", "/resize", {"timeout_s": timeout_s}, timeout_s=timeout_s)
+    timeout_s = settings.action.timeout_s
+    answer = act(name, "/resize", {"timeout_s": timeout_s}, timeout_s=timeout_s)
     size = size_text(answer["size_bytes"])
     text = f"the disk has {size} now" if answer["changed"] else f"the disk has {size}, as before"
-    show(answer, text, as_json=as_json)
-
-
-assert resize.help is not None
-resize.help += f" {NAME_HELP}"
+    show(answer, text, as_json=settings.output.as_json)

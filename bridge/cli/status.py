@@ -7,38 +7,30 @@ from typing import Any
 
 import click
 
-from bridge.cli.control import LOOK_S, NAME_HELP, as_json, command
-from bridge.cli.output import one_line_errors, print_line
+from bridge.api.client import ask
+from bridge.api.places import control_sockets, socket_of
+from bridge.app.settings import StatusSettings
+from bridge.cli import common
+from bridge.cli.control import LOOK_S
 from bridge.errors import ConfigError
 from bridge.units import size_text
 
 
-@command(
-    "status",
-    "nbd-bridge status\n"
-    "nbd-bridge status vm0\n"
-    "nbd-bridge status vm0 --json | jq .safe_to_reboot.safe",
-)
+@common.command("status", StatusSettings, example="nbd-bridge status vm0")
 @click.argument("name", required=False)
-@as_json
-@one_line_errors
-def status(name: str | None, as_json: bool) -> None:
-    """Print how bridge NAME is, and whether this host may be rebooted."""
-    from bridge.api.client import ask
-    from bridge.api.places import control_sockets, socket_of
+def command(settings: StatusSettings, name: str | None) -> None:
+    """Print how bridge NAME is, and whether this host may be rebooted.
 
+    NAME is what `list` shows, or the path of a control socket. Without one, all are shown.
+    """
     paths = [socket_of(name)] if name else control_sockets()
     if not paths:
-        raise ConfigError("no bridge is running that this user may ask: see 'nbd-bridge list'")
+        raise ConfigError("no bridge is running that this user may ask")
     found = [ask(path, "GET", "/status", timeout_s=LOOK_S) for path in paths]
-    if as_json:
-        print_line(json.dumps(found[0] if name else found, indent=2))
+    if settings.output.as_json:
+        common.print_result(json.dumps(found[0] if name else found, indent=2))
     else:
-        print_line("\n\n".join(map(describe, found)))
-
-
-assert status.help is not None
-status.help += f"\n\n{NAME_HELP} Without one, all bridges are shown."
+        common.print_result("\n\n".join(map(describe, found)))
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -66,9 +58,7 @@ def describe(found: dict[str, Any]) -> str:
         lines["warming"] = (
             f"{size_text(warming['done_bytes'])} of {size_text(warming['total_bytes'])}"
         )
-    width = max(map(len, lines))
-    text = "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
-    return f"{text}\nsafe to reboot this host: {found['safe_to_reboot']['answer']}"
+    return f"{common.table(lines)}\nsafe to reboot this host: {found['safe_to_reboot']['answer']}"
 
 
 def _guest(guest: dict[str, Any]) -> str:

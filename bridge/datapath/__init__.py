@@ -2,6 +2,7 @@
 
 - `request`: what travels from a guest's request to the server's reply;
 - `loop`, `turn`: one epoll under one trio task; what one turn carries, and in which order;
+- `buffers`: between a request's buffers and flat bytes;
 - `deadlines`: when something without a task of its own is called next;
 - `lanes`: large requests, some of them per turn;
 - `disk`: the seam between the guest's side and the storage side, and the flush timer;

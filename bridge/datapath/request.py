@@ -19,6 +19,9 @@ WRITE_ZEROES = 4
 PREFETCH = 5
 BLOCK_STATUS = 6
 
+CHANGES = (WRITE, DISCARD, WRITE_ZEROES)
+"""What alters the content of a disk."""
+
 OP_NAMES = ("read", "write", "flush", "discard", "write_zeroes", "prefetch", "block_status")
 
 FUA = 1

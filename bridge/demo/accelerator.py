@@ -16,12 +16,12 @@ from pathlib import Path
 from bridge.demo.qemu import GuestConfig
 from bridge.demo.virtual_machine import run_guest
 from bridge.errors import ConfigError
+from bridge.host import boot_id
 
 PROBE_LIMIT_S = 10.0
 """A guest under a working KVM is done in about a second, on a busy machine in three."""
 
 _KVM = Path("/dev/kvm")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 async def choose_accelerator(
@@ -40,9 +40,9 @@ async def choose_accelerator(
     if not os.access(device, os.R_OK | os.W_OK):
         return "tcg"
     answers = cache / "accelerator.json"
-    boot_id = _boot_id()
-    key = " ".join([boot_id, str(device), *qemu])
-    known = {k: v for k, v in _read_answers(answers).items() if k.startswith(boot_id)}
+    boot = boot_id().hex()
+    key = " ".join([boot, str(device), *qemu])
+    known = {k: v for k, v in _read_answers(answers).items() if k.startswith(boot)}
     if known.get(key) not in ("kvm", "tcg"):
         works = await probe_kvm(kernel, initrd, qemu=qemu, timeout_s=timeout_s, device=device)
         known[key] = "kvm" if works else "tcg"
@@ -76,10 +76,6 @@ async def probe_kvm(
         except ConfigError:
             return False
     return report.passed
-
-
-def _boot_id() -> str:
-    return _BOOT_ID.read_text().strip()
 
 
 def _read_answers(path: Path) -> dict[str, str]:

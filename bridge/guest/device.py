@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from math import inf
 
 import structlog
 import trio
@@ -34,28 +33,24 @@ import trio
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, UNASKED, Hits, Request, Target
 from bridge.errors import LeftBehind, ProtocolError
+from bridge.guest.drain import Drain
+from bridge.guest.regions import mapped, with_added
 from bridge.guest.ring import RunningRing
 from bridge.guest.ring_setup import make_queue, ring_areas, written_areas
 from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
 from bridge.guest.virtio.blk import BlkEngine, BlkRequest, one_epoch
-from bridge.guest.virtio.blk_config import F_RING_PACKED, BlkConfig, DiskGeometry
+from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.guest.virtio.chain import MAX_QUEUE_SIZE
 from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog
 from bridge.guest.virtio.inflight import InflightRegion, queue_size_by_region
 from bridge.guest.virtio.long_chains import LongViews
-from bridge.guest.virtio.memory import GuestMemory, Region, map_region
+from bridge.guest.virtio.memory import GuestMemory
+from bridge.spec.virtqueue import F_RING_PACKED
 
 _log = structlog.get_logger(__name__)
 
 _KICKLESS_POLL_S = 0.0005
 """How often a ring without a kick descriptor is looked at."""
-
-_SHORT_DRAIN_S = 1.0
-"""For what comes after a limit that has passed: a ring that stops right after one that had to be
-given up, the flush after that."""
-
-_SERIES_GAP_S = 1.0
-"""Stops that follow one another this closely are one stop of a device with several rings."""
 
 
 def _nothing_abandoned(requests: Sequence[Request]) -> None:
@@ -89,7 +84,7 @@ class BlkDevice:
         on_fresh_guest: Callable[[], None] | None = None,
         on_abandoned: Callable[[Sequence[Request]], object] = _nothing_abandoned,
         on_all_stopped: Callable[[], Awaitable[object]] | None = None,
-        on_left_behind: Callable[[], Awaitable[str]] | None = None,
+        on_left_behind: Callable[[], Awaitable[LeftBehind | None]] | None = None,
         on_starting: Callable[[Callable[[], None]], bool] = _at_once,
         epoch: Callable[[], int] = one_epoch,
         withheld_features: int = 0,
@@ -105,8 +100,8 @@ class BlkDevice:
         `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
         image next must find everything there. It raises LeftBehind if that failed, and is
         cancelled when it takes too long. After either, `on_left_behind` sees to it that nothing
-        more of the guest's is sent; it returns what is left here, one line for the operator, or
-        "". `on_starting(go)` is told that a ring starts: False, if it has to wait until `go` is
+        more of the guest's is sent; it returns what is left here, None if nothing is.
+        `on_starting(go)` is told that a ring starts: False, if it has to wait until `go` is
         called. `epoch()`: see `lanes.Job`. `withheld_features`: see BlkConfig.
         """
         self.max_queues = max_queues
@@ -128,7 +123,7 @@ class BlkDevice:
             turn=loop.turn,
             epoch=epoch,
         )
-        self._drain_timeout_s = drain_timeout_s
+        self._drain = Drain(drain_timeout_s)
         self._on_recovered = on_recovered
         self._on_inherited = on_inherited
         self._on_fresh_guest = on_fresh_guest
@@ -142,8 +137,6 @@ class BlkDevice:
         self._on_all_stopped = on_all_stopped
         self._on_left_behind = on_left_behind
         self._on_starting = on_starting
-        self._series_began_s = self._series_ended_s = -inf
-        self._waiting: trio.CancelScope | None = None
         self._memory = GuestMemory([])
         self._features = 0
         self._setups: dict[int, RingSetup] = {}
@@ -237,7 +230,7 @@ class BlkDevice:
     async def replace_memory(self, regions: list[MemoryRegion]) -> None:
         """See VhostUserDevice. Front-ends without memory slots do this to add a region."""
         try:
-            memory = GuestMemory([_map(region) for region in regions])
+            memory = mapped(regions)
         except ProtocolError:
             await self._use_memory(GuestMemory([]))
             raise
@@ -248,17 +241,7 @@ class BlkDevice:
 
     async def add_memory(self, region: MemoryRegion) -> None:
         """See VhostUserDevice. Nothing that was there goes away, so nothing has to wait."""
-        added = _map(region)
-        former = self._memory.region_at(added.guest_address)
-        if former is None or not former.has_the_addresses_of(added):
-            memory = self._memory.with_region(added)
-        elif self._rings and not former.is_the_same_as(added):
-            raise ProtocolError(
-                f"the memory region at {added.guest_address:#x} changes while rings run"
-            )
-        else:
-            memory = self._memory.with_region_again(added)
-        self._move_rings(memory)
+        self._move_rings(with_added(self._memory, region, in_use=bool(self._rings)))
 
     async def remove_memory(
         self, *, guest_address: int, user_address: int, size_bytes: int
@@ -280,7 +263,7 @@ class BlkDevice:
         gone = memory.missing_of(self._memory)
         rings = [ring for ring in self._rings.values() if ring.uses(gone)]
         try:
-            if not await self._drained(rings, self._deadline_s()):
+            if not await self._drain.rings(rings, self._drain.deadline_s()):
                 _log.warning("requests are still in flight in memory that is taken away")
             self._move_rings(memory)
         finally:
@@ -378,21 +361,7 @@ class BlkDevice:
 
     def hurry(self, limit_s: float) -> None:
         """The process stops: from here on, and for what waits now, drains take at most that."""
-        self._drain_timeout_s = min(self._drain_timeout_s, limit_s)
-        if self._waiting is not None:
-            until_s = trio.current_time() + limit_s
-            self._waiting.deadline = min(self._waiting.deadline, until_s)
-
-    def _deadline_s(self) -> float:
-        """Until when rings that have to stop now may be waited for, on trio's clock.
-
-        The rings of a device are stopped one after the other: not each may take that long.
-        """
-        now = trio.current_time()
-        if now - self._series_ended_s > _SERIES_GAP_S:
-            self._series_began_s = now
-        least_s = min(_SHORT_DRAIN_S, self._drain_timeout_s)
-        return max(self._series_began_s + self._drain_timeout_s, now + least_s)
+        self._drain.hurry(limit_s)
 
     async def _close_rings(
         self, indexes: Collection[int], *, told: bool = False, answered: bool = True
@@ -402,10 +371,10 @@ class BlkDevice:
         If they were the last ones, and the stop is to be `answered`, that is a promise (see the
         module's text): raises LeftBehind when it cannot be given.
         """
-        deadline_s = self._deadline_s()
+        deadline_s = self._drain.deadline_s()
         rings = [self._rings[index] for index in indexes]
         try:
-            await self._drain(rings, deadline_s)
+            await self._stop(rings, deadline_s)
         finally:
             bases = {}
             for index in indexes:
@@ -431,44 +400,47 @@ class BlkDevice:
                 ring.was_told()
         return bases
 
-    async def _bring_up_to_date(self, deadline_s: float) -> tuple[str, bool]:
+    async def _bring_up_to_date(self, deadline_s: float) -> tuple[LeftBehind | None, bool]:
         """Have everything that the guest wrote brought to the server; why that failed, or whether
         it took too long."""
         if self._on_all_stopped is None:
-            return "", False
-        failure = ""
-        least_s = min(_SHORT_DRAIN_S, self._drain_timeout_s)
-        deadline_s = max(deadline_s, trio.current_time() + least_s)
-        with trio.CancelScope(deadline=deadline_s) as scope:
-            self._waiting = scope
-            try:
-                await self._on_all_stopped()
-            except LeftBehind as error:
-                failure = str(error)
-            finally:
-                self._waiting = None
-        self._series_ended_s = trio.current_time()
-        return failure, scope.cancelled_caught
+            return None, False
+        all_stopped = self._on_all_stopped
+        failure: LeftBehind | None = None
 
-    async def _promise(self, failure: str, *, is_late: bool) -> None:
+        async def bring() -> None:
+            nonlocal failure
+            try:
+                await all_stopped()
+            except LeftBehind as error:
+                failure = error
+
+        in_time = await self._drain.last(bring, deadline_s)
+        return failure, not in_time
+
+    async def _promise(self, failure: LeftBehind | None, *, is_late: bool) -> None:
         """No ring runs, and the front-end is about to be told so: see the module's text."""
-        left_here = ""
+        left_here = None
         if (failure or is_late) and self._on_left_behind is not None:
             with trio.CancelScope(shield=True):
                 left_here = await self._on_left_behind()
-        if left_here or failure:
-            raise self._left_behind(left_here or failure)
+        if (left_behind := left_here or failure) is not None:
+            raise _logged(left_behind)
         in_region = sum(self._left.values())
         if self._logging and (is_late or in_region):
             what = f"{in_region} requests" if in_region else "the last flush"
-            raise self._left_behind(
-                f"the server has not answered {what} in time, and the guest migrates: it cannot "
-                "before that is answered; let it go on here and migrate it later"
+            raise _logged(
+                LeftBehind(
+                    f"the server has not answered {what} in time, and the guest migrates: it "
+                    "cannot before that is answered; let it go on here and migrate it later"
+                )
             )
         if self._logging and self._loss_untold:
-            raise self._left_behind(
-                "the server may have lost writes of the guest's, which its next flush has to tell "
-                "it, and only here: let the guest go on here and migrate it later"
+            raise _logged(
+                LeftBehind(
+                    "the server may have lost writes of the guest's, which its next flush has to "
+                    "tell it, and only here: let the guest go on here and migrate it later"
+                )
             )
         if in_region:
             _log.warning(
@@ -481,13 +453,9 @@ class BlkDevice:
                 "the flush before may not be durable yet"
             )
 
-    def _left_behind(self, problem: str) -> LeftBehind:
-        _log.error(problem)
-        return LeftBehind(problem)
-
-    async def _drain(self, rings: Collection[RunningRing], deadline_s: float) -> None:
+    async def _stop(self, rings: Collection[RunningRing], deadline_s: float) -> None:
         """Pause `rings`; return when everything they popped is answered, or abandoned."""
-        if await self._drained(rings, deadline_s):
+        if await self._drain.rings(rings, deadline_s):
             return
         failed = 0
         abandoned: list[BlkRequest] = []
@@ -502,7 +470,7 @@ class BlkDevice:
             _log.error(
                 "requests were not answered in time while rings stopped, they fail",
                 requests=failed,
-                timeout_s=self._drain_timeout_s,
+                timeout_s=self._drain.timeout_s,
             )
 
     def _abandon(self, requests: list[BlkRequest]) -> None:
@@ -516,21 +484,6 @@ class BlkDevice:
             self._abandon(requests)
         self._requests_of_closed += ring.requests
         return ring.close(told=False)
-
-    async def _drained(self, rings: Collection[RunningRing], deadline_s: float) -> bool:
-        """Pause `rings`; whether everything they popped was answered in time.
-
-        Cancellation has to wait for that: what is in flight writes to the guest's memory.
-        """
-        for ring in rings:
-            ring.pause()
-        with trio.CancelScope(shield=True, deadline=deadline_s) as scope:
-            self._waiting = scope
-            for ring in rings:
-                await ring.drained()
-        self._waiting = None
-        self._series_ended_s = trio.current_time()
-        return not scope.cancelled_caught
 
     def suspend_ring(self, index: int) -> None:
         """See VhostUserDevice."""
@@ -701,17 +654,12 @@ class BlkDevice:
             _log.warning("the guest sent a bad request (said once, counted)", what=problem)
 
 
+def _logged(error: LeftBehind) -> LeftBehind:
+    _log.error(error)
+    return error
+
+
 def _source(fd: int, offset: int) -> tuple[int, int, int]:
     """Which bytes of which file: the same region comes with another descriptor each time."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino, offset
-
-
-def _map(region: MemoryRegion) -> Region:
-    return map_region(
-        region.fd,
-        guest_address=region.guest_address,
-        user_address=region.user_address,
-        size_bytes=region.size_bytes,
-        mmap_offset_bytes=region.mmap_offset_bytes,
-    )

@@ -7,14 +7,19 @@ import itertools
 
 from bridge.errors import ProtocolError
 from bridge.guest.vhost_user.device_interface import RingSetup
-from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED
-from bridge.guest.virtio.chain import DESCRIPTOR_BYTES
 from bridge.guest.virtio.inflight import InflightRegion, TrackedSplitQueue
 from bridge.guest.virtio.inflight_packed import TrackedPackedQueue
 from bridge.guest.virtio.memory import GuestMemory
-from bridge.guest.virtio.packed_queue import EVENT_AREA_BYTES, PackedQueue
+from bridge.guest.virtio.packed_queue import PackedQueue
 from bridge.guest.virtio.queue import RingAreas, VirtQueue
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
+from bridge.spec.virtqueue import (
+    DESCRIPTOR_BYTES,
+    EVENT_AREA_BYTES,
+    F_EVENT_IDX,
+    F_INDIRECT,
+    F_RING_PACKED,
+)
 
 _SPLIT_ALIGNMENT_BYTES = (16, 2, 4)
 """Of descriptor table, available ring and used ring (virtio 1.3 §2.7)."""

@@ -19,7 +19,6 @@ Source: virtio 1.3 §5.2 (block device), vhost-user.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Sequence
 
 import trio
@@ -33,8 +32,15 @@ from bridge.guest.vhost_user.messages import (
     InflightRange,
     Request,
 )
-from bridge.guest.virtio.blk import (
+from bridge.peers.disk_config import CONFIG_BYTES, WRITEBACK_OFFSET, DiskConfig
+from bridge.peers.driver_queue import DriverQueue, queue_memory_bytes
+from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
+from bridge.peers.pending_requests import PendingRequests
+from bridge.peers.shared_memory import SharedMemory
+from bridge.spec.virtio_blk import (
     ID_BYTES,
+    SEGMENT,
+    SEGMENT_UNMAP,
     T_DISCARD,
     T_FLUSH,
     T_GET_ID,
@@ -42,12 +48,8 @@ from bridge.guest.virtio.blk import (
     T_OUT,
     T_WRITE_ZEROES,
 )
-from bridge.guest.virtio.blk_config import F_INDIRECT, F_RING_PACKED, SECTOR_BYTES
-from bridge.peers.disk_config import CONFIG_BYTES, WRITEBACK_OFFSET, DiskConfig
-from bridge.peers.driver_queue import DriverQueue, queue_memory_bytes
-from bridge.peers.frontend import PROTOCOL_FEATURES, FrontEnd
-from bridge.peers.pending_requests import PendingRequests
-from bridge.peers.shared_memory import SharedMemory
+from bridge.spec.virtqueue import F_INDIRECT, F_RING_PACKED
+from bridge.units import SECTOR_BYTES
 
 FEATURES = ((1 << 64) - 1) & ~F_RING_PACKED & ~F_LOG_ALL
 """Accept every feature that is offered, but packed rings and the dirty log."""
@@ -56,9 +58,6 @@ PACKED_FEATURES = FEATURES | F_RING_PACKED
 
 _GUEST_MEMORY_START = 0x1_0000_0000
 _REGION_GAP = 0x1000_0000
-
-_SEGMENT = struct.Struct("<QII")
-_UNMAP = 1
 
 
 class BlkDriver:
@@ -307,7 +306,7 @@ class BlkDriver:
         queue: int | None = None,
     ) -> None:
         """Zero the bytes of `ranges`, in one request."""
-        data = _segments(ranges, _UNMAP if unmap else 0)
+        data = _segments(ranges, SEGMENT_UNMAP if unmap else 0)
         await self.request(T_WRITE_ZEROES, data=data, queue=queue)
 
     async def get_id(self, *, queue: int | None = None) -> str:
@@ -382,6 +381,6 @@ class BlkDriver:
 def _segments(ranges: Sequence[tuple[int, int]], flags: int) -> bytes:
     """The payload of DISCARD and WRITE_ZEROES."""
     return b"".join(
-        _SEGMENT.pack(offset // SECTOR_BYTES, length // SECTOR_BYTES, flags)
+        SEGMENT.pack(offset // SECTOR_BYTES, length // SECTOR_BYTES, flags)
         for offset, length in ranges
     )

@@ -1,6 +1,6 @@
 """The configuration space of a virtio-blk device as its driver reads it (virtio 1.3 §5.2.4).
 
-The layout stands in `guest.virtio.blk_config`, too, for the device. That is meant: a driver that
+The layout stands in `spec.virtio_blk`, too, for the device. That is meant: a driver that
 took the device's own word for it would not notice a field in the wrong place.
 """
 

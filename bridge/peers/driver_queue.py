@@ -12,22 +12,19 @@ from collections.abc import Sequence
 
 import trio
 
-from bridge.guest.virtio.blk import T_DISCARD, T_OUT, T_WRITE_ZEROES
-from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED
 from bridge.peers.packed_driver import PackedDriver, write_packed_chain
 from bridge.peers.shared_memory import SharedMemory
-from bridge.peers.split_driver import (
+from bridge.peers.split_driver import QueueFull, SplitDriver, write_chain
+from bridge.spec.virtio_blk import T_DISCARD, T_OUT, T_WRITE_ZEROES
+from bridge.spec.virtqueue import (
+    DESC_INDIRECT,
+    DESC_WRITE,
     DESCRIPTOR_BYTES,
-    INDIRECT,
-    WRITE,
-    QueueFull,
-    SplitDriver,
-    write_chain,
+    F_EVENT_IDX,
+    F_INDIRECT,
+    F_RING_PACKED,
 )
 
-STATUS_OK = 0
-STATUS_IOERR = 1
-STATUS_UNSUPP = 2
 STATUS_NONE = 0xFF
 """What a status byte holds until the device has written it."""
 
@@ -94,7 +91,7 @@ class DriverQueue:
         self._headers = memory.view(headers, depth * 16)
         self._statuses = memory.view(statuses, depth)
         self._header_buffers = [(headers + slot * 16, 16, 0) for slot in range(depth)]
-        self._status_buffers = [(statuses + slot, 1, WRITE) for slot in range(depth)]
+        self._status_buffers = [(statuses + slot, 1, DESC_WRITE) for slot in range(depth)]
         self._data_addresses = [
             memory.allocate(self.request_bytes, align=4096) for _ in range(depth)
         ]
@@ -127,7 +124,7 @@ class DriverQueue:
             self._data[slot][: len(data)] = data
         _HEADER.pack_into(self._headers, slot * 16, kind, 0, sector)
         self._statuses[slot] = STATUS_NONE
-        flags = 0 if kind in (T_OUT, T_DISCARD, T_WRITE_ZEROES) else WRITE
+        flags = 0 if kind in (T_OUT, T_DISCARD, T_WRITE_ZEROES) else DESC_WRITE
         if self._shapes[slot] != (length, flags):
             self._shape(slot, length, flags)
         self.driver.add(slot, self._chains[slot])
@@ -148,7 +145,7 @@ class DriverQueue:
         ]
         if self._indirect:
             table_bytes = self._write_table(self._tables[slot], chain)
-            self._chains[slot] = [(self._table_addresses[slot], table_bytes, INDIRECT)]
+            self._chains[slot] = [(self._table_addresses[slot], table_bytes, DESC_INDIRECT)]
         else:
             self._chains[slot] = chain
         self._shapes[slot] = (length, flags)

@@ -25,8 +25,8 @@ import trio
 from bridge.errors import BridgeError, ConfigError, ProtocolError
 from bridge.peers.nbd_server_core import Command, ServerCore, ServerSettings, ServerState
 from bridge.peers.nbd_server_disk import ServerDisk
-from bridge.server import nbd_protocol as p
 from bridge.server.tls import start_tls
+from bridge.spec import nbd as p
 
 _log = structlog.get_logger(__name__)
 _RECEIVE_BYTES = 256 << 10

@@ -19,8 +19,8 @@ from enum import Enum
 
 from bridge.errors import ProtocolError
 from bridge.peers.nbd_server_disk import ServerDisk
-from bridge.server import nbd_protocol as p
-from bridge.server.nbd_protocol import TransmissionFlags
+from bridge.spec import nbd as p
+from bridge.spec.nbd import TransmissionFlags
 
 _OPTIONS_MAX = 64
 _OPTION_DATA_MAX_BYTES = 16 << 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-from bridge.server.nbd_protocol import STATE_HOLE, STATE_ZERO
+from bridge.spec.nbd import STATE_HOLE, STATE_ZERO
 
 _EXTENT_BYTES = 64 << 10
 

@@ -12,17 +12,18 @@ import struct
 from collections.abc import Sequence
 
 from bridge.guest.virtio.fence import fence
-from bridge.peers.split_driver import NEXT, Buffer, QueueFull
+from bridge.peers.split_driver import Buffer, QueueFull
+from bridge.spec.virtqueue import (
+    DESC_AVAIL,
+    DESC_NEXT,
+    DESC_USED,
+    DESCRIPTOR,
+    EVENT_AT_DESCRIPTOR,
+    EVENT_DISABLE,
+    EVENT_ENABLE,
+)
 
-AVAIL = 1 << 7
-USED = 1 << 15
-
-EVENT_ENABLE = 0
-EVENT_DISABLE = 1
-EVENT_DESC = 2
-
-_DESCRIPTOR = struct.Struct("=QIHH")
-_pack_descriptor = _DESCRIPTOR.pack_into
+_pack_descriptor = DESCRIPTOR.pack_into
 _pack_first = struct.Struct("=QIH").pack_into
 _WRAP = 1 << 15
 
@@ -89,7 +90,7 @@ class PackedDriver:
         last = count - 1
         first_flags = 0
         for position, (address, length, flags) in enumerate(buffers):
-            flags |= (AVAIL if wrap else USED) | (NEXT if position < last else 0)
+            flags |= (DESC_AVAIL if wrap else DESC_USED) | (DESC_NEXT if position < last else 0)
             if position:
                 _pack_descriptor(table, slot * 16, address, length, identity, flags)
             else:
@@ -112,7 +113,7 @@ class PackedDriver:
         self._added = 0
         fence()  # the descriptors must be visible before the device's wish is read
         flags = self._device_event[1]
-        if flags != EVENT_DESC or not self._event_idx:
+        if flags != EVENT_AT_DESCRIPTOR or not self._event_idx:
             return flags != EVENT_DISABLE
         wish = self._device_event[0]
         event = wish & ~_WRAP
@@ -147,13 +148,13 @@ class PackedDriver:
 
     def _is_used(self, slot: int, wrap: int) -> bool:
         flags = self._flags[slot * 8 + 7]
-        return flags & (AVAIL | USED) == (AVAIL | USED if wrap else 0)
+        return flags & (DESC_AVAIL | DESC_USED) == (DESC_AVAIL | DESC_USED if wrap else 0)
 
     def arm(self) -> bool:
         """Ask for a call at the next completion; True when there is one already."""
         if self._event_idx:
             self._driver_event[0] = self.used_idx | self._used_wrap << 15
-            self._driver_event[1] = EVENT_DESC
+            self._driver_event[1] = EVENT_AT_DESCRIPTOR
         else:
             self._driver_event[1] = EVENT_ENABLE
         fence()  # the wish must be visible before the device's progress is read
@@ -202,7 +203,7 @@ class PackedDriver:
 
     def available_flags(self, flags: int = 0) -> int:
         """`flags` as those of a descriptor that is available in the current round."""
-        return flags | (AVAIL if self._avail_wrap else USED)
+        return flags | (DESC_AVAIL if self._avail_wrap else DESC_USED)
 
     def set_driver_event(self, off_wrap: int, flags: int) -> None:
         """Store any driver event suppression structure."""

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import trio
 
 from bridge.errors import ConnectionLost, ProtocolError, RequestError
-from bridge.peers.driver_queue import STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, DriverQueue
+from bridge.peers.driver_queue import DriverQueue
+from bridge.spec.virtio_blk import S_IOERR, S_OK, S_UNSUPP
 
 _ALIVE_CHECK_S = 1.0
 """How long to wait for a completion before looking whether the back-end is still there."""
@@ -59,7 +60,7 @@ class PendingRequests:
             raise
         status = self._results[key]
         try:
-            if status != STATUS_OK:
+            if status != S_OK:
                 raise _request_error(status)
             if take is not None:
                 take(on, slot)
@@ -117,8 +118,8 @@ class PendingRequests:
 
 
 def _request_error(status: int) -> RequestError:
-    if status == STATUS_UNSUPP:
+    if status == S_UNSUPP:
         return RequestError(errno.ENOTSUP, "the device does not support the request (UNSUPP)")
-    if status == STATUS_IOERR:
+    if status == S_IOERR:
         return RequestError(errno.EIO, "the device failed the request (IOERR)")
     raise ProtocolError(f"the device gave status {status:#x}, which is none")

@@ -9,24 +9,21 @@ Source: virtio 1.3 §2.7 (split virtqueues), §2.7.7 and §2.7.10 (notification 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 from bridge.guest.virtio.fence import fence
+from bridge.spec.virtqueue import (
+    AVAIL_NO_INTERRUPT,
+    DESC_NEXT,
+    DESCRIPTOR,
+    DESCRIPTOR_BYTES,
+    USED_NO_NOTIFY,
+)
 
-NEXT = 1
-WRITE = 2
-INDIRECT = 4
-
-NO_INTERRUPT = 1
-NO_NOTIFY = 1
-
-DESCRIPTOR_BYTES = 16
-_DESCRIPTOR = struct.Struct("=QIHH")
-_pack_descriptor = _DESCRIPTOR.pack_into
+_pack_descriptor = DESCRIPTOR.pack_into
 
 Buffer = tuple[int, int, int]
-"""Guest address, length in bytes, flags (0, WRITE, or INDIRECT)."""
+"""Guest address, length in bytes, flags (0, DESC_WRITE, or DESC_INDIRECT)."""
 
 
 class QueueFull(Exception):
@@ -45,7 +42,7 @@ def write_chain(table: memoryview, buffers: Sequence[Buffer]) -> int:
     last = len(buffers) - 1
     for index, (address, length, flags) in enumerate(buffers):
         if index < last:
-            write_descriptor(table, index, address, length, flags | NEXT, index + 1)
+            write_descriptor(table, index, address, length, flags | DESC_NEXT, index + 1)
         else:
             write_descriptor(table, index, address, length, flags, 0)
     return len(buffers) * DESCRIPTOR_BYTES
@@ -117,7 +114,7 @@ class SplitDriver:
             last = len(buffers) - 1
             for position, (address, length, flags) in enumerate(buffers):
                 if position < last:
-                    flags |= NEXT
+                    flags |= DESC_NEXT
                     following = heads[position + 1]
                 else:
                     following = 0
@@ -138,7 +135,7 @@ class SplitDriver:
         if self._event_idx:
             event = self._avail_event[0]
             return ((new - event - 1) & 0xFFFF) < ((new - old) & 0xFFFF)
-        return not self._used[0] & NO_NOTIFY
+        return not self._used[0] & USED_NO_NOTIFY
 
     def poll(self) -> list[tuple[int, int]]:
         """Every new completion: token and used length in bytes (as the device says, unchecked).
@@ -176,7 +173,7 @@ class SplitDriver:
         if self._event_idx:
             self._avail[self._used_event] = (self.used_idx + 0x8000) & 0xFFFF
         else:
-            self._avail[0] = NO_INTERRUPT
+            self._avail[0] = AVAIL_NO_INTERRUPT
 
     @property
     def has_used(self) -> bool:

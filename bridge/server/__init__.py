@@ -1,8 +1,7 @@
 """The server's side: an NBD client that survives its server.
 
-From the wire upwards:
+From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
 
-* `nbd_protocol`: the numbers and layouts of the NBD specification;
 * `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O; `untrusted`:
   what a server says, bounded;
 * `connection`: one socket with both, driven by trio while it connects and by the data path's
@@ -12,5 +11,6 @@ From the wire upwards:
   server hangs up;
 * `split`, `align`, `overlaps`: how a request becomes commands that this server takes;
 * `client`: all of it behind `submit(request)`; `outage`: times without a server, counted and told;
-* `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave.
+* `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave;
+* `volume_words`: what our nbdkit plugin understands in a name, and says in a description.
 """

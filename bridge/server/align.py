@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bridge.datapath.buffers import ZEROES
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -196,7 +197,7 @@ class _WriteZeroes:
         self._mixed = False
         for start, end in ((request.offset, first), (last, stop)):
             if start < end:
-                zeroes = [memoryview(bytes(end - start))]
+                zeroes = [ZEROES[: end - start]]  # less than a block of 64 KiB
                 self._send(WRITE, start, end, zeroes, request.flags & FUA)
         if first < last:
             self._send(WRITE_ZEROES, first, last, [], request.flags)

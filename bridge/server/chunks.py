@@ -11,7 +11,7 @@ from struct import Struct
 
 from bridge.datapath.request import Request
 from bridge.errors import ProtocolError
-from bridge.server import nbd_protocol as p
+from bridge.spec import nbd as p
 
 _INTERVALS_MAX = 4096
 """Gaps that a reply may have at any time: an honest server answers in a few long pieces."""
@@ -81,43 +81,6 @@ class Assembly:
         """Every byte of the request has come."""
         request = self._request
         return self._starts == [request.offset] and self._stops == [request.offset + request.length]
-
-
-def slice_buffers(buffers: list[memoryview], skip: int, length: int) -> list[memoryview]:
-    """The parts of `buffers` that hold `length` bytes after the first `skip`."""
-    found: list[memoryview] = []
-    for view in buffers:
-        size = len(view)
-        if skip >= size:
-            skip -= size
-            continue
-        part = view[skip : skip + length]
-        skip = 0
-        found.append(part)
-        length -= len(part)
-        if not length:
-            break
-    return found
-
-
-def scatter(buffers: list[memoryview], skip: int, source: memoryview) -> None:
-    """Copy `source` into `buffers`, after their first `skip` bytes."""
-    position = 0
-    for view in slice_buffers(buffers, skip, len(source)):
-        stop = position + len(view)
-        view[:] = source[position:stop]
-        position = stop
-
-
-_ZEROES = bytes(64 << 10)
-
-
-def zero(buffers: list[memoryview], skip: int, length: int) -> None:
-    """Zero `length` bytes of `buffers` after their first `skip`."""
-    for view in slice_buffers(buffers, skip, length):
-        for start in range(0, len(view), len(_ZEROES)):
-            part = view[start : start + len(_ZEROES)]
-            part[:] = _ZEROES[: len(part)]
 
 
 def parse_hole(payload: memoryview) -> tuple[int, int]:

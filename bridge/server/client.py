@@ -15,7 +15,6 @@ fill the network. They are used only if the server says that a flush on one cove
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -33,9 +32,10 @@ from bridge.server.connection import Connection, Negotiated, Silent, leave, nego
 from bridge.server.export import Export
 from bridge.server.handshake import Goal, Listed
 from bridge.server.link import Phase, Session
-from bridge.server.nbd_protocol import NAME_MAX_BYTES
 from bridge.server.outage import Outages
 from bridge.server.uri import NbdUri
+from bridge.server.volume_words import VolumeDescription, VolumeName
+from bridge.spec.nbd import NAME_MAX_BYTES
 
 _log = structlog.get_logger(__name__)
 
@@ -70,8 +70,8 @@ class Client:
         """Set, but for the time between `leave` and `come_back`."""
         self._wanted.set()
         self._reconnecting = trio.CancelScope()
-        named = re.search(",client=([^,]+)", uri.export_name)
-        self.client_id = named[1] if named else secrets.token_hex(8)
+        self._name = VolumeName(uri.export_name)
+        self.client_id = self._name.client or secrets.token_hex(8)
         """Our name towards our plugin, which tells by it which client wrote a volume last."""
         self._takes_names = False
         self._plain_next = False
@@ -306,7 +306,9 @@ class Client:
         named = self._takes_names and not self._plain_next
         token = secrets.token_hex(8) if named else None
         try:
-            first = await negotiate(self.uri, self.options, export_name=self._name(token, 1))
+            first = await negotiate(
+                self.uri, self.options, export_name=self._name_to_send(token, 1)
+            )
         except ConfigError:
             # Perhaps another server took the place of our plugin: try without the names.
             self._plain_next = self._takes_names and not self._plain_next
@@ -316,14 +318,14 @@ class Client:
         if self.session.phase is Phase.CLOSED:
             return [first]
         export = first.export
-        announced = export.properties.get("session") == "yes"
-        is_plain = "@" not in export.name.partition("@session=")[0]
+        announced = export.volume.is_fenced
+        is_plain = VolumeName(export.name).may_name_reader
         if announced and self.options.read_only and is_plain:
             # Our plugin, which did not say so when it was asked: let go of the volume at once.
             await leave(first)
             self._reads_only = True
             return await self._negotiate_all()
-        announced = announced and self._may_be_named and not self._reads_only
+        announced = announced and self._name.may_name_client and not self._reads_only
         if announced and token is None and not self._names_refused:
             # Our plugin: connections that name one session are admitted together, and one that
             # names its client replaces what that client has left behind.
@@ -348,10 +350,12 @@ class Client:
         async def another(number: int) -> None:
             try:
                 found.append(
-                    await negotiate(self.uri, self.options, export_name=self._name(token, number))
+                    await negotiate(
+                        self.uri, self.options, export_name=self._name_to_send(token, number)
+                    )
                 )
             except BridgeError as error:
-                _log.warning("one connection less", error=str(error))
+                _log.warning("one connection less", error=error)
 
         try:
             async with trio.open_nursery() as nursery:
@@ -373,42 +377,27 @@ class Client:
         it; these say so in the name, since NBD has no other way. So it must be known whether the
         server is our plugin before the export is opened. A server that hangs up is asked again the
         next time."""
-        if "@" in self._volume:
+        if not self._name.may_name_reader:
             self._reads_only = False
             return
         with contextlib.suppress(ConnectionLost):
-            volume = self._volume
+            volume = self._name.without_session
             self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options, volume)
 
-    @property
-    def _volume(self) -> str:
-        """The export's name without the session that it may name: a reader is in none."""
-        return self.uri.export_name.partition("@session=")[0]
-
-    @property
-    def _may_be_named(self) -> bool:
-        """The export's name does not hold a client's name yet."""
-        name = self.uri.export_name
-        return "@" not in name or ("@session=" in name and ",client=" not in name)
-
-    def _name(self, token: str | None, number: int) -> str:
-        name = self.uri.export_name
+    def _name_to_send(self, token: str | None, number: int) -> str:
+        """The name of the export for connection `number` of the session `token`."""
         if self._reads_only:
-            return f"{self._volume}@readonly"
+            return self._name.for_reader()  # A reader is in no session.
         if token is None:
-            return name
-        if "@" in name:
-            # A session that is shared, for a migration: the name tells which client wrote last.
-            named = f"{name},client={self.client_id}"
-        else:
-            named = f"{name}@session={token},client={self.client_id},connection={number}"
+            return self._name.text
+        named = self._name.for_connection(token, client=self.client_id, number=number)
         # A server may refuse a name that is longer than the protocol's limit.
-        return named if len(named.encode()) <= NAME_MAX_BYTES else name
+        return named if len(named.encode()) <= NAME_MAX_BYTES else self._name.text
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
         if not self._broken.is_set():
-            self.outages.begin(trio.current_time(), str(error))
+            self.outages.begin(trio.current_time(), error)
         self.session.leaving()
         self._broken.set()
 
@@ -458,13 +447,13 @@ class Client:
             try:
                 await self._establish()
             except BridgeError as error:
-                if self.outages.failed(str(error)):
-                    _log.warning("cannot reconnect yet", reason=str(error))
+                if self.outages.failed(error):
+                    _log.warning("cannot reconnect yet", reason=error)
                 continue
             except Exception as error:
                 # A bug of ours must not take the disk away: it may be gone with what the server
                 # says next time.
-                if self.outages.failed(repr(error)):
+                if self.outages.failed(error):
                     _log.error("cannot reconnect yet: internal error", exc_info=error)
                 if self.session.phase is not Phase.UP:
                     continue
@@ -558,7 +547,7 @@ async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
     if not await _has_sessions(uri, options):
         return None
     try:
-        name = f"{uri.export_name}@readonly"
+        name = VolumeName(uri.export_name).for_reader()
         return await negotiate(uri, options, Goal.INFO, export_name=name)
     except BridgeError:
         return None
@@ -567,7 +556,7 @@ async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
 async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
     """The server is our plugin and has that export, says its list."""
     try:
-        return "@" not in uri.export_name and await _is_listed_by_our_plugin(
+        return VolumeName(uri.export_name).is_plain and await _is_listed_by_our_plugin(
             uri, options, uri.export_name
         )
     except BridgeError:
@@ -581,7 +570,7 @@ async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions, volume: 
     except (ConfigError, ProtocolError):
         return False
     return any(
-        each.description.startswith("nbd-bridge volume=") and each.name == (volume or each.name)
+        VolumeDescription(each.description).is_ours and each.name == (volume or each.name)
         for each in listed
     )
 

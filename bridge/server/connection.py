@@ -24,9 +24,16 @@ import structlog
 import trio
 
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
-from bridge.datapath.request import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.request import CHANGES, FUA, READ, WRITE, Request
 from bridge.datapath.turn import Turn
-from bridge.errors import BridgeError, CertificateWanted, ConfigError, ConnectionLost, ProtocolError
+from bridge.errors import (
+    BridgeError,
+    CertificateWanted,
+    ConfigError,
+    ConnectionLost,
+    ProtocolError,
+    Remedy,
+)
 from bridge.server import tls
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
@@ -47,7 +54,6 @@ _SOCKET_BUFFER_BYTES: Final = 1 << 20
 _TLS_SEND_BYTES: Final = 256 << 10
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
-_CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _PATIENCE: Final = 10
 """How many times `--request-timeout` a server may take that is not known to be dead."""
 _REASON_S: Final = 2.0
@@ -123,13 +129,13 @@ async def negotiate(
     except BridgeError as error:
         if handshake.silent_over_tls:
             # A server that does not like its client's certificate, or none, often says no more.
-            hint = (
-                "does it accept the certificate (--tls-cert)?"
+            raise CertificateWanted(
+                f"{uri.server}: {error}",
+                remedy=Remedy.CERTIFICATE_ACCEPTED
                 if tls.has_certificate(uri, options)
-                else "if it wants a certificate of its client, give --tls-cert and --tls-key"
-            )
-            raise CertificateWanted(f"{uri.server}: {error}: {hint}") from None
-        raise type(error)(f"{uri.server}: {error}") from None
+                else Remedy.PERHAPS_GIVE_CERTIFICATE,
+            ) from None
+        raise error.within(type(error), f"{uri.server}: ") from None
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
     return Negotiated(sock, handshake)
@@ -375,7 +381,7 @@ class Connection:
         """See link.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
         unfinished = (*transmission.pending.values(), *transmission.early)
-        return [request for request in unfinished if request.op in _CHANGES]
+        return [request for request in unfinished if request.op in CHANGES]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
         """Whether the server must be taken for dead. To be asked a few times per `timeout_s`.

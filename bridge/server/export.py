@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
-from bridge.server.nbd_protocol import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
-from bridge.server.untrusted import counter
-
-_WORD = re.compile(r"(?:^|[\s;,])([a-z_]+)=([^\s;,]{1,128})")
-_REFUSAL = re.compile(r"nbd-bridge volume=.*? refused: (.+)")
-_READ_ONLY = re.compile(r"nbd-bridge volume=.*? read-only: (.+)")
-_IDENTITY = re.compile("[0-9a-f]{32}")
-_COUNTER = re.compile("[0-9]{1,19}", re.ASCII)
+from bridge.server.volume_words import VolumeDescription
+from bridge.spec.nbd import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,54 +92,25 @@ class Export:
         return self.size_bytes - self.size_bytes % self.min_block_bytes
 
     @property
-    def sessions(self) -> tuple[int, int] | None:
-        """(generation, written): our plugin's count of writable sessions, this one's and the last
-        that wrote; None from other servers."""
-        properties = self.properties
-        generation = counter("generation in the description", properties.get("generation"))
-        written = counter("written in the description", properties.get("written"))
-        if generation is None or written is None:
-            return None
-        return generation, written
+    def volume(self) -> VolumeDescription:
+        """What our nbdkit plugin says of it, in words of its own; nothing from other servers."""
+        return VolumeDescription(self.description)
 
-    def check_untrusted(self) -> None:
-        """Raises ProtocolError if the description has a number that cannot be."""
-        _ = self.sessions
+    @property
+    def sessions(self) -> tuple[int, int] | None:
+        """See VolumeDescription."""
+        return self.volume.sessions
 
     @property
     def content_sessions(self) -> tuple[int, int] | None:
-        """`sessions`, where growing the volume past our plugin does not count as a write.
-
-        The plugin cannot tell for certain that nothing else was changed: a look at the content has
-        to confirm it.
-        """
-        sessions = self.sessions
-        text = self.properties.get("grown_from", "")
-        if sessions is None or not _COUNTER.fullmatch(text):
-            return sessions
-        return sessions[0], min(sessions[1], int(text))
+        """See VolumeDescription."""
+        return self.volume.content_sessions
 
     @property
     def identity(self) -> bytes:
-        """16 bytes that no other volume of our plugin has; b"" from other servers."""
-        text = self.properties.get("identity", "")
-        return bytes.fromhex(text) if _IDENTITY.fullmatch(text) else b""
+        """See VolumeDescription."""
+        return self.volume.identity
 
-    @property
-    def properties(self) -> dict[str, str]:
-        """The `key=value` words of the description, which our nbdkit plugin puts there."""
-        words, _, _ = self.description.partition(" read-only: ")
-        return dict(_WORD.findall(words))
-
-    @property
-    def why_read_only(self) -> str:
-        """Why our plugin could not open the volume for writing, "" if it could or was not to."""
-        match = _READ_ONLY.match(self.description)
-        return match[1] if match else ""
-
-
-def refusal_reason(description: str) -> str:
-    """Why our plugin did not open a volume, from the volume's line in the list of exports: nbdkit
-    before 1.42 has no other way to tell. "" from other servers."""
-    match = _REFUSAL.match(description)
-    return match[1] if match else ""
+    def check_untrusted(self) -> None:
+        """Raises ProtocolError if the description has a number that cannot be."""
+        _ = self.volume.sessions

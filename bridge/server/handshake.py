@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from enum import Enum
 from struct import Struct
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
-from bridge.server import nbd_protocol as p
-from bridge.server.export import Export, refusal_reason
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError, Remedy
+from bridge.server.export import Export
 from bridge.server.untrusted import bounded, clean, printable
 from bridge.server.untrusted import text as text_of
+from bridge.server.volume_words import VolumeDescription
+from bridge.spec import nbd as p
 
 _REPLIES_MAX = 256
 """Replies to one option that are believed to be meant seriously (INFO, META_CONTEXT)."""
@@ -323,13 +324,13 @@ class Handshake:
         if not volume and len(names) == 1:
             volume = names[0]
         for each in self.exports:
-            if each.name == volume and (reason := refusal_reason(each.description)):
+            if each.name == volume and (reason := VolumeDescription(each.description).why_refused):
                 return ConfigError(f"the server refused {self._shown_name()}: {reason}")
         if volume in names:
             return ConfigError(f"{plain} (it is in the server's list: is it in use?)")
         shown = ", ".join(repr(name) if name else "the default one" for name in names[:_SHOWN_MAX])
         more = f" and {len(names) - _SHOWN_MAX} more" if len(names) > _SHOWN_MAX else ""
-        return ConfigError(f"{plain}; there is {shown}{more} (nbd-bridge info --list)")
+        return ConfigError(f"{plain}; there is {shown}{more}", remedy=Remedy.LIST_EXPORTS)
 
     def _export_name(self) -> _Steps:
         """The old way to choose an export; a refusal is a closed connection."""

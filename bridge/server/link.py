@@ -55,6 +55,7 @@ import structlog
 from bridge.datapath.durability import BEFORE, Told
 from bridge.datapath.request import (
     BLOCK_STATUS,
+    CHANGES,
     DISCARD,
     FLUSH,
     FUA,
@@ -76,12 +77,11 @@ from bridge.server.grace import WHOLE_DISK, Held
 from bridge.server.overlaps import Claim, Ranges, Span
 from bridge.server.split import Limits, Split
 from bridge.server.suspects import Suspects
+from bridge.units import SECTOR_BYTES
 
 _log = structlog.get_logger(__name__)
 
-_SECTOR_BYTES: Final = 512
 _GOOD_CONNECTION_S: Final = 1.0
-_CHANGES: Final = (WRITE, DISCARD, WRITE_ZEROES)
 _NOTHING_DONE: Final = (errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP)
 """With these a server refuses a command; it has not tried to make anything durable."""
 _NO_FAILURE: Final = (*_NOTHING_DONE, errno.ECANCELED)
@@ -208,7 +208,7 @@ class Session:
         if error is not None:
             self._turn.finish(request, error)
         elif (
-            request.op in _CHANGES
+            request.op in CHANGES
             and (self._ordered or self._held or self._outlived)
             and not self._fails
         ):
@@ -263,11 +263,11 @@ class Session:
         offset, length = request.offset, request.length
         if offset < 0 or not 0 <= length <= self._size_bytes - offset:
             return errno.EINVAL
-        if op in _CHANGES and (self.export.read_only or self._options.read_only):
+        if op in CHANGES and (self.export.read_only or self._options.read_only):
             return errno.EPERM
         if not length:
             return 0
-        if (offset | length) & self._align_mask and self._align_mask < _SECTOR_BYTES:
+        if (offset | length) & self._align_mask and self._align_mask < SECTOR_BYTES:
             return errno.EINVAL
         return None
 
@@ -335,7 +335,7 @@ class Session:
 
     def _whole(self, request: Request) -> Request:
         """`request`, to be done with several commands, all of them in one epoch."""
-        if request.op not in _CHANGES or self.durability.keeps_unflushed:
+        if request.op not in CHANGES or self.durability.keeps_unflushed:
             return request
         whole = Request(
             request.op,
@@ -564,7 +564,7 @@ class Session:
             return "the export is read-only now"
         if old.can_flush and not export.can_flush:
             return "the server cannot flush any more"
-        if export.min_block_bytes > max(old.min_block_bytes, _SECTOR_BYTES) and not self._ordered:
+        if export.min_block_bytes > max(old.min_block_bytes, SECTOR_BYTES) and not self._ordered:
             return (
                 f"the minimum block size grew from {old.min_block_bytes} to "
                 f"{export.min_block_bytes}"
@@ -586,7 +586,7 @@ class Session:
         self._limits = Limits(export)
         self._size_bytes = export.usable_bytes
         self._align_mask = export.min_block_bytes - 1
-        self._ordered = len(channels) > 1 or export.min_block_bytes > _SECTOR_BYTES
+        self._ordered = len(channels) > 1 or export.min_block_bytes > SECTOR_BYTES
         self._choose_channel()
         self._set_fast_limits()
         if old is not None:
@@ -603,9 +603,7 @@ class Session:
         """Whether what the old connection answered may be gone (a flush must not vouch for it)."""
         if export.read_only or self._options.read_only:
             self.durability.nothing_before()
-        lost = self.durability.connected(
-            export.properties.get("instance", ""), self._answered_before
-        )
+        lost = self.durability.connected(export.volume.instance, self._answered_before)
         if lost and self._answered_before > BEFORE:
             _log.error(
                 "the server came back and may have lost writes that were not flushed: "
@@ -665,7 +663,7 @@ class Session:
 
     def _begin_trial(self) -> None:
         if self._trial and not self._suspects.proven:
-            length = min(max(self._align_mask + 1, _SECTOR_BYTES), self._size_bytes)
+            length = min(max(self._align_mask + 1, SECTOR_BYTES), self._size_bytes)
             offset = 0 if self._trial[0].offset >= length else self._size_bytes - length
             self._try(Request(READ, offset, length, [memoryview(bytearray(length))], _ignore))
         else:
@@ -751,7 +749,7 @@ class Session:
     @property
     def _fenced(self) -> bool:
         """The server executes nothing of a lost connection once there is a new one."""
-        return self.export.properties.get("session") == "yes"
+        return self.export.volume.is_fenced
 
     def _hold(self, spans: list[Span], until_s: float = inf) -> None:
         if spans and self._options.stale_write_grace_s:
@@ -954,7 +952,7 @@ class Session:
         if isinstance(done, _OnceMore):
             done = done.done
         claim: Claim | None = None
-        if command.op in _CHANGES:
+        if command.op in CHANGES:
             claim = Claim(command.offset, command.offset + command.length)
             self._outlived.add(claim)
             self._ranges.enter(claim)
@@ -1077,7 +1075,7 @@ def _without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Req
 
 def _changed(requests: list[Request]) -> list[Span]:
     """What some of `requests` change."""
-    return [(each.offset, each.offset + each.length) for each in requests if each.op in _CHANGES]
+    return [(each.offset, each.offset + each.length) for each in requests if each.op in CHANGES]
 
 
 def _ignore(request: Request) -> None:

@@ -27,8 +27,12 @@ class Outages:
         self._unanswered = 0
         self.total = 0
         """How many there were, the present one included."""
-        self.reason = ""
+        self._reason: Exception | None = None
+
+    @property
+    def reason(self) -> str:
         """Why the last attempt to connect failed; "" while there is a connection."""
+        return "" if self._reason is None else str(self._reason) or repr(self._reason)
 
     def seconds(self, now: float) -> float:
         """How long the present one has lasted; 0.0: there is none."""
@@ -38,9 +42,9 @@ class Outages:
         """All of them together."""
         return self._ended_total_s + self.seconds(now)
 
-    def begin(self, now: float, reason: str) -> None:
+    def begin(self, now: float, reason: Exception) -> None:
         """A connection was lost."""
-        self.reason = reason
+        self._reason = reason
         if self._began_s is not None:
             return
         self._began_s = self._reminded_s = now
@@ -52,10 +56,10 @@ class Outages:
         """All connections are closed, and so many commands have no answer."""
         self._unanswered += unanswered
 
-    def failed(self, reason: str) -> bool:
+    def failed(self, reason: Exception) -> bool:
         """An attempt to connect failed; True if for another reason than the last one."""
-        changed, self.reason = reason != self.reason, reason
-        return changed
+        before, self._reason = self.reason, reason
+        return self.reason != before
 
     def remind(self, now: float) -> None:
         """Time has passed."""
@@ -67,7 +71,7 @@ class Outages:
             server=self._server,
             seconds=round(now - self._began_s),
             unanswered=self._unanswered,
-            reason=self.reason,
+            reason=self._reason,
         )
 
     def end(self, now: float, generation: int) -> None:
@@ -75,7 +79,7 @@ class Outages:
         seconds = self.seconds(now)
         self._ended_total_s += seconds
         self._began_s = None
-        self.reason = ""
+        self._reason = None
         _log.info(
             "reconnected",
             server=self._server,

@@ -13,6 +13,7 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
+from bridge.datapath.buffers import ZEROES, slices
 from bridge.datapath.request import (
     DISCARD,
     FLUSH,
@@ -23,14 +24,11 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.server.chunks import slice_buffers
 from bridge.server.export import Export
 
 PARTS_IN_FLIGHT: Final = 4
 _EFFECT_MAX_BYTES: Final = 1 << 30
 """Longest TRIM or WRITE_ZEROES: a power of two below 2^32, so that pieces stay on every grid."""
-_ZEROES_BYTES: Final = 1 << 20
-_zeroes = memoryview(bytes(_ZEROES_BYTES))
 
 Send = Callable[[Request], None]
 Finish = Callable[[Request, int], None]
@@ -115,7 +113,7 @@ class Split:
         if op in (READ, WRITE):
             return self._limits.payload_bytes
         if op == WRITE_ZEROES and not self._export.can_write_zeroes:
-            return min(_ZEROES_BYTES, self._limits.payload_bytes)
+            return min(len(ZEROES), self._limits.payload_bytes)
         return self._limits.effect_bytes
 
     def _part(self, offset: int, length: int) -> Request:
@@ -124,11 +122,11 @@ class Split:
         flags = request.flags & ~FUA if self._then_flush else request.flags
         buffers: list[memoryview] = []
         if op in (READ, WRITE):
-            buffers = slice_buffers(request.buffers, offset - request.offset, length)
+            buffers = slices(request.buffers, offset - request.offset, length)
         elif op == WRITE_ZEROES and not self._export.can_write_zeroes:
             op = WRITE
             flags &= FUA
-            buffers = [_zeroes[:length]]
+            buffers = [ZEROES[:length]]
         return Request(op, offset, length, buffers, self._part_done, flags, request)
 
     def _part_done(self, part: Request) -> None:

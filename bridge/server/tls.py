@@ -14,9 +14,21 @@ from pathlib import Path
 
 import trio
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.errors import (
+    BridgeError,
+    ConfigError,
+    ConnectionLost,
+    Remedy,
+    SettingFault,
+    SettingName,
+)
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import NbdUri
+
+_CA = SettingName("tls_ca_file")
+_CERTIFICATE = SettingName("tls_certificate_file")
+_KEY = SettingName("tls_key_file")
+"""Fields of ClientOptions."""
 
 _PSK_KEY_MAX_BYTES = 64
 _UNKNOWN_CA_CODES = (18, 19, 20, 21)
@@ -57,26 +69,23 @@ def client_context(uri: NbdUri, options: ClientOptions) -> ssl.SSLContext:
 def check_options(uri: NbdUri, options: ClientOptions) -> None:
     """What is asked of TLS must come true: an option that would have no effect is refused."""
     given = {
-        "--tls-ca": options.tls_ca_file,
-        "--tls-cert": options.tls_certificate_file,
-        "--tls-key": options.tls_key_file,
+        _CA: options.tls_ca_file,
+        _CERTIFICATE: options.tls_certificate_file,
+        _KEY: options.tls_key_file,
     }
     names = [name for name, path in given.items() if path is not None]
     if not names:
         return
     if not uri.tls:
-        raise ConfigError(
-            f"{uri.text}: {names[0]} needs TLS: use the scheme "
-            + ("nbds+unix://" if uri.socket_path is not None else "nbds://")
-        )
+        scheme = "nbds+unix://" if uri.socket_path is not None else "nbds://"
+        raise SettingFault(f"{uri.text}: ", names[0], f" needs TLS: use the scheme {scheme}")
     if uri.tls_psk_file is not None:
-        raise ConfigError(
-            f"{uri.text}: {names[0]} and tls-psk-file exclude each other: give one of them"
+        raise SettingFault(
+            f"{uri.text}: ", names[0], " and tls-psk-file exclude each other: give one of them"
         )
-    if names[-1] == "--tls-key" and "--tls-cert" not in names:
-        raise ConfigError(
-            f"--tls-key {options.tls_key_file}: a key needs its certificate: give --tls-cert too"
-        )
+    if names[-1] == _KEY and _CERTIFICATE not in names:
+        needs = f" {options.tls_key_file}: a key needs its certificate: give "
+        raise SettingFault(_KEY, needs, _CERTIFICATE, " too")
 
 
 def server_context(certificate_file: str, key_file: str | None = None) -> ssl.SSLContext:
@@ -122,14 +131,15 @@ def explain(error: Exception, server_name: str | None) -> BridgeError:
     """One line for the operator: which of the many ways TLS fails this is."""
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = error.verify_message
-        if error.verify_code in _UNKNOWN_CA_CODES:
-            reason += " (if its CA is one of your own, give that with --tls-ca)"
-        elif error.verify_code in _OTHER_NAME_CODES:
+        remedy = Remedy.NAME_CA if error.verify_code in _UNKNOWN_CA_CODES else None
+        if error.verify_code in _OTHER_NAME_CODES:
             reason = f"{reason.rstrip('.')} (give the name that it is for with ?tls-hostname=NAME)"
-        return ConfigError(f"the server's certificate is not accepted for {server_name}: {reason}")
+        return ConfigError(
+            f"the server's certificate is not accepted for {server_name}: {reason}", remedy=remedy
+        )
     if isinstance(error, ssl.SSLError) and "CERTIFICATE_REQUIRED" in (error.reason or ""):
         return ConfigError(
-            "the server wants a TLS certificate of its client: give --tls-cert and --tls-key"
+            "the server wants a TLS certificate of its client", remedy=Remedy.GIVE_CERTIFICATE
         )
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         return ConfigError(f"TLS handshake failed: {error.reason or error}")
@@ -174,43 +184,49 @@ def _if_there(path: Path) -> str | None:
 
 
 def _load_authority(context: ssl.SSLContext, path: str) -> None:
-    what = f"{path}: not a usable certificate of a CA (--tls-ca)"
-    _check_file(path, "--tls-ca")
+    _check_file(path, _CA)
     try:
         context.load_verify_locations(cafile=path)
     except (ssl.SSLError, OSError) as error:
-        raise ConfigError(f"{what}: {_why(error)}") from None
+        raise SettingFault(
+            f"{path}: not a usable certificate of a CA (", _CA, f"): {_why(error)}"
+        ) from None
 
 
 def _load_certificate(context: ssl.SSLContext, certificate: str, key: str | None) -> None:
     """OpenSSL does not say which of the two files it does not like; we do."""
-    _check_file(certificate, "--tls-cert")
+    _check_file(certificate, _CERTIFICATE)
     if key is not None:
-        _check_file(key, "--tls-key")
+        _check_file(key, _KEY)
     try:
         context.load_cert_chain(certificate, key, password=_no_passphrase)
         return
     except _NeedsPassphrase:
-        raise ConfigError(
-            f"{key or certificate}: the key (--tls-key) is encrypted, and its passphrase cannot "
-            "be asked for here: give it without one (openssl pkey -in KEY -out NEW)"
+        raise SettingFault(
+            f"{key or certificate}: the key (",
+            _KEY,
+            ") is encrypted, and its passphrase cannot be asked for here: give it without one "
+            "(openssl pkey -in KEY -out NEW)",
         ) from None
     except (ssl.SSLError, OSError) as caught:
         error = caught
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate)
     except (ssl.SSLError, OSError) as why:
-        raise ConfigError(
-            f"{certificate}: not a usable certificate (--tls-cert): {_why(why)}"
+        raise SettingFault(
+            f"{certificate}: not a usable certificate (", _CERTIFICATE, f"): {_why(why)}"
         ) from None
     if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-        raise ConfigError(
-            f"{key or certificate}: the key (--tls-key) is not that of the certificate "
-            f"{certificate} (--tls-cert)"
+        raise SettingFault(
+            f"{key or certificate}: the key (",
+            _KEY,
+            f") is not that of the certificate {certificate} (",
+            _CERTIFICATE,
+            ")",
         )
     if key is None:
-        raise ConfigError(f"{certificate}: no key to the certificate in it: give --tls-key too")
-    raise ConfigError(f"{key}: not a usable key (--tls-key): {_why(error)}")
+        raise SettingFault(f"{certificate}: no key to the certificate in it: give ", _KEY, " too")
+    raise SettingFault(f"{key}: not a usable key (", _KEY, f"): {_why(error)}")
 
 
 class _NeedsPassphrase(Exception):
@@ -221,16 +237,16 @@ def _no_passphrase() -> str:
     raise _NeedsPassphrase
 
 
-def _check_file(path: str, option: str) -> None:
+def _check_file(path: str, setting: str | SettingName) -> None:
     """Reading it must not wait: a regular file only, no pipe. Raises ConfigError."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
-        raise ConfigError(f"{path} ({option}): {error.strerror}") from None
+        raise SettingFault(f"{path} (", setting, f"): {error.strerror}") from None
     if not stat.S_ISREG(mode):
-        raise ConfigError(f"{path} ({option}): not a file")
+        raise SettingFault(f"{path} (", setting, "): not a file")
 
 
 def _why(error: ssl.SSLError | OSError) -> str:

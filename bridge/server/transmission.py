@@ -27,6 +27,7 @@ from itertools import count
 from struct import Struct
 from typing import Final
 
+from bridge.datapath.buffers import scatter, slices, zero
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -38,18 +39,15 @@ from bridge.datapath.request import (
 )
 from bridge.datapath.turn import Turn
 from bridge.errors import ProtocolError
-from bridge.server import nbd_protocol as p
 from bridge.server.chunks import (
     Assembly,
     StatusRequest,
     parse_error,
     parse_extents,
     parse_hole,
-    scatter,
-    slice_buffers,
-    zero,
 )
 from bridge.server.export import Export
+from bridge.spec import nbd as p
 
 DIRECT_MIN_BYTES: Final = 32 << 10
 STAGING_BYTES: Final = 256 << 10
@@ -533,7 +531,7 @@ class Transmission:
         buffers = request.buffers
         if here:
             scatter(buffers, skip, self._view[start:end])
-        self.direct = slice_buffers(buffers, skip + here, length - here)
+        self.direct = slices(buffers, skip + here, length - here)
         self._direct_left = length - here
         self._after_direct = (cookie, flags, p.REPLY_TYPE_OFFSET_DATA, None)
 
@@ -552,7 +550,7 @@ class Transmission:
         left = self._direct_left
         if n_bytes < left:
             self._direct_left = left - n_bytes
-            self.direct = slice_buffers(self.direct, n_bytes, left - n_bytes)
+            self.direct = slices(self.direct, n_bytes, left - n_bytes)
             return 0
         self.direct = []
         cookie, flags, kind, store = self._after_direct

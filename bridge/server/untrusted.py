@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from bridge.errors import ProtocolError
-from bridge.server.nbd_protocol import NAME_MAX_BYTES, SIZE_MAX_BYTES
+from bridge.spec.nbd import NAME_MAX_BYTES, SIZE_MAX_BYTES
 
 _DECIMAL = re.compile(r"[+-]?[0-9]+")
 

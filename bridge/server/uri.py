@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit
 
-from bridge.errors import ConfigError
-from bridge.server.nbd_protocol import DEFAULT_PORT, NAME_MAX_BYTES
+from bridge.errors import ConfigError, Remedy
+from bridge.host import UNIX_PATH_MAX_BYTES
+from bridge.spec.nbd import DEFAULT_PORT, NAME_MAX_BYTES
 
 _SCHEMES = {
     "nbd": (False, False),
@@ -25,7 +26,6 @@ _SCHEMES = {
 """Scheme → (TLS, unix socket)."""
 
 _PARAMETERS = {"socket", "tls-certificates", "tls-hostname", "tls-psk-file", "tls-verify-peer"}
-_UNIX_PATH_MAX_BYTES = 107
 _HOST_MAX_BYTES = 253
 _LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}")
 _BAD_CHARACTER = re.compile(r"^ | $|[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -126,9 +126,9 @@ def _address(
     if not socket:
         raise ConfigError(f"{text}: which socket? write nbd+unix:///EXPORT?socket=PATH")
     socket = _absolute(text, socket)
-    if len(socket.encode()) > _UNIX_PATH_MAX_BYTES:
+    if len(socket.encode()) > UNIX_PATH_MAX_BYTES:
         raise ConfigError(
-            f"{text}: the socket's path is longer than the {_UNIX_PATH_MAX_BYTES} bytes "
+            f"{text}: the socket's path is longer than the {UNIX_PATH_MAX_BYTES} bytes "
             "that the system takes"
         )
     return None, socket
@@ -140,7 +140,8 @@ def _refuse_user(netloc: str, text: str) -> None:
     if at:
         raise ConfigError(
             f"{text.replace(user + at, '', 1)}: a user or password stood before the host, and NBD "
-            "has neither: leave it out; a TLS certificate (--tls-cert) says who a client is"
+            "has neither: leave it out",
+            remedy=Remedy.CERTIFICATE_INSTEAD,
         )
 
 

@@ -12,9 +12,15 @@ from typing import Any
 import trio
 
 from bridge.api.client import ask
-from bridge.api.settings import ApiSettings
-from bridge.app.serve import ServeOptions, serve_disk
-from bridge.app.storage import OFF, CacheSettings
+from bridge.app.serve import serve_disk
+from bridge.app.settings import (
+    CacheSettings,
+    ControlSettings,
+    DiskSettings,
+    LimitSettings,
+    ServeSettings,
+)
+from bridge.cache.cache_options import OFF
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from tests.app.processes import unix_uri
@@ -61,19 +67,21 @@ async def served(
     """A bridge that serves, until the end of the block or until it was asked to stop."""
     server = server or Server({"": MemoryDisk(SIZE_BYTES)})
     bridge = Bridge(directory, server)
-    options = ServeOptions(
-        uri=unix_uri(directory / "nbd"),
-        socket_path=str(bridge.vhost),
-        flush_interval_s=flush_interval_s,
-        stop_timeout_s=2.0,
-        drain_timeout_s=2.0,
-        cache=CacheSettings(mode=cache, size_bytes=8 << 20, directory=str(directory)),
-        api=ApiSettings(socket=str(bridge.control), slow_s=slow_s),
+    settings = ServeSettings(
+        disk=DiskSettings(socket_path=str(bridge.vhost)),
+        cache=CacheSettings(
+            mode=cache,
+            size_bytes=8 << 20,
+            directory=str(directory),
+            flush_interval_s=flush_interval_s,
+        ),
+        limits=LimitSettings(stop_timeout_s=2.0, drain_timeout_s=2.0),
+        control=ControlSettings(socket=str(bridge.control), slow_ms=slow_s * 1000),
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(server.serve_unix, directory / "nbd")
         async with trio.open_nursery() as serving:
-            serving.start_soon(serve_disk, options)
+            serving.start_soon(serve_disk, unix_uri(directory / "nbd"), settings)
             with trio.fail_after(HUNG_S):
                 while not bridge.vhost.exists():
                     await trio.sleep(0.01)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.app.storage import WRITEBACK
+from bridge.cache.cache_options import WRITEBACK
 from bridge.errors import BridgeError, ConfigError
 from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server import nbd_protocol as p
+from bridge.spec import nbd as p
 from tests.api.bridges import SIZE_BYTES, served
 from tests.app.processes import short_directory
 from tests.tools import HUNG_S

@@ -169,7 +169,7 @@ async def test_answer_of_something_that_is_no_bridge_is_one_line(directory: Path
 
 
 @pytest.mark.parametrize("name", ["status", "list", "flush", "resize", "set", "stop"])
-async def test_help_has_examples(name: str) -> None:
+async def test_help_has_an_example(name: str) -> None:
     status, text, _ = await run(name, "--help")
     assert status == 0
-    assert f"nbd-bridge {name}" in text.partition("Examples:")[2]
+    assert f"nbd-bridge {name}" in text.partition("Example:")[2]

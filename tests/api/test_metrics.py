@@ -13,7 +13,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.api.client import _UnixConnection
-from bridge.app.storage import WRITEBACK
+from bridge.cache.cache_options import WRITEBACK
 from bridge.peers.blk_driver import BlkDriver
 from tests.api.bridges import Bridge, served
 from tests.app.processes import short_directory

@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from bridge.api.service import CONNECTIONS_MAX, Service
-from bridge.app.storage import WRITEBACK
+from bridge.cache.cache_options import WRITEBACK
 from bridge.errors import BridgeError
 from bridge.peers.blk_driver import BlkDriver
 from tests.api.bridges import Bridge, served

@@ -15,7 +15,8 @@ import pytest
 import trio
 
 from bridge.app import cache_tools
-from bridge.cache.file.cache_file import has_content, open_file
+from bridge.cache.file.locking import has_content
+from bridge.cache.file.opening import open_file
 from bridge.errors import ConnectionLost, RequestError
 from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Faults, Server

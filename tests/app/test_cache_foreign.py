@@ -33,7 +33,7 @@ from tests.app.test_cache import (
     write_and_leave_dirty,
 )
 from tests.ports import free_port
-from tests.tools import HUNG_S, need
+from tests.tools import HUNG_S, need, told
 
 __all__ = ["directory"]
 
@@ -447,7 +447,7 @@ async def test_cache_flush_of_a_file_that_was_exchanged_meanwhile_is_refused(
         monkeypatch.setattr(
             "bridge.app.cache_tools.show", lambda path: replace(summary, digest="00", export="vm0")
         )
-        refusal = pytest.RaisesExc(ConfigError, match="is another one than a moment ago")
+        refusal = pytest.RaisesExc(ConfigError, check=told("is another one than a moment ago"))
         with pytest.RaisesGroup(refusal, flatten_subgroups=True):
             await flush_file(path, unix_uri(nbd, "vm0"), moved=True, timeout_s=10)
     assert show(path).dirty_bytes == MIB

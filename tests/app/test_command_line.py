@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.app.settings import MIN_CACHE_SIZE
 from bridge.cache.file.layout import geometry_for
 from bridge.cli import main as cli
 from bridge.units import parse_size, size_text
@@ -28,7 +29,7 @@ _SIGNALS = [
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Said]:
     """Runs `nbd-bridge ARGUMENTS` in this process; the one line of its refusal."""
     # It would be set up for the whole process, with what stands for its standard error here.
-    monkeypatch.setattr(cli.logs, "configure", lambda **_: None)
+    monkeypatch.setattr("bridge.app.logs.configure", lambda **_: None)
     handlers = {each: signal.getsignal(each) for each in _SIGNALS}
 
     def run(*arguments: str, status: int = 2) -> str:
@@ -164,7 +165,7 @@ def test_cache_size_below_the_minimum_is_refused_before_connecting(
 
 
 def test_least_cache_size_is_what_a_cache_needs() -> None:
-    least = parse_size(cli.MIN_CACHE_SIZE)
+    least = parse_size(MIN_CACHE_SIZE)
 
     assert geometry_for(disk_bytes=1 << 30, cache_bytes=least).slots == least >> 16
 

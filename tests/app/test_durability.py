@@ -18,7 +18,7 @@ from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server import nbd_protocol as p
+from bridge.spec import nbd as p
 from tests.app.processes import bridge_argv, process, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S
 

@@ -18,11 +18,12 @@ import pytest
 import trio
 
 from bridge.guest.vhost_user.messages import F_PROTOCOL_FEATURES, Request
-from bridge.guest.virtio.blk import T_DISCARD, T_IN, T_OUT
 from bridge.peers.blk_driver import FEATURES, PROTOCOL_FEATURES
 from bridge.peers.frontend import FrontEnd
 from bridge.peers.shared_memory import SharedMemory
-from bridge.peers.split_driver import INDIRECT, WRITE, SplitDriver, write_chain
+from bridge.peers.split_driver import SplitDriver, write_chain
+from bridge.spec.virtio_blk import T_DISCARD, T_IN, T_OUT
+from bridge.spec.virtqueue import DESC_INDIRECT, DESC_WRITE
 from tests.app.processes import bridge_argv, process, short_directory, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 
@@ -82,12 +83,12 @@ class Flood:
         """An indirect table; the descriptor that names it."""
         header = self.put(struct.pack("<IIQ", type_, 0, 0))
         status = self.memory.allocate(1)
-        flags = WRITE if type_ == T_IN else 0
+        flags = DESC_WRITE if type_ == T_IN else 0
         data = [(self.base + DATA, length, flags) for length in lengths]
-        chain = [(header, 16, 0), *data, (status, 1, WRITE)]
+        chain = [(header, 16, 0), *data, (status, 1, DESC_WRITE)]
         at = self.memory.allocate(16 * len(chain))
         write_chain(self.memory.view(at, 16 * len(chain)), chain)
-        return at, 16 * len(chain), INDIRECT
+        return at, 16 * len(chain), DESC_INDIRECT
 
     def put(self, content: bytes) -> int:
         at = self.memory.allocate(len(content))

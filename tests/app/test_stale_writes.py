@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.app.storage import WRITEBACK, CacheSettings, Storage, cache_path
-from bridge.cache.file.cache_file import open_file
+from bridge.app.settings import CacheSettings
+from bridge.app.storage import Storage, cache_path
+from bridge.cache.cache_options import WRITEBACK
+from bridge.cache.file.opening import open_file
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, WRITE, Request
 from bridge.errors import ConnectionLost

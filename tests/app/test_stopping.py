@@ -20,24 +20,35 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from bridge.app.serve import ServeOptions, serve_disk
-from bridge.app.storage import OFF, WRITEBACK, WRITETHROUGH, CacheSettings, Storage, cache_path
-from bridge.cache.file.cache_file import open_file
-from bridge.cache.file.inspect import describe, show
+from bridge.app.serve import serve_disk
+from bridge.app.settings import (
+    CacheSettings,
+    ControlSettings,
+    DiskSettings,
+    LimitSettings,
+    ServeSettings,
+)
+from bridge.app.storage import Storage, cache_path
+from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
+from bridge.cache.file.inspect import show
 from bridge.cache.file.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
+from bridge.cache.file.opening import open_file
+from bridge.cli.cache_show import text_of
+from bridge.cli.wording import explain
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
 from bridge.errors import BridgeError, ConfigError, LeftBehind
-from bridge.guest.virtio.blk import S_IOERR, S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server import nbd_protocol as p
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
+from bridge.spec import nbd as p
+from bridge.spec.virtio_blk import S_IOERR, S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
 from tests.guest.device_guest import DeviceGuest, GuestRing, PendingRequest
 from tests.server.helpers import short_dir, unix_uri
+from tests.tools import told
 
 SIZE_BYTES = 16 << 20
 BLOCK = 4096
@@ -277,7 +288,7 @@ async def test_stop_is_not_answered_while_dirty_data_is_left_and_none_is_sent_af
             assert await bridge.do(T_OUT, number * 256, out=block("o")) == S_OK
         world.faults.delay_s = 40
         began_s = trio.current_time()
-        with pytest.raises(LeftBehind, match="cache flush"):
+        with pytest.raises(LeftBehind, check=told("cache flush")):
             await bridge.stop()
         assert trio.current_time() - began_s == pytest.approx(DRAIN_S, abs=5)
         world.faults.delay_s = 0
@@ -298,7 +309,7 @@ async def test_stop_with_the_server_away_names_what_is_left_where_and_what_to_do
         world.go_away()
         with pytest.raises(LeftBehind) as caught:
             await bridge.stop()
-        said = str(caught.value)
+        said = explain(caught.value)
         assert "4096 bytes" in said
         assert str(bridge.cache_file) in said
         assert "start the guest here again" in said
@@ -312,7 +323,7 @@ async def test_stop_after_a_failing_flush_is_not_answered(
     async with world.bridge() as bridge:
         await bridge.do(T_OUT, out=block("d"))
         world.faults.errors = dict.fromkeys((p.CMD_FLUSH, p.CMD_WRITE), EIO)
-        with pytest.raises(LeftBehind, match="4096 bytes"):
+        with pytest.raises(LeftBehind, check=told("4096 bytes")):
             await bridge.stop()
         assert bridge.header.frozen
 
@@ -362,7 +373,7 @@ async def test_guest_that_comes_back_after_somebody_else_wrote_is_refused(
 ) -> None:
     world.counts(5, 4)
     with pytest.RaisesGroup(
-        pytest.RaisesExc(BridgeError, match=r"cache flush --force.*cache drop"),
+        pytest.RaisesExc(BridgeError, check=told(r"cache flush --force.*cache drop")),
         flatten_subgroups=True,
     ):
         async with world.bridge() as bridge:
@@ -388,7 +399,7 @@ async def test_guest_that_comes_back_to_an_image_that_looks_different_is_refused
 ) -> None:
     """A server that counts nobody: what is cached and clean tells."""
     with pytest.RaisesGroup(
-        pytest.RaisesExc(BridgeError, match="cache flush --force"), flatten_subgroups=True
+        pytest.RaisesExc(BridgeError, check=told("cache flush --force")), flatten_subgroups=True
     ):
         async with world.bridge() as bridge:
             await bridge.do(T_IN, 4096, room=BLOCK)
@@ -427,7 +438,7 @@ async def test_shared_session_tells_by_who_wrote_last(
         assert world.image.data[:BLOCK] == block("o")
     else:
         with pytest.RaisesGroup(
-            pytest.RaisesExc(BridgeError, match="cache flush --force"), flatten_subgroups=True
+            pytest.RaisesExc(BridgeError, check=told("cache flush --force")), flatten_subgroups=True
         ):
             await come_and_go()
         assert world.changes() == 0
@@ -472,7 +483,7 @@ async def test_next_start_on_frozen_data_is_refused_where_others_may_have_writte
     if case == "was shared":
         export = "vm"  # As `cache flush FILE` has it: a file does not name the session.
     with pytest.RaisesGroup(
-        pytest.RaisesExc(ConfigError, match=r"cache flush --force.*cache drop"),
+        pytest.RaisesExc(ConfigError, check=told(r"cache flush --force.*cache drop")),
         flatten_subgroups=True,
     ):
         async with world.bridge(export=export):
@@ -480,7 +491,7 @@ async def test_next_start_on_frozen_data_is_refused_where_others_may_have_writte
     assert world.changes() == 0
     summary = show(str(bridge.cache_file))
     assert summary.frozen
-    assert "frozen" in describe(summary)
+    assert "frozen" in text_of(summary)
 
 
 async def test_process_that_stops_while_data_is_frozen_sends_nothing_and_says_so(
@@ -494,7 +505,7 @@ async def test_process_that_stops_while_data_is_frozen_sends_nothing_and_says_so
             await bridge.stop()
         world.come_back()
         await trio.sleep(60)
-        assert "cache flush" in await bridge.storage.close(30)
+        assert "cache flush" in explain(await bridge.storage.close(30))
         assert world.changes() == 0
         assert bridge.header.frozen
         assert bridge.header.clean
@@ -743,7 +754,7 @@ async def test_guest_that_migrates_is_not_let_go_before_it_was_told_of_a_loss(
     uncached.device.set_log(fd, 0, 1024)
     os.close(fd)
     uncached.device.set_logging(True)
-    with pytest.raises(LeftBehind, match="lost"):
+    with pytest.raises(LeftBehind, check=told("lost")):
         await uncached.stop()
 
 
@@ -791,11 +802,12 @@ async def test_limit_of_the_guests_stop_is_no_part_of_the_processs(
     for options in ({}, {"drain_timeout_s": 7.0}):
         with pytest.RaisesGroup(ConfigError, flatten_subgroups=True):
             await serve_disk(
-                ServeOptions(
-                    unix_uri(world.directory / "nbd"),
-                    socket_path=str(world.directory / "vhost"),
-                    stop_timeout_s=0,
-                    **options,
-                )
+                unix_uri(world.directory / "nbd"),
+                ServeSettings(
+                    disk=DiskSettings(socket_path=str(world.directory / "vhost")),
+                    cache=CacheSettings(mode=OFF),
+                    limits=LimitSettings(stop_timeout_s=0, **options),
+                    control=ControlSettings(socket=OFF),
+                ),
             )
     assert seen == [30.0, 7.0]

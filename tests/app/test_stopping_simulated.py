@@ -15,11 +15,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from bridge.app.storage import OFF, WRITEBACK, WRITETHROUGH
+from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.errors import LeftBehind
-from bridge.guest.virtio.blk import S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
-from bridge.guest.virtio.blk_config import F_RING_PACKED
-from bridge.server import nbd_protocol as p
+from bridge.spec import nbd as p
+from bridge.spec.virtio_blk import S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
+from bridge.spec.virtqueue import F_RING_PACKED
 from tests.app.test_stopping import (
     BLOCK,
     EIO,

@@ -16,9 +16,13 @@ import trio.testing
 from structlog.testing import capture_logs
 
 from bridge.app.cache_tools import flush_file
-from bridge.app.storage import WRITEBACK, CacheSettings, Storage, cache_path
-from bridge.cache.file.cache_file import CacheFile, open_file
+from bridge.app.settings import CacheSettings
+from bridge.app.storage import Storage, cache_path
+from bridge.cache.cache_options import WRITEBACK
+from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import HEADER_AREA_BYTES
+from bridge.cache.file.opening import open_file
+from bridge.cli.wording import explain
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Request
 from bridge.datapath.turn import Turn
@@ -27,10 +31,10 @@ from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_core import Command, ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client_options import ClientOptions
-from bridge.server.nbd_protocol import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from bridge.server.uri import parse_uri
+from bridge.spec.nbd import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from tests.app.processes import process, short_directory, unix_uri, wait_for
-from tests.tools import HUNG_S, need
+from tests.tools import HUNG_S, need, told
 from tests.turns import turn_of_the_loop
 
 SIZE_BYTES = 64 << 20
@@ -116,7 +120,7 @@ async def test_open_with_a_damaged_index_lets_go_of_the_file(directory):
         before = open_descriptors()
         threads = threading.active_count()
 
-        with pytest.raises(ConfigError, match="cache drop"):
+        with pytest.raises(ConfigError, check=told("cache drop")):
             await storage.open()
 
         open_file(path).close(clean=False)  # It would raise: in use.
@@ -262,6 +266,7 @@ async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeyp
             monkeypatch.setattr("bridge.cache.file.cache_file.os.fsync", wait)
             problem = await storage.close(0)
             assert began.is_set()
+            problem = explain(problem)
             assert cache_file(directory) in problem
             assert "not marked as closed" in problem
             stuck.set()
@@ -324,7 +329,7 @@ async def test_stop_with_a_silent_server_finishes_everything_before_the_file_is_
     *others, flush = ended
     assert [len(each) for each in others] == [1] * len(others)
     assert len(flush) <= 1  # The cache may keep it: a flush has no memory of the guest's.
-    assert "is kept in" in left_behind
+    assert "is kept in" in explain(left_behind)
 
 
 async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the_flush(directory):
@@ -365,10 +370,10 @@ async def test_cache_file_of_an_export_with_a_long_name_can_be_flushed(directory
             await storage.close(1)
             nursery.cancel_scope.cancel()
         assert await flush_file(path, uri.text, moved=False, timeout_s=10) == 0
-        with pytest.raises(ConfigError, match="give the URI"):
+        with pytest.raises(ConfigError, check=told("give the URI")):
             await flush_file(path, None, moved=False, timeout_s=10)
         other = unix_uri(directory / "nbd", name[:-1])
-        with pytest.raises(ConfigError, match="--moved"):
+        with pytest.raises(ConfigError, check=told("--moved")):
             await flush_file(path, other, moved=False, timeout_s=10)
     loop.close()
 
@@ -434,12 +439,13 @@ async def test_image_replaced_under_dirty_data_while_serving_nothing_is_sent_unt
         flush = start(storage, FLUSH, 0, 0)
         read = start(storage, READ, 2 << 20, 4096)
         assert changes(server) == []
-        (told,) = [each["event"] for each in logs if each["log_level"] == "error"]
+        (problem,) = [each["problem"] for each in logs if each["log_level"] == "error"]
+        said = explain(problem)
         path = cache_file(directory)
-        assert "4096 bytes" in told
-        assert "somebody else wrote it" in told
-        assert f"cache flush --force {path}" in told
-        assert f"cache drop --discard-dirty {path}" in told
+        assert "4096 bytes" in said
+        assert "somebody else wrote it" in said
+        assert f"cache flush --force {path}" in said
+        assert f"cache drop --discard-dirty {path}" in said
         assert (flush, read) == ([], [])
 
         disk.data[:] = ours
@@ -462,11 +468,12 @@ async def test_volume_written_by_somebody_else_under_dirty_data_while_serving_no
         left_behind = await storage.close(5)
 
         assert changes(server) == []
-        assert "somebody else wrote the export since" in left_behind
-        assert f"cache flush --force {cache_file(directory)}" in left_behind
+        said = explain(left_behind)
+        assert "somebody else wrote the export since" in said
+        assert f"cache flush --force {cache_file(directory)}" in said
         loop = Loop(poll_us=0)
         again = new_storage(directory, loop)
-        with pytest.raises(ConfigError, match="somebody else wrote the export since"):
+        with pytest.raises(ConfigError, check=told("somebody else wrote the export since")):
             await again.open()
         await again.close(1)
         loop.close()

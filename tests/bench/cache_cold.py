@@ -18,8 +18,9 @@ import time
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.cold import ThreadedCold
-from bridge.cache.file.cache_file import CacheFile, open_or_create
+from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import Identity, geometry_for
+from bridge.cache.file.opening import open_or_create
 from bridge.datapath.request import PREFETCH, READ, Request
 from bridge.datapath.turn import Turn
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
-from bridge.cache.file.cache_file import open_or_create
 from bridge.cache.file.layout import Identity, geometry_for
+from bridge.cache.file.opening import open_or_create
 from bridge.datapath.request import READ, WRITE, Request
 from bridge.datapath.turn import Turn
 

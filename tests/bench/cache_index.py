@@ -15,9 +15,10 @@ import time
 
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
-from bridge.cache.file.cache_file import CacheFile, boot_id
+from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import Identity, geometry_for, new_header, state_word
 from bridge.datapath.turn import Turn
+from bridge.host import boot_id
 
 from .cache_core import NullServer
 

@@ -21,11 +21,12 @@ from bridge.guest.virtio.chain import Chain
 from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
 from bridge.guest.virtio.inflight_packed import TrackedPackedQueue
 from bridge.guest.virtio.memory import GuestMemory, Region
-from bridge.guest.virtio.packed_queue import EVENT_AREA_BYTES, PackedQueue
+from bridge.guest.virtio.packed_queue import PackedQueue
 from bridge.guest.virtio.queue import VirtQueue
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
 from bridge.peers.packed_driver import PackedDriver, write_packed_chain
-from bridge.peers.split_driver import INDIRECT, WRITE, SplitDriver, write_chain
+from bridge.peers.split_driver import SplitDriver, write_chain
+from bridge.spec.virtqueue import DESC_INDIRECT, DESC_WRITE, EVENT_AREA_BYTES
 
 _QUEUE_SIZE = 256
 _ROUND_REQUESTS = 256
@@ -131,12 +132,16 @@ def _chain(
     """A 4 KiB read as Linux lays it out."""
     header = 0x100000 + slot * 64
     guest[header + 8 : header + 16] = (slot * 8).to_bytes(8, "little")
-    buffers = [(header, 16, 0), (0x200000 + slot * 4096, 4096, WRITE), (header + 32, 1, WRITE)]
+    buffers = [
+        (header, 16, 0),
+        (0x200000 + slot * 4096, 4096, DESC_WRITE),
+        (header + 32, 1, DESC_WRITE),
+    ]
     if not indirect:
         return buffers
     table = 0x180000 + slot * 64
     write = write_packed_chain if packed else write_chain
-    return [(table, write(guest[table : table + 48], buffers), INDIRECT)]
+    return [(table, write(guest[table : table + 48], buffers), DESC_INDIRECT)]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import itertools
 import random
 from typing import Any
 
-from bridge.cache.buffers import slices
+from bridge.datapath.buffers import slices
 from bridge.datapath.request import (
     DISCARD,
     FLUSH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import select
@@ -22,9 +23,9 @@ import pytest
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.cold import ThreadedCold
-from bridge.cache.file import cache_file
-from bridge.cache.file.cache_file import CacheFile, open_or_create
-from bridge.cache.file.inspect import describe, drop, open_to_flush, show
+from bridge.cache.file import cache_file, locking, opening
+from bridge.cache.file.cache_file import CacheFile
+from bridge.cache.file.inspect import Fault, drop, open_to_flush, show
 from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
     MIN_SLOTS,
@@ -36,10 +37,13 @@ from bridge.cache.file.layout import (
     parse_header_untrusted,
     state_word,
 )
+from bridge.cache.file.opening import open_or_create
+from bridge.cli.cache_show import json_of, text_of
+from bridge.cli.wording import explain
 from bridge.datapath.request import FLUSH, READ, WRITE, Request
 from bridge.datapath.turn import Outcome
 from bridge.errors import ConfigError
-from tests.tools import HUNG_S
+from tests.tools import HUNG_S, told
 from tests.turns import deliver, submit, turn
 
 from .fakes import BLOCK, GRANULE, FakeServer
@@ -116,7 +120,7 @@ def test_unclean_end_under_another_boot_is_discarded(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_one(path, clean=False)
-    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+    monkeypatch.setattr(opening, "boot_id", lambda: bytes(range(16)))
 
     file = _open(path)
 
@@ -127,7 +131,7 @@ def test_unclean_end_under_another_boot_is_discarded(
 
 def test_clean_end_under_another_boot_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _write_one(path)
-    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+    monkeypatch.setattr(opening, "boot_id", lambda: bytes(range(16)))
 
     file = _open(path)
 
@@ -151,7 +155,7 @@ def test_clean_mark_is_gone_as_soon_as_the_file_is_in_use(path: str) -> None:
 def test_second_process_is_refused(path: str) -> None:
     file = _open(path)
 
-    with pytest.raises(ConfigError, match="in use by another process"):
+    with pytest.raises(ConfigError, check=told("in use by another process")):
         _open(path)
     file.close(clean=False)
 
@@ -161,7 +165,7 @@ def test_lock_is_held_while_a_file_is_made_anew(path: str) -> None:
 
     file = _open(path, Geometry(64 * GRANULE, BLOCK, GRANULE, 65))
 
-    with pytest.raises(ConfigError, match="in use"):
+    with pytest.raises(ConfigError, check=told("in use")):
         _open(path)
     file.close(clean=False)
 
@@ -169,7 +173,7 @@ def test_lock_is_held_while_a_file_is_made_anew(path: str) -> None:
 def test_file_of_another_export_is_refused_with_the_remedy(path: str) -> None:
     _write_one(path)
 
-    with pytest.raises(ConfigError, match=f"belongs to .*cache drop {path}"):
+    with pytest.raises(ConfigError, check=told(f"belongs to .*cache drop {path}")):
         _open(path, identity=Identity("nbd://server", "other"))
 
 
@@ -184,14 +188,14 @@ def test_file_of_another_export_is_refused_with_the_remedy(path: str) -> None:
 def test_file_with_dirty_data_that_does_not_fit_is_refused(path: str, geometry: Geometry) -> None:
     _write_one(path)
 
-    with pytest.raises(ConfigError, match="cache flush"):
+    with pytest.raises(ConfigError, check=told("cache flush")):
         _open(path, geometry)
 
 
 def test_file_with_dirty_data_for_a_disk_that_shrank_is_refused_with_what_helps(path: str) -> None:
     _write_one(path)
 
-    with pytest.raises(ConfigError, match=f"grow the export back.*--discard-dirty {path}"):
+    with pytest.raises(ConfigError, check=told(f"grow the export back.*--discard-dirty {path}")):
         _open(path, Geometry(63 * GRANULE, BLOCK, GRANULE, 64))
 
 
@@ -250,7 +254,7 @@ def test_flipped_bit_in_both_headers_is_refused(path: str, offset: int) -> None:
     _damage(path, offset)
     _damage(path, 4096 + offset)
 
-    with pytest.raises(ConfigError, match="cache drop"):
+    with pytest.raises(ConfigError, check=told("cache drop")):
         _open(path)
 
 
@@ -285,7 +289,7 @@ def test_flipped_bit_in_the_index_after_a_kill_is_refused(path: str, bit: int) -
         raw.write(bytes((byte ^ 1 << within % 8,)))
 
     file = _open(path)
-    with pytest.raises(ConfigError, match=f"{path} has a damaged index.*cache drop"):
+    with pytest.raises(ConfigError, check=told(f"{path} has a damaged index.*cache drop")):
         _cache(file, FakeServer(64 * GRANULE))
     file.close(clean=False)
 
@@ -294,7 +298,7 @@ def test_flipped_bit_in_the_index_after_a_clean_end_is_refused(path: str) -> Non
     _write_one(path)
     _damage(path, GEOMETRY.states_offset + 8 * 40)
 
-    with pytest.raises(ConfigError, match="damaged index"):
+    with pytest.raises(ConfigError, check=told("damaged index")):
         _open(path)
 
 
@@ -304,7 +308,7 @@ def test_granule_held_twice_is_refused(path: str) -> None:
         file.granule_of[slot] = 7
         file.state[slot] = state_word(7, 1, 0)
 
-    with pytest.raises(ConfigError, match="held twice"):
+    with pytest.raises(ConfigError, check=told("held twice")):
         _cache(file, FakeServer(64 * GRANULE))
     file.close(clean=False)
 
@@ -313,7 +317,7 @@ def test_file_cut_short_is_refused(path: str) -> None:
     _write_one(path)
     os.truncate(path, GEOMETRY.file_bytes - 1)
 
-    with pytest.raises(ConfigError, match="cut short"):
+    with pytest.raises(ConfigError, check=told("cut short")):
         _open(path)
 
 
@@ -322,14 +326,14 @@ def test_file_of_another_version_is_refused(path: str, monkeypatch: pytest.Monke
     _open(path).close(clean=True)
     monkeypatch.undo()
 
-    with pytest.raises(ConfigError, match="version 2"):
+    with pytest.raises(ConfigError, check=told("version 2")):
         _open(path)
 
 
 def test_something_else_is_not_overwritten(path: str) -> None:
     Path(path).write_bytes(b"precious" * 10000)
 
-    with pytest.raises(ConfigError, match="is not a cache file"):
+    with pytest.raises(ConfigError, check=told("is not a cache file")):
         _open(path)
     assert Path(path).read_bytes().startswith(b"precious")
 
@@ -343,14 +347,14 @@ def test_creation_that_was_cut_off_is_begun_again(path: str) -> None:
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no does not exist; create it .*--cache-dir"):
+    with pytest.raises(ConfigError, check=told(r"no does not exist; create it .*--cache-dir")):
         _open(str(tmp_path / "no" / "disk.cache"))
 
 
 def test_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "no").write_text("")
 
-    with pytest.raises(ConfigError, match=r"no is not a directory; .*--cache-dir"):
+    with pytest.raises(ConfigError, check=told(r"no is not a directory; .*--cache-dir")):
         _open(str(tmp_path / "no" / "disk.cache"))
 
 
@@ -362,7 +366,9 @@ def test_directory_that_cannot_be_written_is_named(
 
     monkeypatch.setattr(os, "open", refuse)
 
-    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\).*--cache-dir"):
+    with pytest.raises(
+        ConfigError, check=told(r"cannot be written \(Permission denied\).*--cache-dir")
+    ):
         _open(path)
 
 
@@ -372,7 +378,7 @@ def test_full_disk_is_named_and_leaves_no_file(path: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "posix_fallocate", full)
 
-    with pytest.raises(ConfigError, match="No space left"):
+    with pytest.raises(ConfigError, check=told("No space left")):
         _open(path)
     assert not os.path.exists(path)
 
@@ -390,12 +396,14 @@ def test_symbolic_link_is_not_followed(tmp_path: Path, path: str) -> None:
     os.symlink(target, path)
 
     for use in (_open, show, drop):
-        with pytest.raises(ConfigError, match=f"is a symbolic link.*the file itself is {target}"):
+        with pytest.raises(
+            ConfigError, check=told(f"is a symbolic link.*the file itself is {target}")
+        ):
             use(path)
 
 
 def test_cache_size_below_the_minimum_is_refused() -> None:
-    with pytest.raises(ConfigError, match="below the minimum"):
+    with pytest.raises(ConfigError, check=told("below the minimum")):
         geometry_for(disk_bytes=1 << 30, cache_bytes=MIN_SLOTS * GRANULE - 1)
 
 
@@ -409,7 +417,7 @@ def test_cache_size_below_the_minimum_is_refused() -> None:
 def test_cache_or_disk_that_is_too_large_is_refused_with_what_helps(
     disk_bytes: int, cache_bytes: int, says: str
 ) -> None:
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, check=told(says)):
         geometry_for(disk_bytes=disk_bytes, cache_bytes=cache_bytes)
 
 
@@ -454,7 +462,7 @@ def test_show_leaves_the_file_as_it_is(path: str) -> None:
 def test_drop_of_a_dirty_file_needs_to_be_told(path: str) -> None:
     _write_one(path)
 
-    with pytest.raises(ConfigError, match="does not have"):
+    with pytest.raises(ConfigError, check=told("does not have")):
         drop(path)
     drop(path, discard_dirty=True)
 
@@ -476,8 +484,8 @@ def test_drop_of_a_file_that_cannot_be_read_needs_to_be_told(path: str, content:
         drop(path)
     drop(path, discard_dirty=True)
 
-    assert str(refused.value).count("--discard-dirty") == 1
-    assert "cache drop" not in str(refused.value)
+    assert explain(refused.value).count("--discard-dirty") == 1
+    assert "cache drop" not in explain(refused.value)
     assert not os.path.exists(path)
 
 
@@ -485,7 +493,7 @@ def test_drop_of_a_file_that_cannot_be_read_needs_to_be_told(path: str, content:
 def test_drop_of_something_else_is_refused(path: str, discard_dirty: bool) -> None:
     Path(path).write_text("root:x:0:0:root:/root:/bin/sh\n")
 
-    with pytest.raises(ConfigError, match="is not a cache file; remove it with rm"):
+    with pytest.raises(ConfigError, check=told("is not a cache file; remove it with rm")):
         drop(path, discard_dirty=discard_dirty)
 
     assert os.path.exists(path)
@@ -551,14 +559,17 @@ def test_show_of_a_damaged_slot_counts_it_and_says_why_the_file_is_not_usable(
 
     assert (summary.damaged_slots, summary.granules_used, summary.dirty_bytes) == (1, 1, BLOCK)
     assert not summary.usable
-    assert "the index is damaged" in summary.fault
+    assert summary.fault is Fault.DAMAGED
+    assert "the index is damaged" in json.loads(json_of(summary))["fault"]
 
 
 @pytest.mark.parametrize("clean", [False, True])
 def test_drop_of_a_damaged_index_says_how_to_save_the_rest(path: str, clean: bool) -> None:
     _damage_a_slot(path, clean=clean)
 
-    with pytest.raises(ConfigError, match=f"cache flush --skip-damaged {path}' first, or add"):
+    with pytest.raises(
+        ConfigError, check=told(f"cache flush --skip-damaged {path}' first, or add")
+    ):
         drop(path)
 
     drop(path, discard_dirty=True)
@@ -569,7 +580,7 @@ def test_damaged_slot_is_skipped_only_when_asked_for_and_the_rest_is_there(
     path: str, clean: bool
 ) -> None:
     _damage_a_slot(path, clean=clean)
-    with pytest.raises(ConfigError, match="--skip-damaged"):
+    with pytest.raises(ConfigError, check=told("--skip-damaged")):
         _open_and_load(path, skip_damaged=False)
 
     file, cache = _open_and_load(path, skip_damaged=True)
@@ -600,18 +611,19 @@ def test_show_of_a_crashed_hosts_file_says_why_it_is_not_usable(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_one(path, clean=False)
-    monkeypatch.setattr(cache_file, "boot_id", lambda: bytes(range(16)))
+    monkeypatch.setattr(opening, "boot_id", lambda: bytes(range(16)))
 
     summary = show(path)
 
-    assert "without a clean shutdown" in summary.fault
-    assert "usable             no: the host" in describe(summary)
+    assert summary.fault is Fault.CRASHED
+    assert "without a clean shutdown" in json.loads(json_of(summary))["fault"]
+    assert "usable             no: the host" in text_of(summary)
 
 
 def test_show_for_people_has_sizes_and_a_date(path: str) -> None:
     _write_one(path)
 
-    text = describe(replace(show(path), created_s=1_700_000_000))
+    text = text_of(replace(show(path), created_s=1_700_000_000))
 
     assert "cache              4 MiB, 4 KiB of it used" in text
     assert "not on the server  4 KiB" in text
@@ -639,7 +651,7 @@ def test_drop_of_a_file_in_use_is_refused(path: str) -> None:
     file = _open(path)
 
     for force in (False, True):
-        with pytest.raises(ConfigError, match="in use"):
+        with pytest.raises(ConfigError, check=told("in use")):
             drop(path, discard_dirty=force)
     file.close(clean=False)
 
@@ -655,7 +667,7 @@ def test_drop_of_a_clean_file_removes_it(path: str) -> None:
 def test_flush_of_a_file_to_a_smaller_export_is_refused(path: str) -> None:
     _write_one(path)
 
-    with pytest.raises(ConfigError, match="nothing was written; grow the export back, or"):
+    with pytest.raises(ConfigError, check=told("nothing was written; grow the export back, or")):
         open_to_flush(path, export_bytes=GRANULE)
 
 
@@ -727,7 +739,7 @@ def test_threaded_cold_runs_jobs_and_reports_on_the_callers_side() -> None:
 _WRITER = """
 import os, sys, struct
 from bridge.cache.cache import Cache
-from bridge.cache.file.cache_file import open_or_create
+from bridge.cache.file.opening import open_or_create
 from bridge.cache.file.layout import Geometry, Identity
 from bridge.cache.cache_options import Options
 from bridge.datapath.request import WRITE, Request
@@ -804,7 +816,7 @@ def test_header_keeps_what_was_seen(path: str) -> None:
     file.save_header(witness=1 << 40, discarded=(7, 9), export_identity=b"i" * 16)
     file.close(clean=False)
 
-    header = cache_file.open_file(path).header
+    header = opening.open_file(path).header
 
     assert (header.witness, header.discarded) == (1 << 40, (7, 9))
     assert header.export_identity == b"i" * 16
@@ -823,9 +835,9 @@ def test_cache_file_of_another_user_is_refused(path: str, content: bytes) -> Non
         Path(path).touch()
     os.chown(path, 23456, 23456)
 
-    with pytest.raises(ConfigError, match="belongs to user 23456"):
+    with pytest.raises(ConfigError, check=told("belongs to user 23456")):
         _open(path)
-    with pytest.raises(ConfigError, match="belongs to user 23456"):
+    with pytest.raises(ConfigError, check=told("belongs to user 23456")):
         open_to_flush(path, export_bytes=64 * GRANULE)
 
     assert os.stat(path).st_uid == 23456
@@ -852,7 +864,7 @@ def test_directory_that_others_may_write_is_refused_unless_sticky(
     directory.chmod(mode)
     try:
         if refused:
-            with pytest.raises(ConfigError, match=f"chmod go-w {directory}"):
+            with pytest.raises(ConfigError, check=told(f"chmod go-w {directory}")):
                 _open(path)
         else:
             _open(path).close(clean=False)
@@ -871,8 +883,10 @@ def test_file_whose_disk_cannot_be_read_is_an_error_with_its_name(
     monkeypatch.setattr(os, "pread", _refuse)
     before = len(os.listdir("/proc/self/fd"))
 
-    for use in (show, drop, cache_file.open_file, cache_file.has_content, _open):
-        with pytest.raises(ConfigError, match=f"cache file {path}: cannot be read: Input/output"):
+    for use in (show, drop, opening.open_file, locking.has_content, _open):
+        with pytest.raises(
+            ConfigError, check=told(f"cache file {path}: cannot be read: Input/output")
+        ):
             use(path)
 
     assert len(os.listdir("/proc/self/fd")) == before
@@ -883,7 +897,9 @@ def test_file_system_that_maps_no_files_is_an_error_with_the_remedy(
 ) -> None:
     monkeypatch.setattr("bridge.cache.file.cache_file.mmap.mmap", _refuse)
 
-    with pytest.raises(ConfigError, match=r"cannot be mapped .*--cache-dir.*--cache-mode off"):
+    with pytest.raises(
+        ConfigError, check=told(r"cannot be mapped .*--cache-dir.*--cache-mode off")
+    ):
         _open(path)
 
 
@@ -897,7 +913,7 @@ def test_show_of_something_else_does_not_recommend_to_remove_it() -> None:
 def test_show_escapes_what_would_control_the_terminal(path: str) -> None:
     _open(path, identity=Identity("h\x1b[2J:1", "x\ny\r\x9b\u202eü")).close(clean=True)
 
-    text = describe(show(path))
+    text = text_of(show(path))
 
     assert r"h\x1b[2J:1" in text
     assert r"x\ny\r\x9b\u202eü" in text

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cache.file.cache_file import CacheFile, open_file, open_or_create
+from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import Identity, geometry_for
+from bridge.cache.file.opening import open_file, open_or_create
 from bridge.errors import ConfigError
+from tests.tools import told
 
 DISK_BYTES = 64 << 20
 IDENTITY = Identity("nbd://server", "disk")
@@ -50,7 +52,7 @@ def test_file_removed_between_open_and_lock_and_not_to_be_made_is_missing(
     opened(path).close(clean=True)
     monkeypatch.setattr(fcntl, "flock", lambda fd, how: path.unlink())
 
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, check=told("No such file")):
         open_file(str(path))
 
 
@@ -84,7 +86,7 @@ def test_file_with_holes_on_a_full_disk_is_refused(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ConfigError, match="no room"):
+    with pytest.raises(ConfigError, check=told("no room")):
         opened(path)
     assert path.exists()
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cache.file.cache_file import CacheFile, open_file, open_or_create
+from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import Geometry, Header, Identity, new_header
 from bridge.cache.file.location import Found, Wanted, find, forget, note, noted
+from bridge.cache.file.opening import open_file, open_or_create
 from bridge.cache.index import Index
 
 GRANULE = 65536
@@ -207,5 +208,5 @@ def test_look_for_ones_own_file_does_not_keep_another_bridge_from_it(
         if looking:
             looking.pop().close(clean=False)
 
-    monkeypatch.setattr("bridge.cache.file.cache_file.time.sleep", pause)
+    monkeypatch.setattr("bridge.cache.file.locking.time.sleep", pause)
     open_file(str(path)).close(clean=False)

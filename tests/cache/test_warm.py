@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from bridge.cache.warm import HOLE, ZERO, Warmer, data_ranges
+from bridge.cache.warm import Warmer, data_ranges
 from bridge.datapath.request import READ, Request
+from bridge.spec.nbd import STATE_HOLE, STATE_ZERO
 from tests.turns import finish
 
 from .fakes import EIO, GRANULE, Rig
 
 
 def test_holes_are_left_out_and_data_is_joined() -> None:
-    extents = [(10, HOLE | ZERO), (5, 0), (7, ZERO), (100, HOLE | ZERO), (1, 0)]
+    extents = [
+        (10, STATE_HOLE | STATE_ZERO),
+        (5, 0),
+        (7, STATE_ZERO),
+        (100, STATE_HOLE | STATE_ZERO),
+        (1, 0),
+    ]
 
     assert list(data_ranges(extents, 1000)) == [(1010, 12), (1122, 1)]
 

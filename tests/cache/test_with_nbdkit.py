@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.app.storage import CacheSettings, Storage
+from bridge.app.settings import CacheSettings
+from bridge.app.storage import Storage
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, READ, WRITE, Request
 from bridge.server.client_options import ClientOptions

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bridge.demo.small_server import SparseFileDisk
 from bridge.peers.nbd_server_disk import FileDisk, MemoryDisk, ServerDisk
-from bridge.server.nbd_protocol import STATE_HOLE, STATE_ZERO
+from bridge.spec.nbd import STATE_HOLE, STATE_ZERO
 
 SIZE = 1 << 20
 

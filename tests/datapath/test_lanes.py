@@ -18,16 +18,9 @@ from bridge.datapath.lanes import (
 )
 from bridge.datapath.request import DISCARD, READ, Request
 from bridge.datapath.turn import Turn
-from bridge.guest.virtio.blk import (
-    MAX_REQUEST_BYTES,
-    S_IOERR,
-    S_OK,
-    T_DISCARD,
-    T_IN,
-    T_OUT,
-    BlkEngine,
-)
+from bridge.guest.virtio.blk import MAX_REQUEST_BYTES, BlkEngine
 from bridge.guest.virtio.chain import Chain
+from bridge.spec.virtio_blk import S_IOERR, S_OK, T_DISCARD, T_IN, T_OUT
 from tests import turns
 from tests.guest.virtio.mock import BlkGuest, FakeHits
 from tests.guest.virtio.test_blk import segments

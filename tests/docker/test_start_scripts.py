@@ -99,7 +99,9 @@ def bridge_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def serve_context(arguments: list[str]) -> click.Context:
     """`nbd-bridge serve` with these arguments, parsed by the real command line, not run."""
-    return nbd_bridge.commands["serve"].make_context("serve", arguments)
+    serve = nbd_bridge.get_command(click.Context(nbd_bridge), "serve")
+    assert serve is not None
+    return serve.make_context("serve", arguments)
 
 
 @pytest.mark.parametrize("mode", ["off", "writethrough", "writeback"])

@@ -38,8 +38,8 @@ from bridge.guest.virtio.memory import GuestMemory, Region
 from bridge.guest.virtio.packed_queue import PackedQueue
 from bridge.guest.virtio.queue import RingAreas, VirtQueue
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
-from bridge.peers.split_driver import WRITE as DEVICE_WRITES
 from bridge.peers.split_driver import SplitDriver
+from bridge.spec.virtqueue import DESC_WRITE as DEVICE_WRITES
 from tests import turns
 
 _REGION_BYTES = 0x10000

@@ -14,8 +14,9 @@ import trio
 from bridge.datapath.loop import Loop
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
-from bridge.guest.virtio.blk_config import F_RING_PACKED, DiskGeometry
-from bridge.peers.split_driver import WRITE, Buffer, SplitDriver
+from bridge.guest.virtio.blk_config import DiskGeometry
+from bridge.peers.split_driver import Buffer, SplitDriver
+from bridge.spec.virtqueue import DESC_WRITE, F_RING_PACKED
 from tests.guest.virtio.mock import FakeDisk
 from tests.guest.virtio.packed_driver import PackedDriver
 
@@ -173,9 +174,9 @@ class DeviceGuest:
             buffers.append((self.alloc(out), len(out), 0))
         data = self.alloc(b"\xee" * room)
         if room:
-            buffers.append((data, room, WRITE))
+            buffers.append((data, room, DESC_WRITE))
         status = self.alloc(b"\xee")
-        buffers.append((status, 1, WRITE))
+        buffers.append((status, 1, DESC_WRITE))
         self.rings[index].add(self._token, buffers)
         return PendingRequest(self, self._token, data, room, status)
 

@@ -20,10 +20,19 @@ from bridge.datapath.request import FLUSH, READ, REPEATED, UNASKED, WRITE, Reque
 from bridge.errors import LeftBehind, ProtocolError
 from bridge.guest.eventfds import EventfdWriter
 from bridge.guest.vhost_user.device_interface import MemoryRegion
-from bridge.guest.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_GET_ID, T_IN, T_OUT
-from bridge.guest.virtio.blk_config import F_CONFIG_WCE, F_FLUSH, F_VERSION_1
 from bridge.guest.virtio.inflight import InflightRegion, queue_region_bytes
 from bridge.guest.virtio.long_chains import MAX_LONG_VIEWS
+from bridge.spec.virtio_blk import (
+    F_CONFIG_WCE,
+    F_FLUSH,
+    S_IOERR,
+    S_OK,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+)
+from bridge.spec.virtqueue import F_VERSION_1
 from tests.guest.device_guest import (
     MEMORY_BYTES,
     USER_BASE,
@@ -470,8 +479,8 @@ async def test_3_8_last_stop_that_leaves_something_behind_is_not_answered(
             raise LeftBehind("the flush failed")
         await trio.sleep_forever()
 
-    async def on_left_behind() -> str:
-        return "4096 bytes"
+    async def on_left_behind() -> LeftBehind:
+        return LeftBehind("4096 bytes")
 
     async with running_device(
         on_all_stopped=on_all_stopped, on_left_behind=on_left_behind, drain_timeout_s=7
@@ -488,9 +497,9 @@ async def test_3_8_last_stop_that_leaves_something_behind_is_not_answered(
 async def test_front_end_that_has_gone_is_promised_nothing(autojump_clock: MockClock) -> None:
     asked = []
 
-    async def on_left_behind() -> str:
+    async def on_left_behind() -> LeftBehind:
         asked.append(1)
-        return "something"
+        return LeftBehind("something")
 
     async with running_device(
         on_all_stopped=trio.sleep_forever, on_left_behind=on_left_behind, drain_timeout_s=7

@@ -11,7 +11,7 @@ import trio
 
 from bridge.datapath.loop import Loop
 from bridge.guest.ring import RunningRing
-from bridge.guest.virtio.blk import S_OK, T_FLUSH, T_IN
+from bridge.spec.virtio_blk import S_OK, T_FLUSH, T_IN
 from tests.guest.device_guest import a_while, signals
 from tests.guest.virtio.mock import BlkGuest
 

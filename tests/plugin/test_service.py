@@ -162,8 +162,8 @@ def served_read_only(service: Service) -> str:
         assert "instance=" in service.describe(handle)
         why = handle.disk.why_read_only
         export = Export("v", MIB, description=service.describe(handle))
-        assert export.why_read_only == why
-        assert export.properties["session"] == "yes"
+        assert export.volume.why_read_only == why
+        assert export.volume.words["session"] == "yes"
         return why
     finally:
         service.close(handle)

@@ -28,11 +28,11 @@ from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS, ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server import nbd_protocol as p
 from bridge.server.client import inspect, list_exports
 from bridge.server.client_options import ClientOptions
-from bridge.server.nbd_protocol import TransmissionFlags
 from bridge.server.uri import parse_uri
+from bridge.spec import nbd as p
+from bridge.spec.nbd import TransmissionFlags
 from tests.server.helpers import (
     FAST,
     do,

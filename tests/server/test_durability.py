@@ -20,7 +20,7 @@ from bridge.datapath.request import (
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
 from bridge.server.client_options import ClientOptions
 from bridge.server.link import Session
-from bridge.server.nbd_protocol import TransmissionFlags
+from bridge.spec.nbd import TransmissionFlags
 from tests.server.test_link import BLOCK, World, export
 from tests.turns import deliver, forget, submit, turn
 

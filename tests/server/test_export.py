@@ -32,6 +32,6 @@ def test_foreign_server_counts_nothing() -> None:
 
 def test_reason_why_a_volume_is_read_only_is_taken_from_our_plugin_as_it_is() -> None:
     export = described("session=yes read-only: /a instance=1: Permission denied")
-    assert export.why_read_only == "/a instance=1: Permission denied session=yes"
-    assert "instance" not in export.properties
-    assert Export("x", 1, description="a read-only: disk").why_read_only == ""
+    assert export.volume.why_read_only == "/a instance=1: Permission denied session=yes"
+    assert "instance" not in export.volume.words
+    assert Export("x", 1, description="a read-only: disk").volume.why_read_only == ""

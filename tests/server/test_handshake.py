@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.cli.wording import explain
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.peers.nbd_server_core import ServerCore, ServerSettings, ServerState
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server import nbd_protocol as p
 from bridge.server.export import Export
 from bridge.server.handshake import Goal, Handshake, State, Wishes
-from bridge.server.nbd_protocol import TransmissionFlags
+from bridge.spec import nbd as p
+from bridge.spec.nbd import TransmissionFlags
 
 PLAIN = Wishes(structured=False, extended=False, block_status=False)
 
@@ -465,7 +466,7 @@ def test_cve_2019_14842_option_reply_with_more_than_was_asked_is_refused() -> No
 
 def test_description_words_are_properties() -> None:
     export = Export("", 0, description="our plugin; instance=ab-1 generation=7, session=yes")
-    assert export.properties == {"instance": "ab-1", "generation": "7", "session": "yes"}
+    assert export.volume.words == {"instance": "ab-1", "generation": "7", "session": "yes"}
 
 
 @pytest.mark.parametrize("word", ["generation", "written"])
@@ -517,7 +518,7 @@ def refused(*listed: bytes, typed: str = "vm0", sent: str | None = None, final: 
     with pytest.raises(ConfigError) as caught:
         client.receive(reply(p.OPT_LIST, final or p.REP_ACK))
     assert options_sent(client.data_to_send()) == [p.OPT_GO, p.OPT_LIST, p.OPT_ABORT]
-    return str(caught.value)
+    return explain(caught.value)
 
 
 def listed(name: bytes, description: bytes = b"") -> bytes:

@@ -14,6 +14,7 @@ from traceback import walk_stack
 
 import pytest
 
+from bridge.datapath.buffers import scatter
 from bridge.datapath.lanes import TURN_BYTES, Job, Lane
 from bridge.datapath.request import (
     DISCARD,
@@ -26,11 +27,10 @@ from bridge.datapath.request import (
     Request,
 )
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
-from bridge.server.chunks import scatter
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.link import Phase, Session
-from bridge.server.nbd_protocol import TransmissionFlags
+from bridge.spec.nbd import TransmissionFlags
 from tests.turns import deliver, finish, forget, submit, turn
 
 BLOCK = 512

@@ -35,7 +35,7 @@ def _plugin(folder: Path, *options: str) -> Iterator[str]:
 
 
 async def test_description_names_instance_and_session(uri: str) -> None:
-    properties = (await inspect(parse_uri(uri))).properties
+    properties = (await inspect(parse_uri(uri))).volume.words
     assert properties["instance"]
     assert properties["session"] == "yes"
     assert int(properties["generation"]) >= 1
@@ -63,7 +63,7 @@ async def test_reconnect_waits_for_its_own_old_session_and_flush_goes_on(
             assert len(client._connections) == connections
             assert await do(client, FLUSH) == 0  # the same instance: nothing was lost
             assert await read(client, 0, 4096) == b"a" * 4096
-        generations = client.export.properties
+        generations = client.export.volume.words
         assert int(generations["generation"]) >= 5
 
 
@@ -118,7 +118,7 @@ async def test_reader_that_names_a_session_takes_no_lock() -> None:
 async def test_reader_where_a_filter_hides_the_sessions_takes_no_lock() -> None:
     with short_dir() as folder, _plugin(folder, "fence_timeout=0.2", "--filter=readahead") as uri:
         async with running_client(uri, READER) as reader, running_client(uri) as writer:
-            assert "session" not in writer.export.properties
+            assert "session" not in writer.export.volume.words
             assert await write(writer, 0, b"a" * 512) == 0
             assert reader.export.read_only
 
@@ -139,9 +139,9 @@ async def test_clients_of_a_shared_session_are_told_who_wrote_last(uri: str) -> 
             await source.leave(2, EIO)
             source.come_back()
             await until(lambda: source.connected)
-            writers.append(source.export.properties["writer"])
+            writers.append(source.export.volume.words["writer"])
         assert writers == [source.client_id, target.client_id]
-        assert source.export.properties["generation"] == target.export.properties["generation"]
+        assert source.export.volume.words["generation"] == target.export.volume.words["generation"]
 
 
 async def test_volume_in_use_can_be_looked_at() -> None:
@@ -150,5 +150,5 @@ async def test_volume_in_use_can_be_looked_at() -> None:
             assert await write(client, 0, b"a" * 512) == 0
             export = await inspect(parse_uri(uri))
             assert export.size_bytes == 4 << 20
-            assert export.properties["session"] == "yes"
+            assert export.volume.words["session"] == "yes"
             assert await list_exports(parse_uri(uri))

@@ -9,9 +9,9 @@ import pytest
 
 from bridge.datapath.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
-from bridge.server import nbd_protocol as p
 from bridge.server.connection import Connection
 from bridge.server.export import Export
+from bridge.spec import nbd as p
 from tests.turns import deliver, turn
 
 TIMEOUT_S = 60.0

@@ -25,9 +25,9 @@ from bridge.datapath.request import (
 from bridge.errors import BridgeError, ProtocolError
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS, Command, ServerCore, ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server import nbd_protocol as p
 from bridge.server.handshake import Handshake, State, Wishes
 from bridge.server.transmission import Transmission
+from bridge.spec import nbd as p
 from tests.server.wire import Asked, feed
 from tests.turns import turn
 

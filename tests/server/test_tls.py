@@ -24,6 +24,7 @@ from bridge.server.tls import client_context, server_context
 from bridge.server.uri import parse_uri
 from tests.server import certificates
 from tests.server.helpers import FAST, do, pattern, read, running_client, start, until, write
+from tests.tools import told
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +96,14 @@ async def test_tls_over_a_unix_socket_verifies_the_name_given(
         async with running_client(base + "&tls-verify-peer=false") as client:
             assert client.export.tls
         async with running_client(base, connect=False) as client:
-            with pytest.raises(ConfigError, match="add tls-hostname=NAME"):
+            with pytest.raises(ConfigError, check=told("add tls-hostname=NAME")):
                 await client.connect()
         nursery.cancel_scope.cancel()
 
 
 async def _refused(uri: str, match: str, options: ClientOptions = FAST) -> None:
     async with running_client(uri, options, connect=False) as client:
-        with pytest.raises(BridgeError, match=match) as caught:
+        with pytest.raises(BridgeError, check=told(match)) as caught:
             await client.connect()
         assert "\n" not in str(caught.value)
 
@@ -176,7 +177,7 @@ async def test_server_that_hangs_up_after_tls_may_not_like_our_certificate(
             f"nbds://localhost:{port}/?tls-certificates={files}", FAST, connect=False
         ) as client:
             says = "accept the certificate" if has_certificate else "give --tls-cert and --tls-key"
-            with pytest.raises(CertificateWanted, match=says) as caught:
+            with pytest.raises(CertificateWanted, check=told(says)) as caught:
                 await client.connect()
             assert caught.value.exit_status == 2
         nursery.cancel_scope.cancel()
@@ -229,13 +230,13 @@ def test_context_missing_files_are_config_errors(
     tmp_path: Path, parameters: str, says: str
 ) -> None:
     uri = parse_uri("nbds://localhost/?" + parameters.format(tmp=tmp_path))
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, check=told(says)):
         client_context(uri, ClientOptions())
 
 
 def test_context_broken_certificate_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "ca-cert.pem").write_text("no certificate")
-    with pytest.raises(ConfigError, match="not a usable certificate"):
+    with pytest.raises(ConfigError, check=told("not a usable certificate")):
         client_context(parse_uri(f"nbds://h/?tls-certificates={tmp_path}"), ClientOptions())
 
 
@@ -286,7 +287,7 @@ def test_context_bad_key_or_certificate_is_told_as_what_it_is(
     paths: dict[str | None, str | None] = {**_key_files(folders["clients"], tmp_path), None: None}
     options = ClientOptions(tls_certificate_file=paths[certificate], tls_key_file=paths[key])
 
-    with pytest.raises(ConfigError, match=says) as caught:
+    with pytest.raises(ConfigError, check=told(says)) as caught:
         client_context(parse_uri("nbds://h/"), options)
 
     assert "\n" not in str(caught.value)
@@ -304,7 +305,7 @@ def test_context_good_key_and_certificate_are_taken(
 
 def test_context_options_beside_a_shared_key_are_refused(tmp_path: Path) -> None:
     options = ClientOptions(tls_ca_file=str(tmp_path / "ca"))
-    with pytest.raises(ConfigError, match="--tls-ca and tls-psk-file exclude each other"):
+    with pytest.raises(ConfigError, check=told("--tls-ca and tls-psk-file exclude each other")):
         client_context(parse_uri("nbds://h/?tls-psk-file=/k"), options)
 
 

@@ -26,9 +26,9 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
 )
 from bridge.errors import ProtocolError
-from bridge.server import nbd_protocol as p
 from bridge.server.chunks import StatusRequest
 from bridge.server.transmission import Transmission
+from bridge.spec import nbd as p
 from tests.server.helpers import pattern
 from tests.server.wire import (
     DONE,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bridge.datapath.request import BLOCK_STATUS, Request
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
-from bridge.server import nbd_protocol as p
 from bridge.server.chunks import StatusRequest
 from bridge.server.export import Export
 from bridge.server.transmission import Transmission
+from bridge.spec import nbd as p
 from tests.turns import deliver, turn
 
 DONE = p.REPLY_FLAG_DONE

@@ -10,26 +10,31 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from enum import Enum, auto
 
-from bridge.cache.file.cache_file import (
-    REMOVE_HINT,
-    CacheFile,
-    MappedImage,
+from bridge.cache.file.cache_file import CacheFile, MappedImage, dirty_bytes
+from bridge.cache.file.layout import Identity
+from bridge.cache.file.locking import lock_to_drop
+from bridge.cache.file.opening import (
     Unusable,
     believe,
-    dirty_bytes,
     export_shrunk,
     has_survived,
     index_is_whole,
-    lock_to_drop,
     open_file,
     read_index,
 )
-from bridge.cache.file.layout import Identity, printable
 from bridge.cache.index import Index
-from bridge.errors import ConfigError
-from bridge.units import size_text
+from bridge.errors import ConfigError, Remedy
+
+
+class Fault(Enum):
+    """Why nothing of a cache file is used by a bridge that finds it."""
+
+    CRASHED = auto()
+    """The host went down without a clean shutdown: the content will be discarded."""
+    DAMAGED = auto()
+    """The index is damaged: what is intact can still be brought to the server."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,16 @@ class Summary:
     clean_shutdown: bool
     frozen: bool
     """The guest was stopped before all was at the server, and may have gone on elsewhere."""
-    usable: bool
-    fault: str
-    """Why it is not usable; empty if it is."""
+    fault: Fault | None
+    """Why it is not usable, None if it is."""
     export_generation: int
     created_s: int
     """Seconds of the epoch."""
+
+    @property
+    def usable(self) -> bool:
+        """A bridge would use what it holds."""
+        return self.fault is None
 
     @property
     def is_cut(self) -> bool:
@@ -68,7 +77,7 @@ class Summary:
         return Identity(self.uri, self.export).digest.hex() != self.digest
 
 
-def show(path: str, *, not_ours: str = "") -> Summary:
+def show(path: str, *, not_ours: Remedy | None = None) -> Summary:
     """Read what `path` holds. Raises ConfigError: in use, damaged, not a cache file, which gets the
     remedy `not_ours`."""
     image = read_index(path, not_ours)
@@ -77,7 +86,7 @@ def show(path: str, *, not_ours: str = "") -> Summary:
     index = Index(image)
     index.load(skip_damaged=True)  # in the copy
     if index.damaged_slots and not fault:
-        fault = _DAMAGED
+        fault = Fault.DAMAGED
     return Summary(
         path=path,
         uri=header.uri,
@@ -93,49 +102,17 @@ def show(path: str, *, not_ours: str = "") -> Summary:
         damaged_slots=index.damaged_slots,
         clean_shutdown=header.clean,
         frozen=header.frozen and bool(index.dirty_slots),
-        usable=not fault,
         fault=fault,
         export_generation=header.export_generation,
         created_s=header.created_s,
     )
 
 
-_CRASHED = "the host went down without a clean shutdown: the content will be discarded"
-_DAMAGED = "the index is damaged: 'nbd-bridge cache flush --skip-damaged' brings the rest away"
-
-
-def _fault(image: MappedImage) -> str:
-    """Why a bridge that finds `image` starts with an empty cache; "" if it does not."""
+def _fault(image: MappedImage) -> Fault | None:
+    """Why a bridge that finds `image` starts with an empty cache, None if it does not."""
     if not has_survived(image):
-        return _CRASHED
-    return "" if index_is_whole(image) else _DAMAGED
-
-
-def describe(summary: Summary) -> str:
-    """The same as lines of text."""
-    created = datetime.fromtimestamp(summary.created_s, UTC)
-    lines = {
-        "file": summary.path,
-        "server": printable(summary.uri),
-        "export": printable(summary.export) or "(default)",
-        "disk": size_text(summary.disk_bytes),
-        "cache": f"{size_text(summary.cache_bytes)}, {size_text(summary.valid_bytes)} of it used",
-        "not on the server": size_text(summary.dirty_bytes),
-        "damaged": f"{summary.damaged_slots} granules, besides what is counted here",
-        "blocks": f"{size_text(summary.block_bytes)} in granules of "
-        f"{size_text(summary.granule_bytes)}",
-        "last shutdown": "clean" if summary.clean_shutdown else "not clean",
-        "frozen": "yes: the guest was stopped before all of it was at the server",
-        "usable": "yes" if summary.usable else f"no: {summary.fault}",
-        "export generation": str(summary.export_generation or "-"),
-        "created": f"{created:%Y-%m-%d %H:%M:%S} UTC",
-    }
-    if not summary.frozen:
-        del lines["frozen"]
-    if not summary.damaged_slots:
-        del lines["damaged"]
-    width = max(map(len, lines))
-    return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
+        return Fault.CRASHED
+    return None if index_is_whole(image) else Fault.DAMAGED
 
 
 def drop(path: str, *, discard_dirty: bool = False) -> None:
@@ -159,22 +136,24 @@ def drop(path: str, *, discard_dirty: bool = False) -> None:
 def _refuse_to_lose(path: str) -> None:
     """Raises ConfigError if `path` holds, or may hold, what the server does not have."""
     try:
-        summary = show(path, not_ours=REMOVE_HINT)
+        summary = show(path, not_ours=Remedy.REMOVE_FILE)
     except Unusable as error:
         raise ConfigError(
-            f"cache file {path} {error.fault}; whether it holds unwritten data cannot be said: "
-            "add --discard-dirty to drop it all the same"
+            f"cache file {path} {error.fault}; whether it holds unwritten data cannot be said",
+            remedy=Remedy.DROP_UNSEEN,
         ) from None
-    if summary.fault == _DAMAGED:
+    if summary.fault is Fault.DAMAGED:
         raise ConfigError(
             f"cache file {path} has a damaged index and holds {summary.dirty_bytes} bytes, besides "
-            f"what is damaged, that the server does not have: run 'nbd-bridge cache flush "
-            f"--skip-damaged {path}' first, or add --discard-dirty"
+            "what is damaged, that the server does not have",
+            remedy=Remedy.BRING_INTACT_OR_DROP,
+            path=path,
         )
     if summary.dirty_bytes and summary.usable:
         raise ConfigError(
-            f"cache file {path} holds {summary.dirty_bytes} bytes that the server does not "
-            f"have: run 'nbd-bridge cache flush {path}' first, or add --discard-dirty"
+            f"cache file {path} holds {summary.dirty_bytes} bytes that the server does not have",
+            remedy=Remedy.FLUSH_OR_DROP,
+            path=path,
         )
 
 
@@ -199,7 +178,9 @@ def open_to_flush(
         if not (has_survived(file) if skip_damaged else believe(file)):
             raise ConfigError(
                 f"cache file {path}: the host went down without a clean shutdown, "
-                f"its content cannot be used; to start anew: nbd-bridge cache drop {path}"
+                "its content cannot be used",
+                remedy=Remedy.START_ANEW,
+                path=path,
             )
         if export_bytes < file.geometry.disk_bytes and dirty_bytes(file):
             raise export_shrunk(file, export_bytes)

@@ -23,7 +23,7 @@ import struct
 import zlib
 from dataclasses import dataclass, replace
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, Remedy
 from bridge.units import size_text
 
 MAGIC = b"NBDBCACH"
@@ -108,6 +108,24 @@ class Geometry:
         return None
 
 
+class CacheSizeFault(ConfigError):
+    """A cache of `wanted_bytes` is not possible over blocks of `block_bytes`, the least or most is
+    `limit_bytes`."""
+
+    def __init__(
+        self, wanted_bytes: int, limit_bytes: int, block_bytes: int, *, too_small: bool
+    ) -> None:
+        bound = "below the minimum" if too_small else "above the maximum"
+        super().__init__(
+            f"a cache of {size_text(wanted_bytes)} is {bound} of {size_text(limit_bytes)} for "
+            f"blocks of {size_text(block_bytes)}"
+        )
+        self.wanted_bytes = wanted_bytes
+        self.limit_bytes = limit_bytes
+        self.block_bytes = block_bytes
+        self.too_small = too_small
+
+
 def geometry_for(*, disk_bytes: int, cache_bytes: int, min_block_bytes: int = 1) -> Geometry:
     """The geometry of a cache of about `cache_bytes` over a disk.
 
@@ -118,23 +136,18 @@ def geometry_for(*, disk_bytes: int, cache_bytes: int, min_block_bytes: int = 1)
     granule = max(65536, block)
     slots = cache_bytes // granule
     if slots < MIN_SLOTS:
-        raise ConfigError(
-            f"--cache-size {size_text(cache_bytes)} is below the minimum of "
-            f"{size_text(MIN_SLOTS * granule)} for blocks of {size_text(block)}"
-        )
+        raise CacheSizeFault(cache_bytes, MIN_SLOTS * granule, block, too_small=True)
     geometry = Geometry(disk_bytes, block, granule, min(slots, -(-disk_bytes // granule)))
     if geometry.slots > MAX_SLOTS:
-        raise ConfigError(
-            f"--cache-size {size_text(cache_bytes)} is above the maximum of "
-            f"{size_text(MAX_SLOTS * granule)}: choose a smaller --cache-size, or --cache-mode off"
-        )
+        raise CacheSizeFault(cache_bytes, MAX_SLOTS * granule, block, too_small=False)
     if geometry.granules >= NO_GRANULE:
         raise ConfigError(
             f"no cache is possible for an export of {size_text(disk_bytes)}, only for less than "
-            f"{size_text(NO_GRANULE * granule)}: use --cache-mode off"
+            f"{size_text(NO_GRANULE * granule)}",
+            remedy=Remedy.NO_CACHE,
         )
     if fault := geometry.fault():
-        raise ConfigError(f"no cache is possible: {fault}; use --cache-mode off")
+        raise ConfigError(f"no cache is possible with a {fault}", remedy=Remedy.NO_CACHE)
     return geometry
 
 

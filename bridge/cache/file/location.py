@@ -177,7 +177,7 @@ def peek(path: str) -> Header | None:
 
 
 def note(path: str, default_directory: Path) -> None:
-    """Let every later start know of the cache file at `path`, whatever its --cache-dir is.
+    """Let every later start know of the cache file at `path`, whatever directory it looks in.
 
     A directory that cannot be written to is no reason not to serve: then nothing is noted.
     """

@@ -9,9 +9,8 @@ import socket
 import stat
 
 from bridge.errors import ConfigError
+from bridge.host import UNIX_PATH_MAX_BYTES
 
-MAX_PATH_BYTES = 107
-"""sun_path has 108 bytes, one of them the terminator."""
 _BACKLOG = 16
 
 
@@ -34,9 +33,9 @@ class Listener:
         Raises ConfigError, with the remedy, when that is not possible.
         """
         name = os.fspath(path)
-        if len(os.fsencode(name)) > MAX_PATH_BYTES:
+        if len(os.fsencode(name)) > UNIX_PATH_MAX_BYTES:
             raise ConfigError(
-                f"socket path {name} is longer than {MAX_PATH_BYTES} bytes: use a shorter one"
+                f"socket path {name} is longer than {UNIX_PATH_MAX_BYTES} bytes: use a shorter one"
             )
         _clear_the_way(name)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

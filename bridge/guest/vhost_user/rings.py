@@ -17,7 +17,6 @@ from bridge.errors import LeftBehind, ProtocolError
 from bridge.guest.vhost_user.device_interface import RingSetup, VhostUserDevice
 from bridge.guest.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
-    F_RING_PACKED,
     VRING_LOG,
     Request,
     VringAddress,
@@ -26,6 +25,7 @@ from bridge.guest.vhost_user.messages import (
     pack_reply,
 )
 from bridge.guest.vhost_user.reply import Handler, Reply
+from bridge.spec.virtqueue import F_RING_PACKED
 
 MAX_VRING_SIZE = 32768
 

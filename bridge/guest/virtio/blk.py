@@ -8,7 +8,6 @@ used length never claims a byte that was not written (§2.7.8.2).
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from errno import EOPNOTSUPP
 from typing import Final, Protocol
@@ -35,29 +34,27 @@ from bridge.datapath.request import (
     Target,
 )
 from bridge.datapath.turn import Turn
-from bridge.guest.virtio.blk_config import (
+from bridge.guest.virtio.blk_config import MAX_DISCARD_SEGMENTS, BlkConfig
+from bridge.guest.virtio.chain import Chain
+from bridge.spec.virtio_blk import (
     F_CONFIG_WCE,
     F_DISCARD,
     F_FLUSH,
     F_WRITE_ZEROES,
-    MAX_DISCARD_SEGMENTS,
-    SECTOR_BYTES,
-    BlkConfig,
+    ID_BYTES,
+    S_IOERR,
+    S_OK,
+    S_UNSUPP,
+    SEGMENT,
+    SEGMENT_UNMAP,
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
 )
-from bridge.guest.virtio.chain import Chain
-
-T_IN: Final = 0
-T_OUT: Final = 1
-T_FLUSH: Final = 4
-T_GET_ID: Final = 8
-T_DISCARD: Final = 11
-T_WRITE_ZEROES: Final = 13
-
-S_OK: Final = 0
-S_IOERR: Final = 1
-S_UNSUPP: Final = 2
-
-ID_BYTES = 20
+from bridge.units import SECTOR_BYTES
 
 MAX_REQUEST_BYTES: Final = 1 << 30
 """A longer IN or OUT is refused. EDK2's driver sends up to so much in one request, others far less
@@ -65,8 +62,6 @@ MAX_REQUEST_BYTES: Final = 1 << 30
 
 _NO_BYTES = memoryview(b"")
 
-_SEGMENT = struct.Struct("<QII")
-_FLAG_UNMAP = 1
 _MAX_RANGES_BYTES = 4096
 """Far above what 32 segments need; a guest's 4 GiB of them are not joined."""
 
@@ -365,15 +360,15 @@ class BlkEngine:
         self, op: int, segments: bytes
     ) -> tuple[int, str, list[tuple[int, int, int]]]:
         """The status for `struct virtio_blk_discard_write_zeroes[]`, why, and the byte ranges."""
-        if not segments or len(segments) % _SEGMENT.size:
+        if not segments or len(segments) % SEGMENT.size:
             return S_IOERR, "a discard or write-zeroes without whole segments", []
-        if len(segments) > MAX_DISCARD_SEGMENTS * _SEGMENT.size:
+        if len(segments) > MAX_DISCARD_SEGMENTS * SEGMENT.size:
             return S_UNSUPP, "more discard or write-zeroes segments than offered", []
         parts = []
-        for sector, count, flags in _SEGMENT.iter_unpack(segments):
+        for sector, count, flags in SEGMENT.iter_unpack(segments):
             offset = sector * SECTOR_BYTES
             length = count * SECTOR_BYTES
-            if flags & ~_FLAG_UNMAP or (flags and op == DISCARD):
+            if flags & ~SEGMENT_UNMAP or (flags and op == DISCARD):
                 return S_UNSUPP, "an unknown discard or write-zeroes flag", []
             if offset + length > self._capacity_bytes:
                 return S_IOERR, "a discard or write-zeroes past the end of the disk", []

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, replace
 
 from bridge.errors import ProtocolError
-
-F_SEG_MAX = 1 << 2
-F_RO = 1 << 5
-F_BLK_SIZE = 1 << 6
-F_FLUSH = 1 << 9
-F_TOPOLOGY = 1 << 10
-F_CONFIG_WCE = 1 << 11
-F_MQ = 1 << 12
-F_DISCARD = 1 << 13
-F_WRITE_ZEROES = 1 << 14
-F_INDIRECT = 1 << 28
-F_EVENT_IDX = 1 << 29
-F_VERSION_1 = 1 << 32
-F_RING_PACKED = 1 << 34
-
-FEATURE_BITS: dict[str, int] = {
-    "seg_max": F_SEG_MAX,
-    "blk_size": F_BLK_SIZE,
-    "flush": F_FLUSH,
-    "topology": F_TOPOLOGY,
-    "config_wce": F_CONFIG_WCE,
-    "mq": F_MQ,
-    "discard": F_DISCARD,
-    "write_zeroes": F_WRITE_ZEROES,
-    "indirect_desc": F_INDIRECT,
-    "event_idx": F_EVENT_IDX,
-    "ring_packed": F_RING_PACKED,
-}
-"""The features that can be withheld, by the specification's names. VERSION_1 and RO cannot."""
-
-SECTOR_BYTES = 512
+from bridge.spec.virtio_blk import (
+    CONFIG,
+    F_BLK_SIZE,
+    F_CONFIG_WCE,
+    F_DISCARD,
+    F_FLUSH,
+    F_MQ,
+    F_RO,
+    F_SEG_MAX,
+    F_TOPOLOGY,
+    F_WRITE_ZEROES,
+    WRITEBACK_OFFSET,
+)
+from bridge.spec.virtqueue import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED, F_VERSION_1
+from bridge.units import SECTOR_BYTES
 
 SEG_MAX = 126
 """Two less than QEMU's default queue size of 128, which a chain without indirect must fit."""
@@ -44,9 +27,6 @@ SEG_MAX = 126
 MAX_DISCARD_SECTORS = 0xFFFFFFFF
 MAX_DISCARD_SEGMENTS = 32
 DEFAULT_DISCARD_ALIGNMENT_SECTORS = 128
-
-_CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
-_WRITEBACK_OFFSET = 32
 
 
 @dataclass(frozen=True)
@@ -129,7 +109,7 @@ class BlkConfig:
         writable = not geometry.read_only
         discard = writable and geometry.can_discard
         zeroes = writable and geometry.can_write_zeroes
-        return _CONFIG.pack(
+        return CONFIG.pack(
             geometry.capacity_sectors,
             0,  # size_max: not offered
             SEG_MAX,
@@ -158,10 +138,10 @@ class BlkConfig:
 
     def write(self, offset: int, data: bytes) -> None:
         """A guest's write: only `writeback`, and only 0 or 1. Raises ProtocolError otherwise."""
-        if offset != _WRITEBACK_OFFSET or len(data) != 1 or data[0] > 1:
+        if offset != WRITEBACK_OFFSET or len(data) != 1 or data[0] > 1:
             raise ProtocolError(
                 f"guest wrote {data.hex()} to configuration offset {offset}: only the writeback "
-                f"byte at {_WRITEBACK_OFFSET} may be written, with 0 or 1"
+                f"byte at {WRITEBACK_OFFSET} may be written, with 0 or 1"
             )
         if not self.features() & F_CONFIG_WCE:
             raise ProtocolError("guest wrote writeback, which was not offered")

@@ -29,17 +29,13 @@ from typing import Final
 
 from bridge.guest.virtio.long_chains import LONG_CHAIN_VIEWS, LongChains
 from bridge.guest.virtio.memory import BadAddress, GuestMemory, Region
+from bridge.spec.virtqueue import DESC_INDIRECT, DESC_WRITE
 
 Descriptor = tuple[int, int, int, int]
 """Address, length, buffer id (packed rings), flags."""
 
 Chain = tuple[int, int, int, list[memoryview], list[memoryview], memoryview | None, int, str | None]
 
-DESC_NEXT = 1
-DESC_WRITE = 2
-DESC_INDIRECT = 4
-
-DESCRIPTOR_BYTES = 16
 MAX_INDIRECT_ENTRIES = 1024
 """Windows' driver sends tables of 515 whatever seg_max says; crosvm and QEMU accept 1024."""
 

@@ -13,15 +13,8 @@ of the first are written last: with them the whole batch becomes visible.
 
 from __future__ import annotations
 
-import struct
-from typing import Final
-
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.chain import (
-    DESC_INDIRECT,
-    DESC_NEXT,
-    DESC_WRITE,
-    DESCRIPTOR_BYTES,
     MAX_INDIRECT_ENTRIES,
     Chain,
     Descriptor,
@@ -33,18 +26,20 @@ from bridge.guest.virtio.fence import WEAK_ORDER, fence
 from bridge.guest.virtio.long_chains import LongChains
 from bridge.guest.virtio.memory import BadAddress, GuestMemory
 from bridge.guest.virtio.queue import RingAreas
+from bridge.spec.virtqueue import (
+    DESC_AVAIL,
+    DESC_INDIRECT,
+    DESC_NEXT,
+    DESC_USED,
+    DESC_WRITE,
+    DESCRIPTOR,
+    DESCRIPTOR_BYTES,
+    EVENT_AT_DESCRIPTOR,
+    EVENT_DISABLE,
+    EVENT_ENABLE,
+)
 
-DESC_AVAIL: Final = 1 << 7
-DESC_USED: Final = 1 << 15
-
-EVENT_ENABLE: Final = 0
-EVENT_DISABLE: Final = 1
-EVENT_AT_DESCRIPTOR: Final = 2
-
-EVENT_AREA_BYTES: Final = 4
-
-_DESCRIPTOR = struct.Struct("=QIHH")
-_unpack_descriptor = _DESCRIPTOR.unpack_from
+_unpack_descriptor = DESCRIPTOR.unpack_from
 
 
 class PackedQueue:
@@ -174,7 +169,7 @@ class PackedQueue:
         except BadAddress as error:
             return str(error)
         # Copied once: the driver may change it under us.
-        return list(_DESCRIPTOR.iter_unpack(b"".join(views)))
+        return list(DESCRIPTOR.iter_unpack(b"".join(views)))
 
     def push(self, head: int, length: int, /) -> None:
         """See VirtQueue."""

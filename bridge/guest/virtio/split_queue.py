@@ -15,10 +15,6 @@ from __future__ import annotations
 import struct
 
 from bridge.guest.virtio.chain import (
-    DESC_INDIRECT,
-    DESC_NEXT,
-    DESC_WRITE,
-    DESCRIPTOR_BYTES,
     HEADER_BYTES,
     MAX_INDIRECT_ENTRIES,
     Chain,
@@ -32,12 +28,18 @@ from bridge.guest.virtio.fence import WEAK_ORDER, fence
 from bridge.guest.virtio.long_chains import LongChains
 from bridge.guest.virtio.memory import BadAddress, GuestMemory, Region
 from bridge.guest.virtio.queue import RingAreas
+from bridge.spec.virtqueue import (
+    AVAIL_NO_INTERRUPT,
+    DESC_INDIRECT,
+    DESC_NEXT,
+    DESC_WRITE,
+    DESCRIPTOR,
+    DESCRIPTOR_BYTES,
+    USED_NO_NOTIFY,
+)
 
-_unpack_descriptor = struct.Struct("=QIHH").unpack_from
+_unpack_descriptor = DESCRIPTOR.unpack_from
 _unpack_three = struct.Struct("=QIHHQIHHQIHH").unpack_from
-
-_AVAIL_NO_INTERRUPT = 1
-_USED_NO_NOTIFY = 1
 
 
 def ring_sizes_bytes(size: int) -> tuple[int, int, int]:
@@ -294,7 +296,7 @@ class SplitQueue:
             # virtio 1.3 §2.7.7.2: call when used_event is among the entries just published.
             used_event = self._avail[2 + self.size]
             return ((new - used_event - 1) & 0xFFFF) < ((new - old) & 0xFFFF)
-        return not self._avail[0] & _AVAIL_NO_INTERRUPT
+        return not self._avail[0] & AVAIL_NO_INTERRUPT
 
     def arm(self) -> bool:
         """Ask for a kick with the next chain; True if one is there already."""
@@ -307,4 +309,4 @@ class SplitQueue:
 
     def disarm(self) -> None:
         """Kicks are not needed for now."""
-        self._used[0] = 0 if self._event_idx else _USED_NO_NOTIFY
+        self._used[0] = 0 if self._event_idx else USED_NO_NOTIFY

@@ -13,12 +13,11 @@ import trio
 from bridge.datapath.request import FLUSH
 from bridge.errors import ConnectionLost, RequestError
 from bridge.guest.vhost_user.messages import P_REPLY_ACK, Region
-from bridge.guest.virtio.blk import T_FLUSH, T_IN, T_OUT
-from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED
 from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
-from bridge.peers.driver_queue import STATUS_OK
 from bridge.peers.frontend import PROTOCOL_FEATURES
 from bridge.peers.split_driver import QueueFull
+from bridge.spec.virtio_blk import S_OK, T_FLUSH, T_IN, T_OUT
+from bridge.spec.virtqueue import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED
 from tests.guest.vhost_user.backends import guest_on, running_backend, until
 
 RINGS = [pytest.param(FEATURES, id="split"), pytest.param(PACKED_FEATURES, id="packed")]
@@ -88,7 +87,7 @@ async def test_index_wraps_on_all_queues_under_depth(short_dir: Path, features: 
                 queue.kick()
                 while len(queue.free) < queue.depth:
                     await queue.wait()
-                    assert all(status == STATUS_OK for _, status in queue.poll())
+                    assert all(status == S_OK for _, status in queue.poll())
 
 
 async def test_many_tasks_share_a_guest(short_dir: Path) -> None:
@@ -187,7 +186,7 @@ async def test_stop_waits_for_requests_in_flight(short_dir: Path) -> None:
             assert not bases
             backend.target.release()
         assert bases == [1]
-        assert queue.poll() == [(queue.depth and queue.free[-1], STATUS_OK)]
+        assert queue.poll() == [(queue.depth and queue.free[-1], S_OK)]
 
 
 async def test_disabled_ring_leaves_requests_queued_until_enabled(short_dir: Path) -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.guest.virtio.blk import T_FLUSH, T_IN, T_OUT
 from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
-from bridge.peers.driver_queue import STATUS_OK
+from bridge.spec.virtio_blk import S_OK, T_FLUSH, T_IN, T_OUT
 from tests.guest.vhost_user.crashing import Zygote
 from tests.tools import HUNG_S
 
@@ -79,7 +78,7 @@ class Workload:
         """Take completions; each must be good, and the only one of its request."""
         for queue in self.guest.queues:
             for slot, status in queue.poll():  # raises for one that comes twice
-                assert status == STATUS_OK
+                assert status == S_OK
                 self.completed += 1
                 wanted = self.reads.pop((queue.index, slot), None)
                 if wanted is not None:

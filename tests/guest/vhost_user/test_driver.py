@@ -9,8 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.peers.packed_driver import AVAIL, EVENT_DESC, EVENT_DISABLE, USED, PackedDriver
-from bridge.peers.split_driver import INDIRECT, NEXT, WRITE, QueueFull, SplitDriver, write_chain
+from bridge.peers.packed_driver import PackedDriver
+from bridge.peers.split_driver import QueueFull, SplitDriver, write_chain
+from bridge.spec.virtqueue import (
+    DESC_AVAIL,
+    DESC_INDIRECT,
+    DESC_NEXT,
+    DESC_USED,
+    DESC_WRITE,
+    EVENT_AT_DESCRIPTOR,
+    EVENT_DISABLE,
+)
 
 Chain = list[tuple[int, int, int]]
 
@@ -59,8 +68,8 @@ class PlainSplitDevice:
         chain, index = [], head
         while True:
             address, length, flags, following = struct.unpack_from("<QIHH", self.area, index * 16)
-            chain.append((address, length, flags & ~NEXT))
-            if not flags & NEXT:
+            chain.append((address, length, flags & ~DESC_NEXT))
+            if not flags & DESC_NEXT:
                 return head, chain
             index = following
 
@@ -89,7 +98,9 @@ class PlainPackedDevice:
         self.sleep()
 
     def sleep(self) -> bool:
-        event = (self.avail | self.avail_wrap << 15, EVENT_DESC) if self.event_idx else (0, 0)
+        event = (
+            (self.avail | self.avail_wrap << 15, EVENT_AT_DESCRIPTOR) if self.event_idx else (0, 0)
+        )
         struct.pack_into("<HH", self.area, self.device_area, *event)
         return self.is_available()
 
@@ -98,7 +109,7 @@ class PlainPackedDevice:
 
     def is_available(self) -> bool:
         flags = struct.unpack_from("<H", self.area, self.avail * 16 + 14)[0]
-        return bool(flags & AVAIL) == bool(self.avail_wrap) != bool(flags & USED)
+        return bool(flags & DESC_AVAIL) == bool(self.avail_wrap) != bool(flags & DESC_USED)
 
     def pop(self) -> tuple[int, Chain] | None:
         if not self.is_available():
@@ -107,16 +118,16 @@ class PlainPackedDevice:
         while True:
             fields = struct.unpack_from("<QIHH", self.area, self.avail * 16)
             address, length, identity, flags = fields
-            chain.append((address, length, flags & ~(NEXT | AVAIL | USED)))
+            chain.append((address, length, flags & ~(DESC_NEXT | DESC_AVAIL | DESC_USED)))
             self.avail += 1
             if self.avail == self.size:
                 self.avail, self.avail_wrap = 0, self.avail_wrap ^ 1
-            if not flags & NEXT:
+            if not flags & DESC_NEXT:
                 self.counts[identity] = len(chain)
                 return identity, chain
 
     def push(self, identity: int, length: int) -> bool:
-        flags = AVAIL | USED if self.used_wrap else 0
+        flags = DESC_AVAIL | DESC_USED if self.used_wrap else 0
         struct.pack_into("<QIHH", self.area, self.used * 16, 0, length, identity, flags)
         old = self.used + (0 if self.used_wrap else self.size)
         count = self.counts.pop(identity)
@@ -124,7 +135,7 @@ class PlainPackedDevice:
         if self.used >= self.size:
             self.used, self.used_wrap = self.used - self.size, self.used_wrap ^ 1
         wish, mode = struct.unpack_from("<HH", self.area, self.driver_area)
-        if mode != EVENT_DESC:
+        if mode != EVENT_AT_DESCRIPTOR:
             return mode != EVENT_DISABLE
         # Whether the slot that the driver named is among those just passed.
         named = (wish & 0x7FFF) + (0 if wish >> 15 else self.size)
@@ -160,7 +171,7 @@ def test_every_chain_arrives_as_it_was_added_and_is_used_once(
     for step in data.draw(st.lists(st.sampled_from("aaappuuk"), max_size=120)):
         if step == "a":
             count = data.draw(st.integers(1, min(4, size)))
-            chain = [(token * 100 + n, n + 1, WRITE * (n % 2)) for n in range(count)]
+            chain = [(token * 100 + n, n + 1, DESC_WRITE * (n % 2)) for n in range(count)]
             try:
                 driver.add(token, chain)
             except QueueFull:
@@ -229,7 +240,7 @@ def test_indexes_run_over_their_end(packed: bool, event_idx: bool) -> None:
     """Rule 3.1.2: more than 65536 requests, and the packed ring's wrap counters."""
     driver, device = both(packed=packed, size=8, event_idx=event_idx)
     for token in range(70_000):
-        driver.add(token, [(1, 2, 0), (3, 4, WRITE), (5, 6, WRITE)][: 1 + token % 3])
+        driver.add(token, [(1, 2, 0), (3, 4, DESC_WRITE), (5, 6, DESC_WRITE)][: 1 + token % 3])
         driver.publish()
         popped = device.pop()
         assert popped is not None
@@ -292,13 +303,13 @@ def test_completion_of_what_is_not_in_flight_is_noticed(packed: bool) -> None:
 def test_indirect_table_holds_the_chain() -> None:
     table = memoryview(bytearray(48))
 
-    assert write_chain(table, [(1, 2, 0), (3, 4, WRITE), (5, 6, WRITE)]) == 48
+    assert write_chain(table, [(1, 2, 0), (3, 4, DESC_WRITE), (5, 6, DESC_WRITE)]) == 48
     assert list(struct.iter_unpack("<QIHH", table)) == [
-        (1, 2, NEXT, 1),
-        (3, 4, WRITE | NEXT, 2),
-        (5, 6, WRITE, 0),
+        (1, 2, DESC_NEXT, 1),
+        (3, 4, DESC_WRITE | DESC_NEXT, 2),
+        (5, 6, DESC_WRITE, 0),
     ]
-    assert INDIRECT == 4
+    assert DESC_INDIRECT == 4
 
 
 def test_area_parts_are_aligned_and_apart() -> None:

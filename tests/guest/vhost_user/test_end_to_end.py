@@ -23,13 +23,13 @@ from bridge.guest.vhost_user.messages import (
     Request,
     VringState,
 )
-from bridge.guest.virtio.blk import T_GET_ID, T_IN, T_OUT
-from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_VERSION_1
 from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
-from bridge.peers.driver_queue import STATUS_IOERR, STATUS_NONE, STATUS_OK, DriverQueue
+from bridge.peers.driver_queue import STATUS_NONE, DriverQueue
 from bridge.peers.frontend import FrontEnd, Refused
 from bridge.peers.shared_memory import USER_OFFSET, SharedMemory
-from bridge.peers.split_driver import WRITE, SplitDriver
+from bridge.peers.split_driver import SplitDriver
+from bridge.spec.virtio_blk import S_IOERR, S_OK, T_GET_ID, T_IN, T_OUT
+from bridge.spec.virtqueue import DESC_WRITE, F_EVENT_IDX, F_VERSION_1
 from tests.guest.vhost_user.backends import Running, guest_on, running_backend, until
 from tests.guest.vhost_user.fakes import memfd
 
@@ -83,7 +83,7 @@ async def test_polling_guest_without_kick_and_call_is_served(
         for _ in range(3):
             queue.submit(T_IN, 0, 512)
             queue.driver.publish()
-            assert [status for _, status in await complete(queue)] == [STATUS_OK]
+            assert [status for _, status in await complete(queue)] == [S_OK]
 
 
 async def test_full_call_counter_costs_nothing_but_itself(short_dir: Path) -> None:
@@ -319,12 +319,12 @@ async def test_buffer_over_two_regions_that_are_apart_in_the_file_is_whole(
         where = (1 << 20) + 65536 - 512
         queue = guest.queues[0]
         header, status = queue._header_buffers[0], queue._status_buffers[0]
-        for kind, flags in ((T_OUT, 0), (T_IN, WRITE)):
+        for kind, flags in ((T_OUT, 0), (T_IN, DESC_WRITE)):
             struct.pack_into("<IIQ", queue._headers, 0, kind, 0, 4)
             queue.driver.add(0, [header, (where, 1024, flags), status])
             queue.free.remove(0)
             queue.kick()
-            assert await complete(queue) == [(0, STATUS_OK)]
+            assert await complete(queue) == [(0, S_OK)]
             assert backend.target.data[2048:3072] == data
             first.view[-512:] = second.view[:512] = bytes(512)
         del region
@@ -343,7 +343,7 @@ async def test_regions_with_a_file_offset_map_the_right_bytes(short_dir: Path) -
         queue.driver.add(0, chain)
         queue.free.remove(0)
         queue.kick()
-        assert await complete(queue) == [(0, STATUS_OK)]
+        assert await complete(queue) == [(0, S_OK)]
         assert backend.target.data[:512] == b"q" * 512
     os.close(fd)
 
@@ -369,7 +369,7 @@ async def test_stop_with_a_dead_storage_is_bounded_and_fails_the_requests(
 
         bases = await guest.stop()
 
-        assert sorted(status for _, status in queue.poll()) == [STATUS_IOERR] * 2
+        assert sorted(status for _, status in queue.poll()) == [S_IOERR] * 2
         assert bases == [queue.driver.base]
         backend.target.hold = False
         await guest._start_queue(queue, base=queue.driver.base)
@@ -461,7 +461,7 @@ async def test_recovery_ignores_which_base_the_front_end_names(short_dir: Path, 
         done = []
         while len(done) < 3:
             done += await complete(queue)
-        assert [status for _, status in done] == [STATUS_OK] * 3
+        assert [status for _, status in done] == [S_OK] * 3
         assert backend.target.data[:1536] == b"".join(bytes([n]) * 512 for n in range(3))
         assert [offset for _, offset, _ in backend.target.seen[-3:]] == [0, 512, 1024]
         await guest.write(0, b"2" * 512)
@@ -554,7 +554,7 @@ async def test_everything_written_while_logging_is_marked(short_dir: Path, featu
             log.take()
             slot = queue.submit(kind, 0, length)
             queue.kick()
-            assert await complete(queue) == [(slot, STATUS_OK)]
+            assert await complete(queue) == [(slot, S_OK)]
             # The call comes after the mark; the loop may still be about to sleep.
             await trio.sleep(0.005)
             marked = log.take()
@@ -603,4 +603,4 @@ async def test_unknown_queue_is_refused_as_the_qtest_nxvirtq_does(short_dir: Pat
         with pytest.raises(RequestError) as error:
             await guest.read(guest.size_bytes, 512)
         assert error.value.errno == errno.EIO
-        assert STATUS_NONE not in (STATUS_OK, STATUS_IOERR)
+        assert STATUS_NONE not in (S_OK, S_IOERR)

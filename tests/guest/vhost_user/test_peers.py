@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from bridge.errors import RequestError
-from bridge.guest.virtio.blk_config import F_EVENT_IDX, F_INDIRECT
 from bridge.peers.blk_driver import FEATURES, BlkDriver
+from bridge.spec.virtqueue import F_EVENT_IDX, F_INDIRECT
 from tests import peers
 from tests.guest.vhost_user.backends import running_backend
 from tests.tools import missing

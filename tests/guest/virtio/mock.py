@@ -16,11 +16,12 @@ from bridge.guest.virtio.memory import GuestMemory, Region
 from bridge.guest.virtio.queue import VirtQueue
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
 from bridge.peers import split_driver as guest_driver
-from bridge.peers.split_driver import INDIRECT, Buffer, SplitDriver, write_chain
+from bridge.peers.split_driver import Buffer, SplitDriver, write_chain
+from bridge.spec.virtqueue import DESC_INDIRECT, DESC_WRITE
 from tests import turns
 from tests.guest.memory_target import MemoryTarget
 
-DEVICE_WRITES = guest_driver.WRITE
+DEVICE_WRITES = DESC_WRITE
 MEMORY_BYTES = 4 << 20
 USER_BASE = 0x7F00_0000_0000
 """Where the front-end has guest address 0 in its own memory."""
@@ -100,7 +101,7 @@ class QueueRig:
             table = self.alloc(bytes(16 * len(chain)))
             view = self.memory.views(table, 16 * len(chain))[0]
             write_chain(view, chain)
-            chain = [(table, 16 * len(chain), INDIRECT)]
+            chain = [(table, 16 * len(chain), DESC_INDIRECT)]
         self.driver.add(self._token, chain)
         self.driver.publish()
         return self._token

@@ -6,8 +6,8 @@ import struct
 from collections.abc import Sequence
 
 from bridge.guest.virtio.fence import fence
-from bridge.guest.virtio.packed_queue import DESC_AVAIL, DESC_USED
-from bridge.peers.split_driver import NEXT, Buffer
+from bridge.peers.split_driver import Buffer
+from bridge.spec.virtqueue import DESC_AVAIL, DESC_NEXT, DESC_USED
 
 _DESCRIPTOR = struct.Struct("=QIHH")
 
@@ -49,7 +49,7 @@ class PackedDriver:
         for position, (address, length, flags) in enumerate(buffers):
             slot = self.next_avail
             if position < len(buffers) - 1:
-                flags |= NEXT
+                flags |= DESC_NEXT
             flags |= DESC_AVAIL if self.avail_wrap else DESC_USED
             _DESCRIPTOR.pack_into(
                 self.ring, 16 * slot, address, length, id_, self._halves[8 * slot + 7]

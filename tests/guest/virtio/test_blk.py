@@ -21,7 +21,13 @@ from bridge.datapath.request import (
     WRITE,
     WRITE_ZEROES,
 )
-from bridge.guest.virtio.blk import (
+from bridge.guest.virtio.blk_config import MAX_DISCARD_SEGMENTS, DiskGeometry
+from bridge.peers.split_driver import Buffer
+from bridge.spec.virtio_blk import (
+    F_CONFIG_WCE,
+    F_DISCARD,
+    F_FLUSH,
+    F_WRITE_ZEROES,
     S_IOERR,
     S_OK,
     S_UNSUPP,
@@ -32,15 +38,6 @@ from bridge.guest.virtio.blk import (
     T_OUT,
     T_WRITE_ZEROES,
 )
-from bridge.guest.virtio.blk_config import (
-    F_CONFIG_WCE,
-    F_DISCARD,
-    F_FLUSH,
-    F_WRITE_ZEROES,
-    MAX_DISCARD_SEGMENTS,
-    DiskGeometry,
-)
-from bridge.peers.split_driver import Buffer
 from tests.guest.virtio.mock import DEVICE_WRITES, UNWRITTEN, BlkGuest, FakeDisk, FakeHits
 from tests.turns import deliver
 

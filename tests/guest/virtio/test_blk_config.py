@@ -9,23 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import ProtocolError
-from bridge.guest.virtio.blk_config import (
+from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
+from bridge.spec.virtio_blk import (
     F_BLK_SIZE,
     F_CONFIG_WCE,
     F_DISCARD,
-    F_EVENT_IDX,
     F_FLUSH,
-    F_INDIRECT,
     F_MQ,
     F_RO,
     F_SEG_MAX,
     F_TOPOLOGY,
-    F_VERSION_1,
     F_WRITE_ZEROES,
     FEATURE_BITS,
-    BlkConfig,
-    DiskGeometry,
 )
+from bridge.spec.virtqueue import F_EVENT_IDX, F_INDIRECT, F_VERSION_1
 
 DISK = DiskGeometry(1 << 30)
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import ProtocolError
-from bridge.guest.virtio.blk import T_IN, T_OUT
 from bridge.guest.virtio.chain import Chain
 from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog, _fetch_or, address_of
 from bridge.guest.virtio.memory import GuestMemory, Region
+from bridge.spec.virtio_blk import T_IN, T_OUT
 
 PAGES = 512
 FETCH_OR = [_fetch_or, None]

@@ -9,22 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.errors import ProtocolError
-from bridge.guest.virtio.chain import (
+from bridge.guest.virtio.chain import NO_TYPE, Chain, QueueBroken
+from bridge.guest.virtio.packed_queue import PackedQueue
+from bridge.peers.split_driver import Buffer
+from bridge.spec.virtqueue import (
+    DESC_AVAIL,
     DESC_INDIRECT,
     DESC_NEXT,
     DESC_WRITE,
-    NO_TYPE,
-    Chain,
-    QueueBroken,
-)
-from bridge.guest.virtio.packed_queue import (
-    DESC_AVAIL,
     EVENT_AT_DESCRIPTOR,
     EVENT_DISABLE,
     EVENT_ENABLE,
-    PackedQueue,
 )
-from bridge.peers.split_driver import INDIRECT, Buffer
 from tests.guest.virtio.mock import DEVICE_WRITES, QueueRig, data_of
 from tests.guest.virtio.packed_driver import PackedDriver
 
@@ -150,7 +146,7 @@ def test_indirect_table_is_used_in_order_whatever_its_next_says() -> None:
     guest = PackedGuest()
     buffers = guest.usual()
     table = guest.alloc(b"".join(struct.pack("<QIHH", a, n, 9, f) for a, n, f in buffers))
-    guest.add((table, 48, INDIRECT))
+    guest.add((table, 48, DESC_INDIRECT))
     chain = guest.pop_one()
     assert chain[-1] is None
     assert data_of(chain)[0] == b"x" * 512
@@ -188,13 +184,13 @@ def test_malformed_chain_has_a_fault_and_the_queue_lives(buffers: list[Buffer], 
 def test_indirect_inside_a_table_is_malformed() -> None:
     guest = PackedGuest()
     table = guest.alloc(struct.pack("<QIHH", 0x8000, 16, 0, DESC_INDIRECT))
-    guest.add((table, 16, INDIRECT))
+    guest.add((table, 16, DESC_INDIRECT))
     assert "among others" in str(guest.pop_one()[-1])
 
 
 def test_indirect_without_negotiation_is_malformed() -> None:
     guest = PackedGuest(indirect=False)
-    guest.add((guest.alloc(bytes(16)), 16, INDIRECT))
+    guest.add((guest.alloc(bytes(16)), 16, DESC_INDIRECT))
     assert "not negotiated" in str(guest.pop_one()[-1])
 
 

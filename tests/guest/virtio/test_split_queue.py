@@ -8,16 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.guest.virtio.chain import (
-    DESC_INDIRECT,
-    DESC_NEXT,
-    DESC_WRITE,
-    NO_TYPE,
-    Chain,
-    QueueBroken,
-)
+from bridge.guest.virtio.chain import NO_TYPE, Chain, QueueBroken
 from bridge.guest.virtio.long_chains import MAX_LONG_VIEWS, LongChains
 from bridge.guest.virtio.split_queue import SplitQueue
+from bridge.spec.virtqueue import DESC_INDIRECT, DESC_NEXT, DESC_WRITE
 from tests.guest.virtio.mock import DEVICE_WRITES, MEMORY_BYTES, QueueRig, data_of
 
 HEADER = struct.pack("<IIQ", 1, 0, 7)

@@ -1,4 +1,4 @@
-"""Copying between a request's buffers and one flat range of bytes."""
+"""Copying between a request's buffers and one flat range of bytes; bytes of zeroes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ Bytes = bytes | bytearray | memoryview
 
 _FEW: Final = 16
 
+ZEROES: Final = memoryview(bytes(1 << 20))
+"""To write zeroes from. Never written to, so it takes no memory of its own."""
+
 
 def slices(buffers: list[memoryview], start: int, length: int) -> list[memoryview]:
-    """The parts of `buffers` that are the bytes `start` … `start + length`."""
+    """The parts of `buffers` that are the bytes `start` … `start + length`, none of them empty."""
+    if not length:
+        return []
     if len(buffers) == 1:
         return [buffers[0][start : start + length]]
     first = 0
@@ -57,3 +62,11 @@ def gather(
     for part in slices(buffers, start, length):
         target[position : position + len(part)] = part
         position += len(part)
+
+
+def zero(buffers: list[memoryview], start: int, length: int) -> None:
+    """Zero the bytes `start` … `start + length` of `buffers`."""
+    for view in slices(buffers, start, length):
+        for at in range(0, len(view), len(ZEROES)):
+            part = view[at : at + len(ZEROES)]
+            part[:] = ZEROES[: len(part)]

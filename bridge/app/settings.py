@@ -1,0 +1,474 @@
+"""Every option of every command, declared once: its name, type, unit, default, bounds and help.
+
+A command's settings are a dataclass of groups (`ServeSettings.cache` is a `CacheSettings`), and a
+group is a dataclass whose fields are made by `setting`. Everything else is derived from these:
+
+- the option of the command line, `--cache-size` (`bridge.cli.options` makes it, with click);
+- its environment variable, NBD_BRIDGE_SERVE_CACHE_SIZE: the command's words and the option's;
+- its place in `--help`, under the title of its group;
+- its name in a mapping of defaults, such as a file has: `cache_size`.
+
+What a field holds has its unit at the end of its name; what an operator writes has none. A default
+is that of the object which the setting is for, where that has one. This module knows nothing of
+click, and imports nothing that takes time: `--version` and `--help` need it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from bridge.app.settings_model import (
+    Choice,
+    CommandSettings,
+    FeatureBits,
+    Flag,
+    Number,
+    Path,
+    Ranges,
+    Size,
+    Text,
+    Whole,
+    setting,
+)
+from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
+from bridge.server.client_options import ClientOptions
+from bridge.spec.virtio_blk import ID_BYTES
+
+MIN_CACHE_SIZE = "4M"
+"""What `cache.file.layout` needs at least, with the blocks that nearly all servers have."""
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+
+AUTO = "auto"
+"""The control socket is where the commands look for it."""
+
+_MAX_FD = (1 << 31) - 1
+"""An `int` of the system's."""
+_CLIENT = ClientOptions()
+
+
+# The groups. Fields of one are in the order of `--help`.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskSettings:
+    """The disk that the guest sees, and where its front-end finds it."""
+
+    title: ClassVar[str] = "Disk"
+
+    socket_path: str | None = setting("--socket-path", Path(), None, "Listen on this unix socket.")
+    fd: int | None = setting(
+        "--fd", Whole(0, _MAX_FD), None, "Listen on this inherited socket instead."
+    )
+    read_only: bool = setting("--read-only", Flag(), False, "The guest may not write.")
+    serial: str = setting(
+        "--serial",
+        Text(max_bytes=ID_BYTES),
+        "",
+        f"Serial number of the disk, at most {ID_BYTES} bytes.",
+    )
+    num_queues: int = setting("--num-queues", Whole(1, 64), 1, "Virtqueues offered to the guest.")
+    queue_size: int = setting(
+        "--queue-size",
+        Whole(2, 1024, power_of_two=True),
+        1024,
+        "Largest virtqueue accepted, in descriptors.",
+    )
+    block_size_bytes: int = setting(
+        "--block-size",
+        Whole(512, 4096, power_of_two=True),
+        512,
+        "Logical block size that the guest sees, in bytes.",
+    )
+    withheld_features: int = setting(
+        "--features",
+        FeatureBits(),
+        0,
+        "Features to withhold from the guest, such as -mq,-discard.",
+        written_default="",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """The local cache, and how long a write may be without a flush."""
+
+    title: ClassVar[str] = "Cache"
+
+    mode: str = setting(
+        "--cache-mode",
+        Choice((OFF, WRITETHROUGH, WRITEBACK)),
+        WRITEBACK,
+        "Keep a local cache; writeback also completes writes in it.",
+    )
+    size_bytes: int = setting(
+        "--cache-size",
+        Size(minimum=MIN_CACHE_SIZE),
+        1 << 30,
+        f"Size of the cache file, such as 512M or 20G; at least {MIN_CACHE_SIZE}.",
+        written_default="1G",
+    )
+    directory: str | None = setting(
+        "--cache-dir",
+        Path(),
+        None,
+        "Where the cache file is. Default: /var/cache/nbd-bridge, or ~/.cache/nbd-bridge.",
+    )
+    flush_interval_s: float = setting(
+        "--flush-interval",
+        Number(0),
+        60.0,
+        "Flush this many seconds after a write at the latest; 0: never.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectSettings:
+    """What every command has that connects to a server. Fields are those of ClientOptions."""
+
+    title: ClassVar[str] = "Server"
+
+    connect_timeout_s: float = setting(
+        "--connect-timeout",
+        Number(0.1),
+        _CLIENT.connect_timeout_s,
+        "Seconds for one attempt to connect.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(ConnectSettings):
+    """The same for one that stays connected."""
+
+    connections: int = setting(
+        "--connections",
+        Whole(1, 16),
+        _CLIENT.connections,
+        "Connections to the server, where it allows several.",
+    )
+    request_timeout_s: float = setting(
+        "--request-timeout",
+        Number(0),
+        _CLIENT.request_timeout_s,
+        "Reconnect when the server is silent for this many seconds (ten times as many during a "
+        "flush, if it answers nothing beside it); 0: never.",
+    )
+    reconnect_timeout_s: float = setting(
+        "--reconnect-timeout",
+        Number(0),
+        _CLIENT.reconnect_timeout_s,
+        "Fail the guest's requests after this many seconds without a server; 0: they wait.",
+    )
+    stale_write_grace_s: float = setting(
+        "--stale-write-grace",
+        Number(0),
+        _CLIENT.stale_write_grace_s,
+        "Seconds that a write of a lost connection may still reach a server without a fence.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsSettings:
+    """Files for TLS. Fields are those of ClientOptions."""
+
+    title: ClassVar[str] = "TLS"
+
+    tls_ca_file: str | None = setting("--tls-ca", Path(), None, "CA certificates (PEM).")
+    tls_certificate_file: str | None = setting("--tls-cert", Path(), None, "Our certificate.")
+    tls_key_file: str | None = setting("--tls-key", Path(), None, "The key to --tls-cert.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitSettings:
+    """How long things may take, and how long the processor may be kept busy."""
+
+    title: ClassVar[str] = "Limits"
+
+    poll_us: float = setting(
+        "--poll-us",
+        Number(0, 10_000),
+        32.0,
+        "Look for work this many microseconds before sleeping; 0: sleep at once.",
+    )
+    stop_timeout_s: float = setting(
+        "--stop-timeout",
+        Number(0),
+        30.0,
+        "Seconds that a stop may take to bring everything to the server.",
+    )
+    drain_timeout_s: float = setting(
+        "--drain-timeout",
+        Number(0),
+        30.0,
+        "Seconds that the guest's stop (pause, migration) may take to be answered.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """How a running bridge is found, seen and steered."""
+
+    title: ClassVar[str] = "Control"
+
+    name: str = setting(
+        "--name",
+        Text(max_bytes=64),
+        "",
+        "What the bridge is called: for `nbd-bridge status NAME`, in metrics and in the log. "
+        "Default: like its socket.",
+    )
+    socket: str = setting(
+        "--api",
+        Path(),
+        AUTO,
+        "Control socket: auto, off, or a path. auto: NAME.api in /run/nbd-bridge, or in "
+        "$XDG_RUNTIME_DIR/nbd-bridge.",
+    )
+    slow_ms: float = setting(
+        "--slow-ms",
+        Number(0),
+        1000.0,
+        "Log requests that take longer than so many milliseconds; 0: none.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What is logged, on standard error."""
+
+    title: ClassVar[str] = "Logging"
+
+    level: str = setting("--log-level", Choice(LOG_LEVELS), "info", "Log this and what is worse.")
+    format: str = setting("--log-format", Choice(LOG_FORMATS), "text", "How a line looks.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoOutput:
+    """What `info` prints."""
+
+    title: ClassVar[str] = "Output"
+
+    as_json: bool = setting("--json", Flag(), False, "Print JSON.")
+    as_list: bool = setting("--list", Flag(), False, "Print which exports there are.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionChoices:
+    """How long a running bridge may take for what is asked of it."""
+
+    title: ClassVar[str] = "Limits"
+
+    timeout_s: float = setting("--timeout", Number(0, 3600), 60.0, "Seconds that this may take.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopChoices(ActionChoices):
+    """When `stop` ends a bridge."""
+
+    when_clean: bool = setting(
+        "--when-clean", Flag(), False, "Only once everything is on the server."
+    )
+    even_with_guest: bool = setting(
+        "--even-with-guest", Flag(), False, "Also while a guest uses the disk: it will hang."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What `set` changes; None: nothing. Fields are those of `POST /settings`."""
+
+    title: ClassVar[str] = "Settings, as those of serve"
+
+    cache_mode: str | None = setting(
+        "--cache-mode", Choice((WRITETHROUGH, WRITEBACK)), None, "When a write is complete."
+    )
+    flush_interval_s: float | None = setting(
+        "--flush-interval", Number(0), None, "Seconds, from the next write after a flush on."
+    )
+    drain_timeout_s: float | None = setting(
+        "--drain-timeout", Number(0), None, "Seconds, from the next stop of the guest on."
+    )
+    slow_ms: float | None = setting("--slow-ms", Number(0), None, "Milliseconds.")
+    log_level: str | None = setting(
+        "--log-level", Choice(LOG_LEVELS), None, "Log this and what is worse."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOutput:
+    """What a command prints that has nothing else to choose."""
+
+    title: ClassVar[str] = "Output"
+
+    as_json: bool = setting("--json", Flag(), False, "Print JSON.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropChoices:
+    """What `cache drop` removes."""
+
+    title: ClassVar[str] = "Cache"
+
+    discard_dirty: bool = setting(
+        "--discard-dirty", Flag(), False, "Even if it holds what the server has not."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlushChoices:
+    """What `cache flush` brings where."""
+
+    title: ClassVar[str] = "Cache"
+
+    moved: bool = setting("--moved", Flag(), False, "URI is where the export is now.")
+    force: bool = setting("--force", Flag(), False, "Also over what somebody else wrote meanwhile.")
+    skip_damaged: bool = setting(
+        "--skip-damaged",
+        Flag(),
+        False,
+        "Give up what is in damaged parts of the file, and bring all the rest.",
+    )
+    timeout_s: float = setting(
+        "--timeout",
+        Number(1),
+        60.0,
+        "Seconds for all of it; what is missing then stays in the file.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmChoices:
+    """What `cache warm` reads, into which cache."""
+
+    title: ClassVar[str] = "Cache"
+
+    cache_bytes: int | None = setting(
+        "--cache-size",
+        Size(minimum=MIN_CACHE_SIZE),
+        None,
+        f"Size of the cache file, at least {MIN_CACHE_SIZE}. Default: that of the file there is, "
+        "or 1G. Give the same to `serve`, which makes a file of another size anew.",
+    )
+    directory: str | None = setting("--cache-dir", Path(), None, "Where the cache file is.")
+    ranges: tuple[tuple[int, int], ...] = setting(
+        "--range", Ranges(), (), "Only this part of the disk; may be given several times."
+    )
+    timeout_s: float = setting(
+        "--timeout", Number(1), 60.0, "Give up after this many seconds without a server."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoChoices:
+    """What `demo` runs."""
+
+    title: ClassVar[str] = "Demo"
+
+    no_guest: bool = setting(
+        "--no-guest", Flag(), False, "Let the built-in front-end play the guest."
+    )
+
+
+# The commands.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(CommandSettings):
+    """`serve`."""
+
+    disk: DiskSettings = DiskSettings()
+    cache: CacheSettings = CacheSettings()
+    server: ServerSettings = ServerSettings()
+    tls: TlsSettings = TlsSettings()
+    limits: LimitSettings = LimitSettings()
+    control: ControlSettings = ControlSettings()
+    logging: LogSettings = LogSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoSettings(CommandSettings):
+    """`info`."""
+
+    output: InfoOutput = InfoOutput()
+    server: ConnectSettings = ConnectSettings()
+    tls: TlsSettings = TlsSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShowSettings(CommandSettings):
+    """`cache show`."""
+
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheDropSettings(CommandSettings):
+    """`cache drop`."""
+
+    cache: DropChoices = DropChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFlushSettings(CommandSettings):
+    """`cache flush`."""
+
+    cache: FlushChoices = FlushChoices()
+    server: ConnectSettings = ConnectSettings()
+    tls: TlsSettings = TlsSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheWarmSettings(CommandSettings):
+    """`cache warm`."""
+
+    cache: WarmChoices = WarmChoices()
+    server: ConnectSettings = ConnectSettings()
+    tls: TlsSettings = TlsSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusSettings(CommandSettings):
+    """`status` and `list`."""
+
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSettings(CommandSettings):
+    """`flush` and `resize`."""
+
+    action: ActionChoices = ActionChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopSettings(CommandSettings):
+    """`stop`."""
+
+    action: StopChoices = StopChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSettings(CommandSettings):
+    """`set`."""
+
+    changes: Changes = Changes()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(CommandSettings):
+    """`demo`."""
+
+    demo: DemoChoices = DemoChoices()
+
+
+def client_options(server: ConnectSettings, tls: TlsSettings) -> ClientOptions:
+    """Those of a client: its options that an operator can set have the same names."""
+    given = {
+        each.name: getattr(group, each.name) for group in (server, tls) for each in fields(group)
+    }
+    return ClientOptions(**given)

@@ -1,0 +1,151 @@
+"""What a setting is: its name for operators, what it can hold, and where it is in a command.
+
+A command's settings are a dataclass of groups, and a group is a dataclass whose fields are made by
+`setting`: `bridge.app.settings` has them all. This module knows nothing of click.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+# What a setting can hold.
+
+
+@dataclass(frozen=True)
+class Flag:
+    """False, or True where it is given."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite float, for seconds and the like."""
+
+    minimum: float
+    maximum: float | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An int."""
+
+    minimum: int
+    maximum: int
+    power_of_two: bool = False
+
+
+@dataclass(frozen=True)
+class Size:
+    """An int, of bytes; written with K, M, G or T (`units.parse_size`), and `minimum` is, too."""
+
+    minimum: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """UTF-8."""
+
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path, not empty."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """(offset, length) pairs in bytes, each written as OFFSET:LENGTH."""
+
+
+@dataclass(frozen=True)
+class FeatureBits:
+    """An int with the bits of virtio-blk features to withhold, written as -NAME,-NAME."""
+
+
+Kind = Flag | Number | Whole | Size | Choice | Text | Path | Ranges | FeatureBits
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an operator can write for one field of a group."""
+
+    option: str
+    """As on the command line, such as `--cache-size`."""
+    kind: Kind
+    help: str
+    written_default: str | None = None
+    """The default as an operator would write it, for `--help`; None: as it is."""
+
+    @property
+    def name(self) -> str:
+        """The same for a parameter or a key, such as `cache_size`."""
+        return self.option.removeprefix("--").replace("-", "_")
+
+
+def setting(
+    option: str, kind: Kind, default: T, help_text: str = "", *, written_default: str | None = None
+) -> T:
+    """A field of a group. Typed as its default, as `dataclasses.field` is."""
+    found: T = field(
+        default=default, metadata={Setting: Setting(option, kind, help_text, written_default)}
+    )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSettings:
+    """The settings of a command: every field is a group, and has a default."""
+
+
+S = TypeVar("S", bound=CommandSettings)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One setting of a command: where it is, and what it is if it is not given."""
+
+    group: str
+    title: str
+    field: str
+    setting: Setting
+    default: object
+
+
+def declared(command: type[S]) -> Iterator[Declared]:
+    """All settings of a command, group by group."""
+    for group in fields(command):
+        values = getattr(command(), group.name)
+        for each in fields(values):
+            yield Declared(
+                group.name,
+                values.title,
+                each.name,
+                each.metadata[Setting],
+                getattr(values, each.name),
+            )
+
+
+def settings_of(command: type[S], given: Mapping[str, Any]) -> S:
+    """The settings of a command with the values that `given` has under their names
+    (`Setting.name`), converted and checked already; what it lacks is as its default says."""
+    changes: dict[str, dict[str, Any]] = {}
+    for each in declared(command):
+        if each.setting.name in given:
+            changes.setdefault(each.group, {})[each.field] = given[each.setting.name]
+    blank = command()
+    return replace(
+        blank,
+        **{name: replace(getattr(blank, name), **values) for name, values in changes.items()},
+    )

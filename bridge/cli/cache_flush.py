@@ -1,0 +1,39 @@
+"""`nbd-bridge cache flush`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import click
+
+from bridge.app import logs
+from bridge.app.cache_tools import flush_file
+from bridge.app.settings import CacheFlushSettings, client_options
+from bridge.app.signals import run_until_signal
+from bridge.cli import common
+from bridge.cli.wording import explain
+
+
+@common.command("flush", CacheFlushSettings, example="nbd-bridge cache flush FILE")
+@click.argument("file")
+@click.argument("uri", required=False)
+def command(settings: CacheFlushSettings, file: str, uri: str | None) -> None:
+    """Bring what only FILE holds to the server.
+
+    URI is needed where the server wants TLS, or has moved.
+    """
+    logs.configure(level="warning", format_="text", explain=explain)
+    chosen = settings.cache
+    flushed = run_until_signal(
+        partial(
+            flush_file,
+            file,
+            uri,
+            moved=chosen.moved,
+            timeout_s=chosen.timeout_s,
+            force=chosen.force,
+            skip_damaged=chosen.skip_damaged,
+            client=client_options(settings.server, settings.tls),
+        )
+    )
+    common.print_result(f"{flushed} bytes written to the server and flushed")

@@ -1,0 +1,117 @@
+"""What all commands share: how one is made from its settings, how it prints, how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import click
+
+from bridge.app.settings_model import CommandSettings, declared, settings_of
+from bridge.cli.options import Command, options_of
+from bridge.cli.wording import explain
+from bridge.errors import BridgeError
+
+P = ParamSpec("P")
+S = TypeVar("S", bound=CommandSettings)
+
+_CAPABILITIES = {"type": "block", "features": ["read-only"]}
+"""What `--print-capabilities` says (vhost-user "Backend program conventions")."""
+
+
+def command(
+    name: str, settings: type[S], *, example: str
+) -> Callable[[Callable[Concatenate[S, P], None]], click.Command]:
+    """Makes a command of a function that takes its settings and its arguments.
+
+    The function's errors become one line each and an exit status: see `one_line_errors`.
+    """
+    names = {each.setting.name for each in declared(settings)}
+
+    def decorate(function: Callable[Concatenate[S, P], None]) -> click.Command:
+        # Takes over the arguments that decorators of click's have put on the function, too.
+        @wraps(function)
+        def run(**given: Any) -> None:
+            arguments = {name: given[name] for name in given.keys() - names}
+            _call(function, settings_of(settings, given), arguments)
+
+        make = click.command(name, cls=Command, example=example)
+        return make(options_of(settings)(one_line_errors(run)))
+
+    return decorate
+
+
+def _call(function: Callable[..., None], settings: object, arguments: dict[str, Any]) -> None:
+    """click gives the arguments by name, whose types it has seen to."""
+    function(settings, **arguments)
+
+
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn our errors into one line and an exit status: 2 for configuration, 1 at run time."""
+
+    @wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        errors: list[BridgeError] = []
+        try:
+            command(*args, **kwargs)
+        except* BridgeError as group:
+            errors = _leaves(group)
+        except* KeyboardInterrupt:
+            errors = [BridgeError("interrupted")]
+        # Outside the except*: it would wrap SystemExit into a group.
+        for error in errors:
+            complain(explain(error))
+        if errors:
+            sys.exit(min(error.exit_status for error in errors))
+
+    return wrapper
+
+
+def _leaves(group: BaseExceptionGroup[BridgeError]) -> list[BridgeError]:
+    leaves: list[BridgeError] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
+
+
+def complain(text: str) -> None:
+    """One line on standard error, if anybody hears it."""
+    with suppress(OSError):
+        click.echo(f"nbd-bridge: {text}", err=True)
+
+
+def print_result(text: str) -> None:
+    """A result, on standard output. Raises BridgeError when it cannot be written."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        # What is left in the buffer would be tried again, and complained about, at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise BridgeError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def table(lines: dict[str, str]) -> str:
+    """Names and what they stand for, in two columns."""
+    width = max(map(len, lines))
+    return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
+
+
+def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        click.echo(json.dumps(_CAPABILITIES))
+        context.exit()
+
+
+capabilities_option = click.option(
+    "--print-capabilities",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_capabilities,
+    help="Print what this vhost-user program can do, as JSON, and exit.",
+)

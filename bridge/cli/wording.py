@@ -1,0 +1,111 @@
+"""What an operator is told of an error: the error's own text, and what can be done about it.
+
+Everything that names a command or an option in a sentence stands here: what raises an error says
+with a `Remedy`, or a class of its own, which sentence it is.
+"""
+
+from __future__ import annotations
+
+from bridge.app.settings import ServeSettings
+from bridge.app.settings_model import declared
+from bridge.cache.file.layout import CacheSizeFault
+from bridge.errors import (
+    BridgeError,
+    ChangedMeanwhile,
+    RangeBeyondDisk,
+    Remedy,
+    SettingFault,
+    SettingName,
+)
+from bridge.units import size_text
+
+_GIVE_UP = "to give up what it holds: nbd-bridge cache drop --discard-dirty {path}"
+_DROP = "give them up with 'nbd-bridge cache drop --discard-dirty {path}'"
+
+_REMEDIES = {
+    Remedy.OTHER_FILE_SYSTEM: ": choose a directory on another file system with --cache-dir, or "
+    "use --cache-mode off",
+    Remedy.OTHER_DIRECTORY: "; choose another with --cache-dir, or use --cache-mode off",
+    Remedy.MAKE_DIRECTORY: "; create it or choose another with --cache-dir, or use "
+    "--cache-mode off",
+    Remedy.NAME_DIRECTORY: ": choose a directory with --cache-dir, or serve with --cache-mode off",
+    Remedy.PROTECT_DIRECTORY: ": run 'chmod go-w {path}', or choose another with --cache-dir",
+    Remedy.SMALLER_CACHE: "; make room or choose a smaller --cache-size",
+    Remedy.NO_CACHE: ": use --cache-mode off",
+    Remedy.REMOVE_FILE: "; remove it with rm if you mean it",
+    Remedy.OTHER_FILE: "; choose another file or to start anew: nbd-bridge cache drop {path}",
+    Remedy.START_ANEW: "; to start anew: nbd-bridge cache drop {path}",
+    Remedy.GIVE_UP: f"; {_GIVE_UP}",
+    Remedy.BRING_INTACT: "; to bring what is intact to the server: nbd-bridge cache flush "
+    f"--skip-damaged {{path}}; {_GIVE_UP}",
+    Remedy.GROW_BACK: f"; grow the export back, or, {_GIVE_UP}",
+    Remedy.FLUSH_FIRST: ": run 'nbd-bridge cache flush {path}' first",
+    Remedy.FLUSH_OR_DROP: ": run 'nbd-bridge cache flush {path}' first, or add --discard-dirty",
+    Remedy.BRING_INTACT_OR_DROP: ": run 'nbd-bridge cache flush --skip-damaged {path}' first, or "
+    "add --discard-dirty",
+    Remedy.DROP_UNSEEN: ": add --discard-dirty to drop it all the same",
+    Remedy.FLUSH_OR_GIVE_UP: f": run 'nbd-bridge cache flush {{path}}' first, or {_DROP}",
+    Remedy.FORCE_OR_GIVE_UP: f": run 'nbd-bridge cache flush --force {{path}}' first, or {_DROP}",
+    Remedy.FORCE_IF_UNREADABLE: "; if reads of the export fail for good, run 'nbd-bridge cache "
+    "flush --force {path}'",
+    Remedy.LOOK_AGAIN: ": look at it with 'nbd-bridge cache show {path}', and try again",
+    Remedy.MOVED: "; if that export moved there, add --moved",
+    Remedy.GO_ON_HERE_OR_FLUSH: "; start the guest here again, or stop this bridge and run "
+    "'nbd-bridge cache flush {path}' before it starts elsewhere",
+    Remedy.FLUSH_BEFORE_ELSEWHERE: ": before the guest starts elsewhere, run 'nbd-bridge cache "
+    "flush {path}'",
+    Remedy.NAME_BRIDGE: "; give this one another name with --name",
+    Remedy.PLACE_CONTROL: "; say where it is to be with --api PATH, or use --api off",
+    Remedy.EXPECT_READ_ONLY: "; say --read-only to expect that",
+    Remedy.LIST_EXPORTS: " (nbd-bridge info --list)",
+    Remedy.NAME_CA: " (if its CA is one of your own, give that with --tls-ca)",
+    Remedy.GIVE_CERTIFICATE: ": give --tls-cert and --tls-key",
+    Remedy.CERTIFICATE_ACCEPTED: ": does it accept the certificate (--tls-cert)?",
+    Remedy.PERHAPS_GIVE_CERTIFICATE: ": if it wants a certificate of its client, give --tls-cert "
+    "and --tls-key",
+    Remedy.CERTIFICATE_INSTEAD: "; a TLS certificate (--tls-cert) says who a client is",
+}
+"""What follows the text of the error, its punctuation included."""
+
+
+def explain(what: BridgeError | Remedy) -> str:
+    """One line for the operator: what is the case, and what helps."""
+    if isinstance(what, Remedy):
+        return _remedy(what, "")
+    match what:
+        case CacheSizeFault():
+            text = _cache_size(what)
+        case ChangedMeanwhile(change=change, kept=kept):
+            text = f"{change} (--force writes over that); {kept}"
+        case RangeBeyondDisk(offset=offset, length=length, disk_bytes=disk_bytes):
+            text = f"--range {offset}:{length}: the disk has only {disk_bytes} bytes"
+        case SettingFault():
+            text = "".join(map(_part, what.parts))
+        case _:
+            text = str(what)
+    after = "" if what.remedy is None else _remedy(what.remedy, what.path)
+    return text + after
+
+
+def _remedy(remedy: Remedy, path: str) -> str:
+    return _REMEDIES[remedy].replace("{path}", path)  # a path may have braces, too
+
+
+def _part(part: str | SettingName) -> str:
+    return _option(part.field) if isinstance(part, SettingName) else part
+
+
+def _option(field: str) -> str:
+    """The option for the field of that name."""
+    return next(each.setting.option for each in declared(ServeSettings) if each.field == field)
+
+
+def _cache_size(fault: CacheSizeFault) -> str:
+    wanted, limit = size_text(fault.wanted_bytes), size_text(fault.limit_bytes)
+    if fault.too_small:
+        block = size_text(fault.block_bytes)
+        return f"--cache-size {wanted} is below the minimum of {limit} for blocks of {block}"
+    return (
+        f"--cache-size {wanted} is above the maximum of {limit}: choose a smaller --cache-size, or "
+        "--cache-mode off"
+    )
