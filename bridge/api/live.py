@@ -69,10 +69,13 @@ class Live:
         return self.device.requests_total
 
     @property
-    def in_flight(self) -> dict[BlkRequest, None]:
-        """The guest's requests that were not served on the spot and are not answered, oldest
-        first."""
-        return self.device._engine._unanswered
+    def in_flight(self) -> int:
+        """How many requests of the guest are not answered."""
+        return sum(ring.in_flight for ring in self.device._rings.values())
+
+    def unanswered(self) -> list[BlkRequest]:
+        """Those of them that were not served on the spot, oldest first. Not for every turn."""
+        return list(self.device._engine._unanswered)
 
     @property
     def has_front_end(self) -> bool:

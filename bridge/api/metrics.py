@@ -151,7 +151,7 @@ class _Collector:
             "requests", "Requests that the guest has sent.", live.requests_total
         )
         yield from self._gauge(
-            "requests_in_flight", "Requests that are not answered.", len(live.in_flight)
+            "requests_in_flight", "Requests that are not answered.", live.in_flight
         )
         yield from self._counter(
             "slow_requests",

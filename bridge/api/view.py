@@ -203,7 +203,7 @@ class View:
             size_bytes=live.capacity_bytes,
             read_only=live.read_only,
             queues=len(live.rings),
-            in_flight=len(live.in_flight),
+            in_flight=live.in_flight,
             requests_total=live.requests_total,
             faults=dict(live.device.guest_faults),
             loss_unreported=loss_unreported(live),
@@ -287,7 +287,7 @@ def safety(live: Live) -> Safety:
         reasons.append(f"{size_text(dirty)} are not on the server")
     if not (live.disk.is_durable or live.cache is not None):
         reasons.append("the server has not flushed everything that was written")
-    if pending := len(live.in_flight):
+    if pending := live.in_flight:
         plural = "s are" if pending > 1 else " is"
         reasons.append(f"{pending} request{plural} not answered")
     if live.storage.has_left and live.left_reason and dirty:

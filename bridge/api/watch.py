@@ -76,7 +76,7 @@ class Watch:
         seen = self._seen
         self._seen = {
             request: seen.get(request, now)
-            for request in islice(self._live.in_flight, _OLDEST)
+            for request in islice(self._live.unanswered(), _OLDEST)
             if not isinstance(request.done, _Ending)
         }
         if not self.slow_s:

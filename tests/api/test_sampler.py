@@ -31,7 +31,10 @@ class FakeLive:
         self.requests_total = 0
         self.hits = (0, 0)
         self.ring_ids: tuple[int, ...] = (1,)
-        self.in_flight: dict[Request, None] = {}
+        self.requests: dict[Request, None] = {}
+
+    def unanswered(self) -> list[Request]:
+        return list(self.requests)
 
 
 class Rig:
@@ -44,7 +47,7 @@ class Rig:
         """A turn pops these requests that are no hits, and so many hits."""
         live = self.live
         requests = [Request(op, 0, 512, [], self.ended.append) for op in ops]
-        live.in_flight.update(dict.fromkeys(requests))
+        live.requests.update(dict.fromkeys(requests))
         live.hits = (live.hits[0] + reads_hit, live.hits[1] + writes_hit)
         live.requests_total += len(ops) + reads_hit + writes_hit
         for poller in live.loop.pollers:
@@ -71,7 +74,7 @@ async def test_one_request_is_timed_and_then_none_for_a_while(autojump_clock: An
         assert rig.counts() == {("read", MISS): 1}
         await trio.sleep(2 * PAUSE_S)
         rig.pop(WRITE, writes_hit=0)
-        for request in rig.live.in_flight:
+        for request in rig.live.requests:
             request.done(request)
         assert rig.counts() == {("read", MISS): 1, ("write", MISS): 1}
         nursery.cancel_scope.cancel()
@@ -111,7 +114,7 @@ async def test_hits_and_others_are_timed_in_proportion(autojump_clock: Any) -> N
             await trio.sleep(2 * PAUSE_S)
             for request in rig.pop(READ, reads_hit=2, writes_hit=1):
                 request.done(request)
-                del rig.live.in_flight[request]
+                del rig.live.requests[request]
         nursery.cancel_scope.cancel()
     counts = rig.counts()
     assert sum(counts.values()) == 400

@@ -27,7 +27,7 @@ class FakeLive:
 
     def __init__(self) -> None:
         self.time_s = 100.0
-        self.in_flight: dict[Request, None] = {}
+        self.requests: dict[Request, None] = {}
         self.cache: FakeCache | None = None
         self.dirty_bytes = 0
         self.requests_total = 0
@@ -39,6 +39,13 @@ class FakeLive:
 
     def now(self) -> float:
         return self.time_s
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.requests)
+
+    def unanswered(self) -> list[Request]:
+        return list(self.requests)
 
     def is_at_server(self, request: Request) -> bool:
         return request in self.at_server
@@ -52,11 +59,11 @@ class Rig:
 
     def request(self, op: int = READ, offset: int = 4096) -> Request:
         request = Request(op, offset, 512, [], self.ended.append)
-        self.live.in_flight[request] = None
+        self.live.requests[request] = None
         return request
 
     def finish(self, request: Request, error: int = 0) -> None:
-        del self.live.in_flight[request]
+        del self.live.requests[request]
         request.error = error
         request.done(request)
 
