@@ -75,7 +75,10 @@ class Live:
 
     def unanswered(self) -> list[BlkRequest]:
         """Those of them that were not served on the spot, oldest first. Not for every turn."""
-        return list(self.device._engine._unanswered)
+        engine = self.device._engine
+        if engine.usual is not None:
+            engine.usual.adopt_all()  # What went the usual way has no object yet.
+        return sorted(engine._unanswered, key=engine._unanswered.__getitem__)
 
     @property
     def has_front_end(self) -> bool:
@@ -155,7 +158,7 @@ class Live:
     @property
     def phase(self) -> Phase:
         """Of the NBD client."""
-        return self.storage.client.session.phase
+        return self.storage.client.link.phase
 
     @property
     def connections(self) -> int:
@@ -179,7 +182,7 @@ class Live:
     @property
     def waits_for_grace(self) -> bool:
         """Changes are kept back since a lost connection's may still be executed."""
-        return bool(self.storage.client.session._held)
+        return bool(self.storage.client.link._changes._held)
 
     @property
     def left_reason(self) -> str:

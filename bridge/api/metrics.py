@@ -213,12 +213,12 @@ class _Collector:
         yield from self._counter(
             "server_resent_commands",
             "Commands sent again after a reconnect or a failed flush.",
-            client.session.resent_total,
+            client.link.resent_total,
         )
         yield from self._counter(
             "flushes_refused",
             "Flushes that failed to tell the guest of a loss.",
-            client.session.flushes_refused_total,
+            client.link.flushes_refused_total,
         )
         yield from self._counter(
             "timed_flushes",

@@ -259,7 +259,7 @@ def server_state(live: Live) -> str:
     """See `Server.state`."""
     if live.phase is Phase.UP:
         return "connected"
-    if live.storage.client.session.given_up:
+    if live.storage.client.link.given_up:
         return "failing"
     return {Phase.LEAVING: "leaving", Phase.CLOSED: "closed"}.get(live.phase, "down")
 

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +24,9 @@ from bridge.app.storage import Storage
 from bridge.cache.cache_options import OFF
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
-from bridge.errors import BridgeError, ConfigError, Remedy
+from bridge.datapath.request import Request
+from bridge.errors import BridgeError, ConfigError, LeftBehind, Remedy
+from bridge.guest.above import Above
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
 from bridge.guest.vhost_user.listener import Listener
@@ -49,16 +51,15 @@ class _Stop:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._deadline_s: float | None = None
-        self.on_begin: Callable[[], None] = _nothing
-        """Called when the time begins to run."""
         self.problem: BridgeError | None = None
         """What the operator has to know: the exit status says that there was something."""
 
-    def begin(self) -> None:
-        """The time runs from here on."""
-        if self._deadline_s is None:
-            self._deadline_s = trio.current_time() + self._limit_s
-            self.on_begin()
+    def begin(self) -> bool:
+        """The time runs from here on; False if it did already."""
+        if self._deadline_s is not None:
+            return False
+        self._deadline_s = trio.current_time() + self._limit_s
+        return True
 
     @property
     def step_s(self) -> float:
@@ -84,22 +85,19 @@ async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
     report_bus_errors()
     allow_all_descriptors()
     loop = Loop(poll_us=settings.limits.poll_us)
-    options = client_options(settings.server, settings.tls)
-    options = replace(options, read_only=settings.disk.read_only)
-    options = options.for_reading_and_writing(local=uri.socket_path is not None)
-    storage = Storage(uri, loop, options, settings.cache)
-    serving = trio.CancelScope()
-    stop = _Stop(settings.limits.stop_timeout_s)
+    serving = _Serving(uri, settings, loop)
+    stop = serving.stop
+    until = trio.CancelScope()
     with ending_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
-            nursery.start_soon(_cancel_at_signal, signals, serving, stop)
+            nursery.start_soon(_cancel_at_signal, signals, until, serving)
             try:
-                with serving:
-                    await _serve(uri, settings, loop, storage, stop, nursery)
+                with until:
+                    await serving.run(nursery)
             finally:
                 with trio.CancelScope(shield=True):
-                    left_behind = await storage.close(stop.left_s)
+                    left_behind = await serving.storage.close(stop.left_s)
                     stop.problem = left_behind or stop.problem
             nursery.cancel_scope.cancel()
     loop.close()
@@ -108,131 +106,205 @@ async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
     _log.info("stopped")
 
 
-async def _serve(
-    uri: NbdUri,
-    settings: ServeSettings,
-    loop: Loop,
-    storage: Storage,
-    stop: _Stop,
-    nursery: trio.Nursery,
-) -> None:
-    """Connect, then serve front-ends until cancelled; what was written is flushed at the end."""
-    export = await storage.open()
-    nursery.start_soon(storage.run)
-    # A cache has a flush timer of its own.
-    interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
-    disk = Disk(storage.backend, turn=loop.turn, flush_interval_s=interval_s, now=trio.current_time)
-    nursery.start_soon(disk.run_flush_timer)
-    geometry = disk_geometry(uri, export, settings.disk)
-    serial = settings.disk.serial or default_serial(export)
+class _Serving:
+    """One `serve`. The layer above the storage side, which is there before the guest's side is."""
 
-    def remember() -> None:
+    def __init__(self, uri: NbdUri, settings: ServeSettings, loop: Loop) -> None:
+        options = client_options(settings.server, settings.tls)
+        options = replace(options, read_only=settings.disk.read_only)
+        options = options.for_reading_and_writing(local=uri.socket_path is not None)
+        self.storage = Storage(uri, loop, options, settings.cache, above=self)
+        self.stop = _Stop(settings.limits.stop_timeout_s)
+        self._uri = uri
+        self._settings = settings
+        self._loop = loop
+        self._guests: _GuestsSide | None = None
+        self._service: Service | None = None
+
+    def resized(self, size_bytes: int) -> None:
+        """See storage.Above."""
+        if self._guests is not None:
+            self._guests.device.resize(size_bytes)
+
+    def reconnected(self) -> None:
+        """See storage.Above."""
+        if self._guests is not None:
+            self._guests.durability_changed()
+
+    def begin_to_stop(self) -> None:
+        """The time for it runs from here on."""
+        if not self.stop.begin():
+            return
+        if self._guests is not None:
+            self._guests.device.hurry(self.stop.step_s)
+        if self._service is not None:
+            self._service.stopping()
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Connect, then serve front-ends until cancelled; what was written is flushed at the
+        end."""
+        export = await self.storage.open()
+        nursery.start_soon(self.storage.run)
+        guests = _GuestsSide(self._uri, self._settings, export, self.storage, self._loop)
+        self._guests = guests
+        nursery.start_soon(guests.disk.run_flush_timer)
+        nursery.start_soon(guests.device.run)
+        facts = Facts(self._uri.text, self._settings.disk.socket_path, guests.serial)
+        live = Live(facts, self._loop, self.storage, guests.disk, guests.device)
+        self._service = Service.of(live, self._settings.control)
+        nursery.start_soon(self._service.run)
+        with _listener(self._settings.disk) as listener:
+            guests.log_start()
+            try:
+                await backend.serve(guests.device, listener)
+            finally:
+                self.begin_to_stop()
+                self.stop.problem = await guests.flush_at_the_end(self.stop.step_s)
+
+
+class _GuestsSide(Above):
+    """What guests see of a storage side that is open: the disk and the device."""
+
+    def __init__(
+        self, uri: NbdUri, settings: ServeSettings, export: Export, storage: Storage, loop: Loop
+    ) -> None:
+        self._uri = uri
+        self._settings = settings
+        self._storage = storage
+        self._geometry = disk_geometry(uri, export, settings.disk)
+        self.serial = settings.disk.serial or default_serial(export)
+        # A cache has a flush timer of its own.
+        interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
+        self.disk = Disk(
+            storage.backend,
+            turn=loop.turn,
+            flush_interval_s=interval_s,
+            now=trio.current_time,
+            above=self,
+        )
+        self.device = BlkDevice(
+            loop,
+            self.disk,
+            self._geometry,
+            hits=self.disk.hits,
+            usual=self.disk.usual,
+            serial=self.serial,
+            max_queues=settings.disk.num_queues,
+            max_queue_size=settings.disk.queue_size,
+            drain_timeout_s=settings.limits.drain_timeout_s,
+            above=self,
+            withheld_features=settings.disk.withheld_features,
+        )
+
+    @property
+    def _loses_with_server(self) -> bool:
+        """What is not flushed is at the server only."""
+        return not (self._storage.has_cache or self._geometry.read_only)
+
+    def durability_changed(self) -> None:
+        """See disk.Above. Also after a reconnect."""
+        if self._loses_with_server:
+            self._remember()
+
+    def _remember(self) -> None:
         """For the process after this one. A server without a name that is away has lost what was
         unflushed, for all that anybody can tell later."""
+        disk, storage = self.disk, self._storage
         mark = storage.instance_mark
         unflushed = not disk.is_durable and not storage.has_cache
-        device.remember_durability(
+        self.device.remember_durability(
             unflushed_on=mark if unflushed else 0,
             loss_untold=disk.untold
             or storage.loss_untold
             or (unflushed and not mark and storage.is_away),
         )
 
-    def inherited(unflushed_on: int, loss_untold: bool) -> None:
-        if storage.inherit(unflushed_on) or loss_untold:
+    # See guest.above.Above.
+
+    def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+        """What the process before this one left unflushed may be lost."""
+        if self._storage.inherit(unflushed_on) or loss_untold:
             _log.error(
                 "writes that the process before this one had not flushed may be lost: "
                 "the guest's next flush will fail"
             )
-            disk.tell(errno.EIO)
-        if not (storage.has_cache or geometry.read_only):
-            disk.flush_inherited()
+            self.disk.tell(errno.EIO)
+        if self._loses_with_server:
+            self.disk.flush_inherited()
 
-    def nothing_inherited() -> None:
-        storage.nothing_inherited()
-        remember()
+    def fresh_guest(self) -> None:
+        """Nothing is promised to it yet."""
+        self._storage.nothing_inherited()
+        self._remember()
 
-    async def all_stopped() -> None:
+    def starting(self, go: Callable[[], None]) -> bool:
+        """It has to wait where the session was left."""
+        return self._storage.starting(go)
+
+    def recovered(self) -> None:
+        """The other process may have sent them."""
+        self._storage.client.expect_stale_writes()
+
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        """They are not sent any more."""
+        self._storage.abandon(requests)
+
+    async def left_behind(self) -> LeftBehind | None:
+        """It stays in the cache, or is lost."""
+        return await self._storage.stop_sending()
+
+    def epoch(self) -> int:
+        """That of the storage side."""
+        return self._storage.epoch()
+
+    async def all_stopped(self) -> None:
+        """Everything goes to the server, and is flushed there."""
         try:
-            await storage.hand_over(partial(disk.flush, quiet=True))
+            await self._storage.hand_over(partial(self.disk.flush, quiet=True))
         finally:
-            remember()
+            self._remember()
 
-    device = BlkDevice(
-        loop,
-        disk,
-        geometry,
-        hits=disk.hits,
-        serial=serial,
-        max_queues=settings.disk.num_queues,
-        max_queue_size=settings.disk.queue_size,
-        drain_timeout_s=settings.limits.drain_timeout_s,
-        on_abandoned=storage.abandon,
-        on_all_stopped=all_stopped,
-        on_left_behind=storage.stop_sending,
-        on_starting=storage.starting,
-        on_recovered=storage.client.expect_stale_writes,
-        on_inherited=inherited,
-        on_fresh_guest=nothing_inherited,
-        epoch=storage.epoch,
-        withheld_features=settings.disk.withheld_features,
-    )
-    if not (storage.has_cache or geometry.read_only):
-        disk.on_changed = remember
-        storage.client.on_reconnect = remember
-    facts = Facts(uri.text, settings.disk.socket_path, serial)
-    service = Service.of(Live(facts, loop, storage, disk, device), settings.control)
-    nursery.start_soon(service.run)
-
-    def stopping() -> None:
-        device.hurry(stop.step_s)
-        service.stopping()
-
-    stop.on_begin = stopping
-    storage.on_resized = device.resize
-    nursery.start_soon(device.run)
-    with _listener(settings.disk) as listener:
+    def log_start(self) -> None:
+        """Front-ends may come."""
+        disk = self._settings.disk
         _log.info(
             "serving",
-            uri=uri.text,
-            socket=settings.disk.socket_path or f"fd {settings.disk.fd}",
-            size_bytes=geometry.capacity_sectors * SECTOR_BYTES,
-            read_only=geometry.read_only,
-            cache=settings.cache.mode,
+            uri=self._uri.text,
+            socket=disk.socket_path or f"fd {disk.fd}",
+            size_bytes=self._geometry.capacity_sectors * SECTOR_BYTES,
+            read_only=self._geometry.read_only,
+            cache=self._settings.cache.mode,
         )
-        try:
-            await backend.serve(device, listener)
-        finally:
-            stop.begin()
-            error = 0
-            with trio.move_on_after(stop.step_s, shield=True) as flushing:
-                if not storage.has_left:
-                    error = await disk.flush()
-            # A cache keeps what could not be flushed, and has another try when it is closed.
-            if not storage.has_cache and (flushing.cancelled_caught or error):
-                why = os.strerror(error) if error else "it did not answer in time"
-                stop.problem = BridgeError(
-                    f"the server could not flush at the end ({why}): what the guest wrote since "
-                    "its last flush may not be durable"
-                )
-            elif disk.untold or storage.loss_untold:
-                stop.problem = BridgeError(
-                    "the server may have lost writes of the guest's that it had not flushed, and "
-                    "the guest has not flushed since, so it does not know: check its file systems"
-                )
 
-
-def _nothing() -> None:
-    """Nobody wants to know."""
+    async def flush_at_the_end(self, limit_s: float) -> BridgeError | None:
+        """Flush what was written; None, or what the operator has to know."""
+        disk, storage = self.disk, self._storage
+        error = 0
+        with trio.move_on_after(limit_s, shield=True) as flushing:
+            if not storage.has_left:
+                error = await disk.flush()
+        # A cache keeps what could not be flushed, and has another try when it is closed.
+        if not storage.has_cache and (flushing.cancelled_caught or error):
+            why = os.strerror(error) if error else "it did not answer in time"
+            return BridgeError(
+                f"the server could not flush at the end ({why}): what the guest wrote since "
+                "its last flush may not be durable"
+            )
+        if disk.untold or storage.loss_untold:
+            return BridgeError(
+                "the server may have lost writes of the guest's that it had not flushed, and "
+                "the guest has not flushed since, so it does not know: check its file systems"
+            )
+        return None
 
 
 async def _cancel_at_signal(
-    signals: trio.MemoryReceiveChannel[signal.Signals], serving: trio.CancelScope, stop: _Stop
+    signals: trio.MemoryReceiveChannel[signal.Signals], until: trio.CancelScope, serving: _Serving
 ) -> None:
     number = await signals.receive()  # Those that follow ask for the same.
     _log.info("stopping", signal=number.name)
-    stop.begin()
-    serving.cancel()
+    serving.begin_to_stop()
+    until.cancel()
 
 
 def _listener(disk: DiskSettings) -> Listener:

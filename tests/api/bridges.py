@@ -23,7 +23,7 @@ from bridge.app.settings import (
 from bridge.cache.cache_options import OFF
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_disk import MemoryDisk
-from tests.app.processes import unix_uri
+from tests.processes import unix_uri
 from tests.tools import HUNG_S
 
 SIZE_BYTES = 16 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,7 @@ from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.spec import nbd as p
 from tests.api.bridges import SIZE_BYTES, served
-from tests.app.processes import short_directory
 from tests.tools import HUNG_S
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def changes(server: Server) -> list[int]:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,14 +14,8 @@ import pytest
 import trio
 
 from bridge.peers.blk_driver import BlkDriver
-from tests.app.processes import bridge_argv, process, serving, short_directory, unix_uri, wait_for
+from tests.processes import bridge_argv, process, serving, unix_uri, wait_for
 from tests.tools import HUNG_S, need
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 @asynccontextmanager

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 
-import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,16 +14,9 @@ from bridge.api.client import _UnixConnection
 from bridge.cache.cache_options import WRITEBACK
 from bridge.peers.blk_driver import BlkDriver
 from tests.api.bridges import Bridge, served
-from tests.app.processes import short_directory
 from tests.tools import HUNG_S
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 async def scrape(bridge: Bridge) -> tuple[str, Samples]:

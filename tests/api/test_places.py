@@ -16,7 +16,7 @@ from bridge.app.settings import AUTO, ControlSettings
 from bridge.cache.cache_options import OFF
 from bridge.cli.wording import explain
 from bridge.errors import ConfigError
-from tests.app.processes import short_directory
+from tests.processes import short_directory
 
 
 @pytest.fixture

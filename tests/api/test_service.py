@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,16 +21,9 @@ from bridge.cache.cache_options import WRITEBACK
 from bridge.errors import BridgeError
 from bridge.peers.blk_driver import BlkDriver
 from tests.api.bridges import Bridge, served
-from tests.app.processes import short_directory
 from tests.tools import HUNG_S, missing, need
 
 NOBODY = 65534
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def connected(path: Path) -> socket.socket:
@@ -94,6 +86,7 @@ async def test_another_users_process_is_refused(
             assert b" 403 " in await off(partial(rest_of, sock))
 
 
+@pytest.mark.root
 async def test_unprivileged_user_can_neither_read_nor_change_anything(directory: Path) -> None:
     if os.geteuid():
         missing("only root can become another user")

@@ -18,7 +18,6 @@ time: the session awaits each before the next, `disconnected()` last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +65,13 @@ class RingSetup:
     """Eventfd to signal when the ring is broken; None: nobody wants to know."""
 
 
+class ConfigListener(Protocol):
+    """Who has to know of the config space: a session."""
+
+    def config_changed(self) -> None:
+        """The config space changed by itself. Never raises."""
+
+
 class VhostUserDevice(Protocol):
     """The device of one back-end. See the module's text for who owns what, and when."""
 
@@ -77,9 +83,9 @@ class VhostUserDevice(Protocol):
     """`create_inflight` and `set_inflight` work (protocol feature INFLIGHT_SHMFD is offered)."""
     supports_dirty_log: bool
     """`set_log` and `set_logging` work (LOG_SHMFD and VHOST_F_LOG_ALL are offered)."""
-    on_config_changed: Callable[[], None] | None
-    """Set by the session: call it whenever the config space changed by itself (a resize). Plain
-    function, never raises. None: nobody is connected."""
+    listener: ConfigListener | None
+    """The session, which sets it: told whenever the config space changed by itself (a resize).
+    None: nobody is connected."""
 
     def offered_features(self) -> int:
         """The virtio feature bits, without 26 (LOG_ALL) and 30, which are the session's own."""
