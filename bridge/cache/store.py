@@ -118,8 +118,7 @@ class Store:
         self._discards = discards
         self._writeback = writeback
         self._flusher = flusher
-        self.through = common.options.mode != WRITEBACK
-        """A write is complete once the server has it."""
+        self._through = common.options.mode != WRITEBACK
         self._ready = common.index.ready
         self._open = common.index.open
         self._queued = writeback.ring.queued
@@ -156,7 +155,7 @@ class Store:
         if self._for_room:
             self._wait(_WriteOp(request, self, 0), _TOO_DIRTY)
             return
-        if not (self.through or request.flags or self._discards):
+        if not (self._through or request.flags or self._discards):
             try:
                 done = self._write_whole(request)
             except OSError as error:
@@ -166,10 +165,20 @@ class Store:
                 self._common.turn.finish(request)
                 return
         position, obstacle = self._store(request, 0)
-        if obstacle is None and not (self.through or request.flags & FUA):
+        if obstacle is None and not (self._through or request.flags & FUA):
             self._common.turn.finish(request)
             return
         self._stored(_WriteOp(request, self, position), obstacle)
+
+    @property
+    def through(self) -> bool:
+        """A write is complete once the server has it. May be changed between two turns: see
+        `Cache.set_write_back`."""
+        return self._through
+
+    @through.setter
+    def through(self, through: bool) -> None:
+        self._through = through
 
     def open_blocks(self, slot: int, bits: int) -> bool:
         """Make these blocks of `slot` open, so that a write to them is a copy; False if they are
@@ -180,7 +189,7 @@ class Store:
         index = self._index
         if (
             bits & ~self._ready[slot]
-            or self.through
+            or self._through
             or self._for_room
             or self._discards
             or (index.dirty_slots >= self._hard_slots and not index.dirty(slot))
@@ -294,7 +303,7 @@ class Store:
             self._wait(op, obstacle)
         elif op.fua and not self._backend.can_fua:
             self._flusher.request(op.request)
-        elif op.fua or self.through:
+        elif op.fua or self._through:
             index, request = self._index, op.request
             first = request.offset >> index.granule_shift
             last = request.offset + request.length - 1 >> index.granule_shift
@@ -466,7 +475,7 @@ class Store:
 
     def _now_dirty(self, slot: int, granule: int, bits: int, absent: int) -> None:
         """The data of `bits` is there; the `absent` ones become valid."""
-        self._index.stored(slot, bits, absent, keep_open=not self.through)
+        self._index.stored(slot, bits, absent, keep_open=not self._through)
         if absent and self._fetcher.fetching:
             self._fetcher.overtaken(granule, absent)
         self._written(slot)
