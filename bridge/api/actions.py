@@ -189,7 +189,7 @@ class Actions:
             total = min(length, live.cache_bytes)
             # What comes after that would only push out what came first.
             warmer = Warmer(
-                live.storage.backend.submit,
+                live.prefetch,
                 [(offset, length)],
                 limit_bytes=total,
                 progress=lambda _: self._note_warming(warmer, total),

@@ -95,7 +95,17 @@ class Live:
         """The guest may not write."""
         return self.device._config.geometry.read_only
 
+    @property
+    def loss_unreported(self) -> bool:
+        """The server may have lost acknowledged writes, and no flush of the guest's has failed
+        yet."""
+        return self.disk.untold or self.storage.loss_untold
+
     # The cache.
+
+    def prefetch(self, request: Request) -> None:
+        """Start a PREFETCH; whoever calls wants a turn."""
+        self.storage.backend.submit(request)
 
     @property
     def cache(self) -> Cache | None:

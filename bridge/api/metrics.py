@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from bridge import __version__
 from bridge.api.histogram import BOUNDS_S
 from bridge.api.sampler import PAUSE_S
-from bridge.api.view import View, guest_state, loss_unreported, safety, server_state
+from bridge.api.view import View, guest_state, safety, server_state
 from bridge.app import logs
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class _Collector:
         yield from self._gauge(
             "loss_unreported",
             "1: the server may have lost writes, and the guest does not know yet.",
-            loss_unreported(live),
+            live.loss_unreported,
         )
         yield from self._gauge(
             "safe_to_reboot", "1: all that the guest wrote is on the server.", safety(live).safe

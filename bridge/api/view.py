@@ -206,7 +206,7 @@ class View:
             in_flight=live.in_flight,
             requests_total=live.requests_total,
             faults=dict(live.device.guest_faults),
-            loss_unreported=loss_unreported(live),
+            loss_unreported=live.loss_unreported,
         )
 
     def _cache(self) -> Cache | None:
@@ -264,11 +264,6 @@ def server_state(live: Live) -> str:
     return {Phase.LEAVING: "leaving", Phase.CLOSED: "closed"}.get(live.phase, "down")
 
 
-def loss_unreported(live: Live) -> bool:
-    """See `Guest.loss_unreported`."""
-    return live.disk.untold or live.storage.loss_untold
-
-
 def hit_ratio(live: Live) -> float | None:
     """See `Cache.hit_ratio`."""
     cache = live.cache
@@ -294,7 +289,7 @@ def safety(live: Live) -> Safety:
         reasons.append(f"nothing is sent: {live.left_reason}")
     elif reasons and live.phase is not Phase.UP:
         reasons.append("the server is not connected")
-    if loss_unreported(live):
+    if live.loss_unreported:
         reasons.append(
             "the server may have lost writes, which the guest learns from its next flush"
         )
