@@ -4,7 +4,8 @@
 - `loop`, `turn`: one epoll under one trio task; what one turn carries, and in which order;
 - `usual`: the usual case of a turn, in batches, over the flat state of `cells`; `rows`: what of it
   is in flight, and the way out of it;
-- `buffers`: between a request's buffers and flat bytes;
+- `fence`: a memory barrier, where the machine needs one; `buffers`: between a request's buffers
+  and flat bytes;
 - `deadlines`: when something without a task of its own is called next;
 - `lanes`: large requests, some of them per turn;
 - `disk`: the seam between the guest's side and the storage side, and the flush timer;

@@ -60,7 +60,7 @@ class Subject:
 async def _fake() -> AsyncIterator[Subject]:
     forget()
     world = World()
-    channel = FakeChannel(world.session)
+    channel = FakeChannel(world.link)
     yield Subject(channel, world.session.generation + 1, channel.answer_all)
 
 
