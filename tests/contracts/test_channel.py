@@ -61,7 +61,7 @@ async def _fake() -> AsyncIterator[Subject]:
     forget()
     world = World()
     channel = FakeChannel(world.link)
-    yield Subject(channel, world.session.generation + 1, channel.answer_all)
+    yield Subject(channel, world.link.generation + 1, channel.answer_all)
 
 
 @asynccontextmanager
