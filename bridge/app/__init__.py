@@ -4,5 +4,5 @@
 - `serve`: one disk, from the start to the stop; `storage`: its client and its cache;
 - `cache_tools`: a cache file brought to its server, or filled, without a guest;
 - `info`: what a server offers;
-- `logs`, `signals`, `faults`, `heap`, `descriptors`: the process.
+- `logs`, `signals`, `bus_errors`, `malloc_tuning`, `descriptors`: the process.
 """

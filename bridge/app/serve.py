@@ -13,9 +13,9 @@ from functools import partial
 import structlog
 import trio
 
+from bridge.app.bus_errors import report_bus_errors
 from bridge.app.descriptors import allow_all_descriptors
-from bridge.app.faults import report_bus_errors
-from bridge.app.heap import keep_freed_pages
+from bridge.app.malloc_tuning import keep_freed_pages
 from bridge.app.settings import DiskSettings, ServeSettings, client_options
 from bridge.app.signals import ending_signals
 from bridge.app.storage import Storage
