@@ -19,7 +19,7 @@ import trio
 from bridge.errors import ConnectionLost, LeftBehind, ProtocolError
 from bridge.guest.vhost_user.device_interface import VhostUserDevice
 from bridge.guest.vhost_user.listener import Listener
-from bridge.guest.vhost_user.session import Session
+from bridge.guest.vhost_user.session import FrontEndSession
 from bridge.guest.vhost_user.transport import Transport
 from bridge.guest.vhost_user.unshared import UnsharedMemory
 
@@ -82,7 +82,9 @@ async def _serve_one(
 
     `listening`: where others may be waiting meanwhile."""
     transport = Transport(sock, replies=False)
-    session = Session(device, _send_now, on_refused=unshared.refused, on_region=unshared.of(sock))
+    session = FrontEndSession(
+        device, _send_now, on_refused=unshared.refused, on_region=unshared.of(sock)
+    )
     log.info("front-end connected")
     if on_connected is not None:
         on_connected(True)
@@ -123,7 +125,7 @@ class _Watched:
         self._spoke = False
         self._silent = trio.CancelScope()
 
-    async def converse(self, session: Session, transport: Transport) -> None:
+    async def converse(self, session: FrontEndSession, transport: Transport) -> None:
         """See `_converse`. Raises ConnectionLost when another had to wait for silence."""
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
@@ -154,7 +156,7 @@ class _Watched:
 
 
 async def _converse(
-    session: Session, transport: Transport, on_message: Callable[[], None] | None = None
+    session: FrontEndSession, transport: Transport, on_message: Callable[[], None] | None = None
 ) -> None:
     """Message in, reply out, until the front-end hangs up."""
     while True:

@@ -78,7 +78,7 @@ _REPLY_HAS_NO_ERROR = frozenset(request for request, shape in SHAPES.items() if 
 }
 
 
-class Session:
+class FrontEndSession:
     """The back-end's side of one connection. See the module's text.
 
     `send_to_front_end(fd, data)` puts a message into the front-end's back-end channel without

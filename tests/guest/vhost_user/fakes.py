@@ -24,7 +24,7 @@ from bridge.guest.vhost_user.messages import (
     unpack_u64,
 )
 from bridge.guest.vhost_user.reply import Reply
-from bridge.guest.vhost_user.session import Session
+from bridge.guest.vhost_user.session import FrontEndSession
 
 F_VERSION_1 = 1 << 32
 F_PACKED = 1 << 34
@@ -191,7 +191,7 @@ class Talk:
     channel_alive: bool = True
 
     def __post_init__(self) -> None:
-        self.session = Session(self.device, self._send)
+        self.session = FrontEndSession(self.device, self._send)
 
     def _send(self, fd: int, data: bytes) -> bool:
         os.fstat(fd)

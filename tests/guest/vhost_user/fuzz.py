@@ -45,7 +45,7 @@ from bridge.guest.vhost_user.messages import (
     unpack_u64,
 )
 from bridge.guest.vhost_user.reader import MessageReader
-from bridge.guest.vhost_user.session import Session
+from bridge.guest.vhost_user.session import FrontEndSession
 from bridge.guest.vhost_user.shapes import SHAPES
 from bridge.guest.virtio.blk_config import DiskGeometry
 from tests.guest.memory_target import MemoryTarget
@@ -282,7 +282,7 @@ async def converse(dice: Dice, device: VhostUserDevice, *, turn: Callable[[], No
     Raises AssertionError when a rule of the session is broken, and whatever escapes from it.
     `turn` is called after each message: the data path's turn.
     """
-    session = Session(device, lambda fd, data: dice.number(0, 3) > 0)
+    session = FrontEndSession(device, lambda fd, data: dice.number(0, 3) > 0)
     reader = MessageReader()
     handled = 0
     try:
@@ -325,7 +325,7 @@ def _feed(dice: Dice, reader: MessageReader, data: bytes, fds: list[int]) -> Mes
     return None
 
 
-async def _handle(session: Session, message: Message) -> None:
+async def _handle(session: FrontEndSession, message: Message) -> None:
     """Have a message handled, and see that it is answered exactly when it asks for it."""
     header = message.header
     reply = await session.handle(message)
