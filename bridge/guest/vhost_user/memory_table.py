@@ -9,8 +9,8 @@ from bridge.guest.vhost_user.device_interface import MemoryRegion, VhostUserDevi
 from bridge.guest.vhost_user.messages import (
     MAX_TABLE_REGIONS,
     U64_MAX,
+    MessageType,
     Region,
-    Request,
     unpack_memory_table,
 )
 from bridge.guest.vhost_user.reply import Handler, Reply, reply_u64
@@ -30,13 +30,13 @@ class MemoryTable:
         self._on_region = on_region or _unobserved
         self._regions: list[Region] = []
 
-    def handlers(self) -> dict[Request, Handler]:
+    def handlers(self) -> dict[MessageType, Handler]:
         """Who does what about memory."""
         return {
-            Request.SET_MEM_TABLE: self.set_mem_table,
-            Request.ADD_MEM_REG: self.add_mem_reg,
-            Request.REM_MEM_REG: self.rem_mem_reg,
-            Request.GET_MAX_MEM_SLOTS: self.get_max_mem_slots,
+            MessageType.SET_MEM_TABLE: self.set_mem_table,
+            MessageType.ADD_MEM_REG: self.add_mem_reg,
+            MessageType.REM_MEM_REG: self.rem_mem_reg,
+            MessageType.GET_MAX_MEM_SLOTS: self.get_max_mem_slots,
         }
 
     async def set_mem_table(self, payload: bytes, fds: list[int]) -> None:
@@ -84,7 +84,7 @@ class MemoryTable:
         self._regions.remove(region)
 
     async def get_max_mem_slots(self, payload: bytes, fds: list[int]) -> Reply:
-        return reply_u64(Request.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
+        return reply_u64(MessageType.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
 
 
 def _unobserved(region: Region, fd: int) -> None:

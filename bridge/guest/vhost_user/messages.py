@@ -48,7 +48,7 @@ VRING_LOG = 1
 U64_MAX = (1 << 64) - 1
 
 
-class Request(IntEnum):
+class MessageType(IntEnum):
     """What a front-end asks; the numbers are the specification's."""
 
     GET_FEATURES = 1
@@ -154,7 +154,7 @@ class Message:
 def request_name(request: int) -> str:
     """The specification's word for a request, or its number."""
     try:
-        return Request(request).name
+        return MessageType(request).name
     except ValueError:
         return f"request {request}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from bridge.guest.vhost_user.messages import Request, pack_reply, pack_u64
+from bridge.guest.vhost_user.messages import MessageType, pack_reply, pack_u64
 
 
 @dataclass(slots=True)
@@ -24,6 +24,6 @@ request's own reply, if it has one. Raises ProtocolError to refuse it.
 """
 
 
-def reply_u64(request: Request, value: int) -> Reply:
+def reply_u64(request: MessageType, value: int) -> Reply:
     """The reply that is one number."""
     return Reply(pack_reply(request, pack_u64(value)))

@@ -18,7 +18,7 @@ from bridge.guest.vhost_user.device_interface import RingSetup, VhostUserDevice
 from bridge.guest.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     VRING_LOG,
-    Request,
+    MessageType,
     VringAddress,
     VringFile,
     VringState,
@@ -80,17 +80,17 @@ class Rings:
         """What was negotiated, with the session's own bits; None: nothing yet, no ring runs.
         Call `features_changed` after setting it."""
 
-    def handlers(self) -> dict[Request, Handler]:
+    def handlers(self) -> dict[MessageType, Handler]:
         """Who does what about rings."""
         return {
-            Request.SET_VRING_NUM: self.set_vring_num,
-            Request.SET_VRING_ADDR: self.set_vring_addr,
-            Request.SET_VRING_BASE: self.set_vring_base,
-            Request.GET_VRING_BASE: self.get_vring_base,
-            Request.SET_VRING_KICK: self.set_vring_kick,
-            Request.SET_VRING_CALL: self.set_vring_call,
-            Request.SET_VRING_ERR: self.set_vring_err,
-            Request.SET_VRING_ENABLE: self.set_vring_enable,
+            MessageType.SET_VRING_NUM: self.set_vring_num,
+            MessageType.SET_VRING_ADDR: self.set_vring_addr,
+            MessageType.SET_VRING_BASE: self.set_vring_base,
+            MessageType.GET_VRING_BASE: self.get_vring_base,
+            MessageType.SET_VRING_KICK: self.set_vring_kick,
+            MessageType.SET_VRING_CALL: self.set_vring_call,
+            MessageType.SET_VRING_ERR: self.set_vring_err,
+            MessageType.SET_VRING_ENABLE: self.set_vring_enable,
         }
 
     @property
@@ -238,7 +238,7 @@ class Rings:
             raise ProtocolError(f"queue {state.index}: num is {state.num}, not 0")
         await self._stop(ring)
         answer = VringState(state.index, ring.base)
-        return Reply(pack_reply(Request.GET_VRING_BASE, answer.pack()))
+        return Reply(pack_reply(MessageType.GET_VRING_BASE, answer.pack()))
 
     async def set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         file = VringFile.unpack(payload)

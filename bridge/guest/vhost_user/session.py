@@ -45,8 +45,8 @@ from bridge.guest.vhost_user.messages import (
     InflightRange,
     LogRange,
     Message,
+    MessageType,
     Region,
-    Request,
     pack_message,
     pack_reply,
     pack_u64,
@@ -74,7 +74,7 @@ _CONFIG_REQUEST_FLAGS = frozenset({0, 1, 2})
 the guest and 2 migration. Told apart by length: a guest writes one field, of one byte."""
 
 _REPLY_HAS_NO_ERROR = frozenset(request for request, shape in SHAPES.items() if shape.replies) - {
-    Request.GET_CONFIG
+    MessageType.GET_CONFIG
 }
 
 
@@ -107,25 +107,25 @@ class FrontEndSession:
         self._handlers = self._own_handlers() | self._rings.handlers() | self._memory.handlers()
         device.on_config_changed = self._note_config_changed
 
-    def _own_handlers(self) -> dict[Request, Handler]:
+    def _own_handlers(self) -> dict[MessageType, Handler]:
         return {
-            Request.GET_FEATURES: self._get_features,
-            Request.SET_FEATURES: self._set_features,
-            Request.SET_OWNER: self._set_owner,
-            Request.RESET_OWNER: self._reset_owner,
-            Request.SET_LOG_BASE: self._set_log_base,
-            Request.SET_LOG_FD: self._set_log_fd,
-            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
-            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
-            Request.GET_QUEUE_NUM: self._get_queue_num,
-            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
-            Request.GET_CONFIG: self._get_config,
-            Request.SET_CONFIG: self._set_config,
-            Request.GET_INFLIGHT_FD: self._get_inflight_fd,
-            Request.SET_INFLIGHT_FD: self._set_inflight_fd,
-            Request.RESET_DEVICE: self._reset_device,
-            Request.SET_STATUS: self._set_status,
-            Request.GET_STATUS: self._get_status,
+            MessageType.GET_FEATURES: self._get_features,
+            MessageType.SET_FEATURES: self._set_features,
+            MessageType.SET_OWNER: self._set_owner,
+            MessageType.RESET_OWNER: self._reset_owner,
+            MessageType.SET_LOG_BASE: self._set_log_base,
+            MessageType.SET_LOG_FD: self._set_log_fd,
+            MessageType.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            MessageType.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            MessageType.GET_QUEUE_NUM: self._get_queue_num,
+            MessageType.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
+            MessageType.GET_CONFIG: self._get_config,
+            MessageType.SET_CONFIG: self._set_config,
+            MessageType.GET_INFLIGHT_FD: self._get_inflight_fd,
+            MessageType.SET_INFLIGHT_FD: self._set_inflight_fd,
+            MessageType.RESET_DEVICE: self._reset_device,
+            MessageType.SET_STATUS: self._set_status,
+            MessageType.GET_STATUS: self._get_status,
         }
 
     # The edge's side.
@@ -165,7 +165,7 @@ class FrontEndSession:
         number = message.header.request
         try:
             try:
-                request = Request(number)
+                request = MessageType(number)
             except ValueError:
                 raise ProtocolError("unknown request") from None
             shape = SHAPES[request]
@@ -197,7 +197,7 @@ class FrontEndSession:
     def _refusal(self, message: Message) -> Reply | None:
         """How to say no to `message`; None when there is no way but to hang up."""
         request = message.header.request
-        if request == Request.GET_CONFIG:
+        if request == MessageType.GET_CONFIG:
             # "uses zero length of payload to indicate an error"
             return Reply(pack_reply(request, b""))
         if request in _REPLY_HAS_NO_ERROR:
@@ -219,7 +219,7 @@ class FrontEndSession:
         return features
 
     async def _get_features(self, payload: bytes, fds: list[int]) -> Reply:
-        return reply_u64(Request.GET_FEATURES, self._offered_features())
+        return reply_u64(MessageType.GET_FEATURES, self._offered_features())
 
     async def _set_features(self, payload: bytes, fds: list[int]) -> None:
         """New features, or only LOG_ALL toggled: migration does that while rings run."""
@@ -238,7 +238,7 @@ class FrontEndSession:
         self._rings.features_changed()
 
     async def _get_protocol_features(self, payload: bytes, fds: list[int]) -> Reply:
-        return reply_u64(Request.GET_PROTOCOL_FEATURES, self._offered_protocol_features())
+        return reply_u64(MessageType.GET_PROTOCOL_FEATURES, self._offered_protocol_features())
 
     async def _set_protocol_features(self, payload: bytes, fds: list[int]) -> None:
         features = unpack_u64(payload)
@@ -248,7 +248,7 @@ class FrontEndSession:
         self._protocol_features = features
 
     async def _get_queue_num(self, payload: bytes, fds: list[int]) -> Reply:
-        return reply_u64(Request.GET_QUEUE_NUM, self._device.max_queues)
+        return reply_u64(MessageType.GET_QUEUE_NUM, self._device.max_queues)
 
     # Owner, status, reset.
 
@@ -271,7 +271,7 @@ class FrontEndSession:
         status = self._status
         if self._rings.features is None:
             status &= ~STATUS_FEATURES_OK
-        return reply_u64(Request.GET_STATUS, status)
+        return reply_u64(MessageType.GET_STATUS, status)
 
     async def _reset_device(self, payload: bytes, fds: list[int]) -> None:
         """Initial state for a new driver; memory, descriptors and protocol features stay."""
@@ -293,7 +293,7 @@ class FrontEndSession:
         data = self._device.read_config(access.offset, access.size)
         assert len(data) == access.size
         answer = ConfigAccess(access.offset, access.size, access.flags, data)
-        return Reply(pack_reply(Request.GET_CONFIG, answer.pack()))
+        return Reply(pack_reply(MessageType.GET_CONFIG, answer.pack()))
 
     async def _set_config(self, payload: bytes, fds: list[int]) -> None:
         access = ConfigAccess.unpack(payload)
@@ -310,7 +310,7 @@ class FrontEndSession:
         log = LogRange.unpack(payload)
         check_range(log.mmap_offset, log.mmap_size)
         self._device.set_log(fds[0], log.mmap_offset, log.mmap_size)
-        return reply_u64(Request.SET_LOG_BASE, 0)
+        return reply_u64(MessageType.SET_LOG_BASE, 0)
 
     async def _set_log_fd(self, payload: bytes, fds: list[int]) -> None:
         """An eventfd for a logger that wants to be woken. No front-end sends it; not used."""
@@ -320,7 +320,7 @@ class FrontEndSession:
         self._check_inflight(wanted)
         fd, size_bytes = self._device.create_inflight(wanted.num_queues, wanted.queue_size)
         answer = InflightRange(size_bytes, 0, wanted.num_queues, wanted.queue_size)
-        return Reply(pack_reply(Request.GET_INFLIGHT_FD, answer.pack(len(payload))), fd)
+        return Reply(pack_reply(MessageType.GET_INFLIGHT_FD, answer.pack(len(payload))), fd)
 
     async def _set_inflight_fd(self, payload: bytes, fds: list[int]) -> None:
         region = InflightRange.unpack(payload)

@@ -26,7 +26,7 @@ from bridge.guest.vhost_user.messages import (
     P_STATUS,
     REGION_BYTES,
     TABLE_HEAD_BYTES,
-    Request,
+    MessageType,
     VringFile,
 )
 
@@ -74,40 +74,40 @@ class Shape:
 _STATE_SHAPE = Shape((8,))
 _VRING_FILE_SHAPE = Shape((8,), _vring_fds)
 
-SHAPES: dict[Request, Shape] = {
-    Request.GET_FEATURES: Shape(replies=True),
-    Request.SET_FEATURES: Shape((8,)),
-    Request.SET_OWNER: Shape(),
-    Request.RESET_OWNER: Shape(),
-    Request.SET_MEM_TABLE: Shape(_table_size, _table_fds),
-    Request.SET_LOG_BASE: Shape((16,), (1,), replies=True, feature=P_LOG_SHMFD),
-    Request.SET_LOG_FD: Shape((0,), (1,)),
-    Request.SET_VRING_NUM: _STATE_SHAPE,
-    Request.SET_VRING_ADDR: Shape((40,)),
-    Request.SET_VRING_BASE: _STATE_SHAPE,
-    Request.GET_VRING_BASE: Shape((8,), replies=True),
-    Request.SET_VRING_KICK: _VRING_FILE_SHAPE,
-    Request.SET_VRING_CALL: _VRING_FILE_SHAPE,
-    Request.SET_VRING_ERR: _VRING_FILE_SHAPE,
-    Request.GET_PROTOCOL_FEATURES: Shape(replies=True),
-    Request.SET_PROTOCOL_FEATURES: Shape((8,)),
-    Request.GET_QUEUE_NUM: Shape(replies=True, feature=P_MQ),
-    Request.SET_VRING_ENABLE: _STATE_SHAPE,
-    Request.SET_BACKEND_REQ_FD: Shape((0,), (1,), feature=P_BACKEND_REQ),
-    Request.GET_CONFIG: Shape(_config_size, replies=True, feature=P_CONFIG),
-    Request.SET_CONFIG: Shape(_config_size, feature=P_CONFIG),
-    Request.GET_INFLIGHT_FD: Shape((20, 24), replies=True, feature=P_INFLIGHT_SHMFD),
-    Request.SET_INFLIGHT_FD: Shape((20, 24), (1,), feature=P_INFLIGHT_SHMFD),
-    Request.RESET_DEVICE: Shape(feature=P_RESET_DEVICE),
-    Request.GET_MAX_MEM_SLOTS: Shape(replies=True, feature=P_CONFIGURE_MEM_SLOTS),
-    Request.ADD_MEM_REG: Shape((40,), (1,), feature=P_CONFIGURE_MEM_SLOTS),
-    Request.REM_MEM_REG: Shape((40,), (0, 1), feature=P_CONFIGURE_MEM_SLOTS),
-    Request.SET_STATUS: Shape((8,), feature=P_STATUS),
-    Request.GET_STATUS: Shape(replies=True, feature=P_STATUS),
+SHAPES: dict[MessageType, Shape] = {
+    MessageType.GET_FEATURES: Shape(replies=True),
+    MessageType.SET_FEATURES: Shape((8,)),
+    MessageType.SET_OWNER: Shape(),
+    MessageType.RESET_OWNER: Shape(),
+    MessageType.SET_MEM_TABLE: Shape(_table_size, _table_fds),
+    MessageType.SET_LOG_BASE: Shape((16,), (1,), replies=True, feature=P_LOG_SHMFD),
+    MessageType.SET_LOG_FD: Shape((0,), (1,)),
+    MessageType.SET_VRING_NUM: _STATE_SHAPE,
+    MessageType.SET_VRING_ADDR: Shape((40,)),
+    MessageType.SET_VRING_BASE: _STATE_SHAPE,
+    MessageType.GET_VRING_BASE: Shape((8,), replies=True),
+    MessageType.SET_VRING_KICK: _VRING_FILE_SHAPE,
+    MessageType.SET_VRING_CALL: _VRING_FILE_SHAPE,
+    MessageType.SET_VRING_ERR: _VRING_FILE_SHAPE,
+    MessageType.GET_PROTOCOL_FEATURES: Shape(replies=True),
+    MessageType.SET_PROTOCOL_FEATURES: Shape((8,)),
+    MessageType.GET_QUEUE_NUM: Shape(replies=True, feature=P_MQ),
+    MessageType.SET_VRING_ENABLE: _STATE_SHAPE,
+    MessageType.SET_BACKEND_REQ_FD: Shape((0,), (1,), feature=P_BACKEND_REQ),
+    MessageType.GET_CONFIG: Shape(_config_size, replies=True, feature=P_CONFIG),
+    MessageType.SET_CONFIG: Shape(_config_size, feature=P_CONFIG),
+    MessageType.GET_INFLIGHT_FD: Shape((20, 24), replies=True, feature=P_INFLIGHT_SHMFD),
+    MessageType.SET_INFLIGHT_FD: Shape((20, 24), (1,), feature=P_INFLIGHT_SHMFD),
+    MessageType.RESET_DEVICE: Shape(feature=P_RESET_DEVICE),
+    MessageType.GET_MAX_MEM_SLOTS: Shape(replies=True, feature=P_CONFIGURE_MEM_SLOTS),
+    MessageType.ADD_MEM_REG: Shape((40,), (1,), feature=P_CONFIGURE_MEM_SLOTS),
+    MessageType.REM_MEM_REG: Shape((40,), (0, 1), feature=P_CONFIGURE_MEM_SLOTS),
+    MessageType.SET_STATUS: Shape((8,), feature=P_STATUS),
+    MessageType.GET_STATUS: Shape(replies=True, feature=P_STATUS),
 }
 
 
-def check_shape(request: Request, payload: bytes, fd_count: int) -> None:
+def check_shape(request: MessageType, payload: bytes, fd_count: int) -> None:
     """Raises ProtocolError unless `request` may have this payload size and descriptor count."""
     shape = SHAPES[request]
     sizes = (shape.sizes(payload),) if callable(shape.sizes) else shape.sizes

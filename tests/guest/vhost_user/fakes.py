@@ -15,8 +15,8 @@ from bridge.guest.vhost_user.messages import (
     VERSION,
     Header,
     Message,
+    MessageType,
     Region,
-    Request,
     VringAddress,
     VringFile,
     VringState,
@@ -219,24 +219,24 @@ class Talk:
 
     async def negotiate(self, features: int = F_VERSION_1 | F_PROTOCOL_FEATURES) -> None:
         """Take `features` and every protocol feature."""
-        offered = await self.send(Request.GET_PROTOCOL_FEATURES)
+        offered = await self.send(MessageType.GET_PROTOCOL_FEATURES)
         assert offered is not None
-        await self.send(Request.SET_PROTOCOL_FEATURES, offered.data[12:])
-        await self.send(Request.SET_OWNER)
-        await self.send(Request.SET_FEATURES, pack_u64(features))
+        await self.send(MessageType.SET_PROTOCOL_FEATURES, offered.data[12:])
+        await self.send(MessageType.SET_OWNER)
+        await self.send(MessageType.SET_FEATURES, pack_u64(features))
 
     async def set_up_ring(self, index: int = 0, *, size: int = 128, base: int = 0) -> None:
         """Describe a ring and start it; with bit 30 it still has to be enabled."""
-        await self.send(Request.SET_VRING_NUM, VringState(index, size).pack())
-        await self.send(Request.SET_VRING_BASE, VringState(index, base).pack())
-        await self.send(Request.SET_VRING_ADDR, ring_address(index).pack())
-        await self.send(Request.SET_VRING_KICK, VringFile(index, True).pack(), [eventfd()])
-        await self.send(Request.SET_VRING_CALL, VringFile(index, True).pack(), [eventfd()])
+        await self.send(MessageType.SET_VRING_NUM, VringState(index, size).pack())
+        await self.send(MessageType.SET_VRING_BASE, VringState(index, base).pack())
+        await self.send(MessageType.SET_VRING_ADDR, ring_address(index).pack())
+        await self.send(MessageType.SET_VRING_KICK, VringFile(index, True).pack(), [eventfd()])
+        await self.send(MessageType.SET_VRING_CALL, VringFile(index, True).pack(), [eventfd()])
 
     async def run_ring(self, index: int = 0) -> None:
         """Describe a ring, start it and enable it."""
         await self.set_up_ring(index)
-        await self.send(Request.SET_VRING_ENABLE, VringState(index, 1).pack())
+        await self.send(MessageType.SET_VRING_ENABLE, VringState(index, 1).pack())
 
 
 def ring_address(index: int = 0, *, flags: int = 0, log: int = 0, shift: int = 0) -> VringAddress:

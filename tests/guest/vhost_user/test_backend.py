@@ -28,8 +28,8 @@ from bridge.guest.vhost_user.messages import (
     VERSION,
     ConfigAccess,
     Header,
+    MessageType,
     Region,
-    Request,
     VringFile,
     VringState,
     pack_memory_table,
@@ -61,22 +61,22 @@ async def hangs_up(front_end: FrontEnd) -> None:
 
 
 BAD_STREAMS = {
-    "version 0": Header(Request.GET_FEATURES, 0, 0).pack(),
-    "version 3": Header(Request.GET_FEATURES, 3, 0).pack(),
-    "a reply": Header(Request.GET_FEATURES, 5, 8).pack() + bytes(8),
-    "payload of 4 GiB": Header(Request.SET_MEM_TABLE, 1, 0xFFFFFFFF).pack(),
-    "payload over the limit": Header(Request.SET_CONFIG, 1, 4096).pack(),
+    "version 0": Header(MessageType.GET_FEATURES, 0, 0).pack(),
+    "version 3": Header(MessageType.GET_FEATURES, 3, 0).pack(),
+    "a reply": Header(MessageType.GET_FEATURES, 5, 8).pack() + bytes(8),
+    "payload of 4 GiB": Header(MessageType.SET_MEM_TABLE, 1, 0xFFFFFFFF).pack(),
+    "payload over the limit": Header(MessageType.SET_CONFIG, 1, 4096).pack(),
     "unknown request": pack_message(77, b"abc"),
-    "short u64": pack_message(Request.SET_FEATURES, bytes(4)),
-    "long u64": pack_message(Request.SET_FEATURES, bytes(16)),
-    "missing descriptor": pack_message(Request.SET_VRING_KICK, VringFile(0, True).pack()),
-    "feature not offered": pack_message(Request.SET_FEATURES, pack_u64(1 << 63)),
-    "unknown queue": pack_message(Request.SET_VRING_NUM, VringState(99, 128).pack()),
+    "short u64": pack_message(MessageType.SET_FEATURES, bytes(4)),
+    "long u64": pack_message(MessageType.SET_FEATURES, bytes(16)),
+    "missing descriptor": pack_message(MessageType.SET_VRING_KICK, VringFile(0, True).pack()),
+    "feature not offered": pack_message(MessageType.SET_FEATURES, pack_u64(1 << 63)),
+    "unknown queue": pack_message(MessageType.SET_VRING_NUM, VringState(99, 128).pack()),
     "nregions 2^32 - 1": pack_message(
-        Request.SET_MEM_TABLE, b"\xff\xff\xff\xff\0\0\0\0" + bytes(32)
+        MessageType.SET_MEM_TABLE, b"\xff\xff\xff\xff\0\0\0\0" + bytes(32)
     ),
     "config before CONFIG, then garbage": pack_message(
-        Request.GET_CONFIG, ConfigAccess(0, 8, 0, bytes(8)).pack()
+        MessageType.GET_CONFIG, ConfigAccess(0, 8, 0, bytes(8)).pack()
     )
     + b"\xff" * 12,
     "all ones": b"\xff" * 64,
@@ -105,7 +105,7 @@ async def test_descriptors_with_a_message_that_takes_none_are_closed(
         for _ in range(20):
             with await FrontEnd.connect(backend.path) as front_end:
                 fds = [eventfd() for _ in range(count)]
-                await front_end.send_raw(pack_message(Request.GET_FEATURES), fds)
+                await front_end.send_raw(pack_message(MessageType.GET_FEATURES), fds)
                 for fd in fds:
                     os.close(fd)
                 await hangs_up(front_end)
@@ -118,7 +118,7 @@ async def test_more_descriptors_than_fit_are_refused_and_closed(short_dir: Path)
         before = open_fds()
         with await FrontEnd.connect(backend.path) as front_end:
             fds = [eventfd() for _ in range(100)]
-            await front_end.send_raw(pack_message(Request.GET_FEATURES), fds)
+            await front_end.send_raw(pack_message(MessageType.GET_FEATURES), fds)
             for fd in fds:
                 os.close(fd)
             await hangs_up(front_end)
@@ -132,7 +132,7 @@ async def test_descriptors_sent_with_every_byte_of_a_message_are_closed(short_di
         with await FrontEnd.connect(backend.path) as front_end:
             fd = eventfd()
             with contextlib.suppress(ConnectionLost):
-                for byte in pack_message(Request.SET_VRING_ADDR, bytes(40)):
+                for byte in pack_message(MessageType.SET_VRING_ADDR, bytes(40)):
                     await front_end.send_raw(bytes([byte]), [fd])
                     await trio.lowlevel.checkpoint()
                 await front_end.receive()
@@ -146,7 +146,7 @@ async def test_message_byte_by_byte_with_its_descriptor_last_is_taken(short_dir:
         with await FrontEnd.connect(backend.path) as front_end:
             await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
             data = pack_message(
-                Request.SET_VRING_CALL, VringFile(0, True).pack(), flags=VERSION | 8
+                MessageType.SET_VRING_CALL, VringFile(0, True).pack(), flags=VERSION | 8
             )
             for byte in data[:-1]:
                 await front_end.send_raw(bytes([byte]))
@@ -160,7 +160,7 @@ async def test_message_byte_by_byte_with_its_descriptor_last_is_taken(short_dir:
 async def test_many_messages_in_one_piece_are_answered_in_order(short_dir: Path) -> None:
     async with running_backend(short_dir) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
-            names = [Request.GET_FEATURES, Request.GET_PROTOCOL_FEATURES] * 50
+            names = [MessageType.GET_FEATURES, MessageType.GET_PROTOCOL_FEATURES] * 50
             await front_end.send_raw(b"".join(pack_message(name) for name in names))
             got = [(await front_end.receive()).header.request for _ in names]
             assert got == names
@@ -175,7 +175,7 @@ async def test_refusal_that_was_asked_for_leaves_the_session_alive(short_dir: Pa
                     await front_end.enable_ring(200)
                 with pytest.raises(Refused):
                     await front_end.get_config(0, 0)
-            assert await front_end.get_u64(Request.GET_QUEUE_NUM) == 4
+            assert await front_end.get_u64(MessageType.GET_QUEUE_NUM) == 4
 
 
 @pytest.mark.parametrize("length", range(0, 52, 3))
@@ -184,7 +184,7 @@ async def test_front_end_that_vanishes_at_any_byte_is_forgotten(
 ) -> None:
     """Rule 3.8: disconnect at any byte; everything is closed, the next one is served."""
     region = Region(0, 1 << 20, 0, 0)
-    data = pack_message(Request.SET_MEM_TABLE, pack_memory_table([region]))
+    data = pack_message(MessageType.SET_MEM_TABLE, pack_memory_table([region]))
     async with running_backend(short_dir) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
             if length:
@@ -201,7 +201,7 @@ async def test_front_end_that_never_reads_replies_stops_only_its_own_conversatio
         async with await BlkDriver.connect(backend.path) as guest:
             assert guest.front_end is not None
             sock = guest.front_end._transport.sock
-            flood = pack_message(Request.GET_FEATURES) * 1000
+            flood = pack_message(MessageType.GET_FEATURES) * 1000
             for _ in range(100):
                 try:
                     sock.send(flood)
@@ -216,12 +216,12 @@ async def test_front_end_that_never_reads_replies_stops_only_its_own_conversatio
 async def test_second_front_end_waits_for_the_first_to_leave(short_dir: Path) -> None:
     async with running_backend(short_dir) as backend:
         first = await FrontEnd.connect(backend.path)
-        await first.get_u64(Request.GET_FEATURES)
+        await first.get_u64(MessageType.GET_FEATURES)
         second = await FrontEnd.connect(backend.path)
         answered = trio.Event()
 
         async def ask() -> None:
-            await second.get_u64(Request.GET_FEATURES)
+            await second.get_u64(MessageType.GET_FEATURES)
             answered.set()
 
         async with trio.open_nursery() as nursery:
@@ -288,14 +288,14 @@ async def test_nothing_is_sent_after_the_last_ring_stopped(short_dir: Path) -> N
         assert guest.front_end._channel is not None
         with pytest.raises(BlockingIOError):
             guest.front_end._channel.sock.recv(1)
-        await guest.front_end.get_u64(Request.GET_FEATURES)
+        await guest.front_end.get_u64(MessageType.GET_FEATURES)
 
 
 async def test_ring_number_is_masked_before_use(short_dir: Path) -> None:
     """Rule 3.5 (SPDK 71c1bbeeb5): bit 8 is a flag, not part of the queue's number."""
     async with guest_on(short_dir) as (_backend, guest):
         assert guest.front_end is not None
-        await guest.front_end.tell(Request.SET_VRING_CALL, pack_u64(0x100))
+        await guest.front_end.tell(MessageType.SET_VRING_CALL, pack_u64(0x100))
         queue = guest.queues[0]
         queue.submit(0, 0, 512)
         queue.kick()
@@ -310,7 +310,7 @@ async def test_connected_socket_serves_one_front_end_and_ends(short_dir: Path) -
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, device, listener)
             with FrontEnd(ours) as front_end:
-                await front_end.get_u64(Request.GET_FEATURES)
+                await front_end.get_u64(MessageType.GET_FEATURES)
     assert device.names() == ["disconnected"]
 
 
@@ -368,7 +368,7 @@ async def test_front_end_that_says_nothing_leaves_when_another_waits(
             await trio.sleep(3600)  # alone it may be silent for as long as it likes
             assert silent.is_alive
             with await FrontEnd.connect(short_dir / "s") as front_end:
-                await front_end.get_u64(Request.GET_FEATURES)
+                await front_end.get_u64(MessageType.GET_FEATURES)
             silent.close()
             nursery.cancel_scope.cancel()
     reasons = [log["reason"] for log in logs if log["event"] == "front-end disconnected"]
@@ -383,10 +383,10 @@ async def test_front_end_that_waits_for_one_that_is_served_is_logged_once(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, device, listener)
             first = await FrontEnd.connect(short_dir / "s")
-            await first.get_u64(Request.GET_FEATURES)
+            await first.get_u64(MessageType.GET_FEATURES)
             second = await FrontEnd.connect(short_dir / "s")
             await trio.sleep(3600)
-            await first.get_u64(Request.GET_FEATURES)
+            await first.get_u64(MessageType.GET_FEATURES)
             first.close()
             second.close()
             nursery.cancel_scope.cancel()
@@ -397,7 +397,7 @@ async def test_why_a_front_end_left_is_logged(short_dir: Path) -> None:
     with capture_logs() as logs:
         async with running_backend(short_dir) as backend:
             with await FrontEnd.connect(backend.path) as front_end:
-                await front_end.send_raw(pack_message(Request.SET_FEATURES, bytes(4)))
+                await front_end.send_raw(pack_message(MessageType.SET_FEATURES, bytes(4)))
                 await hangs_up(front_end)
             await until(lambda: backend.connections == [True, False])
 

@@ -19,8 +19,8 @@ from bridge.errors import ConnectionLost, RequestError
 from bridge.guest.vhost_user.messages import (
     F_LOG_ALL,
     InflightRange,
+    MessageType,
     Region,
-    Request,
     VringState,
 )
 from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
@@ -103,7 +103,7 @@ async def test_new_call_fd_is_signalled_once_for_what_may_be_lost(short_dir: Pat
     """Rule 3.5 (SPDK dbe47004e5): a guest whose call fd was replaced must not wait for ever."""
     async with guest_on(short_dir) as (_backend, guest):
         fresh = os.eventfd(0, os.EFD_NONBLOCK)
-        await front_end_of(guest).set_ring_file(Request.SET_VRING_CALL, 0, fresh)
+        await front_end_of(guest).set_ring_file(MessageType.SET_VRING_CALL, 0, fresh)
         assert os.eventfd_read(fresh) >= 1
         os.close(fresh)
 
@@ -143,7 +143,7 @@ async def test_kick_fd_replaced_while_running_is_the_one_waited_for(short_dir: P
         for _ in range(3):
             os.close(queue.kick_fd)
             queue.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
-            await front_end_of(guest).set_ring_file(Request.SET_VRING_KICK, 0, queue.kick_fd)
+            await front_end_of(guest).set_ring_file(MessageType.SET_VRING_KICK, 0, queue.kick_fd)
             await guest.write(0, b"k" * 512)
 
 
@@ -196,7 +196,9 @@ async def test_device_offers_version_1_and_as_many_queues_as_it_has(short_dir: P
     """Rules 3.7 and 3.8: VERSION_1 is offered; GET_QUEUE_NUM and num_queues agree."""
     async with guest_on(short_dir) as (_backend, guest):
         assert guest.features & F_VERSION_1
-        assert await front_end_of(guest).get_u64(Request.GET_QUEUE_NUM) == guest.config.num_queues
+        assert (
+            await front_end_of(guest).get_u64(MessageType.GET_QUEUE_NUM) == guest.config.num_queues
+        )
 
 
 # Ring addresses.
@@ -293,7 +295,7 @@ async def test_ring_whose_memory_is_taken_away_breaks_and_only_that(short_dir: P
         await front_end.set_memory([])
         assert os.eventfd_read(queue.error_fd) == 1
         os.eventfd_write(queue.kick_fd, 1)
-        await front_end.set_ring_file(Request.SET_VRING_CALL, 0, queue.call_fd)
+        await front_end.set_ring_file(MessageType.SET_VRING_CALL, 0, queue.call_fd)
         base = await front_end.stop_ring(0)
         assert base == queue.driver.base
 
@@ -403,7 +405,7 @@ async def test_reset_device_starts_over_with_the_same_memory(short_dir: Path) ->
         front_end = front_end_of(guest)
         queue = guest.queues[0]
         await guest.write(0, b"r" * 512)
-        await front_end.tell(Request.RESET_DEVICE)
+        await front_end.tell(MessageType.RESET_DEVICE)
         await front_end.set_features()
         await guest._start_queue(queue, base=queue.driver.base)
         assert await guest.read(0, 512) == b"r" * 512
@@ -597,7 +599,11 @@ async def test_log_range_past_its_file_is_refused(short_dir: Path) -> None:
 
 async def test_unknown_queue_is_refused_as_the_qtest_nxvirtq_does(short_dir: Path) -> None:
     async with guest_on(short_dir) as (_backend, guest):
-        for request in (Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_VRING_ENABLE):
+        for request in (
+            MessageType.SET_VRING_NUM,
+            MessageType.SET_VRING_BASE,
+            MessageType.SET_VRING_ENABLE,
+        ):
             with pytest.raises(Refused):
                 await front_end_of(guest).tell(request, VringState(4, 1).pack())
         with pytest.raises(RequestError) as error:
