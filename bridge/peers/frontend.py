@@ -34,7 +34,7 @@ from bridge.guest.vhost_user.messages import (
     LogRange,
     Message,
     MessageType,
-    Region,
+    RegionPayload,
     VringAddress,
     VringFile,
     VringState,
@@ -182,7 +182,7 @@ class FrontEnd:
 
     # Memory.
 
-    async def set_memory(self, regions: list[tuple[Region, int]]) -> None:
+    async def set_memory(self, regions: list[tuple[RegionPayload, int]]) -> None:
         """SET_MEM_TABLE: these regions of these files, and no others."""
         await self.tell(
             MessageType.SET_MEM_TABLE,
@@ -190,11 +190,11 @@ class FrontEnd:
             [fd for _, fd in regions],
         )
 
-    async def add_memory(self, region: Region, fd: int) -> None:
+    async def add_memory(self, region: RegionPayload, fd: int) -> None:
         """ADD_MEM_REG."""
         await self.tell(MessageType.ADD_MEM_REG, region.pack_single(), [fd])
 
-    async def remove_memory(self, region: Region) -> None:
+    async def remove_memory(self, region: RegionPayload) -> None:
         """REM_MEM_REG."""
         await self.tell(MessageType.REM_MEM_REG, region.pack_single())
 

@@ -10,7 +10,7 @@ from bridge.guest.vhost_user.messages import (
     MAX_TABLE_REGIONS,
     U64_MAX,
     MessageType,
-    Region,
+    RegionPayload,
     unpack_memory_table,
 )
 from bridge.guest.vhost_user.reply import Handler, Reply, reply_u64
@@ -23,12 +23,12 @@ class MemoryTable:
     """The regions of one session, in the order in which they came."""
 
     def __init__(
-        self, device: VhostUserDevice, on_region: Callable[[Region, int], None] | None = None
+        self, device: VhostUserDevice, on_region: Callable[[RegionPayload, int], None] | None = None
     ) -> None:
         """`on_region` is told of each region and its file."""
         self._device = device
         self._on_region = on_region or _unobserved
-        self._regions: list[Region] = []
+        self._regions: list[RegionPayload] = []
 
     def handlers(self) -> dict[MessageType, Handler]:
         """Who does what about memory."""
@@ -44,7 +44,7 @@ class MemoryTable:
         regions = unpack_memory_table(payload)
         if len(regions) > MAX_TABLE_REGIONS:
             raise ProtocolError(f"{len(regions)} memory regions, the limit is {MAX_TABLE_REGIONS}")
-        checked: list[Region] = []
+        checked: list[RegionPayload] = []
         for region in regions:
             _check_region(region, checked)
             checked.append(region)
@@ -59,7 +59,7 @@ class MemoryTable:
     async def add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
         """One region more. One that is here already may come again: a second device on this
         connection (QEMU's device_del and device_add with the chardev kept) sends all of them."""
-        region = Region.unpack_single(payload)
+        region = RegionPayload.unpack_single(payload)
         others = [each for each in self._regions if not _same_place(each, region)]
         if len(others) >= MAX_MEMORY_SLOTS:
             raise ProtocolError(f"more than {MAX_MEMORY_SLOTS} memory regions")
@@ -70,7 +70,7 @@ class MemoryTable:
 
     async def rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
         """The region with these addresses and size; the file offset does not count."""
-        wanted = Region.unpack_single(payload)
+        wanted = RegionPayload.unpack_single(payload)
         for region in self._regions:
             if _same_place(region, wanted):
                 break
@@ -87,11 +87,11 @@ class MemoryTable:
         return reply_u64(MessageType.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
 
 
-def _unobserved(region: Region, fd: int) -> None:
+def _unobserved(region: RegionPayload, fd: int) -> None:
     """Nobody wants to know."""
 
 
-def _memory_region(region: Region, fd: int) -> MemoryRegion:
+def _memory_region(region: RegionPayload, fd: int) -> MemoryRegion:
     return MemoryRegion(
         region.guest_address,
         region.size_bytes,
@@ -107,7 +107,7 @@ def check_range(offset: int, size: int) -> None:
         raise ProtocolError(f"{size} bytes from offset {offset:#x} are no range of a file")
 
 
-def _check_region(region: Region, others: list[Region]) -> None:
+def _check_region(region: RegionPayload, others: list[RegionPayload]) -> None:
     """A region that is one: not empty, no overflow, no overlap with `others`."""
     check_range(region.mmap_offset_bytes, region.size_bytes)
     for start in (region.guest_address, region.user_address):
@@ -126,7 +126,7 @@ def _check_region(region: Region, others: list[Region]) -> None:
             )
 
 
-def _same_place(one: Region, other: Region) -> bool:
+def _same_place(one: RegionPayload, other: RegionPayload) -> bool:
     """The same addresses and size, whatever the file and the offset in it."""
     return (one.guest_address, one.user_address, one.size_bytes) == (
         other.guest_address,

@@ -240,7 +240,7 @@ class VringAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class RegionPayload:
     """ "A region": one piece of guest memory as it stands in a message."""
 
     guest_address: int
@@ -259,19 +259,19 @@ class Region:
         return _U64.pack(0) + self.pack()
 
     @classmethod
-    def unpack_single(cls, payload: bytes) -> Region:
+    def unpack_single(cls, payload: bytes) -> RegionPayload:
         """The region in the payload of ADD_MEM_REG or REM_MEM_REG (40 bytes)."""
         return cls(*_ONE_REGION.unpack(payload)[1:])
 
 
-def pack_memory_table(regions: list[Region]) -> bytes:
+def pack_memory_table(regions: list[RegionPayload]) -> bytes:
     """The payload of SET_MEM_TABLE."""
     return _TABLE_HEAD.pack(len(regions), 0) + b"".join(region.pack() for region in regions)
 
 
-def unpack_memory_table(payload: bytes) -> list[Region]:
+def unpack_memory_table(payload: bytes) -> list[RegionPayload]:
     """The regions of a SET_MEM_TABLE whose size fits their number."""
-    return [Region(*fields) for fields in _REGION.iter_unpack(payload[_TABLE_HEAD.size :])]
+    return [RegionPayload(*fields) for fields in _REGION.iter_unpack(payload[_TABLE_HEAD.size :])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ from bridge.guest.vhost_user.messages import (
     LogRange,
     Message,
     MessageType,
-    Region,
+    RegionPayload,
     pack_message,
     pack_reply,
     pack_u64,
@@ -92,7 +92,7 @@ class FrontEndSession:
         send_to_front_end: Callable[[int, bytes], bool],
         *,
         on_refused: Callable[[Exception], None] | None = None,
-        on_region: Callable[[Region, int], None] | None = None,
+        on_region: Callable[[RegionPayload, int], None] | None = None,
     ) -> None:
         self._device = device
         self._send_to_front_end = send_to_front_end

@@ -16,7 +16,7 @@ from struct import Struct
 import structlog
 
 from bridge.errors import NoMemory
-from bridge.guest.vhost_user.messages import Region
+from bridge.guest.vhost_user.messages import RegionPayload
 
 log = structlog.get_logger(__name__)
 
@@ -37,11 +37,11 @@ class UnsharedMemory:
         if isinstance(error, NoMemory):
             self._tell("it shares none")
 
-    def of(self, front_end: socket.socket) -> Callable[[Region, int], None]:
+    def of(self, front_end: socket.socket) -> Callable[[RegionPayload, int], None]:
         """What is to be told of each region, and its file, that comes from `front_end`."""
         looks = count()
 
-        def seen(region: Region, fd: int) -> None:
+        def seen(region: RegionPayload, fd: int) -> None:
             if self._told or next(looks) >= _LOOKS_MAX:
                 return
             if _maps_privately(front_end, region.user_address, fd):

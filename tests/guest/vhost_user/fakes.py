@@ -16,7 +16,7 @@ from bridge.guest.vhost_user.messages import (
     Header,
     Message,
     MessageType,
-    Region,
+    RegionPayload,
     VringAddress,
     VringFile,
     VringState,
@@ -247,9 +247,9 @@ def ring_address(index: int = 0, *, flags: int = 0, log: int = 0, shift: int = 0
     )
 
 
-def region(number: int = 0, *, size_bytes: int = 1 << 20) -> Region:
+def region(number: int = 0, *, size_bytes: int = 1 << 20) -> RegionPayload:
     """The number-th region of the fake memory."""
-    return Region(number << 24, size_bytes, 0x7000_0000_0000 + (number << 24), 0)
+    return RegionPayload(number << 24, size_bytes, 0x7000_0000_0000 + (number << 24), 0)
 
 
 def eventfd() -> int:

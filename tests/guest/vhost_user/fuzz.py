@@ -35,7 +35,7 @@ from bridge.guest.vhost_user.messages import (
     LogRange,
     Message,
     MessageType,
-    Region,
+    RegionPayload,
     VringAddress,
     VringFile,
     VringState,
@@ -105,9 +105,9 @@ def u32(dice: Dice, *usual: int) -> int:
     return u64(dice, *usual) & 0xFFFFFFFF
 
 
-def _region(dice: Dice) -> Region:
+def _region(dice: Dice) -> RegionPayload:
     number = dice.number(0, 3)
-    return Region(
+    return RegionPayload(
         u64(dice, number * MEMORY_BYTES),
         u64(dice, MEMORY_BYTES, MEMORY_BYTES, 4096),
         u64(dice, USER_BASE + number * MEMORY_BYTES),
@@ -260,7 +260,7 @@ def any_message(dice: Dice) -> tuple[bytes, list[int]]:
 _OPENING = (
     (MessageType.SET_PROTOCOL_FEATURES, pack_u64(0x18229)),
     (MessageType.SET_FEATURES, pack_u64(1 << 32 | F_PROTOCOL_FEATURES)),
-    (MessageType.SET_MEM_TABLE, pack_memory_table([Region(0, MEMORY_BYTES, USER_BASE, 0)])),
+    (MessageType.SET_MEM_TABLE, pack_memory_table([RegionPayload(0, MEMORY_BYTES, USER_BASE, 0)])),
     (MessageType.SET_VRING_NUM, VringState(0, 128).pack()),
     (
         MessageType.SET_VRING_ADDR,

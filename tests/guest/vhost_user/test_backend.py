@@ -29,7 +29,7 @@ from bridge.guest.vhost_user.messages import (
     ConfigAccess,
     Header,
     MessageType,
-    Region,
+    RegionPayload,
     VringFile,
     VringState,
     pack_memory_table,
@@ -183,7 +183,7 @@ async def test_front_end_that_vanishes_at_any_byte_is_forgotten(
     short_dir: Path, length: int
 ) -> None:
     """Rule 3.8: disconnect at any byte; everything is closed, the next one is served."""
-    region = Region(0, 1 << 20, 0, 0)
+    region = RegionPayload(0, 1 << 20, 0, 0)
     data = pack_message(MessageType.SET_MEM_TABLE, pack_memory_table([region]))
     async with running_backend(short_dir) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
@@ -456,7 +456,7 @@ async def test_guest_memory_that_the_front_end_maps_privately_is_told_once(
             for _ in range(2):
                 with await FrontEnd.connect(backend.path) as front_end:
                     await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
-                    await front_end.set_memory([(Region(0, 1 << 20, address, 0), fd)])
+                    await front_end.set_memory([(RegionPayload(0, 1 << 20, address, 0), fd)])
     os.close(fd)
 
     assert _told(logs) == ["it maps its own copy (share=off)"] * told

@@ -20,7 +20,7 @@ from bridge.guest.vhost_user.messages import (
     F_LOG_ALL,
     InflightRange,
     MessageType,
-    Region,
+    RegionPayload,
     VringState,
 )
 from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
@@ -259,10 +259,10 @@ async def test_memory_file_shorter_than_it_says_is_refused(short_dir: Path) -> N
     """Touching a mapping past the file's end would be a SIGBUS."""
     async with guest_on(short_dir) as (_backend, guest):
         for size, region in (
-            (4096, Region(1 << 40, 8192, 1 << 41, 0)),
-            (8192, Region(1 << 40, 8192, 1 << 41, 4096)),
-            (0, Region(1 << 40, 4096, 1 << 41, 0)),
-            (4096, Region(1 << 40, 1, 1 << 41, 4096)),
+            (4096, RegionPayload(1 << 40, 8192, 1 << 41, 0)),
+            (8192, RegionPayload(1 << 40, 8192, 1 << 41, 4096)),
+            (0, RegionPayload(1 << 40, 4096, 1 << 41, 0)),
+            (4096, RegionPayload(1 << 40, 1, 1 << 41, 4096)),
         ):
             fd = memfd(size)
             with pytest.raises(Refused):
@@ -281,7 +281,7 @@ async def test_memory_file_that_cannot_be_mapped_is_refused(short_dir: Path) -> 
             os.dup(0),
         ):
             with pytest.raises(Refused):
-                await front_end_of(guest).add_memory(Region(1 << 40, 4096, 1 << 41, 0), fd)
+                await front_end_of(guest).add_memory(RegionPayload(1 << 40, 4096, 1 << 41, 0), fd)
             os.close(fd)
         await guest.write(0, b"m" * 512)
 
@@ -337,7 +337,7 @@ async def test_regions_with_a_file_offset_map_the_right_bytes(short_dir: Path) -
     fd = memfd(3 << 16)
     os.pwrite(fd, b"q" * 512, 4096 + 100)
     async with guest_on(short_dir) as (backend, guest):
-        region = Region(1 << 30, 65536, 1 << 40, 4096 + 100)
+        region = RegionPayload(1 << 30, 65536, 1 << 40, 4096 + 100)
         await front_end_of(guest).add_memory(region, fd)
         queue = guest.queues[0]
         struct.pack_into("<IIQ", queue._headers, 0, T_OUT, 0, 0)

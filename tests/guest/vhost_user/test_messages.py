@@ -13,7 +13,7 @@ from bridge.guest.vhost_user.messages import (
     InflightRange,
     LogRange,
     MessageType,
-    Region,
+    RegionPayload,
     VringAddress,
     VringFile,
     VringState,
@@ -68,18 +68,18 @@ def test_payload_packed_and_unpacked_is_the_same(payload: VringState) -> None:
 
 
 def test_memory_table_packed_and_unpacked_is_the_same() -> None:
-    regions = [Region(0, 4096, 1 << 40, 0), Region(1 << 32, 8192, 1 << 41, 4096)]
+    regions = [RegionPayload(0, 4096, 1 << 40, 0), RegionPayload(1 << 32, 8192, 1 << 41, 4096)]
 
     assert unpack_memory_table(pack_memory_table(regions)) == regions
 
 
 def test_single_region_has_40_bytes_and_comes_back() -> None:
-    region = Region(0, 4096, 1 << 40, 12)
+    region = RegionPayload(0, 4096, 1 << 40, 12)
 
     packed = region.pack_single()
 
     assert len(packed) == 40
-    assert Region.unpack_single(packed) == region
+    assert RegionPayload.unpack_single(packed) == region
 
 
 def test_vring_index_with_reserved_bits_uses_only_the_low_byte() -> None:
@@ -138,7 +138,7 @@ def test_shape_takes_exactly_the_sizes_and_counts_of_rule_3_9(request_: MessageT
 
 @pytest.mark.parametrize("count", range(9))
 def test_memory_table_needs_as_many_fds_and_bytes_as_regions(count: int) -> None:
-    payload = pack_memory_table([Region(n << 20, 1 << 20, n << 20, 0) for n in range(count)])
+    payload = pack_memory_table([RegionPayload(n << 20, 1 << 20, n << 20, 0) for n in range(count)])
 
     check_shape(MessageType.SET_MEM_TABLE, payload, count)
     for wrong in (payload[:-1], payload + b"\0", payload[:4]):

@@ -12,7 +12,7 @@ from bridge.guest.vhost_user.messages import (
     InflightRange,
     LogRange,
     MessageType,
-    Region,
+    RegionPayload,
     pack_memory_table,
     unpack_u64,
 )
@@ -21,7 +21,7 @@ from tests.guest.vhost_user.fakes import Talk, memfd, region
 U64 = 1 << 64
 
 
-async def set_table(talk: Talk, regions: list[Region]) -> int:
+async def set_table(talk: Talk, regions: list[RegionPayload]) -> int:
     """SET_MEM_TABLE with one file each; the acknowledgement."""
     return await talk.ask(
         MessageType.SET_MEM_TABLE, pack_memory_table(regions), [memfd() for _ in regions]
@@ -54,16 +54,20 @@ async def test_memory_table_of_8_regions_is_the_most(talk: Talk) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        pytest.param(Region(0, 0, 0, 0), id="empty"),
-        pytest.param(Region(U64 - 4096, 8192, 0, 0), id="guest address overflows"),
-        pytest.param(Region(0, 8192, U64 - 4096, 0), id="front-end address overflows"),
-        pytest.param(Region(0, 8192, 0, U64 - 4096), id="file offset overflows"),
-        pytest.param(Region(0, U64 - 1, 4096, 4096), id="size overflows"),
-        pytest.param(Region(4096, 4096, region(0).user_address + (1 << 24), 0), id="overlap guest"),
-        pytest.param(Region(1 << 24, 4096, region(0).user_address + 4096, 0), id="overlap user"),
+        pytest.param(RegionPayload(0, 0, 0, 0), id="empty"),
+        pytest.param(RegionPayload(U64 - 4096, 8192, 0, 0), id="guest address overflows"),
+        pytest.param(RegionPayload(0, 8192, U64 - 4096, 0), id="front-end address overflows"),
+        pytest.param(RegionPayload(0, 8192, 0, U64 - 4096), id="file offset overflows"),
+        pytest.param(RegionPayload(0, U64 - 1, 4096, 4096), id="size overflows"),
+        pytest.param(
+            RegionPayload(4096, 4096, region(0).user_address + (1 << 24), 0), id="overlap guest"
+        ),
+        pytest.param(
+            RegionPayload(1 << 24, 4096, region(0).user_address + 4096, 0), id="overlap user"
+        ),
     ],
 )
-async def test_bad_region_is_refused_in_a_table_and_alone(talk: Talk, bad: Region) -> None:
+async def test_bad_region_is_refused_in_a_table_and_alone(talk: Talk, bad: RegionPayload) -> None:
     await talk.negotiate()
     assert await set_table(talk, [region(0)]) == 0
     talk.device.calls.clear()
@@ -76,13 +80,13 @@ async def test_bad_region_is_refused_in_a_table_and_alone(talk: Talk, bad: Regio
 async def test_region_up_to_the_last_address_is_taken(talk: Talk) -> None:
     await talk.negotiate()
 
-    assert await set_table(talk, [Region(U64 - 4096, 4096, U64 - 4096, 0)]) == 0
+    assert await set_table(talk, [RegionPayload(U64 - 4096, 4096, U64 - 4096, 0)]) == 0
 
 
 async def test_regions_that_touch_are_taken(talk: Talk) -> None:
     await talk.negotiate()
 
-    regions = [Region(0, 4096, 8192, 0), Region(4096, 4096, 4096, 0)]
+    regions = [RegionPayload(0, 4096, 8192, 0), RegionPayload(4096, 4096, 4096, 0)]
     assert await set_table(talk, regions) == 0
 
 
@@ -100,7 +104,7 @@ async def test_region_is_removed_whatever_its_file_offset_and_the_file_closed(ta
     await talk.negotiate()
     await talk.ask(MessageType.ADD_MEM_REG, region(3).pack_single(), [memfd()])
     known = region(3)
-    other_offset = Region(known.guest_address, known.size_bytes, known.user_address, 4096)
+    other_offset = RegionPayload(known.guest_address, known.size_bytes, known.user_address, 4096)
 
     assert await talk.ask(MessageType.REM_MEM_REG, other_offset.pack_single(), [memfd()]) == 0
     assert talk.device.memory == []
@@ -116,7 +120,10 @@ async def test_region_not_matching_in_one_field_is_not_removed(talk: Talk, field
     }
     fields[field] += 4096
 
-    assert await talk.ask(MessageType.REM_MEM_REG, Region(**fields).pack_single(), [memfd()]) == 1
+    assert (
+        await talk.ask(MessageType.REM_MEM_REG, RegionPayload(**fields).pack_single(), [memfd()])
+        == 1
+    )
     assert len(talk.device.memory) == 1
 
 
@@ -284,5 +291,5 @@ async def test_region_that_is_here_may_come_again_when_every_slot_is_taken(talk:
         assert await talk.ask(MessageType.ADD_MEM_REG, payload, [memfd()]) == 0
 
     assert await talk.ask(MessageType.ADD_MEM_REG, region(7).pack_single(), [memfd()]) == 0
-    other = Region(7 << 24, 4096, 0x7000_0000_0000 + (7 << 24), 0)
+    other = RegionPayload(7 << 24, 4096, 0x7000_0000_0000 + (7 << 24), 0)
     assert await talk.ask(MessageType.ADD_MEM_REG, other.pack_single(), [memfd()]) == 1
