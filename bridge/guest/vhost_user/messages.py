@@ -105,7 +105,7 @@ CONFIG_HEAD_BYTES = _CONFIG.size
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class MessageHeader:
     """The 12 bytes before every payload; `size` is the payload's length in bytes."""
 
     request: int
@@ -122,7 +122,7 @@ class Header:
         return _HEADER.pack(self.request, self.flags, self.size)
 
     @classmethod
-    def unpack_untrusted(cls, data: bytes, *, reply: bool) -> Header:
+    def unpack_untrusted(cls, data: bytes, *, reply: bool) -> MessageHeader:
         """The header in `data` (12 bytes), its version, direction and size checked.
 
         Raises ProtocolError: after that nobody knows where the next message starts.
@@ -146,7 +146,7 @@ class Header:
 class Message:
     """One whole message. Whoever holds it owns the descriptors in `fds`."""
 
-    header: Header
+    header: MessageHeader
     payload: bytes = b""
     fds: list[int] = field(default_factory=list)
 
@@ -161,7 +161,7 @@ def request_name(request: int) -> str:
 
 def pack_message(request: int, payload: bytes = b"", *, flags: int = VERSION) -> bytes:
     """The bytes of a whole message."""
-    return Header(request, flags, len(payload)).pack() + payload
+    return MessageHeader(request, flags, len(payload)).pack() + payload
 
 
 def pack_reply(request: int, payload: bytes) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from bridge.errors import ProtocolError
-from bridge.guest.vhost_user.messages import HEADER_BYTES, MAX_FDS, Header, Message
+from bridge.guest.vhost_user.messages import HEADER_BYTES, MAX_FDS, Message, MessageHeader
 
 
 class MessageReader:
@@ -19,7 +19,7 @@ class MessageReader:
 
     def __init__(self, *, replies: bool = False) -> None:
         self._replies = replies
-        self._header: Header | None = None
+        self._header: MessageHeader | None = None
         self._data = bytearray()
         self._fds: list[int] = []
         self.wanted = HEADER_BYTES
@@ -44,7 +44,7 @@ class MessageReader:
         if self.wanted:
             return None
         if self._header is None:
-            self._header = Header.unpack_untrusted(bytes(self._data), reply=self._replies)
+            self._header = MessageHeader.unpack_untrusted(bytes(self._data), reply=self._replies)
             self._data.clear()
             self.wanted = self._header.size
             if self.wanted:

@@ -13,8 +13,8 @@ from bridge.guest.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
     VERSION,
-    Header,
     Message,
+    MessageHeader,
     MessageType,
     RegionPayload,
     VringAddress,
@@ -208,7 +208,7 @@ class Talk:
     ) -> Reply | None:
         """One message, whose descriptors the session takes over."""
         flags = VERSION | (FLAG_NEED_REPLY if need_reply else 0)
-        header = Header(request, flags, len(payload))
+        header = MessageHeader(request, flags, len(payload))
         return await self.session.handle(Message(header, payload, fds or []))
 
     async def ask(self, request: int, payload: bytes = b"", fds: list[int] | None = None) -> int:

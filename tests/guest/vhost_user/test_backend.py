@@ -27,7 +27,7 @@ from bridge.guest.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     VERSION,
     ConfigAccess,
-    Header,
+    MessageHeader,
     MessageType,
     RegionPayload,
     VringFile,
@@ -61,11 +61,11 @@ async def hangs_up(front_end: FrontEnd) -> None:
 
 
 BAD_STREAMS = {
-    "version 0": Header(MessageType.GET_FEATURES, 0, 0).pack(),
-    "version 3": Header(MessageType.GET_FEATURES, 3, 0).pack(),
-    "a reply": Header(MessageType.GET_FEATURES, 5, 8).pack() + bytes(8),
-    "payload of 4 GiB": Header(MessageType.SET_MEM_TABLE, 1, 0xFFFFFFFF).pack(),
-    "payload over the limit": Header(MessageType.SET_CONFIG, 1, 4096).pack(),
+    "version 0": MessageHeader(MessageType.GET_FEATURES, 0, 0).pack(),
+    "version 3": MessageHeader(MessageType.GET_FEATURES, 3, 0).pack(),
+    "a reply": MessageHeader(MessageType.GET_FEATURES, 5, 8).pack() + bytes(8),
+    "payload of 4 GiB": MessageHeader(MessageType.SET_MEM_TABLE, 1, 0xFFFFFFFF).pack(),
+    "payload over the limit": MessageHeader(MessageType.SET_CONFIG, 1, 4096).pack(),
     "unknown request": pack_message(77, b"abc"),
     "short u64": pack_message(MessageType.SET_FEATURES, bytes(4)),
     "long u64": pack_message(MessageType.SET_FEATURES, bytes(16)),

@@ -18,8 +18,8 @@ from bridge.guest.vhost_user.messages import (
     P_REPLY_ACK,
     VERSION,
     ConfigAccess,
-    Header,
     Message,
+    MessageHeader,
     MessageType,
     VringState,
     pack_message,
@@ -65,7 +65,7 @@ async def both() -> AsyncIterator[Scripted]:
         pytest.param(pack_reply(MessageType.GET_FEATURES, bytes(4)), id="too short"),
         pytest.param(pack_reply(MessageType.GET_FEATURES, bytes(16)), id="too long"),
         pytest.param(pack_message(MessageType.GET_FEATURES, bytes(8)), id="no reply"),
-        pytest.param(Header(1, 5, 1 << 20).pack(), id="enormous"),
+        pytest.param(MessageHeader(1, 5, 1 << 20).pack(), id="enormous"),
     ],
 )
 async def test_wrong_reply_is_the_back_ends_fault(both: Scripted, answer: bytes) -> None:

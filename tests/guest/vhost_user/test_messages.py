@@ -9,9 +9,9 @@ import pytest
 from bridge.errors import ProtocolError
 from bridge.guest.vhost_user.messages import (
     ConfigAccess,
-    Header,
     InflightRange,
     LogRange,
+    MessageHeader,
     MessageType,
     RegionPayload,
     VringAddress,
@@ -98,10 +98,10 @@ def test_vring_index_with_reserved_bits_uses_only_the_low_byte() -> None:
     ],
 )
 def test_header_that_breaks_rule_3_9_is_refused(flags: int, size: int, reply: bool) -> None:
-    data = Header(MessageType.GET_FEATURES, flags, size).pack()
+    data = MessageHeader(MessageType.GET_FEATURES, flags, size).pack()
 
     with pytest.raises(ProtocolError):
-        Header.unpack_untrusted(data, reply=reply)
+        MessageHeader.unpack_untrusted(data, reply=reply)
 
 
 def test_every_request_has_a_shape() -> None:
