@@ -23,7 +23,7 @@ from bridge.demo.initramfs import build_initramfs
 from bridge.demo.kernel import Kernel, cache_dir, find_kernel
 from bridge.demo.qemu import GuestConfig, VhostUserDisk, find_qemu, qemu_version
 from bridge.demo.report import GuestReport
-from bridge.demo.servers import Server, bridge_command, running, watched
+from bridge.demo.servers import ServerProcess, bridge_command, running, watched
 from bridge.demo.virtual_machine import run_guest
 from bridge.demo.volume import FileVolume, Volume
 from bridge.demo.without_guest import CHUNK_BYTES, pattern, run_without_guest
@@ -175,7 +175,7 @@ class _Demo:
             for process in (bridge, server):
                 await self._stop(process)
 
-    async def _stop(self, server: Server) -> None:
+    async def _stop(self, server: ServerProcess) -> None:
         began_s = time.monotonic()
         await server.stop()
         self.say(f"stopped  {server.name}: exit 0 after {time.monotonic() - began_s:.2f} s")

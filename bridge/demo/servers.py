@@ -31,7 +31,7 @@ class ServerFailed(BridgeError):
 
 
 @dataclass
-class Server:
+class ServerProcess:
     """A running server process that listens on a unix socket."""
 
     name: str
@@ -80,11 +80,11 @@ class Server:
 @asynccontextmanager
 async def running(
     name: str, command: Sequence[str], socket: Path, log_path: Path
-) -> AsyncIterator[Server]:
+) -> AsyncIterator[ServerProcess]:
     """Run `command` until the block ends; enters once `socket` is there.
 
     Stops it with SIGTERM when the block ends well, unless that was done; kills it when the block
-    fails or is cancelled. Raises ServerFailed as `Server.stop` does, or when it does not
+    fails or is cancelled. Raises ServerFailed as `ServerProcess.stop` does, or when it does not
     start.
     """
     server = await start_server(name, command, socket, log_path)
@@ -95,13 +95,15 @@ async def running(
         await server.kill()
 
 
-async def start_server(name: str, command: Sequence[str], socket: Path, log_path: Path) -> Server:
+async def start_server(
+    name: str, command: Sequence[str], socket: Path, log_path: Path
+) -> ServerProcess:
     """Run `command`; returns once it listens on `socket`. A dead process's socket does not count.
 
     Raises ServerFailed when it does not get that far; then, and when cancelled, it is killed.
     """
     before = _socket_identity(socket)
-    server = Server(name, _start(command, log_path), socket, log_path)
+    server = ServerProcess(name, _start(command, log_path), socket, log_path)
     try:
         with trio.fail_after(_START_LIMIT_S):
             while _socket_identity(socket) in (None, before):
@@ -128,11 +130,11 @@ def _socket_identity(path: Path) -> tuple[int, int] | None:
 
 
 @asynccontextmanager
-async def watched(*servers: Server) -> AsyncIterator[None]:
+async def watched(*servers: ServerProcess) -> AsyncIterator[None]:
     """The block is cancelled, and ServerFailed raised, when one of `servers` ends meanwhile."""
-    dead: list[Server] = []
+    dead: list[ServerProcess] = []
 
-    async def watch(server: Server, scope: trio.CancelScope) -> None:
+    async def watch(server: ServerProcess, scope: trio.CancelScope) -> None:
         await server.wait()
         dead.append(server)
         scope.cancel()
