@@ -1,4 +1,4 @@
-"""Which regions of guest memory a session has: checked here, mapped by the device."""
+"""The regions of guest memory of a front-end session: checked here, mapped by the device."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from bridge.guest.vhost_user.messages import (
 from bridge.guest.vhost_user.reply import Handler, Reply, reply_u64
 
 MAX_MEMORY_SLOTS = 509
-"""What rust-vmm and libvhost-user answer too; QEMU's own limit is 512."""
+"""rust-vmm and libvhost-user answer the same; QEMU's own limit is 512."""
 
 
 class MemoryTable:
-    """The regions of one session, in the order in which they came."""
+    """The regions of one session, in the order in which the front-end sent them."""
 
     def __init__(
         self, device: VhostUserDevice, on_region: Callable[[RegionPayload, int], None] | None = None
     ) -> None:
-        """`on_region` is told of each region and its file."""
+        """`on_region(region, fd)` is called with each region before the device maps it."""
         self._device = device
-        self._on_region = on_region or _unobserved
+        self._on_region = on_region or _no_listener
         self._regions: list[RegionPayload] = []
 
     def handlers(self) -> dict[MessageType, Handler]:
-        """Who does what about memory."""
+        """The handlers of the messages about memory."""
         return {
             MessageType.SET_MEM_TABLE: self.set_mem_table,
             MessageType.ADD_MEM_REG: self.add_mem_reg,
@@ -40,7 +40,7 @@ class MemoryTable:
         }
 
     async def set_mem_table(self, payload: bytes, fds: list[int]) -> None:
-        """All regions anew. On refusal there is no memory at all."""
+        """Replace all regions. If the device refuses the new ones, no region is left."""
         regions = unpack_memory_table(payload)
         if len(regions) > MAX_TABLE_REGIONS:
             raise ProtocolError(f"{len(regions)} memory regions, the limit is {MAX_TABLE_REGIONS}")
@@ -57,8 +57,8 @@ class MemoryTable:
         self._regions = checked
 
     async def add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
-        """One region more. One that is here already may come again: a second device on this
-        connection (QEMU's device_del and device_add with the chardev kept) sends all of them."""
+        """Add a region. A known one may come again: a second device on this connection (QEMU's
+        device_del and device_add with the chardev kept) sends all of them."""
         region = RegionPayload.unpack_single(payload)
         others = [each for each in self._regions if not _same_place(each, region)]
         if len(others) >= MAX_MEMORY_SLOTS:
@@ -69,7 +69,7 @@ class MemoryTable:
         self._regions = [*others, region]
 
     async def rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
-        """The region with these addresses and size; the file offset does not count."""
+        """Remove the region with these addresses and size; its file offset is not compared."""
         wanted = RegionPayload.unpack_single(payload)
         for region in self._regions:
             if _same_place(region, wanted):
@@ -87,8 +87,8 @@ class MemoryTable:
         return reply_u64(MessageType.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
 
 
-def _unobserved(region: RegionPayload, fd: int) -> None:
-    """Nobody wants to know."""
+def _no_listener(region: RegionPayload, fd: int) -> None:
+    """The default of `on_region`."""
 
 
 def _memory_region(region: RegionPayload, fd: int) -> MemoryRegion:
@@ -102,13 +102,13 @@ def _memory_region(region: RegionPayload, fd: int) -> MemoryRegion:
 
 
 def check_range(offset: int, size: int) -> None:
-    """A range of a file: not empty, and its end fits a u64 (CVE-2020-10722)."""
+    """Raise ProtocolError unless the range is not empty and its end fits a u64 (CVE-2020-10722)."""
     if size == 0 or offset + size > U64_MAX:
-        raise ProtocolError(f"{size} bytes from offset {offset:#x} are no range of a file")
+        raise ProtocolError(f"{size} bytes from offset {offset:#x} cannot be a range of a file")
 
 
 def _check_region(region: RegionPayload, others: list[RegionPayload]) -> None:
-    """A region that is one: not empty, no overflow, no overlap with `others`."""
+    """Raise ProtocolError if the region is empty, overflows, or overlaps one of `others`."""
     check_range(region.mmap_offset_bytes, region.size_bytes)
     for start in (region.guest_address, region.user_address):
         if start + region.size_bytes - 1 > U64_MAX:
@@ -127,7 +127,7 @@ def _check_region(region: RegionPayload, others: list[RegionPayload]) -> None:
 
 
 def _same_place(one: RegionPayload, other: RegionPayload) -> bool:
-    """The same addresses and size, whatever the file and the offset in it."""
+    """The same addresses and size; file and offset are not compared."""
     return (one.guest_address, one.user_address, one.size_bytes) == (
         other.guest_address,
         other.user_address,

@@ -1,8 +1,8 @@
-"""What every request must look like: one table, and one function that holds a message against it.
+"""The legal form of every message: one table, and one function that checks a message against it.
 
-`SHAPES` says, for every request that a back-end knows, how long its payload is, how many file
+`SHAPES` says, for every message that a back-end knows, how long its payload is, how many file
 descriptors come with it, whether it has a reply of its own, and which protocol feature must have
-been negotiated. What is not in it is unknown.
+been negotiated. Any other message is unknown.
 
 Source: vhost-user "Front-end message types".
 """
@@ -34,7 +34,7 @@ _U32 = struct.Struct("=I")
 
 
 def _table_size(payload: bytes) -> int:
-    """What SET_MEM_TABLE's length must be, by the number of regions that it says it has."""
+    """The length that SET_MEM_TABLE must have, by its number of regions."""
     if len(payload) < TABLE_HEAD_BYTES:
         return TABLE_HEAD_BYTES
     (count,) = _U32.unpack_from(payload)
@@ -42,7 +42,7 @@ def _table_size(payload: bytes) -> int:
 
 
 def _config_size(payload: bytes) -> int:
-    """What GET_CONFIG's and SET_CONFIG's length must be, by the size field."""
+    """The length that GET_CONFIG and SET_CONFIG must have, by their size field."""
     if len(payload) < CONFIG_HEAD_BYTES:
         return CONFIG_HEAD_BYTES
     (size,) = _U32.unpack_from(payload, 4)
@@ -59,14 +59,14 @@ def _vring_fds(payload: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a request looks: legal payload sizes, descriptor counts, and what it needs and gets."""
+    """The form of a message: payload sizes, descriptor counts, its reply, the feature it needs."""
 
     sizes: tuple[int, ...] | Callable[[bytes], int] = (0,)
     """Legal lengths in bytes, or a function of the payload that gives the only legal one."""
     fds: tuple[int, ...] | Callable[[bytes], int] = (0,)
     """Legal numbers of descriptors, or a function of the (size-checked) payload."""
     replies: bool = False
-    """Has a reply of its own, and then never a REPLY_ACK one."""
+    """It has a reply of its own, so that REPLY_ACK never applies."""
     feature: int = 0
     """The protocol feature that must have been negotiated; 0: none."""
 
@@ -108,7 +108,7 @@ SHAPES: dict[MessageType, Shape] = {
 
 
 def check_shape(request: MessageType, payload: bytes, fd_count: int) -> None:
-    """Raises ProtocolError unless `request` may have this payload size and descriptor count."""
+    """Raise ProtocolError unless `request` may have this payload size and descriptor count."""
     shape = SHAPES[request]
     sizes = (shape.sizes(payload),) if callable(shape.sizes) else shape.sizes
     if len(payload) not in sizes:
