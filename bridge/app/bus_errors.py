@@ -1,4 +1,4 @@
-"""A last word before a bus error ends the process."""
+"""A traceback when a bus error ends the process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 
 
 def report_bus_errors() -> None:
-    """Have the interpreter write to stderr where it was when a signal like SIGBUS ends it.
+    """Have the interpreter write a traceback to stderr when a signal like SIGBUS ends it.
 
-    A mapped file that somebody made shorter does that: guest memory, in-flight region or dirty log
-    (the front-end), or the cache file. The place in the traceback says which. No code of ours can
-    run then, and going on is not possible.
+    SIGBUS comes when another process makes a mapped file shorter: the front-end can do that to
+    guest memory, in-flight region and dirty log, and any process of our user to the cache file. The
+    traceback shows which. The process cannot go on, nor run any code of ours.
     """
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # stderr may be closed
         if sys.stderr is not None:

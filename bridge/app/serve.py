@@ -1,4 +1,4 @@
-"""`nbd-bridge serve`: connect the storage side, then let front-ends come."""
+"""`nbd-bridge serve`: connects to the server, then serves front-ends until a signal comes."""
 
 from __future__ import annotations
 
@@ -36,36 +36,38 @@ _log = structlog.get_logger(__name__)
 
 
 _STOP_STEPS = 4
-"""A stop drains the rings, flushes after the last one, flushes once more what came without a ring,
-and closes the storage. Each may take its share of `stop_timeout_s`, the last one what the others
-left; a flush that was given up goes on, and the next step waits for the same."""
+"""A stop drains the rings, flushes after the last ring has stopped, flushes once more for writes
+that came without a ring, and closes the storage. Each step may take an equal share of
+`stop_timeout_s`, the last one also what the others left. A flush that ran out of time stays in
+flight, and the next step waits for the same flush."""
 
 
 class _Stop:
-    """The end of one `serve`: how long it may take, and what it did not achieve."""
+    """The stop of one `serve`: its time limit, and the problem to report at the end."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._deadline_s: float | None = None
-        self.on_begin: Callable[[], None] = _nothing
-        """Called when the time begins to run."""
+        self.on_begin: Callable[[], None] | None = None
+        """Called once, when the time begins to run."""
         self.problem: BridgeError | None = None
-        """What the operator has to know: the exit status says that there was something."""
+        """What the stop left behind, for the operator; the exit status is then 1."""
 
     def begin(self) -> None:
-        """The time runs from here on."""
+        """Let the time begin to run, unless it already does."""
         if self._deadline_s is None:
             self._deadline_s = trio.current_time() + self._limit_s
-            self.on_begin()
+            if self.on_begin is not None:
+                self.on_begin()
 
     @property
     def step_s(self) -> float:
-        """How long each step may take at least."""
+        """The time that every step has."""
         return self._limit_s / _STOP_STEPS
 
     @property
     def left_s(self) -> float:
-        """How long the last step may take."""
+        """The time that the last step has."""
         self.begin()
         assert self._deadline_s is not None
         return max(self.step_s, self._deadline_s - trio.current_time())
@@ -114,7 +116,7 @@ async def _serve(
     stop: _Stop,
     nursery: trio.Nursery,
 ) -> None:
-    """Connect, then serve front-ends until cancelled; what was written is flushed at the end."""
+    """Connect, then serve front-ends until cancelled; flush at the end."""
     export = await storage.open()
     nursery.start_soon(storage.run)
     # A cache has a flush timer of its own.
@@ -124,8 +126,11 @@ async def _serve(
     geometry = disk_geometry(uri, export, settings.disk)
 
     def remember() -> None:
-        """For the process after this one. A server without a name that is away has lost what was
-        unflushed, for all that anybody can tell later."""
+        """Store in the in-flight region what the next process has to know.
+
+        If the server names no instance and is unreachable, the next process has nothing to compare:
+        unflushed writes count as lost.
+        """
         mark = storage.instance_mark
         unflushed = not disk.is_durable and not storage.has_cache
         device.remember_durability(
@@ -138,7 +143,7 @@ async def _serve(
     def inherited(unflushed_on: int, loss_untold: bool) -> None:
         if storage.inherit(unflushed_on) or loss_untold:
             _log.error(
-                "writes that the process before this one had not flushed may be lost: "
+                "writes that the previous process had not flushed may be lost: "
                 "the guest's next flush will fail"
             )
             disk.tell(errno.EIO)
@@ -197,7 +202,7 @@ async def _serve(
             with trio.move_on_after(stop.step_s, shield=True) as flushing:
                 if not storage.has_left:
                     error = await disk.flush()
-            # A cache keeps what could not be flushed, and has another try when it is closed.
+            # A cache keeps what could not be flushed, and tries again when it is closed.
             if not storage.has_cache and (flushing.cancelled_caught or error):
                 why = os.strerror(error) if error else "it did not answer in time"
                 stop.problem = BridgeError(
@@ -211,14 +216,10 @@ async def _serve(
                 )
 
 
-def _nothing() -> None:
-    """Nobody wants to know."""
-
-
 async def _cancel_at_signal(
     signals: trio.MemoryReceiveChannel[signal.Signals], serving: trio.CancelScope, stop: _Stop
 ) -> None:
-    number = await signals.receive()  # Those that follow ask for the same.
+    number = await signals.receive()  # The first is enough: all ask for the same.
     _log.info("stopping", signal=number.name)
     stop.begin()
     serving.cancel()
@@ -233,7 +234,7 @@ def _listener(disk: DiskSettings) -> Listener:
 
 
 def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeometry:
-    """What the guest gets to see of `export`. Raises ConfigError if it is no disk at all."""
+    """The guest's view of `export`. Raises ConfigError if it is smaller than one block."""
     if export.usable_bytes < disk.block_size_bytes:
         raise ConfigError(
             f"{uri.text}: the export has {export.size_bytes} bytes, less than one block of "
@@ -241,7 +242,7 @@ def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeomet
         )
     if tail := export.size_bytes % disk.block_size_bytes:
         _log.warning(
-            "the end of the export is no whole block, the guest does not see it",
+            "the end of the export is not a whole block: the guest does not see it",
             size_bytes=export.size_bytes,
             hidden_bytes=tail,
         )
@@ -252,8 +253,8 @@ def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeomet
         )
     if not export.can_flush and not export.read_only:
         _log.warning(
-            "the server cannot flush: the guest gets no write cache control, and how durable a "
-            "completed write is, is up to the server"
+            "the server cannot flush: the guest gets no write cache control, and only the server "
+            "decides how durable a completed write is"
         )
     return DiskGeometry(
         size_bytes=export.usable_bytes,
