@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-from tests import turns
+from tests import tiers, tools, turns
+from tests.processes import short_directory
 
 # A bridge that a test starts has no cache unless the test says so: the default one is a large
 # file in the system's cache directory.
@@ -20,8 +22,71 @@ os.environ["NBD_BRIDGE_SERVE_CACHE_MODE"] = "off"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No test asserts a time: on a busy machine any example may take long.
-settings.register_profile("untimed", deadline=None)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("nbd-bridge")
+    group.addoption(
+        "--fast",
+        action="store_true",
+        help="only what needs no more than Python packages and takes no longer than a moment",
+    )
+    group.addoption(
+        "--needs", metavar="FILE", help="run nothing; write the tools that are needed to FILE"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tiers.mark(items)
+    if config.getoption("fast"):
+        slow = [item for item in items if any(map(item.get_closest_marker, tiers.LEFT_OUT_BY_FAST))]
+        config.hook.pytest_deselected(items=slow)
+        left_out = set(slow)
+        items[:] = [item for item in items if item not in left_out]
+    if hasattr(config, "workerinput"):
+        items[:] = tiers.in_order(items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if path := session.config.getoption("needs"):
+        with open(path, "w") as file:
+            file.write(" ".join(tiers.needed(session.items)))
+        session.items.clear()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: none for a few named tests."""
+    if config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("needs"):
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    # The others wait for processes half of the time.
+    return cores if config.getoption("fast") else cores + (cores + 1) // 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A test is called the same whether it ran in a worker (which appends the group) or not."""
+    if report.nodeid.rfind("@") > report.nodeid.rfind("]"):
+        report.nodeid = report.nodeid.rpartition("@")[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    tools.allowed = {mark.name for mark in item.iter_markers()}
+    try:
+        return (yield)
+    finally:
+        tools.allowed = None
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory of its own for the test, with a short name: see `short_directory`."""
+    with short_directory() as path:
+        yield path
 
 
 @pytest.fixture(autouse=True)

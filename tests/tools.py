@@ -6,34 +6,79 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
+import trio
 
 from bridge.cli.wording import explain
 from bridge.errors import BridgeError
+from tests.peers import PeersMissing, peer_command
 
 HUNG_S = 60.0
 """Nothing that a test waits for takes this long, on the busiest machine: it hangs."""
 
 
-def need(name: str) -> str:
-    """The path of the external tool `name`.
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that has no event of its own."""
+    with trio.fail_after(HUNG_S):
+        while not condition():
+            await trio.sleep(0.001)
 
-    A test that cannot have it fails in CI, where everything is installed, and is skipped with the
-    reason elsewhere.
-    """
+
+_MARKER_OF = {
+    "nbdkit": "nbdkit",
+    "nbdinfo": "nbdkit",
+    "nbdcopy": "nbdkit",
+    "nbdfuse": "nbdkit",
+    "nbd-server": "nbdkit",
+    "e2fsck": "qemu",
+    "mke2fs": "qemu",
+    "busybox": "qemu",
+    "dpkg-deb": "qemu",
+    "mcopy": "qemu",
+    "mkfs.vfat": "qemu",
+    "qemu-img": "qemu",
+    "qemu-io": "qemu",
+    "qemu-nbd": "qemu",
+    "qemu-storage-daemon": "qemu",
+    "qemu-system-x86_64": "qemu",
+    "openssl": "openssl",
+}
+
+allowed: set[str] | None = None
+"""The markers of the running test; None outside of tests (the benchmarks)."""
+
+
+def need(name: str) -> str:
+    """The path of the external tool `name`. Fails the test if it is not there, or if the test is
+    not marked as one that needs it."""
+    if (marker := _MARKER_OF.get(name)) is not None:
+        require(marker)
     found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if found is None:
         missing(f"{name} is not installed")
-    assert found is not None
     return found
 
 
-def missing(reason: str) -> None:
-    """What a test needs is not there: fails in CI, skips elsewhere."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
+def require(marker: str) -> None:
+    """Fail a test that is not marked with `marker`: it would be run where it cannot."""
+    if allowed is not None and marker not in allowed:
+        pytest.fail(f"this test needs the marker '{marker}': see tests/tiers.py")
+
+
+def peer(*argv: str) -> list[str]:
+    """The command line that runs `argv` among the newer peers: see tests/peers.py."""
+    require("peers")
+    try:
+        return peer_command(*argv)
+    except PeersMissing as error:
+        missing(str(error))
+
+
+def missing(reason: str) -> NoReturn:
+    """What a test needs is not there. It fails: a test that is skipped protects nothing."""
+    pytest.fail(f"{reason}; './run test' installs it, './run test --fast' does without")
 
 
 def told(pattern: str) -> Callable[[BridgeError], bool]:

@@ -16,6 +16,7 @@ import trio.testing
 from bridge.datapath.request import Request, Target
 from bridge.datapath.turn import Turn
 
+Turn.checks_stages = True
 _turn = Turn()
 
 

@@ -51,6 +51,7 @@ from bridge.errors import (
 from bridge.server.chunks import StatusRequest
 from bridge.server.client import Client, inspect
 from bridge.server.client_options import ClientOptions
+from bridge.server.export import Export
 from bridge.server.uri import NbdUri, parse_uri
 
 _log = structlog.get_logger(__name__)
@@ -109,7 +110,8 @@ async def flush_file(
     # The file is closed last: the cache may use it until the loop has ended.
     options = replace(client or ClientOptions(), reconnect_timeout_s=timeout_s)
     async with AsyncExitStack() as at_last:
-        async with _client(uri, options) as (connected, loop):
+        over = _OverReconnects()
+        async with _client(uri, options, over) as (connected, loop):
             if connected.export.read_only:
                 why = connected.export.volume.why_read_only
                 raise ConfigError(
@@ -136,7 +138,10 @@ async def flush_file(
             )
             at_last.push_async_callback(_close, file, connected)
             flushed = await _flush_to(
-                file, connected, loop, timeout_s=timeout_s, force=force, skip_damaged=skip_damaged
+                *(file, connected, loop, over),
+                timeout_s=timeout_s,
+                force=force,
+                skip_damaged=skip_damaged,
             )
     if (notes := notes_directory()) is not None:
         forget(path, notes)
@@ -180,22 +185,63 @@ async def _close(file: CacheFile, client: Client) -> None:
         raise BridgeError(problem)
 
 
-async def _flush_to(
-    file: CacheFile,
-    client: Client,
-    loop: Loop,
-    *,
-    timeout_s: float,
-    force: bool,
-    skip_damaged: bool,
-) -> int:
-    """Write the dirty data of `file` to the server; return its length in bytes.
+class _OverReconnects:
+    """Handles reconnects during the flush of a cache file. The layer above the client, which exists
+    before the cache does."""
 
-    Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
-    """
-    turn = loop.turn
-    deadline_s = trio.current_time() + timeout_s
-    backend = GatedBackend(client, turn)
+    def __init__(self) -> None:
+        self.changed = ""
+        """Why the cache may send nothing more; empty while it may."""
+        self._parts: tuple[Client, Cache, GatedBackend] | None = None
+        self._force = False
+
+    def begin(self, client: Client, cache: Cache, backend: GatedBackend, *, force: bool) -> None:
+        """From here on `cache` sends its dirty data through `backend`."""
+        self._parts = client, cache, backend
+        self._force = force
+
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """See client.Above. The comparison goes through the gate, in `reconnected`."""
+        return ""
+
+    def export_changed(self, export: Export) -> None:
+        """See client.Above. What is cached lies before the old end."""
+
+    def reconnected(self) -> None:
+        """See client.Above."""
+        if self._parts is None:
+            return
+        client, cache, backend = self._parts
+        cache.backend_reconnected()
+        export = client.export
+        if export.sessions is None:
+            backend.hold_changes()  # until the comparison shows whether it is still this export
+            cache.check_sample(self._compared)
+        elif reason := cache.foreign_change(
+            *(export.content_sessions or export.sessions), export.identity
+        ):
+            self._found_changed(reason)
+        note_export(cache, export)
+
+    def _compared(self, differing: int) -> None:
+        assert self._parts is not None
+        _, cache, backend = self._parts
+        if differing > 0:
+            note_changed_content(cache, differing)
+            self._found_changed("the export was changed meanwhile")
+        backend.let_go()
+
+    def _found_changed(self, reason: str) -> None:
+        # The link sends again what it has in flight; the cache may send nothing more.
+        assert self._parts is not None
+        _, cache, backend = self._parts
+        if not self._force and cache.index.dirty_slots:
+            self.changed = self.changed or reason
+            backend.refuse(errno.EIO)
+
+
+def _cache_over(file: CacheFile, backend: GatedBackend, turn: Turn, *, skip_damaged: bool) -> Cache:
+    """The cache in `file`. Raises ConfigError, and leaves the file unmarked, if it is damaged."""
     try:
         cache = Cache(
             file,
@@ -210,39 +256,33 @@ async def _flush_to(
         raise
     if damaged := cache.index.damaged_slots:
         _log.warning("damaged slots were skipped: their data is lost", slots=damaged)
+    return cache
+
+
+async def _flush_to(
+    file: CacheFile,
+    client: Client,
+    loop: Loop,
+    over: _OverReconnects,
+    *,
+    timeout_s: float,
+    force: bool,
+    skip_damaged: bool,
+) -> int:
+    """Write the dirty data of `file` to the server; return its length in bytes.
+
+    Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
+    """
+    turn = loop.turn
+    deadline_s = trio.current_time() + timeout_s
+    backend = GatedBackend(client, turn)
+    cache = _cache_over(file, backend, turn, skip_damaged=skip_damaged)
     if not force:
         check_export(cache, file, client.export)
     expect_stale_writes(client, file, cache.index.dirty_slots)
     client.keeps_unflushed = True
     dirty_blocks = cache.index.dirty_blocks
-    changed = ""
-
-    def found_changed(reason: str) -> None:
-        # The link sends again what it has in flight; the cache may send nothing more.
-        nonlocal changed
-        if not force and cache.index.dirty_slots:
-            changed = changed or reason
-            backend.refuse(errno.EIO)
-
-    def compared(differing: int) -> None:
-        if differing > 0:
-            note_changed_content(cache, differing)
-            found_changed("the export was changed meanwhile")
-        backend.let_go()
-
-    def reconnected() -> None:
-        cache.backend_reconnected()
-        export = client.export
-        if export.sessions is None:
-            backend.hold_changes()  # until the comparison shows whether it is still this export
-            cache.check_sample(compared)
-        elif reason := cache.foreign_change(
-            *(export.content_sessions or export.sessions), export.identity
-        ):
-            found_changed(reason)
-        note_export(cache, export)
-
-    client.on_reconnect = reconnected
+    over.begin(client, cache, backend, force=force)
     turn.add_stage(cache)
     await check_content(cache, file, turn, force=force, limit_s=timeout_s)
     note_export(cache, client.export)
@@ -250,8 +290,8 @@ async def _flush_to(
     with trio.move_on_at(deadline_s) as scope:
         await finished(cache, request, turn)
     kept = f"what is missing is still in {file.path}"
-    if changed:
-        raise ChangedMeanwhile(f"{client.uri.text}: {changed}", kept)
+    if over.changed:
+        raise ChangedMeanwhile(f"{client.uri.text}: {over.changed}", kept)
     if scope.cancelled_caught or request.error:
         raise BridgeError(f"{client.uri.text}: the server did not take everything; {kept}")
     return dirty_blocks * file.geometry.block_bytes
@@ -367,7 +407,7 @@ async def _prefetch(
 
     def chunk_ended(done_bytes: int) -> None:
         moved()
-        if client.session.given_up:
+        if client.link.given_up:
             warmer.stop()  # All the others would fail, too.
         progress(done_bytes)
 
@@ -385,7 +425,7 @@ async def _prefetch(
             await ended.wait()
         finally:
             warmer.stop()
-    if warmer.failed_bytes and client.session.given_up:
+    if warmer.failed_bytes and client.link.given_up:
         raise ConnectionLost(
             f"{client.uri.server}: the server was lost and could not be reached again within "
             f"{client.options.reconnect_timeout_s:g} s; "
@@ -417,10 +457,12 @@ async def _data(
 
 
 @asynccontextmanager
-async def _client(uri: NbdUri, options: ClientOptions) -> AsyncIterator[tuple[Client, Loop]]:
+async def _client(
+    uri: NbdUri, options: ClientOptions, above: _OverReconnects
+) -> AsyncIterator[tuple[Client, Loop]]:
     """A connected client with its loop, for as long as the block lasts."""
     loop = Loop(poll_us=0)
-    client = Client(uri, loop, options)
+    client = Client(uri, loop, options, above=above)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
         await client.connect()

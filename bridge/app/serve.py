@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +22,9 @@ from bridge.app.storage import Storage
 from bridge.cache.cache_options import OFF
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
-from bridge.errors import BridgeError, ConfigError, Remedy
+from bridge.datapath.request import Request
+from bridge.errors import BridgeError, ConfigError, LeftBehind, Remedy
+from bridge.guest.above import Above
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
 from bridge.guest.vhost_user.listener import Listener
@@ -48,17 +50,15 @@ class _Stop:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._deadline_s: float | None = None
-        self.on_begin: Callable[[], None] | None = None
-        """Called once, when the time begins to run."""
         self.problem: BridgeError | None = None
         """What the stop left behind, for the operator; the exit status is then 1."""
 
-    def begin(self) -> None:
-        """Let the time begin to run, unless it already does."""
-        if self._deadline_s is None:
-            self._deadline_s = trio.current_time() + self._limit_s
-            if self.on_begin is not None:
-                self.on_begin()
+    def begin(self) -> bool:
+        """Let the time begin to run; False if it already did."""
+        if self._deadline_s is not None:
+            return False
+        self._deadline_s = trio.current_time() + self._limit_s
+        return True
 
     @property
     def step_s(self) -> float:
@@ -84,22 +84,19 @@ async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
     report_bus_errors()
     allow_all_descriptors()
     loop = Loop(poll_us=settings.limits.poll_us)
-    options = client_options(settings.server, settings.tls)
-    options = replace(options, read_only=settings.disk.read_only)
-    options = options.for_reading_and_writing(local=uri.socket_path is not None)
-    storage = Storage(uri, loop, options, settings.cache)
-    serving = trio.CancelScope()
-    stop = _Stop(settings.limits.stop_timeout_s)
+    serving = _Serving(uri, settings, loop)
+    stop = serving.stop
+    until = trio.CancelScope()
     with ending_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
-            nursery.start_soon(_cancel_at_signal, signals, serving, stop)
+            nursery.start_soon(_cancel_at_signal, signals, until, serving)
             try:
-                with serving:
-                    await _serve(uri, settings, loop, storage, stop, nursery)
+                with until:
+                    await serving.run(nursery)
             finally:
                 with trio.CancelScope(shield=True):
-                    left_behind = await storage.close(stop.left_s)
+                    left_behind = await serving.storage.close(stop.left_s)
                     stop.problem = left_behind or stop.problem
             nursery.cancel_scope.cancel()
     loop.close()
@@ -108,121 +105,196 @@ async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
     _log.info("stopped")
 
 
-async def _serve(
-    uri: NbdUri,
-    settings: ServeSettings,
-    loop: Loop,
-    storage: Storage,
-    stop: _Stop,
-    nursery: trio.Nursery,
-) -> None:
-    """Connect, then serve front-ends until cancelled; flush at the end."""
-    export = await storage.open()
-    nursery.start_soon(storage.run)
-    # A cache has a flush timer of its own.
-    interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
-    disk = Disk(storage.backend, turn=loop.turn, flush_interval_s=interval_s, now=trio.current_time)
-    nursery.start_soon(disk.run_flush_timer)
-    geometry = disk_geometry(uri, export, settings.disk)
+class _Serving:
+    """One `serve`. The layer above the storage side, which exists before the guest's side does."""
 
-    def remember() -> None:
+    def __init__(self, uri: NbdUri, settings: ServeSettings, loop: Loop) -> None:
+        options = client_options(settings.server, settings.tls)
+        options = replace(options, read_only=settings.disk.read_only)
+        options = options.for_reading_and_writing(local=uri.socket_path is not None)
+        self.storage = Storage(uri, loop, options, settings.cache, above=self)
+        self.stop = _Stop(settings.limits.stop_timeout_s)
+        self._uri = uri
+        self._settings = settings
+        self._loop = loop
+        self._guests: _GuestsSide | None = None
+
+    def resized(self, size_bytes: int) -> None:
+        """See storage.Above."""
+        if self._guests is not None:
+            self._guests.device.resize(size_bytes)
+
+    def reconnected(self) -> None:
+        """See storage.Above."""
+        if self._guests is not None:
+            self._guests.durability_changed()
+
+    def begin_to_stop(self) -> None:
+        """Let the time of the stop begin to run, and the device hurry."""
+        if self.stop.begin() and self._guests is not None:
+            self._guests.device.hurry(self.stop.step_s)
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Connect, then serve front-ends until cancelled; flush at the end."""
+        export = await self.storage.open()
+        nursery.start_soon(self.storage.run)
+        guests = _GuestsSide(self._uri, self._settings, export, self.storage, self._loop)
+        self._guests = guests
+        nursery.start_soon(guests.disk.run_flush_timer)
+        nursery.start_soon(guests.device.run)
+        with _listener(self._settings.disk) as listener:
+            guests.log_start()
+            try:
+                await backend.serve(guests.device, listener)
+            finally:
+                self.begin_to_stop()
+                self.stop.problem = await guests.flush_at_the_end(self.stop.step_s)
+
+
+class _GuestsSide(Above):
+    """The guest's side of a storage that is open: the disk and the device."""
+
+    def __init__(
+        self, uri: NbdUri, settings: ServeSettings, export: Export, storage: Storage, loop: Loop
+    ) -> None:
+        self._uri = uri
+        self._settings = settings
+        self._storage = storage
+        self._geometry = disk_geometry(uri, export, settings.disk)
+        # A cache has a flush timer of its own.
+        interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
+        self.disk = Disk(
+            storage.backend,
+            turn=loop.turn,
+            flush_interval_s=interval_s,
+            now=trio.current_time,
+            above=self,
+        )
+        self.device = BlkDevice(
+            loop,
+            self.disk,
+            self._geometry,
+            hits=self.disk.hits,
+            serial=settings.disk.serial or default_serial(export),
+            max_queues=settings.disk.num_queues,
+            max_queue_size=settings.disk.queue_size,
+            drain_timeout_s=settings.limits.drain_timeout_s,
+            above=self,
+            withheld_features=settings.disk.withheld_features,
+        )
+
+    @property
+    def _loses_with_server(self) -> bool:
+        """Unflushed writes are on the server only, and are lost if it loses them."""
+        return not (self._storage.has_cache or self._geometry.read_only)
+
+    def durability_changed(self) -> None:
+        """See disk.Above. Also after a reconnect."""
+        if self._loses_with_server:
+            self._remember()
+
+    def _remember(self) -> None:
         """Store in the in-flight region what the next process has to know.
 
         If the server names no instance and is unreachable, the next process has nothing to compare:
         unflushed writes count as lost.
         """
+        disk, storage = self.disk, self._storage
         mark = storage.instance_mark
         unflushed = not disk.is_durable and not storage.has_cache
-        device.remember_durability(
+        self.device.remember_durability(
             unflushed_on=mark if unflushed else 0,
             loss_untold=disk.untold
             or storage.loss_untold
             or (unflushed and not mark and storage.is_away),
         )
 
-    def inherited(unflushed_on: int, loss_untold: bool) -> None:
-        if storage.inherit(unflushed_on) or loss_untold:
+    # See guest.above.Above.
+
+    def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+        """Writes that the previous process left unflushed may be lost."""
+        if self._storage.inherit(unflushed_on) or loss_untold:
             _log.error(
                 "writes that the previous process had not flushed may be lost: "
                 "the guest's next flush will fail"
             )
-            disk.tell(errno.EIO)
-        if not (storage.has_cache or geometry.read_only):
-            disk.flush_inherited()
+            self.disk.tell(errno.EIO)
+        if self._loses_with_server:
+            self.disk.flush_inherited()
 
-    def nothing_inherited() -> None:
-        storage.nothing_inherited()
-        remember()
+    def fresh_guest(self) -> None:
+        """No promise to a former guest is left."""
+        self._storage.nothing_inherited()
+        self._remember()
 
-    async def all_stopped() -> None:
+    def starting(self, go: Callable[[], None]) -> bool:
+        """The ring has to wait if the storage has left its session with the server."""
+        return self._storage.starting(go)
+
+    def recovered(self) -> None:
+        """The previous process may have sent the recovered requests."""
+        self._storage.client.expect_stale_writes()
+
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        """The storage does not send them any more."""
+        self._storage.abandon(requests)
+
+    async def left_behind(self) -> LeftBehind | None:
+        """Unsent data stays in the cache; without one it is lost."""
+        return await self._storage.stop_sending()
+
+    def epoch(self) -> int:
+        """The storage's epoch."""
+        return self._storage.epoch()
+
+    async def all_stopped(self) -> None:
+        """Write everything to the server and flush it there."""
         try:
-            await storage.hand_over(partial(disk.flush, quiet=True))
+            await self._storage.hand_over(partial(self.disk.flush, quiet=True))
         finally:
-            remember()
+            self._remember()
 
-    device = BlkDevice(
-        loop,
-        disk,
-        geometry,
-        hits=disk.hits,
-        serial=settings.disk.serial or default_serial(export),
-        max_queues=settings.disk.num_queues,
-        max_queue_size=settings.disk.queue_size,
-        drain_timeout_s=settings.limits.drain_timeout_s,
-        on_abandoned=storage.abandon,
-        on_all_stopped=all_stopped,
-        on_left_behind=storage.stop_sending,
-        on_starting=storage.starting,
-        on_recovered=storage.client.expect_stale_writes,
-        on_inherited=inherited,
-        on_fresh_guest=nothing_inherited,
-        epoch=storage.epoch,
-        withheld_features=settings.disk.withheld_features,
-    )
-    if not (storage.has_cache or geometry.read_only):
-        disk.on_changed = remember
-        storage.client.on_reconnect = remember
-    stop.on_begin = lambda: device.hurry(stop.step_s)
-    storage.on_resized = device.resize
-    nursery.start_soon(device.run)
-    with _listener(settings.disk) as listener:
+    def log_start(self) -> None:
+        """Log that front-ends may connect."""
+        disk = self._settings.disk
         _log.info(
             "serving",
-            uri=uri.text,
-            socket=settings.disk.socket_path or f"fd {settings.disk.fd}",
-            size_bytes=geometry.capacity_sectors * SECTOR_BYTES,
-            read_only=geometry.read_only,
-            cache=settings.cache.mode,
+            uri=self._uri.text,
+            socket=disk.socket_path or f"fd {disk.fd}",
+            size_bytes=self._geometry.capacity_sectors * SECTOR_BYTES,
+            read_only=self._geometry.read_only,
+            cache=self._settings.cache.mode,
         )
-        try:
-            await backend.serve(device, listener)
-        finally:
-            stop.begin()
-            error = 0
-            with trio.move_on_after(stop.step_s, shield=True) as flushing:
-                if not storage.has_left:
-                    error = await disk.flush()
-            # A cache keeps what could not be flushed, and tries again when it is closed.
-            if not storage.has_cache and (flushing.cancelled_caught or error):
-                why = os.strerror(error) if error else "it did not answer in time"
-                stop.problem = BridgeError(
-                    f"the server could not flush at the end ({why}): what the guest wrote since "
-                    "its last flush may not be durable"
-                )
-            elif disk.untold or storage.loss_untold:
-                stop.problem = BridgeError(
-                    "the server may have lost writes of the guest's that it had not flushed, and "
-                    "the guest has not flushed since, so it does not know: check its file systems"
-                )
+
+    async def flush_at_the_end(self, limit_s: float) -> BridgeError | None:
+        """Flush; return the problem to report to the operator, or None."""
+        disk, storage = self.disk, self._storage
+        error = 0
+        with trio.move_on_after(limit_s, shield=True) as flushing:
+            if not storage.has_left:
+                error = await disk.flush()
+        # A cache keeps what could not be flushed, and tries again when it is closed.
+        if not storage.has_cache and (flushing.cancelled_caught or error):
+            why = os.strerror(error) if error else "it did not answer in time"
+            return BridgeError(
+                f"the server could not flush at the end ({why}): what the guest wrote since "
+                "its last flush may not be durable"
+            )
+        if disk.untold or storage.loss_untold:
+            return BridgeError(
+                "the server may have lost writes of the guest's that it had not flushed, and "
+                "the guest has not flushed since, so it does not know: check its file systems"
+            )
+        return None
 
 
 async def _cancel_at_signal(
-    signals: trio.MemoryReceiveChannel[signal.Signals], serving: trio.CancelScope, stop: _Stop
+    signals: trio.MemoryReceiveChannel[signal.Signals], until: trio.CancelScope, serving: _Serving
 ) -> None:
     number = await signals.receive()  # The first is enough: all ask for the same.
     _log.info("stopping", signal=number.name)
-    stop.begin()
-    serving.cancel()
+    serving.begin_to_stop()
+    until.cancel()
 
 
 def _listener(disk: DiskSettings) -> Listener:

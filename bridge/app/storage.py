@@ -14,6 +14,7 @@ from contextlib import suppress
 from errno import EIO
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 import trio
@@ -320,7 +321,7 @@ class NbdBackend:
     @property
     def gone(self) -> bool:
         """There was no connection for too long: requests fail."""
-        return self._client.session.given_up
+        return self._client.link.given_up
 
     @property
     def in_flight(self) -> int:
@@ -381,13 +382,31 @@ class CachedBackend:
         return bool(self._cache.index.dirty_slots)
 
 
+class Above(Protocol):
+    """What serves the disk to guests."""
+
+    def resized(self, size_bytes: int) -> None:
+        """The disk has grown, and may be used so far."""
+
+    def reconnected(self) -> None:
+        """There is a new connection to the server, and no cache that keeps what the last one had
+        not made durable."""
+
+
 class Storage:
     """One export, with or without a cache. `open`, then `backend`, then `close`."""
 
     def __init__(
-        self, uri: NbdUri, loop: Loop, options: ClientOptions, cache: CacheSettings
+        self,
+        uri: NbdUri,
+        loop: Loop,
+        options: ClientOptions,
+        cache: CacheSettings,
+        *,
+        above: Above | None = None,
     ) -> None:
-        self.client = Client(uri, loop, options)
+        self.client = Client(uri, loop, options, above=self)
+        self._above = above
         self._uri = uri
         self._loop = loop
         self.turn = loop.turn
@@ -405,21 +424,18 @@ class Storage:
         self._away = False
         """Nothing is sent, and the session was left: see `stop_sending`."""
         self._objection = ""
-        """Why nothing is sent to the server, which is there again: see `_examine`."""
+        """Why nothing is sent to the server, which is there again: see `examine`."""
         self._was_compared = False
         """What is cached and clean was, with the present connection."""
         self._go: Callable[[], None] = _go_nowhere
         self._refusal: BridgeError | None = None
         self._refused = trio.Event()
-        self.on_resized: Callable[[int], None] = _nothing
-        """Called with the new size in bytes when the disk has grown, and may be used so far."""
 
     async def open(self) -> Export:
         """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
         export = await self.client.connect()
         if self._settings.mode == OFF or export.read_only or self._read_only:
             await self._check_unused_cache(export)
-            self.client.on_export_changed = lambda changed: self.on_resized(changed.usable_bytes)
             return export
         if self._settings.directory is None:
             make_default_directory()
@@ -436,8 +452,6 @@ class Storage:
         expect_stale_writes(self.client, self._file, cache.index.dirty_slots)
         self.turn.add_stage(cache)
         self.client.keeps_unflushed = True
-        self.client.on_reconnect = self._reconnected
-        self.client.examine = self._examine
         # While all is there to compare: what the counters say may drop the clean part.
         await check_content(cache, self._file, self.turn)
         if export.sessions and export.sessions[0] == self._file.header.export_generation:
@@ -571,8 +585,8 @@ class Storage:
 
         return await answer_of(start, self.turn)
 
-    async def _examine(self, export: Export, submit: Callable[[Request], None]) -> str:
-        """Why what only the cache has must not go to the server that came back; "": it may.
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """See client.Above. Why what only the cache has must not go there; "": it may.
 
         Until then there is no connection, for all that the guest sees, and every further attempt
         asks again: whoever started a server on the wrong image by mistake can mend that.
@@ -609,12 +623,20 @@ class Storage:
         self._objection = reason
         return reason
 
-    def _reconnected(self) -> None:
-        """A new connection is up; nothing was sent on it yet."""
-        if self._away:
+    def reconnected(self) -> None:
+        """See client.Above."""
+        if self._cache is None:
+            if self._above is not None:
+                self._above.reconnected()
+        elif self._away:
             self._judge_return()
         else:
             self._go_on()
+
+    def export_changed(self, export: Export) -> None:
+        """See client.Above. A cache grows first, see `_go_on`."""
+        if self._cache is None and self._above is not None:
+            self._above.resized(export.usable_bytes)
 
     def _go_on(self) -> None:
         """What is dirty may be sent on this connection."""
@@ -636,8 +658,8 @@ class Storage:
                 "the next reconnect",
                 reason=os.strerror(outcome.error),
             )
-        else:
-            self.on_resized(self._cache.size_bytes)
+        elif self._above is not None:
+            self._above.resized(self._cache.size_bytes)
 
     def _note_sample(self, differing: int) -> None:
         """The sample after a reconnect was compared, or the connection is lost again."""
@@ -657,14 +679,14 @@ class Storage:
     @property
     def loss_untold(self) -> bool:
         """The server may have lost something, and the guest has not heard of it."""
-        session = self.client.session
-        return session.durability.untold
+        link = self.client.link
+        return link.durability.untold
 
     @property
     def instance_mark(self) -> int:
         """Stands for the server instance that has what is unflushed; 0 if it has no name, or if a
         cache has the same."""
-        return 0 if self.has_cache else self.client.session.durability.instance_mark
+        return 0 if self.has_cache else self.client.link.durability.instance_mark
 
     @property
     def is_away(self) -> bool:
@@ -674,19 +696,19 @@ class Storage:
     def inherit(self, unflushed_on: int) -> bool:
         """A guest comes that ran with another process, which may have left something unflushed on
         the server instance of that mark (0: nobody knows). True if it may be lost by now."""
-        session = self.client.session
+        link = self.client.link
         if not self.has_cache and not self._read_only:
-            session.expect_unflushed()
-        return session.durability.is_lost(unflushed_on)
+            link.expect_unflushed()
+        return link.durability.is_lost(unflushed_on)
 
     def nothing_inherited(self) -> None:
         """A guest comes that has not run before: it has no promise from any other process."""
-        self.client.session.durability.nothing_before()
+        self.client.link.durability.nothing_before()
 
     def epoch(self) -> int:
         """Another number whenever the server may have dropped what it had acknowledged; a cache
         sees to that itself."""
-        return 0 if self.has_cache else self.client.session.durability.epoch
+        return 0 if self.has_cache else self.client.link.durability.epoch
 
     @property
     def has_cache(self) -> bool:
@@ -857,7 +879,7 @@ class Storage:
         self._go_on()
         cache.freeze(False)
         go, self._go = self._go, _go_nowhere
-        # Not before the session is through with what a new connection asks of it.
+        # Not before the link is through with what a new connection asks of it.
         self.turn.at_end(go)
 
     def _refuse(self, errno: int) -> None:
@@ -990,7 +1012,3 @@ def to_be_set(request: Request) -> None:
 
 def _go_nowhere() -> None:
     """Nobody waits."""
-
-
-def _nothing(size_bytes: int) -> None:
-    """Nobody wants to know."""

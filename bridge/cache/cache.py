@@ -210,6 +210,7 @@ class Cache:
 
     def submit_slowly(self, request: Request) -> None:
         """The same as `submit`, for a request that was found to be no hit."""
+        self._turn.wanted = True
         op, length = request.op, request.length
         if op == FLUSH:
             self._flusher.request(request)
@@ -255,6 +256,7 @@ class Cache:
     def refuse(self, errno: int) -> None:
         """Fail with `errno` all requests that wait for room or for the cache's disk, and those that
         would have to. What waits for the server's answer is not touched. 0: they may wait again."""
+        self._turn.want()
         self._store.refuse(errno)
         self._reads.refuse(errno)
 
@@ -266,6 +268,7 @@ class Cache:
     def backend_reconnected(self) -> None:
         """The connection was replaced: call this after `backend.generation` was raised and
         before unanswered requests are sent again."""
+        self._turn.want()
         self._common.durability.reconnected()
         self._writeback.lost()
         if self.index.dirty_slots:
@@ -278,6 +281,7 @@ class Cache:
         the last block could not be read, or no cache can be for a disk of that size (EFBIG).
         A size that is not larger changes nothing. The number of slots stays.
         """
+        self._turn.want()
         self._resizer.resize(size_bytes, outcome)
 
     def _grown(self) -> None:
@@ -302,6 +306,7 @@ class Cache:
         """Do what is due: the flush timer, write-out by age."""
         if self._frozen:
             return
+        self._turn.want()
         self._flusher.tick(now)
         self._writeback.tick(now)
         if now >= self._residency_due:
@@ -403,6 +408,7 @@ class Cache:
 
         Fetches in flight are not filled in either. Dirty blocks stay.
         """
+        self._turn.want()
         index = self.index
         self._remember(0)
         self._discards.nothing_older(self._common.durability.epoch)

@@ -98,6 +98,11 @@ class Evictor:
             self._length[_PARKED] -= 1
             self._push(self._origin[slot], slot)
 
+    @property
+    def has_candidates(self) -> bool:
+        """Not every slot is parked."""
+        return self._length[_SMALL] + self._length[_MAIN] > 0
+
     def candidate(self) -> int:
         """The slot that should go next (it stays until `evict()` or `park()`), or 0."""
         touched = self.touched

@@ -13,6 +13,7 @@ them.
 from __future__ import annotations
 
 from bisect import insort
+from errno import EIO
 from typing import Protocol, cast
 
 from bridge.cache.common import Common
@@ -23,8 +24,9 @@ from bridge.datapath.request import READ, Request
 class Waiter(Protocol):
     """A request that waits for a fetch."""
 
-    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
-        """The blocks `first` … `end` are in `view`, unless `error` is an errno."""
+    def fetched(self, first: int, end: int, view: memoryview, error: int, not_kept: int) -> None:
+        """The blocks `first` … `end` are in `view`, unless `error` is an errno. `not_kept`: the
+        errno with which the cache file refused some of that fetch, or 0."""
 
 
 class Fetch:
@@ -199,21 +201,20 @@ class Fetcher:
                 fetches.remove(fetch)
                 if not fetches:
                     del self.fetching[granule]
-        for fetch in group:
-            if not request.error:
-                self._fill(fetch)
-        for fetch in group:
+        not_kept = [0 if request.error else self._fill(fetch) for fetch in group]
+        for fetch, refused in zip(group, not_kept, strict=True):
             waiters, fetch.waiters = fetch.waiters, []
             view = memoryview(fetch.buffer)
             for waiter, first, end in waiters:
                 start, stop = first - fetch.first, end - fetch.first
                 part = view[start << self._block_shift : stop << self._block_shift]
-                waiter.fetched(first, end, part, request.error)
+                waiter.fetched(first, end, part, request.error, refused)
         self._look = bool(self._pending)
 
-    def _fill(self, fetch: Fetch) -> None:
-        """Store what is still absent and was not overtaken."""
-        index = self._index
+    def _fill(self, fetch: Fetch) -> int:
+        """Store what is still absent and was not overtaken; the errno of the file where it failed,
+        or 0."""
+        index, refused = self._index, 0
         per_granule = 1 << self._shift
         for granule in range(fetch.first >> self._shift, (fetch.end - 1 >> self._shift) + 1):
             base = granule << self._shift
@@ -230,11 +231,13 @@ class Fetcher:
                 continue
             try:
                 self._store(slot, wanted, fetch.buffer, offset)
-            except OSError:
+            except OSError as error:
                 # The cache file fails: the readers have their bytes, nothing is cached.
+                refused = error.errno or EIO
                 self._stats.file_errors += 1
                 if not index.state[slot]:
                     self._slots.drop(slot, BITS)
+        return refused
 
     def _store(self, slot: int, bits: int, buffer: bytearray, offset: int) -> None:
         """Copy the blocks `bits` of `slot` out of `buffer`, whose block 0 is block -`offset`."""

@@ -61,7 +61,8 @@ class Flusher:
         """The pass in progress, once every block it waits for was replied to."""
         self._next: list[Request] = []
         """What waits for the next pass."""
-        self._retry_at = 0.0
+        self._retries_later = False
+        """The last one failed: the next that no request asks for is the timer's."""
         self._retry_s = common.options.retry_s
         self.due: float | None = None
         """When the timer fires; None: nothing was written since the last flush."""
@@ -93,10 +94,13 @@ class Flusher:
         else:
             self._start([request])
 
-    def press(self) -> None:
-        """Too much is dirty: start a flush, unless one failed a moment ago."""
-        if self._pass is None and self._common.clock() >= self._retry_at:
-            self._start([])
+    def press(self) -> bool:
+        """Too much is dirty: start a flush. False if none is of use: one is in progress, the last
+        one failed and waits for the timer, or nothing is dirty."""
+        if self._pass is not None or self._retries_later or not self._index.dirty_slots:
+            return False
+        self._start([])
+        return True
 
     def tick(self, now: float) -> None:
         """Start the flush that is due."""
@@ -175,18 +179,17 @@ class Flusher:
 
     def _end(self, running: _Pass, error: int) -> None:
         self._pass = None
+        self._retries_later = bool(error)
         if error:
-            self._retry_at = self._common.clock() + self._retry_s
+            retry_at = self._common.clock() + self._retry_s
             self._retry_s = min(self._retry_s * 2, self._options.retry_max_s)
-            self.due = self._retry_at if self.due is None else min(self.due, self._retry_at)
+            self.due = retry_at if self.due is None else min(self.due, retry_at)
         else:
             self._retry_s = self._options.retry_s
-            self._retry_at = 0.0
         for request in running.waiting:
             self._common.turn.finish(request, error)
         if self._durability.all_flushed:
             self._discards.flushed(self._durability.epoch)
-        self._slots.freed += 1  # What waits for room looks again, also when there is none.
         if self._next:
             waiting, self._next = self._next, []
             self._start(waiting)

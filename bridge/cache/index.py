@@ -172,6 +172,11 @@ class Index(Blocks):
             slot = self.chain[slot]
         return slot
 
+    @property
+    def has_free(self) -> bool:
+        """There is a slot that holds nothing."""
+        return self._free_count > 0 or self._next_unused <= self.slots
+
     def take_free(self) -> int:
         """A slot that holds nothing, or 0. `bind()` or `give_back()` must follow."""
         if self._free_count:

@@ -194,7 +194,7 @@ class Readahead:
         elif self._is_coming(block):
             self._fetcher.need(block, block + 1, self)
 
-    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
+    def fetched(self, first: int, end: int, view: memoryview, error: int, not_kept: int) -> None:
         """A marked block has come."""
         slot = self._index.find(first >> self._shift)
         if slot and first in self._marks:

@@ -31,7 +31,7 @@ class _ReadOp:
         self.abandoned = True
         self.turn.finish(self.request, error)
 
-    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
+    def fetched(self, first: int, end: int, view: memoryview, error: int, not_kept: int) -> None:
         """Some blocks have come from the server."""
         if error:
             self.error = self.error or error

@@ -25,11 +25,15 @@ class Slots:
         """Pinned slots whose granule was dropped meanwhile."""
         self._scratch: list[memoryview] = []
         self.touched = evictor.touched
-        self.freed = 0
-        """Raised whenever a slot can be had that could not."""
+
+    @property
+    def available(self) -> bool:
+        """`obtain` may find a slot. After it found none, this is false until one is given back,
+        becomes clean or is no longer pinned: only then is it worth another try."""
+        return self._index.has_free or self._evictor.has_candidates
 
     def obtain(self, granule: int) -> int:
-        """A slot bound to `granule`, evicting a clean one if need be; 0: everything is dirty."""
+        """A slot bound to `granule`, evicting a clean one if need be; 0: none is clean."""
         index = self._index
         slot = index.take_free() or self._evict()
         if slot:
@@ -57,16 +61,13 @@ class Slots:
                 self._orphans.add(slot)
             else:
                 self._index.give_back(slot)
-                self.freed += 1
         elif not self._index.dirty(slot) and slot not in self._pins:
             self._evictor.release(slot)
-            self.freed += 1
 
     def cleaned(self, slot: int) -> None:
         """The last dirty block of `slot` became clean."""
         if slot not in self._pins:
             self._evictor.release(slot)
-            self.freed += 1
 
     def forgive(self, granule: int) -> None:
         """The hits on `granule` were one sequential pass: in probation they do not count."""
@@ -104,4 +105,3 @@ class Slots:
             self._index.give_back(slot)
         elif not self._index.dirty(slot):
             self._evictor.release(slot)
-        self.freed += 1

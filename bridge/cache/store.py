@@ -58,14 +58,14 @@ class _Obstacle(NamedTuple):
     error: int = 0
 
 
-_NO_ROOM = _Obstacle(Why.ROOM)
-_PRESSES_PER_TURN = 8
+_TOO_DIRTY = _Obstacle(Why.ROOM)
+_NO_SLOT = _Obstacle(Why.ROOM)
 
 
 class _WriteOp(WriteOutWait):
     """A write that could not complete at once."""
 
-    __slots__ = ("fetches", "position", "request", "store")
+    __slots__ = ("fetches", "needs_slot", "not_kept", "position", "request", "store")
 
     def __init__(self, request: Request, store: Store, position: int) -> None:
         super().__init__(fua=bool(request.flags & FUA))
@@ -75,10 +75,15 @@ class _WriteOp(WriteOutWait):
         """Bytes that are in the cache already."""
         self.fetches = 0
         """How many fetches are still to come; 0: it waits for none."""
+        self.not_kept = 0
+        """The errno of the cache file where it refused what was fetched."""
+        self.needs_slot = False
+        """What it waits for is not only that less is dirty, but a slot."""
 
-    def fetched(self, first: int, end: int, view: memoryview, error: int) -> None:
+    def fetched(self, first: int, end: int, view: memoryview, error: int, not_kept: int) -> None:
         """See fetch.Waiter. The blocks are in the cache now if there was room."""
         self.error = self.error or error
+        self.not_kept = self.not_kept or not_kept
         self.fetches -= 1
         if not self.fetches:
             self.store.fetched.append(self)
@@ -125,12 +130,8 @@ class Store:
         self.written_out: list[_WriteOp] = []
         """Writes that had to reach the server, all of whose blocks were replied to."""
         self._refused = 0
-        self._seen_freed = -1
-        """`Slots.freed` when room was looked for last."""
         self._pressed = False
-        """Much is dirty: to be looked at in this turn."""
-        self._pressed_turn = self._presses = 0
-        """In which turn that was last, and how often."""
+        """Much became dirty: to be looked at in this turn."""
 
     def set_limits(self) -> None:
         """Take the limits from the sizes of cache and disk, at the start and when that grows."""
@@ -152,7 +153,7 @@ class Store:
         """Do a WRITE whose range lies within the disk."""
         self._stats.writes += 1
         if self._for_room:
-            self._wait(_WriteOp(request, self, 0), _NO_ROOM)
+            self._wait(_WriteOp(request, self, 0), _TOO_DIRTY)
             return
         if not (self._through or request.flags or self._discards):
             try:
@@ -203,15 +204,17 @@ class Store:
             for op in written_out:
                 self._after_write_out(op)
             moved = True
-        if self._for_room and self._try_for_room():
-            moved = True
-        if self._pressed and self._may_press():
+        if self._for_room:
+            moved |= self._let_in()
+        if self._pressed:
             self._pressed = False
-            if self._for_room or self._index.dirty_slots > self._flush_slots:
+            if self._index.dirty_slots > self._flush_slots:
                 self._flusher.press()
             else:
                 self._writeback.tick_now()
             moved = True
+        if self._for_room:
+            moved |= self._flusher.press()
         return moved
 
     def go_on(self, op: _WriteOp) -> None:
@@ -229,8 +232,11 @@ class Store:
         before = op.position
         op.position, obstacle = self._store(op.request, before)
         if obstacle is not None and obstacle.why is Why.FETCH and op.position == before:
-            # They found no room in the cache: asking the server again would not help.
-            obstacle = _NO_ROOM
+            # What was fetched is not in the cache.
+            if op.not_kept:
+                obstacle = _Obstacle(Why.FAILED, error=op.not_kept)
+            elif not self._slots.available:
+                obstacle = _NO_SLOT  # Asking the server again would not help before.
         self._stored(op, obstacle)
 
     def _after_write_out(self, op: _WriteOp) -> None:
@@ -239,29 +245,33 @@ class Store:
         else:
             self._common.turn.finish(op.request, op.error)
 
-    def _try_for_room(self) -> bool:
+    def _let_in(self) -> bool:
         """Let the writes go on that wait for room, in order; False if there is none."""
         if self._backend.gone:
             self._fail_for_room(EIO)
             return True
-        if self._slots.freed == self._seen_freed:
-            return False
-        self._seen_freed = self._slots.freed
-        index, waiting = self._index, self._for_room
-        while waiting and index.dirty_slots < self._hard_slots:
-            op = waiting[0]
+        waiting, moved = self._for_room, False
+        while waiting and self._has_room(waiting[0]):
+            moved = True
+            op = waiting.popleft()
             if op.request.is_abandoned:
-                waiting.popleft()
                 self._common.turn.finish(op.request, ECANCELED)
                 continue
             op.position, obstacle = self._store(op.request, op.position)
             if obstacle is not None and obstacle.why is Why.ROOM:
-                break
-            waiting.popleft()
-            self._stored(op, obstacle)
-        if waiting:
-            self._press()
-        return True
+                # Now it needs something else. What it needs was looked for just now and is not
+                # there, so that this does not repeat itself.
+                op.needs_slot = obstacle is _NO_SLOT
+                waiting.appendleft(op)
+            else:
+                self._stored(op, obstacle)
+        return moved
+
+    def _has_room(self, op: _WriteOp) -> bool:
+        """What `op` waits for may be there by now."""
+        return self._index.dirty_slots < self._hard_slots and (
+            not op.needs_slot or self._slots.available
+        )
 
     def refuse(self, errno: int) -> None:
         """Writes that wait for room or for the cache's disk fail with `errno`, and so do those
@@ -314,13 +324,12 @@ class Store:
             self._common.turn.finish(op.request, self._refused or EIO)
         else:
             self._stats.writes_waited += 1
+            op.needs_slot = obstacle is _NO_SLOT
             self._for_room.append(op)
-            self._seen_freed = self._slots.freed
-            self._press()
 
     def _fetch_partial(self, op: _WriteOp, obstacle: _Obstacle) -> None:
         """Fetch the blocks that the write covers only partly."""
-        op.error = 0
+        op.error = op.not_kept = 0
         op.fetches = 1
         base_block = obstacle.offset >> self._index.block_shift
         bits = obstacle.bits
@@ -346,22 +355,6 @@ class Store:
 
         self._for_load.add(op)
         self._slots.load(self._image, self._common.cold, obstacle.slot, loaded)
-
-    def _press(self) -> None:
-        """Much is dirty: see to it in this turn."""
-        self._pressed = True
-
-    def _may_press(self) -> bool:
-        """A bounded number of times per turn.
-
-        Slots that cold reads hold are no room. A flush of nothing makes none either and ends at
-        once: a write that waits would look, and press, again and again.
-        """
-        number = self._common.turn.number
-        if number != self._pressed_turn:
-            self._pressed_turn, self._presses = number, 0
-        self._presses += 1
-        return self._presses <= _PRESSES_PER_TURN
 
     # Storing.
 
@@ -405,7 +398,7 @@ class Store:
         dirty = word >> DIRTY_SHIFT & BITS
         partial = self._partial(at, within, end, first, last)
         if not dirty and index.dirty_slots >= self._hard_slots:
-            return _NO_ROOM
+            return _TOO_DIRTY
         if partial & ~valid:
             return _Obstacle(Why.FETCH, granule_at, bits=partial & ~valid)
         if partial & ~index.ready[slot] and not self._image.resident(
@@ -415,7 +408,7 @@ class Store:
         if not slot:
             slot = self._slots.obtain(granule)
             if not slot:
-                return _NO_ROOM
+                return _NO_SLOT
         target = (slot << index.granule_shift) + within
         index.write(slot, bits)
         self._put(request, position, size, slot, target, bits)
@@ -488,7 +481,7 @@ class Store:
         writeback = self._writeback
         writeback.enqueue(slot)
         if self._index.dirty_slots > self._flush_slots or writeback.over_background():
-            self._press()
+            self._pressed = self._common.turn.wanted = True
 
     def _partial(self, at: int, within: int, end: int, first: int, last: int) -> int:
         """Blocks of which this write covers only a part."""

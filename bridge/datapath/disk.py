@@ -53,14 +53,29 @@ class Backend(Target, Protocol):
         """What serves requests on the spot; None: nothing does."""
 
 
+class Above(Protocol):
+    """What remembers, for the process after this one, how it stands with the disk."""
+
+    def durability_changed(self) -> None:
+        """`Disk.is_durable` or `Disk.untold` may have changed. Told before the write goes on that
+        made the disk no longer durable."""
+
+
 class Disk:
     """The guest's disk over `backend`. See the module's text."""
 
     def __init__(
-        self, backend: Backend, *, turn: Turn, flush_interval_s: float, now: Callable[[], float]
+        self,
+        backend: Backend,
+        *,
+        turn: Turn,
+        flush_interval_s: float,
+        now: Callable[[], float],
+        above: Above | None = None,
     ) -> None:
         """`turn` is the one of `backend`. `flush_interval_s` 0 turns the timer off; `now` is a
         monotonic clock in seconds."""
+        self._above = above
         self._backend = backend
         self._turn = turn
         self._submit = backend.submit
@@ -85,8 +100,6 @@ class Disk:
         self._unasked_ended = trio.Event()
         self.is_durable = True
         """All that was submitted is durable, as far as is known here."""
-        self.on_changed: Callable[[], None] = _nothing
-        """Called when `is_durable` or `untold` may have changed."""
         self.timed_flushes = 0
         self.timed_flush_failures = 0
 
@@ -129,7 +142,7 @@ class Disk:
         self._armed.set()
         if self.is_durable:
             self.is_durable = False
-            self.on_changed()
+            self._durability_changed()
 
     def _clear_timer(self) -> bool:
         """A flush is about to be submitted: it covers what was completed before it.
@@ -166,7 +179,11 @@ class Disk:
         # Another one in flight may be for something that this one was too early for.
         if not error and self._deadline_s is None and not self._unanswered_flushes:
             self.is_durable = True
-        self.on_changed()
+        self._durability_changed()
+
+    def _durability_changed(self) -> None:
+        if self._above is not None:
+            self._above.durability_changed()
 
     @property
     def untold(self) -> bool:
@@ -176,7 +193,7 @@ class Disk:
     def tell(self, error: int) -> None:
         """Something may be lost that the guest believes to be on the disk: its next flush fails."""
         self._untold_error = error
-        self.on_changed()
+        self._durability_changed()
 
     def flush_inherited(self) -> None:
         """A guest comes that has run with another process, which may have left something unflushed:
@@ -277,7 +294,3 @@ class Disk:
 
 def _ignore(flush: Request) -> None:
     """Nobody waits for it; a failure is told by the guest's next flush."""
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""

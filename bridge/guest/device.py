@@ -11,10 +11,10 @@ in-flight region it stays in that, neither completed nor failed, and is executed
 again; without one it fails, for that ring alone.
 
 **The last stop.** When no ring runs any more the guest may go on elsewhere. So everything that it
-wrote is brought to the server and flushed first (`on_all_stopped`). If that does not succeed
+wrote is brought to the server and flushed first (`Above.all_stopped`). If that does not succeed
 within the limit the storage side sees to it that nothing of the guest's is sent from here any
-more (`on_left_behind`), and when something is left here that the next host would miss the stop is
-not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
+more (`Above.left_behind`), and when something is left here that the next host would miss the stop
+is not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
 in-flight region counts as missing while the dirty log is on: such a region does not migrate, and
 neither does what the guest has still to be told of a loss.
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 
@@ -33,12 +33,13 @@ import trio
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, UNASKED, Hits, Request, Target
 from bridge.errors import LeftBehind, ProtocolError
+from bridge.guest.above import Above
 from bridge.guest.drain import Drain
 from bridge.guest.regions import mapped, with_added
 from bridge.guest.ring import RunningRing
 from bridge.guest.ring_setup import make_queue, ring_areas, written_areas
-from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
-from bridge.guest.virtio.blk import BlkEngine, BlkRequest, one_epoch
+from bridge.guest.vhost_user.device_interface import ConfigListener, MemoryRegion, RingSetup
+from bridge.guest.virtio.blk import BlkEngine, BlkRequest
 from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.guest.virtio.chain import MAX_QUEUE_SIZE
 from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog
@@ -51,15 +52,6 @@ _log = structlog.get_logger(__name__)
 
 _KICKLESS_POLL_S = 0.0005
 """How often a ring without a kick descriptor is looked at."""
-
-
-def _nothing_abandoned(requests: Sequence[Request]) -> None:
-    """Nobody has to know."""
-
-
-def _at_once(go: Callable[[], None]) -> bool:
-    """Rings need not wait."""
-    return True
 
 
 class BlkDevice:
@@ -79,34 +71,14 @@ class BlkDevice:
         max_queues: int = 1,
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
-        on_recovered: Callable[[], None] | None = None,
-        on_inherited: Callable[[int, bool], None] | None = None,
-        on_fresh_guest: Callable[[], None] | None = None,
-        on_abandoned: Callable[[Sequence[Request]], object] = _nothing_abandoned,
-        on_all_stopped: Callable[[], Awaitable[object]] | None = None,
-        on_left_behind: Callable[[], Awaitable[LeftBehind | None]] | None = None,
-        on_starting: Callable[[Callable[[], None]], bool] = _at_once,
-        epoch: Callable[[], int] = one_epoch,
+        above: Above | None = None,
         withheld_features: int = 0,
     ) -> None:
-        """`on_recovered` is called before requests that another process began are executed again.
-        `on_inherited` is called when a guest comes that has run with another process, perhaps, and
-        gets what that one remembered (see `remember_durability`); `on_fresh_guest` when one comes
-        that has not. Either is called before the first ring runs.
-
-        `hits`: what can be asked before `target`. `on_abandoned(requests)` is told of requests
-        that were abandoned (`Request.abandon`), right after that.
-
-        `on_all_stopped` is awaited before the last ring's stop is answered: whoever opens the
-        image next must find everything there. It raises LeftBehind if that failed, and is
-        cancelled when it takes too long. After either, `on_left_behind` sees to it that nothing
-        more of the guest's is sent; it returns what is left here, None if nothing is.
-        `on_starting(go)` is told that a ring starts: False, if it has to wait until `go` is
-        called. `epoch()`: see `lanes.Job`. `withheld_features`: see BlkConfig.
-        """
+        """`hits`: what can be asked before `target`. `withheld_features`: see BlkConfig."""
+        above = self._above = above or Above()
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
-        self.on_config_changed: Callable[[], None] | None = None
+        self.listener: ConfigListener | None = None
         self._loop = loop
         self._config = BlkConfig(
             geometry, num_queues=max_queues, withheld_features=withheld_features
@@ -120,22 +92,15 @@ class BlkDevice:
             serial=serial,
             fault=self._guest_fault,
             turn=loop.turn,
-            epoch=epoch,
+            epoch=above.epoch,
         )
         self._drain = Drain(drain_timeout_s)
-        self._on_recovered = on_recovered
-        self._on_inherited = on_inherited
-        self._on_fresh_guest = on_fresh_guest
         self._has_inherited = False
         """The guest with the present in-flight region has run with another process."""
         self._has_served = False
         """A ring ran here: what a guest left unflushed when it stopped is known."""
         self._unflushed_on = 0
         self._loss_untold = False
-        self._on_abandoned = on_abandoned
-        self._on_all_stopped = on_all_stopped
-        self._on_left_behind = on_left_behind
-        self._on_starting = on_starting
         self._memory = GuestMemory([])
         self._features = 0
         self._setups: dict[int, RingSetup] = {}
@@ -221,8 +186,8 @@ class BlkDevice:
         """The disk below has another size: the guest is told."""
         self._config.resize(size_bytes)
         self._engine.geometry_changed()
-        if self.on_config_changed is not None:
-            self.on_config_changed()
+        if self.listener is not None:
+            self.listener.config_changed()
 
     # Memory
 
@@ -302,13 +267,13 @@ class BlkDevice:
             self._has_served = True
             self._note_guest(ring)
         left_by_us = self._left_in == self._inflight_source and index in self._left
-        if queue.in_flight and not left_by_us and self._on_recovered is not None:
+        if queue.in_flight and not left_by_us:
             # In flight before the ring runs: begun by another process, perhaps sent by it.
-            self._on_recovered()
+            self._above.recovered()
         self._left.pop(index, None)
         if self._inflight is None:
             self._left.clear()
-        ready = self._on_starting(self._let_go)
+        ready = self._above.starting(self._let_go)
 
         def broken(reason: str) -> None:
             self._ring_broken(index, reason)
@@ -339,10 +304,9 @@ class BlkDevice:
         if self._has_inherited:
             return
         if ring.base in fresh:
-            if self._on_fresh_guest is not None:
-                self._on_fresh_guest()
-        elif self._on_inherited is not None:
-            self._on_inherited(0, False)
+            self._above.fresh_guest()
+        else:
+            self._above.inherited(0, False)
 
     @property
     def _packed(self) -> bool:
@@ -402,15 +366,12 @@ class BlkDevice:
     async def _bring_up_to_date(self, deadline_s: float) -> tuple[LeftBehind | None, bool]:
         """Have everything that the guest wrote brought to the server; why that failed, or whether
         it took too long."""
-        if self._on_all_stopped is None:
-            return None, False
-        all_stopped = self._on_all_stopped
         failure: LeftBehind | None = None
 
         async def bring() -> None:
             nonlocal failure
             try:
-                await all_stopped()
+                await self._above.all_stopped()
             except LeftBehind as error:
                 failure = error
 
@@ -420,9 +381,9 @@ class BlkDevice:
     async def _promise(self, failure: LeftBehind | None, *, is_late: bool) -> None:
         """No ring runs, and the front-end is about to be told so: see the module's text."""
         left_here = None
-        if (failure or is_late) and self._on_left_behind is not None:
+        if failure or is_late:
             with trio.CancelScope(shield=True):
-                left_here = await self._on_left_behind()
+                left_here = await self._above.left_behind()
         if (left_behind := left_here or failure) is not None:
             raise _logged(left_behind)
         in_region = sum(self._left.values())
@@ -474,7 +435,7 @@ class BlkDevice:
 
     def _abandon(self, requests: list[BlkRequest]) -> None:
         self._engine.abandon(requests)
-        self._on_abandoned(requests)
+        self._above.abandoned(requests)
 
     def _close_ring(self, ring: RunningRing) -> int:
         """See RunningRing.close. What was not drained before, after an error, is abandoned: writes
@@ -562,8 +523,8 @@ class BlkDevice:
         self._has_inherited = self._inflight.was_used and (
             not self._has_served or bool(unflushed_on) or loss_untold
         )
-        if self._has_inherited and self._on_inherited is not None:
-            self._on_inherited(unflushed_on, loss_untold)
+        if self._has_inherited:
+            self._above.inherited(unflushed_on, loss_untold)
         self._remember()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
@@ -620,7 +581,7 @@ class BlkDevice:
             self.set_features(0)
             self._forget_shared()
             self._memory = GuestMemory([])
-            self.on_config_changed = None
+            self.listener = None
 
     def _forget_inflight(self) -> None:
         self._inflight = None

@@ -6,9 +6,8 @@ This is the one place where chains become requests and finished requests become 
     complete  a request is finished: its element goes to the used ring (any time in a turn)
     publish   one store of used.idx, at most one call                  (once per turn)
 
-What is rarely on (the dirty log) or happens at the end (a ring that was closed with requests
-unanswered) costs the data path nothing: `complete` is an attribute that holds the function that
-fits, and a request that is in flight meanwhile finds the new one.
+A request may be in flight while the dirty log begins or ends, or the ring is closed: `complete`
+looks at how it is then.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class RunningRing:
         self._error_fd: int | None = None
         self.requests = 0
         self.is_broken = False
-        self.complete: Callable[[Chain, int, int], None] = self._complete
+        self._closed = False
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
@@ -98,8 +97,10 @@ class RunningRing:
         self._engine.start(self, chains)
         return True
 
-    def _complete(self, chain: Chain, status: int, length: int) -> None:
+    def complete(self, chain: Chain, status: int, length: int) -> None:
         """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
+        if self._closed:
+            return
         head, _, _, _, _, status_view, status_at, _ = chain
         if status_view is not None:
             status_view[status_at] = status
@@ -107,12 +108,8 @@ class RunningRing:
         if not self._publishing:
             self._publishing = True
             self._turn.at_end(self._publish)
-
-    def _complete_logged(self, chain: Chain, status: int, length: int) -> None:
-        """The same while the memory is being migrated: what was written is marked."""
-        self._complete(chain, status, length)
-        assert self._log is not None
-        self._log.mark_chain(chain)
+        if self._log is not None:
+            self._log.mark_chain(chain)  # After it was written: who reads the log may be fast.
 
     def _publish(self) -> None:
         if not self._publishing:
@@ -199,7 +196,6 @@ class RunningRing:
     def set_log(self, log: DirtyLog | None) -> None:
         """Mark what is written from now on in `log`, including for what is in flight."""
         self._log = log
-        self.complete = self._complete if log is None else self._complete_logged
 
     def suspend(self) -> None:
         """Leave new requests in the ring."""
@@ -296,7 +292,7 @@ class RunningRing:
             self._queue.arm()
             if self._log is not None:
                 self._log.mark_ring()
-        self.complete = _forget
+        self._closed = True
         self._engine.abandon(self._engine.unanswered(self))
         self._queue.long.leave()
         self._call_fd = None
@@ -311,10 +307,6 @@ class RunningRing:
 
 def _kicked(events: int) -> None:
     """A kick says only that a turn is due; `poll` looks at the ring in every turn."""
-
-
-def _forget(chain: Chain, status: int, length: int) -> None:
-    """The end of a request whose ring was closed before."""
 
 
 _signal = writer.signal

@@ -6,10 +6,11 @@ From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
   what a server says, bounded;
 * `connection`: one socket with both, driven by trio while it connects and by the data path's
   `Loop` afterwards; `tls`: the same over TLS;
-* `link`: what happens when the server goes away and comes back, sans-I/O; `grace`: where new
-  changes wait because the server may still do something old; `suspects`: the command on which the
-  server hangs up;
-* `split`, `align`, `overlaps`: how a request becomes commands that this server takes;
+* `link`: what happens when the server goes away and comes back, sans-I/O. Its parts: `channels`
+  (where commands go), `flushes`, `trial` with `suspects` (on what does the server hang up?),
+  `patience` (how long it is waited for), `changes` with `overlaps` and `grace` (which changes may
+  go now);
+* `commands`, `split`, `align`: how a request becomes commands that this server takes;
 * `client`: all of it behind `submit(request)`;
 * `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave;
 * `volume_words`: what our nbdkit plugin understands in a name, and says in a description.

@@ -1,6 +1,6 @@
 """The NBD client: a request that was submitted gets done, also when the server goes and returns.
 
-This is the edge around `session`: it connects, watches the clock, and gives the session its
+This is the edge around `link`: it connects, watches the clock, and gives the link its
 connections. It never gives up reconnecting; see `link` for what happens to requests meanwhile.
 
 Connections. One by default: a Python process is not held up by one fast connection, and several
@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 import trio
@@ -27,11 +27,12 @@ import trio
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import Request
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
+from bridge.server import link
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Connection, Negotiated, Silent, leave, negotiate
 from bridge.server.export import Export
 from bridge.server.handshake import Goal, Listed
-from bridge.server.link import Phase, Session
+from bridge.server.link import Link, Phase
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeDescription, VolumeName
 from bridge.spec.nbd import NAME_MAX_BYTES
@@ -43,20 +44,33 @@ _DRAIN_S: Final = 2.0
 """How long the other connections may take to answer when one is lost."""
 
 
-class Client:
-    """One export. `submit`, `export`, `generation` and the hooks are the session's."""
+class Above(link.Above, Protocol):
+    """The layer above a client."""
 
-    def __init__(self, uri: NbdUri, loop: Loop, options: ClientOptions | None = None) -> None:
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        """A server has come back, and nothing else was sent to it: why it must not be used, "" if
+        it may. Reads that are given to `submit` go to that server."""
+
+
+class Client:
+    """One export. `submit`, `export` and `generation` are the link's."""
+
+    def __init__(
+        self,
+        uri: NbdUri,
+        loop: Loop,
+        options: ClientOptions | None = None,
+        *,
+        above: Above | None = None,
+    ) -> None:
         self.uri = uri
         self.options = options or ClientOptions()
-        self.session = Session(self.options, loop.turn)
-        loop.turn.add_stage(self.session)
-        self.submit: Callable[[Request], None] = self.session.submit
+        self.link = Link(self.options, loop.turn, above=above)
+        loop.turn.add_stage(self.link)
+        self.submit: Callable[[Request], None] = self.link.submit
         """Start a request: never raises, never blocks. One call, no wrapper: it is hot."""
         self.reconnects_total = 0
-        self.examine: Callable[[Export, Callable[[Request], None]], Awaitable[str]] = _take_it
-        """Asked when a server comes back, before anything else is sent to it: why it must not be
-        used, "" if it may. Reads that are submitted to what comes with it go to that server."""
+        self._above = above
         self._loop = loop
         self._connections: list[Connection] = []
         self._cookies = count(1)
@@ -82,49 +96,31 @@ class Client:
     @property
     def export(self) -> Export:
         """What the server offers. Only after `connect`."""
-        return self.session.export
+        return self.link.export
 
     @property
     def generation(self) -> int:
         """The number of the present set of connections, from 1."""
-        return self.session.generation
+        return self.link.generation
 
     @property
     def connected(self) -> bool:
         """Connections are up and commands are sent."""
-        return self.session.phase is Phase.UP
+        return self.link.phase is Phase.UP
 
     @property
     def in_flight(self) -> int:
         """How many commands are not finished."""
-        return self.session.in_flight
+        return self.link.in_flight
 
     @property
     def keeps_unflushed(self) -> bool:
-        """The layer above sends unflushed writes again when `on_reconnect` tells it to."""
-        return self.session.keeps_unflushed
+        """The layer above sends unflushed writes again when it is told of a new connection."""
+        return self.link.keeps_unflushed
 
     @keeps_unflushed.setter
     def keeps_unflushed(self, keeps: bool) -> None:
-        self.session.keeps_unflushed = keeps
-
-    @property
-    def on_reconnect(self) -> Callable[[], None]:
-        """Called, synchronously, before unanswered commands are sent again."""
-        return self.session.on_reconnect
-
-    @on_reconnect.setter
-    def on_reconnect(self, hook: Callable[[], None]) -> None:
-        self.session.on_reconnect = hook
-
-    @property
-    def on_export_changed(self) -> Callable[[Export], None]:
-        """Called after a reconnect when the export has grown."""
-        return self.session.on_export_changed
-
-    @on_export_changed.setter
-    def on_export_changed(self, hook: Callable[[Export], None]) -> None:
-        self.session.on_export_changed = hook
+        self.link.keeps_unflushed = keeps
 
     def expect_stale_writes(self) -> None:
         """A process before this one, which is gone, may have left changes at the server.
@@ -132,13 +128,13 @@ class Client:
         Unless the server has a fence, changes wait for `options.stale_write_grace_s` from now on.
         Only after `connect`.
         """
-        self.session.expect_stale_writes(trio.current_time())
+        self.link.expect_stale_writes(trio.current_time())
         self._loop.turn.end()
 
     @property
     def may_leave_writes(self) -> bool:
         """The process after this one has to expect stale writes. Also after `close`."""
-        return self.session.may_leave_writes
+        return self.link.may_leave_writes
 
     async def connect(self) -> Export:
         """Connect for the first time, within `options.connect_timeout_s`.
@@ -169,17 +165,17 @@ class Client:
         timeout_s = self.options.close_timeout_s if timeout_s is None else timeout_s
         self._closing = True
         self._run_scope.cancel()
-        self.session.leaving()
+        self.link.leaving()
         try:
             await self._hang_up(timeout_s)
         finally:
-            self.session.closed(self._take_unanswered())
+            self.link.closed(self._take_unanswered())
             self._loop.turn.end()
-            self._loop.turn.remove_stage(self.session)
+            self._loop.turn.remove_stage(self.link)
 
     def abandon(self) -> None:
-        """See `Session.abandon`."""
-        self.session.abandon()
+        """See `Link.abandon`."""
+        self.link.abandon()
         self._loop.turn.end()
 
     def silence(self) -> None:
@@ -203,29 +199,29 @@ class Client:
             return
         self._wanted = trio.Event()
         self._reconnecting.cancel()
-        self.session.leaving()
+        self.link.leaving()
         try:
             await self._hang_up(timeout_s)
         finally:
             for connection in self._connections:
                 connection.close()
-            self.session.fail_pending(trio.current_time(), self._take_unanswered(), errno)
+            self.link.fail_pending(trio.current_time(), self._take_unanswered(), errno)
             self._loop.turn.end()
             self._broken.set()
 
     def come_back(self) -> None:
         """The end of `leave`: connect again."""
         if not self._wanted.is_set():
-            self.session.wait_anew(trio.current_time())
+            self.link.wait_anew(trio.current_time())
             self._wanted.set()
 
     # Connections.
 
     async def _establish(self) -> None:
-        """Open the connections of a new generation and hand them to the session."""
+        """Open the connections of a new generation and hand them to the link."""
         negotiated = await self._negotiate_all()
         export = replace(negotiated[0].export, name=self.uri.export_name)
-        reason = self.session.refusal(export)
+        reason = self.link.refusal(export)
         if reason is not None:
             for each in negotiated:
                 await leave(each)
@@ -235,7 +231,7 @@ class Client:
                 each.close()
             raise ConnectionLost("the connection is not wanted any more")
         self._broken = trio.Event()
-        generation = self.session.generation + 1
+        generation = self.link.generation + 1
         connections: list[Connection] = []
         try:
             for each in negotiated:
@@ -260,20 +256,20 @@ class Client:
             for connection in connections:
                 connection.close()
             raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
-        if generation > 1:
-            await self._examine(export, connections)
+        if generation > 1 and self._above is not None:
+            await self._examine(self._above, export, connections)
         self._connections = connections
         self._first_cookie = next(self._cookies)
-        self.session.established(trio.current_time(), export, connections)
+        self.link.established(trio.current_time(), export, connections)
         self._loop.turn.end()
 
-    async def _examine(self, export: Export, connections: list[Connection]) -> None:
+    async def _examine(self, above: Above, export: Export, connections: list[Connection]) -> None:
         """Raises ConnectionLost, and closes `connections`, if the server is not to be used."""
         reason = "the connection was lost again"
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_when, self._broken, nursery.cancel_scope)
-                reason = await self.examine(export, connections[0].send)
+                reason = await above.examine(export, connections[0].send)
                 nursery.cancel_scope.cancel()
             if not self._wanted.is_set():
                 reason = "the connection is not wanted any more"
@@ -301,7 +297,7 @@ class Client:
             self._reads_only = None
             raise
         self._plain_next = False
-        if self.session.phase is Phase.CLOSED:
+        if self.link.phase is Phase.CLOSED:
             return [first]
         export = first.export
         announced = export.volume.is_fenced
@@ -384,13 +380,13 @@ class Client:
         """A connection broke, or the server wants to be left."""
         if not self._broken.is_set():
             _log.warning("connection lost", server=self.uri.server, reason=error)
-        self.session.leaving()
+        self.link.leaving()
         self._broken.set()
 
     async def _give_up_connections(self) -> None:
         """Let the other connections finish, then take what has no answer."""
         await self._hang_up(min(_DRAIN_S, self.options.close_timeout_s))
-        if self.session.phase not in (Phase.UP, Phase.LEAVING):
+        if self.link.phase not in (Phase.UP, Phase.LEAVING):
             return
         # The end of a unix socket means that the server, on this machine, is through with it.
         ended = self.uri.socket_path is not None and all(
@@ -403,7 +399,7 @@ class Client:
         )
         sent = next(self._cookies) - self._first_cookie - 1
         unanswered = self._take_unanswered()
-        self.session.lost(
+        self.link.lost(
             trio.current_time(),
             unanswered,
             stale_possible=not ended,
@@ -428,7 +424,7 @@ class Client:
 
     async def _reconnect(self) -> None:
         while True:
-            await trio.sleep(self.session.next_delay_s())
+            await trio.sleep(self.link.next_delay_s())
             try:
                 await self._establish()
             except BridgeError as error:
@@ -442,7 +438,7 @@ class Client:
                 if repr(error) != self._last_failure:
                     self._last_failure = repr(error)
                     _log.error("cannot reconnect yet: internal error", exc_info=error)
-                if self.session.phase is not Phase.UP:
+                if self.link.phase is not Phase.UP:
                     continue
                 for connection in self._connections:
                     connection.close()
@@ -454,7 +450,7 @@ class Client:
             return
 
     async def _watch(self) -> None:
-        """Deadlines of the session, and silent servers."""
+        """Deadlines of the link, and silent servers."""
         options = self.options
         tick_s = min(
             _TICK_S,
@@ -469,7 +465,7 @@ class Client:
             if not self._wanted.is_set():
                 await self._wanted.wait()
             now = trio.current_time()
-            self.session.tick(now)
+            self.link.tick(now)
             self._loop.turn.end()
             if options.request_timeout_s:
                 for connection in self._connections:
@@ -479,13 +475,9 @@ class Client:
                                 f"no answer to a request for {options.request_timeout_s:g} s"
                             )
                         )
-            deadline = self.session.next_deadline_s()
+            deadline = self.link.next_deadline_s()
             wait_s = tick_s if deadline is None else min(tick_s, max(deadline - now, 0.001))
             await trio.sleep(wait_s)
-
-
-async def _take_it(export: Export, submit: Callable[[Request], None]) -> str:
-    return ""
 
 
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
@@ -566,4 +558,4 @@ def _cookie(request: Request) -> int:
     return request.cookie
 
 
-__all__ = ["Client", "inspect", "list_exports"]
+__all__ = ["Above", "Client", "inspect", "list_exports"]

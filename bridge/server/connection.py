@@ -161,7 +161,7 @@ async def _connect(uri: NbdUri) -> socket.socket:
             cause = cause.exceptions[0]
         number = getattr(cause, "errno", None)
         reason = os.strerror(number) if number else str(cause)
-        if number == errno.ECONNREFUSED and uri.socket_path is not None:
+        if number in (errno.ECONNREFUSED, errno.EACCES) and uri.socket_path is not None:
             _check_socket(uri.socket_path)
         raise ConnectionLost(f"cannot connect: {reason}") from None
 
@@ -179,7 +179,8 @@ def _taken_from(stream: trio.SocketStream) -> socket.socket:
 
 
 def _check_socket(path: str) -> None:
-    """Whatever is no socket refuses connections, too. Raises ConfigError for it."""
+    """What is not a socket refuses connections, too; to a user who may not write it, with EACCES.
+    Raises ConfigError for it."""
     with contextlib.suppress(OSError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise ConfigError("not a socket: write ?socket=PATH with that of the NBD server")

@@ -14,14 +14,8 @@ import pytest
 
 from bridge.app.storage import cache_path
 from bridge.server.uri import parse_uri
-from tests.app.processes import bridge_argv, short_directory, unix_uri
+from tests.processes import bridge_argv, unix_uri
 from tests.tools import HUNG_S, need
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def refused(*arguments: str, status: int) -> str:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -21,11 +20,10 @@ from bridge.errors import ConnectionLost, RequestError
 from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
-from tests.app.processes import (
+from tests.processes import (
     bridge_argv,
     process,
     serving,
-    short_directory,
     unix_uri,
     wait_for,
 )
@@ -36,10 +34,9 @@ SIZE_BYTES = 64 << 20
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        (path / "cache").mkdir()
-        yield path
+def directory(directory: Path) -> Path:
+    (directory / "cache").mkdir()
+    return directory
 
 
 def nbdkit(directory: Path) -> list[str]:

@@ -21,7 +21,6 @@ from bridge.app.cache_tools import flush_file
 from bridge.cache.file.inspect import show
 from bridge.errors import ConfigError, RequestError
 from bridge.peers.blk_driver import BlkDriver
-from tests.app.processes import bridge_argv, process, serving, unix_uri, wait_for
 from tests.app.test_cache import (
     SIZE_BYTES,
     cache_file,
@@ -33,6 +32,7 @@ from tests.app.test_cache import (
     write_and_leave_dirty,
 )
 from tests.ports import free_port
+from tests.processes import bridge_argv, process, serving, unix_uri, wait_for
 from tests.tools import HUNG_S, need, told
 
 __all__ = ["directory"]

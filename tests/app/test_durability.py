@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -19,19 +19,13 @@ from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.spec import nbd as p
-from tests.app.processes import bridge_argv, process, short_directory, unix_uri, wait_for
+from tests.processes import bridge_argv, process, unix_uri, wait_for
 from tests.tools import HUNG_S
 
 BLOCK = 4096
 DATA = b"W" * BLOCK
 ANONYMOUS = ""
 """Of a server that does not say which instance it is."""
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 class Setting:

@@ -18,21 +18,14 @@ import pytest
 import trio
 
 from bridge.peers.blk_driver import BlkDriver
-from tests.app.processes import (
+from tests.processes import (
     bridge_argv,
     process,
     serving,
-    short_directory,
     unix_uri,
     wait_for,
 )
 from tests.tools import HUNG_S, need
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import os
 import signal
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from bridge.peers.shared_memory import SharedMemory
 from bridge.peers.split_driver import SplitDriver, write_chain
 from bridge.spec.virtio_blk import T_DISCARD, T_IN, T_OUT
 from bridge.spec.virtqueue import DESC_INDIRECT, DESC_WRITE
-from tests.app.processes import bridge_argv, process, short_directory, unix_uri, wait_for
+from tests.processes import bridge_argv, process, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 
 QUEUES = 4
@@ -35,12 +35,6 @@ DATA = 4 << 20
 
 ALLOWED_BYTES = (192 + 3 * 8) << 20
 """What the README promises: 192 MiB, and 8 MiB for each queue after the first."""
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 class Flood:

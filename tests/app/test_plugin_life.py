@@ -12,9 +12,9 @@ import trio
 
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
-from tests.app.processes import process, serving, unix_uri, wait_for
 from tests.app.test_cache import cached, directory, nbdkit
 from tests.plugin.test_outside_changes import wait_for_another_tick
+from tests.processes import process, serving, unix_uri, wait_for
 from tests.tools import HUNG_S
 
 __all__ = ["directory"]

@@ -8,7 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,28 +17,20 @@ import trio
 
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
-from tests.app.processes import (
+from tests.ports import free_port
+from tests.processes import (
     bridge_argv,
     cpu_seconds,
     private_memory_bytes,
     process,
     serving,
-    short_directory,
     unix_uri,
     wait_for,
 )
-from tests.peers import peer_command
-from tests.ports import free_port
-from tests.tools import HUNG_S, need
+from tests.tools import HUNG_S, need, peer
 
 PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
 SIZE_BYTES = 64 << 20
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def nbdkit_plugin(directory: Path, *options: str) -> list[str]:
@@ -111,7 +103,7 @@ async def exercise(vhost: Path) -> dict[int, bytes]:
     return expected
 
 
-@pytest.mark.parametrize("server", [nbdkit_plugin, qemu_nbd])
+@pytest.mark.parametrize("server", [nbdkit_plugin, pytest.param(qemu_nbd, marks=pytest.mark.qemu)])
 async def test_serve_real_server_image_holds_what_was_written(server, directory):
     vhost = directory / "vhost"
     async with process(server(directory), ready=directory / "nbd"):
@@ -153,13 +145,12 @@ async def test_serve_device_shows_size_serial_and_cache(disk):
         assert await guest.read(0, 512, queue=1) == b"a" * 512
 
 
+@pytest.mark.peers
 async def test_serve_libblkio_client_reads_back_its_patterns(disk, directory):
     target = f"driver=virtio-blk-vhost-user,path={disk},cache.direct=on"
     commands = ["write -P 0x5a 0 1M", "write -P 0x33 4k 8k", "flush", "write -z 256k 64k"]
     commands += ["read -P 0x5a 12k 100k", "read -P 0x33 4k 8k", "read -P 0 256k 64k"]
-    argv = peer_command(
-        "qemu-io", *(x for c in commands for x in ("-c", c)), "--image-opts", target
-    )
+    argv = peer("qemu-io", *(x for c in commands for x in ("-c", c)), "--image-opts", target)
     done = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
     output = (done.stdout + done.stderr).decode()
     assert done.returncode == 0, output

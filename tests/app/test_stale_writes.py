@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from bridge.errors import ConnectionLost
 from bridge.peers.blk_driver import BlkDriver
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
-from tests.app.processes import bridge_argv, process, serving, short_directory, unix_uri
+from tests.processes import bridge_argv, process, serving, unix_uri
 from tests.tools import HUNG_S, need
 
 PLUGIN = Path(__file__).with_name("unfenced_plugin.py")
@@ -36,10 +36,9 @@ STALL_S = 0.5
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        (path / "disk").write_bytes(bytes(8 << 20))
-        yield path
+def directory(directory: Path) -> Path:
+    (directory / "disk").write_bytes(bytes(8 << 20))
+    return directory
 
 
 def nbdkit(directory: Path) -> list[str]:

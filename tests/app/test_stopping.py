@@ -41,7 +41,7 @@ from bridge.server.uri import parse_uri
 from bridge.spec import nbd as p
 from bridge.spec.virtio_blk import S_IOERR, S_OK, T_DISCARD, T_FLUSH, T_IN, T_OUT
 from tests.guest.device_guest import DeviceGuest, GuestRing, PendingRequest
-from tests.server.helpers import short_dir, unix_uri
+from tests.processes import short_directory, unix_uri
 from tests.tools import told
 
 SIZE_BYTES = 16 << 20
@@ -234,7 +234,7 @@ class World:
 
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
-    with short_dir() as directory:
+    with short_directory() as directory:
         world = World(directory)
         async with trio.open_nursery() as nursery:
             await nursery.start(world.server.serve_unix, directory / "nbd")

@@ -267,9 +267,9 @@ class Guest:
         changes = self.world.changes()
         await trio.sleep(300)
         assert self.world.changes() == changes
-        session = bridge.storage.client.session
-        assert not session.in_flight
-        assert not session._outlived
+        link = bridge.storage.client.link
+        assert not link.in_flight
+        assert not link._changes._outlived
         assert not bridge.storage._late
         assert not bridge.device._engine._unanswered
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from errno import EIO
 from pathlib import Path
@@ -33,18 +33,12 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec.nbd import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
-from tests.app.processes import process, short_directory, unix_uri, wait_for
+from tests.processes import process, unix_uri, wait_for
 from tests.tools import HUNG_S, need, told
 from tests.turns import turn_of_the_loop
 
 SIZE_BYTES = 64 << 20
 CLOSE_TIMEOUT_S = 0.1
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def slow_nbdkit(directory: Path, *, read_delay: str = "0") -> list[str]:
@@ -105,6 +99,7 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.nbdkit
 async def test_open_with_a_damaged_index_lets_go_of_the_file(directory):
     loop = Loop(poll_us=0)
     async with process(slow_nbdkit(directory), ready=directory / "nbd"):
@@ -137,6 +132,7 @@ def mark_as_killed(path: str) -> None:
     file.close(clean=False)
 
 
+@pytest.mark.nbdkit
 async def test_close_waits_for_reads_in_flight_longer_than_the_client_would(directory):
     argv = slow_nbdkit(directory, read_delay="500ms")
     async with process(argv, ready=directory / "nbd") as server:
@@ -149,13 +145,14 @@ async def test_close_waits_for_reads_in_flight_longer_than_the_client_would(dire
         assert await wait_for(server, limit_s=HUNG_S) == 0, "not aborted by our hanging up"
 
 
+@pytest.mark.nbdkit
 async def test_close_sends_no_further_reads(directory):
     """What waits for its turn is dropped: only what the server has already is waited for."""
     argv = slow_nbdkit(directory, read_delay="100ms")
     async with process(argv, ready=directory / "nbd") as server:
         async with running(directory) as storage:
             ended = [start(storage, PREFETCH, number << 20, 1 << 20) for number in range(60)]
-            storage.client.session.leaving()
+            storage.client.link.leaving()
             late = start(storage, READ, 63 << 20, 4096)
             with trio.fail_after(HUNG_S):
                 await storage.client.close(10)
@@ -166,6 +163,7 @@ async def test_close_sends_no_further_reads(directory):
         assert await wait_for(server, limit_s=HUNG_S) == 0, "not aborted by our hanging up"
 
 
+@pytest.mark.nbdkit
 async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(directory):
     async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
         async with running(directory) as storage:
@@ -200,6 +198,7 @@ async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(dir
             await storage.close(10)
 
 
+@pytest.mark.nbdkit
 async def test_write_that_waits_for_room_is_never_done_once_it_is_abandoned(
     directory: Path,
 ) -> None:
@@ -249,6 +248,7 @@ async def read(storage: Storage, offset: int) -> bytes:
     return bytes(buffer)
 
 
+@pytest.mark.nbdkit
 async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeypatch):
     """Neither a sync nor a read that never returns holds a stop for ever."""
     stuck, began = threading.Event(), threading.Event()

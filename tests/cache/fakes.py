@@ -38,12 +38,16 @@ class FakeServer:
         self.can_write_zeroes = True
         self.generation = 1
         self.gone = False
-        self.image = bytearray(size_bytes)
+        self.image = self.blank(size_bytes)
         self.fails = 0
         """An errno: there is no connection, everything fails at once."""
         self.pending: list[Request] = []
         self.seen: list[tuple[int, int, int, int]] = []
         """(op, offset, length, flags) of everything submitted."""
+
+    def blank(self, size_bytes: int) -> bytearray:
+        """What an empty disk of that size is kept in."""
+        return bytearray(size_bytes)
 
     def submit(self, request: Request) -> None:
         if self.fails:

@@ -7,6 +7,8 @@ import itertools
 import random
 from typing import Any
 
+import pytest
+
 from bridge.datapath.buffers import slices
 from bridge.datapath.request import (
     DISCARD,
@@ -629,6 +631,79 @@ def test_write_that_waits_for_room_waits_on_while_the_server_only_refuses_data()
     assert {each.error for each in results} == {0}
 
 
+def _searches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The granules for which a slot is looked for from now on."""
+    searched: list[int] = []
+    obtain = rig.cache._slots.obtain
+
+    def counted(granule: int) -> int:
+        searched.append(granule)
+        return obtain(granule)
+
+    monkeypatch.setattr(rig.cache._slots, "obtain", counted)
+    return searched
+
+
+def test_write_that_waits_for_a_slot_looks_again_only_when_there_may_be_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not because time passes, other requests come, or a flush has ended that made no room."""
+    rig = Rig(granules=128, slots=8, dirty_hard_ratio=1.0, roomy_ratios=None)
+    for slot in range(1, 9):
+        rig.write(slot * GRANULE, b"c" * BLOCK)
+    assert rig.flush() == 0
+    for slot in range(1, 9):
+        rig.cache._slots.pin(slot)
+    write = rig.start(WRITE, 100 * GRANULE, data=b"w" * BLOCK)
+    searched = _searches(rig, monkeypatch)
+
+    for now in range(1, 9):
+        rig.tick(now * 100)
+        assert rig.read(now * GRANULE, BLOCK) == b"c" * BLOCK
+        assert rig.flush() == 0
+    assert (searched, write.error) == ([], None)
+    rig.cache._slots.unpin(3)
+    rig.turn.want()
+    rig.end_turn()
+
+    assert (searched, write.error) == ([100], 0)
+
+
+def test_partial_write_whose_fetch_was_overtaken_by_a_discard_fetches_again() -> None:
+    """There is room, so there is nothing to wait for: no flush, no timer."""
+    rig = Rig()
+    write = rig.start(WRITE, 512, data=b"w" * 512)
+    discard = rig.start(DISCARD, 0, GRANULE)
+    rig.server.answer(1)
+    assert discard.error == 0
+
+    rig.serve()
+
+    assert write.error == 0
+    assert len(rig.server.ops(READ)) == 2
+    assert rig.server.ops(FLUSH) == []
+
+
+def test_flush_that_failed_is_not_tried_again_by_writes_that_wait_for_room() -> None:
+    """Only by the timer: a server that cannot flush would be asked as often as a guest writes."""
+    rig = Rig(granules=128, slots=8)
+    for granule in range(20):
+        rig.start(WRITE, granule * GRANULE, data=b"a" * BLOCK)
+    while rig.server.pending:
+        rig.server.answer(error=errno.EIO)
+    sent = len(rig.server.seen)
+    assert rig.cache.waiting["room"]
+
+    rig.now += 0.001
+    for granule in range(20, 40):
+        rig.start(WRITE, granule * GRANULE, data=b"a" * BLOCK)
+
+    assert len(rig.server.seen) == sent
+    rig.tick(100)
+    rig.serve()
+    assert rig.cache.waiting["room"] == 0
+
+
 def test_write_zeroes_into_the_cache_let_the_turn_end() -> None:
     """A server without WRITE_ZEROES, and a guest that zeroes a terabyte."""
     rig = Rig(granules=4096, slots=4096, dirty_hard_ratio=1.0)
@@ -673,7 +748,7 @@ class _Counted:
 
 def test_discards_in_progress_are_found_without_looking_at_each() -> None:
     """32 segments in each of 1024 chains are 32,768."""
-    rig = Rig(granules=1 << 16, slots=64)
+    rig = Rig(granules=2048, slots=64)
     for number in range(1024):
         rig.start(DISCARD, number * 2 * GRANULE, BLOCK)
     discards = rig.cache._discards

@@ -55,6 +55,7 @@ def _reference(policy: str, name: str, slots: int) -> float:
     return misses / len(trace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [500, 1000])
 @pytest.mark.parametrize("name", ["zipf", "zipf + scan", "loop", "loop 1.1", "mixed"])
 def test_misses_are_within_three_percent_of_the_best(name: str, slots: int) -> None:

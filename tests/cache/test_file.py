@@ -822,10 +822,7 @@ def test_header_keeps_what_was_seen(path: str) -> None:
     assert header.export_identity == b"i" * 16
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-
-
-@needs_root
+@pytest.mark.root
 @pytest.mark.parametrize("content", [b"", b"0.1"], ids=["empty", "used"])
 def test_cache_file_of_another_user_is_refused(path: str, content: bytes) -> None:
     """Put there in advance: who made it could read the guest's data, and change it."""

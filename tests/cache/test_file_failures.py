@@ -252,6 +252,15 @@ def test_failing_cache_file_fails_writes_and_keeps_what_was_there() -> None:
     assert rig.cache.index.used == 0
 
 
+def test_failing_cache_file_fails_a_write_of_part_of_a_block_and_asks_the_server_once() -> None:
+    """The rest of the block has to be in the cache first. It is not fetched again and again."""
+    rig = _failing_rig()
+
+    assert rig.write(512, b"a" * 512) == errno.ENOSPC
+    assert len(rig.server.ops(READ)) == 1
+    assert rig.read(0, BLOCK) == b"s" * BLOCK
+
+
 def test_failing_cache_file_does_not_lose_dirty_data() -> None:
     rig = _failing_rig()
     rig.image.fails = False  # type: ignore[attr-defined]
@@ -325,7 +334,7 @@ def test_cold_read_that_is_larger_than_the_budget_is_done_alone() -> None:
 
 
 def test_turn_ends_while_a_write_waits_for_slots_that_slow_reads_hold() -> None:
-    """A flush makes no room, since nothing is dirty: it ends at once, and is tried a few times."""
+    """A flush makes no room, since nothing is dirty: none is begun for it."""
     rig, cold = _cold_rig(granules=8, slots=2)
     assert rig.flush() == 0
     reads = [rig.start(READ, granule * GRANULE, BLOCK) for granule in range(2)]

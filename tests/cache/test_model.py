@@ -14,11 +14,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from .world import DISCARD, WRITE, WRITE_ZEROES, Killed, World, run
 
+slow = pytest.mark.slow
+
 PROGRAMS = int(os.environ.get("CACHE_PROGRAMS", "3000"))
-CHUNKS = 10
+CHUNKS = 30
+_OF_THE_FAST = 4
+"""So many of the chunks are not slow."""
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    "chunk",
+    [*range(_OF_THE_FAST), *(pytest.param(n, marks=slow) for n in range(_OF_THE_FAST, CHUNKS))],
+)
 def test_random_programs_with_faults_never_lose_or_invent_data(chunk: int) -> None:
     first = int(os.environ.get("CACHE_SEED", "0"))
     for seed in range(first + chunk, first + PROGRAMS, CHUNKS):

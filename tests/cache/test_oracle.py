@@ -207,6 +207,7 @@ def _growth_before_the_last_block_is_known(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Resizer, "_read_last_block", broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plant",
     [

@@ -241,6 +241,7 @@ class Server:
         """The connection is lost, and nobody waits for another: everything fails at once."""
         self.given_up = True
         self.fail_pending()
+        turn().want()
 
     def fail_pending(self) -> None:
         """What is in flight fails; it may have been executed."""
@@ -435,8 +436,24 @@ class World:
                 return None
         return first, end
 
-    def guest_write(self, op: int = WRITE) -> None:
-        chosen = self._free_range(24)
+    def _clean_range(self) -> tuple[int, int] | None:
+        """Sectors of one cached block that is clean, and that no write in flight touches."""
+        index, geometry = self.cache.index, self.geometry
+        slot = self.rng.randrange(geometry.slots) + 1
+        clean = index.valid(slot) & ~index.dirty(slot)
+        if not clean:
+            return None
+        per_block = geometry.block_bytes // SECTOR
+        block = self.rng.choice([each for each in range(16) if clean >> each & 1])
+        first = index.granule_of[slot] * geometry.granule_bytes // SECTOR + block * per_block
+        end = min(self.sectors, first + self.rng.randint(1, per_block))
+        changing = (op for op in self.guest if op.op in (WRITE, DISCARD, WRITE_ZEROES))
+        if first >= end or any(op.first < end and first < op.end for op in changing):
+            return None
+        return first, end
+
+    def guest_write(self, op: int = WRITE, chosen: tuple[int, int] | None = None) -> None:
+        chosen = chosen or self._free_range(24)
         if chosen is None:
             return
         first, end = chosen
@@ -792,6 +809,21 @@ class World:
                 return
         self.server.reply(command)
 
+    def fail_to_flush(self) -> None:
+        """The server cannot make something durable, amid whatever else it has executed by then and
+        not replied to. That may be gone with it, and the replies come all the same."""
+        pending = self.server.pending
+        failing = [each for each in pending if each.request.op == FLUSH or each.request.flags & FUA]
+        if not failing:
+            self.serve(error=errno.EIO)
+            return
+        command = self.rng.choice(failing)
+        for other in list(pending):
+            if other is not command and not other.executed and self.rng.random() < 0.7:
+                self.server.execute(other)
+        self.server.fail_fsync()
+        self.server.reply(command, errno.EIO)
+
     def tick(self, seconds: float) -> None:
         self.now += seconds
         due = self.cache.next_deadline()
@@ -813,6 +845,12 @@ class World:
             self._kill()
         except AssertionError as error:
             raise AssertionError(f"seed {self.seed!r}: {error}") from error
+
+    def kill_amid_write_of_clean_block(self) -> None:
+        """What the file says of it and what it holds change one after the other."""
+        if (chosen := self._clean_range()) is not None:
+            self.image.stores_left = self.rng.randrange(3)
+            self.guest_write(chosen=chosen)
 
     def _kill(self) -> None:
         try:
@@ -850,14 +888,18 @@ class World:
         kind = rng.random()
         if kind < 0.05:
             self.give_up()
+        elif kind < 0.20:
+            self.fail_to_flush()
         elif kind < 0.35:
             self.serve(error=rng.choice((errno.EIO, errno.ENOSPC)))
         elif kind < 0.53:
             self.reconnect(power_loss=False)
         elif kind < 0.71:
             self.reconnect(power_loss=True)
-        elif kind < 0.80:
+        elif kind < 0.76:
             self.kill()
+        elif kind < 0.80:
+            self.kill_amid_write_of_clean_block()
         elif kind < 0.85:
             self.lose_host()
         elif kind < 0.90:

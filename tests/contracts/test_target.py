@@ -8,10 +8,11 @@ over the client.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -34,7 +35,8 @@ from bridge.server.uri import parse_uri
 from tests.cache.fakes import FakeServer, Rig
 from tests.guest.memory_target import MemoryTarget
 from tests.guest.virtio.mock import FakeDisk
-from tests.server.helpers import cut, pattern, process, running_client, served, short_dir, unix_uri
+from tests.processes import program, short_directory, unix_uri
+from tests.server.helpers import cut, pattern, running_client, served
 from tests.tools import HUNG_S, need
 from tests.turns import deliver, forget, turn
 
@@ -126,9 +128,9 @@ async def _client_on_small_server(folder: Path) -> AsyncIterator[Subject]:
 @asynccontextmanager
 async def _nbdkit(folder: Path) -> AsyncIterator[str]:
     """The URI of a volume in the memory of a real nbdkit."""
-    with short_dir() as place:
+    with short_directory() as place:
         argv = [need("nbdkit"), "-f", "-U", str(place / "s"), "memory", str(SIZE)]
-        with process(argv, ready=place / "s"):
+        with program(argv, ready=place / "s"):
             yield unix_uri(place / "s")
 
 
@@ -168,13 +170,20 @@ TARGETS = UPSTREAMS | {
 }
 
 
-@pytest.fixture(params=list(TARGETS))
+def _params(subjects: Iterable[str]) -> list[Any]:
+    return [
+        pytest.param(name, marks=pytest.mark.nbdkit if "nbdkit" in name else ())
+        for name in subjects
+    ]
+
+
+@pytest.fixture(params=_params(TARGETS))
 async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
     async with AsyncExitStack() as stack:
         yield await stack.enter_async_context(TARGETS[request.param](tmp_path))
 
 
-@pytest.fixture(params=list(UPSTREAMS))
+@pytest.fixture(params=_params(UPSTREAMS))
 async def upstream(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
     async with AsyncExitStack() as stack:
         yield await stack.enter_async_context(UPSTREAMS[request.param](tmp_path))

@@ -85,6 +85,18 @@ async def timed(backend: FakeBackend, interval_s: float = 60) -> AsyncIterator[C
         nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def after_an_untold_failure() -> AsyncIterator[tuple[FakeBackend, Client]]:
+    """A flush that the guest did not send has failed."""
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        backend.error = EIO
+        client.do(FLUSH, flags=UNASKED)
+        backend.error = 0
+        yield backend, client
+
+
 # The timer
 
 
@@ -322,12 +334,7 @@ async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
     autojump_clock: MockClock,
 ) -> None:
     """The flush when the write cache is turned off: nobody hears of its failure."""
-    backend = FakeBackend()
-    async with timed(backend) as client:
-        client.do(WRITE)
-        backend.error = EIO
-        client.do(FLUSH, flags=UNASKED)
-        backend.error = 0
+    async with after_an_untold_failure() as (backend, client):
         assert backend.requests[-1].flags == UNASKED
         assert client.disk.untold
         client.do(FLUSH)
@@ -340,12 +347,7 @@ async def test_flush_that_is_executed_again_tells_nothing_of_a_failure_before(
     autojump_clock: MockClock,
 ) -> None:
     """The guest may have sent it before a write that is complete by now."""
-    backend = FakeBackend()
-    async with timed(backend) as client:
-        client.do(WRITE)
-        backend.error = EIO
-        client.do(FLUSH, flags=UNASKED)
-        backend.error = 0
+    async with after_an_untold_failure() as (backend, client):
         client.do(FLUSH, flags=REPEATED)
         assert backend.requests[-1].flags == REPEATED
         assert client.disk.untold
@@ -383,11 +385,14 @@ def test_flush_that_a_task_asks_for_wants_a_turn() -> None:
 
 
 def test_disk_is_durable_when_a_flush_has_covered_everything_submitted() -> None:
+    class Remembering:
+        def durability_changed(self) -> None:
+            changes.append(disk.is_durable)
+
     backend = FakeBackend()
-    client = client_of(backend)
-    disk = client.disk
     changes: list[bool] = []
-    disk.on_changed = lambda: changes.append(disk.is_durable)
+    disk = Disk(backend, turn=turn(), flush_interval_s=60, now=lambda: 0.0, above=Remembering())
+    client = Client(disk)
     assert disk.is_durable
     client.do(WRITE)
     assert changes == [False]

@@ -155,6 +155,7 @@ def test_stages_are_asked_until_nothing_moves() -> None:
     one, other = Counting(3), Counting(1)
     turn.add_stage(one)
     turn.add_stage(other)
+    turn.want()
     assert turn.end()
     assert (one.left, other.left) == (0, 0)
     assert one.asked == other.asked == 4
@@ -170,6 +171,7 @@ def test_what_a_stage_finishes_is_told_before_it_is_asked_again() -> None:
         turn.finish(request(lambda each: order.append("told")))
 
     turn.add_stage(Counting(2, moved))
+    turn.want()
     turn.end()
     assert order == ["moved, 1 left", "told", "moved, 0 left", "told"]
 
@@ -179,6 +181,7 @@ def test_stage_that_was_removed_is_not_asked() -> None:
     stage = Counting(1)
     turn.add_stage(stage)
     turn.remove_stage(stage)
+    turn.want()
     assert not turn.end()
     assert stage.asked == 0
 
@@ -187,6 +190,7 @@ def test_turn_that_does_not_settle_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("bridge.datapath.turn.ROUNDS_MAX", 100)
     turn = Turn()
     turn.add_stage(Counting(1000))
+    turn.want()
     with pytest.raises(AssertionError, match="does not settle"):
         turn.end()
 
@@ -299,6 +303,40 @@ def test_turn_that_was_wanted_asks_the_stages_once() -> None:
     turn.end()
     assert stage.asked == 1
     assert not turn.pending
+
+
+def test_turn_that_nobody_wanted_asks_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hit in the cache costs what it costs, not what every part of the data path may want."""
+    monkeypatch.setattr(Turn, "checks_stages", False)
+    turn = Turn()
+    stage = Counting(0)
+    turn.add_stage(stage)
+    turn.at_end(lambda: None)
+    assert turn.end()
+    assert stage.asked == 0
+
+
+def test_stages_are_asked_about_what_is_begun_at_the_end() -> None:
+    turn = Turn()
+    stage = Counting(0)
+    turn.add_stage(stage)
+
+    def begin() -> None:
+        stage.left = 2
+        turn.want()
+
+    turn.at_end(begin)
+    turn.end()
+    assert stage.left == 0
+    assert not turn.pending
+
+
+def test_forgotten_wish_is_found_in_tests() -> None:
+    turn = Turn()
+    turn.add_stage(Counting(1))
+    turn.at_end(lambda: None)
+    with pytest.raises(AssertionError, match="wanted no turn"):
+        turn.end()
 
 
 def test_turn_wanted_within_a_turn_is_that_turn() -> None:

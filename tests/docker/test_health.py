@@ -117,6 +117,7 @@ def server_certificates(tmp_path: Path) -> tuple[Path, Path]:
     return server, client
 
 
+@pytest.mark.nbdkit
 def test_probe_of_a_server_that_answers_passes() -> None:
     with nbdkit() as address:
         probe(address, "disk@readonly", None)

@@ -6,12 +6,15 @@ import contextlib
 import mmap
 import os
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import trio
 
 from bridge.datapath.loop import Loop
+from bridge.datapath.request import Request
+from bridge.errors import LeftBehind
+from bridge.guest.above import Above
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
 from bridge.guest.virtio.blk_config import DiskGeometry
@@ -89,6 +92,49 @@ def signals(fd: int) -> int:
         return 0
 
 
+_CALLS = (
+    *("on_abandoned", "on_all_stopped", "on_left_behind", "on_starting"),
+    *("on_recovered", "on_inherited", "on_fresh_guest"),
+)
+
+
+class StorageSide(Above):
+    """The layer above a device, which does what a test wants of it."""
+
+    def __init__(self, **calls: Callable[..., Any]) -> None:
+        assert set(calls) <= set(_CALLS)
+        self.calls = calls
+
+    def abandoned(self, requests: Sequence[Request]) -> None:
+        if "on_abandoned" in self.calls:
+            self.calls["on_abandoned"](requests)
+
+    async def all_stopped(self) -> None:
+        if "on_all_stopped" in self.calls:
+            await self.calls["on_all_stopped"]()
+
+    async def left_behind(self) -> LeftBehind | None:
+        if "on_left_behind" not in self.calls:
+            return None
+        left: LeftBehind | None = await self.calls["on_left_behind"]()
+        return left
+
+    def starting(self, go: Callable[[], None]) -> bool:
+        return "on_starting" not in self.calls or bool(self.calls["on_starting"](go))
+
+    def recovered(self) -> None:
+        if "on_recovered" in self.calls:
+            self.calls["on_recovered"]()
+
+    def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+        if "on_inherited" in self.calls:
+            self.calls["on_inherited"](unflushed_on, loss_untold)
+
+    def fresh_guest(self) -> None:
+        if "on_fresh_guest" in self.calls:
+            self.calls["on_fresh_guest"]()
+
+
 class DeviceGuest:
     """A device with its front-end's view of it."""
 
@@ -108,15 +154,19 @@ class DeviceGuest:
         self.disk = disk
         disk.turn = loop.turn
         self.stopped_all = 0
+        self.above = StorageSide(
+            on_abandoned=options.get("on_abandoned", disk.abandoned),
+            on_all_stopped=options.get("on_all_stopped", self._all_stopped),
+            **{name: each for name, each in options.items() if name in _CALLS[2:]},
+        )
         self.device = BlkDevice(
             loop,
             disk,
             geometry or DiskGeometry(len(disk.data)),
             serial="serial",
             max_queues=max_queues,
-            on_abandoned=options.pop("on_abandoned", disk.abandoned),
-            on_all_stopped=options.pop("on_all_stopped", self._all_stopped),
-            **options,
+            above=self.above,
+            **{name: each for name, each in options.items() if name not in self.above.calls},
         )
         self.packed = packed
         self.size = size

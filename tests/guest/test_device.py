@@ -1,4 +1,7 @@
-"""The device: rings, memory, draining, recovery, migration (§3.3, §3.5, §3.8, §3.10, §3.11)."""
+"""The device: rings, memory, draining, recovery, migration.
+
+Rules `malformed`, `notify`, `session`, `inflight`, `dirty_log` of docs/rules/virtio.md.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,8 @@ from tests.guest.device_guest import (
     MEMORY_BYTES,
     USER_BASE,
     DeviceGuest,
+    GuestRing,
+    PendingRequest,
     a_while,
     running_device,
     signals,
@@ -74,13 +79,13 @@ async def test_requests_that_wait_at_the_start_are_served_without_a_kick(
     await until(lambda: pending.status == S_OK)
 
 
-async def test_3_5_start_calls_once_in_case_a_call_was_lost(guest: DeviceGuest) -> None:
+async def test_notify_start_calls_once_in_case_a_call_was_lost(guest: DeviceGuest) -> None:
     """SPDK dbe47004e5 (#3150)."""
     ring = guest.start()
     assert ring.calls() == 1
 
 
-async def test_3_5_new_call_descriptor_is_signalled_at_once(guest: DeviceGuest) -> None:
+async def test_notify_new_call_descriptor_is_signalled_at_once(guest: DeviceGuest) -> None:
     guest.start()
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     guest.device.set_call(0, fd)
@@ -91,14 +96,14 @@ async def test_3_5_new_call_descriptor_is_signalled_at_once(guest: DeviceGuest) 
     os.close(fd)
 
 
-async def test_3_5_completion_calls_the_driver(guest: DeviceGuest) -> None:
+async def test_notify_completion_calls_the_driver(guest: DeviceGuest) -> None:
     ring = guest.start()
     ring.calls()
     await guest.request(T_FLUSH)
     assert ring.calls() == 1
 
 
-async def test_3_5_batch_calls_once(guest: DeviceGuest) -> None:
+async def test_notify_batch_calls_once(guest: DeviceGuest) -> None:
     ring = guest.start()
     ring.calls()
     last = [guest.put(T_FLUSH) for _ in range(5)][-1]
@@ -110,7 +115,7 @@ async def test_3_5_batch_calls_once(guest: DeviceGuest) -> None:
 
 @pytest.mark.parametrize("event_idx", [False, True])
 async def test_no_kick_is_lost_however_it_falls_in_the_loops_turn(event_idx: bool) -> None:
-    """§3.1.6, §3.1.7: a driver that kicks only when asked to, again and again.
+    """`ring_barriers`, `ring_rearm`: a driver that kicks only when asked to, again and again.
 
     The loop falls asleep between requests each time; a lost kick would stop everything.
     """
@@ -130,7 +135,7 @@ async def test_no_kick_is_lost_however_it_falls_in_the_loops_turn(event_idx: boo
             await until(lambda: bool(ring.driver.poll()))
 
 
-async def test_3_5_polling_guest_needs_neither_kick_nor_call(
+async def test_notify_polling_guest_needs_neither_kick_nor_call(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
     """KICK and CALL with bit 8: the back-end looks by itself, and signals nobody."""
@@ -208,7 +213,9 @@ async def test_kick_descriptor_that_cannot_be_waited_for_is_refused(
         {"used_user_address": USER_BASE},  # over the descriptors
     ],
 )
-async def test_3_1_1_impossible_ring_is_refused(guest: DeviceGuest, change: dict[str, int]) -> None:
+async def test_ring_layout_impossible_ring_is_refused(
+    guest: DeviceGuest, change: dict[str, int]
+) -> None:
     """T41-T49; CVE-2026-61402."""
     with pytest.raises(ProtocolError):
         guest.start(**change)
@@ -216,7 +223,9 @@ async def test_3_1_1_impossible_ring_is_refused(guest: DeviceGuest, change: dict
     await guest.request(T_FLUSH)
 
 
-async def test_3_1_1_split_ring_of_no_power_of_two_is_refused(autojump_clock: MockClock) -> None:
+async def test_ring_layout_split_ring_of_no_power_of_two_is_refused(
+    autojump_clock: MockClock,
+) -> None:
     async with running_device() as guest:
         await guest.connect()
         with pytest.raises(ProtocolError, match="power of two"):
@@ -234,7 +243,7 @@ async def test_packed_ring_may_have_any_size(autojump_clock: MockClock) -> None:
 # Broken rings
 
 
-async def test_3_3_broken_ring_stops_alone_and_says_so_once() -> None:
+async def test_malformed_broken_ring_stops_alone_and_says_so_once() -> None:
     """Its error descriptor is signalled; the other queue and the disk live on."""
     async with running_device() as guest:
         await guest.connect()
@@ -254,7 +263,7 @@ async def test_3_3_broken_ring_stops_alone_and_says_so_once() -> None:
         await guest.device.stop_ring(0)
 
 
-async def test_3_3_broken_ring_stays_broken_through_resume_and_memory_changes() -> None:
+async def test_malformed_broken_ring_stays_broken_through_resume_and_memory_changes() -> None:
     async with running_device() as guest:
         await guest.connect()
         bad = guest.start()
@@ -309,14 +318,10 @@ async def test_rings_broken_again_and_again_do_not_fill_the_log(
 # Suspend and resume
 
 
-async def test_3_8_suspended_ring_leaves_requests_and_completes_what_it_has(
+async def test_session_suspended_ring_leaves_requests_and_completes_what_it_has(
     guest: DeviceGuest,
 ) -> None:
-    ring = guest.start()
-    guest.disk.hold = True
-    first = guest.put(T_FLUSH)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    ring, first = await with_one_held(guest, T_FLUSH)
     guest.device.suspend_ring(0)
     guest.device.suspend_ring(0)
     second = guest.put(T_FLUSH)
@@ -331,10 +336,22 @@ async def test_3_8_suspended_ring_leaves_requests_and_completes_what_it_has(
     await until(lambda: second.status == S_OK)
 
 
+async def with_one_held(
+    guest: DeviceGuest, op: int, sector: int = 0, **options: Any
+) -> tuple[GuestRing, PendingRequest]:
+    """Start ring 0 with a request that the disk holds back."""
+    ring = guest.start()
+    guest.disk.hold = True
+    pending = guest.put(op, sector, **options)
+    ring.kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    return ring, pending
+
+
 # Stopping
 
 
-async def test_3_8_stop_answers_everything_first_and_names_the_base(
+async def test_session_stop_answers_everything_first_and_names_the_base(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
     ring = guest.start()
@@ -368,15 +385,11 @@ async def test_3_8_stop_answers_everything_first_and_names_the_base(
     await until(lambda: late.status == S_OK)
 
 
-async def test_3_8_stop_is_bounded_and_fails_what_nobody_answers(
+async def test_session_stop_is_bounded_and_fails_what_nobody_answers(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
     """A dead server must not hang QEMU's main loop."""
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    ring, pending = await with_one_held(guest, T_IN, room=512)
     started_s = trio.current_time()
     await guest.device.stop_ring(0)
     assert trio.current_time() - started_s == pytest.approx(30)
@@ -436,11 +449,7 @@ async def test_rings_stopped_one_after_the_other_do_not_each_take_that_long(
 async def test_cancelled_stop_leaves_nothing_behind(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     with trio.move_on_after(1):
         await guest.device.stop_ring(0)
     assert pending.status == S_IOERR
@@ -448,7 +457,7 @@ async def test_cancelled_stop_leaves_nothing_behind(
     guest.start()
 
 
-async def test_3_8_last_stop_waits_for_the_disk_to_be_up_to_date(
+async def test_session_last_stop_waits_for_the_disk_to_be_up_to_date(
     autojump_clock: MockClock,
 ) -> None:
     """Another host may open the image next."""
@@ -469,7 +478,7 @@ async def test_3_8_last_stop_waits_for_the_disk_to_be_up_to_date(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_3_8_last_stop_that_leaves_something_behind_is_not_answered(
+async def test_session_last_stop_that_leaves_something_behind_is_not_answered(
     autojump_clock: MockClock, fails: bool
 ) -> None:
     """It does not wait for ever either: QEMU's main loop does."""
@@ -523,7 +532,7 @@ async def test_ring_held_at_its_start_begins_nothing_until_it_is_let_go(
     guest.device.hurry(0)
     await guest.device.stop_ring(0)
     guest.disk.hold = False
-    guest.device._on_starting = lambda go: bool(let_go.append(go))
+    guest.above.calls["on_starting"] = let_go.append
     guest.start()
     late = guest.put(T_FLUSH)
     guest.rings[0].kick_device()
@@ -546,11 +555,7 @@ async def test_requests_left_in_the_region_are_forgotten_by_a_reset(
 ) -> None:
     """The driver has forgotten them, and uses their memory again."""
     fd, size = guest.device.create_inflight(1, 16)
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     base = await guest.device.stop_ring(0)
     await guest.device.reset()
     await guest.connect()
@@ -564,13 +569,13 @@ async def test_requests_left_in_the_region_are_forgotten_by_a_reset(
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_3_10_requests_that_this_process_left_itself_are_no_other_processs(
+async def test_inflight_requests_that_this_process_left_itself_are_no_other_processs(
     guest: DeviceGuest, autojump_clock: MockClock, same: bool
 ) -> None:
     """It knows what it has sent: nothing need be waited for. QEMU hands the region over anew with
     each start."""
     told: list[None] = []
-    guest.device._on_recovered = lambda: told.append(None)
+    guest.above.calls["on_recovered"] = lambda: told.append(None)
     fd, size = guest.device.create_inflight(1, 16)
     guest.start()
     guest.disk.hold = True
@@ -617,11 +622,7 @@ async def test_disconnect_gives_the_memory_back(guest: DeviceGuest) -> None:
 
 async def test_memory_added_while_requests_are_in_flight_does_not_wait(guest: DeviceGuest) -> None:
     await guest.device.replace_memory([guest.region(0, 0x200000)])
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     await guest.device.add_memory(guest.region(0x200000, 0x100000))
     guest.disk.release()
     await until(lambda: pending.status == S_OK)
@@ -671,11 +672,7 @@ async def test_memory_that_no_request_uses_is_taken_away_at_once(
 ) -> None:
     """QEMU's main loop waits: not for a server that is away, because of other memory."""
     await guest.device.replace_memory([guest.region(0, 0x200000), guest.region(0x200000, 0x100000)])
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     began_s = trio.current_time()
     if replaced:
         await guest.device.replace_memory([guest.region(0, 0x200000)])
@@ -706,11 +703,7 @@ async def test_memory_replaced_by_the_same_goes_on(guest: DeviceGuest) -> None:
 async def test_memory_replaced_by_more_does_not_wait(guest: DeviceGuest) -> None:
     """QEMU without memory slots hot-plugs like that, perhaps while the server is away."""
     await guest.device.replace_memory([guest.region(0, 0x200000)])
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     await guest.device.replace_memory([guest.region(0, 0x200000), guest.region(0x200000, 0x100000)])
     guest.disk.release()
     await until(lambda: pending.status == S_OK)
@@ -722,11 +715,7 @@ async def test_memory_replaced_by_more_does_not_wait(guest: DeviceGuest) -> None
 async def test_memory_taken_away_under_a_slow_request_does_not_fail_it(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=512)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=512)
     await guest.device.replace_memory([guest.region(0, 0x200000)])
     assert pending.status == 0xEE
     guest.disk.release()
@@ -764,7 +753,12 @@ async def test_memory_unknown_cannot_be_removed(guest: DeviceGuest) -> None:
 
 async def test_resize_is_told_and_counts_at_once(guest: DeviceGuest) -> None:
     told: list[None] = []
-    guest.device.on_config_changed = lambda: told.append(None)
+
+    class Listener:
+        def config_changed(self) -> None:
+            told.append(None)
+
+    guest.device.listener = Listener()
     guest.start()
     assert (await guest.request(T_IN, 2048, room=512))[0] == S_IOERR
     guest.disk.data += bytes(1 << 20)
@@ -826,7 +820,7 @@ async def test_features_withheld_are_not_offered(autojump_clock: MockClock) -> N
 async def test_driver_that_accepts_nothing_but_version_1_works(
     autojump_clock: MockClock,
 ) -> None:
-    """§3.7: no INDIRECT, no EVENT_IDX, no FLUSH."""
+    """`features`: no INDIRECT, no EVENT_IDX, no FLUSH."""
     async with running_device(event_idx=False) as guest:
         await guest.connect(F_VERSION_1)
         guest.start()
@@ -837,7 +831,7 @@ async def test_driver_that_accepts_nothing_but_version_1_works(
 # Crash recovery
 
 
-async def test_3_10_write_cache_turned_off_stays_off_after_a_death(guest: DeviceGuest) -> None:
+async def test_inflight_write_cache_turned_off_stays_off_after_a_death(guest: DeviceGuest) -> None:
     """The guest believes that what completes is durable, whoever serves it."""
     fd, size = guest.device.create_inflight(1, 16)
     guest.device.write_config(32, b"\0", migration=False)
@@ -856,7 +850,7 @@ async def test_3_10_write_cache_turned_off_stays_off_after_a_death(guest: Device
     os.close(fd)
 
 
-async def test_3_10_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGuest) -> None:
+async def test_inflight_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGuest) -> None:
     """Beside the write cache that is off, and whatever came first."""
     left = ((1 << 56) - 2, False)
     guest.device.remember_durability(unflushed_on=left[0], loss_untold=left[1])
@@ -890,7 +884,7 @@ async def noting(came: list[object], *, packed: bool = False) -> AsyncIterator[D
         yield guest
 
 
-async def test_3_10_region_that_no_ring_used_leaves_nothing_to_inherit(
+async def test_inflight_region_that_no_ring_used_leaves_nothing_to_inherit(
     autojump_clock: MockClock,
 ) -> None:
     came: list[object] = []
@@ -927,7 +921,7 @@ async def test_guest_that_was_paused_here_inherits_nothing(autojump_clock: MockC
         os.close(fd)
 
 
-async def test_3_10_write_cache_that_is_off_is_so_in_a_new_region(guest: DeviceGuest) -> None:
+async def test_inflight_write_cache_that_is_off_is_so_in_a_new_region(guest: DeviceGuest) -> None:
     """Whatever came first: the guest's write or the region."""
     guest.device.write_config(32, b"\0", migration=False)
     fd, size = guest.device.create_inflight(1, 16)
@@ -938,7 +932,7 @@ async def test_3_10_write_cache_that_is_off_is_so_in_a_new_region(guest: DeviceG
     os.close(fd)
 
 
-async def test_3_10_write_through_is_not_taken_from_a_region_where_it_was_not_offered(
+async def test_inflight_write_through_is_not_taken_from_a_region_where_it_was_not_offered(
     guest: DeviceGuest,
 ) -> None:
     guest.device.write_config(32, b"\0", migration=False)
@@ -950,7 +944,7 @@ async def test_3_10_write_through_is_not_taken_from_a_region_where_it_was_not_of
     os.close(fd)
 
 
-async def test_3_10_requests_of_a_dead_process_are_executed_again(guest: DeviceGuest) -> None:
+async def test_inflight_requests_of_a_dead_process_are_executed_again(guest: DeviceGuest) -> None:
     fd, size = guest.device.create_inflight(1, 16)
     ring = guest.start()
     guest.disk.hold = True
@@ -988,7 +982,7 @@ async def test_3_10_requests_of_a_dead_process_are_executed_again(guest: DeviceG
 
 
 @pytest.mark.parametrize("answered", [True, False])
-async def test_3_10_recovered_requests_are_told_of_before_they_are_executed(
+async def test_inflight_recovered_requests_are_told_of_before_they_are_executed(
     guest: DeviceGuest, answered: bool
 ) -> None:
     """Whoever is below may have to wait: the server may be about to execute the same ones."""
@@ -1027,7 +1021,7 @@ async def test_3_10_recovered_requests_are_told_of_before_they_are_executed(
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-async def test_3_10_flush_that_is_executed_again_is_marked(packed: bool) -> None:
+async def test_inflight_flush_that_is_executed_again_is_marked(packed: bool) -> None:
     """Its failure would tell the guest nothing: when it was sent is not known any more."""
     async with running_device(packed=packed, drain_timeout_s=0.01) as guest:
         await guest.connect()
@@ -1047,7 +1041,7 @@ async def test_3_10_flush_that_is_executed_again_is_marked(packed: bool) -> None
         os.close(fd)
 
 
-async def test_3_10_stopped_in_order_nothing_is_executed_again(guest: DeviceGuest) -> None:
+async def test_inflight_stopped_in_order_nothing_is_executed_again(guest: DeviceGuest) -> None:
     fd, size = guest.device.create_inflight(1, 16)
     guest.start()
     await guest.request(T_FLUSH)
@@ -1060,7 +1054,7 @@ async def test_3_10_stopped_in_order_nothing_is_executed_again(guest: DeviceGues
     os.close(fd)
 
 
-async def test_3_10_region_for_smaller_queues_is_refused(guest: DeviceGuest) -> None:
+async def test_inflight_region_for_smaller_queues_is_refused(guest: DeviceGuest) -> None:
     _, fd, size = InflightRegion.create(num_queues=1, queue_size=8, packed=guest.packed)
     guest.device.set_inflight(fd, 0, size, 1, 8)
     os.close(fd)
@@ -1070,7 +1064,7 @@ async def test_3_10_region_for_smaller_queues_is_refused(guest: DeviceGuest) -> 
         guest.start(1)
 
 
-async def test_3_10_region_made_here_has_room_for_the_largest_ring(guest: DeviceGuest) -> None:
+async def test_inflight_region_made_here_has_room_for_the_largest_ring(guest: DeviceGuest) -> None:
     """QEMU 10 asks for its queue-size, and its guest's driver starts a larger ring."""
     fd, size = guest.device.create_inflight(1, 8)
     guest.start()
@@ -1081,7 +1075,7 @@ async def test_3_10_region_made_here_has_room_for_the_largest_ring(guest: Device
     os.close(fd)
 
 
-async def test_3_10_region_that_does_not_fit_is_refused(guest: DeviceGuest) -> None:
+async def test_inflight_region_that_does_not_fit_is_refused(guest: DeviceGuest) -> None:
     fd, size = guest.device.create_inflight(1, 8)
     with pytest.raises(ProtocolError):
         guest.device.set_inflight(fd, 0, size, 4, 1024)
@@ -1106,7 +1100,7 @@ def log_fd() -> Any:
     os.close(fd)
 
 
-async def test_3_11_everything_written_is_marked_while_logging(
+async def test_dirty_log_everything_written_is_marked_while_logging(
     guest: DeviceGuest, log_fd: int
 ) -> None:
     ring = guest.start(log_guest_address=0x300000)
@@ -1134,15 +1128,11 @@ async def test_3_11_everything_written_is_marked_while_logging(
     assert before is not written
 
 
-async def test_3_11_request_from_before_logging_is_marked_when_it_ends(
+async def test_dirty_log_request_from_before_logging_is_marked_when_it_ends(
     guest: DeviceGuest, log_fd: int
 ) -> None:
     """The front-end has copied the page meanwhile."""
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_IN, room=4096)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    _, pending = await with_one_held(guest, T_IN, room=4096)
     guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
     guest.device.set_logging(True)
     guest.disk.release()
@@ -1151,7 +1141,7 @@ async def test_3_11_request_from_before_logging_is_marked_when_it_ends(
     assert pending.status_address >> 12 in dirty(log_fd)
 
 
-async def test_3_11_nothing_is_marked_after_logging(guest: DeviceGuest, log_fd: int) -> None:
+async def test_dirty_log_nothing_is_marked_after_logging(guest: DeviceGuest, log_fd: int) -> None:
     guest.start(log_guest_address=0)
     guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
     guest.device.set_logging(True)
@@ -1160,7 +1150,7 @@ async def test_3_11_nothing_is_marked_after_logging(guest: DeviceGuest, log_fd: 
     assert dirty(log_fd) == set()
 
 
-async def test_3_11_ring_is_logged_from_when_the_front_end_says_so(
+async def test_dirty_log_ring_is_logged_from_when_the_front_end_says_so(
     guest: DeviceGuest, log_fd: int
 ) -> None:
     ring = guest.start()
@@ -1172,12 +1162,12 @@ async def test_3_11_ring_is_logged_from_when_the_front_end_says_so(
     assert ring.index == 0
 
 
-async def test_3_11_log_beyond_its_file_is_refused(guest: DeviceGuest, log_fd: int) -> None:
+async def test_dirty_log_beyond_its_file_is_refused(guest: DeviceGuest, log_fd: int) -> None:
     with pytest.raises(ProtocolError):
         guest.device.set_log(log_fd, 0, (MEMORY_BYTES >> 15) + 1)
 
 
-async def test_3_11_read_of_many_pages_marks_them_all(guest: DeviceGuest, log_fd: int) -> None:
+async def test_dirty_log_read_of_many_pages_marks_them_all(guest: DeviceGuest, log_fd: int) -> None:
     guest.start()
     guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
     guest.device.set_logging(True)
@@ -1201,11 +1191,7 @@ async def test_failed_requests_are_answered(guest: DeviceGuest) -> None:
 
 
 async def test_target_that_finishes_out_of_turn_wakes_the_loop(guest: DeviceGuest) -> None:
-    ring = guest.start()
-    guest.disk.hold = True
-    pending = guest.put(T_FLUSH)
-    ring.kick_device()
-    await until(lambda: len(guest.disk.held) == 1)
+    ring, pending = await with_one_held(guest, T_FLUSH)
     await a_while()  # the loop sleeps
     ring.calls()
     guest.disk.release()
@@ -1294,7 +1280,7 @@ async def test_disconnect_lets_go_of_every_ring_whatever_fails(
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-async def test_3_10_ring_whose_stop_is_not_answered_goes_on_where_it_was(packed: bool) -> None:
+async def test_inflight_ring_whose_stop_is_not_answered_goes_on_where_it_was(packed: bool) -> None:
     """The front-end has only an older base: the region has to know."""
 
     async def fails() -> None:
@@ -1315,7 +1301,7 @@ async def test_3_10_ring_whose_stop_is_not_answered_goes_on_where_it_was(packed:
             assert (await guest.request(T_FLUSH))[0] == S_OK
 
 
-async def test_3_10_packed_ring_of_a_process_that_dies_before_it_answers_goes_on_where_it_was(
+async def test_inflight_packed_ring_of_a_process_that_dies_before_it_answers_goes_on_where_it_was(
     autojump_clock: MockClock,
 ) -> None:
     async with running_device(packed=True, on_all_stopped=trio.sleep_forever) as guest:

@@ -160,7 +160,7 @@ async def test_ring_with_requests_in_flight_breaks_and_still_answers_them() -> N
 
 
 @pytest.mark.parametrize("spurious", [1, 100])
-async def test_3_5_spurious_kicks_are_nothing(spurious: int) -> None:
+async def test_notify_spurious_kicks_are_nothing(spurious: int) -> None:
     """T68, T69, T71."""
     async with running() as guest:
         for _ in range(spurious):

@@ -14,7 +14,7 @@ from tests.plugin.server import HOST, PEERS
 from tests.tools import missing
 
 
-@pytest.fixture(params=[HOST, PEERS])
+@pytest.fixture(params=[HOST, pytest.param(PEERS, marks=pytest.mark.peers)])
 def where(request: pytest.FixtureRequest) -> str:
     """This host's nbdkit, then the newer one."""
     value: str = request.param

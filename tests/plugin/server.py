@@ -9,8 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import peers
-from tests.tools import missing, need
+from tests.tools import need, peer
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nbd_plugin"
 PLUGIN = PACKAGE / "plugin.py"
@@ -101,13 +100,7 @@ class Nbdkit:
         return Path(shutil.copy(plugin, copy))
 
     def _nbdkit(self, where: str) -> list[str]:
-        if where == HOST:
-            return [need("nbdkit")]
-        try:
-            return peers.peer_command("nbdkit")
-        except peers.PeersMissing as error:
-            missing(str(error))
-            raise
+        return [need("nbdkit")] if where == HOST else peer("nbdkit")
 
 
 def refusal(*parameters: str, options: tuple[str, ...] = ()) -> str:

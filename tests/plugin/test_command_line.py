@@ -6,6 +6,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.plugin.client import RawClient
 from tests.plugin.server import PACKAGE, Nbdkit
 
@@ -62,6 +64,7 @@ def test_resize_smaller_only_when_told(volumes: Path) -> None:
     assert (volumes / "vm1").stat().st_size == 1 << 20
 
 
+@pytest.mark.nbdkit
 def test_volume_being_written_is_busy(volumes: Path) -> None:
     works("create", f"dir={volumes}", "vm1", "1M")
     with Nbdkit(f"dir={volumes}") as server, RawClient(str(server.socket), "vm1"):
@@ -70,6 +73,7 @@ def test_volume_being_written_is_busy(volumes: Path) -> None:
             assert (status, "open for writing" in said) == (1, True), said
 
 
+@pytest.mark.nbdkit
 def test_snapshot_keeps_the_contents_and_is_read_only(volumes: Path) -> None:
     works("create", f"dir={volumes}", "vm1", "1M")
     with Nbdkit(f"dir={volumes}") as server:

@@ -58,6 +58,7 @@ def test_limit_filter_refuses_one_client_too_many(volumes: Path) -> None:
         fails("nbdinfo", "--size", server.uri("disk@readonly"))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(("allowed", "served"), [("127.0.0.0/8", True), ("192.0.2.0/24", False)])
 def test_ip_filter_serves_the_allowed_only(volumes: Path, allowed: str, served: bool) -> None:
     """On the newer nbdkit: the filter of Debian 12's (1.32.5) cannot parse an IPv4 address."""

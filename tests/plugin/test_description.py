@@ -23,6 +23,7 @@ def properties(server: Nbdkit) -> dict[str, str]:
         return client.properties
 
 
+@pytest.mark.nbdkit
 @pytest.mark.parametrize("names", [("cache",), ("cow",), ("ip", "fua"), ("readahead",)])
 def test_filter_that_may_hold_data_nothing_is_vouched_for(
     volumes: Path, names: tuple[str, ...]
@@ -38,6 +39,7 @@ def test_filter_that_may_hold_data_nothing_is_vouched_for(
     assert len(found) == 2
 
 
+@pytest.mark.nbdkit
 def test_filters_that_pass_everything_on_change_nothing(volumes: Path) -> None:
     found = set()
     for _ in range(2):

@@ -69,6 +69,7 @@ def test_nbdkit_killed_under_writes_flushed_data_is_there(volumes: Path, where: 
             assert client.read(number * BLOCK, BLOCK) in (block(number), bytes(BLOCK))
 
 
+@pytest.mark.root
 def test_disk_full_client_gets_enospc_and_volume_is_intact(small_disk: Path, where: str) -> None:
     with (
         Nbdkit(f"file={small_disk}/disk", "size=64M", where=where) as server,

@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,20 @@ def come_back(server: Nbdkit, export: str = "disk") -> RawClient:
     client.write(0, NEW)
     client.flush()
     return client
+
+
+@contextmanager
+def coming_back_late(server: Nbdkit, stall: Stall, export: str) -> Iterator[RawClient]:
+    """A client that comes back, and is let in only once the write that hangs has ended."""
+    outcome: list[RawClient] = []
+    back = threading.Thread(target=lambda: outcome.append(come_back(server, export)))
+    back.start()
+    back.join(0.3)
+    assert not outcome
+    stall.release()
+    back.join(HUNG_S)
+    with outcome[0] as client:
+        yield client
 
 
 def test_reconnect_with_a_write_left_behind_newer_data_stays(volumes: Path, stall: Stall) -> None:
@@ -161,14 +176,7 @@ def test_replaced_connection_of_a_session_drains_first(volumes: Path, stall: Sta
         other = RawClient(str(server.socket), "disk@session=s1,connection=2")
         # Not cut: to the server the old connection looks alive.
         old = leave_write_behind(server, stall, export)
-        outcome: list[RawClient] = []
-        back = threading.Thread(target=lambda: outcome.append(come_back(server, export)))
-        back.start()
-        back.join(0.3)
-        assert not outcome
-        stall.release()
-        back.join(HUNG_S)
-        with outcome[0] as client:
+        with coming_back_late(server, stall, export) as client:
             assert client.read(0, 4096) == NEW
             assert client.properties["generation"] == "2", "the session goes on"
         other.close()
@@ -180,16 +188,7 @@ def test_new_session_of_the_same_client_replaces_its_live_looking_one(
 ) -> None:
     with serve(volumes) as server:
         old = leave_write_behind(server, stall, "disk@session=s1,client=c")
-        outcome: list[RawClient] = []
-        back = threading.Thread(
-            target=lambda: outcome.append(come_back(server, "disk@session=s2,client=c"))
-        )
-        back.start()
-        back.join(0.3)
-        assert not outcome
-        stall.release()
-        back.join(HUNG_S)
-        with outcome[0] as client:
+        with coming_back_late(server, stall, "disk@session=s2,client=c") as client:
             assert client.read(0, 4096) == NEW
             assert client.properties["generation"] == "3"
         old.cut()

@@ -65,6 +65,7 @@ def restore_with_its_time(path: Path) -> None:
 CHANGES = [edit, replace_file, shrink_and_grow, restore_with_its_time]
 
 
+@pytest.mark.nbdkit
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("write", [True, False])
 def test_file_changed_while_nbdkit_was_stopped_is_another_generation(
@@ -79,6 +80,7 @@ def test_file_changed_while_nbdkit_was_stopped_is_another_generation(
         assert believes(after, visit(server)), "one change, one new generation"
 
 
+@pytest.mark.nbdkit
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("flush", [True, False])
 def test_file_changed_after_nbdkit_was_killed_is_another_generation(
@@ -112,6 +114,7 @@ def wait_for_end_of_session(volumes: Path) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.nbdkit
 def test_file_changed_beside_a_running_nbdkit_between_sessions_is_another_generation(
     volumes: Path,
 ) -> None:
@@ -122,6 +125,7 @@ def test_file_changed_beside_a_running_nbdkit_between_sessions_is_another_genera
         assert not believes(before, visit(server))
 
 
+@pytest.mark.nbdkit
 @pytest.mark.parametrize("flush", [True, False])
 def test_kill_of_nbdkit_is_no_outside_change(volumes: Path, flush: bool) -> None:
     with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
@@ -138,6 +142,7 @@ def test_kill_of_nbdkit_is_no_outside_change(volumes: Path, flush: bool) -> None
         assert believes(client.properties, visit(server))
 
 
+@pytest.mark.nbdkit
 def test_kill_of_nbdkit_under_writes_is_no_outside_change(volumes: Path) -> None:
     for _ in range(5):
         with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
@@ -151,6 +156,7 @@ def test_kill_of_nbdkit_under_writes_is_no_outside_change(volumes: Path) -> None
             assert believes(client.properties, visit(server))
 
 
+@pytest.mark.nbdkit
 def test_what_does_not_change_the_contents_is_no_outside_change(volumes: Path) -> None:
     with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
         before = visit(server, write=True)
@@ -160,6 +166,7 @@ def test_what_does_not_change_the_contents_is_no_outside_change(volumes: Path) -
         assert believes(before, visit(server))
 
 
+@pytest.mark.nbdkit
 def test_reader_is_not_told_counters_after_an_outside_change(volumes: Path) -> None:
     with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
         visit(server, write=True)
@@ -322,6 +329,7 @@ def test_remembered_description_that_cannot_be_is_damage(seen: object) -> None:
         parse_state(json.dumps({"seen": seen}).encode())
 
 
+@pytest.mark.nbdkit
 def test_file_that_only_grew_is_told_from_one_that_a_session_wrote(volumes: Path) -> None:
     """Whoever has unwritten data must not be refused because the disk was made longer; how often
     that was, and who looked in between, does not matter."""
@@ -339,6 +347,7 @@ def test_file_that_only_grew_is_told_from_one_that_a_session_wrote(volumes: Path
         assert "grown_from" not in visit(server)
 
 
+@pytest.mark.nbdkit
 @pytest.mark.parametrize("change", CHANGES)
 def test_change_that_is_no_growth_is_not_called_one(
     volumes: Path, change: Callable[[Path], None]

@@ -14,6 +14,7 @@ from nbd_plugin.sizes import format_size, parse_size
 from tests.plugin.server import Nbdkit, refusal
 
 
+@pytest.mark.nbdkit
 @pytest.mark.parametrize(
     ("parameters", "text"),
     [
@@ -57,6 +58,7 @@ def test_parameter_that_cannot_be_refused_in_one_line(
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.nbdkit
 def test_lone_file_with_a_strange_name_is_volume_disk(volumes: Path) -> None:
     with Nbdkit(f"file={volumes}/my disk!", "size=1M") as server:
         assert server.process.poll() is None

@@ -95,6 +95,7 @@ def test_parallel_requests_of_many_threads_right_answers(volumes: Path, where: s
         assert server.process.poll() is None
 
 
+@pytest.mark.nbdkit
 def test_serial_is_the_default(volumes: Path) -> None:
     """nbdkit 1.32 aborts when a client hangs up with several parallel requests in flight."""
     with Nbdkit(f"file={volumes}/disk", "size=1M", options=("-v",), where=HOST) as server:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +29,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> GuestMachine:
         initrd = build_initramfs(kernel, sorted(TEST_SCRIPTS.glob("*.sh")))
     except ConfigError as error:
         missing(str(error))
-        raise
     path = tmp_path_factory.mktemp("guest") / "initrd"
     path.write_bytes(initrd)
     return GuestMachine(kernel, path)
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder with a short name: a unix socket's path has at most 107 bytes."""
-    path = Path(tempfile.mkdtemp(prefix="nbg-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+def folder(directory: Path) -> Path:
+    return directory

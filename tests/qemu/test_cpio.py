@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ def read_newc(data: bytes) -> dict[str, tuple[int, bytes]]:
         found[name] = (fields[1], content)
 
 
+@pytest.mark.qemu
 def test_archive_with_parents_is_unpacked_by_busybox_cpio(tmp_path: Path) -> None:
     archive = CpioArchive()
     archive.add_file("/a/b/program", b"#!/bin/sh\n", executable=True)

@@ -109,6 +109,7 @@ async def test_guest_killed_when_the_block_ends(machine: GuestMachine, folder: P
     assert guest.process.returncode is not None
 
 
+@pytest.mark.nbdkit
 async def test_demo_passes_with_every_check(machine: GuestMachine, folder: Path) -> None:
     """The main job: file system, discards, second boot, image on the server, clean stop."""
     need("nbdkit")
@@ -122,6 +123,7 @@ async def test_demo_passes_with_every_check(machine: GuestMachine, folder: Path)
     assert result.boots["boot 1"].values["write_cache"] == "write back"
 
 
+@pytest.mark.nbdkit
 async def test_demo_without_a_guest_passes_with_every_check(folder: Path) -> None:
     need("nbdkit")
 
@@ -131,6 +133,7 @@ async def test_demo_without_a_guest_passes_with_every_check(folder: Path) -> Non
     assert result.boots["front-end"].values["written_chunks"] == "4"
 
 
+@pytest.mark.nbdkit
 async def test_demo_notices_a_server_that_dies(folder: Path) -> None:
     need("nbdkit")
 
@@ -156,6 +159,7 @@ async def test_demo_without_nbdkit_uses_the_small_server(
     assert result.allocated["trimmed"] < result.allocated["written"]
 
 
+@pytest.mark.nbdkit
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 async def test_demo_ended_by_a_signal_leaves_no_guest_and_no_image(
     number: signal.Signals, machine: GuestMachine, folder: Path

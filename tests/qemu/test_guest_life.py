@@ -306,6 +306,7 @@ async def test_server_killed_while_the_guest_writes_loses_nothing(
             await kill_repeatedly(nbdkit, guest, KILLS)
 
 
+@pytest.mark.peers
 async def test_newer_qemu_runs_the_file_system_and_survives_a_killed_bridge(
     machine: GuestMachine, folder: Path
 ) -> None:

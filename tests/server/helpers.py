@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 
 import trio
 
@@ -23,33 +16,47 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.chunks import StatusRequest
 from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions
+from bridge.server.export import Export
 from bridge.server.uri import parse_uri
+from tests.processes import short_directory, unix_uri
 from tests.tools import HUNG_S
 
 FAST = ClientOptions(reconnect_first_s=0.01, reconnect_max_s=0.05, close_timeout_s=2.0)
 
 
-@contextlib.contextmanager
-def short_dir() -> Iterator[Path]:
-    """A directory whose path leaves room for a socket's name (107 bytes)."""
-    path = tempfile.mkdtemp(prefix="nbd-", dir="/tmp")
-    try:
-        yield Path(path)
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+class LayerAbove:
+    """What stands above a client or a link, and does what a test wants of it."""
 
+    def __init__(
+        self,
+        *,
+        reconnected: Callable[[], object] = lambda: None,
+        export_changed: Callable[[Export], object] = lambda export: None,
+    ) -> None:
+        self._reconnected = reconnected
+        self._export_changed = export_changed
 
-def unix_uri(path: Path | str, export: str = "", *, tls: bool = False, more: str = "") -> str:
-    return f"nbd{'s' if tls else ''}+unix:///{export}?socket={path}{more}"
+    def reconnected(self) -> None:
+        self._reconnected()
+
+    def export_changed(self, export: Export) -> None:
+        self._export_changed(export)
+
+    async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
+        return ""
 
 
 @contextlib.asynccontextmanager
 async def running_client(
-    uri: str, options: ClientOptions = FAST, *, connect: bool = True
+    uri: str,
+    options: ClientOptions = FAST,
+    *,
+    connect: bool = True,
+    above: LayerAbove | None = None,
 ) -> AsyncIterator[Client]:
     """A client on a loop of its own, connected."""
     loop = Loop(poll_us=0)
-    client = Client(parse_uri(uri), loop, options)
+    client = Client(parse_uri(uri), loop, options, above=above)
     try:
         async with trio.open_nursery() as nursery:
             if connect:
@@ -74,14 +81,15 @@ async def served(
     faults: Faults | None = None,
     options: ClientOptions = FAST,
     volatile: bool = False,
+    above: LayerAbove | None = None,
 ) -> AsyncIterator[tuple[Client, Server, MemoryDisk]]:
     """Our server with one export in memory on a unix socket, and a client on it."""
     disk = MemoryDisk(size_bytes, volatile=volatile)
     server = Server({"": disk}, settings, faults=faults)
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
-            async with running_client(unix_uri(folder / "s"), options) as client:
+            async with running_client(unix_uri(folder / "s"), options, above=above) as client:
                 yield client, server, disk
             nursery.cancel_scope.cancel()
 
@@ -143,13 +151,6 @@ async def status(client: Client, offset: int, length: int) -> list[tuple[int, in
     return waiter.request.extents
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that has no event of its own."""
-    with trio.fail_after(HUNG_S):
-        while not condition():
-            await trio.sleep(0.001)
-
-
 def cut(data: bytearray, pieces: int) -> list[memoryview]:
     """`data` as views of it; empty ones where there are more pieces than bytes."""
     view = memoryview(data)
@@ -168,42 +169,3 @@ def pattern(offset: int, length: int, seed: int = 0) -> bytes:
 
 def _ignore(request: Request) -> None:
     """Replaced by Waiter."""
-
-
-@contextlib.contextmanager
-def process(
-    argv: list[str], *, ready: Path | int | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A program that runs until the block ends, waited for until `ready` can be connected to."""
-    child = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    try:
-        if ready is not None:
-            await_listening(child, ready)
-        yield child
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert child.stderr is not None
-        child.stderr.close()
-
-
-def await_listening(child: subprocess.Popen[bytes], ready: Path | int) -> None:
-    deadline = time.monotonic() + HUNG_S
-    while True:
-        family = socket.AF_INET if isinstance(ready, int) else socket.AF_UNIX
-        address = ("127.0.0.1", ready) if isinstance(ready, int) else str(ready)
-        with socket.socket(family) as sock:
-            try:
-                sock.connect(address)
-                return
-            except OSError:
-                if child.poll() is not None:
-                    assert child.stderr is not None
-                    raise AssertionError(
-                        f"{child.args} ended: {child.stderr.read().decode(errors='replace')}"
-                    ) from None
-                if time.monotonic() > deadline:
-                    raise AssertionError(f"{child.args} does not listen") from None
-        time.sleep(0.02)

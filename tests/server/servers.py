@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import peers
+import pytest
+
 from tests.ports import free_port
-from tests.server.helpers import process
-from tests.tools import missing, need
+from tests.processes import program
+from tests.tools import need, peer
 
 SIZE = 8 << 20
 EXTENDED = ("qemu-nbd-10", "qemu-storage-daemon-10")
@@ -29,25 +30,16 @@ class Served:
     image: Path
 
 
-def newer(*argv: str) -> list[str]:
-    """A command of the newer peers."""
-    try:
-        return peers.peer_command(*argv)
-    except peers.PeersMissing as error:
-        missing(str(error))
-        raise
-
-
 @contextlib.contextmanager
 def serve(kind: str, folder: Path, *, tcp: bool, tls: Path | None) -> Iterator[Served]:
-    """Start server `kind` on an image of `SIZE` in `folder`. Skips or fails if it is not there."""
+    """Start server `kind` on an image of `SIZE` in `folder`."""
     image = folder / "disk.img"
     with image.open("wb") as file:
         file.truncate(SIZE)
     port = free_port() if tcp else 0
     sock = folder / "s"
     argv, export = _COMMANDS[kind](image, sock, port, tls)  # type: ignore[operator]
-    running = _daemon if kind == "nbd-server" else process
+    running = _daemon if kind == "nbd-server" else program
     where = f"localhost:{port}/{export}?" if tcp else f"/{export}?socket={sock}"
     scheme = "nbd" + ("s" if tls else "") + ("" if tcp else "+unix")
     more = f"&tls-certificates={tls.parent / 'clients'}&tls-hostname=localhost" if tls else ""
@@ -131,7 +123,7 @@ def _daemon(argv: list[str], *, ready: Path | int) -> Iterator[None]:
         time.sleep(0.01)
     pid = int(pid_file.read_text())
     try:
-        with process(["sleep", "60"], ready=ready):
+        with program(["sleep", "60"], ready=ready):
             yield
     finally:
         os.kill(pid, signal.SIGTERM)
@@ -146,7 +138,7 @@ def _host(name: str, make: object) -> object:
 
 def _peer(name: str, make: object) -> object:
     def command(*arguments: object) -> tuple[list[str], str]:
-        return make(newer(name))(*arguments)  # type: ignore[operator,no-any-return]
+        return make(peer(name))(*arguments)  # type: ignore[operator,no-any-return]
 
     return command
 
@@ -159,7 +151,12 @@ _COMMANDS = {
     "qemu-storage-daemon-10": _peer("qemu-storage-daemon", _storage_daemon),
     "nbd-server": lambda *arguments: _nbd_server(*arguments),
 }
-KINDS = tuple(_COMMANDS)
+_MARKERS = {"nbdkit": "nbdkit", "nbd-server": "nbdkit", "qemu-nbd": "qemu"}
+KINDS = tuple(
+    pytest.param(kind, marks=getattr(pytest.mark, _MARKERS.get(kind, "peers")))
+    for kind in _COMMANDS
+)
+"""For parametrize: each server with the marker of what it needs."""
 
 
 @contextlib.contextmanager
@@ -167,5 +164,5 @@ def nbdkit(folder: Path, *arguments: str) -> Iterator[str]:
     """nbdkit with any arguments on a unix socket; the URI."""
     sock = folder / f"s{os.urandom(3).hex()}"
     argv = [need("nbdkit"), "-f", "--exit-with-parent", "-U", str(sock), *arguments]
-    with process(argv, ready=sock):
+    with program(argv, ready=sock):
         yield f"nbd+unix:///?socket={sock}"

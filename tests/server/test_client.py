@@ -33,21 +33,20 @@ from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec import nbd as p
 from bridge.spec.nbd import TransmissionFlags
+from tests.processes import short_directory, unix_uri
 from tests.server.helpers import (
     FAST,
+    LayerAbove,
     do,
     pattern,
     read,
     running_client,
     served,
-    short_dir,
     start,
     status,
-    unix_uri,
-    until,
     write,
 )
-from tests.tools import HUNG_S
+from tests.tools import HUNG_S, until
 
 FORMATS = {
     "simple": ServerSettings(structured=False, extended=False),
@@ -244,7 +243,7 @@ class _HugeDisk(MemoryDisk):
 async def test_discard_of_two_terabytes_is_split_at_32_bits() -> None:
     disk = _HugeDisk()
     server = Server({"": disk}, ServerSettings(extended=False))
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s")) as client:
@@ -367,7 +366,7 @@ async def test_misbehaving_server_is_left_and_requests_survive(fault: dict[str, 
 
 
 async def test_server_shutting_down_is_left_in_order_and_requests_are_sent_again() -> None:
-    """Obligation 23: ESHUTDOWN means a soft disconnect, and it is no answer."""
+    """Rule `shutdown`: ESHUTDOWN means a soft disconnect, and it is no answer."""
     faults = Faults(shutting_down=True)
     async with served(faults=faults) as (client, _server, disk):
         waiter = start(client, WRITE, 0, 512, [memoryview(b"a" * 512)])
@@ -397,7 +396,7 @@ async def test_reconnect_timeout_fails_requests_until_the_server_is_back() -> No
         server.cut()
         await until(lambda: not client.connected)
         assert await write(client, 0, bytes(512)) == errno.EIO
-        assert client.session.given_up
+        assert client.link.given_up
         assert await write(client, 0, bytes(512)) == errno.EIO
         server.faults.refuse_connections = False
         await until(lambda: client.connected)
@@ -405,9 +404,9 @@ async def test_reconnect_timeout_fails_requests_until_the_server_is_back() -> No
 
 
 async def test_export_grown_while_away_is_reported() -> None:
-    async with served(1 << 20) as (client, server, disk):
-        seen = []
-        client.on_export_changed = lambda export: seen.append(export.size_bytes)
+    seen: list[int] = []
+    above = LayerAbove(export_changed=lambda export: seen.append(export.size_bytes))
+    async with served(1 << 20, above=above) as (client, server, disk):
         disk.resize(2 << 20)
         server.cut()
         await until(lambda: client.generation >= 2)
@@ -477,10 +476,10 @@ async def test_flush_after_reconnect_to_the_same_instance_succeeds() -> None:
 
 
 async def test_layer_that_keeps_unflushed_writes_is_told_and_flush_succeeds() -> None:
-    async with served(volatile=True) as (client, server, _disk):
+    told: list[int] = []
+    above = LayerAbove(reconnected=lambda: told.append(client.generation))
+    async with served(volatile=True, above=above) as (client, server, _disk):
         client.keeps_unflushed = True
-        told: list[int] = []
-        client.on_reconnect = lambda: told.append(client.generation)
         assert await write(client, 0, b"a" * 512) == 0
         server.crash()
         await until(lambda: client.generation >= 2)
@@ -493,7 +492,7 @@ async def test_close_with_requests_in_flight_drains_them() -> None:
     disk = MemoryDisk(1 << 20)
     server = Server({"": disk}, faults=Faults(delay_s=0.05))
     server.commands = []
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s")) as client:
@@ -610,7 +609,7 @@ async def test_stale_write_with_grace_does_not_overwrite_newer_data() -> None:
         assert await elsewhere.wait() == 0
         assert not second.finished.is_set()
         server.execute_left_behind()
-        client.session.tick(trio.current_time() + 3600)
+        client.link.tick(trio.current_time() + 3600)
         assert await second.wait() == 0
         assert disk.data[:512] == b"B" * 512
 
@@ -647,7 +646,7 @@ async def test_connect_unreachable_server_says_so(
 
 async def test_connect_unknown_export_is_a_config_error() -> None:
     server = Server({"disk": MemoryDisk(512)})
-    with short_dir() as folder:
+    with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s", "nope"), connect=False) as client:
@@ -663,7 +662,7 @@ async def test_inspect_and_list_leave_a_silent_server_in_time(
     look: Callable[..., Awaitable[object]], autojump_clock: trio.testing.MockClock
 ) -> None:
     options = replace(FAST, connect_timeout_s=7.0)
-    with short_dir() as folder, socket.socket(socket.AF_UNIX) as listening:
+    with short_directory() as folder, socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "s"))
         listening.listen()
 

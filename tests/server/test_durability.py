@@ -1,4 +1,4 @@
-"""What a flush vouches for: the marks alone, then the session that lives by them."""
+"""What a flush vouches for: the marks alone, then the link that lives by them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bridge.datapath.request import (
 )
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
 from bridge.server.client_options import ClientOptions
-from bridge.server.link import Session
+from bridge.server.link import Link
 from bridge.spec.nbd import TransmissionFlags
 from tests.server.test_link import BLOCK, World, export
 from tests.turns import deliver, forget, submit, turn
@@ -167,8 +167,8 @@ def fresh(description: str = "", flags: TransmissionFlags = DEFAULT_FLAGS) -> Wo
     """A world of which nobody knows what was before."""
     world = World(description=description, flags=flags)
     forget()
-    world.session = Session(ClientOptions(), turn())
-    turn().add_stage(world.session)
+    world.link = Link(ClientOptions(), turn())
+    turn().add_stage(world.link)
     world.up()
     return world
 
@@ -210,13 +210,13 @@ def test_guest_that_has_not_run_before_loses_nothing() -> None:
     world = fresh()
     world.down()
     world.up()
-    world.session.durability.nothing_before()
+    world.link.durability.nothing_before()
     assert world.ask(FLUSH).error == -1
 
 
 def test_guest_that_comes_from_another_process_may_have_left_something_unflushed() -> None:
     world = World()
-    world.session.expect_unflushed()
+    world.link.expect_unflushed()
     world.down()
     world.up()
     assert world.ask(FLUSH).error == EIO
@@ -355,7 +355,7 @@ def test_flushes_that_wait_share_the_next_command() -> None:
     assert world.sent == [(FLUSH, 0)]
     channel.answer(channel.pending[0])
     assert [flush.error for flush in flushes] == [0] * 100
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_flush_that_the_guest_did_not_send_tells_it_nothing() -> None:
@@ -443,7 +443,7 @@ def test_epoch_shows_whether_a_flush_failed_between_changes_of_one_guests_reques
     for error in (0, EIO, 0):
         world.ask(WRITE_ZEROES, 8, count=8)
         channel.answer_all()
-        epochs.append(world.session.durability.epoch)
+        epochs.append(world.link.durability.epoch)
         world.ask(FLUSH)
         channel.answer(channel.pending[0], error)
     assert epochs[0] == epochs[1] < epochs[2]
@@ -500,7 +500,7 @@ def test_failed_flush_is_told_although_the_connection_is_lost_before_the_next() 
     world.down()
     world.up()
     assert world.ask(FLUSH).error == -1
-    assert world.session.in_flight == 1
+    assert world.link.in_flight == 1
 
 
 def test_flush_that_we_fail_ourselves_ends_no_epoch() -> None:
@@ -520,7 +520,7 @@ def test_flush_that_we_fail_ourselves_ends_no_epoch() -> None:
 
 def test_layer_that_keeps_what_is_not_durable_hears_of_the_failure_and_nothing_else() -> None:
     world = World()
-    world.session.keeps_unflushed = True
+    world.link.keeps_unflushed = True
     (channel,) = world.channels
     write = world.ask(WRITE, 1)
     flush = world.ask(FLUSH)
@@ -530,13 +530,13 @@ def test_layer_that_keeps_what_is_not_durable_hears_of_the_failure_and_nothing_e
     assert world.ask(FLUSH).error == -1
 
 
-def test_closed_session_fails_the_flushes_that_wait() -> None:
+def test_closed_link_fails_the_flushes_that_wait() -> None:
     world = World()
     flushes = [world.ask(FLUSH), world.ask(FLUSH)]
     world.closed(world.pending)
     assert [flush.error for flush in flushes] == [EIO, EIO]
     assert world.ask(FLUSH).error == EIO
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_flush_submitted_by_one_that_is_refused_is_sent() -> None:
@@ -547,7 +547,7 @@ def test_flush_submitted_by_one_that_is_refused_is_sent() -> None:
     world.up()
     again: list[Request] = []
     refused = Request(FLUSH, 0, 0, [], lambda _: again.append(world.submit(FLUSH)))
-    submit(world.session, refused)
+    submit(world.link, refused)
     assert [flush.error for flush in again] == [-1]
     assert world.sent == [(FLUSH, 0)]
 
@@ -617,7 +617,7 @@ def test_durable_change_that_is_sent_again_on_a_new_connection_is_sent_once_ther
     waiting = world.ask(WRITE, 4, flags=FUA)
     world.up()
     world.channels[0].answer_all()
-    assert (change.error, waiting.error, world.session.resent_total) == (0, 0, 1)
+    assert (change.error, waiting.error, world.link.resent_total) == (0, 0, 1)
 
 
 def test_part_answered_in_the_turn_of_a_failed_flush_is_of_no_epoch_that_lasts() -> None:
@@ -627,16 +627,16 @@ def test_part_answered_in_the_turn_of_a_failed_flush_is_of_no_epoch_that_lasts()
     epochs: list[int] = []
 
     def note(part: Request) -> None:
-        epochs.append(world.session.durability.epoch)
+        epochs.append(world.link.durability.epoch)
 
-    before = world.session.durability.epoch
-    submit(world.session, Request(WRITE, 0, BLOCK, [memoryview(bytearray(BLOCK))], note))
+    before = world.link.durability.epoch
+    submit(world.link, Request(WRITE, 0, BLOCK, [memoryview(bytearray(BLOCK))], note))
     world.ask(FLUSH)
     channel.reply(channel.pending[1], EIO)
     channel.reply(channel.pending[0])
     deliver()
     assert len(epochs) == 1
-    assert world.session.durability.epoch not in (before, *epochs)
+    assert world.link.durability.epoch not in (before, *epochs)
 
 
 def test_write_in_parts_whose_last_is_answered_in_the_turn_of_a_failed_flush_is_done_again() -> (
@@ -669,7 +669,7 @@ def test_flush_submitted_in_the_turn_in_which_a_write_is_answered_does_not_tell_
         if when == "when the first is told":
             flushes.append(world.submit(FLUSH))
 
-    submit(world.session, Request(WRITE, 0, BLOCK, [memoryview(bytearray(BLOCK))], told))
+    submit(world.link, Request(WRITE, 0, BLOCK, [memoryview(bytearray(BLOCK))], told))
     channel.reply(channel.pending[0])
     if when == "before anybody is told":
         flushes.append(world.submit(FLUSH))
@@ -769,7 +769,7 @@ def test_answer_to_a_flush_loss_and_new_connection_in_one_turn_leave_one_flush_i
     while channel.pending:
         assert len(channel.pending) == 1
         channel.answer(channel.pending[0])
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
     assert len({id(each) for each in world.finished}) == len(world.finished) == 6
 
 
@@ -797,9 +797,9 @@ def test_write_abandoned_between_its_answer_and_being_told_of_it_still_counts() 
     channel.reply(channel.pending[0])
     ends: list[Request] = []
     write.abandon(ends.append, memoryview(bytearray(BLOCK)))
-    world.session.abandon()
+    world.link.abandon()
     deliver()
-    assert (ends, ended(world, write), world.session.in_flight) == ([write], False, 0)
+    assert (ends, ended(world, write), world.link.in_flight) == ([write], False, 0)
     world.down()
     world.up()
     assert world.sent == []

@@ -19,8 +19,8 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client import inspect, list_exports
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
-from tests.server.helpers import FAST, read, running_client, served, start, until
-from tests.tools import HUNG_S
+from tests.server.helpers import FAST, LayerAbove, read, running_client, served, start
+from tests.tools import HUNG_S, until
 
 
 def open_descriptors() -> int:
@@ -198,17 +198,16 @@ async def test_exception_while_sending_ends_that_connection_only(
 
 async def test_exception_after_a_reconnect_costs_that_connection_only() -> None:
     """What the layer above does with the new export may fail: the next one may be another."""
-    async with served() as (client, server, _):
+    calls = 0
+
+    def fail_twice() -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise ValueError("a bug of ours")
+
+    async with served(above=LayerAbove(reconnected=fail_twice)) as (client, server, _):
         assert await read(client, 0, 512) == bytes(512)
-        calls = 0
-
-        def fail_twice() -> None:
-            nonlocal calls
-            calls += 1
-            if calls < 3:
-                raise ValueError("a bug of ours")
-
-        client.on_reconnect = fail_twice
         server.cut()
         await until(lambda: not client.connected or client.generation > 1)
         assert await read(client, 0, 512) == bytes(512)

@@ -1,8 +1,4 @@
-"""The option phase, without sockets. Numbers are those of the list of client obligations:
-
-1 one option at a time, 2 echoes and order, 3 lengths, 4 what GO's errors mean, 5 padding,
-6 leaving, 7 STARTTLS, 8 extended headers first, 9 metadata contexts.
-"""
+"""The option phase, without sockets, by the rules of docs/rules/nbd.md."""
 
 from __future__ import annotations
 
@@ -172,10 +168,10 @@ def test_info_leaves_with_abort_and_falls_back_without_it() -> None:
     assert client.in_transmission  # by EXPORT_NAME: to be left with DISC
 
 
-# The obligations.
+# The rules.
 
 
-def test_obligation_1_one_option_at_a_time() -> None:
+def test_option_turns_one_option_at_a_time() -> None:
     client = Handshake(Wishes())
     client.receive(greeting())
     assert options_sent(client.data_to_send()) == [p.OPT_EXTENDED_HEADERS]
@@ -183,7 +179,7 @@ def test_obligation_1_one_option_at_a_time() -> None:
     assert client.data_to_send() == b""
 
 
-def test_obligation_1_list_waits_for_the_final_reply() -> None:
+def test_option_turns_list_waits_for_the_final_reply() -> None:
     client = talk(greeting(), wishes=Wishes(goal=Goal.LIST))
     client.receive(reply(p.OPT_LIST, p.REP_SERVER, p.U32.pack(1) + b"a"))
     assert client.state is State.TALKING
@@ -201,12 +197,12 @@ def test_obligation_1_list_waits_for_the_final_reply() -> None:
         (reply(p.OPT_GO, p.REP_INFO, b"1"), "reply type 3, 1 bytes"),
     ],
 )
-def test_obligation_2_wrong_reply_ends_the_handshake(bad: bytes, says: str) -> None:
+def test_option_replies_wrong_reply_ends_the_handshake(bad: bytes, says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
         talk(greeting(), bad)
 
 
-def test_obligation_2_infos_in_any_order_unknown_and_twice_are_fine() -> None:
+def test_option_replies_infos_in_any_order_unknown_and_twice_are_fine() -> None:
     client = talk(
         greeting(),
         info(999, b"?"),
@@ -231,28 +227,28 @@ def test_obligation_2_infos_in_any_order_unknown_and_twice_are_fine() -> None:
         (reply(p.OPT_GO, p.REP_ACK, b"x"), "with 1 bytes in it"),
     ],
 )
-def test_obligation_3_wrong_length_is_refused_before_anything_is_kept(
+def test_option_lengths_wrong_length_is_refused_before_anything_is_kept(
     bad: bytes, says: str
 ) -> None:
     with pytest.raises(ProtocolError, match=says):
         talk(greeting(), bad)
 
 
-def test_obligation_3_endless_replies_are_refused() -> None:
+def test_option_lengths_endless_replies_are_refused() -> None:
     client = talk(greeting())
     client.receive(EXPORT * 255)
     with pytest.raises(ProtocolError, match="more than 256"):
         client.receive(EXPORT)
 
 
-def test_obligation_4_go_unsupported_falls_back_to_export_name() -> None:
+def test_go_unsupported_falls_back_to_export_name() -> None:
     client = talk(
         greeting(), reply(p.OPT_GO, p.REP_ERR_UNSUP), wishes=replace(PLAIN, export_name="x")
     )
     assert options_sent(client.data_to_send()) == [p.OPT_GO, p.OPT_EXPORT_NAME]
 
 
-def test_obligation_4_go_asks_for_block_sizes_at_once() -> None:
+def test_go_asks_for_block_sizes_at_once() -> None:
     """So that BLOCK_SIZE_REQD cannot come; if it does, it is a refusal."""
     client = talk(greeting())
     assert struct.pack(">H", p.INFO_BLOCK_SIZE) == client.data_to_send()[-2:]
@@ -270,7 +266,7 @@ def test_obligation_4_go_asks_for_block_sizes_at_once() -> None:
         (p.REP_ERROR_BIT | 77, ConfigError, "error 77"),
     ],
 )
-def test_obligation_4_refusal_is_named_and_left_with_abort(
+def test_go_refusal_is_named_and_left_with_abort(
     error: int, kind: type[BridgeError], says: str
 ) -> None:
     client = talk(greeting())
@@ -280,14 +276,14 @@ def test_obligation_4_refusal_is_named_and_left_with_abort(
     assert client.state is State.FAILED
 
 
-def test_obligation_5_no_padding_after_go_even_without_no_zeroes() -> None:
+def test_padding_no_padding_after_go_even_without_no_zeroes() -> None:
     client = talk(greeting(p.FLAG_FIXED_NEWSTYLE), EXPORT, ACK, b"rest")
     assert client.state is State.DONE
     assert client.trailing_data() == b"rest"
 
 
 @pytest.mark.parametrize("no_zeroes", [True, False])
-def test_obligation_5_padding_after_export_name_depends_on_no_zeroes(no_zeroes: bool) -> None:
+def test_padding_after_export_name_depends_on_no_zeroes(no_zeroes: bool) -> None:
     client = talk(greeting(1 | 2 * no_zeroes), reply(p.OPT_GO, p.REP_ERR_UNSUP))
     client.receive(p.EXPORT_INFO.pack(512, 1))
     assert (client.state is State.DONE) == no_zeroes
@@ -296,27 +292,27 @@ def test_obligation_5_padding_after_export_name_depends_on_no_zeroes(no_zeroes: 
         assert client.state is State.DONE
 
 
-def test_obligation_6_client_flags_are_only_those_offered() -> None:
+def test_abort_client_flags_are_only_those_offered() -> None:
     for flags in range(4):
         client = talk(greeting(flags))
         assert client.data_to_send()[:4] == p.U32.pack(flags)
     assert talk(greeting(0xFFFF)).data_to_send()[:4] == p.U32.pack(3)
 
 
-def test_obligation_6_server_hanging_up_is_explained() -> None:
+def test_abort_server_hanging_up_is_explained() -> None:
     client = talk(greeting(), reply(p.OPT_GO, p.REP_ERR_UNSUP))
     assert isinstance(client.receive_eof(), ConfigError)  # EXPORT_NAME's only way to say no
     assert "the greeting" in str(Handshake(PLAIN).receive_eof())
 
 
-def test_obligation_7_starttls_comes_first_and_resets_everything() -> None:
+def test_starttls_comes_first_and_resets_everything() -> None:
     client, _server = negotiate(ServerSettings(tls=True), Wishes(tls=True))
     assert client.export is not None
     assert client.export.tls
     assert client.export.extended
 
 
-def test_obligation_7_tls_refused_ends_it() -> None:
+def test_starttls_tls_refused_ends_it() -> None:
     with pytest.raises(ConfigError, match="TLS is required, but the server does not do it"):
         negotiate(ServerSettings(tls=False), Wishes(tls=True))
     with pytest.raises(ConfigError, match="TLS is required, but"):
@@ -325,20 +321,20 @@ def test_obligation_7_tls_refused_ends_it() -> None:
         negotiate(ServerSettings(oldstyle=True), Wishes(tls=True))
 
 
-def test_obligation_7_plaintext_after_the_tls_ack_is_an_attack() -> None:
+def test_starttls_plaintext_after_the_tls_ack_is_an_attack() -> None:
     """The CVE-2021-3716 family: bytes that somebody put behind the ACK must not be believed."""
     injected = reply(p.OPT_STRUCTURED_REPLY, p.REP_ACK)
     with pytest.raises(ProtocolError, match="bytes in clear"):
         talk(greeting() + reply(p.OPT_STARTTLS, p.REP_ACK) + injected, wishes=Wishes(tls=True))
 
 
-def test_obligation_7_server_requiring_tls_is_named_whichever_option_meets_it_first() -> None:
+def test_starttls_server_requiring_tls_is_named_whichever_option_meets_it_first() -> None:
     for wishes in (Wishes(), Wishes(extended=False), PLAIN, Wishes(goal=Goal.INFO)):
         with pytest.raises(ConfigError, match="requires TLS"):
             negotiate(ServerSettings(tls_required=True, tls=True), wishes)
 
 
-def test_obligation_8_structured_replies_only_when_extended_headers_are_refused() -> None:
+def test_headers_structured_replies_only_when_extended_headers_are_refused() -> None:
     client = talk(
         greeting(),
         reply(p.OPT_EXTENDED_HEADERS, p.REP_ACK),
@@ -363,7 +359,7 @@ def test_obligation_8_structured_replies_only_when_extended_headers_are_refused(
     ]
 
 
-def test_obligation_8_no_export_name_after_extended_headers() -> None:
+def test_headers_no_export_name_after_extended_headers() -> None:
     client = talk(
         greeting(), reply(p.OPT_EXTENDED_HEADERS, p.REP_ACK), wishes=replace(PLAIN, extended=True)
     )
@@ -371,7 +367,7 @@ def test_obligation_8_no_export_name_after_extended_headers() -> None:
         client.receive(reply(p.OPT_GO, p.REP_ERR_UNSUP))
 
 
-def test_obligation_9_context_is_asked_for_the_same_export_after_structured_replies() -> None:
+def test_contexts_context_is_asked_for_the_same_export_after_structured_replies() -> None:
     client = talk(
         greeting(),
         reply(p.OPT_STRUCTURED_REPLY, p.REP_ACK),
@@ -385,7 +381,7 @@ def test_obligation_9_context_is_asked_for_the_same_export_after_structured_repl
 
 
 @pytest.mark.parametrize("final", [p.REP_ACK, p.REP_ERR_UNSUP, p.REP_ERR_INVALID])
-def test_obligation_9_no_or_foreign_contexts_mean_no_block_status(final: int) -> None:
+def test_contexts_no_or_foreign_contexts_mean_no_block_status(final: int) -> None:
     option = p.OPT_SET_META_CONTEXT
     client = talk(
         greeting(),
@@ -417,7 +413,7 @@ def test_greeting_of_something_else_is_named(says: bytes) -> None:
         ((1, 4096, 1), "less than 512"),
     ],
 )
-def test_obligation_18_bad_block_sizes_are_a_violation(
+def test_block_sizes_bad_block_sizes_are_a_violation(
     sizes: tuple[int, int, int], says: str
 ) -> None:
     with pytest.raises(ProtocolError, match=says):
@@ -433,7 +429,7 @@ def test_obligation_18_bad_block_sizes_are_a_violation(
         ((1, 4096, 1 << 30), (1, 4096, 32 << 20)),
     ],
 )
-def test_obligation_18_block_sizes_are_bounded(
+def test_block_sizes_are_bounded(
     sizes: tuple[int, int, int], expected: tuple[int, int, int]
 ) -> None:
     client = talk(greeting(), EXPORT, info(p.INFO_BLOCK_SIZE, p.BLOCK_SIZE_INFO.pack(*sizes)), ACK)

@@ -28,20 +28,10 @@ from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client import Client, inspect, list_exports
 from bridge.server.uri import parse_uri
+from tests.processes import short_directory, unix_uri
 from tests.server import certificates, servers
-from tests.server.helpers import (
-    FAST,
-    do,
-    pattern,
-    read,
-    running_client,
-    short_dir,
-    start,
-    status,
-    unix_uri,
-    write,
-)
-from tests.tools import need
+from tests.server.helpers import FAST, do, pattern, read, running_client, start, status, write
+from tests.tools import need, peer
 
 REPLIES = {
     "simple": replace(FAST, structured=False, extended=False),
@@ -50,15 +40,9 @@ REPLIES = {
 }
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with short_dir() as path:
-        yield path
-
-
 @pytest.fixture(scope="module")
 def pki() -> Iterator[dict[str, Path]]:
-    with short_dir() as path:
+    with short_directory() as path:
         yield certificates.make(path)
 
 
@@ -117,6 +101,8 @@ async def test_matrix(
         assert served.image.read_bytes()[: 6 << 20] == image[: 6 << 20]
 
 
+@pytest.mark.nbdkit
+@pytest.mark.qemu
 @pytest.mark.parametrize("kind", ["nbdkit", "qemu-nbd", "nbd-server"])
 async def test_info_and_list_leave_the_server_alive(kind: str, folder: Path) -> None:
     with servers.serve(kind, folder, tcp=False, tls=None) as served:
@@ -182,6 +168,7 @@ DOWNGRADES = {
 }
 
 
+@pytest.mark.nbdkit
 @pytest.mark.parametrize("name", list(DOWNGRADES))
 async def test_nbdkit_downgraded_still_serves_exactly(name: str, folder: Path) -> None:
     arguments, expected = DOWNGRADES[name]
@@ -191,6 +178,7 @@ async def test_nbdkit_downgraded_still_serves_exactly(name: str, folder: Path) -
             await exercise(client, bytearray(8 << 20))
 
 
+@pytest.mark.nbdkit
 async def test_nbdkit_oldstyle_reads_and_writes(folder: Path) -> None:
     """nbdkit 1.32 announces flush and FUA in its oldstyle handshake, and refuses both."""
     with servers.nbdkit(folder, "-o", "memory", "8M") as uri:
@@ -199,6 +187,7 @@ async def test_nbdkit_oldstyle_reads_and_writes(folder: Path) -> None:
             assert await read(client, 4096, 1 << 20) == pattern(0, 1 << 20)
 
 
+@pytest.mark.nbdkit
 async def test_nbdkit_read_only_export_refuses_changes(folder: Path) -> None:
     with servers.nbdkit(folder, "-r", "memory", "1M") as uri:
         async with running_client(uri) as client:
@@ -207,6 +196,7 @@ async def test_nbdkit_read_only_export_refuses_changes(folder: Path) -> None:
             assert await read(client, 0, 512) == bytes(512)
 
 
+@pytest.mark.nbdkit
 async def test_nbdkit_errors_reach_the_request(folder: Path) -> None:
     arguments = ("--filter=error", "memory", "1M", "error-pread=ENOSPC", "error-pread-rate=100%")
     with servers.nbdkit(folder, *arguments) as uri:
@@ -216,6 +206,7 @@ async def test_nbdkit_errors_reach_the_request(folder: Path) -> None:
             assert await write(client, 0, bytes(512)) == 0
 
 
+@pytest.mark.nbdkit
 async def test_nbdkit_hung_up_on_with_requests_in_flight_lives_on(folder: Path) -> None:
     """nbdkit 1.32 aborts when a client leaves with three requests in flight."""
     with servers.nbdkit(folder, "--filter=delay", "memory", "1M", "rdelay=20ms") as uri:
@@ -227,6 +218,7 @@ async def test_nbdkit_hung_up_on_with_requests_in_flight_lives_on(folder: Path) 
         assert (await inspect(parse_uri(uri))).size_bytes == 1 << 20
 
 
+@pytest.mark.nbdkit
 async def test_nbdkit_several_connections_work_in_parallel(folder: Path) -> None:
     with servers.nbdkit(folder, "memory", "8M") as uri:
         async with running_client(uri, replace(FAST, connections=4)) as client:
@@ -245,7 +237,11 @@ async def _run(argv: list[str]) -> str:
     return done.stdout.decode()
 
 
-@pytest.mark.parametrize("settings", ["simple", "structured", "extended"])
+@pytest.mark.nbdkit
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    "settings", ["simple", "structured", pytest.param("extended", marks=pytest.mark.peers)]
+)
 async def test_our_server_serves_real_clients(settings: str, folder: Path) -> None:
     chosen = ServerSettings(
         description="ours",
@@ -294,6 +290,6 @@ async def test_our_server_serves_real_clients(settings: str, folder: Path) -> No
         )
         assert disk.flushes > 0
         if settings == "extended":
-            await _run([*servers.newer("nbdcopy"), uri, str(folder / "again")])
+            await _run([*peer("nbdcopy"), uri, str(folder / "again")])
             assert await trio.Path(folder / "again").read_bytes() == disk.data
         nursery.cancel_scope.cancel()

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -17,21 +17,15 @@ import trio
 from bridge.datapath.request import FLUSH
 from bridge.peers.blk_driver import BlkDriver
 from bridge.server.client import Client
-from tests.app.processes import serving
-from tests.server.helpers import FAST, do, pattern, read, running_client, short_dir, until, write
-from tests.tools import need
+from tests.processes import serving
+from tests.server.helpers import FAST, do, pattern, read, running_client, write
+from tests.tools import need, until
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16 << 20
 BLOCK = 4096
 KILLS = 50
 WORKERS = 8
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with short_dir() as path:
-        yield path
 
 
 class Nbdkit:

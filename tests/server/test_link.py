@@ -1,4 +1,4 @@
-"""The session without I/O: rules one by one, then a simulated server that dies at any moment.
+"""The link without I/O: rules one by one, then a simulated server that dies at any moment.
 
 The simulation knows every value that a block may hold: reads and the server's stable storage are
 checked against the history of completed and overlapping writes. A failing seed is in the message.
@@ -29,8 +29,9 @@ from bridge.datapath.request import (
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
-from bridge.server.link import Phase, Session
+from bridge.server.link import Link, Phase
 from bridge.spec.nbd import TransmissionFlags
+from tests.server.helpers import LayerAbove
 from tests.turns import deliver, finish, forget, submit, turn
 
 BLOCK = 512
@@ -43,9 +44,9 @@ _cookies = count(1)
 class FakeChannel:
     """A connection that a test answers by hand."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._generation = session.generation + 1
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._generation = link.generation + 1
         self.pending: list[Request] = []
         self.payloads: dict[Request, bytes] = {}
         """What was put into the output: nobody can take it back."""
@@ -102,11 +103,16 @@ def export(size: int = 1 << 20, flags: TransmissionFlags = DEFAULT_FLAGS, **more
 
 
 class World:
-    """A session with fake channels and a clock."""
+    """A link with fake channels and a clock."""
 
-    def __init__(self, options: ClientOptions | None = None, **more: object) -> None:
-        self.session = Session(options or ClientOptions(), turn(), random=Random(1))
-        turn().add_stage(self.session)
+    def __init__(
+        self,
+        options: ClientOptions | None = None,
+        above: LayerAbove | None = None,
+        **more: object,
+    ) -> None:
+        self.link = Link(options or ClientOptions(), turn(), above=above, random=Random(1))
+        turn().add_stage(self.link)
         self.now = 0.0
         self.export = export(**more)  # type: ignore[arg-type]
         self.channels: list[FakeChannel] = []
@@ -126,8 +132,8 @@ class World:
 
     def connect(self, changed: Export | None = None, count: int = 1) -> None:
         """The same amid a turn."""
-        self.channels = [FakeChannel(self.session) for _ in range(count)]
-        self.session.established(self.now, changed or self.export, self.channels)
+        self.channels = [FakeChannel(self.link) for _ in range(count)]
+        self.link.established(self.now, changed or self.export, self.channels)
 
     def down(self, *, stale_possible: bool = False, hung_up: bool = False) -> None:
         self.leaving()
@@ -136,10 +142,10 @@ class World:
 
     def lose(self, *, stale_possible: bool = False, hung_up: bool = False) -> None:
         """The same amid a turn."""
-        self.session.leaving()
+        self.link.leaving()
         unanswered = [request for channel in self.channels for request in channel.pending]
         unanswered.sort(key=lambda request: request.cookie)
-        self.session.lost(
+        self.link.lost(
             self.now,
             unanswered,
             stale_possible=stale_possible,
@@ -148,23 +154,23 @@ class World:
         )
 
     def tick(self, now: float) -> None:
-        self.session.tick(now)
+        self.link.tick(now)
         deliver()
 
     def leaving(self) -> None:
-        self.session.leaving()
+        self.link.leaving()
         deliver()
 
     def expect_stale_writes(self, now: float) -> None:
-        self.session.expect_stale_writes(now)
+        self.link.expect_stale_writes(now)
         deliver()
 
     def fail_pending(self, now: float, unanswered: list[Request], errno: int) -> None:
-        self.session.fail_pending(now, unanswered, errno)
+        self.link.fail_pending(now, unanswered, errno)
         deliver()
 
     def closed(self, unanswered: list[Request]) -> None:
-        self.session.closed(unanswered)
+        self.link.closed(unanswered)
         deliver()
 
     def ask(self, op: int, block: int = 0, count: int = 1, flags: int = 0) -> Request:
@@ -180,7 +186,7 @@ class World:
         offset = 0 if op == FLUSH else block * BLOCK
         request = Request(op, offset, length, buffers, self._done, flags)
         request.error = -1
-        self.session.submit(request)
+        self.link.submit(request)
         return request
 
     def _done(self, request: Request) -> None:
@@ -203,10 +209,10 @@ def test_unanswered_commands_are_sent_again_in_order_before_those_that_waited() 
     world.channels[0].answer(world.channels[0].pending[1])
     world.down()
     world.ask(READ, 9)
-    assert world.session.phase is Phase.DOWN
+    assert world.link.phase is Phase.DOWN
     world.up()
     assert world.sent == [(WRITE, 3), (WRITE, 2), (READ, 9)]
-    assert world.session.resent_total == 2
+    assert world.link.resent_total == 2
 
 
 def test_answered_write_is_never_sent_again() -> None:
@@ -221,7 +227,7 @@ def test_answered_write_is_never_sent_again() -> None:
 def test_backoff_grows_with_jitter_to_its_limit() -> None:
     world = World(ClientOptions(reconnect_first_s=0.1, reconnect_max_s=2.0))
     world.down()
-    delays = [world.session.next_delay_s() for _ in range(2000)]
+    delays = [world.link.next_delay_s() for _ in range(2000)]
     assert delays[0] == 0
     assert 0.05 <= delays[1] <= 0.1
     assert all(1.0 <= delay <= 2.0 for delay in delays[6:])
@@ -229,7 +235,7 @@ def test_backoff_grows_with_jitter_to_its_limit() -> None:
     world.up()
     world.now += 10
     world.down()
-    assert world.session.next_delay_s() == 0
+    assert world.link.next_delay_s() == 0
 
 
 def test_backoff_goes_on_while_connections_are_good_for_nothing() -> None:
@@ -239,7 +245,7 @@ def test_backoff_goes_on_while_connections_are_good_for_nothing() -> None:
         delays = []
         for _ in range(8):
             world.down()
-            delays.append(world.session.next_delay_s())
+            delays.append(world.link.next_delay_s())
             world.up()
         assert min(delays[3:]) >= 0.1, request
 
@@ -251,7 +257,7 @@ def test_backoff_begins_anew_when_something_was_answered() -> None:
         world.ask(READ, 2)
         world.channels[0].answer(world.channels[0].pending[0])
         world.down()
-        assert world.session.next_delay_s() == 0
+        assert world.link.next_delay_s() == 0
         world.up()
 
 
@@ -260,7 +266,7 @@ def test_reconnect_timeout_fails_what_waits_and_what_comes_until_up() -> None:
     first = world.ask(WRITE, 1)
     world.down()
     second = world.ask(READ, 1)
-    assert world.session.next_deadline_s() == 10
+    assert world.link.next_deadline_s() == 10
     world.tick(9.9)
     assert (first.error, second.error) == (-1, -1)
     world.tick(10)
@@ -278,11 +284,11 @@ def test_no_reconnect_timeout_waits_for_ever() -> None:
     world.down()
     world.tick(1e9)
     assert request.error == -1
-    assert world.session.next_deadline_s() is None
+    assert world.link.next_deadline_s() is None
 
 
 def test_flush_mark_is_what_was_answered_when_the_flush_was_sent() -> None:
-    """Obligation 19: a flush covers only writes whose replies we had received."""
+    """Rule `flush_order`: a flush covers only writes whose replies we had received."""
     world = World()
     world.ask(WRITE, 1)
     flush = world.ask(FLUSH)
@@ -293,7 +299,7 @@ def test_flush_mark_is_what_was_answered_when_the_flush_was_sent() -> None:
     assert world.ask(FLUSH).error == errno.EIO  # the write was answered after the flush was sent
 
 
-def test_obligation_19_flush_over_several_connections_is_one_command() -> None:
+def test_flush_order_flush_over_several_connections_is_one_command() -> None:
     world = World()
     world.down()
     world.up(count=3)
@@ -316,7 +322,7 @@ def test_flush_fails_once_although_two_wait() -> None:
     world.up()
     assert [flush.error for flush in (*flushes, third)] == [errno.EIO] * 3
     assert world.ask(FLUSH).error == -1
-    assert world.session.flushes_refused_total == 3
+    assert world.link.flushes_refused_total == 3
 
 
 def test_fua_writes_and_trims_need_no_flush() -> None:
@@ -351,18 +357,16 @@ def test_empty_instance_proves_nothing() -> None:
 
 
 def test_layer_above_is_told_before_anything_is_sent_again() -> None:
-    world = World()
-    world.session.keeps_unflushed = True
-    world.ask(WRITE, 1)
-    world.channels[0].answer_all()
-    world.ask(WRITE, 2)
-    world.down()
-
     def resend() -> None:
         assert world.sent == []
         world.submit(WRITE, 1)
 
-    world.session.on_reconnect = resend
+    world = World(above=LayerAbove(reconnected=resend))
+    world.link.keeps_unflushed = True
+    world.ask(WRITE, 1)
+    world.channels[0].answer_all()
+    world.ask(WRITE, 2)
+    world.down()
     world.up()
     assert world.sent == [(WRITE, 1), (WRITE, 2)]
     assert world.ask(FLUSH).error == -1
@@ -383,7 +387,7 @@ def test_layer_above_is_told_before_anything_is_sent_again() -> None:
 def test_worse_export_is_refused_other_is_not(changed: Export, says: str | None) -> None:
     world = World()
     world.down()
-    reason = world.session.refusal(changed)
+    reason = world.link.refusal(changed)
     assert (reason is None) if says is None else (says in (reason or ""))
 
 
@@ -453,12 +457,12 @@ def test_grace_holds_overlapping_changes_only_and_only_for_its_time() -> None:
     world.ask(READ, 4)
     world.ask(DISCARD, 0, count=5)
     assert world.sent == [(WRITE, 6), (READ, 4)]
-    assert world.session.next_deadline_s() == GRACE_S
+    assert world.link.next_deadline_s() == GRACE_S
     world.tick(GRACE_S - 0.1)
     assert len(world.sent) == 2
     world.tick(GRACE_S)
     assert world.sent == [(WRITE, 6), (READ, 4), (WRITE, 5), (DISCARD, 0)]
-    assert world.session.next_deadline_s() is None
+    assert world.link.next_deadline_s() is None
 
 
 def test_grace_also_stops_writes_that_were_waiting_already() -> None:
@@ -512,7 +516,7 @@ def test_grace_also_holds_where_a_change_was_failed_instead_of_sent_again(fail, 
     assert len(world.sent) == 2
     world.tick(world.now + GRACE_S)
     assert world.sent == [(WRITE, 6), (READ, 4), (WRITE, 5)]
-    assert world.session.next_deadline_s() is None
+    assert world.link.next_deadline_s() is None
     world.ask(WRITE, 5)
     assert len(world.sent) == 4
 
@@ -596,7 +600,7 @@ def test_given_up_change_fails_at_once_although_its_range_is_held() -> None:
     world.ask(WRITE, 4)
     fail_by_timeout(world)
     assert world.ask(WRITE, 4).error == errno.EIO
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_many_failed_changes_hold_all_of_the_disk() -> None:
@@ -621,7 +625,7 @@ def test_expected_stale_writes_hold_every_change_for_the_grace_time(op) -> None:
     world.ask(READ, 4)
     world.ask(FLUSH)
     assert world.sent == [(READ, 4), (FLUSH, 0)]
-    assert world.session.next_deadline_s() == 10 + GRACE_S
+    assert world.link.next_deadline_s() == 10 + GRACE_S
     world.tick(10 + GRACE_S - 0.1)
     assert len(world.sent) == 2
     world.tick(10 + GRACE_S)
@@ -661,16 +665,16 @@ def test_no_stale_writes_are_expected_with_a_fence_or_without_a_grace(fences) ->
     world.expect_stale_writes(0.0)
     world.ask(WRITE, 1)
     assert world.sent == [(WRITE, 1)]
-    assert not world.session.may_leave_writes
+    assert not world.link.may_leave_writes
 
 
 def test_may_leave_writes_while_a_grace_lasts() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
-    assert not world.session.may_leave_writes
+    assert not world.link.may_leave_writes
     world.expect_stale_writes(0.0)
-    assert world.session.may_leave_writes
+    assert world.link.may_leave_writes
     world.tick(GRACE_S)
-    assert not world.session.may_leave_writes
+    assert not world.link.may_leave_writes
 
 
 @pytest.mark.parametrize(
@@ -686,11 +690,11 @@ def test_may_leave_writes_when_closed_with_a_change_in_flight(op, description, l
     world = World(description=description)
     world.ask(op, 1)
     world.closed(list(world.channels[0].pending))
-    assert world.session.may_leave_writes == leaves
+    assert world.link.may_leave_writes == leaves
     assert world.ask(WRITE, 1).error == errno.EIO
 
 
-def test_closed_session_fails_everything_held() -> None:
+def test_closed_link_fails_everything_held() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
     world.ask(WRITE, 1)
     world.down(stale_possible=True)
@@ -699,7 +703,7 @@ def test_closed_session_fails_everything_held() -> None:
     pending = list(world.channels[0].pending)
     world.closed(pending)
     assert held.error == errno.EIO
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
     assert world.ask(READ).error == errno.EIO
 
 
@@ -728,6 +732,7 @@ WAYS_TO_FAIL = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @WAYS_TO_FAIL
 def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
     """Each waits for the one before: failing one must not fail the next from inside of it."""
@@ -736,13 +741,14 @@ def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
     world.up(count=2)
     requests = [world.ask(WRITE, number % 3, count=2) for number in range(MANY)]
     assert len(world.sent) < 3
-    assert world.session.in_flight == MANY
+    assert world.link.in_flight == MANY
     fail(world)
     assert {request.error for request in requests} == {errno.EIO}
     assert len(world.log) == MANY
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
+@pytest.mark.slow
 @WAYS_TO_FAIL
 def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail) -> None:
     world = World(ClientOptions(stale_write_grace_s=3600, reconnect_timeout_s=2))
@@ -752,9 +758,10 @@ def test_65536_writes_that_wait_for_a_grace_all_fail_when_they_are_given_up(fail
     requests = [world.ask(WRITE, 4) for _ in range(MANY)]
     fail(world)
     assert {request.error for request in requests} == {errno.EIO}
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
+@pytest.mark.slow
 def test_65536_writes_that_waited_for_a_grace_are_sent_when_it_ends() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S), size=MANY * BLOCK)
     world.expect_stale_writes(0.0)
@@ -788,8 +795,8 @@ def deepest(n_writes: int, **limits: int) -> int:
     writes over one another that all wait until the first is answered."""
     world = World(**limits)
     world.down()
-    channels = [PromptChannel(world.session) for _ in range(2)]
-    world.session.established(world.now, world.export, channels)
+    channels = [PromptChannel(world.link) for _ in range(2)]
+    world.link.established(world.now, world.export, channels)
     depths: list[int] = []
     buffer = memoryview(bytearray(4 * BLOCK))
 
@@ -799,7 +806,7 @@ def deepest(n_writes: int, **limits: int) -> int:
 
     for number in range(n_writes):
         offset = number % 3 * BLOCK
-        world.session.submit(Request(WRITE, offset, len(buffer), [buffer], told))
+        world.link.submit(Request(WRITE, offset, len(buffer), [buffer], told))
     deliver()
     first = [request for channel in channels for request in channel.pending]
     assert 0 < len(first) <= 4
@@ -807,10 +814,11 @@ def deepest(n_writes: int, **limits: int) -> int:
         channel.is_prompt = True
         channel.answer_all()
     assert len(depths) == n_writes
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
     return max(*depths, *(channel.deepest for channel in channels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits",
     [{}, {"max_payload_bytes": BLOCK}, {"min_block_bytes": 4096}],
@@ -844,7 +852,7 @@ def test_successors_of_overlapping_writes_are_failed_before_the_call_returns(fai
         assert world.sent == []
         assert world.ask(WRITE, 9).error == -1
         assert world.sent == [(WRITE, 9)]
-        assert world.session.in_flight == 1
+        assert world.link.in_flight == 1
 
 
 def test_failed_successor_is_finished_once() -> None:
@@ -891,7 +899,7 @@ class Poisoned(World):
             if not pending:
                 return
             self.down(hung_up=True)
-            self.now += self.session.next_delay_s()
+            self.now += self.link.next_delay_s()
             self.tick(self.now)
             self.connections += 1
             self.up(count=len(self.channels))
@@ -907,7 +915,7 @@ def test_command_on_which_the_server_hangs_up_fails_and_all_else_goes_on(op) -> 
     world.serve()
     assert poison.error == errno.EIO
     assert (before.error, after.error, waiting.error) == (0, 0, 0)
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
     assert world.ask(READ, 3).error == -1
     assert world.sent == [(READ, 3)]
 
@@ -984,11 +992,11 @@ def test_trial_without_a_culprit_ends_with_everything_answered() -> None:
     for _ in range(3):
         world.down(hung_up=True)
         world.up()
-    assert world.sent == [(READ, world.session.export.size_bytes // BLOCK - 1)]
+    assert world.sent == [(READ, world.link.export.size_bytes // BLOCK - 1)]
     world.ask(READ, 9)
     world.channels[0].answer_all()
     assert world.log == [(WRITE, 0)] * 5 + [(READ, 0)]
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_server_that_hangs_up_on_everything_is_waited_for() -> None:
@@ -998,12 +1006,12 @@ def test_server_that_hangs_up_on_everything_is_waited_for() -> None:
     delays = []
     for _ in range(100):
         world.down(hung_up=True)
-        delays.append(world.session.next_delay_s())
+        delays.append(world.link.next_delay_s())
         world.up()
     assert world.log == []
     assert min(delays[20:]) > 1
     for _ in range(20):
-        if world.session.in_flight:
+        if world.link.in_flight:
             world.channels[0].answer_all()
     assert {request.error for request in requests} == {0}
 
@@ -1060,11 +1068,11 @@ def test_commands_on_trial_fail_once_with_everything_else(fail, probed) -> None:
     requests.append(world.ask(READ, 7))
     if probed:
         world.channels[0].answer_present()
-    assert world.session.in_flight
+    assert world.link.in_flight
     fail(world)
     assert world.log == [(WRITE, errno.EIO)] * 4 + [(READ, errno.EIO)]
     assert {request.error for request in requests} == {errno.EIO}
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_failed_culprit_may_be_executed_late_and_is_kept_away_from() -> None:
@@ -1094,7 +1102,7 @@ def test_connections_that_answer_nothing_do_not_begin_the_reconnect_timeout_anew
     assert request.error == -1
     world.down()
     assert request.error == errno.EIO
-    assert world.session.given_up
+    assert world.link.given_up
 
 
 def test_idle_connection_that_is_lost_begins_the_reconnect_timeout() -> None:
@@ -1132,7 +1140,7 @@ def test_connection_that_answers_begins_the_reconnect_timeout_anew() -> None:
 def abandon(world: World, *requests: Request) -> None:
     for request in requests:
         request.abandon(lambda request: None, memoryview(bytearray(request.length)))
-    world.session.abandon()
+    world.link.abandon()
     deliver()
 
 
@@ -1170,7 +1178,7 @@ def test_abandoned_command_is_not_sent_again_and_kept_away_from_if_it_may_be_exe
     assert world.sent == [(WRITE, 3), (WRITE, 1)]
     world.channels[0].answer_all()
     assert kept.error == 0
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_abandoned_request_that_waits_for_a_connection_is_never_sent() -> None:
@@ -1179,7 +1187,7 @@ def test_abandoned_request_that_waits_for_a_connection_is_never_sent() -> None:
     world.down(stale_possible=True)
     waiting = world.ask(WRITE, 2)
     abandon(world, sent, waiting)
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
     world.up()
     world.ask(WRITE, 1)
     world.ask(WRITE, 2)
@@ -1195,7 +1203,7 @@ def test_abandoned_request_in_parts_sends_no_more_of_them() -> None:
     abandon(world, long)
     world.channels[0].answer_all()
     assert world.sent == []
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_abandoned_change_that_waits_for_its_range_lets_the_next_one_go() -> None:
@@ -1215,7 +1223,7 @@ def abandon_amid_a_turn(world: World, *requests: Request) -> None:
     """After the answers to parts of them, before anybody was told of these."""
     for request in requests:
         request.abandon(lambda request: None, memoryview(bytearray(request.length)))
-    world.session.abandon()
+    world.link.abandon()
 
 
 def test_abandoned_after_its_ends_were_read_writes_nothing() -> None:
@@ -1227,7 +1235,7 @@ def test_abandoned_after_its_ends_were_read_writes_nothing() -> None:
     abandon_amid_a_turn(world, write)
     deliver()
     assert world.sent == []
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
     world.ask(WRITE, 2)
     assert world.sent == [(READ, 0)]  # Its range is free.
 
@@ -1241,15 +1249,15 @@ def test_abandoned_after_a_part_was_answered_sends_no_more_parts(op: int) -> Non
         [memoryview(bytearray(6 * limit_blocks * BLOCK))] if op != DISCARD else [],
         lambda request: None,
     )
-    submit(world.session, long)
+    submit(world.link, long)
     assert len(world.sent) == 4
     world.channels[0].reply(world.channels[0].pending[0])
     long.abandon(lambda request: None, memoryview(bytearray(long.length if op == READ else 0)))
-    world.session.abandon()
+    world.link.abandon()
     deliver()
     assert len(world.sent) == 3
     world.channels[0].answer_all()
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_abandoned_durable_write_answered_in_the_turn_of_a_failed_flush_is_not_sent_again() -> None:
@@ -1260,7 +1268,7 @@ def test_abandoned_durable_write_answered_in_the_turn_of_a_failed_flush_is_not_s
     channel.reply(channel.pending[0])
     abandon_amid_a_turn(world, write)
     deliver()
-    assert (flush.error, world.sent, world.session.in_flight) == (errno.EIO, [], 0)
+    assert (flush.error, world.sent, world.link.in_flight) == (errno.EIO, [], 0)
 
 
 def test_everything_fails_while_abandoned_commands_wait_for_one_another() -> None:
@@ -1271,7 +1279,7 @@ def test_everything_fails_while_abandoned_commands_wait_for_one_another() -> Non
     third, fourth = world.ask(WRITE, 1, count=4), world.ask(WRITE, 1)
     fail_by_pending(world)
     assert (third.error, fourth.error) == (errno.EIO, errno.EIO)
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
     world.up()
     world.tick(world.now + GRACE_S)
     assert world.ask(WRITE, 1).error == -1
@@ -1309,13 +1317,13 @@ def test_what_was_abandoned_before_its_trial_is_kept_away_from_for_the_grace_tim
     world.channels[0].answer_all()
     world.ask(WRITE, 1)
     assert world.sent == []
-    assert world.session.next_deadline_s() == world.now + GRACE_S
+    assert world.link.next_deadline_s() == world.now + GRACE_S
     world.tick(world.now + GRACE_S)
     assert world.sent == [(WRITE, 1)]
 
 
 def on_two_connections(options: ClientOptions | None = None) -> World:
-    """A session that keeps overlapping changes apart."""
+    """A link that keeps overlapping changes apart."""
     world = World(options)
     world.down()
     world.up(count=2)
@@ -1331,7 +1339,7 @@ def test_fail_pending_fails_the_changes_that_wait_for_one_in_flight(again: int) 
     assert world.sent == [(WRITE, 1)]
     world.fail_pending(0.0, world.pending, errno.ENODEV)
     assert [request.error for request in requests] == [errno.ENODEV] * 5
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
     world.up()
     assert world.sent == []
     assert len(world.log) == 5
@@ -1349,13 +1357,13 @@ def test_fail_pending_while_down_fails_the_changes_that_wait_for_one_in_flight()
 
 
 @pytest.mark.parametrize("grace_s", [0, GRACE_S])
-def test_closed_session_fails_the_changes_that_wait_for_one_in_flight(grace_s: float) -> None:
+def test_closed_link_fails_the_changes_that_wait_for_one_in_flight(grace_s: float) -> None:
     """Also those that a stale write would have kept waiting for the grace time."""
     world = on_two_connections(ClientOptions(stale_write_grace_s=grace_s))
     requests = [world.ask(WRITE, 1) for _ in range(3)]
     world.closed(world.pending)
     assert [request.error for request in requests] == [errno.EIO] * 3
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 @pytest.mark.parametrize("give_up", [False, True])
@@ -1368,7 +1376,7 @@ def test_nothing_waits_for_a_grace_that_begins_with_its_own_failing(give_up: boo
     else:
         world.fail_pending(0.0, [], errno.EIO)
     assert [request.error for request in requests] == [errno.EIO] * 3
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def on_trial(*asked: tuple[int, int]) -> tuple[World, list[Request]]:
@@ -1415,7 +1423,7 @@ def test_guest_may_pause_again_and_again_while_a_request_is_on_trial(times: int)
     world, (old, _) = on_trial((WRITE, 1), (READ, 5))
     abandon(world, old)
     for _ in range(times):
-        world.session.abandon()
+        world.link.abandon()
     newer = world.ask(WRITE, 1)
     world.tick(world.now + GRACE_S)
     world.channels[0].answer_all()
@@ -1467,17 +1475,17 @@ def test_abandoned_durable_write_that_is_answered_ends_no_epoch() -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_closed_session_ends_with_abandoned_changes_in_flight(times: int) -> None:
+def test_closed_link_ends_with_abandoned_changes_in_flight(times: int) -> None:
     world = on_two_connections()
     old = world.ask(WRITE, 1)
     newer = world.ask(WRITE, 1)
     abandon(world, old)
     for _ in range(times):
-        world.session.abandon()
+        world.link.abandon()
     world.leaving()
     world.closed(world.pending)
     assert newer.error == errno.EIO
-    assert world.session.in_flight == 0
+    assert world.link.in_flight == 0
 
 
 def test_flush_command_that_nobody_waits_for_any_more_is_not_sent_beside_another() -> None:
@@ -1524,7 +1532,7 @@ def values_of(op: int, length: int, data: bytes) -> list[float]:
 
 
 class Simulation:
-    """One session against one server; everything drawn from one seed."""
+    """One link against one server; everything drawn from one seed."""
 
     def __init__(
         self,
@@ -1568,10 +1576,10 @@ class Simulation:
             stale_write_grace_s=GRACE_S, reconnect_timeout_s=1.0 if gives_up else 0
         )
         self.turn = forget()
-        self.session = Session(self.options, self.turn, random=Random(seed))
-        self.turn.add_stage(self.session)
-        self.session.keeps_unflushed = False
-        self.lane = Lane(self.session.submit, self.turn)
+        self.link = Link(self.options, self.turn, random=Random(seed))
+        self.turn.add_stage(self.link)
+        self.link.keeps_unflushed = False
+        self.lane = Lane(self.link.submit, self.turn)
         self.memory = [0.0] * self.blocks
         self.stable = [0.0] * self.blocks
         self.history = [History() for _ in range(self.blocks)]
@@ -1595,8 +1603,8 @@ class Simulation:
 
     def up(self) -> None:
         description = f"instance={self.instance}" if self.proves else ""
-        self.channels = [FakeChannel(self.session) for _ in range(self.connections)]
-        self.session.established(
+        self.channels = [FakeChannel(self.link) for _ in range(self.connections)]
+        self.link.established(
             self.time,
             export(
                 self.blocks * BLOCK,
@@ -1652,7 +1660,7 @@ class Simulation:
             self.end_turn()
 
     def lose(self) -> None:
-        self.session.leaving()
+        self.link.leaving()
         unanswered: list[Request] = []
         crash = self.volatile and self.random.randrange(2)
         stale = not crash and self.random.randrange(2)
@@ -1675,11 +1683,11 @@ class Simulation:
         channels, self.channels = self.channels, []
         answered = any(channel.answered for channel in channels)
         if self.gives_up and not self.random.randrange(4):
-            self.session.fail_pending(self.time, unanswered, errno.EIO)
+            self.link.fail_pending(self.time, unanswered, errno.EIO)
             deliver()
             return
         blamed = unanswered[0] if self.hangs_up and unanswered else None
-        self.session.lost(
+        self.link.lost(
             self.time,
             unanswered,
             stale_possible=bool(stale or self.left_behind),
@@ -1707,7 +1715,7 @@ class Simulation:
         if op == FLUSH:
             flush = Request(FLUSH, 0, 0, [], lambda r: self.flushed(r, started))
             self.open[flush] = [], None, bytearray()
-            self.session.submit(flush)
+            self.link.submit(flush)
             self.end_turn()
             return
         data = bytearray(n_blocks * BLOCK)
@@ -1751,12 +1759,12 @@ class Simulation:
         request = Request(op, first * BLOCK, len(data), buffers, done, flags)
         self.open[request] = records, None, data
         if long:
-            epoch = (lambda: self.session.durability.epoch) if op != READ else None
+            epoch = (lambda: self.link.durability.epoch) if op != READ else None
             job = Job(self.lane, request, self.pieces(request), epoch)
             self.open[request] = records, job, data
             self.lane.enter(job)
         else:
-            self.session.submit(request)
+            self.link.submit(request)
         self.end_turn()
 
     def pieces(self, request: Request) -> Iterator[tuple[int, Request]]:
@@ -1785,7 +1793,7 @@ class Simulation:
             request.abandon(self.abandoned_ended, scratch)
             if job is not None:
                 job.abandon(scratch)
-        self.session.abandon()
+        self.link.abandon()
         deliver()
 
     def abandoned_ended(self, request: Request) -> None:
@@ -1816,7 +1824,7 @@ class Simulation:
         for _ in range(steps):
             self.time += self.random.uniform(0.001, 0.2)
             self.stale_writes()
-            self.session.tick(self.time)
+            self.link.tick(self.time)
             self.end_turn()
             if self.pauses and not self.random.randrange(25):
                 self.pause()
@@ -1839,10 +1847,10 @@ class Simulation:
         for _ in range(2000):
             self.time += 0.05
             self.stale_writes()
-            self.session.tick(self.time)
+            self.link.tick(self.time)
             self.end_turn()
             self.answer_one()
-            if not (self.session.in_flight or self.open_requests):
+            if not (self.link.in_flight or self.open_requests):
                 break
         assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
         self.check_end()
@@ -1850,18 +1858,18 @@ class Simulation:
     def stop(self) -> None:
         """The process stops, whatever is under way."""
         self.gives_up = True
-        self.session.leaving()
+        self.link.leaving()
         unanswered = [request for channel in self.channels for request in channel.pending]
-        self.session.closed(sorted(unanswered, key=lambda request: request.cookie))
+        self.link.closed(sorted(unanswered, key=lambda request: request.cookie))
         deliver()
         assert not self.open_requests, f"seed {self.seed}: {self.open_requests} never finished"
         self.check_end()
 
     def check_end(self) -> None:
-        assert self.session.in_flight == 0
+        assert self.link.in_flight == 0
         assert self.lane.in_flight_bytes == 0
-        assert not self.session._outlived
-        assert not self.session._ranges.waiting_count
+        assert not self.link._changes._outlived
+        assert not self.link._changes._ranges.waiting_count
         for request, data, before in self.left_alone:
             assert request in self.ended, f"seed {self.seed}: abandoned {request} never ended"
             assert data == before, f"seed {self.seed}: {request} after it was abandoned"
@@ -1875,8 +1883,8 @@ class PausedGuest(Simulation):
         super().__init__(seed, volatile=volatile, **more)
         self.running: dict[Request, Callable[[Request], None]] = {}
         self.left: list[tuple[Request, bytearray, bytes]] = []
-        self.submitting = self.session.submit
-        self.session.submit = self.start  # type: ignore[method-assign]
+        self.submitting = self.link.submit
+        self.link.submit = self.start  # type: ignore[method-assign]
 
     def start(self, request: Request) -> None:
         done = request.done
@@ -1901,7 +1909,7 @@ class PausedGuest(Simulation):
             self.left.append((again, data, bytes(data)))
             old.abandon(lambda request: None, scratch)
         self.running.clear()
-        self.session.abandon()
+        self.link.abandon()
         self.end_turn()
 
     def resume(self) -> None:
@@ -1923,6 +1931,7 @@ class PausedGuest(Simulation):
             super().submit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])
 @pytest.mark.parametrize("batch", range(2))
 def test_simulated_guest_that_is_paused_at_any_moment_every_value_is_explained(

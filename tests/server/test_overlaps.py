@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -234,6 +235,7 @@ def comparisons_of(count: int, width: int) -> int:
     return Counted.comparisons
 
 
+@pytest.mark.slow
 def test_letting_go_of_the_whole_disk_takes_n_log_n_steps() -> None:
     for width in (1, 3):
         few, many = comparisons_of(4096, width), comparisons_of(65536, width)

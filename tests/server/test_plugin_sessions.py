@@ -13,15 +13,17 @@ import pytest
 from bridge.datapath.request import FLUSH
 from bridge.server.client import inspect, list_exports
 from bridge.server.uri import parse_uri
+from tests.processes import short_directory
 from tests.server import servers
-from tests.server.helpers import FAST, do, read, running_client, short_dir, until, write
+from tests.server.helpers import FAST, do, read, running_client, write
+from tests.tools import until
 
 PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
 
 
 @pytest.fixture
 def uri() -> Iterator[str]:
-    with short_dir() as folder, _plugin(folder) as found:
+    with short_directory() as folder, _plugin(folder) as found:
         yield found
 
 
@@ -71,7 +73,7 @@ READER = replace(FAST, read_only=True)
 
 
 async def test_readers_and_a_writer_share_a_volume() -> None:
-    with short_dir() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
+    with short_directory() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
         async with (
             running_client(uri, READER) as first,
             running_client(uri, READER) as second,
@@ -88,7 +90,7 @@ async def test_readers_and_a_writer_share_a_volume() -> None:
 
 
 async def test_reader_of_a_named_volume_and_over_several_connections() -> None:
-    with short_dir() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
+    with short_directory() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
         named = uri.replace(":///", ":///disk.img")
         async with (
             running_client(named) as writer,
@@ -102,7 +104,7 @@ async def test_reader_of_a_named_volume_and_over_several_connections() -> None:
 
 async def test_reader_that_names_a_session_takes_no_lock() -> None:
     """Of a pair of hosts that migrate a guest whose disk is read-only."""
-    with short_dir() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
+    with short_directory() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
         shared = uri.replace(":///", ":///disk.img@session=s")
         async with (
             running_client(shared, READER) as reader,
@@ -116,7 +118,10 @@ async def test_reader_that_names_a_session_takes_no_lock() -> None:
 
 
 async def test_reader_where_a_filter_hides_the_sessions_takes_no_lock() -> None:
-    with short_dir() as folder, _plugin(folder, "fence_timeout=0.2", "--filter=readahead") as uri:
+    with (
+        short_directory() as folder,
+        _plugin(folder, "fence_timeout=0.2", "--filter=readahead") as uri,
+    ):
         async with running_client(uri, READER) as reader, running_client(uri) as writer:
             assert "session" not in writer.export.volume.words
             assert await write(writer, 0, b"a" * 512) == 0
@@ -124,7 +129,7 @@ async def test_reader_where_a_filter_hides_the_sessions_takes_no_lock() -> None:
 
 
 async def test_reader_of_another_server_asks_for_the_plain_name() -> None:
-    with short_dir() as folder, servers.nbdkit(folder, "memory", "4M") as uri:
+    with short_directory() as folder, servers.nbdkit(folder, "memory", "4M") as uri:
         async with running_client(uri, READER) as reader:
             assert await read(reader, 0, 512) == bytes(512)
 
@@ -145,7 +150,7 @@ async def test_clients_of_a_shared_session_are_told_who_wrote_last(uri: str) -> 
 
 
 async def test_volume_in_use_can_be_looked_at() -> None:
-    with short_dir() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
+    with short_directory() as folder, _plugin(folder, "fence_timeout=0.2") as uri:
         async with running_client(uri) as client:
             assert await write(client, 0, b"a" * 512) == 0
             export = await inspect(parse_uri(uri))

@@ -23,8 +23,8 @@ from bridge.server.client_options import ClientOptions
 from bridge.server.tls import client_context, server_context
 from bridge.server.uri import parse_uri
 from tests.server import certificates
-from tests.server.helpers import FAST, do, pattern, read, running_client, start, until, write
-from tests.tools import told
+from tests.server.helpers import FAST, do, pattern, read, running_client, start, write
+from tests.tools import told, until
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ async def test_tls_reads_and_writes_of_any_size_arrive(folders: dict[str, Path])
 
 
 async def test_tls_connection_cut_without_notice_is_replaced(folders: dict[str, Path]) -> None:
-    """Obligation 25: no close_notify is tolerated."""
+    """Rule `violations`: no close_notify is tolerated."""
     async with tls_server(folders["good"]) as (port, server, disk):
         uri = f"nbds://localhost:{port}/?tls-certificates={folders['clients']}"
         options = replace(FAST, stale_write_grace_s=0)

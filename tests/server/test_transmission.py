@@ -1,8 +1,5 @@
-"""The transmission phase, without sockets. Numbers are those of the list of client obligations:
-
-10 cookies and interleaving, 11 which replies, 12 broken chunks, 13 errors in a read, 14 NONE,
-15 DF, 16 what is never sent, 17 payload, 20 FUA, 21 after a trim, 22 block status, 23 ESHUTDOWN,
-24 odd errnos, 25 servers that misbehave. 18 and 19 are with the client's tests.
+"""The transmission phase, without sockets, by the rules of docs/rules/nbd.md that tests are named
+after. `block_sizes` and `flush_order` are with the handshake's and the client's tests.
 """
 
 from __future__ import annotations
@@ -149,10 +146,10 @@ def test_while_long_reads_are_pending_little_is_staged() -> None:
     assert len(transmission.next_buffer()) >= 1 << 17
 
 
-# The obligations.
+# The rules.
 
 
-def test_obligation_10_cookies_are_unique_and_replies_come_in_any_order() -> None:
+def test_cookies_are_unique_and_replies_come_in_any_order() -> None:
     transmission = machine("simple")
     writes = [Asked(transmission, WRITE, 0, 512) for _ in range(10)]
     assert len({write.cookie for write in writes}) == 10
@@ -162,7 +159,7 @@ def test_obligation_10_cookies_are_unique_and_replies_come_in_any_order() -> Non
 
 
 @pytest.mark.parametrize("kind", ["simple", "structured", "extended"])
-def test_obligation_10_unknown_cookie_is_fatal(kind: str) -> None:
+def test_cookies_unknown_cookie_is_fatal(kind: str) -> None:
     transmission = machine(kind)
     read = Asked(transmission, READ, 0, 512)
     answer = bytearray(whole_answer(kind, read, bytes(512)))
@@ -172,7 +169,7 @@ def test_obligation_10_unknown_cookie_is_fatal(kind: str) -> None:
     assert transmission.unanswered() == [read.request]
 
 
-def test_obligation_10_second_answer_is_fatal() -> None:
+def test_cookies_second_answer_is_fatal() -> None:
     transmission = machine("simple")
     write = Asked(transmission, WRITE, 0, 512)
     with pytest.raises(ProtocolError, match="nobody waits for"):
@@ -181,7 +178,7 @@ def test_obligation_10_second_answer_is_fatal() -> None:
 
 
 @pytest.mark.parametrize("op", [READ, BLOCK_STATUS])
-def test_obligation_11_simple_reply_to_a_command_with_payload_is_fatal(op: int) -> None:
+def test_reply_kinds_simple_reply_to_a_command_with_payload_is_fatal(op: int) -> None:
     for error in (0, 5):
         transmission = machine("structured")
         asked = Asked(transmission, op, 0, 512)
@@ -189,7 +186,7 @@ def test_obligation_11_simple_reply_to_a_command_with_payload_is_fatal(op: int) 
             feed(transmission, simple(asked, error) + bytes(512))
 
 
-def test_obligation_11_other_commands_may_get_simple_replies_or_chunks() -> None:
+def test_reply_kinds_other_commands_may_get_simple_replies_or_chunks() -> None:
     transmission = machine("structured")
     ops = (WRITE, FLUSH, DISCARD, WRITE_ZEROES, PREFETCH)
     for answer in (simple, lambda asked: chunk(asked, DONE, NONE)):
@@ -199,7 +196,7 @@ def test_obligation_11_other_commands_may_get_simple_replies_or_chunks() -> None
             assert asked.error == 0
 
 
-def test_obligation_11_with_extended_headers_other_magics_are_fatal() -> None:
+def test_reply_kinds_with_extended_headers_other_magics_are_fatal() -> None:
     for stream in (simple, lambda asked: chunk(asked, DONE, NONE)):
         transmission = machine("extended")
         asked = Asked(transmission, WRITE, 0, 512)
@@ -207,7 +204,7 @@ def test_obligation_11_with_extended_headers_other_magics_are_fatal() -> None:
             feed(transmission, stream(asked) + bytes(32))
 
 
-def test_obligation_11_structured_reply_not_negotiated_is_fatal() -> None:
+def test_reply_kinds_structured_reply_not_negotiated_is_fatal() -> None:
     transmission = machine("simple")
     asked = Asked(transmission, READ, 0, 512)
     with pytest.raises(ProtocolError, match="bad magic"):
@@ -234,7 +231,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", list(BROKEN))
-def test_obligation_12_broken_chunk_is_fatal(name: str) -> None:
+def test_chunks_broken_chunk_is_fatal(name: str) -> None:
     kind, payload, says = BROKEN[name]
     transmission = machine("structured")
     read = Asked(transmission, READ, 512, 512)
@@ -244,7 +241,7 @@ def test_obligation_12_broken_chunk_is_fatal(name: str) -> None:
     assert transmission.unanswered() == [read.request]
 
 
-def test_obligation_12_overlap_and_missing_bytes_are_fatal() -> None:
+def test_chunks_overlap_and_missing_bytes_are_fatal() -> None:
     transmission = machine("structured")
     read = Asked(transmission, READ, 0, 1024)
     with pytest.raises(ProtocolError, match="twice"):
@@ -259,7 +256,7 @@ def test_obligation_12_overlap_and_missing_bytes_are_fatal() -> None:
         feed(transmission, chunk(read, DONE, DATA, data_payload(0, bytes(1023))))
 
 
-def test_obligation_12_unknown_error_chunk_fails_the_request_only() -> None:
+def test_chunks_unknown_error_chunk_fails_the_request_only() -> None:
     transmission = machine("structured")
     read = Asked(transmission, READ, 0, 512)
     feed(transmission, chunk(read, DONE, 0x8123, error_payload(28, b"full") + b"more"))
@@ -269,7 +266,7 @@ def test_obligation_12_unknown_error_chunk_fails_the_request_only() -> None:
     assert read.error == 0
 
 
-def test_obligation_13_read_with_an_error_and_content_fails() -> None:
+def test_read_errors_read_with_an_error_and_content_fails() -> None:
     transmission = machine("structured")
     read = Asked(transmission, READ, 0, 1024)
     feed(
@@ -282,7 +279,7 @@ def test_obligation_13_read_with_an_error_and_content_fails() -> None:
     assert (read.finished, read.error) == (1, errno.EIO)
 
 
-def test_obligation_14_none_must_be_done_and_empty() -> None:
+def test_done_none_must_be_done_and_empty() -> None:
     for flags, payload in ((0, b""), (DONE, b"x")):
         transmission = machine("structured")
         write = Asked(transmission, WRITE, 0, 512)
@@ -290,7 +287,7 @@ def test_obligation_14_none_must_be_done_and_empty() -> None:
             feed(transmission, chunk(write, flags, NONE, payload))
 
 
-def test_obligation_14_chunk_after_done_is_fatal() -> None:
+def test_done_chunk_after_done_is_fatal() -> None:
     transmission = machine("structured")
     read = Asked(transmission, READ, 0, 512)
     stream = chunk(read, DONE, DATA, data_payload(0, bytes(512)))
@@ -299,14 +296,14 @@ def test_obligation_14_chunk_after_done_is_fatal() -> None:
     assert read.finished == 1
 
 
-def test_obligation_14_unknown_reply_flags_are_ignored() -> None:
+def test_done_unknown_reply_flags_are_ignored() -> None:
     transmission = machine("structured")
     write = Asked(transmission, WRITE, 0, 512)
     feed(transmission, chunk(write, 0xFFFF, NONE))
     assert write.error == 0
 
 
-def test_obligation_15_df_is_never_sent() -> None:
+def test_df_is_never_sent() -> None:
     """We take reads in any number of chunks, so there is nothing to gain by DF."""
     for kind in ("structured", "extended"):
         transmission = machine(kind)
@@ -315,7 +312,7 @@ def test_obligation_15_df_is_never_sent() -> None:
         assert int.from_bytes(header[4:6]) == 0
 
 
-def test_obligation_16_flush_and_disc_have_no_range_and_disc_is_last() -> None:
+def test_never_sent_flush_and_disc_have_no_range_and_disc_is_last() -> None:
     transmission = machine("simple")
     Asked(transmission, FLUSH)
     transmission.disconnect()
@@ -327,7 +324,7 @@ def test_obligation_16_flush_and_disc_have_no_range_and_disc_is_last() -> None:
 
 
 @pytest.mark.parametrize("kind", ["simple", "extended"])
-def test_obligation_17_only_writes_have_payload(kind: str) -> None:
+def test_payload_only_writes_have_payload(kind: str) -> None:
     transmission = machine(kind)
     layout = p.EXTENDED_REQUEST if kind == "extended" else p.REQUEST
     for op in (READ, FLUSH, DISCARD, WRITE_ZEROES, PREFETCH):
@@ -350,13 +347,13 @@ def test_obligation_17_only_writes_have_payload(kind: str) -> None:
         (FLUSH, FUA, 0),
     ],
 )
-def test_obligation_20_fua_only_where_it_is_allowed(op: int, flags: int, expected: int) -> None:
+def test_fua_only_where_it_is_allowed(op: int, flags: int, expected: int) -> None:
     transmission = machine("structured")
     Asked(transmission, op, 0, 0 if op == FLUSH else 512, flags)
     assert p.REQUEST.unpack(bytes(transmission.output[0]))[1] == expected
 
 
-def test_obligation_21_trim_counts_as_no_write_zeroes_do() -> None:
+def test_trim_counts_as_no_write_zeroes_do() -> None:
     """A flush has nothing to vouch for after a trim: the range's content is undefined."""
     transmission = machine("simple")
     for op in (DISCARD, WRITE_ZEROES, WRITE):
@@ -386,7 +383,7 @@ def _status(kind: str, *extents: tuple[int, int], length: int = 65536) -> Asked:
         ([(65000, 0), (4096, 0xFFFF)], [(65000, 0), (536, 0xFFFF)]),
     ],
 )
-def test_obligation_22_extents_are_cut_to_the_request(
+def test_extents_are_cut_to_the_request(
     kind: str, extents: list[tuple[int, int]], expected: list[tuple[int, int]]
 ) -> None:
     asked = _status(kind, *extents)
@@ -404,14 +401,14 @@ def test_obligation_22_extents_are_cut_to_the_request(
         ([], "block status of"),
     ],
 )
-def test_obligation_22_impossible_extents_are_fatal(
+def test_extents_impossible_extents_are_fatal(
     kind: str, extents: list[tuple[int, int]], says: str
 ) -> None:
     with pytest.raises(ProtocolError, match=says):
         _status(kind, *extents)
 
 
-def test_obligation_22_status_twice_or_never_or_foreign_is_fatal() -> None:
+def test_extents_status_twice_or_never_or_foreign_is_fatal() -> None:
     for stream, says in (
         (lambda a: chunk(a, 0, STATUS, status_payload((512, 0))) * 2, "twice"),
         (lambda a: chunk(a, DONE, NONE), "without any"),
@@ -434,7 +431,7 @@ def test_block_status_of_many_extents_needs_no_staging_space() -> None:
 
 
 @pytest.mark.parametrize("kind", ["simple", "structured"])
-def test_obligation_23_shutdown_is_no_answer(kind: str) -> None:
+def test_shutdown_is_no_answer(kind: str) -> None:
     transmission = machine(kind)
     write = Asked(transmission, WRITE, 0, 512)
     feed(transmission, simple(write, 108))
@@ -457,9 +454,7 @@ def test_obligation_23_shutdown_is_no_answer(kind: str) -> None:
         (0xFFFFFFFF, errno.EINVAL),
     ],
 )
-def test_obligation_24_any_errno_fails_the_request_and_nothing_else(
-    wire: int, expected: int
-) -> None:
+def test_errnos_any_errno_fails_the_request_and_nothing_else(wire: int, expected: int) -> None:
     transmission = machine("simple")
     write, other = Asked(transmission, WRITE, 0, 512), Asked(transmission, WRITE, 0, 512)
     feed(transmission, simple(write, wire) + simple(other))
@@ -467,7 +462,7 @@ def test_obligation_24_any_errno_fails_the_request_and_nothing_else(
 
 
 @pytest.mark.parametrize("kind", [NONE, HOLE, STATUS, ERROR, 77, 0x8123])
-def test_obligation_25_huge_length_is_refused_without_allocating(kind: int) -> None:
+def test_violations_huge_length_is_refused_without_allocating(kind: int) -> None:
     transmission = machine("structured")
     asked = Asked(transmission, BLOCK_STATUS, 0, 512)
     header = p.CHUNK.pack(p.STRUCTURED_REPLY_MAGIC, DONE, kind, asked.cookie, 0xFFFFFFFF)
@@ -478,7 +473,7 @@ def test_obligation_25_huge_length_is_refused_without_allocating(kind: int) -> N
     tracemalloc.stop()
 
 
-def test_obligation_25_huge_extended_length_is_refused() -> None:
+def test_violations_huge_extended_length_is_refused() -> None:
     transmission = machine("extended")
     asked = Asked(transmission, READ, 0, 512)
     header = p.EXTENDED_CHUNK.pack(
@@ -488,14 +483,14 @@ def test_obligation_25_huge_extended_length_is_refused() -> None:
         feed(transmission, header + bytes(64))
 
 
-def test_obligation_25_reply_to_another_offset_is_fatal() -> None:
+def test_violations_reply_to_another_offset_is_fatal() -> None:
     transmission = machine("extended")
     asked = Asked(transmission, WRITE, 4096, 512)
     with pytest.raises(ProtocolError, match="server answered for offset 0"):
         feed(transmission, extended(asked, DONE, NONE, offset=0))
 
 
-def test_obligation_25_read_in_endlessly_many_pieces_is_refused() -> None:
+def test_violations_read_in_endlessly_many_pieces_is_refused() -> None:
     transmission = machine("structured")
     read = Asked(transmission, READ, 0, 1 << 20)
     stream = b"".join(chunk(read, 0, DATA, data_payload(2 * i, b"x")) for i in range(5000))

@@ -19,7 +19,6 @@ come one at a time: the session awaits each before the next, `disconnected()` la
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,6 +66,13 @@ class RingSetup:
     """Eventfd to signal when the ring is broken; None: the front-end gave none."""
 
 
+class ConfigListener(Protocol):
+    """Who has to know of the config space: a session."""
+
+    def config_changed(self) -> None:
+        """The config space changed by itself. Never raises."""
+
+
 class VhostUserDevice(Protocol):
     """The device of one back-end. The module's text says who owns descriptors, and how long."""
 
@@ -78,9 +84,9 @@ class VhostUserDevice(Protocol):
     """`create_inflight` and `set_inflight` work (protocol feature INFLIGHT_SHMFD is offered)."""
     supports_dirty_log: bool
     """`set_log` and `set_logging` work (LOG_SHMFD and VHOST_F_LOG_ALL are offered)."""
-    on_config_changed: Callable[[], None] | None
-    """Set by the session: the device calls it whenever the config space changed by itself (a
-    resize). A plain function that never raises. None: no front-end is connected."""
+    listener: ConfigListener | None
+    """Set by the session, to itself: the device calls it whenever the config space changed by itself
+    (a resize). None: no front-end is connected."""
 
     def offered_features(self) -> int:
         """The virtio feature bits, without 26 (LOG_ALL) and 30, which are the session's own."""

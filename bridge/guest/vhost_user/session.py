@@ -105,7 +105,7 @@ class FrontEndSession:
         self._config_changed = False
         self._closed = False
         self._handlers = self._own_handlers() | self._rings.handlers() | self._memory.handlers()
-        device.on_config_changed = self._note_config_changed
+        device.listener = self
 
     def _own_handlers(self) -> dict[MessageType, Handler]:
         return {
@@ -151,7 +151,7 @@ class FrontEndSession:
         if self._closed:
             return
         self._closed = True
-        self._device.on_config_changed = None
+        self._device.listener = None
         try:
             await self._device.disconnected()
         finally:
@@ -357,7 +357,8 @@ class FrontEndSession:
             os.close(self._channel_fd)
             self._channel_fd = None
 
-    def _note_config_changed(self) -> None:
+    def config_changed(self) -> None:
+        """See ConfigListener."""
         self._config_changed = True
         self._tell_config_changed()
 

@@ -16,8 +16,9 @@ from bridge.guest.vhost_user.backend import serve
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.blk_driver import BlkDriver
+from tests.guest.device_guest import StorageSide
 from tests.guest.memory_target import MemoryTarget
-from tests.tools import HUNG_S
+from tests.tools import HUNG_S, until
 
 
 @dataclass
@@ -62,7 +63,7 @@ async def running_backend(
         ),
         serial="test-disk",
         max_queues=max_queues,
-        on_abandoned=target.abandoned,
+        above=StorageSide(on_abandoned=target.abandoned),
         **options,
     )
     path = directory / "disk.sock"
@@ -95,9 +96,3 @@ async def guest_on(directory: Path, **options: Any) -> AsyncIterator[tuple[Runni
         await BlkDriver.connect(backend.path, **options) as guest,
     ):
         yield backend, guest
-
-
-async def until(ready: Callable[[], object]) -> None:
-    """Let the other tasks run until `ready()`."""
-    while not ready():
-        await trio.sleep(0.001)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -30,11 +27,3 @@ async def talk(no_fd_leak: None) -> AsyncIterator[Talk]:
     talk = Talk()
     yield talk
     await talk.session.close()
-
-
-@pytest.fixture
-def short_dir() -> Iterator[Path]:
-    """A directory whose name leaves room for a socket's in 107 bytes."""
-    path = Path(tempfile.mkdtemp(prefix="vu", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bridge.errors import ProtocolError
-from bridge.guest.vhost_user.device_interface import MemoryRegion, RingSetup
+from bridge.guest.vhost_user.device_interface import ConfigListener, MemoryRegion, RingSetup
 from bridge.guest.vhost_user.messages import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
@@ -44,7 +43,7 @@ class FakeDevice:
     def __init__(self, *, max_queues: int = 4, max_queue_size: int = 1024) -> None:
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
-        self.on_config_changed: Callable[[], None] | None = None
+        self.listener: ConfigListener | None = None
         self.calls: list[tuple[object, ...]] = []
         self.rings: dict[int, RingSetup] = {}
         self.suspended: set[int] = set()

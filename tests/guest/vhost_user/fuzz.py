@@ -48,6 +48,7 @@ from bridge.guest.vhost_user.reader import MessageReader
 from bridge.guest.vhost_user.session import FrontEndSession
 from bridge.guest.vhost_user.shapes import SHAPES
 from bridge.guest.virtio.blk_config import DiskGeometry
+from tests.guest.device_guest import StorageSide
 from tests.guest.memory_target import MemoryTarget
 from tests.guest.vhost_user.fakes import FakeDevice, open_fds
 
@@ -300,8 +301,8 @@ async def converse(dice: Dice, device: VhostUserDevice, *, turn: Callable[[], No
                 break
             await _handle(session, message)
             handled += 1
-            if device.on_config_changed is not None and rarely(dice):
-                device.on_config_changed()
+            if device.listener is not None and rarely(dice):
+                device.listener.config_changed()
             turn()
     except ProtocolError:
         pass
@@ -371,7 +372,7 @@ class RealDevice:
             geometry,
             serial="fuzz",
             max_queues=2,
-            on_abandoned=self.target.abandoned,
+            above=StorageSide(on_abandoned=self.target.abandoned),
         )
 
     def turn(self) -> None:

@@ -1,4 +1,4 @@
-"""The back-end's socket against front-ends that behave badly (rules 3.8 and 3.9)."""
+"""The back-end's socket against front-ends that behave badly (rules `session` and `message`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import structlog
 import trio
 import trio.testing
 from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from bridge.errors import ConnectionLost
 from bridge.guest.vhost_user.backend import _accept, serve
@@ -38,8 +40,9 @@ from bridge.guest.vhost_user.messages import (
 )
 from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.frontend import FrontEnd, Refused
-from tests.guest.vhost_user.backends import Running, guest_on, running_backend, until
+from tests.guest.vhost_user.backends import Running, guest_on, running_backend
 from tests.guest.vhost_user.fakes import F_VERSION_1, FakeDevice, eventfd, memfd, open_fds
+from tests.tools import until
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
@@ -86,9 +89,9 @@ BAD_STREAMS = {
 
 @pytest.mark.parametrize("name", list(BAD_STREAMS))
 async def test_bad_stream_ends_the_session_and_the_next_front_end_is_served(
-    short_dir: Path, name: str
+    directory: Path, name: str
 ) -> None:
-    async with running_backend(short_dir) as backend:
+    async with running_backend(directory) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
             await front_end.send_raw(BAD_STREAMS[name])
             await hangs_up(front_end)
@@ -97,10 +100,10 @@ async def test_bad_stream_ends_the_session_and_the_next_front_end_is_served(
 
 @pytest.mark.parametrize("count", range(1, 9))
 async def test_descriptors_with_a_message_that_takes_none_are_closed(
-    short_dir: Path, count: int
+    directory: Path, count: int
 ) -> None:
     """CVE-2019-14818: surplus descriptors stayed open for ever."""
-    async with running_backend(short_dir) as backend:
+    async with running_backend(directory) as backend:
         before = open_fds()
         for _ in range(20):
             with await FrontEnd.connect(backend.path) as front_end:
@@ -112,9 +115,9 @@ async def test_descriptors_with_a_message_that_takes_none_are_closed(
         await until(lambda: open_fds() == before)
 
 
-async def test_more_descriptors_than_fit_are_refused_and_closed(short_dir: Path) -> None:
-    """Rule 3.9: MSG_CTRUNC is an error; what arrived is closed."""
-    async with running_backend(short_dir) as backend:
+async def test_more_descriptors_than_fit_are_refused_and_closed(directory: Path) -> None:
+    """Rule `message`: MSG_CTRUNC is an error; what arrived is closed."""
+    async with running_backend(directory) as backend:
         before = open_fds()
         with await FrontEnd.connect(backend.path) as front_end:
             fds = [eventfd() for _ in range(100)]
@@ -126,8 +129,8 @@ async def test_more_descriptors_than_fit_are_refused_and_closed(short_dir: Path)
         await still_serves(backend)
 
 
-async def test_descriptors_sent_with_every_byte_of_a_message_are_closed(short_dir: Path) -> None:
-    async with running_backend(short_dir) as backend:
+async def test_descriptors_sent_with_every_byte_of_a_message_are_closed(directory: Path) -> None:
+    async with running_backend(directory) as backend:
         before = open_fds()
         with await FrontEnd.connect(backend.path) as front_end:
             fd = eventfd()
@@ -141,8 +144,8 @@ async def test_descriptors_sent_with_every_byte_of_a_message_are_closed(short_di
         await still_serves(backend)
 
 
-async def test_message_byte_by_byte_with_its_descriptor_last_is_taken(short_dir: Path) -> None:
-    async with running_backend(short_dir) as backend:
+async def test_message_byte_by_byte_with_its_descriptor_last_is_taken(directory: Path) -> None:
+    async with running_backend(directory) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
             await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
             data = pack_message(
@@ -157,8 +160,8 @@ async def test_message_byte_by_byte_with_its_descriptor_last_is_taken(short_dir:
             assert (await front_end.receive()).payload == bytes(8)
 
 
-async def test_many_messages_in_one_piece_are_answered_in_order(short_dir: Path) -> None:
-    async with running_backend(short_dir) as backend:
+async def test_many_messages_in_one_piece_are_answered_in_order(directory: Path) -> None:
+    async with running_backend(directory) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
             names = [MessageType.GET_FEATURES, MessageType.GET_PROTOCOL_FEATURES] * 50
             await front_end.send_raw(b"".join(pack_message(name) for name in names))
@@ -166,8 +169,8 @@ async def test_many_messages_in_one_piece_are_answered_in_order(short_dir: Path)
             assert got == names
 
 
-async def test_refusal_that_was_asked_for_leaves_the_session_alive(short_dir: Path) -> None:
-    async with running_backend(short_dir) as backend:
+async def test_refusal_that_was_asked_for_leaves_the_session_alive(directory: Path) -> None:
+    async with running_backend(directory) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
             await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
             for _ in range(3):
@@ -180,12 +183,12 @@ async def test_refusal_that_was_asked_for_leaves_the_session_alive(short_dir: Pa
 
 @pytest.mark.parametrize("length", range(0, 52, 3))
 async def test_front_end_that_vanishes_at_any_byte_is_forgotten(
-    short_dir: Path, length: int
+    directory: Path, length: int
 ) -> None:
-    """Rule 3.8: disconnect at any byte; everything is closed, the next one is served."""
+    """Rule `session`: disconnect at any byte; everything is closed, the next one is served."""
     region = RegionPayload(0, 1 << 20, 0, 0)
     data = pack_message(MessageType.SET_MEM_TABLE, pack_memory_table([region]))
-    async with running_backend(short_dir) as backend:
+    async with running_backend(directory) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
             if length:
                 fd = memfd()
@@ -195,9 +198,9 @@ async def test_front_end_that_vanishes_at_any_byte_is_forgotten(
 
 
 async def test_front_end_that_never_reads_replies_stops_only_its_own_conversation(
-    short_dir: Path,
+    directory: Path,
 ) -> None:
-    async with running_backend(short_dir) as backend:
+    async with running_backend(directory) as backend:
         async with await BlkDriver.connect(backend.path) as guest:
             assert guest.front_end is not None
             sock = guest.front_end._transport.sock
@@ -213,8 +216,8 @@ async def test_front_end_that_never_reads_replies_stops_only_its_own_conversatio
         await still_serves(backend)
 
 
-async def test_second_front_end_waits_for_the_first_to_leave(short_dir: Path) -> None:
-    async with running_backend(short_dir) as backend:
+async def test_second_front_end_waits_for_the_first_to_leave(directory: Path) -> None:
+    async with running_backend(directory) as backend:
         first = await FrontEnd.connect(backend.path)
         await first.get_u64(MessageType.GET_FEATURES)
         second = await FrontEnd.connect(backend.path)
@@ -233,19 +236,19 @@ async def test_second_front_end_waits_for_the_first_to_leave(short_dir: Path) ->
         second.close()
 
 
-async def test_channel_that_nobody_reads_blocks_nothing(short_dir: Path) -> None:
+async def test_channel_that_nobody_reads_blocks_nothing(directory: Path) -> None:
     """Rule 2: the main socket never waits for the back-end channel."""
-    async with guest_on(short_dir) as (backend, guest):
+    async with guest_on(directory) as (backend, guest):
         for _ in range(3000):
-            assert backend.device.on_config_changed is not None
-            backend.device.on_config_changed()
+            assert backend.device.listener is not None
+            backend.device.listener.config_changed()
         await guest.write(0, b"s" * 512)
         assert (await guest.refresh_config()).capacity_sectors == 32768
         await guest.config_changed()
 
 
-async def test_channel_that_is_closed_hurts_nobody(short_dir: Path) -> None:
-    async with guest_on(short_dir) as (backend, guest):
+async def test_channel_that_is_closed_hurts_nobody(directory: Path) -> None:
+    async with guest_on(directory) as (backend, guest):
         assert guest.front_end is not None
         assert guest.front_end._channel is not None
         guest.front_end._channel.close()
@@ -254,9 +257,9 @@ async def test_channel_that_is_closed_hurts_nobody(short_dir: Path) -> None:
         assert (await guest.refresh_config()).capacity_sectors == (4 << 20) // 512
 
 
-async def test_channel_replaced_is_the_one_used(short_dir: Path) -> None:
-    """Rule 3.8: BACKEND_REQ replaces the old channel on repeat."""
-    async with guest_on(short_dir) as (backend, guest):
+async def test_channel_replaced_is_the_one_used(directory: Path) -> None:
+    """Rule `session`: BACKEND_REQ replaces the old channel on repeat."""
+    async with guest_on(directory) as (backend, guest):
         assert guest.front_end is not None
         for _ in range(10):
             await guest.front_end.open_channel()
@@ -264,9 +267,9 @@ async def test_channel_replaced_is_the_one_used(short_dir: Path) -> None:
         assert (await guest.config_changed()).capacity_sectors == (8 << 20) // 512
 
 
-async def test_nothing_is_sent_after_the_last_ring_stopped(short_dir: Path) -> None:
-    """Rule 3.8: a suspended device calls nobody, writes nothing, sends nothing."""
-    async with guest_on(short_dir) as (backend, guest):
+async def test_nothing_is_sent_after_the_last_ring_stopped(directory: Path) -> None:
+    """Rule `session`: a suspended device calls nobody, writes nothing, sends nothing."""
+    async with guest_on(directory) as (backend, guest):
         queue = guest.queues[0]
         await guest.write(0, b"t" * 512)
         await guest.stop()
@@ -291,9 +294,9 @@ async def test_nothing_is_sent_after_the_last_ring_stopped(short_dir: Path) -> N
         await guest.front_end.get_u64(MessageType.GET_FEATURES)
 
 
-async def test_ring_number_is_masked_before_use(short_dir: Path) -> None:
-    """Rule 3.5 (SPDK 71c1bbeeb5): bit 8 is a flag, not part of the queue's number."""
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_ring_number_is_masked_before_use(directory: Path) -> None:
+    """Rule `notify` (SPDK 71c1bbeeb5): bit 8 is a flag, not part of the queue's number."""
+    async with guest_on(directory) as (_backend, guest):
         assert guest.front_end is not None
         await guest.front_end.tell(MessageType.SET_VRING_CALL, pack_u64(0x100))
         queue = guest.queues[0]
@@ -303,7 +306,7 @@ async def test_ring_number_is_masked_before_use(short_dir: Path) -> None:
         assert queue.poll()
 
 
-async def test_connected_socket_serves_one_front_end_and_ends(short_dir: Path) -> None:
+async def test_connected_socket_serves_one_front_end_and_ends(directory: Path) -> None:
     ours, theirs = socket.socketpair()
     device = FakeDevice()
     with Listener.from_fd(theirs.detach()) as listener:
@@ -314,29 +317,36 @@ async def test_connected_socket_serves_one_front_end_and_ends(short_dir: Path) -
     assert device.names() == ["disconnected"]
 
 
-async def test_bug_in_the_device_costs_the_session_and_not_the_process(short_dir: Path) -> None:
+@contextlib.asynccontextmanager
+async def served(device: FakeDevice, path: Path) -> AsyncIterator[list[EventDict]]:
+    """`device` is served at `path` meanwhile; gives what is logged."""
+    with capture_logs() as logs, Listener.at_path(path) as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, device, listener)
+            yield logs
+            nursery.cancel_scope.cancel()
+
+
+async def test_bug_in_the_device_costs_the_session_and_not_the_process(directory: Path) -> None:
     device = FakeDevice()
 
     def broken(offset: int, size: int) -> bytes:
         raise ZeroDivisionError
 
     device.read_config = broken  # type: ignore[method-assign]
-    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, device, listener)
-            for _ in range(2):
-                with await FrontEnd.connect(short_dir / "s") as front_end:
-                    await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
-                    with pytest.raises(ConnectionLost):
-                        await front_end.get_config(0, 8)
-            nursery.cancel_scope.cancel()
+    async with served(device, directory / "s") as logs:
+        for _ in range(2):
+            with await FrontEnd.connect(directory / "s") as front_end:
+                await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
+                with pytest.raises(ConnectionLost):
+                    await front_end.get_config(0, 8)
     assert [log["event"] for log in logs if log["log_level"] == "error"] == [
         "the vhost-user session failed"
     ] * 2
 
 
 async def test_bug_at_the_end_of_a_session_costs_the_session_and_not_the_process(
-    short_dir: Path,
+    directory: Path,
 ) -> None:
     device = FakeDevice()
 
@@ -344,58 +354,49 @@ async def test_bug_at_the_end_of_a_session_costs_the_session_and_not_the_process
         raise ZeroDivisionError
 
     device.disconnected = broken  # type: ignore[method-assign]
-    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, device, listener)
-            for _ in range(2):
-                with await FrontEnd.connect(short_dir / "s") as front_end:
-                    await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
-            await until(lambda: len([log for log in logs if "failed" in log["event"]]) == 2)
-            nursery.cancel_scope.cancel()
+    async with served(device, directory / "s") as logs:
+        for _ in range(2):
+            with await FrontEnd.connect(directory / "s") as front_end:
+                await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
+        await until(lambda: len([log for log in logs if "failed" in log["event"]]) == 2)
     (first, _) = [log for log in logs if log["log_level"] == "error"]
     assert first["event"] == "the end of the vhost-user session failed"
     assert first["exc_info"]
 
 
 async def test_front_end_that_says_nothing_leaves_when_another_waits(
-    short_dir: Path, autojump_clock: trio.testing.MockClock
+    directory: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     device = FakeDevice()
-    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, device, listener)
-            silent = await FrontEnd.connect(short_dir / "s")
-            await trio.sleep(3600)  # alone it may be silent for as long as it likes
-            assert silent.is_alive
-            with await FrontEnd.connect(short_dir / "s") as front_end:
-                await front_end.get_u64(MessageType.GET_FEATURES)
-            silent.close()
-            nursery.cancel_scope.cancel()
+    async with served(device, directory / "s") as logs:
+        silent = await FrontEnd.connect(directory / "s")
+        await trio.sleep(3600)  # alone it may be silent for as long as it likes
+        assert silent.is_alive
+        with await FrontEnd.connect(directory / "s") as front_end:
+            await front_end.get_u64(MessageType.GET_FEATURES)
+        silent.close()
     reasons = [log["reason"] for log in logs if log["event"] == "front-end disconnected"]
     assert reasons[0] == "said nothing for 5 s, and another front-end waits"
 
 
 async def test_front_end_that_waits_for_one_that_is_served_is_logged_once(
-    short_dir: Path, autojump_clock: trio.testing.MockClock
+    directory: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     device = FakeDevice()
-    with capture_logs() as logs, Listener.at_path(short_dir / "s") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, device, listener)
-            first = await FrontEnd.connect(short_dir / "s")
-            await first.get_u64(MessageType.GET_FEATURES)
-            second = await FrontEnd.connect(short_dir / "s")
-            await trio.sleep(3600)
-            await first.get_u64(MessageType.GET_FEATURES)
-            first.close()
-            second.close()
-            nursery.cancel_scope.cancel()
+    async with served(device, directory / "s") as logs:
+        first = await FrontEnd.connect(directory / "s")
+        await first.get_u64(MessageType.GET_FEATURES)
+        second = await FrontEnd.connect(directory / "s")
+        await trio.sleep(3600)
+        await first.get_u64(MessageType.GET_FEATURES)
+        first.close()
+        second.close()
     assert len([log for log in logs if "another front-end waits" in log["event"]]) == 1
 
 
-async def test_why_a_front_end_left_is_logged(short_dir: Path) -> None:
+async def test_why_a_front_end_left_is_logged(directory: Path) -> None:
     with capture_logs() as logs:
-        async with running_backend(short_dir) as backend:
+        async with running_backend(directory) as backend:
             with await FrontEnd.connect(backend.path) as front_end:
                 await front_end.send_raw(pack_message(MessageType.SET_FEATURES, bytes(4)))
                 await hangs_up(front_end)
@@ -430,10 +431,10 @@ def _told(logs: list[Any]) -> list[str]:
 
 
 async def test_guest_memory_that_is_not_shared_at_all_is_told_once_with_the_remedy(
-    short_dir: Path,
+    directory: Path,
 ) -> None:
     with capture_logs() as logs:
-        async with running_backend(short_dir) as backend:
+        async with running_backend(directory) as backend:
             for _ in range(3):
                 with await FrontEnd.connect(backend.path) as front_end:
                     await _starts_a_ring(front_end)
@@ -446,13 +447,13 @@ async def test_guest_memory_that_is_not_shared_at_all_is_told_once_with_the_reme
 
 @pytest.mark.parametrize(("mapping", "told"), [(mmap.MAP_PRIVATE, 1), (mmap.MAP_SHARED, 0)])
 async def test_guest_memory_that_the_front_end_maps_privately_is_told_once(
-    mapping: int, told: int, short_dir: Path
+    mapping: int, told: int, directory: Path
 ) -> None:
     """QEMU's share=off: it sends a file, and the guest writes to a copy of it."""
     fd = memfd(1 << 20)
     with capture_logs() as logs, mmap.mmap(fd, 1 << 20, flags=mapping) as mapped:
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        async with running_backend(short_dir) as backend:
+        async with running_backend(directory) as backend:
             for _ in range(2):
                 with await FrontEnd.connect(backend.path) as front_end:
                     await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
@@ -535,12 +536,12 @@ async def connect_and_abort(directory: Path, *, cycles: int, seed: int) -> None:
         await still_serves(backend)
 
 
-async def test_300_front_ends_that_abort_leave_nothing_behind(short_dir: Path) -> None:
-    """Rule 3.8, the descriptor leak campaign in small;
+async def test_300_front_ends_that_abort_leave_nothing_behind(directory: Path) -> None:
+    """Rule `session`, the descriptor leak campaign in small;
     `python -m tests.guest.vhost_user.test_backend` has the 10,000."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
     try:
-        await connect_and_abort(short_dir, cycles=300, seed=1)
+        await connect_and_abort(directory, cycles=300, seed=1)
     finally:
         structlog.reset_defaults()
 

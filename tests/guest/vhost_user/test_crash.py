@@ -1,5 +1,5 @@
 """The back-end is killed between two lines of the data path; nothing is lost, nothing is answered
-twice (rule 3.10, the crash matrix).
+twice (rule `inflight`, the crash matrix).
 
     python -m tests.guest.vhost_user.test_crash          every line, all kinds of ring
     python -m tests.guest.vhost_user.test_crash 10       every tenth
@@ -31,9 +31,9 @@ KINDS = [
 
 
 @pytest.fixture
-def zygote(short_dir: Path) -> Iterator[Zygote]:
+def zygote(directory: Path) -> Iterator[Zygote]:
     """A maker of back-ends."""
-    zygote = Zygote(short_dir)
+    zygote = Zygote(directory)
     yield zygote
     zygote.close()
 
@@ -137,6 +137,7 @@ async def crash_at(zygote: Zygote, *, features: int, late: bool, kill_at: int) -
         zygote.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("features", "late"), KINDS)
 async def test_back_end_killed_at_any_step_loses_and_repeats_nothing(
     zygote: Zygote, features: int, late: bool

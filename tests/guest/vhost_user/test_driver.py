@@ -198,7 +198,7 @@ def test_every_chain_arrives_as_it_was_added_and_is_used_once(
 @settings(max_examples=200, deadline=None)
 @given(rings, st.data())
 def test_no_kick_and_no_call_is_missed(ring: tuple[bool, int, bool], data: st.DataObject) -> None:
-    """Rule 3.5 from both sides: whoever sleeps after asking is woken by the next event."""
+    """Rule `notify` from both sides: whoever sleeps after asking is woken by the next event."""
     packed, size, event_idx = ring
     driver, device = both(packed=packed, size=size, event_idx=event_idx)
     device_asleep = driver_asleep = True
@@ -237,7 +237,7 @@ def test_no_kick_and_no_call_is_missed(ring: tuple[bool, int, bool], data: st.Da
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_indexes_run_over_their_end(packed: bool, event_idx: bool) -> None:
-    """Rule 3.1.2: more than 65536 requests, and the packed ring's wrap counters."""
+    """Rule `ring`.2: more than 65536 requests, and the packed ring's wrap counters."""
     driver, device = both(packed=packed, size=8, event_idx=event_idx)
     for token in range(70_000):
         driver.add(token, [(1, 2, 0), (3, 4, DESC_WRITE), (5, 6, DESC_WRITE)][: 1 + token % 3])

@@ -1,5 +1,7 @@
-"""What a front-end can do to the rings and the memory of a whole back-end (rules 3.5, 3.8, 3.10
-and 3.11)."""
+"""What a front-end can do to the rings and the memory of a whole back-end.
+
+Rules `notify`, `session`, `inflight`, `dirty_log` of docs/rules/virtio.md.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ from bridge.peers.shared_memory import USER_OFFSET, SharedMemory
 from bridge.peers.split_driver import SplitDriver
 from bridge.spec.virtio_blk import S_IOERR, S_OK, T_GET_ID, T_IN, T_OUT
 from bridge.spec.virtqueue import DESC_WRITE, F_EVENT_IDX, F_VERSION_1
-from tests.guest.vhost_user.backends import Running, guest_on, running_backend, until
+from tests.guest.vhost_user.backends import Running, guest_on, running_backend
 from tests.guest.vhost_user.fakes import memfd
+from tests.tools import until
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
@@ -65,10 +68,10 @@ async def complete(queue: DriverQueue) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("features", RINGS)
 async def test_polling_guest_without_kick_and_call_is_served(
-    short_dir: Path, features: int
+    directory: Path, features: int
 ) -> None:
-    """Rule 3.5: no kick fd means that the back-end must poll, no call fd never to signal."""
-    async with guest_on(short_dir, features=features) as (_backend, guest):
+    """Rule `notify`: no kick fd means that the back-end must poll, no call fd never to signal."""
+    async with guest_on(directory, features=features) as (_backend, guest):
         queue = guest.queues[0]
         front_end = front_end_of(guest)
         base = await front_end.stop_ring(0)
@@ -86,8 +89,8 @@ async def test_polling_guest_without_kick_and_call_is_served(
             assert [status for _, status in await complete(queue)] == [S_OK]
 
 
-async def test_full_call_counter_costs_nothing_but_itself(short_dir: Path) -> None:
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_full_call_counter_costs_nothing_but_itself(directory: Path) -> None:
+    async with guest_on(directory) as (_backend, guest):
         queue = guest.queues[0]
         with suppress(BlockingIOError):
             os.eventfd_read(queue.call_fd)
@@ -99,9 +102,9 @@ async def test_full_call_counter_costs_nothing_but_itself(short_dir: Path) -> No
             assert len(await complete(queue)) == 1
 
 
-async def test_new_call_fd_is_signalled_once_for_what_may_be_lost(short_dir: Path) -> None:
-    """Rule 3.5 (SPDK dbe47004e5): a guest whose call fd was replaced must not wait for ever."""
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_new_call_fd_is_signalled_once_for_what_may_be_lost(directory: Path) -> None:
+    """`notify` (SPDK dbe47004e5): a guest whose call fd was replaced must not wait for ever."""
+    async with guest_on(directory) as (_backend, guest):
         fresh = os.eventfd(0, os.EFD_NONBLOCK)
         await front_end_of(guest).set_ring_file(MessageType.SET_VRING_CALL, 0, fresh)
         assert os.eventfd_read(fresh) >= 1
@@ -109,9 +112,9 @@ async def test_new_call_fd_is_signalled_once_for_what_may_be_lost(short_dir: Pat
 
 
 async def test_first_completion_after_a_restart_calls_whatever_the_suppression_says(
-    short_dir: Path,
+    directory: Path,
 ) -> None:
-    async with guest_on(short_dir) as (_backend, guest):
+    async with guest_on(directory) as (_backend, guest):
         queue = guest.queues[0]
         await guest.write(0, b"a" * 512)
         (base,) = await guest.stop()
@@ -126,9 +129,9 @@ async def test_first_completion_after_a_restart_calls_whatever_the_suppression_s
         assert os.eventfd_read(queue.call_fd) >= 1
 
 
-async def test_spurious_kicks_do_nothing(short_dir: Path) -> None:
-    """Rule 3.5: a kick with nothing new is no request."""
-    async with guest_on(short_dir) as (backend, guest):
+async def test_spurious_kicks_do_nothing(directory: Path) -> None:
+    """Rule `notify`: a kick with nothing new is no request."""
+    async with guest_on(directory) as (backend, guest):
         for _ in range(100):
             os.eventfd_write(guest.queues[0].kick_fd, 1)
             await trio.lowlevel.checkpoint()
@@ -137,8 +140,8 @@ async def test_spurious_kicks_do_nothing(short_dir: Path) -> None:
         await guest.write(0, b"k" * 512)
 
 
-async def test_kick_fd_replaced_while_running_is_the_one_waited_for(short_dir: Path) -> None:
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_kick_fd_replaced_while_running_is_the_one_waited_for(directory: Path) -> None:
+    async with guest_on(directory) as (_backend, guest):
         queue = guest.queues[0]
         for _ in range(3):
             os.close(queue.kick_fd)
@@ -155,9 +158,9 @@ def calls(queue: DriverQueue) -> int:
         return 0
 
 
-async def test_event_idx_counts_and_the_flags_do_not(short_dir: Path) -> None:
-    """Rule 3.5: with EVENT_IDX avail.flags is ignored and used.flags stays 0."""
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_event_idx_counts_and_the_flags_do_not(directory: Path) -> None:
+    """Rule `notify`: with EVENT_IDX avail.flags is ignored and used.flags stays 0."""
+    async with guest_on(directory) as (_backend, guest):
         queue = guest.queues[0]
         driver = queue.driver
         assert isinstance(driver, SplitDriver)
@@ -174,9 +177,9 @@ async def test_event_idx_counts_and_the_flags_do_not(short_dir: Path) -> None:
             assert driver.device_used_flags == 0
 
 
-async def test_flags_count_without_event_idx(short_dir: Path) -> None:
-    """Rule 3.5: flags 1 means no call, 0 means a call; used_event means nothing."""
-    async with guest_on(short_dir, features=FEATURES & ~F_EVENT_IDX) as (_backend, guest):
+async def test_flags_count_without_event_idx(directory: Path) -> None:
+    """Rule `notify`: flags 1 means no call, 0 means a call; used_event means nothing."""
+    async with guest_on(directory, features=FEATURES & ~F_EVENT_IDX) as (_backend, guest):
         queue = guest.queues[0]
         driver = queue.driver
         assert isinstance(driver, SplitDriver)
@@ -192,9 +195,9 @@ async def test_flags_count_without_event_idx(short_dir: Path) -> None:
             assert bool(calls(queue)) == wanted
 
 
-async def test_device_offers_version_1_and_as_many_queues_as_it_has(short_dir: Path) -> None:
-    """Rules 3.7 and 3.8: VERSION_1 is offered; GET_QUEUE_NUM and num_queues agree."""
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_device_offers_version_1_and_as_many_queues_as_it_has(directory: Path) -> None:
+    """Rules `features` and `session`: VERSION_1 is offered; GET_QUEUE_NUM and num_queues agree."""
+    async with guest_on(directory) as (_backend, guest):
         assert guest.features & F_VERSION_1
         assert (
             await front_end_of(guest).get_u64(MessageType.GET_QUEUE_NUM) == guest.config.num_queues
@@ -219,10 +222,10 @@ async def test_device_offers_version_1_and_as_many_queues_as_it_has(short_dir: P
     ],
 )
 async def test_ring_at_impossible_addresses_is_refused_and_the_session_lives(
-    short_dir: Path, part: str, shift: int
+    directory: Path, part: str, shift: int
 ) -> None:
-    """Rule 3.1.1: misaligned, overlapping or unmapped rings."""
-    async with guest_on(short_dir) as (_backend, guest):
+    """Rule `ring`.1: misaligned, overlapping or unmapped rings."""
+    async with guest_on(directory) as (_backend, guest):
         wrong = addresses(guest, guest.queues[0])
         wrong[part] = (wrong[part] + shift) & ((1 << 64) - 1)
         front_end = front_end_of(guest)
@@ -239,9 +242,9 @@ async def set_up_second(front_end: FrontEnd, where: dict[str, int], *, size: int
 
 
 async def test_ring_that_ends_with_the_region_is_taken_and_one_byte_more_is_not(
-    short_dir: Path,
+    directory: Path,
 ) -> None:
-    async with guest_on(short_dir) as (_backend, guest):
+    async with guest_on(directory) as (_backend, guest):
         region = guest.memory.regions[0]
         end = region.user_address + region.size_bytes
         where = addresses(guest, guest.queues[0])
@@ -255,9 +258,9 @@ async def test_ring_that_ends_with_the_region_is_taken_and_one_byte_more_is_not(
 # Memory.
 
 
-async def test_memory_file_shorter_than_it_says_is_refused(short_dir: Path) -> None:
+async def test_memory_file_shorter_than_it_says_is_refused(directory: Path) -> None:
     """Touching a mapping past the file's end would be a SIGBUS."""
-    async with guest_on(short_dir) as (_backend, guest):
+    async with guest_on(directory) as (_backend, guest):
         for size, region in (
             (4096, RegionPayload(1 << 40, 8192, 1 << 41, 0)),
             (8192, RegionPayload(1 << 40, 8192, 1 << 41, 4096)),
@@ -271,12 +274,12 @@ async def test_memory_file_shorter_than_it_says_is_refused(short_dir: Path) -> N
         await guest.write(0, b"m" * 512)
 
 
-async def test_memory_file_that_cannot_be_mapped_is_refused(short_dir: Path) -> None:
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_memory_file_that_cannot_be_mapped_is_refused(directory: Path) -> None:
+    async with guest_on(directory) as (_backend, guest):
         for fd in (
             os.open("/dev/null", os.O_RDWR),
             os.open("/proc/self/maps", os.O_RDONLY),
-            os.open(short_dir, os.O_RDONLY),
+            os.open(directory, os.O_RDONLY),
             os.eventfd(0),
             os.dup(0),
         ):
@@ -286,9 +289,9 @@ async def test_memory_file_that_cannot_be_mapped_is_refused(short_dir: Path) -> 
         await guest.write(0, b"m" * 512)
 
 
-async def test_ring_whose_memory_is_taken_away_breaks_and_only_that(short_dir: Path) -> None:
-    """Rule 3.8: users of old mappings are quiesced; a ring in thin air is broken, not a crash."""
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_ring_whose_memory_is_taken_away_breaks_and_only_that(directory: Path) -> None:
+    """`session`: users of old mappings are quiesced; a ring in thin air is broken, not a crash."""
+    async with guest_on(directory) as (_backend, guest):
         queue = guest.queues[0]
         front_end = front_end_of(guest)
         regions = [(each.region, each.fd) for each in guest.memory.regions]
@@ -305,14 +308,14 @@ async def test_ring_whose_memory_is_taken_away_breaks_and_only_that(short_dir: P
 
 
 async def test_buffer_over_two_regions_that_are_apart_in_the_file_is_whole(
-    short_dir: Path,
+    directory: Path,
 ) -> None:
     """CVE-2018-1059, CVE-2019-18960: contiguous for the guest is not contiguous for us."""
     memory = SharedMemory()
     first = memory.add(65536, guest_address=1 << 20, user_address=1 << 44)
     second = memory.add(65536, guest_address=(1 << 20) + 65536, user_address=1 << 43)
     data = os.urandom(1024)
-    async with guest_on(short_dir) as (backend, guest):
+    async with guest_on(directory) as (backend, guest):
         front_end = front_end_of(guest)
         for region in (second, first):
             await front_end.add_memory(region.region, region.fd)
@@ -333,10 +336,10 @@ async def test_buffer_over_two_regions_that_are_apart_in_the_file_is_whole(
     memory.close()
 
 
-async def test_regions_with_a_file_offset_map_the_right_bytes(short_dir: Path) -> None:
+async def test_regions_with_a_file_offset_map_the_right_bytes(directory: Path) -> None:
     fd = memfd(3 << 16)
     os.pwrite(fd, b"q" * 512, 4096 + 100)
-    async with guest_on(short_dir) as (backend, guest):
+    async with guest_on(directory) as (backend, guest):
         region = RegionPayload(1 << 30, 65536, 1 << 40, 4096 + 100)
         await front_end_of(guest).add_memory(region, fd)
         queue = guest.queues[0]
@@ -355,11 +358,11 @@ async def test_regions_with_a_file_offset_map_the_right_bytes(short_dir: Path) -
 
 @pytest.mark.parametrize("features", RINGS)
 async def test_stop_with_a_dead_storage_is_bounded_and_fails_the_requests(
-    short_dir: Path, features: int
+    directory: Path, features: int
 ) -> None:
-    """Rule 3.8: QEMU waits for GET_VRING_BASE without a limit of its own."""
+    """Rule `session`: QEMU waits for GET_VRING_BASE without a limit of its own."""
     async with (
-        running_backend(short_dir, drain_timeout_s=0.05) as backend,
+        running_backend(directory, drain_timeout_s=0.05) as backend,
         await BlkDriver.connect(backend.path, features=features) as guest,
     ):
         queue = guest.queues[0]
@@ -379,9 +382,9 @@ async def test_stop_with_a_dead_storage_is_bounded_and_fails_the_requests(
 
 
 async def test_front_end_that_vanishes_with_requests_in_flight_gets_no_late_writes(
-    short_dir: Path,
+    directory: Path,
 ) -> None:
-    async with running_backend(short_dir, drain_timeout_s=0.05) as backend:
+    async with running_backend(directory, drain_timeout_s=0.05) as backend:
         guest = await BlkDriver.connect(backend.path)
         queue = guest.queues[0]
         backend.target.hold = True
@@ -400,8 +403,8 @@ async def test_front_end_that_vanishes_with_requests_in_flight_gets_no_late_writ
         guest.close()
 
 
-async def test_reset_device_starts_over_with_the_same_memory(short_dir: Path) -> None:
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_reset_device_starts_over_with_the_same_memory(directory: Path) -> None:
+    async with guest_on(directory) as (_backend, guest):
         front_end = front_end_of(guest)
         queue = guest.queues[0]
         await guest.write(0, b"r" * 512)
@@ -411,9 +414,9 @@ async def test_reset_device_starts_over_with_the_same_memory(short_dir: Path) ->
         assert await guest.read(0, 512) == b"r" * 512
 
 
-async def test_guest_that_boots_again_starts_its_rings_at_zero(short_dir: Path) -> None:
+async def test_guest_that_boots_again_starts_its_rings_at_zero(directory: Path) -> None:
     """rust-vmm/vhost#180: the used index is the guest's, read from its memory at the start."""
-    async with guest_on(short_dir) as (_backend, guest):
+    async with guest_on(directory) as (_backend, guest):
         queue = guest.queues[0]
         for _ in range(3):
             await guest.write(0, b"b" * 512)
@@ -431,10 +434,10 @@ async def test_guest_that_boots_again_starts_its_rings_at_zero(short_dir: Path) 
 
 @asynccontextmanager
 async def interrupted(
-    short_dir: Path, **options: Any
+    directory: Path, **options: Any
 ) -> AsyncIterator[tuple[Running, BlkDriver, DriverQueue]]:
     """A guest whose back-end left 3 requests unanswered: its front-end vanished."""
-    async with running_backend(short_dir, drain_timeout_s=0.01) as backend:
+    async with running_backend(directory, drain_timeout_s=0.01) as backend:
         async with await BlkDriver.connect(backend.path, inflight=True, **options) as guest:
             queue = guest.queues[0]
             await guest.write(4096, b"1" * 512)
@@ -451,9 +454,9 @@ async def interrupted(
 
 
 @pytest.mark.parametrize("base", ["used", "avail"])
-async def test_recovery_ignores_which_base_the_front_end_names(short_dir: Path, base: str) -> None:
+async def test_recovery_ignores_which_base_the_front_end_names(directory: Path, base: str) -> None:
     """Rule 2: cloud-hypervisor names the available index, QEMU the used one."""
-    async with interrupted(short_dir) as (backend, guest, queue):
+    async with interrupted(directory) as (backend, guest, queue):
         await guest._negotiate()
         await guest._share()
         driver = queue.driver
@@ -472,11 +475,11 @@ async def test_recovery_ignores_which_base_the_front_end_names(short_dir: Path, 
 @pytest.mark.parametrize("features", RINGS)
 @pytest.mark.parametrize("seed", range(20))
 async def test_inflight_region_full_of_nonsense_is_survived(
-    short_dir: Path, features: int, seed: int
+    directory: Path, features: int, seed: int
 ) -> None:
-    """Rule 3.10, CVE-2026-63110: the region is the front-end's to write to."""
+    """Rule `inflight`, CVE-2026-63110: the region is the front-end's to write to."""
     dice = random.Random(seed)
-    async with interrupted(short_dir, features=features) as (backend, guest, _queue):
+    async with interrupted(directory, features=features) as (backend, guest, _queue):
         assert guest._inflight is not None
         described, fd = guest._inflight
         for _ in range(dice.randrange(1, 200)):
@@ -500,10 +503,10 @@ async def test_inflight_region_full_of_nonsense_is_survived(
     ],
 )
 async def test_inflight_region_that_does_not_fit_is_refused(
-    short_dir: Path, described: InflightRange
+    directory: Path, described: InflightRange
 ) -> None:
     """CVE-2021-3839."""
-    async with running_backend(short_dir) as backend:
+    async with running_backend(directory) as backend:
         guest = BlkDriver(backend.path)
         try:
             await guest._negotiate()
@@ -539,9 +542,9 @@ class Log:
 
 
 @pytest.mark.parametrize("features", RINGS)
-async def test_everything_written_while_logging_is_marked(short_dir: Path, features: int) -> None:
-    """Rule 3.11: data of IN and GET_ID, the status byte, the used ring; nothing that was read."""
-    async with guest_on(short_dir, features=features, request_bytes=16384) as (_backend, guest):
+async def test_everything_written_while_logging_is_marked(directory: Path, features: int) -> None:
+    """`dirty_log`: data of IN and GET_ID, the status byte, the used ring; nothing that was read."""
+    async with guest_on(directory, features=features, request_bytes=16384) as (_backend, guest):
         front_end = front_end_of(guest)
         queue = guest.queues[0]
         region = guest.memory.regions[0]
@@ -573,9 +576,9 @@ async def test_everything_written_while_logging_is_marked(short_dir: Path, featu
         os.close(log.fd)
 
 
-async def test_log_shorter_than_the_memory_is_not_written_past_its_end(short_dir: Path) -> None:
+async def test_log_shorter_than_the_memory_is_not_written_past_its_end(directory: Path) -> None:
     """CVE-2020-10722, CVE-2019-14835."""
-    async with guest_on(short_dir) as (_backend, guest):
+    async with guest_on(directory) as (_backend, guest):
         front_end = front_end_of(guest)
         fd = memfd(8192)
         await front_end.set_log(fd, 8, 16)
@@ -587,8 +590,8 @@ async def test_log_shorter_than_the_memory_is_not_written_past_its_end(short_dir
         os.close(fd)
 
 
-async def test_log_range_past_its_file_is_refused(short_dir: Path) -> None:
-    async with guest_on(short_dir) as (backend, guest):
+async def test_log_range_past_its_file_is_refused(directory: Path) -> None:
+    async with guest_on(directory) as (backend, guest):
         fd = memfd(4096)
         with pytest.raises(ConnectionLost):
             await front_end_of(guest).set_log(fd, 8192)
@@ -597,8 +600,8 @@ async def test_log_range_past_its_file_is_refused(short_dir: Path) -> None:
             await other.write(0, b"g" * 512)
 
 
-async def test_unknown_queue_is_refused_as_the_qtest_nxvirtq_does(short_dir: Path) -> None:
-    async with guest_on(short_dir) as (_backend, guest):
+async def test_unknown_queue_is_refused_as_the_qtest_nxvirtq_does(directory: Path) -> None:
+    async with guest_on(directory) as (_backend, guest):
         for request in (
             MessageType.SET_VRING_NUM,
             MessageType.SET_VRING_BASE,

@@ -171,7 +171,7 @@ async def test_config_written_carries_its_flags(both: Scripted) -> None:
 
 
 async def test_received_descriptors_are_not_inherited_by_children(both: Scripted) -> None:
-    """Rule 3.9: MSG_CMSG_CLOEXEC."""
+    """Rule `message`: MSG_CMSG_CLOEXEC."""
     fd = os.eventfd(0, 0)
     await both.front_end.send_raw(pack_message(MessageType.SET_VRING_CALL, bytes(8)), [fd])
     os.close(fd)
@@ -210,8 +210,8 @@ async def test_send_that_nobody_receives_waits_and_can_be_cancelled(both: Script
     assert scope.cancelled_caught
 
 
-async def test_connecting_to_a_full_backlog_waits_for_room(short_dir: Path) -> None:
-    path = short_dir / "s"
+async def test_connecting_to_a_full_backlog_waits_for_room(directory: Path) -> None:
+    path = directory / "s"
     waiting = []
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))

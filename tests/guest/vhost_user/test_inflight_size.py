@@ -25,9 +25,9 @@ class Qemu10Guest(BlkDriver):
 
 @pytest.mark.parametrize("ring_size", [64, 256, 1024])
 async def test_ring_of_another_size_than_the_region_was_asked_for_is_served(
-    short_dir: Path, no_fd_leak: None, ring_size: int
+    directory: Path, no_fd_leak: None, ring_size: int
 ) -> None:
-    async with running_backend(short_dir) as backend:
+    async with running_backend(directory) as backend:
         guest = Qemu10Guest(backend.path, queue_size=ring_size, request_bytes=4096, inflight=True)
         async with guest:
             await guest.start()

@@ -22,8 +22,8 @@ def bound(path: Path, kind: int = socket.SOCK_STREAM) -> socket.socket:
     return sock
 
 
-def test_socket_has_mode_0600_whatever_the_umask_and_is_removed(short_dir: Path) -> None:
-    path = short_dir / "s"
+def test_socket_has_mode_0600_whatever_the_umask_and_is_removed(directory: Path) -> None:
+    path = directory / "s"
     before = os.umask(0)
     try:
         with Listener.at_path(path):
@@ -36,8 +36,8 @@ def test_socket_has_mode_0600_whatever_the_umask_and_is_removed(short_dir: Path)
     assert not path.exists()
 
 
-def test_dead_processs_socket_is_replaced(short_dir: Path) -> None:
-    path = short_dir / "s"
+def test_dead_processs_socket_is_replaced(directory: Path) -> None:
+    path = directory / "s"
     bound(path).close()
     assert path.exists()
 
@@ -45,8 +45,8 @@ def test_dead_processs_socket_is_replaced(short_dir: Path) -> None:
         client.connect(str(path))
 
 
-def test_socket_that_is_listened_on_is_refused(short_dir: Path) -> None:
-    path = short_dir / "s"
+def test_socket_that_is_listened_on_is_refused(directory: Path) -> None:
+    path = directory / "s"
     with bound(path) as sock:
         sock.listen()
         with pytest.raises(ConfigError, match="another process listens"):
@@ -54,8 +54,8 @@ def test_socket_that_is_listened_on_is_refused(short_dir: Path) -> None:
     assert path.exists()
 
 
-def test_socket_whose_backlog_is_full_is_refused(short_dir: Path) -> None:
-    path = short_dir / "s"
+def test_socket_whose_backlog_is_full_is_refused(directory: Path) -> None:
+    path = directory / "s"
     clients = []
     with bound(path) as sock:
         sock.listen(0)
@@ -69,41 +69,41 @@ def test_socket_whose_backlog_is_full_is_refused(short_dir: Path) -> None:
         client.close()
 
 
-def test_datagram_socket_of_another_process_is_refused(short_dir: Path) -> None:
-    with bound(short_dir / "s", socket.SOCK_DGRAM), pytest.raises(ConfigError, match="another"):
-        Listener.at_path(short_dir / "s")
+def test_datagram_socket_of_another_process_is_refused(directory: Path) -> None:
+    with bound(directory / "s", socket.SOCK_DGRAM), pytest.raises(ConfigError, match="another"):
+        Listener.at_path(directory / "s")
 
 
-def test_path_that_is_no_socket_is_refused_and_kept(short_dir: Path) -> None:
-    path = short_dir / "s"
+def test_path_that_is_no_socket_is_refused_and_kept(directory: Path) -> None:
+    path = directory / "s"
     path.write_text("precious")
 
     with pytest.raises(ConfigError, match="is no socket"):
         Listener.at_path(path)
     with pytest.raises(ConfigError, match="is no socket"):
-        Listener.at_path(short_dir)
+        Listener.at_path(directory)
     assert path.read_text() == "precious"
 
 
-def test_missing_directory_is_named(short_dir: Path) -> None:
+def test_missing_directory_is_named(directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"directory .*/nowhere does not exist"):
-        Listener.at_path(short_dir / "nowhere" / "s")
+        Listener.at_path(directory / "nowhere" / "s")
 
 
-def test_path_through_a_file_is_refused(short_dir: Path) -> None:
-    (short_dir / "f").write_text("")
+def test_path_through_a_file_is_refused(directory: Path) -> None:
+    (directory / "f").write_text("")
 
     with pytest.raises(ConfigError, match="cannot listen"):
-        Listener.at_path(short_dir / "f" / "s")
+        Listener.at_path(directory / "f" / "s")
 
 
-def test_path_longer_than_a_socket_address_is_refused(short_dir: Path) -> None:
+def test_path_longer_than_a_socket_address_is_refused(directory: Path) -> None:
     with pytest.raises(ConfigError, match="longer than 107 bytes"):
-        Listener.at_path(short_dir / ("x" * 107))
+        Listener.at_path(directory / ("x" * 107))
 
 
-def test_file_that_somebody_else_put_there_is_not_removed(short_dir: Path) -> None:
-    path = short_dir / "s"
+def test_file_that_somebody_else_put_there_is_not_removed(directory: Path) -> None:
+    path = directory / "s"
     listener = Listener.at_path(path)
     path.unlink()
     with bound(path):
@@ -111,13 +111,13 @@ def test_file_that_somebody_else_put_there_is_not_removed(short_dir: Path) -> No
         assert path.exists()
 
 
-def test_file_already_gone_at_the_end_is_no_error(short_dir: Path) -> None:
-    with Listener.at_path(short_dir / "s"):
-        (short_dir / "s").unlink()
+def test_file_already_gone_at_the_end_is_no_error(directory: Path) -> None:
+    with Listener.at_path(directory / "s"):
+        (directory / "s").unlink()
 
 
-def test_passed_descriptor_that_is_no_unix_stream_socket_is_refused(short_dir: Path) -> None:
-    with (short_dir / "f").open("w") as file, pytest.raises(ConfigError, match="no socket"):
+def test_passed_descriptor_that_is_no_unix_stream_socket_is_refused(directory: Path) -> None:
+    with (directory / "f").open("w") as file, pytest.raises(ConfigError, match="no socket"):
         Listener.from_fd(file.fileno())
     with socket.socket(socket.AF_INET) as sock:
         with pytest.raises(ConfigError, match="no unix stream socket"):
@@ -127,12 +127,12 @@ def test_passed_descriptor_that_is_no_unix_stream_socket_is_refused(short_dir: P
         Listener.from_fd(987654)
 
 
-def test_passed_descriptor_is_told_listening_from_connected(short_dir: Path) -> None:
-    sock = bound(short_dir / "s")
+def test_passed_descriptor_is_told_listening_from_connected(directory: Path) -> None:
+    sock = bound(directory / "s")
     sock.listen()
     with Listener.from_fd(sock.detach()) as listener:
         assert not listener.is_connected
-    assert (short_dir / "s").exists()
+    assert (directory / "s").exists()
     ours, theirs = socket.socketpair()
     with ours, Listener.from_fd(theirs.detach()) as listener:
         assert listener.is_connected

@@ -15,18 +15,8 @@ import trio
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import FEATURES, BlkDriver
 from bridge.spec.virtqueue import F_EVENT_IDX, F_INDIRECT
-from tests import peers
 from tests.guest.vhost_user.backends import running_backend
-from tests.tools import missing
-
-
-def peer(*argv: str) -> list[str]:
-    """A command line that runs in the chroot with newer peers."""
-    try:
-        return peers.peer_command(*argv)
-    except peers.PeersMissing as error:
-        missing(str(error))
-        raise
+from tests.tools import peer
 
 
 @contextmanager
@@ -60,9 +50,9 @@ def storage_daemon(directory: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("left_out", [0, F_INDIRECT, F_EVENT_IDX, F_INDIRECT | F_EVENT_IDX])
-async def test_guest_uses_a_disk_of_qemu_storage_daemon(short_dir: Path, left_out: int) -> None:
+async def test_guest_uses_a_disk_of_qemu_storage_daemon(directory: Path, left_out: int) -> None:
     data = os.urandom(300 * 1024)
-    with storage_daemon(short_dir) as path:
+    with storage_daemon(directory) as path:
         async with await BlkDriver.connect(
             path, features=FEATURES & ~left_out, num_queues=2, regions=3
         ) as guest:
@@ -78,12 +68,12 @@ async def test_guest_uses_a_disk_of_qemu_storage_daemon(short_dir: Path, left_ou
                 await guest.read(64 << 20, 512)
             bases = await guest.stop()
             assert bases == [queue.driver.base for queue in guest.queues]
-    stored = (short_dir / "image").read_bytes()
+    stored = (directory / "image").read_bytes()
     assert stored[4096 + 65536 : 4096 + len(data)] == data[65536:]
 
 
-async def test_libblkio_writes_and_reads_patterns(short_dir: Path, no_fd_leak: None) -> None:
-    async with running_backend(short_dir, size_bytes=32 << 20) as backend:
+async def test_libblkio_writes_and_reads_patterns(directory: Path, no_fd_leak: None) -> None:
+    async with running_backend(directory, size_bytes=32 << 20) as backend:
         argv = peer(
             "qemu-io",
             "--image-opts",

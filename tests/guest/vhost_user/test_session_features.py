@@ -1,4 +1,7 @@
-"""Features, status and the configuration space in a session (rules 3.6 "Config" and 3.7)."""
+"""Features, status and the configuration space in a session.
+
+Rules `request` ("Config") and `features` of docs/rules/virtio.md.
+"""
 
 from __future__ import annotations
 
@@ -276,9 +279,9 @@ async def test_config_change_is_sent_once_while_a_ring_runs(talk: Talk) -> None:
     await talk.negotiate()
     await talk.send(MessageType.SET_BACKEND_REQ_FD, fds=[_socket()])
     await talk.run_ring()
-    assert talk.device.on_config_changed is not None
+    assert talk.device.listener is not None
 
-    talk.device.on_config_changed()
+    talk.device.listener.config_changed()
 
     assert talk.sent == [bytes.fromhex("02000000 01000000 00000000")]
 
@@ -288,9 +291,9 @@ async def test_config_change_of_a_suspended_device_waits_for_a_ring(talk: Talk) 
     await talk.send(MessageType.SET_BACKEND_REQ_FD, fds=[_socket()])
     await talk.run_ring()
     await talk.send(MessageType.GET_VRING_BASE, VringState(0, 0).pack())
-    assert talk.device.on_config_changed is not None
+    assert talk.device.listener is not None
 
-    talk.device.on_config_changed()
+    talk.device.listener.config_changed()
     assert talk.sent == []
 
     await talk.run_ring()
@@ -300,9 +303,9 @@ async def test_config_change_of_a_suspended_device_waits_for_a_ring(talk: Talk) 
 async def test_config_change_without_a_channel_is_nobodys_business(talk: Talk) -> None:
     await talk.negotiate()
     await talk.run_ring()
-    assert talk.device.on_config_changed is not None
+    assert talk.device.listener is not None
 
-    talk.device.on_config_changed()
+    talk.device.listener.config_changed()
 
     assert talk.sent == []
 
@@ -312,10 +315,10 @@ async def test_dead_channel_is_closed_once(talk: Talk) -> None:
     await talk.send(MessageType.SET_BACKEND_REQ_FD, fds=[_socket()])
     await talk.run_ring()
     talk.channel_alive = False
-    assert talk.device.on_config_changed is not None
+    assert talk.device.listener is not None
 
-    talk.device.on_config_changed()
-    talk.device.on_config_changed()
+    talk.device.listener.config_changed()
+    talk.device.listener.config_changed()
 
     assert len(talk.sent) == 1
 
@@ -340,7 +343,7 @@ async def test_closed_session_hears_nothing_more_of_its_device(no_fd_leak: None)
     await talk.session.close()
     await talk.session.close()
 
-    assert talk.device.on_config_changed is None
+    assert talk.device.listener is None
     assert talk.device.names() == ["disconnected"]
 
 

@@ -1,4 +1,7 @@
-"""Guest memory, dirty log and in-flight region in a session (rules 3.8, 3.10 and 3.11)."""
+"""Guest memory, dirty log and in-flight region in a session.
+
+Rules `session`, `inflight`, `dirty_log` of docs/rules/virtio.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The states of a ring, in any order of messages (rules 3.5 and 3.8)."""
+"""The states of a ring, in any order of messages (rules `notify` and `session`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The virtio-blk engine against the rules (§3.2 framing, §3.4 used lengths, §3.6 requests)."""
+"""The virtio-blk engine against the rules `chain` (framing), `used_length` and `request`."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_requests_finish_in_any_order() -> None:
         assert guest.read(place, 512) == bytes(guest.disk.data[sector * 512 :][:512])
 
 
-# §3.2: framing
+# `chain`: framing
 
 
 def cuts(length: int, *, pieces: int) -> list[int]:
@@ -110,7 +110,7 @@ def cuts(length: int, *, pieces: int) -> list[int]:
 @pytest.mark.parametrize("data_pieces", [1, 3])
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("type_", [T_IN, T_OUT])
-def test_3_2_framing_does_not_matter(
+def test_chain_framing_does_not_matter(
     indirect: bool, header_pieces: int, data_pieces: int, joined: bool, type_: int
 ) -> None:
     """B11, B12, B29, B37, B45, B49, B96-B98; CVE-2022-2132: a header in many descriptors.
@@ -153,7 +153,7 @@ def test_3_2_framing_does_not_matter(
     assert (content if writes else guest.read(place, len(content))) == on_disk
 
 
-def test_3_2_status_descriptor_longer_than_a_byte_gets_its_last_one() -> None:
+def test_chain_status_descriptor_longer_than_a_byte_gets_its_last_one() -> None:
     """CH#6586 wrote four bytes. Exactly one is written, after data that nothing was put in."""
     guest = BlkGuest()
     status = guest.alloc(8)
@@ -162,8 +162,8 @@ def test_3_2_status_descriptor_longer_than_a_byte_gets_its_last_one() -> None:
     assert guest.read(status, 8) == bytes([UNWRITTEN] * 7 + [S_OK])
 
 
-def test_3_2_chain_without_status_is_given_back_unused() -> None:
-    """§3.3; OpenVMM#4045, CH#8401: neither wedged nor leaked."""
+def test_chain_without_status_is_given_back_unused() -> None:
+    """`malformed`; OpenVMM#4045, CH#8401: neither wedged nor leaked."""
     guest = BlkGuest()
     token = guest.put((guest.alloc(guest.header(T_FLUSH)), 16, 0))
     assert guest.run() == [(token, 0)]
@@ -172,7 +172,7 @@ def test_3_2_chain_without_status_is_given_back_unused() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 15])
-def test_3_2_short_header_is_ioerr(length: int) -> None:
+def test_chain_short_header_is_ioerr(length: int) -> None:
     guest = BlkGuest()
     status = guest.alloc(1)
     guest.put((guest.alloc(guest.header(T_FLUSH)), length, 0), (status, 1, DEVICE_WRITES))
@@ -180,7 +180,7 @@ def test_3_2_short_header_is_ioerr(length: int) -> None:
     assert guest.read(status, 1) == bytes([S_IOERR])
 
 
-def test_3_2_no_header_is_ioerr() -> None:
+def test_chain_no_header_is_ioerr() -> None:
     guest = BlkGuest()
     status = guest.alloc(1)
     guest.put((status, 1, DEVICE_WRITES))
@@ -188,7 +188,7 @@ def test_3_2_no_header_is_ioerr() -> None:
     assert guest.read(status, 1) == bytes([S_IOERR])
 
 
-def test_3_2_readable_buffers_and_descriptors_are_never_written() -> None:
+def test_chain_readable_buffers_and_descriptors_are_never_written() -> None:
     guest = BlkGuest()
     data = guest.alloc(b"a" * 512)
     header = guest.alloc(guest.header(T_OUT))
@@ -200,11 +200,11 @@ def test_3_2_readable_buffers_and_descriptors_are_never_written() -> None:
     assert guest.read(header, 16) == guest.header(T_OUT)
 
 
-# §3.6: every row
+# `request`: every row
 
 
 @pytest.mark.parametrize("type_", [2, 3, 6, 7, 10, 12, 14, 15, 17, 26, 99, 0xFFFFFFFF])
-def test_3_6_unknown_type_is_unsupp(type_: int) -> None:
+def test_request_unknown_type_is_unsupp(type_: int) -> None:
     """B3, B4, B62; one kind of fault however many numbers a guest tries."""
     guest = BlkGuest()
     assert guest.request(type_, out=b"x" * 512)[0] == S_UNSUPP
@@ -213,7 +213,7 @@ def test_3_6_unknown_type_is_unsupp(type_: int) -> None:
 
 
 @pytest.mark.parametrize("type_", [T_IN | 1 << 31, T_OUT | 1 << 31, 5])
-def test_3_6_legacy_barrier_and_flush_out_are_unsupp(type_: int) -> None:
+def test_request_legacy_barrier_and_flush_out_are_unsupp(type_: int) -> None:
     """B5, B89."""
     assert BlkGuest().request(type_, out=b"x" * 512)[0] == S_UNSUPP
 
@@ -231,7 +231,9 @@ def test_3_6_legacy_barrier_and_flush_out_are_unsupp(type_: int) -> None:
     ],
 )
 @pytest.mark.parametrize("type_", [T_IN, T_OUT])
-def test_3_6_beyond_the_capacity_is_ioerr_without_io(type_: int, sector: int, sectors: int) -> None:
+def test_request_beyond_the_capacity_is_ioerr_without_io(
+    type_: int, sector: int, sectors: int
+) -> None:
     """B1, B2, B18, B28, B46, B55, B66, B79, B81, B91; OpenVMM#4046, CH#8388: sector << 9."""
     guest = BlkGuest()
     data = {"out": b"x" * 512 * sectors} if type_ == T_OUT else {"room": 512 * sectors}
@@ -242,12 +244,12 @@ def test_3_6_beyond_the_capacity_is_ioerr_without_io(type_: int, sector: int, se
     assert guest.disk.requests == []
 
 
-def test_3_6_the_last_sector_is_there() -> None:
+def test_request_the_last_sector_is_there() -> None:
     guest = BlkGuest()
     assert guest.request(T_IN, CAPACITY_SECTORS - 1, room=512)[0] == S_OK
 
 
-def test_3_6_sectors_are_512_bytes_whatever_the_block_size() -> None:
+def test_request_sectors_are_512_bytes_whatever_the_block_size() -> None:
     """qemu e44362ce."""
     guest = BlkGuest(geometry=DiskGeometry(1 << 20, block_size_bytes=4096))
     assert guest.request(T_IN, 8, room=4096)[2] == bytes(guest.disk.data[4096:8192])
@@ -255,7 +257,7 @@ def test_3_6_sectors_are_512_bytes_whatever_the_block_size() -> None:
 
 @pytest.mark.parametrize(("sector", "length"), [(1, 4096), (0, 512), (8, 6144)])
 @pytest.mark.parametrize("type_", [T_IN, T_OUT])
-def test_3_6_half_a_block_of_4096_is_ioerr(type_: int, sector: int, length: int) -> None:
+def test_request_half_a_block_of_4096_is_ioerr(type_: int, sector: int, length: int) -> None:
     guest = BlkGuest(geometry=DiskGeometry(1 << 20, block_size_bytes=4096))
     data = {"out": b"x" * length} if type_ == T_OUT else {"room": length}
     assert guest.request(type_, sector, **data)[0] == S_IOERR  # type: ignore[arg-type]
@@ -264,7 +266,7 @@ def test_3_6_half_a_block_of_4096_is_ioerr(type_: int, sector: int, length: int)
 
 @pytest.mark.parametrize("length", [1, 511, 513, 1000])
 @pytest.mark.parametrize("type_", [T_IN, T_OUT])
-def test_3_6_no_whole_sectors_is_ioerr(type_: int, length: int) -> None:
+def test_request_no_whole_sectors_is_ioerr(type_: int, length: int) -> None:
     """B6, B78, B99."""
     guest = BlkGuest()
     data = {"out": b"x" * length} if type_ == T_OUT else {"room": length}
@@ -273,7 +275,7 @@ def test_3_6_no_whole_sectors_is_ioerr(type_: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("type_", [T_IN, T_OUT])
-def test_3_6_no_data_is_answered(type_: int) -> None:
+def test_request_no_data_is_answered(type_: int) -> None:
     """B27, B34."""
     guest = BlkGuest()
     assert guest.request(type_, 0) == (S_OK, 1, b"")
@@ -282,7 +284,7 @@ def test_3_6_no_data_is_answered(type_: int) -> None:
 
 @pytest.mark.parametrize("type_", [T_OUT, T_DISCARD, T_WRITE_ZEROES])
 @pytest.mark.parametrize("acked", [False, True])
-def test_3_6_write_to_a_read_only_disk_is_ioerr(type_: int, acked: bool) -> None:
+def test_request_write_to_a_read_only_disk_is_ioerr(type_: int, acked: bool) -> None:
     """B57: even if the guest did not accept RO."""
     disk = FakeDisk()
     guest = BlkGuest(
@@ -296,14 +298,14 @@ def test_3_6_write_to_a_read_only_disk_is_ioerr(type_: int, acked: bool) -> None
 
 
 @pytest.mark.parametrize(("type_", "room"), [(T_IN, 512), (T_FLUSH, 0), (T_GET_ID, 20)])
-def test_3_6_read_only_disk_still_answers(type_: int, room: int) -> None:
+def test_request_read_only_disk_still_answers(type_: int, room: int) -> None:
     """CH#7546."""
     guest = BlkGuest(geometry=DiskGeometry(1 << 20, read_only=True))
     assert guest.request(type_, 0, room=room)[0] == S_OK
 
 
 @pytest.mark.parametrize(("sector", "out", "room"), [(9, b"", 0), (0, b"x" * 9, 0), (0, b"", 9)])
-def test_3_6_flush_with_sector_or_data_is_a_flush(sector: int, out: bytes, room: int) -> None:
+def test_request_flush_with_sector_or_data_is_a_flush(sector: int, out: bytes, room: int) -> None:
     """B7, B8, B94. Data before the status was not written, so the used length has none of it."""
     guest = BlkGuest()
     status, used_bytes, data = guest.request(T_FLUSH, sector, out=out, room=room)
@@ -311,7 +313,7 @@ def test_3_6_flush_with_sector_or_data_is_a_flush(sector: int, out: bytes, room:
     assert set(data) <= {UNWRITTEN}
 
 
-def test_3_6_flush_that_the_server_cannot_do_is_unsupp() -> None:
+def test_request_flush_that_the_server_cannot_do_is_unsupp() -> None:
     guest = BlkGuest(geometry=DiskGeometry(1 << 20, can_flush=False))
     assert guest.request(T_FLUSH)[0] == S_UNSUPP
     assert guest.disk.requests == []
@@ -320,7 +322,9 @@ def test_3_6_flush_that_the_server_cannot_do_is_unsupp() -> None:
 @pytest.mark.parametrize(
     ("room", "used_bytes"), [(0, 1), (1, 2), (19, 20), (20, 21), (21, 20), (4096, 20)]
 )
-def test_3_6_get_id_never_overruns_and_never_claims_too_much(room: int, used_bytes: int) -> None:
+def test_request_get_id_never_overruns_and_never_claims_too_much(
+    room: int, used_bytes: int
+) -> None:
     """B9, B24, B49; 20 characters have no terminator."""
     guest = BlkGuest(serial="01234567890123456789and more")
     status, used, data = guest.request(T_GET_ID, room=room)
@@ -328,7 +332,7 @@ def test_3_6_get_id_never_overruns_and_never_claims_too_much(room: int, used_byt
     assert data == b"01234567890123456789"[:room].ljust(room, bytes([UNWRITTEN]))
 
 
-def test_3_6_get_id_over_several_descriptors() -> None:
+def test_request_get_id_over_several_descriptors() -> None:
     guest = BlkGuest(serial="0123456789")
     places = [guest.alloc(length) for length in (7, 6, 7)]
     token = guest.put(
@@ -340,7 +344,7 @@ def test_3_6_get_id_over_several_descriptors() -> None:
     assert b"".join(map(guest.read, places, (7, 6, 7))) == b"0123456789" + bytes(10)
 
 
-def test_3_6_write_with_writable_data_is_ioerr() -> None:
+def test_request_write_with_writable_data_is_ioerr() -> None:
     """B35, B70-B73, B93."""
     guest = BlkGuest()
     status, used_bytes, data = guest.request(T_OUT, 0, out=b"x" * 512, room=512)
@@ -348,7 +352,7 @@ def test_3_6_write_with_writable_data_is_ioerr() -> None:
     assert guest.disk.requests == []
 
 
-def test_3_6_read_with_readable_data_is_ioerr() -> None:
+def test_request_read_with_readable_data_is_ioerr() -> None:
     guest = BlkGuest()
     assert guest.request(T_IN, 0, out=b"x" * 512, room=512)[:2] == (S_IOERR, 0)
     assert guest.request(T_IN, 0, out=b"x" * 512)[0] == S_IOERR
@@ -381,19 +385,19 @@ ONE = (8, 8, 0)
         ("B39 misaligned", segments((3, 1, 0)), S_OK),
     ],
 )
-def test_3_6_discard_and_write_zeroes(type_: int, rule: str, data: bytes, status: int) -> None:
+def test_request_discard_and_write_zeroes(type_: int, rule: str, data: bytes, status: int) -> None:
     guest = BlkGuest()
     assert guest.request(type_, out=data)[0] == status, rule
     if status != S_OK:
         assert guest.disk.requests == []  # all are validated before any is executed
 
 
-def test_3_6_discard_with_unmap_is_unsupp() -> None:
+def test_request_discard_with_unmap_is_unsupp() -> None:
     """B14, B75."""
     assert BlkGuest().request(T_DISCARD, out=segments((8, 8, 1)))[0] == S_UNSUPP
 
 
-def test_3_6_write_zeroes_with_unmap_says_so() -> None:
+def test_request_write_zeroes_with_unmap_says_so() -> None:
     guest = BlkGuest()
     assert guest.request(T_WRITE_ZEROES, out=segments((8, 8, 1)))[0] == S_OK
     [request] = guest.disk.requests
@@ -402,7 +406,7 @@ def test_3_6_write_zeroes_with_unmap_says_so() -> None:
     assert guest.request(T_IN, 8, room=4096)[2] == bytes(4096)
 
 
-def test_3_6_dwz_segments_keep_their_own_flags_and_finish_together() -> None:
+def test_request_dwz_segments_keep_their_own_flags_and_finish_together() -> None:
     guest = BlkGuest()
     guest.disk.hold = True
     status = guest.alloc(1)
@@ -424,7 +428,7 @@ def test_3_6_dwz_segments_keep_their_own_flags_and_finish_together() -> None:
     assert guest.read(status, 1) == bytes([S_IOERR])
 
 
-def test_3_6_dwz_segments_that_a_failed_flush_may_have_dropped_are_done_once_more() -> None:
+def test_request_dwz_segments_that_a_failed_flush_may_have_dropped_are_done_once_more() -> None:
     """The guest hears of all segments at once: that flush told it of none of them."""
     guest = BlkGuest()
     guest.disk.hold = True
@@ -514,21 +518,21 @@ def test_pieces_begun_after_the_failed_flush_are_done_only_once() -> None:
 
 
 @pytest.mark.parametrize("type_", [T_DISCARD, T_WRITE_ZEROES])
-def test_3_6_dwz_not_negotiated_is_unsupp(type_: int) -> None:
+def test_request_dwz_not_negotiated_is_unsupp(type_: int) -> None:
     """B19-B21."""
     guest = BlkGuest(features=F_FLUSH)
     assert guest.request(type_, out=segments(ONE))[0] == S_UNSUPP
     assert guest.disk.requests == []
 
 
-def test_3_6_dwz_of_half_a_4096_block_is_ioerr() -> None:
+def test_request_dwz_of_half_a_4096_block_is_ioerr() -> None:
     guest = BlkGuest(geometry=DiskGeometry(1 << 20, block_size_bytes=4096))
     assert guest.request(T_WRITE_ZEROES, out=segments((8, 4, 0)))[0] == S_IOERR
     assert guest.request(T_WRITE_ZEROES, out=segments((8, 8, 0)))[0] == S_OK
 
 
 @pytest.mark.parametrize("priority", [1, 0xFFFFFFFF])
-def test_3_6_priority_is_ignored(priority: int) -> None:
+def test_request_priority_is_ignored(priority: int) -> None:
     """B77, B92."""
     guest = BlkGuest()
     header = guest.alloc(struct.pack("<IIQ", T_FLUSH, priority, 0))
@@ -538,7 +542,7 @@ def test_3_6_priority_is_ignored(priority: int) -> None:
     assert guest.read(status, 1) == bytes([S_OK])
 
 
-# §3.4: used lengths; the disk's errors
+# `used_length`: used lengths; the disk's errors
 
 
 @pytest.mark.parametrize(
@@ -554,7 +558,7 @@ def test_3_6_priority_is_ignored(priority: int) -> None:
 @pytest.mark.parametrize(
     ("error", "status"), [(EIO, S_IOERR), (ENOSPC, S_IOERR), (EOPNOTSUPP, S_UNSUPP)]
 )
-def test_3_4_failed_request_claims_no_data(
+def test_used_length_failed_request_claims_no_data(
     type_: int, out: bytes, room: int, used_bytes: int, error: int, status: int
 ) -> None:
     guest = BlkGuest()

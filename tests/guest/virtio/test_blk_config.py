@@ -1,4 +1,4 @@
-"""Feature bits and configuration space (§3.6 "Config", §3.7)."""
+"""Feature bits and configuration space (`request` "Config", `features`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dirty log (§3.11)."""
+"""The dirty log (`dirty_log`)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_libatomic_is_there_in_ci() -> None:
 
 
 @given(address=st.integers(0, PAGES * 4096 - 1), length=st.integers(1, 600_000))
-def test_3_11_every_page_of_a_range_and_no_other_is_marked(address: int, length: int) -> None:
+def test_dirty_log_every_page_of_a_range_and_no_other_is_marked(address: int, length: int) -> None:
     marks, log = bitmap()
     marks.mark(address, length)
     touched = range(address >> 12, (address + length - 1 >> 12) + 1)
@@ -51,7 +51,7 @@ def test_3_11_every_page_of_a_range_and_no_other_is_marked(address: int, length:
 
 
 @given(address=st.integers(0, PAGES * 4096 - 1), length=st.integers(1, 600_000))
-def test_3_11_without_atomics_whole_bytes_are_marked(address: int, length: int) -> None:
+def test_dirty_log_without_atomics_whole_bytes_are_marked(address: int, length: int) -> None:
     marks, log = bitmap(None)
     marks.mark(address, length)
     touched = range(address >> 12, (address + length - 1 >> 12) + 1)
@@ -60,7 +60,7 @@ def test_3_11_without_atomics_whole_bytes_are_marked(address: int, length: int) 
 
 
 @pytest.mark.parametrize("fetch_or", FETCH_OR)
-def test_3_11_bits_of_others_stay(fetch_or: FetchOr) -> None:
+def test_dirty_log_bits_of_others_stay(fetch_or: FetchOr) -> None:
     marks, log = bitmap(fetch_or)
     log[0] = 0b1000_0000
     marks.mark(0, 1)
@@ -69,7 +69,7 @@ def test_3_11_bits_of_others_stay(fetch_or: FetchOr) -> None:
 
 @pytest.mark.parametrize("address", [PAGES * 4096, 1 << 40, (1 << 64) - 4096])
 @pytest.mark.parametrize("fetch_or", FETCH_OR)
-def test_3_11_pages_beyond_the_bitmap_are_ignored(fetch_or: FetchOr, address: int) -> None:
+def test_dirty_log_pages_beyond_the_bitmap_are_ignored(fetch_or: FetchOr, address: int) -> None:
     """CVE-2020-10722, CVE-2019-14835."""
     marks, log = bitmap(fetch_or)
     marks.mark(address, 4096)
@@ -78,14 +78,14 @@ def test_3_11_pages_beyond_the_bitmap_are_ignored(fetch_or: FetchOr, address: in
 
 @pytest.mark.parametrize("address", [0, 4096, 32768, (1 << 64) - 1])
 @pytest.mark.parametrize("fetch_or", FETCH_OR)
-def test_3_11_no_bytes_mark_nothing(fetch_or: FetchOr, address: int) -> None:
+def test_dirty_log_no_bytes_mark_nothing(fetch_or: FetchOr, address: int) -> None:
     """CVE-2019-14835: a zero-length descriptor during a migration."""
     marks, log = bitmap(fetch_or)
     marks.mark(address, 0)
     assert dirty_pages(log) == set()
 
 
-def test_3_11_concurrent_marks_lose_no_bit() -> None:
+def test_dirty_log_concurrent_marks_lose_no_bit() -> None:
     """Two back-ends of one VM share the bitmap: each clears and sets bits of the same byte."""
     if _fetch_or is None:
         pytest.skip("libatomic.so.1 is not installed")
@@ -123,7 +123,7 @@ def memory() -> GuestMemory:
     )
 
 
-def test_3_11_read_marks_data_and_status() -> None:
+def test_dirty_log_read_marks_data_and_status() -> None:
     guest = memory()
     marks, log = bitmap()
     views = [guest.views(0x3000, 10)[0], guest.views((1 << 20) + 0x5FFF, 4096)[0]]
@@ -134,7 +134,7 @@ def test_3_11_read_marks_data_and_status() -> None:
         assert dirty_pages(log) == {3, 256 + 5, 256 + 6, 9}
 
 
-def test_3_11_write_marks_its_status_only() -> None:
+def test_dirty_log_write_marks_its_status_only() -> None:
     guest = memory()
     marks, log = bitmap()
     data = guest.views(0x100000, 4096)
@@ -143,13 +143,13 @@ def test_3_11_write_marks_its_status_only() -> None:
     assert 256 not in dirty_pages(log)
 
 
-def test_3_11_ring_area_is_marked_where_the_front_end_says() -> None:
+def test_dirty_log_ring_area_is_marked_where_the_front_end_says() -> None:
     marks, log = bitmap()
     DirtyLog(marks, memory(), [(0x40FFF, 2)]).mark_ring()
     assert dirty_pages(log) >= {0x40, 0x41}
 
 
-def test_3_11_memory_that_is_not_known_any_more_marks_everything() -> None:
+def test_dirty_log_memory_that_is_not_known_any_more_marks_everything() -> None:
     marks, log = bitmap()
     elsewhere = memoryview(bytearray(16))
     DirtyLog(marks, memory(), []).mark_chain(chain(T_IN, [elsewhere], None, 0))
@@ -172,7 +172,7 @@ def log_fd() -> Iterator[int]:
     os.close(fd)
 
 
-def test_3_11_bitmap_at_an_offset_is_mapped(log_fd: int) -> None:
+def test_dirty_log_bitmap_at_an_offset_is_mapped(log_fd: int) -> None:
     DirtyBitmap.map(log_fd, 4100, 64).mark(0, 1)
     assert os.pread(log_fd, 1, 4100) in (b"\1", b"\xff")
 
@@ -180,7 +180,7 @@ def test_3_11_bitmap_at_an_offset_is_mapped(log_fd: int) -> None:
 @pytest.mark.parametrize(
     ("offset", "size"), [(0, 8193), (8192, 1), (1 << 63, 1), ((1 << 64) - 1, 64), (0, 0)]
 )
-def test_3_11_bitmap_beyond_its_file_is_refused(log_fd: int, offset: int, size: int) -> None:
+def test_dirty_log_bitmap_beyond_its_file_is_refused(log_fd: int, offset: int, size: int) -> None:
     """CVE-2020-10722: offset + size."""
     with pytest.raises(ProtocolError):
         DirtyBitmap.map(log_fd, offset, size)

@@ -1,4 +1,4 @@
-"""The in-flight region (§3.10): its layout, what is refused, and every death there can be."""
+"""The in-flight region (`inflight`): its layout, what is refused, and every death there can be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -54,17 +55,21 @@ class Split:
     def start(self, life: Life, *, base: int | None = None) -> VirtQueue:
         """A process that serves the ring for as long as `life` has it."""
         queue = TrackedSplitQueue(
-            *(self.guest.memory, self.guest.areas),
-            size=SIZE,
-            base=self.base if base is None else base,
-            event_idx=True,
-            indirect=True,
-            region=life.watch(self.region),
-            n_entries=SIZE,
+            *(self.guest.memory, self.guest.areas), **self._options(life, base)
         )
         queue._used = life.watch(queue._used)
         queue._used_elements = life.watch(queue._used_elements)
         return queue
+
+    def _options(self, life: Life, base: int | None) -> dict[str, Any]:
+        return {
+            "size": SIZE,
+            "base": self.base if base is None else base,
+            "event_idx": True,
+            "indirect": True,
+            "region": life.watch(self.region),
+            "n_entries": SIZE,
+        }
 
     def poll(self) -> list[int]:
         return [token for token, _ in self.guest.driver.poll()]
@@ -97,15 +102,8 @@ class Packed(Split):
         self.driver.add(self.n_tokens, buffers)
 
     def start(self, life: Life, *, base: int | None = None) -> VirtQueue:
-        queue = TrackedPackedQueue(
-            *(self.guest.memory, self.areas),
-            size=SIZE,
-            base=self.base if base is None else base,
-            event_idx=True,
-            indirect=True,
-            region=life.watch(self.region),
-            n_entries=SIZE,
-        )
+        options = self._options(life, base)
+        queue = TrackedPackedQueue(self.guest.memory, self.areas, **options)
         queue._halves = life.watch(queue._halves)
         queue._lengths = life.watch(queue._lengths)
         return queue
@@ -158,7 +156,7 @@ def count_stores(make_ring: Callable[..., Split], base: int) -> int:
 
 # 7 is the last index before a wrap in the packed ring, 65533 in the split one.
 @pytest.mark.parametrize("base", [0, 7, 65533])
-def test_3_10_death_after_any_store_loses_nothing_and_repeats_no_answer(
+def test_inflight_death_after_any_store_loses_nothing_and_repeats_no_answer(
     make_ring: Callable[..., Split], base: int
 ) -> None:
     """The crash matrix: all seven steps, and every store in between."""
@@ -183,7 +181,7 @@ def test_3_10_death_after_any_store_loses_nothing_and_repeats_no_answer(
         assert ring.poll() == [token]
 
 
-def test_3_10_death_while_recovering_loses_nothing(make_ring: Callable[..., Split]) -> None:
+def test_inflight_death_while_recovering_loses_nothing(make_ring: Callable[..., Split]) -> None:
     for after in range(0, count_stores(make_ring, 0), 3):
         again = 0
         while True:
@@ -208,7 +206,7 @@ def test_3_10_death_while_recovering_loses_nothing(make_ring: Callable[..., Spli
             again += 1
 
 
-def test_3_10_base_of_the_front_end_does_not_count_when_requests_were_lost(
+def test_inflight_base_of_the_front_end_does_not_count_when_requests_were_lost(
     make_ring: Callable[..., Split],
 ) -> None:
     """cloud-hypervisor names the available index after a reconnect."""
@@ -224,7 +222,7 @@ def test_3_10_base_of_the_front_end_does_not_count_when_requests_were_lost(
     assert sorted(ring.poll()) == [1, 2, 3]
 
 
-def test_3_10_requests_are_repeated_in_the_order_of_popping_not_of_their_heads(
+def test_inflight_requests_are_repeated_in_the_order_of_popping_not_of_their_heads(
     make_ring: Callable[..., Split],
 ) -> None:
     """Writes to the same place must not pass each other."""
@@ -244,7 +242,7 @@ def test_3_10_requests_are_repeated_in_the_order_of_popping_not_of_their_heads(
     assert serve_all(ring, ring.start(Life())) == [4, 5, 6]
 
 
-def test_3_10_recovered_requests_come_first_in_the_order_of_their_popping() -> None:
+def test_inflight_recovered_requests_come_first_in_the_order_of_their_popping() -> None:
     ring = Split()
     for _ in range(4):
         ring.add()
@@ -259,7 +257,7 @@ def test_3_10_recovered_requests_come_first_in_the_order_of_their_popping() -> N
     assert queue.in_flight == 3
 
 
-def test_3_10_recovered_descriptors_are_checked_again() -> None:
+def test_inflight_recovered_descriptors_are_checked_again() -> None:
     """The guest may have changed them meanwhile."""
     ring = Split()
     ring.add()
@@ -270,7 +268,7 @@ def test_3_10_recovered_descriptors_are_checked_again() -> None:
     assert chain[-1] is not None
 
 
-def test_3_10_fresh_region_beside_a_ring_that_has_run_starts_at_its_used_index() -> None:
+def test_inflight_fresh_region_beside_a_ring_that_has_run_starts_at_its_used_index() -> None:
     """SPDK#3766: after a migration the region is new and the ring is not."""
     ring = Split(base=1000)
     ring.add()
@@ -279,7 +277,7 @@ def test_3_10_fresh_region_beside_a_ring_that_has_run_starts_at_its_used_index()
     assert serve_all(ring, queue) == [1]
 
 
-def test_3_10_region_of_another_ring_with_nothing_in_flight_is_no_obstacle() -> None:
+def test_inflight_region_of_another_ring_with_nothing_in_flight_is_no_obstacle() -> None:
     """A guest was reset: its new driver starts at 0, the region is still there."""
     ring = Split(base=5000)
     ring.add()
@@ -291,7 +289,7 @@ def test_3_10_region_of_another_ring_with_nothing_in_flight_is_no_obstacle() -> 
     assert new.poll() == [1]
 
 
-def test_3_10_packed_ring_stopped_in_order_starts_where_the_front_end_says() -> None:
+def test_inflight_packed_ring_stopped_in_order_starts_where_the_front_end_says() -> None:
     ring = Packed()
     ring.add()
     queue = ring.start(Life())
@@ -304,7 +302,7 @@ def test_3_10_packed_ring_stopped_in_order_starts_where_the_front_end_says() -> 
     assert new.poll() == [1]
 
 
-def test_3_10_packed_ring_whose_front_end_vanished_starts_where_it_was() -> None:
+def test_inflight_packed_ring_whose_front_end_vanished_starts_where_it_was() -> None:
     """Only the region knows: a packed ring's used index is not in guest memory."""
     ring = Packed()
     ring.add()
@@ -315,7 +313,7 @@ def test_3_10_packed_ring_whose_front_end_vanished_starts_where_it_was() -> None
     assert serve_all(ring, ring.start(Life(), base=0)) == [2]
 
 
-def test_3_10_full_ring_is_recovered(make_ring: Callable[..., Split]) -> None:
+def test_inflight_full_ring_is_recovered(make_ring: Callable[..., Split]) -> None:
     """Found by fuzzing: with no free entry left the packed region's free list is empty."""
     ring = make_ring(0)
     for _ in range(SIZE // 2):
@@ -330,7 +328,7 @@ def test_3_10_full_ring_is_recovered(make_ring: Callable[..., Split]) -> None:
         assert serve_all(ring, queue) == [token]
 
 
-def test_3_10_layout_of_a_split_entry() -> None:
+def test_inflight_layout_of_a_split_entry() -> None:
     ring = Split()
     ring.add()
     ring.add()
@@ -347,7 +345,7 @@ def test_3_10_layout_of_a_split_entry() -> None:
     assert entry == (0, chains[0][0])
 
 
-def test_3_10_layout_of_a_packed_entry() -> None:
+def test_inflight_layout_of_a_packed_entry() -> None:
     ring = Packed()
     ring.add()
     [chain] = ring.start(Life()).pop()
@@ -371,7 +369,7 @@ def test_3_10_layout_of_a_packed_entry() -> None:
         (14, struct.pack("<H", 65535 - SIZE)),
     ],
 )
-def test_3_10_split_region_with_impossible_indexes_is_refused(offset: int, data: bytes) -> None:
+def test_inflight_split_region_with_impossible_indexes_is_refused(offset: int, data: bytes) -> None:
     """CVE-2026-63110, QEMU#3974: list indexes and counts of the region are checked."""
     ring = Split()
     ring.add()
@@ -386,7 +384,7 @@ def test_3_10_split_region_with_impossible_indexes_is_refused(offset: int, data:
         ring.start(Life())
 
 
-def test_3_10_list_that_loops_ends() -> None:
+def test_inflight_list_that_loops_ends() -> None:
     ring = Split()
     for _ in range(3):
         ring.add()
@@ -401,7 +399,7 @@ def test_3_10_list_that_loops_ends() -> None:
     assert ring.start(Life()).in_flight <= 2
 
 
-def test_3_10_counter_at_its_end_does_not_overflow(make_ring: Callable[..., Split]) -> None:
+def test_inflight_counter_at_its_end_does_not_overflow(make_ring: Callable[..., Split]) -> None:
     ring = make_ring(0)
     ring.add()
     ring.start(Life()).pop()
@@ -414,7 +412,7 @@ def test_3_10_counter_at_its_end_does_not_overflow(make_ring: Callable[..., Spli
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_3_10_random_region_is_refused_or_recovers_boundedly(
+def test_inflight_random_region_is_refused_or_recovers_boundedly(
     make_ring: Callable[..., Split], seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -450,7 +448,7 @@ def region_fd() -> Iterator[int]:
     os.close(fd)
 
 
-def test_3_10_queues_are_64_byte_aligned() -> None:
+def test_inflight_queues_are_64_byte_aligned() -> None:
     """4 queues of 1024: 65792 bytes."""
     assert 4 * queue_region_bytes(1024, packed=False) == 65792
     assert queue_region_bytes(1, packed=False) == 64
@@ -459,7 +457,7 @@ def test_3_10_queues_are_64_byte_aligned() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("num_queues", [1, 3, 4])
-def test_3_10_size_tells_what_a_region_was_made_for(packed: bool, num_queues: int) -> None:
+def test_inflight_size_tells_what_a_region_was_made_for(packed: bool, num_queues: int) -> None:
     """QEMU 10 asks for queues of 128 and starts rings of 1024; a restart may have other options."""
     for exponent in range(11):
         size = num_queues * queue_region_bytes(1 << exponent, packed=packed)
@@ -470,7 +468,7 @@ def test_3_10_size_tells_what_a_region_was_made_for(packed: bool, num_queues: in
         assert queue_size_by_region(size, num_queues, packed=packed) == 0
 
 
-def test_3_10_created_region_is_sealed_and_can_be_mapped_again() -> None:
+def test_inflight_created_region_is_sealed_and_can_be_mapped_again() -> None:
     region, fd, size = InflightRegion.create(num_queues=2, queue_size=128, packed=False)
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -485,7 +483,7 @@ def test_3_10_created_region_is_sealed_and_can_be_mapped_again() -> None:
         os.close(fd)
 
 
-def test_3_10_region_created_anew_does_not_leak_the_former() -> None:
+def test_inflight_region_created_anew_does_not_leak_the_former() -> None:
     """CVE-2020-10726."""
 
     def usage() -> tuple[int, int]:
@@ -511,7 +509,7 @@ def test_3_10_region_created_anew_does_not_leak_the_former() -> None:
         (0, 0, 4096, 1),
     ],
 )
-def test_3_10_region_too_short_is_refused(
+def test_inflight_region_too_short_is_refused(
     region_fd: int, file_bytes: int, offset: int, size: int, num_queues: int
 ) -> None:
     os.ftruncate(region_fd, file_bytes)
@@ -522,7 +520,7 @@ def test_3_10_region_too_short_is_refused(
 
 
 @pytest.mark.parametrize(("version", "n_entries"), [(2, 8), (1, 7), (1, 16), (1, 0)])
-def test_3_10_region_that_contradicts_itself_is_refused(
+def test_inflight_region_that_contradicts_itself_is_refused(
     region_fd: int, version: int, n_entries: int
 ) -> None:
     os.ftruncate(region_fd, 4096)
@@ -531,7 +529,7 @@ def test_3_10_region_that_contradicts_itself_is_refused(
         InflightRegion.map(region_fd, 0, 4096, num_queues=1, queue_size=8, packed=False)
 
 
-def test_3_10_region_at_an_unaligned_offset_is_mapped(region_fd: int) -> None:
+def test_inflight_region_at_an_unaligned_offset_is_mapped(region_fd: int) -> None:
     os.ftruncate(region_fd, 8192)
     region = InflightRegion.map(region_fd, 4160, 192, num_queues=1, queue_size=8, packed=False)
     region.queue(0)[0] = 0x77

@@ -1,6 +1,6 @@
 """Guest memory: what may be mapped, how addresses are found, when mappings go away.
 
-Rule numbers: §3.2 and §3.8 of the project's rules for virtqueues and vhost-user memory.
+Rules `chain` and `session` of docs/rules/virtio.md.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def two_regions_mapped_the_other_way_round() -> tuple[GuestMemory, memoryview]:
 
 
 def test_range_over_two_regions_comes_in_two_views() -> None:
-    """§3.2 straddling; CVE-2018-1059: contiguous for the guest is not contiguous here."""
+    """`chain` straddling; CVE-2018-1059: contiguous for the guest is not contiguous here."""
     memory, shared = two_regions_mapped_the_other_way_round()
     shared[8190:8192] = b"ab"
     shared[0:2] = b"cd"
@@ -129,7 +129,7 @@ def test_range_over_two_regions_comes_in_two_views() -> None:
     ],
 )
 def test_range_outside_memory_is_a_bad_address(address: int, length: int) -> None:
-    """§3.2: outside every region, past the end, address + length over 2^64 (T5, T7, T8, T73)."""
+    """`chain`: outside every region, past the end, address + length over 2^64 (T5, T7, T8, T73)."""
     memory, _ = two_regions_mapped_the_other_way_round()
     with pytest.raises(BadAddress):
         memory.views(address, length)
@@ -178,7 +178,7 @@ def test_user_view_finds_a_ring_by_the_front_ends_address() -> None:
     ("address", "length"), [(0x10000 + 4094, 4), (0, 1), (0x30000, 1), (0x10000 - 1, 2)]
 )
 def test_user_view_over_the_edge_is_refused(address: int, length: int) -> None:
-    """§3.8: a ring lies wholly in one region, even where two touch for the guest."""
+    """`session`: a ring lies wholly in one region, even where two touch for the guest."""
     memory, _ = two_regions_mapped_the_other_way_round()
     with pytest.raises(ProtocolError):
         memory.user_view(address, length)

@@ -1,4 +1,4 @@
-"""The split virtqueue against the rules, by their numbers (§3.1 ring, §3.2 chains, §3.5 calls)."""
+"""The split virtqueue against the rules, by their names (`ring`, `chain`, `notify`)."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def usual(guest: QueueRig) -> list[tuple[int, int, int]]:
     ]
 
 
-# §3.1: indexes
+# `ring`: indexes
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 256])
-def test_3_1_2_indexes_wrap_at_65536(size: int) -> None:
+def test_ring_indexes_wrap_at_65536(size: int) -> None:
     guest = QueueRig(size=max(size, 4), base=65530)
     for number in range(40):
         token = guest.put(*usual(guest))
@@ -56,7 +56,7 @@ def test_3_1_2_indexes_wrap_at_65536(size: int) -> None:
 
 @given(start=st.integers(0, 65535), batches=st.lists(st.integers(0, 4), max_size=30))
 @settings(max_examples=50)
-def test_3_1_2_any_start_and_any_batches_keep_order(start: int, batches: list[int]) -> None:
+def test_ring_indexes_any_start_and_any_batches_keep_order(start: int, batches: list[int]) -> None:
     guest = QueueRig(size=4, base=start)
     header = guest.alloc(HEADER)
     for batch in batches:
@@ -71,7 +71,7 @@ def test_3_1_2_any_start_and_any_batches_keep_order(start: int, batches: list[in
 
 
 @pytest.mark.parametrize("jump", [17, 1000, 32768, 65535])
-def test_3_1_3_available_index_too_far_ahead_breaks_the_queue(jump: int) -> None:
+def test_ring_bounds_available_index_too_far_ahead_breaks_the_queue(jump: int) -> None:
     """T23-T25, T57; a step backwards is the same error."""
     guest = QueueRig(size=16)
     guest.driver.set_avail_idx(jump)
@@ -81,7 +81,7 @@ def test_3_1_3_available_index_too_far_ahead_breaks_the_queue(jump: int) -> None
         guest.queue.pop()
 
 
-def test_3_1_3_in_flight_counts_against_the_size() -> None:
+def test_ring_bounds_in_flight_counts_against_the_size() -> None:
     """CVE-2016-5403: a driver that re-adds without waiting cannot make us hold more."""
     guest = QueueRig(size=4)
     header = guest.alloc(HEADER)
@@ -94,7 +94,7 @@ def test_3_1_3_in_flight_counts_against_the_size() -> None:
         guest.queue.pop()
 
 
-def test_3_1_3_base_far_from_the_used_index_bounds_the_work() -> None:
+def test_ring_bounds_base_far_from_the_used_index_bounds_the_work() -> None:
     """vm-virtio#196: a front-end's wrong base is no licence for 65535 requests."""
     guest = QueueRig(size=4)
     queue = guest.make_queue(base=40000)
@@ -103,7 +103,7 @@ def test_3_1_3_base_far_from_the_used_index_bounds_the_work() -> None:
         queue.pop()
 
 
-def test_3_1_3_head_out_of_range_breaks_the_queue_after_the_good_ones() -> None:
+def test_ring_bounds_head_out_of_range_breaks_the_queue_after_the_good_ones() -> None:
     guest = QueueRig(size=8)
     guest.put(*usual(guest))
     guest.put_head(8)
@@ -113,7 +113,7 @@ def test_3_1_3_head_out_of_range_breaks_the_queue_after_the_good_ones() -> None:
         guest.queue.pop()
 
 
-def test_3_1_4_same_head_twice_is_answered_twice() -> None:
+def test_ring_heads_same_head_twice_is_answered_twice() -> None:
     """T22, T74."""
     guest = QueueRig(size=8)
     guest.raw(0, guest.alloc(1), 1, DESC_WRITE)
@@ -126,7 +126,7 @@ def test_3_1_4_same_head_twice_is_answered_twice() -> None:
     assert guest.queue.in_flight == 0
 
 
-def test_3_1_5_elements_are_invisible_until_published() -> None:
+def test_ring_order_elements_are_invisible_until_published() -> None:
     guest = QueueRig()
     token = guest.put(*usual(guest))
     chain = pop_one(guest)
@@ -141,7 +141,7 @@ def test_pop_of_nothing_new_is_nothing() -> None:
     assert QueueRig().queue.pop() == []
 
 
-# §3.2: chains
+# `chain`: chains
 
 
 @pytest.mark.parametrize("indirect", [False, True])
@@ -216,7 +216,7 @@ def test_short_cut_and_walk_agree(data: st.DataObject) -> None:
         ),
     ],
 )
-def test_3_2_malformed_chain_has_a_fault(
+def test_chain_malformed_chain_has_a_fault(
     number: str, descriptors: list[tuple[int, int, int, int]], text: str
 ) -> None:
     guest = QueueRig(size=8)
@@ -229,14 +229,14 @@ def test_3_2_malformed_chain_has_a_fault(
     assert pop_one(guest)[-1] is None
 
 
-def test_3_2_indirect_without_negotiation_is_malformed() -> None:
+def test_chain_indirect_without_negotiation_is_malformed() -> None:
     """T15."""
     guest = QueueRig(indirect=False)
     guest.put(*usual(guest), indirect=True)
     assert "not negotiated" in fault_of(guest)
 
 
-def test_3_2_indirect_inside_indirect_is_malformed() -> None:
+def test_chain_indirect_inside_indirect_is_malformed() -> None:
     """T16."""
     guest = QueueRig()
     inner = guest.alloc(struct.pack("<QIHH", 0x8000, 1, DESC_WRITE, 0))
@@ -247,7 +247,7 @@ def test_3_2_indirect_inside_indirect_is_malformed() -> None:
 
 
 @pytest.mark.parametrize("n_direct", [1, 2])
-def test_3_2_direct_then_indirect_is_one_chain(n_direct: int) -> None:
+def test_chain_direct_then_indirect_is_one_chain(n_direct: int) -> None:
     """The device MUST handle it (virtio 1.3 §2.7.5.3.1); QEMU and libvhost-user do not."""
     guest = QueueRig()
     buffers = usual(guest)
@@ -266,7 +266,7 @@ def test_3_2_direct_then_indirect_is_one_chain(n_direct: int) -> None:
     assert data_of(chain)[0] == b"x" * 512
 
 
-def test_3_2_write_flag_on_the_indirect_pointer_is_ignored() -> None:
+def test_chain_write_flag_on_the_indirect_pointer_is_ignored() -> None:
     """T67, T89."""
     guest = QueueRig()
     guest.put(*usual(guest), indirect=True)
@@ -276,7 +276,7 @@ def test_3_2_write_flag_on_the_indirect_pointer_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("entries", [515, 1024])
-def test_3_2_long_indirect_table_is_accepted(entries: int) -> None:
+def test_chain_long_indirect_table_is_accepted(entries: int) -> None:
     """T2, T54, B51: Windows sends 515 entries whatever the queue's size."""
     guest = QueueRig(size=4)
     buffers = [(guest.alloc(HEADER), 16, 0)]
@@ -288,7 +288,7 @@ def test_3_2_long_indirect_table_is_accepted(entries: int) -> None:
     assert data_of(chain)[0] == b"y" * 8 * (entries - 2)
 
 
-def test_3_2_indirect_table_unaligned_and_over_two_regions_is_read() -> None:
+def test_chain_indirect_table_unaligned_and_over_two_regions_is_read() -> None:
     """T58, T76."""
     guest = QueueRig(regions=((0, 0, 0x10000), (0x10000, 0x20000, 0x10000)))
     guest.alloc(64)  # room for the table's end
@@ -310,7 +310,7 @@ def test_3_2_indirect_table_unaligned_and_over_two_regions_is_read() -> None:
     assert data_of(chain)[0] == b"x" * 512
 
 
-def test_3_2_buffer_over_two_regions_comes_in_order() -> None:
+def test_chain_buffer_over_two_regions_comes_in_order() -> None:
     """CVE-2019-18960."""
     guest = QueueRig(regions=((0, 0x20000, 0x20000), (0x20000, 0, 0x20000)))
     guest.write(0x20000 - 4, b"abcdefgh")
@@ -319,7 +319,7 @@ def test_3_2_buffer_over_two_regions_comes_in_order() -> None:
     assert [bytes(view) for view in chain[3]] == [b"abcd", b"efgh"]
 
 
-def test_3_2_zero_length_descriptors_are_skipped() -> None:
+def test_chain_zero_length_descriptors_are_skipped() -> None:
     """T6, T61, B27; CVE-2016-6490: bounded like any other."""
     guest = QueueRig()
     header, data, status = usual(guest)
@@ -329,7 +329,7 @@ def test_3_2_zero_length_descriptors_are_skipped() -> None:
     assert data_of(chain)[0] == b"x" * 512
 
 
-def test_3_2_more_than_4_gib_is_malformed() -> None:
+def test_chain_more_than_4_gib_is_malformed() -> None:
     """T77. The sum, of lengths that are each possible."""
     guest = QueueRig(size=8)
     guest.memory.regions[0].size_bytes = 1 << 32  # a region big enough, for the bounds check
@@ -342,7 +342,7 @@ def test_3_2_more_than_4_gib_is_malformed() -> None:
     assert "more than 2^32" in fault_of(guest)
 
 
-def test_3_2_rings_as_buffers_do_not_crash() -> None:
+def test_chain_rings_as_buffers_do_not_crash() -> None:
     """T70."""
     guest = QueueRig()
     guest.put((0, 16, 0), (guest.driver.used_offset, 64, DEVICE_WRITES))
@@ -351,7 +351,7 @@ def test_3_2_rings_as_buffers_do_not_crash() -> None:
     assert chain[5] is not None
 
 
-def test_3_2_descriptors_changed_after_the_pop_do_not_matter() -> None:
+def test_chain_descriptors_changed_after_the_pop_do_not_matter() -> None:
     """T51, T56, T75; CVE-2020-14375: everything is fetched once."""
     guest = QueueRig()
     guest.put(*usual(guest), indirect=True)
@@ -361,7 +361,7 @@ def test_3_2_descriptors_changed_after_the_pop_do_not_matter() -> None:
     assert data_of(chain)[0] == b"x" * 512
 
 
-def test_3_2_fault_keeps_the_status_byte_if_it_is_known() -> None:
+def test_chain_fault_keeps_the_status_byte_if_it_is_known() -> None:
     guest = QueueRig()
     status = guest.alloc(1)
     guest.put((1 << 50, 16, 0), (status, 1, DEVICE_WRITES))
@@ -372,7 +372,7 @@ def test_3_2_fault_keeps_the_status_byte_if_it_is_known() -> None:
     assert guest.read(status, 1) == b"\1"
 
 
-def test_3_2_fault_in_the_last_writable_descriptor_has_no_status_byte() -> None:
+def test_chain_fault_in_the_last_writable_descriptor_has_no_status_byte() -> None:
     """The byte before it is data: nothing may be written there as a status."""
     guest = QueueRig()
     guest.put(
@@ -441,7 +441,7 @@ def test_long_chains_of_one_head_are_all_counted() -> None:
     assert counted.views == 0
 
 
-# §3.5: notifications
+# `notify`: notifications
 
 
 def complete_one(guest: QueueRig) -> bool:
@@ -450,7 +450,7 @@ def complete_one(guest: QueueRig) -> bool:
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
-def test_3_5_first_completion_after_start_always_calls(event_idx: bool) -> None:
+def test_notify_first_completion_after_start_always_calls(event_idx: bool) -> None:
     """SPDK#3150: used_event is the one of another life."""
     guest = QueueRig(event_idx=event_idx)
     guest.driver.set_avail_flags(1)
@@ -462,7 +462,7 @@ def test_3_5_first_completion_after_start_always_calls(event_idx: bool) -> None:
 @pytest.mark.parametrize(
     ("used_event", "expected"), [(1, True), (2, False), (0, False), (65535, False)]
 )
-def test_3_5_event_idx_calls_when_the_wanted_index_is_passed(
+def test_notify_event_idx_calls_when_the_wanted_index_is_passed(
     used_event: int, expected: bool
 ) -> None:
     guest = QueueRig(event_idx=True)
@@ -476,7 +476,9 @@ def test_3_5_event_idx_calls_when_the_wanted_index_is_passed(
 
 
 @given(old=st.integers(0, 65535), count=st.integers(1, 8), event=st.integers(0, 65535))
-def test_3_5_event_idx_over_any_batch_is_the_definition(old: int, count: int, event: int) -> None:
+def test_notify_event_idx_over_any_batch_is_the_definition(
+    old: int, count: int, event: int
+) -> None:
     """Call iff `event` is one of the indexes old … old + count - 1 just published."""
     guest = QueueRig(size=8, base=old)
     header = guest.alloc(HEADER)
@@ -492,7 +494,7 @@ def test_3_5_event_idx_over_any_batch_is_the_definition(old: int, count: int, ev
 
 
 @pytest.mark.parametrize(("flags", "expected"), [(0, True), (1, False)])
-def test_3_5_without_event_idx_the_flag_decides(flags: int, expected: bool) -> None:
+def test_notify_without_event_idx_the_flag_decides(flags: int, expected: bool) -> None:
     guest = QueueRig(event_idx=False)
     guest.put(*usual(guest))
     complete_one(guest)
@@ -503,11 +505,11 @@ def test_3_5_without_event_idx_the_flag_decides(flags: int, expected: bool) -> N
     assert complete_one(guest) is expected
 
 
-def test_3_5_nothing_published_calls_nobody() -> None:
+def test_notify_nothing_published_calls_nobody() -> None:
     assert not QueueRig().queue.publish()
 
 
-def test_3_5_armed_with_event_idx_the_next_chain_is_kicked_for() -> None:
+def test_notify_armed_with_event_idx_the_next_chain_is_kicked_for() -> None:
     guest = QueueRig(event_idx=True)
     assert not guest.queue.arm()
     assert guest.driver.device_used_flags == 0
@@ -519,7 +521,7 @@ def test_3_5_armed_with_event_idx_the_next_chain_is_kicked_for() -> None:
     assert guest.driver.device_used_flags == 0
 
 
-def test_3_5_without_event_idx_the_flag_suppresses_kicks() -> None:
+def test_notify_without_event_idx_the_flag_suppresses_kicks() -> None:
     guest = QueueRig(event_idx=False)
     assert guest.driver.device_used_flags == 1
     guest.queue.arm()
@@ -529,7 +531,7 @@ def test_3_5_without_event_idx_the_flag_suppresses_kicks() -> None:
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
-def test_3_1_7_arm_sees_a_chain_that_came_just_before(event_idx: bool) -> None:
+def test_ring_rearm_arm_sees_a_chain_that_came_just_before(event_idx: bool) -> None:
     """CH#897: the driver added it while nobody asked for a kick."""
     guest = QueueRig(event_idx=event_idx)
     guest.put(*usual(guest))

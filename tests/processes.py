@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -14,8 +16,6 @@ from pathlib import Path
 import trio
 
 from tests.tools import HUNG_S
-
-_START_LIMIT_S = 30.0
 
 
 @contextmanager
@@ -30,9 +30,9 @@ def bridge_argv(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "bridge", *arguments]
 
 
-def unix_uri(socket: Path, export: str = "") -> str:
-    """The URI of `export` of the server at `socket`."""
-    return f"nbd+unix:///{export}?socket={socket}"
+def unix_uri(path: Path | str, export: str = "") -> str:
+    """The URI of `export` of the server at `path`."""
+    return f"nbd+unix:///{export}?socket={path}"
 
 
 @asynccontextmanager
@@ -41,7 +41,7 @@ async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.P
     ready.unlink(missing_ok=True)  # of one that was killed
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
-        with trio.fail_after(_START_LIMIT_S):
+        with trio.fail_after(HUNG_S):
             while not _is_ready(ready):
                 assert child.poll() is None, f"{argv[0]} ended with {child.returncode}"
                 await trio.sleep(0.02)
@@ -53,8 +53,38 @@ async def process(argv: list[str], *, ready: Path) -> AsyncIterator[subprocess.P
                 await wait_for(child, limit_s=HUNG_S)
 
 
-def _is_ready(path: Path) -> bool:
-    """A socket's file is there a moment before somebody listens (proc(5), __SO_ACCEPTCON)."""
+@contextmanager
+def program(argv: list[str], *, ready: Path | int) -> Iterator[None]:
+    """A program that has made its socket `ready`, or listens on that port of the loopback
+    interface; it is killed at the end. For tests that need no loop."""
+    child = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert child.stderr is not None
+    try:
+        deadline = time.monotonic() + HUNG_S
+        while not _is_ready(ready):
+            if child.poll() is not None:
+                said = child.stderr.read().decode(errors="replace")
+                raise AssertionError(f"{argv} ended: {said}")
+            assert time.monotonic() < deadline, f"{argv} does not listen"
+            time.sleep(0.02)
+        yield
+    finally:
+        child.kill()
+        child.wait()
+        child.stderr.close()
+
+
+def _is_ready(ready: Path | int) -> bool:
+    if isinstance(ready, int):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", ready)) == 0
+    return _is_listening(ready)
+
+
+def _is_listening(path: Path) -> bool:
+    """A socket's file is there a moment before the process listens (proc(5), __SO_ACCEPTCON)."""
     if not path.is_socket():
         return path.exists()
     table = Path("/proc/net/unix").read_text().splitlines()
@@ -74,10 +104,10 @@ async def wait_for(child: subprocess.Popen[bytes], *, limit_s: float) -> int:
 
 
 @asynccontextmanager
-async def serving(uri: str, socket: Path, *options: str) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """`nbd-bridge serve URI --socket-path SOCKET OPTIONS…`; it must end cleanly."""
-    argv = bridge_argv("serve", uri, "--socket-path", str(socket), *options)
-    async with process(argv, ready=socket) as child:
+async def serving(uri: str, path: Path, *options: str) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """`nbd-bridge serve URI --socket-path PATH OPTIONS…`; it must end cleanly."""
+    argv = bridge_argv("serve", uri, "--socket-path", str(path), *options)
+    async with process(argv, ready=path) as child:
         yield child
         if child.poll() is None:
             child.send_signal(signal.SIGTERM)

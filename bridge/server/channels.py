@@ -1,0 +1,136 @@
+"""Where commands go: to the channels of the present generation, or they wait for the next one.
+
+The channels are the connections to the server as the link sees them. `Phase` is explained in
+`link`, whose transitions are there, too.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from enum import Enum
+from typing import Protocol
+
+from bridge.datapath.durability import BEFORE
+from bridge.datapath.request import Request
+from bridge.datapath.turn import Turn
+
+
+class Phase(Enum):
+    """See `link`."""
+
+    NEW = "new"
+    UP = "up"
+    LEAVING = "leaving"
+    DOWN = "down"
+    CLOSED = "closed"
+
+
+class Channel(Protocol):
+    """One connection, as the link sees it."""
+
+    @property
+    def unflushed(self) -> int:
+        """How many writes without FUA it has answered."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many commands it has not answered."""
+
+    def changes(self) -> list[Request]:
+        """The commands that change the export and are not finished."""
+
+    def send(self, request: Request) -> None:
+        """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""
+
+    def abandon(self) -> list[Request]:
+        """The commands without an answer that are of abandoned requests: from here on nothing
+        touches the buffers that those came with."""
+
+
+class Channels:
+    """See the module's text."""
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+        self.phase = Phase.NEW
+        self.generation = 0
+        self.present: Sequence[Channel] = ()
+        self.alone: Channel | None = None
+        """Where commands go, if that is one place; None: see `send`."""
+        self.on_trial = False
+        """Nothing is sent but what is tried: see `trial`."""
+        self.given_up = False
+        """There is no connection, and what comes fails."""
+        self.fail_errno = errno.EIO
+        self.waiting: list[Request] = []
+        """Commands that were not sent."""
+        self._next = 0
+        self._answered_before = BEFORE
+
+    @property
+    def fails(self) -> bool:
+        """What comes fails at once; it must not wait for the end of a grace time."""
+        return self.given_up or self.phase is Phase.CLOSED
+
+    @property
+    def answered(self) -> int:
+        """Changes answered that a FLUSH makes durable; what was before this process is one."""
+        channel = self.alone
+        if channel is not None:  # the usual case
+            return self._answered_before + channel.unflushed
+        return self._answered_before + sum(channel.unflushed for channel in self.present)
+
+    @property
+    def in_flight(self) -> int:
+        """How many commands were sent or wait to be."""
+        return sum(channel.in_flight for channel in self.present) + len(self.waiting)
+
+    def one_more_before(self) -> None:
+        """See `Told.one_more_before`."""
+        self._answered_before += 1
+
+    def send(self, command: Request) -> None:
+        """To a channel, if there are any to send to; else it waits for one, or fails."""
+        if self.fails:
+            self._turn.finish(command, self.fail_errno)
+        elif self.phase is not Phase.UP or self.on_trial:
+            self.waiting.append(command)
+        else:
+            index = self._next = (self._next + 1) % len(self.present)
+            self.present[index].send(command)
+
+    def take_waiting(self) -> list[Request]:
+        """What was not sent; it does not wait here any more."""
+        taken, self.waiting = self.waiting, []
+        return taken
+
+    def replaced(self, channels: Sequence[Channel]) -> None:
+        """A new generation begins."""
+        self.generation += 1
+        self.present = channels
+        self.given_up = False
+        self.enter(Phase.UP)
+
+    def lost(self, phase: Phase) -> None:
+        """The channels are gone, and with them what was answered on them is counted."""
+        self._answered_before = self.answered
+        self.present = ()
+        self.enter(phase, on_trial=False)
+
+    def enter(self, phase: Phase | None = None, *, on_trial: bool | None = None) -> None:
+        """What decides where commands go has changed."""
+        if phase is not None:
+            self.phase = phase
+        if on_trial is not None:
+            self.on_trial = on_trial
+        alone = self.phase is Phase.UP and not self.on_trial and len(self.present) == 1
+        self.alone = self.present[0] if alone else None
+
+
+def without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Request]]:
+    """`requests` without those that were abandoned, and these."""
+    abandoned = [each for each in requests if each.is_abandoned]
+    if not abandoned:
+        return requests, []
+    return [each for each in requests if not each.is_abandoned], abandoned

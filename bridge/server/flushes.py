@@ -1,0 +1,214 @@
+"""The flushes of a link: what is asked, what is sent, what is told and what has to fail.
+
+`durability` has the rules; here stands what they lead to. One FLUSH is in flight at a time: a
+server that fails to flush drops what it had and says so once, and the success of another FLUSH,
+sent after that and read before, must not be believed. All that is asked meanwhile shares the next.
+Changes that were in flight when an epoch ended are sent once more when they are answered.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Final, cast
+
+import structlog
+
+from bridge.datapath.durability import BEFORE, Told
+from bridge.datapath.request import FLUSH, REPEATED, UNASKED, Request
+from bridge.datapath.turn import Turn
+from bridge.server.changes import Outlived
+from bridge.server.channels import Channels, Phase, without_abandoned
+
+_log = structlog.get_logger(__name__)
+
+_NOTHING_DONE: Final = (errno.EINVAL, errno.EOVERFLOW, errno.EPERM, errno.EOPNOTSUPP)
+"""With these a server refuses a command; it has not tried to make anything durable."""
+NO_FAILURE: Final = (*_NOTHING_DONE, errno.ECANCELED)
+"""The same, and that of a command that was abandoned: the server has done it."""
+
+
+class OnceMore:
+    """The `done` of a change that was in flight when an epoch ended: it is sent once more."""
+
+    __slots__ = ("_send", "done")
+
+    def __init__(self, send: Callable[[Request], None], done: Callable[[Request], None]) -> None:
+        self._send = send
+        self.done = done
+
+    def __call__(self, command: Request) -> None:
+        command.done = self.done
+        if command.error:
+            self.done(command)
+        else:
+            command.generation = 0  # Nobody has answered what is sent now.
+            self._send(command)
+
+
+class Flushes:
+    """See the module's text. `send_again` takes commands that were answered in vain."""
+
+    def __init__(
+        self, turn: Turn, channels: Channels, send_again: Callable[[Request], None]
+    ) -> None:
+        self._turn = turn
+        self._channels = channels
+        self._send_again = send_again
+        self.durability = Told()
+        self.refused_total = 0
+        self._asked: list[Request] = []
+        """What the next FLUSH is for."""
+        self._flushing: Request | None = None
+        """The FLUSH that has no answer yet."""
+        self._flushing_epoch = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for the next FLUSH."""
+        return len(self._asked)
+
+    def ask(self, request: Request) -> None:
+        """Finish `request` when all that its maker knows of is durable, or may be lost."""
+        if self._channels.fails:
+            self._turn.finish(request, self._channels.fail_errno)
+        else:
+            request.progress = self.durability.seen
+            self._asked.append(request)
+            self._turn.want()
+
+    def advance(self) -> bool:
+        """See `Stage`: send a FLUSH if one is asked for and none is in flight."""
+        durability = self.durability
+        if not durability.keeps_unflushed and durability.settled(self._channels.answered):
+            # By now everybody was told of what has been answered.
+            self._turn.at_end(durability.turn_over)
+        if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
+            return False
+        if durability.untold:
+            self._refuse(self._take_guests())
+        if self._asked:
+            waiting, self._asked = self._asked, []
+            inner = self._flushing = Request(FLUSH, 0, 0, [], self._flushed, 0, waiting)
+            self.send(inner)
+        return True
+
+    def send(self, flush: Request) -> None:
+        """Send our FLUSH, perhaps again."""
+        self.note_sent(flush)
+        self._channels.send(flush)
+
+    def note_sent(self, flush: Request) -> None:
+        """Our FLUSH is sent now: what it will vouch for."""
+        flush.progress = self._channels.answered
+        self._flushing_epoch = self.durability.sending_epoch
+
+    def _take_guests(self) -> list[Request]:
+        """All that the guest has submitted and not heard of, also those of the FLUSH in flight."""
+        taken: list[Request] = []
+        if self._flushing is not None:
+            flushes = cast("list[Request]", self._flushing.owner)
+            taken, self._flushing.owner = _guests_and_others(flushes)
+        waiting, self._asked = _guests_and_others(self._asked)
+        return taken + waiting
+
+    def _refuse(self, flushes: list[Request]) -> None:
+        """Fail these flushes of the guest's: something may be lost that was complete before."""
+        if not flushes:
+            return
+        self.refused_total += len(flushes)
+        _log.error("a flush fails: writes before it may have been lost by the server")
+        self._tell(flushes)
+        for request in flushes:
+            request.generation = self._channels.generation
+            self._turn.finish(request, errno.EIO)
+
+    def _tell(self, flushes: list[Request]) -> None:
+        for request in flushes:
+            if not request.flags & (UNASKED | REPEATED):
+                self.durability.tell(request.progress)
+
+    def _flushed(self, inner: Request) -> None:
+        error = inner.error
+        flushes = cast("list[Request]", inner.owner)
+        # Not if a new connection came in the same turn as this answer, and a loss was told of.
+        expected = self._flushing is inner
+        if expected:
+            self._flushing = None
+        for request in flushes:
+            request.generation = inner.generation
+            self._turn.finish(request, error)
+        if error:
+            self._tell(flushes)
+            if inner.generation:  # The server said so, not we.
+                self.server_failed()
+        elif expected:
+            self.durability.flushed(inner.progress, self._flushing_epoch)
+
+    def server_failed(self) -> None:
+        """The server could not make something durable, and may have dropped what it had.
+
+        What is in flight is sent once more when it is answered: nobody knows whether the server
+        executed it before. The guest's flushes have to fail with this.
+        """
+        durability = self.durability
+        lost = durability.could_not_flush(self._channels.answered)
+        if durability.keeps_unflushed:
+            return
+        for channel in self._channels.present:
+            for command in channel.changes():
+                if not isinstance(command.done, (OnceMore, Outlived)):
+                    command.done = OnceMore(self._send_again, command.done)
+        if lost:
+            self._refuse(self._take_guests())
+
+    def reconnected(self, instance: str, *, reads_only: bool) -> None:
+        """A new connection is about to be used, to the server `instance` ("": it does not say)."""
+        if reads_only:
+            self.durability.nothing_before()
+        answered = self._channels.answered
+        lost = self.durability.connected(instance, answered)
+        if lost and answered > BEFORE:
+            _log.error(
+                "the server came back and may have lost writes that were not flushed: "
+                "the next flush will fail"
+            )
+        elif lost:
+            _log.warning(
+                "the server came back: if a process before this one left writes that were not "
+                "flushed, they may be lost"
+            )
+
+    def tell_of_loss(self) -> Request | None:
+        """Fail the guest's flushes if something may be lost. Returns our FLUSH that had no answer
+        on the last connection, if it need not be sent again: all that it was for have heard."""
+        if self.durability.untold:
+            self._refuse(self._take_guests())
+        flushing = self._flushing
+        if flushing is None or flushing.owner:
+            return None
+        self._flushing = None
+        return flushing
+
+    def take_waiting(self) -> list[Request]:
+        """Those that no FLUSH was sent for; the caller fails them, which tells of losses."""
+        flushes, self._asked = self._asked, []
+        self._tell(flushes)
+        return flushes
+
+    def take_abandoned(self) -> list[Request]:
+        """Those of abandoned requests, which no FLUSH is for from here on."""
+        self._asked, flushes = without_abandoned(self._asked)
+        if self._flushing is not None:
+            answering = cast("list[Request]", self._flushing.owner)
+            self._flushing.owner, more = without_abandoned(answering)
+            flushes += more
+        return flushes
+
+
+def _guests_and_others(flushes: list[Request]) -> tuple[list[Request], list[Request]]:
+    """Those whose failure the guest hears of, and the rest."""
+    return (
+        [request for request in flushes if not request.flags & UNASKED],
+        [request for request in flushes if request.flags & UNASKED],
+    )

@@ -1,0 +1,130 @@
+"""Which tests need more than Python packages, and which may not run beside each other.
+
+A marker says what a test needs, or that it takes long (pyproject.toml lists them). Most are set
+here, by folder, file or fixture; a single test that differs from its file carries its own.
+`tests.tools.need` refuses a tool to a test that is not marked for it, so the markers cannot rot.
+`./run test` installs what the chosen tests' markers stand for, and `--fast` leaves the marked ones
+out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl")
+"""The markers that stand for Debian packages: see packages_of in `run`."""
+
+NEEDS = (*TOOLS, "root")
+"""The markers of tests that need more than Python packages."""
+
+LEFT_OUT_BY_FAST = (*NEEDS, "slow")
+
+_BY_PLACE: dict[str, tuple[str, ...]] = {
+    "tests/app/test_bad_input.py": ("nbdkit",),
+    "tests/app/test_cache.py": ("nbdkit",),
+    "tests/app/test_cache_foreign.py": ("nbdkit", "qemu"),
+    "tests/app/test_cache_guest.py": ("nbdkit", "qemu", "slow"),
+    "tests/app/test_durability.py": ("slow",),
+    "tests/app/test_ends.py": ("nbdkit",),
+    "tests/app/test_long_requests.py": ("nbdkit", "slow"),
+    "tests/app/test_plugin_life.py": ("nbdkit",),
+    "tests/app/test_serve.py": ("nbdkit",),
+    "tests/app/test_stale_writes.py": ("nbdkit",),
+    "tests/cache/test_with_nbdkit.py": ("nbdkit",),
+    "tests/docker": ("docker",),
+    "tests/docker/test_certificates.py": ("openssl",),
+    "tests/guest/vhost_user/test_peers.py": ("peers",),
+    "tests/plugin/test_clients.py": ("nbdkit", "qemu"),
+    "tests/plugin/test_deployment.py": ("nbdkit",),
+    "tests/plugin/test_fence.py": ("nbdkit",),
+    "tests/plugin/test_generation.py": ("nbdkit",),
+    "tests/plugin/test_rbd.py": ("ceph", "nbdkit", "qemu", "slow"),
+    "tests/qemu/test_firmware.py": ("nbdkit", "qemu", "slow"),
+    "tests/qemu/test_guest_life.py": ("nbdkit", "qemu", "slow"),
+    "tests/server/test_killed.py": ("nbdkit", "slow"),
+    "tests/server/test_plugin_sessions.py": ("nbdkit",),
+}
+"""Markers of every test of a folder or a file."""
+
+_BY_FIXTURE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("tests/docker/", "server_certificates"): ("openssl", "nbdkit"),
+    ("tests/plugin/", "ceph"): ("ceph",),
+    ("tests/plugin/", "where"): ("nbdkit",),
+    ("tests/qemu/", "archive"): ("qemu",),
+    ("tests/qemu/", "machine"): ("qemu", "slow"),
+}
+"""Markers of every test of a folder that uses a fixture, directly or not."""
+
+_IMPLIED: dict[str, tuple[str, ...]] = {"ceph": ("root",), "peers": ("root",)}
+
+_ALONE = ("ceph",)
+"""There is one of these: its tests all run in one worker."""
+
+_WAITING = ("tests/app/", "tests/plugin/", "tests/qemu/", "tests/server/test_interop.py")
+"""Where tests take long because they wait for processes: a worker takes a few at a time. Of the
+others it takes a whole file."""
+_AT_A_TIME = 4
+
+
+def mark(items: list[pytest.Item]) -> None:
+    """Give every test its markers, and its group of tests that one worker runs."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        path = _path(item)
+        for name in _names(item, path):
+            item.add_marker(name)
+        item.add_marker(pytest.mark.xdist_group(_group(item, path, seen[path])))
+        seen[path] += 1
+
+
+def needed(items: Iterable[pytest.Item]) -> list[str]:
+    """The tools that these tests need, by their markers."""
+    found = {mark.name for item in items for mark in item.iter_markers()}
+    return [name for name in TOOLS if name in found]
+
+
+def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What takes longest goes first: otherwise the last worker would run it while others idle."""
+    return sorted(items, key=_place_in_order)
+
+
+def _names(item: pytest.Item, path: str) -> list[str]:
+    names = [
+        name
+        for place, found in _BY_PLACE.items()
+        if path == place or path.startswith(f"{place}/")
+        for name in found
+    ]
+    fixtures = getattr(item, "fixturenames", ())
+    for (folder, fixture), found in _BY_FIXTURE.items():
+        if path.startswith(folder) and fixture in fixtures:
+            names += found
+    own = [mark.name for mark in item.iter_markers()]
+    names += [more for name in (*names, *own) for more in _IMPLIED.get(name, ())]
+    return [name for name in dict.fromkeys(names) if name not in own]
+
+
+def _group(item: pytest.Item, path: str, number: int) -> str:
+    for name in _ALONE:
+        if item.get_closest_marker(name):
+            return name
+    if item.get_closest_marker("slow"):
+        return f"{path} {number}"
+    if path.startswith(_WAITING):
+        return f"{path} {number // _AT_A_TIME}"
+    return path
+
+
+def _place_in_order(item: pytest.Item) -> int:
+    if item.get_closest_marker("ceph"):
+        return 0
+    if item.get_closest_marker("slow"):
+        return 1
+    return 2 if _path(item).startswith(_WAITING) else 3
+
+
+def _path(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
