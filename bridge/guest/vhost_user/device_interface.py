@@ -85,8 +85,8 @@ class VhostUserDevice(Protocol):
     supports_dirty_log: bool
     """`set_log` and `set_logging` work (LOG_SHMFD and VHOST_F_LOG_ALL are offered)."""
     listener: ConfigListener | None
-    """Set by the session, to itself: the device calls it whenever the config space changed by itself
-    (a resize). None: no front-end is connected."""
+    """Set by the session, to itself: the device calls it whenever the config space changed by
+    itself (a resize). None: no front-end is connected."""
 
     def offered_features(self) -> int:
         """The virtio feature bits, without 26 (LOG_ALL) and 30, which are the session's own."""
