@@ -175,6 +175,7 @@ class _GuestsSide(Above):
             self.disk,
             self._geometry,
             hits=self.disk.hits,
+            usual=self.disk.usual,
             serial=settings.disk.serial or default_serial(export),
             max_queues=settings.disk.num_queues,
             max_queue_size=settings.disk.queue_size,

@@ -35,6 +35,7 @@ from bridge.datapath.deadlines import Deadlines
 from bridge.datapath.disk import Backend
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE_ZEROES, Request, Target
+from bridge.datapath.rows import FromCache, ToServer, Usual
 from bridge.datapath.turn import Outcome, Turn
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, InUse, LeftBehind, Remedy
 from bridge.server.client import Client
@@ -328,6 +329,10 @@ class NbdBackend:
         """How many commands are not finished."""
         return self._client.in_flight
 
+    def usual(self, wrote: Callable[[], None]) -> Usual | None:
+        """See disk.Backend."""
+        return ToServer(self._client.link.route, self._client.rows, wrote)
+
 
 class GatedBackend(NbdBackend):
     """The same with a gate in it, for the cache: what must not leave this process any more, or not
@@ -375,6 +380,10 @@ class CachedBackend:
         self._cache = cache
         self.hits = cache
         self.submit = cache.submit_slowly  # whoever submits has asked for a hit before
+
+    def usual(self, wrote: Callable[[], None]) -> Usual | None:
+        """See disk.Backend."""
+        return FromCache(self._cache.resident, self._cache.count_hits, wrote)
 
     @property
     def holds_writes(self) -> bool:

@@ -36,6 +36,7 @@ from bridge.cache.slots import Slots
 from bridge.cache.store import Store
 from bridge.cache.upstream import Backend, Stats
 from bridge.cache.writeback import Writeback
+from bridge.datapath.cells import Resident
 from bridge.datapath.durability import Kept
 from bridge.datapath.request import (
     BLOCK_STATUS,
@@ -124,6 +125,8 @@ class Cache:
         self._data = index.data
         self._open_blocks = self._store.open_blocks
         self._touched = evictor.touched
+        self.resident = _resident(index, evictor, self._store)
+        """What the usual case of a turn serves by itself."""
         self._adopt(self._load(skip_damaged=skip_damaged))
 
     def _load(self, *, skip_damaged: bool) -> list[int]:
@@ -159,7 +162,11 @@ class Cache:
             self.submit_slowly(request)
 
     def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
-        """See `request.Hits`: blocks of one granule that are all `ready`."""
+        """See `request.Hits`: blocks of one granule that are all `ready`.
+
+        For what is not usual: packed rings, buffers in several pieces, requests above 64 KiB. What
+        is usual `usual.take_hits` serves, in the same way.
+        """
         granule = offset >> self._shift
         slot = self._head[granule & self._bucket_mask]
         if self._granule_of[slot] != granule:
@@ -207,6 +214,11 @@ class Cache:
         self._touched[slot] = UP[self._touched[slot]]
         self.stats.write_hits += 1
         return True
+
+    def count_hits(self, reads: int, writes: int) -> None:
+        """So many were served out of `resident`."""
+        self.stats.read_hits += reads
+        self.stats.write_hits += writes
 
     def submit_slowly(self, request: Request) -> None:
         """The same as `submit`, for a request that was found to be no hit."""
@@ -420,3 +432,20 @@ class Cache:
             if clean:
                 self._slots.drop(slot, clean)
         return before - index.valid_blocks
+
+
+def _resident(index: Index, evictor: Evictor, store: Store) -> Resident:
+    """The flat state of these parts, for `datapath.usual`."""
+    resident = Resident()
+    resident.granule_shift = index.granule_shift
+    resident.block_shift = index.block_shift
+    resident.bucket_mask = index.bucket_mask
+    resident.head = index.head
+    resident.granule_of = index.granule_of
+    resident.ready = index.ready
+    resident.open = index.open
+    resident.data = index.data
+    resident.touched = evictor.touched
+    resident.up = UP
+    resident.open_blocks = store.open_blocks
+    return resident

@@ -2,6 +2,8 @@
 
 - `request`: what travels from a guest's request to the server's reply;
 - `loop`, `turn`: one epoll under one trio task; what one turn carries, and in which order;
+- `usual`: the usual case of a turn, in batches, over the flat state of `cells`; `rows`: what of it
+  is in flight, and the way out of it;
 - `buffers`: between a request's buffers and flat bytes;
 - `deadlines`: when something without a task of its own is called next;
 - `lanes`: large requests, some of them per turn;

@@ -28,6 +28,7 @@ import structlog
 import trio
 
 from bridge.datapath.request import FLUSH, READ, REPEATED, UNASKED, Hits, Request, Target
+from bridge.datapath.rows import Usual
 from bridge.datapath.turn import Turn
 
 _log = structlog.get_logger(__name__)
@@ -52,6 +53,10 @@ class Backend(Target, Protocol):
     def hits(self) -> Hits | None:
         """What serves requests on the spot; None: nothing does."""
 
+    def usual(self, wrote: Callable[[], None]) -> Usual | None:
+        """What serves the usual requests of rings; None: nothing does. `wrote()` is called after
+        some of them were writes, before any of that is sent or published."""
+
 
 class Above(Protocol):
     """What remembers, for the process after this one, how it stands with the disk."""
@@ -72,9 +77,10 @@ class Disk:
         flush_interval_s: float,
         now: Callable[[], float],
         above: Above | None = None,
+        usual: bool = True,
     ) -> None:
         """`turn` is the one of `backend`. `flush_interval_s` 0 turns the timer off; `now` is a
-        monotonic clock in seconds."""
+        monotonic clock in seconds. `usual`: the usual case goes its own way (see `usual`)."""
         self._above = above
         self._backend = backend
         self._turn = turn
@@ -86,6 +92,8 @@ class Disk:
             self.hits = self
             self.read_hit = hits.read_hit  # bound once: no second call per request
             self._write_hit = hits.write_hit
+        self.usual = backend.usual(self._wrote) if usual else None
+        """What rings may ask before they pop a chain; None: there is nothing."""
         self._flush_interval_s = (backend.can_flush and flush_interval_s) or inf
         self._now = now
         self._deadline_s: float | None = None
@@ -143,6 +151,11 @@ class Disk:
         if self.is_durable:
             self.is_durable = False
             self._durability_changed()
+
+    def _wrote(self) -> None:
+        """There were usual writes."""
+        if self._deadline_s is None:
+            self._arm_timer()
 
     def _clear_timer(self) -> bool:
         """A flush is about to be submitted: it covers what was completed before it.

@@ -32,6 +32,7 @@ import trio
 
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, UNASKED, Hits, Request, Target
+from bridge.datapath.rows import Usual
 from bridge.errors import LeftBehind, ProtocolError
 from bridge.guest.above import Above
 from bridge.guest.drain import Drain
@@ -68,13 +69,15 @@ class BlkDevice:
         *,
         serial: str,
         hits: Hits | None = None,
+        usual: Usual | None = None,
         max_queues: int = 1,
         max_queue_size: int = MAX_QUEUE_SIZE,
         drain_timeout_s: float = 30.0,
         above: Above | None = None,
         withheld_features: int = 0,
     ) -> None:
-        """`hits`: what can be asked before `target`. `withheld_features`: see BlkConfig."""
+        """`hits`: what can be asked before `target`; `usual`: what rings may ask before they pop a
+        chain. `withheld_features`: see BlkConfig."""
         above = self._above = above or Above()
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
@@ -89,6 +92,7 @@ class BlkDevice:
             self._config,
             target,
             hits=hits,
+            usual=usual,
             serial=serial,
             fault=self._guest_fault,
             turn=loop.turn,

@@ -2,7 +2,8 @@
 
 This is the one place where chains become requests and finished requests become used elements:
 
-    poll      pop every available chain, hand each to the engine       (once per turn)
+    poll      let the usual case take what it can; pop every chain that is left, hand each to the
+              engine                                                   (once per turn)
     complete  a request is finished: its element goes to the used ring (any time in a turn)
     publish   one store of used.idx, at most one call                  (once per turn)
 
@@ -17,6 +18,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
+from bridge.datapath.cells import NEXT_AVAIL, STOPPED, Queue
 from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
 from bridge.errors import ProtocolError
 from bridge.guest.eventfds import writer
@@ -52,6 +54,11 @@ class RunningRing:
         self._queue = queue
         self._push = queue.push  # bound once
         self._engine = engine
+        self._usual = engine.usual
+        self._flat: Queue | None = None
+        """The queue, if it takes part in the usual case (see `rows`)."""
+        self._takes = False
+        """Usual chains are taken from it. Not while the dirty log is on."""
         self._broken = broken
         self._suspended = False
         self._stopping = False
@@ -69,6 +76,11 @@ class RunningRing:
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
+        if self._usual is not None and isinstance(queue, Queue) and self._usual.enter(queue, self):
+            self._flat = queue
+            self._takes = True
+            self._take = self._usual.take  # bound once
+            self._answers_at_once = self._usual.answers_at_once
         loop.add_poller(self)
         if not held:
             self._start_recovered()
@@ -86,13 +98,30 @@ class RunningRing:
         """Start every request that the guest has made available; True if there was one."""
         if not self._popping:
             return False
+        taken = 0
+        flat = self._flat
+        if flat is not None:
+            state = flat.cells
+            if flat.avail[1] == state[NEXT_AVAIL]:
+                return False
+            if self._takes and not self._queue.long.views:  # Those are counted, and may wait.
+                state[STOPPED] = 0
+                taken = self._take(flat, self._engine.limits)
+                if taken:
+                    self.requests += taken
+                    if self._answers_at_once and not self._publishing:
+                        self.publish_later()
+                if not state[STOPPED]:
+                    return taken > 0
         try:
             chains = self._queue.pop()
         except QueueBroken as error:
+            if taken:
+                return True  # Those before it were good; the next turn says what is wrong.
             self._break(str(error))
             return True
         if not chains:
-            return False
+            return taken > 0
         self.requests += len(chains)
         self._engine.start(self, chains)
         return True
@@ -106,10 +135,25 @@ class RunningRing:
             status_view[status_at] = status
         self._push(head, length)
         if not self._publishing:
-            self._publishing = True
-            self._turn.at_end(self._publish)
+            self.publish_later()
         if self._log is not None:
             self._log.mark_chain(chain)  # After it was written: who reads the log may be fast.
+
+    def publish_later(self) -> None:
+        """Publish what was pushed at the end of this turn."""
+        if not self._publishing:
+            self._publishing = True
+            self._turn.at_end(self._publish)
+
+    def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> BlkRequest:
+        """See rows.RowOwner. There are rows only while `_flat` is there."""
+        assert self._flat is not None
+        return self._engine.adopt(self, head, cookie, row, self._flat.views)
+
+    def _adopt_all(self) -> None:
+        """What is in flight becomes requests."""
+        if self._usual is not None:
+            self._usual.adopt_all()
 
     def _publish(self) -> None:
         if not self._publishing:
@@ -195,6 +239,8 @@ class RunningRing:
 
     def set_log(self, log: DirtyLog | None) -> None:
         """Mark what is written from now on in `log`, including for what is in flight."""
+        self._adopt_all()
+        self._takes = self._flat is not None and log is None
         self._log = log
 
     def suspend(self) -> None:
@@ -268,6 +314,7 @@ class RunningRing:
     def move(self, memory: GuestMemory, areas: RingAreas | None) -> None:
         """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
         and is broken."""
+        self._adopt_all()
         if areas is not None:
             self._queue.use_memory(memory, areas)
         elif not self.is_broken:
@@ -294,6 +341,10 @@ class RunningRing:
                 self._log.mark_ring()
         self._closed = True
         self._engine.abandon(self._engine.unanswered(self))
+        if self._usual is not None and self._flat is not None:
+            self._usual.leave(self._flat)
+            self._takes = False
+            self._flat = None
         self._queue.long.leave()
         self._call_fd = None
         self._error_fd = None

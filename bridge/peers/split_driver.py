@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bridge.guest.virtio.fence import fence
+from bridge.datapath.fence import fence
 from bridge.spec.virtqueue import (
     AVAIL_NO_INTERRUPT,
     DESC_NEXT,

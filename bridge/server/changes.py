@@ -16,6 +16,8 @@ from math import inf
 
 import structlog
 
+from bridge.datapath.cells import MAX_WRITE_BYTES, Route
+from bridge.datapath.lanes import SMALL_BYTES
 from bridge.datapath.request import DISCARD, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.turn import Turn
 from bridge.server.align import cover
@@ -69,7 +71,10 @@ class Outlived:
 class Changes:
     """See the module's text. `do` takes the changes that may go."""
 
-    def __init__(self, options: ClientOptions, turn: Turn, do: Callable[[Request], None]) -> None:
+    def __init__(
+        self, options: ClientOptions, turn: Turn, do: Callable[[Request], None], route: Route
+    ) -> None:
+        self._route = route
         self._grace_s = options.stale_write_grace_s
         self._turn = turn
         self._do = do
@@ -97,6 +102,7 @@ class Changes:
     def _choose_way(self) -> None:
         """After everything that decides whether changes have to come here."""
         self.fast_write_bytes = 0 if self.must_enter else self._most_bytes
+        self._route.cells[MAX_WRITE_BYTES] = min(self.fast_write_bytes, SMALL_BYTES)
 
     @property
     def must_enter(self) -> bool:

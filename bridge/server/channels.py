@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
+from bridge.datapath.cells import UNFLUSHED, Route
+from bridge.datapath.cells import Channel as FlatChannel
 from bridge.datapath.durability import BEFORE
 from bridge.datapath.request import Request
 from bridge.datapath.turn import Turn
@@ -36,6 +38,13 @@ class Channel(Protocol):
     @property
     def in_flight(self) -> int:
         """How many commands it has not answered."""
+
+    @property
+    def flat(self) -> FlatChannel | None:
+        """Itself, where the usual case may put commands into its output; None: it may not."""
+
+    def flush_later(self) -> None:
+        """Send the output at the end of this turn."""
 
     def changes(self) -> list[Request]:
         """The commands that change the export and are not finished."""
@@ -67,6 +76,8 @@ class Channels:
         """Commands that were not sent."""
         self._next = 0
         self._answered_before = BEFORE
+        self.route = Route()
+        """The same as `alone`, for usual commands, and how long they may be."""
 
     @property
     def fails(self) -> bool:
@@ -76,9 +87,9 @@ class Channels:
     @property
     def answered(self) -> int:
         """Changes answered that a FLUSH makes durable; what was before this process is one."""
-        channel = self.alone
-        if channel is not None:  # the usual case
-            return self._answered_before + channel.unflushed
+        flat = self.route.channel
+        if flat is not None and not flat.early:  # the usual case
+            return self._answered_before + flat.cells[UNFLUSHED]
         return self._answered_before + sum(channel.unflushed for channel in self.present)
 
     @property
@@ -125,7 +136,10 @@ class Channels:
         if on_trial is not None:
             self.on_trial = on_trial
         alone = self.phase is Phase.UP and not self.on_trial and len(self.present) == 1
-        self.alone = self.present[0] if alone else None
+        self.alone = channel = self.present[0] if alone else None
+        self.route.channel = channel.flat if channel is not None else None
+        if channel is not None:
+            self.route.flush_later = channel.flush_later
 
 
 def without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Request]]:

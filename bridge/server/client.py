@@ -18,7 +18,6 @@ import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 from typing import Final, Protocol
 
 import structlog
@@ -26,6 +25,7 @@ import trio
 
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import Request
+from bridge.datapath.rows import Rows, sent_at
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.server import link
 from bridge.server.client_options import ClientOptions
@@ -73,9 +73,10 @@ class Client:
         self._above = above
         self._loop = loop
         self._connections: list[Connection] = []
-        self._cookies = count(1)
-        self._first_cookie = 0
-        """What was sent on the present connections has later ones."""
+        self.rows = Rows()
+        """The guest's requests in flight that were sent in the usual way."""
+        self._first_sent = 0
+        """The number of the first command that was sent on the present connections."""
         self._broken = trio.Event()
         self._run_scope = trio.CancelScope()
         self._closing = False
@@ -241,7 +242,7 @@ class Client:
                         self._loop,
                         lost=self._lost,
                         generation=generation,
-                        cookies=self._cookies,
+                        rows=self.rows,
                     )
                 )
         except OSError as error:
@@ -259,7 +260,7 @@ class Client:
         if generation > 1 and self._above is not None:
             await self._examine(self._above, export, connections)
         self._connections = connections
-        self._first_cookie = next(self._cookies)
+        self._first_sent = self.rows.sequence
         self.link.established(trio.current_time(), export, connections)
         self._loop.turn.end()
 
@@ -394,10 +395,10 @@ class Client:
         )
         blamed = min(
             (each.blamed for each in self._connections if each.blamed is not None),
-            key=_cookie,
+            key=sent_at,
             default=None,
         )
-        sent = next(self._cookies) - self._first_cookie - 1
+        sent = self.rows.sequence - self._first_sent
         unanswered = self._take_unanswered()
         self.link.lost(
             trio.current_time(),
@@ -419,7 +420,7 @@ class Client:
         for connection in self._connections:
             unanswered += connection.transmission.unanswered()
             connection.blamed = None
-        unanswered.sort(key=_cookie)
+        unanswered.sort(key=sent_at)
         return unanswered
 
     async def _reconnect(self) -> None:
@@ -552,10 +553,6 @@ async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions, volume: 
         VolumeDescription(each.description).is_ours and each.name == (volume or each.name)
         for each in listed
     )
-
-
-def _cookie(request: Request) -> int:
-    return request.cookie
 
 
 __all__ = ["Above", "Client", "inspect", "list_exports"]

@@ -17,14 +17,15 @@ import socket
 import ssl
 import stat
 from collections.abc import Callable
-from itertools import count
 from typing import Final
 
 import structlog
 import trio
 
+from bridge.datapath.cells import LONG_READS, ROWS, Channel
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import CHANGES, FUA, READ, WRITE, Request
+from bridge.datapath.rows import Rows
 from bridge.datapath.turn import Turn
 from bridge.errors import (
     BridgeError,
@@ -310,6 +311,7 @@ class Connection:
         "_queued",
         "_receive_some",
         "_received_then",
+        "_send",
         "_sendmsg",
         "_sent_bytes",
         "_sock",
@@ -330,7 +332,7 @@ class Connection:
         *,
         lost: Callable[[Connection, BridgeError], None],
         generation: int = 1,
-        cookies: count[int] | None = None,
+        rows: Rows | None = None,
     ) -> None:
         self._sock = negotiated.sock
         self._tls = isinstance(self._sock, ssl.SSLSocket)
@@ -348,6 +350,7 @@ class Connection:
         self._closing = False
         self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
+        self._send = self._sock.send
         self._sendmsg = self._sock.sendmsg
         self._receive_some = self._receive_tls if self._tls else self._receive_plain
         self.export = negotiated.export
@@ -358,10 +361,12 @@ class Connection:
         """The connection ended because the peer's end was closed (or a reset says so)."""
         self.blamed: Request | None = None
         """The command that may have made the server hang up."""
-        self.transmission = Transmission(
-            self.export, loop.turn, generation=generation, cookies=cookies
-        )
-        loop.add(self._fd, self._on_event, EPOLLIN)
+        self.transmission = Transmission(self.export, loop.turn, generation=generation, rows=rows)
+        try:
+            loop.add(self._fd, self._on_event, EPOLLIN)
+        except OSError:
+            self.transmission.retire()
+            raise
         if negotiated.handshake.trailing_data():
             self._fail(ProtocolError("the server talked before it was asked"))
         elif self._tls:
@@ -375,12 +380,17 @@ class Connection:
     @property
     def in_flight(self) -> int:
         """See link.Channel."""
-        transmission = self.transmission
-        return len(transmission.pending) + len(transmission.refused) + len(transmission.early)
+        return self.transmission.in_flight
+
+    @property
+    def flat(self) -> Channel | None:
+        """See link.Channel."""
+        return self.transmission if self.transmission.takes_rows else None
 
     def changes(self) -> list[Request]:
         """See link.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
+        transmission.adopt_all()
         unfinished = (*transmission.pending.values(), *transmission.early)
         return [request for request in unfinished if request.op in CHANGES]
 
@@ -394,6 +404,7 @@ class Connection:
         never answered beside such a command gets ten times as long.
         """
         transmission = self.transmission
+        transmission.adopt_all()
         pending = transmission.pending
         oldest = next(iter(pending), 0)
         received = transmission.received_bytes
@@ -432,6 +443,11 @@ class Connection:
         """Send `request` at the end of this turn."""
         self.transmission.start(request)
         if not self._queued:
+            self.flush_later()
+
+    def flush_later(self) -> None:
+        """Send the output at the end of this turn."""
+        if not self._queued:
             self._queued = True
             self._loop.turn.at_end(self.flush_output)
 
@@ -466,11 +482,13 @@ class Connection:
             has_payload, transmission.has_payload = transmission.has_payload, False
             if not self._tls and len(output) <= _IOV_MAX:
                 # The usual case: everything goes out at once.
-                if not has_payload:
-                    # Headers only: joining 32 of them costs less than 32 pieces in one call.
-                    output = [b"".join(output)]
                 try:
-                    sent = self._sendmsg(output)
+                    if has_payload:
+                        sent = self._sendmsg(output)
+                    else:
+                        # Headers only: joining 32 of them costs less than 32 pieces in one call.
+                        output = [b"".join(output)]
+                        sent = self._send(output[0])
                 except BlockingIOError:
                     sent = 0
                 except OSError as error:
@@ -520,7 +538,7 @@ class Connection:
                 self._push()
             if self.alive and events & ~EPOLLOUT:
                 self._receive_some()
-                if self.transmission.long_reads or self._unsent:
+                if self.transmission.cells[LONG_READS] or self._unsent:
                     # A long payload comes and goes in many pieces, one right after the other.
                     self._loop.linger()
                 if self.transmission.refused and not self.leaving:
@@ -608,6 +626,7 @@ class Connection:
         Not when the server wants to be left, nor when the network or its silence ends it.
         """
         if self.alive and not self.leaving:
+            self.transmission.adopt_all()
             self.blamed = next(iter(self.transmission.pending.values()), None)
 
     def _fail_unexpectedly(self, error: Exception) -> None:
@@ -638,6 +657,7 @@ class Connection:
         if not self.alive:
             return
         self.alive = False
+        self.transmission.retire()
         self._loop.remove(self._fd)
         self._sock.close()
         self._unsent = []
@@ -654,7 +674,8 @@ class Connection:
 
     def _check_idle(self) -> None:
         transmission = self.transmission
-        busy = transmission.pending or self._unsent or transmission.output
+        rows = transmission.cells[ROWS]
+        busy = rows or transmission.pending or self._unsent or transmission.output
         if self._idle is not None and not (self.alive and busy):
             self._idle.set()
 
@@ -727,6 +748,7 @@ async def leave(negotiated: Negotiated) -> None:
             with trio.move_on_after(1):
                 with contextlib.suppress(OSError):
                     await _send_all(negotiated.sock, b"".join(farewell.output))
+            farewell.retire()
     finally:
         negotiated.close()
 

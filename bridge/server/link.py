@@ -48,6 +48,7 @@ from typing import Protocol
 
 import structlog
 
+from bridge.datapath.cells import ALIGN_MASK, LONG_BYTES, MAX_READ_BYTES, SIZE_BYTES
 from bridge.datapath.request import FLUSH, OP_NAMES, Request
 from bridge.datapath.turn import Turn
 from bridge.server.changes import CHANGES, Changes, Outlived
@@ -90,10 +91,12 @@ class Link:
         channels = self._channels = Channels(turn)
         flushes = self._flushes = Flushes(turn, channels, self._send_once_more)
         self._commands = Commands(options, turn, channels, flushes)
-        self._changes = Changes(options, turn, self._commands.do)
+        self._changes = Changes(options, turn, self._commands.do, channels.route)
         self._trial = Trial(channels, self._commands, flushes)
         self._patience = Patience(options, random or Random())
         self.durability = flushes.durability
+        self.route = channels.route
+        """Where usual commands go (see `datapath.usual`)."""
         self._unanswered: list[Request] = []
         """Commands that were sent on lost connections, in that order."""
         # Limits of the fast path in `submit`; 0 sends everything the slow way.
@@ -226,6 +229,9 @@ class Link:
         self._size_bytes = export.usable_bytes
         self._align_mask = export.min_block_bytes - 1
         self._max_read = self._commands.payload_bytes
+        limits = self.route.cells
+        limits[SIZE_BYTES], limits[ALIGN_MASK] = self._size_bytes, self._align_mask
+        limits[MAX_READ_BYTES] = min(self._max_read, LONG_BYTES - 1)
         self._changes.connected(
             ordered=len(channels) > 1 or export.min_block_bytes > SECTOR_BYTES,
             fenced=export.volume.is_fenced,

@@ -5,6 +5,10 @@ were sent) until their reply has come; then they are put on the turn's list of w
 exactly once. Headers and payload views gather in `output`; the owner sends them in one system
 call.
 
+A guest's request that was sent in the usual way is a row, not in `pending` (see `datapath.rows`),
+and its usual reply is taken by `usual.answers`. Whoever looks at what is unanswered, and the parser
+when a reply is not usual, has all rows become requests first.
+
 Received bytes go where `next_buffers` says: normally into a staging buffer, where one system
 call may bring many replies; `bytes_received` parses them and copies payloads out. A payload of
 which more than `DIRECT_MIN_BYTES` are still to come is received straight into the request's
@@ -23,11 +27,20 @@ from __future__ import annotations
 
 import errno
 import mmap
-from itertools import count
 from struct import Struct
 from typing import Final
 
 from bridge.datapath.buffers import scatter, slices, zero
+from bridge.datapath.cells import (
+    CHANNEL_CELLS,
+    LONG_BYTES,
+    LONG_READS,
+    ROW_COOKIE,
+    ROWS,
+    UNFLUSHED,
+    Channel,
+    cells,
+)
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -37,7 +50,9 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
     Request,
 )
+from bridge.datapath.rows import Rows, in_order
 from bridge.datapath.turn import Turn
+from bridge.datapath.usual import answers
 from bridge.errors import ProtocolError
 from bridge.server.chunks import (
     Assembly,
@@ -49,7 +64,7 @@ from bridge.server.chunks import (
 from bridge.server.export import Export
 from bridge.spec import nbd as p
 
-DIRECT_MIN_BYTES: Final = 32 << 10
+DIRECT_MIN_BYTES: Final = LONG_BYTES
 STAGING_BYTES: Final = 256 << 10
 STAGING_LONG_BYTES: Final = 16 << 10
 _IOV_MAX: Final = 1000
@@ -83,33 +98,26 @@ _STRUCTURED = p.STRUCTURED_REPLY_MAGIC
 _EXTENDED = p.EXTENDED_REPLY_MAGIC
 
 
-class Transmission:
+class Transmission(Channel):
     """One connection after its handshake. See the module's text."""
 
     __slots__ = (
         "_after_direct",
         "_assemblies",
         "_context_id",
-        "_cookies",
         "_direct_left",
         "_end",
         "_extended",
+        "_rows",
+        "_sequence",
         "_staging",
         "_start",
-        "_structured",
         "_turn",
-        "_unflushed",
-        "_view",
         "direct",
-        "early",
         "generation",
-        "has_payload",
-        "long_reads",
-        "output",
         "pending",
         "received_bytes",
         "refused",
-        "sending",
     )
 
     def __init__(
@@ -118,35 +126,33 @@ class Transmission:
         turn: Turn,
         *,
         generation: int = 1,
-        cookies: count[int] | None = None,
+        rows: Rows | None = None,
     ) -> None:
+        """`rows`: the guest's requests that are sent in the usual way, on all connections."""
         self._turn = turn
         self.pending: dict[int, Request] = {}
-        self.output: list[bytes | memoryview] = []
-        """Headers and payloads to be sent, in this order."""
+        self.cells = cells(CHANNEL_CELLS)
+        self._rows = rows if rows is not None else Rows()
+        self._sequence = self._rows.cells
+        self.number = self._rows.join(self, self)
+        self.is_closed = False
+        self.output = []
         self.has_payload = False
-        """Something in the output is not a header."""
         self.sending = False
-        """The owner has output that the socket did not take yet."""
-        self.early: list[Request] = []
-        """Answered while part of the output was unsent; the owner finishes them once it is."""
+        self.early = []
         self.refused: list[Request] = []
         """Refused with ESHUTDOWN: to be sent again elsewhere."""
         self.generation = generation
-        self._unflushed = 0
         self.received_bytes = 0
-        self._cookies = cookies if cookies is not None else count(1)
-        self._structured = export.structured
+        self.structured = export.structured
         self._extended = export.extended
         self._context_id = next(iter(export.contexts.values()), -1)
         # Whole pages of its own: what is received into the heap's takes up to a quarter longer
         # (1 MiB reads, measured), wherever the heap happens to begin.
         self._staging = mmap.mmap(-1, STAGING_BYTES)
-        self._view = memoryview(self._staging)
+        self.staging = memoryview(self._staging)
         self._start = 0
         self._end = 0
-        self.long_reads = 0
-        """Reads in flight that are long enough to come in many pieces."""
         self.direct: list[memoryview] = []
         """Not empty: a payload is being received into a request's buffers; use `next_buffers`."""
         self._direct_left = 0
@@ -158,23 +164,56 @@ class Transmission:
     def unflushed(self) -> int:
         """WRITE and WRITE_ZEROES answered on this connection, those with FUA left out. What is in
         `early` counts when it has been told of: a flush that fails before tells nothing of it."""
+        unflushed = self.cells[UNFLUSHED]
         if not self.early:
-            return self._unflushed
-        return self._unflushed - sum(not (each.error or each.flags & 1) for each in self.early)
+            return unflushed
+        return unflushed - sum(not (each.error or each.flags & 1) for each in self.early)
+
+    @property
+    def long_reads(self) -> int:
+        """Reads in flight that are long enough to come in many pieces."""
+        return self.cells[LONG_READS]
+
+    @property
+    def in_flight(self) -> int:
+        """Commands that are not finished."""
+        return self.cells[ROWS] + len(self.pending) + len(self.refused) + len(self.early)
+
+    @property
+    def takes_rows(self) -> bool:
+        """The replies may be usual ones (see `usual`)."""
+        return not self._extended
+
+    def adopt_all(self) -> None:
+        """From here on all that has no answer is in `pending`."""
+        self._rows.adopt_all()
+
+    def adopted(self, requests: list[Request]) -> None:
+        """See rows.PendingOwner."""
+        everything = in_order([*self.pending.values(), *requests])
+        self.pending.clear()
+        self.pending.update((request.cookie, request) for request in everything)
+
+    def retire(self) -> None:
+        """The connection has ended: nothing more is usual here."""
+        self._rows.part(self)
+        self.is_closed = True
 
     # Sending.
 
     def start(self, request: Request) -> None:
         """Put one command into the output. The request must suit the export."""
         op = request.op
-        cookie = request.cookie = next(self._cookies)
+        sequence = self._sequence
+        cookie = request.cookie = sequence[0]
+        sequence[0] = cookie + 1
         self.pending[cookie] = request
         if self._extended:
             self._start_extended(request, cookie)
         elif op == READ:
             length = request.length
             if length >= DIRECT_MIN_BYTES:
-                self.long_reads += 1
+                self.cells[LONG_READS] += 1
             self.output.append(_pack_request(0x25609513, 0, 0, cookie, request.offset, length))
         elif op == WRITE:
             output = self.output
@@ -203,7 +242,7 @@ class Transmission:
         if op == WRITE:
             flags |= p.CMD_FLAG_PAYLOAD_LEN
         elif op == READ and request.length >= DIRECT_MIN_BYTES:
-            self.long_reads += 1
+            self.cells[LONG_READS] += 1
         self.output.append(
             _pack_extended(
                 p.EXTENDED_REQUEST_MAGIC,
@@ -228,8 +267,8 @@ class Transmission:
 
     def unanswered(self) -> list[Request]:
         """Take every request without an answer, in the order they were sent."""
-        found = [*self.refused, *self.pending.values()]
-        found.sort(key=_cookie)
+        self.adopt_all()
+        found = in_order([*self.refused, *self.pending.values()])
         self.refused.clear()
         self.pending.clear()
         self._assemblies.clear()
@@ -243,6 +282,7 @@ class Transmission:
         Their payload lands nowhere from here on. What is still to be sent is copied, all of it:
         the frames have to become whole, and nobody knows what belongs to whom.
         """
+        self.adopt_all()
         waiting = (*self.refused, *self.early, *self.pending.values())
         found = [request for request in waiting if request.is_abandoned]
         reads = [request.length for request in found if request.op == READ]
@@ -271,9 +311,9 @@ class Transmission:
                 staging[:left] = staging[start:end]
                 start, end = 0, left
             self._start, self._end = start, end
-        if self.long_reads:
-            return self._view[end : end + STAGING_LONG_BYTES]
-        return self._view[end:] if end else self._view
+        if self.cells[LONG_READS]:
+            return self.staging[end : end + STAGING_LONG_BYTES]
+        return self.staging[end:] if end else self.staging
 
     def next_buffers(self) -> list[memoryview]:
         """Where the next bytes go: for recvmsg_into."""
@@ -282,7 +322,7 @@ class Transmission:
             return [self.next_buffer()]
         if len(direct) > _IOV_MAX:
             return direct[:_IOV_MAX]
-        return [*direct, self._view[:STAGING_LONG_BYTES]]
+        return [*direct, self.staging[:STAGING_LONG_BYTES]]
 
     def bytes_received(self, n_bytes: int) -> None:
         """`n_bytes` were received into the buffers last offered; complete what they complete.
@@ -300,22 +340,50 @@ class Transmission:
             self._end += n_bytes
         if self._extended:
             self._parse_extended()
-        elif self._structured:
-            self._parse_structured()
-        else:
-            self._parse_simple()
+            return
+        more = True
+        while more:
+            if self.cells[ROWS] and not self.sending:
+                rows = self._rows
+                unflushed = self.cells[UNFLUSHED]
+                self._start, waits = answers(self, rows, self._start, self._end)
+                if self.cells[UNFLUSHED] != unflushed:
+                    self._turn.wanted = True  # Whoever counts them is to look.
+                if rows.touched:
+                    rows.publish_touched()
+                if waits or self._end - self._start < 16:
+                    return
+            more = self._parse_structured() if self.structured else self._parse_simple()
 
-    def _parse_simple(self) -> None:
+    def _request_of(self, magic: int, cookie: int) -> Request:
+        """The request of a reply that is not among those `pending`: of a row, whose reply is not
+        usual. Raises ProtocolError if nobody waits for it."""
+        self.adopt_all()
+        request = self.pending.get(cookie)
+        if request is None:
+            raise self._bad_reply(magic, cookie)
+        return request
+
+    def _parse_simple(self) -> bool:
+        """True: it goes on with the reply to a row, which may be usual again.
+
+        The first two cases stand here only for speed (the cache's own reads and writes).
+        """
         finished = self._turn.finished
         staging = self._staging
-        view = self._view
+        view = self.staging
         pending = self.pending
-        start = self._start
+        first = start = self._start
         end = self._end
         while end - start >= 16:
             magic, error, cookie = _unpack_simple(staging, start)
             request = pending.get(cookie)
-            if magic != 0x67446698 or request is None:
+            if request is None:
+                if cookie & ROW_COOKIE and start != first:
+                    self._start = start
+                    return True
+                request = self._request_of(magic, cookie)
+            if magic != 0x67446698:
                 raise self._bad_reply(magic, cookie)
             if request.op == 0 and not error:  # READ
                 length = request.length
@@ -324,7 +392,7 @@ class Transmission:
                     if stop - end >= 32768 or length >= 65536:
                         self._go_direct(request, cookie, 0, length, start + 16, end)
                         self._start = self._end = 0
-                        return
+                        return False
                     break
                 buffers = request.buffers
                 if len(buffers) == 1:
@@ -334,7 +402,7 @@ class Transmission:
                 start = stop
                 del pending[cookie]
                 if length >= 32768:
-                    self.long_reads -= 1
+                    self.cells[LONG_READS] -= 1
                 request.generation = self.generation
                 request.error = 0
                 finished.append(request)
@@ -342,7 +410,7 @@ class Transmission:
                 start += 16
                 del pending[cookie]
                 if not request.flags & 1:
-                    self._unflushed += 1
+                    self.cells[UNFLUSHED] += 1
                 request.generation = self.generation
                 request.error = 0
                 finished.append(request)
@@ -351,13 +419,15 @@ class Transmission:
                 self._answered(request, error)
         self._start = start
         self._end = end
+        return False
 
-    def _parse_structured(self) -> None:
+    def _parse_structured(self) -> bool:
+        """See `_parse_simple`."""
         finished = self._turn.finished
         staging = self._staging
-        view = self._view
+        view = self.staging
         pending = self.pending
-        start = self._start
+        first = start = self._start
         end = self._end
         while end - start >= 16:
             if end - start >= 28:
@@ -365,7 +435,10 @@ class Transmission:
                 magic, flags, kind, cookie, length, offset = _unpack_data_chunk(staging, start)
                 request = pending.get(cookie)
                 if request is None:
-                    raise self._bad_reply(magic, cookie)
+                    if cookie & ROW_COOKIE and start != first:
+                        self._start = start
+                        return True
+                    request = self._request_of(magic, cookie)
                 if magic == 0x668E33EF:
                     stop = start + 20 + length
                     if (
@@ -386,7 +459,7 @@ class Transmission:
                         start = stop
                         del pending[cookie]
                         if length >= 32776:
-                            self.long_reads -= 1
+                            self.cells[LONG_READS] -= 1
                         request.generation = self.generation
                         request.error = 0
                         finished.append(request)
@@ -398,18 +471,19 @@ class Transmission:
                     start += 16
                     del pending[cookie]
                     if not request.flags & 1:
-                        self._unflushed += 1
+                        self.cells[UNFLUSHED] += 1
                     request.generation = self.generation
                     request.error = 0
                     finished.append(request)
                     continue
             self._start = start
             if not self._reply():
-                return
+                return False
             start = self._start
             end = self._end
         self._start = start
         self._end = end
+        return False
 
     def _reply(self) -> bool:
         """Take the simple reply or chunk at the start of the staging buffer, of any kind.
@@ -418,8 +492,8 @@ class Transmission:
         """
         start = self._start
         magic, error, cookie = _unpack_simple(self._staging, start)
-        request = self.pending.get(cookie)
-        if request is None or magic not in (_STRUCTURED, _SIMPLE):
+        request = self.pending.get(cookie) or self._request_of(magic, cookie)
+        if magic not in (_STRUCTURED, _SIMPLE):
             raise self._bad_reply(magic, cookie)
         if magic == _SIMPLE:
             if request.op == READ or request.op == BLOCK_STATUS:
@@ -457,11 +531,11 @@ class Transmission:
                 and cookie not in self._assemblies
             ):
                 # A whole read in one chunk, all of it here: the usual case.
-                scatter(request.buffers, 0, self._view[start + 40 : stop])
+                scatter(request.buffers, 0, self.staging[start + 40 : stop])
                 self._start = stop
                 del pending[cookie]
                 if length >= 32776:
-                    self.long_reads -= 1
+                    self.cells[LONG_READS] -= 1
                 request.generation = self.generation
                 request.error = 0
                 finished.append(request)
@@ -490,7 +564,7 @@ class Transmission:
                 self._collect(request, flags, kind, length, payload)
             return False
         self._start = payload + length
-        self._other_chunk(request, flags, kind, self._view[payload : payload + length])
+        self._other_chunk(request, flags, kind, self.staging[payload : payload + length])
         return True
 
     def _data_chunk(
@@ -510,7 +584,7 @@ class Transmission:
             self._go_direct(request, cookie, skip, length, payload, end, flags)
             self._start = self._end = 0
             return False
-        scatter(request.buffers, skip, self._view[payload : payload + length])
+        scatter(request.buffers, skip, self.staging[payload : payload + length])
         self._start = payload + length
         if flags & p.REPLY_FLAG_DONE:
             self._done(request)
@@ -530,7 +604,7 @@ class Transmission:
         here = end - start
         buffers = request.buffers
         if here:
-            scatter(buffers, skip, self._view[start:end])
+            scatter(buffers, skip, self.staging[start:end])
         self.direct = slices(buffers, skip + here, length - here)
         self._direct_left = length - here
         self._after_direct = (cookie, flags, p.REPLY_TYPE_OFFSET_DATA, None)
@@ -539,7 +613,7 @@ class Transmission:
         """Receive a long chunk without data into memory of its own."""
         store = bytearray(length)
         here = self._end - start
-        store[:here] = self._view[start : self._end]
+        store[:here] = self.staging[start : self._end]
         self._start = self._end = 0
         self.direct = [memoryview(store)[here:]]
         self._direct_left = length - here
@@ -558,7 +632,7 @@ class Transmission:
         if store is not None:
             self._start = self._end = 0
             self._other_chunk(request, flags, kind, memoryview(store))
-        elif not (self._structured or self._extended):
+        elif not (self.structured or self._extended):
             self._answered(request, 0)
         elif flags & p.REPLY_FLAG_DONE:
             self._done(request)
@@ -629,9 +703,9 @@ class Transmission:
         del self.pending[request.cookie]
         if op == READ:
             if request.length >= DIRECT_MIN_BYTES:
-                self.long_reads -= 1
+                self.cells[LONG_READS] -= 1
         elif error == 0 and op in _CHANGING and not request.flags & 1:
-            self._unflushed += 1
+            self.cells[UNFLUSHED] += 1
         if error == errno.ESHUTDOWN:
             self.refused.append(request)
             return
@@ -648,7 +722,7 @@ class Transmission:
             (_EXTENDED,)
             if self._extended
             else (_SIMPLE, _STRUCTURED)
-            if self._structured
+            if self.structured
             else (_SIMPLE,)
         )
         if magic not in allowed:
@@ -663,7 +737,3 @@ def command_flags(op: int, flags: int) -> int:
     if op == WRITE_ZEROES:
         return flags & p.CMD_FLAG_FUA | (0 if flags & MAY_UNMAP else p.CMD_FLAG_NO_HOLE)
     return 0
-
-
-def _cookie(request: Request) -> int:
-    return request.cookie

@@ -45,6 +45,9 @@ class FakeBackend(FakeDisk):
     def in_flight(self) -> int:
         return len(self.held)
 
+    def usual(self, wrote: object) -> None:
+        return None
+
     def execute(self, request: Request) -> None:
         assert self.can_flush or request.op != FLUSH, request
         super().execute(request)

@@ -188,10 +188,10 @@ async def test_exception_while_sending_ends_that_connection_only(
 ) -> None:
     async with served() as (client, _, _d):
 
-        def fail(buffers: object) -> int:
+        def fail(buffer: object) -> int:
             raise MemoryError
 
-        monkeypatch.setattr(client._connections[0], "_sendmsg", fail)
+        monkeypatch.setattr(client._connections[0], "_send", fail)
         assert await read(client, 0, 512) == bytes(512)
         assert client.generation == 2
 

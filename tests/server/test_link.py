@@ -53,6 +53,11 @@ class FakeChannel:
         self.unflushed = 0
         self.answered = False
 
+    flat = None
+
+    def flush_later(self) -> None:
+        raise AssertionError("nothing is put into the output of this one")
+
     @property
     def in_flight(self) -> int:
         return len(self.pending)

@@ -12,6 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from errno import EOPNOTSUPP
 from typing import Final, Protocol
 
+from bridge.datapath.cells import (
+    BLOCK_MASK,
+    CAPACITY_BYTES,
+    DISK_CELLS,
+    MAY_WRITE,
+    Cells,
+    cells,
+    sequence_of,
+)
 from bridge.datapath.lanes import (
     PIECE_BYTES,
     RANGE_COST_BYTES,
@@ -33,6 +42,7 @@ from bridge.datapath.request import (
     Request,
     Target,
 )
+from bridge.datapath.rows import Usual
 from bridge.datapath.turn import Turn
 from bridge.guest.virtio.blk_config import MAX_DISCARD_SEGMENTS, BlkConfig
 from bridge.guest.virtio.chain import Chain
@@ -122,12 +132,14 @@ class BlkEngine:
         target: Target,
         *,
         hits: Hits | None = None,
+        usual: Usual | None = None,
         serial: str,
         fault: Callable[[str], None],
         turn: Turn,
         epoch: Callable[[], int] = one_epoch,
     ) -> None:
-        """`hits`: what can be asked before `target`. `serial`: what GET_ID answers, at most 20
+        """`hits`: what can be asked before `target`; `usual`: what the rings may ask before they
+        pop a chain. `serial`: what GET_ID answers, at most 20
         bytes. `fault(problem)` is told what a guest did wrong, "kind" or "kind: details", so that
         it is counted and logged once per kind. `turn`: the one of `target`. `epoch()`: see
         `lanes.Job`."""
@@ -140,9 +152,14 @@ class BlkEngine:
         self._read_hit = hits.read_hit if hits is not None else _no_hit
         self._write_hit = hits.write_hit if hits is not None else _no_hit
         self._done = self._finish  # bound once
-        self._unanswered: dict[BlkRequest, None] = {}
-        """What the target has and did not finish, in the order in which it was popped: the one way
-        to find the requests of a ring again that has to stop without them."""
+        self.usual = usual
+        self.limits: Cells[int] = cells(DISK_CELLS)
+        """Of the disk, for what is usual: see there."""
+        self._unanswered: dict[BlkRequest, int] = {}
+        """What the target has and did not finish, and when it was popped, in a number that grows:
+        the one way to find the requests of a ring again that has to stop without them. (Those that
+        are rows are adopted first.)"""
+        self._popped_at = 0
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._fault = fault
         self._features = 0
@@ -156,6 +173,9 @@ class BlkEngine:
         self._capacity_bytes = geometry.capacity_sectors * SECTOR_BYTES
         self._read_only = geometry.read_only
         self._block_mask = geometry.block_size_bytes - 1
+        self.limits[CAPACITY_BYTES] = self._capacity_bytes
+        self.limits[BLOCK_MASK] = self._block_mask
+        self.limits[MAY_WRITE] = not (self._read_only or self._write_flags)
 
     def negotiated(self, features: int) -> None:
         """The driver accepted `features`."""
@@ -174,6 +194,7 @@ class BlkEngine:
         else:
             durable = not self._features & F_FLUSH
         self._write_flags = FUA if durable else 0
+        self.limits[MAY_WRITE] = not (self._read_only or self._write_flags)
 
     def start(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
         """Execute the requests in `chains`; `ring.complete` is called as each is finished."""
@@ -183,6 +204,9 @@ class BlkEngine:
         write_hit = self._write_hit
         done = self._done
         unanswered = self._unanswered
+        if self.usual is not None:
+            self._popped_at = self.usual.sequence
+        popped_at = self._popped_at
         capacity_bytes = self._capacity_bytes
         block_mask = self._block_mask
         write_flags = self._write_flags
@@ -217,7 +241,7 @@ class BlkEngine:
                     request = BlkRequest(
                         ring, chain, READ, offset, length, buffers, done, 0, length + 1
                     )
-                    unanswered[request] = None
+                    unanswered[request] = popped_at
                     submit(request)
             elif not write_flags and write_hit(offset, length, buffers):
                 ring.complete(chain, S_OK, 1)
@@ -225,7 +249,7 @@ class BlkEngine:
                 request = BlkRequest(
                     ring, chain, WRITE, offset, length, buffers, done, write_flags, 1
                 )
-                unanswered[request] = None
+                unanswered[request] = popped_at
                 submit(request)
 
     def start_again(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
@@ -255,7 +279,7 @@ class BlkEngine:
         request = BlkRequest(
             ring, chain, op, offset, length, buffers, self._done, flags, used_bytes
         )
-        self._unanswered[request] = None
+        self._unanswered[request] = self._popped_at
         if at_once and lane.begin_whole(length):
             request.owner = lane
             request.done = self._large_done
@@ -317,7 +341,7 @@ class BlkEngine:
     def _request(self, ring: UsedRing, chain: Chain, op: int = READ) -> BlkRequest:
         """A request without data; its used length counts the status if no data precedes it."""
         request = BlkRequest(ring, chain, op, 0, 0, [], self._done, 0, _status_bytes(chain))
-        self._unanswered[request] = None
+        self._unanswered[request] = self._popped_at
         return request
 
     def _flush(self, ring: UsedRing, chain: Chain) -> None:
@@ -384,9 +408,36 @@ class BlkEngine:
         has_status = chain[5] is not None
         ring.complete(chain, status, _status_bytes(chain) if has_status else 0)
 
+    def adopt(
+        self,
+        ring: UsedRing,
+        head: int,
+        cookie: int,
+        row: tuple[int, ...],
+        views: list[memoryview],
+    ) -> BlkRequest:
+        """The request that `start` would have made of a chain of `ring`, had it not been sent as
+        `row` (see `cells.ROW`); `views` are the regions that it names."""
+        offset, data_at, status_at, length, _, data_region, status_region, op = row
+        buffers = [views[data_region][data_at : data_at + length]]
+        status_view = views[status_region]
+        sector = offset // SECTOR_BYTES
+        chain: Chain
+        if op == READ:
+            chain = head, T_IN, sector, [], buffers, status_view, status_at, None
+        else:
+            chain = head, T_OUT, sector, buffers, [], status_view, status_at, None
+        used_bytes = length + 1 if op == READ else 1
+        request = BlkRequest(ring, chain, op, offset, length, buffers, self._done, 0, used_bytes)
+        self._unanswered[request] = sequence_of(cookie)
+        return request
+
     def unanswered(self, ring: UsedRing) -> list[BlkRequest]:
         """The requests of `ring` that the target has and did not finish, oldest first."""
-        return [request for request in self._unanswered if request.ring is ring]
+        if self.usual is not None:
+            self.usual.adopt_all()
+        found = [request for request in self._unanswered if request.ring is ring]
+        return sorted(found, key=self._unanswered.__getitem__)
 
     def fail(self, requests: Sequence[BlkRequest]) -> None:
         """Tell the guest that `requests` failed. `abandon` has to follow."""

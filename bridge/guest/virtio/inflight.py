@@ -32,6 +32,7 @@ import mmap
 import os
 from typing import Final
 
+from bridge.datapath.cells import COUNTER, IN_FLIGHT, LAST_HEAD, NEXT_AVAIL, NEXT_USED, PUSHED
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.chain import Chain
 from bridge.guest.virtio.memory import GuestMemory
@@ -232,61 +233,59 @@ class TrackedSplitQueue(SplitQueue):
         )
         if size > n_entries:
             raise ProtocolError(f"queue of {size}, its in-flight region is for {n_entries}")
-        self._bytes = region
-        self._halves = region.cast("H")
-        self._words = region.cast("Q")
-        self._batch: list[int] = []
-        self._counter = 0
-        self._last_batch_head = 0
+        self.tracked = region
+        self.tracked_halves = region.cast("H")
+        self.tracked_words = region.cast("Q")
         self._lost: list[int] = []
-        if self._halves[self._VERSION_AT]:
+        if self.tracked_halves[self._VERSION_AT]:
             self._recover()
         else:
             self._initialise(n_entries)
 
     def _initialise(self, n_entries: int) -> None:
         """A fresh region, perhaps beside a ring that has run before."""
-        halves = self._halves
+        halves = self.tracked_halves
         for head in range(n_entries):
-            self._bytes[16 + 16 * head] = 0
+            self.tracked[16 + 16 * head] = 0
         halves[self._N_ENTRIES_AT] = n_entries
         halves[self._LAST_BATCH_HEAD_AT] = 0
-        halves[self._USED_IDX_AT] = self._next_used
+        halves[self._USED_IDX_AT] = self.cells[NEXT_USED]
         halves[self._VERSION_AT] = _VERSION
 
     def _recover(self) -> None:
         """Finish what the former process was about, and find what it had not answered."""
         self._finish_last_batch()
-        self._halves[self._USED_IDX_AT] = self._next_used
+        self.tracked_halves[self._USED_IDX_AT] = self.cells[NEXT_USED]
         lost = sorted(
-            (self._words[3 + 2 * head], head)
+            (self.tracked_words[3 + 2 * head], head)
             for head in range(self.size)
-            if self._bytes[16 + 16 * head]
+            if self.tracked[16 + 16 * head]
         )
         # Numbered anew, in the same order: the number that was there last could be any.
-        for self._counter, (_, head) in enumerate(lost):
-            self._words[3 + 2 * head] = self._counter
-        self._counter = len(lost)
+        for counter, (_, head) in enumerate(lost):
+            self.tracked_words[3 + 2 * head] = counter
+        state = self.cells
+        state[COUNTER] = state[IN_FLIGHT] = len(lost)
+        state[NEXT_AVAIL] = state[NEXT_USED] + len(lost) & 0xFFFF
         self._lost = [head for _, head in lost]
-        self.in_flight = len(lost)
-        self.next_avail = (self._next_used + len(lost)) & 0xFFFF
 
     def _finish_last_batch(self) -> None:
         """Requests whose answers the driver can see are not in flight."""
-        if not any(self._bytes[16 : 16 + 16 * self.size : 16]):
+        if not any(self.tracked[16 : 16 + 16 * self.size : 16]):
             return  # also when the region is about an older ring than this
-        halves = self._halves
+        halves = self.tracked_halves
         used_idx = halves[self._USED_IDX_AT]
-        answered = (self._next_used - used_idx) & 0xFFFF
+        next_used = self.cells[NEXT_USED]
+        answered = (next_used - used_idx) & 0xFFFF
         if answered > self.size:
             raise ProtocolError(
-                f"in-flight region with used index {used_idx}, the ring's is {self._next_used}"
+                f"in-flight region with used index {used_idx}, the ring's is {next_used}"
             )
         head = halves[self._LAST_BATCH_HEAD_AT]
         for _ in range(answered):
             if head >= self.size:
                 raise ProtocolError(f"in-flight region names descriptor {head} of {self.size}")
-            self._bytes[16 + 16 * head] = 0
+            self.tracked[16 + 16 * head] = 0
             head = halves[11 + 8 * head]
 
     def recovered(self) -> list[Chain]:
@@ -297,30 +296,23 @@ class TrackedSplitQueue(SplitQueue):
     def pop(self) -> list[Chain]:
         """See VirtQueue."""
         chains = super().pop()
-        counter = self._counter
-        region = self._bytes
-        words = self._words
+        counter = self.cells[COUNTER]
+        region = self.tracked
+        words = self.tracked_words
         for chain in chains:
             head = chain[0]
             words[3 + 2 * head] = counter
             counter += 1
             region[16 + 16 * head] = 1
-        self._counter = counter
+        self.cells[COUNTER] = counter
         return chains
 
     def push(self, head: int, length: int, /) -> None:
-        """See VirtQueue."""
-        self._halves[11 + 8 * head] = self._last_batch_head
-        self._halves[6] = self._last_batch_head = head
-        self._batch.append(head)
+        """See VirtQueue. `usual.publish` does the rest."""
+        state = self.cells
+        halves = self.tracked_halves
+        halves[11 + 8 * head] = state[LAST_HEAD]
+        halves[self._LAST_BATCH_HEAD_AT] = state[LAST_HEAD] = head
+        self.pushed[state[PUSHED]] = head
+        state[PUSHED] += 1
         super().push(head, length)
-
-    def publish(self) -> bool:
-        """See VirtQueue."""
-        wants_call = super().publish()
-        region = self._bytes
-        for head in self._batch:
-            region[16 + 16 * head] = 0
-        self._batch.clear()
-        self._halves[self._USED_IDX_AT] = self._published
-        return wants_call

@@ -21,9 +21,9 @@ from __future__ import annotations
 import itertools
 from typing import Final
 
+from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.chain import Chain, Descriptor
-from bridge.guest.virtio.fence import WEAK_ORDER, fence
 from bridge.guest.virtio.memory import GuestMemory
 from bridge.guest.virtio.packed_queue import PackedQueue
 from bridge.guest.virtio.queue import RingAreas

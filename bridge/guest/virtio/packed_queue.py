@@ -13,6 +13,7 @@ of the first are written last: with them the whole batch becomes visible.
 
 from __future__ import annotations
 
+from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.chain import (
     MAX_INDIRECT_ENTRIES,
@@ -22,7 +23,6 @@ from bridge.guest.virtio.chain import (
     request_chain,
     resolve,
 )
-from bridge.guest.virtio.fence import WEAK_ORDER, fence
 from bridge.guest.virtio.long_chains import LongChains
 from bridge.guest.virtio.memory import BadAddress, GuestMemory
 from bridge.guest.virtio.queue import RingAreas

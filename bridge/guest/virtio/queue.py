@@ -24,8 +24,10 @@ class VirtQueue(Protocol):
     """What its long chains take; a device has its queues count together."""
     keeps_in_flight: bool
     """What is in flight when the queue is closed is found again by the next one, and answered."""
-    in_flight: int
-    """Chains popped (or recovered) and not yet pushed; never more than the queue has entries."""
+
+    @property
+    def in_flight(self) -> int:
+        """Chains popped (or recovered) and not yet pushed; at most as many as there are entries."""
 
     def recovered(self) -> list[Chain]:
         """The chains that a former process had popped and not answered, in the order in which it

@@ -12,34 +12,39 @@ for the next kick and then looks again, because the driver may have added a chai
 
 from __future__ import annotations
 
-import struct
-
+from bridge.datapath.cells import (
+    EVENT_IDX,
+    IN_FLIGHT,
+    INDIRECT,
+    NEXT_AVAIL,
+    NEXT_USED,
+    PUBLISHED,
+    SIGNAL_ANYWAY,
+    Queue,
+    cells,
+)
+from bridge.datapath.fence import WEAK_ORDER, fence
+from bridge.datapath.usual import publish, usual_chain
 from bridge.guest.virtio.chain import (
-    HEADER_BYTES,
     MAX_INDIRECT_ENTRIES,
     Chain,
     Descriptor,
     QueueBroken,
     request_chain,
     resolve,
-    unpack_header,
 )
-from bridge.guest.virtio.fence import WEAK_ORDER, fence
 from bridge.guest.virtio.long_chains import LongChains
-from bridge.guest.virtio.memory import BadAddress, GuestMemory, Region
+from bridge.guest.virtio.memory import BadAddress, GuestMemory
 from bridge.guest.virtio.queue import RingAreas
 from bridge.spec.virtqueue import (
-    AVAIL_NO_INTERRUPT,
     DESC_INDIRECT,
     DESC_NEXT,
-    DESC_WRITE,
     DESCRIPTOR,
     DESCRIPTOR_BYTES,
     USED_NO_NOTIFY,
 )
 
 _unpack_descriptor = DESCRIPTOR.unpack_from
-_unpack_three = struct.Struct("=QIHHQIHHQIHH").unpack_from
 
 
 def ring_sizes_bytes(size: int) -> tuple[int, int, int]:
@@ -47,8 +52,11 @@ def ring_sizes_bytes(size: int) -> tuple[int, int, int]:
     return DESCRIPTOR_BYTES * size, 6 + 2 * size, 6 + 8 * size
 
 
-class SplitQueue:
-    """One split virtqueue of `size` entries (a power of two), popped from index `base` on."""
+class SplitQueue(Queue):
+    """One split virtqueue of `size` entries (a power of two), popped from index `base` on.
+
+    Its state is flat (`cells.Queue`), for the usual case of a turn.
+    """
 
     keeps_in_flight = False
 
@@ -62,52 +70,47 @@ class SplitQueue:
         event_idx: bool,
         indirect: bool,
     ) -> None:
+        super().__init__(size)
         self.size = size
-        self._mask = size - 1
-        self._event_idx = event_idx
-        self._indirect = indirect
+        state = self.cells
+        state[EVENT_IDX] = event_idx
+        state[INDIRECT] = indirect
         self.use_memory(memory, areas)
-        self.next_avail = base & 0xFFFF
+        state[NEXT_AVAIL] = base & 0xFFFF
         # The used index is the driver's to keep across a stop; it is not in the base
         # (vhost-user "VHOST_USER_SET_VRING_BASE").
-        self._next_used: int = self._used[1]
-        self._published: int = self._next_used
+        state[NEXT_USED] = state[PUBLISHED] = self.used[1]
         # After a (re)start the driver's used_event says nothing about what it has seen.
-        self._signal_anyway = True
-        self.in_flight = 0
-        """Chains popped and not yet pushed."""
+        state[SIGNAL_ANYWAY] = 1
         self.long = LongChains()
         self.disarm()
 
+    @property
+    def next_avail(self) -> int:
+        """The index of the next chain to pop."""
+        return self.cells[NEXT_AVAIL]
+
+    @property
+    def in_flight(self) -> int:
+        """Chains popped and not yet pushed."""
+        return self.cells[IN_FLIGHT]
+
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
-        """See VirtQueue."""
-        self._descriptors, available, used = areas
+        """See VirtQueue. There are no rows."""
+        assert not any(self.cookies)
+        self.descriptors, available, used = areas
         self._memory = memory
-        self._data_in(memory.largest_region())
-        self._headers_in(memory.largest_region())
-        self._avail = available.cast("H")
-        self._used = used.cast("H")
-        self._used_elements = used[4 : 4 + 8 * self.size].cast("I")
-
-    def _data_in(self, region: Region) -> None:
-        """Look for data in `region` first."""
-        self._data_region = region
-        self._region_address = region.guest_address
-        self._region_size = region.size_bytes
-        self._region_view = region.view
-
-    def _headers_in(self, region: Region) -> None:
-        """Look for headers, status bytes and indirect tables in `region` first."""
-        self._header_address = region.guest_address
-        self._header_size = region.size_bytes
-        self._header_view = region.view
-
-    def _learn(self, header: int, data: int) -> None:
-        """A usual chain was elsewhere in memory: look there first from now on."""
-        if (region := self._memory.region_at(header)) is not None:
-            self._headers_in(region)
-        if (region := self._memory.region_at(data)) is not None:
-            self._data_in(region)
+        regions = sorted(memory.regions, key=lambda region: -region.size_bytes)
+        regions = regions or [memory.largest_region()]
+        self.regions = cells(2 * len(regions))
+        for number, region in enumerate(regions):
+            self.regions[2 * number] = region.guest_address
+            self.regions[2 * number + 1] = region.size_bytes
+        self.views = [region.view for region in regions]
+        self._region = regions[0]
+        self.avail = available.cast("H")
+        self.used = used.cast("H")
+        self.elements = used[4 : 4 + 8 * self.size].cast("I")
 
     def recovered(self) -> list[Chain]:
         """See VirtQueue. Nothing was kept track of."""
@@ -126,21 +129,24 @@ class SplitQueue:
         Raises QueueBroken when the driver has made more available than the ring is long, or
         names a descriptor that does not exist; chains before that are returned first.
         """
-        index = self.next_avail
-        count = (self._avail[1] - index) & 0xFFFF
+        state = self.cells
+        index = state[NEXT_AVAIL]
+        count = (self.avail[1] - index) & 0xFFFF
         if not count or (self.long.views and self.long.too_many):
             return []
-        if count + self.in_flight > self.size:
+        in_flight = state[IN_FLIGHT]
+        if count + in_flight + (state[NEXT_USED] - state[PUBLISHED] & 0xFFFF) > self.size:
             # Also an index that went backwards. What is in flight counts, or a driver that
-            # never waits for completions could make us hold any number of requests.
+            # never waits for completions could make us hold any number of requests; and so does
+            # what it has not been shown as used yet.
             raise QueueBroken(
-                f"{count} available and {self.in_flight} in flight in a ring of {self.size}"
+                f"{count} available and {in_flight} in flight in a ring of {self.size}"
             )
         if WEAK_ORDER:
             fence()  # the ring's entries are read after its index
         chains: list[Chain] = []
-        avail = self._avail
-        mask = self._mask
+        avail = self.avail
+        mask = self.size - 1
         for slot in range(index, index + count):
             head = avail[2 + (slot & mask)]
             if head > mask:
@@ -148,73 +154,33 @@ class SplitQueue:
                     raise QueueBroken(f"available ring names descriptor {head} of {self.size}")
                 count = len(chains)  # those before it are good; the next pop says what is wrong
                 break
-            chains.append(self._usual_chain(head) or self._walk(head))
+            chains.append(self._usual(head, mask) or self._walk(head))
             if self.long.views and self.long.too_many:
                 count = len(chains)
                 break
-        self.next_avail = (index + count) & 0xFFFF
-        self.in_flight += count
+        state[NEXT_AVAIL] = (index + count) & 0xFFFF
+        state[IN_FLIGHT] = in_flight + count
         return chains
 
-    def _usual_chain(self, head: int) -> Chain | None:
-        """The chain at `head` if it is the usual one in the usual place; None: walk it.
-
-        That is a header of 16 bytes, one buffer and one status byte, in three descriptors (of an
-        indirect table in a row): what Linux and libblkio send for data in one piece. Header and
-        status (and table) are in one region, the data in one that may be another, as with
-        libblkio. `_walk` comes to the same result, half a microsecond later.
-        """
-        address, length, flags, following = _unpack_descriptor(self._descriptors, head << 4)
-        base = self._header_address
-        view = self._header_view
-        size = self._header_size
-        if flags == DESC_INDIRECT:
-            offset = address - base
-            if length != 48 or not 0 <= offset <= size - 48 or not self._indirect:
-                if length == 48:
-                    self._learn(address, self._region_address)
-                return None
-            # One unpack: the driver may change the table under us.
-            address, length, flags, following, data, data_bytes, way, last, end, room, tail, _ = (
-                _unpack_three(view, offset)
-            )
-            if following != 1 or last != 2:
-                return None
-        else:
-            mask = self._mask
-            if flags != DESC_NEXT or following > mask:
-                return None
-            data, data_bytes, way, last = _unpack_descriptor(self._descriptors, following << 4)
-            if last > mask:
-                return None
-            end, room, tail, _ = _unpack_descriptor(self._descriptors, last << 4)
-        if flags != DESC_NEXT or length != HEADER_BYTES or tail != DESC_WRITE or room != 1:
+    def _usual(self, head: int, mask: int) -> Chain | None:
+        """The chain at `head` if it is the usual one, of data; None: walk it. `_walk` comes to the
+        same result, half a microsecond later."""
+        usual = usual_chain(self, head, mask, self.regions[0], self.regions[1])
+        if usual is None:
             return None
-        header_at = address - base
-        status_at = end - base
-        data_at = data - self._region_address
-        if (
-            not data_bytes
-            or not 0 <= header_at <= size - HEADER_BYTES
-            or not 0 <= data_at <= self._region_size - data_bytes
-            or not 0 <= status_at < size
-        ):
-            self._learn(address, data)
-            return None
-        buffers = [self._region_view[data_at : data_at + data_bytes]]
-        type_, sector = unpack_header(view, header_at)
-        if way == DESC_NEXT | DESC_WRITE:
-            return head, type_, sector, [], buffers, view, status_at, None
-        if way == DESC_NEXT:
-            return head, type_, sector, buffers, [], view, status_at, None
-        return None
+        type_, sector, data_region, data_at, length, status_region, status_at = usual
+        views = self.views
+        buffers = [views[data_region][data_at : data_at + length]]
+        if type_:
+            return head, type_, sector, buffers, [], views[status_region], status_at, None
+        return head, type_, sector, [], buffers, views[status_region], status_at, None
 
     def _walk(self, head: int) -> Chain:
         """Resolve the chain that starts at `head`; what is wrong with it is in its fault."""
         descriptors = self._collect(head)
         if isinstance(descriptors, str):
             return request_chain(head, [], [], descriptors)
-        return resolve(head, descriptors, self._memory, self._data_region, self.long)
+        return resolve(head, descriptors, self._memory, self._region, self.long)
 
     def _collect(self, head: int) -> list[Descriptor] | str:
         """A copy of the chain's descriptors, or what is wrong with it.
@@ -222,7 +188,7 @@ class SplitQueue:
         An indirect table takes the place of the descriptor that names it, and ends the chain
         (virtio 1.3 §2.7.5.3.1); direct ones may come before it.
         """
-        table: memoryview | bytes = self._descriptors
+        table: memoryview | bytes = self.descriptors
         limit = self.size
         index = head
         seen = 0
@@ -251,9 +217,9 @@ class SplitQueue:
         self, table: memoryview | bytes, address: int, length: int, flags: int
     ) -> bytes | str:
         """A private copy of an indirect table, or what is wrong with it (virtio 1.3 §2.7.5.3)."""
-        if not self._indirect:
+        if not self.cells[INDIRECT]:
             return "an indirect descriptor was not negotiated"
-        if table is not self._descriptors:
+        if table is not self.descriptors:
             return "an indirect descriptor inside an indirect table"
         if flags & DESC_NEXT:
             return "an indirect descriptor with a next one"
@@ -269,44 +235,28 @@ class SplitQueue:
 
     def push(self, head: int, length: int) -> None:
         """Give chain `head` back, `length` bytes of it written; seen after `publish`."""
-        index = self._next_used
-        slot = (index & self._mask) << 1
-        self._used_elements[slot] = head
-        self._used_elements[slot + 1] = length
-        self._next_used = (index + 1) & 0xFFFF
-        self.in_flight -= 1
+        state = self.cells
+        index = state[NEXT_USED]
+        slot = (index & self.size - 1) << 1
+        self.elements[slot] = head
+        self.elements[slot + 1] = length
+        state[NEXT_USED] = index + 1 & 0xFFFF
+        state[IN_FLIGHT] -= 1
         if self.long.views:
             self.long.pushed(head)
 
-    def publish(self) -> bool:
-        """Show the driver all that was pushed; True if it wants to be called."""
-        old = self._published
-        new = self._next_used
-        if old == new:
-            return False
-        self._published = new
-        if WEAK_ORDER:
-            fence()  # the elements are in place before the index
-        self._used[1] = new
-        fence()  # the index is out before the driver's wish is read
-        if self._signal_anyway:
-            self._signal_anyway = False
-            return True
-        if self._event_idx:
-            # virtio 1.3 §2.7.7.2: call when used_event is among the entries just published.
-            used_event = self._avail[2 + self.size]
-            return ((new - used_event - 1) & 0xFFFF) < ((new - old) & 0xFFFF)
-        return not self._avail[0] & AVAIL_NO_INTERRUPT
+    publish = publish
 
     def arm(self) -> bool:
         """Ask for a kick with the next chain; True if one is there already."""
-        if self._event_idx:
-            self._used[2 + 4 * self.size] = self.next_avail
+        next_avail = self.cells[NEXT_AVAIL]
+        if self.cells[EVENT_IDX]:
+            self.used[2 + 4 * self.size] = next_avail
         else:
-            self._used[0] = 0
+            self.used[0] = 0
         fence()
-        return self._avail[1] != self.next_avail and not self.long.too_many
+        return self.avail[1] != next_avail and not self.long.too_many
 
     def disarm(self) -> None:
         """Kicks are not needed for now."""
-        self._used[0] = 0 if self._event_idx else USED_NO_NOTIFY
+        self.used[0] = 0 if self.cells[EVENT_IDX] else USED_NO_NOTIFY

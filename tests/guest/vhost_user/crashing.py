@@ -28,16 +28,20 @@ import structlog
 import trio
 
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import Request
+from bridge.datapath.request import Request, Target
+from bridge.datapath.rows import Usual
 from bridge.datapath.turn import Turn
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user.backend import serve
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
+from tests.datapath.loopback import Loopback, hits_of
 from tests.guest.memory_target import MemoryTarget
 
 IMAGE_BYTES = 1 << 20
 TRACED = (
+    "bridge/datapath/rows.py",
+    "bridge/datapath/usual.py",
     "bridge/guest/ring.py",
     "bridge/guest/virtio/blk.py",
     "bridge/guest/virtio/inflight.py",
@@ -112,11 +116,21 @@ def _trace(control: Control) -> Callable[[FrameType, str, Any], Any]:
     return call
 
 
-async def _serve(directory: Path, late: bool) -> None:
+def _target(loop: Loop, image: Any, words: set[str]) -> tuple[Target, Usual | None]:
+    """The disk below, and what serves the usual requests."""
+    late = "late" in words
+    if "sent" in words:
+        loopback = Loopback(loop.turn, image, late=late)
+        return loopback, loopback.usual
+    target = LateTarget(loop.turn, image) if late else MemoryTarget(loop.turn, IMAGE_BYTES, image)
+    return target, hits_of(image) if "hits" in words else None
+
+
+async def _serve(directory: Path, words: set[str]) -> None:
     with (directory / "image").open("r+b") as file:
         image = mmap.mmap(file.fileno(), IMAGE_BYTES)
     loop = Loop(poll_us=0)
-    target = LateTarget(loop.turn, image) if late else MemoryTarget(loop.turn, IMAGE_BYTES, image)
+    target, usual = _target(loop, image, words)
     geometry = DiskGeometry(
         size_bytes=IMAGE_BYTES,
         read_only=False,
@@ -126,7 +140,7 @@ async def _serve(directory: Path, late: bool) -> None:
         min_io_bytes=512,
         optimal_io_bytes=0,
     )
-    device = BlkDevice(loop, target, geometry, serial="crash", max_queues=2)
+    device = BlkDevice(loop, target, geometry, serial="crash", max_queues=2, usual=usual)
     with Listener.at_path(directory / "disk.sock") as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
@@ -135,10 +149,10 @@ async def _serve(directory: Path, late: bool) -> None:
             await serve(device, listener)
 
 
-def _child(directory: Path, late: bool) -> None:
+def _child(directory: Path, words: set[str]) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
     sys.settrace(_trace(Control(directory / "control")))
-    trio.run(_serve, directory, late)
+    trio.run(_serve, directory, words)
 
 
 def main() -> None:
@@ -150,7 +164,7 @@ def main() -> None:
         pid = os.fork()
         if not pid:
             try:
-                _child(directory, line.strip() == "late")
+                _child(directory, set(line.split()))
             finally:
                 os._exit(1)
         children.append(pid)
@@ -174,12 +188,13 @@ class Zygote:
         )
         self._pidfd = -1
 
-    def start(self, *, late: bool, kill_at: int) -> None:
-        """Start a back-end; it listens when this returns."""
+    def start(self, *, how: str, kill_at: int) -> None:
+        """Start a back-end; it listens when this returns. `how`: "late" if it answers late, "sent"
+        if usual requests go to a server, "hits" if they are hits of a cache."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self.control.reset(kill_at)
-        self._process.stdin.write(b"late\n" if late else b"at once\n")
+        self._process.stdin.write(how.encode() + b"\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
         self._pidfd = os.pidfd_open(pid)

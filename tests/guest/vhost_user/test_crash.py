@@ -7,12 +7,12 @@ twice (rule `inflight`, the crash matrix).
 
 from __future__ import annotations
 
-import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -23,10 +23,13 @@ from tests.guest.vhost_user.crashing import Zygote
 from tests.tools import HUNG_S
 
 KINDS = [
-    pytest.param(FEATURES, False, id="split, answered at once"),
-    pytest.param(FEATURES, True, id="split, answered late"),
-    pytest.param(PACKED_FEATURES, False, id="packed, answered at once"),
-    pytest.param(PACKED_FEATURES, True, id="packed, answered late"),
+    pytest.param(FEATURES, "", id="split, answered at once"),
+    pytest.param(FEATURES, "late", id="split, answered late"),
+    pytest.param(FEATURES, "sent", id="split, the usual way to a server"),
+    pytest.param(FEATURES, "sent late", id="split, the usual way to a server, answered late"),
+    pytest.param(FEATURES, "hits", id="split, the usual way from a cache"),
+    pytest.param(PACKED_FEATURES, "", id="packed, answered at once"),
+    pytest.param(PACKED_FEATURES, "late", id="packed, answered late"),
 ]
 
 
@@ -96,9 +99,9 @@ class Workload:
         return True
 
 
-async def crash_at(zygote: Zygote, *, features: int, late: bool, kill_at: int) -> int:
+async def crash_at(zygote: Zygote, *, features: int, how: str, kill_at: int) -> int:
     """One life and death; the number of lines that were executed until the end of it."""
-    zygote.start(late=late, kill_at=kill_at)
+    zygote.start(how=how, kill_at=kill_at)
     model = bytearray(zygote.image[:])
     guest = BlkDriver(
         zygote.path,
@@ -115,12 +118,12 @@ async def crash_at(zygote: Zygote, *, features: int, late: bool, kill_at: int) -
         assert await work.finish(zygote)
         zygote.control.arm()
         work.submit(10)
-        if not late:
+        if "late" not in how:
             work.overwrite(100)
         await work.finish(zygote)
         lines = zygote.control.lines
         zygote.kill()
-        zygote.start(late=late, kill_at=0)
+        zygote.start(how=how, kill_at=0)
         await guest.reconnect()
         assert await work.finish(zygote)
         # The new back-end goes on with new requests, too, and repeats nothing.
@@ -138,30 +141,31 @@ async def crash_at(zygote: Zygote, *, features: int, late: bool, kill_at: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("features", "late"), KINDS)
+@pytest.mark.parametrize(("features", "how"), KINDS)
 async def test_back_end_killed_at_any_step_loses_and_repeats_nothing(
-    zygote: Zygote, features: int, late: bool
+    zygote: Zygote, features: int, how: str
 ) -> None:
-    lines = await crash_at(zygote, features=features, late=late, kill_at=0)
+    lines = await crash_at(zygote, features=features, how=how, kill_at=0)
     assert lines > 100
     for kill_at in range(1, lines, max(1, lines // 25)):
-        await crash_at(zygote, features=features, late=late, kill_at=kill_at)
+        await crash_at(zygote, features=features, how=how, kill_at=kill_at)
 
 
 async def every_line(zygote: Zygote, *, step: int) -> int:
     """The whole matrix; how many deaths it had."""
     deaths = 0
-    for features, late in itertools.product((FEATURES, PACKED_FEATURES), (False, True)):
-        lines = await crash_at(zygote, features=features, late=late, kill_at=0)
+    kinds = [each.values for each in KINDS]
+    for features, how in cast(list[tuple[int, str]], kinds):
+        lines = await crash_at(zygote, features=features, how=how, kill_at=0)
         for kill_at in range(1, lines + 1, step):
             try:
-                await crash_at(zygote, features=features, late=late, kill_at=kill_at)
+                await crash_at(zygote, features=features, how=how, kill_at=kill_at)
             except BaseException as error:
-                error.add_note(f"{features=:#x} {late=} {kill_at=} of {lines}")
+                error.add_note(f"{features=:#x} {how=} {kill_at=} of {lines}")
                 raise
             deaths += 1
         print(
-            f"features {features:#x}, late {late}: killed at every {step}. of {lines} lines",
+            f"features {features:#x}, {how}: killed at every {step}. of {lines} lines",
             flush=True,
         )
     return deaths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from bridge.guest.virtio.fence import fence
+from bridge.datapath.fence import fence
 from bridge.peers.split_driver import Buffer
 from bridge.spec.virtqueue import DESC_AVAIL, DESC_NEXT, DESC_USED
 

@@ -57,8 +57,8 @@ class Split:
         queue = TrackedSplitQueue(
             *(self.guest.memory, self.guest.areas), **self._options(life, base)
         )
-        queue._used = life.watch(queue._used)
-        queue._used_elements = life.watch(queue._used_elements)
+        queue.used = life.watch(queue.used)
+        queue.elements = life.watch(queue.elements)
         return queue
 
     def _options(self, life: Life, base: int | None) -> dict[str, Any]:

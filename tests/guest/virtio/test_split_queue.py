@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bridge.datapath.cells import SIGNAL_ANYWAY
+from bridge.datapath.usual import usual_chain
 from bridge.guest.virtio.chain import NO_TYPE, Chain, QueueBroken
+from bridge.guest.virtio.dirty_log import address_of
 from bridge.guest.virtio.long_chains import MAX_LONG_VIEWS, LongChains
 from bridge.guest.virtio.split_queue import SplitQueue
 from bridge.spec.virtqueue import DESC_INDIRECT, DESC_NEXT, DESC_WRITE
@@ -159,9 +162,15 @@ def test_usual_chain_is_taken_apart(indirect: bool) -> None:
 @given(data=st.data())
 @settings(max_examples=200)
 def test_short_cut_and_walk_agree(data: st.DataObject) -> None:
-    """`_usual_chain` is only faster: whatever it accepts, `_walk` resolves to the same."""
-    guest = QueueRig(size=8)
-    address = st.sampled_from([0, 64, 0x20000, MEMORY_BYTES - 16, MEMORY_BYTES - 1, MEMORY_BYTES])
+    """`usual_chain` is only faster: whatever it accepts, `_walk` resolves to the same."""
+    half = MEMORY_BYTES // 2
+    regions = [(0, 0, MEMORY_BYTES)]
+    if data.draw(st.booleans()):
+        regions = [(0, 0, half), (half, half, half // 2), (1 << 32, half + half // 2, half // 2)]
+    guest = QueueRig(size=8, regions=regions)
+    edges = (0x20000, half, half + half // 2, MEMORY_BYTES, 1 << 32, (1 << 32) + half // 2)
+    near = [edge + by for edge in edges for by in (-512, -16, -1, 0)]
+    address = st.sampled_from([0, 64, *near, 1 << 63, (1 << 64) - 1])
     length = st.sampled_from([0, 1, 16, 48, 512, 4096])
     flags = st.sampled_from([0, 1, 2, 3, 4, 5])
     table = guest.alloc(
@@ -176,13 +185,19 @@ def test_short_cut_and_walk_agree(data: st.DataObject) -> None:
         guest.raw(0, table, 48, DESC_INDIRECT)
     queue = guest.queue
     assert isinstance(queue, SplitQueue)
-    short = queue._usual_chain(0)
+    short = usual_chain(queue, 0, 7, queue.regions[0], queue.regions[1])
     if short is None:
         return
-    walked = queue._walk(0)
-    assert short[:3] == walked[:3]
-    assert data_of(short) == data_of(walked)
-    assert (short[5] is None, short[-1]) == (walked[5] is None, walked[-1])
+    type_, sector, data_region, data_at, length, status_region, status_at = short
+    _, *fields, readable, writable, status_view, walked_at, fault = queue._walk(0)
+    assert [type_, sector, None] == [*fields, fault]
+    [walked] = readable or writable
+    assert bool(readable) is (type_ == 1)
+    found = queue.views[data_region][data_at : data_at + length]
+    assert (address_of(found), len(found)) == (address_of(walked), len(walked))
+    status = queue.views[status_region][status_at : status_at + 1]
+    assert status_view is not None
+    assert address_of(status) == address_of(status_view) + walked_at
 
 
 @pytest.mark.parametrize(
@@ -484,7 +499,7 @@ def test_notify_event_idx_over_any_batch_is_the_definition(
     header = guest.alloc(HEADER)
     queue = guest.queue
     assert isinstance(queue, SplitQueue)
-    queue._signal_anyway = False
+    queue.cells[SIGNAL_ANYWAY] = 0
     for _ in range(count):
         guest.put((header, 16, DEVICE_WRITES))
     for chain in queue.pop():

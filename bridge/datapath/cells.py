@@ -1,0 +1,226 @@
+"""Flat state: what the usual case of a turn reads and writes.
+
+Nothing here but numbers in rows and cells of fixed size, bytes, and views of memory. The functions
+of `usual` work on it, and the general path reads and writes the same cells: there is no second
+copy that could differ.
+
+**Rows.** A guest's READ or WRITE that was sent to the server in the usual way is a row, not an
+object: `Queue.rows` has one per head. The reply finds it by its cookie, which names queue and head
+and carries the number with which the command was sent (`row_cookie`). A row's cookie has bit 63,
+that of a `Request` has not. `rows.Rows` turns rows into requests when anything unusual happens.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from struct import Struct
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from bridge.datapath.request import Request
+
+Cells = array
+"""Unsigned numbers of 64 bits, or of the size that their place says. (An array is read twice as
+fast as a view of one, and written four times as fast; both are plain memory.)"""
+
+
+def cells(count: int) -> Cells[int]:
+    """`count` cells of 64 bits, all 0."""
+    return array("Q", bytes(8 * count))
+
+
+# Cells of a `Queue`.
+(
+    SIZE,
+    NEXT_AVAIL,
+    NEXT_USED,
+    PUBLISHED,
+    IN_FLIGHT,
+    SIGNAL_ANYWAY,
+    EVENT_IDX,
+    INDIRECT,
+    NUMBER,
+    NAME,
+    COUNTER,
+    LAST_HEAD,
+    PUSHED,
+    TOUCHED,
+    STOPPED,
+    QUEUE_CELLS,
+) = range(16)
+"""SIZE: entries of the ring. NEXT_AVAIL, NEXT_USED, PUBLISHED: free-running indexes of 16 bits, of
+the next chain to pop, of the next element to put, and the used index that the driver can see.
+IN_FLIGHT: chains popped and not pushed. SIGNAL_ANYWAY: call at the next publication. EVENT_IDX,
+INDIRECT: negotiated. NUMBER: of the queue in `rows.Rows`; NAME: what the cookies of its rows have
+in common. COUNTER, LAST_HEAD, PUSHED: of the in-flight region; the number of the next chain, the
+head of the last batch, and how many chains were pushed since the last publication. TOUCHED:
+something was pushed by `usual.answers`. STOPPED: the last look at the available ring ended at a
+chain that is not usual."""
+
+ROW: Final = Struct("=QQQIIHHB3x")
+"""Offset on the disk, where in its region the data is, where in its region the status byte is,
+length of the data in bytes, number of the channel, regions of data and status, NBD command (0 READ,
+1 WRITE)."""
+ROW_BYTES: Final = ROW.size
+
+HEAD_BITS: Final = 10
+QUEUE_BITS: Final = 8
+NAME_BITS: Final = HEAD_BITS + QUEUE_BITS
+MAX_HEADS: Final = 1 << HEAD_BITS
+MAX_QUEUES: Final = 1 << QUEUE_BITS
+SEQUENCE_MASK: Final = (1 << 63 - NAME_BITS) - 1
+"""45 bits: a million commands per second for a year."""
+ROW_COOKIE: Final = 1 << 63
+
+
+def row_cookie(sequence: int, queue: int, head: int) -> int:
+    """The cookie of a row."""
+    return ROW_COOKIE | sequence << NAME_BITS | queue << HEAD_BITS | head
+
+
+def sequence_of(cookie: int) -> int:
+    """When a command was sent: a number that only grows, also from one connection to the next."""
+    return cookie >> NAME_BITS & SEQUENCE_MASK if cookie & ROW_COOKIE else cookie
+
+
+_NOTHING: Final = memoryview(b"")
+
+
+class RowOwner(Protocol):
+    """A running ring, whose requests rows are."""
+
+    def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> Any:
+        """The request that the general path would have made instead of `row` (see `ROW`)."""
+
+    def publish_later(self) -> None:
+        """Something was pushed: publish it at the end of this turn."""
+
+
+class Queue:
+    """A split virtqueue, flat. Areas of the ring as in virtio 1.3 §2.7."""
+
+    cells: Cells[int]
+    descriptors: memoryview
+    avail: memoryview
+    """The available ring, 16 bits."""
+    used: memoryview
+    """The used ring, 16 bits."""
+    elements: memoryview
+    """The elements of the used ring, 32 bits."""
+    regions: Cells[int]
+    """Guest address and size of each region of guest memory, the largest first; at least one."""
+    views: list[memoryview]
+    """The bytes of the same regions."""
+    rows: bytearray
+    """Head → row."""
+    cookies: Cells[int]
+    """Head → cookie of its row; 0: the row is free."""
+    # This queue's part of an in-flight region; empty without one.
+    tracked: memoryview
+    tracked_halves: memoryview
+    tracked_words: memoryview
+    pushed: Cells[int]
+    """Heads that were pushed since the last publication, 16 bits."""
+    owner: RowOwner | None
+
+    def __init__(self, size: int) -> None:
+        state = self.cells = cells(QUEUE_CELLS)
+        state[SIZE] = size
+        state[NUMBER] = MAX_QUEUES  # None yet.
+        self.rows = bytearray(ROW_BYTES * size)
+        self.cookies = cells(size)
+        self.tracked = self.tracked_halves = self.tracked_words = _NOTHING
+        self.pushed = array("H", bytes(2 * size))
+        self.owner = None
+
+
+# Cells of a disk, as its guest sees it.
+CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, DISK_CELLS = range(4)
+"""BLOCK_MASK: bits that offset and length must not have. MAY_WRITE: a write is allowed, and need
+not be durable when it is complete."""
+
+# Cells of a `Route`.
+MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, ROUTE_CELLS = range(5)
+"""What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
+nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server."""
+
+# Cells of a `Channel`.
+UNFLUSHED, LONG_READS, ROWS, CHANNEL_CELLS = range(4)
+"""UNFLUSHED: WRITE and WRITE_ZEROES without FUA that were answered. LONG_READS: reads in flight of
+`LONG_BYTES` and more. ROWS: rows in flight."""
+
+LONG_BYTES: Final = 32 << 10
+"""From here on a payload is received straight into its buffers: by the general path."""
+
+
+class Channel:
+    """One connection's transmission phase, flat."""
+
+    __slots__ = (
+        *("cells", "early", "has_payload", "is_closed", "number"),
+        *("output", "sending", "staging", "structured"),
+    )
+
+    cells: Cells[int]
+    number: int
+    """In rows."""
+    early: list[Request]
+    """Answered while part of the output was unsent; the owner finishes them once it is."""
+    is_closed: bool
+    """Its connection has ended."""
+    output: list[bytes | memoryview]
+    """Headers and payloads to be sent, in this order."""
+    has_payload: bool
+    """Something in the output is not a header."""
+    sending: bool
+    """Part of the output was not taken by the socket: an answer may come too early."""
+    staging: memoryview
+    """Where replies are received, outside of long payloads."""
+    structured: bool
+    """A READ is answered in chunks."""
+
+
+class Route:
+    """Where commands go: the limits of the export, and the one channel that takes them."""
+
+    __slots__ = ("cells", "channel", "flush_later")
+
+    def __init__(self) -> None:
+        self.cells = cells(ROUTE_CELLS)
+        self.channel: Channel | None = None
+        """None: commands must go the general way."""
+        self.flush_later: Callable[[], None] = _no_channel
+        """Send the output of `channel` at the end of this turn."""
+
+
+def _no_channel() -> None:
+    raise AssertionError("output without a channel")
+
+
+class Resident:
+    """What a cache has at hand, flat: see `cache.index` and `cache.blocks`."""
+
+    __slots__ = (
+        *("block_shift", "bucket_mask", "data", "granule_of", "granule_shift", "head"),
+        *("open", "open_blocks", "ready", "touched", "up"),
+    )
+
+    granule_shift: int
+    block_shift: int
+    bucket_mask: int
+    head: memoryview
+    """Bucket → slot, 32 bits."""
+    granule_of: memoryview
+    """Slot → granule, 32 bits."""
+    ready: memoryview
+    """Slot → blocks that a read may copy, 16 bits."""
+    open: memoryview
+    """Slot → blocks that a write may change, 16 bits."""
+    data: memoryview
+    touched: bytearray
+    """Slot → how often it was hit."""
+    up: bytes
+    """The next value of that."""
+    open_blocks: Callable[[int, int], bool]
+    """Make clean blocks of a slot open, marked dirty first; False: not now."""
