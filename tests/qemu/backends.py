@@ -54,7 +54,7 @@ async def bridge_on(image: Path, folder: Path, *options: str) -> AsyncIterator[S
 async def storage_daemon_on(
     image: Path, folder: Path, *, name: str = "disk", queues: int = 1, block_bytes: int = 512
 ) -> AsyncIterator[ServerProcess]:
-    """qemu-storage-daemon on `image`: somebody else's back-end, to test the tests with."""
+    """qemu-storage-daemon on `image`: another project's back-end, to test the tests with."""
     socket = folder / f"{name}.sock"
     command = [
         need("qemu-storage-daemon"),

@@ -102,7 +102,7 @@ async def test_bad_stream_ends_the_session_and_the_next_front_end_is_served(
 async def test_descriptors_with_a_message_that_takes_none_are_closed(
     directory: Path, count: int
 ) -> None:
-    """CVE-2019-14818: surplus descriptors stayed open for ever."""
+    """CVE-2019-14818: surplus descriptors were never closed."""
     async with running_backend(directory) as backend:
         before = open_fds()
         for _ in range(20):
@@ -236,7 +236,7 @@ async def test_second_front_end_waits_for_the_first_to_leave(directory: Path) ->
         second.close()
 
 
-async def test_channel_that_nobody_reads_blocks_nothing(directory: Path) -> None:
+async def test_unread_channel_blocks_nothing(directory: Path) -> None:
     """Rule 2: the main socket never waits for the back-end channel."""
     async with guest_on(directory) as (backend, guest):
         for _ in range(3000):
@@ -247,7 +247,7 @@ async def test_channel_that_nobody_reads_blocks_nothing(directory: Path) -> None
         await guest.config_changed()
 
 
-async def test_channel_that_is_closed_hurts_nobody(directory: Path) -> None:
+async def test_closed_channel_does_not_end_the_session(directory: Path) -> None:
     async with guest_on(directory) as (backend, guest):
         assert guest.front_end is not None
         assert guest.front_end._channel is not None
@@ -268,7 +268,7 @@ async def test_channel_replaced_is_the_one_used(directory: Path) -> None:
 
 
 async def test_nothing_is_sent_after_the_last_ring_stopped(directory: Path) -> None:
-    """Rule `session`: a suspended device calls nobody, writes nothing, sends nothing."""
+    """Rule `session`: a suspended device does not call, write or send."""
     async with guest_on(directory) as (backend, guest):
         queue = guest.queues[0]
         await guest.write(0, b"t" * 512)

@@ -103,7 +103,7 @@ async def test_full_call_counter_costs_nothing_but_itself(directory: Path) -> No
 
 
 async def test_new_call_fd_is_signalled_once_for_what_may_be_lost(directory: Path) -> None:
-    """`notify` (SPDK dbe47004e5): a guest whose call fd was replaced must not wait for ever."""
+    """`notify` (SPDK dbe47004e5): a guest whose call fd was replaced must not wait without end."""
     async with guest_on(directory) as (_backend, guest):
         fresh = os.eventfd(0, os.EFD_NONBLOCK)
         await front_end_of(guest).set_ring_file(MessageType.SET_VRING_CALL, 0, fresh)

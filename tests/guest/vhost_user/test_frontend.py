@@ -75,7 +75,7 @@ async def test_wrong_reply_is_the_back_ends_fault(both: Scripted, answer: bytes)
         await both.front_end.get_u64(MessageType.GET_FEATURES)
 
 
-async def test_reply_with_descriptors_that_nobody_asked_for_closes_them(both: Scripted) -> None:
+async def test_reply_with_unexpected_descriptors_closes_them(both: Scripted) -> None:
     fds = [eventfd(), eventfd()]
     await both.back_end.send(pack_reply(MessageType.GET_FEATURES, bytes(8)), fds)
     for fd in fds:
@@ -120,7 +120,7 @@ async def test_back_end_that_says_nothing_is_a_lost_connection(
         await both.front_end.get_u64(MessageType.GET_FEATURES)
 
 
-async def test_socket_that_nobody_listens_on_is_a_lost_connection() -> None:
+async def test_socket_without_a_listener_is_a_lost_connection() -> None:
     with pytest.raises(ConnectionLost):
         await FrontEnd.connect("/tmp/no-such-directory/no-such-socket")
 
@@ -201,7 +201,7 @@ async def test_send_to_a_back_end_that_left_is_a_lost_connection(both: Scripted)
         await both.front_end.send_raw(pack_message(MessageType.GET_FEATURES))
 
 
-async def test_send_that_nobody_receives_waits_and_can_be_cancelled(both: Scripted) -> None:
+async def test_send_to_a_peer_that_does_not_read_waits_and_can_be_cancelled(both: Scripted) -> None:
     flood = pack_message(MessageType.GET_FEATURES) * 1_000_000
 
     with trio.move_on_after(0.01) as scope:

@@ -122,7 +122,7 @@ async def test_request_whose_protocol_feature_was_not_negotiated_is_refused(
     talk: Talk, request_: MessageType
 ) -> None:
     if request_ == MessageType.GET_CONFIG:
-        # Whoever sends it waits for an answer, and there is one that says no.
+        # The front-end waits for a reply, and this message has one that refuses.
         reply = await talk.send(request_, bytes(24))
         assert reply is not None
         assert len(reply.data) == 12
@@ -300,7 +300,7 @@ async def test_config_change_of_a_suspended_device_waits_for_a_ring(talk: Talk) 
     assert len(talk.sent) == 1
 
 
-async def test_config_change_without_a_channel_is_nobodys_business(talk: Talk) -> None:
+async def test_config_change_without_a_channel_is_not_sent(talk: Talk) -> None:
     await talk.negotiate()
     await talk.run_ring()
     assert talk.device.listener is not None
