@@ -280,6 +280,8 @@ static int nap(struct dp_turns *turns)
     uint64_t began = now_ns(), least = turns->poll_max_ns / 32;
     int count = turns->wait(turns->owner, turns->events);
 
+    turns->naps++;
+
     disarm(turns);
     if (now_ns() - began < turns->poll_max_ns) {
         turns->poll_ns = 2 * turns->poll_ns + least;
@@ -297,7 +299,7 @@ int dp_turns(struct dp_turns *turns)
     bool had_work = turns->worked;
     int count = 0;
 
-    turns->reads = turns->writes = turns->other_count = turns->command_count = 0;
+    turns->reads = turns->writes = turns->naps = turns->other_count = turns->command_count = 0;
     turns->received_bytes = turns->sent_bytes = 0;
     turns->error = 0;
     turns->shown = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;

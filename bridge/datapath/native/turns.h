@@ -60,7 +60,7 @@ struct dp_turns {
 
     /* What came of it. */
     bool worked; /* also before: there was work since the last nap */
-    uint32_t reads, writes;
+    uint32_t reads, writes, naps;
     uint64_t received_bytes;
     uint64_t shown; /* UNFLUSHED at the end of the last turn that has ended */
     struct epoll_event others[DP_EVENTS];
