@@ -52,7 +52,6 @@ class CompiledTurns:
         self._turn = turn
         self._state = _native.new_turns(round(poll_max_s * 1e9))
         self._worked = False
-        self.calls = 0
 
     def run(self, epoll_fd: int, pollers: Sequence[object], until_s: float) -> Turns | None:
         """Have turns until there is something to do that is not usual; None: there is now, or no
@@ -71,7 +70,6 @@ class CompiledTurns:
         )
         if found is None:
             return None
-        self.calls += 1
         flags, taken, reads, writes, naps, ready, unsent, *received, shown, error, worked = found
         self._worked = bool(worked)
         if reads or writes:
