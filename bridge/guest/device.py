@@ -257,6 +257,7 @@ class BlkDevice:
 
     def start_ring(self, index: int, ring: RingSetup) -> None:
         """See VhostUserDevice."""
+        log = self._log_of(ring)
         queue = make_queue(
             ring,
             index,
@@ -291,16 +292,10 @@ class BlkDevice:
             error_fd=ring.error_fd,
             broken=broken,
             held=not ready,
+            log=log,
         )
         self._setups[index] = ring
         self._kickless.set()
-        try:
-            self._update_logs()
-        except BaseException:
-            # All of it or nothing: nobody else knows of this ring.
-            del self._setups[index]
-            self._close_ring(self._rings.pop(index))
-            raise
 
     def _note_guest(self, ring: RingSetup) -> None:
         """The first ring is about to run, here. It may have run somewhere else."""
@@ -549,11 +544,14 @@ class BlkDevice:
     def _update_logs(self) -> None:
         """Every ring marks what it writes if that is wanted."""
         for index, ring in self._rings.items():
-            if self._bitmap is None or not self._logging:
-                ring.set_log(None)
-            else:
-                areas = written_areas(self._memory, self._setups[index], packed=self._packed)
-                ring.set_log(DirtyLog(self._bitmap, self._memory, areas))
+            ring.set_log(self._log_of(self._setups[index]))
+
+    def _log_of(self, ring: RingSetup) -> DirtyLog | None:
+        """Where `ring` marks what it writes; None: nowhere."""
+        if self._bitmap is None or not self._logging:
+            return None
+        areas = written_areas(self._memory, ring, packed=self._packed)
+        return DirtyLog(self._bitmap, self._memory, areas)
 
     # The end
 
