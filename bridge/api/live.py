@@ -210,7 +210,7 @@ class Live:
         return self.disk.flush_interval_s
 
     def set_flush_interval(self, seconds: float) -> None:
-        """From the next write on."""
+        """From now on; what was written before waits no longer than that, too."""
         cache = self.storage._cache
         if cache is not None:
             cache.flush_interval_s = seconds

@@ -274,12 +274,14 @@ class Cache:
 
     @property
     def flush_interval_s(self) -> float:
-        """See `Options`; may be changed, and counts from the next write after a flush."""
+        """See `Options`. May be changed: what is not flushed by then waits no longer than the new
+        one, too."""
         return self._flusher.interval_s
 
     @flush_interval_s.setter
     def flush_interval_s(self, interval_s: float) -> None:
-        self._flusher.interval_s = interval_s
+        self._flusher.set_interval(interval_s)
+        self._turn.want()  # Only a loop that is awake looks at deadlines.
 
     @property
     def is_write_back(self) -> bool:

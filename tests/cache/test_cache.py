@@ -280,6 +280,19 @@ def test_flush_timer_is_armed_by_the_first_write_and_makes_it_durable() -> None:
     assert rig.cache.next_deadline() is None
 
 
+def test_flush_timer_made_shorter_counts_for_what_was_written_before() -> None:
+    rig = Rig(writeback_age_s=1000.0, flush_interval_s=0)
+    rig.write(0, b"a" * BLOCK)
+
+    rig.cache.flush_interval_s = 10
+    rig.write(0, b"b" * BLOCK)  # to an open block: no more than a copy
+    rig.tick(10.0)
+    rig.serve()
+
+    assert rig.server.image[:BLOCK] == b"b" * BLOCK
+    assert rig.cache.index.dirty_blocks == 0
+
+
 def test_failed_timed_flush_is_tried_again() -> None:
     rig = Rig(writeback_age_s=1000.0)
     rig.write(0, b"a" * BLOCK)
