@@ -80,6 +80,12 @@ class Live:
             engine.usual.adopt_all()  # What went the usual way has no object yet.
         return sorted(engine._unanswered, key=engine._unanswered.__getitem__)
 
+    def is_as_it_came(self, request: BlkRequest) -> bool:
+        """The next that is told of its end is the engine. Else the client is to be told first: it
+        is sent alone, or once more, and what stands in its way might be called again and again."""
+        engine = self.device._engine
+        return request.done in (engine._done, engine._large_done)
+
     @property
     def has_front_end(self) -> bool:
         """A front-end has shared a guest's memory."""

@@ -134,7 +134,8 @@ class Sampler:
         if from_the_end > len(unanswered):
             return  # A request that was refused.
         request = unanswered[-from_the_end]
-        if not isinstance(request.done, _Timed):
+        # An older one, if one of this turn's was refused, may be in other hands by now.
+        if self._live.is_as_it_came(request):
             request.done = _Timed(request.done, began_s, self._histogram(request.op, MISS))
 
     def _histogram(self, op: int, served_by: str) -> Histogram:
