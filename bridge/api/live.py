@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import trio
 
@@ -24,6 +25,15 @@ from bridge.guest.ring import RunningRing
 from bridge.guest.virtio.blk import BlkRequest
 from bridge.server.link import Phase
 from bridge.units import SECTOR_BYTES
+
+
+class Witness:
+    """The `done` of a request of the guest's whose end the API looks at; `then` is told next."""
+
+    __slots__ = ("then",)
+
+    def __init__(self, then: Callable[[Any], None]) -> None:
+        self.then = then
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,13 @@ class Live:
         return sorted(engine._unanswered, key=engine._unanswered.__getitem__)
 
     def is_as_it_came(self, request: BlkRequest) -> bool:
-        """The next that is told of its end is the engine. Else the client is to be told first: it
-        is sent alone, or once more, and what stands in its way might be called again and again."""
-        engine = self.device._engine
-        return request.done in (engine._done, engine._large_done)
+        """The engine is told of its end, and at most a `Witness` before. Else the client is to be
+        told first: it is sent alone, or once more. A witness in between would be taken for what is
+        told after that, and called again and again."""
+        engine, done = self.device._engine, request.done
+        while isinstance(done, Witness):
+            done = done.then
+        return done in (engine._done, engine._large_done)
 
     @property
     def has_front_end(self) -> bool:
