@@ -11,24 +11,19 @@ from urllib.parse import quote
 import structlog
 import trio
 
-from bridge.app.settings import CacheSettings
-from bridge.app.storage import (
-    GatedBackend,
-    Storage,
-    cache_identity,
-    cache_path,
+from bridge.app.answers import finished, to_be_set
+from bridge.app.backends import GatedBackend
+from bridge.app.cache_names import cache_identity, cache_path, notes_directory, wanted_cache
+from bridge.app.cache_ownership import (
     check_content,
     check_export,
-    close_file,
     expect_stale_writes,
-    finished,
     may_call_clean,
     note_changed_content,
     note_export,
-    notes_directory,
-    to_be_set,
-    wanted_cache,
 )
+from bridge.app.settings import CacheSettings
+from bridge.app.storage import Storage, close_file
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import WRITEBACK, Options
 from bridge.cache.file.cache_file import CacheFile, dirty_bytes

@@ -8,49 +8,56 @@ stays in the cache file, marked and synced, and goes to the server at the next s
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from errno import EIO
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import structlog
 import trio
 
+from bridge.app.answers import answer_of, finished, to_be_set
+from bridge.app.backends import CachedBackend, GatedBackend, NbdBackend
+from bridge.app.cache_names import (
+    cache_identity,
+    locate_cache,
+    make_default_directory,
+    notes_directory,
+    wanted_cache,
+)
+from bridge.app.cache_ownership import (
+    COMPARE_LIMIT_S,
+    check_content,
+    check_export,
+    check_unused_cache,
+    expect_stale_writes,
+    is_shared,
+    may_call_clean,
+    note_changed_content,
+    note_export,
+    unwritten,
+)
 from bridge.app.settings import CacheSettings
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import OFF, Options
 from bridge.cache.cold import ThreadedCold
 from bridge.cache.file import location
 from bridge.cache.file.cache_file import CacheFile, dirty_bytes
-from bridge.cache.file.inspect import drop
-from bridge.cache.file.layout import Identity, geometry_for
-from bridge.cache.file.location import Found, Wanted
-from bridge.cache.file.locking import has_content
-from bridge.cache.file.opening import believe, open_file, open_or_create
+from bridge.cache.file.layout import geometry_for
+from bridge.cache.file.opening import open_or_create
 from bridge.cache.sample import check_sample
 from bridge.datapath.deadlines import Deadlines
 from bridge.datapath.disk import Backend
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE_ZEROES, Request, Target
-from bridge.datapath.rows import FromCache, ToServer, Usual
-from bridge.datapath.turn import Outcome, Turn
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, InUse, LeftBehind, Remedy
+from bridge.datapath.request import DISCARD, FLUSH, WRITE_ZEROES, Request
+from bridge.datapath.turn import Outcome
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, LeftBehind, Remedy
 from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.uri import NbdUri
-from bridge.server.volume_words import VolumeName
 
 _log = structlog.get_logger(__name__)
-
-_ANSWER_LIMIT_S = 10.0
-"""How long what the cache asks of the server at the start may take."""
-
-_COMPARE_LIMIT_S = 30.0
-"""The same before dirty data of an earlier run is sent: without an answer there is no start."""
 
 
 _LEAVE_S = 2.0
@@ -59,198 +66,6 @@ passed already, and hanging up before aborts nbdkit 1.32."""
 
 _SAMPLE_BLOCKS = 64
 """How many clean blocks are compared when a guest comes back to a server that counts nobody."""
-
-
-def default_directory() -> Path:
-    """Where cache files go when nothing else is said: of the system for root, else the user's.
-
-    Raises ConfigError for a user who has no home directory.
-    """
-    if os.geteuid() == 0:
-        return Path("/var/cache/nbd-bridge")
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbd-bridge"
-    except RuntimeError:
-        raise ConfigError(
-            f"user {os.geteuid()} has no home directory for the cache",
-            remedy=Remedy.NAME_DIRECTORY,
-        ) from None
-
-
-def cache_path(uri: NbdUri, directory: str | None) -> Path:
-    """Where the cache file of the export at `uri` is, if there is one."""
-    chosen = default_directory() if directory is None else Path(directory)
-    identity = cache_identity(uri)
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{identity.uri}-{identity.export}").strip("-.")
-    return chosen / f"{readable[-80:]}-{identity.digest.hex()[:12]}.cache"
-
-
-def make_default_directory() -> None:
-    """Raises ConfigError if it cannot be made."""
-    chosen = default_directory()
-    try:
-        chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cache directory {chosen} cannot be made ({error.strerror})",
-            remedy=Remedy.OTHER_DIRECTORY,
-        ) from None
-
-
-def cache_identity(uri: NbdUri) -> Identity:
-    """What a cache file must belong to, to be used for `uri`: the server and the export.
-
-    Our plugin's `@session=…` is no part of that: the next session of a volume finds its cache.
-    """
-    return Identity(uri=uri.server, export=VolumeName(uri.export_name).without_session)
-
-
-def wanted_cache(uri: NbdUri, export: Export | None) -> Wanted:
-    """What a cache file must be like to belong to `export`; None: as far as the URI tells."""
-    identity = cache_identity(uri)
-    names = {identity.export}
-    if export is None:
-        return Wanted(identity, frozenset(names), b"", 0)
-    if export.canonical_name:
-        names.add(VolumeName(export.canonical_name).without_session)
-    return Wanted(identity, frozenset(names), export.identity, export.usable_bytes)
-
-
-def notes_directory() -> Path | None:
-    """Where cache files in other directories are noted; None: there is no such place."""
-    try:
-        return default_directory()
-    except (ConfigError, RuntimeError):  # No home directory.
-        return None
-
-
-def passed_over(uri: NbdUri, found: Found) -> ConfigError:
-    """For the operator: another cache file holds what the server has not, of this disk perhaps."""
-    which = "belongs to" if found.owned else "may belong to"
-    return ConfigError(
-        f"cache file {found.path} {which} the export {uri.text} and holds {found.dirty_bytes} "
-        "bytes that the server lacks",
-        remedy=Remedy.FLUSH_OR_GIVE_UP,
-        path=found.path,
-    )
-
-
-def _remove(files: list[Found]) -> None:
-    """Remove cache files that hold nothing that the server lacks."""
-    for each in files:
-        with suppress(ConfigError):
-            drop(each.path)
-            _log.warning(
-                "a cache file of the same export under another spelling is removed", path=each.path
-            )
-
-
-def unwritten(
-    file: CacheFile, reason: str, remedy: Remedy = Remedy.FORCE_OR_GIVE_UP
-) -> ConfigError:
-    """For the operator: the cache file holds what the server has not, and that is in the way."""
-    return ConfigError(
-        f"cache file {file.path} holds {dirty_bytes(file)} bytes that the server lacks, and "
-        f"{reason}",
-        remedy=remedy,
-        path=file.path,
-    )
-
-
-def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
-    """What only the cache has must not be written over what somebody else wrote, or to another
-    volume, without being told to. Raises ConfigError."""
-    if not cache.index.dirty_slots:
-        return
-    shared = file.header.shared or is_shared(export.name)
-    if file.header.frozen and (export.sessions is None or shared):
-        reason = "the guest was stopped and may have written elsewhere since, which cannot be told"
-        raise unwritten(file, reason)
-    if export.content_sessions is None:
-        return
-    if reason := cache.foreign_change(*export.content_sessions, export.identity):
-        raise unwritten(file, reason)
-
-
-def is_shared(export_name: str) -> bool:
-    """Others may be in the same session of our plugin: for a migration."""
-    return VolumeName(export_name).is_shared
-
-
-def note_export(cache: Cache, export: Export) -> None:
-    """Drop what is clean if somebody else wrote since; before anything is sent."""
-    if export.sessions is None:
-        return
-    reason = cache.foreign_change(*export.sessions, export.identity)
-    grew = reason and not cache.foreign_change(
-        *(export.content_sessions or export.sessions), export.identity
-    )
-    if grew:
-        reason = "the export was made longer"
-    elif reason and (dirty := cache.index.dirty_blocks):
-        _log.error(f"{reason}: what only the cache has goes over it", dirty_blocks=dirty)
-    if dropped := cache.note_export(*export.sessions, export.identity):
-        _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
-
-
-async def check_content(
-    cache: Cache,
-    file: CacheFile,
-    turn: Turn,
-    *,
-    force: bool = False,
-    limit_s: float = _COMPARE_LIMIT_S,
-) -> None:
-    """Compare what is clean in the cache with the export, before anything is sent: nobody may count
-    who wrote, or somebody may have written past the one who does.
-
-    What is clean is dropped if it differs, or cannot be compared. With dirty data that is an error,
-    unless `force`: raises ConfigError, or ConnectionLost if the server does not answer.
-    """
-    dirty = cache.index.dirty_slots
-    check = cache.check_before_writing if dirty and not force else cache.check_sample
-    limit_s = limit_s if dirty else min(limit_s, _ANSWER_LIMIT_S)
-    differing = await answer_of(check, turn, limit_s)
-    if differing > 0 and dirty and not force:
-        raise unwritten(
-            file,
-            "the export is not as it was left: somebody else wrote it, or another image is in its "
-            f"place ({differing} blocks that were read or flushed before are different now)",
-        )
-    if differing > 0:
-        note_changed_content(cache, differing)
-    elif differing < 0 and dirty and not force:
-        raise ConnectionLost(
-            f"cache file {file.path} holds data that the server lacks, and the server did not "
-            "answer when it was compared with the export: nothing was written",
-            remedy=Remedy.FORCE_IF_UNREADABLE,
-            path=file.path,
-        )
-    elif differing < 0:
-        _log.warning("the cache could not be compared with the export: its clean part is discarded")
-        cache.drop_clean()
-
-
-def note_changed_content(cache: Cache, differing: int) -> None:
-    """For the operator: the clean part was dropped, since so many blocks of it differ."""
-    if dirty := cache.index.dirty_blocks:
-        _log.error(
-            "the export has changed since, and what only the cache has goes over it",
-            differing_blocks=differing,
-            dirty_blocks=dirty,
-        )
-    else:
-        _log.warning(
-            "the export has changed since: the clean part of the cache is discarded",
-            differing_blocks=differing,
-        )
-
-
-def expect_stale_writes(client: Client, file: CacheFile, dirty_slots: int) -> None:
-    """The process before this one may have left writes at the server: nothing was sent yet, and
-    the file is ours, so that one has ended."""
-    if file.was_killed or dirty_slots:
-        client.expect_stale_writes()
 
 
 FILE_LIMIT_S = 5.0
@@ -289,106 +104,6 @@ async def close_file(file: CacheFile, *, clean: bool, dirty: bool, limit_s: floa
         f"the disk of cache file {file.path} did not take everything within {limit_s:g} s: the "
         "file is not marked as closed, and is discarded if the host goes down before its next use"
     )
-
-
-def may_call_clean(client: Client, dirty_slots: int) -> bool:
-    """Whether a cache file may say that it was closed in order: not when old writes may come after
-    the next process has begun, and nothing dirty would tell it so."""
-    return bool(dirty_slots) or not client.may_leave_writes
-
-
-class NbdBackend:
-    """A connected client, as the disk or the cache above it sees it."""
-
-    hits = None
-    holds_writes = False
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.submit = client.submit  # bound once: no second call per request
-        export = client.export
-        self.size_bytes = export.usable_bytes
-        self.min_block_bytes = export.min_block_bytes
-        self.can_flush = export.can_flush
-        self.can_fua = export.can_fua
-        self.can_trim = export.can_trim
-        self.can_write_zeroes = export.can_write_zeroes
-
-    @property
-    def generation(self) -> int:
-        """Raised by each reconnect."""
-        return self._client.generation
-
-    @property
-    def gone(self) -> bool:
-        """There was no connection for too long: requests fail."""
-        return self._client.link.given_up
-
-    @property
-    def in_flight(self) -> int:
-        """How many commands are not finished."""
-        return self._client.in_flight
-
-    def usual(self, wrote: Callable[[], None]) -> Usual | None:
-        """See disk.Backend."""
-        return ToServer(self._client.link.route, self._client.rows, wrote)
-
-
-class GatedBackend(NbdBackend):
-    """The same with a gate in it, for the cache: what must not leave this process any more, or not
-    yet, is stopped here."""
-
-    def __init__(self, client: Client, turn: Turn) -> None:
-        super().__init__(client)
-        self.submit = self._submit
-        self._turn = turn
-        self._errno = 0
-        self._holds_changes = False
-        self._held: list[Request] = []
-
-    def _submit(self, request: Request) -> None:
-        if self._errno:
-            self._turn.finish(request, self._errno)
-        elif self._holds_changes and request.op != READ:
-            self._held.append(request)
-        else:
-            self._client.submit(request)
-
-    def refuse(self, errno: int) -> None:
-        """Whatever is submitted from here on fails with `errno`; 0: no longer."""
-        self._errno = errno
-
-    def hold_changes(self) -> None:
-        """Let nothing but reads pass until `let_go`."""
-        self._holds_changes = True
-
-    def let_go(self) -> None:
-        """The end of `hold_changes`."""
-        self._holds_changes = False
-        held, self._held = self._held, []
-        for request in held:
-            self._submit(request)
-
-
-class CachedBackend:
-    """The cache, as the disk sees it: it has its own flush timer, and does what a server lacks."""
-
-    can_flush = True
-    in_flight = 0
-
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-        self.hits = cache
-        self.submit = cache.submit_slowly  # whoever submits has asked for a hit before
-
-    def usual(self, wrote: Callable[[], None]) -> Usual | None:
-        """See disk.Backend."""
-        return FromCache(self._cache.resident, self._cache.count_hits, wrote)
-
-    @property
-    def holds_writes(self) -> bool:
-        """Blocks are dirty until a flush covers them."""
-        return bool(self._cache.index.dirty_slots)
 
 
 class Above(Protocol):
@@ -444,11 +159,11 @@ class Storage:
         """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
         export = await self.client.connect()
         if self._settings.mode == OFF or export.read_only or self._read_only:
-            await self._check_unused_cache(export)
+            await check_unused_cache(self.client, self._settings.directory)
             return export
         if self._settings.directory is None:
             make_default_directory()
-        path = await self._locate(export)
+        path = await locate_cache(self._uri, self._settings.directory, export)
         try:
             cache = self._cache = self._open_cache(path, export)
         except BaseException:
@@ -507,85 +222,6 @@ class Storage:
             cold=cold,
         )
 
-    async def _find(self, export: Export) -> list[Found]:
-        """The cache files of this export in its directory. Raises ConfigError if there are others
-        that could be its, with dirty data."""
-        chosen = cache_path(self._uri, self._settings.directory).parent
-        default = notes_directory() or chosen
-        here, elsewhere = await trio.to_thread.run_sync(
-            location.find,
-            wanted_cache(self._uri, export),
-            chosen,
-            default,
-            location.resolve_host,
-            abandon_on_cancel=True,
-        )
-        for found in (*here, *elsewhere):
-            if found.dirty_bytes and (not found.owned or found in elsewhere):
-                raise passed_over(self._uri, found)
-        return here
-
-    async def _locate(self, export: Export) -> str:
-        """The path of this export's cache file, which may have been made for another spelling of
-        its URI. Raises ConfigError."""
-        own = str(cache_path(self._uri, self._settings.directory))
-        found = await self._find(export)
-        mine = {each.path: each for each in found if each.owned}
-        dirty = [each for each in mine.values() if each.dirty_bytes]
-        if len(dirty) > 1:
-            raise passed_over(self._uri, dirty[1])
-        used = [path for path, each in mine.items() if each.in_use]
-        for path in (*(each.path for each in dirty), *used, own, *mine):
-            if path in mine:
-                break
-        else:
-            path = own
-        if export.sessions is None:
-            # Nobody would tell whoever uses them next that this one wrote.
-            others = [each for each in found if each.path != path and not each.in_use]
-            _remove([each for each in others if each.same_server])
-        return path
-
-    async def _check_unused_cache(self, export: Export) -> None:
-        """Serving without a cache: what an earlier run left in one must not be passed over.
-
-        The guest would see an old image; what it then writes would be overwritten by the next run
-        with the cache, or not be seen by it. Raises ConfigError.
-        """
-        try:
-            own = str(cache_path(self._uri, self._settings.directory))
-        except ConfigError:
-            return  # No directory, no file.
-        found = await self._find(export)
-        paths = {each.path for each in found if each.owned or each.same_server}
-        if own not in paths and has_content(own):
-            paths.add(own)  # Nothing can be told of it: that is said below.
-        for path in sorted(paths):
-            self._check_unused_file(path, export)
-
-    def _check_unused_file(self, path: str, export: Export) -> None:
-        read_only = export.read_only or self._read_only
-        try:
-            file = open_file(path)
-        except InUse:
-            if read_only:
-                return  # whoever has it writes the export, and we only look
-            raise
-        try:
-            if not believe(file):
-                return
-            if dirty_bytes(file):
-                raise unwritten(file, "it would be passed over", Remedy.FLUSH_OR_GIVE_UP)
-            if not read_only and export.sessions is None:
-                # Nobody would tell the next run that this one wrote.
-                os.unlink(path)
-                _log.warning(
-                    "the cache file is removed, the export is written without it", path=path
-                )
-            expect_stale_writes(self.client, file, 0)
-        finally:
-            file.close(clean=False)
-
     async def _resize(self, cache: Cache, size_bytes: int) -> int:
         """Give `cache` the size of the export; 0 or an errno, -1 if there was no answer."""
 
@@ -613,7 +249,7 @@ class Storage:
         can_look = cache.index.block_bytes <= export.max_payload_bytes
         if not reason and not is_counted and can_look:
             differing = await answer_of(
-                partial(cache.check_server, submit), self.turn, _COMPARE_LIMIT_S
+                partial(cache.check_server, submit), self.turn, COMPARE_LIMIT_S
             )
             if differing < 0:
                 return "it did not answer when the export was compared with what is cached"
@@ -980,43 +616,6 @@ class Storage:
         await finished(cache, request, self.turn)
         if request.error:
             _log.error("the last flush failed", reason=os.strerror(request.error))
-
-
-async def finished(target: Target, request: Request, turn: Turn) -> None:
-    """Submit `request`, whose `done` is set here, and wait until it has ended."""
-    ended = trio.Event()
-    request.done = lambda _: ended.set()
-    target.submit(request)
-    turn.end()
-    await ended.wait()
-
-
-async def answer_of(
-    start: Callable[[Callable[[int], None]], None],
-    turn: Turn,
-    limit_s: float = _ANSWER_LIMIT_S,
-) -> int:
-    """What `start` reports, -1 if it does not within a time.
-
-    For the start, when nobody looks after the connection yet: if it is lost, nothing answers.
-    """
-    answer = -1
-    ended = trio.Event()
-
-    def done(value: int) -> None:
-        nonlocal answer
-        answer = value
-        ended.set()
-
-    start(done)
-    turn.end()
-    with trio.move_on_after(limit_s):
-        await ended.wait()
-    return answer
-
-
-def to_be_set(request: Request) -> None:
-    """The `done` of a request for `finished`, which replaces it."""
 
 
 def _go_nowhere() -> None:

@@ -20,9 +20,10 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from bridge.app.cache_names import cache_path
 from bridge.app.serve import serve_disk
 from bridge.app.settings import CacheSettings, DiskSettings, LimitSettings, ServeSettings
-from bridge.app.storage import Storage, cache_path
+from bridge.app.storage import Storage
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.cache.file.inspect import show
 from bridge.cache.file.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
