@@ -22,8 +22,9 @@ from bridge.app.cache_ownership import (
     note_changed_content,
     note_export,
 )
+from bridge.app.open_cache import close_file
 from bridge.app.settings import CacheSettings
-from bridge.app.storage import Storage, close_file
+from bridge.app.storage import Storage
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import WRITEBACK, Options
 from bridge.cache.file.cache_file import CacheFile, dirty_bytes

@@ -227,7 +227,7 @@ class _GuestsSide(Above):
 
     def starting(self, go: Callable[[], None]) -> bool:
         """It has to wait where the session was left."""
-        return self._storage.starting(go)
+        return self._storage.departure.starting(go)
 
     def recovered(self) -> None:
         """The other process may have sent them."""
@@ -235,11 +235,11 @@ class _GuestsSide(Above):
 
     def abandoned(self, requests: Sequence[Request]) -> None:
         """They are not sent any more."""
-        self._storage.abandon(requests)
+        self._storage.departure.abandon(requests)
 
     async def left_behind(self) -> LeftBehind | None:
         """It stays in the cache, or is lost."""
-        return await self._storage.stop_sending()
+        return await self._storage.departure.stop_sending()
 
     def epoch(self) -> int:
         """That of the storage side."""
@@ -248,7 +248,7 @@ class _GuestsSide(Above):
     async def all_stopped(self) -> None:
         """Everything goes to the server, and is flushed there."""
         try:
-            await self._storage.hand_over(partial(self.disk.flush, quiet=True))
+            await self._storage.departure.hand_over(partial(self.disk.flush, quiet=True))
         finally:
             self._remember()
 

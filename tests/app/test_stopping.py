@@ -111,10 +111,12 @@ class Bridge:
             geometry=DiskGeometry(SIZE_BYTES, can_discard=True),
             hits=self.disk.hits,
             drain_timeout_s=DRAIN_S,
-            on_abandoned=self.storage.abandon,
-            on_all_stopped=partial(self.storage.hand_over, partial(self.disk.flush, quiet=True)),
-            on_left_behind=self.storage.stop_sending,
-            on_starting=self.storage.starting,
+            on_abandoned=self.storage.departure.abandon,
+            on_all_stopped=partial(
+                self.storage.departure.hand_over, partial(self.disk.flush, quiet=True)
+            ),
+            on_left_behind=self.storage.departure.stop_sending,
+            on_starting=self.storage.departure.starting,
             on_fresh_guest=self.storage.nothing_inherited,
         )
         self.device = self.guest.device
