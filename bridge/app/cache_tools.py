@@ -45,9 +45,10 @@ from bridge.errors import (
     Remedy,
 )
 from bridge.server.chunks import StatusRequest
-from bridge.server.client import Client, inspect
+from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
+from bridge.server.inspection import inspect
 from bridge.server.uri import NbdUri, parse_uri
 
 _log = structlog.get_logger(__name__)

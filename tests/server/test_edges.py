@@ -16,8 +16,8 @@ from bridge.datapath.request import READ, Request
 from bridge.errors import BridgeError
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server.client import inspect, list_exports
 from bridge.server.client_options import ClientOptions
+from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
 from tests.server.helpers import FAST, LayerAbove, read, running_client, served, start
 from tests.tools import HUNG_S, until
