@@ -92,12 +92,12 @@ class CachedBackend:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self.hits = cache
+        self.hits = cache.hits
         self.submit = cache.submit_slowly  # whoever submits has asked for a hit before
 
     def usual(self, wrote: Callable[[], None]) -> Usual | None:
         """See disk.Backend."""
-        return FromCache(self._cache.resident, self._cache.count_hits, wrote)
+        return FromCache(self._cache.hits.resident, self._cache.hits.count_hits, wrote)
 
     @property
     def holds_writes(self) -> bool:

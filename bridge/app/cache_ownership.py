@@ -48,7 +48,7 @@ def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
         raise unwritten(file, reason)
     if export.content_sessions is None:
         return
-    if reason := cache.foreign_change(*export.content_sessions, export.identity):
+    if reason := cache.foreign.foreign_change(*export.content_sessions, export.identity):
         raise unwritten(file, reason)
 
 
@@ -61,15 +61,15 @@ def note_export(cache: Cache, export: Export) -> None:
     """Drop what is clean if somebody else wrote since; before anything is sent."""
     if export.sessions is None:
         return
-    reason = cache.foreign_change(*export.sessions, export.identity)
-    grew = reason and not cache.foreign_change(
+    reason = cache.foreign.foreign_change(*export.sessions, export.identity)
+    grew = reason and not cache.foreign.foreign_change(
         *(export.content_sessions or export.sessions), export.identity
     )
     if grew:
         reason = "the export was made longer"
     elif reason and (dirty := cache.index.dirty_blocks):
         _log.error(f"{reason}: what only the cache has goes over it", dirty_blocks=dirty)
-    if dropped := cache.note_export(*export.sessions, export.identity):
+    if dropped := cache.foreign.note_export(*export.sessions, export.identity):
         _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
 
 
@@ -88,7 +88,9 @@ async def check_content(
     unless `force`: raises ConfigError, or ConnectionLost if the server does not answer.
     """
     dirty = cache.index.dirty_slots
-    check = cache.check_before_writing if dirty and not force else cache.check_sample
+    check = (
+        cache.foreign.check_before_writing if dirty and not force else cache.foreign.check_sample
+    )
     limit_s = limit_s if dirty else min(limit_s, ANSWER_LIMIT_S)
     differing = await answer_of(check, turn, limit_s)
     if differing > 0 and dirty and not force:
@@ -108,7 +110,7 @@ async def check_content(
         )
     elif differing < 0:
         _log.warning("the cache could not be compared with the export: its clean part is discarded")
-        cache.drop_clean()
+        cache.foreign.drop_clean()
 
 
 def note_changed_content(cache: Cache, differing: int) -> None:

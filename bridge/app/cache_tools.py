@@ -209,8 +209,8 @@ class _OverReconnects:
         export = client.export
         if export.sessions is None:
             backend.hold_changes()  # until it is known whether this is the export still
-            cache.check_sample(self._compared)
-        elif reason := cache.foreign_change(
+            cache.foreign.check_sample(self._compared)
+        elif reason := cache.foreign.foreign_change(
             *(export.content_sessions or export.sessions), export.identity
         ):
             self._found_changed(reason)

@@ -64,7 +64,7 @@ class Departure:
         has one number for all of it: what is clean here is not to be believed afterwards.
         """
         if self._cache is not None and is_shared(self._client.uri.export_name):
-            self._cache.drop_clean()
+            self._cache.foreign.drop_clean()
 
     def abandon(self, requests: Sequence[Request]) -> None:
         """These were abandoned (`Request.abandon`): nothing of them that was not sent is sent."""
@@ -152,7 +152,9 @@ class Departure:
             self._thaw()
         elif export.sessions is None:
             # Past the gate: only to look.
-            check_sample(cache, NbdBackend(self._client), self._judge_sample, _SAMPLE_BLOCKS)
+            check_sample(
+                cache.foreign, NbdBackend(self._client), self._judge_sample, _SAMPLE_BLOCKS
+            )
         elif reason := self._written_by_others(cache, export):
             self._refuse_return(reason)
         else:
@@ -161,7 +163,7 @@ class Departure:
     def _written_by_others(self, cache: Cache, export: Export) -> str:
         """Why what is frozen must not be sent to a server that counts its writers; "": it may."""
         assert export.sessions is not None
-        if reason := cache.foreign_change(*export.sessions, export.identity):
+        if reason := cache.foreign.foreign_change(*export.sessions, export.identity):
             return reason
         if is_shared(self._client.uri.export_name):
             # One number for all of the session: only who wrote last tells more.

@@ -156,13 +156,13 @@ class Storage:
             return ""
         reason = ""
         if export.content_sessions is not None:
-            reason = cache.foreign_change(*export.content_sessions, export.identity)
+            reason = cache.foreign.foreign_change(*export.content_sessions, export.identity)
         is_counted = export.sessions is not None and export.sessions == export.content_sessions
         # A command of more than the server takes would end the connection.
         can_look = cache.index.block_bytes <= export.max_payload_bytes
         if not reason and not is_counted and can_look:
             differing = await answer_of(
-                partial(cache.check_server, submit), self.turn, COMPARE_LIMIT_S
+                partial(cache.foreign.check_server, submit), self.turn, COMPARE_LIMIT_S
             )
             if differing < 0:
                 return "it did not answer when the export was compared with what is cached"
@@ -203,7 +203,7 @@ class Storage:
         cache.backend_reconnected()
         note_export(cache, self.client.export)
         if self.client.export.sessions is None and not self._was_compared:
-            cache.check_sample(self._note_sample)
+            cache.foreign.check_sample(self._note_sample)
         if self.client.export.usable_bytes > cache.size_bytes:
             cache.resize(self.client.export.usable_bytes, Outcome(self._grown))
 
@@ -312,8 +312,9 @@ class Storage:
             return BridgeError(problem) if problem else None
         if problem:
             return BridgeError(f"{problem}; it holds what the server did not take in time")
-        if objection is not None:
-            return objection
+        return objection or self._what_is_missing(path)
+
+    def _what_is_missing(self, path: str) -> BridgeError:
         if self.departure.is_away:
             return BridgeError(
                 f"what the server lacks is kept in {path}",
