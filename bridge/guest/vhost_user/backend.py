@@ -105,14 +105,18 @@ async def _serve_one(
         reason = "internal error"
     finally:
         transport.close()
-        with trio.CancelScope(shield=True):
-            try:
-                await session.close()
-            except Exception:
-                log.exception("the end of the vhost-user session failed")
+        await _end(session)
         log.info("front-end disconnected", reason=reason)
         if on_connected is not None:
             on_connected(False)
+
+
+async def _end(session: Session) -> None:
+    with trio.CancelScope(shield=True):
+        try:
+            await session.close()
+        except Exception:
+            log.exception("the end of the vhost-user session failed")
 
 
 class _Watched:
