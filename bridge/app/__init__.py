@@ -1,12 +1,12 @@
-"""Composition and life cycle: the parts put together, served, and stopped.
+"""Composition and life cycle: puts the parts together, serves a disk, stops it.
 
-- `settings`: every option of every command, declared once; `settings_model`: what a setting is;
+- `settings`: every option of every command, declared once; `settings_model`: the type of a setting;
 - `serve`: one disk, from the start to the stop; `storage`: its client and its cache;
 - `backends`: what the disk and the cache submit to; `answers`: waiting for what is submitted;
 - `open_cache`: a cache file in use; `departure`: the guest stops, and perhaps comes back to it;
 - `cache_names`: where the cache file of an export is; `cache_ownership`: whether what it holds may
   still be believed, and sent;
-- `cache_tools`: a cache file brought to its server, or filled, without a guest;
+- `cache_tools`: flushes a cache file to its server, or fills one, without a guest;
 - `info`: what a server offers;
-- `logs`, `signals`, `faults`, `heap`, `descriptors`: the process.
+- `logs`, `signals`, `bus_errors`, `malloc_tuning`, `descriptors`: the process.
 """

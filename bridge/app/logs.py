@@ -1,10 +1,10 @@
 """Logging: one line per event on standard error, as text or JSON.
 
-Nothing that is logged may hold a disk up or end it, whatever becomes of standard error: a full file
-system, a pipe whose reader is gone, a terminal or a pipe that nobody reads. A thread of its own
-writes what was logged, from a queue with a bound; what finds no room there, or cannot be written,
-is counted, and the count is logged in its place as soon as something can be. (Making the descriptor
-non-blocking instead would make it so for every process that shares the terminal or the pipe.)
+Logging must never delay a disk or end the process, even if standard error is on a full file system,
+a pipe whose reader has exited, or a terminal or pipe that is not read. So a thread writes the
+lines, from a bounded queue. Lines that do not fit, or cannot be written, are dropped and counted;
+the count is logged in their place as soon as writing works again. (A non-blocking descriptor is no
+way out: every process that shares the terminal or pipe would get it, too.)
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from bridge.errors import BridgeError, Remedy
 
 _STDERR = 2
 _QUEUE_MAX_BYTES = 1 << 20
-"""Some thousand lines: an outage on a slow terminal passes through, a flood does not."""
+"""Some thousand lines: enough for the messages of an outage on a slow terminal."""
 _LAST_WORDS_S = 1.0
-"""How long the end of the process waits for a log that nobody may be reading."""
+"""How long the process waits at its end until its last lines are written."""
 
 
 def configure(
@@ -37,10 +37,10 @@ def configure(
 ) -> None:
     """Set up structlog for the whole process: `level` and `format_` as in LogSettings.
 
-    `explain` puts an error, or a remedy that is logged without one, into an operator's words.
+    `explain` turns an error, or a remedy that is logged without one, into text for the operator.
 
-    From here on `sys.stderr` is the stream of the log, so that nothing else which is said there
-    (a progress bar, an exception that nobody catches) blocks or raises, either.
+    From here on `sys.stderr` is the stream of the log, so that other output (a progress bar, the
+    traceback of an uncaught exception) cannot block or raise, either.
     """
     isatty = os.isatty(_STDERR)
     renderer: structlog.typing.Processor
@@ -72,7 +72,8 @@ def configure(
 
 
 def explained(explain: Callable[[BridgeError | Remedy], str]) -> structlog.typing.Processor:
-    """Our errors as text. That of `problem`, and a `remedy`, belong to the event's own sentence."""
+    """A processor that turns our errors into text. Those of the keys `problem` and `remedy` become
+    part of the event's own sentence."""
 
     def process(
         logger: object, name: str, event: structlog.typing.EventDict
@@ -118,7 +119,7 @@ class DroppingStream(io.TextIOBase):
         self._note = note
         self._changed = threading.Condition()
         self._queue: deque[bytes | int] = deque()
-        """What is to be written; a number stands for so many writes that found no room."""
+        """Lines to write; a number stands for that many dropped lines."""
         self._queued_bytes = 0
         self._writing = False
         self._thread: threading.Thread | None = None
@@ -151,7 +152,7 @@ class DroppingStream(io.TextIOBase):
         try:
             thread.start()
         except RuntimeError:
-            return  # No thread to be had now: with the next line again.
+            return  # The system has no thread now: the next line tries again.
         self._thread = thread
 
     def writable(self) -> bool:
@@ -164,7 +165,7 @@ class DroppingStream(io.TextIOBase):
         return self._fd
 
     def drain(self, limit_s: float) -> None:
-        """Wait until all is written, or dropped, for `limit_s` at most."""
+        """Wait until all lines are written or dropped, for `limit_s` at most."""
         with self._changed:
             self._changed.wait_for(lambda: not self._queue and not self._writing, limit_s)
 
@@ -194,14 +195,14 @@ class DroppingStream(io.TextIOBase):
             return item
 
     def _put_out(self, data: bytes) -> bool:
-        """Write `data`, however long that takes; False if it cannot be."""
+        """Write `data`, however long that takes; False if it cannot be written."""
         rest = b"\n" + data if self._torn else data
         length = len(rest)
         try:
             while rest:
                 try:
                     rest = rest[os.write(self._fd, rest) :]
-                except BlockingIOError:  # Whoever shares the descriptor made it so.
+                except BlockingIOError:  # Another process that shares it made it non-blocking.
                     poll = select.poll()
                     poll.register(self._fd, select.POLLOUT)
                     poll.poll()

@@ -8,9 +8,9 @@ group is a dataclass whose fields are made by `setting`. Everything else is deri
 - its place in `--help`, under the title of its group;
 - its name in a mapping of defaults, such as a file has: `cache_size`.
 
-What a field holds has its unit at the end of its name; what an operator writes has none. A default
-is that of the object which the setting is for, where that has one. This module knows nothing of
-click, and imports nothing that takes time: `--version` and `--help` need it.
+A field's name ends with its unit; an option's name has none. Where the object that a setting is for
+has a default, the setting has the same. This module does not know click, and imports nothing slow:
+`--version` and `--help` import it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from bridge.server.client_options import ClientOptions
 from bridge.spec.virtio_blk import ID_BYTES
 
 MIN_CACHE_SIZE = "4M"
-"""What `cache.file.layout` needs at least, with the blocks that nearly all servers have."""
+"""The smallest cache that `cache.file.layout` can make with 4 KiB blocks, as nearly all servers
+have them."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
@@ -46,12 +47,12 @@ _MAX_FD = (1 << 31) - 1
 _CLIENT = ClientOptions()
 
 
-# The groups. Fields of one are in the order of `--help`.
+# The groups. Their fields are in the order of `--help`.
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskSettings:
-    """The disk that the guest sees, and where its front-end finds it."""
+    """The disk that the guest sees, and the socket on which its front-end connects."""
 
     title: ClassVar[str] = "Disk"
 
@@ -90,7 +91,7 @@ class DiskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """The local cache, and how long a write may be without a flush."""
+    """The local cache, and the flush timer."""
 
     title: ClassVar[str] = "Cache"
 
@@ -123,7 +124,7 @@ class CacheSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectSettings:
-    """What every command has that connects to a server. Fields are those of ClientOptions."""
+    """For every command that connects to a server. Fields are those of ClientOptions."""
 
     title: ClassVar[str] = "Server"
 
@@ -137,7 +138,7 @@ class ConnectSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(ConnectSettings):
-    """The same for one that stays connected."""
+    """For a command that stays connected."""
 
     connections: int = setting(
         "--connections",
@@ -179,7 +180,7 @@ class TlsSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitSettings:
-    """How long things may take, and how long the processor may be kept busy."""
+    """Time limits of a stop, and how long the loop polls before it sleeps."""
 
     title: ClassVar[str] = "Limits"
 
@@ -205,11 +206,11 @@ class LimitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """What is logged, on standard error."""
+    """The log on standard error."""
 
     title: ClassVar[str] = "Logging"
 
-    level: str = setting("--log-level", Choice(LOG_LEVELS), "info", "Log this and what is worse.")
+    level: str = setting("--log-level", Choice(LOG_LEVELS), "info", "Log this level and above.")
     format: str = setting("--log-format", Choice(LOG_FORMATS), "text", "How a line looks.")
 
 
@@ -239,35 +240,35 @@ class DropChoices:
     title: ClassVar[str] = "Cache"
 
     discard_dirty: bool = setting(
-        "--discard-dirty", Flag(), False, "Even if it holds what the server has not."
+        "--discard-dirty", Flag(), False, "Even if it holds data that the server lacks."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlushChoices:
-    """What `cache flush` brings where."""
+    """Which data `cache flush` writes, and to which export."""
 
     title: ClassVar[str] = "Cache"
 
     moved: bool = setting("--moved", Flag(), False, "URI is where the export is now.")
-    force: bool = setting("--force", Flag(), False, "Also over what somebody else wrote meanwhile.")
+    force: bool = setting("--force", Flag(), False, "Also over what another host wrote meanwhile.")
     skip_damaged: bool = setting(
         "--skip-damaged",
         Flag(),
         False,
-        "Give up what is in damaged parts of the file, and bring all the rest.",
+        "Give up damaged parts of the file, and write all the rest.",
     )
     timeout_s: float = setting(
         "--timeout",
         Number(1),
         60.0,
-        "Seconds for all of it; what is missing then stays in the file.",
+        "Seconds for all of it; what is not on the server then stays in the file.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmChoices:
-    """What `cache warm` reads, into which cache."""
+    """Which ranges `cache warm` reads, into which cache."""
 
     title: ClassVar[str] = "Cache"
 
@@ -275,7 +276,7 @@ class WarmChoices:
         "--cache-size",
         Size(minimum=MIN_CACHE_SIZE),
         None,
-        f"Size of the cache file, at least {MIN_CACHE_SIZE}. Default: that of the file there is, "
+        f"Size of the cache file, at least {MIN_CACHE_SIZE}. Default: that of an existing file, "
         "or 1G. Give the same to `serve`, which makes a file of another size anew.",
     )
     directory: str | None = setting("--cache-dir", Path(), None, "Where the cache file is.")
@@ -362,7 +363,7 @@ class DemoSettings(CommandSettings):
 
 
 def client_options(server: ConnectSettings, tls: TlsSettings) -> ClientOptions:
-    """Those of a client: its options that an operator can set have the same names."""
+    """The options of a client, which have the same names as the settings."""
     given = {
         each.name: getattr(group, each.name) for group in (server, tls) for each in fields(group)
     }

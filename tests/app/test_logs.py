@@ -41,7 +41,7 @@ def read_to_the_end(reader: int) -> list[str]:
     return data.decode().splitlines()[:-1]
 
 
-def test_log_that_nobody_reads_is_dropped_and_counted_in_its_place(
+def test_unread_log_lines_are_dropped_and_counted_in_their_place(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "_QUEUE_MAX_BYTES", 10_000)
