@@ -115,7 +115,7 @@ async def _serve_one(
             on_connected(False)
 
 
-async def _end(session: Session) -> None:
+async def _end(session: FrontEndSession) -> None:
     with trio.CancelScope(shield=True):
         try:
             await session.close()
