@@ -15,8 +15,8 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 
+from bridge.app.cache_flush import flush_file
 from bridge.app.cache_names import cache_path
-from bridge.app.cache_tools import flush_file
 from bridge.app.settings import CacheSettings
 from bridge.app.storage import Storage
 from bridge.cache.cache_options import WRITEBACK

@@ -108,14 +108,14 @@ async def _serve_one(
         log.exception("the vhost-user session failed")
         reason = "internal error"
     finally:
-        transport.close()
-        await _end(session)
+        await _end(session, transport)
         log.info("front-end disconnected", reason=reason)
         if on_connected is not None:
             on_connected(False)
 
 
-async def _end(session: FrontEndSession) -> None:
+async def _end(session: FrontEndSession, transport: Transport) -> None:
+    transport.close()
     with trio.CancelScope(shield=True):
         try:
             await session.close()
