@@ -8,8 +8,8 @@
 - `reads`, `fetch`, `readahead`: reads that are no hit; `cold`: blocks that left the page
   cache.
 - `store`: guest writes into the cache, and when each is complete.
-- `writeback`, `dirty_ring`, `wait`, `flush`: dirty blocks to the server, in which order, what waits
-  for that, and the barrier after it.
+- `writeback`, `dirty_ring`, `runs`, `pace`, `wait`, `flush`: dirty blocks to the server, in which
+  order, which in one command, when, what waits for that, and the barrier after it.
 - `range_requests`, `exclusive`, `discards`: discard and write-zeroes, ordered against everything in
   flight.
 - `resize`: the disk grows; `foreign`, `sample`: did another host write the image? `warm`:

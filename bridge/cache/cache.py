@@ -223,7 +223,7 @@ class Cache:
     def _grown(self) -> None:
         self.size_bytes = self.index.geometry.disk_bytes
         self._store.set_limits()
-        self._writeback.set_limits()
+        self._writeback.pace.set_limits()
 
     def next_deadline(self) -> float | None:
         """When `tick()` has something to do, on the clock of the constructor; None: not before
@@ -231,7 +231,7 @@ class Cache:
         if self._frozen:
             return None
         due = self._flusher.due if not self._flusher.running else None
-        other = self._writeback.next_deadline()
+        other = self._writeback.pace.next_deadline()
         if due is None or (other is not None and other < due):
             due = other
         if self._common.image.may_go_cold and (due is None or self._residency_due < due):

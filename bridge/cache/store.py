@@ -480,7 +480,7 @@ class Store:
             return
         writeback = self._writeback
         writeback.enqueue(slot)
-        if self._index.dirty_slots > self._flush_slots or writeback.over_background():
+        if self._index.dirty_slots > self._flush_slots or writeback.pace.over_background():
             self._pressed = self._common.turn.wanted = True
 
     def _partial(self, at: int, within: int, end: int, first: int, last: int) -> int:
