@@ -70,6 +70,11 @@ class Remedy(Enum):
     """Start the guest here again, or flush the cache first."""
     FLUSH_BEFORE_ELSEWHERE = auto()
     """Flush the cache first."""
+    # The control socket.
+    NAME_BRIDGE = auto()
+    """Give this bridge a name of its own."""
+    PLACE_CONTROL = auto()
+    """Say where the control socket is to be, or that there is none."""
     # The rest.
     EXPECT_READ_ONLY = auto()
     """Say that the disk is to be read-only."""

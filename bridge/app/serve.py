@@ -13,6 +13,8 @@ from functools import partial
 import structlog
 import trio
 
+from bridge.api.live import Facts, Live
+from bridge.api.service import Service
 from bridge.app.bus_errors import report_bus_errors
 from bridge.app.descriptors import allow_all_descriptors
 from bridge.app.malloc_tuning import keep_freed_pages
@@ -118,6 +120,7 @@ class _Serving:
         self._settings = settings
         self._loop = loop
         self._guests: _GuestsSide | None = None
+        self._service: Service | None = None
 
     def resized(self, size_bytes: int) -> None:
         """See storage.Above."""
@@ -131,8 +134,12 @@ class _Serving:
 
     def begin_to_stop(self) -> None:
         """Let the time of the stop begin to run, and the device hurry."""
-        if self.stop.begin() and self._guests is not None:
+        if not self.stop.begin():
+            return
+        if self._guests is not None:
             self._guests.device.hurry(self.stop.step_s)
+        if self._service is not None:
+            self._service.stopping()
 
     async def run(self, nursery: trio.Nursery) -> None:
         """Connect, then serve front-ends until cancelled; flush at the end."""
@@ -142,6 +149,10 @@ class _Serving:
         self._guests = guests
         nursery.start_soon(guests.disk.run_flush_timer)
         nursery.start_soon(guests.device.run)
+        facts = Facts(self._uri.text, self._settings.disk.socket_path, guests.serial)
+        live = Live(facts, self._loop, self.storage, guests.disk, guests.device)
+        self._service = Service.of(live, self._settings.control)
+        nursery.start_soon(self._service.run)
         with _listener(self._settings.disk) as listener:
             guests.log_start()
             try:
@@ -161,6 +172,7 @@ class _GuestsSide(Above):
         self._settings = settings
         self._storage = storage
         self._geometry = disk_geometry(uri, export, settings.disk)
+        self.serial = settings.disk.serial or default_serial(export)
         # A cache has a flush timer of its own.
         interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
         self.disk = Disk(
@@ -176,7 +188,7 @@ class _GuestsSide(Above):
             self._geometry,
             hits=self.disk.hits,
             usual=self.disk.usual,
-            serial=settings.disk.serial or default_serial(export),
+            serial=self.serial,
             max_queues=settings.disk.num_queues,
             max_queue_size=settings.disk.queue_size,
             drain_timeout_s=settings.limits.drain_timeout_s,

@@ -42,6 +42,9 @@ have them."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
+AUTO = "auto"
+"""The control socket is where the commands look for it."""
+
 _MAX_FD = (1 << 31) - 1
 """An `int` of the system's."""
 _CLIENT = ClientOptions()
@@ -205,6 +208,34 @@ class LimitSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """How a running bridge is found, seen and steered."""
+
+    title: ClassVar[str] = "Control"
+
+    name: str = setting(
+        "--name",
+        Text(max_bytes=64),
+        "",
+        "What the bridge is called: for `nbd-bridge status NAME`, in metrics and in the log. "
+        "Default: like its socket.",
+    )
+    socket: str = setting(
+        "--api",
+        Path(),
+        AUTO,
+        "Control socket: auto, off, or a path. auto: NAME.api in /run/nbd-bridge, or in "
+        "$XDG_RUNTIME_DIR/nbd-bridge.",
+    )
+    slow_ms: float = setting(
+        "--slow-ms",
+        Number(0),
+        1000.0,
+        "Log requests that take longer than so many milliseconds; 0: none.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogSettings:
     """The log on standard error."""
 
@@ -225,8 +256,50 @@ class InfoOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActionChoices:
+    """How long a running bridge may take for what is asked of it."""
+
+    title: ClassVar[str] = "Limits"
+
+    timeout_s: float = setting("--timeout", Number(0, 3600), 60.0, "Seconds that this may take.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopChoices(ActionChoices):
+    """When `stop` ends a bridge."""
+
+    when_clean: bool = setting(
+        "--when-clean", Flag(), False, "Only once everything is on the server."
+    )
+    even_with_guest: bool = setting(
+        "--even-with-guest", Flag(), False, "Also while a guest uses the disk: it will hang."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What `set` changes; None: nothing. Fields are those of `POST /settings`."""
+
+    title: ClassVar[str] = "Settings, as those of serve"
+
+    cache_mode: str | None = setting(
+        "--cache-mode", Choice((WRITETHROUGH, WRITEBACK)), None, "When a write is complete."
+    )
+    flush_interval_s: float | None = setting(
+        "--flush-interval", Number(0), None, "Seconds, from the next write after a flush on."
+    )
+    drain_timeout_s: float | None = setting(
+        "--drain-timeout", Number(0), None, "Seconds, from the next stop of the guest on."
+    )
+    slow_ms: float | None = setting("--slow-ms", Number(0), None, "Milliseconds.")
+    log_level: str | None = setting(
+        "--log-level", Choice(LOG_LEVELS), None, "Log this and what is worse."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShowOutput:
-    """What `cache show` prints."""
+    """What a command prints that has nothing else to choose."""
 
     title: ClassVar[str] = "Output"
 
@@ -311,6 +384,7 @@ class ServeSettings(CommandSettings):
     server: ServerSettings = ServerSettings()
     tls: TlsSettings = TlsSettings()
     limits: LimitSettings = LimitSettings()
+    control: ControlSettings = ControlSettings()
     logging: LogSettings = LogSettings()
 
 
@@ -353,6 +427,37 @@ class CacheWarmSettings(CommandSettings):
     cache: WarmChoices = WarmChoices()
     server: ConnectSettings = ConnectSettings()
     tls: TlsSettings = TlsSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusSettings(CommandSettings):
+    """`status` and `list`."""
+
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSettings(CommandSettings):
+    """`flush` and `resize`."""
+
+    action: ActionChoices = ActionChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopSettings(CommandSettings):
+    """`stop`."""
+
+    action: StopChoices = StopChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSettings(CommandSettings):
+    """`set`."""
+
+    changes: Changes = Changes()
+    output: ShowOutput = ShowOutput()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 - `main`: finds the command; each has a module: `serve`, `info`, `cache_show`, `cache_drop`,
   `cache_flush`, `cache_warm`, `demo`;
+- those that ask running bridges over their control sockets: `bridges` (`list`), `status`, `flush`,
+  `resize`, `set_settings` (`set`), `stop`; `control`: what they share;
 - `wording`: the text of every error and remedy. Only this module has sentences that name a command
   or an option;
 - `common`: makes a command, prints its result, turns its errors into one line each;

@@ -16,7 +16,17 @@ import click
 from bridge import __version__
 from bridge.cli.common import capabilities_option, complain
 
-_COMMANDS = {"serve": "serve", "info": "info", "demo": "demo"}
+_COMMANDS = {
+    "serve": "serve",
+    "info": "info",
+    "demo": "demo",
+    "list": "bridges",
+    "status": "status",
+    "flush": "flush",
+    "resize": "resize",
+    "set": "set_settings",
+    "stop": "stop",
+}
 _CACHE_COMMANDS = {
     "show": "cache_show",
     "drop": "cache_drop",

@@ -54,6 +54,8 @@ _REMEDIES = {
     "'nbd-bridge cache flush {path}' before it starts elsewhere",
     Remedy.FLUSH_BEFORE_ELSEWHERE: ": before the guest starts elsewhere, run 'nbd-bridge cache "
     "flush {path}'",
+    Remedy.NAME_BRIDGE: "; give this one another name with --name",
+    Remedy.PLACE_CONTROL: "; say where it is to be with --api PATH, or use --api off",
     Remedy.EXPECT_READ_ONLY: "; give --read-only if that is what you want",
     Remedy.LIST_EXPORTS: " (nbd-bridge info --list)",
     Remedy.NAME_CA: " (if its CA is one of your own, give that with --tls-ca)",

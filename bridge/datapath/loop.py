@@ -86,6 +86,9 @@ class Loop:
         self._poll_s = poll_us / 1e6
         self._lingering = False
         self._worked = False
+        self.naps_total = 0
+        self.sleeps_total = 0
+        """How often polling saw nothing, so that the loop waited in its epoll, or in trio."""
         self.now = perf_counter()
         """The time of the current turn, in seconds of the monotonic clock."""
 
@@ -162,6 +165,7 @@ class Loop:
                 await trio.lowlevel.checkpoint()
             else:
                 assert not self.turn.finished
+                self.sleeps_total += 1
                 await trio.lowlevel.wait_readable(epoll_fd)
                 self._wake_up()
             until_s = perf_counter() + _YIELD_EVERY_S
@@ -223,6 +227,7 @@ class Loop:
 
     def _nap(self) -> list[tuple[int, int]]:
         """Wait in our own epoll; see `_NAP_S`. How long that took decides how long to poll."""
+        self.naps_total += 1
         began_s = perf_counter()
         ready = self._epoll.poll(_NAP_S, _EVENTS_PER_POLL)
         took_s = perf_counter() - began_s

@@ -199,4 +199,5 @@ def bridge_command(uri: str, socket: Path, *options: str) -> list[str]:
     """The bridge, run by this interpreter."""
     if importlib.util.find_spec("bridge.__main__") is None:
         raise ConfigError("this installation lacks the bridge's command line: install it again")
-    return [sys.executable, "-m", "bridge", "serve", uri, "--socket-path", str(socket), *options]
+    command = [sys.executable, "-m", "bridge", "serve", uri, "--socket-path", str(socket)]
+    return [*command, "--api", "off", *options]

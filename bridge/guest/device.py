@@ -84,6 +84,7 @@ class BlkDevice:
         )
         self._faults = GuestFaults()
         self._write_cache = WriteCacheFlush(target, loop.turn)
+        self._requests_of_closed = 0
         self._engine = BlkEngine(
             config,
             target,
@@ -357,6 +358,7 @@ class BlkDevice:
         without their bytes must not be sent."""
         if requests := ring.unanswered():
             self._abandon(requests)
+        self._requests_of_closed += ring.requests
         return ring.close(told=False)
 
     def suspend_ring(self, index: int) -> None:
@@ -382,6 +384,11 @@ class BlkDevice:
         """See VhostUserDevice."""
         self._rings[index].set_error(fd)
         self._setups[index] = replace(self._setups[index], error_fd=fd)
+
+    @property
+    def requests_total(self) -> int:
+        """How many requests came, in all rings since the start."""
+        return self._requests_of_closed + sum(ring.requests for ring in self._rings.values())
 
     async def run(self) -> None:
         """Look after rings without a kick descriptor, for ever."""

@@ -22,7 +22,13 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bridge.app.cache_names import cache_path
 from bridge.app.serve import serve_disk
-from bridge.app.settings import CacheSettings, DiskSettings, LimitSettings, ServeSettings
+from bridge.app.settings import (
+    CacheSettings,
+    ControlSettings,
+    DiskSettings,
+    LimitSettings,
+    ServeSettings,
+)
 from bridge.app.storage import Storage
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.cache.file.inspect import show
@@ -804,6 +810,7 @@ async def test_limit_of_the_guests_stop_is_no_part_of_the_processs(
                     disk=DiskSettings(socket_path=str(world.directory / "vhost")),
                     cache=CacheSettings(mode=OFF),
                     limits=LimitSettings(stop_timeout_s=0, **options),
+                    control=ControlSettings(socket=OFF),
                 ),
             )
     assert seen == [30.0, 7.0]
