@@ -69,7 +69,7 @@ class Router:
         self._view = view
         self._actions = actions
         self._changes = Changes(view)
-        self.routes = (*self._looks(), *self._asks())
+        self.routes = (*self._looks(), *self._asks(), *self._cache_asks())
         self._by_path: dict[str, dict[str, Route]] = {}
         for route in self.routes:
             self._by_path.setdefault(route.path, {})[route.method] = route
@@ -107,7 +107,6 @@ class Router:
         actions = self._actions
         timeout = {"timeout_s": _TIMEOUT}
         sends = (_BAD, _CONFLICT, _REFUSED, _BUSY, _LATE)
-        refuses = (_BAD, _CONFLICT, _BUSY)
         return (
             Route(
                 "POST",
@@ -147,6 +146,21 @@ class Router:
             ),
             Route(
                 "POST",
+                "/settings",
+                "Change some settings until the process ends.",
+                self._set,
+                Settings,
+                _SETTINGS,
+                (_BAD, _CONFLICT),
+            ),
+        )
+
+    def _cache_asks(self) -> tuple[Route, ...]:
+        actions = self._actions
+        refuses = (_BAD, _CONFLICT, _BUSY)
+        return (
+            Route(
+                "POST",
                 "/cache/drop-clean",
                 "Forget every clean block of the cache.",
                 lambda _: actions.drop_clean(),
@@ -171,15 +185,6 @@ class Router:
                 Warming,
                 {},
                 (_CONFLICT,),
-            ),
-            Route(
-                "POST",
-                "/settings",
-                "Change some settings until the process ends.",
-                self._set,
-                Settings,
-                _SETTINGS,
-                (_BAD, _CONFLICT),
             ),
         )
 

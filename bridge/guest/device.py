@@ -29,18 +29,19 @@ from bridge.datapath.request import Hits, Target
 from bridge.datapath.rows import Usual
 from bridge.errors import ProtocolError
 from bridge.guest.above import Above
+from bridge.guest.dirty_logs import DirtyLogs
 from bridge.guest.drain import Drain
 from bridge.guest.guest_faults import GuestFaults
 from bridge.guest.last_stop import LastStop
 from bridge.guest.regions import mapped, with_added
 from bridge.guest.remembered import Remembered
 from bridge.guest.ring import RunningRing
-from bridge.guest.ring_setup import make_queue, ring_areas, written_areas
+from bridge.guest.ring_setup import make_queue, ring_areas
 from bridge.guest.vhost_user.device_interface import ConfigListener, MemoryRegion, RingSetup
 from bridge.guest.virtio.blk import BlkEngine, BlkRequest
 from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.guest.virtio.chain import MAX_QUEUE_SIZE
-from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog
+from bridge.guest.virtio.dirty_log import DirtyBitmap
 from bridge.guest.virtio.long_chains import LongViews
 from bridge.guest.virtio.memory import GuestMemory
 from bridge.guest.write_cache import WriteCacheFlush
@@ -84,7 +85,6 @@ class BlkDevice:
         )
         self._faults = GuestFaults()
         self._write_cache = WriteCacheFlush(target, loop.turn)
-        self._requests_of_closed = 0
         self._engine = BlkEngine(
             config,
             target,
@@ -107,9 +107,9 @@ class BlkDevice:
         self._setups: dict[int, RingSetup] = {}
         self._rings: dict[int, RunningRing] = {}
         self._kickless = trio.Event()
+        self._requests_of_closed = 0
         self._memory = GuestMemory([])
-        self._bitmap: DirtyBitmap | None = None
-        self._logging = False
+        self._dirty_logs = DirtyLogs()
         self._long_views = LongViews()
         self._told_of_unsealed = False
 
@@ -316,7 +316,9 @@ class BlkDevice:
         if bases and not self._rings:
             failure, is_late = await self._last_stop.bring_up_to_date(deadline_s)
             if answered:
-                await self._last_stop.promise(failure, is_late=is_late, migrates=self._logging)
+                await self._last_stop.promise(
+                    failure, is_late=is_late, migrates=self._dirty_logs.is_enabled
+                )
             elif failure or is_late:
                 _log.error(
                     "the guest has gone, and the server has not taken everything yet: it goes "
@@ -428,12 +430,12 @@ class BlkDevice:
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
         """See VhostUserDevice."""
-        self._bitmap = DirtyBitmap.map(fd, offset, size)
+        self._dirty_logs.bitmap = DirtyBitmap.map(fd, offset, size)
         self._update_logs()
 
     def set_logging(self, enabled: bool) -> None:
         """See VhostUserDevice."""
-        self._logging = enabled
+        self._dirty_logs.is_enabled = enabled
         self._update_logs()
 
     def set_ring_log(self, index: int, log_guest_address: int | None) -> None:
@@ -444,11 +446,9 @@ class BlkDevice:
     def _update_logs(self) -> None:
         """Every ring marks what it writes if that is wanted."""
         for index, ring in self._rings.items():
-            if self._bitmap is None or not self._logging:
-                ring.set_log(None)
-            else:
-                areas = written_areas(self._memory, self._setups[index], packed=self._packed)
-                ring.set_log(DirtyLog(self._bitmap, self._memory, areas))
+            ring.set_log(
+                self._dirty_logs.of(self._memory, self._setups[index], packed=self._packed)
+            )
 
     # The end
 
@@ -481,5 +481,4 @@ class BlkDevice:
 
     def _forget_shared(self) -> None:
         self._remembered.forget()
-        self._bitmap = None
-        self._logging = False
+        self._dirty_logs = DirtyLogs()
