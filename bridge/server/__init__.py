@@ -2,8 +2,8 @@
 
 From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
 
-* `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O; `untrusted`:
-  what a server says, bounded;
+* `handshake` (options) with `infos`, and `transmission` (commands and replies), `chunks`: sans-I/O;
+  `untrusted`: what a server says, bounded;
 * `connection`: one socket with both, driven by trio while it connects and by the data path's
   `Loop` afterwards; `tls`: the same over TLS;
 * `link`: what happens when the server goes away and comes back, sans-I/O. Its parts: `channels`
