@@ -115,6 +115,7 @@ def test_every_option_has_its_environment_variable(
             "--cache-dir",
             "--socket-path",
             "--api",
+            "--name",
         ):
             continue
         if each.setting.option.startswith("--tls"):
