@@ -247,8 +247,8 @@ class Live:
 
     @property
     def _index(self) -> Index | None:
-        cache = self.storage._cache
-        return None if cache is None or self.storage._closed else cache.index
+        cached = self.storage._cached
+        return None if cached is None or cached.is_closed else cached.cache.index
 
 
 def _belongs_to(command: Request, request: Request) -> bool:

@@ -647,13 +647,13 @@ def test_write_that_waits_for_room_waits_on_while_the_server_only_refuses_data()
 def _searches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The granules for which a slot is looked for from now on."""
     searched: list[int] = []
-    obtain = rig.cache._slots.obtain
+    obtain = rig.cache._common.slots.obtain
 
     def counted(granule: int) -> int:
         searched.append(granule)
         return obtain(granule)
 
-    monkeypatch.setattr(rig.cache._slots, "obtain", counted)
+    monkeypatch.setattr(rig.cache._common.slots, "obtain", counted)
     return searched
 
 
@@ -666,7 +666,7 @@ def test_write_that_waits_for_a_slot_looks_again_only_when_there_may_be_one(
         rig.write(slot * GRANULE, b"c" * BLOCK)
     assert rig.flush() == 0
     for slot in range(1, 9):
-        rig.cache._slots.pin(slot)
+        rig.cache._common.slots.pin(slot)
     write = rig.start(WRITE, 100 * GRANULE, data=b"w" * BLOCK)
     searched = _searches(rig, monkeypatch)
 
@@ -675,7 +675,7 @@ def test_write_that_waits_for_a_slot_looks_again_only_when_there_may_be_one(
         assert rig.read(now * GRANULE, BLOCK) == b"c" * BLOCK
         assert rig.flush() == 0
     assert (searched, write.error) == ([], None)
-    rig.cache._slots.unpin(3)
+    rig.cache._common.slots.unpin(3)
     rig.turn.want()
     rig.end_turn()
 

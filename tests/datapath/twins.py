@@ -29,7 +29,7 @@ from typing import Any
 
 import structlog
 
-from bridge.app.storage import CachedBackend
+from bridge.app.backends import CachedBackend
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage

@@ -1408,10 +1408,10 @@ async def test_in_flight_region_of_any_size_has_entries_for_our_largest_ring_at_
 
 async def test_in_flight_region_refused_leaves_the_former_one(guest: DeviceGuest) -> None:
     fd, size_bytes = guest.device.create_inflight(1, 16)
-    before = guest.device._inflight
+    before = guest.device._remembered.region
     with pytest.raises(ProtocolError):
         guest.device.set_inflight(fd, size_bytes, size_bytes, 1, 16)
-    assert guest.device._inflight is before
+    assert guest.device._remembered.region is before
     os.close(fd)
 
 
