@@ -1274,11 +1274,11 @@ async def test_memory_of_a_logged_ring_taken_away_leaves_the_other_rings_running
 async def test_ring_whose_start_fails_late_does_not_exist(
     guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(ring: object) -> None:
+    def fails(memory: object, ring: object, *, packed: bool) -> None:
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patched:
-        patched.setattr(guest.device, "_log_of", fails)
+        patched.setattr(guest.device._dirty_logs, "of", fails)
         with pytest.raises(RuntimeError, match="a bug"):
             guest.start()
     guest.start()
