@@ -166,38 +166,50 @@ class RbdStore:
                 image.close()
                 return self.open(name, read_only=True, timeout_s=timeout_s)
             header = HeaderVersion(self._open_pool, volume)
-            untouched = False
-
-            def is_as_remembered() -> bool:
-                try:
-                    return header.is_as_remembered()
-                except rados.Error:
-                    return False
-
-            def look(is_as_left: bool) -> None:
-                nonlocal untouched
-                untouched = is_as_left or is_as_remembered()
-
-            def look_now() -> bool:
-                return self._bounded(f"looking at volume {name}", is_as_remembered)
-
-            if not read_only:
-                self._refuse_demoted(image, name)
-                self._take_lock(image, name, timeout_s, look)
-            may_remember = not read_only and self._may_remember(header, name)
-            instance = uuid.uuid5(self._process, f"{name} {self._losses.get(name, 0)}")
-            return RbdDisk(
-                image,
-                read_only=read_only,
-                instance=str(instance),
-                on_loss=lambda: self._note_loss(name),
-                is_untouched=look_now if read_only else lambda: untouched,
-                on_closed=(lambda: self._remember(header, name)) if may_remember else None,
-            )
+            return self._disk(image, name, header, read_only=read_only, timeout_s=timeout_s)
         except BaseException:
             # In the background: it hangs if what failed was the cluster.
             in_background(f"closing volume {name}", image.close)
             raise
+
+    def _disk(
+        self,
+        image: rbd.Image,
+        name: str,
+        header: HeaderVersion,
+        *,
+        read_only: bool,
+        timeout_s: float,
+    ) -> RbdDisk:
+        """The disk in `image`; the exclusive lock is taken unless it is `read_only`."""
+        untouched = False
+
+        def is_as_remembered() -> bool:
+            try:
+                return header.is_as_remembered()
+            except rados.Error:
+                return False
+
+        def look(is_as_left: bool) -> None:
+            nonlocal untouched
+            untouched = is_as_left or is_as_remembered()
+
+        def look_now() -> bool:
+            return self._bounded(f"looking at volume {name}", is_as_remembered)
+
+        if not read_only:
+            self._refuse_demoted(image, name)
+            self._take_lock(image, name, timeout_s, look)
+        may_remember = not read_only and self._may_remember(header, name)
+        instance = uuid.uuid5(self._process, f"{name} {self._losses.get(name, 0)}")
+        return RbdDisk(
+            image,
+            read_only=read_only,
+            instance=str(instance),
+            on_loss=lambda: self._note_loss(name),
+            is_untouched=look_now if read_only else lambda: untouched,
+            on_closed=(lambda: self._remember(header, name)) if may_remember else None,
+        )
 
     def create(self, name: str, size_bytes: int, *, read_only: bool = False) -> None:
         """See `Store`. Raises PluginError (EEXIST, ETIMEDOUT)."""

@@ -24,7 +24,7 @@ from bridge.app import logs
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.warm import Warmer
 from bridge.errors import BridgeError
-from bridge.server.client import inspect
+from bridge.server.inspection import inspect
 from bridge.units import SECTOR_BYTES, size_text
 
 _log = structlog.get_logger(__name__)
@@ -166,7 +166,7 @@ class Actions:
             if live.cache is None:
                 raise _conflict("there is no cache")
             before = live.valid_bytes
-            live.cache.drop_clean()
+            live.cache.foreign.drop_clean()
             live.loop.turn.want()
             _log.info("clean blocks were dropped", bytes=before - live.valid_bytes)
             return Dropped(before - live.valid_bytes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import trio
 
@@ -24,6 +25,15 @@ from bridge.guest.ring import RunningRing
 from bridge.guest.virtio.blk import BlkRequest
 from bridge.server.link import Phase
 from bridge.units import SECTOR_BYTES
+
+
+class Witness:
+    """The `done` of a request of the guest's whose end the API looks at; `then` is told next."""
+
+    __slots__ = ("then",)
+
+    def __init__(self, then: Callable[[Any], None]) -> None:
+        self.then = then
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,15 @@ class Live:
         if engine.usual is not None:
             engine.usual.adopt_all()  # What went the usual way has no object yet.
         return sorted(engine._unanswered, key=engine._unanswered.__getitem__)
+
+    def is_as_it_came(self, request: BlkRequest) -> bool:
+        """The engine is told of its end, and at most a `Witness` before. Else the client is to be
+        told first: it is sent alone, or once more. A witness in between would be taken for what is
+        told after that, and called again and again."""
+        engine, done = self.device._engine, request.done
+        while isinstance(done, Witness):
+            done = done.then
+        return done in (engine._done, engine._large_done)
 
     @property
     def has_front_end(self) -> bool:
@@ -210,7 +229,7 @@ class Live:
         return self.disk.flush_interval_s
 
     def set_flush_interval(self, seconds: float) -> None:
-        """From the next write on."""
+        """From now on; what was written before waits no longer than that, too."""
         cache = self.storage._cache
         if cache is not None:
             cache.flush_interval_s = seconds
@@ -228,8 +247,8 @@ class Live:
 
     @property
     def _index(self) -> Index | None:
-        cache = self.storage._cache
-        return None if cache is None or self.storage._closed else cache.index
+        cached = self.storage._cached
+        return None if cached is None or cached.is_closed else cached.cache.index
 
 
 def _belongs_to(command: Request, request: Request) -> bool:

@@ -69,7 +69,7 @@ class Router:
         self._view = view
         self._actions = actions
         self._changes = Changes(view)
-        self.routes = (*self._looks(), *self._asks())
+        self.routes = (*self._looks(), *self._asks_of_server(), *self._asks_here())
         self._by_path: dict[str, dict[str, Route]] = {}
         for route in self.routes:
             self._by_path.setdefault(route.path, {})[route.method] = route
@@ -103,17 +103,14 @@ class Router:
             Route("GET", "/openapi.json", "This description.", self._openapi, dict[str, str]),
         )
 
-    def _asks(self) -> tuple[Route, ...]:
-        actions = self._actions
-        timeout = {"timeout_s": _TIMEOUT}
-        sends = (_BAD, _CONFLICT, _REFUSED, _BUSY, _LATE)
-        refuses = (_BAD, _CONFLICT, _BUSY)
+    def _asks_of_server(self) -> tuple[Route, ...]:
+        timeout, sends = {"timeout_s": _TIMEOUT}, (_BAD, _CONFLICT, _REFUSED, _BUSY, _LATE)
         return (
             Route(
                 "POST",
                 "/flush",
                 "Bring everything to the server, durable. What is cached stays.",
-                lambda body: actions.flush(**body),
+                lambda body: self._actions.flush(**body),
                 Flushed,
                 timeout,
                 sends,
@@ -122,7 +119,7 @@ class Router:
                 "POST",
                 "/detach",
                 "Flush, and say that the bridge may be stopped, or why not.",
-                lambda body: actions.detach(**body),
+                lambda body: self._actions.detach(**body),
                 Safety,
                 timeout,
                 sends,
@@ -140,16 +137,21 @@ class Router:
                 "POST",
                 "/resize",
                 "Ask the server for the size, and take a larger one over.",
-                lambda body: actions.resize(**body),
+                lambda body: self._actions.resize(**body),
                 Resized,
                 timeout,
                 sends,
             ),
+        )
+
+    def _asks_here(self) -> tuple[Route, ...]:
+        refuses = (_BAD, _CONFLICT, _BUSY)
+        return (
             Route(
                 "POST",
                 "/cache/drop-clean",
                 "Forget every clean block of the cache.",
-                lambda _: actions.drop_clean(),
+                lambda _: self._actions.drop_clean(),
                 Dropped,
                 {},
                 refuses,
@@ -158,7 +160,7 @@ class Router:
                 "POST",
                 "/cache/warm",
                 "Begin to read a range of the disk into the cache.",
-                lambda body: actions.warm(**body),
+                lambda body: self._actions.warm(**body),
                 Warming,
                 _RANGE,
                 refuses,
@@ -167,7 +169,7 @@ class Router:
                 "DELETE",
                 "/cache/warm",
                 "Read nothing more into the cache.",
-                lambda _: actions.cancel_warming(),
+                lambda _: self._actions.cancel_warming(),
                 Warming,
                 {},
                 (_CONFLICT,),

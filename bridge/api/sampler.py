@@ -23,7 +23,7 @@ import structlog
 import trio
 
 from bridge.api.histogram import Histogram
-from bridge.api.live import Live
+from bridge.api.live import Live, Witness
 from bridge.datapath.request import OP_NAMES, READ, WRITE, Request
 
 _log = structlog.get_logger(__name__)
@@ -33,20 +33,20 @@ HIT = "cache"
 MISS = "server"
 
 
-class _Timed:
+class _Timed(Witness):
     """The `done` of a request that is timed."""
 
-    __slots__ = ("_began_s", "_done", "_histogram")
+    __slots__ = ("_began_s", "_histogram")
 
     def __init__(self, done: Callable[[Any], None], began_s: float, histogram: Histogram) -> None:
-        self._done = done
+        super().__init__(done)
         self._began_s = began_s
         self._histogram = histogram
 
     def __call__(self, request: Request) -> None:
         self._histogram.add(perf_counter() - self._began_s)
-        request.done = self._done
-        self._done(request)
+        request.done = self.then
+        self.then(request)
 
 
 class Sampler:
@@ -134,7 +134,8 @@ class Sampler:
         if from_the_end > len(unanswered):
             return  # A request that was refused.
         request = unanswered[-from_the_end]
-        if not isinstance(request.done, _Timed):
+        # An older one, if one of this turn's was refused, may be in other hands by now.
+        if not isinstance(request.done, _Timed) and self._live.is_as_it_came(request):
             request.done = _Timed(request.done, began_s, self._histogram(request.op, MISS))
 
     def _histogram(self, op: int, served_by: str) -> Histogram:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import structlog
 import trio
 
-from bridge.api.live import Live
+from bridge.api.live import Live, Witness
 from bridge.api.sampler import Sampler
 from bridge.datapath.request import OP_NAMES, Request
 from bridge.server.link import Phase
@@ -77,7 +77,7 @@ class Watch:
         self._seen = {
             request: seen.get(request, now)
             for request in islice(self._live.unanswered(), _OLDEST)
-            if not isinstance(request.done, _Ending)
+            if not isinstance(request.done, _Ending) and self._live.is_as_it_came(request)
         }
         if not self.slow_s:
             return
@@ -164,10 +164,10 @@ def _unsaid(request: Request, since_s: float) -> None:
     """The end of a slow request that was only counted."""
 
 
-class _Ending:
+class _Ending(Witness):
     """The `done` of a request that was reported as slow."""
 
-    __slots__ = ("_done", "_ended", "_since_s")
+    __slots__ = ("_ended", "_since_s")
 
     def __init__(
         self,
@@ -175,11 +175,11 @@ class _Ending:
         ended: Callable[[Request, float], None],
         since_s: float,
     ) -> None:
-        self._done = done
+        super().__init__(done)
         self._ended = ended
         self._since_s = since_s
 
     def __call__(self, request: Request) -> None:
         self._ended(request, self._since_s)
-        request.done = self._done
-        self._done(request)
+        request.done = self.then
+        self.then(request)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from bridge.server.client import inspect, list_exports
 from bridge.server.client_options import ClientOptions
+from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
 
 

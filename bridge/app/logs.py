@@ -73,17 +73,7 @@ def configure(
     From here on `sys.stderr` is the stream of the log, so that other output (a progress bar, the
     traceback of an uncaught exception) cannot block or raise, either.
     """
-    isatty = os.isatty(_STDERR)
-    renderer: structlog.typing.Processor
-    stamp: structlog.typing.Processor = structlog.processors.TimeStamper(fmt="iso", utc=True)
-    if format_ == "json":
-        renderer = structlog.processors.JSONRenderer()
-    else:
-        colors = isatty and not os.environ.get("NO_COLOR")
-        console = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
-        renderer = console
-        if _is_journal(_STDERR):
-            renderer, stamp = _with_priority(console), _as_it_is
+    renderer, stamp = _format(format_)
 
     def note(dropped: int) -> str:
         event = {"event": "log lines were dropped", "level": "warning", "lines": dropped}
@@ -107,6 +97,18 @@ def configure(
         logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
+
+
+def _format(name: str) -> tuple[structlog.typing.Processor, structlog.typing.Processor]:
+    """How a line is written, and what gives it its time."""
+    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    if name == "json":
+        return structlog.processors.JSONRenderer(), stamp
+    colors = os.isatty(_STDERR) and not os.environ.get("NO_COLOR")
+    console = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+    if _is_journal(_STDERR):
+        return _with_priority(console), _as_it_is
+    return console, stamp
 
 
 def _above_threshold(

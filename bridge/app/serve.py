@@ -244,7 +244,7 @@ class _GuestsSide(Above):
 
     def starting(self, go: Callable[[], None]) -> bool:
         """The ring has to wait if the storage has left its session with the server."""
-        return self._storage.starting(go)
+        return self._storage.departure.starting(go)
 
     def recovered(self) -> None:
         """The previous process may have sent the recovered requests."""
@@ -252,11 +252,11 @@ class _GuestsSide(Above):
 
     def abandoned(self, requests: Sequence[Request]) -> None:
         """The storage does not send them any more."""
-        self._storage.abandon(requests)
+        self._storage.departure.abandon(requests)
 
     async def left_behind(self) -> LeftBehind | None:
         """Unsent data stays in the cache; without one it is lost."""
-        return await self._storage.stop_sending()
+        return await self._storage.departure.stop_sending()
 
     def epoch(self) -> int:
         """The storage's epoch."""
@@ -265,7 +265,7 @@ class _GuestsSide(Above):
     async def all_stopped(self) -> None:
         """Write everything to the server and flush it there."""
         try:
-            await self._storage.hand_over(partial(self.disk.flush, quiet=True))
+            await self._storage.departure.hand_over(partial(self.disk.flush, quiet=True))
         finally:
             self._remember()
 

@@ -1,17 +1,20 @@
 """The local cache: a memory-mapped file between the guest and the server.
 
-- `cache`: the `Target` that joins everything, and the stage of the loop's turn; `common`: what its
-  parts share; `cache_options`: the limits; `upstream`: what it needs of the server.
+- `cache`: the `Target` that joins everything, and the stage of the loop's turn; `hits`: what is
+  served on the spot; `common`: what its parts share; `cache_options`: the limits; `upstream`: what
+  it needs of the server.
 - `blocks`: the states of a block, and the only code that changes them; `index`: granule → slot, in
   flat arrays; `eviction`: which clean granule goes when room is needed; `slots`: both in step.
 - `reads`, `fetch`, `readahead`: reads that are no hit; `cold`: blocks that left the page
   cache.
-- `store`: guest writes into the cache, and when each is complete.
-- `writeback`, `dirty_ring`, `wait`, `flush`: dirty blocks to the server, in which order, what waits
-  for that, and the barrier after it.
+- `store`: guest writes into the cache, and when each is complete; `waiting_writes`: what those wait
+  for that cannot be at once.
+- `writeback`, `dirty_ring`, `runs`, `pace`, `wait`, `flush`: dirty blocks to the server, in which
+  order, which in one command, when, what waits for that, and the barrier after it.
 - `range_requests`, `exclusive`, `discards`: discard and write-zeroes, ordered against everything in
   flight.
-- `resize`: the disk grows; `sample`: did another host write the image? `warm`: preloading.
+- `resize`: the disk grows; `foreign`, `sample`: did another host write the image? `warm`:
+  preloading.
 - `file`: the mapped file, its format and its place.
 
 Nothing here does I/O except `file` and `cold`. Time comes from an injected clock, turns from an

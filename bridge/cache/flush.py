@@ -62,7 +62,7 @@ class Flusher:
         self._next: list[Request] = []
         """What waits for the next pass."""
         self.interval_s = common.options.flush_interval_s
-        """May be changed: it counts from the next write after a flush. 0: no timer."""
+        """0: no timer. Changed by `set_interval`."""
         self._retries_later = False
         """The last one failed: the next that no request asks for is the timer's."""
         self._retry_s = common.options.retry_s
@@ -85,6 +85,13 @@ class Flusher:
         """Something was written: it is to be durable within the flush interval."""
         if self.due is None and self.interval_s:
             self.due = self._common.clock() + self.interval_s
+
+    def set_interval(self, interval_s: float) -> None:
+        """From now on; for what was written before as well, if that makes it durable earlier."""
+        self.interval_s = interval_s
+        if interval_s and (self._index.dirty_slots or not self._durability.all_flushed):
+            due = self._common.clock() + interval_s
+            self.due = due if self.due is None else min(self.due, due)
 
     def request(self, request: Request) -> None:
         """Finish `request` when everything completed until now is durable."""

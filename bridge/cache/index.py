@@ -70,19 +70,16 @@ class Index(Blocks):
         the disk or held twice, dirty blocks that are not valid. `skip_damaged`: such a slot is
         freed instead, whatever it held, and counted in `damaged_slots`.
         """
-        # One pass over up to millions of slots: local names, everything inline, `check_of` too
-        # (0.5 us each instead of 0.9).
-        head, chain = self.head, self.chain
-        mask, granules, blocks_mask = self.bucket_mask, self.geometry.granules, self.blocks_mask
+        # Up to millions of slots: local names, everything inline, `check_of` too (0.5 us, not 0.9).
+        head, chain, mask = self.head, self.chain, self.bucket_mask
+        granules, blocks_mask = self.geometry.granules, self.blocks_mask
         direct = granules <= mask + 1
         dirty_found: list[int] = []
-        valid_blocks = 0
         self._next_unused = 1
         for slot, word, granule in self._words():
             low = word & LOW_MASK
             valid = low & BITS
-            bucket = granule & mask
-            other = head[bucket]
+            other = head[bucket := granule & mask]
             if (
                 ((low ^ granule * 0x9E3779B1) * 0x85EBCA6B >> 7) & LOW_MASK != word >> 32
                 or granule >= granules
@@ -99,18 +96,20 @@ class Index(Blocks):
             if slot != self._next_unused:
                 self._leave_free(self._next_unused, slot)
             self._next_unused = slot + 1
-            valid_blocks += valid.bit_count()
+            self.valid_blocks += valid.bit_count()
             if low > BITS:
                 dirty_found.append(slot)
                 self.dirty_blocks += (low >> DIRTY_SHIFT).bit_count()
-        self.valid_blocks = valid_blocks
         self.dirty_slots = len(dirty_found)
+        self._turn_free_around()
+        return dirty_found
+
+    def _turn_free_around(self) -> None:
+        """All are found: the lowest free number is to be taken first."""
         self.used = self._next_unused - 1 - self._free_count
-        # The lowest number is to be taken first.
         lowest_last = array("I", self._free[: self._free_count])
         lowest_last.reverse()
         self._free[: self._free_count] = memoryview(lowest_last)
-        return dirty_found
 
     def _words(self) -> Iterator[tuple[int, int, int]]:
         """Number, state and granule of the slots that hold something, in order.

@@ -100,19 +100,11 @@ def compare(
 
     def answered(request: Request) -> None:
         nonlocal left, compared, differing, found
-        slot, bit, buffer = cast("tuple[int, int, memoryview]", request.owner)
         if not request.error:
             compared += 1
-            if index.valid(slot) & ~index.dirty(slot) & bit:
-                at = (slot << index.granule_shift) + (bit.bit_length() - 1 << index.block_shift)
-                ours = index.data[at : at + request.length]
-                block = request.offset >> index.block_shift
-                if ours != buffer and not (
-                    discarded[0] <= block < discarded[1]
-                    and (not only_zeroes or _differ_by_zeroes(ours, buffer))
-                ):
-                    differing += 1
-                    found = block
+            if _is_changed(index, request, discarded, only_zeroes=only_zeroes):
+                differing += 1
+                found = request.offset >> index.block_shift
         left -= 1
         if not left:
             done(Sample(differing, found, unknown=not compared))
@@ -121,11 +113,32 @@ def compare(
         done(Sample())
         return
     for slot, bit in chosen:
-        offset = index.granule_of[slot] << index.granule_shift
-        offset += bit.bit_length() - 1 << index.block_shift
-        length = min(index.block_bytes, index.geometry.disk_bytes - offset)
-        buffer = memoryview(bytearray(length))
-        submit(Request(READ, offset, length, [buffer], answered, owner=(slot, bit, buffer)))
+        submit(_read_of(index, slot, bit, answered))
+
+
+def _read_of(index: Index, slot: int, bit: int, done: Callable[[Request], None]) -> Request:
+    offset = index.granule_of[slot] << index.granule_shift
+    offset += bit.bit_length() - 1 << index.block_shift
+    length = min(index.block_bytes, index.geometry.disk_bytes - offset)
+    buffer = memoryview(bytearray(length))
+    return Request(READ, offset, length, [buffer], done, owner=(slot, bit, buffer))
+
+
+def _is_changed(
+    index: Index, request: Request, discarded: tuple[int, int], *, only_zeroes: bool
+) -> bool:
+    """Whether what was read from the server proves that it was changed there."""
+    slot, bit, buffer = cast("tuple[int, int, memoryview]", request.owner)
+    if not _clean(index, slot) & bit:
+        return False  # not any more
+    at = (slot << index.granule_shift) + (bit.bit_length() - 1 << index.block_shift)
+    ours = index.data[at : at + request.length]
+    if ours == buffer:
+        return False
+    block = request.offset >> index.block_shift
+    if discarded[0] <= block < discarded[1]:
+        return only_zeroes and not _differ_by_zeroes(ours, buffer)
+    return True
 
 
 def _differ_by_zeroes(one: memoryview, other: memoryview) -> bool:

@@ -15,9 +15,7 @@ from where it stopped when that is over.
 from __future__ import annotations
 
 from collections import deque
-from enum import Enum
 from errno import ECANCELED, EIO
-from typing import NamedTuple
 
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.common import Common
@@ -25,76 +23,11 @@ from bridge.cache.discards import Discards
 from bridge.cache.fetch import Fetcher
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT
 from bridge.cache.flush import Flusher
-from bridge.cache.wait import WriteOutWait
+from bridge.cache.waiting_writes import NO_SLOT, TOO_DIRTY, Obstacle, Why, WriteOp
 from bridge.cache.writeback import Writeback
 from bridge.datapath.buffers import gather
 from bridge.datapath.request import FUA, Request
 from bridge.datapath.turn import Outcome
-
-
-class Why(Enum):
-    """Why a write cannot be stored now."""
-
-    ROOM = "room"
-    """The hard dirty limit, or no slot can be had: writes wait in order."""
-    FETCH = "fetch"
-    """It covers part of an absent block, which has to come from the server first."""
-    LOAD = "load"
-    """It covers part of a block that is only on the cache's disk."""
-    DISCARD = "discard"
-    """A discard or write-zeroes of some of its blocks comes first."""
-    FAILED = "failed"
-    """The cache file refused it: nothing removes that."""
-
-
-class _Obstacle(NamedTuple):
-    """What stands in the way of the granule at `offset` of the disk."""
-
-    why: Why
-    offset: int = 0
-    slot: int = 0
-    bits: int = 0
-    """Blocks of that granule to be fetched or loaded."""
-    error: int = 0
-
-
-_TOO_DIRTY = _Obstacle(Why.ROOM)
-_NO_SLOT = _Obstacle(Why.ROOM)
-
-
-class _WriteOp(WriteOutWait):
-    """A write that could not complete at once."""
-
-    __slots__ = ("fetches", "needs_slot", "not_kept", "position", "request", "store")
-
-    def __init__(self, request: Request, store: Store, position: int) -> None:
-        super().__init__(fua=bool(request.flags & FUA))
-        self.request = request
-        self.store = store
-        self.position = position
-        """Bytes that are in the cache already."""
-        self.fetches = 0
-        """How many fetches are still to come; 0: it waits for none."""
-        self.not_kept = 0
-        """The errno of the cache file where it refused what was fetched."""
-        self.needs_slot = False
-        """What it waits for is not only that less is dirty, but a slot."""
-
-    def fetched(self, first: int, end: int, view: memoryview, error: int, not_kept: int) -> None:
-        """See fetch.Waiter. The blocks are in the cache now if there was room."""
-        self.error = self.error or error
-        self.not_kept = self.not_kept or not_kept
-        self.fetches -= 1
-        if not self.fetches:
-            self.store.fetched.append(self)
-
-    def discard_ended(self) -> None:
-        """See exclusive.WaitsForDiscard."""
-        self.store.go_on(self)
-
-    def join_written_out(self) -> None:
-        """See WriteOutWait."""
-        self.store.written_out.append(self)
 
 
 class Store:
@@ -123,11 +56,11 @@ class Store:
         self._open = common.index.open
         self._queued = writeback.ring.queued
         self.set_limits()
-        self._for_room: deque[_WriteOp] = deque()
-        self._for_load: set[_WriteOp] = set()
-        self.fetched: list[_WriteOp] = []
+        self._for_room: deque[WriteOp] = deque()
+        self._for_load: set[WriteOp] = set()
+        self.fetched: list[WriteOp] = []
         """Writes whose partly covered blocks have come, or could not be had."""
-        self.written_out: list[_WriteOp] = []
+        self.written_out: list[WriteOp] = []
         """Writes that had to reach the server, all of whose blocks were replied to."""
         self._refused = 0
         self._pressed = False
@@ -153,7 +86,7 @@ class Store:
         """Do a WRITE whose range lies within the disk."""
         self._stats.writes += 1
         if self._for_room:
-            self._wait(_WriteOp(request, self, 0), _TOO_DIRTY)
+            self._wait(WriteOp(request, self, 0), TOO_DIRTY)
             return
         if not (self._through or request.flags or self._discards):
             try:
@@ -168,7 +101,7 @@ class Store:
         if obstacle is None and not (self._through or request.flags & FUA):
             self._common.turn.finish(request)
             return
-        self._stored(_WriteOp(request, self, position), obstacle)
+        self._stored(WriteOp(request, self, position), obstacle)
 
     @property
     def through(self) -> bool:
@@ -227,7 +160,7 @@ class Store:
             moved |= self._flusher.press()
         return moved
 
-    def go_on(self, op: _WriteOp) -> None:
+    def go_on(self, op: WriteOp) -> None:
         """Try again from where `op` stopped: its obstacle may be gone."""
         if op.request.is_abandoned:
             self._common.turn.finish(op.request, ECANCELED)
@@ -235,7 +168,7 @@ class Store:
         op.position, obstacle = self._store(op.request, op.position)
         self._stored(op, obstacle)
 
-    def _after_fetch(self, op: _WriteOp) -> None:
+    def _after_fetch(self, op: WriteOp) -> None:
         if op.error or op.request.is_abandoned:
             self._common.turn.finish(op.request, op.error or ECANCELED)
             return
@@ -244,12 +177,12 @@ class Store:
         if obstacle is not None and obstacle.why is Why.FETCH and op.position == before:
             # What was fetched is not in the cache.
             if op.not_kept:
-                obstacle = _Obstacle(Why.FAILED, error=op.not_kept)
+                obstacle = Obstacle(Why.FAILED, error=op.not_kept)
             elif not self._slots.available:
-                obstacle = _NO_SLOT  # Asking the server again would not help before.
+                obstacle = NO_SLOT  # Asking the server again would not help before.
         self._stored(op, obstacle)
 
-    def _after_write_out(self, op: _WriteOp) -> None:
+    def _after_write_out(self, op: WriteOp) -> None:
         if not op.error and op.fua and op.unstable:
             self._flusher.request(op.request)
         else:
@@ -271,13 +204,13 @@ class Store:
             if obstacle is not None and obstacle.why is Why.ROOM:
                 # Now it needs something else. What it needs was looked for just now and is not
                 # there, so that this does not repeat itself.
-                op.needs_slot = obstacle is _NO_SLOT
+                op.needs_slot = obstacle is NO_SLOT
                 waiting.appendleft(op)
             else:
                 self._stored(op, obstacle)
         return moved
 
-    def _has_room(self, op: _WriteOp) -> bool:
+    def _has_room(self, op: WriteOp) -> bool:
         """What `op` waits for may be there by now."""
         return self._index.dirty_slots < self._hard_slots and (
             not op.needs_slot or self._slots.available
@@ -297,7 +230,7 @@ class Store:
         while self._for_room:
             self._common.turn.finish(self._for_room.popleft().request, errno)
 
-    def _stored(self, op: _WriteOp, obstacle: _Obstacle | None) -> None:
+    def _stored(self, op: WriteOp, obstacle: Obstacle | None) -> None:
         """The write is in the cache up to its `obstacle`; without one it completes in its time."""
         if obstacle is not None:
             self._wait(op, obstacle)
@@ -314,7 +247,7 @@ class Store:
         else:
             self._common.turn.finish(op.request)
 
-    def _wait(self, op: _WriteOp, obstacle: _Obstacle) -> None:
+    def _wait(self, op: WriteOp, obstacle: Obstacle) -> None:
         """Put `op` where it is found when `obstacle` is gone."""
         why = obstacle.why
         if why is Why.FAILED:
@@ -334,10 +267,10 @@ class Store:
             self._common.turn.finish(op.request, self._refused or EIO)
         else:
             self._stats.writes_waited += 1
-            op.needs_slot = obstacle is _NO_SLOT
+            op.needs_slot = obstacle is NO_SLOT
             self._for_room.append(op)
 
-    def _fetch_partial(self, op: _WriteOp, obstacle: _Obstacle) -> None:
+    def _fetch_partial(self, op: WriteOp, obstacle: Obstacle) -> None:
         """Fetch the blocks that the write covers only partly."""
         op.error = op.not_kept = 0
         op.fetches = 1
@@ -349,7 +282,7 @@ class Store:
             bits &= bits - 1
         op.fetches -= 1
 
-    def _load(self, op: _WriteOp, obstacle: _Obstacle) -> None:
+    def _load(self, op: WriteOp, obstacle: Obstacle) -> None:
         """Bring blocks that are written partly back into the page cache, then go on."""
 
         def loaded(outcome: Outcome) -> None:
@@ -368,7 +301,7 @@ class Store:
 
     # Storing.
 
-    def _store(self, request: Request, position: int) -> tuple[int, _Obstacle | None]:
+    def _store(self, request: Request, position: int) -> tuple[int, Obstacle | None]:
         """Store from byte `position` on: how far that went and, if not to the end, why."""
         index = self._index
         granule_bytes = index.granule_bytes
@@ -380,7 +313,7 @@ class Store:
             try:
                 obstacle = self._store_piece(request, position, at, within, size)
             except OSError as error:
-                return position, _Obstacle(Why.FAILED, error=self._file_failed(at, error))
+                return position, Obstacle(Why.FAILED, error=self._file_failed(at, error))
             if obstacle is not None:
                 return position, obstacle
             position += size
@@ -388,7 +321,7 @@ class Store:
 
     def _store_piece(
         self, request: Request, position: int, at: int, within: int, size: int
-    ) -> _Obstacle | None:
+    ) -> Obstacle | None:
         """Store `size` bytes that lie in one granule, or say what stands in the way (nothing
         changed then)."""
         index = self._index
@@ -401,24 +334,24 @@ class Store:
         if self._discards:
             block = at >> shift
             if self._discards.overlapping(block, block + last - first + 1) is not None:
-                return _Obstacle(Why.DISCARD, block << shift, bits=bits >> first)
+                return Obstacle(Why.DISCARD, block << shift, bits=bits >> first)
         slot = index.find(granule)
         word = index.state[slot] if slot else 0
         valid = word & BITS
         dirty = word >> DIRTY_SHIFT & BITS
         partial = self._partial(at, within, end, first, last)
         if not dirty and index.dirty_slots >= self._hard_slots:
-            return _TOO_DIRTY
+            return TOO_DIRTY
         if partial & ~valid:
-            return _Obstacle(Why.FETCH, granule_at, bits=partial & ~valid)
+            return Obstacle(Why.FETCH, granule_at, bits=partial & ~valid)
         if partial & ~index.ready[slot] and not self._image.resident(
             (slot << index.granule_shift) + within, size
         ):
-            return _Obstacle(Why.LOAD, granule_at, slot, partial)
+            return Obstacle(Why.LOAD, granule_at, slot, partial)
         if not slot:
             slot = self._slots.obtain(granule)
             if not slot:
-                return _NO_SLOT
+                return NO_SLOT
         target = (slot << index.granule_shift) + within
         index.write(slot, bits)
         self._put(request, position, size, slot, target, bits)
@@ -490,7 +423,7 @@ class Store:
             return
         writeback = self._writeback
         writeback.enqueue(slot)
-        if self._index.dirty_slots > self._flush_slots or writeback.over_background():
+        if self._index.dirty_slots > self._flush_slots or writeback.pace.over_background():
             self._pressed = self._common.turn.wanted = True
 
     def _partial(self, at: int, within: int, end: int, first: int, last: int) -> int:

@@ -22,6 +22,8 @@ from operator import itemgetter
 from bridge.cache.common import Common
 from bridge.cache.dirty_ring import DirtyRing
 from bridge.cache.discards import Discards
+from bridge.cache.pace import Pace
+from bridge.cache.runs import copy_of, first_run
 from bridge.cache.wait import WriteOutWait
 from bridge.datapath.request import FUA, WRITE, Request
 from bridge.datapath.turn import Outcome
@@ -55,10 +57,9 @@ class Writeback:
         self._options = options = common.options
         self._discards = discards
         self._durability = common.durability
-        self._blocks_shift = index.granule_shift - index.block_shift
         self._run_blocks = max(1, options.writeback_run_bytes >> index.block_shift)
-        self.set_limits()
         self.ring = DirtyRing(index.slots)
+        self.pace = Pace(common, self.ring)
         self._batch: list[int] = []
         self._batch_at = 0
         self._refused: dict[int, int] = {}
@@ -83,8 +84,6 @@ class Writeback:
         self.written: list[int] = []
         """Slots with WRITTEN blocks since the last flush was sent."""
         self._is_written = bytearray(index.slots + 1)
-        self.paused_until = 0.0
-        self._pause_s = options.retry_s
 
     # What the other parts of the cache say.
 
@@ -178,43 +177,14 @@ class Writeback:
 
     # Time.
 
-    def set_limits(self) -> None:
-        """Take the limits from the sizes of cache and disk, at the start and when that grows."""
-        index = self._index
-        self._limits = self._options.dirty_limits(
-            slots=index.slots, granules=index.geometry.granules
-        )
-
-    def next_deadline(self) -> float | None:
-        """When `tick()` has something to do."""
-        if self.ring.resting <= 0:
-            return None
-        oldest_s = self.ring.oldest_s
-        if oldest_s is not None and not self.over_background():
-            return max(oldest_s + self._options.writeback_age_s, self.paused_until)
-        return self.paused_until
-
     def tick(self, now: float) -> None:
-        """Start writing out what is old enough, or all when too much is dirty."""
-        ring = self.ring
-        if now < self.paused_until or ring.head >= ring.tail:
-            return
-        if ring.oldest_s is None:
-            self.write_out_to(ring.tail)
-            return
-        if self.over_background():
-            # The oldest go; what was written last may still grow into a longer run.
-            self.write_out_to(ring.tail - self._limits.background * 3 // 4)
-        if goal := ring.older_than(now - self._options.writeback_age_s):
+        """Start writing out what is old enough, or more when too much is dirty."""
+        if goal := self.pace.goal(now):
             self.write_out_to(goal)
 
     def tick_now(self) -> None:
         """Much became dirty: do not wait for the timer."""
         self.tick(self._common.clock())
-
-    def over_background(self) -> bool:
-        """More stands in the ring than should wait for its age."""
-        return self.ring.resting > self._limits.background
 
     # Sending.
 
@@ -228,7 +198,7 @@ class Writeback:
             self._refill(self._batch[self._batch_at :] + self._urgent)
             self._urgent = []
         while (
-            len(self._in_flight) + len(self._loading) < self._requests_allowed()
+            len(self._in_flight) + len(self._loading) < self._requests_allowed
             and self._bytes_in_flight < self._options.writeback_bytes
         ):
             if self._batch_at < len(self._batch):
@@ -249,16 +219,10 @@ class Writeback:
         self._batch_at = 0
         self._refused.clear()
 
+    @property
     def _requests_allowed(self) -> int:
-        """How many write-outs may be in flight: all while a request waits for one, else few."""
-        options, limits = self._options, self._limits
-        if self.barrier is not None or self._wanted:
-            return options.writeback_requests
-        above = self._index.dirty_slots - limits.background
-        if above <= 0:
-            return options.background_requests
-        more = options.writeback_requests * above // max(1, limits.flush - limits.background)
-        return min(options.writeback_requests, options.background_requests + more)
+        awaited = self.barrier is not None or bool(self._wanted)
+        return self.pace.requests_allowed(awaited=awaited)
 
     def _take_batch(self) -> None:
         first = self.ring.head
@@ -292,34 +256,24 @@ class Writeback:
             self._batch_at += 1
             self._load(slot)
             return
-        self._send(*self._run(slot, bits))
+        self._send(
+            *first_run(
+                index,
+                self._batch,
+                self._batch_at,
+                bits,
+                max_blocks=self._run_blocks,
+                is_apart=self._is_apart,
+            )
+        )
 
-    def _run(self, slot: int, bits: int) -> tuple[int, list[tuple[int, int]]]:
-        """The first run of `bits`, and what follows it on the disk: offset, (slot, bits) each."""
-        index, batch = self._index, self._batch
-        per_granule = 1 << self._blocks_shift
-        granule = index.granule_of[slot]
-        first = (bits & -bits).bit_length() - 1
-        count = _ones(bits >> first)
-        offset = (granule << index.granule_shift) + (first << index.block_shift)
-        parts = [(slot, (1 << first + count) - (1 << first))]
-        total = count
-        at = self._batch_at
-        # On into the next granule, while this run reaches its end and the next begins with it.
-        while first + count == per_granule and at + 1 < len(batch):
-            at += 1
-            following = batch[at]
-            granule += 1
-            if index.granule_of[following] != granule or following in self._refused:
-                break
-            first, count = 0, _ones(index.to_send(following))
-            if not count or self._discards.hold(granule):
-                break
-            total += count
-            if total > self._run_blocks or self._is_cold(following, (1 << count) - 1):
-                break
-            parts.append((following, (1 << count) - 1))
-        return offset, parts
+    def _is_apart(self, slot: int, bits: int) -> bool:
+        """These blocks cannot go with those before them."""
+        return (
+            slot in self._refused
+            or self._discards.hold(self._index.granule_of[slot])
+            or self._is_cold(slot, bits)
+        )
 
     def _is_cold(self, slot: int, bits: int) -> bool:
         """These blocks are on the disk only: copying them would stop the loop."""
@@ -358,16 +312,12 @@ class Writeback:
     def _send(self, offset: int, parts: list[tuple[int, int]]) -> None:
         """Send a private copy of these blocks."""
         index = self._index
-        shift = index.block_shift
-        pieces = []
         waits = []
+        copy = copy_of(index, parts)
         for slot, bits in parts:
             if slot in self._wanted:
                 waits += self._wanted[slot]
-            base = (slot << index.granule_shift) + ((bits & -bits).bit_length() - 1 << shift)
-            pieces.append(index.data[base : base + (bits.bit_count() << shift)])
             index.send(slot, bits)
-        copy = b"".join(pieces)
         self._bytes_in_flight += len(copy)
         # The disk may end within its last block.
         length = min(len(copy), index.geometry.disk_bytes - offset)
@@ -426,7 +376,7 @@ class Writeback:
                 self.could_not_flush()
             self._failed()
         else:
-            self._pause_s = self._options.retry_s
+            self.pace.succeeded()
             if not stable:
                 durability.acknowledged()
         for slot, bits in write_out.parts:
@@ -459,8 +409,7 @@ class Writeback:
 
     def _failed(self) -> None:
         self._common.stats.writeback_errors += 1
-        self.paused_until = self._common.clock() + self._pause_s
-        self._pause_s = min(self._pause_s * 2, self._options.retry_max_s)
+        self.pace.failed()
         if self.barrier is None:
             # Stop the background write-out; what a flush or a write asks for is tried.
             self.ring.stop()
@@ -471,8 +420,3 @@ def _attach(write_out: WriteOut, wait: WriteOutWait) -> None:
     wait.pending += 1
     if not write_out.flags & FUA:
         wait.unstable = True
-
-
-def _ones(bits: int) -> int:
-    """How many of the lowest bits are set without a gap."""
-    return (~bits & bits + 1).bit_length() - 1

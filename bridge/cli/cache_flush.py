@@ -7,7 +7,7 @@ from functools import partial
 import click
 
 from bridge.app import logs
-from bridge.app.cache_tools import flush_file
+from bridge.app.cache_flush import flush_file
 from bridge.app.settings import CacheFlushSettings, client_options
 from bridge.app.signals import run_until_signal
 from bridge.cli import common

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from bridge.app import logs
-from bridge.app.cache_tools import warm
+from bridge.app.cache_warm import warm
 from bridge.app.settings import CacheWarmSettings, client_options
 from bridge.app.signals import run_until_signal
 from bridge.cli import common

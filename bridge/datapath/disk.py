@@ -92,8 +92,7 @@ class Disk:
             self.hits = self
             self.read_hit = hits.read_hit  # bound once: no second call per request
             self._write_hit = hits.write_hit
-        self.flush_interval_s = flush_interval_s
-        """May be changed: it counts from the next write after a flush."""
+        self._flush_interval_s = flush_interval_s
         self.usual = backend.usual(self._wrote) if usual else None
         """What rings may ask before they pop a chain; None: there is nothing."""
         if self.usual is not None:
@@ -147,10 +146,26 @@ class Disk:
         """When the timer fires, on the clock `now`; None while it is not armed."""
         return None if self._deadline_s == inf else self._deadline_s
 
+    @property
+    def flush_interval_s(self) -> float:
+        """May be changed. What is not flushed by then waits no longer than the new one, too."""
+        return self._flush_interval_s
+
+    @flush_interval_s.setter
+    def flush_interval_s(self, interval_s: float) -> None:
+        self._flush_interval_s = interval_s
+        if self._deadline_s is not None:
+            due_s = self._due_s()
+            self._deadline_s = due_s if due_s == inf else min(self._deadline_s, due_s)
+            self._armed.set()
+
+    def _due_s(self) -> float:
+        """When what is written now is to be flushed at the latest."""
+        return self._now() + ((self._backend.can_flush and self._flush_interval_s) or inf)
+
     def _arm_timer(self) -> None:
         """Something is not durable. (Without a timer the deadline never comes.)"""
-        interval_s = (self._backend.can_flush and self.flush_interval_s) or inf
-        self._deadline_s = self._now() + interval_s
+        self._deadline_s = self._due_s()
         self._armed.set()
         if self.is_durable:
             self.is_durable = False
@@ -300,11 +315,11 @@ class Disk:
         """Fire the timer whenever it is due, for ever."""
         while True:
             deadline_s = self._deadline_s
-            if deadline_s is None:
+            left_s = inf if deadline_s is None else deadline_s - self._now()
+            if left_s > 0:
                 self._armed = trio.Event()
-                await self._armed.wait()
-            elif (left_s := deadline_s - self._now()) > 0:
-                await trio.sleep(left_s)
+                with trio.move_on_after(left_s):
+                    await self._armed.wait()
             elif self._unasked is not None:
                 self._unasked_ended = trio.Event()
                 await self._unasked_ended.wait()

@@ -49,6 +49,7 @@ class Request:
     """
 
     __slots__ = (
+        "__weakref__",
         "_abandoned",
         "buffers",
         "cookie",

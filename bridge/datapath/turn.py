@@ -170,8 +170,10 @@ class Turn:
         raise AssertionError("a turn that does not settle")
 
     def _check_stages(self) -> None:
+        n_ends = len(self._ends)
         for stage in self._stages:
             assert not stage.advance(), f"{stage} had something to do, and wanted no turn for it"
+        assert len(self._ends) == n_ends, "a stage that did nothing has put something off"
         assert not self.finished, "a stage that did nothing has finished something"
         assert not self.wanted, "a stage that did nothing wants a turn"
 

@@ -10,43 +10,41 @@ that was answered is a promise to the host that opens the image next.
 in-flight region it stays in that, neither completed nor failed, and is executed when the ring runs
 again; without one it fails, for that ring alone.
 
-**The last stop.** When no ring runs any more the guest may go on elsewhere. So everything that it
-wrote is brought to the server and flushed first (`Above.all_stopped`). If that does not succeed
-within the limit the storage side sees to it that nothing of the guest's is sent from here any
-more (`Above.left_behind`), and when something is left here that the next host would miss the stop
-is not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
-in-flight region counts as missing while the dirty log is on: such a region does not migrate, and
-neither does what the guest has still to be told of a loss.
+**The last stop.** When no ring runs any more the guest may go on elsewhere: see `last_stop`.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import structlog
 import trio
 
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import FLUSH, UNASKED, Hits, Request, Target
+from bridge.datapath.request import Hits, Target
 from bridge.datapath.rows import Usual
-from bridge.errors import LeftBehind, ProtocolError
+from bridge.errors import ProtocolError
 from bridge.guest.above import Above
+from bridge.guest.dirty_logs import DirtyLogs
 from bridge.guest.drain import Drain
+from bridge.guest.guest_faults import GuestFaults
+from bridge.guest.last_stop import LastStop
 from bridge.guest.regions import mapped, with_added
+from bridge.guest.remembered import Remembered
 from bridge.guest.ring import RunningRing
-from bridge.guest.ring_setup import make_queue, ring_areas, written_areas
+from bridge.guest.ring_setup import make_queue, ring_areas
 from bridge.guest.vhost_user.device_interface import ConfigListener, MemoryRegion, RingSetup
 from bridge.guest.virtio.blk import BlkEngine, BlkRequest
 from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.guest.virtio.chain import MAX_QUEUE_SIZE
-from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog
-from bridge.guest.virtio.inflight import InflightRegion, queue_size_by_region
+from bridge.guest.virtio.dirty_log import DirtyBitmap
 from bridge.guest.virtio.long_chains import LongViews
 from bridge.guest.virtio.memory import GuestMemory
+from bridge.guest.write_cache import WriteCacheFlush
 from bridge.spec.virtqueue import F_RING_PACKED
 
 _log = structlog.get_logger(__name__)
@@ -81,47 +79,44 @@ class BlkDevice:
         above = self._above = above or Above()
         self.max_queues = max_queues
         self.max_queue_size = max_queue_size
-        self.listener: ConfigListener | None = None
         self._loop = loop
-        self._config = BlkConfig(
+        config = self._config = BlkConfig(
             geometry, num_queues=max_queues, withheld_features=withheld_features
         )
-        self.guest_faults: Counter[str] = Counter()
-        self._requests_of_closed = 0
-        self._target = target
+        self._faults = GuestFaults()
+        self._write_cache = WriteCacheFlush(target, loop.turn)
         self._engine = BlkEngine(
-            self._config,
+            config,
             target,
             hits=hits,
             usual=usual,
             serial=serial,
-            fault=self._guest_fault,
+            fault=self._faults.bad_request,
             turn=loop.turn,
             epoch=above.epoch,
         )
         self._drain = Drain(drain_timeout_s)
-        self._has_inherited = False
-        """The guest with the present in-flight region has run with another process."""
-        self._has_served = False
-        """A ring ran here: what a guest left unflushed when it stopped is known."""
-        self._unflushed_on = 0
-        self._loss_untold = False
-        self._memory = GuestMemory([])
+        self._remembered = Remembered(config)
+        self._last_stop = LastStop(above, self._drain, self._remembered)
+        self._share_nothing()
+
+    def _share_nothing(self) -> None:
+        """Nothing of the guest's is known yet: no memory, no rings, no dirty log."""
+        self.listener: ConfigListener | None = None
         self._features = 0
         self._setups: dict[int, RingSetup] = {}
         self._rings: dict[int, RunningRing] = {}
         self._kickless = trio.Event()
-        self._inflight: InflightRegion | None = None
-        self._inflight_source: tuple[int, int, int] | None = None
-        self._left: dict[int, int] = {}
-        """How many requests of a stopped ring were left in the in-flight region `_left_in`."""
-        self._left_in: tuple[int, int, int] | None = None
-        self._bitmap: DirtyBitmap | None = None
-        self._logging = False
+        self._requests_of_closed = 0
+        self._memory = GuestMemory([])
+        self._dirty_logs = DirtyLogs()
         self._long_views = LongViews()
         self._told_of_unsealed = False
-        self._write_cache_flushes = 0
-        """Flushes for a write cache that was turned off: in flight, and one more to come."""
+
+    @property
+    def guest_faults(self) -> Counter[str]:
+        """What the guest did wrong: the kind, and how often."""
+        return self._faults.counts
 
     # Features and configuration space
 
@@ -148,44 +143,18 @@ class BlkDevice:
         was_writeback = self._config.writeback
         self._config.write(offset, data)
         self._engine.writeback_changed()
-        self._remember()
+        self._remembered.remember()
         if was_writeback and not self._config.writeback:
             # From now on the guest sends no flushes; what it wrote before is not to wait for one.
-            self._flush_what_was_written()
-
-    def _flush_what_was_written(self) -> None:
-        """One at a time: a guest may turn its write cache off as often as it likes."""
-        if self._write_cache_flushes:
-            self._write_cache_flushes = 2  # Once more, for what was written since.
-            return
-        self._write_cache_flushes = 1
-        self._target.submit(Request(FLUSH, 0, 0, [], self._written_flushed, UNASKED))
-        self._loop.turn.want()
-
-    def _written_flushed(self, flush: Request) -> None:
-        again = self._write_cache_flushes > 1
-        self._write_cache_flushes = 0
-        if flush.error:
-            _log.error("what was written before the write cache was turned off may not be durable")
-        if again:
-            self._flush_what_was_written()
+            self._write_cache.flush_what_was_written()
 
     def remember_durability(self, *, unflushed_on: int, loss_untold: bool) -> None:
         """Keep for the process after this one: on which server instance something is unflushed
         (a number of 56 bits, 0: on none that has a name), and that the guest's next flush must
         fail."""
-        self._unflushed_on = unflushed_on
-        self._loss_untold = loss_untold
-        self._remember()
-
-    def _remember(self) -> None:
-        """For the process after this one: the guest will not say any of it again."""
-        if self._inflight is not None:
-            self._inflight.remember(
-                write_through=self._config.writeback_refused,
-                loss_untold=self._loss_untold,
-                unflushed_on=self._unflushed_on,
-            )
+        self._remembered.unflushed_on = unflushed_on
+        self._remembered.loss_untold = loss_untold
+        self._remembered.remember()
 
     def resize(self, size_bytes: int) -> None:
         """The disk below has another size: the guest is told."""
@@ -258,31 +227,25 @@ class BlkDevice:
 
     def start_ring(self, index: int, ring: RingSetup) -> None:
         """See VhostUserDevice."""
+        log = self._dirty_logs.of(self._memory, ring, packed=self._packed)
+        remembered = self._remembered
         queue = make_queue(
             ring,
             index,
             memory=self._memory,
             features=self._features,
             max_size=self.max_queue_size,
-            inflight=self._inflight,
+            inflight=remembered.region,
         )
-
         queue.long.join(self._long_views)
-        if not self._has_served:
-            self._has_served = True
+        if not remembered.has_served:
+            remembered.has_served = True
             self._note_guest(ring)
-        left_by_us = self._left_in == self._inflight_source and index in self._left
-        if queue.in_flight and not left_by_us:
+        if queue.in_flight and not remembered.was_left(index):
             # In flight before the ring runs: begun by another process, perhaps sent by it.
             self._above.recovered()
-        self._left.pop(index, None)
-        if self._inflight is None:
-            self._left.clear()
+        remembered.starting(index)
         ready = self._above.starting(self._let_go)
-
-        def broken(reason: str) -> None:
-            self._ring_broken(index, reason)
-
         self._rings[index] = RunningRing(
             self._loop,
             queue,
@@ -290,23 +253,17 @@ class BlkDevice:
             kick_fd=ring.kick_fd,
             call_fd=ring.call_fd,
             error_fd=ring.error_fd,
-            broken=broken,
+            broken=partial(self._faults.ring_broken, index),
             held=not ready,
+            log=log,
         )
         self._setups[index] = ring
         self._kickless.set()
-        try:
-            self._update_logs()
-        except BaseException:
-            # All of it or nothing: nobody else knows of this ring.
-            del self._setups[index]
-            self._close_ring(self._rings.pop(index))
-            raise
 
     def _note_guest(self, ring: RingSetup) -> None:
         """The first ring is about to run, here. It may have run somewhere else."""
         fresh = (0x8000, 0x8000_8000) if self._packed else (0,)
-        if self._has_inherited:
+        if self._remembered.has_inherited:
             return
         if ring.base in fresh:
             self._above.fresh_guest()
@@ -336,8 +293,8 @@ class BlkDevice:
     ) -> dict[int, int]:
         """Drain and close these rings, all within one limit; their bases.
 
-        If they were the last ones, and the stop is to be `answered`, that is a promise (see the
-        module's text): raises LeftBehind when it cannot be given.
+        If they were the last ones, and the stop is to be `answered`, that is a promise (see
+        `last_stop`): raises LeftBehind when it cannot be given.
         """
         deadline_s = self._drain.deadline_s()
         rings = [self._rings[index] for index in indexes]
@@ -349,13 +306,14 @@ class BlkDevice:
                 ring = self._rings.pop(index)
                 bases[index] = self._close_ring(ring)
                 if ring.in_flight and ring.keeps_in_flight:
-                    self._left[index] = ring.in_flight
-                    self._left_in = self._inflight_source
+                    self._remembered.leave(index, ring.in_flight)
                 del self._setups[index]
         if bases and not self._rings:
-            failure, is_late = await self._bring_up_to_date(deadline_s)
+            failure, is_late = await self._last_stop.bring_up_to_date(deadline_s)
             if answered:
-                await self._promise(failure, is_late=is_late)
+                await self._last_stop.promise(
+                    failure, is_late=is_late, migrates=self._dirty_logs.is_enabled
+                )
             elif failure or is_late:
                 _log.error(
                     "the guest has gone, and the server has not taken everything yet: it goes "
@@ -367,56 +325,6 @@ class BlkDevice:
             for ring in rings:
                 ring.was_told()
         return bases
-
-    async def _bring_up_to_date(self, deadline_s: float) -> tuple[LeftBehind | None, bool]:
-        """Have everything that the guest wrote brought to the server; why that failed, or whether
-        it took too long."""
-        failure: LeftBehind | None = None
-
-        async def bring() -> None:
-            nonlocal failure
-            try:
-                await self._above.all_stopped()
-            except LeftBehind as error:
-                failure = error
-
-        in_time = await self._drain.last(bring, deadline_s)
-        return failure, not in_time
-
-    async def _promise(self, failure: LeftBehind | None, *, is_late: bool) -> None:
-        """No ring runs, and the front-end is about to be told so: see the module's text."""
-        left_here = None
-        if failure or is_late:
-            with trio.CancelScope(shield=True):
-                left_here = await self._above.left_behind()
-        if (left_behind := left_here or failure) is not None:
-            raise _logged(left_behind)
-        in_region = sum(self._left.values())
-        if self._logging and (is_late or in_region):
-            what = f"{in_region} requests" if in_region else "the last flush"
-            raise _logged(
-                LeftBehind(
-                    f"the server has not answered {what} in time, and the guest migrates: it "
-                    "cannot before that is answered; let it go on here and migrate it later"
-                )
-            )
-        if self._logging and self._loss_untold:
-            raise _logged(
-                LeftBehind(
-                    "the server may have lost writes of the guest's, which its next flush has to "
-                    "tell it, and only here: let the guest go on here and migrate it later"
-                )
-            )
-        if in_region:
-            _log.warning(
-                "requests are left in the in-flight region until the guest goes on",
-                requests=in_region,
-            )
-        if is_late:
-            _log.error(
-                "the server has not answered the last flush in time: what the guest wrote since "
-                "the flush before may not be durable yet"
-            )
 
     async def _stop(self, rings: Collection[RunningRing], deadline_s: float) -> None:
         """Pause `rings`; return when everything they popped is answered, or abandoned."""
@@ -497,55 +405,32 @@ class BlkDevice:
         The region is for queues of the largest size, whatever `queue_size` says: QEMU 10 asks for
         its `queue-size` (128), and then its guest's driver starts a ring of 1024 (SeaBIOS: 256).
         """
-        region, fd, size_bytes = InflightRegion.create(
-            num_queues=num_queues,
-            queue_size=max(queue_size, self.max_queue_size),
-            packed=self._packed,
+        return self._remembered.create(
+            num_queues, max(queue_size, self.max_queue_size), packed=self._packed
         )
-        self._forget_inflight()
-        self._inflight = region
-        self._inflight_source = _source(fd, 0)
-        self._remember()
-        return fd, size_bytes
 
     def set_inflight(
         self, fd: int, offset: int, size: int, num_queues: int, queue_size: int
     ) -> None:
-        """See VhostUserDevice. A region from `create_inflight` has room for more than it says, but
-        only up to what we make: its size is the front-end's to choose."""
-        room = queue_size_by_region(size, num_queues, packed=self._packed)
-        if room > MAX_QUEUE_SIZE:
-            room = 0
-        region = InflightRegion.map(
-            fd,
-            offset,
-            size,
-            num_queues=num_queues,
-            queue_size=max(queue_size, room),
-            packed=self._packed,
-        )
-        self._forget_inflight()
-        self._inflight = region
-        self._inflight_source = _source(fd, offset)
-        if self._inflight.write_through:
+        """See VhostUserDevice."""
+        remembered = self._remembered
+        region = remembered.map(fd, offset, size, num_queues, queue_size, packed=self._packed)
+        if region.write_through:
             self._config.refuse_writeback()
             self._engine.writeback_changed()
-        unflushed_on, loss_untold = self._inflight.unflushed_on, self._inflight.loss_untold
-        self._has_inherited = self._inflight.was_used and (
-            not self._has_served or bool(unflushed_on) or loss_untold
-        )
-        if self._has_inherited:
+        unflushed_on, loss_untold = region.unflushed_on, region.loss_untold
+        if remembered.take_over(region):
             self._above.inherited(unflushed_on, loss_untold)
-        self._remember()
+        remembered.remember()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
         """See VhostUserDevice."""
-        self._bitmap = DirtyBitmap.map(fd, offset, size)
+        self._dirty_logs.bitmap = DirtyBitmap.map(fd, offset, size)
         self._update_logs()
 
     def set_logging(self, enabled: bool) -> None:
         """See VhostUserDevice."""
-        self._logging = enabled
+        self._dirty_logs.is_enabled = enabled
         self._update_logs()
 
     def set_ring_log(self, index: int, log_guest_address: int | None) -> None:
@@ -556,11 +441,9 @@ class BlkDevice:
     def _update_logs(self) -> None:
         """Every ring marks what it writes if that is wanted."""
         for index, ring in self._rings.items():
-            if self._bitmap is None or not self._logging:
-                ring.set_log(None)
-            else:
-                areas = written_areas(self._memory, self._setups[index], packed=self._packed)
-                ring.set_log(DirtyLog(self._bitmap, self._memory, areas))
+            ring.set_log(
+                self._dirty_logs.of(self._memory, self._setups[index], packed=self._packed)
+            )
 
     # The end
 
@@ -571,10 +454,7 @@ class BlkDevice:
         finally:
             self._config.reset()
             self.set_features(0)
-            if self._inflight is not None:
-                # The driver has forgotten what it had in flight, and uses that memory again.
-                self._inflight.clear()
-            self._left.clear()
+            self._remembered.clear()
             self._forget_shared()
 
     async def disconnected(self) -> None:
@@ -594,37 +474,6 @@ class BlkDevice:
             self._memory = GuestMemory([])
             self.listener = None
 
-    def _forget_inflight(self) -> None:
-        self._inflight = None
-        self._has_inherited = False
-        self._inflight_source = None
-
     def _forget_shared(self) -> None:
-        self._forget_inflight()
-        self._bitmap = None
-        self._logging = False
-
-    def _ring_broken(self, index: int, reason: str) -> None:
-        self.guest_faults["a broken ring"] += 1
-        count = self.guest_faults["a broken ring"]
-        if not count & (count - 1):
-            # A guest can reset its disk and break it again for ever: said at 1, 2, 4, 8 …
-            _log.error("a ring broke, it is stopped", ring=index, reason=reason, count=count)
-
-    def _guest_fault(self, problem: str) -> None:
-        """Count what a guest does wrong; say it once per kind, however often it happens."""
-        kind = problem.partition(":")[0]
-        self.guest_faults[kind] += 1
-        if self.guest_faults[kind] == 1:
-            _log.warning("the guest sent a bad request (said once, counted)", what=problem)
-
-
-def _logged(error: LeftBehind) -> LeftBehind:
-    _log.error(error)
-    return error
-
-
-def _source(fd: int, offset: int) -> tuple[int, int, int]:
-    """Which bytes of which file: the same region comes with another descriptor each time."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino, offset
+        self._remembered.forget()
+        self._dirty_logs = DirtyLogs()

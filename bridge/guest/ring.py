@@ -47,10 +47,12 @@ class RunningRing:
         error_fd: int | None,
         broken: Callable[[str], None],
         held: bool = False,
+        log: DirtyLog | None = None,
     ) -> None:
         """The descriptors stay the caller's. `broken(reason)` is told when the guest broke the
-        ring. `held`: nothing is begun before `let_go`. Raises ProtocolError for a descriptor that
-        cannot be waited for."""
+        ring. `held`: nothing is begun before `let_go`. `log`: where what is written is marked, from
+        the first request on (see `set_log`). Raises ProtocolError for a descriptor that cannot be
+        waited for."""
         self._loop = loop
         self._turn = loop.turn
         self._queue = queue
@@ -70,7 +72,7 @@ class RunningRing:
         self._popping = not held
         self._publishing = False
         self._drained: trio.Event | None = None
-        self._log: DirtyLog | None = None
+        self._log = log
         self._kick_fd: int | None = None
         self._call_fd: int | None = None
         self._error_fd: int | None = None
@@ -82,7 +84,7 @@ class RunningRing:
         self.set_kick(kick_fd)
         if self._usual is not None and isinstance(queue, Queue) and self._usual.enter(queue, self):
             self._flat = queue
-            self._takes = True
+            self._takes = log is None
             self._publish_pushed = partial(self._usual.engine.publish, queue)
             self._take = self._usual.take  # bound once
             self._answers_at_once = self._usual.answers_at_once

@@ -2,8 +2,8 @@
 
 From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
 
-* `handshake` (options) and `transmission` (commands and replies), `chunks`: sans-I/O; `untrusted`:
-  what a server says, bounded;
+* `handshake` (options) with `infos`, and `transmission` (commands and replies), `chunks`: sans-I/O;
+  `untrusted`: what a server says, bounded;
 * `connection`: one socket with both, driven by trio while it connects and by the data path's
   `Loop` afterwards; `tls`: the same over TLS;
 * `link`: what happens when the server goes away and comes back, sans-I/O. Its parts: `channels`
@@ -11,7 +11,9 @@ From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
   `patience` (how long it is waited for), `changes` with `overlaps` and `grace` (which changes may
   go now);
 * `commands`, `split`, `align`: how a request becomes commands that this server takes;
-* `client`: all of it behind `submit(request)`; `outage`: times without a server, counted and told;
+* `client`: all of it behind `submit(request)`; `opening`: its connections, and the names that our
+  nbdkit plugin understands; `inspection`: what a server offers, without using it;
+* `outage`: times without a server, counted and told;
 * `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave;
 * `volume_words`: what our nbdkit plugin understands in a name, and says in a description.
 """

@@ -14,8 +14,6 @@ fill the network. They are used only if the server says that a flush on one cove
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol
@@ -26,17 +24,15 @@ import trio
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import Request
 from bridge.datapath.rows import Rows, sent_at
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
+from bridge.errors import BridgeError, ConnectionLost
 from bridge.server import link
 from bridge.server.client_options import ClientOptions
-from bridge.server.connection import Connection, Negotiated, Silent, leave, negotiate
+from bridge.server.connection import Connection, Negotiated, leave
 from bridge.server.export import Export
-from bridge.server.handshake import Goal, Listed
 from bridge.server.link import Link, Phase
+from bridge.server.opening import Opening
 from bridge.server.outage import Outages
 from bridge.server.uri import NbdUri
-from bridge.server.volume_words import VolumeDescription, VolumeName
-from bridge.spec.nbd import NAME_MAX_BYTES
 
 _log = structlog.get_logger(__name__)
 
@@ -85,15 +81,13 @@ class Client:
         """Set, but for the time between `leave` and `come_back`."""
         self._wanted.set()
         self._reconnecting = trio.CancelScope()
-        self._name = VolumeName(uri.export_name)
-        self.client_id = self._name.client or secrets.token_hex(8)
-        """Our name towards our plugin, which tells by it which client wrote a volume last."""
-        self._takes_names = False
-        self._plain_next = False
-        self._names_refused = False
-        self._reads_only: bool | None = None
-        """Whether the server has a name for readers of the export; None: it was not asked."""
+        self._opening = Opening(uri, self.options)
         self.outages = Outages(uri.server)
+
+    @property
+    def client_id(self) -> str:
+        """Our name towards our plugin, which tells by it which client wrote a volume last."""
+        return self._opening.client_id
 
     @property
     def export(self) -> Export:
@@ -234,7 +228,7 @@ class Client:
 
     async def _establish(self) -> None:
         """Open the connections of a new generation and hand them to the link."""
-        negotiated = await self._negotiate_all()
+        negotiated = await self._opening.open(just_one=lambda: self.link.phase is Phase.CLOSED)
         export = replace(negotiated[0].export, name=self.uri.export_name)
         reason = self.link.refusal(export)
         if reason is not None:
@@ -247,18 +241,23 @@ class Client:
             raise ConnectionLost("the connection is not wanted any more")
         self._broken = trio.Event()
         generation = self.link.generation + 1
+        connections = self._connections_over(negotiated, generation)
+        if generation > 1 and self._above is not None:
+            await self._examine(self._above, export, connections)
+        self._connections = connections
+        self._first_sent = self.rows.sequence
+        self.link.established(trio.current_time(), export, connections)
+        self._loop.turn.end()
+
+    def _connections_over(self, negotiated: list[Negotiated], generation: int) -> list[Connection]:
+        """Raises ConnectionLost, and closes all of them, if one cannot be used."""
         connections: list[Connection] = []
         try:
             for each in negotiated:
-                connections.append(
-                    Connection(
-                        each,
-                        self._loop,
-                        lost=self._lost,
-                        generation=generation,
-                        rows=self.rows,
-                    )
+                connection = Connection(
+                    each, self._loop, lost=self._lost, generation=generation, rows=self.rows
                 )
+                connections.append(connection)
         except OSError as error:
             # The system has no room to watch one more socket, or for its buffer.
             for connection in connections:
@@ -271,12 +270,7 @@ class Client:
             for connection in connections:
                 connection.close()
             raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
-        if generation > 1 and self._above is not None:
-            await self._examine(self._above, export, connections)
-        self._connections = connections
-        self._first_sent = self.rows.sequence
-        self.link.established(trio.current_time(), export, connections)
-        self._loop.turn.end()
+        return connections
 
     async def _examine(self, above: Above, export: Export, connections: list[Connection]) -> None:
         """Raises ConnectionLost, and closes `connections`, if the server is not to be used."""
@@ -295,101 +289,6 @@ class Client:
                 for each in connections:
                     await each.hang_up(min(_DRAIN_S, self.options.close_timeout_s))
             raise
-
-    async def _negotiate_all(self) -> list[Negotiated]:
-        wanted = self.options.connections
-        if self.options.read_only and self._reads_only is None:
-            await self._ask_for_readers_name()
-        named = self._takes_names and not self._plain_next
-        token = secrets.token_hex(8) if named else None
-        try:
-            first = await negotiate(
-                self.uri, self.options, export_name=self._name_to_send(token, 1)
-            )
-        except ConfigError:
-            # Perhaps another server took the place of our plugin: try without the names.
-            self._plain_next = self._takes_names and not self._plain_next
-            self._reads_only = None
-            raise
-        self._plain_next = False
-        if self.link.phase is Phase.CLOSED:
-            return [first]
-        export = first.export
-        announced = export.volume.is_fenced
-        is_plain = VolumeName(export.name).may_name_reader
-        if announced and self.options.read_only and is_plain:
-            # Our plugin, which did not say so when it was asked: let go of the volume at once.
-            await leave(first)
-            self._reads_only = True
-            return await self._negotiate_all()
-        announced = announced and self._name.may_name_client and not self._reads_only
-        if announced and token is None and not self._names_refused:
-            # Our plugin: connections that name one session are admitted together, and one that
-            # names its client replaces what that client has left behind.
-            await leave(first)
-            self._takes_names = True
-            try:
-                return await self._negotiate_all()
-            except ConfigError:
-                if self._names_refused:
-                    raise
-                # Announced, but refused: never again.
-                self._names_refused = True
-                self._takes_names = False
-                return await self._negotiate_all()
-        if wanted == 1:
-            return [first]
-        if not export.can_multi_conn:
-            _log.warning("the server does not allow several connections: using one")
-            return [first]
-        found = [first]
-
-        async def another(number: int) -> None:
-            try:
-                found.append(
-                    await negotiate(
-                        self.uri, self.options, export_name=self._name_to_send(token, number)
-                    )
-                )
-            except BridgeError as error:
-                _log.warning("one connection less", error=error)
-
-        try:
-            async with trio.open_nursery() as nursery:
-                for number in range(2, wanted + 1):
-                    nursery.start_soon(another, number)
-        except BaseException:
-            for each in found:
-                each.close()
-            raise
-        sizes = {each.export.size_bytes for each in found}
-        if len(sizes) > 1:
-            for each in found:
-                await leave(each)
-            raise ConnectionLost(f"{self.uri.server}: connections differ in size: {sorted(sizes)}")
-        return found
-
-    async def _ask_for_readers_name(self) -> None:
-        """Our plugin gives a volume to one writer at a time, and to any number of readers beside
-        it; these say so in the name, since NBD has no other way. So it must be known whether the
-        server is our plugin before the export is opened. A server that hangs up is asked again the
-        next time."""
-        if not self._name.may_name_reader:
-            self._reads_only = False
-            return
-        with contextlib.suppress(ConnectionLost):
-            volume = self._name.without_session
-            self._reads_only = await _is_listed_by_our_plugin(self.uri, self.options, volume)
-
-    def _name_to_send(self, token: str | None, number: int) -> str:
-        """The name of the export for connection `number` of the session `token`."""
-        if self._reads_only:
-            return self._name.for_reader()  # A reader is in no session.
-        if token is None:
-            return self._name.text
-        named = self._name.for_connection(token, client=self.client_id, number=number)
-        # A server may refuse a name that is longer than the protocol's limit.
-        return named if len(named.encode()) <= NAME_MAX_BYTES else self._name.text
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
@@ -497,75 +396,3 @@ class Client:
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
-
-
-async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> list[Listed]:
-    """The exports that the server names.
-
-    Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
-    """
-    negotiated = await negotiate(uri, options or ClientOptions(), Goal.LIST)
-    await leave(negotiated)
-    return negotiated.handshake.exports
-
-
-async def inspect(uri: NbdUri, options: ClientOptions | None = None) -> Export:
-    """What the server offers, without using the export.
-
-    Takes `options.connect_timeout_s`; twice that where the server hesitates to give the export.
-    Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.
-    """
-    options = options or ClientOptions()
-    try:
-        negotiated = await negotiate(uri, options, Goal.INFO)
-    except (ConfigError, ConnectionLost) as error:
-        if isinstance(error, Silent) and not error.about_export:
-            raise
-        found = None
-        with trio.move_on_after(options.connect_timeout_s):
-            found = await _in_use(uri, options)
-        if found is None:
-            raise
-        negotiated = found
-    await leave(negotiated)
-    if not negotiated.export.size_bytes:
-        # nbd-server 3.24 answers INFO with a size of 0, and knows better when it is to GO.
-        negotiated = await negotiate(uri, options, Goal.GO)
-        await leave(negotiated)
-    return negotiated.export
-
-
-async def _in_use(uri: NbdUri, options: ClientOptions) -> Negotiated | None:
-    """Our plugin, and the volume is in use? It may be looked at read-only all the same."""
-    if not await _has_sessions(uri, options):
-        return None
-    try:
-        name = VolumeName(uri.export_name).for_reader()
-        return await negotiate(uri, options, Goal.INFO, export_name=name)
-    except BridgeError:
-        return None
-
-
-async def _has_sessions(uri: NbdUri, options: ClientOptions) -> bool:
-    """The server is our plugin and has that export, says its list."""
-    try:
-        return VolumeName(uri.export_name).is_plain and await _is_listed_by_our_plugin(
-            uri, options, uri.export_name
-        )
-    except BridgeError:
-        return False
-
-
-async def _is_listed_by_our_plugin(uri: NbdUri, options: ClientOptions, volume: str) -> bool:
-    """The same; a server that does not list is not ours. Raises ConnectionLost."""
-    try:
-        listed = await list_exports(uri, options)
-    except (ConfigError, ProtocolError):
-        return False
-    return any(
-        VolumeDescription(each.description).is_ours and each.name == (volume or each.name)
-        for each in listed
-    )
-
-
-__all__ = ["Above", "Client", "inspect", "list_exports"]

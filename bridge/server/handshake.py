@@ -25,6 +25,7 @@ from struct import Struct
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError, Remedy
 from bridge.server.export import Export
+from bridge.server.infos import Infos
 from bridge.server.untrusted import bounded, clean, printable
 from bridge.server.untrusted import text as text_of
 from bridge.server.volume_words import VolumeDescription
@@ -282,7 +283,7 @@ class Handshake:
         data = b"".join(
             (p.U32.pack(len(name)), name, p.U16.pack(len(wanted)), *map(p.U16.pack, wanted))
         )
-        infos = _Infos()
+        infos = Infos()
         final, text = yield from self._option(option, data, infos.take)
         if final == p.REP_ACK:
             if infos.export is None:
@@ -427,12 +428,12 @@ class Handshake:
         name = self._typed_name()
         return f"the export {name!r}" if name else "its default export"
 
-    def _checked_export(self, size_bytes: int, flags: int, infos: _Infos | None = None) -> Export:
+    def _checked_export(self, size_bytes: int, flags: int, infos: Infos | None = None) -> Export:
         bounded("export's size in bytes", size_bytes, most=p.SIZE_MAX_BYTES)
         if not flags & p.TransmissionFlags.HAS_FLAGS:
             flags = 0
         known = p.TransmissionFlags(flags & 0x1FFF)
-        infos = infos or _Infos()
+        infos = infos or Infos()
         minimum, preferred, maximum = infos.block_sizes or (1, 4096, p.PAYLOAD_DEFAULT_MAX_BYTES)
         export = Export(
             name=self._wishes.export_name,
@@ -451,54 +452,6 @@ class Handshake:
         )
         export.check_untrusted()
         return export
-
-
-class _Infos:
-    """The information that comes before the ACK of GO or INFO; order and repetition are free."""
-
-    def __init__(self) -> None:
-        self.export: tuple[int, int] | None = None
-        self.name: str | None = None
-        self.description = ""
-        self.block_sizes: tuple[int, int, int] | None = None
-
-    def take(self, kind: int, payload: bytes) -> None:
-        if kind != p.REP_INFO or len(payload) < 2:
-            raise ProtocolError(f"server answered GO with reply type {kind}, {len(payload)} bytes")
-        (info,) = p.U16.unpack_from(payload)
-        body = payload[2:]
-        if info == p.INFO_EXPORT:
-            _expect_length("EXPORT", body, p.EXPORT_INFO.size)
-            self.export = p.EXPORT_INFO.unpack(body)
-        elif info == p.INFO_NAME:
-            self.name = text_of(body, "export name")
-        elif info == p.INFO_DESCRIPTION:
-            self.description = clean(text_of(body, "description"))
-        elif info == p.INFO_BLOCK_SIZE:
-            _expect_length("BLOCK_SIZE", body, p.BLOCK_SIZE_INFO.size)
-            self.block_sizes = _checked_block_sizes(*p.BLOCK_SIZE_INFO.unpack(body))
-
-
-def _checked_block_sizes(minimum: int, preferred: int, maximum: int) -> tuple[int, int, int]:
-    """NBD "Block size constraints". A bad preference is only a bad hint; the others bind us."""
-    if not 1 <= minimum <= 65536 or minimum & (minimum - 1):
-        raise ProtocolError(f"minimum block size {minimum}: not a power of two up to 65536")
-    if maximum < minimum or maximum == 0:
-        raise ProtocolError(f"maximum payload {maximum} below the minimum block size {minimum}")
-    # Above the preferred size, says the specification, which is 512 at least. Of much less every
-    # request of a guest would be thousands of commands.
-    bounded("maximum payload", maximum, least=512, most=p.LENGTH_32_MAX)
-    if preferred < max(minimum, 512) or preferred & (preferred - 1):
-        preferred = max(minimum, 4096)
-    if maximum == p.LENGTH_32_MAX:
-        maximum = p.PAYLOAD_DEFAULT_MAX_BYTES
-    maximum = min(maximum, p.PAYLOAD_DEFAULT_MAX_BYTES)
-    return minimum, preferred, maximum - maximum % minimum
-
-
-def _expect_length(name: str, body: bytes, length: int) -> None:
-    if len(body) != length:
-        raise ProtocolError(f"INFO_{name} of {len(body)} bytes: it has {length}")
 
 
 def _reason(final: int, text: str) -> str:

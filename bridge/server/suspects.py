@@ -20,6 +20,7 @@ After a verdict the server is known to hang up on some commands, and there may b
 from __future__ import annotations
 
 from typing import Final
+from weakref import ReferenceType, ref
 
 from bridge.datapath.request import Request
 
@@ -33,35 +34,39 @@ class Suspects:
     def __init__(self) -> None:
         self.proven = False
         """The server has answered something since it first hung up."""
-        self._first = 0
-        """`id` of the blamed command. Not the request: it would keep the guest's memory alive."""
-        self._sends_last = 0
-        """The same where it is sent after all others; 0: it is not."""
+        self._first: ReferenceType[Request] | None = None
+        """The blamed command. Not the request: it would keep the guest's memory alive. Not its
+        `id`: another request has the same when this one is gone."""
+        self._sends_last: ReferenceType[Request] | None = None
+        """The same where it is sent after all others; None: it is not."""
         self._losses = 0
         self._distrust_until_s = 0.0
 
     def in_order(self, requests: list[Request]) -> list[Request]:
         """`requests` as they are to be sent."""
-        if not self._sends_last:
+        last = self._sends_last() if self._sends_last is not None else None
+        if last is None:
             return requests
-        return sorted(requests, key=lambda request: id(request) == self._sends_last)
+        return sorted(requests, key=lambda request: request is last)
 
     def clear(self) -> None:
         """A connection ended otherwise, or everything was failed: no command is suspected."""
         self.proven = False
-        self._sends_last = self._first = self._losses = 0
+        self._sends_last = self._first = None
+        self._losses = 0
 
     def hung_up(self, blamed: Request, now: float, *, answered: bool) -> bool:
         """The server hung up; was it for `blamed`? True: put the unanswered commands on trial.
 
         `answered`: something else was answered on that connection.
         """
-        if id(blamed) != self._first and (answered or not self._losses):
+        is_same = self._first is not None and self._first() is blamed
+        if not is_same and (answered or not self._losses):
             self.clear()
-        self._first = id(blamed)
+        self._first = ref(blamed)
         self._losses += 1
         self.proven |= answered
-        if self._sends_last:
+        if self._sends_last is not None:
             self._sends_last = self._first
         if self._losses < _LOSSES and now >= self._distrust_until_s:
             return False

@@ -124,9 +124,10 @@ class Trial:
         """Those that are still to be tried, and were sent on an earlier connection."""
         left, abandoned = without_abandoned(list(self._left))
         self._left = deque(left)
-        if self._tried is not None and self._tried.done != self._answered_alone:
+        tried = self._tried
+        if tried is not None and tried.is_abandoned and tried.done != self._answered_alone:
             # It was abandoned itself: the trial goes on all the same when it is answered.
-            self._tried_done, self._tried.done = self._tried.done, self._answered_alone
+            self._tried_done, tried.done = tried.done, self._answered_alone
         return abandoned
 
     def done_of(self, command: Request) -> Callable[[Request], None]:

@@ -64,27 +64,14 @@ def parse_uri(text: str) -> NbdUri:
 
     Raises ConfigError with one line that names what is wrong and what would be right.
     """
-    try:
-        text.encode()  # An argument of other bytes has surrogates in their place.
-    except UnicodeEncodeError:
-        raise ConfigError(f"{text!r}: not UTF-8; write other bytes as %XX") from None
-    if bad := _BAD_CHARACTER.search(text):
-        # Python would leave it out: another host, another name.
-        raise ConfigError(
-            f"not a URI: it has a {bad[0]!r} at character {bad.start() + 1}: leave that out, or "
-            "write it as %XX"
-        )
+    _check_characters(text)
     try:
         parts = urlsplit(text)
         _refuse_user(parts.netloc, text)
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"{text}: not a URI: {error}") from None
-    if parts.scheme not in _SCHEMES:
-        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
-        raise ConfigError(f"{text}: not an NBD URI: it must start with one of {known}")
-    if not text[len(parts.scheme) :].startswith("://"):
-        raise ConfigError(f"{text}: not an NBD URI: write {_right_spelling(text, parts.scheme)}")
+    _check_scheme(text, parts.scheme)
     tls, unix = _SCHEMES[parts.scheme]
     if parts.fragment:
         raise ConfigError(f"{text}: a '#' has no meaning in an NBD URI; write it as %23")
@@ -108,6 +95,27 @@ def parse_uri(text: str) -> NbdUri:
         tls_psk_file=query.get("tls-psk-file"),
         tls_verify_peer=_boolean(text, "tls-verify-peer", query.get("tls-verify-peer", "true")),
     )
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()  # An argument of other bytes has surrogates in their place.
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r}: not UTF-8; write other bytes as %XX") from None
+    if bad := _BAD_CHARACTER.search(text):
+        # Python would leave it out: another host, another name.
+        raise ConfigError(
+            f"not a URI: it has a {bad[0]!r} at character {bad.start() + 1}: leave that out, or "
+            "write it as %XX"
+        )
+
+
+def _check_scheme(text: str, scheme: str) -> None:
+    if scheme not in _SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        raise ConfigError(f"{text}: not an NBD URI: it must start with one of {known}")
+    if not text[len(scheme) :].startswith("://"):
+        raise ConfigError(f"{text}: not an NBD URI: write {_right_spelling(text, scheme)}")
 
 
 def _address(

@@ -33,15 +33,20 @@ class FakeLive:
         self.ring_ids: tuple[int, ...] = (1,)
         self.requests: dict[Request, None] = {}
 
+        self.ended: list[Request] = []
+
     def unanswered(self) -> list[Request]:
         return list(self.requests)
+
+    def is_as_it_came(self, request: Request) -> bool:
+        return request.done == self.ended.append
 
 
 class Rig:
     def __init__(self) -> None:
         self.live: Any = FakeLive()
         self.sampler = Sampler(self.live, random=Random(1))
-        self.ended: list[Request] = []
+        self.ended: list[Request] = self.live.ended
 
     def pop(self, *ops: int, reads_hit: int = 0, writes_hit: int = 0) -> list[Request]:
         """A turn pops these requests that are no hits, and so many hits."""
@@ -56,6 +61,24 @@ class Rig:
 
     def counts(self) -> dict[tuple[str, str], int]:
         return {key: each.count for key, each in self.sampler.histograms.items()}
+
+
+async def test_request_whose_end_the_client_is_to_be_told_of_is_left_alone(
+    autojump_clock: Any,
+) -> None:
+    """On trial it compares and puts back what is told of the end: a timer in between would be
+    called by itself."""
+    rig = Rig()
+    (older,) = rig.pop(READ)
+    alone: list[Request] = []
+    done = older.done = alone.append
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.sampler.run)
+        await trio.testing.wait_all_tasks_blocked()
+        rig.live.requests_total += 1  # one that was refused
+        rig.pop()
+        assert older.done == done
+        nursery.cancel_scope.cancel()
 
 
 async def test_one_request_is_timed_and_then_none_for_a_while(autojump_clock: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog.testing
 
+from bridge.api.live import Live, Witness
 from bridge.api.watch import Watch
 from bridge.datapath.request import READ, WRITE, Request
 from bridge.server.link import Phase
@@ -36,6 +38,7 @@ class FakeLive:
         self.at_server: set[Request] = set()
         self.waits_for_grace = False
         self.commands_in_flight = 0
+        self.in_other_hands: set[Request] = set()
 
     def now(self) -> float:
         return self.time_s
@@ -46,6 +49,9 @@ class FakeLive:
 
     def unanswered(self) -> list[Request]:
         return list(self.requests)
+
+    def is_as_it_came(self, request: Request) -> bool:
+        return request not in self.in_other_hands
 
     def is_at_server(self, request: Request) -> bool:
         return request in self.at_server
@@ -191,3 +197,32 @@ def test_last_clean_time_stands_still_while_something_is_dirty() -> None:
     rig.live.dirty_bytes = 0
     rig.after(3)
     assert rig.watch.last_clean_s == rig.live.time_s
+
+
+def test_request_whose_end_the_client_is_to_be_told_of_is_left_alone() -> None:
+    """On trial it compares and puts back what is told of the end: a witness in between would be
+    called by itself."""
+    rig = Rig()
+    request = rig.request()
+    rig.live.in_other_hands.add(request)
+    rig.after(0)
+    assert rig.after(5) == []
+    assert request.done == rig.ended.append
+    rig.live.in_other_hands.clear()
+    rig.after(0)
+    assert [line["event"] for line in rig.after(5)] == ["slow request"]
+
+
+def test_request_is_as_it_came_until_the_client_puts_something_before_the_engine() -> None:
+    engine: Any = SimpleNamespace(_done=print, _large_done=repr)
+    nothing: Any = None
+    device: Any = SimpleNamespace(_engine=engine)
+    live = Live(nothing, nothing, nothing, nothing, device)
+    request: Any = Request(READ, 0, 512, [], print)
+    assert live.is_as_it_came(request)
+    request.done = Witness(Witness(print))
+    assert live.is_as_it_came(request)
+    request.done = id
+    assert not live.is_as_it_came(request)
+    request.done = Witness(id)
+    assert not live.is_as_it_came(request)

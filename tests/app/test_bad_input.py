@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.app.storage import cache_path
+from bridge.app.cache_names import cache_path
 from bridge.server.uri import parse_uri
 from tests.processes import bridge_argv, unix_uri
 from tests.tools import HUNG_S, need

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.app import cache_tools
+from bridge.app import cache_warm
 from bridge.cache.file.locking import has_content
 from bridge.cache.file.opening import open_file
 from bridge.errors import ConnectionLost, RequestError
@@ -425,7 +425,7 @@ async def test_cache_warm_leaves_a_server_that_answers_nothing(directory):
     async with trio.open_nursery() as nursery:
         await nursery.start(server.serve_unix, directory / "s")
         with trio.fail_after(HUNG_S), pytest.raises(ExceptionGroup) as caught:
-            await cache_tools.warm(
+            await cache_warm.warm(
                 unix_uri(directory / "s"),
                 cache_bytes=4 << 20,
                 directory=str(directory / "cache"),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.app.cache_tools import flush_file
+from bridge.app.cache_flush import flush_file
 from bridge.cache.file.inspect import show
 from bridge.errors import ConfigError, RequestError
 from bridge.peers.blk_driver import BlkDriver
@@ -445,7 +445,7 @@ async def test_cache_flush_of_a_file_that_was_exchanged_meanwhile_is_refused(
         path = str(cache_file(directory))
         summary = show(path)
         monkeypatch.setattr(
-            "bridge.app.cache_tools.show", lambda path: replace(summary, digest="00", export="vm0")
+            "bridge.app.cache_flush.show", lambda path: replace(summary, digest="00", export="vm0")
         )
         refusal = pytest.RaisesExc(ConfigError, check=told("is another one than a moment ago"))
         with pytest.RaisesGroup(refusal, flatten_subgroups=True):

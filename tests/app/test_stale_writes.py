@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from bridge.app.cache_names import cache_path
 from bridge.app.settings import CacheSettings
-from bridge.app.storage import Storage, cache_path
+from bridge.app.storage import Storage
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.file.opening import open_file
 from bridge.datapath.loop import Loop

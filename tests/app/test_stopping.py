@@ -20,6 +20,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from bridge.app.cache_names import cache_path
 from bridge.app.serve import serve_disk
 from bridge.app.settings import (
     CacheSettings,
@@ -28,7 +29,7 @@ from bridge.app.settings import (
     LimitSettings,
     ServeSettings,
 )
-from bridge.app.storage import Storage, cache_path
+from bridge.app.storage import Storage
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.cache.file.inspect import show
 from bridge.cache.file.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
@@ -116,10 +117,12 @@ class Bridge:
             geometry=DiskGeometry(SIZE_BYTES, can_discard=True),
             hits=self.disk.hits,
             drain_timeout_s=DRAIN_S,
-            on_abandoned=self.storage.abandon,
-            on_all_stopped=partial(self.storage.hand_over, partial(self.disk.flush, quiet=True)),
-            on_left_behind=self.storage.stop_sending,
-            on_starting=self.storage.starting,
+            on_abandoned=self.storage.departure.abandon,
+            on_all_stopped=partial(
+                self.storage.departure.hand_over, partial(self.disk.flush, quiet=True)
+            ),
+            on_left_behind=self.storage.departure.stop_sending,
+            on_starting=self.storage.departure.starting,
             on_fresh_guest=self.storage.nothing_inherited,
         )
         self.device = self.guest.device

@@ -270,7 +270,7 @@ class Guest:
         link = bridge.storage.client.link
         assert not link.in_flight
         assert not link._changes._outlived
-        assert not bridge.storage._late
+        assert not bridge.storage.departure._late
         assert not bridge.device._engine._unanswered
 
 

@@ -15,9 +15,10 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 
-from bridge.app.cache_tools import flush_file
+from bridge.app.cache_flush import flush_file
+from bridge.app.cache_names import cache_path
 from bridge.app.settings import CacheSettings
-from bridge.app.storage import Storage, cache_path
+from bridge.app.storage import Storage
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import HEADER_AREA_BYTES
@@ -221,7 +222,7 @@ async def test_write_that_waits_for_room_is_never_done_once_it_is_abandoned(
                 if not ended:
                     await turn_of_the_loop()
             request.abandon(lambda request: None, memoryview(b""))
-            storage.abandon([request])
+            storage.departure.abandon([request])
             buffer[:] = b"!" * 4096
             nbdkit.send_signal(signal.SIGCONT)
             with trio.fail_after(HUNG_S):
@@ -261,8 +262,9 @@ async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeyp
     async with process(slow_nbdkit(directory), ready=directory / "nbd"):
         async with running(directory) as storage:
             assert start(storage, WRITE, 0, 4096) == [0]
-            assert storage._cold is not None
-            storage._cold.run(wait, lambda error: None)
+            assert storage._cached is not None
+            assert storage._cached.cold is not None
+            storage._cached.cold.run(wait, lambda error: None)
             monkeypatch.setattr("bridge.cache.file.cache_file.os.fsync", wait)
             problem = await storage.close(0)
             assert began.is_set()

@@ -142,11 +142,11 @@ class Rig:
         deliver()
 
     def check_sample(self, done: Callable[[int], None]) -> None:
-        self.cache.check_sample(done)
+        self.cache.foreign.check_sample(done)
         deliver()
 
     def check_before_writing(self, done: Callable[[int], None]) -> None:
-        self.cache.check_before_writing(done)
+        self.cache.foreign.check_before_writing(done)
         deliver()
 
     def serve(self) -> None:

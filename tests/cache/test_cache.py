@@ -280,6 +280,19 @@ def test_flush_timer_is_armed_by_the_first_write_and_makes_it_durable() -> None:
     assert rig.cache.next_deadline() is None
 
 
+def test_flush_timer_made_shorter_counts_for_what_was_written_before() -> None:
+    rig = Rig(writeback_age_s=1000.0, flush_interval_s=0)
+    rig.write(0, b"a" * BLOCK)
+
+    rig.cache.flush_interval_s = 10
+    rig.write(0, b"b" * BLOCK)  # to an open block: no more than a copy
+    rig.tick(10.0)
+    rig.serve()
+
+    assert rig.server.image[:BLOCK] == b"b" * BLOCK
+    assert rig.cache.index.dirty_blocks == 0
+
+
 def test_failed_timed_flush_is_tried_again() -> None:
     rig = Rig(writeback_age_s=1000.0)
     rig.write(0, b"a" * BLOCK)
@@ -634,13 +647,13 @@ def test_write_that_waits_for_room_waits_on_while_the_server_only_refuses_data()
 def _searches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The granules for which a slot is looked for from now on."""
     searched: list[int] = []
-    obtain = rig.cache._slots.obtain
+    obtain = rig.cache._common.slots.obtain
 
     def counted(granule: int) -> int:
         searched.append(granule)
         return obtain(granule)
 
-    monkeypatch.setattr(rig.cache._slots, "obtain", counted)
+    monkeypatch.setattr(rig.cache._common.slots, "obtain", counted)
     return searched
 
 
@@ -653,7 +666,7 @@ def test_write_that_waits_for_a_slot_looks_again_only_when_there_may_be_one(
         rig.write(slot * GRANULE, b"c" * BLOCK)
     assert rig.flush() == 0
     for slot in range(1, 9):
-        rig.cache._slots.pin(slot)
+        rig.cache._common.slots.pin(slot)
     write = rig.start(WRITE, 100 * GRANULE, data=b"w" * BLOCK)
     searched = _searches(rig, monkeypatch)
 
@@ -662,7 +675,7 @@ def test_write_that_waits_for_a_slot_looks_again_only_when_there_may_be_one(
         assert rig.read(now * GRANULE, BLOCK) == b"c" * BLOCK
         assert rig.flush() == 0
     assert (searched, write.error) == ([], None)
-    rig.cache._slots.unpin(3)
+    rig.cache._common.slots.unpin(3)
     rig.turn.want()
     rig.end_turn()
 

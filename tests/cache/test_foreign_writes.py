@@ -16,12 +16,12 @@ from .fakes import BLOCK, GRANULE, FakeServer, Rig
 
 def test_foreign_write_seen_by_generation_drops_the_clean_part_only() -> None:
     rig = Rig()
-    rig.cache.note_export(5, 4, b"")
+    rig.cache.foreign.note_export(5, 4, b"")
     rig.prefetch(0, GRANULE)
     rig.write(GRANULE, b"a" * BLOCK)
 
-    kept = rig.cache.note_export(6, 5, b"")
-    dropped = rig.cache.note_export(9, 8, b"")
+    kept = rig.cache.foreign.note_export(6, 5, b"")
+    dropped = rig.cache.foreign.note_export(9, 8, b"")
 
     assert (kept, dropped) == (0, 16)
     assert rig.read(GRANULE, BLOCK) == b"a" * BLOCK
@@ -37,21 +37,21 @@ def test_another_volume_of_the_same_name_drops_the_clean_part(
 ) -> None:
     """Removed and made again, or restored: whatever its counters say, it is not what was cached."""
     rig = Rig()
-    rig.cache.note_export(57, 57, b"a" * 16)
+    rig.cache.foreign.note_export(57, 57, b"a" * 16)
     rig.prefetch(0, GRANULE)
 
-    assert "another volume" in rig.cache.foreign_change(generation, written, identity)
-    assert rig.cache.note_export(generation, written, identity) == 16
-    assert not rig.cache.foreign_change(generation + 1, generation, identity)
+    assert "another volume" in rig.cache.foreign.foreign_change(generation, written, identity)
+    assert rig.cache.foreign.note_export(generation, written, identity) == 16
+    assert not rig.cache.foreign.foreign_change(generation + 1, generation, identity)
 
 
 def test_identity_is_learnt_of_a_server_that_begins_to_give_one() -> None:
     rig = Rig()
-    rig.cache.note_export(57, 57, b"")
+    rig.cache.foreign.note_export(57, 57, b"")
     rig.prefetch(0, GRANULE)
 
-    assert rig.cache.note_export(58, 57, b"a" * 16) == 0
-    assert rig.cache.foreign_change(59, 57, b"b" * 16)
+    assert rig.cache.foreign.note_export(58, 57, b"a" * 16) == 0
+    assert rig.cache.foreign.foreign_change(59, 57, b"b" * 16)
 
 
 def test_sample_that_differs_drops_the_clean_part() -> None:

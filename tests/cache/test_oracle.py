@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bridge.cache.cache import Cache
 from bridge.cache.exclusive import Exclusives
 from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
+from bridge.cache.hits import CacheHits
 from bridge.cache.index import Index
 from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
@@ -83,23 +83,23 @@ def _data_before_dirty_mark(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Index, "write", lambda self, slot, bits: None)
     patch.setattr(Store, "_put", put_and_mark)
     patch.setattr(Store, "_write_whole", lambda self, request: False)
-    patch.setattr(Cache, "write_hit", lambda *_: False)
+    patch.setattr(CacheHits, "write_hit", lambda *_: False)
 
 
 def _data_before_dirty_mark_of_a_hit(patch: pytest.MonkeyPatch) -> None:
     mark = Index.write
 
-    def write_hit(self: Cache, offset: int, length: int, buffers: list[memoryview], /) -> bool:
-        marked: list[tuple[int, int]] = []
+    def write_hit(self: CacheHits, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        marked: list[tuple[Index, int, int]] = []
         with patch.context() as inner:
-            inner.setattr(Index, "write", lambda _, slot, bits: marked.append((slot, bits)))
+            inner.setattr(Index, "write", lambda *mark: marked.append(mark))
             hit = real(self, offset, length, buffers)
-        for slot, bits in marked:
-            mark(self.index, slot, bits)
+        for index, slot, bits in marked:
+            mark(index, slot, bits)
         return hit
 
-    real = Cache.write_hit
-    patch.setattr(Cache, "write_hit", write_hit)
+    real = CacheHits.write_hit
+    patch.setattr(CacheHits, "write_hit", write_hit)
 
 
 def _flush_does_not_wait_for_what_is_in_flight(patch: pytest.MonkeyPatch) -> None:

@@ -643,7 +643,7 @@ class World:
     def drop_clean(self) -> None:
         """Somebody else may have written the export."""
         deliver()
-        self.cache.drop_clean()
+        self.cache.foreign.drop_clean()
         deliver()
 
     def grow(self) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import trio
 
-from bridge.app.storage import CacheSettings, NbdBackend, Storage
+from bridge.app.backends import NbdBackend
+from bridge.app.storage import CacheSettings, Storage
 from bridge.cache.upstream import Backend
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import (

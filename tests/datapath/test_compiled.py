@@ -11,7 +11,7 @@ import pytest
 from bridge.datapath.cells import DIRECT_LEFT, LARGE_BYTES, LONG_READS
 from bridge.datapath.engine_names import COMPILED
 from tests.datapath.engines import engine
-from tests.datapath.twins import (
+from tests.datapath.socket_twins import (
     AVAIL,
     HEADERS,
     HIGH,

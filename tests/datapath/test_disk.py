@@ -119,6 +119,33 @@ async def test_timer_flushes_a_minute_after_the_first_write(autojump_clock: Mock
         assert client.disk.timed_flushes == 1
 
 
+@pytest.mark.parametrize("before_s", [0, 3600])
+async def test_timer_made_shorter_counts_for_what_was_written_before(
+    before_s: float, autojump_clock: MockClock
+) -> None:
+    """A guest that never flushes would go on with the former one, for ever if there was none."""
+    backend = FakeBackend()
+    async with timed(backend, before_s) as client:
+        client.do(WRITE)
+        await trio.sleep(100)
+        client.disk.flush_interval_s = 10
+        await trio.sleep(9)
+        assert backend.ops == ["write"]
+        await trio.sleep(2)
+        assert backend.ops == ["write", "flush"]
+
+
+async def test_timer_that_is_turned_off_does_not_fire_any_more(autojump_clock: MockClock) -> None:
+    backend = FakeBackend()
+    async with timed(backend) as client:
+        client.do(WRITE)
+        await trio.sleep(1)
+        client.disk.flush_interval_s = 0
+        await trio.sleep(3600)
+        assert backend.ops == ["write"]
+        assert client.disk.flush_deadline_s is None
+
+
 @pytest.mark.parametrize("op", [WRITE, DISCARD, WRITE_ZEROES])
 async def test_timer_is_armed_by_whatever_changes_the_disk(
     op: int, autojump_clock: MockClock

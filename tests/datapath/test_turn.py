@@ -339,6 +339,22 @@ def test_forgotten_wish_is_found_in_tests() -> None:
         turn.end()
 
 
+def test_stage_that_puts_something_off_without_a_wish_is_found_in_tests() -> None:
+    """What a link does when writes were answered: nothing moves, and yet the guest's next flush
+    would count for too little."""
+    turn = Turn()
+
+    class PutsOff:
+        def advance(self) -> bool:
+            turn.at_end(lambda: None)
+            return False
+
+    turn.add_stage(PutsOff())
+    turn.at_end(lambda: None)
+    with pytest.raises(AssertionError, match="put something off"):
+        turn.end()
+
+
 def test_turn_wanted_within_a_turn_is_that_turn() -> None:
     turn = Turn()
     turn.finish(request(lambda each: turn.want()))

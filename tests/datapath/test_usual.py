@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bridge.datapath.engine_names import COMPILED
+from tests.datapath import socket_twins
 from tests.datapath.engines import BOTH, engine
 from tests.datapath.twins import Script
 
@@ -17,10 +18,10 @@ def test_nobody_outside_can_tell_the_usual_case_from_the_general_path(seed: int,
 
 @pytest.mark.parametrize("seed", range(100, 140))
 def test_nobody_outside_can_tell_compiled_turns_from_the_general_path(seed: int) -> None:
-    Script(seed, engine(COMPILED), turns=True).run(60)
+    socket_twins.Script(seed, engine(COMPILED), turns=True).run(60)
 
 
 def test_a_flush_in_the_ring_of_a_compiled_turn_does_not_tell_of_its_answers() -> None:
     """What a turn answers is not shown to the guest while there is something left in its rings that
     it wrote before: in this script a flush that fails."""
-    Script(75, engine(COMPILED), turns=True).run(60)
+    socket_twins.Script(75, engine(COMPILED), turns=True).run(60)

@@ -1,10 +1,12 @@
 """Two whole data paths that a script drives alike: one with the usual case, one without it.
 
-A `Twin` is everything from a guest's ring to a server's socket: a ring (with an in-flight region or
-without one), the engine, the disk, perhaps a cache, the session, a connection over a socket pair,
-and a server in memory. `Script` makes the steps of one seed and takes them in both: chains of all
-kinds, hostile ones too, replies in any order and in any pieces, errors, lost connections, rings
-that pause, stop and go on. After every turn all that anybody outside can see is compared.
+A `Twin` is everything from a guest's rings to a server's socket: one ring or two (with an in-flight
+region or without one), the engine, the disk, perhaps a cache, the session, a connection over a
+socket that takes as much as it is told to, and a server in memory. `Script` makes the steps of one
+seed and takes them in both: chains of all kinds, hostile ones too, replies in any order and in any
+pieces, early, false and missing ones, errors, lost connections that leave writes behind or not,
+memory that is mapped anew, rings that pause, stop and go on. After every turn all that anybody
+outside can see is compared, and in the end nobody may have a view of memory that was given up.
 
 What is left open: the order of the used elements of one turn, and cookies.
 
@@ -14,27 +16,28 @@ What is left open: the order of the used elements of one turn, and cookies.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import mmap
+import os
 import random
-import select
-import socket
+import re
 import struct
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import structlog
 
-from bridge.app.storage import CachedBackend
+from bridge.app.backends import CachedBackend
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
 from bridge.datapath.disk import Disk
-from bridge.datapath.engine import PURE_ENGINE, Engine, choose
-from bridge.datapath.engine_names import COMPILED, PURE
+from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
+from bridge.datapath.request import FLUSH, UNASKED, Request
 from bridge.datapath.rows import Rows, ToServer, Usual
 from bridge.datapath.turn import Turn
 from bridge.errors import BridgeError, ConnectionLost
@@ -44,6 +47,7 @@ from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
 from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog
 from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
 from bridge.guest.virtio.memory import GuestMemory, Region
+from bridge.guest.virtio.queue import RingAreas
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS
 from bridge.server.channels import Phase
@@ -64,8 +68,11 @@ LOW_BYTES = 1 << 17
 HIGH = 1 << 32
 ROOM_BYTES = 0x12000
 HIGH_BYTES = (SLOTS + SPARE) * ROOM_BYTES
+RING_BYTES = 0x8000
+"""Where in low memory the next ring has the same."""
 AVAIL, USED, TABLES, HEADERS, STATUSES = 0x1000, 0x2000, 0x3000, 0x6000, 0x7000
 LOG_BYTES = 1 << 18
+_descriptors = count(1 << 20)
 
 
 class Sockets:
@@ -74,19 +81,15 @@ class Sockets:
     def __init__(self) -> None:
         self.turn = Turn()
         self.callbacks: dict[int, tuple[Callable[[int], None], int]] = {}
-        self.epoll = select.epoll()
 
     def add(self, fd: int, callback: Callable[[int], None], events: int = EPOLLIN) -> None:
         self.callbacks[fd] = callback, events
-        self.epoll.register(fd, events)
 
     def modify(self, fd: int, events: int) -> None:
         self.callbacks[fd] = self.callbacks[fd][0], events
-        self.epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        if self.callbacks.pop(fd, None) is not None:
-            self.epoll.unregister(fd)
+        self.callbacks.pop(fd, None)
 
     def add_poller(self, poller: object) -> None: ...
 
@@ -95,6 +98,51 @@ class Sockets:
     def linger(self) -> None: ...
 
     def wake(self) -> None: ...
+
+
+class Socket:
+    """Our end of a connection, in memory."""
+
+    def __init__(self) -> None:
+        self._fd = next(_descriptors)
+        self.sent = bytearray()
+        self.arrived = bytearray()
+        self.room = 1 << 30
+        """How much more it takes for now."""
+        self.has_ended = False
+        """The server has hung up."""
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def send(self, data: bytes | memoryview) -> int:
+        if not self.room:
+            raise BlockingIOError
+        taken = data[: self.room]
+        self.sent += taken
+        self.room -= len(taken)
+        return len(taken)
+
+    def sendmsg(self, pieces: Sequence[bytes | memoryview]) -> int:
+        return self.send(b"".join(pieces))
+
+    def recv_into(self, buffer: memoryview) -> int:
+        piece = self.arrived[: len(buffer)]
+        if not piece and not self.has_ended:
+            raise BlockingIOError
+        del self.arrived[: len(piece)]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def recvmsg_into(self, buffers: Sequence[memoryview]) -> tuple[int, None, None, None]:
+        received = 0
+        for buffer in buffers:
+            if received and not self.arrived:
+                break
+            received += self.recv_into(buffer)
+        return received, None, None, None
+
+    def close(self) -> None: ...
 
 
 class Server:
@@ -107,21 +155,22 @@ class Server:
         self.commands: list[tuple[int, int, int, int, int, bytes]] = []
         self.unparsed = b""
         self.outgoing = bytearray()
-        self.end: socket.socket | None = None
+        self.end = Socket()
+        self.answered: list[int] = []
+        """Cookies of this connection, some of whose commands have not come wholly."""
+        self.early: set[int] = set()
 
-    def connected(self, end: socket.socket) -> None:
+    def connected(self, end: Socket) -> None:
         self.end = end
         self.commands.clear()
         self.unparsed = b""
         self.outgoing.clear()
+        self.answered.clear()
+        self.early.clear()
 
     def receive(self) -> None:
-        assert self.end is not None
-        try:
-            while data := self.end.recv(1 << 20):
-                self.unparsed += data
-        except (BlockingIOError, OSError):
-            pass
+        self.unparsed += bytes(self.end.sent)
+        self.end.sent.clear()
         while len(self.unparsed) >= 28:
             _, flags, kind, cookie, offset, length = p.REQUEST.unpack_from(self.unparsed)
             payload = length if kind == p.CMD_WRITE else 0
@@ -134,11 +183,41 @@ class Server:
                 self.image[offset : offset + length] = data
             if kind == p.CMD_WRITE_ZEROES or kind == p.CMD_TRIM:
                 self.image[offset : offset + length] = bytes(length)
-            self.commands.append((kind, flags, cookie, offset, length, data))
+            if cookie not in self.early:
+                self.commands.append((kind, flags, cookie, offset, length, data))
+
+    def answer_early(self, error: int) -> None:
+        """Answer a write of which only a part has come."""
+        if len(self.unparsed) >= 28:
+            _, _, kind, cookie, _, _ = p.REQUEST.unpack_from(self.unparsed)
+            if kind == p.CMD_WRITE and cookie not in self.early:
+                self.early.add(cookie)
+                self.answered.append(cookie)
+                self.outgoing += p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, error, cookie)
+
+    def lie(self, what: str, number: int) -> None:
+        """An answer that no command has."""
+        simple = p.SIMPLE_REPLY.pack
+        if what == "again" and self.answered:
+            cookie = self.answered[number % len(self.answered)]
+            self.outgoing += simple(p.SIMPLE_REPLY_MAGIC, 0, cookie)
+        elif what == "unknown":
+            self.outgoing += simple(p.SIMPLE_REPLY_MAGIC, 0, number & (1 << 64) - 1)
+        elif what == "other" and self.commands:
+            # Other bytes than were asked for.
+            _, _, cookie, offset, length, _ = self.commands[number % len(self.commands)]
+            offset += number % 3 * 512 - 512
+            length += number % 5 * 512 - 1024
+            self.outgoing += p.CHUNK.pack(
+                p.STRUCTURED_REPLY_MAGIC,
+                *(number & 1, p.REPLY_TYPE_OFFSET_DATA, cookie, max(length, 1) + 8),
+            )
+            self.outgoing += p.U64.pack(max(offset, 0)) + bytes(max(length, 1))
 
     def answer(self, index: int, how: str) -> None:
         """Answer the command at `index`; the bytes are not sent yet."""
         kind, _, cookie, offset, length, _ = self.commands.pop(index)
+        self.answered.append(cookie)
         if how == "error" or how == "shutdown":
             self.outgoing += (
                 p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 108 if how == "shutdown" else 5, cookie)
@@ -165,17 +244,12 @@ class Server:
                 self.outgoing += self.image[offset + start : offset + stop]
 
     def send(self, n_bytes: int) -> None:
-        assert self.end is not None
-        piece = self.outgoing[:n_bytes]
-        try:
-            sent = self.end.send(piece) if piece else 0
-        except OSError:
-            sent = 0
-        del self.outgoing[:sent]
+        self.end.arrived += self.outgoing[:n_bytes]
+        del self.outgoing[:n_bytes]
 
 
 class _Negotiated:
-    def __init__(self, sock: socket.socket, export: Export) -> None:
+    def __init__(self, sock: Socket, export: Export) -> None:
         self.sock = sock
         self.export = export
         self.handshake = self
@@ -214,6 +288,19 @@ class _Backend:
         return ToServer(self._session.route, self._rows, wrote)
 
 
+class GuestRing:
+    """One of a guest's rings, and how the front-end keeps it."""
+
+    def __init__(self, number: int) -> None:
+        self.at = RING_BYTES * number
+        self.region = memoryview(bytearray(queue_region_bytes(SIZE, packed=False)))
+        self.base = 0
+        self.seen_used = 0
+        self.is_logged = False
+        self.running: RunningRing | None = None
+        self.queue: SplitQueue | None = None
+
+
 class Twin:
     """See the module's text."""
 
@@ -222,36 +309,34 @@ class Twin:
         *,
         usual: bool,
         slots: int,
+        rings: int,
         tracked: bool,
         structured: bool,
         event_idx: bool,
+        grace_s: float,
         engine: Engine = PURE_ENGINE,
-        turns: bool = False,
     ) -> None:
-        """`slots`: of the cache; 0: there is none. `turns`: whole turns are those of the compiled
-        engine. They send in other pieces, so that sockets have to have room."""
-        self.roomy = turns
+        """`slots`: of the cache; 0: there is none."""
         self.loop: Any = Sockets()
-        self.compiled: Any = None
-        if usual and turns:
-            module = import_module("bridge.datapath.compiled")
-            self.compiled = module.CompiledTurns(self.loop.turn, poll_max_s=0)
         self.now = 0.0
         self.tracked, self.event_idx = tracked, event_idx
-        self.low = memoryview(mmap.mmap(-1, LOW_BYTES))
-        self.high = memoryview(mmap.mmap(-1, HIGH_BYTES))
+        self._low_fd, self._high_fd = os.memfd_create("low"), os.memfd_create("high")
+        os.ftruncate(self._low_fd, LOW_BYTES)
+        os.ftruncate(self._high_fd, HIGH_BYTES)
+        self.given_up: list[mmap.mmap] = []
+        """Mappings that nobody may have views of in the end."""
+        self.map()
         self.high[:] = random.Random(2).randbytes(HIGH_BYTES)
-        self.memory = GuestMemory([Region(0, 0, self.low), Region(HIGH, HIGH, self.high)])
-        self.region = memoryview(bytearray(queue_region_bytes(SIZE, packed=False)))
         self.log_bytes = memoryview(bytearray(LOG_BYTES))
-        self.export = Export("", DISK_BYTES, DEFAULT_FLAGS, structured=structured)
+        self.structured = structured
         self.server = Server(structured)
         self.rows = Rows(engine)
-        self.session = Link(ClientOptions(), self.loop.turn, above=self, random=random.Random(3))
+        options = ClientOptions(stale_write_grace_s=grace_s)
+        self.session = Link(options, self.loop.turn, above=self, random=random.Random(3))
         self.loop.turn.add_stage(self.session)
         backend: Any = _Backend(self.session, self.rows)
         self.cache: Cache | None = None
-        self.connect()
+        self.connect("")
         if slots:
             geometry = Geometry(DISK_BYTES, 4096, 65536, slots)
             header = new_header(geometry, Identity("nbd://twin", "x"), bytes(16), 0)
@@ -285,10 +370,9 @@ class Twin:
         )
         self.engine.negotiated(self.config.features())
         self.broken: list[str] = []
-        self.base = 0
-        self.seen_used = 0
-        self.ring: RunningRing | None = None
-        self.start()
+        self.rings = [GuestRing(number) for number in range(rings)]
+        for number in range(rings):
+            self.start(number)
 
     # The server's side.
 
@@ -300,14 +384,12 @@ class Twin:
     def export_changed(self, export: Export) -> None:
         """See link.Above."""
 
-    def connect(self) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        if self.roomy:
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
-        self.server.connected(theirs)
-        negotiated: Any = _Negotiated(ours, self.export)
+    def connect(self, description: str) -> None:
+        ours = Socket()
+        self.server.connected(ours)
+        flags = DEFAULT_FLAGS
+        export = Export("", DISK_BYTES, flags, description, structured=self.structured)
+        negotiated: Any = _Negotiated(ours, export)
         self.lost: list[BridgeError] = []
         self.connection = Connection(
             negotiated,
@@ -318,7 +400,7 @@ class Twin:
         )
         self.fd = ours.fileno()
         self.first_sent = self.rows.sequence
-        self.session.established(self.now, self.export, [self.connection])
+        self.session.established(self.now, export, [self.connection])
         self.loop.turn.end()
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
@@ -329,125 +411,147 @@ class Twin:
         self.connection.fail(ConnectionLost("as the script has it"))
         self.loop.turn.end()
 
-    def settle_loss(self) -> None:
+    def settle_loss(self, *, stale: bool, description: str) -> None:
         """What the client does after a connection was lost, then a new one."""
         self.connection.close()
         unanswered = self.connection.transmission.unanswered()
         if self.session.phase in (Phase.UP, Phase.LEAVING):
             sent = self.rows.sequence - self.first_sent
             self.session.lost(
-                *(self.now, unanswered), stale_possible=False, answered=sent > len(unanswered)
+                *(self.now, unanswered),
+                stale_possible=stale,
+                answered=sent > len(unanswered),
+                blamed=self.connection.blamed,
             )
+        self.connection.blamed = None
         self.loop.turn.end()
-        assert self.server.end is not None
-        self.server.end.close()
-        self.connect()
+        self.connect(description)
 
     # The guest's side.
 
-    def start(self) -> None:
-        """A ring on the memory as it is."""
+    def map(self, *, more: bool = False) -> None:
+        """Map the guest's memory, perhaps anew, and perhaps `more` than there was."""
+        if self.given_up:
+            self.low.release()
+            self.high.release()
+        mappings = [mmap.mmap(self._low_fd, LOW_BYTES), mmap.mmap(self._high_fd, HIGH_BYTES)]
+        self.given_up += mappings
+        # What the script looks at is another view than what the product has.
+        self.low, self.high = map(memoryview, mappings)
+        low, high = map(memoryview, mappings)
+        regions = [Region(0, 0, low), Region(HIGH, HIGH, high)]
+        if more:
+            # The largest: it comes before the others where it is looked for.
+            room = memoryview(mmap.mmap(-1, HIGH_BYTES + mmap.PAGESIZE))
+            regions.append(Region(2 * HIGH, 2 * HIGH, room))
+        self.memory = GuestMemory(regions)
+
+    def areas(self, ring: GuestRing) -> RingAreas:
+        """Of the memory as it is mapped now."""
         table, available, used = ring_sizes_bytes(SIZE)
-        areas = (
-            self.low[:table],
-            self.low[AVAIL : AVAIL + available],
-            self.low[USED : USED + used],
+        at = ring.at
+        low = self.memory.regions[0].view
+        return (
+            low[at : at + table],
+            low[at + AVAIL : at + AVAIL + available],
+            low[at + USED : at + USED + used],
         )
-        values: dict[str, Any] = {"size": SIZE, "base": self.base, "indirect": True}
+
+    def start(self, number: int) -> None:
+        """A ring on the memory as it is."""
+        ring = self.rings[number]
+        areas = self.areas(ring)
+        values: dict[str, Any] = {"size": SIZE, "base": ring.base, "indirect": True}
         values["event_idx"] = self.event_idx
-        queue: SplitQueue
         if self.tracked:
-            queue = TrackedSplitQueue(
-                *(self.memory, areas), **values, region=self.region, n_entries=SIZE
+            ring.queue = TrackedSplitQueue(
+                *(self.memory, areas), **values, region=ring.region, n_entries=SIZE
             )
         else:
-            queue = SplitQueue(self.memory, areas, **values)
-        self.queue = queue
-        self.areas = areas
-        self.ring = RunningRing(
-            *(self.loop, queue, self.engine),
+            ring.queue = SplitQueue(self.memory, areas, **values)
+        ring.is_logged = False
+        ring.running = RunningRing(
+            *(self.loop, ring.queue, self.engine),
             **{"kick_fd": None, "call_fd": None, "error_fd": None},
             broken=self.broken.append,
         )
 
-    def stop(self) -> None:
+    def stop(self, number: int) -> None:
         """As a device does that has waited long enough."""
-        ring = self.ring
-        assert ring is not None
-        ring.pause()
-        requests = ring.unanswered()
-        if not ring.keeps_in_flight:
-            ring.fail(requests)
+        running = self.rings[number].running
+        assert running is not None
+        running.pause()
+        requests = running.unanswered()
+        if not running.keeps_in_flight:
+            running.fail(requests)
         self.engine.abandon(requests)
         self.session.abandon()
-        self.base = ring.close(told=False)
-        self.ring = None
+        self.rings[number].base = running.close(told=False)
+        self.rings[number].running = self.rings[number].queue = None
         self.loop.turn.end()
 
     def turn(self) -> None:
-        """Two turns of the loop. (The compiled engine takes another one for what it leaves.)"""
-        for _ in range(2):
-            if self.compiled is None or not self._compiled_turn():
-                self._turn()
-
-    def _compiled_turn(self) -> bool:
-        """False if something is left to be done."""
-        if self.ring is None or self.loop.turn.pending:
-            return False
-        found = self.compiled.run(self.loop.epoll.fileno(), [self.ring], 0.0)
-        return found is not None and found.used_up and not self.loop.turn.pending
-
-    def _turn(self) -> None:
+        """One turn of the loop."""
         entry = self.loop.callbacks.get(self.fd)
         if entry is not None and self.connection.alive:
             callback, events = entry
             callback(events & EPOLLOUT | EPOLLIN)
-        if self.ring is not None:
-            self.ring.poll()
+        for ring in self.rings:
+            if ring.running is not None:
+                ring.running.poll()
         self.loop.turn.end()
         while self.loop.turn.pending:
             self.loop.turn.end()
 
-    def used(self) -> list[tuple[int, int]]:
-        """What was used since the last look, in the order of heads."""
-        halves = self.areas[2].cast("H")
-        words = self.areas[2][4 : 4 + 8 * SIZE].cast("I")
+    def used(self, number: int) -> list[tuple[int, int]]:
+        """What was used in a ring since the last look, in the order of heads."""
+        ring = self.rings[number]
+        area = self.low[ring.at + USED : ring.at + TABLES]
+        halves, words = area.cast("H"), area[4 : 4 + 8 * SIZE].cast("I")
         found = []
-        while self.seen_used != halves[1]:
-            at = self.seen_used % SIZE * 2
+        while ring.seen_used != halves[1]:
+            at = ring.seen_used % SIZE * 2
             found.append((words[at], words[at + 1]))
-            self.seen_used = self.seen_used + 1 & 0xFFFF
+            ring.seen_used = ring.seen_used + 1 & 0xFFFF
         return sorted(found)
 
     def seen(self) -> dict[str, Any]:
         """All that can be seen from outside, but for the used elements."""
-        ring, session, connection = self.ring, self.session, self.connection
+        session, connection = self.session, self.connection
+        running = [ring.running for ring in self.rings]
+        durability = session.durability
         found: dict[str, Any] = {
-            "low": bytes(self.low[:USED]) + bytes(self.low[TABLES:]),
             "high": bytes(self.high),
-            "used index": bytes(self.low[USED : USED + 4]),
-            "used events": bytes(self.low[USED + 4 + 8 * SIZE : USED + 6 + 8 * SIZE]),
             "marked": bytes(self.log_bytes),
             "commands": len(self.server.log),
             "last commands": self.server.log[-64:],
             "image": bytes(self.server.image),
             "unflushed": connection.unflushed,
             "in flight there": connection.in_flight,
-            "in flight": (session.in_flight, ring and ring.in_flight, ring and ring.requests),
+            "in flight": (session.in_flight, [each and each.in_flight for each in running]),
+            "requests": [each and each.requests for each in running],
             "unsent": connection.has_unsent,
-            "epoch": (session.durability.epoch, session.durability.untold),
+            "epoch": (durability.epoch, durability.sending_epoch, durability.untold),
+            "seen": durability.seen,
             "durable": (self.disk.is_durable, self.disk.flush_deadline_s, self.disk.untold),
             "phase": (session.phase, session.resent_total, session.flushes_refused_total),
-            "lost": [str(error) for error in self.lost],
+            "time": (session.next_deadline_s(), session.may_leave_writes),
+            "lost": [re.sub("cookie [0-9]+", "cookie", str(error)) for error in self.lost],
             "faults": self.faults,
             "long": connection.transmission.long_reads,
         }
-        if self.tracked:
-            words = self.region.cast("Q")
-            found["tracked"] = [
-                (words[3 + 2 * head], self.region[16 + 16 * head]) for head in range(SIZE)
-            ]
-            found["tracked index"] = self.region.cast("H")[7]
+        for number, ring in enumerate(self.rings):
+            low = self.low[ring.at : ring.at + RING_BYTES]
+            found[f"low of {number}"] = bytes(low[:USED]) + bytes(low[TABLES:])
+            found[f"used index of {number}"] = bytes(low[USED : USED + 4])
+            events = USED + 4 + 8 * SIZE
+            found[f"used events of {number}"] = bytes(low[events : events + 2])
+            if self.tracked:
+                words = ring.region.cast("Q")
+                found[f"tracked of {number}"] = [
+                    (words[3 + 2 * head], ring.region[16 + 16 * head]) for head in range(SIZE)
+                ]
+                found[f"tracked index of {number}"] = ring.region.cast("H")[7]
         if self.cache is not None:
             index = self.cache.index
             found["cache"] = bytes(self.image)
@@ -456,20 +560,45 @@ class Twin:
             found["counts"] = repr(found["counts"])
         return found
 
-    def log(self, on: bool) -> None:
+    def log(self, number: int, on: bool) -> None:
         """The dirty log, on or off."""
-        assert self.ring is not None
+        ring = self.rings[number]
+        assert ring.running is not None
+        ring.is_logged = on
         log = None
         if on:
             bitmap = DirtyBitmap(self.log_bytes)
-            log = DirtyLog(bitmap, self.memory, [(USED, 4 + 8 * SIZE)])
-        self.ring.set_log(log)
+            log = DirtyLog(bitmap, self.memory, [(ring.at + USED, 4 + 8 * SIZE)])
+        ring.running.set_log(log)
+
+    def move(self, *, anew: bool, more: bool) -> None:
+        """The front-end tells of its memory again."""
+        if anew:
+            self.map(more=more)
+        for number, ring in enumerate(self.rings):
+            if ring.running is not None:
+                gone = [each for each in self.memory.regions if each.guest_address == HIGH]
+                ring.running.uses(gone)
+                ring.running.move(self.memory, self.areas(ring))
+                self.log(number, ring.is_logged)
 
     def close(self) -> None:
         self.connection.close()
-        self.loop.epoll.close()
-        if self.server.end is not None:
-            self.server.end.close()
+        os.close(self._low_fd)
+        os.close(self._high_fd)
+
+    def check_given_up(self) -> None:
+        """Nobody has a view of a mapping before the last one."""
+        former = self.given_up[:-2]
+        del self.given_up[:-2]
+        if not former:
+            return
+        gc.collect()
+        for mapping in former:
+            try:
+                mapping.close()
+            except BufferError:
+                raise AssertionError("there are views of memory that was given up") from None
 
 
 Step = Callable[[Twin], None]
@@ -478,11 +607,13 @@ Step = Callable[[Twin], None]
 class Script:
     """The steps of one seed, taken in both twins."""
 
-    def __init__(self, seed: int, engine: Engine = PURE_ENGINE, *, turns: bool = False) -> None:
+    def __init__(self, seed: int, engine: Engine = PURE_ENGINE) -> None:
         self.rng = rng = random.Random(seed)
         kind = {
             # With 3 of them granules share buckets, and come and go.
             "slots": rng.choice([3, 24]) if rng.random() < 0.4 else 0,
+            "rings": rng.choice([1, 1, 2]),
+            "grace_s": rng.choice([0, 5, 5]),
             "tracked": rng.random() < 0.6,
             "structured": rng.random() < 0.6,
             "event_idx": rng.random() < 0.7,
@@ -491,12 +622,15 @@ class Script:
         self.hostile = rng.random() < 0.3
         self.calm = rng.random() < 0.6
         """Nearly everything is usual."""
-        self.twins = [
-            Twin(usual=usual, engine=engine, turns=turns, **kind) for usual in (True, False)
-        ]
+        self.slow = rng.random() < 0.3
+        """The connection does not take everything at once."""
+        self.n_rings: int = kind["rings"]
+        self.twins = [Twin(usual=usual, engine=engine, **kind) for usual in (True, False)]
         self.free = list(range(SLOTS))
+        self.in_use = [0] * SLOTS
+        """How many chains of a slot were not used yet."""
         self.spare = list(range(SLOTS, SLOTS + SPARE))
-        self.avail_index = 0
+        self.avail_index = [0] * self.n_rings
         self.steps = 0
 
     def run(self, steps: int) -> int:
@@ -505,6 +639,7 @@ class Script:
             for self.steps in range(steps):
                 self._step()
             self._finish()
+            self._both(Twin.check_given_up)
         except AssertionError as error:
             raise AssertionError(f"seed {self.seed}, step {self.steps}: {error}") from error
         finally:
@@ -530,12 +665,16 @@ class Script:
     def _turn(self) -> None:
         self._both(Twin.turn)
         one, other = self.twins
-        used = one.used()
-        assert used == other.used(), "other elements were used"
-        for head, _ in used:
-            slot = head // 3
-            if head % 3 == 0 and slot < SLOTS and slot not in self.free:
-                self.free.append(slot)
+        for number in range(self.n_rings):
+            used = one.used(number)
+            assert used == other.used(number), "other elements were used"
+            for head, _ in used:
+                slot = head // 3
+                if head % 3 or slot >= SLOTS or slot % self.n_rings != number:
+                    continue
+                self.in_use[slot] -= 1
+                if not self.in_use[slot]:
+                    self.free.append(slot)
         self.free.sort()
         mine, theirs = one.seen(), other.seen()
         for name, value in mine.items():
@@ -545,25 +684,37 @@ class Script:
 
     def _mend(self) -> None:
         """A connection that was lost is replaced some time."""
+        rng = self.rng
         connection = self.twins[0].connection
-        if (not connection.alive or connection.leaving) and self.rng.random() < 0.5:
-            self._both(Twin.settle_loss)
-        if self.twins[0].ring is None and self.rng.random() < 0.5:
-            self._both(Twin.start)
-        ring = self.twins[0].ring
-        if ring is not None and ring.is_broken and self.rng.random() < 0.5:
-            self._both(Twin.stop)
-            self._reset()
+        if (not connection.alive or connection.leaving) and rng.random() < 0.5:
+            self._replace()
+        for number in range(self.n_rings):
+            running = self.twins[0].rings[number].running
+            if running is None and rng.random() < 0.5:
+                self._both(lambda twin, number=number: twin.start(number))  # type: ignore[misc]
+            if running is not None and running.is_broken and rng.random() < 0.5:
+                self._both(lambda twin, number=number: twin.stop(number))  # type: ignore[misc]
+                self._reset(number)
 
-    def _reset(self) -> None:
-        """The driver begins anew: with empty rings."""
+    def _replace(self) -> None:
+        stale = self.rng.random() < 0.5
+        fence = " session=yes" if self.rng.random() < 0.3 else ""
+        instance = self.rng.choice(["", "instance=one", "instance=two"])
+        description = f"nbd-bridge volume=x {instance}{fence}"
+        self._both(lambda twin: twin.settle_loss(stale=stale, description=description))
+
+    def _reset(self, number: int) -> None:
+        """The driver begins anew: with an empty ring."""
         for twin in self.twins:
-            twin.low[:USED] = bytes(USED)
-            twin.low[USED:TABLES] = bytes(TABLES - USED)
-            twin.region[:] = bytes(len(twin.region))
-            twin.base = twin.seen_used = 0
-        self.avail_index = 0
-        self.free = list(range(SLOTS))
+            ring = twin.rings[number]
+            low = twin.low[ring.at : ring.at + RING_BYTES]
+            low[:TABLES] = bytes(TABLES)
+            ring.region[:] = bytes(len(ring.region))
+            ring.base = ring.seen_used = 0
+        self.avail_index[number] = 0
+        for slot in range(number, SLOTS, self.n_rings):
+            self.in_use[slot] = 0
+        self.free = [slot for slot in range(SLOTS) if not self.in_use[slot]]
 
     def _add(self) -> None:
         """Make one chain available."""
@@ -576,33 +727,41 @@ class Script:
             place = self.spare.pop()
         else:
             return
+        number = slot % self.n_rings
         head = 3 * slot
         if self.hostile and rng.random() < 0.005:
-            head = rng.randrange(1 << 16)
-        descriptors, header = self._chain(place)
+            # Into no other chain: two that write to the same place may do so in any order.
+            head = rng.randrange(3 * SLOTS, 1 << 16)
+        else:
+            self.in_use[slot] += 1
+        at = RING_BYTES * number
+        descriptors, header = self._chain(place, at)
         indirect = rng.random() < 0.6
         if len(descriptors) > 3:
             indirect = True
+        index = self.avail_index[number]
         for twin in self.twins:
-            twin.low[HEADERS + 16 * place : HEADERS + 16 * place + 16] = header
-            twin.low[STATUSES + place] = 0xEE
+            low = twin.low[at : at + RING_BYTES]
+            low[HEADERS + 16 * place : HEADERS + 16 * place + 16] = header
+            low[STATUSES + place] = 0xEE
             table = b"".join(struct.pack("=QIHH", *each) for each in descriptors)
             if indirect:
-                at = TABLES + 0x100 * place
-                twin.low[at : at + len(table)] = table
-                table = struct.pack("=QIHH", at, len(table), 4, 0)
+                where = TABLES + 0x100 * place
+                low[where : where + len(table)] = table
+                table = struct.pack("=QIHH", at + where, len(table), 4, 0)
             else:
                 table = b"".join(
                     struct.pack("=QIHH", *each[:3], 3 * slot + each[3]) for each in descriptors
                 )
-            twin.low[48 * slot : 48 * slot + len(table)] = table
-            halves = twin.low[AVAIL : AVAIL + 6 + 2 * SIZE].cast("H")
-            halves[2 + self.avail_index % SIZE] = head
-            halves[1] = self.avail_index + 1 & 0xFFFF
-        self.avail_index = self.avail_index + 1 & 0xFFFF
+            low[48 * slot : 48 * slot + len(table)] = table
+            halves = low[AVAIL : AVAIL + 6 + 2 * SIZE].cast("H")
+            halves[2 + index % SIZE] = head
+            halves[1] = index + 1 & 0xFFFF
+        self.avail_index[number] = index + 1 & 0xFFFF
 
-    def _chain(self, slot: int) -> tuple[list[tuple[int, int, int, int]], bytes]:
-        """Descriptors, with the number of the next one in the chain, and the header."""
+    def _chain(self, slot: int, at: int) -> tuple[list[tuple[int, int, int, int]], bytes]:
+        """Descriptors, with the number of the next one in the chain, and the header. `at`: of the
+        ring."""
         rng = self.rng
         type_ = rng.choice([0, 1] if rng.random() < 0.9 or self.calm else [4, 8, 13])
         length = rng.choice([512, 4096, 4096, 4096, 8192, 0x9000, 0x10000, 0x11000])
@@ -618,28 +777,36 @@ class Script:
                 twin.high[where : where + 16] = struct.pack("<QII", sector, length // 512, 0)
             length = 16
         way = 0 if type_ in (1, 13) else 2
-        chain = [(HEADERS + 16 * slot, 16, 1, 1)]
+        chain = [(at + HEADERS + 16 * slot, 16, 1, 1)]
         if type_ == 4:
-            chain.append((STATUSES + slot, 1, 2, 0))
+            chain.append((at + STATUSES + slot, 1, 2, 0))
         elif rng.random() < (0.02 if self.calm else 0.1):
             half = length // 2
             chain += [(data, half, 1 | way, 2), (data + half, length - half, 1 | way, 3)]
-            chain.append((STATUSES + slot, 1, 2, 0))
+            chain.append((at + STATUSES + slot, 1, 2, 0))
         else:
-            chain += [(data, length, 1 | way, 2), (STATUSES + slot, 1, 2, 0)]
+            chain += [(data, length, 1 | way, 2), (at + STATUSES + slot, 1, 2, 0)]
         if self.hostile and rng.random() < 0.1:
-            at = rng.randrange(len(chain))
-            address, size, flags, following = chain[at]
+            which = rng.randrange(len(chain))
+            address, size, flags, following = chain[which]
             address = rng.choice([address, HIGH + HIGH_BYTES - 512, LOW_BYTES - 1, (1 << 64) - 1])
             size = rng.choice([size, 0, 1, 48, 0xFFFFFFFF])
             flags = rng.choice([flags, 0, 1, 2, 3, 4])
-            chain[at] = address, size, flags, rng.choice([following, 0, 2])
+            if flags == 4:
+                # Not what others write to: when in the turn it is read may be either way.
+                address = rng.choice([HIGH + HIGH_BYTES - 512, (1 << 64) - 1])
+            chain[which] = address, size, flags, rng.choice([following, 0, 2])
         return chain, struct.pack("<IIQ", type_, 0, sector)
 
     def _server(self) -> None:
         rng = self.rng
+        room = rng.choice([0, 0, 10, 5000, 100_000]) if self.slow else 1 << 30
+        self._both(lambda twin: setattr(twin.server.end, "room", room))
         if rng.random() < 0.85:
             self._both(lambda twin: twin.server.receive())
+        if rng.random() < (0.02 if self.calm else 0.2):
+            error = rng.choice([0, 0, 5, 108])
+            self._both(lambda twin: twin.server.answer_early(error))
         commands = self.twins[0].server.commands
         assert len(commands) == len(self.twins[1].server.commands)
         for _ in range(rng.choice([0, 1, 3, len(commands), len(commands)])):
@@ -655,17 +822,27 @@ class Script:
             self._both(lambda twin, index=index, how=how: twin.server.answer(index, how))  # type: ignore[misc]
         if rng.random() < 0.003:
             self._both(lambda twin: twin.server.outgoing.extend(b"nonsense" * 4))
+        if self.hostile and rng.random() < 0.06:
+            what = rng.choice(["again", "unknown", "other"])
+            which = rng.choice([1 << 63 | rng.randrange(1 << 24), rng.randrange(1 << 64)])
+            self._both(lambda twin: twin.server.lie(what, which))
         n_bytes = rng.choice([0, 7, 1000, 5000, 40_000, 1 << 30, 1 << 30, 1 << 30])
         self._both(lambda twin: twin.server.send(n_bytes))
 
     def _control(self) -> None:
         rng = self.rng
         what = rng.choice(
-            ["lose", "stop", "log", "pause", "memory", "write through", "look", "time", "resize"]
+            [
+                *("lose", "stop", "log", "pause", "memory", "write through", "look", "time"),
+                *("resize", "end"),
+            ]
         )
-        ring = self.twins[0].ring
+        number = rng.randrange(self.n_rings)
+        ring = self.twins[0].rings[number].running
         if what == "lose" and self.twins[0].connection.alive:
             self._both(Twin.lose)
+        elif what == "end":
+            self._both(lambda twin: setattr(twin.server.end, "has_ended", True))
         elif what == "write through":
             on = rng.random() < 0.7
             self._both(lambda twin: _write_through(twin, on))
@@ -677,32 +854,37 @@ class Script:
         elif what == "resize":
             size = rng.choice([DISK_BYTES, DISK_BYTES, DISK_BYTES // 2])
             self._both(lambda twin: _resize(twin, size))
+        elif what == "memory":
+            anew, more = rng.random() < 0.7, rng.random() < 0.5
+            self._both(lambda twin: twin.move(anew=anew, more=more))
         elif ring is None:
             return
         elif what == "stop":
-            self._both(Twin.stop)
-            if not self.twins[0].tracked:
-                # Without a region what was in flight has failed, and what is left is popped again.
-                self._both(lambda twin: None)
+            self._both(lambda twin: twin.stop(number))
         elif what == "log":
             on = rng.random() < 0.5
-            self._both(lambda twin: twin.log(on))
-        elif what == "pause":
-            on = rng.random() < 0.5
-            self._both(lambda twin: _pause(twin, on))
+            self._both(lambda twin: twin.log(number, on))
         else:
-            self._both(lambda twin: _move(twin))
+            on = rng.random() < 0.5
+            self._both(lambda twin: _pause(twin, number, on))
 
     def _finish(self) -> None:
         """Everything is answered in the end."""
-        self._both(lambda twin: _pause(twin, False) if twin.ring is not None else None)
-        for number in range(500):
-            if number > 10 and not any(twin.ring and twin.ring.in_flight for twin in self.twins):
+        for number in range(self.n_rings):
+            self._both(lambda twin, number=number: _pause(twin, number, False))  # type: ignore[misc]
+        for turns in range(500):
+            if turns > 10 and not any(
+                ring.running and ring.running.in_flight
+                for twin in self.twins
+                for ring in twin.rings
+            ):
                 break
             if not self.twins[0].connection.alive or self.twins[0].connection.leaving:
-                self._both(Twin.settle_loss)
-            if self.twins[0].ring is None:
-                self._both(Twin.start)
+                self._replace()
+            for number in range(self.n_rings):
+                if self.twins[0].rings[number].running is None:
+                    self._both(lambda twin, number=number: twin.start(number))  # type: ignore[misc]
+            self._both(lambda twin: setattr(twin.server.end, "room", 1 << 30))
             self._both(lambda twin: twin.server.receive())
             while self.twins[0].server.commands:
                 self._both(lambda twin: twin.server.answer(0, "whole"))
@@ -710,8 +892,10 @@ class Script:
             self._both(lambda twin: _pass_time(twin, 1.0))
             self._turn()
         for twin in self.twins:
-            if twin.ring is not None and not twin.ring.is_broken:
-                assert not twin.ring.in_flight, f"{twin.ring.in_flight} never answered"
+            for ring in twin.rings:
+                running = ring.running
+                if running is not None and not running.is_broken:
+                    assert not running.in_flight, f"{running.in_flight} never answered"
 
 
 def _pass_time(twin: Twin, seconds: float) -> None:
@@ -723,8 +907,12 @@ def _pass_time(twin: Twin, seconds: float) -> None:
 
 
 def _write_through(twin: Twin, writeback: bool) -> None:
+    was = twin.config.writeback
     twin.config.write(32, bytes([writeback]))
     twin.engine.writeback_changed()
+    if was and not writeback:
+        twin.disk.submit(Request(FLUSH, 0, 0, [], lambda flush: None, UNASKED))
+        twin.loop.turn.want()
 
 
 def _look(twin: Twin) -> None:
@@ -734,19 +922,12 @@ def _look(twin: Twin) -> None:
         assert len(twin.connection.changes()) <= SLOTS + 64
 
 
-def _pause(twin: Twin, on: bool) -> None:
-    assert twin.ring is not None
-    if on:
-        twin.ring.pause()
-    else:
-        twin.ring.unpause()
-
-
-def _move(twin: Twin) -> None:
-    assert twin.ring is not None
-    gone = [region for region in twin.memory.regions if region.guest_address == HIGH]
-    twin.ring.uses(gone)
-    twin.ring.move(twin.memory, twin.areas)
+def _pause(twin: Twin, number: int, on: bool) -> None:
+    running = twin.rings[number].running
+    if running is not None and on:
+        running.pause()
+    elif running is not None:
+        running.unpause()
 
 
 def _resize(twin: Twin, size_bytes: int) -> None:
@@ -768,13 +949,12 @@ def main() -> None:
     parser.add_argument("--scripts", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the first one")
     parser.add_argument("--steps", type=int, default=60, help="turns of each, and some to end it")
-    parser.add_argument("--turns", action="store_true", help="with compiled turns")
     arguments = parser.parse_args()
+    Turn.checks_stages = True
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    engine = choose(COMPILED if arguments.turns else PURE)
     served = adopted = 0
     for seed in range(arguments.seed, arguments.seed + arguments.scripts):
-        script = Script(seed, engine, turns=arguments.turns)
+        script = Script(seed)
         served += script.run(arguments.steps)
         adopted += script.twins[0].rows.adopted_total
     print(f"{arguments.scripts} scripts: {served} chains the usual way, {adopted} rows adopted")

@@ -1141,6 +1141,51 @@ async def test_dirty_log_request_from_before_logging_is_marked_when_it_ends(
     assert pending.status_address >> 12 in dirty(log_fd)
 
 
+class _EverythingAtHand:
+    """A cache that has all of `disk`."""
+
+    def __init__(self, disk: FakeDisk) -> None:
+        self._disk = disk
+
+    def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        (buffer,) = buffers
+        buffer[:] = self._disk.data[offset : offset + length]
+        return True
+
+    def write_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        return False
+
+
+async def test_dirty_log_request_of_a_dead_process_is_marked_also_if_it_is_answered_at_once(
+    guest: DeviceGuest, log_fd: int
+) -> None:
+    """The process that follows reads it from its cache while the ring starts: the front-end has
+    asked for the log before that."""
+    fd, size = guest.device.create_inflight(1, 16)
+    _, pending = await with_one_held(guest, T_IN, room=4096)
+    guest.device._rings.clear()  # the process dies, which drains nothing
+    guest.device._setups.clear()
+    guest.disk.held.clear()
+    hits = _EverythingAtHand(guest.disk)
+    async with running_device(packed=guest.packed, disk=guest.disk, hits=hits) as second:
+        second.fd, second.memory, second.rings, first_fd, first_memory = (
+            *(guest.fd, guest.memory, guest.rings),
+            *(second.fd, second.memory),
+        )
+        await second.connect()
+        second.device.set_inflight(fd, 0, size, 1, 16)
+        second.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
+        second.device.set_logging(True)
+        second.start(base=0)
+        await until(lambda: pending.status == S_OK)
+        assert pending.data_address >> 12 in dirty(log_fd)
+        assert pending.status_address >> 12 in dirty(log_fd)
+        await second.device.stop_ring(0)
+        second.fd, second.memory, second.rings = first_fd, first_memory, {}
+    os.close(fd)
+    gc.collect()  # of the ring that was never closed
+
+
 async def test_dirty_log_nothing_is_marked_after_logging(guest: DeviceGuest, log_fd: int) -> None:
     guest.start(log_guest_address=0)
     guest.device.set_log(log_fd, 0, MEMORY_BYTES >> 15)
@@ -1229,11 +1274,11 @@ async def test_memory_of_a_logged_ring_taken_away_leaves_the_other_rings_running
 async def test_ring_whose_start_fails_late_does_not_exist(
     guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> None:
+    def fails(memory: object, ring: object, *, packed: bool) -> None:
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patched:
-        patched.setattr(guest.device, "_update_logs", fails)
+        patched.setattr(guest.device._dirty_logs, "of", fails)
         with pytest.raises(RuntimeError, match="a bug"):
             guest.start()
     guest.start()
@@ -1363,10 +1408,10 @@ async def test_in_flight_region_of_any_size_has_entries_for_our_largest_ring_at_
 
 async def test_in_flight_region_refused_leaves_the_former_one(guest: DeviceGuest) -> None:
     fd, size_bytes = guest.device.create_inflight(1, 16)
-    before = guest.device._inflight
+    before = guest.device._remembered.region
     with pytest.raises(ProtocolError):
         guest.device.set_inflight(fd, size_bytes, size_bytes, 1, 16)
-    assert guest.device._inflight is before
+    assert guest.device._remembered.region is before
     os.close(fd)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.server.client import list_exports
+from bridge.server.inspection import list_exports
 from bridge.server.uri import parse_uri
 from tests.ceph.cluster import POOL, Cluster
 from tests.plugin.client import NbdError, RawClient, Refused

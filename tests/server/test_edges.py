@@ -16,8 +16,8 @@ from bridge.datapath.request import READ, Request
 from bridge.errors import BridgeError
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server.client import inspect, list_exports
 from bridge.server.client_options import ClientOptions
+from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
 from tests.server.helpers import FAST, LayerAbove, read, running_client, served, start
 from tests.tools import HUNG_S, until
@@ -102,9 +102,19 @@ async def test_looking_leaves_no_descriptors_whatever_comes(look: object) -> Non
         nursery.cancel_scope.cancel()
 
 
-async def test_reconnect_without_a_descriptor_left_is_tried_again() -> None:
+async def test_reconnect_without_a_descriptor_left_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A front-end may hold nearly all of them for a while."""
+    failures: list[Exception] = []
     async with served() as (client, server, _):
+        failed = client.outages.failed
+
+        def noted(reason: Exception) -> bool:
+            failures.append(reason)
+            return failed(reason)
+
+        monkeypatch.setattr(client.outages, "failed", noted)
         assert await read(client, 0, 512) == bytes(512)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         highest = max(map(int, os.listdir("/proc/self/fd")))
@@ -112,10 +122,11 @@ async def test_reconnect_without_a_descriptor_left_is_tried_again() -> None:
         try:
             for spare in range(4):  # Each of them is used up at another place.
                 resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1 - spare, limits[1]))
+                failures.clear()
                 server.cut()
                 waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
-                await until(lambda: bool(client._last_failure) or not client.connected)
-                await until(lambda: bool(client._last_failure) or client.connected)
+                await until(lambda: bool(failures) or not client.connected)
+                await until(lambda: bool(failures) or client.connected)
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
                 assert await waiter.wait() == 0
         finally:
@@ -137,7 +148,7 @@ async def test_socket_that_cannot_be_tuned_is_a_lost_connection_and_closed(
 
         monkeypatch.setattr("bridge.server.connection._tune", refuse)
         server.cut()
-        await until(lambda: os.strerror(code) in client._last_failure)
+        await until(lambda: os.strerror(code) in client.outages.reason)
         assert open_descriptors() <= before
         monkeypatch.undo()
         assert await read(client, 0, 512) == bytes(512)
@@ -155,7 +166,7 @@ async def test_connection_that_cannot_be_watched_is_tried_again(
 
         monkeypatch.setattr(client._loop, "add", refuse)
         server.cut()
-        await until(lambda: "no more watches" in client._last_failure)
+        await until(lambda: "no more watches" in client.outages.reason)
         assert open_descriptors() <= before
         monkeypatch.undo()
         assert await read(client, 0, 512) == bytes(512)

@@ -26,7 +26,8 @@ from bridge.datapath.request import (
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server.client import Client, inspect, list_exports
+from bridge.server.client import Client
+from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
 from tests.processes import short_directory, unix_uri
 from tests.server import certificates, servers

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bridge.datapath.request import FLUSH
-from bridge.server.client import inspect, list_exports
+from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
 from tests.processes import short_directory
 from tests.server import servers

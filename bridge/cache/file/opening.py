@@ -177,11 +177,15 @@ def open_or_create(
     if note is None:
         file.begin()
         return file
+    return _make_anew(file, geometry, identity, note)
+
+
+def _make_anew(file: CacheFile, geometry: Geometry, identity: Identity, note: str) -> CacheFile:
     # A second descriptor of the same open file keeps the lock while the map goes.
     fd = os.dup(file.fd)
     killed = file.was_killed
     file.close(clean=False)
-    return _create(path, geometry, identity, [note], fd, killed=killed)
+    return _create(file.path, geometry, identity, [note], fd, killed=killed)
 
 
 def _unfit(
@@ -207,26 +211,34 @@ def _unfit(
     if header.geometry == geometry:
         return None
     if dirty := dirty_bytes(file):
-        if _can_take_over(header.geometry, geometry):
-            if header.geometry.slots != geometry.slots:
-                file.notes.append(
-                    f"cache file {path}: keeps its size for now, it holds {dirty} unwritten bytes"
-                )
-            return None
-        if header.geometry.disk_bytes > geometry.disk_bytes:
-            raise export_shrunk(file, geometry.disk_bytes)
-        raise ConfigError(
-            f"cache file {path} holds {dirty} bytes of unwritten data in blocks of "
-            f"{header.geometry.block_bytes}; now they are of {geometry.block_bytes}",
-            remedy=Remedy.FLUSH_FIRST,
-            path=path,
-        )
+        _take_over(file, geometry, dirty)
+        return None
     if header.geometry.disk_bytes != geometry.disk_bytes:
         return (
             f"cache file {path}: discarded, the export has {geometry.disk_bytes} bytes, "
             f"it had {header.geometry.disk_bytes}"
         )
     return f"cache file {path}: made anew with another size"
+
+
+def _take_over(file: CacheFile, geometry: Geometry, dirty: int) -> None:
+    """Keep the `dirty` bytes of a file that was made for another geometry. Raises ConfigError if
+    that cannot be."""
+    held, path = file.header.geometry, file.path
+    if _can_take_over(held, geometry):
+        if held.slots != geometry.slots:
+            file.notes.append(
+                f"cache file {path}: keeps its size for now, it holds {dirty} unwritten bytes"
+            )
+        return
+    if held.disk_bytes > geometry.disk_bytes:
+        raise export_shrunk(file, geometry.disk_bytes)
+    raise ConfigError(
+        f"cache file {path} holds {dirty} bytes of unwritten data in blocks of "
+        f"{held.block_bytes}; now they are of {geometry.block_bytes}",
+        remedy=Remedy.FLUSH_FIRST,
+        path=path,
+    )
 
 
 def _can_take_over(held: Geometry, wanted: Geometry) -> bool:

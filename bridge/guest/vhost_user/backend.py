@@ -108,15 +108,19 @@ async def _serve_one(
         log.exception("the vhost-user session failed")
         reason = "internal error"
     finally:
-        transport.close()
-        with trio.CancelScope(shield=True):
-            try:
-                await session.close()
-            except Exception:
-                log.exception("the end of the vhost-user session failed")
+        await _end(session, transport)
         log.info("front-end disconnected", reason=reason)
         if on_connected is not None:
             on_connected(False)
+
+
+async def _end(session: FrontEndSession, transport: Transport) -> None:
+    transport.close()
+    with trio.CancelScope(shield=True):
+        try:
+            await session.close()
+        except Exception:
+            log.exception("the end of the vhost-user session failed")
 
 
 class _Watched:

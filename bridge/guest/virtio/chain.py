@@ -68,6 +68,19 @@ def resolve(
     They are private copies; an indirect one has no business among them. `region` is looked in
     first: most descriptors lie in one. What is wrong with the chain is in its fault.
     """
+    readable, writable, total_bytes, fault = _views(descriptors, memory, region)
+    if total_bytes >= MAX_CHAIN_BYTES:
+        fault = f"a chain of more than 2^32 bytes: {total_bytes}"
+    if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
+        long_chains.popped(head, n_views)
+    return request_chain(head, readable, writable, fault)
+
+
+def _views(
+    descriptors: Sequence[Descriptor], memory: GuestMemory, region: Region
+) -> tuple[list[memoryview], list[memoryview], int, str | None]:
+    """What the device reads, what it writes (nothing if the end of that is not known), how many
+    bytes that is, and what is wrong with it."""
     readable: list[memoryview] = []
     writable: list[memoryview] = []
     fault = None
@@ -79,7 +92,7 @@ def resolve(
     for address, length, _, flags in descriptors:
         if flags & DESC_INDIRECT:
             # virtio 1.3 §2.8.19: neither in a list with others nor in a table.
-            return request_chain(head, [], [], "an indirect descriptor among others")
+            return [], [], 0, "an indirect descriptor among others"
         total_bytes += length
         if not length:
             continue
@@ -100,11 +113,7 @@ def resolve(
             fault = "a readable descriptor follows a writable one"
         else:
             readable += views
-    if total_bytes >= MAX_CHAIN_BYTES:
-        fault = f"a chain of more than 2^32 bytes: {total_bytes}"
-    if (n_views := len(readable) + len(writable)) > LONG_CHAIN_VIEWS:
-        long_chains.popped(head, n_views)
-    return request_chain(head, readable, writable if end_known else [], fault)
+    return readable, writable if end_known else [], total_bytes, fault
 
 
 def request_chain(

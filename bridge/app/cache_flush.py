@@ -1,73 +1,50 @@
-"""The `nbd-bridge cache` commands that need a server: `flush` a cache file to it, `warm` one."""
+"""The flush of a cache file to its server without a guest: what `nbd-bridge cache flush` does."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from urllib.parse import quote
 
 import structlog
 import trio
 
-from bridge.app.settings import CacheSettings
-from bridge.app.storage import (
-    GatedBackend,
-    Storage,
-    cache_identity,
-    cache_path,
+from bridge.app.answers import finished, to_be_set
+from bridge.app.backends import GatedBackend
+from bridge.app.cache_names import cache_identity, notes_directory, wanted_cache
+from bridge.app.cache_ownership import (
     check_content,
     check_export,
-    close_file,
     expect_stale_writes,
-    finished,
     may_call_clean,
     note_changed_content,
     note_export,
-    notes_directory,
-    to_be_set,
-    wanted_cache,
 )
+from bridge.app.open_cache import close_file
 from bridge.cache.cache import Cache
-from bridge.cache.cache_options import WRITEBACK, Options
+from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.file.inspect import open_to_flush, show
 from bridge.cache.file.layout import Header, printable
 from bridge.cache.file.location import forget, peek
-from bridge.cache.file.locking import has_content
-from bridge.cache.warm import Warmer, data_ranges
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import BLOCK_STATUS, FLUSH, Request, Target
+from bridge.datapath.request import FLUSH, Request
 from bridge.datapath.turn import Turn
-from bridge.errors import (
-    BridgeError,
-    ChangedMeanwhile,
-    ConfigError,
-    ConnectionLost,
-    RangeBeyondDisk,
-    Remedy,
-)
-from bridge.server.chunks import StatusRequest
-from bridge.server.client import Client, inspect
+from bridge.errors import BridgeError, ChangedMeanwhile, ConfigError, Remedy
+from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
+from bridge.server.inspection import inspect
 from bridge.server.uri import NbdUri, parse_uri
 
 _log = structlog.get_logger(__name__)
 
-_STATUS_BYTES = 1 << 30
-"""How much of a disk one BLOCK_STATUS request covers."""
 
 _FILE_LIMIT_S = 60.0
 """How long the cache's disk may take at the end of a flush."""
-
-_HANG_UP_S = 2.0
-"""How long a `warm` that was interrupted, or failed, waits for the server's remaining replies."""
-
-_PATIENCE = 2
-"""How many times the `--timeout` of a `warm` may pass without any progress: once while the server
-is unreachable, and once more while it is silent."""
 
 
 def uri_of(path: str) -> NbdUri:
@@ -112,30 +89,7 @@ async def flush_file(
     async with AsyncExitStack() as at_last:
         over = _OverReconnects()
         async with _client(uri, options, over) as (connected, loop):
-            if connected.export.read_only:
-                why = connected.export.volume.why_read_only
-                raise ConfigError(
-                    f"{uri.text}: the export is read-only, nothing can be flushed to it"
-                    + (f" ({why})" if why else "")
-                )
-
-            def check(file: CacheFile) -> None:
-                # The summary is older than the lock: it may be that of another file.
-                if file.header.digest.hex() != summary.digest:
-                    raise ConfigError(
-                        f"cache file {path} is another one than a moment ago",
-                        remedy=Remedy.LOOK_AGAIN,
-                        path=path,
-                    )
-                if not moved and not wanted_cache(uri, connected.export).owns(file.header):
-                    raise _of_another(path, file.header, uri)
-
-            file = open_to_flush(
-                path,
-                export_bytes=connected.export.usable_bytes,
-                skip_damaged=skip_damaged,
-                check=check,
-            )
+            file = _open(path, connected, summary.digest, moved=moved, skip_damaged=skip_damaged)
             at_last.push_async_callback(_close, file, connected)
             flushed = await _flush_to(
                 *(file, connected, loop, over),
@@ -146,6 +100,34 @@ async def flush_file(
     if (notes := notes_directory()) is not None:
         forget(path, notes)
     return flushed
+
+
+def _open(path: str, client: Client, digest: str, *, moved: bool, skip_damaged: bool) -> CacheFile:
+    """Lock the cache file, which has to be that of the export of `client`. Raises ConfigError."""
+    uri, export = client.uri, client.export
+    if export.read_only:
+        why = export.volume.why_read_only
+        raise ConfigError(
+            f"{uri.text}: the export is read-only, nothing can be flushed to it"
+            + (f" ({why})" if why else "")
+        )
+    check = partial(_check_file, digest=digest, uri=uri, export=None if moved else export)
+    return open_to_flush(
+        path, export_bytes=export.usable_bytes, skip_damaged=skip_damaged, check=check
+    )
+
+
+def _check_file(file: CacheFile, *, digest: str, uri: NbdUri, export: Export | None) -> None:
+    """Check, now that it is locked, that `file` is the one of that digest, and belongs to `export`
+    (None: whatever it belongs to). Raises ConfigError."""
+    if file.header.digest.hex() != digest:
+        raise ConfigError(
+            f"cache file {file.path} is another one than a moment ago",
+            remedy=Remedy.LOOK_AGAIN,
+            path=file.path,
+        )
+    if export is not None and not wanted_cache(uri, export).owns(file.header):
+        raise _of_another(file.path, file.header, uri)
 
 
 async def _check_spelling(path: str, uri: NbdUri, options: ClientOptions | None) -> None:
@@ -216,8 +198,8 @@ class _OverReconnects:
         export = client.export
         if export.sessions is None:
             backend.hold_changes()  # until the comparison shows whether it is still this export
-            cache.check_sample(self._compared)
-        elif reason := cache.foreign_change(
+            cache.foreign.check_sample(self._compared)
+        elif reason := cache.foreign.foreign_change(
             *(export.content_sessions or export.sessions), export.identity
         ):
             self._found_changed(reason)
@@ -295,165 +277,6 @@ async def _flush_to(
     if scope.cancelled_caught or request.error:
         raise BridgeError(f"{client.uri.text}: the server did not take everything; {kept}")
     return dirty_blocks * file.geometry.block_bytes
-
-
-async def warm(
-    uri_text: str,
-    *,
-    cache_bytes: int | None,
-    directory: str | None,
-    ranges: Sequence[tuple[int, int]],
-    timeout_s: float,
-    progress: Callable[[int, int], None],
-    client: ClientOptions | None = None,
-) -> int:
-    """Read `ranges` (the whole disk if empty) into its cache; return the length read, in bytes.
-
-    Leaves out the holes that the server reports. `cache_bytes` None: an existing cache keeps its
-    size. `timeout_s` bounds the waiting for a lost server, not the whole run. Calls
-    `progress(done_bytes, total_bytes)` after each part. Raises ConfigError, ConnectionLost or
-    ProtocolError, and BridgeError if a part could not be read.
-    """
-    uri = parse_uri(uri_text)
-    loop = Loop(poll_us=0)
-    options = client or ClientOptions()
-    options = replace(
-        options,
-        request_timeout_s=min(timeout_s, options.request_timeout_s),
-        reconnect_timeout_s=timeout_s,
-        close_timeout_s=_HANG_UP_S,
-    )
-    size_bytes = cache_bytes or _size_to_keep(str(cache_path(uri, directory)))
-    settings = CacheSettings(mode=WRITEBACK, size_bytes=size_bytes, directory=directory)
-    storage = Storage(uri, loop, options, settings)
-    close_s = _HANG_UP_S
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(loop.run)
-        try:
-            export = await storage.open()
-            if export.read_only:
-                raise ConfigError(
-                    f"{uri_text}: the export is read-only, so it is served without a cache: "
-                    "there is none to warm"
-                )
-            nursery.start_soon(storage.run)
-            wanted = _within(ranges, export.usable_bytes) or [(0, export.usable_bytes)]
-            allocated: list[tuple[int, int]] = []
-            for offset, length in wanted:
-                with _patience(uri, timeout_s):
-                    allocated += await _data(
-                        storage.backend, loop.turn, offset, length, export.can_block_status
-                    )
-            # More than the cache holds would only evict what was read first.
-            total = min(sum(length for _, length in allocated), size_bytes)
-            await _prefetch(storage, allocated, total, lambda done: progress(done, total))
-            close_s = timeout_s  # An existing cache may have dirty data to flush.
-        finally:
-            with trio.CancelScope(shield=True):
-                await storage.close(limit_s=close_s)
-        nursery.cancel_scope.cancel()
-    loop.close()
-    return total
-
-
-@contextmanager
-def _patience(uri: NbdUri, timeout_s: float) -> Iterator[Callable[[], None]]:
-    """A time limit for a server that accepts connections but never replies.
-
-    Yields a function that starts the time again. Raises ConnectionLost.
-    """
-    limit_s = _PATIENCE * timeout_s
-    scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
-
-    def moved() -> None:
-        scope.deadline = trio.current_time() + limit_s
-
-    with scope:
-        yield moved
-    if scope.cancelled_caught:
-        raise ConnectionLost(f"{uri.server}: the server answered nothing for {limit_s:g} s")
-
-
-def _size_to_keep(path: str) -> int:
-    """The size of the cache file at `path`, or the default if there is none. Raises ConfigError."""
-    default = CacheSettings().size_bytes
-    if not has_content(path):
-        return default
-    summary = show(path)
-    if summary.cache_bytes < summary.disk_bytes:
-        return summary.cache_bytes
-    # It holds the whole disk: the file does not say how much more the operator asked for.
-    return max(default, summary.cache_bytes)
-
-
-def _within(ranges: Sequence[tuple[int, int]], disk_bytes: int) -> list[tuple[int, int]]:
-    """`ranges` up to the end of the disk. Raises ConfigError for one that begins beyond it."""
-    for offset, length in ranges:
-        if offset >= disk_bytes:
-            raise RangeBeyondDisk(offset, length, disk_bytes)
-    return [(offset, min(length, disk_bytes - offset)) for offset, length in ranges]
-
-
-async def _prefetch(
-    storage: Storage,
-    ranges: list[tuple[int, int]],
-    total_bytes: int,
-    progress: Callable[[int], None],
-) -> None:
-    """Read the first `total_bytes` of `ranges` into the cache. Raises ConnectionLost if the server
-    is lost, BridgeError if a part cannot be read."""
-    ended = trio.Event()
-    client = storage.client
-
-    def chunk_ended(done_bytes: int) -> None:
-        moved()
-        if client.link.given_up:
-            warmer.stop()  # All the others would fail, too.
-        progress(done_bytes)
-
-    warmer = Warmer(
-        storage.backend.submit,
-        ranges,
-        limit_bytes=total_bytes,
-        progress=chunk_ended,
-        done=lambda failed_bytes: ended.set(),
-    )
-    with _patience(client.uri, client.options.reconnect_timeout_s) as moved:
-        warmer.start()
-        storage.turn.end()
-        try:
-            await ended.wait()
-        finally:
-            warmer.stop()
-    if warmer.failed_bytes and client.link.given_up:
-        raise ConnectionLost(
-            f"{client.uri.server}: the server was lost and could not be reached again within "
-            f"{client.options.reconnect_timeout_s:g} s; "
-            f"{warmer.done_bytes - warmer.failed_bytes} bytes are in the cache"
-        )
-    if warmer.failed_bytes:
-        raise BridgeError(f"{client.uri.server}: {warmer.failed_bytes} bytes could not be read")
-
-
-async def _data(
-    target: Target, turn: Turn, offset: int, length: int, can_block_status: bool
-) -> list[tuple[int, int]]:
-    """The parts of a range that the server does not report as holes."""
-    if not can_block_status:
-        return [(offset, length)]
-    found: list[tuple[int, int]] = []
-    end = offset + length
-    while offset < end:
-        request = StatusRequest(
-            BLOCK_STATUS, offset, min(end - offset, _STATUS_BYTES), [], to_be_set
-        )
-        await finished(target, request, turn)
-        if request.error or not request.extents:
-            found.append((offset, end - offset))  # no reply: all of it may be data
-            break
-        found += data_ranges(request.extents, offset)
-        offset += sum(length for length, _ in request.extents)
-    return found
 
 
 @asynccontextmanager

@@ -1,0 +1,136 @@
+"""Did the export change without us, and what of the cache is to be believed then?
+
+What is clean is a copy: it is dropped when somebody else wrote. What is dirty never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bridge.cache.common import Common
+from bridge.cache.discards import Discards
+from bridge.cache.fetch import Fetcher
+from bridge.cache.file.layout import BITS
+from bridge.cache.sample import Sample, check_sample, compare
+from bridge.datapath.request import Request
+
+_THOROUGH_COUNT = 256
+"""Blocks compared before dirty data goes out: a small cache wholly, and a few seconds at worst."""
+
+
+class ForeignChanges:
+    """What the owner of a cache asks and says about them."""
+
+    def __init__(self, common: Common, discards: Discards, fetcher: Fetcher) -> None:
+        self.index = common.index
+        self._common = common
+        self._image = common.image
+        self._discards = discards
+        self._fetcher = fetcher
+
+    def foreign_change(self, generation: int, written: int, identity: bytes) -> str:
+        """Why the export is not what this cache left behind, "" if it is.
+
+        The server counts its writable sessions: ours is `generation`, the last one that wrote was
+        `written`. `identity` is the volume's, b"" where the server gives none.
+        """
+        header = self._image.header
+        known = header.export_generation
+        renamed = identity and header.export_identity and identity != header.export_identity
+        if renamed or generation < known:
+            return "the export is another volume now, of the same name"
+        if written > known:
+            return "somebody else wrote the export since"
+        return ""
+
+    def note_export(self, generation: int, written: int, identity: bytes) -> int:
+        """Take the server's counters over: call it before serving, and after each reconnect
+        before anything is sent again.
+
+        Drops every clean block if there was a `foreign_change`; returns how many. The number is
+        stored before this session can write anything.
+        """
+        dropped = self.drop_clean() if self.foreign_change(generation, written, identity) else 0
+        header = self._image.header
+        if (generation, identity) != (header.export_generation, header.export_identity):
+            self._image.save_header(export_generation=generation, export_identity=identity)
+        return dropped
+
+    def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
+        """Compare about `count` clean cached blocks with the server; if any differs drop all clean
+        blocks. `done(differences)`, -1 if the server did not answer."""
+        check_sample(
+            self,
+            self._common.backend,
+            done,
+            count,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
+        )
+
+    def check_before_writing(self, done: Callable[[int], None]) -> None:
+        """Before dirty data of an earlier run goes to the server: the same, and more thoroughly.
+
+        Nothing is dropped, so that the next try finds the same. What differs is remembered
+        in the file: the next sample, which is another one, has it too.
+        """
+
+        self._compare(self._common.backend.submit, done, _THOROUGH_COUNT)
+
+    def check_server(
+        self, submit: Callable[[Request], None], done: Callable[[int], None], *, count: int = 64
+    ) -> None:
+        """The same for the server that has just come back, to which `submit` leads: before anything
+        goes there, and while the guest waits. What is being discarded proves nothing."""
+        self._compare(submit, done, count, only_zeroes=False)
+
+    def _compare(
+        self,
+        submit: Callable[[Request], None],
+        done: Callable[[int], None],
+        count: int,
+        *,
+        only_zeroes: bool = True,
+    ) -> None:
+        def compared(sample: Sample) -> None:
+            if not sample.unknown:
+                self._remember(sample.witness + 1 if sample.differing else 0)
+            done(-1 if sample.unknown else sample.differing)
+
+        compare(
+            self.index,
+            submit,
+            compared,
+            count,
+            beside_dirty=True,
+            witness=self._witness,
+            discarded=self._image.header.discarded,
+            only_zeroes=only_zeroes,
+        )
+
+    @property
+    def _witness(self) -> int | None:
+        witness = self._image.header.witness
+        return witness - 1 if witness else None
+
+    def _remember(self, witness: int) -> None:
+        if witness != self._image.header.witness:
+            self._image.save_header(witness=witness)
+
+    def drop_clean(self) -> int:
+        """Forget every clean block (another client changed the image); returns how many blocks.
+
+        Fetches in flight are not filled in either. Dirty blocks stay.
+        """
+        self._common.turn.want()
+        index = self.index
+        self._remember(0)
+        self._discards.nothing_older(self._common.durability.epoch)
+        before = index.valid_blocks
+        for granule in list(self._fetcher.fetching):
+            self._fetcher.overtaken(granule, BITS)
+        for slot in index.used_slots():
+            clean = index.valid(slot) & ~index.dirty(slot)
+            if clean:
+                self._common.slots.drop(slot, clean)
+        return before - index.valid_blocks

@@ -1,0 +1,111 @@
+"""The fast path: requests that are served on the spot, within one granule.
+
+`read_hit` of blocks that are all `ready`, `write_hit` of blocks that are all `open`. Both are one
+look-up, one bit test and one copy.
+"""
+
+from __future__ import annotations
+
+from bridge.cache.eviction import UP, Evictor
+from bridge.cache.index import Index
+from bridge.cache.store import Store
+from bridge.cache.upstream import Stats
+from bridge.datapath.cells import Resident
+
+
+class CacheHits:
+    """See `request.Hits`. What it touches is flat."""
+
+    def __init__(self, index: Index, evictor: Evictor, store: Store, stats: Stats) -> None:
+        self._stats = stats
+        self._shift = index.granule_shift
+        self._block_shift = index.block_shift
+        self._block_up = index.block_bytes - 1
+        self._within = index.granule_bytes - 1
+        self._bucket_mask = index.bucket_mask
+        self._head = index.head
+        self._granule_of = index.granule_of
+        self._ready = index.ready
+        self._open = index.open
+        self._data = index.data
+        self._open_blocks = store.open_blocks
+        self._touched = evictor.touched
+        self.resident = _resident(index, evictor, store)
+        """What the usual case of a turn serves by itself."""
+
+    def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        """See `request.Hits`: blocks of one granule that are all `ready`.
+
+        For what is not usual: packed rings, buffers in several pieces, requests above 64 KiB. What
+        is usual `usual.take_hits` serves, in the same way.
+        """
+        granule = offset >> self._shift
+        slot = self._head[granule & self._bucket_mask]
+        if self._granule_of[slot] != granule:
+            return False
+        # A range that leaves the granule has bits that no granule has.
+        within = offset & self._within
+        shift = self._block_shift
+        bits = (1 << (within + length + self._block_up >> shift)) - (1 << (within >> shift))
+        if bits & ~self._ready[slot]:
+            return False
+        at = (slot << self._shift) + within
+        data = self._data
+        if len(buffers) == 1:
+            buffers[0][:] = data[at : at + length]
+        else:
+            for buffer in buffers:
+                end = at + len(buffer)
+                buffer[:] = data[at:end]
+                at = end
+        self._touched[slot] = UP[self._touched[slot]]
+        self._stats.read_hits += 1
+        return True
+
+    def write_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
+        """See `request.Hits`: blocks of one granule that are all `open`, or can be at once."""
+        # The look-up is that of `read_hit`: a call for it would cost as much as it does.
+        granule = offset >> self._shift
+        slot = self._head[granule & self._bucket_mask]
+        if self._granule_of[slot] != granule:
+            return False
+        within = offset & self._within
+        shift = self._block_shift
+        bits = (1 << (within + length + self._block_up >> shift)) - (1 << (within >> shift))
+        if bits & ~self._open[slot] and not self._open_blocks(slot, bits):
+            return False
+        at = (slot << self._shift) + within
+        data = self._data
+        if len(buffers) == 1:
+            data[at : at + length] = buffers[0]
+        else:
+            for buffer in buffers:
+                end = at + len(buffer)
+                data[at:end] = buffer
+                at = end
+        self._touched[slot] = UP[self._touched[slot]]
+        self._stats.write_hits += 1
+        return True
+
+    def count_hits(self, reads: int, writes: int) -> None:
+        """So many were served out of `resident`."""
+        self._stats.read_hits += reads
+        self._stats.write_hits += writes
+
+
+def _resident(index: Index, evictor: Evictor, store: Store) -> Resident:
+    """The flat state of these parts, for `datapath.usual`."""
+    resident = Resident()
+    resident.granule_shift = index.granule_shift
+    resident.block_shift = index.block_shift
+    resident.bucket_mask = index.bucket_mask
+    resident.head = index.head
+    resident.granule_of = index.granule_of
+    resident.ready = index.ready
+    resident.open = index.open
+    resident.data = index.data
+    resident.touched = evictor.touched
+    resident.up = UP
+    resident.open_blocks = store.open_blocks
+    resident.native = None
+    return resident

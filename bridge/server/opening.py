@@ -1,0 +1,148 @@
+"""The opening of a client's connections: several where the server allows it, named for our plugin.
+
+Our plugin admits connections that name one session together, and one that names its client replaces
+what that client has left behind. It says that it is our plugin in the description of the export,
+which comes with the first connection: that one is left then, and the names are used from there on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable
+
+import structlog
+import trio
+
+from bridge.errors import BridgeError, ConfigError, ConnectionLost
+from bridge.server.client_options import ClientOptions
+from bridge.server.connection import Negotiated, leave, negotiate
+from bridge.server.inspection import is_listed_by_our_plugin
+from bridge.server.uri import NbdUri
+from bridge.server.volume_words import VolumeName
+from bridge.spec.nbd import NAME_MAX_BYTES
+
+_log = structlog.get_logger(__name__)
+
+
+class Opening:
+    """What is known of a server's names, from one opening of connections to the next."""
+
+    def __init__(self, uri: NbdUri, options: ClientOptions) -> None:
+        self._uri = uri
+        self._options = options
+        self._name = VolumeName(uri.export_name)
+        self.client_id = self._name.client or secrets.token_hex(8)
+        """Our name towards our plugin, which tells by it which client wrote a volume last."""
+        self._takes_names = False
+        self._plain_next = False
+        self._names_refused = False
+        self._reads_only: bool | None = None
+        """Whether the server has a name for readers of the export; None: it was not asked."""
+
+    async def open(self, *, just_one: Callable[[], bool]) -> list[Negotiated]:
+        """The connections of one generation, at least one.
+
+        `just_one`: asked when the first one is there, whether it is enough (the client was closed
+        meanwhile). Raises ConfigError, ConnectionLost or ProtocolError.
+        """
+        if self._options.read_only and self._reads_only is None:
+            await self._ask_for_readers_name()
+        named = self._takes_names and not self._plain_next
+        token = secrets.token_hex(8) if named else None
+        first = await self._first(token)
+        if just_one():
+            return [first]
+        announced = first.export.volume.is_fenced
+        is_plain = VolumeName(first.export.name).may_name_reader
+        if announced and self._options.read_only and is_plain:
+            # Our plugin, which did not say so when it was asked: let go of the volume at once.
+            await leave(first)
+            self._reads_only = True
+            return await self.open(just_one=just_one)
+        announced = announced and self._name.may_name_client and not self._reads_only
+        if announced and token is None and not self._names_refused:
+            await leave(first)
+            return await self._open_with_names(just_one)
+        if self._options.connections == 1:
+            return [first]
+        if not first.export.can_multi_conn:
+            _log.warning("the server does not allow several connections: using one")
+            return [first]
+        return await self._with_others(first, token)
+
+    async def _first(self, token: str | None) -> Negotiated:
+        try:
+            first = await self._negotiate(token, 1)
+        except ConfigError:
+            # Perhaps another server took the place of our plugin: try without the names.
+            self._plain_next = self._takes_names and not self._plain_next
+            self._reads_only = None
+            raise
+        self._plain_next = False
+        return first
+
+    async def _open_with_names(self, just_one: Callable[[], bool]) -> list[Negotiated]:
+        """Our plugin: connections that name one session are admitted together, and one that
+        names its client replaces what that client has left behind."""
+        self._takes_names = True
+        try:
+            return await self.open(just_one=just_one)
+        except ConfigError:
+            if self._names_refused:
+                raise
+            # Announced, but refused: never again.
+            self._names_refused = True
+            self._takes_names = False
+            return await self.open(just_one=just_one)
+
+    async def _with_others(self, first: Negotiated, token: str | None) -> list[Negotiated]:
+        """As many connections as are wanted, or as the server lets us have."""
+        found = [first]
+
+        async def another(number: int) -> None:
+            try:
+                found.append(await self._negotiate(token, number))
+            except BridgeError as error:
+                _log.warning("one connection less", error=error)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for number in range(2, self._options.connections + 1):
+                    nursery.start_soon(another, number)
+        except BaseException:
+            for each in found:
+                each.close()
+            raise
+        sizes = {each.export.size_bytes for each in found}
+        if len(sizes) > 1:
+            for each in found:
+                await leave(each)
+            raise ConnectionLost(f"{self._uri.server}: connections differ in size: {sorted(sizes)}")
+        return found
+
+    async def _negotiate(self, token: str | None, number: int) -> Negotiated:
+        name = self._name_to_send(token, number)
+        return await negotiate(self._uri, self._options, export_name=name)
+
+    async def _ask_for_readers_name(self) -> None:
+        """Our plugin gives a volume to one writer at a time, and to any number of readers beside
+        it; these say so in the name, since NBD has no other way. So it must be known whether the
+        server is our plugin before the export is opened. A server that hangs up is asked again the
+        next time."""
+        if not self._name.may_name_reader:
+            self._reads_only = False
+            return
+        with contextlib.suppress(ConnectionLost):
+            volume = self._name.without_session
+            self._reads_only = await is_listed_by_our_plugin(self._uri, self._options, volume)
+
+    def _name_to_send(self, token: str | None, number: int) -> str:
+        """The name of the export for connection `number` of the session `token`."""
+        if self._reads_only:
+            return self._name.for_reader()  # A reader is in no session.
+        if token is None:
+            return self._name.text
+        named = self._name.for_connection(token, client=self.client_id, number=number)
+        # A server may refuse a name that is longer than the protocol's limit.
+        return named if len(named.encode()) <= NAME_MAX_BYTES else self._name.text

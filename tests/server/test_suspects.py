@@ -1,0 +1,50 @@
+"""Which command makes the server hang up."""
+
+from __future__ import annotations
+
+import gc
+from weakref import ref
+
+from bridge.datapath.request import WRITE, Request
+from bridge.server.suspects import Suspects
+
+
+def _command() -> Request:
+    return Request(WRITE, 0, 512, [memoryview(bytes(512))], lambda _: None)
+
+
+def _another_at(address: int) -> Request:
+    """A new command in the memory of one that is gone."""
+    others = []
+    for _ in range(10_000):
+        others.append(_command())
+        if id(others[-1]) == address:
+            return others.pop()
+    raise AssertionError("that memory was not used again")
+
+
+def test_command_in_the_memory_of_a_former_suspect_is_another_one() -> None:
+    suspects = Suspects()
+    first = _command()
+    address = id(first)
+    assert not suspects.hung_up(first, 0, answered=True)
+    assert not suspects.hung_up(first, 0, answered=True)
+    del first  # it was answered after all
+    assert not suspects.hung_up(_another_at(address), 0, answered=True)
+
+
+def test_same_command_is_put_on_trial_after_three_losses() -> None:
+    suspects = Suspects()
+    command = _command()
+    losses = [suspects.hung_up(command, 0, answered=True) for _ in range(3)]
+    assert losses == [False, False, True]
+
+
+def test_suspect_keeps_nothing_of_the_guest() -> None:
+    suspects = Suspects()
+    command = _command()
+    suspects.hung_up(command, 0, answered=True)
+    kept = ref(command)
+    del command
+    gc.collect()
+    assert kept() is None
