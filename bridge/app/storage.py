@@ -953,6 +953,7 @@ class Storage:
             turn.end()
         self._closed = True
         if self._cache is not None:
+            self._cache.let_go_of_file()
             turn.remove_stage(self._cache)
         if self._cold is not None:
             self._loop.remove(self._cold.fd)

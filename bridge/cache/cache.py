@@ -220,6 +220,11 @@ class Cache:
         self.stats.read_hits += reads
         self.stats.write_hits += writes
 
+    def let_go_of_file(self) -> None:
+        """The cache file is about to be closed: compiled code keeps no view of it, and serves
+        nothing out of it any more."""
+        self.resident.native = False
+
     def submit_slowly(self, request: Request) -> None:
         """The same as `submit`, for a request that was found to be no hit."""
         self._turn.wanted = True
