@@ -164,3 +164,42 @@ def test_a_ring_that_is_closed_amid_a_long_payload_leaves_its_memory_alone(twin:
         twin.turn()
     assert bytes(twin.high) == before
     assert twin.connection.alive
+
+
+def test_what_the_server_answered_before_it_closed_is_heard_before_anything_is_sent(
+    twin: Twin,
+) -> None:
+    add(twin, 0, 0)
+    twin.turn()
+    serve(twin)
+    assert twin.server.end is not None
+    twin.server.end.close()
+    add(twin, 1, 0)
+    twin.turn()
+    assert twin.used() == [(0, LENGTH + 1)]
+    assert data(twin, 0) == twin.server.image[:LENGTH]
+    assert not twin.connection.alive
+
+
+def test_a_write_answered_before_all_of_it_is_sent_waits_until_it_is(twin: Twin) -> None:
+    twin.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    add(twin, 0, 1)
+    for _ in range(50):  # From here on it is known that something is not durable.
+        twin.turn()
+        serve(twin)
+    assert twin.used() == [(0, 1)]
+    add(twin, 1, 1)
+    twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0)
+    assert twin.connection.has_unsent
+    end = twin.server.end
+    assert end is not None
+    cookie = struct.unpack_from(">Q", end.recv(28, socket.MSG_PEEK), 8)[0]
+    end.send(struct.pack(">IIQ", 0x67446698, 0, cookie))
+    twin._turn()
+    assert twin.connection.has_unsent
+    assert twin.used() == []
+    for _ in range(50):
+        twin.turn()
+        twin.server.receive()
+    assert not twin.connection.has_unsent
+    assert twin.used() == [(3, 1)]

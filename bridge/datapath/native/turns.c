@@ -142,9 +142,9 @@ static int handle_events(struct dp_turns *turns, int count)
         const struct epoll_event *event = &turns->events[index];
         bool known = false;
 
-        if (turns->channel && event->data.fd == turns->socket_fd && event->events == EPOLLIN) {
-            flags |= receive(turns);
-            known = true;
+        if (turns->channel && event->data.fd == turns->socket_fd) {
+            known = event->events == EPOLLIN;
+            flags |= known ? receive(turns) : DP_SOCKET;
         }
         for (uint32_t ring = 0; ring < turns->ring_count && !known; ring++)
             known = event->data.fd == turns->rings[ring].kick_fd;
@@ -323,7 +323,8 @@ int dp_turns(struct dp_turns *turns)
             count = epoll_wait(turns->epoll_fd, turns->events, DP_EVENTS, 0);
         flags = handle_events(turns, count > 0 ? count : 0);
         count = 0;
-        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED))) {
+        /* The server may have closed: what it answered before is heard before a send fails. */
+        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED | DP_SOCKET))) {
             /* With more than fits, again: nothing that can be taken is left before a publication. */
             do {
                 flags |= take(turns);
