@@ -496,6 +496,8 @@ class Script:
         ]
         self.free = list(range(SLOTS))
         self.spare = list(range(SLOTS, SLOTS + SPARE))
+        self.unused = [0] * SLOTS
+        """Chains of each slot that were made available and not used."""
         self.avail_index = 0
         self.steps = 0
 
@@ -534,8 +536,10 @@ class Script:
         assert used == other.used(), "other elements were used"
         for head, _ in used:
             slot = head // 3
-            if head % 3 == 0 and slot < SLOTS and slot not in self.free:
-                self.free.append(slot)
+            if head % 3 == 0 and slot < SLOTS:
+                self.unused[slot] -= 1
+                if not self.unused[slot] and slot not in self.free:
+                    self.free.append(slot)
         self.free.sort()
         mine, theirs = one.seen(), other.seen()
         for name, value in mine.items():
@@ -564,6 +568,7 @@ class Script:
             twin.base = twin.seen_used = 0
         self.avail_index = 0
         self.free = list(range(SLOTS))
+        self.unused = [0] * SLOTS
 
     def _add(self) -> None:
         """Make one chain available."""
@@ -579,6 +584,8 @@ class Script:
         head = 3 * slot
         if self.hostile and rng.random() < 0.005:
             head = rng.randrange(1 << 16)
+        if head % 3 == 0 and head < 3 * SLOTS:
+            self.unused[head // 3] += 1
         descriptors, header = self._chain(place)
         indirect = rng.random() < 0.6
         if len(descriptors) > 3:
