@@ -21,7 +21,8 @@ enum {
     RECEIVES_PER_TURN = 8,
     STAGING_LONG_BYTES = 16 << 10, /* while long reads are in flight: see transmission.py */
     DEEP = 8,                      /* with so many in flight, waiting gathers a batch */
-    PAUSE_NS = 10000000
+    PAUSE_NS = 10000000,
+    LONG_TURN_NS = 5000000 /* as in loop.py */
 };
 
 static uint64_t now_ns(void)
@@ -157,7 +158,15 @@ static int handle_events(struct dp_turns *turns, int count)
     return flags;
 }
 
-/* Take what the rings have. */
+static bool is_long_over(const struct dp_turns *turns)
+{
+    uint64_t now = now_ns();
+
+    return now > turns->until_ns && now - turns->until_ns > LONG_TURN_NS;
+}
+
+/* Take what the rings have. (What is sent is bounded by the socket. What is copied is not: in a
+ * long turn the rings after this one are the first next time.) */
 static int take(struct dp_turns *turns)
 {
     int flags = 0;
@@ -188,6 +197,10 @@ static int take(struct dp_turns *turns)
         turns->worked |= taken.reads + taken.writes > 0;
         if (queue->cells[DP_STOPPED])
             flags |= DP_CHAIN;
+        if (turns->cache && is_long_over(turns)) {
+            turns->first_ring += index;
+            break;
+        }
     }
     return flags;
 }
