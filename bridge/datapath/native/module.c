@@ -220,11 +220,13 @@ struct holder *dp_make_channel(PyObject *object)
     return holder;
 }
 
-/* See dp_resident.open_blocks. An exception ends the batch and is raised after it. */
+/* See dp_resident.open_blocks. An exception ends the batch and is raised after it. (The next ring
+ * of a turn asks here all the same: nothing is called while there is an exception.) */
 static int open_blocks(void *owner, uint32_t slot, uint32_t bits)
 {
     struct holder *holder = owner;
-    PyObject *result = PyObject_CallFunction(holder->callback, "II", slot, bits);
+    PyObject *result =
+        PyErr_Occurred() ? NULL : PyObject_CallFunction(holder->callback, "II", slot, bits);
     int opened = result ? PyObject_IsTrue(result) : -1;
 
     Py_XDECREF(result);
