@@ -282,3 +282,25 @@ def test_nothing_is_called_after_a_call_that_failed() -> None:
     with pytest.raises(RuntimeError, match="as the test has it"):
         taken_by(world, time.monotonic_ns() + 10**11, fail)
     assert calls == [1]
+
+
+def test_what_was_pushed_before_a_queue_that_cannot_be_had_is_published() -> None:
+    compiled = engine(COMPILED)
+    world = World(compiled, 1)
+    channel, rows = world.channel, world.rows
+    channel.structured = False
+    replies = b""
+    for number, queue in enumerate(world.queues):
+        hit(world, number)
+        taken = compiled.take_commands(queue, world.disk, world.route, channel, rows)
+        assert taken == (1, 0)
+        command = channel.output.pop()
+        replies += struct.pack(">II", 0x67446698, 0) + command[8:16] + bytes(512)
+    channel.staging[: len(replies)] = replies
+    gone = memoryview(bytearray(1))
+    gone.release()
+    world.queues[1].views = [gone] * 3
+    world.queues[1].native = None
+    with pytest.raises(ValueError, match="released"):
+        compiled.answers(channel, rows, 0, len(replies))
+    assert rows.touched == [world.queues[0]]

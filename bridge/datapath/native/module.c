@@ -518,6 +518,7 @@ static PyObject *answers(PyObject *module, PyObject *const *args, Py_ssize_t cou
     PyObject *keeps = NULL, *result = NULL;
     struct holder *channel;
     unsigned long long start, end;
+    int failed;
 
     (void)module;
     if (dp_check_count(count, 4) < 0)
@@ -529,8 +530,15 @@ static PyObject *answers(PyObject *module, PyObject *const *args, Py_ssize_t cou
     channel = dp_native_of(args[0], dp_channel_kind, dp_make_channel, &keeps);
     table.queues = PyErr_Occurred() ? NULL : PyObject_GetAttr(args[1], name_queues);
     if (table.queues && channel) {
+        PyObject *type, *value, *traceback;
+
         dp_answers(&channel->is.channel, queue_of, &table, false, start, end, &answered);
-        if (!PyErr_Occurred() && note_touched(args[1], table.queues, &answered) == 0)
+        /* Also if a queue could not be had: what was pushed before is to be published. */
+        PyErr_Fetch(&type, &value, &traceback);
+        failed = note_touched(args[1], table.queues, &answered);
+        if (type)
+            PyErr_Restore(type, value, traceback);
+        else if (!failed)
             result = Py_BuildValue("KO", (unsigned long long)answered.start,
                                    answered.waits ? Py_True : Py_False);
     } else if (table.queues) {
