@@ -1,7 +1,7 @@
-"""The error classes of the bridge: whose fault it is decides what happens next.
+"""The error classes of the bridge: the class says who is to blame, which decides what happens next.
 
-An error's text says what is the case. What an operator can do about it is data, a `Remedy` and the
-path that it is about: only the command line knows its own commands and options, and says them
+An error's text says what is wrong. What an operator can do about it is data: a `Remedy` and a path.
+Only the command line knows its commands and options, and turns a remedy into a sentence
 (`bridge.cli.wording`).
 """
 
@@ -29,7 +29,7 @@ class Remedy(Enum):
     NAME_DIRECTORY = auto()
     """Say where the cache is to be: there is no directory by default."""
     PROTECT_DIRECTORY = auto()
-    """Let nobody else write the directory `path`."""
+    """Take the write permission for the directory `path` from other users."""
     SMALLER_CACHE = auto()
     """Make room, or have a smaller cache."""
     NO_CACHE = auto()
@@ -42,27 +42,27 @@ class Remedy(Enum):
     START_ANEW = auto()
     """Drop the cache, which is of no use."""
     GIVE_UP = auto()
-    """Drop the cache with what is dirty in it."""
+    """Drop the cache with its dirty data."""
     BRING_INTACT = auto()
-    """Flush what is not damaged, or drop all."""
+    """Flush the part that is not damaged, or drop all."""
     GROW_BACK = auto()
     """Give the export the size that it had, or drop the cache."""
     FLUSH_FIRST = auto()
     """Flush the cache to the server."""
     FLUSH_OR_DROP = auto()
-    """The same, or drop it (asked by the command that drops)."""
+    """Flush the cache, or drop it (for the command that drops)."""
     BRING_INTACT_OR_DROP = auto()
-    """Flush what is not damaged, or drop all (asked by the same)."""
+    """Flush the part that is not damaged, or drop all (for the command that drops)."""
     DROP_UNSEEN = auto()
-    """Drop it without knowing what it holds (asked by the same)."""
+    """Drop it without knowing its content (for the command that drops)."""
     FLUSH_OR_GIVE_UP = auto()
-    """Flush the cache, or drop it with what is dirty in it."""
+    """Flush the cache, or drop it with its dirty data."""
     FORCE_OR_GIVE_UP = auto()
-    """Flush it over what somebody else wrote, or drop it with what is dirty in it."""
+    """Flush it over another host's data, or drop it with its dirty data."""
     FORCE_IF_UNREADABLE = auto()
     """Flush it without a comparison, if the export cannot be read for good."""
     LOOK_AGAIN = auto()
-    """Look at what it is now, and try again."""
+    """Look at the file again, and try again."""
     MOVED = auto()
     """Say that the export has moved, if it has."""
     # Before a guest starts elsewhere.
@@ -70,6 +70,11 @@ class Remedy(Enum):
     """Start the guest here again, or flush the cache first."""
     FLUSH_BEFORE_ELSEWHERE = auto()
     """Flush the cache first."""
+    # The control socket.
+    NAME_BRIDGE = auto()
+    """Give this bridge a name of its own."""
+    PLACE_CONTROL = auto()
+    """Say where the control socket is to be, or that there is none."""
     # The rest.
     EXPECT_READ_ONLY = auto()
     """Say that the disk is to be read-only."""
@@ -103,7 +108,7 @@ class BridgeError(Exception):
 
 
 class ConfigError(BridgeError):
-    """The operator asked for something that cannot be: exit status 2, one line, no traceback."""
+    """The operator asked for something impossible: exit status 2, one line, no traceback."""
 
     exit_status = 2
 
@@ -119,7 +124,7 @@ class SettingName:
 
 
 class SettingFault(ConfigError):
-    """What is wrong with settings, in `parts` of text and the names of settings between them."""
+    """Settings that are wrong. `parts`: the error's text, with names of settings in it."""
 
     def __init__(self, *parts: str | SettingName) -> None:
         super().__init__("".join(map(str, parts)))
@@ -127,8 +132,8 @@ class SettingFault(ConfigError):
 
 
 class ChangedMeanwhile(BridgeError):
-    """A flush has ended early, since somebody else wrote the export: `change` says what was seen,
-    `kept` where the rest is."""
+    """A flush ended early because another host wrote the export. `change` describes that, `kept`
+    says where the remaining data is."""
 
     def __init__(self, change: str, kept: str) -> None:
         super().__init__(f"{change}; {kept}")
@@ -137,7 +142,7 @@ class ChangedMeanwhile(BridgeError):
 
 
 class RangeBeyondDisk(ConfigError):
-    """A range that is to be read begins behind the end of the disk. All in bytes."""
+    """A range to read begins beyond the end of the disk. All in bytes."""
 
     def __init__(self, offset: int, length: int, disk_bytes: int) -> None:
         super().__init__(f"range {offset}:{length}: the disk has only {disk_bytes} bytes")
@@ -147,37 +152,37 @@ class RangeBeyondDisk(ConfigError):
 
 
 class InUse(ConfigError):
-    """Another process has it."""
+    """Another process uses the file or socket that this one needs."""
 
 
 class ProtocolError(BridgeError):
     """A peer broke a MUST of its protocol.
 
-    NBD: drop the connection and reconnect. vhost-user: close the session. Virtqueue: stop that
-    queue. Everything else lives on.
+    NBD: the client closes the connection and reconnects. vhost-user: the session ends. Virtqueue:
+    that queue stops, other queues go on.
     """
 
 
 class NoMemory(ProtocolError):
-    """A front-end starts a ring, and has shared no memory at all."""
+    """A front-end starts a ring but has not shared any memory."""
 
 
 class ConnectionLost(BridgeError):
-    """The other side went away; trying again may help."""
+    """The peer hung up or cannot be reached; trying again may help."""
 
 
 class LeftBehind(BridgeError):
-    """The guest has stopped, and not everything that it wrote is where the next host will look."""
+    """The guest has stopped, and the server, where the next host looks, lacks some of its data."""
 
 
 class CertificateWanted(ConnectionLost):
-    """The other side went away without a word where it could have wanted a certificate."""
+    """The server hung up without a reason where it might have wanted a certificate."""
 
     exit_status = 2
 
 
 class RequestError(BridgeError):
-    """One request failed with an errno; all else lives."""
+    """One request failed with an errno; all others go on."""
 
     def __init__(self, errno: int, message: str = "") -> None:
         name = _errno.errorcode.get(errno, str(errno))

@@ -226,7 +226,7 @@ class FileStore:
                 raise
             return self._kept_here.setdefault(name, VolumeState())
         except ValueError:
-            raise PluginError(f"{path} is damaged: remove it after a look", errno.EIO) from None
+            raise PluginError(f"{path} is damaged: look at it, then remove it", errno.EIO) from None
 
     def update_state(self, name: str, change: ChangeState) -> VolumeState:
         """Replace the remembered state by what `change` makes of it, durably, and return that.
@@ -278,7 +278,7 @@ class FileStore:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
-                text = "what is to be remembered of the volume cannot be written there (see state=)"
+                text = "the volume's state cannot be written there: name a directory with state="
                 raise OSError(errno.EACCES, text, str(directory))
         except OSError:
             if not self._may_forget(name):

@@ -220,7 +220,7 @@ class Service:
         if not os.access(path, os.R_OK, effective_ids=True):
             raise PluginError(f"file={path}: user {os.geteuid()} may not read it", errno.EACCES)
         if size_bytes is not None and present != size_bytes and path.is_file():
-            raise PluginError(f"file={path} has {present} bytes, size={size_bytes} was asked for")
+            raise PluginError(f"file={path} has {present} bytes, but size={size_bytes} is given")
 
     def _open_disk(self, name: ExportName, read_only: bool, timeout_s: float) -> Disk:
         store = self._store

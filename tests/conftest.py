@@ -17,6 +17,8 @@ from tests.processes import short_directory
 # A bridge that a test starts has no cache unless the test says so: the default one is a large
 # file in the system's cache directory.
 os.environ["NBD_BRIDGE_SERVE_CACHE_MODE"] = "off"
+# And no control socket, which would be in the system's directory.
+os.environ["NBD_BRIDGE_SERVE_API"] = "off"
 
 # Under nohup it is ignored, and so it would be by every bridge that a test sends it to.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -23,6 +23,7 @@ NEEDS = (*TOOLS, "root")
 LEFT_OUT_BY_FAST = (*NEEDS, "slow")
 
 _BY_PLACE: dict[str, tuple[str, ...]] = {
+    "tests/api/test_commands.py": ("nbdkit",),
     "tests/app/test_bad_input.py": ("nbdkit",),
     "tests/app/test_cache.py": ("nbdkit",),
     "tests/app/test_cache_foreign.py": ("nbdkit", "qemu"),

@@ -1,4 +1,4 @@
-"""What `nbd-bridge cache` does with a server: flush a cache file to it, warm one from it."""
+"""The `nbd-bridge cache` commands that need a server: `flush` a cache file to it, `warm` one."""
 
 from __future__ import annotations
 
@@ -57,21 +57,21 @@ from bridge.server.uri import NbdUri, parse_uri
 _log = structlog.get_logger(__name__)
 
 _STATUS_BYTES = 1 << 30
-"""How much of a disk one question about its extents covers."""
+"""How much of a disk one BLOCK_STATUS request covers."""
 
 _FILE_LIMIT_S = 60.0
 """How long the cache's disk may take at the end of a flush."""
 
 _HANG_UP_S = 2.0
-"""How long a `warm` that was interrupted, or failed, waits for answers that are still to come."""
+"""How long a `warm` that was interrupted, or failed, waits for the server's remaining replies."""
 
 _PATIENCE = 2
-"""How many times the `--timeout` of a `warm` may pass without any progress: once with a server that
-is lost, and once more with one that is silent."""
+"""How many times the `--timeout` of a `warm` may pass without any progress: once while the server
+is unreachable, and once more while it is silent."""
 
 
 def uri_of(path: str) -> NbdUri:
-    """Where the export of a cache file was, without TLS. Raises ConfigError."""
+    """The URI of a cache file's export, without TLS, as the file has it. Raises ConfigError."""
     summary = show(path)
     if summary.is_cut:
         raise ConfigError(
@@ -95,18 +95,19 @@ async def flush_file(
     skip_damaged: bool = False,
     client: ClientOptions | None = None,
 ) -> int:
-    """Bring the dirty data of the cache file at `path` to its export; how many bytes it was.
+    """Write the dirty data of the cache file at `path` to its export; return its length in bytes.
 
-    `uri_text` None: where the file says that the export was. `moved`: it may be another one.
-    `force`: also over what somebody else wrote since. `skip_damaged`: what damaged slots hold is
-    given up.
-    Raises ConfigError, ConnectionLost or ProtocolError; on any error the data stays in the file.
+    `uri_text` None: use the URI in the file. `moved`: the export may be another than the file's.
+    `force`: also overwrite what another host wrote since. `skip_damaged`: lose the data of damaged
+    slots.
+    Raises ConfigError, ConnectionLost or ProtocolError; after any error the data is still in the
+    file.
     """
     summary = show(path)
     uri = uri_of(path) if uri_text is None else parse_uri(uri_text)
     if not moved:
         await _check_spelling(path, uri, client)
-    # The file is closed last: until the loop has ended the cache may look into it.
+    # The file is closed last: the cache may use it until the loop has ended.
     options = replace(client or ClientOptions(), reconnect_timeout_s=timeout_s)
     async with AsyncExitStack() as at_last:
         over = _OverReconnects()
@@ -119,7 +120,7 @@ async def flush_file(
                 )
 
             def check(file: CacheFile) -> None:
-                # What was shown before it was locked may be another file's.
+                # The summary is older than the lock: it may be that of another file.
                 if file.header.digest.hex() != summary.digest:
                     raise ConfigError(
                         f"cache file {path} is another one than a moment ago",
@@ -148,8 +149,11 @@ async def flush_file(
 
 
 async def _check_spelling(path: str, uri: NbdUri, options: ClientOptions | None) -> None:
-    """What is not called like the file's export has to show that it is the same volume, before it
-    is opened for writing. Raises ConfigError."""
+    """Check that `uri` is the file's export, before the server opens it for writing.
+
+    It is if the file has the same name. If not, the server is asked for the volume's identity.
+    Raises ConfigError.
+    """
     header = peek(path)
     if header is None or wanted_cache(uri, None).is_spelled_so(header):
         return
@@ -162,7 +166,7 @@ async def _check_spelling(path: str, uri: NbdUri, options: ClientOptions | None)
 
 
 def _of_another(path: str, header: Header, uri: NbdUri) -> ConfigError:
-    """For the operator: the file was made for another export, as far as anybody can tell."""
+    """The error for a file that was made for another export, as far as names and identity tell."""
     identity = cache_identity(uri)
     return ConfigError(
         f"cache file {path} belongs to export {header.export!r} of "
@@ -172,7 +176,7 @@ def _of_another(path: str, header: Header, uri: NbdUri) -> ConfigError:
 
 
 async def _close(file: CacheFile, client: Client) -> None:
-    """Raises BridgeError if the disk of `file` is stuck."""
+    """Close `file`. Raises BridgeError if its disk is stuck."""
     dirty = bool(dirty_bytes(file))
     clean = may_call_clean(client, dirty)
     with trio.CancelScope(shield=True):
@@ -182,17 +186,17 @@ async def _close(file: CacheFile, client: Client) -> None:
 
 
 class _OverReconnects:
-    """What a flush of a cache file does when the server comes back amid it. The layer above the
-    client, which is there first."""
+    """Handles reconnects during the flush of a cache file. The layer above the client, which exists
+    before the cache does."""
 
     def __init__(self) -> None:
         self.changed = ""
-        """Why nothing more is sent."""
+        """Why the cache may send nothing more; empty while it may."""
         self._parts: tuple[Client, Cache, GatedBackend] | None = None
         self._force = False
 
     def begin(self, client: Client, cache: Cache, backend: GatedBackend, *, force: bool) -> None:
-        """From here on `cache` sends what is dirty, through `backend`."""
+        """From here on `cache` sends its dirty data through `backend`."""
         self._parts = client, cache, backend
         self._force = force
 
@@ -211,7 +215,7 @@ class _OverReconnects:
         cache.backend_reconnected()
         export = client.export
         if export.sessions is None:
-            backend.hold_changes()  # until it is known whether this is the export still
+            backend.hold_changes()  # until the comparison shows whether it is still this export
             cache.check_sample(self._compared)
         elif reason := cache.foreign_change(
             *(export.content_sessions or export.sessions), export.identity
@@ -228,7 +232,7 @@ class _OverReconnects:
         backend.let_go()
 
     def _found_changed(self, reason: str) -> None:
-        # What the link has in flight it sends again; nothing more goes out.
+        # The link sends again what it has in flight; the cache may send nothing more.
         assert self._parts is not None
         _, cache, backend = self._parts
         if not self._force and cache.index.dirty_slots:
@@ -251,7 +255,7 @@ def _cache_over(file: CacheFile, backend: GatedBackend, turn: Turn, *, skip_dama
         file.abandon()  # No clean mark for a damaged index.
         raise
     if damaged := cache.index.damaged_slots:
-        _log.warning("damaged slots were skipped: what they held is lost", slots=damaged)
+        _log.warning("damaged slots were skipped: their data is lost", slots=damaged)
     return cache
 
 
@@ -265,7 +269,7 @@ async def _flush_to(
     force: bool,
     skip_damaged: bool,
 ) -> int:
-    """Bring what is dirty in `file` to the server; how many bytes it was.
+    """Write the dirty data of `file` to the server; return its length in bytes.
 
     Raises ConfigError or ConnectionLost before anything was sent, else BridgeError.
     """
@@ -303,12 +307,12 @@ async def warm(
     progress: Callable[[int, int], None],
     client: ClientOptions | None = None,
 ) -> int:
-    """Read `ranges` (all of the disk if there are none) into its cache; how many bytes it was.
+    """Read `ranges` (the whole disk if empty) into its cache; return the length read, in bytes.
 
-    Holes that the server reports are left out. `cache_bytes` None: a cache that is there keeps
-    its size. `timeout_s` bounds the waiting for a lost server, not the whole.
-    `progress(done_bytes, total_bytes)` is called as it goes. Raises ConfigError, ConnectionLost or
-    ProtocolError, BridgeError if something could not be read.
+    Leaves out the holes that the server reports. `cache_bytes` None: an existing cache keeps its
+    size. `timeout_s` bounds the waiting for a lost server, not the whole run. Calls
+    `progress(done_bytes, total_bytes)` after each part. Raises ConfigError, ConnectionLost or
+    ProtocolError, and BridgeError if a part could not be read.
     """
     uri = parse_uri(uri_text)
     loop = Loop(poll_us=0)
@@ -340,10 +344,10 @@ async def warm(
                     allocated += await _data(
                         storage.backend, loop.turn, offset, length, export.can_block_status
                     )
-            # More than the cache holds would only push out what came first.
+            # More than the cache holds would only evict what was read first.
             total = min(sum(length for _, length in allocated), size_bytes)
             await _prefetch(storage, allocated, total, lambda done: progress(done, total))
-            close_s = timeout_s  # There may be something dirty from before.
+            close_s = timeout_s  # An existing cache may have dirty data to flush.
         finally:
             with trio.CancelScope(shield=True):
                 await storage.close(limit_s=close_s)
@@ -354,9 +358,9 @@ async def warm(
 
 @contextmanager
 def _patience(uri: NbdUri, timeout_s: float) -> Iterator[Callable[[], None]]:
-    """A bound for what a server that takes connections, and answers nothing, would never end.
+    """A time limit for a server that accepts connections but never replies.
 
-    Calling what it gives begins the time anew. Raises ConnectionLost.
+    Yields a function that starts the time again. Raises ConnectionLost.
     """
     limit_s = _PATIENCE * timeout_s
     scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
@@ -371,19 +375,19 @@ def _patience(uri: NbdUri, timeout_s: float) -> Iterator[Callable[[], None]]:
 
 
 def _size_to_keep(path: str) -> int:
-    """The size that the cache file at `path` has, or else will have. Raises ConfigError."""
+    """The size of the cache file at `path`, or the default if there is none. Raises ConfigError."""
     default = CacheSettings().size_bytes
     if not has_content(path):
         return default
     summary = show(path)
     if summary.cache_bytes < summary.disk_bytes:
         return summary.cache_bytes
-    # All of the disk: nobody knows how much more it was meant to be.
+    # It holds the whole disk: the file does not say how much more the operator asked for.
     return max(default, summary.cache_bytes)
 
 
 def _within(ranges: Sequence[tuple[int, int]], disk_bytes: int) -> list[tuple[int, int]]:
-    """`ranges` up to the end of the disk. Raises ConfigError for one that begins behind it."""
+    """`ranges` up to the end of the disk. Raises ConfigError for one that begins beyond it."""
     for offset, length in ranges:
         if offset >= disk_bytes:
             raise RangeBeyondDisk(offset, length, disk_bytes)
@@ -396,7 +400,8 @@ async def _prefetch(
     total_bytes: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Bring the first `total_bytes` of `ranges` into the cache. Raises if that fails."""
+    """Read the first `total_bytes` of `ranges` into the cache. Raises ConnectionLost if the server
+    is lost, BridgeError if a part cannot be read."""
     ended = trio.Event()
     client = storage.client
 
@@ -422,7 +427,7 @@ async def _prefetch(
             warmer.stop()
     if warmer.failed_bytes and client.link.given_up:
         raise ConnectionLost(
-            f"{client.uri.server}: the server is lost and was not back within "
+            f"{client.uri.server}: the server was lost and could not be reached again within "
             f"{client.options.reconnect_timeout_s:g} s; "
             f"{warmer.done_bytes - warmer.failed_bytes} bytes are in the cache"
         )
@@ -433,7 +438,7 @@ async def _prefetch(
 async def _data(
     target: Target, turn: Turn, offset: int, length: int, can_block_status: bool
 ) -> list[tuple[int, int]]:
-    """The parts of a range that are no holes, as far as the server says."""
+    """The parts of a range that the server does not report as holes."""
     if not can_block_status:
         return [(offset, length)]
     found: list[tuple[int, int]] = []
@@ -444,7 +449,7 @@ async def _data(
         )
         await finished(target, request, turn)
         if request.error or not request.extents:
-            found.append((offset, end - offset))  # no answer: everything may be data
+            found.append((offset, end - offset))  # no reply: all of it may be data
             break
         found += data_ranges(request.extents, offset)
         offset += sum(length for length, _ in request.extents)

@@ -1,8 +1,7 @@
-"""How many descriptors the process may have open.
+"""The limit of open descriptors.
 
-The usual soft limit of 1024 is for programs that use select(2). A front-end may hand over 509
-memory regions with a descriptor each, and a reconnect with several connections must still find
-some.
+The usual soft limit of 1024 is for programs that use select(2). A front-end may send 509 memory
+regions with a descriptor each, and a reconnect with several connections needs more.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ _log = structlog.get_logger(__name__)
 
 
 def allow_all_descriptors() -> None:
-    """Raise the soft limit to the hard one. Where that is not allowed the limit stays."""
+    """Raise the soft limit to the hard one. If that is not allowed, log it and keep the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return

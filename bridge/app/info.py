@@ -1,4 +1,4 @@
-"""What a server offers, asked for one export or for the list of all."""
+"""Asks a server what it offers: one export, or the list of all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def list_uri(uri: str, options: ClientOptions) -> list[ListedExport]:
 
 
 async def inspect_uri(uri: str, options: ClientOptions) -> dict[str, Any]:
-    """Ask the server at `uri`; what it says, for JSON.
+    """Ask the server about the export at `uri`; return its answers, for JSON.
 
     Raises ConfigError, ConnectionLost or ProtocolError.
     """

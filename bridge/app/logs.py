@@ -1,10 +1,10 @@
 """Logging: one line per event on standard error, as text or JSON.
 
-Nothing that is logged may hold a disk up or end it, whatever becomes of standard error: a full file
-system, a pipe whose reader is gone, a terminal or a pipe that nobody reads. A thread of its own
-writes what was logged, from a queue with a bound; what finds no room there, or cannot be written,
-is counted, and the count is logged in its place as soon as something can be. (Making the descriptor
-non-blocking instead would make it so for every process that shares the terminal or the pipe.)
+Logging must never delay a disk or end the process, even if standard error is on a full file system,
+a pipe whose reader has exited, or a terminal or pipe that is not read. So a thread writes the
+lines, from a bounded queue. Lines that do not fit, or cannot be written, are dropped and counted;
+the count is logged in their place as soon as writing works again. (A non-blocking descriptor is no
+way out: every process that shares the terminal or pipe would get it, too.)
 """
 
 from __future__ import annotations
@@ -27,9 +27,39 @@ from bridge.errors import BridgeError, Remedy
 
 _STDERR = 2
 _QUEUE_MAX_BYTES = 1 << 20
-"""Some thousand lines: an outage on a slow terminal passes through, a flood does not."""
+"""Some thousand lines: enough for the messages of an outage on a slow terminal."""
+_JOURNAL_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+"""sd-daemon(3): syslog's numbers, which journald takes from the beginning of each line."""
 _LAST_WORDS_S = 1.0
-"""How long the end of the process waits for a log that nobody may be reading."""
+"""How long the process waits at its end until its last lines are written."""
+
+
+class _State:
+    """What may change while the process runs."""
+
+    threshold = logging.INFO
+    disk = ""
+    stream: DroppingStream | None = None
+
+
+def set_level(level: str) -> None:
+    """Log what is of `level` (as in LogSettings) or above from here on."""
+    _State.threshold = getattr(logging, level.upper())
+
+
+def level() -> str:
+    """The present one."""
+    return logging.getLevelName(_State.threshold).lower()
+
+
+def set_disk(name: str) -> None:
+    """Every line names this disk from here on; several may log to one place."""
+    _State.disk = name
+
+
+def dropped_lines() -> int:
+    """How many lines could not be written so far."""
+    return _State.stream.dropped_total if _State.stream is not None else 0
 
 
 def configure(
@@ -37,42 +67,89 @@ def configure(
 ) -> None:
     """Set up structlog for the whole process: `level` and `format_` as in LogSettings.
 
-    `explain` puts an error, or a remedy that is logged without one, into an operator's words.
+    `explain` turns an error, or a remedy that is logged without one, into text for the operator.
 
-    From here on `sys.stderr` is the stream of the log, so that nothing else which is said there
-    (a progress bar, an exception that nobody catches) blocks or raises, either.
+    Under journald, text has no time of its own, and each line begins with its priority.
+    From here on `sys.stderr` is the stream of the log, so that other output (a progress bar, the
+    traceback of an uncaught exception) cannot block or raise, either.
     """
     isatty = os.isatty(_STDERR)
     renderer: structlog.typing.Processor
+    stamp: structlog.typing.Processor = structlog.processors.TimeStamper(fmt="iso", utc=True)
     if format_ == "json":
         renderer = structlog.processors.JSONRenderer()
     else:
         colors = isatty and not os.environ.get("NO_COLOR")
-        renderer = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
-    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+        console = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+        renderer = console
+        if _is_journal(_STDERR):
+            renderer, stamp = _with_priority(console), _as_it_is
 
     def note(dropped: int) -> str:
         event = {"event": "log lines were dropped", "level": "warning", "lines": dropped}
-        return str(renderer(None, "warning", stamp(None, "warning", event))) + "\n"
+        stamp(None, "warning", event)  # in place
+        return str(renderer(None, "warning", event)) + "\n"
 
-    dropping = DroppingStream(_STDERR, note)
+    dropping = _State.stream = DroppingStream(_STDERR, note)
     atexit.register(dropping.drain, _LAST_WORDS_S)
     stream = sys.stderr = cast("TextIO", dropping)
+    set_level(level)
     structlog.configure(
         processors=[
+            _above_threshold,
             structlog.processors.add_log_level,
             stamp,
             explained(explain),
             _or_plain(renderer),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        # The threshold may change later, and loggers are cached: a processor looks at it.
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
 
 
+def _above_threshold(
+    logger: object, name: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Drop what is below the level, and name the disk."""
+    if getattr(logging, name.upper(), logging.ERROR) < _State.threshold:
+        raise structlog.DropEvent
+    if _State.disk:
+        event.setdefault("disk", _State.disk)
+    return event
+
+
+def _is_journal(fd: int) -> bool:
+    """`fd` is connected to journald (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _as_it_is(
+    logger: object, name: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Nothing is added."""
+    return event
+
+
+def _with_priority(console: structlog.dev.ConsoleRenderer) -> structlog.typing.Processor:
+    """`console` for journald: a traceback's lines have the priority of their event."""
+
+    def render(logger: object, name: str, event: structlog.typing.EventDict) -> str:
+        prefix = f"<{_JOURNAL_PRIORITIES.get(str(event.get('level', name)), 3)}>"
+        lines = str(console(logger, name, event)).split("\n")
+        return "\n".join(prefix + line for line in lines)
+
+    return render
+
+
 def explained(explain: Callable[[BridgeError | Remedy], str]) -> structlog.typing.Processor:
-    """Our errors as text. That of `problem`, and a `remedy`, belong to the event's own sentence."""
+    """A processor that turns our errors into text. Those of the keys `problem` and `remedy` become
+    part of the event's own sentence."""
 
     def process(
         logger: object, name: str, event: structlog.typing.EventDict
@@ -118,12 +195,13 @@ class DroppingStream(io.TextIOBase):
         self._note = note
         self._changed = threading.Condition()
         self._queue: deque[bytes | int] = deque()
-        """What is to be written; a number stands for so many writes that found no room."""
+        """Lines to write; a number stands for that many dropped lines."""
         self._queued_bytes = 0
         self._writing = False
         self._thread: threading.Thread | None = None
         self._torn = False
         """The last line was written in part."""
+        self.dropped_total = 0
 
     def write(self, text: str) -> int:
         data = text.encode("utf-8", "backslashreplace")
@@ -138,6 +216,7 @@ class DroppingStream(io.TextIOBase):
         return len(text)
 
     def _count_dropped(self) -> None:
+        self.dropped_total += 1
         last = self._queue[-1] if self._queue else None
         if isinstance(last, int):
             self._queue[-1] = last + 1
@@ -151,7 +230,7 @@ class DroppingStream(io.TextIOBase):
         try:
             thread.start()
         except RuntimeError:
-            return  # No thread to be had now: with the next line again.
+            return  # The system has no thread now: the next line tries again.
         self._thread = thread
 
     def writable(self) -> bool:
@@ -164,7 +243,7 @@ class DroppingStream(io.TextIOBase):
         return self._fd
 
     def drain(self, limit_s: float) -> None:
-        """Wait until all is written, or dropped, for `limit_s` at most."""
+        """Wait until all lines are written or dropped, for `limit_s` at most."""
         with self._changed:
             self._changed.wait_for(lambda: not self._queue and not self._writing, limit_s)
 
@@ -181,6 +260,7 @@ class DroppingStream(io.TextIOBase):
                 dropped = 0
             if isinstance(item, bytes) and not self._put_out(item):
                 dropped += 1
+                self.dropped_total += 1
 
     def _next(self) -> bytes | int:
         with self._changed:
@@ -194,14 +274,14 @@ class DroppingStream(io.TextIOBase):
             return item
 
     def _put_out(self, data: bytes) -> bool:
-        """Write `data`, however long that takes; False if it cannot be."""
+        """Write `data`, however long that takes; False if it cannot be written."""
         rest = b"\n" + data if self._torn else data
         length = len(rest)
         try:
             while rest:
                 try:
                     rest = rest[os.write(self._fd, rest) :]
-                except BlockingIOError:  # Whoever shares the descriptor made it so.
+                except BlockingIOError:  # Another process that shares it made it non-blocking.
                     poll = select.poll()
                     poll.register(self._fd, select.POLLOUT)
                     poll.poll()

@@ -1,4 +1,4 @@
-"""`nbd-bridge serve`: connect the storage side, then let front-ends come."""
+"""`nbd-bridge serve`: connects to the server, then serves front-ends until a signal comes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from functools import partial
 import structlog
 import trio
 
+from bridge.api.live import Facts, Live
+from bridge.api.service import Service
+from bridge.app.bus_errors import report_bus_errors
 from bridge.app.descriptors import allow_all_descriptors
-from bridge.app.faults import report_bus_errors
-from bridge.app.heap import keep_freed_pages
+from bridge.app.malloc_tuning import keep_freed_pages
 from bridge.app.settings import DiskSettings, ServeSettings, client_options
 from bridge.app.signals import ending_signals
 from bridge.app.storage import Storage
@@ -39,22 +41,23 @@ _log = structlog.get_logger(__name__)
 
 
 _STOP_STEPS = 4
-"""A stop drains the rings, flushes after the last one, flushes once more what came without a ring,
-and closes the storage. Each may take its share of `stop_timeout_s`, the last one what the others
-left; a flush that was given up goes on, and the next step waits for the same."""
+"""A stop drains the rings, flushes after the last ring has stopped, flushes once more for writes
+that came without a ring, and closes the storage. Each step may take an equal share of
+`stop_timeout_s`, the last one also what the others left. A flush that ran out of time stays in
+flight, and the next step waits for the same flush."""
 
 
 class _Stop:
-    """The end of one `serve`: how long it may take, and what it did not achieve."""
+    """The stop of one `serve`: its time limit, and the problem to report at the end."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._deadline_s: float | None = None
         self.problem: BridgeError | None = None
-        """What the operator has to know: the exit status says that there was something."""
+        """What the stop left behind, for the operator; the exit status is then 1."""
 
     def begin(self) -> bool:
-        """The time runs from here on; False if it did already."""
+        """Let the time begin to run; False if it already did."""
         if self._deadline_s is not None:
             return False
         self._deadline_s = trio.current_time() + self._limit_s
@@ -62,12 +65,12 @@ class _Stop:
 
     @property
     def step_s(self) -> float:
-        """How long each step may take at least."""
+        """The time that every step has."""
         return self._limit_s / _STOP_STEPS
 
     @property
     def left_s(self) -> float:
-        """How long the last step may take."""
+        """The time that the last step has."""
         self.begin()
         assert self._deadline_s is not None
         return max(self.step_s, self._deadline_s - trio.current_time())
@@ -106,7 +109,7 @@ async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
 
 
 class _Serving:
-    """One `serve`. The layer above the storage side, which is there before the guest's side is."""
+    """One `serve`. The layer above the storage side, which exists before the guest's side does."""
 
     def __init__(self, uri: NbdUri, settings: ServeSettings, loop: Loop) -> None:
         options = client_options(settings.server, settings.tls)
@@ -118,6 +121,7 @@ class _Serving:
         self._settings = settings
         self._loop = loop
         self._guests: _GuestsSide | None = None
+        self._service: Service | None = None
 
     def resized(self, size_bytes: int) -> None:
         """See storage.Above."""
@@ -130,19 +134,26 @@ class _Serving:
             self._guests.durability_changed()
 
     def begin_to_stop(self) -> None:
-        """The time for it runs from here on."""
-        if self.stop.begin() and self._guests is not None:
+        """Let the time of the stop begin to run, and the device hurry."""
+        if not self.stop.begin():
+            return
+        if self._guests is not None:
             self._guests.device.hurry(self.stop.step_s)
+        if self._service is not None:
+            self._service.stopping()
 
     async def run(self, nursery: trio.Nursery) -> None:
-        """Connect, then serve front-ends until cancelled; what was written is flushed at the
-        end."""
+        """Connect, then serve front-ends until cancelled; flush at the end."""
         export = await self.storage.open()
         nursery.start_soon(self.storage.run)
         guests = _GuestsSide(self._uri, self._settings, export, self.storage, self._loop)
         self._guests = guests
         nursery.start_soon(guests.disk.run_flush_timer)
         nursery.start_soon(guests.device.run)
+        facts = Facts(self._uri.text, self._settings.disk.socket_path, guests.serial)
+        live = Live(facts, self._loop, self.storage, guests.disk, guests.device)
+        self._service = Service.of(live, self._settings.control)
+        nursery.start_soon(self._service.run)
         with _listener(self._settings.disk) as listener:
             guests.log_start()
             try:
@@ -153,7 +164,7 @@ class _Serving:
 
 
 class _GuestsSide(Above):
-    """What guests see of a storage side that is open: the disk and the device."""
+    """The guest's side of a storage that is open: the disk and the device."""
 
     def __init__(
         self, uri: NbdUri, settings: ServeSettings, export: Export, storage: Storage, loop: Loop
@@ -163,6 +174,7 @@ class _GuestsSide(Above):
         self._storage = storage
         self._engine = loop.engine.name
         self._geometry = disk_geometry(uri, export, settings.disk)
+        self.serial = settings.disk.serial or default_serial(export)
         # A cache has a flush timer of its own.
         interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
         self.disk = Disk(
@@ -178,7 +190,7 @@ class _GuestsSide(Above):
             self._geometry,
             hits=self.disk.hits,
             usual=self.disk.usual,
-            serial=settings.disk.serial or default_serial(export),
+            serial=self.serial,
             max_queues=settings.disk.num_queues,
             max_queue_size=settings.disk.queue_size,
             drain_timeout_s=settings.limits.drain_timeout_s,
@@ -188,7 +200,7 @@ class _GuestsSide(Above):
 
     @property
     def _loses_with_server(self) -> bool:
-        """What is not flushed is at the server only."""
+        """Unflushed writes are on the server only, and are lost if it loses them."""
         return not (self._storage.has_cache or self._geometry.read_only)
 
     def durability_changed(self) -> None:
@@ -197,8 +209,11 @@ class _GuestsSide(Above):
             self._remember()
 
     def _remember(self) -> None:
-        """For the process after this one. A server without a name that is away has lost what was
-        unflushed, for all that anybody can tell later."""
+        """Store in the in-flight region what the next process has to know.
+
+        If the server names no instance and is unreachable, the next process has nothing to compare:
+        unflushed writes count as lost.
+        """
         disk, storage = self.disk, self._storage
         mark = storage.instance_mark
         unflushed = not disk.is_durable and not storage.has_cache
@@ -212,10 +227,10 @@ class _GuestsSide(Above):
     # See guest.above.Above.
 
     def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
-        """What the process before this one left unflushed may be lost."""
+        """Writes that the previous process left unflushed may be lost."""
         if self._storage.inherit(unflushed_on) or loss_untold:
             _log.error(
-                "writes that the process before this one had not flushed may be lost: "
+                "writes that the previous process had not flushed may be lost: "
                 "the guest's next flush will fail"
             )
             self.disk.tell(errno.EIO)
@@ -223,39 +238,39 @@ class _GuestsSide(Above):
             self.disk.flush_inherited()
 
     def fresh_guest(self) -> None:
-        """Nothing is promised to it yet."""
+        """No promise to a former guest is left."""
         self._storage.nothing_inherited()
         self._remember()
 
     def starting(self, go: Callable[[], None]) -> bool:
-        """It has to wait where the session was left."""
+        """The ring has to wait if the storage has left its session with the server."""
         return self._storage.starting(go)
 
     def recovered(self) -> None:
-        """The other process may have sent them."""
+        """The previous process may have sent the recovered requests."""
         self._storage.client.expect_stale_writes()
 
     def abandoned(self, requests: Sequence[Request]) -> None:
-        """They are not sent any more."""
+        """The storage does not send them any more."""
         self._storage.abandon(requests)
 
     async def left_behind(self) -> LeftBehind | None:
-        """It stays in the cache, or is lost."""
+        """Unsent data stays in the cache; without one it is lost."""
         return await self._storage.stop_sending()
 
     def epoch(self) -> int:
-        """That of the storage side."""
+        """The storage's epoch."""
         return self._storage.epoch()
 
     async def all_stopped(self) -> None:
-        """Everything goes to the server, and is flushed there."""
+        """Write everything to the server and flush it there."""
         try:
             await self._storage.hand_over(partial(self.disk.flush, quiet=True))
         finally:
             self._remember()
 
     def log_start(self) -> None:
-        """Front-ends may come."""
+        """Log that front-ends may connect."""
         disk = self._settings.disk
         _log.info(
             "serving",
@@ -268,13 +283,13 @@ class _GuestsSide(Above):
         )
 
     async def flush_at_the_end(self, limit_s: float) -> BridgeError | None:
-        """Flush what was written; None, or what the operator has to know."""
+        """Flush; return the problem to report to the operator, or None."""
         disk, storage = self.disk, self._storage
         error = 0
         with trio.move_on_after(limit_s, shield=True) as flushing:
             if not storage.has_left:
                 error = await disk.flush()
-        # A cache keeps what could not be flushed, and has another try when it is closed.
+        # A cache keeps what could not be flushed, and tries again when it is closed.
         if not storage.has_cache and (flushing.cancelled_caught or error):
             why = os.strerror(error) if error else "it did not answer in time"
             return BridgeError(
@@ -292,7 +307,7 @@ class _GuestsSide(Above):
 async def _cancel_at_signal(
     signals: trio.MemoryReceiveChannel[signal.Signals], until: trio.CancelScope, serving: _Serving
 ) -> None:
-    number = await signals.receive()  # Those that follow ask for the same.
+    number = await signals.receive()  # The first is enough: all ask for the same.
     _log.info("stopping", signal=number.name)
     serving.begin_to_stop()
     until.cancel()
@@ -307,7 +322,7 @@ def _listener(disk: DiskSettings) -> Listener:
 
 
 def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeometry:
-    """What the guest gets to see of `export`. Raises ConfigError if it is no disk at all."""
+    """The guest's view of `export`. Raises ConfigError if it is smaller than one block."""
     if export.usable_bytes < disk.block_size_bytes:
         raise ConfigError(
             f"{uri.text}: the export has {export.size_bytes} bytes, less than one block of "
@@ -315,7 +330,7 @@ def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeomet
         )
     if tail := export.size_bytes % disk.block_size_bytes:
         _log.warning(
-            "the end of the export is no whole block, the guest does not see it",
+            "the end of the export is not a whole block: the guest does not see it",
             size_bytes=export.size_bytes,
             hidden_bytes=tail,
         )
@@ -326,8 +341,8 @@ def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeomet
         )
     if not export.can_flush and not export.read_only:
         _log.warning(
-            "the server cannot flush: the guest gets no write cache control, and how durable a "
-            "completed write is, is up to the server"
+            "the server cannot flush: the guest gets no write cache control, and only the server "
+            "decides how durable a completed write is"
         )
     return DiskGeometry(
         size_bytes=export.usable_bytes,

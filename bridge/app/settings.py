@@ -8,9 +8,9 @@ group is a dataclass whose fields are made by `setting`. Everything else is deri
 - its place in `--help`, under the title of its group;
 - its name in a mapping of defaults, such as a file has: `cache_size`.
 
-What a field holds has its unit at the end of its name; what an operator writes has none. A default
-is that of the object which the setting is for, where that has one. This module knows nothing of
-click, and imports nothing that takes time: `--version` and `--help` need it.
+A field's name ends with its unit; an option's name has none. Where the object that a setting is for
+has a default, the setting has the same. This module does not know click, and imports nothing slow:
+`--version` and `--help` import it.
 """
 
 from __future__ import annotations
@@ -32,27 +32,32 @@ from bridge.app.settings_model import (
     setting,
 )
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
-from bridge.datapath.engine_names import AUTO, ENGINES
+from bridge.datapath.engine_names import AUTO as AUTO_ENGINE
+from bridge.datapath.engine_names import ENGINES
 from bridge.server.client_options import ClientOptions
 from bridge.spec.virtio_blk import ID_BYTES
 
 MIN_CACHE_SIZE = "4M"
-"""What `cache.file.layout` needs at least, with the blocks that nearly all servers have."""
+"""The smallest cache that `cache.file.layout` can make with 4 KiB blocks, as nearly all servers
+have them."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+
+AUTO = "auto"
+"""The control socket is where the commands look for it."""
 
 _MAX_FD = (1 << 31) - 1
 """An `int` of the system's."""
 _CLIENT = ClientOptions()
 
 
-# The groups. Fields of one are in the order of `--help`.
+# The groups. Their fields are in the order of `--help`.
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskSettings:
-    """The disk that the guest sees, and where its front-end finds it."""
+    """The disk that the guest sees, and the socket on which its front-end connects."""
 
     title: ClassVar[str] = "Disk"
 
@@ -91,7 +96,7 @@ class DiskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """The local cache, and how long a write may be without a flush."""
+    """The local cache, and the flush timer."""
 
     title: ClassVar[str] = "Cache"
 
@@ -124,7 +129,7 @@ class CacheSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectSettings:
-    """What every command has that connects to a server. Fields are those of ClientOptions."""
+    """For every command that connects to a server. Fields are those of ClientOptions."""
 
     title: ClassVar[str] = "Server"
 
@@ -138,7 +143,7 @@ class ConnectSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(ConnectSettings):
-    """The same for one that stays connected."""
+    """For a command that stays connected."""
 
     connections: int = setting(
         "--connections",
@@ -180,7 +185,7 @@ class TlsSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitSettings:
-    """How long things may take, and how long the processor may be kept busy."""
+    """Time limits of a stop, and how long the loop polls before it sleeps."""
 
     title: ClassVar[str] = "Limits"
 
@@ -193,7 +198,7 @@ class LimitSettings:
     engine: str = setting(
         "--engine",
         Choice(ENGINES),
-        AUTO,
+        AUTO_ENGINE,
         "What serves the usual requests: compiled code, where that was installed, or Python.",
     )
     stop_timeout_s: float = setting(
@@ -211,12 +216,40 @@ class LimitSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """How a running bridge is found, seen and steered."""
+
+    title: ClassVar[str] = "Control"
+
+    name: str = setting(
+        "--name",
+        Text(max_bytes=64),
+        "",
+        "What the bridge is called: for `nbd-bridge status NAME`, in metrics and in the log. "
+        "Default: like its socket.",
+    )
+    socket: str = setting(
+        "--api",
+        Path(),
+        AUTO,
+        "Control socket: auto, off, or a path. auto: NAME.api in /run/nbd-bridge, or in "
+        "$XDG_RUNTIME_DIR/nbd-bridge.",
+    )
+    slow_ms: float = setting(
+        "--slow-ms",
+        Number(0),
+        1000.0,
+        "Log requests that take longer than so many milliseconds; 0: none.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """What is logged, on standard error."""
+    """The log on standard error."""
 
     title: ClassVar[str] = "Logging"
 
-    level: str = setting("--log-level", Choice(LOG_LEVELS), "info", "Log this and what is worse.")
+    level: str = setting("--log-level", Choice(LOG_LEVELS), "info", "Log this level and above.")
     format: str = setting("--log-format", Choice(LOG_FORMATS), "text", "How a line looks.")
 
 
@@ -231,8 +264,50 @@ class InfoOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActionChoices:
+    """How long a running bridge may take for what is asked of it."""
+
+    title: ClassVar[str] = "Limits"
+
+    timeout_s: float = setting("--timeout", Number(0, 3600), 60.0, "Seconds that this may take.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopChoices(ActionChoices):
+    """When `stop` ends a bridge."""
+
+    when_clean: bool = setting(
+        "--when-clean", Flag(), False, "Only once everything is on the server."
+    )
+    even_with_guest: bool = setting(
+        "--even-with-guest", Flag(), False, "Also while a guest uses the disk: it will hang."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What `set` changes; None: nothing. Fields are those of `POST /settings`."""
+
+    title: ClassVar[str] = "Settings, as those of serve"
+
+    cache_mode: str | None = setting(
+        "--cache-mode", Choice((WRITETHROUGH, WRITEBACK)), None, "When a write is complete."
+    )
+    flush_interval_s: float | None = setting(
+        "--flush-interval", Number(0), None, "Seconds, from the next write after a flush on."
+    )
+    drain_timeout_s: float | None = setting(
+        "--drain-timeout", Number(0), None, "Seconds, from the next stop of the guest on."
+    )
+    slow_ms: float | None = setting("--slow-ms", Number(0), None, "Milliseconds.")
+    log_level: str | None = setting(
+        "--log-level", Choice(LOG_LEVELS), None, "Log this and what is worse."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShowOutput:
-    """What `cache show` prints."""
+    """What a command prints that has nothing else to choose."""
 
     title: ClassVar[str] = "Output"
 
@@ -246,35 +321,35 @@ class DropChoices:
     title: ClassVar[str] = "Cache"
 
     discard_dirty: bool = setting(
-        "--discard-dirty", Flag(), False, "Even if it holds what the server has not."
+        "--discard-dirty", Flag(), False, "Even if it holds data that the server lacks."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlushChoices:
-    """What `cache flush` brings where."""
+    """Which data `cache flush` writes, and to which export."""
 
     title: ClassVar[str] = "Cache"
 
     moved: bool = setting("--moved", Flag(), False, "URI is where the export is now.")
-    force: bool = setting("--force", Flag(), False, "Also over what somebody else wrote meanwhile.")
+    force: bool = setting("--force", Flag(), False, "Also over what another host wrote meanwhile.")
     skip_damaged: bool = setting(
         "--skip-damaged",
         Flag(),
         False,
-        "Give up what is in damaged parts of the file, and bring all the rest.",
+        "Give up damaged parts of the file, and write all the rest.",
     )
     timeout_s: float = setting(
         "--timeout",
         Number(1),
         60.0,
-        "Seconds for all of it; what is missing then stays in the file.",
+        "Seconds for all of it; what is not on the server then stays in the file.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmChoices:
-    """What `cache warm` reads, into which cache."""
+    """Which ranges `cache warm` reads, into which cache."""
 
     title: ClassVar[str] = "Cache"
 
@@ -282,7 +357,7 @@ class WarmChoices:
         "--cache-size",
         Size(minimum=MIN_CACHE_SIZE),
         None,
-        f"Size of the cache file, at least {MIN_CACHE_SIZE}. Default: that of the file there is, "
+        f"Size of the cache file, at least {MIN_CACHE_SIZE}. Default: that of an existing file, "
         "or 1G. Give the same to `serve`, which makes a file of another size anew.",
     )
     directory: str | None = setting("--cache-dir", Path(), None, "Where the cache file is.")
@@ -317,6 +392,7 @@ class ServeSettings(CommandSettings):
     server: ServerSettings = ServerSettings()
     tls: TlsSettings = TlsSettings()
     limits: LimitSettings = LimitSettings()
+    control: ControlSettings = ControlSettings()
     logging: LogSettings = LogSettings()
 
 
@@ -362,6 +438,37 @@ class CacheWarmSettings(CommandSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatusSettings(CommandSettings):
+    """`status` and `list`."""
+
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSettings(CommandSettings):
+    """`flush` and `resize`."""
+
+    action: ActionChoices = ActionChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopSettings(CommandSettings):
+    """`stop`."""
+
+    action: StopChoices = StopChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSettings(CommandSettings):
+    """`set`."""
+
+    changes: Changes = Changes()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings(CommandSettings):
     """`demo`."""
 
@@ -369,7 +476,7 @@ class DemoSettings(CommandSettings):
 
 
 def client_options(server: ConnectSettings, tls: TlsSettings) -> ClientOptions:
-    """Those of a client: its options that an operator can set have the same names."""
+    """The options of a client, which have the same names as the settings."""
     given = {
         each.name: getattr(group, each.name) for group in (server, tls) for each in fields(group)
     }

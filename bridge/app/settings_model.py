@@ -1,7 +1,7 @@
-"""What a setting is: its name for operators, what it can hold, and where it is in a command.
+"""The model of a setting: its name for operators, its kind of value, its place in a command.
 
 A command's settings are a dataclass of groups, and a group is a dataclass whose fields are made by
-`setting`: `bridge.app.settings` has them all. This module knows nothing of click.
+`setting`: `bridge.app.settings` has them all. This module does not know click.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-# What a setting can hold.
+# The kinds of values.
 
 
 @dataclass(frozen=True)
 class Flag:
-    """False, or True where it is given."""
+    """False, or True if the option is given."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Size:
-    """An int, of bytes; written with K, M, G or T (`units.parse_size`), and `minimum` is, too."""
+    """A number of bytes, written as `units.parse_size` reads it (512M); so is `minimum`."""
 
     minimum: str
 
@@ -79,18 +79,18 @@ Kind = Flag | Number | Whole | Size | Choice | Text | Path | Ranges | FeatureBit
 
 @dataclass(frozen=True)
 class Setting:
-    """What an operator can write for one field of a group."""
+    """One field of a group, as an operator writes it."""
 
     option: str
-    """As on the command line, such as `--cache-size`."""
+    """Its name on the command line, such as `--cache-size`."""
     kind: Kind
     help: str
     written_default: str | None = None
-    """The default as an operator would write it, for `--help`; None: as it is."""
+    """The default as an operator would write it, for `--help`; None: the value itself."""
 
     @property
     def name(self) -> str:
-        """The same for a parameter or a key, such as `cache_size`."""
+        """Its name as a parameter or a key, such as `cache_size`."""
         return self.option.removeprefix("--").replace("-", "_")
 
 
@@ -114,7 +114,7 @@ S = TypeVar("S", bound=CommandSettings)
 
 @dataclass(frozen=True)
 class Declared:
-    """One setting of a command: where it is, and what it is if it is not given."""
+    """One setting of a command: its group, its field, and its default."""
 
     group: str
     title: str
@@ -138,8 +138,11 @@ def declared(command: type[S]) -> Iterator[Declared]:
 
 
 def settings_of(command: type[S], given: Mapping[str, Any]) -> S:
-    """The settings of a command with the values that `given` has under their names
-    (`Setting.name`), converted and checked already; what it lacks is as its default says."""
+    """The settings of a command: the values in `given`, and defaults for all others.
+
+    The keys of `given` are names of settings (`Setting.name`); its values are converted and checked
+    already.
+    """
     changes: dict[str, dict[str, Any]] = {}
     for each in declared(command):
         if each.setting.name in given:

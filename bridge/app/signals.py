@@ -1,4 +1,4 @@
-"""The signals that end a command: each means the same clean end, and it means it once."""
+"""The signals that end a command. Each asks for the same clean end; only the first counts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ T = TypeVar("T")
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _MEANINGLESS = (signal.SIGUSR1, signal.SIGUSR2)
-"""Not worth a disk: a process that has no handler for them is killed."""
+"""They are ignored: without a handler they would kill the process, and the guest's disk with it."""
 
 
 @contextmanager
 def ending_signals() -> Iterator[trio.MemoryReceiveChannel[signal.Signals]]:
-    """The signals that ask for the end, as they come. For the main thread, around all of the work.
+    """Yields a channel of the signals that ask for the end. For the main thread, around all work.
 
-    Those that come after the block are ignored up to the end of the process: trio's own receiver
-    would give back the default handlers, and a second SIGTERM would then decide the exit status.
+    Signals that come after the block are ignored until the process ends. (trio's own
+    `open_signal_receiver` restores the default handlers: a second SIGTERM would then decide the
+    exit status.)
     """
     token = trio.lowlevel.current_trio_token()
     send, receive = trio.open_memory_channel[signal.Signals](len(_ENDING))
@@ -33,7 +34,7 @@ def ending_signals() -> Iterator[trio.MemoryReceiveChannel[signal.Signals]]:
         try:
             send.send_nowait(signal.Signals(number))
         except trio.WouldBlock:
-            return  # Nobody takes them any more: the end has begun.
+            return  # The channel is full: enough signals have asked for the end.
 
     def ask(number: int, _: FrameType | None) -> None:
         token.run_sync_soon(put, number, idempotent=True)
@@ -43,7 +44,7 @@ def ending_signals() -> Iterator[trio.MemoryReceiveChannel[signal.Signals]]:
     for number in ending:
         signal.signal(number, ask)
     for number in _MEANINGLESS:
-        signal.signal(number, _nothing)  # SIG_IGN would be inherited by what we start.
+        signal.signal(number, _ignore)  # Not SIG_IGN, which processes that we start would inherit.
     try:
         yield receive
     finally:
@@ -56,14 +57,14 @@ def _is_ignored_hangup(number: signal.Signals) -> bool:
     return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
-def _nothing(number: int, _: FrameType | None) -> None:
-    """A signal without a meaning here."""
+def _ignore(number: int, _: FrameType | None) -> None:
+    """The handler of signals that have no meaning here."""
 
 
 def run_until_signal(function: Callable[[], Awaitable[T]]) -> T:
-    """`trio.run`; a signal that asks for the end cancels `function`.
+    """Run `function` in trio; a signal that asks for the end cancels it.
 
-    Raises BridgeError then, and whatever `function` raises, in a group perhaps.
+    Raises BridgeError after such a signal, else the errors of `function`, perhaps in a group.
     """
 
     async def main() -> T:

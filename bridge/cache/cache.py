@@ -277,6 +277,27 @@ class Cache:
         self._store.refuse(errno)
         self._reads.refuse(errno)
 
+    @property
+    def flush_interval_s(self) -> float:
+        """See `Options`; may be changed, and counts from the next write after a flush."""
+        return self._flusher.interval_s
+
+    @flush_interval_s.setter
+    def flush_interval_s(self, interval_s: float) -> None:
+        self._flusher.interval_s = interval_s
+
+    @property
+    def is_write_back(self) -> bool:
+        """A write is complete once it is in the cache; else, once the server has it."""
+        return not self._store.through
+
+    def set_write_back(self, write_back: bool) -> None:
+        """Change that, between two turns: for writes that are not complete as well. Dirty blocks
+        stay dirty until they are written out."""
+        self._store.through = not write_back
+        # A write to an open block is no more than a copy.
+        self.index.forget_residency()
+
     def freeze(self, frozen: bool) -> None:
         """Begin nothing by itself (write-out by age, flush by time), or do it again. What the
         backend gets then has to be refused by itself."""

@@ -61,6 +61,8 @@ class Flusher:
         """The pass in progress, once every block it waits for was replied to."""
         self._next: list[Request] = []
         """What waits for the next pass."""
+        self.interval_s = common.options.flush_interval_s
+        """May be changed: it counts from the next write after a flush. 0: no timer."""
         self._retries_later = False
         """The last one failed: the next that no request asks for is the timer's."""
         self._retry_s = common.options.retry_s
@@ -81,8 +83,8 @@ class Flusher:
 
     def arm(self) -> None:
         """Something was written: it is to be durable within the flush interval."""
-        if self.due is None and self._options.flush_interval_s:
-            self.due = self._common.clock() + self._options.flush_interval_s
+        if self.due is None and self.interval_s:
+            self.due = self._common.clock() + self.interval_s
 
     def request(self, request: Request) -> None:
         """Finish `request` when everything completed until now is durable."""

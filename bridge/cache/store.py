@@ -170,6 +170,16 @@ class Store:
             return
         self._stored(_WriteOp(request, self, position), obstacle)
 
+    @property
+    def through(self) -> bool:
+        """A write is complete once the server has it. May be changed between two turns: see
+        `Cache.set_write_back`."""
+        return self._through
+
+    @through.setter
+    def through(self, through: bool) -> None:
+        self._through = through
+
     def open_blocks(self, slot: int, bits: int) -> bool:
         """Make these blocks of `slot` open, so that a write to them is a copy; False if they are
         not all `ready` or the write has to wait.

@@ -18,9 +18,9 @@ from bridge.cli.wording import explain
 @click.argument("file")
 @click.argument("uri", required=False)
 def command(settings: CacheFlushSettings, file: str, uri: str | None) -> None:
-    """Bring what only FILE holds to the server.
+    """Write to the server the data that only cache FILE has.
 
-    URI is needed where the server wants TLS, or has moved.
+    Give URI if the server requires TLS, or has moved.
     """
     logs.configure(level="warning", format_="text", explain=explain)
     chosen = settings.cache

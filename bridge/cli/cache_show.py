@@ -25,8 +25,8 @@ def command(settings: CacheShowSettings, file: str) -> None:
 
 _FAULTS = {
     Fault.CRASHED: "the host went down without a clean shutdown: the content will be discarded",
-    Fault.DAMAGED: "the index is damaged: 'nbd-bridge cache flush --skip-damaged' brings the rest "
-    "away",
+    Fault.DAMAGED: "the index is damaged: 'nbd-bridge cache flush --skip-damaged' writes the rest "
+    "to the server",
 }
 
 
@@ -37,7 +37,7 @@ def json_of(summary: Summary) -> str:
 
 
 def text_of(summary: Summary) -> str:
-    """The same as lines of text."""
+    """The summary as lines of text."""
     created = datetime.fromtimestamp(summary.created_s, UTC)
     lines = {
         "file": summary.path,
@@ -46,11 +46,11 @@ def text_of(summary: Summary) -> str:
         "disk": size_text(summary.disk_bytes),
         "cache": f"{size_text(summary.cache_bytes)}, {size_text(summary.valid_bytes)} of it used",
         "not on the server": size_text(summary.dirty_bytes),
-        "damaged": f"{summary.damaged_slots} granules, besides what is counted here",
+        "damaged": f"{summary.damaged_slots} granules, not counted in the other lines",
         "blocks": f"{size_text(summary.block_bytes)} in granules of "
         f"{size_text(summary.granule_bytes)}",
         "last shutdown": "clean" if summary.clean_shutdown else "not clean",
-        "frozen": "yes: the guest was stopped before all of it was at the server",
+        "frozen": "yes: the guest stopped before all of its data was on the server",
         "usable": "yes" if summary.fault is None else f"no: {_FAULTS[summary.fault]}",
         "export generation": str(summary.export_generation or "-"),
         "created": f"{created:%Y-%m-%d %H:%M:%S} UTC",

@@ -26,8 +26,8 @@ from bridge.cli.wording import explain
 def command(settings: CacheWarmSettings, uri: str) -> None:
     """Fill the cache of the export at URI.
 
-    All of it is read that the cache has room for; holes are left out. `serve` needs the same
-    --cache-size and --cache-dir to use the cache.
+    Reads as much as the cache has room for, and leaves out holes. Give `serve` the same
+    --cache-size and --cache-dir, so that it uses this cache.
     """
     logs.configure(level="warning", format_="text", explain=explain)
     chosen = settings.cache
@@ -35,7 +35,7 @@ def command(settings: CacheWarmSettings, uri: str) -> None:
         bar: Any = None
 
         def progress(done_bytes: int, total_bytes: int) -> None:
-            # Not before there is progress: it would be a second line of a refusal.
+            # Only once there is progress: an error before that is one line, without a bar.
             nonlocal bar
             if bar is None:
                 new = click.progressbar(length=total_bytes, label="warming", file=sys.stderr)

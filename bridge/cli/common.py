@@ -1,4 +1,4 @@
-"""What all commands share: how one is made from its settings, how it prints, how it fails."""
+"""For all commands: makes one from its settings, prints its result, turns errors into one line."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _CAPABILITIES = {"type": "block", "features": ["read-only"]}
 def command(
     name: str, settings: type[S], *, example: str
 ) -> Callable[[Callable[Concatenate[S, P], None]], click.Command]:
-    """Makes a command of a function that takes its settings and its arguments.
+    """Decorates a function of settings and arguments; makes it a command.
 
     The function's errors become one line each and an exit status: see `one_line_errors`.
     """
     names = {each.setting.name for each in declared(settings)}
 
     def decorate(function: Callable[Concatenate[S, P], None]) -> click.Command:
-        # Takes over the arguments that decorators of click's have put on the function, too.
+        # `wraps` also copies the arguments that click's decorators have put on the function.
         @wraps(function)
         def run(**given: Any) -> None:
             arguments = {name: given[name] for name in given.keys() - names}
@@ -48,7 +48,7 @@ def command(
 
 
 def _call(function: Callable[..., None], settings: object, arguments: dict[str, Any]) -> None:
-    """click gives the arguments by name, whose types it has seen to."""
+    """Call with arguments by name. click has checked their types, which mypy cannot see."""
     function(settings, **arguments)
 
 
@@ -81,23 +81,23 @@ def _leaves(group: BaseExceptionGroup[BridgeError]) -> list[BridgeError]:
 
 
 def complain(text: str) -> None:
-    """One line on standard error, if anybody hears it."""
+    """Print one line on standard error; ignore it if that cannot be written."""
     with suppress(OSError):
         click.echo(f"nbd-bridge: {text}", err=True)
 
 
 def print_result(text: str) -> None:
-    """A result, on standard output. Raises BridgeError when it cannot be written."""
+    """Print a result on standard output. Raises BridgeError when it cannot be written."""
     try:
         click.echo(text)
     except OSError as error:
-        # What is left in the buffer would be tried again, and complained about, at the exit.
+        # Otherwise Python would try to write the rest of its buffer at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise BridgeError(f"cannot write to standard output: {error.strerror}") from None
 
 
 def table(lines: dict[str, str]) -> str:
-    """Names and what they stand for, in two columns."""
+    """Names and values, in two columns."""
     width = max(map(len, lines))
     return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
 

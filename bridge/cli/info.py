@@ -1,4 +1,4 @@
-"""`nbd-bridge info`: what a server says about an export, for people and for programs."""
+"""`nbd-bridge info`: prints what a server says about an export, as text or JSON."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def list_text(exports: list[ListedExport]) -> str:
 
 
 def export_text(export: dict[str, Any]) -> str:
-    """What `inspect_uri` returns, as lines."""
+    """The result of `inspect_uri` as lines of text."""
     sizes = export["block_sizes_bytes"]
     origin = "" if sizes["named_by_server"] else " (not named by the server)"
     return common.table(

@@ -1,7 +1,7 @@
-"""`nbd-bridge`: finds the command, and says in one line what is wrong with how it was called.
+"""`nbd-bridge`: finds the command; prints one line if it was called wrongly.
 
-A command's module is imported when the command is wanted, here and nowhere else: each brings all
-that it runs with it, and a start of one command should not wait for what another needs.
+A command's module is imported here, when that command is called: it imports everything that the
+command runs, and one command should not wait for the imports of another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import click
 
 from bridge.cli.common import capabilities_option, complain, version_option
 
-_COMMANDS = {"serve": "serve", "info": "info", "demo": "demo"}
+_COMMANDS = {
+    "serve": "serve",
+    "info": "info",
+    "demo": "demo",
+    "list": "bridges",
+    "status": "status",
+    "flush": "flush",
+    "resize": "resize",
+    "set": "set_settings",
+    "stop": "stop",
+}
 _CACHE_COMMANDS = {
     "show": "cache_show",
     "drop": "cache_drop",
@@ -26,25 +36,25 @@ _CACHE_COMMANDS = {
 
 
 class CommandGroup(click.Group):
-    """Commands, each in a module. Without one its help is printed, and nothing was done."""
+    """Commands, each in a module. Called without one, it prints its help and exits with 2."""
 
     def __init__(self, *args: Any, modules: dict[str, str], **extra: Any) -> None:
         super().__init__(*args, **extra)
         self._modules = modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names of all commands, as they are listed in the help."""
+        """The names of all commands, sorted, as the help lists them."""
         return sorted([*self.commands, *self._modules])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, None if there is none."""
+        """The command of that name; None if there is none."""
         if cmd_name in self._modules:
             found: click.Command = import_module(f"bridge.cli.{self._modules[cmd_name]}").command
             return found
         return super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args and not ctx.resilient_parsing:  # A shell that completes parses too.
+        if not args and not ctx.resilient_parsing:  # A shell's completion also parses.
             click.echo(self.get_help(ctx), err=True)
             ctx.exit(2)
         return super().parse_args(ctx, args)
@@ -58,7 +68,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             arguments,
             prog_name="nbd-bridge",
             auto_envvar_prefix="NBD_BRIDGE",
-            standalone_mode=False,  # It would say an error in four lines.
+            standalone_mode=False,  # Otherwise click prints an error as four lines.
         )
     except click.ClickException as error:
         complain(_one_line(error))
@@ -70,16 +80,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _open_standard_descriptors() -> None:
-    """What was closed is /dev/null: a socket must not become the place for errors."""
+    """Open /dev/null in place of closed ones: else a socket could get descriptor 2, and errors."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest there is: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is `fd`
 
 
 def _one_line(error: click.ClickException) -> str:
-    """What click has to say, without its line breaks, and where to read more."""
+    """click's message without line breaks, and the command that prints more."""
     text = " ".join(error.format_message().split("\n")).rstrip(".")
     context = getattr(error, "ctx", None)
     more = f" (see '{context.command_path} --help')" if context is not None else ""
@@ -103,7 +113,7 @@ def nbd_bridge() -> None:
 
 @nbd_bridge.group(cls=CommandGroup, modules=_CACHE_COMMANDS)
 def cache() -> None:
-    """Look after a cache that is not in use.
+    """Work on a cache that no bridge is using.
 
     `show`, `flush` and `drop` take its FILE, `warm` the URI of the export.
     """

@@ -1,7 +1,7 @@
 """The options of a command, made from its settings: how each is parsed, and its place in `--help`.
 
-What is given comes from the command line, else from the environment, else from the context's
-`default_map` (what a configuration file would fill), else it is the default.
+A value comes from the command line, else from the environment, else from the context's
+`default_map` (which a configuration file would fill), else it is the default.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Command(click.Command):
 
 
 class GroupedOption(click.Option):
-    """An option that stands under `title` in `--help`."""
+    """An option that `--help` lists under `title`."""
 
     def __init__(self, *args: Any, title: str, **extra: Any) -> None:
         super().__init__(*args, **extra)
@@ -71,7 +71,7 @@ class GroupedOption(click.Option):
 
 
 def options_of(settings: type[S]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command's function, which gets the values under the names of the settings."""
+    """Decorates a command's function; click passes it the values by the names of the settings."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for each in reversed(list(declared(settings))):
@@ -99,7 +99,7 @@ def _option(each: Declared) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 def _type(kind: Kind) -> click.ParamType[Any] | None:
-    """How click parses what is written for a setting of this kind."""
+    """The click type that parses a setting of this kind."""
     match kind:
         case Flag():
             return None
@@ -123,8 +123,8 @@ def _type(kind: Kind) -> click.ParamType[Any] | None:
 
 
 class FiniteNumber(click.FloatRange):
-    """A number of seconds or the like. `nan` passes every comparison of a range, and is neither
-    before nor after any deadline."""
+    """A number of seconds or the like. Not `nan`: it passes every comparison of a range, and is
+    neither before nor after any deadline."""
 
     name = "number"
 
@@ -148,7 +148,7 @@ class PowerOfTwo(click.IntRange):
 
 
 class SizeText(click.ParamType):  # type: ignore[type-arg]
-    """Bytes of a size such as 512M, at least `minimum`, which is such a text as well."""
+    """The number of bytes of a size such as 512M; at least `minimum`, which is such a text, too."""
 
     name = "size"
 
@@ -186,7 +186,7 @@ class RangeText(click.ParamType):  # type: ignore[type-arg]
 
 
 class Utf8(click.ParamType):  # type: ignore[type-arg]
-    """Text; an argument of other bytes has surrogates in their place."""
+    """UTF-8 text. (Python puts surrogates in place of an argument's other bytes.)"""
 
     name = "text"
 
@@ -199,12 +199,12 @@ class Utf8(click.ParamType):  # type: ignore[type-arg]
         except UnicodeEncodeError:
             self.fail(f"{value!r} is not UTF-8", param, ctx)
         if len(encoded) > self._max_bytes:
-            self.fail(f"{value!r} is longer than the {self._max_bytes} bytes there are", param, ctx)
+            self.fail(f"{value!r} is longer than {self._max_bytes} bytes", param, ctx)
         return str(value)
 
 
 class FilePath(click.Path):
-    """A path; the empty one would be the working directory, which nobody means."""
+    """A path. Not the empty one, which would be the working directory by mistake."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not value:
@@ -213,7 +213,7 @@ class FilePath(click.Path):
 
 
 class WithheldFeatures(click.ParamType):  # type: ignore[type-arg]
-    """The bits of `-NAME,-NAME`, names of features of virtio-blk."""
+    """The bits of `-NAME,-NAME`, where each NAME is a feature of virtio-blk."""
 
     name = "-name,…"
 

@@ -1,7 +1,7 @@
-"""What an operator is told of an error: the error's own text, and what can be done about it.
+"""The text of an error for the operator: what is wrong, and what to do about it.
 
-Everything that names a command or an option in a sentence stands here: what raises an error says
-with a `Remedy`, or a class of its own, which sentence it is.
+All sentences that name a command or an option are here. The code that raises an error chooses one
+with a `Remedy`, or with an error class of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REMEDIES = {
     Remedy.OTHER_FILE: "; choose another file or to start anew: nbd-bridge cache drop {path}",
     Remedy.START_ANEW: "; to start anew: nbd-bridge cache drop {path}",
     Remedy.GIVE_UP: f"; {_GIVE_UP}",
-    Remedy.BRING_INTACT: "; to bring what is intact to the server: nbd-bridge cache flush "
+    Remedy.BRING_INTACT: "; to write what is intact to the server: nbd-bridge cache flush "
     f"--skip-damaged {{path}}; {_GIVE_UP}",
     Remedy.GROW_BACK: f"; grow the export back, or, {_GIVE_UP}",
     Remedy.FLUSH_FIRST: ": run 'nbd-bridge cache flush {path}' first",
@@ -48,26 +48,28 @@ _REMEDIES = {
     Remedy.FORCE_OR_GIVE_UP: f": run 'nbd-bridge cache flush --force {{path}}' first, or {_DROP}",
     Remedy.FORCE_IF_UNREADABLE: "; if reads of the export fail for good, run 'nbd-bridge cache "
     "flush --force {path}'",
-    Remedy.LOOK_AGAIN: ": look at it with 'nbd-bridge cache show {path}', and try again",
+    Remedy.LOOK_AGAIN: ": check it with 'nbd-bridge cache show {path}', and try again",
     Remedy.MOVED: "; if that export moved there, add --moved",
     Remedy.GO_ON_HERE_OR_FLUSH: "; start the guest here again, or stop this bridge and run "
     "'nbd-bridge cache flush {path}' before it starts elsewhere",
     Remedy.FLUSH_BEFORE_ELSEWHERE: ": before the guest starts elsewhere, run 'nbd-bridge cache "
     "flush {path}'",
-    Remedy.EXPECT_READ_ONLY: "; say --read-only to expect that",
+    Remedy.NAME_BRIDGE: "; give this one another name with --name",
+    Remedy.PLACE_CONTROL: "; say where it is to be with --api PATH, or use --api off",
+    Remedy.EXPECT_READ_ONLY: "; give --read-only if that is what you want",
     Remedy.LIST_EXPORTS: " (nbd-bridge info --list)",
     Remedy.NAME_CA: " (if its CA is one of your own, give that with --tls-ca)",
     Remedy.GIVE_CERTIFICATE: ": give --tls-cert and --tls-key",
     Remedy.CERTIFICATE_ACCEPTED: ": does it accept the certificate (--tls-cert)?",
     Remedy.PERHAPS_GIVE_CERTIFICATE: ": if it wants a certificate of its client, give --tls-cert "
     "and --tls-key",
-    Remedy.CERTIFICATE_INSTEAD: "; a TLS certificate (--tls-cert) says who a client is",
+    Remedy.CERTIFICATE_INSTEAD: "; identify the client by a TLS certificate (--tls-cert) instead",
 }
-"""What follows the text of the error, its punctuation included."""
+"""The text that follows an error's own, with its punctuation."""
 
 
 def explain(what: BridgeError | Remedy) -> str:
-    """One line for the operator: what is the case, and what helps."""
+    """One line for the operator: what is wrong, and what to do about it."""
     if isinstance(what, Remedy):
         return _remedy(what, "")
     match what:
@@ -86,7 +88,7 @@ def explain(what: BridgeError | Remedy) -> str:
 
 
 def _remedy(remedy: Remedy, path: str) -> str:
-    return _REMEDIES[remedy].replace("{path}", path)  # a path may have braces, too
+    return _REMEDIES[remedy].replace("{path}", path)  # not `format`: a path may have braces, too
 
 
 def _part(part: str | SettingName) -> str:
@@ -94,7 +96,7 @@ def _part(part: str | SettingName) -> str:
 
 
 def _option(field: str) -> str:
-    """The option for the field of that name."""
+    """The option whose field has that name."""
     return next(each.setting.option for each in declared(ServeSettings) if each.field == field)
 
 

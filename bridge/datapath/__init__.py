@@ -1,9 +1,11 @@
-"""The data path: what every request passes, and the turn in which that happens.
+"""The data path: the way of every request, and the turn in which it moves on.
 
-- `request`: what travels from a guest's request to the server's reply;
-- `loop`, `turn`: one epoll under one trio task; what one turn carries, and in which order;
+- `request`: a request, from the guest to the server's reply;
+- `loop`, `turn`: one epoll under one trio task; the order of work in one turn;
 - `usual`: the usual case of a turn, in batches, over the flat state of `cells`; `rows`: what of it
-  is in flight, and the way out of it;
+  is in flight, and the way out of it; `fence`: the memory barrier that it and the rings need;
+- `engine`, `engine_names`: whether `usual` does that or the same in C, which is `native`, built as
+  `_native`; `compiled`: whole turns in C;
 - `buffers`: between a request's buffers and flat bytes;
 - `deadlines`: when something without a task of its own is called next;
 - `lanes`: large requests, some of them per turn;

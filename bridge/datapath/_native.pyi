@@ -37,6 +37,7 @@ def turns(
         tuple[int, ...],
         int,
         int,
+        int,
         list[tuple[int, int]],
         list[bytes | memoryview],
         int,

@@ -39,6 +39,8 @@ class Turns(NamedTuple):
     """Nothing came for a while, or nothing at all: the rings are armed."""
     used_up: bool
     """There may be more; the time is over."""
+    naps: int
+    """How often they waited."""
     ready: list[tuple[int, int]]
     """Events of descriptors that are not of a ring, and not of the connection."""
 
@@ -50,7 +52,6 @@ class CompiledTurns:
         self._turn = turn
         self._state = _native.new_turns(round(poll_max_s * 1e9))
         self._worked = False
-        self.calls = 0
 
     def run(self, epoll_fd: int, pollers: Sequence[object], until_s: float) -> Turns | None:
         """Have turns until there is something to do that is not usual; None: there is now, or no
@@ -69,8 +70,7 @@ class CompiledTurns:
         )
         if found is None:
             return None
-        self.calls += 1
-        flags, taken, reads, writes, ready, unsent, *received, shown, error, worked = found
+        flags, taken, reads, writes, naps, ready, unsent, *received, shown, error, worked = found
         self._worked = bool(worked)
         if reads or writes:
             for ring, count in zip(rings, taken, strict=True):
@@ -82,14 +82,14 @@ class CompiledTurns:
             self._turn.wanted = True  # Whoever counts what was answered is to look.
         if not flags & _INCOMPLETE:
             self._turn.end()
-            return Turns(not flags, flags == BUDGET, ready)
+            return Turns(not flags, flags == BUDGET, naps, ready)
         usual.shown(shown)
         for ring in rings:
             if ring.queue.cells[NEXT_USED] != ring.queue.cells[PUBLISHED]:
                 ring.publish_later()
         if flags & (_REPLY | _ENDED | _FAILED):
             usual.unusual(ended=bool(flags & _ENDED), errno=error)
-        return Turns(not flags, flags == BUDGET, ready)
+        return Turns(not flags, flags == BUDGET, naps, ready)
 
 
 def _usual_rings(pollers: Sequence[object]) -> tuple[UsualRing, ...] | None:

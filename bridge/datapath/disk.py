@@ -92,11 +92,12 @@ class Disk:
             self.hits = self
             self.read_hit = hits.read_hit  # bound once: no second call per request
             self._write_hit = hits.write_hit
+        self.flush_interval_s = flush_interval_s
+        """May be changed: it counts from the next write after a flush."""
         self.usual = backend.usual(self._wrote) if usual else None
         """What rings may ask before they pop a chain; None: there is nothing."""
         if self.usual is not None:
             self.usual.is_armed = self._is_armed
-        self._flush_interval_s = (backend.can_flush and flush_interval_s) or inf
         self._now = now
         self._deadline_s: float | None = None
         self._armed = trio.Event()
@@ -148,7 +149,8 @@ class Disk:
 
     def _arm_timer(self) -> None:
         """Something is not durable. (Without a timer the deadline never comes.)"""
-        self._deadline_s = self._now() + self._flush_interval_s
+        interval_s = (self._backend.can_flush and self.flush_interval_s) or inf
+        self._deadline_s = self._now() + interval_s
         self._armed.set()
         if self.is_durable:
             self.is_durable = False

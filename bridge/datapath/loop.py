@@ -101,6 +101,9 @@ class Loop:
         self._lingering = False
         self._worked = False
         self._compiled = _compiled_turns(self)
+        self.naps_total = 0
+        self.sleeps_total = 0
+        """How often polling saw nothing, so that the loop waited in its epoll, or in trio."""
         self.now = perf_counter()
         """The time of the current turn, in seconds of the monotonic clock."""
 
@@ -165,6 +168,7 @@ class Loop:
                 ready = compiled.ready
                 if compiled.went_to_sleep:
                     if not self._arm():
+                        self.sleeps_total += 1
                         await trio.lowlevel.wait_readable(epoll_fd)
                         self._wake_up()
                         until_s = perf_counter() + _YIELD_EVERY_S
@@ -195,6 +199,7 @@ class Loop:
                 await trio.lowlevel.checkpoint()
             else:
                 assert not self.turn.finished
+                self.sleeps_total += 1
                 await trio.lowlevel.wait_readable(epoll_fd)
                 self._wake_up()
             until_s = perf_counter() + _YIELD_EVERY_S
@@ -209,6 +214,7 @@ class Loop:
             return None
         self.now = perf_counter()
         self._worked = not found.went_to_sleep
+        self.naps_total += found.naps
         for poller in pollers:  # Those that were there: the end of a turn may have brought others.
             if poller.usual_ring() == ():  # type: ignore[attr-defined]
                 poller.poll()
@@ -271,6 +277,7 @@ class Loop:
 
     def _nap(self) -> list[tuple[int, int]]:
         """Wait in our own epoll; see `_NAP_S`. How long that took decides how long to poll."""
+        self.naps_total += 1
         began_s = perf_counter()
         ready = self._epoll.poll(_NAP_S, _EVENTS_PER_POLL)
         took_s = perf_counter() - began_s

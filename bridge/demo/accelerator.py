@@ -1,8 +1,8 @@
 """KVM or software emulation: decided by starting a guest, not by looking at `/dev/kvm`.
 
-Inside a virtual machine without working nested virtualisation the device can be there, open, and
-hang the first guest for ever. So a guest that has nothing to do is booted under KVM with a time
-limit; the answer is kept until the machine boots again.
+In a virtual machine whose nested virtualisation does not work, the device can exist, open, and hang
+the first guest without end. So a guest that powers off at once is booted under KVM with a time
+limit. The result is kept until the machine boots again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bridge.errors import ConfigError
 from bridge.host import boot_id
 
 PROBE_LIMIT_S = 10.0
-"""A guest under a working KVM is done in about a second, on a busy machine in three."""
+"""A guest under a working KVM takes about a second, on a busy machine three."""
 
 _KVM = Path("/dev/kvm")
 
@@ -33,9 +33,9 @@ async def choose_accelerator(
     timeout_s: float = PROBE_LIMIT_S,
     device: Path = _KVM,
 ) -> str:
-    """ "kvm" when a guest runs under it, else "tcg". Asks `probe_kvm` once per boot.
+    """ "kvm" if a guest runs under it, else "tcg". Calls `probe_kvm` once per boot.
 
-    The answer is kept in `cache`, per QEMU command; losing that file costs another probe.
+    Keeps the result in `cache`, per QEMU command. Without that file it probes again.
     """
     if not os.access(device, os.R_OK | os.W_OK):
         return "tcg"
@@ -58,7 +58,7 @@ async def probe_kvm(
     timeout_s: float = PROBE_LIMIT_S,
     device: Path = _KVM,
 ) -> bool:
-    """Whether a guest under KVM runs to its end within `timeout_s`; it is killed if it does not."""
+    """Whether a guest under KVM runs to its end within `timeout_s`; kills it if it does not."""
     if not os.access(device, os.R_OK | os.W_OK):
         return False
     config = GuestConfig(
@@ -93,5 +93,5 @@ def _write_answers(path: Path, answers: dict[str, str]) -> None:
         temporary.write_text(json.dumps(answers))
         temporary.rename(path)
     except OSError:
-        # A read-only home: the next start asks again.
+        # A read-only home: the next start probes again.
         return

@@ -9,9 +9,9 @@ _TRAILER = "TRAILER!!!"
 
 
 class CpioArchive:
-    """A newc archive that grows in memory; everything belongs to root, nothing has a time.
+    """A newc archive in memory. Every entry belongs to root, and all times are 0.
 
-    Parent folders are added by themselves, each path once. The same calls give the same bytes.
+    Missing parent folders are added, each path once. The same calls make the same bytes.
     """
 
     def __init__(self) -> None:
@@ -20,23 +20,23 @@ class CpioArchive:
         self._inode = 0
 
     def add_file(self, path: str, content: bytes, *, executable: bool = False) -> None:
-        """A regular file at `path` ("/bin/sh"); a path that is there already is left alone."""
+        """Add a regular file at `path` ("/bin/sh"), unless the archive has that path."""
         self._add(path, stat.S_IFREG | (0o755 if executable else 0o644), content)
 
     def add_symlink(self, path: str, target: str) -> None:
-        """A symbolic link at `path`."""
+        """Add a symbolic link at `path`."""
         self._add(path, stat.S_IFLNK | 0o777, target.encode())
 
     def add_folder(self, path: str) -> None:
-        """A folder at `path`."""
+        """Add a folder at `path`."""
         self._add(path, stat.S_IFDIR | 0o755, b"")
 
     def add_device(self, path: str, major: int, minor: int) -> None:
-        """A character device at `path`."""
+        """Add a character device at `path`."""
         self._add(path, stat.S_IFCHR | 0o600, b"", major, minor)
 
     def finish(self) -> bytes:
-        """The whole archive; nothing may be added after that."""
+        """Return the whole archive, which can then grow no more."""
         self._entry(_TRAILER, 0, b"", 0, 0, inode=0)
         return bytes(self._data)
 

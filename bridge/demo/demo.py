@@ -1,8 +1,8 @@
-"""The main job, end to end: a Linux guest lives on a disk that an NBD server keeps.
+"""The demo, end to end: a Linux guest uses a disk whose blocks are on an NBD server.
 
-nbdkit with our plugin serves a sparse image; the bridge turns it into a vhost-user-blk socket; a
+nbdkit with our plugin serves a sparse image, and the bridge serves that as a vhost-user-blk disk. A
 guest in QEMU makes a file system on it, writes, discards, verifies, and verifies again in a second
-boot; then everything is stopped in order and the image is looked at from the server's side.
+boot. Then the demo stops everything in order and checks the image from the server's side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bridge.demo.initramfs import build_initramfs
 from bridge.demo.kernel import Kernel, cache_dir, find_kernel
 from bridge.demo.qemu import GuestConfig, VhostUserDisk, find_qemu, qemu_version
 from bridge.demo.report import GuestReport
-from bridge.demo.servers import Server, bridge_command, running, watched
+from bridge.demo.servers import ServerProcess, bridge_command, running, watched
 from bridge.demo.virtual_machine import run_guest
 from bridge.demo.volume import FileVolume, Volume
 from bridge.demo.without_guest import CHUNK_BYTES, pattern, run_without_guest
@@ -37,21 +37,21 @@ _ACCELERATORS = {"kvm": "KVM", "tcg": "software emulation"}
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo does."""
+    """Choices of a demo run."""
 
     total_mib: int = 200
     """How much the guest writes; at least 4."""
     disk_mib: int = 1024
     guest: bool = True
-    """False: our own front-end plays the guest, no QEMU needed."""
+    """False: our own front-end plays the guest, without QEMU."""
     accelerator: str = "auto"
-    """"auto" probes KVM; "kvm" or "tcg" is taken as it is."""
+    """"auto" probes KVM; "kvm" and "tcg" are used without a probe."""
     boot_limit_s: float = 300.0
 
 
 @dataclass
 class DemoResult:
-    """What happened. `failures` is empty when all went well."""
+    """Results of a demo run. `failures` is empty when all went well."""
 
     failures: list[str] = field(default_factory=list)
     boots: dict[str, GuestReport] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class DemoResult:
 
     @property
     def passed(self) -> bool:
-        """Whether everything that was looked at was right."""
+        """Whether every check was right."""
         return not self.failures
 
 
@@ -83,12 +83,12 @@ async def run_demo(
     say: Callable[[str], None] = print,
     volume: Volume | None = None,
 ) -> DemoResult:
-    """Do the whole job and tell about it through `say`, a line at a time.
+    """Run the demo and report through `say`, a line at a time.
 
-    `volume` is served instead of a sparse image, `config.disk_mib` being its size. `folder` keeps
-    image, sockets and logs; without one they are in a temporary folder that is gone afterwards.
-    Raises ConfigError, with the remedy, when something is missing on this machine; whatever goes
-    wrong later is in the result's `failures`. Cancellation kills the processes that were started.
+    `volume` is served instead of a sparse image; it must have `config.disk_mib`. `folder` keeps
+    image, sockets and logs; without one they are in a temporary folder that is removed afterwards.
+    Raises ConfigError, with the remedy, when a program is missing on this machine. Later problems
+    are in the result's `failures`. Cancellation kills the processes that were started.
     """
     config = config or DemoConfig()
     if folder is not None:
@@ -135,7 +135,7 @@ class _Demo:
         return result
 
     async def _prepare_machine(self) -> _Machine | None:
-        """Kernel, initrd and accelerator; None, and a word about it, where QEMU is missing."""
+        """Kernel, initrd and accelerator. Says so and returns None if QEMU is missing."""
         try:
             qemu = find_qemu()
         except ConfigError as error:
@@ -175,7 +175,7 @@ class _Demo:
             for process in (bridge, server):
                 await self._stop(process)
 
-    async def _stop(self, server: Server) -> None:
+    async def _stop(self, server: ServerProcess) -> None:
         began_s = time.monotonic()
         await server.stop()
         self.say(f"stopped  {server.name}: exit 0 after {time.monotonic() - began_s:.2f} s")
@@ -254,10 +254,10 @@ class _Demo:
         self._tell_shrunk("blkdiscard", "raw_written", "raw_discarded")
 
     def _tell_shrunk(self, what: str, before: str, after: str) -> None:
-        """Discarding must have shrunk the image on the server."""
+        """Check that discarding has shrunk the image on the server."""
         sizes = self.result.allocated
         if before not in sizes or after not in sizes:
-            self._fail(f"the guest never came to '{after}'")
+            self._fail(f"the guest never reached checkpoint '{after}'")
         elif sizes[after] + _MIB > sizes[before]:
             self._fail(f"{what} left the image at {sizes[after]} bytes ({sizes[before]} before)")
         else:
@@ -274,7 +274,7 @@ class _Demo:
         )
 
     async def _check_filesystem(self) -> None:
-        """Look at the image with the host's own tools, everything else being stopped."""
+        """Check the image with the host's tools, after everything has stopped."""
         image = await trio.to_thread.run_sync(self.volume.image)
         complaint = await trio.to_thread.run_sync(check_filesystem, image)
         if complaint:
@@ -289,7 +289,7 @@ class _Demo:
             self.say(f"image    e2fsck clean, {right} files with the right checksums")
 
     async def _check_pattern(self) -> None:
-        """Look for what the front-end wrote in the image."""
+        """Check that the image has what the front-end wrote."""
         chunks = int(self.result.boots["front-end"].number("written_chunks"))
         image = await trio.to_thread.run_sync(self.volume.image)
         wrong = await trio.to_thread.run_sync(_wrong_chunks, image, chunks)
@@ -299,7 +299,7 @@ class _Demo:
             self.say(f"image    {chunks} MiB compared, all right")
 
     def _tell_logs(self) -> None:
-        """The ends of the logs, which may be gone afterwards."""
+        """Print the ends of the logs, whose folder may be removed afterwards."""
         for log in sorted(self.folder.glob("*.log")):
             lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
             for line in lines:

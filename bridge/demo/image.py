@@ -1,4 +1,4 @@
-"""The disk image as the server sees it: nothing here mounts it or needs root."""
+"""Checks the disk image from the server's side, without mounting it and without root."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _TOOL_LIMIT_S = 120.0
 
 
 def allocated_bytes(image: Path) -> int:
-    """What the sparse file really takes on the server's disk."""
+    """The bytes that the sparse file takes on the server's disk."""
     return os.stat(image).st_blocks * 512
 
 
 def check_filesystem(image: Path) -> str:
-    """The complaint of `e2fsck -fn`, which changes nothing; empty when the image is clean."""
+    """Run `e2fsck -fn`, which only reads; return its complaint, empty when the image is clean."""
     done = _run("e2fsck", "-fn", str(image))
     return "" if done.returncode == 0 else (done.stdout + done.stderr).strip()[-500:]
 
 
 def extract_files(image: Path, folder: Path) -> None:
-    """Copy everything in the image's ext4 file system into `folder`, through debugfs."""
+    """Copy all files of the image's ext4 file system into `folder`, with debugfs."""
     folder.mkdir(exist_ok=True)
     _run("debugfs", "-R", f"rdump / {folder}", str(image))
 
 
 def check_sums(folder: Path, sums: str = "SUMS") -> tuple[int, list[str]]:
-    """(files that are right, names of those that are wrong or missing) by the list `sums`.
+    """Compare files with the list `sums`: (number of right ones, names of wrong or missing ones).
 
-    The list is what `md5sum` writes. An empty or missing list has no right files.
+    `md5sum` has written the list. With an empty or missing list no file is right.
     """
     right, wrong = 0, []
     listing = folder / sums

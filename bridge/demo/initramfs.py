@@ -1,6 +1,6 @@
 """The guest's whole user space: busybox, e2fsprogs, kernel modules and scripts in one initrd.
 
-It is not compressed: unpacking costs an emulated CPU more than the bytes cost the host.
+It is not compressed: unpacking would take an emulated CPU longer than QEMU takes to load it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from bridge.demo.kernel import Kernel
 from bridge.errors import ConfigError
 
 SCRIPTS = Path(__file__).parent / "scripts"
-"""The guest scripts of this package: `init.sh` starts the one that the command line names."""
+"""The guest scripts of this package. `init.sh` starts the one that the kernel's command line names.
+"""
 
 GUEST_TOOLS = ("mke2fs", "e2fsck")
-"""Programs with their libraries; the rest is busybox (whose own mke2fs knows ext2 only)."""
+"""Programs beside busybox, whose own mke2fs makes ext2 only."""
 
 _SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/bin"])
 _LIBRARY = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$", re.MULTILINE)
 
 
 def build_initramfs(kernel: Kernel, scripts: Iterable[Path] = ()) -> bytes:
-    """An initrd (newc, not compressed) with the package's scripts and those of the caller.
+    """An initrd (newc, not compressed) with the package's scripts and the caller's.
 
-    `scripts` land in `/scripts` and shadow a script of the package with the same name. Raises
+    `scripts` are put into `/scripts`, in place of scripts of the package with the same name. Raises
     ConfigError for a program that is missing on this machine.
     """
     archive = CpioArchive()
@@ -72,6 +73,6 @@ def _find(name: str, package: str) -> Path:
 
 
 def _libraries(program: Path) -> list[Path]:
-    """What the dynamic linker would load for `program`; nothing for a static one."""
+    """The libraries that the dynamic linker loads for `program`; none for a static one."""
     shown = subprocess.run(["ldd", program], capture_output=True, text=True, check=False)
     return [Path(name) for name in _LIBRARY.findall(shown.stdout)]

@@ -1,10 +1,10 @@
-"""A Linux kernel and the modules that a guest with a virtio disk needs.
+"""Finds a Linux kernel and the modules that a guest with a virtio disk needs.
 
-Looked for in this order: the cache, the kernels installed on this machine, the distribution's
-package archive (downloaded and unpacked into the cache, not installed: no boot loader is touched
-and no initramfs is generated). Which modules there are, which are built in and in which order
-they load is read from the kernel itself (`modules.builtin` and each module's `.modinfo`), since
-it differs between distributions and releases.
+It looks in this order: the cache, the kernels installed on this machine, the distribution's package
+archive. A package is downloaded and unpacked into the cache, not installed, so that the boot loader
+and the initramfs of this machine stay as they are. Distributions differ in which modules there are,
+which are built in, and in which order they load: `modules.builtin` and each module's `.modinfo` say
+so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from bridge.errors import ConfigError
 
 WANTED_MODULES = ("virtio_pci", "virtio_blk", "ext4")
-"""What the guest loads, with everything these depend on."""
+"""The modules that the guest loads, with their dependencies."""
 
 _META_PACKAGES = {
     "x86_64": ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64"),
@@ -47,7 +47,7 @@ _DOWNLOAD_LIMIT_S = 300.0
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel image and the modules to load, in load order (not compressed)."""
+    """A kernel image, and the uncompressed modules to load, in load order."""
 
     release: str
     image: Path
@@ -55,7 +55,7 @@ class Kernel:
 
 
 def cache_dir() -> Path:
-    """Where downloaded kernels and the accelerator's probe result are kept.
+    """The folder that keeps downloaded kernels and the accelerator's probe result.
 
     Raises ConfigError for a user who has no home directory.
     """
@@ -70,15 +70,15 @@ def cache_dir() -> Path:
 
 
 def find_kernel(cache: Path | None = None, *, root: Path = Path("/")) -> Kernel:
-    """A kernel for this machine's architecture; blocks while it is fetched, once.
+    """A kernel for this machine's architecture. Blocks while it downloads one, once.
 
-    `root` is where installed kernels are looked for. Raises ConfigError, with the remedy, when
-    none can be had.
+    `root`: the root folder of the installed kernels. Raises ConfigError, with the remedy, when no
+    kernel can be found or fetched.
     """
     cache = cache or cache_dir()
     machine = platform.machine()
     if machine not in _META_PACKAGES:
-        raise ConfigError(f"no guest kernel is known for {machine}: x86_64 and aarch64 are")
+        raise ConfigError(f"no guest kernel is known for {machine}, only for x86_64 and aarch64")
     kernel = _cached_kernel(cache / "kernel" / machine)
     kernel = kernel or _installed_kernel(root, cache / "modules")
     return kernel or _fetch_kernel(cache / "kernel" / machine, _META_PACKAGES[machine])
@@ -97,7 +97,7 @@ def _installed_kernel(root: Path, unpacked: Path) -> Kernel | None:
 
 
 def _kernel_of_tree(root: Path, unpacked: Path) -> Kernel | None:
-    """The newest readable kernel below `root` whose modules are all there."""
+    """The newest readable kernel below `root` that has all modules."""
     images = sorted((root / "boot").glob("vmlinuz-*"), key=_version_key, reverse=True)
     for image in images:
         release = image.name.removeprefix("vmlinuz-")
@@ -123,10 +123,10 @@ def _version_key(path: Path) -> list[tuple[int, str]]:
 
 
 def load_order(folder: Path, wanted: tuple[str, ...], unpacked: Path) -> tuple[Path, ...]:
-    """The files of `wanted` modules and of what they depend on, each after its dependencies.
+    """The files of `wanted` modules and their dependencies, each after those that it depends on.
 
     `folder` is a `lib/modules/RELEASE`; compressed modules are unpacked into `unpacked`.
-    Raises ConfigError for a module that is neither there nor built in.
+    Raises ConfigError for a module that is neither a file nor built in.
     """
     text = (folder / "modules.builtin").read_text()
     builtin = {_module_name(Path(line)) for line in text.split()}
@@ -153,7 +153,7 @@ def _module_name(path: Path) -> str:
 
 
 def _dependencies(module: Path) -> list[str]:
-    """What the module's `.modinfo` says: `depends=` is one NUL-terminated string."""
+    """The names after `depends=` in the module's `.modinfo`, a NUL-terminated string."""
     match = re.search(rb"\0depends=([\w,-]*)\0", b"\0" + module.read_bytes())
     names = match.group(1).decode() if match else ""
     return [name.replace("-", "_") for name in names.split(",") if name]
@@ -174,7 +174,7 @@ def _uncompressed(path: Path, unpacked: Path) -> Path:
 
 
 def _decompress(path: Path) -> bytes:
-    """The module's bytes; at most `_MODULE_MAX_BYTES` of them."""
+    """The uncompressed module, cut at `_MODULE_MAX_BYTES`."""
     if path.suffix == ".xz":
         return lzma.LZMADecompressor().decompress(path.read_bytes(), _MODULE_MAX_BYTES)
     if path.suffix == ".gz":
@@ -214,7 +214,7 @@ def _fetch_kernel(folder: Path, meta_packages: tuple[str, ...]) -> Kernel:
 
 
 def _try_fetch(folder: Path, meta_packages: tuple[str, ...]) -> str:
-    """Unpack the newest kernel into `folder`; the reason if that failed, else nothing."""
+    """Unpack the newest kernel into `folder`; return why that failed, empty if it did not."""
     reason = "no package list names a kernel"
     for meta in meta_packages:
         packages = _kernel_packages(meta)
@@ -226,7 +226,7 @@ def _try_fetch(folder: Path, meta_packages: tuple[str, ...]) -> str:
 
 
 def _kernel_packages(meta: str) -> list[str]:
-    """The versioned packages behind a metapackage: the image and, on Ubuntu, its modules."""
+    """The versioned packages of a metapackage: the image and, on Ubuntu, its modules."""
     found: list[str] = []
     pending = [meta]
     while pending and len(found) < 4:
@@ -267,7 +267,7 @@ def _download(folder: Path, packages: list[str]) -> str:
 
 
 def _unpack(package: Path, tree: Path) -> None:
-    """Write the kernel and the few modules that matter from a .deb into `tree`."""
+    """Write the kernel and the modules that the guest may need from a .deb into `tree`."""
     with subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE
     ) as process:

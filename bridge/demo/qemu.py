@@ -15,14 +15,14 @@ from bridge.errors import ConfigError
 _QUIET_WORDS = "quiet loglevel=3"
 
 _MACHINES = {
-    # No device that the guest does not need: each costs start-up time under emulation.
+    # Only the devices that the guest needs: each costs start-up time under emulation.
     "x86_64": ("qemu-system-x86_64", "q35", "sata=off,smbus=off,vmport=off,usb=off,graphics=off",
                "ttyS0"),
     "aarch64": ("qemu-system-aarch64", "virt", "gic-version=max", "ttyAMA0"),
 }  # fmt: skip
 
 _KERNEL_WORDS = "nokaslr mitigations=off tsc=reliable no_timer_check random.trust_cpu=on panic=-1"
-"""Less to measure and to wait for while booting; `panic=-1` turns a panic into an exit."""
+"""Skip calibrations and waits while booting; `panic=-1` makes QEMU exit after a panic."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class VhostUserDisk:
     num_queues: int = 1
     queue_size: int = 128
     reconnect_ms: int = 0
-    """Connect again after this time when the back-end goes away; 0: the disk is gone then.
-    A QEMU before 9.2 knows whole seconds only: the next one is taken."""
+    """QEMU connects again after this time when the back-end hangs up; 0: the disk fails then.
+    Rounded up to whole seconds for QEMU before 9.2."""
     boot: bool = False
     options: str = ""
     """More properties of the device, "config-wce=off" for example."""
@@ -42,19 +42,19 @@ class VhostUserDisk:
 
 @dataclass(frozen=True)
 class GuestConfig:
-    """One boot: what runs, on which disk, how. Nothing here is started yet."""
+    """One boot: what runs, on which disks, and how."""
 
     disks: Sequence[VhostUserDisk] = ()
     kernel: Path | None = None
     """None boots from the disk, through the firmware."""
     initrd: Path | None = None
     words: Mapping[str, str | int] = field(default_factory=dict)
-    """Parameters for the guest's script: `guest_script` names it."""
+    """Parameters for the guest's script; `guest_script` is its name."""
     accelerator: str = "tcg"
     memory_mib: int = 256
     cpus: int = 1
     qemu: Sequence[str] = ()
-    """The command, if it is not the machine's own QEMU: a path, or a wrapper with arguments."""
+    """The command, if not this machine's QEMU: a path, or a wrapper with arguments."""
     qmp_socket: Path | None = None
     firmware: Path | None = None
     """A firmware image in place of SeaBIOS."""
@@ -77,7 +77,7 @@ def find_qemu() -> str:
 
 
 def qemu_version(qemu: Sequence[str]) -> tuple[int, int]:
-    """(major, minor). Raises ConfigError when the command is no QEMU."""
+    """(major, minor). Raises ConfigError when the command is not QEMU."""
     try:
         shown = subprocess.run(
             [*qemu, "--version"], capture_output=True, text=True, check=False, timeout=30
@@ -86,7 +86,7 @@ def qemu_version(qemu: Sequence[str]) -> tuple[int, int]:
         raise ConfigError(f"cannot run {qemu[0]}: {error}") from error
     match = re.search(r"version (\d+)\.(\d+)", shown.stdout)
     if match is None:
-        raise ConfigError(f"{' '.join(qemu)} --version says no QEMU version")
+        raise ConfigError(f"{' '.join(qemu)} --version does not print a QEMU version")
     return int(match[1]), int(match[2])
 
 
@@ -97,7 +97,7 @@ def command_line(config: GuestConfig, version: tuple[int, int]) -> list[str]:
     """
     machine = platform.machine()
     if machine not in _MACHINES:
-        raise ConfigError(f"no guest is known for {machine}: x86_64 and aarch64 are")
+        raise ConfigError(f"no guest is known for {machine}, only for x86_64 and aarch64")
     program, machine_type, switches, console = _MACHINES[machine]
     # `-cpu max` has RDRAND: without it the guest waits seconds for entropy.
     arguments = [

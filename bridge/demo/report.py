@@ -1,9 +1,9 @@
-"""What a guest says on its serial console, and the verdict that follows from it.
+"""Parses the lines that a guest prints on its serial console; they decide whether it passed.
 
 A guest's script prints, each on a line of its own:
 
 * `REPORT key=value`: a result, a time, a rate;
-* `CHECKPOINT name`: it waits until the host has looked at its side and sent a line back;
+* `CHECKPOINT name`: it waits until the host has checked its side and sent a line back;
 * `PASS`, or `FAIL reason`: the verdict. QEMU's exit status says nothing about the guest.
 """
 
@@ -49,13 +49,13 @@ class SerialParser:
         self._partial = b""
 
     def feed(self, data: bytes) -> list[str]:
-        """The lines that `data` completes, without escape sequences."""
+        """Take bytes of the console; return the lines that they complete, without escapes."""
         *lines, self._partial = (self._partial + data).split(b"\n")
         self._partial = self._partial[-_LINE_MAX_BYTES:]
         return [self._line(line[-_LINE_MAX_BYTES:]) for line in lines]
 
     def finish(self) -> list[str]:
-        """The console is at its end: the last line, if it was not ended."""
+        """The console has ended: return its last line, if that has no line break."""
         return self.feed(b"\n") if self._partial else []
 
     def _line(self, raw: bytes) -> str:
@@ -76,6 +76,6 @@ class SerialParser:
         return line
 
     def _fail(self, reason: str) -> None:
-        """The first failure is the one that counts, also after a PASS."""
+        """Note a failure. The first one is kept, also after a PASS."""
         self.report.passed = False
         self.report.reason = self.report.reason or reason

@@ -27,11 +27,11 @@ PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
 
 
 class ServerFailed(BridgeError):
-    """A server process did not start, died, or did not stop cleanly; says what it said."""
+    """A server process did not start, died, or did not stop cleanly; with its last log lines."""
 
 
 @dataclass
-class Server:
+class ServerProcess:
     """A running server process that listens on a unix socket."""
 
     name: str
@@ -50,16 +50,16 @@ class Server:
         return self.process.wait()
 
     async def kill(self) -> None:
-        """SIGKILL, and wait until it is gone; nothing happens when it is gone already."""
+        """Send SIGKILL and wait until the process has ended; do nothing if it already has."""
         self.process.kill()
         with trio.CancelScope(shield=True):
             await self.wait()
 
     async def stop(self) -> None:
-        """SIGTERM, and wait for the end.
+        """Send SIGTERM and wait until the process has ended.
 
-        Raises ServerFailed when it takes too long (it is killed then) or ends with a status
-        other than 0.
+        Raises ServerFailed when that takes too long (the process is killed then), or when it ends
+        with a status other than 0.
         """
         self.process.send_signal(signal.SIGTERM)
         with trio.move_on_after(_STOP_LIMIT_S):
@@ -80,12 +80,12 @@ class Server:
 @asynccontextmanager
 async def running(
     name: str, command: Sequence[str], socket: Path, log_path: Path
-) -> AsyncIterator[Server]:
-    """Run `command` until the block ends; enters once `socket` is there.
+) -> AsyncIterator[ServerProcess]:
+    """Run `command` until the block ends; the block begins once `socket` exists.
 
-    Stops it with SIGTERM when the block ends well, unless that was done; kills it when the block
-    fails or is cancelled. Raises ServerFailed as `Server.stop` does, or when it does not
-    start.
+    Stops the process with SIGTERM when the block ends well, unless the block has; kills it when the
+    block fails or is cancelled. Raises ServerFailed as `ServerProcess.stop` does, or when the
+    process does not start.
     """
     server = await start_server(name, command, socket, log_path)
     try:
@@ -95,13 +95,15 @@ async def running(
         await server.kill()
 
 
-async def start_server(name: str, command: Sequence[str], socket: Path, log_path: Path) -> Server:
-    """Run `command`; returns once it listens on `socket`. A dead process's socket does not count.
+async def start_server(
+    name: str, command: Sequence[str], socket: Path, log_path: Path
+) -> ServerProcess:
+    """Run `command`; return once it listens on `socket`. A dead process's socket does not count.
 
-    Raises ServerFailed when it does not get that far; then, and when cancelled, it is killed.
+    Raises ServerFailed when it does not come to listen. Kills it then, and when cancelled.
     """
     before = _socket_identity(socket)
-    server = Server(name, _start(command, log_path), socket, log_path)
+    server = ServerProcess(name, _start(command, log_path), socket, log_path)
     try:
         with trio.fail_after(_START_LIMIT_S):
             while _socket_identity(socket) in (None, before):
@@ -119,7 +121,7 @@ async def start_server(name: str, command: Sequence[str], socket: Path, log_path
 
 
 def _socket_identity(path: Path) -> tuple[int, int] | None:
-    """Which socket it is; None while there is none. Inode numbers alone are used again."""
+    """Inode and time of the socket at `path`; None without one. The kernel reuses inode numbers."""
     try:
         status = path.lstat()
     except OSError:
@@ -128,11 +130,11 @@ def _socket_identity(path: Path) -> tuple[int, int] | None:
 
 
 @asynccontextmanager
-async def watched(*servers: Server) -> AsyncIterator[None]:
-    """The block is cancelled, and ServerFailed raised, when one of `servers` ends meanwhile."""
-    dead: list[Server] = []
+async def watched(*servers: ServerProcess) -> AsyncIterator[None]:
+    """Cancel the block and raise ServerFailed when one of `servers` ends meanwhile."""
+    dead: list[ServerProcess] = []
 
-    async def watch(server: Server, scope: trio.CancelScope) -> None:
+    async def watch(server: ServerProcess, scope: trio.CancelScope) -> None:
         await server.wait()
         dead.append(server)
         scope.cancel()
@@ -161,15 +163,15 @@ def _start(command: Sequence[str], log_path: Path) -> subprocess.Popen[bytes]:
 
 
 def _environment() -> dict[str, str]:
-    """Our own, in which `python -m bridge` finds this very package, installed or not."""
+    """This process's environment, in which `python -m bridge` finds this package."""
     paths = [str(PLUGIN.parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def nbdkit_command(image: Path, socket: Path, *parameters: str, plugin: Path = PLUGIN) -> list[str]:
-    """nbdkit serving the sparse file `image` with our plugin, and more of its `parameters`.
+    """nbdkit serving the sparse file `image` with our plugin and more `parameters` for it.
 
-    An image that is not there yet needs the parameter `size=…`.
+    The plugin makes a missing image, if the parameter `size=…` is among them.
 
     Raises ConfigError when nbdkit, its Python plugin or ours is missing.
     """
@@ -196,5 +198,6 @@ def small_server_command(image: Path, socket: Path, size_bytes: int) -> list[str
 def bridge_command(uri: str, socket: Path, *options: str) -> list[str]:
     """The bridge, run by this interpreter."""
     if importlib.util.find_spec("bridge.__main__") is None:
-        raise ConfigError("this installation of the bridge has no command line")
-    return [sys.executable, "-m", "bridge", "serve", uri, "--socket-path", str(socket), *options]
+        raise ConfigError("this installation lacks the bridge's command line: install it again")
+    command = [sys.executable, "-m", "bridge", "serve", uri, "--socket-path", str(socket)]
+    return [*command, "--api", "off", *options]

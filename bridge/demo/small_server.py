@@ -1,4 +1,4 @@
-"""The bridge's own small NBD server on a sparse file, for where nbdkit is missing.
+"""The bridge's own small NBD server on a sparse file, for machines without nbdkit.
 
 python -m bridge.demo.small_server IMAGE SIZE_BYTES SOCKET
 """
@@ -31,7 +31,7 @@ class SparseFileDisk(FileDisk):
         self._fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> None:
-        """Punch a hole where that is allowed and the file system can; else write zeroes."""
+        """Punch a hole if the client and the file system allow it, else write zeroes."""
         mode = _PUNCH_HOLE | _KEEP_SIZE
         if not may_unmap or self._fallocate(self._punch_fd, mode, offset, length):
             super().zero(offset, length, may_unmap=may_unmap)

@@ -1,4 +1,4 @@
-"""One exception out of the group that a nursery makes of it."""
+"""Takes a lone exception out of the group that a nursery wraps it in."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Around a nursery whose tasks are a detail: a lone exception leaves as itself.
-
-    A group of several leaves as the group that it is.
-    """
+    """For a block around a nursery: raises a lone exception by itself, several as their group."""
     try:
         yield
     except BaseExceptionGroup as group:

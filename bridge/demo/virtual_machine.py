@@ -1,7 +1,7 @@
-"""Runs one guest in QEMU under trio: its console in, its verdict out.
+"""Runs one guest in QEMU and reads its console.
 
-The guest's own `PASS` or `FAIL reason` line decides, not QEMU's exit status. However the guest
-ends (power-off, failure, time limit, cancellation), QEMU is gone afterwards.
+The guest's own `PASS` or `FAIL reason` line decides, not QEMU's exit status. QEMU has always ended
+afterwards: after power-off, failure, time limit and cancellation.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from bridge.demo.unwrap import unwrapped
 from bridge.errors import BridgeError
 
 _LOG_MAX_BYTES = 16 << 20
-"""A guest that floods its console does not fill the disk."""
+"""So that a guest that floods its console does not fill the disk."""
 _READ_BYTES = 65536
 _KILL_WAIT_S = 5.0
 
 
 class GuestEnded(BridgeError):
-    """The guest is gone, and somebody was waiting for it to say something."""
+    """The guest ended while a caller waited for a line of its console."""
 
 
 Checkpoint = Callable[[str], Awaitable[None]]
@@ -41,7 +41,7 @@ class VirtualMachine:
         self.process = process
         self.log_path = log_path
         self.lines: list[str] = []
-        """What the console showed so far, without escape sequences."""
+        """The console's lines so far, without escape sequences."""
         self._parser = SerialParser()
         self._checkpoint = checkpoint
         self._changed = trio.Event()
@@ -54,15 +54,15 @@ class VirtualMachine:
         return self._parser.report
 
     async def wait_for_line(self) -> None:
-        """Return when the console shows more. Raises GuestEnded when it never will."""
+        """Wait until the console shows more. Raises GuestEnded if the guest has ended."""
         if self.ended:
             raise GuestEnded(f"the guest has ended: {self.report.reason or 'no failure'}")
         await self._changed.wait()
 
     async def wait_for(self, text: str, *, after: int = 0) -> str:
-        """The first line from number `after` on that contains `text`, as soon as it is there.
+        """Wait for a line that contains `text`, from number `after` on; return it.
 
-        Raises GuestEnded when the guest ends before.
+        Raises GuestEnded when the guest ends first.
         """
         seen = after
         while True:
@@ -73,7 +73,7 @@ class VirtualMachine:
             await self.wait_for_line()
 
     async def send_line(self, line: str = "") -> None:
-        """Type a line at the guest's console; nothing happens when the guest is gone."""
+        """Type a line at the guest's console; do nothing if the guest has ended."""
         assert self.process.stdin is not None
         try:
             await self.process.stdin.send_all(line.encode() + b"\n")
@@ -87,7 +87,7 @@ class VirtualMachine:
         return self.report
 
     def kill(self) -> None:
-        """End QEMU at once, as a host that fails would."""
+        """Kill QEMU at once, as if its host had failed."""
         self.process.kill()
 
     async def read_console(self) -> None:
@@ -137,11 +137,11 @@ class VirtualMachine:
 async def open_guest(
     config: GuestConfig, log_path: Path, *, checkpoint: Checkpoint | None = None
 ) -> AsyncIterator[VirtualMachine]:
-    """Start the guest; on leaving, however that comes, QEMU is killed if it still runs.
+    """Start the guest; kill QEMU at the end of the block if it still runs.
 
-    `log_path` gets the serial console (appended), `log_path` with the suffix `.err` what QEMU
-    itself says. `checkpoint` is awaited for each `CHECKPOINT` line before the guest goes on.
-    Raises ConfigError when QEMU cannot be started.
+    Appends the serial console to `log_path`, and QEMU's own messages to the same path with the
+    suffix `.err`. Awaits `checkpoint` for each `CHECKPOINT` line before the guest goes on. Raises
+    ConfigError when QEMU cannot be started.
     """
     qemu = list(config.qemu) or [find_qemu()]
     version = await trio.to_thread.run_sync(qemu_version, qemu)
@@ -168,7 +168,7 @@ async def run_guest(
     time_limit_s: float = 120.0,
     checkpoint: Checkpoint | None = None,
 ) -> GuestReport:
-    """Boot, wait for the end, report. A guest that takes longer than the limit has failed."""
+    """Boot, wait for the end, return the report. A guest that exceeds the limit has failed."""
     async with open_guest(config, log_path, checkpoint=checkpoint) as guest:
         with trio.move_on_after(time_limit_s) as scope:
             await guest.wait()
@@ -181,9 +181,9 @@ async def run_guest(
 
 
 async def end_process(process: trio.Process) -> None:
-    """Kill `process` if it runs and reap it; gives up after a few seconds.
+    """Kill `process` if it runs, and reap it; stop waiting after a few seconds.
 
-    A process that hangs inside the kernel (a broken KVM) does not die of SIGKILL at once.
+    SIGKILL does not end a process that hangs inside the kernel (a broken KVM).
     """
     if process.returncode is None:
         process.kill()

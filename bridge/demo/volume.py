@@ -1,4 +1,4 @@
-"""What the demo's server serves, and how to look at it behind the bridge's back."""
+"""The volume that the demo's server serves, and how to check it without the bridge."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Volume(Protocol):
         """The NBD server's name and command line."""
 
     def allocated_bytes(self) -> int:
-        """What the volume really takes in its store."""
+        """The bytes that the volume takes in its store."""
 
     def image(self) -> Path:
         """The volume's content as a file, once the server has stopped."""
@@ -38,7 +38,7 @@ class FileVolume:
         self.description = f"sparse image of {size_mib} MiB ({path})"
 
     def server_command(self, socket: Path) -> tuple[str, list[str]]:
-        """nbdkit with our plugin if it is here."""
+        """nbdkit with our plugin if it is installed, else the small server."""
         try:
             return "nbdkit", nbdkit_command(self._path, socket, f"size={self._size_mib}M")
         except ConfigError as error:

@@ -24,9 +24,9 @@ _BASE = random.Random(0).randbytes(CHUNK_BYTES)
 
 
 def pattern(chunk: int) -> bytes:
-    """What the disk's chunk number `chunk` holds afterwards, unless it was discarded.
+    """The data that is written to the disk's chunk number `chunk`.
 
-    No two chunks have the same block at the same place; making one costs two copies.
+    No two chunks have the same block at the same place; making one takes two copies.
     """
     turn = (chunk + 1) * 4099 % CHUNK_BYTES
     return _BASE[turn:] + _BASE[:turn]
@@ -37,8 +37,8 @@ async def run_without_guest(
 ) -> GuestReport:
     """Write, flush, read back, discard the second half and verify the first, through the socket.
 
-    The report has the keys of the real guest's where they apply; its `written_chunks` are what
-    `pattern` describes. Checkpoints: `written` and `trimmed`.
+    The report has the real guest's keys where they apply. `written_chunks`: the number of chunks
+    that still have their `pattern`. Checkpoints: `written` and `trimmed`.
     """
     report = GuestReport()
     began_s = time.monotonic()
@@ -92,7 +92,7 @@ class _Workout:
         self.report.values[f"{name}_mib_s"] = f"{mib / elapsed_s:.0f}"
 
     async def _for_each(self, chunks: int, action: Callable[[int], Awaitable[None]]) -> None:
-        """`action(chunk)` for every chunk, a few at a time."""
+        """Call `action(chunk)` for every chunk, a few at a time."""
         numbers = iter(range(chunks))
 
         async def work() -> None:

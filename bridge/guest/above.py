@@ -1,4 +1,4 @@
-"""The layer above a device: what it is told of the guest, and asked."""
+"""The layer above a device: the device reports the guest's starts and stops to it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from bridge.guest.virtio.blk import one_epoch
 
 
 class Above:
-    """The storage side, for a device. This one keeps nothing, and has nothing to say to any of it.
+    """The storage side, as a device sees it. This base class ignores every call.
 
-    A guest comes with `inherited` or `fresh_guest`, before its first ring runs.
+    The device calls `inherited` or `fresh_guest` once per guest, before its first ring runs.
     """
 
     def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
-        """A guest comes that has run with another process, perhaps, and gets what that one
-        remembered (see `BlkDevice.remember_durability`)."""
+        """A guest connects that may have run with another process. The arguments are what that
+        process stored with `BlkDevice.remember_durability`."""
 
     def fresh_guest(self) -> None:
-        """One comes that has not."""
+        """A guest connects that has not run with another process."""
 
     def starting(self, go: Callable[[], None]) -> bool:
-        """A ring starts: False, if it has to wait until `go` is called."""
+        """A ring starts. Returns False if it has to wait until `go` is called."""
         return True
 
     def recovered(self) -> None:
-        """Requests that another process began are about to be executed again."""
+        """The device is about to execute again requests that another process began."""
 
     def abandoned(self, requests: Sequence[Request]) -> None:
-        """These were abandoned (`Request.abandon`), right now."""
+        """The device has just abandoned these requests (`Request.abandon`)."""
 
     async def all_stopped(self) -> None:
-        """Awaited before the last ring's stop is answered: whoever opens the image next must find
-        everything there. Raises LeftBehind if that failed; cancelled when it takes too long."""
+        """Awaited before the last ring's stop is answered: the host that opens the image next must
+        find everything on the server. Raises LeftBehind if that failed; cancelled when it takes too
+        long."""
 
     async def left_behind(self) -> LeftBehind | None:
-        """It failed, or took too long: see to it that nothing more of the guest's is sent. Returns
-        what is left here, None if nothing is."""
+        """`all_stopped` failed, or took too long: send nothing more of the guest's. Returns the
+        error that says what is left here, None if nothing is."""
         return None
 
     def epoch(self) -> int:

@@ -87,6 +87,7 @@ class BlkDevice:
             geometry, num_queues=max_queues, withheld_features=withheld_features
         )
         self.guest_faults: Counter[str] = Counter()
+        self._requests_of_closed = 0
         self._target = target
         self._engine = BlkEngine(
             self._config,
@@ -446,6 +447,7 @@ class BlkDevice:
         without their bytes must not be sent."""
         if requests := ring.unanswered():
             self._abandon(requests)
+        self._requests_of_closed += ring.requests
         return ring.close(told=False)
 
     def suspend_ring(self, index: int) -> None:
@@ -471,6 +473,11 @@ class BlkDevice:
         """See VhostUserDevice."""
         self._rings[index].set_error(fd)
         self._setups[index] = replace(self._setups[index], error_fd=fd)
+
+    @property
+    def requests_total(self) -> int:
+        """How many requests came, in all rings since the start."""
+        return self._requests_of_closed + sum(ring.requests for ring in self._rings.values())
 
     async def run(self) -> None:
         """Look after rings without a kick descriptor, for ever."""

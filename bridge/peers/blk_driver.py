@@ -30,7 +30,7 @@ from bridge.guest.vhost_user.messages import (
     P_BACKEND_REQ,
     P_INFLIGHT_SHMFD,
     InflightRange,
-    Request,
+    MessageType,
 )
 from bridge.peers.disk_config import CONFIG_BYTES, WRITEBACK_OFFSET, DiskConfig
 from bridge.peers.driver_queue import DriverQueue, queue_memory_bytes
@@ -197,7 +197,7 @@ class BlkDriver:
     async def _start_queue(self, queue: DriverQueue, *, base: int) -> None:
         front_end = self._connected()
         user = self.memory.user_address(queue.ring_address)
-        await front_end.set_ring_file(Request.SET_VRING_ERR, queue.index, queue.error_fd)
+        await front_end.set_ring_file(MessageType.SET_VRING_ERR, queue.index, queue.error_fd)
         await front_end.set_ring(
             queue.index,
             size=queue.size,

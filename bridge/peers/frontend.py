@@ -33,8 +33,8 @@ from bridge.guest.vhost_user.messages import (
     InflightRange,
     LogRange,
     Message,
-    Region,
-    Request,
+    MessageType,
+    RegionPayload,
     VringAddress,
     VringFile,
     VringState,
@@ -118,13 +118,13 @@ class FrontEnd:
             raise ConnectionLost("the back-end hung up")
         return message
 
-    async def call(self, request: Request, payload: bytes = b"") -> Message:
+    async def call(self, request: MessageType, payload: bytes = b"") -> Message:
         """Send a request that has a reply of its own; the reply."""
         await self.send_raw(pack_message(request, payload))
         return await self._reply_to(request)
 
     async def tell(
-        self, request: Request, payload: bytes = b"", fds: list[int] | None = None
+        self, request: MessageType, payload: bytes = b"", fds: list[int] | None = None
     ) -> None:
         """Send a request that has no reply, and see it acknowledged where that was negotiated.
 
@@ -138,19 +138,19 @@ class FrontEnd:
             if result:
                 raise Refused(f"the back-end refused {request.name} ({result})")
 
-    async def _reply_to(self, request: Request) -> Message:
+    async def _reply_to(self, request: MessageType) -> Message:
         message = await self.receive()
         if message.header.request != request:
             _close_all(message.fds)
             raise ProtocolError(
                 f"back-end replied to request {message.header.request}, {request.name} was asked"
             )
-        if message.fds and request != Request.GET_INFLIGHT_FD:
+        if message.fds and request != MessageType.GET_INFLIGHT_FD:
             _close_all(message.fds)
             raise ProtocolError(f"back-end sent file descriptors with its reply to {request.name}")
         return message
 
-    async def get_u64(self, request: Request) -> int:
+    async def get_u64(self, request: MessageType) -> int:
         """The value that a GET_… without payload asks for."""
         return _u64(await self.call(request))
 
@@ -164,39 +164,39 @@ class FrontEnd:
         The virtio features are only chosen here: `set_features` sends them, after the
         configuration space was read if need be.
         """
-        offered = await self.get_u64(Request.GET_FEATURES)
+        offered = await self.get_u64(MessageType.GET_FEATURES)
         self.features = offered & features
         if offered & F_PROTOCOL_FEATURES and features & F_PROTOCOL_FEATURES:
-            offered_protocol = await self.get_u64(Request.GET_PROTOCOL_FEATURES)
+            offered_protocol = await self.get_u64(MessageType.GET_PROTOCOL_FEATURES)
             chosen = offered_protocol & protocol_features
-            await self.tell(Request.SET_PROTOCOL_FEATURES, pack_u64(chosen))
+            await self.tell(MessageType.SET_PROTOCOL_FEATURES, pack_u64(chosen))
             self.protocol_features = chosen
-        await self.tell(Request.SET_OWNER)
+        await self.tell(MessageType.SET_OWNER)
         return self.features, self.protocol_features
 
     async def set_features(self, features: int | None = None) -> None:
         """Tell the back-end the features, by default those chosen by `negotiate`."""
         if features is not None:
             self.features = features
-        await self.tell(Request.SET_FEATURES, pack_u64(self.features))
+        await self.tell(MessageType.SET_FEATURES, pack_u64(self.features))
 
     # Memory.
 
-    async def set_memory(self, regions: list[tuple[Region, int]]) -> None:
+    async def set_memory(self, regions: list[tuple[RegionPayload, int]]) -> None:
         """SET_MEM_TABLE: these regions of these files, and no others."""
         await self.tell(
-            Request.SET_MEM_TABLE,
+            MessageType.SET_MEM_TABLE,
             pack_memory_table([region for region, _ in regions]),
             [fd for _, fd in regions],
         )
 
-    async def add_memory(self, region: Region, fd: int) -> None:
+    async def add_memory(self, region: RegionPayload, fd: int) -> None:
         """ADD_MEM_REG."""
-        await self.tell(Request.ADD_MEM_REG, region.pack_single(), [fd])
+        await self.tell(MessageType.ADD_MEM_REG, region.pack_single(), [fd])
 
-    async def remove_memory(self, region: Region) -> None:
+    async def remove_memory(self, region: RegionPayload) -> None:
         """REM_MEM_REG."""
-        await self.tell(Request.REM_MEM_REG, region.pack_single())
+        await self.tell(MessageType.REM_MEM_REG, region.pack_single())
 
     # Rings.
 
@@ -214,11 +214,11 @@ class FrontEnd:
         log: int | None = None,
     ) -> None:
         """Describe a ring and start it, in QEMU's order: NUM, BASE, ADDR, KICK, CALL."""
-        await self.tell(Request.SET_VRING_NUM, VringState(index, size).pack())
-        await self.tell(Request.SET_VRING_BASE, VringState(index, base).pack())
+        await self.tell(MessageType.SET_VRING_NUM, VringState(index, size).pack())
+        await self.tell(MessageType.SET_VRING_BASE, VringState(index, base).pack())
         await self.set_ring_address(index, desc=desc, avail=avail, used=used, log=log)
-        await self.set_ring_file(Request.SET_VRING_KICK, index, kick_fd)
-        await self.set_ring_file(Request.SET_VRING_CALL, index, call_fd)
+        await self.set_ring_file(MessageType.SET_VRING_KICK, index, kick_fd)
+        await self.set_ring_file(MessageType.SET_VRING_CALL, index, call_fd)
 
     async def set_ring_address(
         self, index: int, *, desc: int, avail: int, used: int, log: int | None = None
@@ -226,20 +226,20 @@ class FrontEnd:
         """SET_VRING_ADDR: front-end addresses; `log` is guest-physical."""
         flags = 0 if log is None else VRING_LOG
         address = VringAddress(index, flags, desc, used, avail, log or 0)
-        await self.tell(Request.SET_VRING_ADDR, address.pack())
+        await self.tell(MessageType.SET_VRING_ADDR, address.pack())
 
-    async def set_ring_file(self, request: Request, index: int, fd: int | None) -> None:
+    async def set_ring_file(self, request: MessageType, index: int, fd: int | None) -> None:
         """SET_VRING_KICK, _CALL or _ERR with this eventfd, or with none."""
         payload = VringFile(index, fd is not None).pack()
         await self.tell(request, payload, None if fd is None else [fd])
 
     async def enable_ring(self, index: int, enabled: bool = True) -> None:
         """SET_VRING_ENABLE."""
-        await self.tell(Request.SET_VRING_ENABLE, VringState(index, int(enabled)).pack())
+        await self.tell(MessageType.SET_VRING_ENABLE, VringState(index, int(enabled)).pack())
 
     async def stop_ring(self, index: int) -> int:
         """GET_VRING_BASE: stop the ring; where to go on. Raises ProtocolError for another ring."""
-        reply = await self.call(Request.GET_VRING_BASE, VringState(index, 0).pack())
+        reply = await self.call(MessageType.GET_VRING_BASE, VringState(index, 0).pack())
         _need_size(reply, 8)
         state = VringState.unpack(reply.payload)
         if state.index != index:
@@ -251,7 +251,7 @@ class FrontEnd:
     async def get_config(self, offset: int, size: int) -> bytes:
         """`size` bytes of the configuration space. Raises Refused."""
         access = ConfigAccess(offset, size, 0, bytes(size))
-        reply = await self.call(Request.GET_CONFIG, access.pack())
+        reply = await self.call(MessageType.GET_CONFIG, access.pack())
         if not reply.payload:
             raise Refused(f"the back-end refused {size} bytes of config space at {offset}")
         _need_size(reply, 12 + size)
@@ -260,7 +260,7 @@ class FrontEnd:
     async def set_config(self, offset: int, data: bytes, *, flags: int = 0) -> None:
         """Write to the configuration space."""
         access = ConfigAccess(offset, len(data), flags, data)
-        await self.tell(Request.SET_CONFIG, access.pack())
+        await self.tell(MessageType.SET_CONFIG, access.pack())
 
     # In-flight region and dirty log.
 
@@ -268,7 +268,7 @@ class FrontEnd:
         """A fresh in-flight region: its description and its file, which the caller closes. Raises
         Refused."""
         wanted = InflightRange(0, 0, num_queues, queue_size)
-        reply = await self.call(Request.GET_INFLIGHT_FD, wanted.pack())
+        reply = await self.call(MessageType.GET_INFLIGHT_FD, wanted.pack())
         if len(reply.fds) != 1 or len(reply.payload) not in (20, 24):
             _close_all(reply.fds)
             raise Refused("the back-end has no in-flight region to give")
@@ -276,12 +276,14 @@ class FrontEnd:
 
     async def set_inflight(self, region: InflightRange, fd: int) -> None:
         """Hand over the in-flight region of a former connection."""
-        await self.tell(Request.SET_INFLIGHT_FD, region.pack(), [fd])
+        await self.tell(MessageType.SET_INFLIGHT_FD, region.pack(), [fd])
 
     async def set_log(self, fd: int, size: int, offset: int = 0) -> None:
         """SET_LOG_BASE: where dirty pages are to be noted; always answered."""
-        await self.send_raw(pack_message(Request.SET_LOG_BASE, LogRange(size, offset).pack()), [fd])
-        await self._reply_to(Request.SET_LOG_BASE)
+        await self.send_raw(
+            pack_message(MessageType.SET_LOG_BASE, LogRange(size, offset).pack()), [fd]
+        )
+        await self._reply_to(MessageType.SET_LOG_BASE)
 
     # The back-end's own messages.
 
@@ -289,7 +291,7 @@ class FrontEnd:
         """SET_BACKEND_REQ_FD: give the back-end a way to speak up."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            await self.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+            await self.tell(MessageType.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
         except BaseException:
             ours.close()
             raise

@@ -6,7 +6,7 @@ import fcntl
 import mmap
 import os
 
-from bridge.guest.vhost_user.messages import Region
+from bridge.guest.vhost_user.messages import RegionPayload
 
 USER_OFFSET = 0x7F00_0000_0000
 """Front-end addresses differ from guest addresses, so that a mix-up of the two is noticed."""
@@ -28,9 +28,9 @@ class SharedRegion:
         self.view = memoryview(self._map)
 
     @property
-    def region(self) -> Region:
+    def region(self) -> RegionPayload:
         """The region as a message describes it."""
-        return Region(self.guest_address, self.size_bytes, self.user_address, 0)
+        return RegionPayload(self.guest_address, self.size_bytes, self.user_address, 0)
 
     def close(self) -> None:
         """Give the file back; the mapping goes with the last view of it."""

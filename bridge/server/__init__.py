@@ -11,7 +11,7 @@ From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
   `patience` (how long it is waited for), `changes` with `overlaps` and `grace` (which changes may
   go now);
 * `commands`, `split`, `align`: how a request becomes commands that this server takes;
-* `client`: all of it behind `submit(request)`;
+* `client`: all of it behind `submit(request)`; `outage`: times without a server, counted and told;
 * `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave;
 * `volume_words`: what our nbdkit plugin understands in a name, and says in a description.
 """

@@ -33,6 +33,7 @@ from bridge.server.connection import Connection, Negotiated, Silent, leave, nego
 from bridge.server.export import Export
 from bridge.server.handshake import Goal, Listed
 from bridge.server.link import Link, Phase
+from bridge.server.outage import Outages
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeDescription, VolumeName
 from bridge.spec.nbd import NAME_MAX_BYTES
@@ -92,7 +93,7 @@ class Client:
         self._names_refused = False
         self._reads_only: bool | None = None
         """Whether the server has a name for readers of the export; None: it was not asked."""
-        self._last_failure = ""
+        self.outages = Outages(uri.server)
 
     @property
     def export(self) -> Export:
@@ -215,6 +216,19 @@ class Client:
         if not self._wanted.is_set():
             self.link.wait_anew(trio.current_time())
             self._wanted.set()
+
+    def renew(self) -> bool:
+        """Replace the connections in order: the server may have something new to say of the export.
+        Commands in flight are answered before, those that come wait for the new connections.
+
+        False, and nothing is done, where that could lose something acknowledged, for all that can
+        be told: see `Link.can_be_moved`.
+        """
+        if not (self.connected and self.link.can_be_moved):
+            return False
+        self.link.leaving()
+        self._broken.set()
+        return True
 
     # Connections.
 
@@ -380,7 +394,7 @@ class Client:
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
         if not self._broken.is_set():
-            _log.warning("connection lost", server=self.uri.server, reason=error)
+            self.outages.begin(trio.current_time(), error)
         self.link.leaving()
         self._broken.set()
 
@@ -400,6 +414,7 @@ class Client:
         )
         sent = self.rows.sequence - self._first_sent
         unanswered = self._take_unanswered()
+        self.outages.lost(len(unanswered))
         self.link.lost(
             trio.current_time(),
             unanswered,
@@ -429,15 +444,13 @@ class Client:
             try:
                 await self._establish()
             except BridgeError as error:
-                if str(error) != self._last_failure:
-                    self._last_failure = str(error)
+                if self.outages.failed(error):
                     _log.warning("cannot reconnect yet", reason=error)
                 continue
             except Exception as error:
                 # A bug of ours must not take the disk away: it may be gone with what the server
                 # says next time.
-                if repr(error) != self._last_failure:
-                    self._last_failure = repr(error)
+                if self.outages.failed(error):
                     _log.error("cannot reconnect yet: internal error", exc_info=error)
                 if self.link.phase is not Phase.UP:
                     continue
@@ -445,9 +458,8 @@ class Client:
                     connection.close()
                 self._broken.set()
                 return
-            self._last_failure = ""
             self.reconnects_total += 1
-            _log.info("reconnected", server=self.uri.server, generation=self.generation)
+            self.outages.end(trio.current_time(), self.generation)
             return
 
     async def _watch(self) -> None:
@@ -467,6 +479,7 @@ class Client:
                 await self._wanted.wait()
             now = trio.current_time()
             self.link.tick(now)
+            self.outages.remind(now)
             self._loop.turn.end()
             if options.request_timeout_s:
                 for connection in self._connections:

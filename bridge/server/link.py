@@ -270,6 +270,16 @@ class Link:
         else:
             self._commands.send_all(self._trial.in_order([*again, *waited]))
 
+    @property
+    def can_be_moved(self) -> bool:
+        """Nothing acknowledged is lost with the present connections, wherever the next ones lead:
+        it is durable, or kept above, or the server says whether it is the same one."""
+        durability = self.durability
+        if durability.keeps_unflushed or durability.instance_mark:
+            return True
+        changing = any(channel.changes() for channel in self._channels.present)
+        return not (changing or durability.unflushed(self._channels.answered))
+
     def leaving(self) -> None:
         """The connections are being given up: send nothing more on them."""
         if self.phase is Phase.UP:

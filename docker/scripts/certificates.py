@@ -4,9 +4,9 @@
     CLIENT/ca-cert.pem, client-key.pem, client-cert.pem                 also for the bridge's group
 
 The names are those that nbdkit, libnbd and QEMU look for in a directory of certificates. Each
-side accepts only what this authority signed, so whoever has no client key gets no volume.
+side accepts only certificates of this authority, so that a client needs the client key.
 
-Someone's own certificates: a SERVER with server-cert.pem but without ca-key.pem is left alone.
+An operator's own certificates stay untouched: a SERVER with server-cert.pem but without ca-key.pem.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc")
 
 
 def ensure_certificates(server: Path, client: Path, names: Sequence[str]) -> bool:
-    """Make what is missing, about to expire, or not what `names` ask for.
+    """Make the certificates that are missing, about to expire, or not for all `names`.
 
-    `names` are the DNS names and IP addresses that the server is reached by. Returns whether
-    anything was made. Raises SettingError when a directory cannot be written or openssl fails.
+    `names`: the DNS names and IP addresses by which clients reach the server. Returns whether it
+    made any. Raises SettingError when a directory cannot be written or openssl fails.
     """
     for folder in (server, client):
         check_writable(folder)
@@ -59,7 +59,7 @@ def ensure_certificates(server: Path, client: Path, names: Sequence[str]) -> boo
 
 
 def check_writable(folder: Path) -> None:
-    """Raises SettingError, with the remedy, when `folder` is not a directory we may write."""
+    """Raise SettingError, with the remedy, unless `folder` is a directory that we may write."""
     if not folder.is_dir():
         raise SettingError(f"{folder} is not there: mount a volume at it")
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
@@ -79,7 +79,7 @@ def _make_authority(folder: Path) -> None:
             "-addext", "basicConstraints=critical,CA:TRUE,pathlen:0",
             "-addext", "keyUsage=critical,keyCertSign,cRLSign",
         )  # fmt: skip
-        # The certificate first: an interrupted start makes both again.
+        # The certificate first: after an interruption the next start makes both again.
         certificate.rename(folder / "ca-cert.pem")
         key.rename(folder / "ca-key.pem")
 
@@ -112,7 +112,7 @@ def is_address(name: str) -> bool:
 
 
 def _is_good(folder: Path, role: str, authority: Path, names: Sequence[str]) -> bool:
-    """The role's key and certificate are there, fresh, by this authority and for these names."""
+    """The role's key and certificate exist, are fresh, of this authority and for these names."""
     certificate, key = folder / f"{role}-cert.pem", folder / f"{role}-key.pem"
     if not key.exists() or not _is_fresh(certificate):
         return False
@@ -169,7 +169,7 @@ def _succeeds(*arguments: str) -> bool:
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # openssl.cnf may be anything where this runs; nothing of it is wanted.
+    # Without the system's openssl.cnf, which may change any default.
     environment = {**os.environ, "OPENSSL_CONF": "/dev/null"}
     previous = os.umask(0o077)
     try:

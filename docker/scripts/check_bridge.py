@@ -1,8 +1,8 @@
 """The bridge's health: it listens for the virtual machine and is connected to its server.
 
-Both are read from the kernel's tables of this container's sockets: connecting to the vhost-user
-socket would take the place of a virtual machine, and asking the bridge would cost it time. One
-line, and exit status 0 or 1.
+The kernel's tables of this container's sockets say both. Connecting to the vhost-user socket would
+take the place of a virtual machine, and asking the bridge would cost it time. Prints one line;
+exit status 0 or 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 
 _ACCEPTING = "00010000"
-"""The flag __SO_ACCEPTCON in /proc/net/unix: somebody listens here (proc(5))."""
+"""The flag __SO_ACCEPTCON in /proc/net/unix: a process listens here (proc(5))."""
 _ESTABLISHED = "01"
 _DEFAULT_PORT = 10809
 

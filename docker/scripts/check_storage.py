@@ -1,10 +1,10 @@
 """The storage's health: a client gets the volume, over TLS, and can read its first sector.
 
-Read-only, so it is no session of its own and disturbs nobody who writes. One line, and exit
-status 0 or 1.
+The probe is read-only, so that it is not a session and does not disturb the writer. Prints one
+line; exit status 0 or 1.
 
-A TLS handshake every few seconds would be most of what an idle storage does: after a good one,
-for half a minute, it is enough that the server listens. So the imports are where they are needed.
+A TLS handshake every few seconds would be most of an idle storage's work. So for half a minute
+after a good one it is enough that the server listens. Imports are late for the same reason.
 """
 
 from __future__ import annotations

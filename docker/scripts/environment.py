@@ -20,8 +20,8 @@ class SettingError(Exception):
 def text(name: str, default: str | None = None, *, pattern: str = r"[ -~]*", hint: str = "") -> str:
     """The variable `name`; unset or empty means `default`. Raises SettingError.
 
-    Without a default the variable must be set. `pattern` is what the whole value must match,
-    `hint` says so in words.
+    Without a default the variable must be set. The whole value must match `pattern`; `hint` says
+    the same in words.
     """
     value = os.environ.get(name, "") or default
     if value is None:

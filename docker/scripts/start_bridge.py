@@ -28,17 +28,17 @@ def main() -> None:
 
 
 def volume_name() -> str:
-    """The volume; the socket is called after it. Raises SettingError."""
+    """The volume's name, which the socket also has. Raises SettingError."""
     return text("NBD_VOLUME", "disk", pattern=_NAME_PATTERN, hint=_NAME_HINT)
 
 
 def socket_path() -> Path:
-    """Where the virtual machine connects. Raises SettingError."""
+    """The socket to which the virtual machine connects. Raises SettingError."""
     return SOCKET_FOLDER / f"{volume_name()}.sock"
 
 
 def server_uri() -> str:
-    """NBD_URI, or the storage service's volume with the certificates that it made.
+    """NBD_URI, or the URI of the storage service's volume with the certificates that it made.
 
     Raises SettingError.
     """
@@ -97,7 +97,7 @@ def cache_options() -> list[str]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises SettingError, with the remedy, when we may not make files in `folder`."""
+    """Raise SettingError, with the remedy, unless we may make files in `folder`."""
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         if not folder.is_dir():
             raise SettingError(f"{folder} is not there: mount a volume at it")

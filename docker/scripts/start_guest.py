@@ -1,7 +1,7 @@
 """The guest container's first process: a small Linux in QEMU that uses the disk and reports.
 
-What it prints on its console is this container's log; the exit status is 0 after PASS. Every
-setting is an environment variable of docker/README.md's table.
+Its console is this container's log; the exit status is 0 after PASS. Every setting is an
+environment variable of docker/README.md's table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 async def run_guest(folder: Path, limit_s: int) -> bool:
-    """Boot, show the console, tell whether the guest said PASS. Raises ConfigError."""
+    """Boot and show the console; return whether the guest printed PASS. Raises ConfigError."""
     accelerator = choice("GUEST_ACCELERATOR", "auto", ("auto", "kvm", "tcg"))
     if accelerator == "auto":
         accelerator = await choose_accelerator(KERNEL, INITRD, folder)
@@ -73,7 +73,7 @@ def guest_config(accelerator: str) -> GuestConfig:
         "guest_files": integer("GUEST_FILES", 8),
     }
     return GuestConfig(
-        # Tried again every second: the guest lives on when the bridge is restarted.
+        # QEMU connects again every second, so that the guest survives a restart of the bridge.
         disks=[VhostUserDisk(SOCKET_FOLDER / f"{volume}.sock", reconnect_ms=1000)],
         kernel=KERNEL,
         initrd=INITRD,
@@ -84,7 +84,7 @@ def guest_config(accelerator: str) -> GuestConfig:
 
 
 async def type_at_signals(guest: VirtualMachine, signals: AsyncIterator[int]) -> None:
-    """SIGUSR1 types a line at the console: `use` ends its writing then."""
+    """Type a line at the console for each SIGUSR1: it ends the writing of `use`."""
     async for _ in signals:
         await guest.send_line()
 

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def store_parameters(store: str, volume: str) -> list[str]:
-    """What the plugin is told. Raises SettingError."""
+    """The parameters of the plugin. Raises SettingError."""
     fence = [
         "fence=" + choice("NBD_FENCE", "on", ("on", "takeover", "token", "off")),
         "fence_timeout=" + number("NBD_FENCE_TIMEOUT", "10"),
@@ -76,13 +76,15 @@ def rbd_parameters(volume: str) -> list[str]:
 
 
 def tls_options() -> list[str]:
-    """nbdkit's TLS options; certificates are made on the way. Raises SettingError."""
+    """Make missing certificates; return nbdkit's TLS options. Raises SettingError."""
     if not switch("NBD_TLS", "on"):
         return []
     names = list(_ALWAYS_NAMES)
     for name in text("NBD_TLS_NAMES", "").replace(",", " ").split():
         if _HOST.fullmatch(name) is None:
-            raise SettingError(f"NBD_TLS_NAMES: {name[:100]!r} is no host name and no address")
+            raise SettingError(
+                f"NBD_TLS_NAMES: {name[:100]!r} is neither a host name nor an address"
+            )
         names.append(name)
     if certificates.ensure_certificates(SERVER_CERTIFICATES, CLIENT_CERTIFICATES, names):
         say(f"made certificates for {', '.join(names)}")
@@ -90,7 +92,7 @@ def tls_options() -> list[str]:
 
 
 def create_volume(folder: Path, volume: str, wanted: str) -> None:
-    """Make the sparse file of `volume` unless it is there; one of another size is kept.
+    """Make the sparse file of `volume`, unless it exists; keep one of another size.
 
     Raises SettingError.
     """
@@ -108,7 +110,7 @@ def create_volume(folder: Path, volume: str, wanted: str) -> None:
             say(f"created volume {volume} of {format_size(wanted_bytes)}")
         elif path.stat().st_size != wanted_bytes:
             present = format_size(path.stat().st_size)
-            say(f"volume {volume} has {present}, NBD_VOLUME_SIZE={wanted} is not looked at")
+            say(f"volume {volume} has {present}, NBD_VOLUME_SIZE={wanted} is ignored")
     except (PluginError, OSError) as error:
         raise SettingError(f"volume {volume}: {error}") from None
 

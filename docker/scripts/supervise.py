@@ -1,8 +1,8 @@
 """Runs the container's program and starts it again when it cannot begin its work yet.
 
-Docker's own restarts would do, but a container that is restarted over and over never becomes
-unhealthy, and Docker waits up to a minute between its attempts. So a program that gives up (its
-server is not there yet, a certificate is wrong) is tried again here. One that was killed ends the
+Docker's own restarts are not enough: a container that is restarted over and over never becomes
+unhealthy, and Docker waits up to a minute between its attempts. So this starts a program again that
+exits (its server is not reachable yet, a certificate is wrong). A program that was killed ends the
 container: then Docker's restart policy decides.
 """
 
@@ -22,13 +22,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
 _LONG_RUN_S = 60.0
-"""After a run of this length the next pause is a short one again."""
+"""After a run of this length the next pause is the shortest one again."""
 
 
 def supervise(command: Sequence[str]) -> NoReturn:
     """Run `command` until it ends for good, then exit with its status (128 + a signal's number).
 
-    SIGTERM and SIGINT are passed on. Raises SettingError when the program is not there.
+    Passes on SIGTERM and SIGINT. Raises SettingError when the program cannot be started.
     """
     process: subprocess.Popen[bytes] | None = None
     stopping = False
@@ -45,7 +45,7 @@ def supervise(command: Sequence[str]) -> NoReturn:
     pause_s = _FIRST_PAUSE_S
     while True:
         began_s = time.monotonic()
-        # A signal that comes meanwhile waits until there is somebody to pass it on to.
+        # A signal that comes meanwhile is delivered once there is a process to pass it on to.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             process = subprocess.Popen(command, preexec_fn=_unblock)

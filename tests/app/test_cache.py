@@ -410,7 +410,10 @@ async def test_cache_warm_gives_a_lost_server_up_after_its_timeout(directory):
     assert child.stderr is not None
     text = child.stderr.read().decode()
     child.stderr.close()
-    assert "the server is lost and was not back within 1 s; 0 bytes are in the cache" in text
+    assert (
+        "the server was lost and could not be reached again within 1 s; 0 bytes are in the cache"
+        in text
+    )
     assert "Traceback" not in text
     assert shown(directory)["clean_shutdown"]
 

@@ -1,6 +1,6 @@
 """A cache file and an export that do not belong together any more, or not as they were left.
 
-Nothing that only the cache has is passed over, written over somebody else's data or dropped without
+Nothing that only the cache has is passed over, written over another host's data or dropped without
 being told to; nothing old is served.
 """
 
@@ -46,7 +46,7 @@ def nbdkit_file(directory: Path) -> list[str]:
     return [need("nbdkit"), "-f", "-U", str(directory / "nbd"), "file", str(path)]
 
 
-def write_as_somebody_else(directory: Path, offset: int) -> None:
+def write_as_another_host(directory: Path, offset: int) -> None:
     """4 KiB of "3" through the server, in a session of its own."""
     write = f"write -P 0x33 {offset} 4096"
     argv = [need("qemu-io"), "-f", "raw", "-c", write, unix_uri(directory / "nbd")]
@@ -83,7 +83,7 @@ async def test_serving_a_read_only_export_whose_cache_has_unwritten_data_is_refu
 
 
 async def test_writing_past_a_clean_cache_of_a_foreign_server_removes_it(directory):
-    """Nobody would tell the next run with the cache, and it would serve old bytes."""
+    """The next run with the cache would not know of it, and would serve old bytes."""
     (directory / "disk.img").write_bytes(b"a" * SIZE_BYTES)
     vhost, nbd = directory / "vhost", directory / "nbd"
     async with process(nbdkit_file(directory), ready=nbd):
@@ -99,13 +99,13 @@ async def test_writing_past_a_clean_cache_of_a_foreign_server_removes_it(directo
                 assert await guest.read(4096, 4096) == b"n" * 4096
 
 
-async def test_dirty_data_is_not_written_over_somebody_elses_without_being_told_to(directory):
+async def test_dirty_data_is_not_written_over_another_hosts_unless_forced(directory):
     data = await write_and_leave_dirty(directory)
     dirty = shown(directory)["dirty_bytes"]
     image = directory / "disk.img"
     flush = ("cache", "flush", str(cache_file(directory)))
     async with process(nbdkit(directory), ready=directory / "nbd"):
-        await trio.to_thread.run_sync(write_as_somebody_else, directory, 8 << 20)
+        await trio.to_thread.run_sync(write_as_another_host, directory, 8 << 20)
         refused = await refusal(directory)
         not_flushed = await trio.to_thread.run_sync(lambda: command(*flush, status=2))
         kept = image.read_bytes()[8 << 20 :][:4096]
@@ -119,8 +119,8 @@ async def test_dirty_data_is_not_written_over_somebody_elses_without_being_told_
     assert image.read_bytes()[8 << 20 :][:MIB] == data
 
 
-async def test_flushed_cache_stays_warm_and_blames_nobody(directory):
-    """The session of `cache flush` is no somebody else."""
+async def test_flushed_cache_stays_warm_and_counts_as_unchanged(directory):
+    """The session of `cache flush` does not count as another host's."""
     await write_and_leave_dirty(directory)
     vhost = directory / "vhost"
     async with process(nbdkit(directory), ready=directory / "nbd"):
@@ -272,7 +272,7 @@ async def leave_clean_and_dirty(directory: Path, dirty_mib: int = 1) -> None:
 
 
 async def test_dirty_data_is_not_written_over_a_foreign_servers_changed_image(directory):
-    """Nobody counts who wrote: what was flushed or read before is compared."""
+    """The server does not count who wrote: blocks that were flushed or read before are compared."""
     await leave_clean_and_dirty(directory)
     image = directory / "disk.img"
     image.write_bytes(b"z" * SIZE_BYTES)
@@ -401,7 +401,7 @@ async def test_dirty_data_in_another_cache_directory_is_not_passed_over(server, 
 async def test_clean_cache_of_another_spelling_of_a_foreign_server_is_not_left_to_grow_old(
     directory,
 ):
-    """Nobody would tell its next user that something was written meanwhile."""
+    """The cache's next user would not know that the export was written meanwhile."""
     nbd, vhost = directory / "nbd", directory / "vhost"
     (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
     async with process(nbdkit_file(directory), ready=nbd):

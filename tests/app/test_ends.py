@@ -88,7 +88,7 @@ async def test_serve_log_that_cannot_be_written_changes_nothing(log, start, dire
     assert not (directory / "vhost").exists()
 
 
-async def test_serve_log_that_nobody_reads_holds_nothing_up(start, directory):
+async def test_serve_unread_log_delays_nothing(start, directory):
     reader, stderr = os.pipe()
     fcntl.fcntl(stderr, fcntl.F_SETPIPE_SZ, 4096)
     async with process(nbdkit(directory), ready=directory / "nbd"):

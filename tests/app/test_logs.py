@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +44,7 @@ def read_to_the_end(reader: int) -> list[str]:
     return data.decode().splitlines()[:-1]
 
 
-def test_log_that_nobody_reads_is_dropped_and_counted_in_its_place(
+def test_unread_log_lines_are_dropped_and_counted_in_their_place(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "_QUEUE_MAX_BYTES", 10_000)
@@ -138,3 +141,52 @@ def test_log_value_that_cannot_be_shown_costs_the_value_only() -> None:
     assert render(None, "info", {"event": "connected", "what": Bad()}) == (
         "connected (cannot be logged in full: ValueError)"
     )
+
+
+def _said(script: str, tmp_path: Path, *, journal: bool, format_: str = "text") -> list[str]:
+    """What a process that runs `script` after the set-up of the log has written."""
+    path = tmp_path / "stderr"
+    with path.open("wb") as file:
+        status = os.fstat(file.fileno())
+        journal_stream = f"{status.st_dev}:{status.st_ino}"
+        code = (
+            "import structlog\nfrom bridge.app import logs\n"
+            f"logs.configure(level='info', format_={format_!r})\nlog = structlog.get_logger()\n"
+        )
+        subprocess.run(
+            [sys.executable, "-c", code + script],
+            stderr=file,
+            check=True,
+            env={**os.environ, "JOURNAL_STREAM": journal_stream if journal else "8:1"},
+        )
+    return path.read_text().splitlines()
+
+
+def test_journald_gets_priorities_and_no_time(tmp_path: Path) -> None:
+    script = (
+        "log.info('one')\nlog.warning('two')\n"
+        "try:\n    1 / 0\nexcept ZeroDivisionError:\n    log.exception('three')\n"
+    )
+    lines = _said(script, tmp_path, journal=True)
+    assert lines[0].startswith("<6>[info")
+    assert lines[1].startswith("<4>[warning")
+    # Journald takes each line of a traceback for a message.
+    assert len(lines) > 3
+    assert all(line.startswith("<3>") for line in lines[2:])
+    # Somebody else's pipe: time stamps, no priorities.
+    assert _said(script, tmp_path, journal=False)[0].startswith("20")
+
+
+def test_json_is_the_same_under_journald(tmp_path: Path) -> None:
+    (line,) = _said("log.info('one')\n", tmp_path, journal=True, format_="json")
+    assert json.loads(line).keys() == {"event", "level", "timestamp"}
+
+
+def test_level_can_be_changed_and_lines_name_their_disk(tmp_path: Path) -> None:
+    script = (
+        "log.debug('one')\nlogs.set_level('debug')\nlogs.set_disk('vm0')\nlog.debug('two')\n"
+        "logs.set_level('error')\nlog.warning('three')\nassert logs.level() == 'error'\n"
+    )
+    (line,) = _said(script, tmp_path, journal=False)
+    assert "two" in line
+    assert "disk=vm0" in line

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.guest.vhost_user.messages import F_PROTOCOL_FEATURES, Request
+from bridge.guest.vhost_user.messages import F_PROTOCOL_FEATURES, MessageType
 from bridge.peers.blk_driver import FEATURES, PROTOCOL_FEATURES
 from bridge.peers.frontend import FrontEnd
 from bridge.peers.shared_memory import SharedMemory
@@ -101,7 +101,7 @@ class Flood:
         """The most memory that `bridge` had while it answered 60 messages."""
         found = 0
         for _ in range(60):
-            await self.front_end.get_u64(Request.GET_FEATURES)
+            await self.front_end.get_u64(MessageType.GET_FEATURES)
             found = max(found, anonymous_bytes(bridge.pid))
             await trio.sleep(0.02)
         return found

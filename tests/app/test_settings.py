@@ -34,7 +34,7 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
             *("features", "cache-mode", "cache-size", "cache-dir", "flush-interval"),
             *("connect-timeout", "connections", "request-timeout", "reconnect-timeout"),
             *("stale-write-grace", "poll-us", "engine", "stop-timeout", "drain-timeout"),
-            *("log-level", "log-format"),
+            *("log-level", "log-format", "slow-ms", "name", "api"),
             *_TLS,
         },
     ),
@@ -111,7 +111,12 @@ def test_every_option_has_its_environment_variable(
     """A value that no option takes is found by each, under the option's name."""
     settings, _ = _OPTIONS[command]
     for each in declared(settings):
-        if each.default is False or each.setting.option in ("--cache-dir", "--socket-path"):
+        if each.default is False or each.setting.option in (
+            "--cache-dir",
+            "--socket-path",
+            "--api",
+            "--name",
+        ):
             continue
         if each.setting.option.startswith("--tls"):
             continue

@@ -21,7 +21,13 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from bridge.app.serve import serve_disk
-from bridge.app.settings import CacheSettings, DiskSettings, LimitSettings, ServeSettings
+from bridge.app.settings import (
+    CacheSettings,
+    ControlSettings,
+    DiskSettings,
+    LimitSettings,
+    ServeSettings,
+)
 from bridge.app.storage import Storage, cache_path
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.cache.file.inspect import show
@@ -362,7 +368,7 @@ async def test_guest_that_comes_back_goes_on_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize("now", [(7, 6), (3, 3)], ids=["wrote", "other volume"])
-async def test_guest_that_comes_back_after_somebody_else_wrote_is_refused(
+async def test_guest_that_comes_back_after_another_host_wrote_is_refused(
     world: World, autojump_clock: MockClock, now: tuple[int, int]
 ) -> None:
     world.counts(5, 4)
@@ -391,7 +397,7 @@ async def test_guest_that_comes_back_to_an_image_that_looks_different_is_refused
     world: World,
     autojump_clock: MockClock,
 ) -> None:
-    """A server that counts nobody: what is cached and clean tells."""
+    """A server that does not count who wrote: clean cached blocks are compared."""
     with pytest.RaisesGroup(
         pytest.RaisesExc(BridgeError, check=told("cache flush --force")), flatten_subgroups=True
     ):
@@ -408,7 +414,7 @@ async def test_guest_that_comes_back_to_an_image_that_looks_different_is_refused
     assert world.image.data == b"t" * SIZE_BYTES
 
 
-@pytest.mark.parametrize("writer", ["", "us", "somebody"])
+@pytest.mark.parametrize("writer", ["", "us", "other"])
 async def test_shared_session_tells_by_who_wrote_last(
     world: World, autojump_clock: MockClock, writer: str
 ) -> None:
@@ -459,11 +465,11 @@ async def test_source_killed_after_the_freeze_leaves_data_that_the_next_start_fi
     assert world.image.data[:BLOCK] == block("d")
 
 
-@pytest.mark.parametrize("case", ["nobody counts", "shared", "was shared", "somebody wrote"])
+@pytest.mark.parametrize("case", ["no counting", "shared", "was shared", "another host wrote"])
 async def test_next_start_on_frozen_data_is_refused_where_others_may_have_written(
     world: World, autojump_clock: MockClock, case: str
 ) -> None:
-    if case != "nobody counts":
+    if case != "no counting":
         world.counts(5, 4)
     export = "vm@session=s" if case in ("shared", "was shared") else "vm"
     async with world.bridge(export=export) as bridge:
@@ -472,8 +478,8 @@ async def test_next_start_on_frozen_data_is_refused_where_others_may_have_writte
         with pytest.raises(LeftBehind):
             await bridge.stop()
     world.come_back()
-    if case != "nobody counts":
-        world.counts(7, 6 if case == "somebody wrote" else 5)
+    if case != "no counting":
+        world.counts(7, 6 if case == "another host wrote" else 5)
     if case == "was shared":
         export = "vm"  # As `cache flush FILE` has it: a file does not name the session.
     with pytest.RaisesGroup(
@@ -508,7 +514,7 @@ async def test_process_that_stops_while_data_is_frozen_sends_nothing_and_says_so
 async def test_front_end_that_vanishes_leaves_nothing_frozen(
     world: World, autojump_clock: MockClock
 ) -> None:
-    """Nobody was told that the guest stopped: what is dirty goes to the server when it is back."""
+    """The stop was never answered: dirty data goes to the server when it can be reached again."""
     async with world.bridge() as bridge:
         await bridge.do(T_OUT, out=block("d"))
         world.go_away()
@@ -699,7 +705,7 @@ async def test_one_ring_of_two_that_stops_costs_the_other_nothing(
     assert world.server.connections_total == 1
 
 
-async def test_stop_without_a_region_fails_what_nobody_answers_and_never_sends_it_again(
+async def test_stop_without_a_region_fails_unanswered_requests_and_never_sends_them_again(
     world: World, autojump_clock: MockClock, uncached: Bridge
 ) -> None:
     world.go_away()
@@ -801,6 +807,7 @@ async def test_limit_of_the_guests_stop_is_no_part_of_the_processs(
                     disk=DiskSettings(socket_path=str(world.directory / "vhost")),
                     cache=CacheSettings(mode=OFF),
                     limits=LimitSettings(stop_timeout_s=0, **options),
+                    control=ControlSettings(socket=OFF),
                 ),
             )
     assert seen == [30.0, 7.0]

@@ -83,7 +83,7 @@ class Asked:
 
 
 class Guest:
-    """Does something at random with its disk, and so does whoever has the server."""
+    """A guest and its server's operator, both of which do things at random."""
 
     def __init__(self, seed: int, stage: World, bridge: Bridge) -> None:
         self.random = Random(seed)

@@ -253,7 +253,7 @@ async def read(storage: Storage, offset: int) -> bytes:
 
 @pytest.mark.nbdkit
 async def test_close_with_a_stuck_cache_disk_ends_and_says_so(directory, monkeypatch):
-    """Neither a sync nor a read that never returns holds a stop for ever."""
+    """Neither a sync nor a read that never returns delays a stop without limit."""
     stuck, began = threading.Event(), threading.Event()
 
     def wait(*_: object) -> None:
@@ -475,7 +475,7 @@ async def test_image_replaced_under_dirty_data_while_serving_nothing_is_sent_unt
         assert disk.data[1 << 20 :][:4096] == b"w" * 4096
 
 
-async def test_volume_written_by_somebody_else_under_dirty_data_while_serving_nothing_is_sent(
+async def test_volume_written_by_another_host_under_dirty_data_while_serving_nothing_is_sent(
     directory,
 ):
     """Our plugin counts who writes."""

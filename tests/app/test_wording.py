@@ -79,7 +79,10 @@ def test_error_of_another_kind_keeps_what_helps() -> None:
     [
         ({"event": BridgeError("a", remedy=Remedy.LIST_EXPORTS)}, "a (nbd-bridge info --list)"),
         ({"event": "b", "problem": ConfigError("a", remedy=Remedy.NO_CACHE)}, None),
-        ({"event": "b", "remedy": Remedy.EXPECT_READ_ONLY}, "b; say --read-only to expect that"),
+        (
+            {"event": "b", "remedy": Remedy.EXPECT_READ_ONLY},
+            "b; give --read-only if that is what you want",
+        ),
     ],
 )
 def test_log_says_what_helps(event: dict[str, object], said: str | None) -> None:

@@ -29,7 +29,7 @@ PACKAGES = ("ceph-mon", "ceph-mgr", "ceph-osd", "ceph-common", "python3-rbd", "p
 POOL = "rbd"
 
 _COMMAND_TIMEOUT_S = 60
-"""For one step of the start. Without a limit every Ceph tool waits for ever for a lost daemon."""
+"""For one step of the start. By themselves Ceph's tools wait for a lost daemon without limit."""
 
 _STOP_TIMEOUT_S = 15
 _MAX_DIR_CHARS = 70

@@ -60,8 +60,8 @@ class Subject:
 async def _fake() -> AsyncIterator[Subject]:
     forget()
     world = World()
-    channel = FakeChannel(world.session)
-    yield Subject(channel, world.session.generation + 1, channel.answer_all)
+    channel = FakeChannel(world.link)
+    yield Subject(channel, world.link.generation + 1, channel.answer_all)
 
 
 @asynccontextmanager

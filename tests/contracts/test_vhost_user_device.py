@@ -59,7 +59,7 @@ def test_config_is_as_long_as_was_asked_and_zero_past_its_end(
 def test_bounds_are_those_of_the_protocol(device: VhostUserDevice) -> None:
     assert 1 <= device.max_queues <= 256
     assert 1 <= device.max_queue_size <= 32768
-    assert device.on_config_changed is None
+    assert device.listener is None
 
 
 async def test_memory_that_was_added_can_be_removed_once(

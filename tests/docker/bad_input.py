@@ -87,7 +87,7 @@ def wrong_certificate(compose: Compose) -> None:
 
 
 def volume_of_root(compose: Compose) -> None:
-    """somebody else's volume: said with the remedy; it goes on when that is mended"""
+    """another user's volume: said with the remedy; it goes on when that is mended"""
     compose.compose("up", "--no-start", "--no-build", "storage")
     image = compose.inspect("storage")["Config"]["Image"]
     own = ["run", "--rm", "--user", "0", "-v", f"{compose.name}_volumes:/volumes",

@@ -117,7 +117,7 @@ class Compose:
 
     def _environment(self) -> dict[str, str]:
         return {
-            # A setting of whoever runs this must not change what is tested.
+            # The caller's environment must not change what is tested.
             **{name: "" for name in os.environ if name.startswith(("NBD_", "BRIDGE_", "GUEST_"))},
             "DOCKER_HOST": self.address,
             "COMPOSE_PARALLEL_LIMIT": "4",

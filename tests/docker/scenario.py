@@ -106,7 +106,7 @@ def check_keys(compose: Compose) -> None:
 
 
 def check_idle(compose: Compose, say: Say) -> None:
-    """Both containers use next to no CPU when nobody asks anything of them. Raises Failed."""
+    """Both containers use next to no CPU while no client sends a request. Raises Failed."""
     for service in ("storage", "bridge"):
         for _ in range(TRIES):
             percent = _cpu_percent(compose, service)

@@ -1,6 +1,6 @@
 """What the images are built from: a copy of the project's files, with wheels for the bridge.
 
-The copy keeps a build from seeing half of somebody's edit. The wheels are fetched by this
+The copy keeps a build from seeing half of an edit. The wheels are fetched by this
 machine's pip with this machine's settings, so the build needs no package index and none of those
 settings can get into an image.
 """

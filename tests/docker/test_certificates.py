@@ -1,4 +1,4 @@
-"""docker/scripts/certificates.py: made once, renewed in time, somebody's own left alone."""
+"""docker/scripts/certificates.py: made once, renewed in time, the operator's own left alone."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ _ACTIVATE = (
     "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); "
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
-"""Socket activation: descriptor 3 is the listening socket, so nobody else can take its port."""
+"""Socket activation: descriptor 3 is the listening socket, so no other process takes its port."""
 
 
 @contextmanager

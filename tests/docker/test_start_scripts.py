@@ -67,7 +67,7 @@ def test_volume_of_another_size_is_kept(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "disk").write_bytes(b"x" * 4096)
     start_storage.create_volume(tmp_path, "disk", "1G")
     assert (tmp_path / "disk").read_bytes() == b"x" * 4096
-    assert "has 4K, NBD_VOLUME_SIZE=1G is not looked at" in capsys.readouterr().err
+    assert "has 4K, NBD_VOLUME_SIZE=1G is ignored" in capsys.readouterr().err
 
 
 def test_volume_size_of_nothing_is_refused(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_volume_size_of_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", ["two words!", "a;b", "x/y"])
 def test_tls_name_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, names: str) -> None:
     monkeypatch.setenv("NBD_TLS_NAMES", names)
-    with pytest.raises(SettingError, match="no host name and no address"):
+    with pytest.raises(SettingError, match="neither a host name nor an address"):
         start_storage.tls_options()
 
 

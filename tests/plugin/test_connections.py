@@ -1,4 +1,4 @@
-"""Connections that would stay for ever: silent ones, and idle ones when nbdkit is to stop."""
+"""Connections that would never end: silent ones, and idle ones when nbdkit is to stop."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def serve(volumes: Path, where: str, *parameters: str, options: tuple[str, ...] 
     return Nbdkit(f"file={volumes}/disk", f"size={MIB}", *parameters, options=options, where=where)
 
 
-def test_crowd_of_silent_connections_keeps_nobody_out(volumes: Path, where: str) -> None:
+def test_crowd_of_silent_connections_does_not_keep_a_client_out(volumes: Path, where: str) -> None:
     port = free_port()
     with Nbdkit(
         *(f"file={volumes}/disk", f"size={MIB}"),

@@ -1,5 +1,5 @@
-"""What somebody else did to a volume while the plugin did not have it: another generation, so that
-nobody believes what they cached; and nothing that the plugin did itself looks like that."""
+"""Changes by another program to a volume that the plugin does not have open: another generation, so
+that clients drop their caches. Changes by the plugin itself do not look like that."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def visit(server: Nbdkit, *, write: bool = False) -> dict[str, str]:
 
 
 def believes(cached: dict[str, str], now: dict[str, str]) -> bool:
-    """What README.md tells whoever cached the volume in an earlier session."""
+    """The rule of README.md for a client that cached the volume in an earlier session."""
     return cached["identity"] == now["identity"] and (
         int(now["written"]) <= int(cached["generation"]) <= int(now["generation"])
     )
@@ -331,7 +331,7 @@ def test_remembered_description_that_cannot_be_is_damage(seen: object) -> None:
 
 @pytest.mark.nbdkit
 def test_file_that_only_grew_is_told_from_one_that_a_session_wrote(volumes: Path) -> None:
-    """Whoever has unwritten data must not be refused because the disk was made longer; how often
+    """A client with unwritten data must not be refused because the disk was made longer; how often
     that was, and who looked in between, does not matter."""
     with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
         before = visit(server, write=True)

@@ -142,7 +142,7 @@ def test_next_host_after_the_first_left_sees_a_new_generation(ceph: Cluster, ima
 
 
 def believes(cached: dict[str, str], now: dict[str, str]) -> bool:
-    """What README.md tells whoever cached the volume in an earlier session."""
+    """The rule of README.md for a client that cached the volume in an earlier session."""
     return cached["identity"] == now["identity"] and (
         int(now["written"]) <= int(cached["generation"]) <= int(now["generation"])
     )
@@ -386,7 +386,7 @@ def test_what_does_not_exist_refused_in_one_line(
 
 def test_cluster_out_of_reach_refused_in_one_line(ceph: Cluster, tmp_path: Path) -> None:
     conf = tmp_path / "ceph.conf"
-    # Port 1: nobody listens there.
+    # Port 1: no process listens there.
     lines = ceph.conf.read_text().splitlines()
     lines = [
         "mon host = [v2:127.0.0.1:1]" if line.startswith("mon host") else line for line in lines

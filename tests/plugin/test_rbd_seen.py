@@ -19,7 +19,7 @@ class NoData(Exception):
 
 
 class FakePool:
-    """A pool whose attribute changes while somebody looks at it."""
+    """A pool whose attribute changes while the plugin reads it."""
 
     def __init__(self, values: list[bytes]) -> None:
         self.values = values

@@ -137,7 +137,7 @@ def test_connections_have_a_bound_that_is_given_back(tmp_path: Path) -> None:
 
 @contextmanager
 def nobody() -> Iterator[None]:
-    """Root may write everything: be somebody else meanwhile."""
+    """Root may write everything: be the user nobody meanwhile."""
     saved = os.geteuid()
     if saved == 0:
         os.seteuid(65534)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-from bridge.demo.servers import Server, bridge_command, nbdkit_command, running, start_server
+from bridge.demo.servers import ServerProcess, bridge_command, nbdkit_command, running, start_server
 from tests.tools import need
 
 MIB = 1 << 20
@@ -35,7 +35,7 @@ async def nbdkit_on(image: Path, folder: Path) -> AsyncIterator[str]:
 @asynccontextmanager
 async def bridge_to(
     uri: str, folder: Path, *options: str, name: str = "disk"
-) -> AsyncIterator[Server]:
+) -> AsyncIterator[ServerProcess]:
     """A bridge to the NBD server at `uri`, listening on `folder/NAME.sock`."""
     socket = folder / f"{name}.sock"
     command = bridge_command(uri, socket, *options)
@@ -44,7 +44,7 @@ async def bridge_to(
 
 
 @asynccontextmanager
-async def bridge_on(image: Path, folder: Path, *options: str) -> AsyncIterator[Server]:
+async def bridge_on(image: Path, folder: Path, *options: str) -> AsyncIterator[ServerProcess]:
     """nbdkit on `image` and a bridge to it."""
     async with nbdkit_on(image, folder) as uri, bridge_to(uri, folder, *options) as server:
         yield server
@@ -53,8 +53,8 @@ async def bridge_on(image: Path, folder: Path, *options: str) -> AsyncIterator[S
 @asynccontextmanager
 async def storage_daemon_on(
     image: Path, folder: Path, *, name: str = "disk", queues: int = 1, block_bytes: int = 512
-) -> AsyncIterator[Server]:
-    """qemu-storage-daemon on `image`: somebody else's back-end, to test the tests with."""
+) -> AsyncIterator[ServerProcess]:
+    """qemu-storage-daemon on `image`: another project's back-end, to test the tests with."""
     socket = folder / f"{name}.sock"
     command = [
         need("qemu-storage-daemon"),
@@ -76,7 +76,7 @@ class Killable:
         self.socket = socket
         self._command = command
         self._log_path = log_path
-        self._server: Server | None = None
+        self._server: ServerProcess | None = None
 
     @property
     def uri(self) -> str:

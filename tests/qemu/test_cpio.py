@@ -1,4 +1,4 @@
-"""The initrd's archive, read back by somebody else's cpio and by a reader of our own."""
+"""The initrd's archive, read back by the system's cpio and by a reader of our own."""
 
 import subprocess
 from pathlib import Path

@@ -68,7 +68,7 @@ async def test_guest_whose_disk_has_no_back_end_fails_with_what_qemu_said(
 async def test_guest_on_a_storage_daemon_passes_both_boots(
     machine: GuestMachine, folder: Path
 ) -> None:
-    """The guest's side of every test here, on somebody else's back-end."""
+    """The guest's side of every test here, on qemu-storage-daemon."""
     image, socket = folder / "disk.img", folder / "disk.sock"
     with image.open("wb") as file:
         file.truncate(256 * MIB)

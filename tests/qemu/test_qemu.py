@@ -35,7 +35,7 @@ def test_memory_is_shared_for_the_back_end() -> None:
 
 
 def test_version_of_a_program_that_is_no_qemu_raises() -> None:
-    with pytest.raises(ConfigError, match="no QEMU version"):
+    with pytest.raises(ConfigError, match="does not print a QEMU version"):
         qemu_version(["echo"])
 
 

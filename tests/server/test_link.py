@@ -1996,3 +1996,25 @@ def test_simulated_guest_that_pauses_while_everything_else_fails_too(
             hangs_up=bool(options.randrange(2)),
             gives_up=not options.randrange(3),
         ).run(400)
+
+
+def test_connections_may_be_replaced_only_if_nothing_acknowledged_can_be_lost() -> None:
+    world = World()
+    assert world.link.can_be_moved
+    # In flight, and then answered, but not flushed.
+    world.ask(WRITE)
+    assert not world.link.can_be_moved
+    world.channels[0].answer_all()
+    assert not world.link.can_be_moved
+    world.ask(FLUSH)
+    world.channels[0].answer_all()
+    assert world.link.can_be_moved
+    # A read harms nothing: it is sent again.
+    world.ask(READ)
+    assert world.link.can_be_moved
+
+
+def test_connections_to_a_server_that_says_who_it_is_may_be_replaced_at_any_time() -> None:
+    world = World(description="instance=one")
+    world.ask(WRITE)
+    assert world.link.can_be_moved

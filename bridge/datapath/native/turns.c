@@ -13,7 +13,6 @@
 
 #include <errno.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
 
@@ -21,8 +20,7 @@ enum {
     RECEIVES_PER_TURN = 8,
     STAGING_LONG_BYTES = 16 << 10, /* while long reads are in flight: see transmission.py */
     DEEP = 8,                      /* with so many in flight, waiting gathers a batch */
-    PAUSE_NS = 10000000,
-    LONG_TURN_NS = 5000000 /* as in loop.py */
+    LONG_TURN_NS = 5000000         /* as in loop.py */
 };
 
 static uint64_t now_ns(void)
@@ -275,28 +273,17 @@ static void disarm(struct dp_turns *turns)
         dp_disarm(turns->rings[index].queue);
 }
 
-/* How long to poll now. Not while a batch or a long payload gathers, nor while others want the
- * processor. */
-static uint64_t window_ns(const struct dp_turns *turns, uint64_t now)
+/* How long to poll now. Not while a batch or a long payload gathers. (Not to poll while others want
+ * the processor was tried: waking up costs more than that, and comes later.) */
+static uint64_t window_ns(const struct dp_turns *turns)
 {
     uint64_t in_flight = 0;
 
-    if (now < turns->no_poll_until_ns || (turns->channel && turns->channel->cells[DP_LONG_READS]))
+    if (turns->channel && turns->channel->cells[DP_LONG_READS])
         return 0;
     for (uint32_t index = 0; index < turns->ring_count; index++)
         in_flight += turns->rings[index].queue->cells[DP_IN_FLIGHT];
     return in_flight < DEEP ? turns->poll_ns : 0;
-}
-
-static void look_at_switches(struct dp_turns *turns, uint64_t now)
-{
-    struct rusage usage;
-
-    if (getrusage(RUSAGE_THREAD, &usage) < 0)
-        return;
-    if ((uint64_t)usage.ru_nivcsw != turns->switches)
-        turns->no_poll_until_ns = now + PAUSE_NS;
-    turns->switches = (uint64_t)usage.ru_nivcsw;
 }
 
 /* Wait in the epoll; how many events, -1: it failed. How long that took decides how long to poll
@@ -305,6 +292,8 @@ static int nap(struct dp_turns *turns)
 {
     uint64_t began = now_ns(), least = turns->poll_max_ns / 32;
     int count = turns->wait(turns->owner, turns->events);
+
+    turns->naps++;
 
     disarm(turns);
     if (now_ns() - began < turns->poll_max_ns) {
@@ -323,11 +312,10 @@ int dp_turns(struct dp_turns *turns)
     bool had_work = turns->worked;
     int count = 0;
 
-    turns->reads = turns->writes = turns->other_count = turns->command_count = 0;
+    turns->reads = turns->writes = turns->naps = turns->other_count = turns->command_count = 0;
     turns->received_bytes = turns->sent_bytes = 0;
     turns->error = 0;
     turns->shown = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
-    look_at_switches(turns, now);
     for (;;) {
         int flags;
 
@@ -351,7 +339,7 @@ int dp_turns(struct dp_turns *turns)
         now = now_ns();
         if (turns->worked) {
             had_work = true;
-            idle_ns = now + window_ns(turns, now);
+            idle_ns = now + window_ns(turns);
         }
         turns->worked = had_work;
         if (flags)

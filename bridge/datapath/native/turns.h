@@ -52,8 +52,6 @@ struct dp_turns {
     /* Nanoseconds of CLOCK_MONOTONIC. */
     uint64_t until_ns;
     uint64_t poll_ns, poll_max_ns; /* how long to poll after the last work, and at most */
-    uint64_t no_poll_until_ns;
-    uint64_t switches; /* involuntary ones so far: another process wants this processor */
 
     /* epoll_wait of up to a millisecond, with all that may run meanwhile; -1: it failed. */
     int (*wait)(void *owner, struct epoll_event *events);
@@ -63,7 +61,7 @@ struct dp_turns {
 
     /* What came of it. */
     bool worked; /* also before: there was work since the last nap */
-    uint32_t reads, writes;
+    uint32_t reads, writes, naps;
     uint64_t received_bytes;
     uint64_t shown; /* UNFLUSHED at the end of the last turn that has ended */
     struct epoll_event others[DP_EVENTS];

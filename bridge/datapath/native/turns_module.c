@@ -240,7 +240,7 @@ static PyObject *result_of(const struct state *state, int flags)
 
     if (taken && (others = others_of(turns)) &&
         (unsent = flags & DP_UNSENT ? unsent_of(state) : PyList_New(0)))
-        result = Py_BuildValue("iOIIOOKKKKii", flags, taken, turns->reads, turns->writes, others,
+        result = Py_BuildValue("iOIIIOOKKKKii", flags, taken, turns->reads, turns->writes, turns->naps, others,
                                unsent, (unsigned long long)turns->start,
                                (unsigned long long)turns->end,
                                (unsigned long long)turns->received_bytes,

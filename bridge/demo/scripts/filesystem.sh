@@ -1,8 +1,8 @@
 # An ext4 file system on the disk, used the way a guest uses one; leaves files and SUMS behind.
 #
 # guest_mib: how much to write. guest_sectors, guest_serial, guest_cache, guest_queues,
-# guest_block: what the disk must look like (not checked when not given). The last 32 MiB of the
-# disk are not part of the file system: they are written and discarded raw.
+# guest_block: properties that the disk must have (not checked when not given). The file system
+# leaves out the last 32 MiB of the disk, which are written and discarded raw.
 
 disk=/dev/vda sys=/sys/block/vda tail_mib=32
 total_mib=${guest_mib:-16}

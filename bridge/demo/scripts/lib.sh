@@ -1,4 +1,4 @@
-# What the guest scripts share. Files and checksums live in the guest's current folder.
+# Functions for all guest scripts.
 
 fail() { echo "FAIL $*"; sync; poweroff -f; sleep 60; }
 report() { echo "REPORT $*"; }
@@ -6,7 +6,7 @@ report() { echo "REPORT $*"; }
 # now_ms: milliseconds since the kernel started.
 now_ms() { read -r up _ </proc/uptime; echo "$(( ${up%.*} * 1000 + 1${up#*.} * 10 - 1000 ))"; }
 
-# checkpoint NAME: the host looks at its side, then sends a line; after 20 s nobody is there.
+# checkpoint NAME: the host checks its side, then sends a line; without a host go on after 20 s.
 checkpoint() { sync; echo "CHECKPOINT $1"; read -r -t 20 _; }
 
 # rate NAME KIB MS: report a time and a throughput.

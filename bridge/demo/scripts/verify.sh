@@ -1,4 +1,4 @@
-# A later boot: the file system that filesystem.sh left is clean and every byte is there.
+# For a later boot: checks that the file system of filesystem.sh is clean and has every byte.
 
 disk=/dev/vda
 wait_disk vda

@@ -1,9 +1,9 @@
-"""The back-end's socket: one front-end after the other, for ever.
+"""The back-end's socket: one front-end after the other, until cancelled.
 
-One task reads the main socket, has the session handle each message before the next is read, and
-writes the reply. It never waits for anything else of the front-end's: the back-end channel
-(SET_BACKEND_REQ_FD) is only ever written to, without waiting, because a front-end may hold back
-everything on it until it was answered on the main socket.
+One task reads the main socket, has the session handle each message before it reads the next, and
+writes the reply. It waits for nothing else from the front-end. In particular it only writes to the
+back-end channel (SET_BACKEND_REQ_FD), and without waiting: a front-end may leave the channel unread
+until it has its reply on the main socket.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import trio
 from bridge.errors import ConnectionLost, LeftBehind, ProtocolError
 from bridge.guest.vhost_user.device_interface import VhostUserDevice
 from bridge.guest.vhost_user.listener import Listener
-from bridge.guest.vhost_user.session import Session
+from bridge.guest.vhost_user.session import FrontEndSession
 from bridge.guest.vhost_user.transport import Transport
 from bridge.guest.vhost_user.unshared import UnsharedMemory
 
 log = structlog.get_logger(__name__)
 
 _SILENCE_S = 5.0
-"""A front-end that has said nothing yet has to leave when another has waited this long."""
+"""A front-end that has sent nothing yet is hung up on when another has waited this long."""
 
 _ACCEPT_RETRY_S = 0.1
-"""Wait this long when the process is out of descriptors; they come back with time."""
+"""Wait this long when the process is out of descriptors, then try again."""
 
 
 async def serve(
@@ -38,11 +38,12 @@ async def serve(
     *,
     on_connected: Callable[[bool], None] | None = None,
 ) -> None:
-    """Serve `device` to the front-ends that connect to `listener`, one at a time, for ever.
+    """Serve `device` to the front-ends that connect to `listener`, one at a time, until cancelled.
 
     Returns only when the listener is a socket that was connected already and its front-end has
-    left. `on_connected` is told when a front-end comes (True) and when it has gone (False). When
-    cancelled, the device is given the time it takes to finish what is in flight (bounded).
+    disconnected. `on_connected` is called when a front-end connects (True) and when it has
+    disconnected (False). After a cancellation the device still finishes what is in flight; it
+    bounds that time itself.
     """
     unshared = UnsharedMemory()
     if listener.is_connected:
@@ -78,15 +79,18 @@ async def _serve_one(
     unshared: UnsharedMemory,
     listening: socket.socket | None = None,
 ) -> None:
-    """One front-end, from its first message until it is gone and forgotten.
+    """Serve one front-end until it disconnects and its session is closed.
 
-    `listening`: where others may be waiting meanwhile."""
+    `listening`: the socket on which other front-ends may be waiting; None if there cannot be any.
+    """
     transport = Transport(sock, replies=False)
-    session = Session(device, _send_now, on_refused=unshared.refused, on_region=unshared.of(sock))
+    session = FrontEndSession(
+        device, _send_now, on_refused=unshared.refused, on_region=unshared.of(sock)
+    )
     log.info("front-end connected")
     if on_connected is not None:
         on_connected(True)
-    reason = "the back-end stops"  # what a cancellation leaves
+    reason = "the back-end stops"  # stays so when this task is cancelled
     try:
         if listening is None:
             await _converse(session, transport)
@@ -116,22 +120,22 @@ async def _serve_one(
 
 
 class _Watched:
-    """A conversation while others may wait: one that says nothing must not keep them out."""
+    """A conversation while other front-ends may wait: a silent one must not keep them out."""
 
     def __init__(self, listening: socket.socket) -> None:
         self._listening = listening
         self._spoke = False
         self._silent = trio.CancelScope()
 
-    async def converse(self, session: Session, transport: Transport) -> None:
-        """See `_converse`. Raises ConnectionLost when another had to wait for silence."""
+    async def converse(self, session: FrontEndSession, transport: Transport) -> None:
+        """As `_converse`. Raises ConnectionLost when another waits for a silent front-end."""
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch)
             try:
                 with self._silent:
                     await _converse(session, transport, self._note_message)
-            except Exception as error:  # not in a group
+            except Exception as error:  # taken out of the nursery, which would wrap it in a group
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
@@ -143,7 +147,7 @@ class _Watched:
         self._spoke = True
 
     async def _watch(self) -> None:
-        """Look whether another front-end waits; say so once."""
+        """Wait until another front-end waits, then log that once or end the silent one."""
         await trio.lowlevel.wait_readable(self._listening)
         if not self._spoke:
             await trio.sleep(_SILENCE_S)
@@ -154,7 +158,7 @@ class _Watched:
 
 
 async def _converse(
-    session: Session, transport: Transport, on_message: Callable[[], None] | None = None
+    session: FrontEndSession, transport: Transport, on_message: Callable[[], None] | None = None
 ) -> None:
     """Message in, reply out, until the front-end hangs up."""
     while True:
@@ -178,12 +182,12 @@ async def _converse(
 def _send_now(fd: int, data: bytes) -> bool:
     """Put a message into the back-end channel without waiting; False when the channel is dead.
 
-    A full channel is no error: what is in it has not been read yet, and reading it makes the
-    front-end look at the config space, which is up to date by then.
+    A full channel is not an error: it holds messages that the front-end has not read yet. Reading
+    any of them makes it look at the config space, which is up to date by then.
     """
     try:
-        # A socket of the same description: not waiting is asked for with each send, since the
-        # front-end may change the blocking mode that both sides share.
+        # MSG_DONTWAIT with each send: the front-end shares this file description and may change
+        # its blocking mode.
         with socket.socket(fileno=os.dup(fd)) as channel:
             return channel.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(data)
     except BlockingIOError:

@@ -1,19 +1,20 @@
-"""What a vhost-user session asks of the device behind it.
+"""What a front-end session asks of the device behind it.
 
-The session owns the conversation: it checks messages, keeps each ring's set-up, answers, and
-owns **every file descriptor** that the front-end sent. A descriptor handed to the device stays
-open until the device was told of its replacement (`set_kick`, `set_call`, `set_error`) or the
-call that brought it has returned (memory, log, in-flight region: the device maps them and keeps
-nothing). The device never closes a descriptor that it did not make.
+The session owns the conversation: it checks messages, keeps each ring's set-up, replies, and
+owns **every file descriptor** that the front-end sent. A descriptor for kick, call or error stays
+open until the session has handed the device its replacement (`set_kick`, `set_call`, `set_error`).
+One for memory, log or in-flight region stays open until the call that brought it returns: the
+device maps the file and does not keep the descriptor. The device never closes a descriptor that it
+did not make.
 
 Life of a ring, as the device sees it::
 
     (nothing) ── start_ring ──▶ running ⇄ suspended ── stop_ring ──▶ (nothing)
                                   suspend_ring / resume_ring
 
-A method that finds the front-end's input impossible raises `ProtocolError`: the session answers
-"no" when it was asked for an answer and ends the conversation otherwise. Calls come one at a
-time: the session awaits each before the next, `disconnected()` last.
+A method raises `ProtocolError` for input that the front-end must not send. The session then
+refuses the message if the front-end asked for a reply, and ends the conversation otherwise. Calls
+come one at a time: the session awaits each before the next, `disconnected()` last.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class MemoryRegion:
     """
 
     guest_address: int
-    """Guest-physical: what descriptors hold."""
+    """Guest-physical: the addresses in descriptors."""
     size_bytes: int
     user_address: int
-    """In the front-end's own address space: what ring addresses are given in."""
+    """In the front-end's own address space: the addresses of rings."""
     mmap_offset_bytes: int
     """Where the region starts in the file; need not be page aligned."""
     fd: int
@@ -62,7 +63,7 @@ class RingSetup:
     call_fd: int | None
     """Eventfd to signal; None: the driver polls, never signal."""
     error_fd: int | None
-    """Eventfd to signal when the ring is broken; None: nobody wants to know."""
+    """Eventfd to signal when the ring is broken; None: the front-end gave none."""
 
 
 class ConfigListener(Protocol):
@@ -73,7 +74,7 @@ class ConfigListener(Protocol):
 
 
 class VhostUserDevice(Protocol):
-    """The device of one back-end. See the module's text for who owns what, and when."""
+    """The device of one back-end. The module's text says who owns descriptors, and how long."""
 
     max_queues: int
     """Number of virtqueues, 1 … 256; indexes 0 … max_queues - 1 are used."""
@@ -84,8 +85,8 @@ class VhostUserDevice(Protocol):
     supports_dirty_log: bool
     """`set_log` and `set_logging` work (LOG_SHMFD and VHOST_F_LOG_ALL are offered)."""
     listener: ConfigListener | None
-    """The session, which sets it: told whenever the config space changed by itself (a resize).
-    None: nobody is connected."""
+    """Set by the session, to itself: the device calls it whenever the config space changed by
+    itself (a resize). None: no front-end is connected."""
 
     def offered_features(self) -> int:
         """The virtio feature bits, without 26 (LOG_ALL) and 30, which are the session's own."""
@@ -105,46 +106,46 @@ class VhostUserDevice(Protocol):
         Raises ProtocolError when these bytes are not writable or the values not valid.
         """
 
-    # Memory. Async because rings that run are quiesced first and go on afterwards.
+    # Memory. Async because the device quiesces running rings first and resumes them afterwards.
 
     async def replace_memory(self, regions: list[MemoryRegion]) -> None:
-        """Forget all regions, map these. On ProtocolError there is no memory at all."""
+        """Forget all regions, map these. After a ProtocolError no region is mapped."""
 
     async def add_memory(self, region: MemoryRegion) -> None:
-        """Map one region more, or one that is here already once more: from another file only while
-        no ring runs. On ProtocolError nothing changed."""
+        """Map one region more, or map a known one again: from another file only while no ring
+        runs. After a ProtocolError everything is as before."""
 
     async def remove_memory(
         self, *, guest_address: int, user_address: int, size_bytes: int
     ) -> None:
-        """Unmap exactly this region. Raises ProtocolError when there is no such one."""
+        """Unmap exactly this region. Raises ProtocolError when it is not mapped."""
 
     # Rings.
 
     def start_ring(self, index: int, ring: RingSetup) -> None:
-        """The ring is started and enabled: serve it.
+        """Serve a ring that the front-end has started and enabled.
 
-        Look at the avail ring at once (a kick may have been consumed before) and signal the
-        first completion, or one call right away, whatever the suppression fields say. Raises
-        ProtocolError for addresses outside the memory, misaligned or overlapping; the ring does
-        not exist then.
+        The device looks at the avail ring at once (a former back-end may have consumed the kick)
+        and signals the first completion, or once right away, whatever the suppression fields say.
+        Raises ProtocolError for addresses outside the memory, misaligned or overlapping; the ring
+        does not exist then.
         """
 
     async def stop_ring(self, index: int) -> int:
-        """Pop no more, wait until everything popped is completed and published; the base.
+        """Pop no more, wait until every popped request is complete and published; return the base.
 
-        Bounded in time by the device, which then leaves what is unanswered in the in-flight
-        region, or fails it where there is none. Afterwards nothing touches the ring, its memory or
-        its descriptors. The base is what `RingSetup.base` would be to go on from here. Also called
-        for a ring that is broken or suspended.
+        The device bounds the time. When it has passed, unanswered requests stay in the in-flight
+        region, or fail if there is none. Afterwards the device does not touch the ring, its memory
+        or its descriptors. The base is the `RingSetup.base` with which the ring would go on from
+        here. Also called for a ring that is broken or suspended.
 
-        Raises LeftBehind, with the ring stopped, when it was the last one and something that the
-        guest wrote is not where another host would find it: then the stop must not be answered
-        with success.
+        Raises LeftBehind, with the ring stopped, when it was the last one and some of the guest's
+        writes are not on the server, where another host would look for them. The session must not
+        answer such a stop with success.
         """
 
     def suspend_ring(self, index: int) -> None:
-        """Pop nothing until `resume_ring`; what was popped completes. Idempotent."""
+        """Pop nothing until `resume_ring`; popped requests complete. Idempotent."""
 
     def resume_ring(self, index: int) -> None:
         """Serve again, looking at the ring at once. Idempotent."""
@@ -153,7 +154,7 @@ class VhostUserDevice(Protocol):
         """Wait for this eventfd from now on, for a ring that was started. Looks at the ring."""
 
     def set_call(self, index: int, fd: int | None) -> None:
-        """Signal this eventfd from now on, and once right away (calls may have got lost)."""
+        """Signal this eventfd from now on, and once right away: a call may have been lost."""
 
     def set_error(self, index: int, fd: int | None) -> None:
         """Signal this eventfd from now on when the ring breaks; at once if it is broken."""
@@ -164,9 +165,9 @@ class VhostUserDevice(Protocol):
     # In-flight region (vhost-user "Inflight I/O tracking").
 
     def create_inflight(self, num_queues: int, queue_size: int) -> tuple[int, int]:
-        """Make and map a zeroed, sealed region: (fd, size_bytes). The caller closes the fd.
+        """Make and map a zeroed, sealed region; return (fd, size_bytes). The caller closes the fd.
 
-        Replaces the region that was there. Raises ProtocolError for numbers out of range.
+        Replaces the previous region. Raises ProtocolError for numbers out of range.
         """
 
     def set_inflight(
@@ -180,7 +181,7 @@ class VhostUserDevice(Protocol):
     # Dirty log (vhost-user "Migration").
 
     def set_log(self, fd: int, offset: int, size: int) -> None:
-        """Map the dirty bitmap, replacing the one that was there."""
+        """Map the dirty bitmap in place of the previous one."""
 
     def set_logging(self, enabled: bool) -> None:
         """Mark every page written to in the bitmap from now on (LOG_ALL), or stop doing it."""
@@ -188,11 +189,15 @@ class VhostUserDevice(Protocol):
     # The end.
 
     async def reset(self) -> None:
-        """RESET_DEVICE: back to the state after `disconnected()`, but keep the memory. Raises
-        LeftBehind as `stop_ring` does, with all of that done."""
+        """RESET_DEVICE: back to the state after `disconnected()`, but keep the memory.
+
+        Raises LeftBehind as `stop_ring` does, after the reset is complete.
+        """
 
     async def disconnected(self) -> None:
-        """The front-end is gone: stop every ring (bounded), forget memory, log, in-flight region.
+        """The front-end has disconnected: stop every ring (bounded in time), forget memory, log and
+        in-flight region.
 
-        Nothing that it sent is in use afterwards. Idempotent; also called when it said nothing.
+        The device uses nothing that the front-end sent afterwards. Idempotent. Also called after a
+        conversation without a message.
         """

@@ -1,4 +1,4 @@
-"""The back-end's unix socket: made, guarded, and removed again."""
+"""The back-end's unix socket: created, protected from a second process, and removed again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _BACKLOG = 16
 class Listener:
     """A listening unix socket that front-ends connect to.
 
-    Use as a context manager; at the end the socket is closed, and its file removed if it is still
-    the one that was made.
+    Use as a context manager. It closes the socket at the end, and removes the socket's file if
+    that is still the one that it created.
     """
 
     def __init__(self, sock: socket.socket, path: str | None, identity: tuple[int, int]) -> None:
@@ -28,7 +28,7 @@ class Listener:
 
     @classmethod
     def at_path(cls, path: str | os.PathLike[str]) -> Listener:
-        """Listen at `path`, mode 0600; a dead process's socket there is replaced.
+        """Listen at `path`, mode 0600. Replaces a socket file that a dead process left there.
 
         Raises ConfigError, with the remedy, when that is not possible.
         """
@@ -72,11 +72,11 @@ class Listener:
 
     @property
     def is_connected(self) -> bool:
-        """The socket is one conversation, not a place to wait for front-ends."""
+        """The socket is already connected to a front-end, so it cannot accept another."""
         return not self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
 
     def close(self) -> None:
-        """Stop listening; remove the socket's file unless somebody has put another there."""
+        """Stop listening; remove the socket's file unless another process has replaced it."""
         if self.path is not None:
             with contextlib.suppress(OSError):
                 status = os.stat(self.path, follow_symlinks=False)
@@ -93,7 +93,7 @@ class Listener:
 
 
 def _clear_the_way(path: str) -> None:
-    """Remove a dead process's socket at `path`. Raises ConfigError for anything else there."""
+    """Remove a dead process's socket at `path`. Raises ConfigError for any other file there."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -118,10 +118,10 @@ def _clear_the_way(path: str) -> None:
 
 
 def _is_alive(path: str) -> bool:
-    """Somebody has the socket at `path` open."""
+    """A process has the socket at `path` open."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         error = probe.connect_ex(path)
-    # A full backlog (EAGAIN) or a datagram socket (EPROTOTYPE) is somebody's, too.
+    # A full backlog (EAGAIN) and a datagram socket (EPROTOTYPE) also belong to a live process.
     return error not in (errno.ECONNREFUSED, errno.ENOENT)
 
 

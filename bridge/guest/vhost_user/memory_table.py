@@ -1,4 +1,4 @@
-"""Which regions of guest memory a session has: checked here, mapped by the device."""
+"""The regions of guest memory of a front-end session: checked here, mapped by the device."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from bridge.guest.vhost_user.device_interface import MemoryRegion, VhostUserDevi
 from bridge.guest.vhost_user.messages import (
     MAX_TABLE_REGIONS,
     U64_MAX,
-    Region,
-    Request,
+    MessageType,
+    RegionPayload,
     unpack_memory_table,
 )
 from bridge.guest.vhost_user.reply import Handler, Reply, reply_u64
 
 MAX_MEMORY_SLOTS = 509
-"""What rust-vmm and libvhost-user answer too; QEMU's own limit is 512."""
+"""rust-vmm and libvhost-user answer the same; QEMU's own limit is 512."""
 
 
 class MemoryTable:
-    """The regions of one session, in the order in which they came."""
+    """The regions of one session, in the order in which the front-end sent them."""
 
     def __init__(
-        self, device: VhostUserDevice, on_region: Callable[[Region, int], None] | None = None
+        self, device: VhostUserDevice, on_region: Callable[[RegionPayload, int], None] | None = None
     ) -> None:
-        """`on_region` is told of each region and its file."""
+        """`on_region(region, fd)` is called with each region before the device maps it."""
         self._device = device
-        self._on_region = on_region or _unobserved
-        self._regions: list[Region] = []
+        self._on_region = on_region or _no_listener
+        self._regions: list[RegionPayload] = []
 
-    def handlers(self) -> dict[Request, Handler]:
-        """Who does what about memory."""
+    def handlers(self) -> dict[MessageType, Handler]:
+        """The handlers of the messages about memory."""
         return {
-            Request.SET_MEM_TABLE: self.set_mem_table,
-            Request.ADD_MEM_REG: self.add_mem_reg,
-            Request.REM_MEM_REG: self.rem_mem_reg,
-            Request.GET_MAX_MEM_SLOTS: self.get_max_mem_slots,
+            MessageType.SET_MEM_TABLE: self.set_mem_table,
+            MessageType.ADD_MEM_REG: self.add_mem_reg,
+            MessageType.REM_MEM_REG: self.rem_mem_reg,
+            MessageType.GET_MAX_MEM_SLOTS: self.get_max_mem_slots,
         }
 
     async def set_mem_table(self, payload: bytes, fds: list[int]) -> None:
-        """All regions anew. On refusal there is no memory at all."""
+        """Replace all regions. If the device refuses the new ones, no region is left."""
         regions = unpack_memory_table(payload)
         if len(regions) > MAX_TABLE_REGIONS:
             raise ProtocolError(f"{len(regions)} memory regions, the limit is {MAX_TABLE_REGIONS}")
-        checked: list[Region] = []
+        checked: list[RegionPayload] = []
         for region in regions:
             _check_region(region, checked)
             checked.append(region)
@@ -57,9 +57,9 @@ class MemoryTable:
         self._regions = checked
 
     async def add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
-        """One region more. One that is here already may come again: a second device on this
-        connection (QEMU's device_del and device_add with the chardev kept) sends all of them."""
-        region = Region.unpack_single(payload)
+        """Add a region. A known one may come again: a second device on this connection (QEMU's
+        device_del and device_add with the chardev kept) sends all of them."""
+        region = RegionPayload.unpack_single(payload)
         others = [each for each in self._regions if not _same_place(each, region)]
         if len(others) >= MAX_MEMORY_SLOTS:
             raise ProtocolError(f"more than {MAX_MEMORY_SLOTS} memory regions")
@@ -69,8 +69,8 @@ class MemoryTable:
         self._regions = [*others, region]
 
     async def rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
-        """The region with these addresses and size; the file offset does not count."""
-        wanted = Region.unpack_single(payload)
+        """Remove the region with these addresses and size; its file offset is not compared."""
+        wanted = RegionPayload.unpack_single(payload)
         for region in self._regions:
             if _same_place(region, wanted):
                 break
@@ -84,14 +84,14 @@ class MemoryTable:
         self._regions.remove(region)
 
     async def get_max_mem_slots(self, payload: bytes, fds: list[int]) -> Reply:
-        return reply_u64(Request.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
+        return reply_u64(MessageType.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)
 
 
-def _unobserved(region: Region, fd: int) -> None:
-    """Nobody wants to know."""
+def _no_listener(region: RegionPayload, fd: int) -> None:
+    """The default of `on_region`."""
 
 
-def _memory_region(region: Region, fd: int) -> MemoryRegion:
+def _memory_region(region: RegionPayload, fd: int) -> MemoryRegion:
     return MemoryRegion(
         region.guest_address,
         region.size_bytes,
@@ -102,13 +102,13 @@ def _memory_region(region: Region, fd: int) -> MemoryRegion:
 
 
 def check_range(offset: int, size: int) -> None:
-    """A range of a file: not empty, and its end fits a u64 (CVE-2020-10722)."""
+    """Raise ProtocolError unless the range is not empty and its end fits a u64 (CVE-2020-10722)."""
     if size == 0 or offset + size > U64_MAX:
-        raise ProtocolError(f"{size} bytes from offset {offset:#x} are no range of a file")
+        raise ProtocolError(f"{size} bytes from offset {offset:#x} cannot be a range of a file")
 
 
-def _check_region(region: Region, others: list[Region]) -> None:
-    """A region that is one: not empty, no overflow, no overlap with `others`."""
+def _check_region(region: RegionPayload, others: list[RegionPayload]) -> None:
+    """Raise ProtocolError if the region is empty, overflows, or overlaps one of `others`."""
     check_range(region.mmap_offset_bytes, region.size_bytes)
     for start in (region.guest_address, region.user_address):
         if start + region.size_bytes - 1 > U64_MAX:
@@ -126,8 +126,8 @@ def _check_region(region: Region, others: list[Region]) -> None:
             )
 
 
-def _same_place(one: Region, other: Region) -> bool:
-    """The same addresses and size, whatever the file and the offset in it."""
+def _same_place(one: RegionPayload, other: RegionPayload) -> bool:
+    """The same addresses and size; file and offset are not compared."""
     return (one.guest_address, one.user_address, one.size_bytes) == (
         other.guest_address,
         other.user_address,

@@ -1,7 +1,7 @@
-"""The wire formats of vhost-user: header, request numbers, feature bits, payloads.
+"""The wire formats of vhost-user: header, message numbers, feature bits, payloads.
 
 Everything is in the byte order of the host ("native endian"): both sides run on one machine.
-Which request has which payload and how many file descriptors is in `shapes`.
+`shapes` says which message has which payload and how many file descriptors.
 
 Source: vhost-user "Message Specification".
 """
@@ -21,7 +21,7 @@ FLAG_NEED_REPLY = 8
 
 HEADER_BYTES = 12
 MAX_PAYLOAD_BYTES = 512
-"""The largest legal payload is GET_CONFIG's 12 + 256; anything above is not worth allocating."""
+"""The largest legal payload is GET_CONFIG's 12 + 256; this bounds what a message can allocate."""
 MAX_FDS = 8
 """The most that one message carries: SET_MEM_TABLE with 8 regions."""
 MAX_TABLE_REGIONS = 8
@@ -48,8 +48,8 @@ VRING_LOG = 1
 U64_MAX = (1 << 64) - 1
 
 
-class Request(IntEnum):
-    """What a front-end asks; the numbers are the specification's."""
+class MessageType(IntEnum):
+    """Messages of a front-end; numbers of vhost-user "Front-end message types"."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
@@ -83,7 +83,7 @@ class Request(IntEnum):
 
 
 class BackendRequest(IntEnum):
-    """What a back-end asks, on the channel of SET_BACKEND_REQ_FD."""
+    """Messages of a back-end, on the channel of SET_BACKEND_REQ_FD."""
 
     CONFIG_CHANGE = 2
 
@@ -105,7 +105,7 @@ CONFIG_HEAD_BYTES = _CONFIG.size
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class MessageHeader:
     """The 12 bytes before every payload; `size` is the payload's length in bytes."""
 
     request: int
@@ -114,7 +114,7 @@ class Header:
 
     @property
     def need_reply(self) -> bool:
-        """The sender wants to know how it went (counts only with REPLY_ACK negotiated)."""
+        """The sender asks for an acknowledgement; ignored unless REPLY_ACK was negotiated."""
         return bool(self.flags & FLAG_NEED_REPLY)
 
     def pack(self) -> bytes:
@@ -122,10 +122,10 @@ class Header:
         return _HEADER.pack(self.request, self.flags, self.size)
 
     @classmethod
-    def unpack_untrusted(cls, data: bytes, *, reply: bool) -> Header:
+    def unpack_untrusted(cls, data: bytes, *, reply: bool) -> MessageHeader:
         """The header in `data` (12 bytes), its version, direction and size checked.
 
-        Raises ProtocolError: after that nobody knows where the next message starts.
+        Raises ProtocolError. The stream is then useless: the next message may start anywhere.
         """
         request, flags, size = _HEADER.unpack(data)
         if flags & FLAG_VERSION_MASK != VERSION:
@@ -134,7 +134,7 @@ class Header:
             )
         if bool(flags & FLAG_REPLY) != reply:
             what = "a reply" if flags & FLAG_REPLY else "a request"
-            raise ProtocolError(f"message {request} is {what}, which nobody waits for")
+            raise ProtocolError(f"message {request} is {what}, which is not expected here")
         if size > MAX_PAYLOAD_BYTES:
             raise ProtocolError(
                 f"message {request} announces {size} bytes, the limit is {MAX_PAYLOAD_BYTES}"
@@ -144,24 +144,24 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One whole message. Whoever holds it owns the descriptors in `fds`."""
+    """One whole message. Its holder owns the descriptors in `fds` and closes them."""
 
-    header: Header
+    header: MessageHeader
     payload: bytes = b""
     fds: list[int] = field(default_factory=list)
 
 
 def request_name(request: int) -> str:
-    """The specification's word for a request, or its number."""
+    """The specification's name of a message, or "request NUMBER" for an unknown one."""
     try:
-        return Request(request).name
+        return MessageType(request).name
     except ValueError:
         return f"request {request}"
 
 
 def pack_message(request: int, payload: bytes = b"", *, flags: int = VERSION) -> bytes:
     """The bytes of a whole message."""
-    return Header(request, flags, len(payload)).pack() + payload
+    return MessageHeader(request, flags, len(payload)).pack() + payload
 
 
 def pack_reply(request: int, payload: bytes) -> bytes:
@@ -202,7 +202,7 @@ class VringState:
 
 @dataclass(frozen=True, slots=True)
 class VringFile:
-    """The u64 of SET_VRING_KICK, _CALL and _ERR: a ring's index, and whether a file comes along."""
+    """The u64 of SET_VRING_KICK, _CALL and _ERR: a ring's index, and whether an eventfd comes."""
 
     index: int
     has_fd: bool
@@ -240,8 +240,8 @@ class VringAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
-    """ "A region": one piece of guest memory as it stands in a message."""
+class RegionPayload:
+    """ "A region": one piece of guest memory, as a message describes it."""
 
     guest_address: int
     size_bytes: int
@@ -259,19 +259,19 @@ class Region:
         return _U64.pack(0) + self.pack()
 
     @classmethod
-    def unpack_single(cls, payload: bytes) -> Region:
+    def unpack_single(cls, payload: bytes) -> RegionPayload:
         """The region in the payload of ADD_MEM_REG or REM_MEM_REG (40 bytes)."""
         return cls(*_ONE_REGION.unpack(payload)[1:])
 
 
-def pack_memory_table(regions: list[Region]) -> bytes:
+def pack_memory_table(regions: list[RegionPayload]) -> bytes:
     """The payload of SET_MEM_TABLE."""
     return _TABLE_HEAD.pack(len(regions), 0) + b"".join(region.pack() for region in regions)
 
 
-def unpack_memory_table(payload: bytes) -> list[Region]:
-    """The regions of a SET_MEM_TABLE whose size fits their number."""
-    return [Region(*fields) for fields in _REGION.iter_unpack(payload[_TABLE_HEAD.size :])]
+def unpack_memory_table(payload: bytes) -> list[RegionPayload]:
+    """The regions of a SET_MEM_TABLE; `shapes` has checked that its size fits their number."""
+    return [RegionPayload(*fields) for fields in _REGION.iter_unpack(payload[_TABLE_HEAD.size :])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +296,7 @@ class ConfigAccess:
 
 @dataclass(frozen=True, slots=True)
 class LogRange:
-    """ "Log description": SET_LOG_BASE. Where in the file the dirty bitmap is."""
+    """ "Log description": SET_LOG_BASE. The dirty bitmap's range of its file, in bytes."""
 
     mmap_size: int
     mmap_offset: int
@@ -321,7 +321,7 @@ class InflightRange:
     queue_size: int
 
     def pack(self, length: int = 24) -> bytes:
-        """The payload's bytes: 20 of fields, and 4 of padding as C compilers add them."""
+        """The payload's bytes: 20 of fields, and the 4 bytes of padding that C compilers add."""
         fields = _INFLIGHT.pack(self.mmap_size, self.mmap_offset, self.num_queues, self.queue_size)
         return fields.ljust(length, b"\0")
 

@@ -1,9 +1,9 @@
 """Cuts a stream of bytes and file descriptors into messages, without I/O.
 
-The reader says how many bytes it wants next (`wanted`), never more than what is left of the
-header or the payload, so that descriptors of the next message cannot arrive with the end of this
-one. Descriptors may come with any byte of their message. The reader owns what it was fed until it
-hands out the message; `close()` closes what was left behind.
+The reader says how many bytes it wants next (`wanted`): never more than the rest of the header or
+of the payload, so that the next message's descriptors cannot arrive with the end of this one.
+Descriptors may come with any byte of their message. The reader owns them until it hands out the
+message; `close()` closes those of an incomplete one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from bridge.errors import ProtocolError
-from bridge.guest.vhost_user.messages import HEADER_BYTES, MAX_FDS, Header, Message
+from bridge.guest.vhost_user.messages import HEADER_BYTES, MAX_FDS, Message, MessageHeader
 
 
 class MessageReader:
@@ -19,7 +19,7 @@ class MessageReader:
 
     def __init__(self, *, replies: bool = False) -> None:
         self._replies = replies
-        self._header: Header | None = None
+        self._header: MessageHeader | None = None
         self._data = bytearray()
         self._fds: list[int] = []
         self.wanted = HEADER_BYTES
@@ -27,14 +27,14 @@ class MessageReader:
 
     @property
     def between_messages(self) -> bool:
-        """Nothing of a message has arrived: the stream may end here."""
+        """No part of a further message has arrived: the stream may end here."""
         return self._header is None and not self._data and not self._fds
 
     def feed_untrusted(self, data: bytes, fds: list[int]) -> Message | None:
         """Take 1 … `wanted` bytes and the descriptors that came with them.
 
-        Returns the message that is complete now, or None. Raises ProtocolError for a bad header
-        or more descriptors than any message has; the descriptors stay the reader's.
+        Returns the message if it is complete now, else None. Raises ProtocolError for a bad header
+        or more descriptors than any message has; the reader still owns the descriptors.
         """
         self._fds += fds
         if len(self._fds) > MAX_FDS:
@@ -44,7 +44,7 @@ class MessageReader:
         if self.wanted:
             return None
         if self._header is None:
-            self._header = Header.unpack_untrusted(bytes(self._data), reply=self._replies)
+            self._header = MessageHeader.unpack_untrusted(bytes(self._data), reply=self._replies)
             self._data.clear()
             self.wanted = self._header.size
             if self.wanted:
@@ -57,6 +57,6 @@ class MessageReader:
         return message
 
     def close(self) -> None:
-        """Close the descriptors of a message that never became complete."""
+        """Close the descriptors of an incomplete message."""
         while self._fds:
             os.close(self._fds.pop())

@@ -1,12 +1,11 @@
-"""The virtqueues of a session: what the front-end said about each, and their states.
+"""The virtqueues of a front-end session: their set-up and their states.
 
-vhost-user "Ring states". A ring is *started* by SET_VRING_KICK (as libvhost-user does it; waiting
-for the first kick would lose nothing, but polling drivers never kick) and stopped by
-GET_VRING_BASE. It is *enabled* by SET_VRING_ENABLE, or always when bit 30 was not negotiated. It
-is *live*, known to the device, from the moment when it is started, enabled and completely
-described until it is stopped; disabling a live ring only suspends it. NUM, ADDR, BASE, KICK,
-CALL, ERR and ENABLE may come in any order; whichever makes the description complete starts the
-ring.
+vhost-user "Ring states". SET_VRING_KICK makes a ring *started*, as in libvhost-user (waiting for
+the first kick instead would lose nothing, but a polling driver never kicks), and GET_VRING_BASE
+stops it. SET_VRING_ENABLE makes it *enabled*; without bit 30 it always is. It is *live*, which
+means that the device serves it, from the moment when it is started, enabled and completely
+described until it is stopped. Disabling a live ring only suspends it. NUM, ADDR, BASE, KICK, CALL,
+ERR and ENABLE may come in any order; the message that completes the description starts the ring.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from bridge.guest.vhost_user.device_interface import RingSetup, VhostUserDevice
 from bridge.guest.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     VRING_LOG,
-    Request,
+    MessageType,
     VringAddress,
     VringFile,
     VringState,
@@ -31,7 +30,7 @@ MAX_VRING_SIZE = 32768
 
 
 class Ring:
-    """What the front-end has said about one virtqueue, and the descriptors it gave."""
+    """The front-end's description of one virtqueue, and the descriptors that came with it."""
 
     __slots__ = (
         "address",
@@ -55,7 +54,7 @@ class Ring:
         self.forget_setup()
 
     def forget_setup(self) -> None:
-        """Back to the initial state, except for the descriptors."""
+        """Return to the initial state, but keep the descriptors."""
         self.size = 0
         self.address: VringAddress | None = None
         self.base = 0
@@ -66,7 +65,7 @@ class Ring:
 
     @property
     def complete(self) -> bool:
-        """Started, and described well enough to run."""
+        """Started and completely described, so that it can run."""
         return self.started and self.size > 0 and self.address is not None
 
 
@@ -77,20 +76,20 @@ class Rings:
         self._device = device
         self._all = [Ring(index) for index in range(device.max_queues)]
         self.features: int | None = None
-        """What was negotiated, with the session's own bits; None: nothing yet, no ring runs.
-        Call `features_changed` after setting it."""
+        """The negotiated features, with the session's own bits; None: not negotiated yet, so that
+        no ring runs. Call `features_changed` after setting it."""
 
-    def handlers(self) -> dict[Request, Handler]:
-        """Who does what about rings."""
+    def handlers(self) -> dict[MessageType, Handler]:
+        """The handlers of the messages about rings."""
         return {
-            Request.SET_VRING_NUM: self.set_vring_num,
-            Request.SET_VRING_ADDR: self.set_vring_addr,
-            Request.SET_VRING_BASE: self.set_vring_base,
-            Request.GET_VRING_BASE: self.get_vring_base,
-            Request.SET_VRING_KICK: self.set_vring_kick,
-            Request.SET_VRING_CALL: self.set_vring_call,
-            Request.SET_VRING_ERR: self.set_vring_err,
-            Request.SET_VRING_ENABLE: self.set_vring_enable,
+            MessageType.SET_VRING_NUM: self.set_vring_num,
+            MessageType.SET_VRING_ADDR: self.set_vring_addr,
+            MessageType.SET_VRING_BASE: self.set_vring_base,
+            MessageType.GET_VRING_BASE: self.get_vring_base,
+            MessageType.SET_VRING_KICK: self.set_vring_kick,
+            MessageType.SET_VRING_CALL: self.set_vring_call,
+            MessageType.SET_VRING_ERR: self.set_vring_err,
+            MessageType.SET_VRING_ENABLE: self.set_vring_enable,
         }
 
     @property
@@ -99,12 +98,12 @@ class Rings:
         return any(ring.live for ring in self._all)
 
     def features_changed(self) -> None:
-        """Rings may be enabled by it (no bit 30), or may run now at all."""
+        """Start the rings that may run with the new features: without bit 30 all are enabled."""
         for ring in self._all:
             self._start_if_ready(ring)
 
     async def stop_all(self) -> None:
-        """Stop every ring. Raises LeftBehind as `stop_ring` does, with all of them stopped."""
+        """Stop every ring. Raises LeftBehind as `stop_ring` does, after all have stopped."""
         left_behind: LeftBehind | None = None
         for ring in self._all:
             try:
@@ -115,12 +114,12 @@ class Rings:
             raise left_behind
 
     def forget_setups(self) -> None:
-        """Every (stopped) ring is in its initial state, but for its eventfds."""
+        """Return every ring to its initial state, but keep its eventfds. No ring may be live."""
         for ring in self._all:
             ring.forget_setup()
 
     def close(self) -> None:
-        """Close every eventfd; the device uses none of them any more."""
+        """Close every eventfd. The device must have stopped using them."""
         for ring in self._all:
             _close(ring.kick_fd)
             _close(ring.call_fd)
@@ -133,9 +132,9 @@ class Rings:
         return self._all[index]
 
     def _start_if_ready(self, ring: Ring) -> None:
-        """Tell the device to run, suspend or resume `ring`, whatever its state asks for.
+        """Have the device run, suspend or resume `ring`, as its state requires.
 
-        On ProtocolError the ring is stopped: it takes a new SET_VRING_KICK to try again.
+        After a ProtocolError the ring is stopped; only a new SET_VRING_KICK starts it again.
         """
         features = self.features
         if features is None:
@@ -178,10 +177,10 @@ class Rings:
         )
 
     async def _stop(self, ring: Ring) -> None:
-        """The ring is stopped afterwards, and its kick forgotten."""
+        """Stop the ring and forget its kick."""
         try:
             if ring.live:
-                # Whatever happens while waiting, the ring is not to be served again.
+                # Before waiting: if that fails or is cancelled, the ring must not be served again.
                 ring.live = False
                 ring.base = await self._device.stop_ring(ring.index)
         finally:
@@ -202,7 +201,7 @@ class Rings:
         self._start_if_ready(ring)
 
     async def set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
-        """Where the ring is. While it runs only the log flag may change (migration does that)."""
+        """Set the ring's addresses. While it runs only the log flag may change (migration)."""
         address = VringAddress.unpack(payload)
         ring = self._ring(address.index)
         if address.flags & ~VRING_LOG:
@@ -238,7 +237,7 @@ class Rings:
             raise ProtocolError(f"queue {state.index}: num is {state.num}, not 0")
         await self._stop(ring)
         answer = VringState(state.index, ring.base)
-        return Reply(pack_reply(Request.GET_VRING_BASE, answer.pack()))
+        return Reply(pack_reply(MessageType.GET_VRING_BASE, answer.pack()))
 
     async def set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         file = VringFile.unpack(payload)
@@ -248,7 +247,7 @@ class Rings:
             try:
                 self._device.set_kick(ring.index, new)
             except BaseException:
-                _close(new)  # the device goes on with the old one
+                _close(new)  # the device keeps the old one
                 raise
         old, ring.kick_fd = ring.kick_fd, new
         _close(old)
@@ -282,7 +281,7 @@ class Rings:
         if state.num not in (0, 1):
             raise ProtocolError(f"queue {state.index}: enable is {state.num}, not 0 or 1")
         if self.features is not None and not self.features & F_PROTOCOL_FEATURES:
-            # Rings are enabled from the start then; whoever says so anyway says nothing wrong.
+            # Rings are enabled from the start then. Enabling one again is harmless.
             if not state.num:
                 raise ProtocolError(f"queue {state.index}: disabled without bit 30")
             return
@@ -291,10 +290,10 @@ class Rings:
 
 
 def _take_eventfd(file: VringFile, fds: list[int]) -> int | None:
-    """The message's eventfd, kept from now on; None when it brought none.
+    """Take the message's eventfd out of `fds`, made non-blocking; None when it brought none.
 
-    The device writes to it and waits for it, so it must not be able to block or be anything
-    else: a pipe or a socket of somebody else's, for instance.
+    The device writes to it and waits for it. So it must not block, and must not be, for instance, a
+    pipe or a socket of another process.
     """
     if not file.has_fd:
         return None
@@ -309,7 +308,7 @@ def _is_eventfd(fd: int) -> bool:
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
     except OSError:
-        return True  # no /proc in this container: the device copes with errors
+        return True  # no /proc in this container: the device handles errors of the descriptor
 
 
 def _log_address(address: VringAddress) -> int | None:

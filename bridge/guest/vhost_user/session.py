@@ -1,21 +1,21 @@
 """One front-end's conversation with the back-end, without sockets.
 
-`handle(message)` takes a message, checks it, tells the device what it means, and returns the
-reply, if there is one to send. It is `async` only because the device must quiesce rings.
+`handle(message)` checks a message, calls the device for it, and returns the reply, if the message
+has one. It is `async` only because the device must quiesce rings.
 
 Rules that hold everywhere (vhost-user "Communication"):
 
-- A reply is sent only to a message that asks: requests with a reply of their own always, every
-  other one when it says need_reply and REPLY_ACK was negotiated (0 = done, 1 = refused). A front
-  end that gets a reply it does not expect is out of step for good.
-- A refused message changes nothing but what its method's text says. When nobody asked how it
-  went, refusing means ending the conversation (`ProtocolError` leaves `handle`).
+- Two kinds of messages get a reply: those with a reply of their own, always, and every other one
+  if it says need_reply and REPLY_ACK was negotiated (0 = done, 1 = refused). A reply that the
+  front-end does not expect would put it out of step until it disconnects.
+- A refused message changes nothing, except where its method's text says so. If the front-end did
+  not ask for an acknowledgement, refusing ends the conversation (`handle` raises `ProtocolError`).
 - Every descriptor that came with a message belongs to the session. Each is closed exactly once:
   at the end of `handle` unless a ring or the back-end channel keeps it, else when it is replaced,
   else in `close()`.
 
-What is about rings is in `rings`, what is about guest memory in `memory_table`; the rest is here:
-dispatch, features, status, configuration space, dirty log, in-flight region, back-end channel.
+`rings` handles the messages about rings, `memory_table` those about guest memory. The others are
+here: features, status, configuration space, dirty log, in-flight region, back-end channel.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from bridge.guest.vhost_user.messages import (
     InflightRange,
     LogRange,
     Message,
-    Region,
-    Request,
+    MessageType,
+    RegionPayload,
     pack_message,
     pack_reply,
     pack_u64,
@@ -70,20 +70,20 @@ _ALWAYS_OFFERED = (
 )
 
 _CONFIG_REQUEST_FLAGS = frozenset({0, 1, 2})
-"""By the specification 0 is the guest and 1 migration; by rust-vmm, which took them for bits, 1 is
-the guest and 2 migration. Told apart by length: a guest writes one field, of one byte."""
+"""In the specification 0 means the guest and 1 migration. In rust-vmm, which took them for bits, 1
+means the guest and 2 migration. The length tells which 1 it is: a guest writes a single byte."""
 
 _REPLY_HAS_NO_ERROR = frozenset(request for request, shape in SHAPES.items() if shape.replies) - {
-    Request.GET_CONFIG
+    MessageType.GET_CONFIG
 }
 
 
-class Session:
+class FrontEndSession:
     """The back-end's side of one connection. See the module's text.
 
     `send_to_front_end(fd, data)` puts a message into the front-end's back-end channel without
-    ever waiting; False means that the channel is dead. `on_refused(error)` is told why a message
-    is refused, `on_region(region, fd)` of guest memory.
+    waiting; False means that the channel is dead. `on_refused(error)` is called with the reason for
+    which a message is refused, `on_region(region, fd)` with each region of guest memory.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Session:
         send_to_front_end: Callable[[int, bytes], bool],
         *,
         on_refused: Callable[[Exception], None] | None = None,
-        on_region: Callable[[Region, int], None] | None = None,
+        on_region: Callable[[RegionPayload, int], None] | None = None,
     ) -> None:
         self._device = device
         self._send_to_front_end = send_to_front_end
@@ -100,42 +100,41 @@ class Session:
         self._status = 0
         self._rings = Rings(device)
         self._memory = MemoryTable(device, on_region)
-        self._on_refused = on_refused or _unobserved
+        self._on_refused = on_refused or _no_listener
         self._channel_fd: int | None = None
         self._config_changed = False
         self._closed = False
         self._handlers = self._own_handlers() | self._rings.handlers() | self._memory.handlers()
         device.listener = self
 
-    def _own_handlers(self) -> dict[Request, Handler]:
+    def _own_handlers(self) -> dict[MessageType, Handler]:
         return {
-            Request.GET_FEATURES: self._get_features,
-            Request.SET_FEATURES: self._set_features,
-            Request.SET_OWNER: self._set_owner,
-            Request.RESET_OWNER: self._reset_owner,
-            Request.SET_LOG_BASE: self._set_log_base,
-            Request.SET_LOG_FD: self._set_log_fd,
-            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
-            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
-            Request.GET_QUEUE_NUM: self._get_queue_num,
-            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
-            Request.GET_CONFIG: self._get_config,
-            Request.SET_CONFIG: self._set_config,
-            Request.GET_INFLIGHT_FD: self._get_inflight_fd,
-            Request.SET_INFLIGHT_FD: self._set_inflight_fd,
-            Request.RESET_DEVICE: self._reset_device,
-            Request.SET_STATUS: self._set_status,
-            Request.GET_STATUS: self._get_status,
+            MessageType.GET_FEATURES: self._get_features,
+            MessageType.SET_FEATURES: self._set_features,
+            MessageType.SET_OWNER: self._set_owner,
+            MessageType.RESET_OWNER: self._reset_owner,
+            MessageType.SET_LOG_BASE: self._set_log_base,
+            MessageType.SET_LOG_FD: self._set_log_fd,
+            MessageType.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            MessageType.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            MessageType.GET_QUEUE_NUM: self._get_queue_num,
+            MessageType.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
+            MessageType.GET_CONFIG: self._get_config,
+            MessageType.SET_CONFIG: self._set_config,
+            MessageType.GET_INFLIGHT_FD: self._get_inflight_fd,
+            MessageType.SET_INFLIGHT_FD: self._set_inflight_fd,
+            MessageType.RESET_DEVICE: self._reset_device,
+            MessageType.SET_STATUS: self._set_status,
+            MessageType.GET_STATUS: self._get_status,
         }
 
-    # The edge's side.
+    # For the caller, which has the socket.
 
     async def handle(self, message: Message) -> Reply | None:
-        """Do what `message` asks; the reply to send, if it asks for one.
+        """Do what `message` asks; return the reply to send, if there is one.
 
-        Takes over the message's descriptors. Raises ProtocolError or LeftBehind when the
-        conversation is over; then only `close()` may follow. Cancellation closes the descriptors,
-        too.
+        Takes over the message's descriptors, also when cancelled. Raises ProtocolError or
+        LeftBehind when the conversation is over; then only `close()` may follow.
         """
         try:
             return await self._answer(message)
@@ -145,9 +144,9 @@ class Session:
             self._tell_config_changed()
 
     async def close(self) -> None:
-        """The conversation is over: the device drops everything, every descriptor is closed.
+        """End the conversation: disconnect the device, close every descriptor.
 
-        Idempotent. Takes as long as the device needs to finish what is in flight (bounded).
+        Idempotent. Waits until the device has finished what is in flight; the device bounds that.
         """
         if self._closed:
             return
@@ -165,7 +164,7 @@ class Session:
         number = message.header.request
         try:
             try:
-                request = Request(number)
+                request = MessageType(number)
             except ValueError:
                 raise ProtocolError("unknown request") from None
             shape = SHAPES[request]
@@ -174,14 +173,15 @@ class Session:
             check_shape(request, message.payload, len(message.fds))
             reply = await self._handlers[request](message.payload, message.fds)
         except (ProtocolError, OSError) as error:
-            # OSError: a file or eventfd of the front-end's that does not do what one does.
+            # OSError: a file or eventfd of the front-end's that does not behave as one.
             self._on_refused(error)
             refusal = self._refusal(message)
             if refusal is None:
                 raise ProtocolError(f"{request_name(number)}: {error}") from error
             return refusal
         except LeftBehind:
-            # A stop is a promise that cannot be given: whoever migrates the guest has to see it.
+            # Answering the stop promises that everything is on the server. It is not, so the
+            # front-end has to see the stop fail before it starts the guest on another host.
             refusal = self._refusal(message)
             if refusal is None:
                 raise
@@ -195,9 +195,9 @@ class Session:
         return Reply(pack_reply(message.header.request, pack_u64(result)))
 
     def _refusal(self, message: Message) -> Reply | None:
-        """How to say no to `message`; None when there is no way but to hang up."""
+        """The reply that refuses `message`; None when only hanging up refuses it."""
         request = message.header.request
-        if request == Request.GET_CONFIG:
+        if request == MessageType.GET_CONFIG:
             # "uses zero length of payload to indicate an error"
             return Reply(pack_reply(request, b""))
         if request in _REPLY_HAS_NO_ERROR:
@@ -219,10 +219,10 @@ class Session:
         return features
 
     async def _get_features(self, payload: bytes, fds: list[int]) -> Reply:
-        return reply_u64(Request.GET_FEATURES, self._offered_features())
+        return reply_u64(MessageType.GET_FEATURES, self._offered_features())
 
     async def _set_features(self, payload: bytes, fds: list[int]) -> None:
-        """New features, or only LOG_ALL toggled: migration does that while rings run."""
+        """Set the features. While rings run only LOG_ALL may change, as in a migration."""
         features = unpack_u64(payload)
         surplus = features & ~self._offered_features()
         if surplus:
@@ -238,7 +238,7 @@ class Session:
         self._rings.features_changed()
 
     async def _get_protocol_features(self, payload: bytes, fds: list[int]) -> Reply:
-        return reply_u64(Request.GET_PROTOCOL_FEATURES, self._offered_protocol_features())
+        return reply_u64(MessageType.GET_PROTOCOL_FEATURES, self._offered_protocol_features())
 
     async def _set_protocol_features(self, payload: bytes, fds: list[int]) -> None:
         features = unpack_u64(payload)
@@ -248,18 +248,18 @@ class Session:
         self._protocol_features = features
 
     async def _get_queue_num(self, payload: bytes, fds: list[int]) -> Reply:
-        return reply_u64(Request.GET_QUEUE_NUM, self._device.max_queues)
+        return reply_u64(MessageType.GET_QUEUE_NUM, self._device.max_queues)
 
     # Owner, status, reset.
 
     async def _set_owner(self, payload: bytes, fds: list[int]) -> None:
-        """There is one front-end per connection, and it is the owner."""
+        """Does nothing: a connection has one front-end, and that is the owner."""
 
     async def _reset_owner(self, payload: bytes, fds: list[int]) -> None:
-        """Deprecated. "It's better to just ignore this message"."""
+        """Does nothing. Deprecated: "It's better to just ignore this message"."""
 
     async def _set_status(self, payload: bytes, fds: list[int]) -> None:
-        """The driver's status byte; 0 is a virtio reset: rings stop, negotiation goes on."""
+        """Set the driver's status byte. 0 is a virtio reset: rings stop, features stay."""
         status = unpack_u64(payload)
         if status > 0xFF:
             raise ProtocolError(f"status {status:#x} is more than a byte")
@@ -271,14 +271,14 @@ class Session:
         status = self._status
         if self._rings.features is None:
             status &= ~STATUS_FEATURES_OK
-        return reply_u64(Request.GET_STATUS, status)
+        return reply_u64(MessageType.GET_STATUS, status)
 
     async def _reset_device(self, payload: bytes, fds: list[int]) -> None:
-        """Initial state for a new driver; memory, descriptors and protocol features stay."""
+        """Return to the state for a new driver; memory, descriptors, protocol features stay."""
         try:
             await self._rings.stop_all()
         finally:
-            # Whatever the stop left behind: the driver has forgotten what it had in flight.
+            # Also if the stop failed: the driver has forgotten its requests in flight.
             await self._device.reset()
             self._rings.forget_setups()
             self._rings.features = None
@@ -293,7 +293,7 @@ class Session:
         data = self._device.read_config(access.offset, access.size)
         assert len(data) == access.size
         answer = ConfigAccess(access.offset, access.size, access.flags, data)
-        return Reply(pack_reply(Request.GET_CONFIG, answer.pack()))
+        return Reply(pack_reply(MessageType.GET_CONFIG, answer.pack()))
 
     async def _set_config(self, payload: bytes, fds: list[int]) -> None:
         access = ConfigAccess.unpack(payload)
@@ -310,17 +310,17 @@ class Session:
         log = LogRange.unpack(payload)
         check_range(log.mmap_offset, log.mmap_size)
         self._device.set_log(fds[0], log.mmap_offset, log.mmap_size)
-        return reply_u64(Request.SET_LOG_BASE, 0)
+        return reply_u64(MessageType.SET_LOG_BASE, 0)
 
     async def _set_log_fd(self, payload: bytes, fds: list[int]) -> None:
-        """An eventfd for a logger that wants to be woken. No front-end sends it; not used."""
+        """Does nothing with the eventfd, which would wake a logger. No front-end sends one."""
 
     async def _get_inflight_fd(self, payload: bytes, fds: list[int]) -> Reply:
         wanted = InflightRange.unpack(payload)
         self._check_inflight(wanted)
         fd, size_bytes = self._device.create_inflight(wanted.num_queues, wanted.queue_size)
         answer = InflightRange(size_bytes, 0, wanted.num_queues, wanted.queue_size)
-        return Reply(pack_reply(Request.GET_INFLIGHT_FD, answer.pack(len(payload))), fd)
+        return Reply(pack_reply(MessageType.GET_INFLIGHT_FD, answer.pack(len(payload))), fd)
 
     async def _set_inflight_fd(self, payload: bytes, fds: list[int]) -> None:
         region = InflightRange.unpack(payload)
@@ -365,9 +365,10 @@ class Session:
     def _tell_config_changed(self) -> None:
         """Send CONFIG_CHANGE, if it is due and allowed.
 
-        While no ring runs the device is suspended and sends nothing (vhost-user "Suspended device
-        state"): it is then sent when the first ring starts. No acknowledgement is asked for:
-        QEMU answers by reading the config space on the main socket, and waiting would hang both.
+        While no ring runs the device is suspended and may not send (vhost-user "Suspended device
+        state"): the message goes out when the first ring starts. It does not ask for an
+        acknowledgement: QEMU first reads the config space on the main socket, so that waiting for
+        one would hang both sides.
         """
         if not self._config_changed or not self._rings.any_live:
             return
@@ -379,5 +380,5 @@ class Session:
             self._close_channel()
 
 
-def _unobserved(error: Exception) -> None:
-    """Nobody wants to know."""
+def _no_listener(error: Exception) -> None:
+    """The default of `on_refused`."""

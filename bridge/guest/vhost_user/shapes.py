@@ -1,8 +1,8 @@
-"""What every request must look like: one table, and one function that holds a message against it.
+"""The legal form of every message: one table, and one function that checks a message against it.
 
-`SHAPES` says, for every request that a back-end knows, how long its payload is, how many file
+`SHAPES` says, for every message that a back-end knows, how long its payload is, how many file
 descriptors come with it, whether it has a reply of its own, and which protocol feature must have
-been negotiated. What is not in it is unknown.
+been negotiated. Any other message is unknown.
 
 Source: vhost-user "Front-end message types".
 """
@@ -26,7 +26,7 @@ from bridge.guest.vhost_user.messages import (
     P_STATUS,
     REGION_BYTES,
     TABLE_HEAD_BYTES,
-    Request,
+    MessageType,
     VringFile,
 )
 
@@ -34,7 +34,7 @@ _U32 = struct.Struct("=I")
 
 
 def _table_size(payload: bytes) -> int:
-    """What SET_MEM_TABLE's length must be, by the number of regions that it says it has."""
+    """The length that SET_MEM_TABLE must have, by its number of regions."""
     if len(payload) < TABLE_HEAD_BYTES:
         return TABLE_HEAD_BYTES
     (count,) = _U32.unpack_from(payload)
@@ -42,7 +42,7 @@ def _table_size(payload: bytes) -> int:
 
 
 def _config_size(payload: bytes) -> int:
-    """What GET_CONFIG's and SET_CONFIG's length must be, by the size field."""
+    """The length that GET_CONFIG and SET_CONFIG must have, by their size field."""
     if len(payload) < CONFIG_HEAD_BYTES:
         return CONFIG_HEAD_BYTES
     (size,) = _U32.unpack_from(payload, 4)
@@ -59,14 +59,14 @@ def _vring_fds(payload: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a request looks: legal payload sizes, descriptor counts, and what it needs and gets."""
+    """The form of a message: payload sizes, descriptor counts, its reply, the feature it needs."""
 
     sizes: tuple[int, ...] | Callable[[bytes], int] = (0,)
     """Legal lengths in bytes, or a function of the payload that gives the only legal one."""
     fds: tuple[int, ...] | Callable[[bytes], int] = (0,)
     """Legal numbers of descriptors, or a function of the (size-checked) payload."""
     replies: bool = False
-    """Has a reply of its own, and then never a REPLY_ACK one."""
+    """It has a reply of its own, so that REPLY_ACK never applies."""
     feature: int = 0
     """The protocol feature that must have been negotiated; 0: none."""
 
@@ -74,41 +74,41 @@ class Shape:
 _STATE_SHAPE = Shape((8,))
 _VRING_FILE_SHAPE = Shape((8,), _vring_fds)
 
-SHAPES: dict[Request, Shape] = {
-    Request.GET_FEATURES: Shape(replies=True),
-    Request.SET_FEATURES: Shape((8,)),
-    Request.SET_OWNER: Shape(),
-    Request.RESET_OWNER: Shape(),
-    Request.SET_MEM_TABLE: Shape(_table_size, _table_fds),
-    Request.SET_LOG_BASE: Shape((16,), (1,), replies=True, feature=P_LOG_SHMFD),
-    Request.SET_LOG_FD: Shape((0,), (1,)),
-    Request.SET_VRING_NUM: _STATE_SHAPE,
-    Request.SET_VRING_ADDR: Shape((40,)),
-    Request.SET_VRING_BASE: _STATE_SHAPE,
-    Request.GET_VRING_BASE: Shape((8,), replies=True),
-    Request.SET_VRING_KICK: _VRING_FILE_SHAPE,
-    Request.SET_VRING_CALL: _VRING_FILE_SHAPE,
-    Request.SET_VRING_ERR: _VRING_FILE_SHAPE,
-    Request.GET_PROTOCOL_FEATURES: Shape(replies=True),
-    Request.SET_PROTOCOL_FEATURES: Shape((8,)),
-    Request.GET_QUEUE_NUM: Shape(replies=True, feature=P_MQ),
-    Request.SET_VRING_ENABLE: _STATE_SHAPE,
-    Request.SET_BACKEND_REQ_FD: Shape((0,), (1,), feature=P_BACKEND_REQ),
-    Request.GET_CONFIG: Shape(_config_size, replies=True, feature=P_CONFIG),
-    Request.SET_CONFIG: Shape(_config_size, feature=P_CONFIG),
-    Request.GET_INFLIGHT_FD: Shape((20, 24), replies=True, feature=P_INFLIGHT_SHMFD),
-    Request.SET_INFLIGHT_FD: Shape((20, 24), (1,), feature=P_INFLIGHT_SHMFD),
-    Request.RESET_DEVICE: Shape(feature=P_RESET_DEVICE),
-    Request.GET_MAX_MEM_SLOTS: Shape(replies=True, feature=P_CONFIGURE_MEM_SLOTS),
-    Request.ADD_MEM_REG: Shape((40,), (1,), feature=P_CONFIGURE_MEM_SLOTS),
-    Request.REM_MEM_REG: Shape((40,), (0, 1), feature=P_CONFIGURE_MEM_SLOTS),
-    Request.SET_STATUS: Shape((8,), feature=P_STATUS),
-    Request.GET_STATUS: Shape(replies=True, feature=P_STATUS),
+SHAPES: dict[MessageType, Shape] = {
+    MessageType.GET_FEATURES: Shape(replies=True),
+    MessageType.SET_FEATURES: Shape((8,)),
+    MessageType.SET_OWNER: Shape(),
+    MessageType.RESET_OWNER: Shape(),
+    MessageType.SET_MEM_TABLE: Shape(_table_size, _table_fds),
+    MessageType.SET_LOG_BASE: Shape((16,), (1,), replies=True, feature=P_LOG_SHMFD),
+    MessageType.SET_LOG_FD: Shape((0,), (1,)),
+    MessageType.SET_VRING_NUM: _STATE_SHAPE,
+    MessageType.SET_VRING_ADDR: Shape((40,)),
+    MessageType.SET_VRING_BASE: _STATE_SHAPE,
+    MessageType.GET_VRING_BASE: Shape((8,), replies=True),
+    MessageType.SET_VRING_KICK: _VRING_FILE_SHAPE,
+    MessageType.SET_VRING_CALL: _VRING_FILE_SHAPE,
+    MessageType.SET_VRING_ERR: _VRING_FILE_SHAPE,
+    MessageType.GET_PROTOCOL_FEATURES: Shape(replies=True),
+    MessageType.SET_PROTOCOL_FEATURES: Shape((8,)),
+    MessageType.GET_QUEUE_NUM: Shape(replies=True, feature=P_MQ),
+    MessageType.SET_VRING_ENABLE: _STATE_SHAPE,
+    MessageType.SET_BACKEND_REQ_FD: Shape((0,), (1,), feature=P_BACKEND_REQ),
+    MessageType.GET_CONFIG: Shape(_config_size, replies=True, feature=P_CONFIG),
+    MessageType.SET_CONFIG: Shape(_config_size, feature=P_CONFIG),
+    MessageType.GET_INFLIGHT_FD: Shape((20, 24), replies=True, feature=P_INFLIGHT_SHMFD),
+    MessageType.SET_INFLIGHT_FD: Shape((20, 24), (1,), feature=P_INFLIGHT_SHMFD),
+    MessageType.RESET_DEVICE: Shape(feature=P_RESET_DEVICE),
+    MessageType.GET_MAX_MEM_SLOTS: Shape(replies=True, feature=P_CONFIGURE_MEM_SLOTS),
+    MessageType.ADD_MEM_REG: Shape((40,), (1,), feature=P_CONFIGURE_MEM_SLOTS),
+    MessageType.REM_MEM_REG: Shape((40,), (0, 1), feature=P_CONFIGURE_MEM_SLOTS),
+    MessageType.SET_STATUS: Shape((8,), feature=P_STATUS),
+    MessageType.GET_STATUS: Shape(replies=True, feature=P_STATUS),
 }
 
 
-def check_shape(request: Request, payload: bytes, fd_count: int) -> None:
-    """Raises ProtocolError unless `request` may have this payload size and descriptor count."""
+def check_shape(request: MessageType, payload: bytes, fd_count: int) -> None:
+    """Raise ProtocolError unless `request` may have this payload size and descriptor count."""
     shape = SHAPES[request]
     sizes = (shape.sizes(payload),) if callable(shape.sizes) else shape.sizes
     if len(payload) not in sizes:

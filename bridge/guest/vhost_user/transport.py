@@ -1,4 +1,4 @@
-"""Messages over a non-blocking unix socket, descriptors included: the trio edge of both sides."""
+"""Messages and descriptors over a non-blocking unix socket, for the back-end and the front-end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTROL_BYTES = socket.CMSG_SPACE(MAX_FDS * _FD.itemsize)
 
 
 class Transport:
-    """One connection. Owns its socket; `close()` also closes what arrived of half a message."""
+    """One connection. Owns its socket; `close()` also closes descriptors of half a message."""
 
     def __init__(self, sock: socket.socket, *, replies: bool) -> None:
         sock.setblocking(False)
@@ -27,8 +27,8 @@ class Transport:
     async def receive(self) -> Message | None:
         """The next message, whose descriptors the caller owns; None at the stream's end.
 
-        Raises ProtocolError for bytes that are no message or end in the middle of one, and
-        ConnectionLost. Cancellation loses nothing: what has arrived is kept for the next call.
+        Raises ProtocolError for a malformed or truncated message, and ConnectionLost. After a
+        cancellation the next call goes on with the bytes that have arrived.
         """
         reader = self._reader
         while True:
@@ -63,9 +63,10 @@ class Transport:
         return data, fds
 
     async def send(self, data: bytes, fds: list[int] | None = None) -> None:
-        """Send a whole message; `fds` travel with its first byte and stay the caller's.
+        """Send a whole message. `fds` travel with its first byte; the caller still owns them.
 
-        Raises ConnectionLost. After cancellation half a message may be out: close, do not go on.
+        Raises ConnectionLost. After a cancellation part of the message may have been sent, so that
+        only `close()` is left.
         """
         control = []
         if fds:
@@ -84,7 +85,7 @@ class Transport:
 
     @property
     def is_open(self) -> bool:
-        """The other side has not hung up; does not wait and takes nothing."""
+        """The other side has not hung up. Does not wait, and takes no bytes from the stream."""
         try:
             return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:

@@ -1,8 +1,8 @@
-"""Guest memory that the front-end does not share: the beginner's mistake, told once.
+"""Tells the operator, once, that the front-end does not share the guest's memory.
 
-QEMU without `share=on` sends no memory at all, and the first ring is at an address that nobody
-knows; or it sends a file that it has mapped privately, and then the guest and we look at different
-pages, without an error anywhere.
+That is a common mistake. QEMU without `share=on` sends no memory at all, so that the first ring is
+at an unknown address. Or it sends a file that it has mapped privately: then the guest and the
+bridge look at different pages, and no error shows it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from struct import Struct
 import structlog
 
 from bridge.errors import NoMemory
-from bridge.guest.vhost_user.messages import Region
+from bridge.guest.vhost_user.messages import RegionPayload
 
 log = structlog.get_logger(__name__)
 
 _PEER = Struct("3i")
 """`struct ucred`: process, user, group."""
 _LOOKS_MAX = 8
-"""Regions of one front-end that are looked at: each look reads the list of all its mappings."""
+"""Regions of one front-end that are checked: each check reads the list of all its mappings."""
 
 
 class UnsharedMemory:
-    """Looks at what the front-ends of one back-end share, and tells the operator once."""
+    """Checks whether the front-ends of one back-end share their memory; logs an error once."""
 
     def __init__(self) -> None:
         self._told = False
@@ -37,11 +37,11 @@ class UnsharedMemory:
         if isinstance(error, NoMemory):
             self._tell("it shares none")
 
-    def of(self, front_end: socket.socket) -> Callable[[Region, int], None]:
-        """What is to be told of each region, and its file, that comes from `front_end`."""
+    def of(self, front_end: socket.socket) -> Callable[[RegionPayload, int], None]:
+        """A function to call with each region of `front_end` and the descriptor of its file."""
         looks = count()
 
-        def seen(region: Region, fd: int) -> None:
+        def seen(region: RegionPayload, fd: int) -> None:
             if self._told or next(looks) >= _LOOKS_MAX:
                 return
             if _maps_privately(front_end, region.user_address, fd):
@@ -63,9 +63,9 @@ class UnsharedMemory:
 
 
 def _maps_privately(front_end: socket.socket, address: int, fd: int) -> bool:
-    """Whether the front-end has the file `fd` at `address`, as a private copy.
+    """Whether the front-end has mapped the file `fd` privately at `address`.
 
-    False where that cannot be found out: a front-end of another user, or of another namespace.
+    False where that cannot be read: a front-end of another user, or in another namespace.
     """
     try:
         peer = front_end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)

@@ -158,7 +158,7 @@ def _child(directory: Path, words: set[str]) -> None:
 def main() -> None:
     """Fork a back-end for each line on standard input; end with it."""
     directory = Path(sys.argv[1])
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     children = []
     for line in sys.stdin:
         pid = os.fork()

@@ -12,10 +12,10 @@ from bridge.guest.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
     VERSION,
-    Header,
     Message,
-    Region,
-    Request,
+    MessageHeader,
+    MessageType,
+    RegionPayload,
     VringAddress,
     VringFile,
     VringState,
@@ -23,7 +23,7 @@ from bridge.guest.vhost_user.messages import (
     unpack_u64,
 )
 from bridge.guest.vhost_user.reply import Reply
-from bridge.guest.vhost_user.session import Session
+from bridge.guest.vhost_user.session import FrontEndSession
 
 F_VERSION_1 = 1 << 32
 F_PACKED = 1 << 34
@@ -190,7 +190,7 @@ class Talk:
     channel_alive: bool = True
 
     def __post_init__(self) -> None:
-        self.session = Session(self.device, self._send)
+        self.session = FrontEndSession(self.device, self._send)
 
     def _send(self, fd: int, data: bytes) -> bool:
         os.fstat(fd)
@@ -207,7 +207,7 @@ class Talk:
     ) -> Reply | None:
         """One message, whose descriptors the session takes over."""
         flags = VERSION | (FLAG_NEED_REPLY if need_reply else 0)
-        header = Header(request, flags, len(payload))
+        header = MessageHeader(request, flags, len(payload))
         return await self.session.handle(Message(header, payload, fds or []))
 
     async def ask(self, request: int, payload: bytes = b"", fds: list[int] | None = None) -> int:
@@ -218,24 +218,24 @@ class Talk:
 
     async def negotiate(self, features: int = F_VERSION_1 | F_PROTOCOL_FEATURES) -> None:
         """Take `features` and every protocol feature."""
-        offered = await self.send(Request.GET_PROTOCOL_FEATURES)
+        offered = await self.send(MessageType.GET_PROTOCOL_FEATURES)
         assert offered is not None
-        await self.send(Request.SET_PROTOCOL_FEATURES, offered.data[12:])
-        await self.send(Request.SET_OWNER)
-        await self.send(Request.SET_FEATURES, pack_u64(features))
+        await self.send(MessageType.SET_PROTOCOL_FEATURES, offered.data[12:])
+        await self.send(MessageType.SET_OWNER)
+        await self.send(MessageType.SET_FEATURES, pack_u64(features))
 
     async def set_up_ring(self, index: int = 0, *, size: int = 128, base: int = 0) -> None:
         """Describe a ring and start it; with bit 30 it still has to be enabled."""
-        await self.send(Request.SET_VRING_NUM, VringState(index, size).pack())
-        await self.send(Request.SET_VRING_BASE, VringState(index, base).pack())
-        await self.send(Request.SET_VRING_ADDR, ring_address(index).pack())
-        await self.send(Request.SET_VRING_KICK, VringFile(index, True).pack(), [eventfd()])
-        await self.send(Request.SET_VRING_CALL, VringFile(index, True).pack(), [eventfd()])
+        await self.send(MessageType.SET_VRING_NUM, VringState(index, size).pack())
+        await self.send(MessageType.SET_VRING_BASE, VringState(index, base).pack())
+        await self.send(MessageType.SET_VRING_ADDR, ring_address(index).pack())
+        await self.send(MessageType.SET_VRING_KICK, VringFile(index, True).pack(), [eventfd()])
+        await self.send(MessageType.SET_VRING_CALL, VringFile(index, True).pack(), [eventfd()])
 
     async def run_ring(self, index: int = 0) -> None:
         """Describe a ring, start it and enable it."""
         await self.set_up_ring(index)
-        await self.send(Request.SET_VRING_ENABLE, VringState(index, 1).pack())
+        await self.send(MessageType.SET_VRING_ENABLE, VringState(index, 1).pack())
 
 
 def ring_address(index: int = 0, *, flags: int = 0, log: int = 0, shift: int = 0) -> VringAddress:
@@ -246,9 +246,9 @@ def ring_address(index: int = 0, *, flags: int = 0, log: int = 0, shift: int = 0
     )
 
 
-def region(number: int = 0, *, size_bytes: int = 1 << 20) -> Region:
+def region(number: int = 0, *, size_bytes: int = 1 << 20) -> RegionPayload:
     """The number-th region of the fake memory."""
-    return Region(number << 24, size_bytes, 0x7000_0000_0000 + (number << 24), 0)
+    return RegionPayload(number << 24, size_bytes, 0x7000_0000_0000 + (number << 24), 0)
 
 
 def eventfd() -> int:

@@ -34,8 +34,8 @@ from bridge.guest.vhost_user.messages import (
     InflightRange,
     LogRange,
     Message,
-    Region,
-    Request,
+    MessageType,
+    RegionPayload,
     VringAddress,
     VringFile,
     VringState,
@@ -45,7 +45,7 @@ from bridge.guest.vhost_user.messages import (
     unpack_u64,
 )
 from bridge.guest.vhost_user.reader import MessageReader
-from bridge.guest.vhost_user.session import Session
+from bridge.guest.vhost_user.session import FrontEndSession
 from bridge.guest.vhost_user.shapes import SHAPES
 from bridge.guest.virtio.blk_config import DiskGeometry
 from tests.guest.device_guest import StorageSide
@@ -106,9 +106,9 @@ def u32(dice: Dice, *usual: int) -> int:
     return u64(dice, *usual) & 0xFFFFFFFF
 
 
-def _region(dice: Dice) -> Region:
+def _region(dice: Dice) -> RegionPayload:
     number = dice.number(0, 3)
-    return Region(
+    return RegionPayload(
         u64(dice, number * MEMORY_BYTES),
         u64(dice, MEMORY_BYTES, MEMORY_BYTES, 4096),
         u64(dice, USER_BASE + number * MEMORY_BYTES),
@@ -157,41 +157,41 @@ def _inflight(dice: Dice) -> bytes:
     ).pack(dice.choose((20, 24)))
 
 
-_PAYLOADS: dict[Request, Callable[[Dice], bytes]] = {
-    Request.SET_FEATURES: _features,
-    Request.SET_PROTOCOL_FEATURES: lambda dice: pack_u64(
+_PAYLOADS: dict[MessageType, Callable[[Dice], bytes]] = {
+    MessageType.SET_FEATURES: _features,
+    MessageType.SET_PROTOCOL_FEATURES: lambda dice: pack_u64(
         u64(dice, 0x1922B, 0x19229, P_REPLY_ACK, 0)
     ),
-    Request.SET_MEM_TABLE: lambda dice: pack_memory_table(
+    MessageType.SET_MEM_TABLE: lambda dice: pack_memory_table(
         [_region(dice) for _ in range(dice.choose((0, 1, 1, 2, 2, 8, 9)))]
     ),
-    Request.SET_LOG_BASE: lambda dice: LogRange(u64(dice, 4096), u64(dice, 0)).pack(),
-    Request.SET_VRING_NUM: lambda dice: _state(dice, 64, 128),
-    Request.SET_VRING_ADDR: _address,
-    Request.SET_VRING_BASE: lambda dice: _state(dice, 0, 5, 65535),
-    Request.GET_VRING_BASE: lambda dice: _state(dice, 0),
-    Request.SET_VRING_KICK: _file,
-    Request.SET_VRING_CALL: _file,
-    Request.SET_VRING_ERR: _file,
-    Request.SET_VRING_ENABLE: lambda dice: _state(dice, 0, 1, 1, 1),
-    Request.GET_CONFIG: _config,
-    Request.SET_CONFIG: _config,
-    Request.GET_INFLIGHT_FD: _inflight,
-    Request.SET_INFLIGHT_FD: _inflight,
-    Request.ADD_MEM_REG: lambda dice: _region(dice).pack_single(),
-    Request.REM_MEM_REG: lambda dice: _region(dice).pack_single(),
-    Request.SET_STATUS: lambda dice: pack_u64(u64(dice, 0, 1, 3, 11, 15)),
+    MessageType.SET_LOG_BASE: lambda dice: LogRange(u64(dice, 4096), u64(dice, 0)).pack(),
+    MessageType.SET_VRING_NUM: lambda dice: _state(dice, 64, 128),
+    MessageType.SET_VRING_ADDR: _address,
+    MessageType.SET_VRING_BASE: lambda dice: _state(dice, 0, 5, 65535),
+    MessageType.GET_VRING_BASE: lambda dice: _state(dice, 0),
+    MessageType.SET_VRING_KICK: _file,
+    MessageType.SET_VRING_CALL: _file,
+    MessageType.SET_VRING_ERR: _file,
+    MessageType.SET_VRING_ENABLE: lambda dice: _state(dice, 0, 1, 1, 1),
+    MessageType.GET_CONFIG: _config,
+    MessageType.SET_CONFIG: _config,
+    MessageType.GET_INFLIGHT_FD: _inflight,
+    MessageType.SET_INFLIGHT_FD: _inflight,
+    MessageType.ADD_MEM_REG: lambda dice: _region(dice).pack_single(),
+    MessageType.REM_MEM_REG: lambda dice: _region(dice).pack_single(),
+    MessageType.SET_STATUS: lambda dice: pack_u64(u64(dice, 0, 1, 3, 11, 15)),
 }
 
 _REQUESTS = (
-    *tuple(Request),
-    Request.SET_VRING_NUM,
-    Request.SET_VRING_ADDR,
-    Request.SET_VRING_KICK,
-    Request.SET_VRING_KICK,
-    Request.SET_VRING_ENABLE,
-    Request.SET_MEM_TABLE,
-    Request.SET_FEATURES,
+    *tuple(MessageType),
+    MessageType.SET_VRING_NUM,
+    MessageType.SET_VRING_ADDR,
+    MessageType.SET_VRING_KICK,
+    MessageType.SET_VRING_KICK,
+    MessageType.SET_VRING_ENABLE,
+    MessageType.SET_MEM_TABLE,
+    MessageType.SET_FEATURES,
 )
 
 
@@ -224,15 +224,19 @@ def _fds(dice: Dice, request: int, payload: bytes) -> list[int]:
     """Mostly as many and of the kind that the request wants."""
     makers = (_eventfd, _memory_file, _socket, _null)
     try:
-        shape = SHAPES[Request(request)]
+        shape = SHAPES[MessageType(request)]
         count = shape.fds(payload) if callable(shape.fds) else dice.choose(shape.fds)
     except Exception:
         count = dice.number(0, 2)
     if rarely(dice):
         count = dice.number(0, 8)
-    if request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
+    if request in (
+        MessageType.SET_VRING_KICK,
+        MessageType.SET_VRING_CALL,
+        MessageType.SET_VRING_ERR,
+    ):
         usual: Callable[[Dice], int] = _eventfd
-    elif request == Request.SET_BACKEND_REQ_FD:
+    elif request == MessageType.SET_BACKEND_REQ_FD:
         usual = _socket
     else:
         usual = _memory_file
@@ -242,7 +246,7 @@ def _fds(dice: Dice, request: int, payload: bytes) -> list[int]:
 def any_message(dice: Dice) -> tuple[bytes, list[int]]:
     """A whole message (header and payload) and its descriptors."""
     request: int = dice.choose(_REQUESTS)
-    make = _PAYLOADS.get(Request(request))
+    make = _PAYLOADS.get(MessageType(request))
     payload = make(dice) if make is not None else b""
     if rarely(dice):
         payload = dice.choose((payload[:-1], payload + b"\0", b"", dice.blob(len(payload))))
@@ -255,17 +259,17 @@ def any_message(dice: Dice) -> tuple[bytes, list[int]]:
 
 
 _OPENING = (
-    (Request.SET_PROTOCOL_FEATURES, pack_u64(0x18229)),
-    (Request.SET_FEATURES, pack_u64(1 << 32 | F_PROTOCOL_FEATURES)),
-    (Request.SET_MEM_TABLE, pack_memory_table([Region(0, MEMORY_BYTES, USER_BASE, 0)])),
-    (Request.SET_VRING_NUM, VringState(0, 128).pack()),
+    (MessageType.SET_PROTOCOL_FEATURES, pack_u64(0x18229)),
+    (MessageType.SET_FEATURES, pack_u64(1 << 32 | F_PROTOCOL_FEATURES)),
+    (MessageType.SET_MEM_TABLE, pack_memory_table([RegionPayload(0, MEMORY_BYTES, USER_BASE, 0)])),
+    (MessageType.SET_VRING_NUM, VringState(0, 128).pack()),
     (
-        Request.SET_VRING_ADDR,
+        MessageType.SET_VRING_ADDR,
         VringAddress(0, 0, USER_BASE, USER_BASE + 0x3000, USER_BASE + 0x2000, 0).pack(),
     ),
-    (Request.SET_VRING_KICK, VringFile(0, True).pack()),
-    (Request.SET_VRING_CALL, VringFile(0, True).pack()),
-    (Request.SET_VRING_ENABLE, VringState(0, 1).pack()),
+    (MessageType.SET_VRING_KICK, VringFile(0, True).pack()),
+    (MessageType.SET_VRING_CALL, VringFile(0, True).pack()),
+    (MessageType.SET_VRING_ENABLE, VringState(0, 1).pack()),
 )
 
 
@@ -283,7 +287,7 @@ async def converse(dice: Dice, device: VhostUserDevice, *, turn: Callable[[], No
     Raises AssertionError when a rule of the session is broken, and whatever escapes from it.
     `turn` is called after each message: the data path's turn.
     """
-    session = Session(device, lambda fd, data: dice.number(0, 3) > 0)
+    session = FrontEndSession(device, lambda fd, data: dice.number(0, 3) > 0)
     reader = MessageReader()
     handled = 0
     try:
@@ -326,13 +330,13 @@ def _feed(dice: Dice, reader: MessageReader, data: bytes, fds: list[int]) -> Mes
     return None
 
 
-async def _handle(session: Session, message: Message) -> None:
+async def _handle(session: FrontEndSession, message: Message) -> None:
     """Have a message handled, and see that it is answered exactly when it asks for it."""
     header = message.header
     reply = await session.handle(message)
     assert message.fds == []
     try:
-        own_reply = SHAPES[Request(header.request)].replies
+        own_reply = SHAPES[MessageType(header.request)].replies
     except ValueError:
         own_reply = False
     if own_reply:

@@ -29,9 +29,9 @@ from bridge.guest.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     VERSION,
     ConfigAccess,
-    Header,
-    Region,
-    Request,
+    MessageHeader,
+    MessageType,
+    RegionPayload,
     VringFile,
     VringState,
     pack_memory_table,
@@ -64,22 +64,22 @@ async def hangs_up(front_end: FrontEnd) -> None:
 
 
 BAD_STREAMS = {
-    "version 0": Header(Request.GET_FEATURES, 0, 0).pack(),
-    "version 3": Header(Request.GET_FEATURES, 3, 0).pack(),
-    "a reply": Header(Request.GET_FEATURES, 5, 8).pack() + bytes(8),
-    "payload of 4 GiB": Header(Request.SET_MEM_TABLE, 1, 0xFFFFFFFF).pack(),
-    "payload over the limit": Header(Request.SET_CONFIG, 1, 4096).pack(),
+    "version 0": MessageHeader(MessageType.GET_FEATURES, 0, 0).pack(),
+    "version 3": MessageHeader(MessageType.GET_FEATURES, 3, 0).pack(),
+    "a reply": MessageHeader(MessageType.GET_FEATURES, 5, 8).pack() + bytes(8),
+    "payload of 4 GiB": MessageHeader(MessageType.SET_MEM_TABLE, 1, 0xFFFFFFFF).pack(),
+    "payload over the limit": MessageHeader(MessageType.SET_CONFIG, 1, 4096).pack(),
     "unknown request": pack_message(77, b"abc"),
-    "short u64": pack_message(Request.SET_FEATURES, bytes(4)),
-    "long u64": pack_message(Request.SET_FEATURES, bytes(16)),
-    "missing descriptor": pack_message(Request.SET_VRING_KICK, VringFile(0, True).pack()),
-    "feature not offered": pack_message(Request.SET_FEATURES, pack_u64(1 << 63)),
-    "unknown queue": pack_message(Request.SET_VRING_NUM, VringState(99, 128).pack()),
+    "short u64": pack_message(MessageType.SET_FEATURES, bytes(4)),
+    "long u64": pack_message(MessageType.SET_FEATURES, bytes(16)),
+    "missing descriptor": pack_message(MessageType.SET_VRING_KICK, VringFile(0, True).pack()),
+    "feature not offered": pack_message(MessageType.SET_FEATURES, pack_u64(1 << 63)),
+    "unknown queue": pack_message(MessageType.SET_VRING_NUM, VringState(99, 128).pack()),
     "nregions 2^32 - 1": pack_message(
-        Request.SET_MEM_TABLE, b"\xff\xff\xff\xff\0\0\0\0" + bytes(32)
+        MessageType.SET_MEM_TABLE, b"\xff\xff\xff\xff\0\0\0\0" + bytes(32)
     ),
     "config before CONFIG, then garbage": pack_message(
-        Request.GET_CONFIG, ConfigAccess(0, 8, 0, bytes(8)).pack()
+        MessageType.GET_CONFIG, ConfigAccess(0, 8, 0, bytes(8)).pack()
     )
     + b"\xff" * 12,
     "all ones": b"\xff" * 64,
@@ -102,13 +102,13 @@ async def test_bad_stream_ends_the_session_and_the_next_front_end_is_served(
 async def test_descriptors_with_a_message_that_takes_none_are_closed(
     directory: Path, count: int
 ) -> None:
-    """CVE-2019-14818: surplus descriptors stayed open for ever."""
+    """CVE-2019-14818: surplus descriptors were never closed."""
     async with running_backend(directory) as backend:
         before = open_fds()
         for _ in range(20):
             with await FrontEnd.connect(backend.path) as front_end:
                 fds = [eventfd() for _ in range(count)]
-                await front_end.send_raw(pack_message(Request.GET_FEATURES), fds)
+                await front_end.send_raw(pack_message(MessageType.GET_FEATURES), fds)
                 for fd in fds:
                     os.close(fd)
                 await hangs_up(front_end)
@@ -121,7 +121,7 @@ async def test_more_descriptors_than_fit_are_refused_and_closed(directory: Path)
         before = open_fds()
         with await FrontEnd.connect(backend.path) as front_end:
             fds = [eventfd() for _ in range(100)]
-            await front_end.send_raw(pack_message(Request.GET_FEATURES), fds)
+            await front_end.send_raw(pack_message(MessageType.GET_FEATURES), fds)
             for fd in fds:
                 os.close(fd)
             await hangs_up(front_end)
@@ -135,7 +135,7 @@ async def test_descriptors_sent_with_every_byte_of_a_message_are_closed(director
         with await FrontEnd.connect(backend.path) as front_end:
             fd = eventfd()
             with contextlib.suppress(ConnectionLost):
-                for byte in pack_message(Request.SET_VRING_ADDR, bytes(40)):
+                for byte in pack_message(MessageType.SET_VRING_ADDR, bytes(40)):
                     await front_end.send_raw(bytes([byte]), [fd])
                     await trio.lowlevel.checkpoint()
                 await front_end.receive()
@@ -149,7 +149,7 @@ async def test_message_byte_by_byte_with_its_descriptor_last_is_taken(directory:
         with await FrontEnd.connect(backend.path) as front_end:
             await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
             data = pack_message(
-                Request.SET_VRING_CALL, VringFile(0, True).pack(), flags=VERSION | 8
+                MessageType.SET_VRING_CALL, VringFile(0, True).pack(), flags=VERSION | 8
             )
             for byte in data[:-1]:
                 await front_end.send_raw(bytes([byte]))
@@ -163,7 +163,7 @@ async def test_message_byte_by_byte_with_its_descriptor_last_is_taken(directory:
 async def test_many_messages_in_one_piece_are_answered_in_order(directory: Path) -> None:
     async with running_backend(directory) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
-            names = [Request.GET_FEATURES, Request.GET_PROTOCOL_FEATURES] * 50
+            names = [MessageType.GET_FEATURES, MessageType.GET_PROTOCOL_FEATURES] * 50
             await front_end.send_raw(b"".join(pack_message(name) for name in names))
             got = [(await front_end.receive()).header.request for _ in names]
             assert got == names
@@ -178,7 +178,7 @@ async def test_refusal_that_was_asked_for_leaves_the_session_alive(directory: Pa
                     await front_end.enable_ring(200)
                 with pytest.raises(Refused):
                     await front_end.get_config(0, 0)
-            assert await front_end.get_u64(Request.GET_QUEUE_NUM) == 4
+            assert await front_end.get_u64(MessageType.GET_QUEUE_NUM) == 4
 
 
 @pytest.mark.parametrize("length", range(0, 52, 3))
@@ -186,8 +186,8 @@ async def test_front_end_that_vanishes_at_any_byte_is_forgotten(
     directory: Path, length: int
 ) -> None:
     """Rule `session`: disconnect at any byte; everything is closed, the next one is served."""
-    region = Region(0, 1 << 20, 0, 0)
-    data = pack_message(Request.SET_MEM_TABLE, pack_memory_table([region]))
+    region = RegionPayload(0, 1 << 20, 0, 0)
+    data = pack_message(MessageType.SET_MEM_TABLE, pack_memory_table([region]))
     async with running_backend(directory) as backend:
         with await FrontEnd.connect(backend.path) as front_end:
             if length:
@@ -204,7 +204,7 @@ async def test_front_end_that_never_reads_replies_stops_only_its_own_conversatio
         async with await BlkDriver.connect(backend.path) as guest:
             assert guest.front_end is not None
             sock = guest.front_end._transport.sock
-            flood = pack_message(Request.GET_FEATURES) * 1000
+            flood = pack_message(MessageType.GET_FEATURES) * 1000
             for _ in range(100):
                 try:
                     sock.send(flood)
@@ -219,12 +219,12 @@ async def test_front_end_that_never_reads_replies_stops_only_its_own_conversatio
 async def test_second_front_end_waits_for_the_first_to_leave(directory: Path) -> None:
     async with running_backend(directory) as backend:
         first = await FrontEnd.connect(backend.path)
-        await first.get_u64(Request.GET_FEATURES)
+        await first.get_u64(MessageType.GET_FEATURES)
         second = await FrontEnd.connect(backend.path)
         answered = trio.Event()
 
         async def ask() -> None:
-            await second.get_u64(Request.GET_FEATURES)
+            await second.get_u64(MessageType.GET_FEATURES)
             answered.set()
 
         async with trio.open_nursery() as nursery:
@@ -236,7 +236,7 @@ async def test_second_front_end_waits_for_the_first_to_leave(directory: Path) ->
         second.close()
 
 
-async def test_channel_that_nobody_reads_blocks_nothing(directory: Path) -> None:
+async def test_unread_channel_blocks_nothing(directory: Path) -> None:
     """Rule 2: the main socket never waits for the back-end channel."""
     async with guest_on(directory) as (backend, guest):
         for _ in range(3000):
@@ -247,7 +247,7 @@ async def test_channel_that_nobody_reads_blocks_nothing(directory: Path) -> None
         await guest.config_changed()
 
 
-async def test_channel_that_is_closed_hurts_nobody(directory: Path) -> None:
+async def test_closed_channel_does_not_end_the_session(directory: Path) -> None:
     async with guest_on(directory) as (backend, guest):
         assert guest.front_end is not None
         assert guest.front_end._channel is not None
@@ -268,7 +268,7 @@ async def test_channel_replaced_is_the_one_used(directory: Path) -> None:
 
 
 async def test_nothing_is_sent_after_the_last_ring_stopped(directory: Path) -> None:
-    """Rule `session`: a suspended device calls nobody, writes nothing, sends nothing."""
+    """Rule `session`: a suspended device does not call, write or send."""
     async with guest_on(directory) as (backend, guest):
         queue = guest.queues[0]
         await guest.write(0, b"t" * 512)
@@ -291,14 +291,14 @@ async def test_nothing_is_sent_after_the_last_ring_stopped(directory: Path) -> N
         assert guest.front_end._channel is not None
         with pytest.raises(BlockingIOError):
             guest.front_end._channel.sock.recv(1)
-        await guest.front_end.get_u64(Request.GET_FEATURES)
+        await guest.front_end.get_u64(MessageType.GET_FEATURES)
 
 
 async def test_ring_number_is_masked_before_use(directory: Path) -> None:
     """Rule `notify` (SPDK 71c1bbeeb5): bit 8 is a flag, not part of the queue's number."""
     async with guest_on(directory) as (_backend, guest):
         assert guest.front_end is not None
-        await guest.front_end.tell(Request.SET_VRING_CALL, pack_u64(0x100))
+        await guest.front_end.tell(MessageType.SET_VRING_CALL, pack_u64(0x100))
         queue = guest.queues[0]
         queue.submit(0, 0, 512)
         queue.kick()
@@ -313,7 +313,7 @@ async def test_connected_socket_serves_one_front_end_and_ends(directory: Path) -
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, device, listener)
             with FrontEnd(ours) as front_end:
-                await front_end.get_u64(Request.GET_FEATURES)
+                await front_end.get_u64(MessageType.GET_FEATURES)
     assert device.names() == ["disconnected"]
 
 
@@ -373,7 +373,7 @@ async def test_front_end_that_says_nothing_leaves_when_another_waits(
         await trio.sleep(3600)  # alone it may be silent for as long as it likes
         assert silent.is_alive
         with await FrontEnd.connect(directory / "s") as front_end:
-            await front_end.get_u64(Request.GET_FEATURES)
+            await front_end.get_u64(MessageType.GET_FEATURES)
         silent.close()
     reasons = [log["reason"] for log in logs if log["event"] == "front-end disconnected"]
     assert reasons[0] == "said nothing for 5 s, and another front-end waits"
@@ -385,10 +385,10 @@ async def test_front_end_that_waits_for_one_that_is_served_is_logged_once(
     device = FakeDevice()
     async with served(device, directory / "s") as logs:
         first = await FrontEnd.connect(directory / "s")
-        await first.get_u64(Request.GET_FEATURES)
+        await first.get_u64(MessageType.GET_FEATURES)
         second = await FrontEnd.connect(directory / "s")
         await trio.sleep(3600)
-        await first.get_u64(Request.GET_FEATURES)
+        await first.get_u64(MessageType.GET_FEATURES)
         first.close()
         second.close()
     assert len([log for log in logs if "another front-end waits" in log["event"]]) == 1
@@ -398,7 +398,7 @@ async def test_why_a_front_end_left_is_logged(directory: Path) -> None:
     with capture_logs() as logs:
         async with running_backend(directory) as backend:
             with await FrontEnd.connect(backend.path) as front_end:
-                await front_end.send_raw(pack_message(Request.SET_FEATURES, bytes(4)))
+                await front_end.send_raw(pack_message(MessageType.SET_FEATURES, bytes(4)))
                 await hangs_up(front_end)
             await until(lambda: backend.connections == [True, False])
 
@@ -457,7 +457,7 @@ async def test_guest_memory_that_the_front_end_maps_privately_is_told_once(
             for _ in range(2):
                 with await FrontEnd.connect(backend.path) as front_end:
                     await front_end.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES)
-                    await front_end.set_memory([(Region(0, 1 << 20, address, 0), fd)])
+                    await front_end.set_memory([(RegionPayload(0, 1 << 20, address, 0), fd)])
     os.close(fd)
 
     assert _told(logs) == ["it maps its own copy (share=off)"] * told

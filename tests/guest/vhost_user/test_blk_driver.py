@@ -12,7 +12,7 @@ import trio
 
 from bridge.datapath.request import FLUSH
 from bridge.errors import ConnectionLost, RequestError
-from bridge.guest.vhost_user.messages import P_REPLY_ACK, Region
+from bridge.guest.vhost_user.messages import P_REPLY_ACK, RegionPayload
 from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
 from bridge.peers.frontend import PROTOCOL_FEATURES
 from bridge.peers.split_driver import QueueFull
@@ -226,7 +226,7 @@ async def test_memory_plugged_and_unplugged_under_load(directory: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(load)
             for number in range(20):
-                extra = Region((2 + number) << 40, 1 << 20, (2 + number) << 40, 0)
+                extra = RegionPayload((2 + number) << 40, 1 << 20, (2 + number) << 40, 0)
                 fd = os.memfd_create("extra")
                 os.ftruncate(fd, 1 << 20)
                 await front_end.add_memory(extra, fd)

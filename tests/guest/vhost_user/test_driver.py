@@ -198,7 +198,7 @@ def test_every_chain_arrives_as_it_was_added_and_is_used_once(
 @settings(max_examples=200, deadline=None)
 @given(rings, st.data())
 def test_no_kick_and_no_call_is_missed(ring: tuple[bool, int, bool], data: st.DataObject) -> None:
-    """Rule `notify` from both sides: whoever sleeps after asking is woken by the next event."""
+    """Rule `notify` from both sides: a side that sleeps after asking is woken by the next event."""
     packed, size, event_idx = ring
     driver, device = both(packed=packed, size=size, event_idx=event_idx)
     device_asleep = driver_asleep = True

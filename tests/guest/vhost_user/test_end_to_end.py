@@ -21,8 +21,8 @@ from bridge.errors import ConnectionLost, RequestError
 from bridge.guest.vhost_user.messages import (
     F_LOG_ALL,
     InflightRange,
-    Region,
-    Request,
+    MessageType,
+    RegionPayload,
     VringState,
 )
 from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
@@ -103,10 +103,10 @@ async def test_full_call_counter_costs_nothing_but_itself(directory: Path) -> No
 
 
 async def test_new_call_fd_is_signalled_once_for_what_may_be_lost(directory: Path) -> None:
-    """`notify` (SPDK dbe47004e5): a guest whose call fd was replaced must not wait for ever."""
+    """`notify` (SPDK dbe47004e5): a guest whose call fd was replaced must not wait without end."""
     async with guest_on(directory) as (_backend, guest):
         fresh = os.eventfd(0, os.EFD_NONBLOCK)
-        await front_end_of(guest).set_ring_file(Request.SET_VRING_CALL, 0, fresh)
+        await front_end_of(guest).set_ring_file(MessageType.SET_VRING_CALL, 0, fresh)
         assert os.eventfd_read(fresh) >= 1
         os.close(fresh)
 
@@ -146,7 +146,7 @@ async def test_kick_fd_replaced_while_running_is_the_one_waited_for(directory: P
         for _ in range(3):
             os.close(queue.kick_fd)
             queue.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
-            await front_end_of(guest).set_ring_file(Request.SET_VRING_KICK, 0, queue.kick_fd)
+            await front_end_of(guest).set_ring_file(MessageType.SET_VRING_KICK, 0, queue.kick_fd)
             await guest.write(0, b"k" * 512)
 
 
@@ -199,7 +199,9 @@ async def test_device_offers_version_1_and_as_many_queues_as_it_has(directory: P
     """Rules `features` and `session`: VERSION_1 is offered; GET_QUEUE_NUM and num_queues agree."""
     async with guest_on(directory) as (_backend, guest):
         assert guest.features & F_VERSION_1
-        assert await front_end_of(guest).get_u64(Request.GET_QUEUE_NUM) == guest.config.num_queues
+        assert (
+            await front_end_of(guest).get_u64(MessageType.GET_QUEUE_NUM) == guest.config.num_queues
+        )
 
 
 # Ring addresses.
@@ -260,10 +262,10 @@ async def test_memory_file_shorter_than_it_says_is_refused(directory: Path) -> N
     """Touching a mapping past the file's end would be a SIGBUS."""
     async with guest_on(directory) as (_backend, guest):
         for size, region in (
-            (4096, Region(1 << 40, 8192, 1 << 41, 0)),
-            (8192, Region(1 << 40, 8192, 1 << 41, 4096)),
-            (0, Region(1 << 40, 4096, 1 << 41, 0)),
-            (4096, Region(1 << 40, 1, 1 << 41, 4096)),
+            (4096, RegionPayload(1 << 40, 8192, 1 << 41, 0)),
+            (8192, RegionPayload(1 << 40, 8192, 1 << 41, 4096)),
+            (0, RegionPayload(1 << 40, 4096, 1 << 41, 0)),
+            (4096, RegionPayload(1 << 40, 1, 1 << 41, 4096)),
         ):
             fd = memfd(size)
             with pytest.raises(Refused):
@@ -282,7 +284,7 @@ async def test_memory_file_that_cannot_be_mapped_is_refused(directory: Path) -> 
             os.dup(0),
         ):
             with pytest.raises(Refused):
-                await front_end_of(guest).add_memory(Region(1 << 40, 4096, 1 << 41, 0), fd)
+                await front_end_of(guest).add_memory(RegionPayload(1 << 40, 4096, 1 << 41, 0), fd)
             os.close(fd)
         await guest.write(0, b"m" * 512)
 
@@ -296,7 +298,7 @@ async def test_ring_whose_memory_is_taken_away_breaks_and_only_that(directory: P
         await front_end.set_memory([])
         assert os.eventfd_read(queue.error_fd) == 1
         os.eventfd_write(queue.kick_fd, 1)
-        await front_end.set_ring_file(Request.SET_VRING_CALL, 0, queue.call_fd)
+        await front_end.set_ring_file(MessageType.SET_VRING_CALL, 0, queue.call_fd)
         base = await front_end.stop_ring(0)
         assert base == queue.driver.base
 
@@ -338,7 +340,7 @@ async def test_regions_with_a_file_offset_map_the_right_bytes(directory: Path) -
     fd = memfd(3 << 16)
     os.pwrite(fd, b"q" * 512, 4096 + 100)
     async with guest_on(directory) as (backend, guest):
-        region = Region(1 << 30, 65536, 1 << 40, 4096 + 100)
+        region = RegionPayload(1 << 30, 65536, 1 << 40, 4096 + 100)
         await front_end_of(guest).add_memory(region, fd)
         queue = guest.queues[0]
         struct.pack_into("<IIQ", queue._headers, 0, T_OUT, 0, 0)
@@ -406,7 +408,7 @@ async def test_reset_device_starts_over_with_the_same_memory(directory: Path) ->
         front_end = front_end_of(guest)
         queue = guest.queues[0]
         await guest.write(0, b"r" * 512)
-        await front_end.tell(Request.RESET_DEVICE)
+        await front_end.tell(MessageType.RESET_DEVICE)
         await front_end.set_features()
         await guest._start_queue(queue, base=queue.driver.base)
         assert await guest.read(0, 512) == b"r" * 512
@@ -600,7 +602,11 @@ async def test_log_range_past_its_file_is_refused(directory: Path) -> None:
 
 async def test_unknown_queue_is_refused_as_the_qtest_nxvirtq_does(directory: Path) -> None:
     async with guest_on(directory) as (_backend, guest):
-        for request in (Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_VRING_ENABLE):
+        for request in (
+            MessageType.SET_VRING_NUM,
+            MessageType.SET_VRING_BASE,
+            MessageType.SET_VRING_ENABLE,
+        ):
             with pytest.raises(Refused):
                 await front_end_of(guest).tell(request, VringState(4, 1).pack())
         with pytest.raises(RequestError) as error:

@@ -102,7 +102,7 @@ def test_path_longer_than_a_socket_address_is_refused(directory: Path) -> None:
         Listener.at_path(directory / ("x" * 107))
 
 
-def test_file_that_somebody_else_put_there_is_not_removed(directory: Path) -> None:
+def test_file_of_another_process_is_not_removed(directory: Path) -> None:
     path = directory / "s"
     listener = Listener.at_path(path)
     path.unlink()

@@ -9,11 +9,11 @@ import pytest
 from bridge.errors import ProtocolError
 from bridge.guest.vhost_user.messages import (
     ConfigAccess,
-    Header,
     InflightRange,
     LogRange,
-    Region,
-    Request,
+    MessageHeader,
+    MessageType,
+    RegionPayload,
     VringAddress,
     VringFile,
     VringState,
@@ -30,14 +30,14 @@ little = pytest.mark.skipif(sys.byteorder != "little", reason="the sample bytes 
 
 @little
 def test_message_with_u64_gives_the_bytes_of_the_specification() -> None:
-    assert pack_message(Request.SET_FEATURES, pack_u64(1 << 30)) == bytes.fromhex(
+    assert pack_message(MessageType.SET_FEATURES, pack_u64(1 << 30)) == bytes.fromhex(
         "02000000 01000000 08000000 0000004000000000"
     )
 
 
 @little
 def test_reply_has_version_and_reply_flag() -> None:
-    assert pack_reply(Request.GET_VRING_BASE, VringState(1, 7).pack()) == bytes.fromhex(
+    assert pack_reply(MessageType.GET_VRING_BASE, VringState(1, 7).pack()) == bytes.fromhex(
         "0b000000 05000000 08000000 01000000 07000000"
     )
 
@@ -68,18 +68,18 @@ def test_payload_packed_and_unpacked_is_the_same(payload: VringState) -> None:
 
 
 def test_memory_table_packed_and_unpacked_is_the_same() -> None:
-    regions = [Region(0, 4096, 1 << 40, 0), Region(1 << 32, 8192, 1 << 41, 4096)]
+    regions = [RegionPayload(0, 4096, 1 << 40, 0), RegionPayload(1 << 32, 8192, 1 << 41, 4096)]
 
     assert unpack_memory_table(pack_memory_table(regions)) == regions
 
 
 def test_single_region_has_40_bytes_and_comes_back() -> None:
-    region = Region(0, 4096, 1 << 40, 12)
+    region = RegionPayload(0, 4096, 1 << 40, 12)
 
     packed = region.pack_single()
 
     assert len(packed) == 40
-    assert Region.unpack_single(packed) == region
+    assert RegionPayload.unpack_single(packed) == region
 
 
 def test_vring_index_with_reserved_bits_uses_only_the_low_byte() -> None:
@@ -98,33 +98,33 @@ def test_vring_index_with_reserved_bits_uses_only_the_low_byte() -> None:
     ],
 )
 def test_header_that_breaks_rule_3_9_is_refused(flags: int, size: int, reply: bool) -> None:
-    data = Header(Request.GET_FEATURES, flags, size).pack()
+    data = MessageHeader(MessageType.GET_FEATURES, flags, size).pack()
 
     with pytest.raises(ProtocolError):
-        Header.unpack_untrusted(data, reply=reply)
+        MessageHeader.unpack_untrusted(data, reply=reply)
 
 
 def test_every_request_has_a_shape() -> None:
-    assert set(SHAPES) == set(Request)
+    assert set(SHAPES) == set(MessageType)
 
 
-_GOOD: dict[Request, list[tuple[int, int]]] = {
-    Request.SET_FEATURES: [(8, 0)],
-    Request.SET_VRING_ADDR: [(40, 0)],
-    Request.SET_VRING_NUM: [(8, 0)],
-    Request.ADD_MEM_REG: [(40, 1)],
-    Request.REM_MEM_REG: [(40, 0), (40, 1)],
-    Request.SET_LOG_BASE: [(16, 1)],
-    Request.GET_INFLIGHT_FD: [(20, 0), (24, 0)],
-    Request.SET_INFLIGHT_FD: [(20, 1), (24, 1)],
-    Request.SET_BACKEND_REQ_FD: [(0, 1)],
-    Request.GET_FEATURES: [(0, 0)],
-    Request.SET_STATUS: [(8, 0)],
+_GOOD: dict[MessageType, list[tuple[int, int]]] = {
+    MessageType.SET_FEATURES: [(8, 0)],
+    MessageType.SET_VRING_ADDR: [(40, 0)],
+    MessageType.SET_VRING_NUM: [(8, 0)],
+    MessageType.ADD_MEM_REG: [(40, 1)],
+    MessageType.REM_MEM_REG: [(40, 0), (40, 1)],
+    MessageType.SET_LOG_BASE: [(16, 1)],
+    MessageType.GET_INFLIGHT_FD: [(20, 0), (24, 0)],
+    MessageType.SET_INFLIGHT_FD: [(20, 1), (24, 1)],
+    MessageType.SET_BACKEND_REQ_FD: [(0, 1)],
+    MessageType.GET_FEATURES: [(0, 0)],
+    MessageType.SET_STATUS: [(8, 0)],
 }
 
 
 @pytest.mark.parametrize("request_", list(_GOOD))
-def test_shape_takes_exactly_the_sizes_and_counts_of_rule_3_9(request_: Request) -> None:
+def test_shape_takes_exactly_the_sizes_and_counts_of_rule_3_9(request_: MessageType) -> None:
     allowed = _GOOD[request_]
 
     for size in range(64):
@@ -138,29 +138,29 @@ def test_shape_takes_exactly_the_sizes_and_counts_of_rule_3_9(request_: Request)
 
 @pytest.mark.parametrize("count", range(9))
 def test_memory_table_needs_as_many_fds_and_bytes_as_regions(count: int) -> None:
-    payload = pack_memory_table([Region(n << 20, 1 << 20, n << 20, 0) for n in range(count)])
+    payload = pack_memory_table([RegionPayload(n << 20, 1 << 20, n << 20, 0) for n in range(count)])
 
-    check_shape(Request.SET_MEM_TABLE, payload, count)
+    check_shape(MessageType.SET_MEM_TABLE, payload, count)
     for wrong in (payload[:-1], payload + b"\0", payload[:4]):
         with pytest.raises(ProtocolError):
-            check_shape(Request.SET_MEM_TABLE, wrong, count)
+            check_shape(MessageType.SET_MEM_TABLE, wrong, count)
     with pytest.raises(ProtocolError):
-        check_shape(Request.SET_MEM_TABLE, payload, count + 1)
+        check_shape(MessageType.SET_MEM_TABLE, payload, count + 1)
 
 
 def test_config_size_field_that_lies_about_the_length_is_refused() -> None:
     for access in (ConfigAccess(0, 61, 0, bytes(60)), ConfigAccess(0, 0xFFFFFFF4, 0, b"")):
         with pytest.raises(ProtocolError):
-            check_shape(Request.GET_CONFIG, access.pack(), 0)
+            check_shape(MessageType.GET_CONFIG, access.pack(), 0)
     with pytest.raises(ProtocolError):
-        check_shape(Request.GET_CONFIG, b"", 0)
+        check_shape(MessageType.GET_CONFIG, b"", 0)
 
 
 @pytest.mark.parametrize("has_fd", [True, False])
 def test_vring_file_needs_a_descriptor_exactly_without_bit_8(has_fd: bool) -> None:
     payload = VringFile(0, has_fd).pack()
 
-    check_shape(Request.SET_VRING_KICK, payload, int(has_fd))
+    check_shape(MessageType.SET_VRING_KICK, payload, int(has_fd))
     for wrong in {0, 1, 2} - {int(has_fd)}:
         with pytest.raises(ProtocolError):
-            check_shape(Request.SET_VRING_KICK, payload, wrong)
+            check_shape(MessageType.SET_VRING_KICK, payload, wrong)

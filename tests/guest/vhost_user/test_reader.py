@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import ProtocolError
-from bridge.guest.vhost_user.messages import MAX_PAYLOAD_BYTES, Request, pack_message
+from bridge.guest.vhost_user.messages import MAX_PAYLOAD_BYTES, MessageType, pack_message
 from bridge.guest.vhost_user.reader import MessageReader
 from tests.guest.vhost_user.fakes import eventfd, open_fds
 
 messages = st.lists(
     st.tuples(
-        st.sampled_from([int(request) for request in Request] + [0, 99, 0xFFFFFFFF]),
+        st.sampled_from([int(request) for request in MessageType] + [0, 99, 0xFFFFFFFF]),
         st.binary(max_size=MAX_PAYLOAD_BYTES),
     ),
     max_size=8,
@@ -44,7 +44,7 @@ def test_stream_split_anywhere_gives_the_same_messages(
 @pytest.mark.parametrize("at", range(20))
 def test_descriptor_with_any_byte_belongs_to_its_message(at: int, no_fd_leak: None) -> None:
     reader = MessageReader()
-    stream = pack_message(Request.SET_VRING_CALL, bytes(8))
+    stream = pack_message(MessageType.SET_VRING_CALL, bytes(8))
     fd = eventfd()
     got = None
 

@@ -17,7 +17,7 @@ from bridge.guest.vhost_user.messages import (
     P_LOG_SHMFD,
     P_REPLY_ACK,
     ConfigAccess,
-    Request,
+    MessageType,
     VringState,
     pack_u64,
     unpack_u64,
@@ -29,7 +29,7 @@ BIT_30 = F_PROTOCOL_FEATURES
 
 
 async def test_offer_has_the_devices_features_and_the_sessions_own(talk: Talk) -> None:
-    reply = await talk.send(Request.GET_FEATURES)
+    reply = await talk.send(MessageType.GET_FEATURES)
 
     assert reply is not None
     assert unpack_u64(reply.data[12:]) == OFFERED | BIT_30 | F_LOG_ALL
@@ -40,8 +40,8 @@ async def test_offer_without_log_and_inflight_support_has_neither(no_fd_leak: No
     device.supports_dirty_log = device.supports_inflight = False  # type: ignore[misc]
     talk = Talk(device)
 
-    features = await talk.send(Request.GET_FEATURES)
-    protocol = await talk.send(Request.GET_PROTOCOL_FEATURES)
+    features = await talk.send(MessageType.GET_FEATURES)
+    protocol = await talk.send(MessageType.GET_PROTOCOL_FEATURES)
 
     assert features is not None
     assert protocol is not None
@@ -50,7 +50,7 @@ async def test_offer_without_log_and_inflight_support_has_neither(no_fd_leak: No
 
 
 async def test_reply_is_marked_as_one_and_asks_for_none(talk: Talk) -> None:
-    reply = await talk.send(Request.GET_FEATURES, need_reply=True)
+    reply = await talk.send(MessageType.GET_FEATURES, need_reply=True)
 
     assert reply is not None
     assert reply.data[4:8] == (1 | FLAG_REPLY).to_bytes(4, "little")
@@ -60,7 +60,7 @@ async def test_reply_is_marked_as_one_and_asks_for_none(talk: Talk) -> None:
 async def test_any_subset_of_features_is_taken_without_the_sessions_bits(
     talk: Talk, subset: int
 ) -> None:
-    await talk.send(Request.SET_FEATURES, pack_u64(subset | BIT_30))
+    await talk.send(MessageType.SET_FEATURES, pack_u64(subset | BIT_30))
 
     assert talk.device.calls == [("set_features", subset)]
 
@@ -69,9 +69,9 @@ async def test_features_not_offered_are_refused_by_rule_3_7(talk: Talk) -> None:
     await talk.negotiate()
     talk.device.calls.clear()
 
-    assert await talk.ask(Request.SET_FEATURES, pack_u64(1 << 60)) == 1
+    assert await talk.ask(MessageType.SET_FEATURES, pack_u64(1 << 60)) == 1
     with pytest.raises(ProtocolError, match="not offered"):
-        await talk.send(Request.SET_FEATURES, pack_u64(1 << 60))
+        await talk.send(MessageType.SET_FEATURES, pack_u64(1 << 60))
     assert talk.device.calls == []
 
 
@@ -81,8 +81,8 @@ async def test_log_all_toggled_while_rings_run_resets_nothing(talk: Talk) -> Non
     talk.device.calls.clear()
 
     for _ in range(2):
-        await talk.send(Request.SET_FEATURES, pack_u64(F_VERSION_1 | BIT_30 | F_LOG_ALL))
-    await talk.send(Request.SET_FEATURES, pack_u64(F_VERSION_1 | BIT_30))
+        await talk.send(MessageType.SET_FEATURES, pack_u64(F_VERSION_1 | BIT_30 | F_LOG_ALL))
+    await talk.send(MessageType.SET_FEATURES, pack_u64(F_VERSION_1 | BIT_30))
 
     assert talk.device.calls == [("set_logging", True), ("set_logging", False)]
 
@@ -91,12 +91,12 @@ async def test_other_features_while_rings_run_are_refused(talk: Talk) -> None:
     await talk.negotiate()
     await talk.run_ring()
 
-    assert await talk.ask(Request.SET_FEATURES, pack_u64(BIT_30)) == 1
+    assert await talk.ask(MessageType.SET_FEATURES, pack_u64(BIT_30)) == 1
     assert 0 in talk.device.rings
 
 
 async def test_features_without_bit_30_enable_all_rings_by_rule_3_7(talk: Talk) -> None:
-    await talk.send(Request.SET_FEATURES, pack_u64(F_VERSION_1))
+    await talk.send(MessageType.SET_FEATURES, pack_u64(F_VERSION_1))
     await talk.set_up_ring()
 
     assert talk.device.names() == ["set_features", "start_ring", "set_call"]
@@ -106,23 +106,23 @@ async def test_ring_is_not_processed_before_features_are_set(talk: Talk) -> None
     await talk.set_up_ring()
     assert talk.device.calls == []
 
-    await talk.send(Request.SET_FEATURES, pack_u64(F_VERSION_1))
+    await talk.send(MessageType.SET_FEATURES, pack_u64(F_VERSION_1))
     assert talk.device.names() == ["set_features", "start_ring"]
 
 
 async def test_protocol_features_not_offered_are_refused(talk: Talk) -> None:
     with pytest.raises(ProtocolError):
-        await talk.send(Request.SET_PROTOCOL_FEATURES, pack_u64(1 << 14))
+        await talk.send(MessageType.SET_PROTOCOL_FEATURES, pack_u64(1 << 14))
 
 
 @pytest.mark.parametrize(
     "request_", [each for each, shape in SHAPES.items() if shape.feature], ids=lambda r: r.name
 )
 async def test_request_whose_protocol_feature_was_not_negotiated_is_refused(
-    talk: Talk, request_: Request
+    talk: Talk, request_: MessageType
 ) -> None:
-    if request_ == Request.GET_CONFIG:
-        # Whoever sends it waits for an answer, and there is one that says no.
+    if request_ == MessageType.GET_CONFIG:
+        # The front-end waits for a reply, and this message has one that refuses.
         reply = await talk.send(request_, bytes(24))
         assert reply is not None
         assert len(reply.data) == 12
@@ -132,18 +132,18 @@ async def test_request_whose_protocol_feature_was_not_negotiated_is_refused(
 
 
 async def test_acknowledgement_is_sent_only_when_negotiated_and_asked_for(talk: Talk) -> None:
-    assert await talk.send(Request.SET_OWNER, need_reply=True) is None
+    assert await talk.send(MessageType.SET_OWNER, need_reply=True) is None
 
-    await talk.send(Request.SET_PROTOCOL_FEATURES, pack_u64(P_REPLY_ACK))
+    await talk.send(MessageType.SET_PROTOCOL_FEATURES, pack_u64(P_REPLY_ACK))
 
-    assert await talk.send(Request.SET_OWNER) is None
-    assert await talk.ask(Request.SET_OWNER) == 0
+    assert await talk.send(MessageType.SET_OWNER) is None
+    assert await talk.ask(MessageType.SET_OWNER) == 0
 
 
 async def test_request_with_own_reply_gets_no_acknowledgement_on_top(talk: Talk) -> None:
     await talk.negotiate()
 
-    reply = await talk.send(Request.GET_QUEUE_NUM, need_reply=True)
+    reply = await talk.send(MessageType.GET_QUEUE_NUM, need_reply=True)
 
     assert reply is not None
     assert len(reply.data) == 20
@@ -161,13 +161,15 @@ async def test_unknown_request_is_refused_when_asked_and_ends_it_otherwise(
         await talk.send(number, bytes(16), [eventfd()])
 
 
-@pytest.mark.parametrize("message", [Request.SET_OWNER, Request.RESET_OWNER, Request.SET_LOG_FD])
-async def test_owner_messages_change_nothing(talk: Talk, message: Request) -> None:
+@pytest.mark.parametrize(
+    "message", [MessageType.SET_OWNER, MessageType.RESET_OWNER, MessageType.SET_LOG_FD]
+)
+async def test_owner_messages_change_nothing(talk: Talk, message: MessageType) -> None:
     await talk.negotiate()
     await talk.run_ring()
     talk.device.calls.clear()
 
-    fds = [eventfd()] if message == Request.SET_LOG_FD else []
+    fds = [eventfd()] if message == MessageType.SET_LOG_FD else []
     assert await talk.ask(message, fds=fds) == 0
     assert talk.device.calls == []
 
@@ -178,8 +180,8 @@ async def test_owner_messages_change_nothing(talk: Talk, message: Request) -> No
 async def test_status_is_kept_and_given_back(talk: Talk) -> None:
     await talk.negotiate()
 
-    await talk.send(Request.SET_STATUS, pack_u64(0xF))
-    reply = await talk.send(Request.GET_STATUS)
+    await talk.send(MessageType.SET_STATUS, pack_u64(0xF))
+    reply = await talk.send(MessageType.GET_STATUS)
 
     assert reply is not None
     assert unpack_u64(reply.data[12:]) == 0xF
@@ -190,7 +192,7 @@ async def test_status_zero_stops_the_rings(talk: Talk) -> None:
     await talk.run_ring(0)
     await talk.run_ring(1)
 
-    await talk.send(Request.SET_STATUS, pack_u64(0))
+    await talk.send(MessageType.SET_STATUS, pack_u64(0))
 
     assert talk.device.rings == {}
 
@@ -198,14 +200,14 @@ async def test_status_zero_stops_the_rings(talk: Talk) -> None:
 async def test_status_of_more_than_a_byte_is_refused(talk: Talk) -> None:
     await talk.negotiate()
 
-    assert await talk.ask(Request.SET_STATUS, pack_u64(0x100)) == 1
+    assert await talk.ask(MessageType.SET_STATUS, pack_u64(0x100)) == 1
 
 
 async def test_status_says_no_features_ok_before_features_are_set(talk: Talk) -> None:
-    await talk.send(Request.SET_PROTOCOL_FEATURES, pack_u64(1 << 16))
-    await talk.send(Request.SET_STATUS, pack_u64(8 | 3))
+    await talk.send(MessageType.SET_PROTOCOL_FEATURES, pack_u64(1 << 16))
+    await talk.send(MessageType.SET_STATUS, pack_u64(8 | 3))
 
-    reply = await talk.send(Request.GET_STATUS)
+    reply = await talk.send(MessageType.GET_STATUS)
 
     assert reply is not None
     assert unpack_u64(reply.data[12:]) == 3
@@ -222,7 +224,9 @@ async def test_config_reply_has_the_size_asked_for_and_zeroes_past_the_end(
 ) -> None:
     await talk.negotiate()
 
-    reply = await talk.send(Request.GET_CONFIG, ConfigAccess(offset, size, 0, bytes(size)).pack())
+    reply = await talk.send(
+        MessageType.GET_CONFIG, ConfigAccess(offset, size, 0, bytes(size)).pack()
+    )
 
     assert reply is not None
     answer = ConfigAccess.unpack(reply.data[12:])
@@ -234,7 +238,7 @@ async def test_config_reply_has_the_size_asked_for_and_zeroes_past_the_end(
 async def test_config_of_no_or_too_many_bytes_gets_the_empty_reply(talk: Talk, size: int) -> None:
     await talk.negotiate()
 
-    reply = await talk.send(Request.GET_CONFIG, ConfigAccess(0, size, 0, bytes(size)).pack())
+    reply = await talk.send(MessageType.GET_CONFIG, ConfigAccess(0, size, 0, bytes(size)).pack())
 
     assert reply is not None
     assert len(reply.data) == 12
@@ -246,7 +250,7 @@ async def test_config_write_of_one_byte_is_the_guests_for_qemu_and_rust_vmm(
 ) -> None:
     await talk.negotiate()
 
-    await talk.send(Request.SET_CONFIG, ConfigAccess(32, 1, flags, b"\1").pack())
+    await talk.send(MessageType.SET_CONFIG, ConfigAccess(32, 1, flags, b"\1").pack())
 
     assert talk.device.calls[-1] == ("write_config", 32, b"\1", flags == 2)
 
@@ -254,7 +258,7 @@ async def test_config_write_of_one_byte_is_the_guests_for_qemu_and_rust_vmm(
 async def test_config_write_of_migration_is_told_as_one(talk: Talk) -> None:
     await talk.negotiate()
 
-    await talk.send(Request.SET_CONFIG, ConfigAccess(0, 60, 1, bytes(60)).pack())
+    await talk.send(MessageType.SET_CONFIG, ConfigAccess(0, 60, 1, bytes(60)).pack())
 
     assert talk.device.calls[-1] == ("write_config", 0, bytes(60), True)
 
@@ -263,9 +267,9 @@ async def test_config_write_that_the_device_refuses_is_refused(talk: Talk) -> No
     await talk.negotiate()
     talk.device.refuse.add("write_config")
 
-    assert await talk.ask(Request.SET_CONFIG, ConfigAccess(0, 1, 0, b"\1").pack()) == 1
-    assert await talk.ask(Request.SET_CONFIG, ConfigAccess(32, 1, 77, b"\1").pack()) == 1
-    assert await talk.ask(Request.SET_CONFIG, ConfigAccess(32, 0, 0, b"").pack()) == 1
+    assert await talk.ask(MessageType.SET_CONFIG, ConfigAccess(0, 1, 0, b"\1").pack()) == 1
+    assert await talk.ask(MessageType.SET_CONFIG, ConfigAccess(32, 1, 77, b"\1").pack()) == 1
+    assert await talk.ask(MessageType.SET_CONFIG, ConfigAccess(32, 0, 0, b"").pack()) == 1
 
 
 # The back-end's own channel.
@@ -273,7 +277,7 @@ async def test_config_write_that_the_device_refuses_is_refused(talk: Talk) -> No
 
 async def test_config_change_is_sent_once_while_a_ring_runs(talk: Talk) -> None:
     await talk.negotiate()
-    await talk.send(Request.SET_BACKEND_REQ_FD, fds=[_socket()])
+    await talk.send(MessageType.SET_BACKEND_REQ_FD, fds=[_socket()])
     await talk.run_ring()
     assert talk.device.listener is not None
 
@@ -284,9 +288,9 @@ async def test_config_change_is_sent_once_while_a_ring_runs(talk: Talk) -> None:
 
 async def test_config_change_of_a_suspended_device_waits_for_a_ring(talk: Talk) -> None:
     await talk.negotiate()
-    await talk.send(Request.SET_BACKEND_REQ_FD, fds=[_socket()])
+    await talk.send(MessageType.SET_BACKEND_REQ_FD, fds=[_socket()])
     await talk.run_ring()
-    await talk.send(Request.GET_VRING_BASE, VringState(0, 0).pack())
+    await talk.send(MessageType.GET_VRING_BASE, VringState(0, 0).pack())
     assert talk.device.listener is not None
 
     talk.device.listener.config_changed()
@@ -296,7 +300,7 @@ async def test_config_change_of_a_suspended_device_waits_for_a_ring(talk: Talk) 
     assert len(talk.sent) == 1
 
 
-async def test_config_change_without_a_channel_is_nobodys_business(talk: Talk) -> None:
+async def test_config_change_without_a_channel_is_not_sent(talk: Talk) -> None:
     await talk.negotiate()
     await talk.run_ring()
     assert talk.device.listener is not None
@@ -308,7 +312,7 @@ async def test_config_change_without_a_channel_is_nobodys_business(talk: Talk) -
 
 async def test_dead_channel_is_closed_once(talk: Talk) -> None:
     await talk.negotiate()
-    await talk.send(Request.SET_BACKEND_REQ_FD, fds=[_socket()])
+    await talk.send(MessageType.SET_BACKEND_REQ_FD, fds=[_socket()])
     await talk.run_ring()
     talk.channel_alive = False
     assert talk.device.listener is not None
@@ -323,18 +327,18 @@ async def test_channel_replaced_closes_the_old_one(talk: Talk) -> None:
     await talk.negotiate()
 
     for _ in range(10):
-        await talk.send(Request.SET_BACKEND_REQ_FD, fds=[_socket()])
+        await talk.send(MessageType.SET_BACKEND_REQ_FD, fds=[_socket()])
 
 
 async def test_channel_that_is_no_socket_is_refused(talk: Talk) -> None:
     await talk.negotiate()
 
-    assert await talk.ask(Request.SET_BACKEND_REQ_FD, fds=[eventfd()]) == 1
+    assert await talk.ask(MessageType.SET_BACKEND_REQ_FD, fds=[eventfd()]) == 1
 
 
 async def test_closed_session_hears_nothing_more_of_its_device(no_fd_leak: None) -> None:
     talk = Talk()
-    await talk.send(Request.SET_PROTOCOL_FEATURES, pack_u64(P_CONFIG))
+    await talk.send(MessageType.SET_PROTOCOL_FEATURES, pack_u64(P_CONFIG))
 
     await talk.session.close()
     await talk.session.close()

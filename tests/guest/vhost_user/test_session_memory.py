@@ -14,8 +14,8 @@ from bridge.guest.vhost_user.memory_table import MAX_MEMORY_SLOTS
 from bridge.guest.vhost_user.messages import (
     InflightRange,
     LogRange,
-    Region,
-    Request,
+    MessageType,
+    RegionPayload,
     pack_memory_table,
     unpack_u64,
 )
@@ -24,10 +24,10 @@ from tests.guest.vhost_user.fakes import Talk, memfd, region
 U64 = 1 << 64
 
 
-async def set_table(talk: Talk, regions: list[Region]) -> int:
+async def set_table(talk: Talk, regions: list[RegionPayload]) -> int:
     """SET_MEM_TABLE with one file each; the acknowledgement."""
     return await talk.ask(
-        Request.SET_MEM_TABLE, pack_memory_table(regions), [memfd() for _ in regions]
+        MessageType.SET_MEM_TABLE, pack_memory_table(regions), [memfd() for _ in regions]
     )
 
 
@@ -57,21 +57,25 @@ async def test_memory_table_of_8_regions_is_the_most(talk: Talk) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        pytest.param(Region(0, 0, 0, 0), id="empty"),
-        pytest.param(Region(U64 - 4096, 8192, 0, 0), id="guest address overflows"),
-        pytest.param(Region(0, 8192, U64 - 4096, 0), id="front-end address overflows"),
-        pytest.param(Region(0, 8192, 0, U64 - 4096), id="file offset overflows"),
-        pytest.param(Region(0, U64 - 1, 4096, 4096), id="size overflows"),
-        pytest.param(Region(4096, 4096, region(0).user_address + (1 << 24), 0), id="overlap guest"),
-        pytest.param(Region(1 << 24, 4096, region(0).user_address + 4096, 0), id="overlap user"),
+        pytest.param(RegionPayload(0, 0, 0, 0), id="empty"),
+        pytest.param(RegionPayload(U64 - 4096, 8192, 0, 0), id="guest address overflows"),
+        pytest.param(RegionPayload(0, 8192, U64 - 4096, 0), id="front-end address overflows"),
+        pytest.param(RegionPayload(0, 8192, 0, U64 - 4096), id="file offset overflows"),
+        pytest.param(RegionPayload(0, U64 - 1, 4096, 4096), id="size overflows"),
+        pytest.param(
+            RegionPayload(4096, 4096, region(0).user_address + (1 << 24), 0), id="overlap guest"
+        ),
+        pytest.param(
+            RegionPayload(1 << 24, 4096, region(0).user_address + 4096, 0), id="overlap user"
+        ),
     ],
 )
-async def test_bad_region_is_refused_in_a_table_and_alone(talk: Talk, bad: Region) -> None:
+async def test_bad_region_is_refused_in_a_table_and_alone(talk: Talk, bad: RegionPayload) -> None:
     await talk.negotiate()
     assert await set_table(talk, [region(0)]) == 0
     talk.device.calls.clear()
 
-    assert await talk.ask(Request.ADD_MEM_REG, bad.pack_single(), [memfd()]) == 1
+    assert await talk.ask(MessageType.ADD_MEM_REG, bad.pack_single(), [memfd()]) == 1
     assert await set_table(talk, [region(0), bad]) == 1
     assert talk.device.calls == []
 
@@ -79,13 +83,13 @@ async def test_bad_region_is_refused_in_a_table_and_alone(talk: Talk, bad: Regio
 async def test_region_up_to_the_last_address_is_taken(talk: Talk) -> None:
     await talk.negotiate()
 
-    assert await set_table(talk, [Region(U64 - 4096, 4096, U64 - 4096, 0)]) == 0
+    assert await set_table(talk, [RegionPayload(U64 - 4096, 4096, U64 - 4096, 0)]) == 0
 
 
 async def test_regions_that_touch_are_taken(talk: Talk) -> None:
     await talk.negotiate()
 
-    regions = [Region(0, 4096, 8192, 0), Region(4096, 4096, 4096, 0)]
+    regions = [RegionPayload(0, 4096, 8192, 0), RegionPayload(4096, 4096, 4096, 0)]
     assert await set_table(talk, regions) == 0
 
 
@@ -93,65 +97,68 @@ async def test_memory_added_and_removed_while_rings_run(talk: Talk) -> None:
     await talk.negotiate()
     await talk.run_ring()
 
-    assert await talk.ask(Request.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 0
-    assert await talk.ask(Request.REM_MEM_REG, region(3).pack_single()) == 0
+    assert await talk.ask(MessageType.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 0
+    assert await talk.ask(MessageType.REM_MEM_REG, region(3).pack_single()) == 0
 
     assert talk.device.names()[-2:] == ["add_memory", "remove_memory"]
 
 
 async def test_region_is_removed_whatever_its_file_offset_and_the_file_closed(talk: Talk) -> None:
     await talk.negotiate()
-    await talk.ask(Request.ADD_MEM_REG, region(3).pack_single(), [memfd()])
+    await talk.ask(MessageType.ADD_MEM_REG, region(3).pack_single(), [memfd()])
     known = region(3)
-    other_offset = Region(known.guest_address, known.size_bytes, known.user_address, 4096)
+    other_offset = RegionPayload(known.guest_address, known.size_bytes, known.user_address, 4096)
 
-    assert await talk.ask(Request.REM_MEM_REG, other_offset.pack_single(), [memfd()]) == 0
+    assert await talk.ask(MessageType.REM_MEM_REG, other_offset.pack_single(), [memfd()]) == 0
     assert talk.device.memory == []
 
 
 @pytest.mark.parametrize("field", ["guest_address", "size_bytes", "user_address"])
 async def test_region_not_matching_in_one_field_is_not_removed(talk: Talk, field: str) -> None:
     await talk.negotiate()
-    await talk.ask(Request.ADD_MEM_REG, region(3).pack_single(), [memfd()])
+    await talk.ask(MessageType.ADD_MEM_REG, region(3).pack_single(), [memfd()])
     fields = {
         name: getattr(region(3), name)
         for name in ("guest_address", "size_bytes", "user_address", "mmap_offset_bytes")
     }
     fields[field] += 4096
 
-    assert await talk.ask(Request.REM_MEM_REG, Region(**fields).pack_single(), [memfd()]) == 1
+    assert (
+        await talk.ask(MessageType.REM_MEM_REG, RegionPayload(**fields).pack_single(), [memfd()])
+        == 1
+    )
     assert len(talk.device.memory) == 1
 
 
 async def test_region_removed_twice_is_refused(talk: Talk) -> None:
     await talk.negotiate()
-    await talk.ask(Request.ADD_MEM_REG, region(3).pack_single(), [memfd()])
+    await talk.ask(MessageType.ADD_MEM_REG, region(3).pack_single(), [memfd()])
 
-    assert await talk.ask(Request.REM_MEM_REG, region(3).pack_single()) == 0
-    assert await talk.ask(Request.REM_MEM_REG, region(3).pack_single()) == 1
+    assert await talk.ask(MessageType.REM_MEM_REG, region(3).pack_single()) == 0
+    assert await talk.ask(MessageType.REM_MEM_REG, region(3).pack_single()) == 1
 
 
 async def test_region_refused_by_the_device_can_be_added_later(talk: Talk) -> None:
     await talk.negotiate()
     talk.device.refuse.add("add_memory")
-    assert await talk.ask(Request.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 1
+    assert await talk.ask(MessageType.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 1
     talk.device.refuse.clear()
 
-    assert await talk.ask(Request.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 0
+    assert await talk.ask(MessageType.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 0
 
 
 async def test_memory_slots_are_as_many_as_announced(talk: Talk) -> None:
     await talk.negotiate()
-    reply = await talk.send(Request.GET_MAX_MEM_SLOTS)
+    reply = await talk.send(MessageType.GET_MAX_MEM_SLOTS)
     assert reply is not None
     assert unpack_u64(reply.data[12:]) == MAX_MEMORY_SLOTS
 
     for number in range(MAX_MEMORY_SLOTS):
         payload = region(number).pack_single()
-        assert await talk.ask(Request.ADD_MEM_REG, payload, [memfd()]) == 0
+        assert await talk.ask(MessageType.ADD_MEM_REG, payload, [memfd()]) == 0
 
     payload = region(MAX_MEMORY_SLOTS).pack_single()
-    assert await talk.ask(Request.ADD_MEM_REG, payload, [memfd()]) == 1
+    assert await talk.ask(MessageType.ADD_MEM_REG, payload, [memfd()]) == 1
 
 
 @pytest.mark.parametrize("count", [0, 2, 8])
@@ -162,10 +169,10 @@ async def test_region_with_other_than_one_descriptor_is_refused_and_all_closed(
     await talk.negotiate()
 
     fds = [memfd() for _ in range(count)]
-    assert await talk.ask(Request.ADD_MEM_REG, region().pack_single(), fds) == 1
+    assert await talk.ask(MessageType.ADD_MEM_REG, region().pack_single(), fds) == 1
     fds = [memfd() for _ in range(count)]
     with pytest.raises(ProtocolError):
-        await talk.send(Request.ADD_MEM_REG, region().pack_single(), fds)
+        await talk.send(MessageType.ADD_MEM_REG, region().pack_single(), fds)
 
 
 # Dirty log.
@@ -176,7 +183,7 @@ async def test_log_base_is_always_answered_once(talk: Talk) -> None:
 
     for need_reply in (False, True):
         reply = await talk.send(
-            Request.SET_LOG_BASE, LogRange(4096, 0).pack(), [memfd()], need_reply=need_reply
+            MessageType.SET_LOG_BASE, LogRange(4096, 0).pack(), [memfd()], need_reply=need_reply
         )
         assert reply is not None
         assert len(reply.data) == 20
@@ -191,7 +198,7 @@ async def test_log_range_that_overflows_is_refused(talk: Talk, log: LogRange) ->
     await talk.negotiate()
 
     with pytest.raises(ProtocolError):
-        await talk.send(Request.SET_LOG_BASE, log.pack(), [memfd()])
+        await talk.send(MessageType.SET_LOG_BASE, log.pack(), [memfd()])
     assert "set_log" not in talk.device.names()
 
 
@@ -204,7 +211,7 @@ async def test_inflight_region_comes_with_its_file_in_the_length_asked(
 ) -> None:
     await talk.negotiate()
 
-    reply = await talk.send(Request.GET_INFLIGHT_FD, InflightRange(0, 0, 2, 128).pack(length))
+    reply = await talk.send(MessageType.GET_INFLIGHT_FD, InflightRange(0, 0, 2, 128).pack(length))
 
     assert reply is not None
     assert reply.fd is not None
@@ -224,9 +231,9 @@ async def test_inflight_numbers_out_of_range_are_refused(
     await talk.negotiate()
     payload = InflightRange(1 << 20, 0, num_queues, queue_size).pack()
 
-    assert await talk.ask(Request.SET_INFLIGHT_FD, payload, [memfd()]) == 1
+    assert await talk.ask(MessageType.SET_INFLIGHT_FD, payload, [memfd()]) == 1
     with pytest.raises(ProtocolError):
-        await talk.send(Request.GET_INFLIGHT_FD, payload)
+        await talk.send(MessageType.GET_INFLIGHT_FD, payload)
     assert talk.device.names() == ["set_features"]
 
 
@@ -235,7 +242,7 @@ async def test_inflight_range_that_overflows_is_refused(talk: Talk, size: int, o
     await talk.negotiate()
     payload = InflightRange(size, offset, 1, 128).pack()
 
-    assert await talk.ask(Request.SET_INFLIGHT_FD, payload, [memfd()]) == 1
+    assert await talk.ask(MessageType.SET_INFLIGHT_FD, payload, [memfd()]) == 1
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -247,7 +254,7 @@ async def test_inflight_with_other_than_one_descriptor_is_refused_and_all_closed
     fds = [memfd() for _ in range(count)]
 
     payload = InflightRange(4096, 0, 1, 128).pack()
-    assert await talk.ask(Request.SET_INFLIGHT_FD, payload, fds) == 1
+    assert await talk.ask(MessageType.SET_INFLIGHT_FD, payload, fds) == 1
 
 
 async def test_inflight_region_set_many_times_leaks_nothing(talk: Talk) -> None:
@@ -256,10 +263,10 @@ async def test_inflight_region_set_many_times_leaks_nothing(talk: Talk) -> None:
     payload = InflightRange(4096, 0, 1, 128).pack()
 
     for _ in range(20):
-        reply = await talk.send(Request.GET_INFLIGHT_FD, payload)
+        reply = await talk.send(MessageType.GET_INFLIGHT_FD, payload)
         assert reply is not None
         assert reply.fd is not None
-        assert await talk.ask(Request.SET_INFLIGHT_FD, payload, [reply.fd]) == 0
+        assert await talk.ask(MessageType.SET_INFLIGHT_FD, payload, [reply.fd]) == 0
 
 
 async def test_inflight_region_cannot_change_while_rings_run(talk: Talk) -> None:
@@ -267,25 +274,25 @@ async def test_inflight_region_cannot_change_while_rings_run(talk: Talk) -> None
     await talk.run_ring()
     payload = InflightRange(4096, 0, 1, 128).pack()
 
-    assert await talk.ask(Request.SET_INFLIGHT_FD, payload, [memfd()]) == 1
+    assert await talk.ask(MessageType.SET_INFLIGHT_FD, payload, [memfd()]) == 1
 
 
 async def test_region_that_is_here_may_come_again(talk: Talk) -> None:
     """A second device on one connection; qemu-storage-daemon accepts it, too."""
     await talk.negotiate()
     for _ in range(2):
-        assert await talk.ask(Request.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 0
+        assert await talk.ask(MessageType.ADD_MEM_REG, region(3).pack_single(), [memfd()]) == 0
 
-    assert await talk.ask(Request.REM_MEM_REG, region(3).pack_single()) == 0
-    assert await talk.ask(Request.REM_MEM_REG, region(3).pack_single()) == 1
+    assert await talk.ask(MessageType.REM_MEM_REG, region(3).pack_single()) == 0
+    assert await talk.ask(MessageType.REM_MEM_REG, region(3).pack_single()) == 1
 
 
 async def test_region_that_is_here_may_come_again_when_every_slot_is_taken(talk: Talk) -> None:
     await talk.negotiate()
     for number in range(MAX_MEMORY_SLOTS):
         payload = region(number).pack_single()
-        assert await talk.ask(Request.ADD_MEM_REG, payload, [memfd()]) == 0
+        assert await talk.ask(MessageType.ADD_MEM_REG, payload, [memfd()]) == 0
 
-    assert await talk.ask(Request.ADD_MEM_REG, region(7).pack_single(), [memfd()]) == 0
-    other = Region(7 << 24, 4096, 0x7000_0000_0000 + (7 << 24), 0)
-    assert await talk.ask(Request.ADD_MEM_REG, other.pack_single(), [memfd()]) == 1
+    assert await talk.ask(MessageType.ADD_MEM_REG, region(7).pack_single(), [memfd()]) == 0
+    other = RegionPayload(7 << 24, 4096, 0x7000_0000_0000 + (7 << 24), 0)
+    assert await talk.ask(MessageType.ADD_MEM_REG, other.pack_single(), [memfd()]) == 1

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from bridge.app.heap import keep_freed_pages
+from bridge.app.malloc_tuning import keep_freed_pages
 if sys.argv[1] == "kept":
     keep_freed_pages()
 def buffers():

@@ -8,7 +8,7 @@ import sys
 
 SHORTENED = """
 import mmap, os
-from bridge.app.faults import report_bus_errors
+from bridge.app.bus_errors import report_bus_errors
 report_bus_errors()
 fd = os.memfd_create("guest-memory")
 os.ftruncate(fd, 4096)
@@ -28,5 +28,7 @@ def test_bus_error_says_where_it_was() -> None:
 
 
 def test_closed_stderr_is_no_reason_not_to_start() -> None:
-    program = "import sys; sys.stderr = None; import bridge.app.faults as f; f.report_bus_errors()"
+    program = (
+        "import sys; sys.stderr = None; import bridge.app.bus_errors as f; f.report_bus_errors()"
+    )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,0 +1,86 @@
+"""The other end of the control socket, for the commands: one request, one answer, no event loop."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+from bridge.api.places import SUFFIX, peer_of
+from bridge.errors import BridgeError, ConfigError, ConnectionLost
+
+_ANSWER_MAX_BYTES: Final = 4 << 20
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """`http.client` on a unix socket."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect; raises OSError, and BridgeError for a process that is not to be believed."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(self.timeout)
+        try:
+            sock.connect(os.fspath(self._path))
+            pid, uid = peer_of(sock)
+            if os.geteuid() and uid not in (0, os.geteuid()):
+                raise BridgeError(
+                    f"{self._path}: process {pid} of user {uid} listens there, which is neither "
+                    "this user nor root"
+                )
+        except BaseException:
+            sock.close()
+            raise
+        self.sock = sock
+
+
+def ask(
+    path: Path, method: str, target: str, body: dict[str, Any] | None = None, *, timeout_s: float
+) -> dict[str, Any]:
+    """The JSON object that the bridge at `path` answers.
+
+    Raises ConfigError if it says that the request was wrong or there is no bridge, ConnectionLost
+    if it does not answer, else BridgeError; each with one line for the operator.
+    """
+    connection = _UnixConnection(path, timeout_s)
+    name = path.name.removesuffix(SUFFIX)
+    try:
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(
+            method, target, None if body is None else json.dumps(body), headers=headers
+        )
+        response = connection.getresponse()
+        status, data = response.status, response.read(_ANSWER_MAX_BYTES)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise ConfigError(f"bridge {name} is not running: nothing listens at {path}") from None
+    except PermissionError:
+        raise ConfigError(f"{path}: no permission: be root, or the user of the bridge") from None
+    except TimeoutError:
+        raise ConnectionLost(f"bridge {name} did not answer within {timeout_s:g} s") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionLost(f"bridge {name}: {error or type(error).__name__}") from None
+    finally:
+        connection.close()
+    return _answer(name, status, data)
+
+
+def _answer(name: str, status: int, data: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(data)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise BridgeError(f"bridge {name} answered something that is no JSON object")
+    if status < http.client.BAD_REQUEST:
+        return answer
+    said = answer.get("error") or answer.get("reason") or f"HTTP status {status}"
+    text = f"{name}: {said}"
+    if status in (http.client.BAD_REQUEST, http.client.NOT_FOUND):
+        raise ConfigError(text)
+    raise BridgeError(text)

@@ -1,0 +1,141 @@
+"""Latency without a cost per request: now and then one request is timed, from pop to completion.
+
+The sampler is a poller of the loop, behind the rings, but only while it is armed. Once a turn has
+popped requests, it takes one of them at random and is disarmed for `PAUSE_S`. A request that was
+served on the spot has been timed by then; of the others the `done` is replaced by one that looks at
+the clock. So the data path pays for one comparison per turn while nothing comes, and for some 10
+timed requests per second while much does.
+
+A request's time begins with the turn in which it was popped (`Loop.now`), and ends when the turn
+tells of its end; the used ring is published at the end of the same turn.
+
+While no requests come nothing here wakes the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from time import perf_counter
+from typing import Any, Final
+
+import structlog
+import trio
+
+from bridge.api.histogram import Histogram
+from bridge.api.live import Live
+from bridge.datapath.request import OP_NAMES, READ, WRITE, Request
+
+_log = structlog.get_logger(__name__)
+
+PAUSE_S: Final = 0.1
+HIT = "cache"
+MISS = "server"
+
+
+class _Timed:
+    """The `done` of a request that is timed."""
+
+    __slots__ = ("_began_s", "_done", "_histogram")
+
+    def __init__(self, done: Callable[[Any], None], began_s: float, histogram: Histogram) -> None:
+        self._done = done
+        self._began_s = began_s
+        self._histogram = histogram
+
+    def __call__(self, request: Request) -> None:
+        self._histogram.add(perf_counter() - self._began_s)
+        request.done = self._done
+        self._done(request)
+
+
+class Sampler:
+    """See the module's text."""
+
+    def __init__(self, live: Live, *, random: Random | None = None) -> None:
+        self._live = live
+        self._loop = live.loop
+        self._random = random or Random()
+        self._popped = 0
+        self._hits = (0, 0)
+        self._rings: tuple[int, ...] = ()
+        self._active = trio.Event()
+        self.histograms: dict[tuple[str, str], Histogram] = {}
+        """By operation and by what served it: HIT, or MISS (all else, the server mostly)."""
+
+    async def run(self) -> None:
+        """Sample until cancelled."""
+        try:
+            while True:
+                self._arm()
+                await self._active.wait()
+                self._loop.remove_poller(self)
+                await trio.sleep(PAUSE_S)
+        finally:
+            self._loop.remove_poller(self)
+
+    async def activity(self) -> None:
+        """Return when requests have come; at once, if they did a moment ago."""
+        await self._active.wait()
+
+    def _arm(self) -> None:
+        if self._active.is_set():  # Else somebody may wait for it already.
+            self._active = trio.Event()
+        self._look()
+        self._loop.add_poller(self)
+
+    def _look(self) -> None:
+        self._popped = self._live.requests_total
+        self._hits = self._live.hits
+        self._rings = self._live.ring_ids
+
+    # The poller.
+
+    def poll(self) -> bool:
+        """See `loop.Poller`: has this turn popped anything?"""
+        try:
+            self._poll()
+        except Exception as error:  # It would end the process.
+            _log.error("internal error in the sampler", exc_info=error)
+            self._loop.remove_poller(self)
+        return False
+
+    def _poll(self) -> None:
+        live = self._live
+        count = live.requests_total - self._popped
+        if not count:
+            return
+        if live.ring_ids == self._rings and count > 0 and not self._active.is_set():
+            self._sample(count)
+        # Rings that are new are polled behind this: arming again puts it behind them.
+        self._active.set()
+        self._look()
+
+    def arm(self) -> bool:
+        """See `loop.Poller`."""
+        return False
+
+    def disarm(self) -> None:
+        """See `loop.Poller`."""
+
+    def _sample(self, count: int) -> None:
+        """Time one of the `count` requests that this turn has popped."""
+        reads, writes = (
+            now - before for now, before in zip(self._live.hits, self._hits, strict=True)
+        )
+        chosen = self._random.randrange(count)
+        began_s = self._loop.now
+        if chosen < reads + writes:
+            op = READ if chosen < reads else WRITE
+            self._histogram(op, HIT).add(perf_counter() - began_s)
+            return
+        unanswered = self._live.unanswered()
+        from_the_end = chosen - reads - writes + 1
+        if from_the_end > len(unanswered):
+            return  # A request that was refused.
+        request = unanswered[-from_the_end]
+        if not isinstance(request.done, _Timed):
+            request.done = _Timed(request.done, began_s, self._histogram(request.op, MISS))
+
+    def _histogram(self, op: int, served_by: str) -> Histogram:
+        return self.histograms.setdefault((OP_NAMES[op], served_by), Histogram())

@@ -1,0 +1,64 @@
+"""`nbd-bridge list`."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bridge.api.client import ask
+from bridge.api.places import SUFFIX, control_sockets
+from bridge.app.settings import StatusSettings
+from bridge.cli import common
+from bridge.cli.control import LOOK_S
+from bridge.errors import BridgeError
+from bridge.units import size_text
+
+_AT_ONCE = 16
+_HEAD = ("NAME", "GUEST", "SERVER", "SIZE", "CACHE", "DIRTY", "HITS", "SAFE", "URI")
+
+
+@common.command("list", StatusSettings, example="nbd-bridge list")
+def command(settings: StatusSettings) -> None:
+    """Print all bridges of this host, one a line.
+
+    SAFE says whether everything that the guest wrote is on the server.
+    """
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = list(pool.map(_look, control_sockets()))
+    if settings.output.as_json:
+        common.print_result(json.dumps(found, indent=2))
+        return
+    rows = [_HEAD, *(map(_row, found))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    for row in rows:
+        line = "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        common.print_result(line.rstrip())
+
+
+def _look(path: Path) -> dict[str, Any]:
+    """The status of the bridge at `path`, or why there is none."""
+    try:
+        return ask(path, "GET", "/status", timeout_s=LOOK_S)
+    except BridgeError as error:
+        return {"bridge": {"name": path.name.removesuffix(SUFFIX)}, "error": str(error)}
+
+
+def _row(found: dict[str, Any]) -> tuple[str, ...]:
+    name = found["bridge"]["name"]
+    if "error" in found:
+        return (name, *["-"] * (len(_HEAD) - 2), found["error"])
+    cache = found["cache"]
+    hits = None if cache is None else cache["hit_ratio"]
+    return (
+        name,
+        found["guest"]["state"],
+        found["server"]["state"],
+        size_text(found["guest"]["size_bytes"]),
+        "off" if cache is None else cache["mode"],
+        "-" if cache is None else size_text(cache["dirty_bytes"]),
+        "-" if hits is None else f"{hits:.1%}",
+        "yes" if found["safe_to_reboot"]["safe"] else "no",
+        found["server"]["uri"],
+    )

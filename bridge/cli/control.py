@@ -1,0 +1,26 @@
+"""What the commands share that speak to running bridges.
+
+NAME is what `nbd-bridge list` shows, or the path of a control socket.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bridge.api.client import ask
+from bridge.api.places import socket_of
+from bridge.cli.common import print_result
+
+LOOK_S = 5.0
+"""For an answer to what a bridge knows by itself."""
+
+
+def act(name: str, target: str, body: dict[str, Any], *, timeout_s: float = 0.0) -> dict[str, Any]:
+    """What bridge `name` answers to a POST that may take `timeout_s`. Raises BridgeError."""
+    return ask(socket_of(name), "POST", target, body, timeout_s=timeout_s + LOOK_S)
+
+
+def show(answer: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print one or the other."""
+    print_result(json.dumps(answer, indent=2) if as_json else text)

@@ -1,0 +1,118 @@
+"""`nbd-bridge status`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from bridge.api.client import ask
+from bridge.api.places import control_sockets, socket_of
+from bridge.app.settings import StatusSettings
+from bridge.cli import common
+from bridge.cli.control import LOOK_S
+from bridge.errors import ConfigError
+from bridge.units import size_text
+
+
+@common.command("status", StatusSettings, example="nbd-bridge status vm0")
+@click.argument("name", required=False)
+def command(settings: StatusSettings, name: str | None) -> None:
+    """Print how bridge NAME is, and whether this host may be rebooted.
+
+    NAME is what `list` shows, or the path of a control socket. Without one, all are shown.
+    """
+    paths = [socket_of(name)] if name else control_sockets()
+    if not paths:
+        raise ConfigError("no bridge is running that this user may ask")
+    found = [ask(path, "GET", "/status", timeout_s=LOOK_S) for path in paths]
+    if settings.output.as_json:
+        common.print_result(json.dumps(found[0] if name else found, indent=2))
+    else:
+        common.print_result("\n\n".join(map(describe, found)))
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The same as lines of text."""
+    bridge, guest, server = found["bridge"], found["guest"], found["server"]
+    lines = {
+        "disk": f"{bridge['name']} ({bridge['state']} for {duration(bridge['uptime_s'])}, process "
+        f"{bridge['pid']}, version {bridge['version']})",
+        "guest": _guest(guest),
+        "server": _server(server),
+    }
+    cache = found["cache"]
+    lines["cache"] = "off" if cache is None else _cache(cache)
+    if cache is not None:
+        lines["dirty"] = _dirty(cache)
+    for kind, latency in found["latency"].items():
+        if latency["p50_s"] is not None:
+            lines[kind] = f"median below {_time(latency['p50_s'])}, 99 % below " + _time(
+                latency["p99_s"]
+            )
+    if found["slow_requests_total"]:
+        lines["slow"] = f"{found['slow_requests_total']} requests (see the log)"
+    if found["warming"]:
+        warming = found["warming"]
+        lines["warming"] = (
+            f"{size_text(warming['done_bytes'])} of {size_text(warming['total_bytes'])}"
+        )
+    return f"{common.table(lines)}\nsafe to reboot this host: {found['safe_to_reboot']['answer']}"
+
+
+def _guest(guest: dict[str, Any]) -> str:
+    size = size_text(guest["size_bytes"]) + (", read-only" if guest["read_only"] else "")
+    if guest["state"] == "none":
+        return f"none ({size}; it connects to {guest['socket'] or 'an inherited socket'})"
+    faults = sum(guest["faults"].values())
+    return (
+        f"{guest['state']}, {size}, {guest['queues']} queues, {guest['in_flight']} requests in "
+        f"flight, {guest['requests_total']} so far" + (f", {faults} bad ones" if faults else "")
+    )
+
+
+def _server(server: dict[str, Any]) -> str:
+    text = f"{server['uri']} {server['state']}"
+    if server["down_s"]:
+        text += f" for {duration(server['down_s'])}"
+    if server["reason"]:
+        text += f": {server['reason']}"
+    if server["outages_total"]:
+        text += f" ({server['outages_total']} outages, {duration(server['down_total_s'])} in all)"
+    return text
+
+
+def _cache(cache: dict[str, Any]) -> str:
+    hits = "" if cache["hit_ratio"] is None else f", {cache['hit_ratio']:.1%} hits"
+    return (
+        f"{cache['mode']}, {size_text(cache['used_bytes'])} of {size_text(cache['size_bytes'])} "
+        f"used{hits}"
+    )
+
+
+def _dirty(cache: dict[str, Any]) -> str:
+    if not cache["dirty_bytes"]:
+        return "nothing"
+    text = f"{size_text(cache['dirty_bytes'])} for {duration(cache['dirty_for_s'])}"
+    if cache["write_out_bytes_per_s"]:
+        text += f", {size_text(round(cache['write_out_bytes_per_s']))}/s are written out"
+    if cache["clean_in_s"] is not None:
+        text += f", clean in {duration(cache['clean_in_s'])}"
+    return text
+
+
+def duration(seconds: float) -> str:
+    """For a reader, such as 12 s, 5 min or 3 days."""
+    for unit_s, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "(more than 10 s)"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:g} s"

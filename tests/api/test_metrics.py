@@ -1,0 +1,137 @@
+"""What Prometheus reads."""
+
+from __future__ import annotations
+
+import re
+import sys
+from http.client import HTTPConnection
+from pathlib import Path
+
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+
+from bridge.api.client import _UnixConnection
+from bridge.cache.cache_options import WRITEBACK
+from bridge.peers.blk_driver import BlkDriver
+from tests.api.bridges import Bridge, served
+from tests.tools import HUNG_S
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+async def scrape(bridge: Bridge) -> tuple[str, Samples]:
+    def get() -> str:
+        connection: HTTPConnection = _UnixConnection(bridge.control, HUNG_S)
+        try:
+            connection.request("GET", "/metrics")
+            response = connection.getresponse()
+            assert response.getheader("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"
+            return response.read().decode()
+        finally:
+            connection.close()
+
+    text = await trio.to_thread.run_sync(get)
+    samples = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    return text, samples
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[f"nbd_bridge_{name}", frozenset({"disk": "vm0", **labels}.items())]
+
+
+async def test_counters_are_those_of_what_happened(directory: Path) -> None:
+    async with served(directory, cache=WRITEBACK) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            await guest.write(0, b"a" * 4096)
+            await guest.read(0, 4096)
+            await guest.read(1 << 20, 4096)
+            _, samples = await scrape(bridge)
+            assert value(samples, "requests_total") == 3
+            assert value(samples, "cache_dirty_bytes") == 4096
+            assert value(samples, "safe_to_reboot") == 0
+            assert value(samples, "cache_requests_total", op="read", result="hit") == 1
+            assert value(samples, "cache_requests_total", op="read", result="miss") == 1
+            assert value(samples, "guest_state", state="running") == 1
+            assert value(samples, "server_state", state="connected") == 1
+            await guest.flush()
+            _, samples = await scrape(bridge)
+            assert value(samples, "cache_dirty_bytes") == 0
+            assert value(samples, "cache_writeout_bytes_total") == 4096
+            assert value(samples, "safe_to_reboot") == 1
+        # The rings are gone, the count is not.
+        await bridge.until("guest", queues=0)
+        assert value((await scrape(bridge))[1], "requests_total") == 4
+
+
+async def test_every_metric_has_help_and_base_units(directory: Path) -> None:
+    async with served(directory, cache=WRITEBACK) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            await guest.read(0, 4096)
+            text, _ = await scrape(bridge)
+    families = list(text_string_to_metric_families(text))
+    assert len(families) > 30
+    for family in families:
+        assert family.name.startswith("nbd_bridge_")
+        assert family.documentation, family.name
+        assert not family.name.endswith(("_ms", "_kib", "_percent")), family.name
+        assert all(sample.labels["disk"] == "vm0" for sample in family.samples)
+
+
+async def test_disk_without_a_cache_has_no_metrics_of_one(directory: Path) -> None:
+    async with served(directory) as bridge:
+        text, samples = await scrape(bridge)
+        assert "nbd_bridge_cache_" not in text
+        assert value(samples, "safe_to_reboot") == 1
+
+
+async def test_some_requests_are_timed_by_what_served_them(directory: Path) -> None:
+    async with served(directory, cache=WRITEBACK) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            wanted = {"read cache", "read server", "flush server"}
+            with trio.fail_after(HUNG_S):
+                offset = 0
+                while not wanted <= set((await bridge.status())["latency"]):
+                    await guest.read(0, 4096)
+                    await guest.read(offset := (offset + 65536) % (16 << 20), 512)
+                    await guest.write(0, b"a" * 512)
+                    await guest.flush()
+            found = (await bridge.status())["latency"]["read server"]
+            assert found["samples"] >= 1
+            assert 0 < found["p50_s"] <= found["p99_s"]
+            _, samples = await scrape(bridge)
+            labels = {"op": "read", "served_by": "server"}
+            count = value(samples, "request_sampled_seconds_count", **labels)
+            assert count == value(samples, "request_sampled_seconds_bucket", le="+Inf", **labels)
+
+
+async def test_bridge_that_is_not_scraped_does_not_import_the_client_library() -> None:
+    code = "import sys, bridge.app.serve; print('prometheus_client' in sys.modules)"
+    done = await trio.run_process([sys.executable, "-c", code], capture_stdout=True, stdin=b"")
+    assert done.stdout.strip() == b"False"
+
+
+async def test_every_metric_has_its_row_in_the_document(directory: Path) -> None:
+    document = Path(__file__).parents[2] / "docs" / "operating.md"
+    named = set(re.findall(r"`(nbd_bridge_\w+)`", document.read_text()))
+    async with served(directory, cache=WRITEBACK) as bridge:
+        text, _ = await scrape(bridge)
+    types = re.findall(r"^# TYPE (\w+) \w+$", text, re.MULTILINE)
+    assert named == set(types)
+
+
+async def test_slow_request_is_seen_and_counted(directory: Path) -> None:
+    async with served(directory, slow_s=0.2) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            bridge.server.faults.delay_s = 3.0
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.read, 0, 512)
+                with trio.fail_after(HUNG_S):
+                    while not (await bridge.status())["slow_requests_total"]:
+                        await trio.sleep(0.02)
+                bridge.server.faults.delay_s = 0
+            _, samples = await scrape(bridge)
+            assert value(samples, "slow_requests_total") == 1
