@@ -44,8 +44,12 @@ static struct dp_queue *queue_of(void *owner, unsigned number)
 /* What was touched is published at the end of this turn anyway. */
 static void untouch(struct dp_turns *turns, const struct dp_answered *answered)
 {
-    for (uint32_t index = 0; index < answered->touched_count; index++)
-        queue_of(turns, answered->touched[index])->cells[DP_TOUCHED] = 0;
+    for (uint32_t index = 0; index < answered->touched_count; index++) {
+        struct dp_queue *queue = queue_of(turns, answered->touched[index]);
+
+        if (queue)
+            queue->cells[DP_TOUCHED] = 0;
+    }
 }
 
 static int take_answers(struct dp_turns *turns)
@@ -308,7 +312,7 @@ static int nap(struct dp_turns *turns)
 
 int dp_turns(struct dp_turns *turns)
 {
-    uint64_t now = now_ns(), idle_ns = 0;
+    uint64_t now, idle_ns = 0;
     bool had_work = turns->worked;
     int count = 0;
 
