@@ -110,6 +110,7 @@ class OpenCache:
         Returns "", or what the operator has to know.
         """
         self._stop_using_file()
+        self.cache.hits.let_go_of_file()
         self._loop.turn.remove_stage(self.cache)
         if self.file is None:
             return ""

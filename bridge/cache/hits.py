@@ -92,6 +92,11 @@ class CacheHits:
         self._stats.read_hits += reads
         self._stats.write_hits += writes
 
+    def let_go_of_file(self) -> None:
+        """The cache file is about to be closed: compiled code keeps no view of it, and serves
+        nothing out of it any more."""
+        self.resident.native = False
+
 
 def _resident(index: Index, evictor: Evictor, store: Store) -> Resident:
     """The flat state of these parts, for `datapath.usual`."""

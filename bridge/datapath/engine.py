@@ -66,10 +66,11 @@ def choose(wanted: str = "") -> Engine:
 def _problem() -> str:
     """Why the compiled engine cannot be had; "" if it can."""
     try:
-        from bridge.datapath import _native
+        # (`from bridge.datapath import` would not tell one that is missing from a broken one.)
+        import bridge.datapath._native as _native
+    except ModuleNotFoundError:
+        return "this installation has none, as it was made without a C compiler"
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            return "this installation has none, as it was made without a C compiler"
         return f"it cannot be loaded: {error}".splitlines()[0]
     places = _native.PLACES.items()
     if ABI != _native.ABI or any(vars(cells).get(name) != at for name, at in places):

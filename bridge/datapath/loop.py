@@ -208,13 +208,14 @@ class Loop:
         """Have turns by compiled code; None: not now."""
         if self._compiled is None or self.turn.pending:
             return None
-        found = self._compiled.run(epoll_fd, self._pollers, until_s)
+        pollers = self._pollers
+        found = self._compiled.run(epoll_fd, pollers, until_s)
         if found is None:
             return None
         self.now = perf_counter()
         self._worked = not found.went_to_sleep
         self.naps_total += found.naps
-        for poller in self._pollers:
+        for poller in pollers:  # Those that were there: the end of a turn may have brought others.
             if poller.usual_ring() == ():  # type: ignore[attr-defined]
                 poller.poll()
         return found

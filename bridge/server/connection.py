@@ -573,9 +573,10 @@ class Connection:
         transmission = self.transmission
         transmission.turned(start, end, received)
         if unsent:
-            transmission.output = unsent
-            transmission.has_payload = True
-            self.flush_later()
+            # At once: what is answered from here on may have been answered too early.
+            self._unsent = unsent
+            transmission.sending = True
+            self._loop.modify(self._fd, EPOLLIN | EPOLLOUT)
 
     def unusual(self, *, ended: bool, errno: int) -> None:
         """See cells.Wire."""

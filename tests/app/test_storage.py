@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -34,6 +35,8 @@ from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec.nbd import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
+from tests.datapath.engines import BOTH, engine
+from tests.datapath.worlds import World
 from tests.processes import process, unix_uri, wait_for
 from tests.tools import HUNG_S, need, told
 from tests.turns import turn_of_the_loop
@@ -355,6 +358,23 @@ async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the
             assert flush == [0]
             assert disk.data[:4096] == b"w" * 4096
             await storage.close(10)
+
+
+@pytest.mark.parametrize("name", BOTH)
+async def test_closed_cache_file_is_not_mapped_any_more_and_serves_nothing(directory, name):
+    compiled = engine(name)
+    async with own_server(directory, Faults()):
+        async with running(directory) as storage:
+            assert start(storage, WRITE, 0, 4096) == [0]
+            assert storage._cache is not None
+            assert storage._file is not None
+            resident, mapping = storage._cache.resident, storage._file._map
+            world = World(compiled, 1)
+            compiled.take_hits(world.queues[0], world.disk, resident)  # It looks at the file.
+            await storage.close(10)
+            assert mapping.closed
+            with contextlib.suppress(ValueError):  # What Python says of a view that is released.
+                assert compiled.take_hits(world.queues[0], world.disk, resident) == (0, 0)
 
 
 async def test_cache_file_of_an_export_with_a_long_name_can_be_flushed(directory):

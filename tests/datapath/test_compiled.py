@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
 
 import pytest
 
-from bridge.datapath.cells import DIRECT_LEFT, LARGE_BYTES, LONG_READS
+from bridge.datapath.cells import (
+    BLOCK_MASK,
+    CAPACITY_BYTES,
+    DIRECT_LEFT,
+    INDIRECT,
+    LARGE_BYTES,
+    LONG_READS,
+)
+from bridge.datapath.cells import SIZE as SIZE_OF_RING
 from bridge.datapath.engine_names import COMPILED
 from tests.datapath.engines import engine
 from tests.datapath.socket_twins import (
@@ -21,6 +32,7 @@ from tests.datapath.socket_twins import (
     TABLES,
     Twin,
 )
+from tests.datapath.worlds import DISK_BYTES, GRANULE_SHIFT, GUEST, STUFF_AT, World
 
 LENGTH = 0x10000
 
@@ -164,3 +176,131 @@ def test_a_ring_that_is_closed_amid_a_long_payload_leaves_its_memory_alone(twin:
         twin.turn()
     assert bytes(twin.high) == before
     assert twin.connection.alive
+
+
+def test_what_the_server_answered_before_it_closed_is_heard_before_anything_is_sent(
+    twin: Twin,
+) -> None:
+    add(twin, 0, 0)
+    twin.turn()
+    serve(twin)
+    assert twin.server.end is not None
+    twin.server.end.close()
+    add(twin, 1, 0)
+    twin.turn()
+    assert twin.used() == [(0, LENGTH + 1)]
+    assert data(twin, 0) == twin.server.image[:LENGTH]
+    assert not twin.connection.alive
+
+
+def test_a_write_answered_before_all_of_it_is_sent_waits_until_it_is(twin: Twin) -> None:
+    twin.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    add(twin, 0, 1)
+    for _ in range(50):  # From here on it is known that something is not durable.
+        twin.turn()
+        serve(twin)
+    assert twin.used() == [(0, 1)]
+    add(twin, 1, 1)
+    twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0)
+    assert twin.connection.has_unsent
+    end = twin.server.end
+    assert end is not None
+    cookie = struct.unpack_from(">Q", end.recv(28, socket.MSG_PEEK), 8)[0]
+    end.send(struct.pack(">IIQ", 0x67446698, 0, cookie))
+    twin._turn()
+    assert twin.connection.has_unsent
+    assert twin.used() == []
+    for _ in range(50):
+        twin.turn()
+        twin.server.receive()
+    assert not twin.connection.has_unsent
+    assert twin.used() == [(3, 1)]
+
+
+# Several rings of a cached disk.
+
+
+def hit(world: World, number: int) -> None:
+    """A ring with one chain: a read that the cache can serve."""
+    world.disk[CAPACITY_BYTES], world.disk[BLOCK_MASK] = DISK_BYTES, 511
+    world.cache.ready[1] = 0xFFFF
+    granule = world.cache.granule_of[1]
+    world.cache.head[granule & world.cache.bucket_mask] = 1
+    at = STUFF_AT + 0x100 * number
+    table = struct.pack("=QIHHQIHH", GUEST + at, 16, 1, 1, GUEST + at + 0x1000, 512, 3, 2)
+    table += struct.pack("=QIHH", GUEST + at + 16, 1, 2, 0)
+    world.main[at : at + 16] = struct.pack("<IIQ", 0, 0, granule << GRANULE_SHIFT - 9)
+    world.main[at + 0x20 : at + 0x50] = table
+    queue = world.queues[number]
+    queue.cells[INDIRECT] = 1
+    queue.descriptors[:16] = struct.pack("=QIHH", GUEST + at + 0x20, 48, 4, 0)
+    queue.avail[2 + (queue.avail[1] & queue.cells[SIZE_OF_RING] - 1)] = 0
+    queue.avail[1] = queue.avail[1] + 1 & 0xFFFF
+
+
+def taken_by(world: World, until_ns: int, call: Callable[[], None]) -> tuple[int, ...]:
+    """How many chains of each ring one call takes."""
+    native = import_module("bridge.datapath._native")
+    state = vars(world).setdefault("state", native.new_turns(0))
+    rings = tuple((queue, -1, call) for queue in world.queues)
+    with select.epoll() as epoll:
+        arguments = state, epoll.fileno(), rings, world.disk, True, (world.cache,), until_ns, False
+        found: tuple[int, ...] = native.turns(*arguments)[1]
+    return found
+
+
+def nothing() -> None: ...
+
+
+def test_a_turn_that_takes_long_does_not_go_on_with_all_other_rings() -> None:
+    world = World(engine(COMPILED), 1)
+    hit(world, 0)
+    hit(world, 1)
+    late = taken_by(world, 0, nothing)
+    assert sorted(late) == [0, 1]
+    hit(world, late.index(1))  # It has more; it is the other one's turn.
+    assert taken_by(world, 0, nothing) == (late[1], late[0])
+
+
+def test_turns_that_are_in_time_take_what_all_rings_have() -> None:
+    world = World(engine(COMPILED), 1)
+    hit(world, 0)
+    hit(world, 1)
+    assert taken_by(world, time.monotonic_ns() + 10**11, nothing) == (1, 1)
+
+
+def test_nothing_is_called_after_a_call_that_failed() -> None:
+    world = World(engine(COMPILED), 1)
+    hit(world, 0)
+    hit(world, 1)
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise RuntimeError("as the test has it")
+
+    with pytest.raises(RuntimeError, match="as the test has it"):
+        taken_by(world, time.monotonic_ns() + 10**11, fail)
+    assert calls == [1]
+
+
+def test_what_was_pushed_before_a_queue_that_cannot_be_had_is_published() -> None:
+    compiled = engine(COMPILED)
+    world = World(compiled, 1)
+    channel, rows = world.channel, world.rows
+    channel.structured = False
+    replies = b""
+    for number, queue in enumerate(world.queues):
+        hit(world, number)
+        taken = compiled.take_commands(queue, world.disk, world.route, channel, rows)
+        assert taken == (1, 0)
+        command = channel.output.pop()
+        replies += struct.pack(">II", 0x67446698, 0) + command[8:16] + bytes(512)
+    channel.staging[: len(replies)] = replies
+    gone = memoryview(bytearray(1))
+    gone.release()
+    world.queues[1].views = [gone] * 3
+    world.queues[1].native = None
+    with pytest.raises(ValueError, match="released"):
+        compiled.answers(channel, rows, 0, len(replies))
+    assert rows.touched == [world.queues[0]]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,3 +113,24 @@ def test_a_compiled_engine_that_is_not_there_is_missed_only_where_it_is_asked_fo
     message = str(caught.value)
     assert message.startswith("engine compiled: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("what_is_there", "said"),
+    [
+        (None, "this installation has none, as it was made without a C compiler"),
+        (b"no library at all", "it cannot be loaded: "),
+    ],
+)
+def test_an_installation_says_why_it_has_no_compiled_engine(
+    what_is_there: bytes | None, said: str, tmp_path: Path
+) -> None:
+    package = Path(import_module("bridge").__file__ or "").parent
+    leave_out = shutil.ignore_patterns("_native*.so", "__pycache__")
+    shutil.copytree(package, tmp_path / "bridge", ignore=leave_out)
+    if what_is_there is not None:
+        (tmp_path / "bridge/datapath/_native.abi3.so").write_bytes(what_is_there)
+    command = [sys.executable, "-m", "bridge.datapath.engine"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(f"pure (compiled: {said}")
+    assert found.stdout.count("\n") == 1

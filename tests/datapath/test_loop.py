@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -398,3 +400,28 @@ async def test_descriptor_closed_too_early_can_still_be_removed() -> None:
         os.close(fd)
         loop.remove(fd)
         loop.remove(fd)
+
+
+class _CompiledTurns:
+    """Stands for `compiled.CompiledTurns`: at the end of its first turn a poller comes."""
+
+    def __init__(self, loop: Loop, comes: Box) -> None:
+        self._loop = loop
+        self._comes: Box | None = comes
+
+    def run(self, epoll_fd: int, pollers: Sequence[object], until_s: float) -> Any:
+        if self._comes is None:
+            return None
+        comes, self._comes = self._comes, None
+        self._loop.add_poller(comes)
+        return SimpleNamespace(went_to_sleep=False, used_up=True, naps=0, ready=[])
+
+
+async def test_poller_that_comes_with_the_end_of_a_compiled_turn_is_polled_from_then_on() -> None:
+    async with running() as loop:
+        box = Box(loop)
+        box.work.append(1)
+        loop._compiled = _CompiledTurns(loop, box)  # type: ignore[assignment]
+        loop.turn.want()
+        await settled()
+        assert box.done == [1]

@@ -10,7 +10,8 @@
  *   ./core_fuzz tests/fuzz/corpus
  *
  * With -DOWN_DRIVER it runs on its own: `core_fuzz ROUNDS SEED FILE...` runs the files, then so
- * many programs made of random numbers.
+ * many programs made of random numbers. With -DDP_TEST_FETCHES, for the core as well, whatever is
+ * read of a guest's changes at that moment, as a guest may have it: to be read once.
  */
 #include "turns.h"
 
@@ -59,6 +60,20 @@ static uint64_t take(struct input *input, size_t n_bytes)
     }
     return value;
 }
+
+#ifdef DP_TEST_FETCHES
+void dp_fetched(void *from, size_t n_bytes)
+{
+    static uint64_t state;
+    uint8_t *at = from;
+
+    for (; n_bytes--; at++) {
+        state = state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+        if (state >> 40 & 1) /* every other byte */
+            *at = (uint8_t)(state >> 56);
+    }
+}
+#endif
 
 static void *room(size_t n_bytes)
 {

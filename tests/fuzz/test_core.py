@@ -15,8 +15,9 @@ _PROGRAMS = 2000
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("hooks", [[], ["-DDP_TEST_FETCHES"]], ids=["", "while it changes"])
 def test_nothing_that_a_guest_or_server_sends_reaches_beyond_what_the_core_was_given(
-    tmp_path: Path,
+    hooks: list[str], tmp_path: Path
 ) -> None:
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -24,7 +25,7 @@ def test_nothing_that_a_guest_or_server_sends_reaches_beyond_what_the_core_was_g
     program = tmp_path / "core_fuzz"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
     sources = [str(_HERE / "core_fuzz.c"), str(_NATIVE / "core.c"), str(_NATIVE / "turns.c")]
-    options = ["-std=c99", *sanitizers, "-D_GNU_SOURCE", "-DOWN_DRIVER", f"-I{_NATIVE}"]
+    options = ["-std=c99", *sanitizers, "-D_GNU_SOURCE", "-DOWN_DRIVER", f"-I{_NATIVE}", *hooks]
     subprocess.run([compiler, *options, *sources, "-o", str(program)], check=True)
     corpus = sorted(str(each) for each in (_HERE / "corpus").iterdir())
     assert corpus

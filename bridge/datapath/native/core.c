@@ -48,6 +48,7 @@ static inline void fetch(void *to, const void *from, size_t n_bytes)
 {
     memcpy(to, from, n_bytes);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    DP_FETCHED(from, n_bytes);
 }
 
 static inline uint16_t load_16(const uint16_t *from)
@@ -223,7 +224,11 @@ static uint32_t available(const struct dp_queue *queue)
 
 static inline uint32_t head_at(const struct dp_queue *queue, uint64_t index)
 {
-    return __atomic_load_n(&queue->avail[2 + (index & (queue->size - 1))], __ATOMIC_RELAXED);
+    const uint16_t *at = &queue->avail[2 + (index & (queue->size - 1))];
+    uint32_t head = __atomic_load_n(at, __ATOMIC_RELAXED);
+
+    DP_FETCHED(at, sizeof *at);
+    return head;
 }
 
 /* Whether `length` bytes from `sector` on are blocks of the first `capacity_bytes`. */

@@ -195,4 +195,12 @@ void dp_stored(void);
 #define DP_STORED() ((void)0)
 #endif
 
+#ifdef DP_TEST_FETCHES
+/* For tests: called after every read of what a guest wrote into its rings, tables and headers. */
+void dp_fetched(void *from, size_t n_bytes);
+#define DP_FETCHED(from, n_bytes) dp_fetched((void *)(uintptr_t)(from), n_bytes)
+#else
+#define DP_FETCHED(from, n_bytes) ((void)0)
+#endif
+
 #endif

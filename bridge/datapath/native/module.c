@@ -220,11 +220,13 @@ struct holder *dp_make_channel(PyObject *object)
     return holder;
 }
 
-/* See dp_resident.open_blocks. An exception ends the batch and is raised after it. */
+/* See dp_resident.open_blocks. An exception ends the batch and is raised after it. (The next ring
+ * of a turn asks here all the same: nothing is called while there is an exception.) */
 static int open_blocks(void *owner, uint32_t slot, uint32_t bits)
 {
     struct holder *holder = owner;
-    PyObject *result = PyObject_CallFunction(holder->callback, "II", slot, bits);
+    PyObject *result =
+        PyErr_Occurred() ? NULL : PyObject_CallFunction(holder->callback, "II", slot, bits);
     int opened = result ? PyObject_IsTrue(result) : -1;
 
     Py_XDECREF(result);
@@ -516,6 +518,7 @@ static PyObject *answers(PyObject *module, PyObject *const *args, Py_ssize_t cou
     PyObject *keeps = NULL, *result = NULL;
     struct holder *channel;
     unsigned long long start, end;
+    int failed;
 
     (void)module;
     if (dp_check_count(count, 4) < 0)
@@ -527,8 +530,15 @@ static PyObject *answers(PyObject *module, PyObject *const *args, Py_ssize_t cou
     channel = dp_native_of(args[0], dp_channel_kind, dp_make_channel, &keeps);
     table.queues = PyErr_Occurred() ? NULL : PyObject_GetAttr(args[1], name_queues);
     if (table.queues && channel) {
+        PyObject *type, *value, *traceback;
+
         dp_answers(&channel->is.channel, queue_of, &table, false, start, end, &answered);
-        if (!PyErr_Occurred() && note_touched(args[1], table.queues, &answered) == 0)
+        /* Also if a queue could not be had: what was pushed before is to be published. */
+        PyErr_Fetch(&type, &value, &traceback);
+        failed = note_touched(args[1], table.queues, &answered);
+        if (type)
+            PyErr_Restore(type, value, traceback);
+        else if (!failed)
             result = Py_BuildValue("KO", (unsigned long long)answered.start,
                                    answered.waits ? Py_True : Py_False);
     } else if (table.queues) {

@@ -19,7 +19,8 @@
 enum {
     RECEIVES_PER_TURN = 8,
     STAGING_LONG_BYTES = 16 << 10, /* while long reads are in flight: see transmission.py */
-    DEEP = 8                       /* with so many in flight, waiting gathers a batch */
+    DEEP = 8,                      /* with so many in flight, waiting gathers a batch */
+    LONG_TURN_NS = 5000000         /* as in loop.py */
 };
 
 static uint64_t now_ns(void)
@@ -43,8 +44,12 @@ static struct dp_queue *queue_of(void *owner, unsigned number)
 /* What was touched is published at the end of this turn anyway. */
 static void untouch(struct dp_turns *turns, const struct dp_answered *answered)
 {
-    for (uint32_t index = 0; index < answered->touched_count; index++)
-        queue_of(turns, answered->touched[index])->cells[DP_TOUCHED] = 0;
+    for (uint32_t index = 0; index < answered->touched_count; index++) {
+        struct dp_queue *queue = queue_of(turns, answered->touched[index]);
+
+        if (queue)
+            queue->cells[DP_TOUCHED] = 0;
+    }
 }
 
 static int take_answers(struct dp_turns *turns)
@@ -140,9 +145,9 @@ static int handle_events(struct dp_turns *turns, int count)
         const struct epoll_event *event = &turns->events[index];
         bool known = false;
 
-        if (turns->channel && event->data.fd == turns->socket_fd && event->events == EPOLLIN) {
-            flags |= receive(turns);
-            known = true;
+        if (turns->channel && event->data.fd == turns->socket_fd) {
+            known = event->events == EPOLLIN;
+            flags |= known ? receive(turns) : DP_SOCKET;
         }
         for (uint32_t ring = 0; ring < turns->ring_count && !known; ring++)
             known = event->data.fd == turns->rings[ring].kick_fd;
@@ -155,7 +160,15 @@ static int handle_events(struct dp_turns *turns, int count)
     return flags;
 }
 
-/* Take what the rings have. */
+static bool is_long_over(const struct dp_turns *turns)
+{
+    uint64_t now = now_ns();
+
+    return now > turns->until_ns && now - turns->until_ns > LONG_TURN_NS;
+}
+
+/* Take what the rings have. (What is sent is bounded by the socket. What is copied is not: in a
+ * long turn the rings after this one are the first next time.) */
 static int take(struct dp_turns *turns)
 {
     int flags = 0;
@@ -186,6 +199,10 @@ static int take(struct dp_turns *turns)
         turns->worked |= taken.reads + taken.writes > 0;
         if (queue->cells[DP_STOPPED])
             flags |= DP_CHAIN;
+        if (turns->cache && is_long_over(turns)) {
+            turns->first_ring += index;
+            break;
+        }
     }
     return flags;
 }
@@ -295,7 +312,7 @@ static int nap(struct dp_turns *turns)
 
 int dp_turns(struct dp_turns *turns)
 {
-    uint64_t now = now_ns(), idle_ns = 0;
+    uint64_t now, idle_ns = 0;
     bool had_work = turns->worked;
     int count = 0;
 
@@ -311,7 +328,8 @@ int dp_turns(struct dp_turns *turns)
             count = epoll_wait(turns->epoll_fd, turns->events, DP_EVENTS, 0);
         flags = handle_events(turns, count > 0 ? count : 0);
         count = 0;
-        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED))) {
+        /* The server may have closed: what it answered before is heard before a send fails. */
+        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED | DP_SOCKET))) {
             /* With more than fits, again: nothing that can be taken is left before a publication. */
             do {
                 flags |= take(turns);

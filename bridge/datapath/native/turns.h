@@ -11,14 +11,15 @@ enum { DP_EVENTS = 64, DP_COMMANDS = 512 };
 
 /* Why `dp_turns` has ended: any of these together, or 0: nothing came, and the rings are armed. */
 enum {
-    DP_BUDGET = 1,  /* time is up */
-    DP_OTHERS = 2,  /* `others`: events of descriptors that are not known here */
-    DP_CHAIN = 4,   /* a chain that is not usual, or no place for it */
-    DP_REPLY = 8,   /* a reply that is not usual, from `start` on */
-    DP_UNSENT = 16, /* the socket did not take everything: see `sent_bytes` */
-    DP_ENDED = 32,  /* the end of file */
-    DP_FAILED = 64, /* the socket failed, with `error` */
-    DP_RAISED = 128 /* a callback failed */
+    DP_BUDGET = 1,   /* time is up */
+    DP_OTHERS = 2,   /* `others`: events of descriptors that are not known here */
+    DP_CHAIN = 4,    /* a chain that is not usual, or no place for it */
+    DP_REPLY = 8,    /* a reply that is not usual, from `start` on */
+    DP_UNSENT = 16,  /* the socket did not take everything: see `sent_bytes` */
+    DP_ENDED = 32,   /* the end of file */
+    DP_FAILED = 64,  /* the socket failed, with `error` */
+    DP_RAISED = 128, /* a callback failed */
+    DP_SOCKET = 256  /* with OTHERS: the socket has more to tell than that it can be read */
 };
 
 /* With one of these the last turn has not ended: nothing of it is published. */

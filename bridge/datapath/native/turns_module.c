@@ -63,7 +63,9 @@ static int wait_for_events(void *owner, struct epoll_event *events)
 static int call_driver(void *owner, uint32_t ring)
 {
     struct state *state = owner;
-    PyObject *entry = PyTuple_GetItem(state->ring_objects, (Py_ssize_t)ring);
+    /* After a callback that failed nothing is called: see `open_blocks`. */
+    PyObject *entry =
+        PyErr_Occurred() ? NULL : PyTuple_GetItem(state->ring_objects, (Py_ssize_t)ring);
     PyObject *call = entry ? PyTuple_GetItem(entry, 2) : NULL;
     PyObject *result = call ? PyObject_CallNoArgs(call) : NULL;
 
