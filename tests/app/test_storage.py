@@ -368,7 +368,7 @@ async def test_closed_cache_file_is_not_mapped_any_more_and_serves_nothing(direc
             assert start(storage, WRITE, 0, 4096) == [0]
             assert storage._cache is not None
             assert storage._file is not None
-            resident, mapping = storage._cache.resident, storage._file._map
+            resident, mapping = storage._cache.hits.resident, storage._file._map
             world = World(compiled, 1)
             compiled.take_hits(world.queues[0], world.disk, resident)  # It looks at the file.
             await storage.close(10)

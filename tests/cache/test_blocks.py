@@ -126,6 +126,7 @@ def test_open_blocks_are_written_without_an_event_until_they_are_sent() -> None:
 def test_only_the_table_changes_the_bits_of_a_block() -> None:
     arrays = {"ready", "open", "sent", "inflight", "covered", "state"}
     arrays |= {f"_{name}" for name in arrays}
+    cells = {"state"}  # In the data path that is a queue's.
     found = []
     root = Path(bridge.__file__).parent
     for path in root.rglob("*.py"):
@@ -140,6 +141,7 @@ def test_only_the_table_changes_the_bits_of_a_block() -> None:
             for target in targets:
                 if isinstance(target, ast.Subscript):
                     name = getattr(target.value, "attr", getattr(target.value, "id", ""))
-                    if name in arrays:
+                    of_a_queue = name in cells and path.parent.name == "datapath"
+                    if name in arrays and not of_a_queue:
                         found.append(f"{path.relative_to(root)}:{node.lineno} {name}")
     assert found == []
