@@ -1,7 +1,7 @@
 """The cache: a `Target` over another one, whose hits can be served on the spot.
 
 `Cache` joins the parts; what each of them guarantees is said there. The fast path is
-`hits`; everything else goes to `reads`, `store`, `flush` or `exclusive`. What its owner may ask
+`hits`; everything else goes to `reads`, `writes`, `flush` or `range_operations`. What its owner may ask
 about changes that others made is `foreign`.
 
 The cache is a stage of the loop's turn: what waits stands in one of the parts' queues, and
@@ -14,12 +14,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from bridge.cache.busy_ranges import Discards
 from bridge.cache.cache_options import Options
 from bridge.cache.cold import Cold, InlineCold
 from bridge.cache.common import Common
-from bridge.cache.discards import Discards
 from bridge.cache.eviction import Evictor
-from bridge.cache.exclusive import Exclusives
 from bridge.cache.fetch import Fetcher
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.opening import damaged_index
@@ -27,14 +26,15 @@ from bridge.cache.flush import Flusher
 from bridge.cache.foreign import ForeignChanges
 from bridge.cache.hits import CacheHits
 from bridge.cache.index import Index
+from bridge.cache.range_operations import Exclusives
 from bridge.cache.range_requests import Ranges
 from bridge.cache.readahead import Readahead
 from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
 from bridge.cache.slots import Slots
-from bridge.cache.store import Store
 from bridge.cache.upstream import Backend, Stats
 from bridge.cache.writeback import Writeback
+from bridge.cache.writes import Store
 from bridge.datapath.durability import Kept
 from bridge.datapath.request import (
     BLOCK_STATUS,

@@ -13,8 +13,8 @@ what it acknowledged.
 
 from __future__ import annotations
 
+from bridge.cache.busy_ranges import Discards
 from bridge.cache.common import Common
-from bridge.cache.discards import Discards
 from bridge.cache.wait import WriteOutWait
 from bridge.cache.writeback import Writeback
 from bridge.datapath.request import FLUSH, Request

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bridge.cache.busy_ranges import Discards
 from bridge.cache.common import Common
-from bridge.cache.discards import Discards
 from bridge.cache.fetch import Fetcher
 from bridge.cache.file.layout import BITS
 from bridge.cache.sample import Sample, check_sample, compare

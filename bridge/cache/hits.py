@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from bridge.cache.eviction import UP, Evictor
 from bridge.cache.index import Index
-from bridge.cache.store import Store
 from bridge.cache.upstream import Stats
+from bridge.cache.writes import Store
 from bridge.datapath.cells import Resident
 
 

@@ -1,6 +1,6 @@
 """DISCARD and WRITE_ZEROES requests, cut into what can be done at once.
 
-Whole blocks go to `exclusive` in bounded pieces, one after the other. Parts of blocks, short
+Whole blocks go to `range_operations` in bounded pieces, one after the other. Parts of blocks, short
 ranges, and everything on a server without WRITE_ZEROES, become writes of zero bytes through the
 cache. A discard of parts of blocks does nothing to them: it is a hint.
 """
@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 from bridge.cache.common import Common
-from bridge.cache.exclusive import Exclusives
+from bridge.cache.range_operations import Exclusives
 from bridge.datapath.buffers import ZEROES
 from bridge.datapath.request import DISCARD, FUA, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.turn import Outcome

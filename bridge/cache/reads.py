@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+from bridge.cache.busy_ranges import Discards
 from bridge.cache.common import Common
-from bridge.cache.discards import Discards
 from bridge.cache.fetch import Fetcher
 from bridge.cache.readahead import Readahead
 from bridge.datapath.buffers import scatter

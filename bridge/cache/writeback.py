@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import itemgetter
 
+from bridge.cache.busy_ranges import Discards
 from bridge.cache.common import Common
 from bridge.cache.dirty_ring import DirtyRing
-from bridge.cache.discards import Discards
 from bridge.cache.pace import Pace
 from bridge.cache.runs import copy_of, first_run
 from bridge.cache.wait import WriteOutWait
@@ -49,7 +49,7 @@ class Writeback:
     """The ring of dirty slots and the write-outs in flight."""
 
     def __init__(self, common: Common, discards: Discards) -> None:
-        """`discards` keep blocks of their ranges from being sent."""
+        """`busy_ranges` keep blocks of their ranges from being sent."""
         self._common = common
         self._index = index = common.index
         self._slots = common.slots

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from bridge.cache.exclusive import Exclusives
 from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
 from bridge.cache.hits import CacheHits
 from bridge.cache.index import Index
+from bridge.cache.range_operations import Exclusives
 from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
-from bridge.cache.store import Store
 from bridge.cache.writeback import Writeback
+from bridge.cache.writes import Store
 from bridge.datapath.durability import Kept
 from bridge.datapath.turn import Outcome
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Final, Protocol
 
+from bridge.cache.busy_ranges import Discards
 from bridge.cache.common import Common
-from bridge.cache.discards import Discards
 from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
 from bridge.cache.wait import WriteOutWait

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections import deque
 from errno import ECANCELED, EIO
 
+from bridge.cache.busy_ranges import Discards
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.common import Common
-from bridge.cache.discards import Discards
 from bridge.cache.fetch import Fetcher
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT
 from bridge.cache.flush import Flusher

@@ -9,7 +9,7 @@ from sortedcontainers import SortedDict
 from bridge.cache.common import Common
 
 if TYPE_CHECKING:
-    from bridge.cache.exclusive import Exclusive
+    from bridge.cache.range_operations import Exclusive
 
 
 _NOWHERE = (0, 0)
