@@ -9,7 +9,7 @@ from sortedcontainers import SortedDict
 from bridge.cache.common import Common
 
 if TYPE_CHECKING:
-    from bridge.cache.range_operations import Exclusive
+    from bridge.cache.range_operations import RangeOperation
 
 
 _NOWHERE = (0, 0)
@@ -21,7 +21,7 @@ class Discards:
     __slots__ = ("_by_first", "_image", "_shift", "_since")
 
     def __init__(self, common: Common) -> None:
-        self._by_first: SortedDict[int, Exclusive] = SortedDict()
+        self._by_first: SortedDict[int, RangeOperation] = SortedDict()
         self._image = common.image
         self._shift = common.index.granule_shift - common.index.block_shift
         self._since: int | None = None
@@ -34,22 +34,22 @@ class Discards:
     def __len__(self) -> int:
         return len(self._by_first)
 
-    def add(self, each: Exclusive) -> None:
+    def add(self, each: RangeOperation) -> None:
         """`each` overlaps none that is here."""
         self._by_first[each.first] = each
 
-    def remove(self, each: Exclusive) -> None:
+    def remove(self, each: RangeOperation) -> None:
         """`each` has ended."""
         del self._by_first[each.first]
 
-    def overlapping(self, first: int, end: int) -> Exclusive | None:
+    def overlapping(self, first: int, end: int) -> RangeOperation | None:
         """One that is in progress on any of the blocks `first` … `end`, or None."""
         if not self._by_first:
             return None
         at = self._by_first.bisect_left(end)
         if at:
             # The last one that begins before `end` is also the last to end.
-            each: Exclusive = self._by_first.peekitem(at - 1)[1]
+            each: RangeOperation = self._by_first.peekitem(at - 1)[1]
             if first < each.end:
                 return each
         return None

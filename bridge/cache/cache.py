@@ -26,7 +26,7 @@ from bridge.cache.flush import Flusher
 from bridge.cache.foreign import ForeignChanges
 from bridge.cache.hits import CacheHits
 from bridge.cache.index import Index
-from bridge.cache.range_operations import Exclusives
+from bridge.cache.range_operations import RangeOperations
 from bridge.cache.range_requests import Ranges
 from bridge.cache.readahead import Readahead
 from bridge.cache.reads import Reads
@@ -99,12 +99,12 @@ class Cache:
         fetcher = self._fetcher = Fetcher(common)
         writeback = self._writeback = Writeback(common, discards)
         flusher = self._flusher = Flusher(common, writeback, discards)
-        self._exclusives = Exclusives(common, discards, fetcher, writeback, flusher)
+        self._range_operations = RangeOperations(common, discards, fetcher, writeback, flusher)
         self._readahead = Readahead(index, fetcher, common.slots.forgive, options, self.stats)
         self._reads = Reads(common, fetcher, discards, self._readahead)
         self._store = Store(common, fetcher, discards, writeback, flusher)
         self._resizer = Resizer(common, fetcher, self._grown)
-        self._ranges = Ranges(common, self._exclusives, self.submit)
+        self._ranges = Ranges(common, self._range_operations, self.submit)
         self.foreign = ForeignChanges(common, discards, fetcher)
         """Whether the export changed without us, and what is dropped then."""
         self.hits = CacheHits(index, self._evictor, self._store, self.stats)
@@ -170,7 +170,7 @@ class Cache:
     def advance(self) -> bool:
         """See `Stage`: every part does what it can do now. Fetches last, so that those of one turn
         are merged."""
-        moved = self._exclusives.advance()
+        moved = self._range_operations.advance()
         moved |= self._store.advance()
         moved |= self._flusher.advance()
         moved |= self._writeback.advance()
@@ -186,7 +186,7 @@ class Cache:
             "cold read": self._reads.waiting,
             "write-out": self._writeback.waiting,
             "flush": self._flusher.waiting,
-            "discard": self._exclusives.active,
+            "discard": self._range_operations.active,
         }
 
     def refuse(self, errno: int) -> None:

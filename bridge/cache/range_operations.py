@@ -35,16 +35,26 @@ class WaitsForDiscard(Protocol):
         """Try again."""
 
 
-class Exclusive(WriteOutWait):
+class RangeOperation(WriteOutWait):
     """One discard or write-zeroes in progress; it waits for the write-outs before it."""
 
     __slots__ = (
-        *("_exclusives", "end", "epoch", "first", "flags", "op", "outcome", "stop", "waiting"),
+        *(
+            "_range_operations",
+            "end",
+            "epoch",
+            "first",
+            "flags",
+            "op",
+            "outcome",
+            "stop",
+            "waiting",
+        ),
     )
 
     def __init__(
         self,
-        exclusives: Exclusives,
+        range_operations: RangeOperations,
         op: int,
         first: int,
         end: int,
@@ -54,7 +64,7 @@ class Exclusive(WriteOutWait):
     ) -> None:
         """`op` on the blocks `first` … `end`, up to the byte `stop`; `flags` as of the request."""
         super().__init__(fua=False)
-        self._exclusives = exclusives
+        self._range_operations = range_operations
         self.op = op
         self.first = first
         self.end = end
@@ -70,14 +80,14 @@ class Exclusive(WriteOutWait):
 
     def discard_ended(self) -> None:
         """See WaitsForDiscard."""
-        self._exclusives.begin(self)
+        self._range_operations.begin(self)
 
     def join_written_out(self) -> None:
         """See WriteOutWait."""
-        self._exclusives.written_out.append(self)
+        self._range_operations.written_out.append(self)
 
 
-class Exclusives:
+class RangeOperations:
     """All discards and write-zeroes of one cache. Ranges are `first` … `end` in blocks."""
 
     def __init__(
@@ -97,9 +107,9 @@ class Exclusives:
         self._writeback = writeback
         self._flusher = flusher
         self._shift = common.index.granule_shift - common.index.block_shift
-        self.written_out: list[Exclusive] = []
+        self.written_out: list[RangeOperation] = []
         """Those whose range has no write-out in flight any more."""
-        self._ended: list[Exclusive] = []
+        self._ended: list[RangeOperation] = []
         """Those that have ended, and that something waited for."""
 
     @property
@@ -114,9 +124,9 @@ class Exclusives:
         The last one may be cut short by the end of the disk. If the disk has grown by the time it
         is this one's turn, that block is left out.
         """
-        self.begin(Exclusive(self, op, first, end, stop, flags, outcome))
+        self.begin(RangeOperation(self, op, first, end, stop, flags, outcome))
 
-    def begin(self, each: Exclusive) -> None:
+    def begin(self, each: RangeOperation) -> None:
         """Start `each`, after any other one on its range."""
         before = self._discards.overlapping(each.first, each.end)
         if before is not None:
@@ -149,7 +159,7 @@ class Exclusives:
             self._try_again(each)
         return True
 
-    def _try_again(self, ended: Exclusive) -> None:
+    def _try_again(self, ended: RangeOperation) -> None:
         """What waited for `ended` goes on, or waits for another one.
 
         If one of the first few is in the way of the others (a guest may discard the same blocks
@@ -166,7 +176,7 @@ class Exclusives:
                     before.waiting += waiting
                     return
 
-    def _slots_of(self, each: Exclusive) -> list[int]:
+    def _slots_of(self, each: RangeOperation) -> list[int]:
         """The slots with blocks of the range, by whichever way is shorter."""
         index = self._index
         first, end = each.first >> self._shift, (each.end - 1 >> self._shift) + 1
@@ -178,7 +188,7 @@ class Exclusives:
             if index.state[slot] and first <= index.granule_of[slot] < end
         ]
 
-    def _send(self, each: Exclusive) -> None:
+    def _send(self, each: RangeOperation) -> None:
         """Nothing is in flight on the range: to the server."""
         offset = each.first << self._index.block_shift
         length = each.stop - offset
@@ -193,7 +203,7 @@ class Exclusives:
 
     def _replied(self, request: Request) -> None:
         each = request.owner
-        assert isinstance(each, Exclusive)
+        assert isinstance(each, RangeOperation)
         if not request.flags & FUA:
             self._durability.acknowledged()
         elif request.error:
@@ -208,7 +218,7 @@ class Exclusives:
 
     def _flushed(self, request: Request) -> None:
         each = request.owner
-        assert isinstance(each, Exclusive)
+        assert isinstance(each, RangeOperation)
         if request.error:
             self._writeback.could_not_flush()
         lost = each.epoch != self._durability.epoch
@@ -217,7 +227,7 @@ class Exclusives:
         else:
             self._end(each, request.error)
 
-    def _end(self, each: Exclusive, error: int) -> None:
+    def _end(self, each: RangeOperation, error: int) -> None:
         self._drop(each, error)
         # Reads of absent blocks waited, but a fetch may have been asked for before that.
         self._fetcher.overtaken_range(each.first, each.end)
@@ -229,7 +239,7 @@ class Exclusives:
             self._ended.append(each)
         self._common.turn.finish(each.outcome, error)
 
-    def _drop(self, each: Exclusive, error: int) -> None:
+    def _drop(self, each: RangeOperation, error: int) -> None:
         """Forget the range. After an error it is unknown what the server did: what is dirty stays,
         what is clean may differ from what the server has now."""
         index = self._index

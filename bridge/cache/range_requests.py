@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 from bridge.cache.common import Common
-from bridge.cache.range_operations import Exclusives
+from bridge.cache.range_operations import RangeOperations
 from bridge.datapath.buffers import ZEROES
 from bridge.datapath.request import DISCARD, FUA, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.turn import Outcome
@@ -55,13 +55,13 @@ class Ranges:
     """The slow path of DISCARD and WRITE_ZEROES."""
 
     def __init__(
-        self, common: Common, exclusives: Exclusives, submit: Callable[[Request], None]
+        self, common: Common, range_operations: RangeOperations, submit: Callable[[Request], None]
     ) -> None:
         """`submit` takes the writes: the cache's own."""
         self._common = common
         self._index = common.index
         self._backend = common.backend
-        self._exclusives = exclusives
+        self._range_operations = range_operations
         self._run_blocks = max(1, common.options.exclusive_run_bytes >> self._index.block_shift)
         self._zero_copy_bytes = common.options.zero_copy_bytes
         self._submit = submit
@@ -73,7 +73,7 @@ class Ranges:
             return
         first, end = self._whole_blocks(request)
         stop = request.offset + request.length
-        steps = self._exclusive_steps(DISCARD, first, end, stop, request.flags)
+        steps = self._operation_steps(DISCARD, first, end, stop, request.flags)
         self._next_step(_RangeOp(request, steps, self._next_step))
 
     def write_zeroes(self, request: Request) -> None:
@@ -87,7 +87,7 @@ class Ranges:
         else:
             steps = chain(
                 self._write_steps(start, first << shift, flags),
-                self._exclusive_steps(WRITE_ZEROES, first, end, stop, flags),
+                self._operation_steps(WRITE_ZEROES, first, end, stop, flags),
                 self._last_write_steps(stop, flags),
             )
         self._next_step(_RangeOp(request, steps, self._next_step))
@@ -112,7 +112,9 @@ class Ranges:
         else:
             shift = self._index.block_shift
             end = -(-step.stop >> shift)
-            self._exclusives.start(step.op, step.start >> shift, end, step.stop, step.flags, op)
+            self._range_operations.start(
+                step.op, step.start >> shift, end, step.stop, step.flags, op
+            )
 
     def _written(self, write: Request) -> None:
         op = write.owner
@@ -130,7 +132,7 @@ class Ranges:
             end = -(-stop >> shift)
         return first, max(first, end)
 
-    def _exclusive_steps(
+    def _operation_steps(
         self, op: int, first: int, end: int, stop: int, flags: int
     ) -> Iterator[_Step]:
         shift = self._index.block_shift

@@ -783,16 +783,16 @@ def test_discards_of_the_same_blocks_are_not_all_looked_at_each_time() -> None:
     count = 3000
     discards = [rig.start(DISCARD, 0, GRANULE) for _ in range(count)]
     read = rig.start(READ, 0, BLOCK)
-    exclusives = rig.cache._exclusives
+    range_operations = rig.cache._range_operations
     tried = 0
-    begin = exclusives.begin
+    begin = range_operations.begin
 
     def counted(each: Any) -> None:
         nonlocal tried
         tried += 1
         begin(each)
 
-    exclusives.begin = counted  # type: ignore[method-assign]
+    range_operations.begin = counted  # type: ignore[method-assign]
     rig.serve()
 
     assert [discard.value for discard in discards] == [0] * count

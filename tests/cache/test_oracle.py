@@ -11,7 +11,7 @@ from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
 from bridge.cache.hits import CacheHits
 from bridge.cache.index import Index
-from bridge.cache.range_operations import Exclusives
+from bridge.cache.range_operations import RangeOperations
 from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
 from bridge.cache.writeback import Writeback
@@ -130,7 +130,7 @@ def _evicts_dirty(patch: pytest.MonkeyPatch) -> None:
 
 
 def _discard_drops_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Exclusives, "_drop", lambda self, each, error: None)
+    patch.setattr(RangeOperations, "_drop", lambda self, each, error: None)
 
 
 def _failed_flush_loses_nothing(patch: pytest.MonkeyPatch) -> None:
