@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _NOWHERE = (0, 0)
 
 
-class Discards:
-    """Discards in progress, none overlapping another; ranges are `first` … `end` in blocks."""
+class BusyRanges:
+    """BusyRanges in progress, none overlapping another; ranges are `first` … `end` in blocks."""
 
     __slots__ = ("_by_first", "_image", "_shift", "_since")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from bridge.cache.busy_ranges import Discards
+from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.cache_options import Options
 from bridge.cache.cold import Cold, InlineCold
 from bridge.cache.common import Common
@@ -95,17 +95,17 @@ class Cache:
     def _join(self, common: Common) -> None:
         """Make the parts: each knows those before it."""
         index, options = common.index, common.options
-        discards = self._discards = Discards(common)
+        busy_ranges = self._busy_ranges = BusyRanges(common)
         fetcher = self._fetcher = Fetcher(common)
-        writeback = self._writeback = Writeback(common, discards)
-        flusher = self._flusher = Flusher(common, writeback, discards)
-        self._range_operations = RangeOperations(common, discards, fetcher, writeback, flusher)
+        writeback = self._writeback = Writeback(common, busy_ranges)
+        flusher = self._flusher = Flusher(common, writeback, busy_ranges)
+        self._range_operations = RangeOperations(common, busy_ranges, fetcher, writeback, flusher)
         self._readahead = Readahead(index, fetcher, common.slots.forgive, options, self.stats)
-        self._reads = Reads(common, fetcher, discards, self._readahead)
-        self._store = Store(common, fetcher, discards, writeback, flusher)
+        self._reads = Reads(common, fetcher, busy_ranges, self._readahead)
+        self._store = Store(common, fetcher, busy_ranges, writeback, flusher)
         self._resizer = Resizer(common, fetcher, self._grown)
         self._ranges = Ranges(common, self._range_operations, self.submit)
-        self.foreign = ForeignChanges(common, discards, fetcher)
+        self.foreign = ForeignChanges(common, busy_ranges, fetcher)
         """Whether the export changed without us, and what is dropped then."""
         self.hits = CacheHits(index, self._evictor, self._store, self.stats)
         """What can be asked before `submit`."""

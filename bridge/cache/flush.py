@@ -13,7 +13,7 @@ what it acknowledged.
 
 from __future__ import annotations
 
-from bridge.cache.busy_ranges import Discards
+from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
 from bridge.cache.wait import WriteOutWait
 from bridge.cache.writeback import Writeback
@@ -47,14 +47,14 @@ class _Pass(WriteOutWait):
 class Flusher:
     """All flushes of one cache."""
 
-    def __init__(self, common: Common, writeback: Writeback, discards: Discards) -> None:
+    def __init__(self, common: Common, writeback: Writeback, busy_ranges: BusyRanges) -> None:
         self._common = common
         self._index = common.index
         self._slots = common.slots
         self._backend = common.backend
         self._options = common.options
         self._writeback = writeback
-        self._discards = discards
+        self._busy_ranges = busy_ranges
         self._durability = common.durability
         self._pass: _Pass | None = None
         self.written_out: list[_Pass] = []
@@ -198,7 +198,7 @@ class Flusher:
         for request in running.waiting:
             self._common.turn.finish(request, error)
         if self._durability.all_flushed:
-            self._discards.flushed(self._durability.epoch)
+            self._busy_ranges.flushed(self._durability.epoch)
         if self._next:
             waiting, self._next = self._next, []
             self._start(waiting)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bridge.cache.busy_ranges import Discards
+from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
 from bridge.cache.fetch import Fetcher
 from bridge.cache.file.layout import BITS
@@ -21,11 +21,11 @@ _THOROUGH_COUNT = 256
 class ForeignChanges:
     """What the owner of a cache asks and says about them."""
 
-    def __init__(self, common: Common, discards: Discards, fetcher: Fetcher) -> None:
+    def __init__(self, common: Common, busy_ranges: BusyRanges, fetcher: Fetcher) -> None:
         self.index = common.index
         self._common = common
         self._image = common.image
-        self._discards = discards
+        self._busy_ranges = busy_ranges
         self._fetcher = fetcher
 
     def foreign_change(self, generation: int, written: int, identity: bytes) -> str:
@@ -125,7 +125,7 @@ class ForeignChanges:
         self._common.turn.want()
         index = self.index
         self._remember(0)
-        self._discards.nothing_older(self._common.durability.epoch)
+        self._busy_ranges.nothing_older(self._common.durability.epoch)
         before = index.valid_blocks
         for granule in list(self._fetcher.fetching):
             self._fetcher.overtaken(granule, BITS)

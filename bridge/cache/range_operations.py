@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final, Protocol
 
-from bridge.cache.busy_ranges import Discards
+from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
 from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
@@ -28,10 +28,10 @@ _TRIES: Final = 64
 """So many waiting requests are tried again before the rest is left to the next discard."""
 
 
-class WaitsForDiscard(Protocol):
+class WaitsForRange(Protocol):
     """What has to wait until a discard of some of its blocks has ended."""
 
-    def discard_ended(self) -> None:
+    def range_freed(self) -> None:
         """Try again."""
 
 
@@ -75,11 +75,11 @@ class RangeOperation(WriteOutWait):
         self.outcome = outcome
         self.epoch = 0
         """The one in which it was sent, then the one in which it was done."""
-        self.waiting: deque[WaitsForDiscard] = deque()
+        self.waiting: deque[WaitsForRange] = deque()
         """What is to be tried again when this one has ended."""
 
-    def discard_ended(self) -> None:
-        """See WaitsForDiscard."""
+    def range_freed(self) -> None:
+        """See WaitsForRange."""
         self._range_operations.begin(self)
 
     def join_written_out(self) -> None:
@@ -93,7 +93,7 @@ class RangeOperations:
     def __init__(
         self,
         common: Common,
-        discards: Discards,
+        busy_ranges: BusyRanges,
         fetcher: Fetcher,
         writeback: Writeback,
         flusher: Flusher,
@@ -101,7 +101,7 @@ class RangeOperations:
         self._common = common
         self._index = common.index
         self._backend = common.backend
-        self._discards = discards
+        self._busy_ranges = busy_ranges
         self._durability = common.durability
         self._fetcher = fetcher
         self._writeback = writeback
@@ -115,7 +115,7 @@ class RangeOperations:
     @property
     def active(self) -> int:
         """How many are in progress."""
-        return len(self._discards)
+        return len(self._busy_ranges)
 
     def start(self, op: int, first: int, end: int, stop: int, flags: int, outcome: Outcome) -> None:
         """Discard or zero the blocks `first` … `end`, up to the byte `stop`; `outcome` is finished
@@ -128,7 +128,7 @@ class RangeOperations:
 
     def begin(self, each: RangeOperation) -> None:
         """Start `each`, after any other one on its range."""
-        before = self._discards.overlapping(each.first, each.end)
+        before = self._busy_ranges.overlapping(each.first, each.end)
         if before is not None:
             before.waiting.append(each)
             return
@@ -139,7 +139,7 @@ class RangeOperations:
             if each.first >= each.end:
                 self._common.turn.finish(each.outcome)
                 return
-        self._discards.add(each)
+        self._busy_ranges.add(each)
         for slot in self._slots_of(each):
             self._index.shut(slot)
         self._fetcher.overtaken_range(each.first, each.end)
@@ -168,10 +168,10 @@ class RangeOperations:
         waiting = ended.waiting
         tries = 0
         while waiting:
-            waiting.popleft().discard_ended()
+            waiting.popleft().range_freed()
             tries += 1
             if tries % _TRIES == 0:
-                before = self._discards.overlapping(ended.first, ended.end)
+                before = self._busy_ranges.overlapping(ended.first, ended.end)
                 if before is not None:
                     before.waiting += waiting
                     return
@@ -198,7 +198,7 @@ class RangeOperations:
         elif each.op == DISCARD:
             flags = each.flags & FUA if self._backend.can_fua else 0
         each.epoch = self._durability.epoch
-        self._discards.note(each.first, each.end, each.epoch)
+        self._busy_ranges.note(each.first, each.end, each.epoch)
         self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
 
     def _replied(self, request: Request) -> None:
@@ -231,10 +231,10 @@ class RangeOperations:
         self._drop(each, error)
         # Reads of absent blocks waited, but a fetch may have been asked for before that.
         self._fetcher.overtaken_range(each.first, each.end)
-        self._discards.remove(each)
+        self._busy_ranges.remove(each)
         self._flusher.writes += 1
         self._flusher.arm()
-        self._writeback.discard_ended()
+        self._writeback.range_freed()
         if each.waiting:
             self._ended.append(each)
         self._common.turn.finish(each.outcome, error)

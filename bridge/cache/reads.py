@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from bridge.cache.busy_ranges import Discards
+from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
 from bridge.cache.fetch import Fetcher
 from bridge.cache.readahead import Readahead
@@ -61,8 +61,8 @@ class _PartAgain:
         self._start = start
         self._end = end
 
-    def discard_ended(self) -> None:
-        """See exclusive.WaitsForDiscard."""
+    def range_freed(self) -> None:
+        """See exclusive.WaitsForRange."""
         self._reads.go_on(self._op, self._start, self._end)
 
 
@@ -70,7 +70,7 @@ class Reads:
     """The slow path of READ, and PREFETCH."""
 
     def __init__(
-        self, common: Common, fetcher: Fetcher, discards: Discards, readahead: Readahead
+        self, common: Common, fetcher: Fetcher, busy_ranges: BusyRanges, readahead: Readahead
     ) -> None:
         self._common = common
         self._backend = common.backend
@@ -79,7 +79,7 @@ class Reads:
         self._image = common.image
         self._slots = common.slots
         self._fetcher = fetcher
-        self._discards = discards
+        self._busy_ranges = busy_ranges
         self._readahead = readahead
         self._stats = common.stats
         self._cold_ops: dict[_ReadOp, int] = {}
@@ -124,7 +124,7 @@ class Reads:
         for granule in range(first, last + 1):
             if granule in fetching or index.find(granule):
                 return False
-        if self._discards or not self._readahead.bypasses(request.offset, end):
+        if self._busy_ranges or not self._readahead.bypasses(request.offset, end):
             return False
         self._stats.read_bypassed += 1
 
@@ -274,7 +274,7 @@ class Reads:
 
     def _fetch(self, op: _ReadOp, first: int, end: int) -> None:
         """Get absent blocks from the server, after a discard of them has ended."""
-        before = self._discards.overlapping(first, end)
+        before = self._busy_ranges.overlapping(first, end)
         if before is None:
             op.pending += self._fetcher.need(first, end, op)
             return

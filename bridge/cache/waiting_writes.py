@@ -75,8 +75,8 @@ class WriteOp(WriteOutWait):
         if not self.fetches:
             self.store.fetched.append(self)
 
-    def discard_ended(self) -> None:
-        """See exclusive.WaitsForDiscard."""
+    def range_freed(self) -> None:
+        """See exclusive.WaitsForRange."""
         self.store.go_on(self)
 
     def join_written_out(self) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import itemgetter
 
-from bridge.cache.busy_ranges import Discards
+from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
 from bridge.cache.dirty_ring import DirtyRing
 from bridge.cache.pace import Pace
@@ -48,14 +48,14 @@ class WriteOut(Request):
 class Writeback:
     """The ring of dirty slots and the write-outs in flight."""
 
-    def __init__(self, common: Common, discards: Discards) -> None:
+    def __init__(self, common: Common, busy_ranges: BusyRanges) -> None:
         """`busy_ranges` keep blocks of their ranges from being sent."""
         self._common = common
         self._index = index = common.index
         self._slots = common.slots
         self._backend = common.backend
         self._options = options = common.options
-        self._discards = discards
+        self._busy_ranges = busy_ranges
         self._durability = common.durability
         self._run_blocks = max(1, options.writeback_run_bytes >> index.block_shift)
         self.ring = DirtyRing(index.slots)
@@ -135,7 +135,7 @@ class Writeback:
             if write_out.offset < end and first < write_out.end:
                 _attach(write_out, wait)
 
-    def discard_ended(self) -> None:
+    def range_freed(self) -> None:
         """Look again at what discards kept from being sent."""
         self._urgent += self._held
         self._held = []
@@ -237,7 +237,7 @@ class Writeback:
         """Send the next run of the batch, or be done with its next slot."""
         index = self._index
         slot = self._batch[self._batch_at]
-        if self._discards.hold(index.granule_of[slot]):
+        if self._busy_ranges.hold(index.granule_of[slot]):
             self._held.append(slot)
             self._batch_at += 1
             return
@@ -271,7 +271,7 @@ class Writeback:
         """These blocks cannot go with those before them."""
         return (
             slot in self._refused
-            or self._discards.hold(self._index.granule_of[slot])
+            or self._busy_ranges.hold(self._index.granule_of[slot])
             or self._is_cold(slot, bits)
         )
 

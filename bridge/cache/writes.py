@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from errno import ECANCELED, EIO
 
-from bridge.cache.busy_ranges import Discards
+from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.common import Common
 from bridge.cache.fetch import Fetcher
@@ -37,7 +37,7 @@ class Store:
         self,
         common: Common,
         fetcher: Fetcher,
-        discards: Discards,
+        busy_ranges: BusyRanges,
         writeback: Writeback,
         flusher: Flusher,
     ) -> None:
@@ -48,7 +48,7 @@ class Store:
         self._backend = common.backend
         self._stats = common.stats
         self._fetcher = fetcher
-        self._discards = discards
+        self._busy_ranges = busy_ranges
         self._writeback = writeback
         self._flusher = flusher
         self._through = common.options.mode != WRITEBACK
@@ -88,7 +88,7 @@ class Store:
         if self._for_room:
             self._wait(WriteOp(request, self, 0), TOO_DIRTY)
             return
-        if not (self._through or request.flags or self._discards):
+        if not (self._through or request.flags or self._busy_ranges):
             try:
                 done = self._write_whole(request)
             except OSError as error:
@@ -124,7 +124,7 @@ class Store:
             bits & ~self._ready[slot]
             or self._through
             or self._for_room
-            or self._discards
+            or self._busy_ranges
             or (index.dirty_slots >= self._hard_slots and not index.dirty(slot))
         ):
             return False
@@ -260,7 +260,7 @@ class Store:
             shift = self._index.block_shift
             first = obstacle.offset >> shift
             bits = obstacle.bits
-            before = self._discards.overlapping(first, first + bits.bit_length())
+            before = self._busy_ranges.overlapping(first, first + bits.bit_length())
             assert before is not None
             before.waiting.append(op)
         elif self._refused or self._backend.gone:
@@ -331,9 +331,9 @@ class Store:
         first, last = within >> shift, end - 1 >> shift
         bits = (2 << last) - (1 << first)
         granule_at = granule << index.granule_shift
-        if self._discards:
+        if self._busy_ranges:
             block = at >> shift
-            if self._discards.overlapping(block, block + last - first + 1) is not None:
+            if self._busy_ranges.overlapping(block, block + last - first + 1) is not None:
                 return Obstacle(Why.DISCARD, block << shift, bits=bits >> first)
         slot = index.find(granule)
         word = index.state[slot] if slot else 0

@@ -764,7 +764,7 @@ def test_discards_in_progress_are_found_without_looking_at_each() -> None:
     rig = Rig(granules=2048, slots=64)
     for number in range(1024):
         rig.start(DISCARD, number * 2 * GRANULE, BLOCK)
-    discards = rig.cache._discards
+    discards = rig.cache._busy_ranges
     _Counted.compared = 0
 
     found = discards.overlapping(_Counted(801), _Counted(802))  # type: ignore[arg-type]
