@@ -27,7 +27,7 @@ from bridge.cache.foreign import ForeignChanges
 from bridge.cache.hits import CacheHits
 from bridge.cache.index import Index
 from bridge.cache.range_operations import RangeOperations
-from bridge.cache.range_requests import Ranges
+from bridge.cache.range_requests import RangeRequests
 from bridge.cache.readahead import Readahead
 from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
@@ -104,7 +104,7 @@ class Cache:
         self._reads = Reads(common, fetcher, busy_ranges, self._readahead)
         self._store = Store(common, fetcher, busy_ranges, writeback, flusher)
         self._resizer = Resizer(common, fetcher, self._grown)
-        self._ranges = Ranges(common, self._range_operations, self.submit)
+        self._range_requests = RangeRequests(common, self._range_operations, self.submit)
         self.foreign = ForeignChanges(common, busy_ranges, fetcher)
         """Whether the export changed without us, and what is dropped then."""
         self.hits = CacheHits(index, self._evictor, self._store, self.stats)
@@ -159,9 +159,9 @@ class Cache:
         elif op == PREFETCH:
             self._reads.prefetch(request)
         elif op == DISCARD:
-            self._ranges.discard(request)
+            self._range_requests.discard(request)
         elif op == WRITE_ZEROES:
-            self._ranges.write_zeroes(request)
+            self._range_requests.write_zeroes(request)
         elif op == BLOCK_STATUS:
             self._common.backend.submit(request)
         else:

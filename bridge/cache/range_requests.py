@@ -51,7 +51,7 @@ class _RangeOp(Outcome):
         self.taken = 0
 
 
-class Ranges:
+class RangeRequests:
     """The slow path of DISCARD and WRITE_ZEROES."""
 
     def __init__(
