@@ -23,7 +23,7 @@ from bridge.datapath.turn import Turn
 from bridge.server.align import cover
 from bridge.server.client_options import ClientOptions
 from bridge.server.grace import WHOLE_DISK, Held
-from bridge.server.overlaps import Claim, Ranges, Span
+from bridge.server.overlaps import Claim, Overlaps, Span
 
 _log = structlog.get_logger(__name__)
 
@@ -78,8 +78,8 @@ class Changes:
         self._grace_s = options.stale_write_grace_s
         self._turn = turn
         self._do = do
-        self._ranges = Ranges()
-        self._held = Held(self._ranges)
+        self._overlaps = Overlaps()
+        self._held = Held(self._overlaps)
         self._outlived: set[Claim] = set()
         """What commands of abandoned requests, sent and not answered, may still change."""
         self.ordered = False
@@ -112,17 +112,17 @@ class Changes:
     @property
     def in_flight(self) -> int:
         """How many wait here."""
-        return self._ranges.waiting_count + len(self._ranges.gone)
+        return self._overlaps.waiting_count + len(self._overlaps.gone)
 
     def enter(self, request: Request, block_bytes: int) -> None:
         """Do the change `request` on its whole blocks, now or when it may go."""
         change = Change(request, *cover(request.offset, request.length, block_bytes))
-        if self._ranges.enter(change):
+        if self._overlaps.enter(change):
             self._begin(change)
 
     def advance(self) -> bool:
         """See `Stage`: begin what may go by now."""
-        gone = self._ranges.gone
+        gone = self._overlaps.gone
         if not gone:
             return False
         while gone:
@@ -140,17 +140,17 @@ class Changes:
     def _done(self, inner: _ChangeCommand) -> None:
         request, change = inner.owner
         request.generation = inner.generation
-        self._ranges.release(change)
+        self._overlaps.release(change)
         self._turn.finish(request, inner.error)
 
     def take_waiting(self) -> list[Request]:
         """All that wait here: they go no more, and their end is the caller's."""
         # Taken out first: what waits for one that ends now must not be sent at any later time.
-        claims = self._ranges.take_waiting()
-        gone, self._ranges.gone = self._ranges.gone, deque()
+        claims = self._overlaps.take_waiting()
+        gone, self._overlaps.gone = self._overlaps.gone, deque()
         for claim in gone:
             if isinstance(claim, Change):
-                self._ranges.release(claim)
+                self._overlaps.release(claim)
         return [claim.request for claim in (*gone, *claims) if isinstance(claim, Change)]
 
     # What the server may still do.
@@ -212,14 +212,14 @@ class Changes:
         if command.op in CHANGES:
             claim = Claim(command.offset, command.offset + command.length)
             self._outlived.add(claim)
-            self._ranges.enter(claim)
+            self._overlaps.enter(claim)
             self._choose_way()
         return Outlived(self, done, claim)
 
     def outlived_ended(self, claim: Claim) -> None:
         """The command that it was for has ended."""
         self._outlived.remove(claim)
-        self._ranges.withdraw(claim)
+        self._overlaps.withdraw(claim)
         self._choose_way()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import inf
 from typing import Final
 
-from bridge.server.overlaps import Ranges, Span, merged
+from bridge.server.overlaps import Overlaps, Span, merged
 
 _SPANS_MAX: Final = 1024
 """As many as a full ring of small writes can leave behind; with more than that all of the disk is
@@ -25,8 +25,8 @@ class Held:
     be executed later, too, and their time begins with the next connection.
     """
 
-    def __init__(self, ranges: Ranges) -> None:
-        self._ranges = ranges
+    def __init__(self, overlaps: Overlaps) -> None:
+        self._overlaps = overlaps
         self._spans: list[tuple[float, Span]] = []
         """By time; infinite: none yet."""
 
@@ -58,4 +58,4 @@ class Held:
 
     def _keep(self, spans: list[tuple[float, Span]]) -> None:
         self._spans = spans
-        self._ranges.hold(merged([span for _, span in spans]))
+        self._overlaps.hold(merged([span for _, span in spans]))

@@ -42,7 +42,7 @@ class Claim:
         """Where the pieces that it owns start, once it is among the claims."""
 
 
-class Ranges:
+class Overlaps:
     """Claims in the order they came; a claim is active once no earlier one overlaps it, and its
     range is not held. See the module's text."""
 

@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.server.grace import Held
-from bridge.server.overlaps import Claim, Ranges, merged
+from bridge.server.overlaps import Claim, Overlaps, merged
 
 
 class Change(Claim):
     """A change that says whether it has gone."""
 
-    def __init__(self, ranges: Ranges, start: int, stop: int) -> None:
+    def __init__(self, overlaps: Overlaps, start: int, stop: int) -> None:
         super().__init__(start, stop)
-        self._ranges = ranges
-        self._goes = ranges.enter(self)
+        self._overlaps = overlaps
+        self._goes = overlaps.enter(self)
 
     @property
     def gone(self) -> bool:
-        assert self.active == (self._goes or self in self._ranges.gone)
+        assert self.active == (self._goes or self in self._overlaps.gone)
         return self.active
 
 
@@ -40,10 +40,10 @@ def test_merged_covers_the_same_bytes_with_gaps_between(given_spans) -> None:
 
 
 def test_hold_without_a_time_waits_for_one() -> None:
-    ranges = Ranges()
-    held = Held(ranges)
+    overlaps = Overlaps()
+    held = Held(overlaps)
     held.hold([(0, 4)])
-    change = Change(ranges, 3, 5)
+    change = Change(overlaps, 3, 5)
     assert held.deadline_s is None
     held.expire(1e9)
     assert not change.gone
@@ -55,26 +55,26 @@ def test_hold_without_a_time_waits_for_one() -> None:
 
 
 def test_hold_begin_leaves_the_times_that_there_are() -> None:
-    ranges = Ranges()
-    held = Held(ranges)
+    overlaps = Overlaps()
+    held = Held(overlaps)
     held.hold([(0, 4)])
     held.hold([(8, 12)], 3)
     held.begin(7)
     assert held.deadline_s == 3
     held.expire(3)
-    assert Change(ranges, 8, 12).gone
-    assert not Change(ranges, 0, 4).gone
+    assert Change(overlaps, 8, 12).gone
+    assert not Change(overlaps, 0, 4).gone
 
 
 def test_hold_past_its_bound_becomes_the_whole_disk_until_the_last_time() -> None:
-    ranges = Ranges()
-    held = Held(ranges)
+    overlaps = Overlaps()
+    held = Held(overlaps)
     held.hold([(2 * number, 2 * number + 1) for number in range(1024)], 5)
-    assert Change(ranges, 1, 2).gone
-    waiting = Change(ranges, 2, 3)
+    assert Change(overlaps, 1, 2).gone
+    waiting = Change(overlaps, 2, 3)
     held.hold([(4096, 4097)], 4)
-    assert ranges.waiting == [waiting]
-    assert not Change(ranges, 1 << 62, (1 << 62) + 1).gone
+    assert overlaps.waiting == [waiting]
+    assert not Change(overlaps, 1 << 62, (1 << 62) + 1).gone
     held.expire(4)
     assert not waiting.gone
     held.expire(5)

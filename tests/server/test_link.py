@@ -1874,7 +1874,7 @@ class Simulation:
         assert self.link.in_flight == 0
         assert self.lane.in_flight_bytes == 0
         assert not self.link._changes._outlived
-        assert not self.link._changes._ranges.waiting_count
+        assert not self.link._changes._overlaps.waiting_count
         for request, data, before in self.left_alone:
             assert request in self.ended, f"seed {self.seed}: abandoned {request} never ended"
             assert data == before, f"seed {self.seed}: {request} after it was abandoned"

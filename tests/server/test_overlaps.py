@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bridge.server.grace import WHOLE_DISK, Held
-from bridge.server.overlaps import Claim, Ranges, Span, merged
+from bridge.server.overlaps import Claim, Overlaps, Span, merged
 
 MANY = 64 * 1024
 """What 64 queues of 1024 can have in flight."""
@@ -27,30 +27,30 @@ class Change(Claim):
         self.over_at_once = over_at_once
 
 
-def enter(ranges: Ranges, change: Change) -> None:
-    if ranges.enter(change):
-        begin(ranges, change)
-    go_on(ranges)
+def enter(overlaps: Overlaps, change: Change) -> None:
+    if overlaps.enter(change):
+        begin(overlaps, change)
+    go_on(overlaps)
 
 
-def release(ranges: Ranges, claim: Claim) -> None:
-    ranges.release(claim)
-    go_on(ranges)
+def release(overlaps: Overlaps, claim: Claim) -> None:
+    overlaps.release(claim)
+    go_on(overlaps)
 
 
-def go_on(ranges: Ranges) -> None:
+def go_on(overlaps: Overlaps) -> None:
     """What the owner of the ranges does: begin the changes that may go."""
-    while ranges.gone:
-        change = ranges.gone.popleft()
+    while overlaps.gone:
+        change = overlaps.gone.popleft()
         assert isinstance(change, Change)
-        begin(ranges, change)
+        begin(overlaps, change)
 
 
-def begin(ranges: Ranges, change: Change) -> None:
+def begin(overlaps: Overlaps, change: Change) -> None:
     assert change.active
     change.log.append(change.name)
     if change.over_at_once:
-        ranges.release(change)
+        overlaps.release(change)
 
 
 class Model:
@@ -105,7 +105,7 @@ steps = st.lists(
 @given(steps)
 @example([("enter", (1, 2)), ("enter", (0, 2)), ("take", None), ("enter", (0, 1))])
 def test_ranges_do_what_the_rule_says(given_steps) -> None:
-    ranges, model = Ranges(), Model()
+    overlaps, model = Overlaps(), Model()
     log: list[int] = []
     changes: dict[int, Change] = {}
     for number, (what, value) in enumerate(given_steps):
@@ -113,87 +113,87 @@ def test_ranges_do_what_the_rule_says(given_steps) -> None:
         if what == "enter":
             changes[number] = Change(log, number, value)
             model.claims.append((number, value))
-            enter(ranges, changes[number])
+            enter(overlaps, changes[number])
         elif what == "release":
             if not model.active:
                 continue
             name = sorted(model.active)[value % len(model.active)]
             model.active.remove(name)
             model.claims = [claim for claim in model.claims if claim[0] != name]
-            release(ranges, changes[name])
+            release(overlaps, changes[name])
         elif what == "hold":
             model.held = merged(value)
-            ranges.hold(model.held)
-            go_on(ranges)
+            overlaps.hold(model.held)
+            go_on(overlaps)
         else:
             waiting = model.waiting
-            assert ranges.take_waiting() == [changes[name] for name in waiting]
+            assert overlaps.take_waiting() == [changes[name] for name in waiting]
             model.taken.update(waiting)
         expected = model.step()
         assert set(log) == expected
         assert len(log) == len(expected)
-        assert ranges.waiting == [changes[name] for name in model.waiting]
-        assert not any(claim.active for claim in ranges.waiting)
-        assert ranges.waiting_count == len(model.waiting)
+        assert overlaps.waiting == [changes[name] for name in model.waiting]
+        assert not any(claim.active for claim in overlaps.waiting)
+        assert overlaps.waiting_count == len(model.waiting)
 
 
 def test_overlapping_claims_go_in_the_order_they_came() -> None:
-    ranges = Ranges()
+    overlaps = Overlaps()
     log: list[int] = []
     first = Change(log, 0, (0, 8))
-    enter(ranges, first)
+    enter(overlaps, first)
     for name, span in enumerate([(4, 12), (0, 2), (6, 20), (1, 3)], 1):
-        enter(ranges, Change(log, name, span, over_at_once=True))
+        enter(overlaps, Change(log, name, span, over_at_once=True))
     assert log == [0]
-    release(ranges, first)
+    release(overlaps, first)
     assert sorted(log) == [0, 1, 2, 3, 4]
     assert log.index(1) < log.index(3)
     assert log.index(2) < log.index(4)
 
 
 def test_65536_claims_on_one_range_that_are_over_at_once_do_not_recurse() -> None:
-    ranges = Ranges()
+    overlaps = Overlaps()
     log: list[int] = []
     first = Claim(0, 512)
-    assert ranges.enter(first)
+    assert overlaps.enter(first)
     for name in range(MANY):
-        enter(ranges, Change(log, name, (0, 512), over_at_once=True))
-    release(ranges, first)
+        enter(overlaps, Change(log, name, (0, 512), over_at_once=True))
+    release(overlaps, first)
     assert log == list(range(MANY))
 
 
 def test_taken_claims_keep_their_place_until_those_before_are_done() -> None:
-    ranges = Ranges()
+    overlaps = Overlaps()
     log: list[int] = []
     first = Change(log, 1, (0, 8))
-    enter(ranges, first)
+    enter(overlaps, first)
     waiting = Change(log, 2, (0, 8))
-    enter(ranges, waiting)
-    assert ranges.take_waiting() == [waiting]
-    assert ranges.waiting_count == 0
+    enter(overlaps, waiting)
+    assert overlaps.take_waiting() == [waiting]
+    assert overlaps.waiting_count == 0
     later = Change(log, 3, (4, 8))
-    enter(ranges, later)
+    enter(overlaps, later)
     assert log == [1]
-    release(ranges, first)
+    release(overlaps, first)
     assert log == [1, 3]
 
 
 def test_taken_claims_leave_what_is_held_as_it_is() -> None:
-    ranges = Ranges()
+    overlaps = Overlaps()
     log: list[int] = []
-    held = Held(ranges)
+    held = Held(overlaps)
     held.hold([(0, 4)], 3)
     held.hold([(8, 12)])
-    enter(ranges, Change(log, 1, (0, 1)))
-    assert len(ranges.take_waiting()) == 1
+    enter(overlaps, Change(log, 1, (0, 1)))
+    assert len(overlaps.take_waiting()) == 1
     assert held.deadline_s == 3
-    enter(ranges, Change(log, 2, (11, 12)))
+    enter(overlaps, Change(log, 2, (11, 12)))
     held.expire(3)
-    go_on(ranges)
+    go_on(overlaps)
     assert log == []
     held.begin(7)
     held.expire(7)
-    go_on(ranges)
+    go_on(overlaps)
     assert log == [2]
 
 
@@ -219,18 +219,18 @@ class Counted(int):
 
 def comparisons_of(count: int, width: int) -> int:
     """Enter `count` claims of `width` blocks each while all of the disk is held, then let go."""
-    ranges = Ranges()
+    overlaps = Overlaps()
     log: list[int] = []
-    held = Held(ranges)
+    held = Held(overlaps)
     held.hold([WHOLE_DISK], 5)
     Counted.comparisons = 0
     for name in range(count):
         block = name * 7919 % count
         span = (Counted(block * 8), Counted((block + width) * 8))
-        enter(ranges, Change(log, name, span, over_at_once=True))
+        enter(overlaps, Change(log, name, span, over_at_once=True))
     assert log == []
     held.expire(5)
-    go_on(ranges)
+    go_on(overlaps)
     assert len(log) == count
     return Counted.comparisons
 
