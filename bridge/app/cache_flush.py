@@ -194,7 +194,7 @@ class _OverReconnects:
         if self._parts is None:
             return
         client, cache, backend = self._parts
-        cache.backend_reconnected()
+        cache.upstream_reconnected()
         export = client.export
         if export.sessions is None:
             backend.hold_changes()  # until the comparison shows whether it is still this export

@@ -200,7 +200,7 @@ class Storage:
         """What is dirty may be sent on this connection."""
         cache = self._cache
         assert cache is not None
-        cache.backend_reconnected()
+        cache.upstream_reconnected()
         note_export(cache, self.client.export)
         if self.client.export.sessions is None and not self._was_compared:
             cache.foreign.check_sample(self._note_sample)

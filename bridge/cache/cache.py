@@ -32,7 +32,7 @@ from bridge.cache.readahead import Readahead
 from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
 from bridge.cache.slots import Slots
-from bridge.cache.upstream import Backend, Stats
+from bridge.cache.upstream import Stats, Upstream
 from bridge.cache.writeback import Writeback
 from bridge.cache.writes import Store
 from bridge.datapath.durability import Kept
@@ -50,7 +50,7 @@ from bridge.datapath.turn import Outcome, Turn
 
 
 class Cache:
-    """One disk's cache over `backend`, in `image`.
+    """One disk's cache over `upstream`, in `image`.
 
     `clock` returns seconds of a monotonic clock; `turn` is the loop's, which calls `advance`
     (`turn.add_stage`); `cold` runs reads that would block.
@@ -61,7 +61,7 @@ class Cache:
     def __init__(
         self,
         image: MappedImage,
-        backend: Backend,
+        upstream: Upstream,
         options: Options,
         *,
         clock: Callable[[], float],
@@ -75,10 +75,10 @@ class Cache:
             index=index,
             slots=Slots(index, self._evictor),
             image=image,
-            backend=backend,
+            upstream=upstream,
             options=options,
             stats=Stats(),
-            durability=Kept(backend),
+            durability=Kept(upstream),
             turn=turn,
             cold=cold or InlineCold(turn),
             clock=clock,
@@ -163,7 +163,7 @@ class Cache:
         elif op == WRITE_ZEROES:
             self._range_requests.write_zeroes(request)
         elif op == BLOCK_STATUS:
-            self._common.backend.submit(request)
+            self._common.upstream.submit(request)
         else:
             self._turn.finish(request, errno.EOPNOTSUPP)
 
@@ -221,11 +221,11 @@ class Cache:
 
     def freeze(self, frozen: bool) -> None:
         """Begin nothing by itself (write-out by age, flush by time), or do it again. What the
-        backend gets then has to be refused by itself."""
+        upstream gets then has to be refused by itself."""
         self._frozen = frozen
 
-    def backend_reconnected(self) -> None:
-        """The connection was replaced: call this after `backend.generation` was raised and
+    def upstream_reconnected(self) -> None:
+        """The connection was replaced: call this after `upstream.generation` was raised and
         before unanswered requests are sent again."""
         self._turn.want()
         self._common.durability.reconnected()

@@ -10,7 +10,7 @@ from bridge.cache.cold import Cold
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.index import Index
 from bridge.cache.slots import Slots
-from bridge.cache.upstream import Backend, Stats
+from bridge.cache.upstream import Stats, Upstream
 from bridge.datapath.durability import Kept
 from bridge.datapath.turn import Turn
 
@@ -22,7 +22,7 @@ class Common:
     index: Index
     slots: Slots
     image: MappedImage
-    backend: Backend
+    upstream: Upstream
     options: Options
     stats: Stats
     durability: Kept

@@ -55,7 +55,7 @@ class Fetcher:
         index, options = common.index, common.options
         self._index = index
         self._slots = common.slots
-        self._backend = common.backend
+        self._upstream = common.upstream
         self._stats = common.stats
         self._block_shift = index.block_shift
         self._shift = index.granule_shift - index.block_shift
@@ -190,7 +190,7 @@ class Fetcher:
             buffers.append(view)
         self._stats.fetches += 1
         self._stats.fetched_bytes += length
-        self._backend.submit(Request(READ, offset, length, buffers, self._replied, owner=group))
+        self._upstream.submit(Request(READ, offset, length, buffers, self._replied, owner=group))
 
     def _replied(self, request: Request) -> None:
         group = cast("list[Fetch]", request.owner)

@@ -51,7 +51,7 @@ class Flusher:
         self._common = common
         self._index = common.index
         self._slots = common.slots
-        self._backend = common.backend
+        self._upstream = common.upstream
         self._options = common.options
         self._writeback = writeback
         self._busy_ranges = busy_ranges
@@ -130,7 +130,7 @@ class Flusher:
         assert self._pass is None
         writeback = self._writeback
         few = writeback.ring.tail - writeback.ring.head <= self._options.fua_granules
-        fua = self._backend.can_fua and few and self._durability.all_flushed
+        fua = self._upstream.can_fua and few and self._durability.all_flushed
         running = self._pass = _Pass(self, fua=fua)
         running.epoch = self._durability.epoch
         running.writes_seen = self.writes
@@ -146,7 +146,7 @@ class Flusher:
             self._end(running, running.error)
         elif running.lost or running.epoch != durability.epoch:
             self._restart(running)
-        elif not self._backend.can_flush:
+        elif not self._upstream.can_flush:
             writeback.take_written()
             durability.flushed(durability.answered, running.epoch)
             self._end(running, 0)
@@ -160,7 +160,7 @@ class Flusher:
                 self._index.flush_sent(slot)
             running.answered = durability.answered
             self._common.stats.flushes += 1
-            self._backend.submit(Request(FLUSH, 0, 0, [], self._replied, owner=running))
+            self._upstream.submit(Request(FLUSH, 0, 0, [], self._replied, owner=running))
 
     def _replied(self, request: Request) -> None:
         running = request.owner

@@ -61,7 +61,7 @@ class ForeignChanges:
         blocks. `done(differences)`, -1 if the server did not answer."""
         check_sample(
             self,
-            self._common.backend,
+            self._common.upstream,
             done,
             count,
             witness=self._witness,
@@ -75,7 +75,7 @@ class ForeignChanges:
         in the file: the next sample, which is another one, has it too.
         """
 
-        self._compare(self._common.backend.submit, done, _THOROUGH_COUNT)
+        self._compare(self._common.upstream.submit, done, _THOROUGH_COUNT)
 
     def check_server(
         self, submit: Callable[[Request], None], done: Callable[[int], None], *, count: int = 64

@@ -100,7 +100,7 @@ class RangeOperations:
     ) -> None:
         self._common = common
         self._index = common.index
-        self._backend = common.backend
+        self._upstream = common.upstream
         self._busy_ranges = busy_ranges
         self._durability = common.durability
         self._fetcher = fetcher
@@ -193,13 +193,15 @@ class RangeOperations:
         offset = each.first << self._index.block_shift
         length = each.stop - offset
         flags = each.flags & MAY_UNMAP
-        if each.op != DISCARD and self._backend.can_fua:
+        if each.op != DISCARD and self._upstream.can_fua:
             flags |= FUA
         elif each.op == DISCARD:
-            flags = each.flags & FUA if self._backend.can_fua else 0
+            flags = each.flags & FUA if self._upstream.can_fua else 0
         each.epoch = self._durability.epoch
         self._busy_ranges.note(each.first, each.end, each.epoch)
-        self._backend.submit(Request(each.op, offset, length, [], self._replied, flags, owner=each))
+        self._upstream.submit(
+            Request(each.op, offset, length, [], self._replied, flags, owner=each)
+        )
 
     def _replied(self, request: Request) -> None:
         each = request.owner
@@ -208,13 +210,13 @@ class RangeOperations:
             self._durability.acknowledged()
         elif request.error:
             self._writeback.could_not_flush()
-        if request.error or request.flags & FUA or not self._backend.can_flush:
+        if request.error or request.flags & FUA or not self._upstream.can_flush:
             self._end(each, request.error)
         elif each.op == DISCARD and not each.flags & FUA:
             self._end(each, 0)
         else:
             each.epoch = self._durability.done_in(sent_in=each.epoch, generation=request.generation)
-            self._backend.submit(Request(FLUSH, 0, 0, [], self._flushed, owner=each))
+            self._upstream.submit(Request(FLUSH, 0, 0, [], self._flushed, owner=each))
 
     def _flushed(self, request: Request) -> None:
         each = request.owner

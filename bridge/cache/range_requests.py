@@ -60,7 +60,7 @@ class RangeRequests:
         """`submit` takes the writes: the cache's own."""
         self._common = common
         self._index = common.index
-        self._backend = common.backend
+        self._upstream = common.upstream
         self._range_operations = range_operations
         self._run_blocks = max(1, common.options.exclusive_run_bytes >> self._index.block_shift)
         self._zero_copy_bytes = common.options.zero_copy_bytes
@@ -68,7 +68,7 @@ class RangeRequests:
 
     def discard(self, request: Request) -> None:
         """Discard the whole blocks of a range."""
-        if not self._backend.can_trim:
+        if not self._upstream.can_trim:
             self._common.turn.finish(request, errno.EOPNOTSUPP)
             return
         first, end = self._whole_blocks(request)
@@ -82,7 +82,7 @@ class RangeRequests:
         start, stop, flags = request.offset, request.offset + request.length, request.flags
         shift = self._index.block_shift
         small = (end - first << shift) <= self._zero_copy_bytes
-        if small or not self._backend.can_write_zeroes:
+        if small or not self._upstream.can_write_zeroes:
             steps = self._write_steps(start, stop, flags)
         else:
             steps = chain(

@@ -73,7 +73,7 @@ class Reads:
         self, common: Common, fetcher: Fetcher, busy_ranges: BusyRanges, readahead: Readahead
     ) -> None:
         self._common = common
-        self._backend = common.backend
+        self._upstream = common.upstream
         self._bypass_bytes = common.options.bypass_bytes
         self._index = common.index
         self._image = common.image
@@ -129,7 +129,7 @@ class Reads:
         self._stats.read_bypassed += 1
 
         offset, length, buffers = request.offset, request.length, request.buffers
-        self._backend.submit(Request(READ, offset, length, buffers, self._bypassed, 0, request))
+        self._upstream.submit(Request(READ, offset, length, buffers, self._bypassed, 0, request))
         return True
 
     def _bypassed(self, inner: Request) -> None:

@@ -61,7 +61,7 @@ class Resizer:
             else:
                 self.resize(size_bytes, outcome)  # Two at a time: the other one was faster.
 
-        self._common.backend.submit(Request(READ, start, length, [block], replied))
+        self._common.upstream.submit(Request(READ, start, length, [block], replied))
 
     def _complete_last_block(self, old_bytes: int, tail: memoryview) -> None:
         index = self._index

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Protocol, cast
 
 from bridge.cache.index import Index
-from bridge.cache.upstream import Backend
+from bridge.cache.upstream import Upstream
 from bridge.datapath.request import READ, Request
 from bridge.units import SECTOR_BYTES
 
@@ -55,7 +55,7 @@ class Sampled(Protocol):
 
 def check_sample(
     cache: Sampled,
-    backend: Backend,
+    upstream: Upstream,
     done: Callable[[int], None],
     count: int,
     *,
@@ -73,7 +73,7 @@ def check_sample(
             cache.drop_clean()
         done(-1 if sample.unknown else sample.differing)
 
-    compare(cache.index, backend.submit, compared, count, witness=witness, discarded=discarded)
+    compare(cache.index, upstream.submit, compared, count, witness=witness, discarded=discarded)
 
 
 def compare(

@@ -7,10 +7,10 @@ from typing import Protocol
 from bridge.datapath.request import Request
 
 
-class Backend(Protocol):
+class Upstream(Protocol):
     """The NBD client, as the cache sees it.
 
-    `generation` is raised by each reconnect, before `Cache.backend_reconnected()` is called and
+    `generation` is raised by each reconnect, before `Cache.upstream_reconnected()` is called and
     before any unanswered request is sent again. When a request is finished, its `generation` is
     that of the connection whose reply finished it (`durability.Kept` says what that means). READ,
     WRITE, FLUSH, DISCARD (if `can_trim`) and WRITE_ZEROES (if `can_write_zeroes`) are submitted,

@@ -53,7 +53,7 @@ class Writeback:
         self._common = common
         self._index = index = common.index
         self._slots = common.slots
-        self._backend = common.backend
+        self._upstream = common.upstream
         self._options = options = common.options
         self._busy_ranges = busy_ranges
         self._durability = common.durability
@@ -321,7 +321,7 @@ class Writeback:
         self._bytes_in_flight += len(copy)
         # The disk may end within its last block.
         length = min(len(copy), index.geometry.disk_bytes - offset)
-        fua = self._backend.can_fua and any(wait.fua for wait in waits)
+        fua = self._upstream.can_fua and any(wait.fua for wait in waits)
         write_out = WriteOut(
             WRITE, offset, length, [memoryview(copy)[:length]], self._replied, FUA if fua else 0
         )
@@ -335,7 +335,7 @@ class Writeback:
         stats = self._common.stats
         stats.writebacks += 1
         stats.writeback_bytes += len(copy)
-        self._backend.submit(write_out)
+        self._upstream.submit(write_out)
 
     def _nothing_to_send(self, slot: int) -> None:
         """No block of `slot` can be sent now: resolve, attach or defer what waits for it."""
@@ -366,7 +366,7 @@ class Writeback:
             self._index.block_shift
         )
         fua = bool(write_out.flags & FUA)
-        stable = fua or not self._backend.can_flush
+        stable = fua or not self._upstream.can_flush
         durability = self._durability
         done_in = durability.done_in(sent_in=write_out.epoch, generation=write_out.generation)
         # What was done in another epoch no flush of this one covers.

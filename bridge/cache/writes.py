@@ -45,7 +45,7 @@ class Store:
         self._index = common.index
         self._image = common.image
         self._slots = common.slots
-        self._backend = common.backend
+        self._upstream = common.upstream
         self._stats = common.stats
         self._fetcher = fetcher
         self._busy_ranges = busy_ranges
@@ -190,7 +190,7 @@ class Store:
 
     def _let_in(self) -> bool:
         """Let the writes go on that wait for room, in order; False if there is none."""
-        if self._backend.gone:
+        if self._upstream.gone:
             self._fail_for_room(EIO)
             return True
         waiting, moved = self._for_room, False
@@ -234,7 +234,7 @@ class Store:
         """The write is in the cache up to its `obstacle`; without one it completes in its time."""
         if obstacle is not None:
             self._wait(op, obstacle)
-        elif op.fua and not self._backend.can_fua:
+        elif op.fua and not self._upstream.can_fua:
             self._flusher.request(op.request)
         elif op.fua or self._through:
             index, request = self._index, op.request
@@ -263,7 +263,7 @@ class Store:
             before = self._busy_ranges.overlapping(first, first + bits.bit_length())
             assert before is not None
             before.waiting.append(op)
-        elif self._refused or self._backend.gone:
+        elif self._refused or self._upstream.gone:
             self._common.turn.finish(op.request, self._refused or EIO)
         else:
             self._stats.writes_waited += 1

@@ -130,7 +130,7 @@ class Rig:
     # What others than the guest and the server do. Each is a turn of its own.
 
     def reconnected(self) -> None:
-        self.cache.backend_reconnected()
+        self.cache.upstream_reconnected()
         deliver()
 
     def refuse(self, errno: int) -> None:

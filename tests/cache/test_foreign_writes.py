@@ -296,7 +296,7 @@ def test_no_loss_of_power_looks_like_a_change(seed: int, steps: int, fua: bool) 
                     server.lose_power(dice)
                     if dice.random() < 0.5:
                         server.generation += 1
-                        rig.cache.backend_reconnected()
+                        rig.cache.upstream_reconnected()
                     else:
                         rig = next_process(rig)
             for _ in range(dice.randrange(6)):

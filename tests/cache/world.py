@@ -133,7 +133,7 @@ class LaterCold:
 
 
 class Server:
-    """The storage server with one connection; a `Backend`."""
+    """The storage server with one connection; a `Upstream`."""
 
     def __init__(self, size_bytes: int, rng: random.Random, **can: bool) -> None:
         self.size_bytes = size_bytes
@@ -627,9 +627,9 @@ class World:
             self.grow_server()
         if self.rng.random() < 0.5:
             self.server.resend()
-            self.cache.backend_reconnected()
+            self.cache.upstream_reconnected()
         else:
-            self.cache.backend_reconnected()
+            self.cache.upstream_reconnected()
             self.server.resend()
         self._resize()
         deliver()

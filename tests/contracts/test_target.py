@@ -19,7 +19,7 @@ import trio
 
 from bridge.app.backends import NbdBackend
 from bridge.app.storage import CacheSettings, Storage
-from bridge.cache.upstream import Backend
+from bridge.cache.upstream import Upstream
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import (
     DISCARD,
@@ -162,7 +162,7 @@ UPSTREAMS = {
     "client on the small server": _client_on_small_server,
     "client on nbdkit": _client_on_nbdkit,
 }
-"""What the cache may stand on: these are `Backend`s, too."""
+"""What the cache may stand on: these are `Upstream`s, too."""
 TARGETS = UPSTREAMS | {
     "fake disk": _fake_disk,
     "memory target": _memory_target,
@@ -254,26 +254,26 @@ async def test_write_with_fua_and_a_flush_are_no_errors(subject: Subject) -> Non
     assert await subject.do(FLUSH) == 0
 
 
-# What a `Backend` promises beyond that.
+# What a `Upstream` promises beyond that.
 
 
-def backend_of(subject: Subject) -> Backend:
+def upstream_of(subject: Subject) -> Upstream:
     """What is promised is there, and of the right kind."""
-    backend = subject.target
+    upstream = subject.target
     for name in ("can_fua", "can_flush", "can_trim", "can_write_zeroes", "gone"):
         assert isinstance(getattr(backend, name), bool), name
     for name in ("size_bytes", "min_block_bytes", "generation"):
         assert isinstance(getattr(backend, name), int), name
-    return backend  # type: ignore[return-value]
+    return upstream  # type: ignore[return-value]
 
 
 async def test_upstream_says_what_it_can(upstream: Subject) -> None:
-    backend = backend_of(upstream)
-    assert backend.size_bytes == SIZE
-    assert 1 <= backend.min_block_bytes <= 4096
-    assert not backend.gone
-    assert backend.can_flush
-    assert backend.can_fua
+    upstream = upstream_of(upstream)
+    assert upstream.size_bytes == SIZE
+    assert 1 <= upstream.min_block_bytes <= 4096
+    assert not upstream.gone
+    assert upstream.can_flush
+    assert upstream.can_fua
 
 
 @pytest.mark.parametrize("op", [READ, WRITE, WRITE_ZEROES, DISCARD, FLUSH])
@@ -284,4 +284,4 @@ async def test_upstream_ends_a_request_in_the_generation_that_answered_it(
     buffers = [memoryview(bytearray(length))] if op in (READ, WRITE) else []
     request = upstream.start(op, 0, length, buffers)
     await upstream.end(request)
-    assert request.generation == backend_of(upstream).generation >= 1
+    assert request.generation == upstream_of(upstream).generation >= 1

@@ -379,7 +379,7 @@ class Twin:
     def reconnected(self) -> None:
         """See link.Above."""
         if self.cache is not None:
-            self.cache.backend_reconnected()
+            self.cache.upstream_reconnected()
 
     def export_changed(self, export: Export) -> None:
         """See link.Above."""
