@@ -124,7 +124,7 @@ class Live:
 
     def prefetch(self, request: Request) -> None:
         """Start a PREFETCH; whoever calls wants a turn."""
-        self.storage.backend.submit(request)
+        self.storage.target.submit(request)
 
     @property
     def cache(self) -> Cache | None:

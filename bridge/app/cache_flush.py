@@ -13,7 +13,6 @@ import structlog
 import trio
 
 from bridge.app.answers import finished, to_be_set
-from bridge.app.backends import GatedBackend
 from bridge.app.cache_names import cache_identity, notes_directory, wanted_cache
 from bridge.app.cache_ownership import (
     check_content,
@@ -24,6 +23,7 @@ from bridge.app.cache_ownership import (
     note_export,
 )
 from bridge.app.open_cache import close_file
+from bridge.app.targets import GatedUpstream
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import CacheFile, dirty_bytes
@@ -174,12 +174,12 @@ class _OverReconnects:
     def __init__(self) -> None:
         self.changed = ""
         """Why the cache may send nothing more; empty while it may."""
-        self._parts: tuple[Client, Cache, GatedBackend] | None = None
+        self._parts: tuple[Client, Cache, GatedUpstream] | None = None
         self._force = False
 
-    def begin(self, client: Client, cache: Cache, backend: GatedBackend, *, force: bool) -> None:
-        """From here on `cache` sends its dirty data through `backend`."""
-        self._parts = client, cache, backend
+    def begin(self, client: Client, cache: Cache, upstream: GatedUpstream, *, force: bool) -> None:
+        """From here on `cache` sends its dirty data through `upstream`."""
+        self._parts = client, cache, upstream
         self._force = force
 
     async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
@@ -193,11 +193,11 @@ class _OverReconnects:
         """See client.Above."""
         if self._parts is None:
             return
-        client, cache, backend = self._parts
+        client, cache, upstream = self._parts
         cache.upstream_reconnected()
         export = client.export
         if export.sessions is None:
-            backend.hold_changes()  # until the comparison shows whether it is still this export
+            upstream.hold_changes()  # until the comparison shows whether it is still this export
             cache.foreign.check_sample(self._compared)
         elif reason := cache.foreign.foreign_change(
             *(export.content_sessions or export.sessions), export.identity
@@ -207,27 +207,29 @@ class _OverReconnects:
 
     def _compared(self, differing: int) -> None:
         assert self._parts is not None
-        _, cache, backend = self._parts
+        _, cache, upstream = self._parts
         if differing > 0:
             note_changed_content(cache, differing)
             self._found_changed("the export was changed meanwhile")
-        backend.let_go()
+        upstream.let_go()
 
     def _found_changed(self, reason: str) -> None:
         # The link sends again what it has in flight; the cache may send nothing more.
         assert self._parts is not None
-        _, cache, backend = self._parts
+        _, cache, upstream = self._parts
         if not self._force and cache.index.dirty_slots:
             self.changed = self.changed or reason
-            backend.refuse(errno.EIO)
+            upstream.refuse(errno.EIO)
 
 
-def _cache_over(file: CacheFile, backend: GatedBackend, turn: Turn, *, skip_damaged: bool) -> Cache:
+def _cache_over(
+    file: CacheFile, upstream: GatedUpstream, turn: Turn, *, skip_damaged: bool
+) -> Cache:
     """The cache in `file`. Raises ConfigError, and leaves the file unmarked, if it is damaged."""
     try:
         cache = Cache(
             file,
-            backend,
+            upstream,
             Options(flush_interval_s=0),
             clock=trio.current_time,
             turn=turn,
@@ -257,14 +259,14 @@ async def _flush_to(
     """
     turn = loop.turn
     deadline_s = trio.current_time() + timeout_s
-    backend = GatedBackend(client, turn)
-    cache = _cache_over(file, backend, turn, skip_damaged=skip_damaged)
+    upstream = GatedUpstream(client, turn)
+    cache = _cache_over(file, upstream, turn, skip_damaged=skip_damaged)
     if not force:
         check_export(cache, file, client.export)
     expect_stale_writes(client, file, cache.index.dirty_slots)
     client.keeps_unflushed = True
     dirty_blocks = cache.index.dirty_blocks
-    over.begin(client, cache, backend, force=force)
+    over.begin(client, cache, upstream, force=force)
     turn.add_stage(cache)
     await check_content(cache, file, turn, force=force, limit_s=timeout_s)
     note_export(cache, client.export)

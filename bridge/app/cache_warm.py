@@ -104,7 +104,7 @@ async def _allocated(
 ) -> list[tuple[int, int]]:
     """The parts of `ranges` that the server does not report as holes."""
     found: list[tuple[int, int]] = []
-    target, turn = storage.backend, storage.turn
+    target, turn = storage.target, storage.turn
     for offset, length in ranges:
         with _patience(storage.client.uri, timeout_s):
             found += await _data(target, turn, offset, length, export.can_block_status)
@@ -167,7 +167,7 @@ async def _prefetch(
         progress(done_bytes)
 
     warmer = Warmer(
-        storage.backend.submit,
+        storage.target.submit,
         ranges,
         limit_bytes=total_bytes,
         progress=chunk_ended,

@@ -9,9 +9,9 @@ from errno import EIO
 import structlog
 import trio
 
-from bridge.app.backends import NbdBackend
 from bridge.app.cache_ownership import is_shared, unwritten
 from bridge.app.open_cache import OpenCache
+from bridge.app.targets import ServerTarget
 from bridge.cache.cache import Cache
 from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.sample import check_sample
@@ -153,7 +153,7 @@ class Departure:
         elif export.sessions is None:
             # Past the gate: only to look.
             check_sample(
-                cache.foreign, NbdBackend(self._client), self._judge_sample, _SAMPLE_BLOCKS
+                cache.foreign, ServerTarget(self._client), self._judge_sample, _SAMPLE_BLOCKS
             )
         elif reason := self._written_by_others(cache, export):
             self._refuse_return(reason)

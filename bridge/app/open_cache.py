@@ -5,10 +5,10 @@ from __future__ import annotations
 import structlog
 import trio
 
-from bridge.app.backends import GatedBackend
 from bridge.app.cache_names import cache_identity, notes_directory, wanted_cache
 from bridge.app.cache_ownership import may_call_clean
 from bridge.app.settings import CacheSettings
+from bridge.app.targets import GatedUpstream
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.cold import ThreadedCold
@@ -77,7 +77,7 @@ class OpenCache:
             _note(file)
             cold = self.cold = ThreadedCold(loop.turn)
             loop.add(cold.fd, cold.collect)
-            self.gate = GatedBackend(client, loop.turn)
+            self.gate = GatedUpstream(client, loop.turn)
             self.cache = Cache(
                 file,
                 self.gate,

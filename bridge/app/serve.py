@@ -178,7 +178,7 @@ class _GuestsSide(Above):
         # A cache has a flush timer of its own.
         interval_s = settings.cache.flush_interval_s if settings.cache.mode == OFF else 0
         self.disk = Disk(
-            storage.backend,
+            storage.target,
             turn=loop.turn,
             flush_interval_s=interval_s,
             now=trio.current_time,

@@ -16,7 +16,6 @@ import structlog
 import trio
 
 from bridge.app.answers import answer_of, finished, to_be_set
-from bridge.app.backends import CachedBackend, NbdBackend
 from bridge.app.cache_names import (
     locate_cache,
     make_default_directory,
@@ -34,11 +33,12 @@ from bridge.app.cache_ownership import (
 from bridge.app.departure import Departure
 from bridge.app.open_cache import FILE_LIMIT_S, OpenCache
 from bridge.app.settings import CacheSettings
+from bridge.app.targets import CacheTarget, ServerTarget
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import OFF
 from bridge.cache.file.cache_file import CacheFile
 from bridge.datapath.deadlines import Deadlines
-from bridge.datapath.disk import Backend
+from bridge.datapath.disk import DiskTarget
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, Request
 from bridge.datapath.turn import Outcome
@@ -63,7 +63,7 @@ class Above(Protocol):
 
 
 class Storage:
-    """One export, with or without a cache. `open`, then `backend`, then `close`."""
+    """One export, with or without a cache. `open`, then `target`, then `close`."""
 
     def __init__(
         self,
@@ -265,12 +265,12 @@ class Storage:
         return self._cache is not None
 
     @property
-    def backend(self) -> Backend:
+    def target(self) -> DiskTarget:
         """What the disk submits to. Only after `open`."""
         return (
-            NbdBackend(self.client)
+            ServerTarget(self.client)
             if self._cache is None
-            else CachedBackend(self._cache, self._loop.engine)
+            else CacheTarget(self._cache, self._loop.engine)
         )
 
     async def run(self) -> None:

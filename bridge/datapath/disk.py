@@ -34,7 +34,7 @@ from bridge.datapath.turn import Turn
 _log = structlog.get_logger(__name__)
 
 
-class Backend(Target, Protocol):
+class DiskTarget(Target, Protocol):
     """What a disk needs of the storage side."""
 
     @property
@@ -67,11 +67,11 @@ class Above(Protocol):
 
 
 class Disk:
-    """The guest's disk over `backend`. See the module's text."""
+    """The guest's disk over `target`. See the module's text."""
 
     def __init__(
         self,
-        backend: Backend,
+        target: DiskTarget,
         *,
         turn: Turn,
         flush_interval_s: float,
@@ -79,13 +79,13 @@ class Disk:
         above: Above | None = None,
         usual: bool = True,
     ) -> None:
-        """`turn` is the one of `backend`. `flush_interval_s` 0 turns the timer off; `now` is a
+        """`turn` is the one of `target`. `flush_interval_s` 0 turns the timer off; `now` is a
         monotonic clock in seconds. `usual`: the usual case goes its own way (see `usual`)."""
         self._above = above
-        self._backend = backend
+        self._target = target
         self._turn = turn
-        self._submit = backend.submit
-        hits = backend.hits
+        self._submit = target.submit
+        hits = target.hits
         self.hits: Hits | None = None
         """What may be asked before `submit`."""
         if hits is not None:
@@ -93,7 +93,7 @@ class Disk:
             self.read_hit = hits.read_hit  # bound once: no second call per request
             self._write_hit = hits.write_hit
         self._flush_interval_s = flush_interval_s
-        self.usual = backend.usual(self._wrote) if usual else None
+        self.usual = target.usual(self._wrote) if usual else None
         """What rings may ask before they pop a chain; None: there is nothing."""
         if self.usual is not None:
             self.usual.is_armed = self._is_armed
@@ -161,7 +161,7 @@ class Disk:
 
     def _due_s(self) -> float:
         """When what is written now is to be flushed at the latest."""
-        return self._now() + ((self._backend.can_flush and self._flush_interval_s) or inf)
+        return self._now() + ((self._target.can_flush and self._flush_interval_s) or inf)
 
     def _arm_timer(self) -> None:
         """Something is not durable. (Without a timer the deadline never comes.)"""
@@ -187,7 +187,7 @@ class Disk:
         if self._deadline_s is None:
             return False
         self._deadline_s = None
-        if self._backend.in_flight:
+        if self._target.in_flight:
             self._arm_timer()
         return True
 
@@ -233,7 +233,7 @@ class Disk:
     def flush_inherited(self) -> None:
         """A guest comes that has run with another process, which may have left something unflushed:
         what becomes of that is not to depend on how long this server lives."""
-        if self._backend.can_flush:
+        if self._target.can_flush:
             if self._deadline_s is None:
                 self._arm_timer()
             self._flush_unasked(_ignore)
@@ -255,10 +255,10 @@ class Disk:
         Failure is logged, unless `quiet`; when cancelled, the flush goes on without anybody
         waiting for it.
         """
-        backend = self._backend
+        target = self._target
         covers = self._unasked is not None and self._unasked_covers
-        if not backend.can_flush or not (
-            self._deadline_s is not None or covers or backend.holds_writes
+        if not target.can_flush or not (
+            self._deadline_s is not None or covers or target.holds_writes
         ):
             return 0
         finished = trio.Event()
@@ -279,7 +279,7 @@ class Disk:
         """A flush that the guest did not send. If it fails, the guest's next one does, too."""
         if self._unasked is None:
             self._start_unasked([then])
-        elif self._deadline_s is None and not self._backend.holds_writes:
+        elif self._deadline_s is None and not self._target.holds_writes:
             self._unasked.append(then)
         else:
             self._next_unasked.append(then)
@@ -308,7 +308,7 @@ class Disk:
     def _note_failure(self, errno: int) -> None:
         """A flush failed that the guest does not hear of: its next one has to. What a cache still
         holds it sends again, and its flush tells the truth by itself."""
-        if not self._backend.holds_writes:
+        if not self._target.holds_writes:
             self._untold_error = errno
 
     async def run_flush_timer(self) -> None:

@@ -176,7 +176,7 @@ async def do(storage: Storage, op: int) -> int:
     ended = trio.Event()
     data = [memoryview(bytearray(NEW))] if op == WRITE else []
     request = Request(op, 0, BLOCK if data else 0, data, lambda _: ended.set())
-    storage.backend.submit(request)
+    storage.target.submit(request)
     storage.turn.end()
     await ended.wait()
     return request.error

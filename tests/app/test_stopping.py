@@ -105,7 +105,7 @@ class Bridge:
     async def open(self) -> None:
         await self.storage.open()
         self.disk = GuestDisk(
-            self.storage.backend,
+            self.storage.target,
             turn=self.loop.turn,
             flush_interval_s=0,
             now=trio.current_time,

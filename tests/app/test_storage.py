@@ -84,7 +84,7 @@ def start(storage: Storage, op: int, offset: int, length: int) -> list[int]:
     """Submit a request; the result gets its error."""
     buffers = [memoryview(bytearray(b"w" * length))] if op in (READ, WRITE) else []
     ended: list[int] = []
-    storage.backend.submit(
+    storage.target.submit(
         Request(op, offset, length, buffers, lambda request: ended.append(request.error))
     )
     storage.turn.end()
@@ -191,7 +191,7 @@ async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(dir
         async with running(directory) as storage:
             buffer = bytearray(4 << 20)
             done: list[int] = []
-            storage.backend.submit(
+            storage.target.submit(
                 Request(
                     *(READ, 0, 4 << 20, [memoryview(buffer)]), lambda each: done.append(each.error)
                 )
@@ -220,7 +220,7 @@ async def test_write_that_waits_for_room_is_never_done_once_it_is_abandoned(
                     *(WRITE, granule << 16, 4096, [memoryview(buffer)]),
                     lambda request, ended=ended: ended.append(request.error),
                 )
-                storage.backend.submit(request)
+                storage.target.submit(request)
                 storage.turn.end()
                 if not ended:
                     await turn_of_the_loop()
@@ -242,7 +242,7 @@ async def read(storage: Storage, offset: int) -> bytes:
     """4 KiB of the disk."""
     buffer = bytearray(4096)
     ended: list[int] = []
-    storage.backend.submit(
+    storage.target.submit(
         Request(READ, offset, 4096, [memoryview(buffer)], lambda each: ended.append(each.error))
     )
     storage.turn.end()

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import trio
 
-from bridge.app.backends import NbdBackend
 from bridge.app.storage import CacheSettings, Storage
+from bridge.app.targets import ServerTarget
 from bridge.cache.upstream import Upstream
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import (
@@ -123,7 +123,7 @@ async def _cache_over_fake(folder: Path) -> AsyncIterator[Subject]:
 @asynccontextmanager
 async def _client_on_small_server(folder: Path) -> AsyncIterator[Subject]:
     async with served(SIZE) as (client, _, _):
-        yield Subject(NbdBackend(client), client._loop.turn.want)
+        yield Subject(ServerTarget(client), client._loop.turn.want)
 
 
 @asynccontextmanager
@@ -138,7 +138,7 @@ async def _nbdkit(folder: Path) -> AsyncIterator[str]:
 @asynccontextmanager
 async def _client_on_nbdkit(folder: Path) -> AsyncIterator[Subject]:
     async with _nbdkit(folder) as uri, running_client(uri) as client:
-        yield Subject(NbdBackend(client), client._loop.turn.want)
+        yield Subject(ServerTarget(client), client._loop.turn.want)
 
 
 @asynccontextmanager
@@ -151,7 +151,7 @@ async def _cache_over_nbdkit(folder: Path) -> AsyncIterator[Subject]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
             nursery.start_soon(storage.run)
-            yield Subject(storage.backend, loop.turn.want)
+            yield Subject(storage.target, loop.turn.want)
             await storage.close(HUNG_S)
             nursery.cancel_scope.cancel()
     loop.close()

@@ -28,7 +28,7 @@ from typing import Any
 
 import structlog
 
-from bridge.app.backends import CachedBackend
+from bridge.app.targets import CacheTarget
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
@@ -265,7 +265,7 @@ class Twin:
             )
             self.loop.turn.add_stage(self.cache)
             self.session.keeps_unflushed = True
-            backend = CachedBackend(self.cache, engine)
+            backend = CacheTarget(self.cache, engine)
         self.disk = Disk(
             backend,
             turn=self.loop.turn,

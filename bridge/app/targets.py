@@ -12,7 +12,7 @@ from bridge.datapath.turn import Turn
 from bridge.server.client import Client
 
 
-class NbdBackend:
+class ServerTarget:
     """A connected client, as the disk or the cache above it sees it."""
 
     hits = None
@@ -45,11 +45,11 @@ class NbdBackend:
         return self._client.in_flight
 
     def usual(self, wrote: Callable[[], None]) -> Usual | None:
-        """See disk.Backend."""
+        """See disk.DiskTarget."""
         return ToServer(self._client.link.route, self._client.rows, wrote)
 
 
-class GatedBackend(NbdBackend):
+class GatedUpstream(ServerTarget):
     """The same with a gate in it, for the cache: what must not leave this process any more, or not
     yet, is stopped here."""
 
@@ -85,7 +85,7 @@ class GatedBackend(NbdBackend):
             self._submit(request)
 
 
-class CachedBackend:
+class CacheTarget:
     """The cache, as the disk sees it: it has its own flush timer, and does what a server lacks."""
 
     can_flush = True
@@ -98,7 +98,7 @@ class CachedBackend:
         self.submit = cache.submit_slowly  # whoever submits has asked for a hit before
 
     def usual(self, wrote: Callable[[], None]) -> Usual | None:
-        """See disk.Backend."""
+        """See disk.DiskTarget."""
         hits = self._cache.hits
         return FromCache(hits.resident, hits.count_hits, wrote, self._engine)
 
