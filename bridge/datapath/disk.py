@@ -27,7 +27,7 @@ from typing import Protocol, cast
 import structlog
 import trio
 
-from bridge.datapath.request import FLUSH, READ, REPEATED, UNASKED, Hits, Request, Target
+from bridge.datapath.request import FLUSH, INTERNAL, READ, REPEATED, Hits, Request, Target
 from bridge.datapath.rows import Usual
 from bridge.datapath.turn import Turn
 
@@ -102,12 +102,12 @@ class Disk:
         self._armed = trio.Event()
         self._untold_error = 0
         self._unanswered_flushes = 0
-        self._unasked: list[Callable[[Request], None]] | None = None
+        self._internal: list[Callable[[Request], None]] | None = None
         """Who waits for the flush in flight that the guest did not send; None: there is none."""
-        self._next_unasked: list[Callable[[Request], None]] = []
-        self._unasked_covers = False
+        self._next_internal: list[Callable[[Request], None]] = []
+        self._internal_covers = False
         """Something was written that this flush is to make durable."""
-        self._unasked_ended = trio.Event()
+        self._internal_ended = trio.Event()
         self.is_durable = True
         """All that was submitted is durable, as far as is known here."""
         self.timed_flushes = 0
@@ -118,8 +118,8 @@ class Disk:
         op = request.op
         if op == READ:
             self._submit(request)
-        elif op == FLUSH and request.flags & UNASKED:
-            self._flush_unasked(lambda flush: self._turn.finish(request, flush.error))
+        elif op == FLUSH and request.flags & INTERNAL:
+            self._flush_internally(lambda flush: self._turn.finish(request, flush.error))
         elif op == FLUSH:
             was_armed = self._clear_timer()
             self._unanswered_flushes += 1
@@ -236,12 +236,12 @@ class Disk:
         if self._target.can_flush:
             if self._deadline_s is None:
                 self._arm_timer()
-            self._flush_unasked(_ignore)
+            self._flush_internally(_ignore)
 
     def flush_now(self) -> None:
         """The timer fired: flush, whoever else does."""
         self.timed_flushes += 1
-        self._flush_unasked(self._timed_flush_done)
+        self._flush_internally(self._timed_flush_done)
 
     def _timed_flush_done(self, flush: Request) -> None:
         if flush.error:
@@ -256,7 +256,7 @@ class Disk:
         waiting for it.
         """
         target = self._target
-        covers = self._unasked is not None and self._unasked_covers
+        covers = self._internal is not None and self._internal_covers
         if not target.can_flush or not (
             self._deadline_s is not None or covers or target.holds_writes
         ):
@@ -271,37 +271,37 @@ class Disk:
                 _log.error("the last flush failed", reason=os.strerror(flush.error))
             finished.set()
 
-        self._flush_unasked(done)
+        self._flush_internally(done)
         await finished.wait()
         return result
 
-    def _flush_unasked(self, then: Callable[[Request], None]) -> None:
+    def _flush_internally(self, then: Callable[[Request], None]) -> None:
         """A flush that the guest did not send. If it fails, the guest's next one does, too."""
-        if self._unasked is None:
-            self._start_unasked([then])
+        if self._internal is None:
+            self._start_internal([then])
         elif self._deadline_s is None and not self._target.holds_writes:
-            self._unasked.append(then)
+            self._internal.append(then)
         else:
-            self._next_unasked.append(then)
+            self._next_internal.append(then)
 
-    def _start_unasked(self, waiters: list[Callable[[Request], None]]) -> None:
-        self._unasked = waiters
-        self._unasked_covers = self._clear_timer()
+    def _start_internal(self, waiters: list[Callable[[Request], None]]) -> None:
+        self._internal = waiters
+        self._internal_covers = self._clear_timer()
         self._unanswered_flushes += 1
-        self._submit(Request(FLUSH, 0, 0, [], self._unasked_done, UNASKED))
+        self._submit(Request(FLUSH, 0, 0, [], self._internal_done, INTERNAL))
         self._turn.want()  # Most who ask for this are tasks.
 
-    def _unasked_done(self, flush: Request) -> None:
-        waiters, self._unasked = self._unasked or [], None
+    def _internal_done(self, flush: Request) -> None:
+        waiters, self._internal = self._internal or [], None
         if flush.error:
             self._note_failure(flush.error)
             if self._deadline_s is None:
                 self._arm_timer()
         self._flush_ended(flush.error)
-        following, self._next_unasked = self._next_unasked, []
+        following, self._next_internal = self._next_internal, []
         if following:
-            self._start_unasked(following)
-        self._unasked_ended.set()
+            self._start_internal(following)
+        self._internal_ended.set()
         for then in waiters:
             then(flush)
 
@@ -320,9 +320,9 @@ class Disk:
                 self._armed = trio.Event()
                 with trio.move_on_after(left_s):
                     await self._armed.wait()
-            elif self._unasked is not None:
-                self._unasked_ended = trio.Event()
-                await self._unasked_ended.wait()
+            elif self._internal is not None:
+                self._internal_ended = trio.Event()
+                await self._internal_ended.wait()
             else:
                 self.flush_now()
 

@@ -28,7 +28,7 @@ FUA = 1
 """Durable on the server before it is complete (WRITE, DISCARD, WRITE_ZEROES)."""
 MAY_UNMAP = 2
 """WRITE_ZEROES may leave a hole behind."""
-UNASKED = 4
+INTERNAL = 4
 """A FLUSH that the guest did not send: it learns of a loss from its own next one."""
 REPEATED = 8
 """A FLUSH that is executed again, after a pause or by another process. When the guest sent it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from bridge.datapath.request import FLUSH, UNASKED, Request, Target
+from bridge.datapath.request import FLUSH, INTERNAL, Request, Target
 from bridge.datapath.turn import Turn
 
 _log = structlog.get_logger(__name__)
@@ -25,7 +25,7 @@ class WriteCacheFlush:
             self._count = 2  # Once more, for what was written since.
             return
         self._count = 1
-        self._target.submit(Request(FLUSH, 0, 0, [], self._written_flushed, UNASKED))
+        self._target.submit(Request(FLUSH, 0, 0, [], self._written_flushed, INTERNAL))
         self._turn.want()
 
     def _written_flushed(self, flush: Request) -> None:

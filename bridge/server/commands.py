@@ -20,8 +20,8 @@ from bridge.datapath.request import (
     DISCARD,
     FLUSH,
     FUA,
+    INTERNAL,
     PREFETCH,
-    UNASKED,
     WRITE,
     WRITE_ZEROES,
     Request,
@@ -120,7 +120,7 @@ class Commands:
             self._turn.finish(part, errno.ECANCELED)
         elif part.op == FLUSH:
             # It stands for FUA: what it must vouch for is that write only (see `_whole`).
-            part.flags = UNASKED
+            part.flags = INTERNAL
             self.flush(part)
         elif self.fits(part):
             self._issue(part)

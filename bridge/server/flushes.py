@@ -15,7 +15,7 @@ from typing import Final, cast
 import structlog
 
 from bridge.datapath.durability import BEFORE, Told
-from bridge.datapath.request import FLUSH, REPEATED, UNASKED, Request
+from bridge.datapath.request import FLUSH, INTERNAL, REPEATED, Request
 from bridge.datapath.turn import Turn
 from bridge.server.changes import Outlived
 from bridge.server.channels import Channels, Phase, without_abandoned
@@ -133,7 +133,7 @@ class Flushes:
 
     def _tell(self, flushes: list[Request]) -> None:
         for request in flushes:
-            if not request.flags & (UNASKED | REPEATED):
+            if not request.flags & (INTERNAL | REPEATED):
                 self.durability.tell(request.progress)
 
     def _flushed(self, inner: Request) -> None:
@@ -217,6 +217,6 @@ class Flushes:
 def _guests_and_others(flushes: list[Request]) -> tuple[list[Request], list[Request]]:
     """Those whose failure the guest hears of, and the rest."""
     return (
-        [request for request in flushes if not request.flags & UNASKED],
-        [request for request in flushes if request.flags & UNASKED],
+        [request for request in flushes if not request.flags & INTERNAL],
+        [request for request in flushes if request.flags & INTERNAL],
     )

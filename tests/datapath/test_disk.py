@@ -17,11 +17,11 @@ from bridge.datapath.request import (
     DISCARD,
     FLUSH,
     FUA,
+    INTERNAL,
     MAY_UNMAP,
     OP_NAMES,
     READ,
     REPEATED,
-    UNASKED,
     WRITE,
     WRITE_ZEROES,
     Request,
@@ -95,7 +95,7 @@ async def after_an_untold_failure() -> AsyncIterator[tuple[FakeDiskTarget, Clien
     async with timed(target) as client:
         client.do(WRITE)
         target.error = EIO
-        client.do(FLUSH, flags=UNASKED)
+        client.do(FLUSH, flags=INTERNAL)
         target.error = 0
         yield target, client
 
@@ -365,7 +365,7 @@ async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
 ) -> None:
     """The flush when the write cache is turned off: nobody hears of its failure."""
     async with after_an_untold_failure() as (target, client):
-        assert target.requests[-1].flags == UNASKED
+        assert target.requests[-1].flags == INTERNAL
         assert client.disk.untold
         client.do(FLUSH)
         client.do(FLUSH)

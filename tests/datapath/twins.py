@@ -37,7 +37,7 @@ from bridge.cache.file.layout import Geometry, Identity, new_header
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
-from bridge.datapath.request import FLUSH, UNASKED, Request
+from bridge.datapath.request import FLUSH, INTERNAL, Request
 from bridge.datapath.rows import Rows, ToServer, Usual
 from bridge.datapath.turn import Turn
 from bridge.errors import BridgeError, ConnectionLost
@@ -911,7 +911,7 @@ def _write_through(twin: Twin, writeback: bool) -> None:
     twin.config.write(32, bytes([writeback]))
     twin.engine.writeback_changed()
     if was and not writeback:
-        twin.disk.submit(Request(FLUSH, 0, 0, [], lambda flush: None, UNASKED))
+        twin.disk.submit(Request(FLUSH, 0, 0, [], lambda flush: None, INTERNAL))
         twin.loop.turn.want()
 
 

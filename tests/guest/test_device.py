@@ -19,7 +19,7 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from bridge.datapath.request import FLUSH, READ, REPEATED, UNASKED, WRITE, Request
+from bridge.datapath.request import FLUSH, INTERNAL, READ, REPEATED, WRITE, Request
 from bridge.errors import LeftBehind, ProtocolError
 from bridge.guest.eventfds import EventfdWriter
 from bridge.guest.vhost_user.device_interface import MemoryRegion
@@ -786,7 +786,7 @@ async def test_write_cache_turned_off_again_and_again_leaves_one_flush_and_one_t
         guest.device.write_config(32, b"\1", migration=False)
         guest.device.write_config(32, b"\0", migration=False)
         assert guest.loop.turn.pending  # the target may only have queued it
-    assert [(each.op, each.flags) for each in guest.disk.requests] == [(FLUSH, UNASKED)]
+    assert [(each.op, each.flags) for each in guest.disk.requests] == [(FLUSH, INTERNAL)]
     guest.disk.release()
     await a_while()
     assert len(guest.disk.requests) == 2

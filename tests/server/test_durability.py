@@ -11,8 +11,8 @@ from bridge.datapath.request import (
     DISCARD,
     FLUSH,
     FUA,
+    INTERNAL,
     REPEATED,
-    UNASKED,
     WRITE,
     WRITE_ZEROES,
     Request,
@@ -336,7 +336,7 @@ def test_flush_waits_for_the_one_in_flight_on_another_connection() -> None:
     world.ask(WRITE, 3)
     for channel in world.channels:
         channel.answer_all()
-    timed = world.ask(FLUSH, flags=UNASKED)
+    timed = world.ask(FLUSH, flags=INTERNAL)
     guests = world.ask(FLUSH)
     assert world.sent == [(FLUSH, 0)]
     for channel in world.channels:
@@ -363,9 +363,9 @@ def test_flush_that_the_guest_did_not_send_tells_it_nothing() -> None:
     (channel,) = world.channels
     world.ask(WRITE, 3)
     channel.answer_all()
-    world.ask(FLUSH, flags=UNASKED)
+    world.ask(FLUSH, flags=INTERNAL)
     channel.answer(channel.pending[0], EIO)
-    unasked = world.ask(FLUSH, flags=UNASKED)
+    unasked = world.ask(FLUSH, flags=INTERNAL)
     channel.answer_all()
     assert unasked.error == 0  # It has no loss to hear of, and flushes what there is.
     assert world.ask(FLUSH).error == EIO
