@@ -118,7 +118,7 @@ class Live:
     def loss_unreported(self) -> bool:
         """The server may have lost acknowledged writes, and no flush of the guest's has failed
         yet."""
-        return self.disk.untold or self.storage.loss_untold
+        return self.disk.unreported or self.storage.loss_unreported
 
     # The cache.
 

@@ -219,16 +219,16 @@ class _GuestsSide(Above):
         unflushed = not disk.is_durable and not storage.has_cache
         self.device.remember_durability(
             unflushed_on=mark if unflushed else 0,
-            loss_untold=disk.untold
-            or storage.loss_untold
+            loss_unreported=disk.unreported
+            or storage.loss_unreported
             or (unflushed and not mark and storage.is_away),
         )
 
     # See guest.above.Above.
 
-    def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+    def inherited(self, unflushed_on: int, loss_unreported: bool) -> None:
         """Writes that the previous process left unflushed may be lost."""
-        if self._storage.inherit(unflushed_on) or loss_untold:
+        if self._storage.inherit(unflushed_on) or loss_unreported:
             _log.error(
                 "writes that the previous process had not flushed may be lost: "
                 "the guest's next flush will fail"
@@ -296,7 +296,7 @@ class _GuestsSide(Above):
                 f"the server could not flush at the end ({why}): what the guest wrote since "
                 "its last flush may not be durable"
             )
-        if disk.untold or storage.loss_untold:
+        if disk.unreported or storage.loss_unreported:
             return BridgeError(
                 "the server may have lost writes of the guest's that it had not flushed, and "
                 "the guest has not flushed since, so it does not know: check its file systems"

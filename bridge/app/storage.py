@@ -226,10 +226,10 @@ class Storage:
             note_changed_content(self._cache, differing)
 
     @property
-    def loss_untold(self) -> bool:
+    def loss_unreported(self) -> bool:
         """The server may have lost something, and the guest has not heard of it."""
         link = self.client.link
-        return link.durability.untold
+        return link.durability.unreported
 
     @property
     def instance_mark(self) -> int:

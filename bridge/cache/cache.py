@@ -35,7 +35,7 @@ from bridge.cache.slots import Slots
 from bridge.cache.upstream import Stats, Upstream
 from bridge.cache.writeback import Writeback
 from bridge.cache.writes import Store
-from bridge.datapath.durability import Kept
+from bridge.datapath.durability import ReplayingDurability
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -78,7 +78,7 @@ class Cache:
             upstream=upstream,
             options=options,
             stats=Stats(),
-            durability=Kept(upstream),
+            durability=ReplayingDurability(upstream),
             turn=turn,
             cold=cold or InlineCold(turn),
             clock=clock,

@@ -11,7 +11,7 @@ from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.index import Index
 from bridge.cache.slots import Slots
 from bridge.cache.upstream import Stats, Upstream
-from bridge.datapath.durability import Kept
+from bridge.datapath.durability import ReplayingDurability
 from bridge.datapath.turn import Turn
 
 
@@ -25,7 +25,7 @@ class Common:
     upstream: Upstream
     options: Options
     stats: Stats
-    durability: Kept
+    durability: ReplayingDurability
     turn: Turn
     cold: Cold
     clock: Callable[[], float]

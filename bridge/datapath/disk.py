@@ -62,7 +62,7 @@ class Above(Protocol):
     """What remembers, for the process after this one, how it stands with the disk."""
 
     def durability_changed(self) -> None:
-        """`Disk.is_durable` or `Disk.untold` may have changed. Told before the write goes on that
+        """`Disk.is_durable` or `Disk.unreported` may have changed. Told before the write goes on that
         made the disk no longer durable."""
 
 
@@ -100,7 +100,7 @@ class Disk:
         self._now = now
         self._deadline_s: float | None = None
         self._armed = trio.Event()
-        self._untold_error = 0
+        self._unreported_error = 0
         self._unanswered_flushes = 0
         self._internal: list[Callable[[Request], None]] | None = None
         """Who waits for the flush in flight that the guest did not send; None: there is none."""
@@ -203,9 +203,9 @@ class Disk:
             self._flush_ended(flush.error)
             self._turn.finish(request, flush.error)
             return
-        error = flush.error or self._untold_error
+        error = flush.error or self._unreported_error
         if not request.flags & REPEATED:
-            self._untold_error = 0
+            self._unreported_error = 0
         self._flush_ended(flush.error)
         self._turn.finish(request, error)
 
@@ -221,13 +221,13 @@ class Disk:
             self._above.durability_changed()
 
     @property
-    def untold(self) -> bool:
+    def unreported(self) -> bool:
         """The guest's next flush fails, for a loss that it has not heard of."""
-        return bool(self._untold_error)
+        return bool(self._unreported_error)
 
     def tell(self, error: int) -> None:
         """Something may be lost that the guest believes to be on the disk: its next flush fails."""
-        self._untold_error = error
+        self._unreported_error = error
         self._durability_changed()
 
     def flush_inherited(self) -> None:
@@ -309,7 +309,7 @@ class Disk:
         """A flush failed that the guest does not hear of: its next one has to. What a cache still
         holds it sends again, and its flush tells the truth by itself."""
         if not self._target.holds_writes:
-            self._untold_error = errno
+            self._unreported_error = errno
 
     async def run_flush_timer(self) -> None:
         """Fire the timer whenever it is due, for ever."""

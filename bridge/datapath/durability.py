@@ -17,19 +17,19 @@ them were sent in the epoch in which the last one is answered.
 So whoever sends something remembers the epoch, and compares when the answer comes. What a lost
 epoch leads to depends on the layer:
 
-- `Told`: the NBD client alone has nothing that it could send again. The guest has to be told, by a
+- `ReportingDurability`: the NBD client alone has nothing that it could send again. The guest has to be told, by a
   flush that fails. Two more marks say whether it was:
 
       lost      what was answered up to here, and was not flushed then, may be gone
       told      a guest's flush has failed that was submitted when the guest knew of so much
 
-  `told < lost` means that a loss is untold: the guest's next flush has to fail. What is answered in
+  `told < lost` means that a loss is unreported: the guest's next flush has to fail. What is answered in
   a turn the guest learns of at its end: a flush that it submits in the same turn tells it, by
   failing, only of what it had `seen` before. And what is answered in the turn of a failure may have
   been done before that, and must not look as if it belonged to the epoch after it: that one begins
   with the next round, and in between there is one to which nothing belongs (`sending_epoch`).
 
-- `Kept`: the cache has every block until a flush has covered it, and sends it again. Nobody is
+- `ReplayingDurability`: the cache has every block until a flush has covered it, and sends it again. Nobody is
   told, so it need not know which server a new connection leads to: each one ends an epoch. It must
   know which changes the client has sent again by itself, on the new connection (`done_in`).
 
@@ -86,7 +86,7 @@ class Durability:
         return True
 
 
-class Told(Durability):
+class ReportingDurability(Durability):
     """Of a layer that keeps nothing: a loss has to be told. The caller counts what is answered.
 
     `flushed` also means: known to be lost.
@@ -106,13 +106,13 @@ class Told(Durability):
         self._failed_now = False
         """The epoch of what is sent now has not begun: see `sending_epoch`."""
         self.keeps_unflushed = False
-        """The layer above has all that is not durable, and sends it again: no loss is untold."""
+        """The layer above has all that is not durable, and sends it again: no loss is unreported."""
         self._instance: str | None = None
         self._lost = 0
         self._told = 0
 
     @property
-    def untold(self) -> bool:
+    def unreported(self) -> bool:
         """Something acknowledged may be gone, and no flush of the guest's has failed since."""
         return self._told < self._lost
 
@@ -204,7 +204,7 @@ class Connections(Protocol):
         """Raised by each reconnect, before anything is sent on the new connection."""
 
 
-class Kept(Durability):
+class ReplayingDurability(Durability):
     """Of a layer that keeps all that is not durable, and sends it again when an epoch ends.
 
     The generation of connections is a part of the epoch, asked for each time: an answer may wait

@@ -15,7 +15,7 @@ class Above:
     The device calls `inherited` or `fresh_guest` once per guest, before its first ring runs.
     """
 
-    def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+    def inherited(self, unflushed_on: int, loss_unreported: bool) -> None:
         """A guest connects that may have run with another process. The arguments are what that
         process stored with `BlkDevice.remember_durability`."""
 

@@ -148,12 +148,12 @@ class BlkDevice:
             # From now on the guest sends no flushes; what it wrote before is not to wait for one.
             self._write_cache.flush_what_was_written()
 
-    def remember_durability(self, *, unflushed_on: int, loss_untold: bool) -> None:
+    def remember_durability(self, *, unflushed_on: int, loss_unreported: bool) -> None:
         """Keep for the process after this one: on which server instance something is unflushed
         (a number of 56 bits, 0: on none that has a name), and that the guest's next flush must
         fail."""
         self._remembered.unflushed_on = unflushed_on
-        self._remembered.loss_untold = loss_untold
+        self._remembered.loss_unreported = loss_unreported
         self._remembered.remember()
 
     def resize(self, size_bytes: int) -> None:
@@ -418,9 +418,9 @@ class BlkDevice:
         if region.write_through:
             self._config.refuse_writeback()
             self._engine.writeback_changed()
-        unflushed_on, loss_untold = region.unflushed_on, region.loss_untold
+        unflushed_on, loss_unreported = region.unflushed_on, region.loss_unreported
         if remembered.take_over(region):
-            self._above.inherited(unflushed_on, loss_untold)
+            self._above.inherited(unflushed_on, loss_unreported)
         remembered.remember()
 
     def set_log(self, fd: int, offset: int, size: int) -> None:

@@ -63,7 +63,7 @@ class LastStop:
                     "cannot before that is answered; let it go on here and migrate it later"
                 )
             )
-        if migrates and self._remembered.loss_untold:
+        if migrates and self._remembered.loss_unreported:
             raise _logged(
                 LeftBehind(
                     "the server may have lost writes of the guest's, which its next flush has to "

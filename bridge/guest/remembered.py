@@ -23,7 +23,7 @@ class Remembered:
         self.has_served = False
         """A ring ran here: what a guest left unflushed when it stopped is known."""
         self.unflushed_on = 0
-        self.loss_untold = False
+        self.loss_unreported = False
         self._config = config
         self._source: tuple[int, int, int] | None = None
         self._left: dict[int, int] = {}
@@ -68,7 +68,7 @@ class Remembered:
     def take_over(self, region: InflightRegion) -> bool:
         """Whether the guest that `region` is of has run with another process."""
         self.has_inherited = region.was_used and (
-            not self.has_served or bool(region.unflushed_on) or region.loss_untold
+            not self.has_served or bool(region.unflushed_on) or region.loss_unreported
         )
         return self.has_inherited
 
@@ -77,7 +77,7 @@ class Remembered:
         if self.region is not None:
             self.region.remember(
                 write_through=self._config.writeback_refused,
-                loss_untold=self.loss_untold,
+                loss_unreported=self.loss_unreported,
                 unflushed_on=self.unflushed_on,
             )
 

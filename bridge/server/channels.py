@@ -103,7 +103,7 @@ class Channels:
         return sum(channel.in_flight for channel in self.present) + len(self.waiting)
 
     def one_more_before(self) -> None:
-        """See `Told.one_more_before`."""
+        """See `ReportingDurability.one_more_before`."""
         self.answered_before += 1
 
     def send(self, command: Request) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-from bridge.datapath.durability import Told
+from bridge.datapath.durability import ReportingDurability
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -50,7 +50,7 @@ class Commands:
         self._turn = turn
         self._channels = channels
         self._flushes = flushes
-        self._durability: Told = flushes.durability
+        self._durability: ReportingDurability = flushes.durability
         self._aligner = Aligner(self.do, turn.finish)
         self._export: Export | None = None
         self._limits = Limits(Export("", 0))

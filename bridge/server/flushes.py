@@ -14,7 +14,7 @@ from typing import Final, cast
 
 import structlog
 
-from bridge.datapath.durability import BEFORE, Told
+from bridge.datapath.durability import BEFORE, ReportingDurability
 from bridge.datapath.request import FLUSH, INTERNAL, REPEATED, Request
 from bridge.datapath.turn import Turn
 from bridge.server.changes import Outlived
@@ -55,7 +55,7 @@ class Flushes:
         self._turn = turn
         self._channels = channels
         self._send_again = send_again
-        self.durability = Told()
+        self.durability = ReportingDurability()
         self.refused_total = 0
         self._asked: list[Request] = []
         """What the next FLUSH is for."""
@@ -86,7 +86,7 @@ class Flushes:
             self._turn.at_end(durability.turn_over)
         if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
             return False
-        if durability.untold:
+        if durability.unreported:
             self._refuse(self._take_guests())
         if self._asked:
             waiting, self._asked = self._asked, []
@@ -187,10 +187,10 @@ class Flushes:
                 "flushed, they may be lost"
             )
 
-    def tell_of_loss(self) -> Request | None:
+    def report_loss(self) -> Request | None:
         """Fail the guest's flushes if something may be lost. Returns our FLUSH that had no answer
         on the last connection, if it need not be sent again: all that it was for have heard."""
-        if self.durability.untold:
+        if self.durability.unreported:
             self._refuse(self._take_guests())
         flushing = self._flushing
         if flushing is None or flushing.owner:

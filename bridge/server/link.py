@@ -261,7 +261,7 @@ class Link:
         self._commands.resent_total += len(again)
         self._patience.owed = bool(again or waited)
         self._changes.begin_grace(now, again)
-        if (told := self._flushes.tell_of_loss()) is not None:
+        if (told := self._flushes.report_loss()) is not None:
             again = [command for command in again if command is not told]
             waited = [command for command in waited if command is not told]
         if self._channels.on_trial:

@@ -748,7 +748,7 @@ async def test_guest_that_migrates_is_not_let_go_before_it_was_told_of_a_loss(
     world: World, autojump_clock: MockClock, uncached: Bridge, migrates: bool
 ) -> None:
     """The bridge that it goes to would vouch for what is gone."""
-    uncached.device.remember_durability(unflushed_on=0, loss_untold=True)
+    uncached.device.remember_durability(unflushed_on=0, loss_unreported=True)
     if not migrates:
         await uncached.stop()
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bridge.datapath.durability import Kept
+from bridge.datapath.durability import ReplayingDurability
 
 
 class _Connections:
@@ -11,22 +11,22 @@ class _Connections:
     generation = 1
 
 
-def kept() -> tuple[Kept, _Connections]:
+def kept() -> tuple[ReplayingDurability, _Connections]:
     """With all of the first epoch flushed."""
     connections = _Connections()
-    durability = Kept(connections)
+    durability = ReplayingDurability(connections)
     assert durability.flushed(durability.answered, durability.epoch)
     assert durability.all_flushed
     return durability, connections
 
 
-def reconnect(durability: Kept, connections: _Connections) -> None:
+def reconnect(durability: ReplayingDurability, connections: _Connections) -> None:
     connections.generation += 1
     durability.reconnected()
 
 
 def test_what_was_before_the_process_is_not_flushed() -> None:
-    assert not Kept(_Connections()).all_flushed
+    assert not ReplayingDurability(_Connections()).all_flushed
 
 
 def test_what_is_acknowledged_is_not_flushed_until_a_flush_that_was_sent_later() -> None:

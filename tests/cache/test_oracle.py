@@ -16,7 +16,7 @@ from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
 from bridge.cache.writeback import Writeback
 from bridge.cache.writes import Store
-from bridge.datapath.durability import Kept
+from bridge.datapath.durability import ReplayingDurability
 from bridge.datapath.turn import Outcome
 
 from .world import run
@@ -146,16 +146,16 @@ def _failed_flush_loses_what_was_replied_to_only(patch: pytest.MonkeyPatch) -> N
 
 
 def _reconnect_ends_no_epoch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Kept, "epoch", property(lambda self: self._ended))
-    patch.setattr(Kept, "done_in", lambda self, *, sent_in, generation: sent_in)
+    patch.setattr(ReplayingDurability, "epoch", property(lambda self: self._ended))
+    patch.setattr(ReplayingDurability, "done_in", lambda self, *, sent_in, generation: sent_in)
 
 
 def _flush_vouches_for_whatever_epoch_there_is(patch: pytest.MonkeyPatch) -> None:
-    def broken(self: Kept, answered: int, epoch: int) -> bool:
+    def broken(self: ReplayingDurability, answered: int, epoch: int) -> bool:
         return real(self, answered, self.epoch)
 
-    real = Kept.flushed
-    patch.setattr(Kept, "flushed", broken)
+    real = ReplayingDurability.flushed
+    patch.setattr(ReplayingDurability, "flushed", broken)
 
 
 def _clean_by_any_reply(patch: pytest.MonkeyPatch) -> None:

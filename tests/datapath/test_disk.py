@@ -366,7 +366,7 @@ async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
     """The flush when the write cache is turned off: nobody hears of its failure."""
     async with after_an_untold_failure() as (target, client):
         assert target.requests[-1].flags == INTERNAL
-        assert client.disk.untold
+        assert client.disk.unreported
         client.do(FLUSH)
         client.do(FLUSH)
         assert client.errors == [0, EIO, EIO, 0]
@@ -380,7 +380,7 @@ async def test_flush_that_is_executed_again_tells_nothing_of_a_failure_before(
     async with after_an_untold_failure() as (target, client):
         client.do(FLUSH, flags=REPEATED)
         assert target.requests[-1].flags == REPEATED
-        assert client.disk.untold
+        assert client.disk.unreported
         client.do(FLUSH)
         client.do(FLUSH)
         assert client.errors == [0, EIO, EIO, EIO, 0]

@@ -126,9 +126,9 @@ class StorageSide(Above):
         if "on_recovered" in self.calls:
             self.calls["on_recovered"]()
 
-    def inherited(self, unflushed_on: int, loss_untold: bool) -> None:
+    def inherited(self, unflushed_on: int, loss_unreported: bool) -> None:
         if "on_inherited" in self.calls:
-            self.calls["on_inherited"](unflushed_on, loss_untold)
+            self.calls["on_inherited"](unflushed_on, loss_unreported)
 
     def fresh_guest(self) -> None:
         if "on_fresh_guest" in self.calls:

@@ -853,7 +853,7 @@ async def test_inflight_write_cache_turned_off_stays_off_after_a_death(guest: De
 async def test_inflight_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGuest) -> None:
     """Beside the write cache that is off, and whatever came first."""
     left = ((1 << 56) - 2, False)
-    guest.device.remember_durability(unflushed_on=left[0], loss_untold=left[1])
+    guest.device.remember_durability(unflushed_on=left[0], loss_unreported=left[1])
     fd, size = guest.device.create_inflight(1, 16)
     guest.device.write_config(32, b"\0", migration=False)
     guest.start()  # From here on somebody has used it.
@@ -867,7 +867,7 @@ async def test_inflight_what_is_unflushed_and_where_outlives_a_death(guest: Devi
             following.device.set_inflight(fd, 0, size, 1, 16)
             assert following.device.read_config(32, 1) == b"\0"
             assert inherited == [left]
-            following.device.remember_durability(unflushed_on=leaves[0], loss_untold=leaves[1])
+            following.device.remember_durability(unflushed_on=leaves[0], loss_unreported=leaves[1])
         left = leaves
     os.close(fd)
 

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from bridge.datapath.durability import BEFORE, Told, instance_mark
+from bridge.datapath.durability import BEFORE, ReportingDurability, instance_mark
 from bridge.datapath.request import (
     DISCARD,
     FLUSH,
@@ -31,8 +31,8 @@ EIO = errno.EIO
 # The marks alone.
 
 
-def connected(instance: str = "") -> Told:
-    durability = Told()
+def connected(instance: str = "") -> ReportingDurability:
+    durability = ReportingDurability()
     assert not durability.connected(instance, BEFORE)
     return durability
 
@@ -41,7 +41,7 @@ def test_what_was_before_the_process_may_be_lost_until_a_flush_has_succeeded() -
     durability = connected()
     assert durability.unflushed(BEFORE)
     assert durability.connected("", BEFORE)
-    assert durability.untold
+    assert durability.unreported
 
 
 def test_flush_that_succeeded_leaves_nothing_to_lose() -> None:
@@ -49,7 +49,7 @@ def test_flush_that_succeeded_leaves_nothing_to_lose() -> None:
     assert durability.flushed(BEFORE, durability.epoch)
     assert not durability.unflushed(BEFORE)
     assert not durability.connected("", BEFORE)
-    assert not durability.untold
+    assert not durability.unreported
 
 
 def test_flush_covers_only_what_was_answered_when_it_was_sent() -> None:
@@ -57,7 +57,7 @@ def test_flush_covers_only_what_was_answered_when_it_was_sent() -> None:
     durability.flushed(5, durability.epoch)
     assert durability.unflushed(6)
     assert durability.failed(6)
-    assert durability.untold
+    assert durability.unreported
 
 
 def test_flush_of_an_older_epoch_vouches_for_nothing() -> None:
@@ -72,7 +72,7 @@ def test_failure_without_anything_unflushed_loses_nothing_and_ends_the_epoch() -
     durability.flushed(4, durability.epoch)
     epoch = durability.epoch
     assert not durability.failed(4)
-    assert not durability.untold
+    assert not durability.unreported
     assert durability.epoch != epoch
 
 
@@ -80,9 +80,9 @@ def test_loss_is_told_by_a_flush_that_was_submitted_after_all_of_it() -> None:
     durability = connected()
     durability.failed(7)
     durability.tell(6)
-    assert durability.untold
+    assert durability.unreported
     durability.tell(7)
-    assert not durability.untold
+    assert not durability.unreported
 
 
 def test_guest_has_seen_what_was_answered_when_the_turn_is_over() -> None:
@@ -136,7 +136,7 @@ def test_layer_that_keeps_what_is_not_durable_has_no_loss_to_tell() -> None:
     durability.keeps_unflushed = True
     epoch = durability.epoch
     assert not durability.failed(5)
-    assert not durability.untold
+    assert not durability.unreported
     assert durability.epoch != epoch
 
 

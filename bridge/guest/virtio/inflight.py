@@ -155,7 +155,7 @@ class InflightRegion:
         return bool(self._features[0] & _WRITE_THROUGH)
 
     @property
-    def loss_untold(self) -> bool:
+    def loss_unreported(self) -> bool:
         """The guest's next flush has to fail."""
         return bool(self._features[0] & _LOSS_UNTOLD)
 
@@ -164,11 +164,11 @@ class InflightRegion:
         """Stands for the server instance that has unflushed writes; 0: none, or it has no name."""
         return self._features[0] & _UNFLUSHED_ON
 
-    def remember(self, *, write_through: bool, loss_untold: bool, unflushed_on: int) -> None:
+    def remember(self, *, write_through: bool, loss_unreported: bool, unflushed_on: int) -> None:
         """Keep these for the process after this one."""
         self._features[0] = (
             (_WRITE_THROUGH if write_through else 0)
-            | (_LOSS_UNTOLD if loss_untold else 0)
+            | (_LOSS_UNTOLD if loss_unreported else 0)
             | (unflushed_on & _UNFLUSHED_ON)
         )
 
