@@ -34,7 +34,7 @@ from bridge.cache.resize import Resizer
 from bridge.cache.slots import Slots
 from bridge.cache.upstream import Stats, Upstream
 from bridge.cache.writeback import Writeback
-from bridge.cache.writes import Store
+from bridge.cache.writes import Writes
 from bridge.datapath.durability import ReplayingDurability
 from bridge.datapath.request import (
     BLOCK_STATUS,
@@ -102,12 +102,12 @@ class Cache:
         self._range_operations = RangeOperations(common, busy_ranges, fetcher, writeback, flusher)
         self._readahead = Readahead(index, fetcher, common.slots.forgive, options, self.stats)
         self._reads = Reads(common, fetcher, busy_ranges, self._readahead)
-        self._store = Store(common, fetcher, busy_ranges, writeback, flusher)
+        self._writes = Writes(common, fetcher, busy_ranges, writeback, flusher)
         self._resizer = Resizer(common, fetcher, self._grown)
         self._range_requests = RangeRequests(common, self._range_operations, self.submit)
         self.foreign = ForeignChanges(common, busy_ranges, fetcher)
         """Whether the export changed without us, and what is dropped then."""
-        self.hits = CacheHits(index, self._evictor, self._store, self.stats)
+        self.hits = CacheHits(index, self._evictor, self._writes, self.stats)
         """What can be asked before `submit`."""
         self.read_hit = self.hits.read_hit
         self.write_hit = self.hits.write_hit
@@ -155,7 +155,7 @@ class Cache:
         elif op == READ:
             self._reads.read(request)
         elif op == WRITE:
-            self._store.write(request)
+            self._writes.write(request)
         elif op == PREFETCH:
             self._reads.prefetch(request)
         elif op == DISCARD:
@@ -171,7 +171,7 @@ class Cache:
         """See `Stage`: every part does what it can do now. Fetches last, so that those of one turn
         are merged."""
         moved = self._range_operations.advance()
-        moved |= self._store.advance()
+        moved |= self._writes.advance()
         moved |= self._flusher.advance()
         moved |= self._writeback.advance()
         return moved | self._fetcher.advance()
@@ -181,7 +181,7 @@ class Cache:
         """How much waits in the cache, by what it waits for. Requests, but for fetches (runs of
         blocks that are not asked for yet), write-out (slots) and discards."""
         return {
-            **self._store.waiting,
+            **self._writes.waiting,
             "fetch": self._fetcher.waiting,
             "cold read": self._reads.waiting,
             "write-out": self._writeback.waiting,
@@ -193,7 +193,7 @@ class Cache:
         """Fail with `errno` all requests that wait for room or for the cache's disk, and those that
         would have to. What waits for the server's answer is not touched. 0: they may wait again."""
         self._turn.want()
-        self._store.refuse(errno)
+        self._writes.refuse(errno)
         self._reads.refuse(errno)
 
     @property
@@ -210,12 +210,12 @@ class Cache:
     @property
     def is_write_back(self) -> bool:
         """A write is complete once it is in the cache; else, once the server has it."""
-        return not self._store.through
+        return not self._writes.through
 
     def set_write_back(self, write_back: bool) -> None:
         """Change that, between two turns: for writes that are not complete as well. Dirty blocks
         stay dirty until they are written out."""
-        self._store.through = not write_back
+        self._writes.through = not write_back
         # A write to an open block is no more than a copy.
         self.index.forget_residency()
 
@@ -245,7 +245,7 @@ class Cache:
 
     def _grown(self) -> None:
         self.size_bytes = self.index.geometry.disk_bytes
-        self._store.set_limits()
+        self._writes.set_limits()
         self._writeback.pace.set_limits()
 
     def next_deadline(self) -> float | None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from bridge.cache.eviction import UP, Evictor
 from bridge.cache.index import Index
 from bridge.cache.upstream import Stats
-from bridge.cache.writes import Store
+from bridge.cache.writes import Writes
 from bridge.datapath.cells import Resident
 
 
 class CacheHits:
     """See `request.Hits`. What it touches is flat."""
 
-    def __init__(self, index: Index, evictor: Evictor, store: Store, stats: Stats) -> None:
+    def __init__(self, index: Index, evictor: Evictor, writes: Writes, stats: Stats) -> None:
         self._stats = stats
         self._shift = index.granule_shift
         self._block_shift = index.block_shift
@@ -28,7 +28,7 @@ class CacheHits:
         self._ready = index.ready
         self._open = index.open
         self._data = index.data
-        self._open_blocks = store.open_blocks
+        self._open_blocks = writes.open_blocks
         self._touched = evictor.touched
         self.resident = _resident(index, evictor, store)
         """What the usual case of a turn serves by itself."""
@@ -98,7 +98,7 @@ class CacheHits:
         self.resident.native = False
 
 
-def _resident(index: Index, evictor: Evictor, store: Store) -> Resident:
+def _resident(index: Index, evictor: Evictor, writes: Writes) -> Resident:
     """The flat state of these parts, for `datapath.usual`."""
     resident = Resident()
     resident.granule_shift = index.granule_shift
@@ -111,6 +111,6 @@ def _resident(index: Index, evictor: Evictor, store: Store) -> Resident:
     resident.data = index.data
     resident.touched = evictor.touched
     resident.up = UP
-    resident.open_blocks = store.open_blocks
+    resident.open_blocks = writes.open_blocks
     resident.native = None
     return resident

@@ -9,7 +9,7 @@ from bridge.cache.wait import WriteOutWait
 from bridge.datapath.request import FUA, Request
 
 
-class Why(Enum):
+class WaitReason(Enum):
     """Why a write cannot be stored now."""
 
     ROOM = "room"
@@ -24,10 +24,10 @@ class Why(Enum):
     """The cache file refused it: nothing removes that."""
 
 
-class Obstacle(NamedTuple):
+class Wait(NamedTuple):
     """What stands in the way of the granule at `offset` of the disk."""
 
-    why: Why
+    why: WaitReason
     offset: int = 0
     slot: int = 0
     bits: int = 0
@@ -35,8 +35,8 @@ class Obstacle(NamedTuple):
     error: int = 0
 
 
-TOO_DIRTY = Obstacle(Why.ROOM)
-NO_SLOT = Obstacle(Why.ROOM)
+TOO_DIRTY = Wait(WaitReason.ROOM)
+NO_SLOT = Wait(WaitReason.ROOM)
 
 
 class Waited(Protocol):
@@ -46,18 +46,18 @@ class Waited(Protocol):
     written_out: list[WriteOp]
 
     def go_on(self, op: WriteOp) -> None:
-        """Try again from where `op` stopped: its obstacle may be gone."""
+        """Try again from where `op` stopped: its wait may be gone."""
 
 
 class WriteOp(WriteOutWait):
     """A write that could not complete at once."""
 
-    __slots__ = ("fetches", "needs_slot", "not_kept", "position", "request", "store")
+    __slots__ = ("fetches", "needs_slot", "not_kept", "position", "request", "writes")
 
     def __init__(self, request: Request, store: Waited, position: int) -> None:
         super().__init__(fua=bool(request.flags & FUA))
         self.request = request
-        self.store = store
+        self.writes = writes
         self.position = position
         """Bytes that are in the cache already."""
         self.fetches = 0
@@ -73,12 +73,12 @@ class WriteOp(WriteOutWait):
         self.not_kept = self.not_kept or not_kept
         self.fetches -= 1
         if not self.fetches:
-            self.store.fetched.append(self)
+            self.writes.fetched.append(self)
 
     def range_freed(self) -> None:
         """See exclusive.WaitsForRange."""
-        self.store.go_on(self)
+        self.writes.go_on(self)
 
     def join_written_out(self) -> None:
         """See WriteOutWait."""
-        self.store.written_out.append(self)
+        self.writes.written_out.append(self)

@@ -23,14 +23,14 @@ from bridge.cache.common import Common
 from bridge.cache.fetch import Fetcher
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT
 from bridge.cache.flush import Flusher
-from bridge.cache.waiting_writes import NO_SLOT, TOO_DIRTY, Obstacle, Why, WriteOp
+from bridge.cache.waiting_writes import NO_SLOT, TOO_DIRTY, Wait, WaitReason, WriteOp
 from bridge.cache.writeback import Writeback
 from bridge.datapath.buffers import gather
 from bridge.datapath.request import FUA, Request
 from bridge.datapath.turn import Outcome
 
 
-class Store:
+class Writes:
     """The slow path of WRITE."""
 
     def __init__(
@@ -78,8 +78,8 @@ class Store:
     def waiting(self) -> dict[str, int]:
         """How many writes wait here, and why."""
         return {
-            Why.ROOM.value: len(self._for_room),
-            Why.LOAD.value: len(self._for_load),
+            WaitReason.ROOM.value: len(self._for_room),
+            WaitReason.LOAD.value: len(self._for_load),
         }
 
     def write(self, request: Request) -> None:
@@ -97,11 +97,11 @@ class Store:
             if done:
                 self._common.turn.finish(request)
                 return
-        position, obstacle = self._store(request, 0)
-        if obstacle is None and not (self._through or request.flags & FUA):
+        position, wait = self._store(request, 0)
+        if wait is None and not (self._through or request.flags & FUA):
             self._common.turn.finish(request)
             return
-        self._stored(WriteOp(request, self, position), obstacle)
+        self._stored(WriteOp(request, self, position), wait)
 
     @property
     def through(self) -> bool:
@@ -161,26 +161,26 @@ class Store:
         return moved
 
     def go_on(self, op: WriteOp) -> None:
-        """Try again from where `op` stopped: its obstacle may be gone."""
+        """Try again from where `op` stopped: its wait may be gone."""
         if op.request.is_abandoned:
             self._common.turn.finish(op.request, ECANCELED)
             return
-        op.position, obstacle = self._store(op.request, op.position)
-        self._stored(op, obstacle)
+        op.position, wait = self._store(op.request, op.position)
+        self._stored(op, wait)
 
     def _after_fetch(self, op: WriteOp) -> None:
         if op.error or op.request.is_abandoned:
             self._common.turn.finish(op.request, op.error or ECANCELED)
             return
         before = op.position
-        op.position, obstacle = self._store(op.request, before)
-        if obstacle is not None and obstacle.why is Why.FETCH and op.position == before:
+        op.position, wait = self._store(op.request, before)
+        if wait is not None and wait.why is WaitReason.FETCH and op.position == before:
             # What was fetched is not in the cache.
             if op.not_kept:
-                obstacle = Obstacle(Why.FAILED, error=op.not_kept)
+                wait = Wait(WaitReason.FAILED, error=op.not_kept)
             elif not self._slots.available:
-                obstacle = NO_SLOT  # Asking the server again would not help before.
-        self._stored(op, obstacle)
+                wait = NO_SLOT  # Asking the server again would not help before.
+        self._stored(op, wait)
 
     def _after_write_out(self, op: WriteOp) -> None:
         if not op.error and op.fua and op.unstable:
@@ -200,14 +200,14 @@ class Store:
             if op.request.is_abandoned:
                 self._common.turn.finish(op.request, ECANCELED)
                 continue
-            op.position, obstacle = self._store(op.request, op.position)
-            if obstacle is not None and obstacle.why is Why.ROOM:
+            op.position, wait = self._store(op.request, op.position)
+            if wait is not None and wait.why is WaitReason.ROOM:
                 # Now it needs something else. What it needs was looked for just now and is not
                 # there, so that this does not repeat itself.
-                op.needs_slot = obstacle is NO_SLOT
+                op.needs_slot = wait is NO_SLOT
                 waiting.appendleft(op)
             else:
-                self._stored(op, obstacle)
+                self._stored(op, wait)
         return moved
 
     def _has_room(self, op: WriteOp) -> bool:
@@ -230,10 +230,10 @@ class Store:
         while self._for_room:
             self._common.turn.finish(self._for_room.popleft().request, errno)
 
-    def _stored(self, op: WriteOp, obstacle: Obstacle | None) -> None:
-        """The write is in the cache up to its `obstacle`; without one it completes in its time."""
-        if obstacle is not None:
-            self._wait(op, obstacle)
+    def _stored(self, op: WriteOp, wait: Wait | None) -> None:
+        """The write is in the cache up to its `wait`; without one it completes in its time."""
+        if wait is not None:
+            self._wait(op, wait)
         elif op.fua and not self._upstream.can_fua:
             self._flusher.request(op.request)
         elif op.fua or self._through:
@@ -247,19 +247,19 @@ class Store:
         else:
             self._common.turn.finish(op.request)
 
-    def _wait(self, op: WriteOp, obstacle: Obstacle) -> None:
-        """Put `op` where it is found when `obstacle` is gone."""
-        why = obstacle.why
-        if why is Why.FAILED:
-            self._common.turn.finish(op.request, obstacle.error)
-        elif why is Why.FETCH:
-            self._fetch_partial(op, obstacle)
-        elif why is Why.LOAD:
-            self._load(op, obstacle)
-        elif why is Why.DISCARD:
+    def _wait(self, op: WriteOp, wait: Wait) -> None:
+        """Put `op` where it is found when `wait` is gone."""
+        why = wait.why
+        if why is WaitReason.FAILED:
+            self._common.turn.finish(op.request, wait.error)
+        elif why is WaitReason.FETCH:
+            self._fetch_partial(op, wait)
+        elif why is WaitReason.LOAD:
+            self._load(op, wait)
+        elif why is WaitReason.DISCARD:
             shift = self._index.block_shift
-            first = obstacle.offset >> shift
-            bits = obstacle.bits
+            first = wait.offset >> shift
+            bits = wait.bits
             before = self._busy_ranges.overlapping(first, first + bits.bit_length())
             assert before is not None
             before.waiting.append(op)
@@ -267,22 +267,22 @@ class Store:
             self._common.turn.finish(op.request, self._refused or EIO)
         else:
             self._stats.writes_waited += 1
-            op.needs_slot = obstacle is NO_SLOT
+            op.needs_slot = wait is NO_SLOT
             self._for_room.append(op)
 
-    def _fetch_partial(self, op: WriteOp, obstacle: Obstacle) -> None:
+    def _fetch_partial(self, op: WriteOp, wait: Wait) -> None:
         """Fetch the blocks that the write covers only partly."""
         op.error = op.not_kept = 0
         op.fetches = 1
-        base_block = obstacle.offset >> self._index.block_shift
-        bits = obstacle.bits
+        base_block = wait.offset >> self._index.block_shift
+        bits = wait.bits
         while bits:
             block = base_block + (bits & -bits).bit_length() - 1
             op.fetches += self._fetcher.need(block, block + 1, op)
             bits &= bits - 1
         op.fetches -= 1
 
-    def _load(self, op: WriteOp, obstacle: Obstacle) -> None:
+    def _load(self, op: WriteOp, wait: Wait) -> None:
         """Bring blocks that are written partly back into the page cache, then go on."""
 
         def loaded(outcome: Outcome) -> None:
@@ -293,15 +293,15 @@ class Store:
                 self._stats.file_errors += 1
                 self._common.turn.finish(op.request, outcome.error)
                 return
-            self._index.found_resident(obstacle.slot, obstacle.bits)
+            self._index.found_resident(wait.slot, wait.bits)
             self.go_on(op)
 
         self._for_load.add(op)
-        self._slots.load(self._image, self._common.cold, obstacle.slot, loaded)
+        self._slots.load(self._image, self._common.cold, wait.slot, loaded)
 
     # Storing.
 
-    def _store(self, request: Request, position: int) -> tuple[int, Obstacle | None]:
+    def _store(self, request: Request, position: int) -> tuple[int, Wait | None]:
         """Store from byte `position` on: how far that went and, if not to the end, why."""
         index = self._index
         granule_bytes = index.granule_bytes
@@ -311,17 +311,17 @@ class Store:
             within = at & granule_bytes - 1
             size = min(length - position, granule_bytes - within)
             try:
-                obstacle = self._store_piece(request, position, at, within, size)
+                wait = self._store_piece(request, position, at, within, size)
             except OSError as error:
-                return position, Obstacle(Why.FAILED, error=self._file_failed(at, error))
-            if obstacle is not None:
-                return position, obstacle
+                return position, Wait(WaitReason.FAILED, error=self._file_failed(at, error))
+            if wait is not None:
+                return position, wait
             position += size
         return position, None
 
     def _store_piece(
         self, request: Request, position: int, at: int, within: int, size: int
-    ) -> Obstacle | None:
+    ) -> Wait | None:
         """Store `size` bytes that lie in one granule, or say what stands in the way (nothing
         changed then)."""
         index = self._index
@@ -334,7 +334,7 @@ class Store:
         if self._busy_ranges:
             block = at >> shift
             if self._busy_ranges.overlapping(block, block + last - first + 1) is not None:
-                return Obstacle(Why.DISCARD, block << shift, bits=bits >> first)
+                return Wait(WaitReason.DISCARD, block << shift, bits=bits >> first)
         slot = index.find(granule)
         word = index.state[slot] if slot else 0
         valid = word & BITS
@@ -343,11 +343,11 @@ class Store:
         if not dirty and index.dirty_slots >= self._hard_slots:
             return TOO_DIRTY
         if partial & ~valid:
-            return Obstacle(Why.FETCH, granule_at, bits=partial & ~valid)
+            return Wait(WaitReason.FETCH, granule_at, bits=partial & ~valid)
         if partial & ~index.ready[slot] and not self._image.resident(
             (slot << index.granule_shift) + within, size
         ):
-            return Obstacle(Why.LOAD, granule_at, slot, partial)
+            return Wait(WaitReason.LOAD, granule_at, slot, partial)
         if not slot:
             slot = self._slots.obtain(granule)
             if not slot:

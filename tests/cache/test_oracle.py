@@ -15,7 +15,7 @@ from bridge.cache.range_operations import RangeOperations
 from bridge.cache.reads import Reads
 from bridge.cache.resize import Resizer
 from bridge.cache.writeback import Writeback
-from bridge.cache.writes import Store
+from bridge.cache.writes import Writes
 from bridge.datapath.durability import ReplayingDurability
 from bridge.datapath.turn import Outcome
 
@@ -55,9 +55,9 @@ def _rewritten_block_counts_as_sent(patch: pytest.MonkeyPatch) -> None:
 
 
 def _state_before_data(patch: pytest.MonkeyPatch) -> None:
-    real = Store._put
+    real = Writes._put
 
-    def broken(self: Store, *arguments: Any) -> None:
+    def broken(self: Writes, *arguments: Any) -> None:
         slot, bits = arguments[3], arguments[5]
         index = self._index
         index.stored(slot, bits, bits & ~index.valid(slot), keep_open=False)
@@ -69,20 +69,20 @@ def _state_before_data(patch: pytest.MonkeyPatch) -> None:
         stored(self, slot, bits, absent & ~self.valid(slot), keep_open=keep_open)
 
     patch.setattr(Index, "stored", again)
-    patch.setattr(Store, "_put", broken)
-    patch.setattr(Store, "_write_whole", lambda self, request: False)
+    patch.setattr(Writes, "_put", broken)
+    patch.setattr(Writes, "_write_whole", lambda self, request: False)
 
 
 def _data_before_dirty_mark(patch: pytest.MonkeyPatch) -> None:
-    mark, put = Index.write, Store._put
+    mark, put = Index.write, Writes._put
 
-    def put_and_mark(self: Store, *arguments: Any) -> None:
+    def put_and_mark(self: Writes, *arguments: Any) -> None:
         put(self, *arguments)
         mark(self._index, arguments[3], arguments[5])
 
     patch.setattr(Index, "write", lambda self, slot, bits: None)
-    patch.setattr(Store, "_put", put_and_mark)
-    patch.setattr(Store, "_write_whole", lambda self, request: False)
+    patch.setattr(Writes, "_put", put_and_mark)
+    patch.setattr(Writes, "_write_whole", lambda self, request: False)
     patch.setattr(CacheHits, "write_hit", lambda *_: False)
 
 
@@ -179,7 +179,7 @@ def _flush_cleans_what_came_after(patch: pytest.MonkeyPatch) -> None:
 
 
 def _failing_forgets_who_waits_for_room(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Store, "_fail_for_room", lambda self, errno: None)
+    patch.setattr(Writes, "_fail_for_room", lambda self, errno: None)
 
 
 def _failing_forgets_who_waits_for_the_caches_disk(patch: pytest.MonkeyPatch) -> None:
@@ -187,12 +187,12 @@ def _failing_forgets_who_waits_for_the_caches_disk(patch: pytest.MonkeyPatch) ->
 
 
 def _failing_forgets_partial_writes_of_cold_blocks(patch: pytest.MonkeyPatch) -> None:
-    def broken(self: Store, errno: int) -> None:
+    def broken(self: Writes, errno: int) -> None:
         self._refused = errno
         if errno:
             self._fail_for_room(errno)
 
-    patch.setattr(Store, "refuse", broken)
+    patch.setattr(Writes, "refuse", broken)
 
 
 def _growth_keeps_what_was_behind_the_end(patch: pytest.MonkeyPatch) -> None:
