@@ -28,7 +28,7 @@ from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import CacheFile, dirty_bytes
 from bridge.cache.file.inspect import open_to_flush, show
-from bridge.cache.file.layout import Header, printable
+from bridge.cache.file.layout import FileHeader, printable
 from bridge.cache.file.location import forget, peek
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import FLUSH, Request
@@ -147,7 +147,7 @@ async def _check_spelling(path: str, uri: NbdUri, options: ClientOptions | None)
         raise _of_another(path, header, uri)
 
 
-def _of_another(path: str, header: Header, uri: NbdUri) -> ConfigError:
+def _of_another(path: str, header: FileHeader, uri: NbdUri) -> ConfigError:
     """The error for a file that was made for another export, as far as names and identity tell."""
     identity = cache_identity(uri)
     return ConfigError(

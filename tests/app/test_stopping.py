@@ -32,7 +32,7 @@ from bridge.app.settings import (
 from bridge.app.storage import Storage
 from bridge.cache.cache_options import OFF, WRITEBACK, WRITETHROUGH
 from bridge.cache.file.inspect import show
-from bridge.cache.file.layout import HEADER_AREA_BYTES, Header, parse_header_untrusted
+from bridge.cache.file.layout import HEADER_AREA_BYTES, FileHeader, parse_header_untrusted
 from bridge.cache.file.opening import open_file
 from bridge.cli.cache_show import text_of
 from bridge.cli.wording import explain
@@ -169,7 +169,7 @@ class Bridge:
         return cache_path(self.uri, str(self.directory))
 
     @property
-    def header(self) -> Header:
+    def header(self) -> FileHeader:
         """As a process would find it that comes after a kill -9 of this one."""
         with self.cache_file.open("rb") as file:
             header = parse_header_untrusted(file.read(HEADER_AREA_BYTES))

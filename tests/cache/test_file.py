@@ -29,8 +29,8 @@ from bridge.cache.file.inspect import Fault, drop, open_to_flush, show
 from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
     MIN_SLOTS,
+    FileHeader,
     Geometry,
-    Header,
     Identity,
     geometry_for,
     new_header,
@@ -437,7 +437,7 @@ def test_header_with_long_names_round_trips() -> None:
 
     parsed = parse_header_untrusted(header.pack() + bytes(4096))
 
-    assert isinstance(parsed, Header)
+    assert isinstance(parsed, FileHeader)
     assert parsed.digest == identity.digest
 
 

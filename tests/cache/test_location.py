@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bridge.cache.file.cache_file import CacheFile
-from bridge.cache.file.layout import Geometry, Header, Identity, new_header
+from bridge.cache.file.layout import FileHeader, Geometry, Identity, new_header
 from bridge.cache.file.location import Found, Wanted, find, forget, note, noted
 from bridge.cache.file.opening import open_file, open_or_create
 from bridge.cache.index import Index
@@ -26,7 +26,7 @@ def resolve(host: str) -> frozenset[str] | None:
     return None if found is None else frozenset(found)
 
 
-def header(server: str, export: str = "vm0", volume: bytes = b"") -> Header:
+def header(server: str, export: str = "vm0", volume: bytes = b"") -> FileHeader:
     made = new_header(GEOMETRY, Identity(server, export), bytes(16), 0)
     return replace(made, export_identity=volume)
 

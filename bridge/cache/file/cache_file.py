@@ -20,8 +20,8 @@ from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
     HEADER_BYTES,
     NO_GRANULE,
+    FileHeader,
     Geometry,
-    Header,
 )
 from bridge.datapath.buffers import Bytes
 from bridge.host import boot_id
@@ -42,7 +42,7 @@ class MappedImage:
     may_go_cold = False
     """What was stored can leave the memory again."""
 
-    def __init__(self, buffer: mmap.mmap | bytearray, header: Header) -> None:
+    def __init__(self, buffer: mmap.mmap | bytearray, header: FileHeader) -> None:
         geometry = header.geometry
         count = geometry.slots + 1
         whole = memoryview(buffer)
@@ -99,7 +99,7 @@ class CacheFile(MappedImage):
 
     may_go_cold = True
 
-    def __init__(self, path: str, fd: int, header: Header) -> None:
+    def __init__(self, path: str, fd: int, header: FileHeader) -> None:
         self.path = path
         self.fd = fd
         self._stored: memoryview | None = None

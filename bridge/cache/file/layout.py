@@ -166,7 +166,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Header:
+class FileHeader:
     """What the first pages of a cache file say."""
 
     geometry: Geometry
@@ -196,7 +196,7 @@ class Header:
     is not known to be durable. Killed before the answer, the cache still has what was there before;
     if the server loses power, what was read as zeroes since may be there again."""
 
-    def next(self, **changes: object) -> Header:
+    def next(self, **changes: object) -> FileHeader:
         """The header that follows this one."""
         return replace(self, sequence=self.sequence + 1, **changes)  # type: ignore[arg-type]
 
@@ -234,9 +234,11 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-def new_header(geometry: Geometry, identity: Identity, boot_id: bytes, created_s: int) -> Header:
+def new_header(
+    geometry: Geometry, identity: Identity, boot_id: bytes, created_s: int
+) -> FileHeader:
     """The first header of a file; `boot_id` has 16 bytes."""
-    return Header(
+    return FileHeader(
         geometry=geometry,
         uri=identity.uri,
         export=identity.export,
@@ -259,7 +261,7 @@ def is_ours_untrusted(area: bytes) -> bool:
     return MAGIC in magics or not any(area[:HEADER_AREA_BYTES])
 
 
-def parse_header_untrusted(area: bytes) -> Header | None:
+def parse_header_untrusted(area: bytes) -> FileHeader | None:
     """The header of a file whose first bytes are `area`; None if nothing was written yet.
 
     Raises ConfigError (without the file's name) when neither copy is whole, or for another
@@ -276,7 +278,7 @@ def parse_header_untrusted(area: bytes) -> Header | None:
     raise ConfigError(_blame(pages))
 
 
-def _parse_page(page: bytes) -> Header | None:
+def _parse_page(page: bytes) -> FileHeader | None:
     if zlib.crc32(page[: -_CRC.size]) != _CRC.unpack(page[-_CRC.size :])[0]:
         return None
     fields = _FIXED.unpack_from(page)
@@ -290,7 +292,7 @@ def _parse_page(page: bytes) -> Header | None:
         return None
     text = page[_FIXED.size :]
     witness, discarded_first, discarded_end, identity, _ = _TAIL.unpack(page[-_TAIL.size :])
-    return Header(
+    return FileHeader(
         geometry=geometry,
         uri=text[:uri_bytes].decode(errors="replace"),
         export=text[uri_bytes : uri_bytes + export_bytes].decode(errors="replace"),

@@ -23,7 +23,7 @@ from pathlib import Path
 from bridge.cache.file.inspect import show
 from bridge.cache.file.layout import (
     HEADER_AREA_BYTES,
-    Header,
+    FileHeader,
     Identity,
     parse_header_untrusted,
 )
@@ -48,24 +48,24 @@ class Wanted:
     """The identity that the server gives it, b"" if none."""
     disk_bytes: int
 
-    def owns(self, header: Header) -> bool:
+    def owns(self, header: FileHeader) -> bool:
         """The file with this header belongs to this export."""
         if self.volume and header.export_identity:
             # A clone of a volume may have its identity, under another name.
             return self.volume == header.export_identity and self._may_be_named(header)
         return self.is_spelled_so(header)
 
-    def is_spelled_so(self, header: Header) -> bool:
+    def is_spelled_so(self, header: FileHeader) -> bool:
         """The file was made for this server and this name, in whatever spelling."""
         if header.digest in {Identity(self.identity.uri, name).digest for name in self.names}:
             return True
         return is_whole(header) and self.is_of(header) and header.export in self.names
 
-    def is_of(self, header: Header) -> bool:
+    def is_of(self, header: FileHeader) -> bool:
         """The file was made for this server, in whatever spelling."""
         return canonical_server(header.uri) == canonical_server(self.identity.uri)
 
-    def may_own(self, header: Header, resolve: Resolve) -> bool:
+    def may_own(self, header: FileHeader, resolve: Resolve) -> bool:
         """It could belong to this export, under another name or address, for all that is known."""
         if self.volume and header.export_identity:
             return self.volume == header.export_identity
@@ -75,12 +75,12 @@ class Wanted:
             and _may_be_one(header.uri, self.identity.uri, resolve)
         )
 
-    def _may_be_named(self, header: Header) -> bool:
+    def _may_be_named(self, header: FileHeader) -> bool:
         """One of the names is the same, or one is that of the default export."""
         return not header.export or "" in self.names or header.export in self.names
 
 
-def is_whole(header: Header) -> bool:
+def is_whole(header: FileHeader) -> bool:
     """The header has all of the address and the name, not only their beginning."""
     return header.digest == Identity(header.uri, header.export).digest
 
@@ -159,7 +159,7 @@ def _look(path: str, wanted: Wanted, resolve: Resolve) -> Found | None:
     return Found(path, dirty, owned, wanted.is_of(header))
 
 
-def peek(path: str) -> Header | None:
+def peek(path: str) -> FileHeader | None:
     """The header of a cache file of this user's, without a lock; None for everything else."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

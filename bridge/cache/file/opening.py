@@ -19,8 +19,8 @@ from contextlib import suppress
 
 from bridge.cache.file.cache_file import CacheFile, MappedImage, dirty_bytes
 from bridge.cache.file.layout import (
+    FileHeader,
     Geometry,
-    Header,
     Identity,
     new_header,
     parse_header_untrusted,
@@ -71,7 +71,7 @@ def _map(path: str, fd: int, remedy: Remedy | None = None) -> CacheFile:
         raise
 
 
-def _mapped(path: str, fd: int, header: Header) -> CacheFile:
+def _mapped(path: str, fd: int, header: FileHeader) -> CacheFile:
     try:
         return CacheFile(path, fd, header)
     except OSError as error:
@@ -101,7 +101,7 @@ def read_index(path: str, remedy: Remedy | None = None) -> MappedImage:
     return MappedImage(copy, header)
 
 
-def _read_header(path: str, fd: int, remedy: Remedy | None = None) -> Header:
+def _read_header(path: str, fd: int, remedy: Remedy | None = None) -> FileHeader:
     """The header of a file that is as long as it says. Raises ConfigError."""
     area = read_ours(path, fd, remedy)
     try:
@@ -146,7 +146,7 @@ def open_or_create(
     *,
     geometry: Geometry,
     identity: Identity,
-    owns: Callable[[Header], bool] | None = None,
+    owns: Callable[[FileHeader], bool] | None = None,
 ) -> CacheFile:
     """The cache file of an export, opened, checked and marked as being in use.
 
@@ -192,7 +192,7 @@ def _unfit(
     file: CacheFile,
     geometry: Geometry,
     identity: Identity,
-    owns: Callable[[Header], bool] | None,
+    owns: Callable[[FileHeader], bool] | None,
 ) -> str | None:
     """Why the content of `file` has to go, None if it may stay. Raises ConfigError."""
     header, path = file.header, file.path
