@@ -211,7 +211,7 @@ class Live:
     @property
     def waits_for_grace(self) -> bool:
         """Changes are kept back since a lost connection's may still be executed."""
-        return bool(self.storage.client.link._changes._held)
+        return bool(self.storage.client.link._changes._grace)
 
     @property
     def left_reason(self) -> str:

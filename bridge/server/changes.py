@@ -3,7 +3,7 @@
 Changes pass each other only where somebody could make them do so: with several channels, or blocks
 that are read, modified and written (`ordered`). Then those that overlap go one by one. And they
 keep out of where the server may still do something old: what was left behind by lost connections,
-for a time (`Held`), and what commands of abandoned requests do that it has not answered. Otherwise
+for a time (`GraceSpans`), and what commands of abandoned requests do that it has not answered. Otherwise
 they need not come here: that is what `fast_write_bytes` says.
 """
 
@@ -22,7 +22,7 @@ from bridge.datapath.request import DISCARD, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.turn import Turn
 from bridge.server.align import cover
 from bridge.server.client_options import ClientOptions
-from bridge.server.grace import WHOLE_DISK, Held
+from bridge.server.grace import WHOLE_DISK, GraceSpans
 from bridge.server.overlaps import Claim, Overlaps, Span
 
 _log = structlog.get_logger(__name__)
@@ -79,7 +79,7 @@ class Changes:
         self._turn = turn
         self._do = do
         self._overlaps = Overlaps()
-        self._held = Held(self._overlaps)
+        self._grace = GraceSpans(self._overlaps)
         self._outlived: set[Claim] = set()
         """What commands of abandoned requests, sent and not answered, may still change."""
         self.ordered = False
@@ -107,7 +107,7 @@ class Changes:
     @property
     def must_enter(self) -> bool:
         """Changes have to come here."""
-        return bool(self.ordered or self._held or self._outlived)
+        return bool(self.ordered or self._grace or self._outlived)
 
     @property
     def in_flight(self) -> int:
@@ -164,16 +164,16 @@ class Changes:
         """There is a new connection. Keep new changes away from what lost ones may still do: with
         the commands that are sent `again`, and where changes were failed since."""
         if self._fenced:
-            self._held.begin(now)
-            self._held.expire(now)
+            self._grace.begin(now)
+            self._grace.expire(now)
         else:
-            self._held.begin(now + self._grace_s)
+            self._grace.begin(now + self._grace_s)
             self._hold(_changed(again) if self.stale_possible else [], now + self._grace_s)
         self._choose_way()
 
     def _hold(self, spans: list[Span], until_s: float = inf) -> None:
         if spans and self._grace_s:
-            self._held.hold(spans, until_s)
+            self._grace.hold(spans, until_s)
             self._choose_way()
 
     def expect_stale(self, now: float) -> None:
@@ -192,17 +192,17 @@ class Changes:
     @property
     def may_be_left(self) -> bool:
         """The server may still execute old changes: the process after this one has to expect it."""
-        return bool(self._held) and not self._fenced
+        return bool(self._grace) and not self._fenced
 
     @property
     def deadline_s(self) -> float | None:
         """When `tick` has something to do."""
-        return self._held.deadline_s
+        return self._grace.deadline_s
 
     def tick(self, now: float) -> None:
         """Time has passed: end grace times."""
-        if self._held:
-            self._held.expire(now)
+        if self._grace:
+            self._grace.expire(now)
             self._choose_way()
 
     def outlive(self, command: Request, done: Callable[[Request], None]) -> Outlived:

@@ -18,7 +18,7 @@ WHOLE_DISK: Final = (0, 1 << 64)
 """Past the end of any disk, also of one that grows."""
 
 
-class Held:
+class GraceSpans:
     """Spans with the times at which they are let go; `ranges` keeps the changes out of them.
 
     A span without a time waits for one: commands that were failed while there was no connection may

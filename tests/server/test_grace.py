@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.server.grace import Held
+from bridge.server.grace import GraceSpans
 from bridge.server.overlaps import Claim, Overlaps, merged
 
 
@@ -41,7 +41,7 @@ def test_merged_covers_the_same_bytes_with_gaps_between(given_spans) -> None:
 
 def test_hold_without_a_time_waits_for_one() -> None:
     overlaps = Overlaps()
-    held = Held(overlaps)
+    held = GraceSpans(overlaps)
     held.hold([(0, 4)])
     change = Change(overlaps, 3, 5)
     assert held.deadline_s is None
@@ -56,7 +56,7 @@ def test_hold_without_a_time_waits_for_one() -> None:
 
 def test_hold_begin_leaves_the_times_that_there_are() -> None:
     overlaps = Overlaps()
-    held = Held(overlaps)
+    held = GraceSpans(overlaps)
     held.hold([(0, 4)])
     held.hold([(8, 12)], 3)
     held.begin(7)
@@ -68,7 +68,7 @@ def test_hold_begin_leaves_the_times_that_there_are() -> None:
 
 def test_hold_past_its_bound_becomes_the_whole_disk_until_the_last_time() -> None:
     overlaps = Overlaps()
-    held = Held(overlaps)
+    held = GraceSpans(overlaps)
     held.hold([(2 * number, 2 * number + 1) for number in range(1024)], 5)
     assert Change(overlaps, 1, 2).gone
     waiting = Change(overlaps, 2, 3)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bridge.server.grace import WHOLE_DISK, Held
+from bridge.server.grace import WHOLE_DISK, GraceSpans
 from bridge.server.overlaps import Claim, Overlaps, Span, merged
 
 MANY = 64 * 1024
@@ -181,7 +181,7 @@ def test_taken_claims_keep_their_place_until_those_before_are_done() -> None:
 def test_taken_claims_leave_what_is_held_as_it_is() -> None:
     overlaps = Overlaps()
     log: list[int] = []
-    held = Held(overlaps)
+    held = GraceSpans(overlaps)
     held.hold([(0, 4)], 3)
     held.hold([(8, 12)])
     enter(overlaps, Change(log, 1, (0, 1)))
@@ -221,7 +221,7 @@ def comparisons_of(count: int, width: int) -> int:
     """Enter `count` claims of `width` blocks each while all of the disk is held, then let go."""
     overlaps = Overlaps()
     log: list[int] = []
-    held = Held(overlaps)
+    held = GraceSpans(overlaps)
     held.hold([WHOLE_DISK], 5)
     Counted.comparisons = 0
     for name in range(count):
