@@ -255,17 +255,17 @@ class Blocks:
 
     def reply_stable(self, slot: int, bits: int) -> bool:
         """REPLY_STABLE; True if that cleaned the last dirty block of `slot`."""
-        self._landed(slot, bits)
+        self._replied_to(slot, bits)
         return self._clean(slot, bits & self.sent[slot])
 
     def reply_volatile(self, slot: int, bits: int) -> bool:
         """REPLY_VOLATILE; True if any of `bits` is WRITTEN now."""
-        self._landed(slot, bits)
+        self._replied_to(slot, bits)
         return bool(bits & self.sent[slot])
 
     def reply_lost(self, slot: int, bits: int) -> None:
         """REPLY_LOST."""
-        self._landed(slot, bits)
+        self._replied_to(slot, bits)
         self.sent[slot] &= ~bits
 
     def flush_sent(self, slot: int) -> None:
@@ -313,7 +313,7 @@ class Blocks:
         """`slot`, as found in the file, is damaged: nothing of it is there."""
         self.state[slot] = 0
 
-    def _landed(self, slot: int, bits: int) -> None:
+    def _replied_to(self, slot: int, bits: int) -> None:
         assert self.inflight[slot] & bits == bits
         self.inflight[slot] &= ~bits
 

@@ -100,7 +100,9 @@ class Cache:
         writeback = self._writeback = Writeback(common, busy_ranges)
         flusher = self._flusher = Flusher(common, writeback, busy_ranges)
         self._range_operations = RangeOperations(common, busy_ranges, fetcher, writeback, flusher)
-        self._readahead = Readahead(index, fetcher, common.slots.forgive, options, self.stats)
+        self._readahead = Readahead(
+            index, fetcher, common.slots.discount_scan_hits, options, self.stats
+        )
         self._reads = Reads(common, fetcher, busy_ranges, self._readahead)
         self._writes = Writes(common, fetcher, busy_ranges, writeback, flusher)
         self._resizer = Resizer(common, fetcher, self._grown)

@@ -170,7 +170,7 @@ class Flusher:
             for slot in running.covered:
                 writeback.send_again(slot, index.flush_lost(slot))
             if request.error:
-                writeback.could_not_flush()
+                writeback.flush_failed()
                 self._common.stats.flush_errors += 1
                 self._end(running, request.error)
             else:

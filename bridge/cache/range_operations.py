@@ -209,7 +209,7 @@ class RangeOperations:
         if not request.flags & FUA:
             self._durability.acknowledged()
         elif request.error:
-            self._writeback.could_not_flush()
+            self._writeback.flush_failed()
         if request.error or request.flags & FUA or not self._upstream.can_flush:
             self._end(each, request.error)
         elif each.op == DISCARD and not each.flags & FUA:
@@ -222,7 +222,7 @@ class RangeOperations:
         each = request.owner
         assert isinstance(each, RangeOperation)
         if request.error:
-            self._writeback.could_not_flush()
+            self._writeback.flush_failed()
         lost = each.epoch != self._durability.epoch
         if lost and not request.error:
             self._send(each)

@@ -45,12 +45,12 @@ class Readahead:
         self,
         index: Index,
         fetcher: Fetcher,
-        forgive: Callable[[int], None],
+        discount_scan_hits: Callable[[int], None],
         options: Options,
         stats: Stats,
     ) -> None:
         self._index = index
-        self._forgive = forgive
+        self._forgive = discount_scan_hits
         self._fetcher = fetcher
         self._stats = stats
         self._shift = index.granule_shift - index.block_shift

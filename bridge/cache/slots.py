@@ -69,7 +69,7 @@ class Slots:
         if slot not in self._pins:
             self._evictor.release(slot)
 
-    def forgive(self, granule: int) -> None:
+    def discount_scan_hits(self, granule: int) -> None:
         """The hits on `granule` were one sequential pass: in probation they do not count."""
         slot = self._index.find(granule)
         if slot and self._evictor.on_probation(slot):

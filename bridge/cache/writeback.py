@@ -148,7 +148,7 @@ class Writeback:
             self.send_again(slot, self._index.written_lost(slot))
         self.written = []
 
-    def could_not_flush(self) -> None:
+    def flush_failed(self) -> None:
         """The server failed to make something durable: a FLUSH, or a request with FUA.
 
         Whatever it had only acknowledged may be gone with that (see `durability`). That goes for
@@ -373,7 +373,7 @@ class Writeback:
         kept = stable or done_in == durability.epoch
         if error:
             if fua:
-                self.could_not_flush()
+                self.flush_failed()
             self._failed()
         else:
             self.pace.succeeded()

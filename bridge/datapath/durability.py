@@ -145,7 +145,7 @@ class ReportingDurability(Durability):
         self._lost = answered
         return True
 
-    def could_not_flush(self, answered: int) -> bool:
+    def flush_failed(self, answered: int) -> bool:
         """`failed`, and the server said so in answer to something."""
         lost = self.failed(answered)
         if not self.keeps_unflushed:

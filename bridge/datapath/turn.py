@@ -32,7 +32,7 @@ ROUNDS_MAX: Final = 1 << 20
 queue is bounded by the guest's rings (65,536 requests): more is a loop of ours."""
 
 
-def _not_told(finished: Finished, error: Exception) -> None:
+def _owner_failed(finished: Finished, error: Exception) -> None:
     """A bug of ours in what an end sets off: it costs whoever waits for that end, and nobody else.
 
     Only an assertion that does not hold ends the process: nothing can be believed any more then.
@@ -158,7 +158,7 @@ class Turn:
                     try:
                         each.done(each)
                     except Exception as error:
-                        _not_told(each, error)
+                        _owner_failed(each, error)
                 moved = True
             again = self.wanted = False
             for stage in self._stages:

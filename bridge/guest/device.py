@@ -323,7 +323,7 @@ class BlkDevice:
         if told:
             # Not before there is an answer: a front-end without one goes on from an older base.
             for ring in rings:
-                ring.was_told()
+                ring.base_was_reported()
         return bases
 
     async def _stop(self, rings: Collection[RunningRing], deadline_s: float) -> None:

@@ -386,9 +386,9 @@ class RunningRing:
         self._log = None
         return self._queue.close(told=told)
 
-    def was_told(self) -> None:
+    def base_was_reported(self) -> None:
         """The front-end gets the base of this closed ring after all."""
-        self._queue.was_told()
+        self._queue.base_was_reported()
 
 
 def _kicked(events: int) -> None:

@@ -38,7 +38,7 @@ from bridge.errors import (
 from bridge.server import tls
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
-from bridge.server.handshake import Goal, Handshake, State, Wishes
+from bridge.server.handshake import Goal, Handshake, HandshakeOptions, State
 from bridge.server.transmission import Transmission
 from bridge.server.uri import NbdUri
 
@@ -95,7 +95,7 @@ async def negotiate(
     Cancellation closes the socket.
     """
     handshake = Handshake(
-        Wishes(
+        HandshakeOptions(
             export_name=uri.export_name if export_name is None else export_name,
             typed_name=uri.export_name,
             list_if_refused=True,

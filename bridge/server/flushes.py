@@ -160,7 +160,7 @@ class Flushes:
         executed it before. The guest's flushes have to fail with this.
         """
         durability = self.durability
-        lost = durability.could_not_flush(self._channels.answered)
+        lost = durability.flush_failed(self._channels.answered)
         if durability.keeps_unflushed:
             return
         for channel in self._channels.present:

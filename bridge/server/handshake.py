@@ -61,7 +61,7 @@ class State(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ExportListEntry:
     """One export of a list."""
 
     name: str
@@ -69,7 +69,7 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class HandshakeOptions:
     """What the client would like to negotiate."""
 
     export_name: str = ""
@@ -87,10 +87,10 @@ class Wishes:
 class Handshake:
     """One negotiation. `export` (GO, INFO) or `exports` (LIST) hold the result when DONE."""
 
-    def __init__(self, wishes: Wishes) -> None:
+    def __init__(self, wishes: HandshakeOptions) -> None:
         self.state = State.TALKING
         self.export: Export | None = None
-        self.exports: list[Listed] = []
+        self.exports: list[ExportListEntry] = []
         self.in_transmission = False
         """The server has gone to the transmission phase: leave with DISC, not with ABORT."""
         self.refused: ConfigError | None = None
@@ -359,7 +359,7 @@ class Handshake:
             raise ProtocolError(f"name of {length} bytes in a list entry of {len(payload)} bytes")
         name = text_of(payload[4 : 4 + length], "export name")
         description = text_of(payload[4 + length :], "description")
-        self.exports.append(Listed(name, clean(description)))
+        self.exports.append(ExportListEntry(name, clean(description)))
 
     # Options.
 

@@ -8,12 +8,12 @@ from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolErro
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Negotiated, Silent, leave, negotiate
 from bridge.server.export import Export
-from bridge.server.handshake import Goal, Listed
+from bridge.server.handshake import ExportListEntry, Goal
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeDescription, VolumeName
 
 
-async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> list[Listed]:
+async def list_exports(uri: NbdUri, options: ClientOptions | None = None) -> list[ExportListEntry]:
     """The exports that the server names.
 
     Raises ConfigError, ConnectionLost or ProtocolError with one line for the operator.

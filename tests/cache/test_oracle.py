@@ -134,7 +134,7 @@ def _discard_drops_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _failed_flush_loses_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Writeback, "could_not_flush", lambda self: None)
+    patch.setattr(Writeback, "flush_failed", lambda self: None)
 
 
 def _failed_flush_loses_what_was_replied_to_only(patch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def _failed_flush_loses_what_was_replied_to_only(patch: pytest.MonkeyPatch) -> N
         self._durability.acknowledged()
         self.lost()
 
-    patch.setattr(Writeback, "could_not_flush", broken)
+    patch.setattr(Writeback, "flush_failed", broken)
 
 
 def _reconnect_ends_no_epoch(patch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_guest_knows_of_what_a_process_before_left_and_of_what_is_answered_then(
 def test_nothing_that_was_answered_in_the_turn_of_a_failure_is_of_the_epoch_after_it() -> None:
     durability = connected()
     before = durability.epoch
-    durability.could_not_flush(3)
+    durability.flush_failed(3)
     within, sending = durability.epoch, durability.sending_epoch
     durability.settled(3)
     assert len({before, within, sending}) == 3
@@ -117,7 +117,7 @@ def test_nothing_that_was_answered_in_the_turn_of_a_failure_is_of_the_epoch_afte
 def test_layer_that_keeps_what_is_not_durable_needs_no_epoch_within_a_turn() -> None:
     durability = connected()
     durability.keeps_unflushed = True
-    durability.could_not_flush(3)
+    durability.flush_failed(3)
     assert durability.sending_epoch == durability.epoch
 
 

@@ -15,11 +15,11 @@ from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolErro
 from bridge.peers.nbd_server_core import ServerCore, ServerSettings, ServerState
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.server.export import Export
-from bridge.server.handshake import Goal, Handshake, State, Wishes
+from bridge.server.handshake import Goal, Handshake, HandshakeOptions, State
 from bridge.spec import nbd as p
 from bridge.spec.nbd import TransmissionFlags
 
-PLAIN = Wishes(structured=False, extended=False, block_status=False)
+PLAIN = HandshakeOptions(structured=False, extended=False, block_status=False)
 
 
 def greeting(flags: int = 3) -> bytes:
@@ -38,7 +38,7 @@ EXPORT = info(p.INFO_EXPORT, p.EXPORT_INFO.pack(1 << 20, TransmissionFlags.HAS_F
 ACK = reply(p.OPT_GO, p.REP_ACK)
 
 
-def talk(*pieces: bytes, wishes: Wishes = PLAIN) -> Handshake:
+def talk(*pieces: bytes, wishes: HandshakeOptions = PLAIN) -> Handshake:
     """Feed a client what a server says."""
     handshake = Handshake(wishes)
     for piece in pieces:
@@ -59,7 +59,7 @@ def options_sent(data: bytes) -> list[int]:
 
 
 def negotiate(
-    settings: ServerSettings, wishes: Wishes, names: tuple[str, ...] = ("",)
+    settings: ServerSettings, wishes: HandshakeOptions, names: tuple[str, ...] = ("",)
 ) -> tuple[Handshake, ServerCore]:
     """A client and our server core, wire to wire."""
     server = ServerCore({name: MemoryDisk(1 << 20) for name in names}, settings)
@@ -83,7 +83,7 @@ def negotiate(
 
 def test_go_with_everything_yields_the_export() -> None:
     settings = ServerSettings(description="a disk", block_sizes=(512, 4096, 1 << 20))
-    client, server = negotiate(settings, Wishes())
+    client, server = negotiate(settings, HandshakeOptions())
     assert client.export == Export(
         name="",
         size_bytes=1 << 20,
@@ -117,7 +117,7 @@ def test_every_downgrade_ends_in_transmission(
         structured=structured,
         extended=False,
     )
-    client, server = negotiate(settings, Wishes())
+    client, server = negotiate(settings, HandshakeOptions())
     assert client.state is State.DONE
     assert server.state is ServerState.TRANSMISSION
     assert client.export is not None
@@ -126,12 +126,12 @@ def test_every_downgrade_ends_in_transmission(
 
 
 def test_oldstyle_server_is_understood() -> None:
-    client, _server = negotiate(ServerSettings(oldstyle=True), Wishes())
+    client, _server = negotiate(ServerSettings(oldstyle=True), HandshakeOptions())
     assert client.export is not None
     assert client.export.size_bytes == 1 << 20
     assert client.export.can_flush
     with pytest.raises(ConfigError, match="oldstyle"):
-        negotiate(ServerSettings(oldstyle=True), Wishes(export_name="x"))
+        negotiate(ServerSettings(oldstyle=True), HandshakeOptions(export_name="x"))
 
 
 @given(st.data())
@@ -144,7 +144,7 @@ def test_handshake_split_anywhere_equals_whole(data: st.DataObject) -> None:
 
 def test_list_names_every_export() -> None:
     client, _ = negotiate(
-        ServerSettings(description="x"), Wishes(goal=Goal.LIST), ("a", "b c", "ü")
+        ServerSettings(description="x"), HandshakeOptions(goal=Goal.LIST), ("a", "b c", "ü")
     )
     assert [(each.name, each.description) for each in client.exports] == [
         ("a", "x"),
@@ -155,15 +155,17 @@ def test_list_names_every_export() -> None:
 
 def test_list_refused_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="does not list"):
-        negotiate(ServerSettings(list_exports=False), Wishes(goal=Goal.LIST))
+        negotiate(ServerSettings(list_exports=False), HandshakeOptions(goal=Goal.LIST))
 
 
 def test_info_leaves_with_abort_and_falls_back_without_it() -> None:
-    client, server = negotiate(ServerSettings(), Wishes(goal=Goal.INFO))
+    client, server = negotiate(ServerSettings(), HandshakeOptions(goal=Goal.INFO))
     assert client.export is not None
     assert not client.in_transmission
     assert server.state is ServerState.CLOSED
-    client, _ = negotiate(ServerSettings(info=False, extended=False), Wishes(goal=Goal.INFO))
+    client, _ = negotiate(
+        ServerSettings(info=False, extended=False), HandshakeOptions(goal=Goal.INFO)
+    )
     assert client.export is not None
     assert client.in_transmission  # by EXPORT_NAME: to be left with DISC
 
@@ -172,7 +174,7 @@ def test_info_leaves_with_abort_and_falls_back_without_it() -> None:
 
 
 def test_option_turns_one_option_at_a_time() -> None:
-    client = Handshake(Wishes())
+    client = Handshake(HandshakeOptions())
     client.receive(greeting())
     assert options_sent(client.data_to_send()) == [p.OPT_EXTENDED_HEADERS]
     client.receive(reply(p.OPT_EXTENDED_HEADERS, p.REP_ERR_UNSUP)[:-1])
@@ -180,7 +182,7 @@ def test_option_turns_one_option_at_a_time() -> None:
 
 
 def test_option_turns_list_waits_for_the_final_reply() -> None:
-    client = talk(greeting(), wishes=Wishes(goal=Goal.LIST))
+    client = talk(greeting(), wishes=HandshakeOptions(goal=Goal.LIST))
     client.receive(reply(p.OPT_LIST, p.REP_SERVER, p.U32.pack(1) + b"a"))
     assert client.state is State.TALKING
     client.receive(reply(p.OPT_LIST, p.REP_ACK))
@@ -306,7 +308,7 @@ def test_abort_server_hanging_up_is_explained() -> None:
 
 
 def test_starttls_comes_first_and_resets_everything() -> None:
-    client, _server = negotiate(ServerSettings(tls=True), Wishes(tls=True))
+    client, _server = negotiate(ServerSettings(tls=True), HandshakeOptions(tls=True))
     assert client.export is not None
     assert client.export.tls
     assert client.export.extended
@@ -314,22 +316,30 @@ def test_starttls_comes_first_and_resets_everything() -> None:
 
 def test_starttls_tls_refused_ends_it() -> None:
     with pytest.raises(ConfigError, match="TLS is required, but the server does not do it"):
-        negotiate(ServerSettings(tls=False), Wishes(tls=True))
+        negotiate(ServerSettings(tls=False), HandshakeOptions(tls=True))
     with pytest.raises(ConfigError, match="TLS is required, but"):
-        negotiate(ServerSettings(fixed_newstyle=False), Wishes(tls=True))
+        negotiate(ServerSettings(fixed_newstyle=False), HandshakeOptions(tls=True))
     with pytest.raises(ConfigError, match="TLS is required, but"):
-        negotiate(ServerSettings(oldstyle=True), Wishes(tls=True))
+        negotiate(ServerSettings(oldstyle=True), HandshakeOptions(tls=True))
 
 
 def test_starttls_plaintext_after_the_tls_ack_is_an_attack() -> None:
     """The CVE-2021-3716 family: bytes that somebody put behind the ACK must not be believed."""
     injected = reply(p.OPT_STRUCTURED_REPLY, p.REP_ACK)
     with pytest.raises(ProtocolError, match="bytes in clear"):
-        talk(greeting() + reply(p.OPT_STARTTLS, p.REP_ACK) + injected, wishes=Wishes(tls=True))
+        talk(
+            greeting() + reply(p.OPT_STARTTLS, p.REP_ACK) + injected,
+            wishes=HandshakeOptions(tls=True),
+        )
 
 
 def test_starttls_server_requiring_tls_is_named_whichever_option_meets_it_first() -> None:
-    for wishes in (Wishes(), Wishes(extended=False), PLAIN, Wishes(goal=Goal.INFO)):
+    for wishes in (
+        HandshakeOptions(),
+        HandshakeOptions(extended=False),
+        PLAIN,
+        HandshakeOptions(goal=Goal.INFO),
+    ):
         with pytest.raises(ConfigError, match="requires TLS"):
             negotiate(ServerSettings(tls_required=True, tls=True), wishes)
 
@@ -339,7 +349,7 @@ def test_headers_structured_replies_only_when_extended_headers_are_refused() -> 
         greeting(),
         reply(p.OPT_EXTENDED_HEADERS, p.REP_ACK),
         reply(p.OPT_SET_META_CONTEXT, p.REP_ACK),
-        wishes=Wishes(),
+        wishes=HandshakeOptions(),
     )
     assert options_sent(client.data_to_send()) == [
         p.OPT_EXTENDED_HEADERS,
@@ -350,7 +360,7 @@ def test_headers_structured_replies_only_when_extended_headers_are_refused() -> 
         greeting(),
         reply(p.OPT_EXTENDED_HEADERS, p.REP_ERR_UNSUP),
         reply(p.OPT_STRUCTURED_REPLY, p.REP_ERR_UNSUP),
-        wishes=Wishes(),
+        wishes=HandshakeOptions(),
     )
     assert options_sent(client.data_to_send()) == [
         p.OPT_EXTENDED_HEADERS,
@@ -371,7 +381,7 @@ def test_contexts_context_is_asked_for_the_same_export_after_structured_replies(
     client = talk(
         greeting(),
         reply(p.OPT_STRUCTURED_REPLY, p.REP_ACK),
-        wishes=Wishes(export_name="vol", extended=False),
+        wishes=HandshakeOptions(export_name="vol", extended=False),
     )
     sent = client.data_to_send()
     assert options_sent(sent) == [p.OPT_STRUCTURED_REPLY, p.OPT_SET_META_CONTEXT]
@@ -390,7 +400,7 @@ def test_contexts_no_or_foreign_contexts_mean_no_block_status(final: int) -> Non
         reply(option, final),
         EXPORT,
         ACK,
-        wishes=Wishes(extended=False),
+        wishes=HandshakeOptions(extended=False),
     )
     assert client.export is not None
     assert client.export.contexts == {}

@@ -25,7 +25,7 @@ from bridge.datapath.request import (
 from bridge.errors import BridgeError, ProtocolError
 from bridge.peers.nbd_server_core import DEFAULT_FLAGS, Command, ServerCore, ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server.handshake import Handshake, State, Wishes
+from bridge.server.handshake import Handshake, HandshakeOptions, State
 from bridge.server.transmission import Transmission
 from bridge.spec import nbd as p
 from tests.server.wire import Asked, feed
@@ -101,7 +101,7 @@ def pieces(random: Random, stream: bytes) -> list[bytes]:
 def shake_hands(random: Random, settings: ServerSettings) -> Handshake:
     """A handshake in which the server's side of the talk is spoilt now and then."""
     server = ServerCore({"": MemoryDisk(SIZE)}, settings)
-    client = Handshake(Wishes())
+    client = Handshake(HandshakeOptions())
     spoil = random.randrange(3) == 0
     for _ in range(40):
         said = server.data_to_send()

@@ -241,10 +241,10 @@ class TrackedPackedQueue(PackedQueue):
     def close(self, *, told: bool) -> int:
         """See VirtQueue. While the base is not told, only the region knows the indexes."""
         if told:
-            self.was_told()
+            self.base_was_reported()
         return super().close(told=told)
 
-    def was_told(self) -> None:
+    def base_was_reported(self) -> None:
         """See VirtQueue."""
         if not self.in_flight:
             self._h[_VERSION_AT] = 0

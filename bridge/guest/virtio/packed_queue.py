@@ -257,5 +257,5 @@ class PackedQueue:
             | self._used_wrap << 31
         )
 
-    def was_told(self) -> None:
+    def base_was_reported(self) -> None:
         """See VirtQueue. It is nowhere else."""

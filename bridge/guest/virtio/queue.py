@@ -60,5 +60,5 @@ class VirtQueue(Protocol):
         `told`: the front-end gets it, and the next start is from what it then says.
         """
 
-    def was_told(self) -> None:
+    def base_was_reported(self) -> None:
         """The front-end gets the base after all; after `close`, which was not to count on that."""

@@ -121,7 +121,7 @@ class SplitQueue(Queue):
         """See VirtQueue. The base is the next available index."""
         return self.next_avail
 
-    def was_told(self) -> None:
+    def base_was_reported(self) -> None:
         """See VirtQueue. It is nowhere else."""
 
     def pop(self) -> list[Chain]:
