@@ -108,10 +108,10 @@ class Fetcher:
         # By whichever way is shorter.
         for granule in granules if len(granules) < len(self.fetching) else list(self.fetching):
             base = granule << self._shift
-            low = max(first - base, 0)
-            high = min(end - base, 1 << self._shift)
-            if low < high:
-                self.overtaken(granule, (1 << high) - (1 << low))
+            clip_start = max(first - base, 0)
+            clip_end = min(end - base, 1 << self._shift)
+            if clip_start < clip_end:
+                self.overtaken(granule, (1 << clip_end) - (1 << clip_start))
 
     def _covering(self, at: int, limit: int) -> tuple[Fetch | None, int]:
         """The fetch that brings block `at`, or None, and the block up to which that is so.
@@ -218,8 +218,8 @@ class Fetcher:
         per_granule = 1 << self._shift
         for granule in range(fetch.first >> self._shift, (fetch.end - 1 >> self._shift) + 1):
             base = granule << self._shift
-            low, high = max(fetch.first - base, 0), min(fetch.end - base, per_granule)
-            wanted = (1 << high) - (1 << low)
+            clip_start, clip_end = max(fetch.first - base, 0), min(fetch.end - base, per_granule)
+            wanted = (1 << clip_end) - (1 << clip_start)
             offset = base - fetch.first
             stale = fetch.stale >> offset if offset >= 0 else fetch.stale << -offset
             slot = index.find(granule)

@@ -27,8 +27,8 @@ class Image(Protocol):
     data: memoryview
     """u8: the granules' bytes, the first of slot 0 at 0."""
 
-    def put(self, position: int, source: Bytes) -> None:
-        """Store `source` into the data at `position`, in bytes. Raises OSError."""
+    def put(self, at_bytes: int, source: Bytes) -> None:
+        """Store `source` into the data at `at_bytes`, in bytes. Raises OSError."""
 
 
 _SLOTS_AT_A_TIME = 4096

@@ -47,7 +47,7 @@ class RangeOperation(WriteOutWait):
             "flags",
             "op",
             "outcome",
-            "stop",
+            "end_byte",
             "waiting",
         ),
     )
@@ -58,17 +58,17 @@ class RangeOperation(WriteOutWait):
         op: int,
         first: int,
         end: int,
-        stop: int,
+        end_byte: int,
         flags: int,
         outcome: Outcome,
     ) -> None:
-        """`op` on the blocks `first` … `end`, up to the byte `stop`; `flags` as of the request."""
+        """`op` on the blocks `first` … `end`, up to the byte `end_byte`; `flags` as of the request."""
         super().__init__(fua=False)
         self._range_operations = range_operations
         self.op = op
         self.first = first
         self.end = end
-        self.stop = stop
+        self.end_byte = end_byte
         """Where it ends in bytes: within the last block if that was the disk's, which may have
         grown since."""
         self.flags = flags
@@ -117,14 +117,16 @@ class RangeOperations:
         """How many are in progress."""
         return len(self._busy_ranges)
 
-    def start(self, op: int, first: int, end: int, stop: int, flags: int, outcome: Outcome) -> None:
-        """Discard or zero the blocks `first` … `end`, up to the byte `stop`; `outcome` is finished
+    def start(
+        self, op: int, first: int, end: int, end_byte: int, flags: int, outcome: Outcome
+    ) -> None:
+        """Discard or zero the blocks `first` … `end`, up to the byte `end_byte`; `outcome` is finished
         when that has happened.
 
         The last one may be cut short by the end of the disk. If the disk has grown by the time it
         is this one's turn, that block is left out.
         """
-        self.begin(RangeOperation(self, op, first, end, stop, flags, outcome))
+        self.begin(RangeOperation(self, op, first, end, end_byte, flags, outcome))
 
     def begin(self, each: RangeOperation) -> None:
         """Start `each`, after any other one on its range."""
@@ -133,9 +135,9 @@ class RangeOperations:
             before.waiting.append(each)
             return
         shift = self._index.block_shift
-        if each.stop < each.end << shift and each.stop != self._index.geometry.disk_bytes:
-            each.end = each.stop >> shift
-            each.stop = each.end << shift
+        if each.end_byte < each.end << shift and each.end_byte != self._index.geometry.disk_bytes:
+            each.end = each.end_byte >> shift
+            each.end_byte = each.end << shift
             if each.first >= each.end:
                 self._common.turn.finish(each.outcome)
                 return
@@ -191,7 +193,7 @@ class RangeOperations:
     def _send(self, each: RangeOperation) -> None:
         """Nothing is in flight on the range: to the server."""
         offset = each.first << self._index.block_shift
-        length = each.stop - offset
+        length = each.end_byte - offset
         flags = each.flags & MAY_UNMAP
         if each.op != DISCARD and self._upstream.can_fua:
             flags |= FUA
@@ -248,9 +250,9 @@ class RangeOperations:
         per_granule = 1 << self._shift
         for slot in self._slots_of(each):
             base = index.granule_of[slot] << self._shift
-            low = max(each.first - base, 0)
-            high = min(each.end - base, per_granule)
-            bits = (1 << high) - (1 << low)
+            clip_start = max(each.first - base, 0)
+            clip_end = min(each.end - base, per_granule)
+            bits = (1 << clip_end) - (1 << clip_start)
             if error:
                 bits &= ~index.dirty(slot)
             self._common.slots.drop(slot, bits)

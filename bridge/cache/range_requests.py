@@ -32,7 +32,7 @@ class _Step(NamedTuple):
 
     op: int
     start: int
-    stop: int
+    end_byte: int
     flags: int
 
 
@@ -72,23 +72,23 @@ class RangeRequests:
             self._common.turn.finish(request, errno.EOPNOTSUPP)
             return
         first, end = self._whole_blocks(request)
-        stop = request.offset + request.length
-        steps = self._operation_steps(DISCARD, first, end, stop, request.flags)
+        end_byte = request.offset + request.length
+        steps = self._operation_steps(DISCARD, first, end, end_byte, request.flags)
         self._next_step(_RangeOp(request, steps, self._next_step))
 
     def write_zeroes(self, request: Request) -> None:
         """Make a range read as zeroes."""
         first, end = self._whole_blocks(request)
-        start, stop, flags = request.offset, request.offset + request.length, request.flags
+        start, end_byte, flags = request.offset, request.offset + request.length, request.flags
         shift = self._index.block_shift
         small = (end - first << shift) <= self._zero_copy_bytes
         if small or not self._upstream.can_write_zeroes:
-            steps = self._write_steps(start, stop, flags)
+            steps = self._write_steps(start, end_byte, flags)
         else:
             steps = chain(
                 self._write_steps(start, first << shift, flags),
-                self._operation_steps(WRITE_ZEROES, first, end, stop, flags),
-                self._last_write_steps(stop, flags),
+                self._operation_steps(WRITE_ZEROES, first, end, end_byte, flags),
+                self._last_write_steps(end_byte, flags),
             )
         self._next_step(_RangeOp(request, steps, self._next_step))
 
@@ -105,15 +105,15 @@ class RangeRequests:
         if step is None:
             self._common.turn.finish(op.request, op.error)
         elif step.op == WRITE:
-            length = step.stop - step.start
+            length = step.end_byte - step.start
             self._submit(
                 Request(WRITE, step.start, length, [ZEROES[:length]], self._written, step.flags, op)
             )
         else:
             shift = self._index.block_shift
-            end = -(-step.stop >> shift)
+            end = -(-step.end_byte >> shift)
             self._range_operations.start(
-                step.op, step.start >> shift, end, step.stop, step.flags, op
+                step.op, step.start >> shift, end, step.end_byte, step.flags, op
             )
 
     def _written(self, write: Request) -> None:
@@ -125,30 +125,30 @@ class RangeRequests:
     def _whole_blocks(self, request: Request) -> tuple[int, int]:
         """The blocks that lie wholly within the request; the disk's last one may be short."""
         shift = self._index.block_shift
-        stop = request.offset + request.length
+        end_byte = request.offset + request.length
         first = -(-request.offset >> shift)
-        end = stop >> shift
-        if stop == self._index.geometry.disk_bytes:
-            end = -(-stop >> shift)
+        end = end_byte >> shift
+        if end_byte == self._index.geometry.disk_bytes:
+            end = -(-end_byte >> shift)
         return first, max(first, end)
 
     def _operation_steps(
-        self, op: int, first: int, end: int, stop: int, flags: int
+        self, op: int, first: int, end: int, end_byte: int, flags: int
     ) -> Iterator[_Step]:
         shift = self._index.block_shift
         while first < end:
             until = min(end, first + self._run_blocks)
-            yield _Step(op, first << shift, min(until << shift, stop), flags)
+            yield _Step(op, first << shift, min(until << shift, end_byte), flags)
             first = until
 
-    def _last_write_steps(self, stop: int, flags: int) -> Iterator[_Step]:
-        """Zero what comes before `stop` in its block, unless that was the end of the disk."""
-        start = stop >> self._index.block_shift << self._index.block_shift
-        if stop != self._index.geometry.disk_bytes:
-            yield from self._write_steps(start, stop, flags)
+    def _last_write_steps(self, end_byte: int, flags: int) -> Iterator[_Step]:
+        """Zero what comes before `end_byte` in its block, unless that was the end of the disk."""
+        start = end_byte >> self._index.block_shift << self._index.block_shift
+        if end_byte != self._index.geometry.disk_bytes:
+            yield from self._write_steps(start, end_byte, flags)
 
-    def _write_steps(self, start: int, stop: int, flags: int) -> Iterator[_Step]:
-        while start < stop:
-            length = min(stop - start, _ZEROES_BYTES)
+    def _write_steps(self, start: int, end_byte: int, flags: int) -> Iterator[_Step]:
+        while start < end_byte:
+            length = min(end_byte - start, _ZEROES_BYTES)
             yield _Step(WRITE, start, start + length, flags & FUA)
             start += length

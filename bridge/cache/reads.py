@@ -38,9 +38,11 @@ class _ReadOp:
         elif self.request.buffers and not self.abandoned:
             request = self.request
             at = first << self.block_shift
-            low = max(at, request.offset)
-            high = min(end << self.block_shift, request.offset + request.length)
-            scatter(request.buffers, low - request.offset, view[low - at : high - at])
+            clip_start = max(at, request.offset)
+            clip_end = min(end << self.block_shift, request.offset + request.length)
+            scatter(
+                request.buffers, clip_start - request.offset, view[clip_start - at : clip_end - at]
+            )
         self.release()
 
     def release(self) -> None:
@@ -175,8 +177,11 @@ class Reads:
         _add_runs(runs, valid, 0)
         shift = self._index.block_shift
         for first, last in runs:
-            low, high = max(start, base + (first << shift)), min(end, base + (last << shift))
-            self._copy(op, slot, (1 << last) - (1 << first), low, high)
+            clip_start, clip_end = (
+                max(start, base + (first << shift)),
+                min(end, base + (last << shift)),
+            )
+            self._copy(op, slot, (1 << last) - (1 << first), clip_start, clip_end)
 
     def _copy(self, op: _ReadOp, slot: int, bits: int, start: int, end: int) -> None:
         """Copy the bytes `start` … `end` of the disk, blocks `bits` of `slot`, all valid."""
@@ -184,9 +189,9 @@ class Reads:
         if not request.buffers:
             return
         self._index_touch(slot)
-        position = (slot << index.granule_shift) + (start & index.granule_bytes - 1)
+        at_bytes = (slot << index.granule_shift) + (start & index.granule_bytes - 1)
         if index.ready[slot] & bits == bits or self._is_resident(slot, bits, start, end):
-            source = index.data[position : position + end - start]
+            source = index.data[at_bytes : at_bytes + end - start]
             scatter(request.buffers, start - request.offset, source)
             return
         op.pending += 1
@@ -215,7 +220,7 @@ class Reads:
                     index.found_resident(slot, bits)
             op.release()
 
-        self._common.cold.run(lambda: self._image.read_wait([data], position), Outcome(done))
+        self._common.cold.run(lambda: self._image.read_wait([data], at_bytes), Outcome(done))
 
     def _may_read_cold(self, start: int, end: int) -> bool:
         """There is memory for a copy of these bytes of the disk; one there always is."""
@@ -280,9 +285,9 @@ class Reads:
             return
         op.pending += 1
         shift = self._index.block_shift
-        low = max(op.request.offset, first << shift)
-        high = min(op.request.offset + op.request.length, end << shift)
-        before.waiting.append(_PartAgain(self, op, low, high))
+        clip_start = max(op.request.offset, first << shift)
+        clip_end = min(op.request.offset + op.request.length, end << shift)
+        before.waiting.append(_PartAgain(self, op, clip_start, clip_end))
 
     def go_on(self, op: _ReadOp, start: int, end: int) -> None:
         """The bytes `start` … `end` of `op` had to wait; try them again."""
@@ -293,12 +298,12 @@ class Reads:
 def _add_runs(runs: list[tuple[int, int]], bits: int, base: int) -> None:
     """Append the runs of set bits as (first, end) blocks from `base` on, joining adjacent."""
     while bits:
-        low = (bits & -bits).bit_length() - 1
-        run = bits >> low
+        clip_start = (bits & -bits).bit_length() - 1
+        run = bits >> clip_start
         count = (~run & run + 1).bit_length() - 1
-        first, end = base + low, base + low + count
+        first, end = base + clip_start, base + clip_start + count
         if runs and runs[-1][1] == first:
             runs[-1] = (runs[-1][0], end)
         else:
             runs.append((first, end))
-        bits &= ~((1 << low + count) - (1 << low))
+        bits &= ~((1 << clip_start + count) - (1 << clip_start))

@@ -52,13 +52,13 @@ class Waited(Protocol):
 class WriteOp(WriteOutWait):
     """A write that could not complete at once."""
 
-    __slots__ = ("fetches", "needs_slot", "not_kept", "position", "request", "writes")
+    __slots__ = ("done_bytes", "fetches", "needs_slot", "not_kept", "request", "writes")
 
-    def __init__(self, request: Request, store: Waited, position: int) -> None:
+    def __init__(self, request: Request, store: Waited, done_bytes: int) -> None:
         super().__init__(fua=bool(request.flags & FUA))
         self.request = request
         self.writes = writes
-        self.position = position
+        self.done_bytes = done_bytes
         """Bytes that are in the cache already."""
         self.fetches = 0
         """How many fetches are still to come; 0: it waits for none."""

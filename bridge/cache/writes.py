@@ -97,11 +97,11 @@ class Writes:
             if done:
                 self._common.turn.finish(request)
                 return
-        position, wait = self._store(request, 0)
+        done_bytes, wait = self._store(request, 0)
         if wait is None and not (self._through or request.flags & FUA):
             self._common.turn.finish(request)
             return
-        self._stored(WriteOp(request, self, position), wait)
+        self._stored(WriteOp(request, self, done_bytes), wait)
 
     @property
     def through(self) -> bool:
@@ -165,16 +165,16 @@ class Writes:
         if op.request.is_abandoned:
             self._common.turn.finish(op.request, ECANCELED)
             return
-        op.position, wait = self._store(op.request, op.position)
+        op.done_bytes, wait = self._store(op.request, op.done_bytes)
         self._stored(op, wait)
 
     def _after_fetch(self, op: WriteOp) -> None:
         if op.error or op.request.is_abandoned:
             self._common.turn.finish(op.request, op.error or ECANCELED)
             return
-        before = op.position
-        op.position, wait = self._store(op.request, before)
-        if wait is not None and wait.why is WaitReason.FETCH and op.position == before:
+        before = op.done_bytes
+        op.done_bytes, wait = self._store(op.request, before)
+        if wait is not None and wait.why is WaitReason.FETCH and op.done_bytes == before:
             # What was fetched is not in the cache.
             if op.not_kept:
                 wait = Wait(WaitReason.FAILED, error=op.not_kept)
@@ -200,7 +200,7 @@ class Writes:
             if op.request.is_abandoned:
                 self._common.turn.finish(op.request, ECANCELED)
                 continue
-            op.position, wait = self._store(op.request, op.position)
+            op.done_bytes, wait = self._store(op.request, op.done_bytes)
             if wait is not None and wait.why is WaitReason.ROOM:
                 # Now it needs something else. What it needs was looked for just now and is not
                 # there, so that this does not repeat itself.
@@ -301,26 +301,26 @@ class Writes:
 
     # Storing.
 
-    def _store(self, request: Request, position: int) -> tuple[int, Wait | None]:
-        """Store from byte `position` on: how far that went and, if not to the end, why."""
+    def _store(self, request: Request, done_bytes: int) -> tuple[int, Wait | None]:
+        """Store from byte `done_bytes` on: how far that went and, if not to the end, why."""
         index = self._index
         granule_bytes = index.granule_bytes
         length = request.length
-        while position < length:
-            at = request.offset + position
+        while done_bytes < length:
+            at = request.offset + done_bytes
             within = at & granule_bytes - 1
-            size = min(length - position, granule_bytes - within)
+            size = min(length - done_bytes, granule_bytes - within)
             try:
-                wait = self._store_piece(request, position, at, within, size)
+                wait = self._store_piece(request, done_bytes, at, within, size)
             except OSError as error:
-                return position, Wait(WaitReason.FAILED, error=self._file_failed(at, error))
+                return done_bytes, Wait(WaitReason.FAILED, error=self._file_failed(at, error))
             if wait is not None:
-                return position, wait
-            position += size
-        return position, None
+                return done_bytes, wait
+            done_bytes += size
+        return done_bytes, None
 
     def _store_piece(
-        self, request: Request, position: int, at: int, within: int, size: int
+        self, request: Request, done_bytes: int, at: int, within: int, size: int
     ) -> Wait | None:
         """Store `size` bytes that lie in one granule, or say what stands in the way (nothing
         changed then)."""
@@ -354,7 +354,7 @@ class Writes:
                 return NO_SLOT
         target = (slot << index.granule_shift) + within
         index.write(slot, bits)
-        self._put(request, position, size, slot, target, bits)
+        self._put(request, done_bytes, size, slot, target, bits)
         self._now_dirty(slot, granule, bits, bits & ~valid)
         return None
 
@@ -393,17 +393,17 @@ class Writes:
         return True
 
     def _put(
-        self, request: Request, position: int, size: int, slot: int, target: int, bits: int
+        self, request: Request, done_bytes: int, size: int, slot: int, target: int, bits: int
     ) -> None:
         """The data of the blocks `bits`, all of one granule."""
         index = self._index
         if index.ready[slot] & bits == bits:
-            gather(request.buffers, position, index.data, target, size)
+            gather(request.buffers, done_bytes, index.data, target, size)
         elif len(request.buffers) == 1:
-            index.put(target, request.buffers[0][position : position + size])
+            index.put(target, request.buffers[0][done_bytes : done_bytes + size])
         else:
             joined = bytearray(size)
-            gather(request.buffers, position, joined, 0, size)
+            gather(request.buffers, done_bytes, joined, 0, size)
             index.put(target, joined)
 
     def _now_dirty(self, slot: int, granule: int, bits: int, absent: int) -> None:

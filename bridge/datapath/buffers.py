@@ -55,13 +55,13 @@ def gather(
     buffers: list[memoryview],
     start: int,
     target: bytearray | memoryview,
-    position: int,
+    done_bytes: int,
     length: int,
 ) -> None:
-    """Copy the bytes `start` … `start + length` of `buffers` to `target[position …]`."""
+    """Copy the bytes `start` … `start + length` of `buffers` to `target[done_bytes …]`."""
     for part in slices(buffers, start, length):
-        target[position : position + len(part)] = part
-        position += len(part)
+        target[done_bytes : done_bytes + len(part)] = part
+        done_bytes += len(part)
 
 
 def zero(buffers: list[memoryview], start: int, length: int) -> None:

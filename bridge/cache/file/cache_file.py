@@ -69,19 +69,19 @@ class MappedImage:
         """The checksum of the whole index."""
         return zlib.crc32(self._whole[HEADER_AREA_BYTES : self.geometry.data_offset])
 
-    def put(self, position: int, source: Bytes) -> None:
-        """Store `source` at the byte `position` of the data, a whole number of blocks."""
-        self.data[position : position + len(source)] = source
+    def put(self, at_bytes: int, source: Bytes) -> None:
+        """Store `source` at the byte `at_bytes` of the data, a whole number of blocks."""
+        self.data[at_bytes : at_bytes + len(source)] = source
 
-    def read_wait(self, views: list[memoryview], position: int) -> None:
-        """Fill `views` with the bytes from `position` of the data on, however long that takes; may
+    def read_wait(self, views: list[memoryview], at_bytes: int) -> None:
+        """Fill `views` with the bytes from `at_bytes` of the data on, however long that takes; may
         run in a thread. Raises OSError."""
         for view in views:
-            view[:] = self.data[position : position + len(view)]
-            position += len(view)
+            view[:] = self.data[at_bytes : at_bytes + len(view)]
+            at_bytes += len(view)
 
-    def resident(self, position: int, length: int) -> bool:
-        """Would touching `length` bytes at `position` of the data need no waiting?"""
+    def resident(self, at_bytes: int, length: int) -> bool:
+        """Would touching `length` bytes at `at_bytes` of the data need no waiting?"""
         return True
 
     def sync(self) -> None:
@@ -118,59 +118,59 @@ class CacheFile(MappedImage):
         # No read-around on a fault: what is cold is read by threads, in the size that is needed.
         self._map.madvise(mmap.MADV_RANDOM)
 
-    def read_wait(self, views: list[memoryview], position: int) -> None:
-        """See MappedImage; `position` in bytes. Raises OSError (EIO if the file was cut short)."""
-        position += self.geometry.data_offset
+    def read_wait(self, views: list[memoryview], at_bytes: int) -> None:
+        """See MappedImage; `at_bytes` in bytes. Raises OSError (EIO if the file was cut short)."""
+        at_bytes += self.geometry.data_offset
         for view in views:
             done = 0
             while done < len(view):
-                count = os.preadv(self.fd, [view[done:]], position + done)
+                count = os.preadv(self.fd, [view[done:]], at_bytes + done)
                 if not count:
                     raise OSError(errno.EIO, "cache file is cut short")
                 done += count
-            position += done
+            at_bytes += done
 
-    def put(self, position: int, source: Bytes) -> None:
-        """See MappedImage; `position` in bytes. Raises OSError when the file system refuses a
+    def put(self, at_bytes: int, source: Bytes) -> None:
+        """See MappedImage; `at_bytes` in bytes. Raises OSError when the file system refuses a
         write."""
         # A page fault on a page that was never written costs 10 us here, a pwrite 11 us per
         # call and 1.5 us per page: so runs of pages are written, single ones stored. A store
         # into a page that is on the disk only would read it first, for nothing.
-        end = position + len(source)
-        if self._is_fresh(position, end):
+        end = at_bytes + len(source)
+        if self._is_fresh(at_bytes, end):
             store = len(source) < _PWRITE_BYTES
         else:
-            store = self.resident(position, len(source))
+            store = self.resident(at_bytes, len(source))
         if store:
-            self.data[position:end] = source
+            self.data[at_bytes:end] = source
         else:
-            self._write(position, source)
+            self._write(at_bytes, source)
 
-    def _is_fresh(self, position: int, end: int) -> bool:
+    def _is_fresh(self, at_bytes: int, end: int) -> bool:
         """These blocks were not stored before, in a file that this process made."""
         if self._stored is None:
             return False
         sizes = self.geometry
-        slot, within = divmod(position, sizes.granule_bytes)
-        last = (within + end - position - 1) // sizes.block_bytes
+        slot, within = divmod(at_bytes, sizes.granule_bytes)
+        last = (within + end - at_bytes - 1) // sizes.block_bytes
         bits = (2 << last) - (1 << within // sizes.block_bytes)
         before = self._stored[slot]
         self._stored[slot] = before | bits
         return not before & bits
 
-    def _write(self, position: int, source: Bytes) -> None:
+    def _write(self, at_bytes: int, source: Bytes) -> None:
         """Write through the page cache. Raises OSError when the file system refuses."""
-        position += self.geometry.data_offset
+        at_bytes += self.geometry.data_offset
         view = memoryview(source)
         while view:
-            count = os.pwrite(self.fd, view, position)
-            position += count
+            count = os.pwrite(self.fd, view, at_bytes)
+            at_bytes += count
             view = view[count:]
 
-    def resident(self, position: int, length: int) -> bool:
+    def resident(self, at_bytes: int, length: int) -> bool:
         """See MappedImage; bytes. Asks mincore(2)."""
-        first = self._data_address + position & -_PAGE
-        pages = (self._data_address + position + length - first + _PAGE - 1) // _PAGE
+        first = self._data_address + at_bytes & -_PAGE
+        pages = (self._data_address + at_bytes + length - first + _PAGE - 1) // _PAGE
         vector = ctypes.create_string_buffer(pages)
         if _mincore(first, pages * _PAGE, vector):
             return True  # Nothing is known: a fault at worst.
