@@ -7,12 +7,12 @@
   flat arrays; `eviction`: which clean granule goes when room is needed; `slots`: both in step.
 - `reads`, `fetch`, `readahead`: reads that are no hit; `cold`: blocks that left the page
   cache.
-- `writes`: guest writes into the cache, and when each is complete; `waiting_writes`: what those wait
-  for that cannot be at once.
+- `writes`: guest writes into the cache, and when each is complete; `waiting_writes`: what the
+  others wait for.
 - `writeback`, `dirty_ring`, `runs`, `pace`, `wait`, `flush`: dirty blocks to the server, in which
   order, which in one command, when, what waits for that, and the barrier after it.
-- `range_requests`, `range_operations`, `busy_ranges`: discard and write-zeroes, ordered against everything in
-  flight.
+- `range_requests`, `range_operations`, `busy_ranges`: discard and write-zeroes, ordered against
+  everything in flight.
 - `resize`: the disk grows; `foreign`, `sample`: did another host write the image? `warm`:
   preloading.
 - `file`: the mapped file, its format and its place.

@@ -1,8 +1,8 @@
 """The cache: a `Target` over another one, whose hits can be served on the spot.
 
 `Cache` joins the parts; what each of them guarantees is said there. The fast path is
-`hits`; everything else goes to `reads`, `writes`, `flush` or `range_operations`. What its owner may ask
-about changes that others made is `foreign`.
+`hits`; everything else goes to `reads`, `writes`, `flush` or `range_requests`. What its owner may
+ask about changes that others made is `foreign`.
 
 The cache is a stage of the loop's turn: what waits stands in one of the parts' queues, and
 `advance` lets go on what can. It has no task and no clock: its owner calls `tick()` at

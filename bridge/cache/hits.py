@@ -30,7 +30,7 @@ class CacheHits:
         self._data = index.data
         self._open_blocks = writes.open_blocks
         self._touched = evictor.touched
-        self.resident = _resident(index, evictor, store)
+        self.resident = _resident(index, evictor, writes)
         """What the usual case of a turn serves by itself."""
 
     def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:

@@ -62,7 +62,7 @@ class RangeOperation(WriteOutWait):
         flags: int,
         outcome: Outcome,
     ) -> None:
-        """`op` on the blocks `first` … `end`, up to the byte `end_byte`; `flags` as of the request."""
+        """`op` on the blocks `first` … `end`, up to the byte `end_byte`; the request's `flags`."""
         super().__init__(fua=False)
         self._range_operations = range_operations
         self.op = op
@@ -120,8 +120,8 @@ class RangeOperations:
     def start(
         self, op: int, first: int, end: int, end_byte: int, flags: int, outcome: Outcome
     ) -> None:
-        """Discard or zero the blocks `first` … `end`, up to the byte `end_byte`; `outcome` is finished
-        when that has happened.
+        """Discard or zero the blocks `first` … `end`, up to the byte `end_byte`; then finish
+        `outcome`.
 
         The last one may be cut short by the end of the disk. If the disk has grown by the time it
         is this one's turn, that block is left out.

@@ -54,7 +54,7 @@ class WriteOp(WriteOutWait):
 
     __slots__ = ("done_bytes", "fetches", "needs_slot", "not_kept", "request", "writes")
 
-    def __init__(self, request: Request, store: Waited, done_bytes: int) -> None:
+    def __init__(self, request: Request, writes: Waited, done_bytes: int) -> None:
         super().__init__(fua=bool(request.flags & FUA))
         self.request = request
         self.writes = writes

@@ -62,8 +62,8 @@ class Above(Protocol):
     """What remembers, for the process after this one, how it stands with the disk."""
 
     def durability_changed(self) -> None:
-        """`Disk.is_durable` or `Disk.unreported` may have changed. Told before the write goes on that
-        made the disk no longer durable."""
+        """`Disk.is_durable` or `Disk.unreported` may have changed. Called before a write goes on
+        that makes the disk no longer durable."""
 
 
 class Disk:

@@ -17,21 +17,22 @@ them were sent in the epoch in which the last one is answered.
 So whoever sends something remembers the epoch, and compares when the answer comes. What a lost
 epoch leads to depends on the layer:
 
-- `ReportingDurability`: the NBD client alone has nothing that it could send again. The guest has to be told, by a
-  flush that fails. Two more marks say whether it was:
+- `ReportingDurability`: the NBD client alone has nothing that it could send again. A loss has to be
+  reported to the guest, by a flush that fails. Two more marks say whether it was:
 
       lost      what was answered up to here, and was not flushed then, may be gone
       told      a guest's flush has failed that was submitted when the guest knew of so much
 
-  `told < lost` means that a loss is unreported: the guest's next flush has to fail. What is answered in
-  a turn the guest learns of at its end: a flush that it submits in the same turn tells it, by
-  failing, only of what it had `seen` before. And what is answered in the turn of a failure may have
-  been done before that, and must not look as if it belonged to the epoch after it: that one begins
-  with the next round, and in between there is one to which nothing belongs (`sending_epoch`).
+  `told < lost` means that a loss is unreported: the guest's next flush has to fail. The guest
+  learns at the end of a turn what was answered in it: a flush that it submits in the same turn reports, by
+  failing, only losses of what it had `seen` before. A change that is answered in the turn of a
+  failure may have been done before the failure, and must not count for the epoch after it: that
+  epoch begins with the next round, and in between there is one to which nothing belongs
+  (`sending_epoch`).
 
-- `ReplayingDurability`: the cache has every block until a flush has covered it, and sends it again. Nobody is
-  told, so it need not know which server a new connection leads to: each one ends an epoch. It must
-  know which changes the client has sent again by itself, on the new connection (`done_in`).
+- `ReplayingDurability`: the cache has every block until a flush has covered it, and sends it again.
+  No loss is reported, so it need not know which server a new connection leads to: each one ends an
+  epoch. It must know which changes the client has sent again by itself, on the new connection (`done_in`).
 
 **Before this process.** Another process may have served the same guest and left something
 unflushed. It counts as one change that was answered at the start (`BEFORE`): until a flush has
@@ -106,7 +107,7 @@ class ReportingDurability(Durability):
         self._failed_now = False
         """The epoch of what is sent now has not begun: see `sending_epoch`."""
         self.keeps_unflushed = False
-        """The layer above has all that is not durable, and sends it again: no loss is unreported."""
+        """The layer above has all that is not durable, and sends it again: there is no loss."""
         self._instance: str | None = None
         self._lost = 0
         self._told = 0

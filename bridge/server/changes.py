@@ -3,8 +3,8 @@
 Changes pass each other only where somebody could make them do so: with several channels, or blocks
 that are read, modified and written (`ordered`). Then those that overlap go one by one. And they
 keep out of where the server may still do something old: what was left behind by lost connections,
-for a time (`GraceSpans`), and what commands of abandoned requests do that it has not answered. Otherwise
-they need not come here: that is what `fast_write_bytes` says.
+for a time (`GraceSpans`), and what unanswered commands of abandoned requests do. Otherwise they
+need not come here: that is what `fast_write_bytes` says.
 """
 
 from __future__ import annotations

@@ -261,9 +261,9 @@ def upstream_of(subject: Subject) -> Upstream:
     """What is promised is there, and of the right kind."""
     upstream = subject.target
     for name in ("can_fua", "can_flush", "can_trim", "can_write_zeroes", "gone"):
-        assert isinstance(getattr(backend, name), bool), name
+        assert isinstance(getattr(upstream, name), bool), name
     for name in ("size_bytes", "min_block_bytes", "generation"):
-        assert isinstance(getattr(backend, name), int), name
+        assert isinstance(getattr(upstream, name), int), name
     return upstream  # type: ignore[return-value]
 
 
