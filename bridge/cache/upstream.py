@@ -13,8 +13,8 @@ class Upstream(Protocol):
     `generation` is raised by each reconnect, before `Cache.upstream_reconnected()` is called and
     before any unanswered request is sent again. When a request is finished, its `generation` is
     that of the connection whose reply finished it (see `durability.ReplayingDurability`).
-    READ, WRITE, FLUSH, DISCARD (if `can_trim`) and WRITE_ZEROES (if `can_write_zeroes`) are submitted,
-    aligned to `min_block_bytes`, the FUA flag only if `can_fua`. A FLUSH covers every write that
+    READ, WRITE, FLUSH, DISCARD (if `can_trim`) and WRITE_ZEROES (if `can_write_zeroes`) are
+    submitted, aligned to `min_block_bytes`, the FUA flag only if `can_fua`. A FLUSH covers every write that
     finished before it was submitted.
     """
 

@@ -24,15 +24,16 @@ epoch leads to depends on the layer:
       told      a guest's flush has failed that was submitted when the guest knew of so much
 
   `told < lost` means that a loss is unreported: the guest's next flush has to fail. The guest
-  learns at the end of a turn what was answered in it: a flush that it submits in the same turn reports, by
-  failing, only losses of what it had `seen` before. A change that is answered in the turn of a
+  learns at the end of a turn what was answered in it: a flush that it submits in the same turn
+  reports, by failing, only losses of what it had `seen` before. A change that is answered in the turn of a
   failure may have been done before the failure, and must not count for the epoch after it: that
   epoch begins with the next round, and in between there is one to which nothing belongs
   (`sending_epoch`).
 
 - `ReplayingDurability`: the cache has every block until a flush has covered it, and sends it again.
   No loss is reported, so it need not know which server a new connection leads to: each one ends an
-  epoch. It must know which changes the client has sent again by itself, on the new connection (`done_in`).
+  epoch. It must know which changes the client has sent again by itself, on the new connection
+  (`done_in`).
 
 **Before this process.** Another process may have served the same guest and left something
 unflushed. It counts as one change that was answered at the start (`BEFORE`): until a flush has
