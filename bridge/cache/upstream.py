@@ -14,8 +14,8 @@ class Upstream(Protocol):
     before any unanswered request is sent again. When a request is finished, its `generation` is
     that of the connection whose reply finished it (see `durability.ReplayingDurability`).
     READ, WRITE, FLUSH, DISCARD (if `can_trim`) and WRITE_ZEROES (if `can_write_zeroes`) are
-    submitted, aligned to `min_block_bytes`, the FUA flag only if `can_fua`. A FLUSH covers every write that
-    finished before it was submitted.
+    submitted, aligned to `min_block_bytes`, the FUA flag only if `can_fua`. A FLUSH covers
+    every write that finished before it was submitted.
     """
 
     size_bytes: int

@@ -25,9 +25,9 @@ epoch leads to depends on the layer:
 
   `told < lost` means that a loss is unreported: the guest's next flush has to fail. The guest
   learns at the end of a turn what was answered in it: a flush that it submits in the same turn
-  reports, by failing, only losses of what it had `seen` before. A change that is answered in the turn of a
-  failure may have been done before the failure, and must not count for the epoch after it: that
-  epoch begins with the next round, and in between there is one to which nothing belongs
+  reports, by failing, only losses of what it had `seen` before. A change that is answered in the
+  turn of a failure may have been done before the failure, and must not count for the epoch after
+  it: that epoch begins with the next round, and in between there is one to which nothing belongs
   (`sending_epoch`).
 
 - `ReplayingDurability`: the cache has every block until a flush has covered it, and sends it again.
