@@ -4,8 +4,8 @@ From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
 
 * `handshake` (options) with `infos`, and `transmission` (commands and replies), `chunks`: sans-I/O;
   `untrusted`: what a server says, bounded;
-* `connection`: one socket with both, driven by trio while it connects and by the data path's
-  `Loop` afterwards; `tls`: the same over TLS;
+* `connecting`: a socket with a handshake, driven by trio; `connection`: the same with commands, on
+  the data path's `Loop`; `tls`: both over TLS;
 * `link`: what happens when the server goes away and comes back, sans-I/O. Its parts: `channels`
   (where commands go), `flushes`, `trial` with `suspects` (on what does the server hang up?),
   `patience` (how long it is waited for), `changes` with `overlaps` and `grace` (which changes may

@@ -27,7 +27,8 @@ from bridge.datapath.rows import Rows, sent_at
 from bridge.errors import BridgeError, ConnectionLost
 from bridge.server import link
 from bridge.server.client_options import ClientOptions
-from bridge.server.connection import Connection, Negotiated, leave
+from bridge.server.connecting import Negotiated, leave
+from bridge.server.connection import Connection
 from bridge.server.export import Export
 from bridge.server.link import Link, Phase
 from bridge.server.opening import Opening

@@ -1,21 +1,18 @@
-"""One NBD connection: trio until the handshake is done, the data path's loop afterwards.
+"""One NBD connection after its handshake, on the data path's loop.
 
-Theory. `negotiate` connects and shakes hands; a `Connection` takes the raw non-blocking socket of
-that and registers it in the `Loop`. From then on nothing awaits: `send` puts a request into the
-transmission machine, the turn's end sends everything in one system call, and readable sockets
-complete requests from the loop's callback. What a socket does not take is kept and sent when it
-is writable again. On any error the connection is dead at once: its socket is closed, and `lost`
+Theory. `connecting.negotiate` connects and shakes hands; a `Connection` takes the raw non-blocking
+socket of that and registers it in the `Loop`. From then on nothing awaits: `send` puts a request
+into the transmission machine, the turn's end sends everything in one system call, and readable
+sockets complete requests from the loop's callback. What a socket does not take is kept and sent
+when it is writable again. On any error the connection is dead at once: its socket is closed, and `lost`
 is told once with the reason; half a frame is never followed by anything.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import socket
 import ssl
-import stat
 from collections.abc import Callable
 from typing import Final
 
@@ -26,21 +23,9 @@ from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Wire
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import CHANGES, FUA, READ, WRITE, Request
 from bridge.datapath.rows import Rows
-from bridge.datapath.turn import Turn
-from bridge.errors import (
-    BridgeError,
-    CertificateWanted,
-    ConfigError,
-    ConnectionLost,
-    ProtocolError,
-    Remedy,
-)
-from bridge.server import tls
-from bridge.server.client_options import ClientOptions
-from bridge.server.export import Export
-from bridge.server.handshake import Goal, Handshake, HandshakeOptions, State
+from bridge.errors import BridgeError, ConnectionLost, ProtocolError
+from bridge.server.connecting import Negotiated
 from bridge.server.transmission import Transmission
-from bridge.server.uri import NbdUri
 
 _log = structlog.get_logger(__name__)
 
@@ -49,248 +34,9 @@ _RECEIVES_PER_TURN: Final = 8
 """System calls on one socket before the others get their turn."""
 _TLS_RECEIVES_PER_TURN: Final = 64
 """The same over TLS, where each call brings at most 16 KiB."""
-_SOCKET_BUFFER_BYTES: Final = 1 << 20
-"""Measured with writes of 1 MiB: the default of 208 KiB costs 234 us each, 512 KiB to 1 MiB 135,
-4 MiB 145 to 200 (its pages are cold)."""
 _TLS_SEND_BYTES: Final = 256 << 10
-_SO_SNDBUFFORCE: Final = 32
-_SO_RCVBUFFORCE: Final = 33
 _PATIENCE: Final = 10
 """How many times `--request-timeout` a server may take that is not known to be dead."""
-_REASON_S: Final = 2.0
-"""How long a server that refuses an export may take to say which it has."""
-_KEEPALIVE_IDLE_S: Final = 10
-_KEEPALIVE_PROBES: Final = 4
-
-
-class Negotiated:
-    """A socket after its handshake, not yet in the loop."""
-
-    def __init__(self, sock: socket.socket, handshake: Handshake) -> None:
-        self.sock = sock
-        self.handshake = handshake
-
-    @property
-    def export(self) -> Export:
-        export = self.handshake.export
-        assert export is not None
-        return export
-
-    def close(self) -> None:
-        self.sock.close()
-
-
-class Silent(ConnectionLost):
-    """The server did not answer in time; `about_export`: whether it gives the export."""
-
-    about_export = False
-
-
-async def negotiate(
-    uri: NbdUri, options: ClientOptions, goal: Goal = Goal.GO, export_name: str | None = None
-) -> Negotiated:
-    """Connect to the URI's server and negotiate, within `options.connect_timeout_s`.
-
-    Raises ConfigError, ConnectionLost or ProtocolError with one line that names the server.
-    Cancellation closes the socket.
-    """
-    handshake = Handshake(
-        HandshakeOptions(
-            export_name=uri.export_name if export_name is None else export_name,
-            typed_name=uri.export_name,
-            list_if_refused=True,
-            goal=goal,
-            tls=uri.tls,
-            structured=options.structured,
-            extended=options.extended,
-            block_status=options.block_status,
-        )
-    )
-    tls.check_options(uri, options)
-    context = tls.client_context(uri, options) if uri.tls else None
-    waits_for = "the connection"
-    try:
-        with trio.fail_after(options.connect_timeout_s):
-            sock = await _connect(uri)
-            waits_for = ""
-            sock = await _shake_hands(sock, handshake, context, tls.server_name(uri))
-    except trio.TooSlowError:
-        waited_for = waits_for or handshake.waits_for
-        silent = Silent(
-            f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
-            f"{waited_for}): "
-            + (
-                "is the export in use?"
-                if handshake.waits_for_export
-                else "is it an NBD server, and is it alive?"
-            )
-        )
-        silent.about_export = handshake.waits_for_export
-        raise silent from None
-    except BridgeError as error:
-        if handshake.silent_over_tls:
-            # A server that does not like its client's certificate, or none, often says no more.
-            raise CertificateWanted(
-                f"{uri.server}: {error}",
-                remedy=Remedy.CERTIFICATE_ACCEPTED
-                if tls.has_certificate(uri, options)
-                else Remedy.PERHAPS_GIVE_CERTIFICATE,
-            ) from None
-        raise error.within(type(error), f"{uri.server}: ") from None
-    if uri.tls and handshake.export is not None:
-        assert handshake.export.tls
-    return Negotiated(sock, handshake)
-
-
-async def _connect(uri: NbdUri) -> socket.socket:
-    try:
-        if uri.socket_path is not None:
-            stream: trio.SocketStream = await trio.open_unix_socket(uri.socket_path)
-        else:
-            assert uri.host is not None
-            stream = await trio.open_tcp_stream(uri.host, uri.port)
-        return _taken_from(stream)
-    except FileNotFoundError:
-        raise ConnectionLost("there is no such socket: is the server running?") from None
-    except socket.gaierror as error:
-        raise ConnectionLost(f"cannot find the host {uri.host}: {error.strerror}") from None
-    except OSError as error:
-        cause: BaseException = error
-        while isinstance(cause.__cause__, (OSError, BaseExceptionGroup)):
-            cause = cause.__cause__
-        if isinstance(cause, BaseExceptionGroup):
-            cause = cause.exceptions[0]
-        number = getattr(cause, "errno", None)
-        reason = os.strerror(number) if number else str(cause)
-        if number in (errno.ECONNREFUSED, errno.EACCES) and uri.socket_path is not None:
-            _check_socket(uri.socket_path)
-        raise ConnectionLost(f"cannot connect: {reason}") from None
-
-
-def _taken_from(stream: trio.SocketStream) -> socket.socket:
-    """The raw socket of `stream`, tuned. Raises OSError, and leaves nothing open then."""
-    sock = socket.socket(fileno=stream.socket.detach())
-    try:
-        sock.setblocking(False)
-        _tune(sock)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _check_socket(path: str) -> None:
-    """What is not a socket refuses connections, too; to a user who may not write it, with EACCES.
-    Raises ConfigError for it."""
-    with contextlib.suppress(OSError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise ConfigError("not a socket: write ?socket=PATH with that of the NBD server")
-
-
-def _tune(sock: socket.socket) -> None:
-    """Buffers for a batch; on TCP no delays, and a peer that is gone is noticed."""
-    for force, plain in (
-        (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
-        (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
-    ):
-        if sock.family != socket.AF_UNIX:
-            break  # TCP tunes its own buffers, better than any fixed size.
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, force, _SOCKET_BUFFER_BYTES)
-        except PermissionError:
-            sock.setsockopt(socket.SOL_SOCKET, plain, _SOCKET_BUFFER_BYTES)
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_IDLE_S // 2)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-
-
-async def _shake_hands(
-    sock: socket.socket, handshake: Handshake, context: ssl.SSLContext | None, name: str | None
-) -> socket.socket:
-    """Drive the handshake to its end; the socket, or the TLS socket over it."""
-    try:
-        while handshake.state is not State.DONE:
-            await _send_all(sock, handshake.data_to_send())
-            data = await _receive(sock)
-            if not data:
-                raise handshake.receive_eof()
-            try:
-                handshake.receive(data)
-            except BridgeError:
-                await _say_goodbye(sock, handshake)
-                raise
-            if handshake.refused is not None:
-                # It may have taken the whole limit to say no, and the reason is still to come.
-                with trio.move_on_after(_REASON_S, shield=True):
-                    await _hear_reason(sock, handshake)
-                raise handshake.refused
-            if handshake.state is State.WANTS_TLS:
-                assert context is not None
-                sock = await tls.start_tls(sock, context, server_name=name, server_side=False)
-                handshake.tls_started()
-        await _send_all(sock, handshake.data_to_send())
-        return sock
-    except OSError as error:
-        sock.close()
-        if handshake.refused is not None:
-            raise handshake.refused from None
-        if isinstance(error, ssl.SSLEOFError):
-            raise handshake.receive_eof() from None
-        raise ConnectionLost(
-            f"connection lost while waiting for {handshake.waits_for}: {error.strerror or error}"
-        ) from None
-    except BaseException:
-        sock.close()
-        raise
-
-
-async def _hear_reason(sock: socket.socket, handshake: Handshake) -> None:
-    """Raises the refusal with what the server adds to it; returns where it adds nothing."""
-    while True:
-        await _send_all(sock, handshake.data_to_send())
-        data = await _receive(sock)
-        if not data:
-            return
-        try:
-            handshake.receive(data)
-        except BridgeError:
-            await _say_goodbye(sock, handshake)
-            raise
-
-
-async def _say_goodbye(sock: socket.socket, handshake: Handshake) -> None:
-    """Leave the option phase with ABORT, if the socket takes it at once."""
-    with trio.CancelScope(shield=True), trio.move_on_after(1):
-        try:
-            await _send_all(sock, handshake.data_to_send())
-        except OSError:
-            return
-
-
-async def _send_all(sock: socket.socket, data: bytes) -> None:
-    while data:
-        try:
-            data = data[sock.send(data) :]
-        except (BlockingIOError, ssl.SSLWantWriteError):
-            await trio.lowlevel.wait_writable(sock)
-        except ssl.SSLWantReadError:
-            await trio.lowlevel.wait_readable(sock)
-
-
-async def _receive(sock: socket.socket) -> bytes:
-    while True:
-        try:
-            return sock.recv(65536)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            await trio.lowlevel.wait_readable(sock)
-        except ssl.SSLWantWriteError:
-            await trio.lowlevel.wait_writable(sock)
-        except ssl.SSLError as error:
-            # With TLS 1.3 a server refuses our certificate after our handshake is over.
-            raise tls.explain(error, None) from None
 
 
 class Connection:
@@ -784,26 +530,3 @@ def _gather(output: list[bytes | memoryview], limit_bytes: int) -> bytes:
         if total >= limit_bytes:
             break
     return b"".join(pieces)
-
-
-async def leave(negotiated: Negotiated) -> None:
-    """Say goodbye on a connection that never entered the loop, and close it."""
-    try:
-        if negotiated.handshake.in_transmission:
-            farewell = Transmission(negotiated.export, Turn())
-            farewell.disconnect()
-            with trio.move_on_after(1):
-                with contextlib.suppress(OSError):
-                    await _send_all(negotiated.sock, b"".join(farewell.output))
-            farewell.retire()
-    finally:
-        negotiated.close()
-
-
-__all__ = [
-    "ConfigError",
-    "Connection",
-    "Negotiated",
-    "leave",
-    "negotiate",
-]

@@ -6,7 +6,7 @@ import trio
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.server.client_options import ClientOptions
-from bridge.server.connection import Negotiated, Silent, leave, negotiate
+from bridge.server.connecting import Negotiated, Silent, leave, negotiate
 from bridge.server.export import Export
 from bridge.server.handshake import ExportListEntry, Goal
 from bridge.server.uri import NbdUri

@@ -16,7 +16,7 @@ import trio
 
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.server.client_options import ClientOptions
-from bridge.server.connection import Negotiated, leave, negotiate
+from bridge.server.connecting import Negotiated, leave, negotiate
 from bridge.server.inspection import is_listed_by_our_plugin
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeName

@@ -146,7 +146,7 @@ async def test_socket_that_cannot_be_tuned_is_a_lost_connection_and_closed(
         def refuse(sock: socket.socket) -> None:
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("bridge.server.connection._tune", refuse)
+        monkeypatch.setattr("bridge.server.connecting._tune", refuse)
         server.cut()
         await until(lambda: os.strerror(code) in client.outages.reason)
         assert open_descriptors() <= before
