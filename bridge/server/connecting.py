@@ -94,18 +94,7 @@ async def negotiate(
             waits_for = ""
             sock = await _shake_hands(sock, handshake, context, tls.server_name(uri))
     except trio.TooSlowError:
-        waited_for = waits_for or handshake.waits_for
-        silent = Silent(
-            f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
-            f"{waited_for}): "
-            + (
-                "is the export in use?"
-                if handshake.waits_for_export
-                else "is it an NBD server, and is it alive?"
-            )
-        )
-        silent.about_export = handshake.waits_for_export
-        raise silent from None
+        raise _silent(uri, options, handshake, waits_for or handshake.waits_for) from None
     except BridgeError as error:
         if handshake.silent_over_tls:
             # A server that does not like its client's certificate, or none, often says no more.
@@ -119,6 +108,20 @@ async def negotiate(
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
     return Negotiated(sock, handshake)
+
+
+def _silent(uri: NbdUri, options: ClientOptions, handshake: Handshake, waited_for: str) -> Silent:
+    silent = Silent(
+        f"{uri.server}: no answer within {options.connect_timeout_s:g} s (waited for "
+        f"{waited_for}): "
+        + (
+            "is the export in use?"
+            if handshake.waits_for_export
+            else "is it an NBD server, and is it alive?"
+        )
+    )
+    silent.about_export = handshake.waits_for_export
+    return silent
 
 
 async def _connect(uri: NbdUri) -> socket.socket:
