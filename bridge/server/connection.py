@@ -4,8 +4,8 @@ Theory. `connecting.negotiate` connects and shakes hands; a `Connection` takes t
 socket of that and registers it in the `Loop`. From then on nothing awaits: `send` puts a request
 into the transmission machine, the turn's end sends everything in one system call, and readable
 sockets complete requests from the loop's callback. What a socket does not take is kept and sent
-when it is writable again. On any error the connection is dead at once: its socket is closed, and `lost`
-is told once with the reason; half a frame is never followed by anything.
+when it is writable again. On any error the connection is dead at once: its socket is closed, and
+`lost` is called once with the reason; half a frame is never followed by anything.
 """
 
 from __future__ import annotations
