@@ -40,7 +40,7 @@ NO_SLOT = Wait(WaitReason.ROOM)
 
 
 class Waited(Protocol):
-    """The store, for the writes that wait in it."""
+    """`Writes`, as the writes that wait in it see it."""
 
     fetched: list[WriteOp]
     written_out: list[WriteOp]
