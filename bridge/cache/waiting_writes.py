@@ -76,7 +76,7 @@ class WriteOp(WriteOutWait):
             self.writes.fetched.append(self)
 
     def range_freed(self) -> None:
-        """See exclusive.WaitsForRange."""
+        """See range_operations.WaitsForRange."""
         self.writes.go_on(self)
 
     def join_written_out(self) -> None:
