@@ -2,6 +2,7 @@
 
     cli/                the commands: what an operator types and reads
     app/                puts the parts together, serves a disk, stops it; the process
+    api/                the control socket: status, metrics, actions
     guest/              the guest's side: vhost-user session, virtqueues, virtio-blk requests
     cache/              the local cache; `cache/file` is its file
     server/             the server's side: the NBD client, and reconnecting

@@ -64,7 +64,7 @@ class _PartAgain:
         self._end = end
 
     def range_freed(self) -> None:
-        """See exclusive.WaitsForRange."""
+        """See range_operations.WaitsForRange."""
         self._reads.go_on(self._op, self._start, self._end)
 
 

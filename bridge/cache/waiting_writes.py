@@ -40,7 +40,7 @@ NO_SLOT = Wait(WaitReason.ROOM)
 
 
 class Waited(Protocol):
-    """The store, for the writes that wait in it."""
+    """`Writes`, as the writes that wait in it see it."""
 
     fetched: list[WriteOp]
     written_out: list[WriteOp]
@@ -76,7 +76,7 @@ class WriteOp(WriteOutWait):
             self.writes.fetched.append(self)
 
     def range_freed(self) -> None:
-        """See exclusive.WaitsForRange."""
+        """See range_operations.WaitsForRange."""
         self.writes.go_on(self)
 
     def join_written_out(self) -> None:

@@ -8,8 +8,8 @@ server loses it.
 Store order, for a kill -9 between any two stores: a present block is marked dirty first and gets
 its data after; an absent block gets its data first and becomes valid (and dirty) after.
 
-A write that cannot be stored at once waits for one of a few things (`Why`), and is tried again
-from where it stopped when that is over.
+A write that cannot be stored at once waits for one of a few things (`WaitReason`), and is tried
+again from where it stopped when that is over.
 """
 
 from __future__ import annotations

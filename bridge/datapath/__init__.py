@@ -11,4 +11,7 @@
 - `lanes`: large requests, some of them per turn;
 - `disk`: the seam between the guest's side and the storage side, and the flush timer;
 - `durability`: what the server acknowledged and may still lose.
+
+What the C in `native` does file by file, and how it is built: docs/architecture.md, "The same,
+compiled".
 """

@@ -89,7 +89,7 @@ class Durability:
 
 
 class ReportingDurability(Durability):
-    """Of a layer that keeps nothing: a loss has to be told. The caller counts what is answered.
+    """Of a layer that keeps nothing: a loss has to be reported. The caller counts what is answered.
 
     `flushed` also means: known to be lost.
     """

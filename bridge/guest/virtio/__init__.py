@@ -3,7 +3,7 @@
 - `memory`: the regions that a front-end shares; `seals`: files that must keep their length;
 - `chain`: a descriptor chain, checked; `long_chains`: a bound on the memory that chains take;
 - `queue`: what every virtqueue can do; `split_queue`, `packed_queue`: the two kinds; `inflight`,
-  `inflight_packed`: the same, recorded in an in-flight region; `fence`: store before load;
+  `inflight_packed`: the same, recorded in an in-flight region;
 - `blk`: virtio-blk requests; `blk_config`: features and configuration space;
 - `dirty_log`: what was written, for a migration.
 
