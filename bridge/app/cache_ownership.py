@@ -38,7 +38,7 @@ def unwritten(
 
 
 def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
-    """What only the cache has must not be written over what somebody else wrote, or to another
+    """What only the cache has must not be written over what another host wrote, or to another
     volume, without being told to. Raises ConfigError."""
     if not cache.index.dirty_slots:
         return
@@ -58,7 +58,7 @@ def is_shared(export_name: str) -> bool:
 
 
 def note_export(cache: Cache, export: Export) -> None:
-    """Drop what is clean if somebody else wrote since; before anything is sent."""
+    """Drop what is clean if another host wrote since; before anything is sent."""
     if export.sessions is None:
         return
     reason = cache.foreign.foreign_change(*export.sessions, export.identity)
@@ -96,7 +96,7 @@ async def check_content(
     if differing > 0 and dirty and not force:
         raise unwritten(
             file,
-            "the export is not as it was left: somebody else wrote it, or another image is in its "
+            "the export is not as it was left: another host wrote it, or another image is in its "
             f"place ({differing} blocks that were read or flushed before are different now)",
         )
     if differing > 0:

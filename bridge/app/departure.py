@@ -171,7 +171,7 @@ class Departure:
             if writer is None:
                 return "others in the same session may have written the export since"
             if writer != self._client.client_id:
-                return "somebody else wrote the export since"
+                return "another host wrote the export since"
         return ""
 
     def _judge_sample(self, differing: int) -> None:
@@ -179,7 +179,7 @@ class Departure:
         if not self._client.is_wanted:
             return  # The guest has stopped again meanwhile.
         if differing > 0:
-            self._refuse_return("somebody else wrote the export since")
+            self._refuse_return("another host wrote the export since")
         elif not differing and self.is_away:
             self._thaw()
         # No answer: the connection is lost again, and the next one is asked.

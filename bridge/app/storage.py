@@ -169,7 +169,7 @@ class Storage:
             self._was_compared = True
             if differing:
                 reason = (
-                    "the export is not as it was left: somebody else wrote it, or another image is "
+                    "the export is not as it was left: another host wrote it, or another image is "
                     "in its place"
                 )
         if reason and reason != self._objection:

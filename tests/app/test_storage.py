@@ -465,7 +465,7 @@ async def test_image_replaced_under_dirty_data_while_serving_nothing_is_sent_unt
         said = explain(problem)
         path = cache_file(directory)
         assert "4096 bytes" in said
-        assert "somebody else wrote it" in said
+        assert "another host wrote it" in said
         assert f"cache flush --force {path}" in said
         assert f"cache drop --discard-dirty {path}" in said
         assert (flush, read) == ([], [])
@@ -491,11 +491,11 @@ async def test_volume_written_by_another_host_under_dirty_data_while_serving_not
 
         assert changes(server) == []
         said = explain(left_behind)
-        assert "somebody else wrote the export since" in said
+        assert "another host wrote the export since" in said
         assert f"cache flush --force {cache_file(directory)}" in said
         loop = Loop(poll_us=0)
         again = new_storage(directory, loop)
-        with pytest.raises(ConfigError, check=told("somebody else wrote the export since")):
+        with pytest.raises(ConfigError, check=told("another host wrote the export since")):
             await again.open()
         await again.close(1)
         loop.close()

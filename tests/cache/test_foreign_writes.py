@@ -1,4 +1,4 @@
-"""Somebody else wrote the image, or it is another one: what may be believed of a cache."""
+"""Another host wrote the image, or it is another one: what may be believed of a cache."""
 
 from __future__ import annotations
 

@@ -641,7 +641,7 @@ class World:
         deliver()
 
     def drop_clean(self) -> None:
-        """Somebody else may have written the export."""
+        """Another host may have written the export."""
         deliver()
         self.cache.foreign.drop_clean()
         deliver()
