@@ -138,7 +138,7 @@ def _listen(path: Path) -> Listener:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Nobody else makes a control socket in `directory` meanwhile. Raises ConfigError."""
+    """No other bridge makes a control socket in `directory` meanwhile. Raises ConfigError."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

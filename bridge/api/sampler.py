@@ -79,7 +79,7 @@ class Sampler:
         await self._active.wait()
 
     def _arm(self) -> None:
-        if self._active.is_set():  # Else somebody may wait for it already.
+        if self._active.is_set():  # Else a task may wait for it already.
             self._active = trio.Event()
         self._look()
         self._loop.add_poller(self)

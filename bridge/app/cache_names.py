@@ -141,7 +141,7 @@ async def locate_cache(uri: NbdUri, directory: str | None, export: Export) -> st
     else:
         path = own
     if export.sessions is None:
-        # Nobody would tell whoever uses them next that this one wrote.
+        # The server could not tell the next user of those files that this one wrote.
         others = [each for each in found if each.path != path and not each.in_use]
         _remove([each for each in others if each.same_server])
     return path

@@ -81,8 +81,8 @@ async def check_content(
     force: bool = False,
     limit_s: float = COMPARE_LIMIT_S,
 ) -> None:
-    """Compare what is clean in the cache with the export, before anything is sent: nobody may count
-    who wrote, or somebody may have written past the one who does.
+    """Compare what is clean in the cache with the export, before anything is sent: the server may
+    not count writers, or another host may have written past the one that does.
 
     What is clean is dropped if it differs, or cannot be compared. With dirty data that is an error,
     unless `force`: raises ConfigError, or ConnectionLost if the server does not answer.
@@ -166,7 +166,7 @@ def _check_unused_file(path: str, client: Client) -> None:
         file = open_file(path)
     except InUse:
         if read_only:
-            return  # whoever has it writes the export, and we only look
+            return  # The process that has it writes the export, and we only read.
         raise
     try:
         if not believe(file):
@@ -174,7 +174,7 @@ def _check_unused_file(path: str, client: Client) -> None:
         if dirty_bytes(file):
             raise unwritten(file, "it would be passed over", Remedy.FLUSH_OR_GIVE_UP)
         if not read_only and client.export.sessions is None:
-            # Nobody would tell the next run that this one wrote.
+            # The server could not tell the next run that this one wrote.
             os.unlink(path)
             _log.warning("the cache file is removed, the export is written without it", path=path)
         expect_stale_writes(client, file, 0)

@@ -28,7 +28,7 @@ _LEAVE_S = 2.0
 passed already, and hanging up before aborts nbdkit 1.32."""
 
 _SAMPLE_BLOCKS = 64
-"""How many clean blocks are compared when a guest comes back to a server that counts nobody."""
+"""How many clean blocks are compared when a guest comes back to a server that counts no writers."""
 
 
 class Departure:
@@ -175,7 +175,7 @@ class Departure:
         return ""
 
     def _judge_sample(self, differing: int) -> None:
-        """The same where the server counts nobody: what is cached and clean was compared."""
+        """The same where the server counts no writers: what is cached and clean was compared."""
         if not self._client.is_wanted:
             return  # The guest has stopped again meanwhile.
         if differing > 0:
@@ -190,7 +190,7 @@ class Departure:
         self._refused.set()
 
     async def watch_refusal(self) -> None:
-        """The disk cannot be served: whoever decides what counts needs the cache file."""
+        """The disk cannot be served: the operator decides what counts, and needs the cache file."""
         await self._refused.wait()
         assert self._refusal is not None
         raise self._refusal
@@ -201,7 +201,7 @@ class Departure:
         assert opened is not None
         assert file is not None
         if file.header.frozen:
-            _log.info("the guest is back, and nobody else wrote: what was kept is sent")
+            _log.info("the guest is back, and no other host wrote: what was kept is sent")
             file.save_header(frozen=False)
         self.is_away = False
         opened.refuse(0)
@@ -213,4 +213,4 @@ class Departure:
 
 
 def _go_nowhere() -> None:
-    """Nobody waits."""
+    """For when no reconnect waits."""

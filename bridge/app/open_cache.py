@@ -27,7 +27,7 @@ FILE_LIMIT_S = 5.0
 
 
 async def close_file(file: CacheFile, *, clean: bool, dirty: bool, limit_s: float) -> str:
-    """Close `file`, in a thread: a stuck disk must not hold a stop for ever.
+    """Close `file`, in a thread: a stuck disk must not hold up a stop without end.
 
     Returns "", or that the file could not be closed in time, for the operator. A file system that
     refuses is only logged: unless something is dirty, nothing is missing.

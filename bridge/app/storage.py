@@ -79,7 +79,7 @@ class Storage:
         self._uri = uri
         self._loop = loop
         self.turn = loop.turn
-        """Whoever submits outside of a turn ends it: `turn.end()`."""
+        """A caller that submits outside of a turn ends it: `turn.end()`."""
         self._read_only = options.read_only
         self._settings = cache
         self._cached: OpenCache | None = None
@@ -127,7 +127,7 @@ class Storage:
         # While all is there to compare: what the counters say may drop the clean part.
         await check_content(cache, file, self.turn)
         if export.sessions and export.sessions[0] == file.header.export_generation:
-            # Somebody kept the session open that this cache belongs to, and may have written.
+            # Another client kept the session of this cache open, and may have written.
             self.departure.may_be_written_elsewhere()
         note_export(cache, export)
         if await self._resize(cache, export.usable_bytes) != 0:
@@ -147,7 +147,7 @@ class Storage:
         """See client.Above. Why what only the cache has must not go there; "": it may.
 
         Until then there is no connection, for all that the guest sees, and every further attempt
-        asks again: whoever started a server on the wrong image by mistake can mend that.
+        asks again: an operator who started a server on the wrong image can mend that.
         """
         self._was_compared = False
         cache, file = self._cache, self._file
@@ -244,7 +244,7 @@ class Storage:
 
     def inherit(self, unflushed_on: int) -> bool:
         """A guest comes that ran with another process, which may have left something unflushed on
-        the server instance of that mark (0: nobody knows). True if it may be lost by now."""
+        the server instance of that mark (0: unknown). True if it may be lost by now."""
         link = self.client.link
         if not self.has_cache and not self._read_only:
             link.expect_unflushed()

@@ -388,7 +388,7 @@ class BlkDevice:
         return self._requests_of_closed + sum(ring.requests for ring in self._rings.values())
 
     async def run(self) -> None:
-        """Look after rings without a kick descriptor, for ever."""
+        """Look after rings without a kick descriptor, until cancelled."""
         while True:
             if any(ring.must_be_polled for ring in self._rings.values()):
                 self._loop.wake()

@@ -236,7 +236,7 @@ class RunningRing:
 
     @property
     def must_be_polled(self) -> bool:
-        """The guest sends no kicks: somebody has to wake the loop."""
+        """The guest sends no kicks: the device has to wake the loop."""
         return self._kick_fd is None and self._popping
 
     @property
@@ -369,7 +369,7 @@ class RunningRing:
         if self._publishing:
             self._publish()
         if not self.is_broken:
-            # Whoever serves the ring next finds a driver that kicks.
+            # The back-end that serves the ring next finds a driver that kicks.
             self._queue.arm()
             if self._log is not None:
                 self._log.mark_ring()

@@ -1,7 +1,7 @@
 """Which changes may go now: kept out of each other's way, and out of that of old ones.
 
-Changes pass each other only where somebody could make them do so: with several channels, or blocks
-that are read, modified and written (`ordered`). Then those that overlap go one by one. And they
+Changes pass each other only where they can be reordered: with several channels, or blocks that
+are read, modified and written (`ordered`). Then those that overlap go one by one. And they
 keep out of where the server may still do something old: what was left behind by lost connections,
 for a time (`GraceSpans`), and what unanswered commands of abandoned requests do. Otherwise they
 need not come here: that is what `fast_write_bytes` says.

@@ -42,7 +42,7 @@ class OnceMore:
         if command.error:
             self.done(command)
         else:
-            command.generation = 0  # Nobody has answered what is sent now.
+            command.generation = 0  # The server has not answered what is sent now.
             self._send(command)
 
 
@@ -156,8 +156,8 @@ class Flushes:
     def server_failed(self) -> None:
         """The server could not make something durable, and may have dropped what it had.
 
-        What is in flight is sent once more when it is answered: nobody knows whether the server
-        executed it before. The guest's flushes have to fail with this.
+        What is in flight is sent once more when it is answered: it is unknown whether the
+        server executed it before. The guest's flushes have to fail with this.
         """
         durability = self.durability
         lost = durability.flush_failed(self._channels.answered)

@@ -119,7 +119,7 @@ class BlkRequest(Request):
 
 
 def one_epoch() -> int:
-    """The server never drops what it has acknowledged, or somebody else sees to that."""
+    """The server never drops what it has acknowledged, or a layer below sees to that."""
     return 0
 
 
@@ -449,7 +449,7 @@ class BlkEngine:
         """The guest hears no more of `requests`, and their buffers are not touched any more by
         what goes through them (see `Request.abandon`)."""
         reads = [request.length for request in requests if request.op == READ]
-        # One for all, as long as the longest piece: nobody looks at what lands there.
+        # One for all, as long as the longest piece: what lands there is never read.
         scratch = memoryview(bytearray(min(max(reads, default=0), WHOLE_BYTES)))
         for request in requests:
             del self._unanswered[request]

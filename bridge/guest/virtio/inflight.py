@@ -96,8 +96,8 @@ class InflightRegion:
     ) -> tuple[InflightRegion, int, int]:
         """A fresh region, the descriptor of its memory (the caller closes it), and its size.
 
-        The memory is sealed: nobody can shorten it under the mapping. Raises ProtocolError when
-        there is no memory for it.
+        The memory is sealed: the front-end cannot shorten it under the mapping. Raises
+        ProtocolError when there is no memory for it.
         """
         size = num_queues * queue_region_bytes(queue_size, packed=packed)
         try:

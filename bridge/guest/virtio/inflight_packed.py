@@ -12,8 +12,8 @@ finds out from the ring whether the driver can see it, and completes it or takes
     answer:  the chain's entries go to the free list; used_idx and the wrap counter;
              the flags in the ring (the driver can see it); inflight = 0; old_… makes it true
 
-Answers are not batched here: were the flags of several descriptors half written, nobody could
-take back those that the driver has not come to yet.
+Answers are not batched here: were the flags of several descriptors half written, no
+back-end could take back those that the driver has not come to yet.
 """
 
 from __future__ import annotations
