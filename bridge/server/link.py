@@ -421,7 +421,7 @@ class Link:
         """Some requests were abandoned (`Request.abandon`): commands of theirs that were not sent
         are dropped, those that were are never sent again, and other changes keep out of their way
         until they are answered or, if their connection is lost, for the grace time. The guests
-        that were to be told of anything have been: a failed flush would have told none of a loss."""
+        that were to be told have been: a failed flush would have told none of a loss."""
         self._turn.want()
         channels = self._channels
         self._unanswered, sent = without_abandoned(self._unanswered)

@@ -1,4 +1,4 @@
-"""The block table: the bits do what the table says, and nobody else touches them."""
+"""The block table: the bits do what the table says, and only the table touches them."""
 
 from __future__ import annotations
 

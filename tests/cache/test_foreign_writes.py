@@ -145,7 +145,7 @@ def test_single_block_that_differed_is_looked_at_again_wherever_it_is() -> None:
 
 
 def test_beginning_of_the_disk_is_always_compared() -> None:
-    """Whoever mounts a file system to write changes its superblock."""
+    """A host that mounts a file system to write changes its superblock."""
     rig = Rig(granules=2048, slots=2048)
     rig.prefetch(0, 2048 * GRANULE)
     rig.write(9 * GRANULE, b"d" * BLOCK)

@@ -69,7 +69,7 @@ def test_clone_that_kept_the_identity_does_not_take_the_originals_cache() -> Non
     [
         ("nas:1", "", True),  # its default export may be vm0
         ("10.0.0.5:1", "vm0", True),  # the same address
-        ("gone.example:1", "vm0", True),  # nobody knows
+        ("gone.example:1", "vm0", True),  # its address is unknown
         ("localhost:1", "vm0", False),
         ("nas:1", "vm1", False),
         ("nas:2", "vm0", False),

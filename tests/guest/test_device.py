@@ -138,7 +138,7 @@ async def test_no_kick_is_lost_however_it_falls_in_the_loops_turn(event_idx: boo
 async def test_notify_polling_guest_needs_neither_kick_nor_call(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
-    """KICK and CALL with bit 8: the back-end looks by itself, and signals nobody."""
+    """KICK and CALL with bit 8: the back-end polls the ring, and sends no call."""
     ring = guest.start(kick_fd=None, call_fd=None)
     for _ in range(3):
         pending = guest.put(T_FLUSH)
@@ -481,7 +481,7 @@ async def test_session_last_stop_waits_for_the_disk_to_be_up_to_date(
 async def test_session_last_stop_that_leaves_something_behind_is_not_answered(
     autojump_clock: MockClock, fails: bool
 ) -> None:
-    """It does not wait for ever either: QEMU's main loop does."""
+    """The wait has an end, too: QEMU's main loop waits with it."""
 
     async def on_all_stopped() -> None:
         if fails:
@@ -832,7 +832,7 @@ async def test_driver_that_accepts_nothing_but_version_1_works(
 
 
 async def test_inflight_write_cache_turned_off_stays_off_after_a_death(guest: DeviceGuest) -> None:
-    """The guest believes that what completes is durable, whoever serves it."""
+    """The guest believes that what completes is durable, under every process that serves it."""
     fd, size = guest.device.create_inflight(1, 16)
     guest.device.write_config(32, b"\0", migration=False)
     async with running_device(packed=guest.packed) as second:
@@ -856,7 +856,7 @@ async def test_inflight_what_is_unflushed_and_where_outlives_a_death(guest: Devi
     guest.device.remember_durability(unflushed_on=left[0], loss_unreported=left[1])
     fd, size = guest.device.create_inflight(1, 16)
     guest.device.write_config(32, b"\0", migration=False)
-    guest.start()  # From here on somebody has used it.
+    guest.start()  # From here on a guest has used it.
     for leaves in ((1, True), (0, True), (1 << 55, False), (0, False), (7, False)):
         inherited: list[tuple[int, bool]] = []
         async with running_device(
@@ -985,7 +985,7 @@ async def test_inflight_requests_of_a_dead_process_are_executed_again(guest: Dev
 async def test_inflight_recovered_requests_are_told_of_before_they_are_executed(
     guest: DeviceGuest, answered: bool
 ) -> None:
-    """Whoever is below may have to wait: the server may be about to execute the same ones."""
+    """The layers below may have to wait: the server may be about to execute the same ones."""
     fd, size = guest.device.create_inflight(1, 16)
     ring = guest.start()
     guest.disk.hold = not answered

@@ -33,7 +33,7 @@ def test_full_eventfd_is_left_alone(shared: int) -> None:
 
 
 def test_eventfd_that_blocks_is_given_up(shared: int) -> None:
-    """Full, and made blocking by whoever shares it: the write would never end."""
+    """Full, and made blocking by the front-end that shares it: the write would never end."""
     os.eventfd_write(shared, FULL)
     os.set_blocking(shared, True)
 

@@ -164,7 +164,7 @@ def test_mark_of_another_instance_means_a_loss_and_no_mark_means_nothing() -> No
 
 
 def fresh(description: str = "", flags: TransmissionFlags = DEFAULT_FLAGS) -> World:
-    """A world of which nobody knows what was before."""
+    """A world whose past is unknown."""
     world = World(description=description, flags=flags)
     forget()
     world.link = Link(ClientOptions(), turn())
@@ -621,7 +621,7 @@ def test_durable_change_that_is_sent_again_on_a_new_connection_is_sent_once_ther
 
 
 def test_part_answered_in_the_turn_of_a_failed_flush_is_of_no_epoch_that_lasts() -> None:
-    """Whoever does one request of the guest's with several changes has to do that one again."""
+    """A layer that splits one guest request into several changes has to do it again."""
     world = World()
     (channel,) = world.channels
     epochs: list[int] = []

@@ -49,7 +49,7 @@ class FakeChannel:
         self._generation = link.generation + 1
         self.pending: list[Request] = []
         self.payloads: dict[Request, bytes] = {}
-        """What was put into the output: nobody can take it back."""
+        """What was put into the output: it cannot be taken back."""
         self.unflushed = 0
         self.answered = False
 
@@ -179,7 +179,7 @@ class World:
         deliver()
 
     def ask(self, op: int, block: int = 0, count: int = 1, flags: int = 0) -> Request:
-        """What the guest asks, or somebody in a turn of their own."""
+        """What the guest asks, or a task in a turn of its own."""
         request = self.submit(op, block, count, flags)
         deliver()
         return request

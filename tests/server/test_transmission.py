@@ -63,7 +63,7 @@ def whole_answer(kind: str, asked: Asked, data: bytes) -> bytes:
 @pytest.mark.parametrize("step", [1, 7, 4096, 40_000, 1 << 30])
 @pytest.mark.parametrize("length", [1, 512, 4096, 40_000, 70_000, 300_000])
 def test_reads_received_in_any_pieces_are_whole(kind: str, step: int, length: int) -> None:
-    step = max(step, length // 600)  # Byte by byte takes for ever where it adds nothing.
+    step = max(step, length // 600)  # Byte by byte takes too long where it adds nothing.
     transmission = machine(kind)
     reads = [Asked(transmission, READ, i * length, length) for i in range(5)]
     stream = b"".join(whole_answer(kind, read, pattern(i, length)) for i, read in enumerate(reads))
@@ -526,7 +526,7 @@ def test_cve_2022_0485_error_of_a_read_is_never_ignored() -> None:
 
 
 def test_write_answered_before_its_payload_is_sent_is_finished_later() -> None:
-    """A buffer may be given back only when nobody will read it any more."""
+    """A buffer may be given back only when it will not be read any more."""
     transmission = machine("simple")
     write = Asked(transmission, WRITE, 0, 512)
     transmission.sending = True

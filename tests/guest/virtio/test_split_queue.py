@@ -547,7 +547,7 @@ def test_notify_without_event_idx_the_flag_suppresses_kicks() -> None:
 
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_ring_rearm_arm_sees_a_chain_that_came_just_before(event_idx: bool) -> None:
-    """CH#897: the driver added it while nobody asked for a kick."""
+    """CH#897: the driver added it while the device asked for no kick."""
     guest = QueueRig(event_idx=event_idx)
     guest.put(*usual(guest))
     assert guest.queue.arm()
