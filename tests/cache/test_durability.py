@@ -115,7 +115,7 @@ def test_change_that_was_sent_after_a_failure_was_done_after_it() -> None:
     assert durability.done_in(sent_in=sent, generation=connections.generation) == durability.epoch
 
 
-def test_new_connection_that_nobody_has_told_of_has_done_nothing_that_failed_meanwhile() -> None:
+def test_new_connection_not_yet_reported_has_done_nothing_that_failed_meanwhile() -> None:
     durability, connections = kept()
     sent = durability.epoch
     durability.failed()

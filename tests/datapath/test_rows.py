@@ -111,7 +111,9 @@ def test_reply_to_a_row_writes_status_and_used_element_and_asks_for_one_publicat
         pytest.param(sequence_of, id="the same number, of no row"),
     ],
 )
-def test_cookie_that_names_no_row_in_flight_is_nobodys(other: Callable[[int], int]) -> None:
+def test_cookie_that_names_no_row_in_flight_is_a_protocol_error(
+    other: Callable[[int], int],
+) -> None:
     world = World()
     cookie, status = world.take(1)
     with pytest.raises(ProtocolError, match="no command in flight has"):
@@ -120,7 +122,7 @@ def test_cookie_that_names_no_row_in_flight_is_nobodys(other: Callable[[int], in
     assert [each.cookie for each in world.transmission.unanswered()] == [cookie]
 
 
-def test_second_reply_to_a_row_is_nobodys() -> None:
+def test_second_reply_to_a_row_is_a_protocol_error() -> None:
     world = World()
     cookie, _ = world.take(1)
     with pytest.raises(ProtocolError, match="no command in flight has"):
@@ -129,7 +131,7 @@ def test_second_reply_to_a_row_is_nobodys() -> None:
     assert world.queue.in_flight == 0
 
 
-def test_cookie_of_the_same_head_before_is_nobodys() -> None:
+def test_cookie_of_the_same_head_before_is_a_protocol_error() -> None:
     world = World()
     old, _ = world.take(1)
     world.server.receive(done(old))
@@ -148,7 +150,7 @@ def test_cookie_of_the_same_head_before_is_nobodys() -> None:
     assert world.status(status) == UNWRITTEN
 
 
-def test_reply_on_another_connection_is_nobodys() -> None:
+def test_reply_on_another_connection_is_a_protocol_error() -> None:
     world = World()
     cookie, _ = world.take(1)
     other = Transmission(Export("", DISK_BYTES), world.turn, rows=world.rows)

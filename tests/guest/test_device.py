@@ -168,7 +168,7 @@ async def test_queues_are_served_side_by_side(guest: DeviceGuest) -> None:
     await until(lambda: all(each.status == S_OK for each in pending))
 
 
-async def test_full_call_eventfd_harms_nobody(guest: DeviceGuest) -> None:
+async def test_full_call_eventfd_does_no_harm(guest: DeviceGuest) -> None:
     """A front-end may fill its counter: writing would block, or raise."""
     ring = guest.start()
     ring.calls()
@@ -176,7 +176,7 @@ async def test_full_call_eventfd_harms_nobody(guest: DeviceGuest) -> None:
     await guest.request(T_FLUSH)
 
 
-async def test_read_only_call_descriptor_harms_nobody(guest: DeviceGuest, tmp_path: Path) -> None:
+async def test_read_only_call_descriptor_does_no_harm(guest: DeviceGuest, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     guest.start(call_fd=fd)
@@ -385,7 +385,7 @@ async def test_session_stop_answers_everything_first_and_names_the_base(
     await until(lambda: late.status == S_OK)
 
 
-async def test_session_stop_is_bounded_and_fails_what_nobody_answers(
+async def test_session_stop_is_bounded_and_fails_unanswered_requests(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
     """A dead server must not hang QEMU's main loop."""
@@ -1481,7 +1481,7 @@ async def test_memory_that_cannot_be_sealed_is_told_once(tmp_path: Path) -> None
     os.close(fd)
 
 
-async def test_call_descriptor_that_blocks_stops_nobody(
+async def test_call_descriptor_that_blocks_does_not_stop_the_ring(
     guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The front-end shares the open file: it may clear O_NONBLOCK and fill the counter."""

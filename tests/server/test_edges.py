@@ -172,7 +172,7 @@ async def test_connection_that_cannot_be_watched_is_tried_again(
         assert await read(client, 0, 512) == bytes(512)
 
 
-async def test_exception_in_a_completion_costs_nobody_else_anything(
+async def test_exception_in_a_completion_does_no_harm_to_other_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logged: list[str] = []

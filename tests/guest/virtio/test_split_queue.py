@@ -520,7 +520,7 @@ def test_notify_without_event_idx_the_flag_decides(flags: int, expected: bool) -
     assert complete_one(guest) is expected
 
 
-def test_notify_nothing_published_calls_nobody() -> None:
+def test_notify_nothing_published_sends_no_call() -> None:
     assert not QueueRig().queue.publish()
 
 
