@@ -86,7 +86,7 @@ def notes_directory() -> Path | None:
 
 
 def passed_over(uri: NbdUri, found: Found) -> ConfigError:
-    """For the operator: another cache file holds what the server has not, of this disk perhaps."""
+    """For the operator: another cache file, perhaps of this disk, holds data the server lacks."""
     which = "belongs to" if found.owned else "may belong to"
     return ConfigError(
         f"cache file {found.path} {which} the export {uri.text} and holds {found.dirty_bytes} "

@@ -28,7 +28,7 @@ without an answer there is no start."""
 def unwritten(
     file: CacheFile, reason: str, remedy: Remedy = Remedy.FORCE_OR_GIVE_UP
 ) -> ConfigError:
-    """For the operator: the cache file holds what the server has not, and that is in the way."""
+    """For the operator: the cache file holds data that the server lacks, which is in the way."""
     return ConfigError(
         f"cache file {file.path} holds {dirty_bytes(file)} bytes that the server lacks, and "
         f"{reason}",
@@ -68,7 +68,7 @@ def note_export(cache: Cache, export: Export) -> None:
     if grew:
         reason = "the export was made longer"
     elif reason and (dirty := cache.index.dirty_blocks):
-        _log.error(f"{reason}: what only the cache has goes over it", dirty_blocks=dirty)
+        _log.error(f"{reason}: data that only the cache has overwrites it", dirty_blocks=dirty)
     if dropped := cache.foreign.note_export(*export.sessions, export.identity):
         _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
 
@@ -117,7 +117,7 @@ def note_changed_content(cache: Cache, differing: int) -> None:
     """For the operator: the clean part was dropped, since so many blocks of it differ."""
     if dirty := cache.index.dirty_blocks:
         _log.error(
-            "the export has changed since, and what only the cache has goes over it",
+            "the export has changed since, and data that only the cache has overwrites it",
             differing_blocks=differing,
             dirty_blocks=dirty,
         )
@@ -172,7 +172,7 @@ def _check_unused_file(path: str, client: Client) -> None:
         if not believe(file):
             return
         if dirty_bytes(file):
-            raise unwritten(file, "it would be passed over", Remedy.FLUSH_OR_GIVE_UP)
+            raise unwritten(file, "the run would ignore it", Remedy.FLUSH_OR_GIVE_UP)
         if not read_only and client.export.sessions is None:
             # The server could not tell the next run that this one wrote.
             os.unlink(path)

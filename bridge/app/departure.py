@@ -136,7 +136,7 @@ class Departure:
 
     def starting(self, go: Callable[[], None]) -> bool:
         """The guest starts a ring. False if it has to wait until `go` is called: the session was
-        left, and has to be entered again without that anybody else has written meanwhile."""
+        left and has to be entered again first, and no other host may have written meanwhile."""
         if not self.is_away:
             return True
         self._go = go

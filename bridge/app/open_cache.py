@@ -47,7 +47,7 @@ async def close_file(file: CacheFile, *, clean: bool, dirty: bool, limit_s: floa
     except OSError as error:
         _log.error(
             "the cache file cannot be kept"
-            + (", and it holds what the server has not" if dirty else ", it is removed"),
+            + (", and it holds data that the server lacks" if dirty else ", it is removed"),
             path=file.path,
             reason=error.strerror,
         )

@@ -47,7 +47,7 @@ class DiskTarget(Target, Protocol):
 
     @property
     def holds_writes(self) -> bool:
-        """It holds what the server has not, perhaps from before this process: a cache."""
+        """It holds data that the server lacks, perhaps from before this process: a cache."""
 
     @property
     def hits(self) -> Hits | None:
@@ -252,7 +252,7 @@ class Disk:
     async def flush(self, *, quiet: bool = False) -> int:
         """Bring what was written to the server and flush it, for a clean stop; 0 or an errno.
 
-        Failure is logged, unless `quiet`; when cancelled, the flush goes on without anybody
+        Failure is logged, unless `quiet`; when cancelled, the flush goes on without a caller
         waiting for it.
         """
         target = self._target

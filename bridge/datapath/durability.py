@@ -48,7 +48,7 @@ from hashlib import blake2b
 from typing import Final, Protocol
 
 BEFORE: Final = 1
-"""What was answered before this process, as far as anybody knows."""
+"""What was answered before this process, as far as is known."""
 _MARK_BYTES: Final = 7
 
 

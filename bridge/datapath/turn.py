@@ -132,7 +132,7 @@ class Turn:
             self._woken()
 
     def next_turn(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once in the next turn: long work goes on there, and everybody else has
+        """Call `callback` once in the next turn: long work goes on there, and all other work has
         a chance before."""
         self._next.append(callback)
         if self.asleep:

@@ -205,7 +205,7 @@ class RunningRing:
         self._call_fd = None
         _log.error(
             "writing to the call eventfd of a ring blocked: the front-end has changed it, and gets "
-            "no more calls on it"
+            "no more calls"
         )
 
     def arm(self) -> bool:

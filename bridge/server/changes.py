@@ -187,7 +187,9 @@ class Changes:
         self._turn.want()
         self._hold([WHOLE_DISK], now + self._grace_s)
         if self._grace_s:
-            _log.info("the process before may have left writes: ours wait", seconds=self._grace_s)
+            _log.info(
+                "the previous process may have left writes: new writes wait", seconds=self._grace_s
+            )
 
     @property
     def may_be_left(self) -> bool:

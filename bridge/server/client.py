@@ -269,7 +269,7 @@ class Client:
         if not all(connection.alive for connection in connections):
             for connection in connections:
                 connection.close()
-            raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
+            raise ConnectionLost(f"{self.uri.server}: the server sent data before it was asked")
         return connections
 
     async def _examine(self, above: Above, export: Export, connections: list[Connection]) -> None:

@@ -368,7 +368,7 @@ class Connection:
             self.transmission.retire()
             raise
         if negotiated.handshake.trailing_data():
-            self._fail(ProtocolError("the server talked before it was asked"))
+            self._fail(ProtocolError("the server sent data before it was asked"))
         elif self._tls:
             loop.turn.at_end(self._poll_tls)
 

@@ -82,7 +82,7 @@ class Flushes:
         """See `Stage`: send a FLUSH if one is asked for and none is in flight."""
         durability = self.durability
         if not durability.keeps_unflushed and durability.settled(self._channels.answered):
-            # By now everybody was told of what has been answered.
+            # By now every owner was told of what has been answered.
             self._turn.at_end(durability.turn_over)
         if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
             return False

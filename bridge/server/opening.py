@@ -104,7 +104,7 @@ class Opening:
             try:
                 found.append(await self._negotiate(token, number))
             except BridgeError as error:
-                _log.warning("one connection less", error=error)
+                _log.warning("an additional connection failed: going on without", error=error)
 
         try:
             async with trio.open_nursery() as nursery:

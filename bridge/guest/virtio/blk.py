@@ -307,7 +307,7 @@ class BlkEngine:
         if writable if type_ == T_OUT else readable:
             problem = "data that points the wrong way"
         elif (offset | length) & self._block_mask:
-            problem = "data that is no whole number of blocks"
+            problem = "data that is not a whole number of blocks"
         elif offset + length > self._capacity_bytes:
             problem = "a request past the end of the disk"
         else:
@@ -317,7 +317,7 @@ class BlkEngine:
         self._refuse(ring, chain, S_IOERR, problem)
 
     def _start_other(self, ring: UsedRing, chain: Chain) -> None:
-        """Everything that is no read and no write that is allowed."""
+        """Every request except reads and writes that are allowed."""
         type_ = chain[1]
         fault = chain[-1]
         if fault is not None:
@@ -397,7 +397,7 @@ class BlkEngine:
             if offset + length > self._capacity_bytes:
                 return S_IOERR, "a discard or write-zeroes past the end of the disk", []
             if (offset | length) & self._block_mask:
-                return S_IOERR, "a discard or write-zeroes of no whole number of blocks", []
+                return S_IOERR, "a discard or write-zeroes that is not a whole number of blocks", []
             if length:
                 parts.append((offset, length, MAY_UNMAP if flags else 0))
         return S_OK, "", parts

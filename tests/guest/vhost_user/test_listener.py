@@ -78,9 +78,9 @@ def test_path_that_is_no_socket_is_refused_and_kept(directory: Path) -> None:
     path = directory / "s"
     path.write_text("precious")
 
-    with pytest.raises(ConfigError, match="is no socket"):
+    with pytest.raises(ConfigError, match="is not a socket"):
         Listener.at_path(path)
-    with pytest.raises(ConfigError, match="is no socket"):
+    with pytest.raises(ConfigError, match="is not a socket"):
         Listener.at_path(directory)
     assert path.read_text() == "precious"
 
