@@ -61,7 +61,7 @@ def make_default_directory() -> None:
 def cache_identity(uri: NbdUri) -> Identity:
     """What a cache file must belong to, to be used for `uri`: the server and the export.
 
-    Our plugin's `@session=…` is no part of that: the next session of a volume finds its cache.
+    Our plugin's `@session=…` is not part of that: the next session of a volume finds its cache.
     """
     return Identity(uri=uri.server, export=VolumeName(uri.export_name).without_session)
 

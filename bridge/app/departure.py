@@ -71,7 +71,7 @@ class Departure:
         self._client.abandon()
         if self._cache is not None:
             for request in requests:
-                # A write is not stored any more; these have no such point. (With an error: it was
+                # A write is no longer stored; these have no such point. (With an error: it was
                 # not begun, and has ended.)
                 if request.op in (DISCARD, WRITE_ZEROES) and not request.error:
                     self._late.add(request)
@@ -129,7 +129,7 @@ class Departure:
         path, dirty = self._file.path, dirty_bytes(self._file)
         return LeftBehind(
             f"the server did not take everything before the guest stopped: {dirty} bytes are kept "
-            f"in {path} and not sent any more",
+            f"in {path} and no longer sent",
             remedy=Remedy.GO_ON_HERE_OR_FLUSH,
             path=path,
         )

@@ -54,7 +54,7 @@ class Finished(Protocol):
 
 
 class Outcome:
-    """The end of something that is no request: `done(outcome)` is called once, `error` is 0 or an
+    """The end of something other than a request: `done(outcome)` is called once, `error` is 0 or an
     errno by then."""
 
     __slots__ = ("done", "error")

@@ -194,7 +194,7 @@ class BlkDevice:
     async def _use_memory(self, memory: GuestMemory) -> None:
         """Change the memory while no request uses what goes away; rings go on in the new one.
 
-        A request that takes too long is no reason to fail it: it keeps the mapping that it
+        A request that takes too long does not make this fail: it keeps the mapping that it
         uses, which the guest has given up. Those elsewhere are not even waited for: QEMU's main
         loop would stand still for them while the server is away.
         """

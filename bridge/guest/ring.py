@@ -225,7 +225,7 @@ class RunningRing:
                 self._log.mark_ring()
 
     def _break(self, reason: str) -> None:
-        """The guest broke the ring: it is not served any more; the other rings are."""
+        """The guest broke the ring: it is no longer served; the other rings are."""
         self.is_broken = True
         self._set_popping()
         if self._error_fd is not None:

@@ -238,7 +238,7 @@ class Client:
         if not self._wanted.is_set():
             for each in negotiated:
                 each.close()
-            raise ConnectionLost("the connection is not wanted any more")
+            raise ConnectionLost("the connection is no longer wanted")
         self._broken = trio.Event()
         generation = self.link.generation + 1
         connections = self._connections_over(negotiated, generation)
@@ -281,7 +281,7 @@ class Client:
                 reason = await above.examine(export, connections[0].send)
                 nursery.cancel_scope.cancel()
             if not self._wanted.is_set():
-                reason = "the connection is not wanted any more"
+                reason = "the connection is no longer wanted"
             if reason:
                 raise ConnectionLost(f"{self.uri.server}: {reason}")
         except BaseException:

@@ -301,7 +301,7 @@ async def own_server(directory: Path, faults: Faults, name: str = "") -> AsyncIt
 async def test_stop_with_a_silent_server_finishes_everything_before_the_file_is_closed(
     directory, monkeypatch
 ):
-    """What ends afterwards would touch memory that is not mapped any more."""
+    """What ends afterwards would touch memory that is no longer mapped."""
     faults = Faults()
     closed: list[bool] = []
     late: list[str] = []

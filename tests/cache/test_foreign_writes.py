@@ -154,7 +154,7 @@ def test_beginning_of_the_disk_is_always_compared() -> None:
     assert before_writing(rig) == 1
 
 
-def test_server_that_lost_what_was_not_flushed_is_no_change() -> None:
+def test_server_that_lost_what_was_not_flushed_does_not_count_as_a_change() -> None:
     rig = with_clean_and_dirty_blocks()
     durable = bytes(rig.server.image)
     rig.write(BLOCK, b"e" * BLOCK)  # over a clean block
@@ -166,7 +166,7 @@ def test_server_that_lost_what_was_not_flushed_is_no_change() -> None:
     assert before_writing(again(rig)) == 0
 
 
-def test_discard_that_the_server_lost_is_no_change() -> None:
+def test_discard_that_the_server_lost_does_not_count_as_a_change() -> None:
     """Read as zeroes before a flush covered it, it looks like any clean block."""
     rig = Rig()
     rig.write(0, b"c" * GRANULE)
@@ -193,7 +193,7 @@ def test_discard_that_was_flushed_is_evidence_like_any_other_block() -> None:
     assert before_writing(again(rig)) == 16
 
 
-def test_disk_that_has_grown_is_no_change() -> None:
+def test_disk_that_has_grown_does_not_count_as_a_change() -> None:
     """Also where it ended within a block."""
     size = 64 * GRANULE - BLOCK + 1024
     rig = Rig(size=size)

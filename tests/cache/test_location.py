@@ -187,7 +187,7 @@ def test_file_that_another_bridge_uses_is_left_to_it(places: tuple[Path, Path]) 
         file.close(clean=False)
 
 
-def test_files_that_are_no_caches_are_passed_over(places: tuple[Path, Path]) -> None:
+def test_files_that_are_not_caches_are_ignored(places: tuple[Path, Path]) -> None:
     (places[0] / "text.cache").write_text("root:x")
     (places[0] / "empty.cache").touch()
     (places[0] / "directory.cache").mkdir()

@@ -203,7 +203,7 @@ def test_reply_in_pieces_is_waited_for_as_a_row() -> None:
     ("offset", "length", "text"),
     [(512, 512, "at 512"), (0, 511, "less than"), (0, 513, "sent 513 bytes"), (1, 511, "less")],
 )
-def test_chunk_of_other_bytes_than_were_asked_is_no_answer(
+def test_chunk_of_other_bytes_than_were_asked_is_not_an_answer(
     offset: int, length: int, text: str
 ) -> None:
     world = World()

@@ -223,7 +223,7 @@ async def test_ring_layout_impossible_ring_is_refused(
     await guest.request(T_FLUSH)
 
 
-async def test_ring_layout_split_ring_of_no_power_of_two_is_refused(
+async def test_ring_layout_split_ring_size_not_a_power_of_two_is_refused(
     autojump_clock: MockClock,
 ) -> None:
     async with running_device() as guest:
@@ -569,7 +569,7 @@ async def test_requests_left_in_the_region_are_forgotten_by_a_reset(
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_inflight_requests_that_this_process_left_itself_are_no_other_processs(
+async def test_inflight_requests_that_this_process_left_are_not_another_processs(
     guest: DeviceGuest, autojump_clock: MockClock, same: bool
 ) -> None:
     """It knows what it has sent: nothing need be waited for. QEMU hands the region over anew with
@@ -1022,7 +1022,7 @@ async def test_inflight_recovered_requests_are_told_of_before_they_are_executed(
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 async def test_inflight_flush_that_is_executed_again_is_marked(packed: bool) -> None:
-    """Its failure would tell the guest nothing: when it was sent is not known any more."""
+    """Its failure would tell the guest nothing: when it was sent is no longer known."""
     async with running_device(packed=packed, drain_timeout_s=0.01) as guest:
         await guest.connect()
         fd, size = guest.device.create_inflight(1, 16)

@@ -1808,7 +1808,7 @@ class Simulation:
     def flushed(self, request: Request, started: float) -> None:
         self.has_ended(request)
         if request.error:
-            # The guest knows now: what was completed before is not promised any more.
+            # The guest knows now: what was completed before is no longer promised.
             blamed = self.crashes or self.flushes_fail or self.hangs_up or not self.proves
             blamed = blamed or self.gives_up
             assert blamed, f"seed {self.seed}: flush failed, no crash"

@@ -431,7 +431,7 @@ def test_block_status_of_many_extents_needs_no_staging_space() -> None:
 
 
 @pytest.mark.parametrize("kind", ["simple", "structured"])
-def test_shutdown_is_no_answer(kind: str) -> None:
+def test_shutdown_is_not_an_answer(kind: str) -> None:
     transmission = machine(kind)
     write = Asked(transmission, WRITE, 0, 512)
     feed(transmission, simple(write, 108))

@@ -179,7 +179,7 @@ def peek(path: str) -> FileHeader | None:
 def note(path: str, default_directory: Path) -> None:
     """Let every later start know of the cache file at `path`, whatever directory it looks in.
 
-    A directory that cannot be written to is no reason not to serve: then nothing is noted.
+    If that directory cannot be written to, nothing is noted, and the disk is served all the same.
     """
     path = os.path.realpath(path)
     if _is_same(Path(path).parent, default_directory):

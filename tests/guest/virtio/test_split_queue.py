@@ -98,7 +98,7 @@ def test_ring_bounds_in_flight_counts_against_the_size() -> None:
 
 
 def test_ring_bounds_base_far_from_the_used_index_bounds_the_work() -> None:
-    """vm-virtio#196: a front-end's wrong base is no licence for 65535 requests."""
+    """vm-virtio#196: a front-end's wrong base does not allow 65535 requests."""
     guest = QueueRig(size=4)
     queue = guest.make_queue(base=40000)
     guest.driver.set_avail_idx(3)
