@@ -117,13 +117,13 @@ def test_file_already_gone_at_the_end_is_not_an_error(directory: Path) -> None:
 
 
 def test_passed_descriptor_that_is_not_a_unix_stream_socket_is_refused(directory: Path) -> None:
-    with (directory / "f").open("w") as file, pytest.raises(ConfigError, match="no socket"):
+    with (directory / "f").open("w") as file, pytest.raises(ConfigError, match="not a socket"):
         Listener.from_fd(file.fileno())
     with socket.socket(socket.AF_INET) as sock:
         with pytest.raises(ConfigError, match="not a unix stream socket"):
             Listener.from_fd(sock.fileno())
         assert sock.getsockname()
-    with pytest.raises(ConfigError, match="no socket"):
+    with pytest.raises(ConfigError, match="not a socket"):
         Listener.from_fd(987654)
 
 
