@@ -1,6 +1,6 @@
-"""Did the export change without us, and what of the cache is to be believed then?
+"""Did the export change without us, and which part of the cache may still be believed?
 
-What is clean is a copy: it is dropped when another host wrote. What is dirty never is.
+Clean blocks are copies: they are dropped when another host wrote. Dirty blocks never are.
 """
 
 from __future__ import annotations

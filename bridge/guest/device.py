@@ -6,11 +6,11 @@ this module's own: rings that have to stop, or whose memory changes, are drained
 that was answered is a promise to the host that opens the image next.
 
 **A stop.** What a ring has popped is answered; what is still unanswered at the limit is
-*abandoned*: nothing touches its buffers any more, and what was not sent of it never is. With an
+*abandoned*: nothing touches its buffers from then on, and unsent parts are never sent. With an
 in-flight region it stays in that, neither completed nor failed, and is executed when the ring runs
 again; without one it fails, for that ring alone.
 
-**The last stop.** When no ring runs any more the guest may go on elsewhere: see `last_stop`.
+**The last stop.** When the last ring has stopped the guest may go on elsewhere: see `last_stop`.
 """
 
 from __future__ import annotations

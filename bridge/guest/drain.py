@@ -1,4 +1,4 @@
-"""How long what stops may be waited for: everything within one limit, whatever comes one by one.
+"""How long to wait for rings that stop: one limit for a series of stops.
 
 QEMU's main loop waits for the answer to a stop without a limit of its own, and stops the rings of a
 device one after the other. So a series of stops has one limit, not each of them. What comes right

@@ -13,7 +13,7 @@ From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
 * `commands`, `split`, `align`: how a request becomes commands that this server takes;
 * `client`: all of it behind `submit(request)`; `opening`: its connections, and the names that our
   nbdkit plugin understands; `inspection`: what a server offers, without using it;
-* `outage`: times without a server, counted and told;
+* `outage`: times without a server, counted and reported;
 * `uri`, `export`, `client_options`: what to connect to, what was found there, how to behave;
 * `volume_words`: what our nbdkit plugin understands in a name, and says in a description.
 """

@@ -1,4 +1,4 @@
-"""Which changes may go now: kept out of each other's way, and out of that of old ones.
+"""Which changes may go now: overlapping ones wait for each other, and for what may be stale.
 
 Changes pass each other only where they can be reordered: with several channels, or blocks that
 are read, modified and written (`ordered`). Then those that overlap go one by one. And they

@@ -1,4 +1,4 @@
-"""The NBD client: a request that was submitted gets done, also when the server goes and returns.
+"""The NBD client: a submitted request gets done, also when the server goes away and comes back.
 
 This is the edge around `link`: it connects, watches the clock, and gives the link its
 connections. It never gives up reconnecting; see `link` for what happens to requests meanwhile.

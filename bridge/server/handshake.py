@@ -6,7 +6,7 @@ buffer. `Handshake` feeds it: bytes come in with `receive`, go out with `data_to
 `state` says what the owner has to do:
 
     TALKING ──▶ WANTS_TLS ──tls_started()──▶ TALKING ──▶ DONE
-       └───────────────any error──▶ FAILED (the connection cannot be used any more)
+       └───────────────any error──▶ FAILED (the connection cannot be used again)
 
 One option is outstanding at a time; its replies are collected until the final one. Order: client
 flags, STARTTLS, EXTENDED_HEADERS (STRUCTURED_REPLY only if that was refused), SET_META_CONTEXT,

@@ -21,7 +21,7 @@ requests in flight at the same time a disk promises no order. A command on which
 up each time is found and fails (see `suspects`). A connection that answered nothing of what it
 was owed does not count as one: `reconnect_timeout_s` runs on.
 
-Two things a new connection must not be believed in:
+Two things must not be believed of a new connection:
 
 - **A write left behind.** A server without a fence may execute a write of the lost connection
   after the reconnect. If the loss left that possible (anything but the end of a unix socket), new
