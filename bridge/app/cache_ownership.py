@@ -58,7 +58,7 @@ def is_shared(export_name: str) -> bool:
 
 
 def note_export(cache: Cache, export: Export) -> None:
-    """Drop what is clean if another host wrote since; before anything is sent."""
+    """Drop the clean blocks if another host wrote since; before anything is sent."""
     if export.sessions is None:
         return
     reason = cache.foreign.foreign_change(*export.sessions, export.identity)
@@ -81,10 +81,10 @@ async def check_content(
     force: bool = False,
     limit_s: float = COMPARE_LIMIT_S,
 ) -> None:
-    """Compare what is clean in the cache with the export, before anything is sent: the server may
-    not count writers, or another host may have written past the one that does.
+    """Compare the clean blocks of the cache with the export, before anything is sent: the server
+    may not count writers, or another host may have written past the one that does.
 
-    What is clean is dropped if it differs, or cannot be compared. With dirty data that is an error,
+    They are dropped if they differ, or cannot be compared. With dirty data that is an error,
     unless `force`: raises ConfigError, or ConnectionLost if the server does not answer.
     """
     dirty = cache.index.dirty_slots

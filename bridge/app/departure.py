@@ -35,7 +35,7 @@ class Departure:
     """What the guest leaves here when it stops, and whether it may go on with it."""
 
     def __init__(self, client: Client, turn: Turn, *, go_on: Callable[[], None]) -> None:
-        """`go_on`: what is dirty may be sent on the present connection."""
+        """`go_on`: dirty data may be sent on the present connection."""
         self.opened: OpenCache | None = None
         """The cache, once there is one."""
         self._client = client
@@ -61,7 +61,7 @@ class Departure:
         """The guest has left, with everything flushed, and may go on through another bridge.
 
         A session that is ours alone excludes that. One that is shared for migration does not, and
-        has one number for all of it: what is clean here is not to be believed afterwards.
+        has one number for all of it: the clean blocks here must not be believed afterwards.
         """
         if self._cache is not None and is_shared(self._client.uri.export_name):
             self._cache.foreign.drop_clean()
@@ -98,7 +98,7 @@ class Departure:
         """The guest has stopped and may go on elsewhere before all that it wrote is at the server:
         nothing of it is sent from here any more, until `starting`.
 
-        What is dirty is marked in the cache file as frozen, and the session is left. Returns what
+        Dirty data is marked in the cache file as frozen, and the session is left. Returns what
         is left here, None if nothing is.
         """
         opened, file = self.opened, self._file
@@ -175,7 +175,7 @@ class Departure:
         return ""
 
     def _judge_sample(self, differing: int) -> None:
-        """The same where the server counts no writers: what is cached and clean was compared."""
+        """The same where the server counts no writers: clean cached blocks were compared."""
         if not self._client.is_wanted:
             return  # The guest has stopped again meanwhile.
         if differing > 0:

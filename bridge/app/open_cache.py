@@ -72,7 +72,7 @@ class OpenCache:
         """None: it is closed."""
         self.cold: ThreadedCold | None = None
         self.is_closed = False
-        """Nothing touches the file any more."""
+        """No code touches the file from here on."""
         try:
             _note(file)
             cold = self.cold = ThreadedCold(loop.turn)

@@ -1,7 +1,7 @@
 """The storage side of a disk: the NBD client, and the cache over it where there is one.
 
 `Storage` connects the client, opens the cache file, and gives the disk something to submit to.
-At the end it brings what is dirty to the server within a limit; what cannot be brought there
+At the end it brings dirty data to the server within a limit; what cannot be brought there
 stays in the cache file, marked and synced, and goes to the server at the next start.
 """
 
@@ -197,7 +197,7 @@ class Storage:
             self._above.resized(export.usable_bytes)
 
     def _go_on(self) -> None:
-        """What is dirty may be sent on this connection."""
+        """Dirty data may be sent on this connection."""
         cache = self._cache
         assert cache is not None
         cache.upstream_reconnected()
@@ -288,7 +288,7 @@ class Storage:
         return self.departure.is_away or bool(self._objection)
 
     async def close(self, limit_s: float) -> BridgeError | None:
-        """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up.
+        """Bring dirty data to the server, if that can be done within `limit_s`, and hang up.
 
         What the cache still reads is waited for: hanging up with requests in flight aborts
         nbdkit 1.32. A quarter of the limit is kept for that, if the client's own is not shorter.

@@ -76,7 +76,7 @@ class Lane:
         self._go_on()
 
     def ended(self, n_bytes: int) -> None:
-        """So much is not in flight any more."""
+        """This much is no longer in flight."""
         self.in_flight_bytes -= n_bytes
         if self._waiting:
             self._go_on()

@@ -108,7 +108,7 @@ class Remembered:
         self._left.clear()
 
     def forget(self) -> None:
-        """The region is not in use any more."""
+        """The region is no longer in use."""
         self.region = None
         self.has_inherited = False
         self._source = None

@@ -346,7 +346,7 @@ class RunningRing:
         self._engine.fail(requests)
 
     def move(self, memory: GuestMemory, areas: RingAreas | None) -> None:
-        """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
+        """The guest's memory was mapped anew; without `areas` the ring is no longer in it,
         and is broken."""
         self._adopt_all()
         if areas is not None:

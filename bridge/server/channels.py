@@ -117,7 +117,7 @@ class Channels:
             self.present[index].send(command)
 
     def take_waiting(self) -> list[Request]:
-        """What was not sent; it does not wait here any more."""
+        """The unsent commands; they no longer wait here."""
         taken, self.waiting = self.waiting, []
         return taken
 

@@ -528,7 +528,7 @@ class Connection:
             self._finish_early()
 
     def _finish_early(self) -> None:
-        """What was answered before all of it was sent: nothing of it is needed any more."""
+        """Commands answered before all of them was sent: the rest is no longer needed."""
         early, self.transmission.early = self.transmission.early, []
         self._loop.turn.finished += early
 

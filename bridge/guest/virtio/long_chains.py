@@ -60,7 +60,7 @@ class LongChains:
         self._all.count += n_views
 
     def pushed(self, head: int) -> None:
-        """A chain, long or not, is not in flight any more."""
+        """A chain, long or not, is no longer in flight."""
         lengths = self._by_head.get(head)
         if lengths is not None:
             n_views = lengths.pop()

@@ -55,7 +55,7 @@ class VirtQueue(Protocol):
         """The guest's memory was mapped anew. What was popped keeps its old views."""
 
     def close(self, *, told: bool) -> int:
-        """The end: nothing is written any more. The base to go on from (see RingSetup.base).
+        """The end: nothing more is written. The base to go on from (see RingSetup.base).
 
         `told`: the front-end gets it, and the next start is from what it then says.
         """
