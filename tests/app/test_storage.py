@@ -168,7 +168,7 @@ async def test_close_sends_no_further_reads(directory):
 
 
 @pytest.mark.nbdkit
-async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(directory):
+async def test_close_with_a_hung_server_ends_in_time_and_keeps_dirty_data(directory):
     async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
         async with running(directory) as storage:
             server.send_signal(signal.SIGSTOP)

@@ -51,7 +51,7 @@ def test_epoch_ends_with_each_failure_and_each_reconnect_and_never_comes_again()
     assert len(set(epochs)) == len(epochs)
 
 
-def test_epoch_has_ended_before_anybody_says_that_the_connection_was_replaced() -> None:
+def test_epoch_has_ended_before_the_client_reports_that_the_connection_was_replaced() -> None:
     durability, connections = kept()
     durability.acknowledged()
     epoch, answered = durability.epoch, durability.answered

@@ -92,7 +92,7 @@ def test_file_with_holes_on_a_full_disk_is_refused(
 
 
 @pytest.mark.parametrize("dirty", [False, True])
-def test_file_that_cannot_be_synced_is_let_go_and_kept_only_for_what_is_dirty(
+def test_file_that_cannot_be_synced_is_let_go_and_kept_only_for_its_dirty_data(
     dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cache"

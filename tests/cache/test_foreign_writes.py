@@ -81,7 +81,7 @@ def test_sample_that_is_the_same_keeps_everything() -> None:
 
 
 @pytest.mark.parametrize("used", [1, 4, 16])
-def test_sample_finds_what_is_cached_in_a_large_cache_that_is_nearly_empty(used: int) -> None:
+def test_sample_finds_cached_blocks_in_a_large_cache_that_is_nearly_empty(used: int) -> None:
     rig = Rig(granules=2048, slots=2048)
     rig.prefetch(0, used * GRANULE)
     rig.server.image[: used * GRANULE] = b"z" * (used * GRANULE)

@@ -135,7 +135,7 @@ async def test_timer_made_shorter_counts_for_what_was_written_before(
         assert target.ops == ["write", "flush"]
 
 
-async def test_timer_that_is_turned_off_does_not_fire_any_more(autojump_clock: MockClock) -> None:
+async def test_timer_that_is_turned_off_no_longer_fires(autojump_clock: MockClock) -> None:
     target = FakeDiskTarget()
     async with timed(target) as client:
         client.do(WRITE)

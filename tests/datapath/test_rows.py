@@ -226,7 +226,7 @@ def test_whole_chunk_that_is_not_the_last_does_not_answer_yet() -> None:
     assert [each.error for each in world.turn.finished] == [0]
 
 
-def test_numbers_that_do_not_fit_a_cookie_any_more_go_the_general_way() -> None:
+def test_numbers_that_no_longer_fit_a_cookie_go_the_general_way() -> None:
     world = World()
     world.rows.cells[0] = SEQUENCE_MASK
     guest = world.guest

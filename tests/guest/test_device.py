@@ -631,7 +631,7 @@ async def test_memory_added_while_requests_are_in_flight_does_not_wait(guest: De
     assert (await guest.request(T_IN, 3, room=512))[0] == S_OK
 
 
-async def test_memory_removed_waits_for_what_is_in_flight(
+async def test_memory_removed_waits_for_requests_in_flight(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
     """SPDK#3132."""

@@ -283,7 +283,7 @@ def test_reconnect_timeout_fails_what_waits_and_what_comes_until_up() -> None:
     assert world.sent == [(READ, 1)]
 
 
-def test_no_reconnect_timeout_waits_for_ever() -> None:
+def test_no_reconnect_timeout_waits_without_a_limit() -> None:
     world = World()
     request = world.ask(WRITE, 1)
     world.down()

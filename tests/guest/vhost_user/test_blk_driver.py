@@ -283,7 +283,7 @@ async def test_back_end_stopped_with_requests_in_flight_finishes_them(directory:
         assert guest.queues[0].poll()
 
 
-async def test_back_end_that_dies_fails_what_is_in_flight(
+async def test_back_end_that_dies_fails_requests_in_flight(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.peers.pending_requests._ALIVE_CHECK_S", 0.02)
