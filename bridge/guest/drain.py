@@ -64,7 +64,7 @@ class Drain:
         return not scope.cancelled_caught
 
     async def last(self, bring: Callable[[], Awaitable[None]], deadline_s: float) -> bool:
-        """What is done after the last ring has stopped; whether it ended in time, and was not
+        """The work after the last ring has stopped; whether it ended in time, and was not
         cancelled. Raises what `bring` does."""
         deadline_s = max(deadline_s, trio.current_time() + self._least_s)
         with trio.CancelScope(deadline=deadline_s) as scope:

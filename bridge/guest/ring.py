@@ -94,7 +94,7 @@ class RunningRing:
             self._start_recovered()
 
     def _start_recovered(self) -> None:
-        """Execute again what was in flight when the ring ran last."""
+        """Execute the requests again that were in flight when the ring ran last."""
         if recovered := self._queue.recovered():
             self.requests += len(recovered)
             self._engine.start_again(self, recovered)
@@ -179,7 +179,7 @@ class RunningRing:
         return self._engine.adopt(self, head, cookie, row, self._flat.views)
 
     def _adopt_all(self) -> None:
-        """What is in flight becomes requests."""
+        """Rows in flight become requests."""
         if self._usual is not None:
             self._usual.adopt_all()
 
@@ -322,11 +322,11 @@ class RunningRing:
 
     @property
     def keeps_in_flight(self) -> bool:
-        """What is not answered when the ring is closed is executed when it runs again."""
+        """Requests unanswered when the ring is closed are executed when it runs again."""
         return self._queue.keeps_in_flight and not self.is_broken
 
     def unanswered(self) -> list[BlkRequest]:
-        """What the storage side has of this ring, oldest first."""
+        """The requests of this ring that the storage side has, oldest first."""
         return self._engine.unanswered(self)
 
     def uses(self, regions: list[Region]) -> bool:

@@ -85,7 +85,7 @@ class Changes:
         self.ordered = False
         """They could pass each other."""
         self.stale_possible = False
-        """The server may execute what was sent on connections that are lost."""
+        """The server may execute commands sent on connections that are lost."""
         self._fenced = False
         """It executes nothing of a lost connection once there is a new one."""
         self._most_bytes = 0
@@ -121,7 +121,7 @@ class Changes:
             self._begin(change)
 
     def advance(self) -> bool:
-        """See `Stage`: begin what may go by now."""
+        """See `Stage`: begin the changes that may go by now."""
         gone = self._overlaps.gone
         if not gone:
             return False

@@ -153,7 +153,7 @@ class Client:
                         await self._reconnect()
 
     async def close(self, timeout_s: float | None = None) -> None:
-        """Let what is in flight be answered, say DISC, close. What is left then fails with EIO.
+        """Let commands in flight be answered, send DISC, close. The rest then fails with EIO.
 
         Takes at most `timeout_s` (None: `options.close_timeout_s`); when cancelled the
         connections are closed at once.
@@ -189,8 +189,8 @@ class Client:
         return self._wanted.is_set()
 
     async def leave(self, timeout_s: float, errno: int) -> None:
-        """Hang up, and stay away until `come_back`. What has no answer within `timeout_s` fails
-        with `errno`, and so does what waits; what is submitted later waits for the return."""
+        """Hang up, and stay away until `come_back`. Commands without an answer within `timeout_s`
+        fail with `errno`, and so do those that wait; later ones wait for the return."""
         if not self._wanted.is_set():
             return
         self._wanted = trio.Event()
@@ -298,7 +298,7 @@ class Client:
         self._broken.set()
 
     async def _give_up_connections(self) -> None:
-        """Let the other connections finish, then take what has no answer."""
+        """Let the other connections finish, then take the unanswered commands."""
         await self._hang_up(min(_DRAIN_S, self.options.close_timeout_s))
         if self.link.phase not in (Phase.UP, Phase.LEAVING):
             return

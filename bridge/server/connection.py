@@ -180,7 +180,7 @@ def _taken_from(stream: trio.SocketStream) -> socket.socket:
 
 
 def _check_socket(path: str) -> None:
-    """What is not a socket refuses connections, too; to a user who may not write it, with EACCES.
+    """A path that is not a socket refuses connections, too; without permission, with EACCES.
     Raises ConfigError for it."""
     with contextlib.suppress(OSError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
@@ -460,11 +460,11 @@ class Connection:
 
     @property
     def has_unsent(self) -> bool:
-        """Some of what was to be sent is still here."""
+        """Some of the output is still unsent."""
         return bool(self._unsent or self.transmission.output)
 
     def flush_output(self) -> None:
-        """Send what has gathered, as far as the socket takes it."""
+        """Send the gathered output, as far as the socket takes it."""
         try:
             self._queued = False
             if not self.alive:
@@ -758,7 +758,7 @@ def _lost_by(error: OSError) -> ConnectionLost:
 
 
 def _rest(output: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
-    """What is left of `output` after `sent` bytes."""
+    """The rest of `output` after `sent` bytes."""
     for index, piece in enumerate(output):
         size = len(piece)
         if sent < size:

@@ -1,4 +1,4 @@
-"""The flushes of a link: what is asked, what is sent, what is told and what has to fail.
+"""The flushes of a link: which are asked, sent and reported, and which have to fail.
 
 `durability` has the rules; here stands what they lead to. One FLUSH is in flight at a time: a
 server that fails to flush drops what it had and says so once, and the success of another FLUSH,

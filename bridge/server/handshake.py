@@ -44,7 +44,7 @@ _WANT_TLS = -1
 
 
 class Goal(Enum):
-    """What the negotiation is for."""
+    """The purpose of the negotiation."""
 
     GO = "go"
     INFO = "info"
@@ -74,7 +74,7 @@ class HandshakeOptions:
 
     export_name: str = ""
     typed_name: str | None = None
-    """What the operator calls the export, where `export_name` has more in it."""
+    """The operator's name of the export, where `export_name` has more in it."""
     list_if_refused: bool = False
     """Say which exports there are when the server does not give the one that is wanted."""
     goal: Goal = Goal.GO

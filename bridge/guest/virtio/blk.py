@@ -253,7 +253,7 @@ class BlkEngine:
                 submit(request)
 
     def start_again(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
-        """The same for what was begun before, and left in an in-flight region."""
+        """The same for chains begun before, and left in an in-flight region."""
         self._flush_flags = REPEATED
         self.start(ring, chains)
         self._flush_flags = 0

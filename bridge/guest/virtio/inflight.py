@@ -254,7 +254,7 @@ class TrackedSplitQueue(SplitQueue):
         halves[self._VERSION_AT] = _VERSION
 
     def _recover(self) -> None:
-        """Finish what the former process was about, and find what it had not answered."""
+        """Finish the former process's last stores, and find the chains it had not answered."""
         self._finish_last_batch()
         self.tracked_halves[self._USED_IDX_AT] = self.cells[NEXT_USED]
         lost = sorted(

@@ -42,7 +42,7 @@ class LongChains:
         self._all = views
 
     def leave(self) -> None:
-        """The queue has ended: the others do not wait for what it had in flight."""
+        """The queue has ended: the others do not wait for the chains it had in flight."""
         self._all.count -= self.views
         self._all = LongViews()
         self._all.count = self.views
