@@ -36,7 +36,7 @@ class Remedy(Enum):
     """Serve without a cache."""
     # What a cache file holds.
     REMOVE_FILE = auto()
-    """The operator has to remove `path`, which is no cache file."""
+    """The operator has to remove `path`, which is not a cache file."""
     OTHER_FILE = auto()
     """Use another file, or drop this one."""
     START_ANEW = auto()

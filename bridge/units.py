@@ -16,7 +16,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as 512M or 1.5G; K, M, G and T are powers of 1024. Raises ValueError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size: write a number with K, M, G or T, such as 1.5G")
+        raise ValueError(f"{text!r} is not a size: write a number with K, M, G or T, such as 1.5G")
     number = Fraction(f"{match[1]}.{match[2] or 0}")
     return int(number * (1 << 10 * " KMGT".index(match[3].upper() or " ")))
 

@@ -75,7 +75,7 @@ class Connections:
     # Called on the connection's thread.
 
     def is_silent(self, peer: bytes) -> None:
-        """The connection has just begun, or has no export any more."""
+        """The connection has just begun, or no longer has an export."""
         if not peer:
             return
         with self._changed:

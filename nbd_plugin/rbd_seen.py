@@ -59,7 +59,7 @@ class HeaderVersion:
             pool.close()
 
     def remember(self) -> None:
-        """Remember what the header is like now; no session of ours has the image open."""
+        """Remember the header as it is now; this plugin has no session with the image open."""
         pool = self._open_pool()
         try:
             pool.set_xattr(self._name, _ATTRIBUTE, self._version(pool))

@@ -101,7 +101,7 @@ class RbdStore:
         """Try `start` in a child process, and raise the PluginError that it would raise.
 
         For the time before nbdkit's fork: librados' threads do not survive a fork, but a daemon
-        that has forked cannot say any more why it does not start.
+        that has forked can no longer say why it does not start.
         """
         reader, writer = os.pipe()
         child = os.fork()

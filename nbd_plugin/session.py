@@ -4,7 +4,7 @@ Why. NBD has no notion of a session. A client that lost its connection comes bac
 and sends its unanswered writes again; a write that the server still holds from the old
 connection may be executed after that, and overwrite newer, flushed data. So a volume is written
 by one **session** at a time, and the next begins only when nothing of the previous one can
-happen any more: nbdkit calls `close` after the connection's last request has ended, and the last
+still happen: nbdkit calls `close` after the connection's last request has ended, and the last
 `close` of a session ends it.
 
 Which connections form a session:
@@ -168,7 +168,7 @@ class Session:
             self.writer = handle.client
 
     def close_disk(self) -> None:
-        """Remember what the volume looks like now that nothing writes it any more, and let go."""
+        """Remember the volume as it is now, after the last writer, and let go of it."""
         assert self.disk is not None
         disk = self.disk
         try:

@@ -32,7 +32,7 @@ _log = structlog.get_logger(__name__)
 _AT_ONCE: Final = 4
 """Actions at a time: the status can still be asked for meanwhile."""
 _LOOK_S: Final = 0.02
-"""The data path tells nobody that the guest has got the new size."""
+"""How often to look: the data path does not report that the guest has got the new size."""
 _QUIET_TRIES: Final = 20
 _QUIET_PAUSE_S: Final = 0.1
 _CLEAN_TRIES: Final = 5

@@ -76,7 +76,7 @@ def _answer(name: str, status: int, data: bytes) -> dict[str, Any]:
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise BridgeError(f"bridge {name} answered something that is no JSON object")
+        raise BridgeError(f"bridge {name} answered something that is not a JSON object")
     if status < http.client.BAD_REQUEST:
         return answer
     said = answer.get("error") or answer.get("reason") or f"HTTP status {status}"

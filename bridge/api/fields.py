@@ -66,9 +66,9 @@ def parse(fields: Fields, body: bytes) -> dict[str, Any]:
         try:
             value = json.loads(body, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
-            raise _bad(f"the body is no JSON: {error}") from None
+            raise _bad(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise _bad("the body is no JSON object")
+        raise _bad("the body is not a JSON object")
     if unknown := sorted(value.keys() - fields.keys()):
         known = ", ".join(fields) or "none"
         raise _bad(f"{', '.join(unknown)[:80]}: unknown; there is {known}")
@@ -79,7 +79,7 @@ def parse(fields: Fields, body: bytes) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _bad(text: str) -> HttpError:

@@ -2,8 +2,8 @@
 
 Every peer is one of the same user or root (`service` sees to that), and still none may cost the
 disk anything: what a request may hold, how long it may take to come, how long a reply may take to
-be taken, and how many connections there are, is bounded. Whatever breaks a limit or the protocol is
-answered if that is possible, and hung up on.
+be taken, and how many connections there are, is bounded. A client that breaks a limit or the
+protocol gets an answer if that is possible, and is disconnected.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The live objects of one running disk, and the only place of the API that looks into them.
 
-The data path has no hooks for this: what is shown is what it keeps for itself, read when somebody
+The data path has no hooks for this: what is shown is what it keeps for itself, read when a client
 asks. Where a part gives no public name to it, the private one is read here and nowhere else.
 """
 
@@ -123,7 +123,7 @@ class Live:
     # The cache.
 
     def prefetch(self, request: Request) -> None:
-        """Start a PREFETCH; whoever calls wants a turn."""
+        """Start a PREFETCH; the caller then wants a turn."""
         self.storage.target.submit(request)
 
     @property

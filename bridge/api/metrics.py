@@ -28,7 +28,7 @@ _SERVER_STATES: Final = ("connected", "leaving", "down", "failing", "closed")
 _CACHE_COUNTERS: Final = {
     "cache_fetches": ("fetches", "Reads of the server for misses and read-ahead."),
     "cache_fetched_bytes": ("fetched_bytes", "Bytes of those reads."),
-    "cache_readahead_bytes": ("readahead_bytes", "Bytes of those reads that nobody asked for yet."),
+    "cache_readahead_bytes": ("readahead_bytes", "Bytes of those reads, before the guest asks."),
     "cache_writeouts": ("writebacks", "Writes of dirty blocks to the server."),
     "cache_writeout_bytes": ("writeback_bytes", "Bytes of those writes."),
     "cache_writeout_errors": ("writeback_errors", "Those that failed; they are tried again."),

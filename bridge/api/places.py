@@ -54,7 +54,7 @@ def writable_directory() -> Path:
     problem = "there is none for this user (XDG_RUNTIME_DIR is not set)"
     for directory in directories():
         try:
-            # Its files are for their owners alone; a name may be looked up by everybody, so that
+            # Its files are for their owners alone; any user may look up a name, so that
             # a socket can be given to a group.
             directory.mkdir(mode=0o711, exist_ok=True)
         except OSError as error:
@@ -138,7 +138,7 @@ def _listen(path: Path) -> Listener:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Nobody else makes a control socket in `directory` meanwhile. Raises ConfigError."""
+    """No other bridge makes a control socket in `directory` meanwhile. Raises ConfigError."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

@@ -9,7 +9,7 @@ timed requests per second while much does.
 A request's time begins with the turn in which it was popped (`Loop.now`), and ends when the turn
 tells of its end; the used ring is published at the end of the same turn.
 
-While no requests come nothing here wakes the process.
+While the guest sends no requests, nothing here wakes the process.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Sampler:
         await self._active.wait()
 
     def _arm(self) -> None:
-        if self._active.is_set():  # Else somebody may wait for it already.
+        if self._active.is_set():  # Else a task may wait for it already.
             self._active = trio.Event()
         self._look()
         self._loop.add_poller(self)

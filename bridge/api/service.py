@@ -100,7 +100,7 @@ class Service:
                 self._listener.close()
 
     async def _accept(self, listening: socket.socket, nursery: trio.Nursery) -> None:
-        """Take connections for ever."""
+        """Take connections until cancelled."""
         while True:
             try:
                 sock, _ = listening.accept()

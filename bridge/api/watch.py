@@ -1,11 +1,11 @@
-"""What is only seen by looking now and then: slow requests, and the rate of write-out.
+"""Polled from time to time: slow requests, and the rate of write-out.
 
 While requests come, or something is dirty, this looks every half a second at what is in flight.
 Otherwise it waits for requests to come, and costs nothing.
 
 **Slow requests.** A request that was in flight at two looks which are `slow_s` apart is logged,
 with what it waits for, and again when it has ended. It costs nothing per request. While there is no
-server, or nothing may be sent to it, that is what the log says, and not each request. Not more than
+server, or nothing may be sent to it, the log says that instead of each request. Not more than
 `_LINES_MAX` requests are logged per `_LINES_PER_S`; the rest is counted in the next line.
 """
 

@@ -29,7 +29,7 @@ async def answer_of(
 ) -> int:
     """What `start` reports, -1 if it does not within a time.
 
-    For the start, when nobody looks after the connection yet: if it is lost, nothing answers.
+    For the start, when no task looks after the connection yet: if it is lost, nothing answers.
     """
     answer = -1
     ended = trio.Event()

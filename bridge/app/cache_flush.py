@@ -273,7 +273,7 @@ async def _flush_to(
     request = Request(FLUSH, 0, 0, [], to_be_set)
     with trio.move_on_at(deadline_s) as scope:
         await finished(cache, request, turn)
-    kept = f"what is missing is still in {file.path}"
+    kept = f"the rest is still in {file.path}"
     if over.changed:
         raise ChangedMeanwhile(f"{client.uri.text}: {over.changed}", kept)
     if scope.cancelled_caught or request.error:

@@ -61,7 +61,7 @@ def make_default_directory() -> None:
 def cache_identity(uri: NbdUri) -> Identity:
     """What a cache file must belong to, to be used for `uri`: the server and the export.
 
-    Our plugin's `@session=…` is no part of that: the next session of a volume finds its cache.
+    Our plugin's `@session=…` is not part of that: the next session of a volume finds its cache.
     """
     return Identity(uri=uri.server, export=VolumeName(uri.export_name).without_session)
 
@@ -86,7 +86,7 @@ def notes_directory() -> Path | None:
 
 
 def passed_over(uri: NbdUri, found: Found) -> ConfigError:
-    """For the operator: another cache file holds what the server has not, of this disk perhaps."""
+    """For the operator: another cache file, perhaps of this disk, holds data the server lacks."""
     which = "belongs to" if found.owned else "may belong to"
     return ConfigError(
         f"cache file {found.path} {which} the export {uri.text} and holds {found.dirty_bytes} "
@@ -141,7 +141,7 @@ async def locate_cache(uri: NbdUri, directory: str | None, export: Export) -> st
     else:
         path = own
     if export.sessions is None:
-        # Nobody would tell whoever uses them next that this one wrote.
+        # The server could not tell the next user of those files that this one wrote.
         others = [each for each in found if each.path != path and not each.in_use]
         _remove([each for each in others if each.same_server])
     return path

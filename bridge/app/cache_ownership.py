@@ -28,7 +28,7 @@ without an answer there is no start."""
 def unwritten(
     file: CacheFile, reason: str, remedy: Remedy = Remedy.FORCE_OR_GIVE_UP
 ) -> ConfigError:
-    """For the operator: the cache file holds what the server has not, and that is in the way."""
+    """For the operator: the cache file holds data that the server lacks, which is in the way."""
     return ConfigError(
         f"cache file {file.path} holds {dirty_bytes(file)} bytes that the server lacks, and "
         f"{reason}",
@@ -38,7 +38,7 @@ def unwritten(
 
 
 def check_export(cache: Cache, file: CacheFile, export: Export) -> None:
-    """What only the cache has must not be written over what somebody else wrote, or to another
+    """What only the cache has must not be written over what another host wrote, or to another
     volume, without being told to. Raises ConfigError."""
     if not cache.index.dirty_slots:
         return
@@ -58,7 +58,7 @@ def is_shared(export_name: str) -> bool:
 
 
 def note_export(cache: Cache, export: Export) -> None:
-    """Drop what is clean if somebody else wrote since; before anything is sent."""
+    """Drop the clean blocks if another host wrote since; before anything is sent."""
     if export.sessions is None:
         return
     reason = cache.foreign.foreign_change(*export.sessions, export.identity)
@@ -68,7 +68,7 @@ def note_export(cache: Cache, export: Export) -> None:
     if grew:
         reason = "the export was made longer"
     elif reason and (dirty := cache.index.dirty_blocks):
-        _log.error(f"{reason}: what only the cache has goes over it", dirty_blocks=dirty)
+        _log.error(f"{reason}: data that only the cache has overwrites it", dirty_blocks=dirty)
     if dropped := cache.foreign.note_export(*export.sessions, export.identity):
         _log.warning(f"{reason}: the clean part of the cache is discarded", blocks=dropped)
 
@@ -81,10 +81,10 @@ async def check_content(
     force: bool = False,
     limit_s: float = COMPARE_LIMIT_S,
 ) -> None:
-    """Compare what is clean in the cache with the export, before anything is sent: nobody may count
-    who wrote, or somebody may have written past the one who does.
+    """Compare the clean blocks of the cache with the export, before anything is sent: the server
+    may not count writers, or another host may have written past the one that does.
 
-    What is clean is dropped if it differs, or cannot be compared. With dirty data that is an error,
+    They are dropped if they differ, or cannot be compared. With dirty data that is an error,
     unless `force`: raises ConfigError, or ConnectionLost if the server does not answer.
     """
     dirty = cache.index.dirty_slots
@@ -96,7 +96,7 @@ async def check_content(
     if differing > 0 and dirty and not force:
         raise unwritten(
             file,
-            "the export is not as it was left: somebody else wrote it, or another image is in its "
+            "the export is not as it was left: another host wrote it, or another image is in its "
             f"place ({differing} blocks that were read or flushed before are different now)",
         )
     if differing > 0:
@@ -117,7 +117,7 @@ def note_changed_content(cache: Cache, differing: int) -> None:
     """For the operator: the clean part was dropped, since so many blocks of it differ."""
     if dirty := cache.index.dirty_blocks:
         _log.error(
-            "the export has changed since, and what only the cache has goes over it",
+            "the export has changed since, and data that only the cache has overwrites it",
             differing_blocks=differing,
             dirty_blocks=dirty,
         )
@@ -166,15 +166,15 @@ def _check_unused_file(path: str, client: Client) -> None:
         file = open_file(path)
     except InUse:
         if read_only:
-            return  # whoever has it writes the export, and we only look
+            return  # The process that has it writes the export, and we only read.
         raise
     try:
         if not believe(file):
             return
         if dirty_bytes(file):
-            raise unwritten(file, "it would be passed over", Remedy.FLUSH_OR_GIVE_UP)
+            raise unwritten(file, "the run would ignore it", Remedy.FLUSH_OR_GIVE_UP)
         if not read_only and client.export.sessions is None:
-            # Nobody would tell the next run that this one wrote.
+            # The server could not tell the next run that this one wrote.
             os.unlink(path)
             _log.warning("the cache file is removed, the export is written without it", path=path)
         expect_stale_writes(client, file, 0)

@@ -28,14 +28,14 @@ _LEAVE_S = 2.0
 passed already, and hanging up before aborts nbdkit 1.32."""
 
 _SAMPLE_BLOCKS = 64
-"""How many clean blocks are compared when a guest comes back to a server that counts nobody."""
+"""How many clean blocks are compared when a guest comes back to a server that counts no writers."""
 
 
 class Departure:
     """What the guest leaves here when it stops, and whether it may go on with it."""
 
     def __init__(self, client: Client, turn: Turn, *, go_on: Callable[[], None]) -> None:
-        """`go_on`: what is dirty may be sent on the present connection."""
+        """`go_on`: dirty data may be sent on the present connection."""
         self.opened: OpenCache | None = None
         """The cache, once there is one."""
         self._client = client
@@ -61,7 +61,7 @@ class Departure:
         """The guest has left, with everything flushed, and may go on through another bridge.
 
         A session that is ours alone excludes that. One that is shared for migration does not, and
-        has one number for all of it: what is clean here is not to be believed afterwards.
+        has one number for all of it: the clean blocks here must not be believed afterwards.
         """
         if self._cache is not None and is_shared(self._client.uri.export_name):
             self._cache.foreign.drop_clean()
@@ -71,7 +71,7 @@ class Departure:
         self._client.abandon()
         if self._cache is not None:
             for request in requests:
-                # A write is not stored any more; these have no such point. (With an error: it was
+                # A write is no longer stored; these have no such point. (With an error: it was
                 # not begun, and has ended.)
                 if request.op in (DISCARD, WRITE_ZEROES) and not request.error:
                     self._late.add(request)
@@ -98,7 +98,7 @@ class Departure:
         """The guest has stopped and may go on elsewhere before all that it wrote is at the server:
         nothing of it is sent from here any more, until `starting`.
 
-        What is dirty is marked in the cache file as frozen, and the session is left. Returns what
+        Dirty data is marked in the cache file as frozen, and the session is left. Returns what
         is left here, None if nothing is.
         """
         opened, file = self.opened, self._file
@@ -129,14 +129,14 @@ class Departure:
         path, dirty = self._file.path, dirty_bytes(self._file)
         return LeftBehind(
             f"the server did not take everything before the guest stopped: {dirty} bytes are kept "
-            f"in {path} and not sent any more",
+            f"in {path} and no longer sent",
             remedy=Remedy.GO_ON_HERE_OR_FLUSH,
             path=path,
         )
 
     def starting(self, go: Callable[[], None]) -> bool:
         """The guest starts a ring. False if it has to wait until `go` is called: the session was
-        left, and has to be entered again without that anybody else has written meanwhile."""
+        left and has to be entered again first, and no other host may have written meanwhile."""
         if not self.is_away:
             return True
         self._go = go
@@ -171,15 +171,15 @@ class Departure:
             if writer is None:
                 return "others in the same session may have written the export since"
             if writer != self._client.client_id:
-                return "somebody else wrote the export since"
+                return "another host wrote the export since"
         return ""
 
     def _judge_sample(self, differing: int) -> None:
-        """The same where the server counts nobody: what is cached and clean was compared."""
+        """The same where the server counts no writers: clean cached blocks were compared."""
         if not self._client.is_wanted:
             return  # The guest has stopped again meanwhile.
         if differing > 0:
-            self._refuse_return("somebody else wrote the export since")
+            self._refuse_return("another host wrote the export since")
         elif not differing and self.is_away:
             self._thaw()
         # No answer: the connection is lost again, and the next one is asked.
@@ -190,7 +190,7 @@ class Departure:
         self._refused.set()
 
     async def watch_refusal(self) -> None:
-        """The disk cannot be served: whoever decides what counts needs the cache file."""
+        """The disk cannot be served: the operator decides what counts, and needs the cache file."""
         await self._refused.wait()
         assert self._refusal is not None
         raise self._refusal
@@ -201,7 +201,7 @@ class Departure:
         assert opened is not None
         assert file is not None
         if file.header.frozen:
-            _log.info("the guest is back, and nobody else wrote: what was kept is sent")
+            _log.info("the guest is back, and no other host wrote: what was kept is sent")
             file.save_header(frozen=False)
         self.is_away = False
         opened.refuse(0)
@@ -213,4 +213,4 @@ class Departure:
 
 
 def _go_nowhere() -> None:
-    """Nobody waits."""
+    """For when no reconnect waits."""

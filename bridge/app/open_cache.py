@@ -27,7 +27,7 @@ FILE_LIMIT_S = 5.0
 
 
 async def close_file(file: CacheFile, *, clean: bool, dirty: bool, limit_s: float) -> str:
-    """Close `file`, in a thread: a stuck disk must not hold a stop for ever.
+    """Close `file`, in a thread: a stuck disk must not hold up a stop without end.
 
     Returns "", or that the file could not be closed in time, for the operator. A file system that
     refuses is only logged: unless something is dirty, nothing is missing.
@@ -47,7 +47,7 @@ async def close_file(file: CacheFile, *, clean: bool, dirty: bool, limit_s: floa
     except OSError as error:
         _log.error(
             "the cache file cannot be kept"
-            + (", and it holds what the server has not" if dirty else ", it is removed"),
+            + (", and it holds data that the server lacks" if dirty else ", it is removed"),
             path=file.path,
             reason=error.strerror,
         )
@@ -72,7 +72,7 @@ class OpenCache:
         """None: it is closed."""
         self.cold: ThreadedCold | None = None
         self.is_closed = False
-        """Nothing touches the file any more."""
+        """No code touches the file from here on."""
         try:
             _note(file)
             cold = self.cold = ThreadedCold(loop.turn)

@@ -1,7 +1,7 @@
 """The storage side of a disk: the NBD client, and the cache over it where there is one.
 
 `Storage` connects the client, opens the cache file, and gives the disk something to submit to.
-At the end it brings what is dirty to the server within a limit; what cannot be brought there
+At the end it brings dirty data to the server within a limit; what cannot be brought there
 stays in the cache file, marked and synced, and goes to the server at the next start.
 """
 
@@ -79,7 +79,7 @@ class Storage:
         self._uri = uri
         self._loop = loop
         self.turn = loop.turn
-        """Whoever submits outside of a turn ends it: `turn.end()`."""
+        """A caller that submits outside of a turn ends it: `turn.end()`."""
         self._read_only = options.read_only
         self._settings = cache
         self._cached: OpenCache | None = None
@@ -127,7 +127,7 @@ class Storage:
         # While all is there to compare: what the counters say may drop the clean part.
         await check_content(cache, file, self.turn)
         if export.sessions and export.sessions[0] == file.header.export_generation:
-            # Somebody kept the session open that this cache belongs to, and may have written.
+            # Another client kept the session of this cache open, and may have written.
             self.departure.may_be_written_elsewhere()
         note_export(cache, export)
         if await self._resize(cache, export.usable_bytes) != 0:
@@ -147,7 +147,7 @@ class Storage:
         """See client.Above. Why what only the cache has must not go there; "": it may.
 
         Until then there is no connection, for all that the guest sees, and every further attempt
-        asks again: whoever started a server on the wrong image by mistake can mend that.
+        asks again: an operator who started a server on the wrong image can mend that.
         """
         self._was_compared = False
         cache, file = self._cache, self._file
@@ -169,7 +169,7 @@ class Storage:
             self._was_compared = True
             if differing:
                 reason = (
-                    "the export is not as it was left: somebody else wrote it, or another image is "
+                    "the export is not as it was left: another host wrote it, or another image is "
                     "in its place"
                 )
         if reason and reason != self._objection:
@@ -197,7 +197,7 @@ class Storage:
             self._above.resized(export.usable_bytes)
 
     def _go_on(self) -> None:
-        """What is dirty may be sent on this connection."""
+        """Dirty data may be sent on this connection."""
         cache = self._cache
         assert cache is not None
         cache.upstream_reconnected()
@@ -244,7 +244,7 @@ class Storage:
 
     def inherit(self, unflushed_on: int) -> bool:
         """A guest comes that ran with another process, which may have left something unflushed on
-        the server instance of that mark (0: nobody knows). True if it may be lost by now."""
+        the server instance of that mark (0: unknown). True if it may be lost by now."""
         link = self.client.link
         if not self.has_cache and not self._read_only:
             link.expect_unflushed()
@@ -288,7 +288,7 @@ class Storage:
         return self.departure.is_away or bool(self._objection)
 
     async def close(self, limit_s: float) -> BridgeError | None:
-        """Bring what is dirty to the server, if that can be done within `limit_s`, and hang up.
+        """Bring dirty data to the server, if that can be done within `limit_s`, and hang up.
 
         What the cache still reads is waited for: hanging up with requests in flight aborts
         nbdkit 1.32. A quarter of the limit is kept for that, if the client's own is not shorter.

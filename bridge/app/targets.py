@@ -95,7 +95,7 @@ class CacheTarget:
         self._cache = cache
         self._engine = engine
         self.hits = cache.hits
-        self.submit = cache.submit_slowly  # whoever submits has asked for a hit before
+        self.submit = cache.submit_slowly  # The caller has asked for a hit before.
 
     def usual(self, wrote: Callable[[], None]) -> Usual | None:
         """See disk.DiskTarget."""

@@ -5,8 +5,7 @@
   it needs of the server.
 - `blocks`: the states of a block, and the only code that changes them; `index`: granule → slot, in
   flat arrays; `eviction`: which clean granule goes when room is needed; `slots`: both in step.
-- `reads`, `fetch`, `readahead`: reads that are no hit; `cold`: blocks that left the page
-  cache.
+- `reads`, `fetch`, `readahead`: reads that miss; `cold`: blocks that left the page cache.
 - `writes`: guest writes into the cache, and when each is complete; `waiting_writes`: what the
   others wait for.
 - `writeback`, `dirty_ring`, `runs`, `pace`, `wait`, `flush`: dirty blocks to the server, in which

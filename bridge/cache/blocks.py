@@ -100,7 +100,7 @@ TRANSITIONS: Final[dict[Event, dict[State, State]]] = {
         # Whatever else the slot holds is not covered.
         **{each: each for each in (_S.ABSENT, _S.CLEAN, _S.DIRTY, _S.SENDING, _S.REWRITTEN)},
     },
-    # What was written to, sent or dropped since the flush was sent is not covered any more.
+    # What was written to, sent or dropped since the flush was sent is no longer covered.
     Event.FLUSH_OK: {
         _S.FLUSHING: _S.CLEAN,
         **{each: each for each in State if each is not _S.FLUSHING},
@@ -172,7 +172,7 @@ class Blocks:
         return self.sent[slot] & ~self.inflight[slot]
 
     def state_of(self, slot: int, block: int) -> State:
-        """The state of one block. Raises ValueError for bits that are no state."""
+        """The state of one block. Raises ValueError for bits that name no state."""
         bit = 1 << block
         dirty, sent, inflight, covered = (
             bool(bits & bit)

@@ -1,4 +1,4 @@
-"""Reads of cached blocks that are not in the page cache any more.
+"""Reads of cached blocks that are no longer in the page cache.
 
 A page fault would stop the whole loop for as long as the disk takes. So when a block is not
 believed resident, mincore(2) is asked, and a block that is on the disk only is read by a thread;

@@ -75,7 +75,7 @@ class Evictor:
         self._length[_MAIN] = count
 
     def remove(self, slot: int) -> None:
-        """`slot` holds nothing any more."""
+        """`slot` is empty now."""
         self._unlink(slot)
         self._queue[slot] = _NONE
 

@@ -69,7 +69,8 @@ class Flusher:
         self.due: float | None = None
         """When the timer fires; None: nothing was written since the last flush."""
         self.writes = 0
-        """Raised by every write that changes what is dirty or sent, and by every discard."""
+        """Raised by every write that changes which blocks are dirty or sent, and by every
+        discard."""
 
     @property
     def running(self) -> bool:

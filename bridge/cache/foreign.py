@@ -1,6 +1,6 @@
-"""Did the export change without us, and what of the cache is to be believed then?
+"""Did the export change without us, and which part of the cache may still be believed?
 
-What is clean is a copy: it is dropped when somebody else wrote. What is dirty never is.
+Clean blocks are copies: they are dropped when another host wrote. Dirty blocks never are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ForeignChanges:
         if renamed or generation < known:
             return "the export is another volume now, of the same name"
         if written > known:
-            return "somebody else wrote the export since"
+            return "another host wrote the export since"
         return ""
 
     def note_export(self, generation: int, written: int, identity: bytes) -> int:

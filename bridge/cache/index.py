@@ -36,7 +36,7 @@ _NO_WORDS = bytes(8 * _SLOTS_AT_A_TIME)
 
 
 class Index(Blocks):
-    """The slots of one cache file. `granule` and `slot` are numbers, 0 is no slot."""
+    """The slots of one cache file. `granule` and `slot` are numbers; 0 means none."""
 
     def __init__(self, image: Image) -> None:
         geometry = image.geometry

@@ -7,7 +7,8 @@ from bridge.cache.dirty_ring import DirtyRing
 
 
 class Pace:
-    """Of one cache's write-out, which nobody waits for: by age, by amount, with pauses."""
+    """The pace of one cache's write-out, which no request waits for: by age, by amount, with
+    pauses."""
 
     def __init__(self, common: Common, ring: DirtyRing) -> None:
         self._common = common

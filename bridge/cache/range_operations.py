@@ -108,7 +108,7 @@ class RangeOperations:
         self._flusher = flusher
         self._shift = common.index.granule_shift - common.index.block_shift
         self.written_out: list[RangeOperation] = []
-        """Those whose range has no write-out in flight any more."""
+        """Those whose range no longer has a write-out in flight."""
         self._ended: list[RangeOperation] = []
         """Those that have ended, and that something waited for."""
 
@@ -244,8 +244,8 @@ class RangeOperations:
         self._common.turn.finish(each.outcome, error)
 
     def _drop(self, each: RangeOperation, error: int) -> None:
-        """Forget the range. After an error it is unknown what the server did: what is dirty stays,
-        what is clean may differ from what the server has now."""
+        """Forget the range. After an error it is unknown what the server did: dirty blocks
+        stay, clean ones may differ from what the server has now."""
         index = self._index
         per_granule = 1 << self._shift
         for slot in self._slots_of(each):

@@ -1,4 +1,4 @@
-"""Reads that are no plain hit: misses, blocks that left the page cache, mixtures."""
+"""Reads that are not plain hits: misses, blocks that left the page cache, mixtures."""
 
 from __future__ import annotations
 

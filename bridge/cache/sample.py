@@ -6,9 +6,9 @@ by another client. One exception: where a discard was under way, or was not flus
 have zeroes.
 
 Our plugin counts writable sessions, so there the answer is exact, as long as nothing writes behind
-its back. Where it is not, this finds what changed much (an image restored, a disk reinstalled, a
-file system mounted elsewhere), not a single changed block. What is dirty here cannot be compared:
-what the server had there before is not known.
+its back. Elsewhere, this finds large changes (an image restored, a disk reinstalled, a file system
+mounted on another host), not a single changed block. Dirty blocks cannot be compared: what the
+server had there before is unknown.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Upstream(Protocol):
 
     @property
     def gone(self) -> bool:
-        """There is no connection, and requests do not wait for one any more: they fail."""
+        """There is no connection, and requests no longer wait for one: they fail."""
 
     def submit(self, request: Request) -> None:
         """Start `request`; it finishes through its `done`. Never raises, never blocks."""

@@ -128,7 +128,7 @@ class Queue:
     """Heads that were pushed since the last publication, 16 bits."""
     owner: RowOwner | None
     native: object
-    """What the compiled engine keeps of all this; None, to be set by whoever replaces any of it.
+    """What the compiled engine keeps of all this; None, set by the code that replaces any of it.
     False: nothing is served by it."""
 
     def __init__(self, size: int) -> None:

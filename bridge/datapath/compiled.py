@@ -79,7 +79,7 @@ class CompiledTurns:
         start, end, n_bytes = received
         usual.turned(start, end, n_bytes, unsent)
         if n_bytes:
-            self._turn.wanted = True  # Whoever counts what was answered is to look.
+            self._turn.wanted = True  # The stages that count answers are to look.
         if not flags & _INCOMPLETE:
             self._turn.end()
             return Turns(not flags, flags == BUDGET, naps, ready)

@@ -1,6 +1,6 @@
 """When something without a task of its own has to be called next.
 
-What the cache is to do at which time follows from what its requests did. Nobody tells of that:
+What the cache is to do at which time follows from what its requests did. No call reports that:
 before the loop sleeps, and now and then while it is busy, the deadline is looked at once more, and
 a task that waits for a later one is woken. The task is one of trio, so that a test with a clock of
 its own needs nothing else.

@@ -5,15 +5,15 @@ what a server lacks. It adds the periodic flush timer; requests go on untouched,
 object of their own, except for flushes; a back-end with a cache may serve `hits` without any.
 
 **The flush timer.** A guest that never flushes would leave its writes in the server's volatile
-cache for ever. The first write after a flush arms a timer; when it fires, everything is flushed.
+cache without end. The first write after a flush arms a timer; when it fires, everything is flushed.
 A guest's own flush clears it. A timed flush that fails is logged, counted and tried again, and
 the guest's next flush fails, too: a server that could not flush may have dropped what it had, and
 the storage side says so only once.
 
 Of the flushes that the guest did not send (the timer's, the last one before a stop, the one when
 it turns its write cache off) one is in flight at a time: while the server is away they would pile
-up. Whoever wants one meanwhile shares the next, or the same one if nothing was written since (a
-cache that holds something may have got it since, from a write that was submitted long before).
+up. A caller that wants one meanwhile shares the next, or the same one if nothing was written since
+(a cache that holds something may have got it since, from a write submitted long before).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DiskTarget(Target, Protocol):
 
     @property
     def holds_writes(self) -> bool:
-        """It holds what the server has not, perhaps from before this process: a cache."""
+        """It holds data that the server lacks, perhaps from before this process: a cache."""
 
     @property
     def hits(self) -> Hits | None:
@@ -197,7 +197,7 @@ class Disk:
         if flush.error and was_armed and self._deadline_s is None:
             self._arm_timer()
         if request.is_abandoned:
-            # Nobody hears of it. (ECANCELED: it did not come to pass, which harms nothing.)
+            # The guest does not hear of it. (ECANCELED: it was not carried out. No harm.)
             if flush.error not in (0, ECANCELED):
                 self._note_failure(flush.error)
             self._flush_ended(flush.error)
@@ -239,7 +239,7 @@ class Disk:
             self._flush_internally(_ignore)
 
     def flush_now(self) -> None:
-        """The timer fired: flush, whoever else does."""
+        """The timer fired: flush, even if others do."""
         self.timed_flushes += 1
         self._flush_internally(self._timed_flush_done)
 
@@ -252,7 +252,7 @@ class Disk:
     async def flush(self, *, quiet: bool = False) -> int:
         """Bring what was written to the server and flush it, for a clean stop; 0 or an errno.
 
-        Failure is logged, unless `quiet`; when cancelled, the flush goes on without anybody
+        Failure is logged, unless `quiet`; when cancelled, the flush goes on without a caller
         waiting for it.
         """
         target = self._target
@@ -312,7 +312,7 @@ class Disk:
             self._unreported_error = errno
 
     async def run_flush_timer(self) -> None:
-        """Fire the timer whenever it is due, for ever."""
+        """Fire the timer whenever it is due, until cancelled."""
         while True:
             deadline_s = self._deadline_s
             left_s = inf if deadline_s is None else deadline_s - self._now()
@@ -328,4 +328,4 @@ class Disk:
 
 
 def _ignore(flush: Request) -> None:
-    """Nobody waits for it; a failure is told by the guest's next flush."""
+    """No request waits for it; the guest's next flush tells of a failure."""

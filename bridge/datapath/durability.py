@@ -3,7 +3,7 @@
 Theory. Every change that the server acknowledged without making it durable is counted: `answered`
 is that count. The mark `flushed` on it says up to where nothing can be lost any more.
 
-An **epoch** ends when the server may have dropped what it had only acknowledged, whoever's it was:
+An **epoch** ends when the server may have dropped what it had only acknowledged, for any client:
 
 - a FLUSH failed, or a change with FUA: a Linux server whose fsync fails drops what was to be
   written, and says so once;
@@ -14,7 +14,7 @@ epoch may have been executed before it and be answered after it, so it has to be
 flush that was in flight then vouches for nothing. A change of several commands is good if all of
 them were sent in the epoch in which the last one is answered.
 
-So whoever sends something remembers the epoch, and compares when the answer comes. What a lost
+So the sender of a change remembers the epoch, and compares when the answer comes. What a lost
 epoch leads to depends on the layer:
 
 - `ReportingDurability`: the NBD client alone has nothing that it could send again. A loss has to be
@@ -48,7 +48,7 @@ from hashlib import blake2b
 from typing import Final, Protocol
 
 BEFORE: Final = 1
-"""What was answered before this process, as far as anybody knows."""
+"""What was answered before this process, as far as is known."""
 _MARK_BYTES: Final = 7
 
 
@@ -160,7 +160,7 @@ class ReportingDurability(Durability):
         return self._ended + self._failed_now
 
     def settled(self, answered: int) -> bool:
-        """Whoever waited for what has been answered was told of it.
+        """The callers that waited for what has been answered were told of it.
 
         True if `turn_over` has to be called at the end of this turn.
         """
@@ -188,8 +188,8 @@ class ReportingDurability(Durability):
         self._told = max(self._told, answered)
 
     def nothing_before(self) -> None:
-        """Nobody has a promise from before this process: the disk is only read, or its guest has
-        just begun."""
+        """The guest has no promise from before this process: the disk is only read, or the guest
+        has just begun."""
         self._flushed = max(self._flushed, BEFORE)
         self._told = max(self._told, BEFORE)
 

@@ -2,8 +2,8 @@
 
 x86 lets a load pass an earlier store. A device that stores `avail_event` and then loads
 `avail.idx` (or stores `used.idx` and then loads `used_event`) without a full barrier in between
-can miss a kick (or a call) for ever. An uncontended lock's acquire and release are locked
-instructions, which are full barriers on x86 and acquire/release on ARM.
+can miss a kick (or a call), and both sides wait. An uncontended lock's acquire and release are
+locked instructions, which are full barriers on x86 and acquire/release on ARM.
 """
 
 from __future__ import annotations

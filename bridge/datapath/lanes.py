@@ -7,7 +7,7 @@ came: a turn of the loop begins only so much of it, and the rest waits for a lat
 something to end. A request that is longer than a piece is begun piece by piece.
 
 Reads, writes and range operations have a lane each: writes that wait for room in the cache, or
-discards that wait for the server, are in nobody else's way.
+discards that wait for the server, do not hold up the other lanes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Lane:
         self._go_on()
 
     def ended(self, n_bytes: int) -> None:
-        """So much is not in flight any more."""
+        """This much is no longer in flight."""
         self.in_flight_bytes -= n_bytes
         if self._waiting:
             self._go_on()

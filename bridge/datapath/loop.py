@@ -145,7 +145,7 @@ class Loop:
         return self._worked
 
     def wake(self) -> None:
-        """Look at every poller soon, whoever calls."""
+        """Look at every poller soon; may be called from any task."""
         if self.turn.asleep:
             self.turn.asleep = False
             os.eventfd_write(self._wake_fd, 1)

@@ -87,10 +87,10 @@ class Request:
         self.progress = 0
 
     def abandon(self, done: Callable[[Self], None], scratch: memoryview) -> None:
-        """Nobody waits for this request any more, and its buffers are not its own any more.
+        """The guest no longer waits for this request, and its buffers are no longer its own.
 
         It may still come to its end, which `done` is told of: a READ lands in `scratch`, a WRITE
-        whose bytes are still needed fails. Whoever keeps views of the buffers has to be told.
+        whose bytes are still needed fails. Parts that keep views of the buffers have to be told.
         """
         self._abandoned = True
         self.done = done

@@ -1,6 +1,6 @@
 """One turn of a loop: what has finished, what goes on from there, and what is put off to the end.
 
-**Rule: completions are a list, never a call inside a call.** Whoever finishes something calls
+**Rule: completions are a list, never a call inside a call.** Code that finishes something calls
 `finish`, which only notes it; `settle` tells the owners, in the order in which things finished.
 So `submit()` never finishes anything before it returns, no stack grows with the number of requests
 that wait for one another, and what a server's reply sets off does not run in the middle of the
@@ -12,10 +12,10 @@ what can be done now. That repeats until nothing moves, so that reply → decisi
 needs no further turn. Then follows what was put off with `at_end`: one `sendmsg` per connection,
 one publication per ring. Between turns both lists are empty.
 
-Stages are asked only if something has finished, or somebody `wants` it: **who puts something where
-a stage will look for it says so.** A turn that brought nothing but hits in the cache asks none:
-that would cost such a request up to 9 %. `checks_stages` is for tests: stages that are not asked
-are asked all the same, and must have had nothing to do.
+Stages are asked only if something has finished, or a caller `wants` it: **code that puts something
+where a stage will look for it says so.** A turn that brought nothing but hits in the cache asks
+none: that would cost such a request up to 9 %. `checks_stages` is for tests: stages that are not
+asked are asked all the same, and must have had nothing to do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ queue is bounded by the guest's rings (65,536 requests): more is a loop of ours.
 
 
 def _owner_failed(finished: Finished, error: Exception) -> None:
-    """A bug of ours in what an end sets off: it costs whoever waits for that end, and nobody else.
+    """A bug of ours in what an end sets off: only the owner that waits for that end pays.
 
     Only an assertion that does not hold ends the process: nothing can be believed any more then.
     """
@@ -43,7 +43,7 @@ def _owner_failed(finished: Finished, error: Exception) -> None:
 
 
 def _nobody_sleeps() -> None:
-    """Somebody ends the turns anyway."""
+    """For a loop that never sleeps: the turns are ended anyway."""
 
 
 class Finished(Protocol):
@@ -54,7 +54,7 @@ class Finished(Protocol):
 
 
 class Outcome:
-    """The end of something that is no request: `done(outcome)` is called once, `error` is 0 or an
+    """The end of something other than a request: `done(outcome)` is called once, `error` is 0 or an
     errno by then."""
 
     __slots__ = ("done", "error")
@@ -83,15 +83,15 @@ class Turn:
     )
 
     def __init__(self, woken: Callable[[], None] = _nobody_sleeps) -> None:
-        """`woken()` is called when there is something to do while whoever ends the turns is
-        `asleep`."""
+        """`woken()` is called when there is something to do while the loop that ends the turns
+        is `asleep`."""
         self.finished: list[Finished] = []
         """What has ended and was not told of. Who appends here directly (the parser of replies, for
         speed) sets `error` first. Another list after each round."""
         self.number = 0
         """Of the turn, from 1; for budgets per turn."""
         self.asleep = False
-        """Nobody ends a turn until `woken` was called. Set by whoever ends them."""
+        """No turn ends until `woken` was called. Set by the loop that ends them."""
         self._running = False
         self.wanted = False
         """The stages are to be asked. Set directly, for speed, by who is called within a turn or by
@@ -118,8 +118,8 @@ class Turn:
             self._woken()
 
     def want(self) -> None:
-        """Have a turn soon that asks the stages. Whoever submits something outside a turn says so,
-        since it may have only moved into a queue that a stage looks at."""
+        """Have a turn soon that asks the stages. A caller that submits something outside a turn
+        calls this: it may have only moved into a queue that a stage looks at."""
         self.wanted = True
         if self.asleep:
             self._woken()
@@ -132,7 +132,7 @@ class Turn:
             self._woken()
 
     def next_turn(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once in the next turn: long work goes on there, and everybody else has
+        """Call `callback` once in the next turn: long work goes on there, and all other work has
         a chance before."""
         self._next.append(callback)
         if self.asleep:

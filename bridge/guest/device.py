@@ -6,11 +6,11 @@ this module's own: rings that have to stop, or whose memory changes, are drained
 that was answered is a promise to the host that opens the image next.
 
 **A stop.** What a ring has popped is answered; what is still unanswered at the limit is
-*abandoned*: nothing touches its buffers any more, and what was not sent of it never is. With an
+*abandoned*: nothing touches its buffers from then on, and unsent parts are never sent. With an
 in-flight region it stays in that, neither completed nor failed, and is executed when the ring runs
 again; without one it fails, for that ring alone.
 
-**The last stop.** When no ring runs any more the guest may go on elsewhere: see `last_stop`.
+**The last stop.** When the last ring has stopped the guest may go on elsewhere: see `last_stop`.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class BlkDevice:
     async def _use_memory(self, memory: GuestMemory) -> None:
         """Change the memory while no request uses what goes away; rings go on in the new one.
 
-        A request that takes too long is no reason to fail it: it keeps the mapping that it
+        A request that takes too long does not make this fail: it keeps the mapping that it
         uses, which the guest has given up. Those elsewhere are not even waited for: QEMU's main
         loop would stand still for them while the server is away.
         """
@@ -388,7 +388,7 @@ class BlkDevice:
         return self._requests_of_closed + sum(ring.requests for ring in self._rings.values())
 
     async def run(self) -> None:
-        """Look after rings without a kick descriptor, for ever."""
+        """Look after rings without a kick descriptor, until cancelled."""
         while True:
             if any(ring.must_be_polled for ring in self._rings.values()):
                 self._loop.wake()

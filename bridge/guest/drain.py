@@ -1,4 +1,4 @@
-"""How long what stops may be waited for: everything within one limit, whatever comes one by one.
+"""How long to wait for rings that stop: one limit for a series of stops.
 
 QEMU's main loop waits for the answer to a stop without a limit of its own, and stops the rings of a
 device one after the other. So a series of stops has one limit, not each of them. What comes right
@@ -64,7 +64,7 @@ class Drain:
         return not scope.cancelled_caught
 
     async def last(self, bring: Callable[[], Awaitable[None]], deadline_s: float) -> bool:
-        """What is done after the last ring has stopped; whether it ended in time, and was not
+        """The work after the last ring has stopped; whether it ended in time, and was not
         cancelled. Raises what `bring` does."""
         deadline_s = max(deadline_s, trio.current_time() + self._least_s)
         with trio.CancelScope(deadline=deadline_s) as scope:

@@ -19,7 +19,7 @@ class GuestFaults:
         self.counts["a broken ring"] += 1
         count = self.counts["a broken ring"]
         if not count & (count - 1):
-            # A guest can reset its disk and break it again for ever: said at 1, 2, 4, 8 …
+            # A guest can reset its disk and break it again without end: said at 1, 2, 4, 8 …
             _log.error("a ring broke, it is stopped", ring=index, reason=reason, count=count)
 
     def bad_request(self, problem: str) -> None:

@@ -1,12 +1,12 @@
 """What is promised when the last ring of a device has stopped.
 
-When no ring runs any more the guest may go on elsewhere. So everything that it wrote is brought to
-the server and flushed first (`Above.all_stopped`). If that does not succeed within the limit the
-storage side sees to it that nothing of the guest's is sent from here any more
-(`Above.left_behind`), and when something is left here that the next host would miss the stop
-is not answered with success: LeftBehind, and the session says no, or hangs up. What was left in an
-in-flight region counts as missing while the dirty log is on: such a region does not migrate, and
-neither does what the guest has still to be told of a loss.
+Then the guest may go on elsewhere. So everything that it wrote is brought to the server and flushed
+first (`Above.all_stopped`). If that does not succeed within the limit, the storage side sends
+nothing more of the guest's (`Above.left_behind`), and when something is left here that the next
+host would miss, the stop is not answered with success: it raises LeftBehind, and the session
+refuses the message, or hangs up. What was left in an in-flight region counts as missing while the
+dirty log is on: such a region does not migrate, and neither does a loss that the guest has not been
+told of.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the process after this one has to know of a guest: it is kept in the in-flight region.
+"""What the next process has to know of a guest: it is kept in the in-flight region.
 
 The requests that a ring has popped and not answered are there, and what no message says again: the
 write cache was turned off, a loss is not told yet, something is unflushed on a server instance.
@@ -102,13 +102,13 @@ class Remembered:
         return sum(self._left.values())
 
     def clear(self) -> None:
-        """The driver has forgotten what it had in flight, and uses that memory again."""
+        """The driver has forgotten its requests in flight, and uses their memory again."""
         if self.region is not None:
             self.region.clear()
         self._left.clear()
 
     def forget(self) -> None:
-        """The region is not in use any more."""
+        """The region is no longer in use."""
         self.region = None
         self.has_inherited = False
         self._source = None

@@ -94,7 +94,7 @@ class RunningRing:
             self._start_recovered()
 
     def _start_recovered(self) -> None:
-        """Execute again what was in flight when the ring ran last."""
+        """Execute the requests again that were in flight when the ring ran last."""
         if recovered := self._queue.recovered():
             self.requests += len(recovered)
             self._engine.start_again(self, recovered)
@@ -179,7 +179,7 @@ class RunningRing:
         return self._engine.adopt(self, head, cookie, row, self._flat.views)
 
     def _adopt_all(self) -> None:
-        """What is in flight becomes requests."""
+        """Rows in flight become requests."""
         if self._usual is not None:
             self._usual.adopt_all()
 
@@ -205,7 +205,7 @@ class RunningRing:
         self._call_fd = None
         _log.error(
             "writing to the call eventfd of a ring blocked: the front-end has changed it, and gets "
-            "no more calls on it"
+            "no more calls"
         )
 
     def arm(self) -> bool:
@@ -225,7 +225,7 @@ class RunningRing:
                 self._log.mark_ring()
 
     def _break(self, reason: str) -> None:
-        """The guest broke the ring: it is not served any more; the other rings are."""
+        """The guest broke the ring: it is no longer served; the other rings are."""
         self.is_broken = True
         self._set_popping()
         if self._error_fd is not None:
@@ -236,7 +236,7 @@ class RunningRing:
 
     @property
     def must_be_polled(self) -> bool:
-        """The guest sends no kicks: somebody has to wake the loop."""
+        """The guest sends no kicks: the device has to wake the loop."""
         return self._kick_fd is None and self._popping
 
     @property
@@ -322,11 +322,11 @@ class RunningRing:
 
     @property
     def keeps_in_flight(self) -> bool:
-        """What is not answered when the ring is closed is executed when it runs again."""
+        """Requests unanswered when the ring is closed are executed when it runs again."""
         return self._queue.keeps_in_flight and not self.is_broken
 
     def unanswered(self) -> list[BlkRequest]:
-        """What the storage side has of this ring, oldest first."""
+        """The requests of this ring that the storage side has, oldest first."""
         return self._engine.unanswered(self)
 
     def uses(self, regions: list[Region]) -> bool:
@@ -346,7 +346,7 @@ class RunningRing:
         self._engine.fail(requests)
 
     def move(self, memory: GuestMemory, areas: RingAreas | None) -> None:
-        """The guest's memory was mapped anew; without `areas` the ring is not in it any more,
+        """The guest's memory was mapped anew; without `areas` the ring is no longer in it,
         and is broken."""
         self._adopt_all()
         if areas is not None:
@@ -369,7 +369,7 @@ class RunningRing:
         if self._publishing:
             self._publish()
         if not self.is_broken:
-            # Whoever serves the ring next finds a driver that kicks.
+            # The back-end that serves the ring next finds a driver that kicks.
             self._queue.arm()
             if self._log is not None:
                 self._log.mark_ring()

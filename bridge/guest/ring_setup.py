@@ -39,7 +39,7 @@ def make_queue(
     """The virtqueue `index` as `setup` describes it. Raises ProtocolError if it cannot be one."""
     packed = bool(features & F_RING_PACKED)
     if not 0 < setup.size <= max_size or (setup.size & (setup.size - 1) and not packed):
-        raise ProtocolError(f"ring size {setup.size} is no power of two up to {max_size}")
+        raise ProtocolError(f"ring size {setup.size} is not a power of two up to {max_size}")
     areas = ring_areas(memory, setup, packed=packed)
     event_idx = bool(features & F_EVENT_IDX)
     indirect = bool(features & F_INDIRECT)

@@ -39,7 +39,7 @@ class Aligner:
     __slots__ = ("finish", "send")
 
     def __init__(self, send: Send, finish: Finish) -> None:
-        """`send` takes the aligned ones; `finish(request, error)` ends what was asked for."""
+        """`send` takes the aligned ones; `finish(request, error)` ends the request."""
         self.send = send
         self.finish = finish
 

@@ -1,7 +1,7 @@
-"""Which changes may go now: kept out of each other's way, and out of that of old ones.
+"""Which changes may go now: overlapping ones wait for each other, and for what may be stale.
 
-Changes pass each other only where somebody could make them do so: with several channels, or blocks
-that are read, modified and written (`ordered`). Then those that overlap go one by one. And they
+Changes pass each other only where they can be reordered: with several channels, or blocks that
+are read, modified and written (`ordered`). Then those that overlap go one by one. And they
 keep out of where the server may still do something old: what was left behind by lost connections,
 for a time (`GraceSpans`), and what unanswered commands of abandoned requests do. Otherwise they
 need not come here: that is what `fast_write_bytes` says.
@@ -85,7 +85,7 @@ class Changes:
         self.ordered = False
         """They could pass each other."""
         self.stale_possible = False
-        """The server may execute what was sent on connections that are lost."""
+        """The server may execute commands sent on connections that are lost."""
         self._fenced = False
         """It executes nothing of a lost connection once there is a new one."""
         self._most_bytes = 0
@@ -121,7 +121,7 @@ class Changes:
             self._begin(change)
 
     def advance(self) -> bool:
-        """See `Stage`: begin what may go by now."""
+        """See `Stage`: begin the changes that may go by now."""
         gone = self._overlaps.gone
         if not gone:
             return False
@@ -187,7 +187,9 @@ class Changes:
         self._turn.want()
         self._hold([WHOLE_DISK], now + self._grace_s)
         if self._grace_s:
-            _log.info("the process before may have left writes: ours wait", seconds=self._grace_s)
+            _log.info(
+                "the previous process may have left writes: new writes wait", seconds=self._grace_s
+            )
 
     @property
     def may_be_left(self) -> bool:

@@ -72,9 +72,9 @@ class Channels:
         self.alone: Channel | None = None
         """Where commands go, if that is one place; None: see `send`."""
         self.on_trial = False
-        """Nothing is sent but what is tried: see `trial`."""
+        """Only commands on trial, and probes, are sent: see `trial`."""
         self.given_up = False
-        """There is no connection, and what comes fails."""
+        """There is no connection, and new commands fail."""
         self.fail_errno = errno.EIO
         self.waiting: list[Request] = []
         """Commands that were not sent."""
@@ -86,7 +86,7 @@ class Channels:
 
     @property
     def fails(self) -> bool:
-        """What comes fails at once; it must not wait for the end of a grace time."""
+        """New commands fail at once; they must not wait for the end of a grace time."""
         return self.given_up or self.phase is Phase.CLOSED
 
     @property
@@ -117,7 +117,7 @@ class Channels:
             self.present[index].send(command)
 
     def take_waiting(self) -> list[Request]:
-        """What was not sent; it does not wait here any more."""
+        """The unsent commands; they no longer wait here."""
         taken, self.waiting = self.waiting, []
         return taken
 

@@ -34,7 +34,7 @@ class StatusRequest(Request):
 
 
 class Assembly:
-    """What has arrived of one request that is answered in several chunks."""
+    """The part that has arrived of one request that is answered in several chunks."""
 
     __slots__ = ("_request", "_starts", "_stops", "error", "status_seen")
 

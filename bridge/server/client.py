@@ -1,4 +1,4 @@
-"""The NBD client: a request that was submitted gets done, also when the server goes and returns.
+"""The NBD client: a submitted request gets done, also when the server goes away and comes back.
 
 This is the edge around `link`: it connects, watches the clock, and gives the link its
 connections. It never gives up reconnecting; see `link` for what happens to requests meanwhile.
@@ -154,7 +154,7 @@ class Client:
                         await self._reconnect()
 
     async def close(self, timeout_s: float | None = None) -> None:
-        """Let what is in flight be answered, say DISC, close. What is left then fails with EIO.
+        """Let commands in flight be answered, send DISC, close. The rest then fails with EIO.
 
         Takes at most `timeout_s` (None: `options.close_timeout_s`); when cancelled the
         connections are closed at once.
@@ -190,8 +190,8 @@ class Client:
         return self._wanted.is_set()
 
     async def leave(self, timeout_s: float, errno: int) -> None:
-        """Hang up, and stay away until `come_back`. What has no answer within `timeout_s` fails
-        with `errno`, and so does what waits; what is submitted later waits for the return."""
+        """Hang up, and stay away until `come_back`. Commands without an answer within `timeout_s`
+        fail with `errno`, and so do those that wait; later ones wait for the return."""
         if not self._wanted.is_set():
             return
         self._wanted = trio.Event()
@@ -239,7 +239,7 @@ class Client:
         if not self._wanted.is_set():
             for each in negotiated:
                 each.close()
-            raise ConnectionLost("the connection is not wanted any more")
+            raise ConnectionLost("the connection is no longer wanted")
         self._broken = trio.Event()
         generation = self.link.generation + 1
         connections = self._connections_over(negotiated, generation)
@@ -270,7 +270,7 @@ class Client:
         if not all(connection.alive for connection in connections):
             for connection in connections:
                 connection.close()
-            raise ConnectionLost(f"{self.uri.server}: the server talked before it was asked")
+            raise ConnectionLost(f"{self.uri.server}: the server sent data before it was asked")
         return connections
 
     async def _examine(self, above: Above, export: Export, connections: list[Connection]) -> None:
@@ -282,7 +282,7 @@ class Client:
                 reason = await above.examine(export, connections[0].send)
                 nursery.cancel_scope.cancel()
             if not self._wanted.is_set():
-                reason = "the connection is not wanted any more"
+                reason = "the connection is no longer wanted"
             if reason:
                 raise ConnectionLost(f"{self.uri.server}: {reason}")
         except BaseException:
@@ -299,7 +299,7 @@ class Client:
         self._broken.set()
 
     async def _give_up_connections(self) -> None:
-        """Let the other connections finish, then take what has no answer."""
+        """Let the other connections finish, then take the unanswered commands."""
         await self._hang_up(min(_DRAIN_S, self.options.close_timeout_s))
         if self.link.phase not in (Phase.UP, Phase.LEAVING):
             return

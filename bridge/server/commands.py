@@ -74,7 +74,7 @@ class Commands:
         return self.export.read_only or self._read_only
 
     def connected(self, export: Export) -> Export | None:
-        """This is what the server offers from now on; returns what it offered before."""
+        """The server offers this from now on; returns what it offered before."""
         old, self._export = self._export, export
         self._limits = Limits(export)
         self._align_mask = export.min_block_bytes - 1

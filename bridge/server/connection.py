@@ -114,7 +114,7 @@ class Connection:
             self.transmission.retire()
             raise
         if negotiated.handshake.trailing_data():
-            self._fail(ProtocolError("the server talked before it was asked"))
+            self._fail(ProtocolError("the server sent data before it was asked"))
         elif self._tls:
             loop.turn.at_end(self._poll_tls)
 
@@ -206,11 +206,11 @@ class Connection:
 
     @property
     def has_unsent(self) -> bool:
-        """Some of what was to be sent is still here."""
+        """Some of the output is still unsent."""
         return bool(self._unsent or self.transmission.output)
 
     def flush_output(self) -> None:
-        """Send what has gathered, as far as the socket takes it."""
+        """Send the gathered output, as far as the socket takes it."""
         try:
             self._queued = False
             if not self.alive:
@@ -274,7 +274,7 @@ class Connection:
             self._finish_early()
 
     def _finish_early(self) -> None:
-        """What was answered before all of it was sent: nothing of it is needed any more."""
+        """Commands answered before all of them was sent: the rest is no longer needed."""
         early, self.transmission.early = self.transmission.early, []
         self._loop.turn.finished += early
 
@@ -504,7 +504,7 @@ def _lost_by(error: OSError) -> ConnectionLost:
 
 
 def _rest(output: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
-    """What is left of `output` after `sent` bytes."""
+    """The rest of `output` after `sent` bytes."""
     for index, piece in enumerate(output):
         size = len(piece)
         if sent < size:

@@ -1,4 +1,4 @@
-"""The flushes of a link: what is asked, what is sent, what is told and what has to fail.
+"""The flushes of a link: which are asked, sent and reported, and which have to fail.
 
 `durability` has the rules; here stands what they lead to. One FLUSH is in flight at a time: a
 server that fails to flush drops what it had and says so once, and the success of another FLUSH,
@@ -42,7 +42,7 @@ class OnceMore:
         if command.error:
             self.done(command)
         else:
-            command.generation = 0  # Nobody has answered what is sent now.
+            command.generation = 0  # The server has not answered what is sent now.
             self._send(command)
 
 
@@ -82,7 +82,7 @@ class Flushes:
         """See `Stage`: send a FLUSH if one is asked for and none is in flight."""
         durability = self.durability
         if not durability.keeps_unflushed and durability.settled(self._channels.answered):
-            # By now everybody was told of what has been answered.
+            # By now every owner was told of what has been answered.
             self._turn.at_end(durability.turn_over)
         if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
             return False
@@ -156,8 +156,8 @@ class Flushes:
     def server_failed(self) -> None:
         """The server could not make something durable, and may have dropped what it had.
 
-        What is in flight is sent once more when it is answered: nobody knows whether the server
-        executed it before. The guest's flushes have to fail with this.
+        What is in flight is sent once more when it is answered: it is unknown whether the
+        server executed it before. The guest's flushes have to fail with this.
         """
         durability = self.durability
         lost = durability.flush_failed(self._channels.answered)

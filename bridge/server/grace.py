@@ -48,11 +48,11 @@ class GraceSpans:
         self._keep(found)
 
     def begin(self, until_s: float) -> None:
-        """What had no time yet is let go at `until_s`."""
+        """Ranges without a time yet are let go at `until_s`."""
         self._spans = sorted((min(each, until_s), span) for each, span in self._spans)
 
     def expire(self, now: float) -> None:
-        """Let go of what has been held long enough."""
+        """Let go of ranges that were held long enough."""
         if self._spans and self._spans[0][0] <= now:
             self._keep([item for item in self._spans if item[0] > now])
 

@@ -6,7 +6,7 @@ buffer. `Handshake` feeds it: bytes come in with `receive`, go out with `data_to
 `state` says what the owner has to do:
 
     TALKING ──▶ WANTS_TLS ──tls_started()──▶ TALKING ──▶ DONE
-       └───────────────any error──▶ FAILED (the connection cannot be used any more)
+       └───────────────any error──▶ FAILED (the connection cannot be used again)
 
 One option is outstanding at a time; its replies are collected until the final one. Order: client
 flags, STARTTLS, EXTENDED_HEADERS (STRUCTURED_REPLY only if that was refused), SET_META_CONTEXT,
@@ -44,7 +44,7 @@ _WANT_TLS = -1
 
 
 class Goal(Enum):
-    """What the negotiation is for."""
+    """The purpose of the negotiation."""
 
     GO = "go"
     INFO = "info"
@@ -74,7 +74,7 @@ class HandshakeOptions:
 
     export_name: str = ""
     typed_name: str | None = None
-    """What the operator calls the export, where `export_name` has more in it."""
+    """The operator's name of the export, where `export_name` has more in it."""
     list_if_refused: bool = False
     """Say which exports there are when the server does not give the one that is wanted."""
     goal: Goal = Goal.GO

@@ -21,7 +21,7 @@ requests in flight at the same time a disk promises no order. A command on which
 up each time is found and fails (see `suspects`). A connection that answered nothing of what it
 was owed does not count as one: `reconnect_timeout_s` runs on.
 
-Two things a new connection must not be believed in:
+Two things must not be believed of a new connection:
 
 - **A write left behind.** A server without a fence may execute a write of the lost connection
   after the reconnect. If the loss left that possible (anything but the end of a unix socket), new
@@ -351,8 +351,9 @@ class Link:
     def _fail_all(self, error: int) -> None:
         """Fail what waits, and what comes until there is a connection again.
 
-        The server may execute what it was sent all the same. Nobody sends that again, and whoever
-        was told of the failure may write something else there: it has to be kept in mind.
+        The server may execute what it was sent all the same. The client does not send that again,
+        and a guest that was told of the failure may write something else there: such places are
+        kept in mind.
         """
         self._turn.want()
         self._channels.fail_errno = error
@@ -407,7 +408,7 @@ class Link:
         self.durability.one_more_before()
 
     def expect_stale_writes(self, now: float) -> None:
-        """A process before this one may have left changes at the server, nobody knows where: all
+        """A process before this one may have left changes at the server, at unknown places: all
         that are not under way yet wait for the grace time. Call it when that process is gone."""
         self._changes.expect_stale(now)
 
@@ -419,8 +420,8 @@ class Link:
     def abandon(self) -> None:
         """Some requests were abandoned (`Request.abandon`): commands of theirs that were not sent
         are dropped, those that were are never sent again, and other changes keep out of their way
-        until they are answered or, if their connection is lost, for the grace time. Whoever was to
-        be told of anything has been: a failed flush of theirs would have told nobody of a loss."""
+        until they are answered or, if their connection is lost, for the grace time. The guests
+        that were to be told have been: a failed flush would have told none of a loss."""
         self._turn.want()
         channels = self._channels
         self._unanswered, sent = without_abandoned(self._unanswered)

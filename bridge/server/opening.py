@@ -1,8 +1,9 @@
 """The opening of a client's connections: several where the server allows it, named for our plugin.
 
 Our plugin admits connections that name one session together, and one that names its client replaces
-what that client has left behind. It says that it is our plugin in the description of the export,
-which comes with the first connection: that one is left then, and the names are used from there on.
+what that client has left behind. The description of the export, which comes with the first
+connection, says that it is our plugin. The client leaves that connection then, and uses the names
+from there on.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Opening:
             try:
                 found.append(await self._negotiate(token, number))
             except BridgeError as error:
-                _log.warning("one connection less", error=error)
+                _log.warning("an additional connection failed: going on without", error=error)
 
         try:
             async with trio.open_nursery() as nursery:

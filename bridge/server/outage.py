@@ -1,4 +1,4 @@
-"""Times without a server: counted, and told to the operator.
+"""Times without a server: counted, and reported to the operator.
 
 An outage begins when a connection is lost and ends when there are new ones. While it lasts the
 operator is reminded once a minute, not at every attempt.

@@ -33,7 +33,7 @@ class Claim:
         self.stop = stop
         self.active = False
         self.taken = False
-        """It shall not go any more; it only keeps its place until those before it are done."""
+        """It must no longer go; it only keeps its place until those before it are done."""
         self.blockers = 0
         """How many pieces it waits for."""
         self.followers: list[Claim] | None = None

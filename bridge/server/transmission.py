@@ -6,8 +6,8 @@ exactly once. Headers and payload views gather in `output`; the owner sends them
 call.
 
 A guest's request that was sent in the usual way is a row, not in `pending` (see `datapath.rows`),
-and its usual reply is taken by `usual.answers`. Whoever looks at what is unanswered, and the parser
-when a reply is not usual, has all rows become requests first.
+and its usual reply is taken by `usual.answers`. Code that looks at what is unanswered, and the
+parser when a reply is not usual, first turns all rows into requests.
 
 Received bytes go where `next_buffers` says: normally into a staging buffer, where one system
 call may bring many replies; `bytes_received` parses them and copies payloads out. A payload of
@@ -302,7 +302,7 @@ class Transmission(Channel):
         """The commands without an answer that are of abandoned requests.
 
         Their payload lands nowhere from here on. What is still to be sent is copied, all of it:
-        the frames have to become whole, and nobody knows what belongs to whom.
+        the frames have to become whole, and their bytes do not say which command they are of.
         """
         self.adopt_all()
         waiting = (*self.refused, *self.early, *self.pending.values())
@@ -329,7 +329,7 @@ class Transmission(Channel):
         return self._start, self._end
 
     def turned(self, start: int, end: int, received: int) -> None:
-        """Somebody else has received so much, and taken all before `start`."""
+        """The compiled engine has received so much, and taken all before `start`."""
         self.received_bytes += received
         self._start, self._end = start, end
 
@@ -383,7 +383,7 @@ class Transmission(Channel):
                 unflushed = self.cells[UNFLUSHED]
                 self._start, waits = self._answers(self, rows, self._start, self._end)
                 if self.cells[UNFLUSHED] != unflushed:
-                    self._turn.wanted = True  # Whoever counts them is to look.
+                    self._turn.wanted = True  # The stages that count them are to look.
                 if rows.touched:
                     rows.publish_touched()
                 if waits or self._end - self._start < 16:
@@ -392,7 +392,7 @@ class Transmission(Channel):
 
     def _request_of(self, magic: int, cookie: int) -> Request:
         """The request of a reply that is not among those `pending`: of a row, whose reply is not
-        usual. Raises ProtocolError if nobody waits for it."""
+        usual. Raises ProtocolError if no command in flight has the cookie."""
         self.adopt_all()
         request = self.pending.get(cookie)
         if request is None:
@@ -762,7 +762,7 @@ class Transmission(Channel):
         )
         if magic not in allowed:
             return ProtocolError(f"bad magic {magic:#x} in a reply")
-        return ProtocolError(f"reply to cookie {cookie}, which nobody waits for")
+        return ProtocolError(f"reply to cookie {cookie}, which no command in flight has")
 
 
 def command_flags(op: int, flags: int) -> int:

@@ -143,4 +143,4 @@ class Trial:
 
 
 def _ignore(request: Request) -> None:
-    """Nobody waits for its end: a probe."""
+    """A probe: no request waits for its end."""

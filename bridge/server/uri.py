@@ -181,7 +181,7 @@ def _checked_host(text: str, host: str) -> str:
         try:
             ipaddress.IPv6Address(host)
         except ValueError:
-            raise ConfigError(f"{text}: {host!r} is no IPv6 address") from None
+            raise ConfigError(f"{text}: {host!r} is not an IPv6 address") from None
         return host
     if not host.isascii():
         raise ConfigError(
@@ -235,13 +235,13 @@ def _query(text: str, query: str) -> dict[str, str]:
     for pair in query.split("&") if query else []:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"{text}: {pair!r} is no parameter: write NAME=VALUE")
+            raise ConfigError(f"{text}: {pair!r} is not a parameter: write NAME=VALUE")
         if name not in _PARAMETERS:
             raise ConfigError(
                 f"{text}: unknown parameter {name}; known are {', '.join(sorted(_PARAMETERS))}"
             )
         if name in found:
-            raise ConfigError(f"{text}: {name} is there twice")
+            raise ConfigError(f"{text}: {name} is given twice")
         value = _unquoted(text, name, value)
         if "\0" in value:
             raise ConfigError(f"{text}: {name} has a NUL in it")

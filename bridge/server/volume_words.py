@@ -1,4 +1,4 @@
-"""The words that our nbdkit plugin and this client have for each other, and nobody else.
+"""The words that only our nbdkit plugin and this client use with each other.
 
 NBD has no field for what a fence and a cache need to know, so it stands in two places of free text.
 

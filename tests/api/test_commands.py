@@ -158,7 +158,7 @@ async def test_answer_of_something_that_is_no_bridge_is_one_line(directory: Path
         nursery.start_soon(talk, trio.SocketListener(sock))
         status, _, error = await run("status", str(path))
         assert status == 1
-        assert "no JSON object" in error
+        assert "not a JSON object" in error
         nursery.cancel_scope.cancel()
 
 

@@ -94,7 +94,7 @@ def test_two_bridges_that_nobody_named_are_both_served(system: Path) -> None:
 def test_file_that_is_no_socket_is_left_alone(system: Path) -> None:
     system.mkdir()
     (system / "vm0.api").write_text("mine")
-    with pytest.raises(ConfigError, match="is no socket"):
+    with pytest.raises(ConfigError, match="is not a socket"):
         open_control(ControlSettings(name="vm0", socket=AUTO), "vm0")
     assert (system / "vm0.api").read_text() == "mine"
 

@@ -111,10 +111,10 @@ async def test_dirty_data_is_not_written_over_another_hosts_unless_forced(direct
         kept = image.read_bytes()[8 << 20 :][:4096]
         await trio.to_thread.run_sync(lambda: command(*flush, "--force"))
 
-    assert "somebody else wrote" in refused
+    assert "another host wrote" in refused
     assert f"{dirty} bytes" in refused
     assert "cache flush --force" in refused
-    assert "somebody else wrote" in not_flushed
+    assert "another host wrote" in not_flushed
     assert kept == b"3" * 4096
     assert image.read_bytes()[8 << 20 :][:MIB] == data
 
@@ -281,12 +281,12 @@ async def test_dirty_data_is_not_written_over_a_foreign_servers_changed_image(di
     async with process(nbdkit_file(directory), ready=directory / "nbd"):
         for _ in range(2):
             refused = await refusal(directory)
-            assert "somebody else wrote" in refused
+            assert "another host wrote" in refused
             assert f"{dirty} bytes" in refused
             assert f"cache flush --force {path}" in refused
             assert f"cache drop --discard-dirty {path}" in refused
             text = await trio.to_thread.run_sync(lambda: command("cache", "flush", path, status=2))
-            assert "somebody else wrote" in text
+            assert "another host wrote" in text
         assert image.read_bytes() == b"z" * SIZE_BYTES
         await trio.to_thread.run_sync(lambda: command("cache", "flush", "--force", path))
     assert image.read_bytes()[8 << 20 :][:MIB] == DIRTY * MIB

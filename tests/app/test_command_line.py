@@ -141,7 +141,7 @@ def test_size_good_one_is_its_bytes(text: str, expected: int) -> None:
     "text", ["", "K", "1P", "-1", "1.5", "1.G", ".5G", "1.5.5G", "٣", "9" * 5000]
 )
 def test_size_bad_one_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 
@@ -183,7 +183,7 @@ def test_range_good_one_is_accepted(value: str, refused: Said) -> None:
 
 @pytest.mark.parametrize(
     ("value", "says"),
-    [("0:0", "the length is 0"), ("1M", "OFFSET:LENGTH"), ("x:1M", "'x' is no size")],
+    [("0:0", "the length is 0"), ("1M", "OFFSET:LENGTH"), ("x:1M", "'x' is not a size")],
 )
 def test_range_bad_one_says_what_is_wrong(value: str, says: str, refused: Said) -> None:
     assert says in refused("cache", "warm", "nbd://none", "--range", value)

@@ -360,7 +360,7 @@ async def test_guest_that_comes_back_goes_on_and_nothing_is_lost(
         bridge.start()
         late = bridge.put(T_OUT, 8, out=block("e"))
         await trio.sleep(100)
-        assert late.status == UNANSWERED  # not before it is known whether somebody else wrote
+        assert late.status == UNANSWERED  # not before it is known whether another host wrote
         world.come_back()
         assert await bridge.do(T_FLUSH) == S_OK
         assert late.status == S_OK

@@ -168,7 +168,7 @@ async def test_close_sends_no_further_reads(directory):
 
 
 @pytest.mark.nbdkit
-async def test_close_with_a_hung_server_ends_in_time_and_keeps_what_is_dirty(directory):
+async def test_close_with_a_hung_server_ends_in_time_and_keeps_dirty_data(directory):
     async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
         async with running(directory) as storage:
             server.send_signal(signal.SIGSTOP)
@@ -301,7 +301,7 @@ async def own_server(directory: Path, faults: Faults, name: str = "") -> AsyncIt
 async def test_stop_with_a_silent_server_finishes_everything_before_the_file_is_closed(
     directory, monkeypatch
 ):
-    """What ends afterwards would touch memory that is not mapped any more."""
+    """What ends afterwards would touch memory that is no longer mapped."""
     faults = Faults()
     closed: list[bool] = []
     late: list[str] = []
@@ -465,7 +465,7 @@ async def test_image_replaced_under_dirty_data_while_serving_nothing_is_sent_unt
         said = explain(problem)
         path = cache_file(directory)
         assert "4096 bytes" in said
-        assert "somebody else wrote it" in said
+        assert "another host wrote it" in said
         assert f"cache flush --force {path}" in said
         assert f"cache drop --discard-dirty {path}" in said
         assert (flush, read) == ([], [])
@@ -491,11 +491,11 @@ async def test_volume_written_by_another_host_under_dirty_data_while_serving_not
 
         assert changes(server) == []
         said = explain(left_behind)
-        assert "somebody else wrote the export since" in said
+        assert "another host wrote the export since" in said
         assert f"cache flush --force {cache_file(directory)}" in said
         loop = Loop(poll_us=0)
         again = new_storage(directory, loop)
-        with pytest.raises(ConfigError, check=told("somebody else wrote the export since")):
+        with pytest.raises(ConfigError, check=told("another host wrote the export since")):
             await again.open()
         await again.close(1)
         loop.close()

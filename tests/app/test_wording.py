@@ -59,11 +59,11 @@ def test_setting_within_a_text_is_told_as_its_option() -> None:
 
 
 def test_errors_with_a_sentence_of_their_own_are_told_with_the_option() -> None:
-    change = ChangedMeanwhile("nbd://h/x: somebody wrote", "what is missing is still in /f")
+    change = ChangedMeanwhile("nbd://h/x: another host wrote", "the rest is still in /f")
 
     assert explain(RangeBeyondDisk(8, 4, 6)) == "--range 8:4: the disk has only 6 bytes"
     assert explain(change) == (
-        "nbd://h/x: somebody wrote (--force writes over that); what is missing is still in /f"
+        "nbd://h/x: another host wrote (--force writes over that); the rest is still in /f"
     )
 
 

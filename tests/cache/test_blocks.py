@@ -1,4 +1,4 @@
-"""The block table: the bits do what the table says, and nobody else touches them."""
+"""The block table: the bits do what the table says, and only the table touches them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_event_of_one_block_leaves_the_next_one_as_it_was(event: Event, beside: 
         assert blocks.state_of(SLOT, BLOCK + 1) is expected
 
 
-def test_state_that_is_none_is_named() -> None:
+def test_invalid_state_is_named() -> None:
     blocks = _blocks(State.CLEAN)
     blocks.covered[SLOT] = BIT
 

@@ -585,7 +585,7 @@ def test_prefetch_is_not_written_to_guest_buffers_twice() -> None:
     assert rig.start(PREFETCH, 0, BLOCK).value == 0
 
 
-def test_flush_without_any_connection_fails_at_once_and_keeps_what_is_dirty() -> None:
+def test_flush_without_any_connection_fails_at_once_and_keeps_dirty_data() -> None:
     rig = Rig()
     for granule in range(8):
         rig.start(WRITE, granule * GRANULE, data=b"a" * BLOCK)

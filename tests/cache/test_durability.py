@@ -51,7 +51,7 @@ def test_epoch_ends_with_each_failure_and_each_reconnect_and_never_comes_again()
     assert len(set(epochs)) == len(epochs)
 
 
-def test_epoch_has_ended_before_anybody_says_that_the_connection_was_replaced() -> None:
+def test_epoch_has_ended_before_the_client_reports_that_the_connection_was_replaced() -> None:
     durability, connections = kept()
     durability.acknowledged()
     epoch, answered = durability.epoch, durability.answered
@@ -115,7 +115,7 @@ def test_change_that_was_sent_after_a_failure_was_done_after_it() -> None:
     assert durability.done_in(sent_in=sent, generation=connections.generation) == durability.epoch
 
 
-def test_new_connection_that_nobody_has_told_of_has_done_nothing_that_failed_meanwhile() -> None:
+def test_new_connection_not_yet_reported_has_done_nothing_that_failed_meanwhile() -> None:
     durability, connections = kept()
     sent = durability.epoch
     durability.failed()

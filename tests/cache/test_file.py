@@ -441,7 +441,7 @@ def test_header_with_long_names_round_trips() -> None:
     assert parsed.digest == identity.digest
 
 
-def test_show_says_what_is_dirty(path: str) -> None:
+def test_show_says_how_much_is_dirty(path: str) -> None:
     _write_one(path)
 
     summary = show(path)

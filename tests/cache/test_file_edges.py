@@ -92,7 +92,7 @@ def test_file_with_holes_on_a_full_disk_is_refused(
 
 
 @pytest.mark.parametrize("dirty", [False, True])
-def test_file_that_cannot_be_synced_is_let_go_and_kept_only_for_what_is_dirty(
+def test_file_that_cannot_be_synced_is_let_go_and_kept_only_for_its_dirty_data(
     dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cache"
@@ -113,6 +113,6 @@ def test_file_that_cannot_be_synced_is_let_go_and_kept_only_for_what_is_dirty(
         os.fstat(file.fd)
     assert path.exists() == dirty
     if dirty:
-        again = open_file(str(path))  # and it is not locked any more
+        again = open_file(str(path))  # and it is no longer locked
         assert not again.header.clean
         again.close(clean=False)

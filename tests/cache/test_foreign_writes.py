@@ -1,4 +1,4 @@
-"""Somebody else wrote the image, or it is another one: what may be believed of a cache."""
+"""Another host wrote the image, or it is another one: what may be believed of a cache."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_sample_that_is_the_same_keeps_everything() -> None:
 
 
 @pytest.mark.parametrize("used", [1, 4, 16])
-def test_sample_finds_what_is_cached_in_a_large_cache_that_is_nearly_empty(used: int) -> None:
+def test_sample_finds_cached_blocks_in_a_large_cache_that_is_nearly_empty(used: int) -> None:
     rig = Rig(granules=2048, slots=2048)
     rig.prefetch(0, used * GRANULE)
     rig.server.image[: used * GRANULE] = b"z" * (used * GRANULE)
@@ -145,7 +145,7 @@ def test_single_block_that_differed_is_looked_at_again_wherever_it_is() -> None:
 
 
 def test_beginning_of_the_disk_is_always_compared() -> None:
-    """Whoever mounts a file system to write changes its superblock."""
+    """A host that mounts a file system to write changes its superblock."""
     rig = Rig(granules=2048, slots=2048)
     rig.prefetch(0, 2048 * GRANULE)
     rig.write(9 * GRANULE, b"d" * BLOCK)
@@ -154,7 +154,7 @@ def test_beginning_of_the_disk_is_always_compared() -> None:
     assert before_writing(rig) == 1
 
 
-def test_server_that_lost_what_was_not_flushed_is_no_change() -> None:
+def test_server_that_lost_what_was_not_flushed_does_not_count_as_a_change() -> None:
     rig = with_clean_and_dirty_blocks()
     durable = bytes(rig.server.image)
     rig.write(BLOCK, b"e" * BLOCK)  # over a clean block
@@ -166,7 +166,7 @@ def test_server_that_lost_what_was_not_flushed_is_no_change() -> None:
     assert before_writing(again(rig)) == 0
 
 
-def test_discard_that_the_server_lost_is_no_change() -> None:
+def test_discard_that_the_server_lost_does_not_count_as_a_change() -> None:
     """Read as zeroes before a flush covered it, it looks like any clean block."""
     rig = Rig()
     rig.write(0, b"c" * GRANULE)
@@ -193,7 +193,7 @@ def test_discard_that_was_flushed_is_evidence_like_any_other_block() -> None:
     assert before_writing(again(rig)) == 16
 
 
-def test_disk_that_has_grown_is_no_change() -> None:
+def test_disk_that_has_grown_does_not_count_as_a_change() -> None:
     """Also where it ended within a block."""
     size = 64 * GRANULE - BLOCK + 1024
     rig = Rig(size=size)

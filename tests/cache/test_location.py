@@ -69,7 +69,7 @@ def test_clone_that_kept_the_identity_does_not_take_the_originals_cache() -> Non
     [
         ("nas:1", "", True),  # its default export may be vm0
         ("10.0.0.5:1", "vm0", True),  # the same address
-        ("gone.example:1", "vm0", True),  # nobody knows
+        ("gone.example:1", "vm0", True),  # its address is unknown
         ("localhost:1", "vm0", False),
         ("nas:1", "vm1", False),
         ("nas:2", "vm0", False),
@@ -187,7 +187,7 @@ def test_file_that_another_bridge_uses_is_left_to_it(places: tuple[Path, Path]) 
         file.close(clean=False)
 
 
-def test_files_that_are_no_caches_are_passed_over(places: tuple[Path, Path]) -> None:
+def test_files_that_are_not_caches_are_ignored(places: tuple[Path, Path]) -> None:
     (places[0] / "text.cache").write_text("root:x")
     (places[0] / "empty.cache").touch()
     (places[0] / "directory.cache").mkdir()

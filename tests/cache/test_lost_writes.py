@@ -1,7 +1,7 @@
 """A server that drops what it could not make durable, and says so once.
 
-That is what Linux does: an fsync that fails drops the pages that were to be written, whoever wrote
-them, and the next fsync succeeds.
+That is what Linux does: an fsync that fails drops the pages that were to be written, of every
+writer, and the next fsync succeeds.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_warming_stops_at_its_limit() -> None:
     assert sum(length for _, length in rig.server.ops(READ)) == 3 * GRANULE
 
 
-def test_warming_bounds_what_is_in_flight() -> None:
+def test_warming_bounds_the_reads_in_flight() -> None:
     seen: list[Request] = []
     warmer = Warmer(
         seen.append,
@@ -73,7 +73,7 @@ def test_warming_bounds_what_is_in_flight() -> None:
     assert len(seen) == 8
 
 
-def test_stopped_warming_ends_when_what_is_in_flight_has_ended() -> None:
+def test_stopped_warming_ends_when_its_reads_have_ended() -> None:
     seen: list[Request] = []
     done: list[int] = []
     warmer = Warmer(

@@ -238,7 +238,7 @@ class Server:
         self.generation += 1
 
     def give_up(self) -> None:
-        """The connection is lost, and nobody waits for another: everything fails at once."""
+        """The connection is lost, and no reconnect is tried: everything fails at once."""
         self.given_up = True
         self.fail_pending()
         turn().want()
@@ -258,7 +258,7 @@ class Server:
             self.replied_upto[at] = 1
 
     def fail_fsync(self) -> None:
-        """A FLUSH or FUA failed: of what was not durable any may be gone, and nobody says so again.
+        """A FLUSH or FUA failed: what was not durable may be gone, and no later error says so.
 
         That includes what was executed and is not replied to yet.
         """
@@ -268,7 +268,7 @@ class Server:
                 command.floor = [0] * len(self.history)
 
     def grow(self, contents: list[bytes]) -> None:
-        """These sectors more; whoever did it saw to it that they are on the medium."""
+        """These sectors more; they are on the medium already."""
         self.history += [[content] for content in contents]
         self.replied_upto += [1] * len(contents)
         self.size_bytes = len(self.history) * SECTOR
@@ -561,7 +561,7 @@ class World:
         assert not error or self.faults
 
     def _written(self, guest: _GuestOp, error: int) -> None:
-        guest.memory[:] = _OWN * len(guest.memory)  # Nobody may read it from here on.
+        guest.memory[:] = _OWN * len(guest.memory)  # The cache may not read it from here on.
         for at in range(guest.first, guest.end):
             rivals = [each for each in guest.rivals if each.first <= at < each.end]
             if error:
@@ -641,7 +641,7 @@ class World:
         deliver()
 
     def drop_clean(self) -> None:
-        """Somebody else may have written the export."""
+        """Another host may have written the export."""
         deliver()
         self.cache.foreign.drop_clean()
         deliver()
@@ -764,7 +764,7 @@ class World:
                 )
 
     def _guest_dies(self) -> None:
-        """Nobody executes again what was in flight: each sector is old or new, and stays so."""
+        """What was in flight is not executed again: each sector is old or new, and stays so."""
         for guest in self.guest:
             if guest.op == WRITE:
                 for at in range(guest.first, guest.end):
@@ -780,7 +780,7 @@ class World:
             self.check_medium()
         self.guest.clear()
         for at, contents in enumerate(self.server.history):
-            # Writes that nobody flushed may be there, and may still be lost.
+            # Writes that were not flushed may be there, and may still be lost.
             self.possible[at] = {self._number_of(at, content) for content in contents}
             self.completed[at] = max(0, self.durable[at])
             self.settled[at] = False

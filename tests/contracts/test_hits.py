@@ -74,16 +74,16 @@ def test_write_hit_is_read_afterwards_either_way(subject: Subject, pieces: int) 
     assert subject.read(8192, 8192) == data
 
 
-def test_read_of_what_is_not_at_hand_is_no_hit_and_touches_nothing(subject: Subject) -> None:
+def test_read_of_what_is_not_at_hand_misses_and_touches_nothing(subject: Subject) -> None:
     assert subject.read_hit(2 * HELD, 4096) is None
 
 
-def test_write_of_what_is_not_at_hand_is_no_hit_and_changes_nothing(subject: Subject) -> None:
+def test_write_of_what_is_not_at_hand_misses_and_changes_nothing(subject: Subject) -> None:
     assert not subject.write_hit(2 * HELD, pattern(0, 4096, seed=2))
     assert subject.read(2 * HELD, 4096) == bytes(4096)
 
 
-def test_range_that_is_at_hand_in_part_only_is_no_hit(subject: Subject) -> None:
+def test_range_that_is_at_hand_in_part_only_misses(subject: Subject) -> None:
     assert subject.read_hit(HELD - 4096, 8192) is None
     assert not subject.write_hit(HELD - 4096, pattern(0, 8192, seed=3))
     assert subject.read(HELD - 4096, 4096) == DATA[-4096:]

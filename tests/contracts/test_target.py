@@ -249,7 +249,7 @@ async def test_discard_touches_nothing_but_its_range(subject: Subject) -> None:
     assert found[:8192] + found[12288:] == data[:8192] + data[12288:]
 
 
-async def test_write_with_fua_and_a_flush_are_no_errors(subject: Subject) -> None:
+async def test_write_with_fua_and_a_flush_succeed(subject: Subject) -> None:
     assert await subject.write(0, pattern(0, 4096), flags=FUA) == 0
     assert await subject.do(FLUSH) == 0
 

@@ -1,4 +1,4 @@
-"""Deadlines that nobody announces."""
+"""Deadlines that no call announces."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ async def test_timer_flushes_a_minute_after_the_first_write(autojump_clock: Mock
 async def test_timer_made_shorter_counts_for_what_was_written_before(
     before_s: float, autojump_clock: MockClock
 ) -> None:
-    """A guest that never flushes would go on with the former one, for ever if there was none."""
+    """A guest that never flushes would keep the former timer, or none at all."""
     target = FakeDiskTarget()
     async with timed(target, before_s) as client:
         client.do(WRITE)
@@ -135,7 +135,7 @@ async def test_timer_made_shorter_counts_for_what_was_written_before(
         assert target.ops == ["write", "flush"]
 
 
-async def test_timer_that_is_turned_off_does_not_fire_any_more(autojump_clock: MockClock) -> None:
+async def test_timer_that_is_turned_off_no_longer_fires(autojump_clock: MockClock) -> None:
     target = FakeDiskTarget()
     async with timed(target) as client:
         client.do(WRITE)
@@ -363,7 +363,7 @@ async def test_flush_at_the_end_covers_a_write_that_a_cache_took_after_the_one_i
 async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
     autojump_clock: MockClock,
 ) -> None:
-    """The flush when the write cache is turned off: nobody hears of its failure."""
+    """The flush when the write cache is turned off: the guest does not hear of its failure."""
     async with after_an_untold_failure() as (target, client):
         assert target.requests[-1].flags == INTERNAL
         assert client.disk.unreported
@@ -402,7 +402,7 @@ async def test_flush_for_a_guest_of_another_process_counts_as_its_own(
 
 
 def test_flush_that_a_task_asks_for_wants_a_turn() -> None:
-    """The back-end may only have queued it; whoever ends the turns sleeps."""
+    """The back-end may only have queued it, and the loop that ends the turns sleeps."""
     target = FakeDiskTarget()
     target.hold = True
     woken: list[None] = []

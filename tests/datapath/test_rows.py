@@ -111,25 +111,27 @@ def test_reply_to_a_row_writes_status_and_used_element_and_asks_for_one_publicat
         pytest.param(sequence_of, id="the same number, of no row"),
     ],
 )
-def test_cookie_that_names_no_row_in_flight_is_nobodys(other: Callable[[int], int]) -> None:
+def test_cookie_that_names_no_row_in_flight_is_a_protocol_error(
+    other: Callable[[int], int],
+) -> None:
     world = World()
     cookie, status = world.take(1)
-    with pytest.raises(ProtocolError, match="nobody waits for"):
+    with pytest.raises(ProtocolError, match="no command in flight has"):
         world.server.receive(done(other(cookie)))
     assert world.status(status) == UNWRITTEN
     assert [each.cookie for each in world.transmission.unanswered()] == [cookie]
 
 
-def test_second_reply_to_a_row_is_nobodys() -> None:
+def test_second_reply_to_a_row_is_a_protocol_error() -> None:
     world = World()
     cookie, _ = world.take(1)
-    with pytest.raises(ProtocolError, match="nobody waits for"):
+    with pytest.raises(ProtocolError, match="no command in flight has"):
         world.server.receive(done(cookie) * 2)
     assert world.transmission.unflushed == 1
     assert world.queue.in_flight == 0
 
 
-def test_cookie_of_the_same_head_before_is_nobodys() -> None:
+def test_cookie_of_the_same_head_before_is_a_protocol_error() -> None:
     world = World()
     old, _ = world.take(1)
     world.server.receive(done(old))
@@ -143,18 +145,18 @@ def test_cookie_of_the_same_head_before_is_nobodys() -> None:
         world.queue.publish()
         world.guest.driver.poll()
     assert new != old
-    with pytest.raises(ProtocolError, match="nobody waits for"):
+    with pytest.raises(ProtocolError, match="no command in flight has"):
         world.server.receive(done(old))
     assert world.status(status) == UNWRITTEN
 
 
-def test_reply_on_another_connection_is_nobodys() -> None:
+def test_reply_on_another_connection_is_a_protocol_error() -> None:
     world = World()
     cookie, _ = world.take(1)
     other = Transmission(Export("", DISK_BYTES), world.turn, rows=world.rows)
     buffer = other.next_buffer()
     buffer[:16] = done(cookie)
-    with pytest.raises(ProtocolError, match="nobody waits for"):
+    with pytest.raises(ProtocolError, match="no command in flight has"):
         other.bytes_received(16)
     assert len(world.transmission.pending) == 1
 
@@ -201,7 +203,7 @@ def test_reply_in_pieces_is_waited_for_as_a_row() -> None:
     ("offset", "length", "text"),
     [(512, 512, "at 512"), (0, 511, "less than"), (0, 513, "sent 513 bytes"), (1, 511, "less")],
 )
-def test_chunk_of_other_bytes_than_were_asked_is_no_answer(
+def test_chunk_of_other_bytes_than_were_asked_is_not_an_answer(
     offset: int, length: int, text: str
 ) -> None:
     world = World()
@@ -224,7 +226,7 @@ def test_whole_chunk_that_is_not_the_last_does_not_answer_yet() -> None:
     assert [each.error for each in world.turn.finished] == [0]
 
 
-def test_numbers_that_do_not_fit_a_cookie_any_more_go_the_general_way() -> None:
+def test_numbers_that_no_longer_fit_a_cookie_go_the_general_way() -> None:
     world = World()
     world.rows.cells[0] = SEQUENCE_MASK
     guest = world.guest

@@ -38,7 +38,7 @@ def request(done: Callable[[Request], None]) -> Request:
 # Who is told
 
 
-def test_nobody_is_told_before_the_turn_ends() -> None:
+def test_owners_are_told_only_when_the_turn_ends() -> None:
     turn = Turn()
     told: list[Request] = []
     turn.finish(request(told.append))
@@ -49,7 +49,7 @@ def test_nobody_is_told_before_the_turn_ends() -> None:
     assert not turn.pending
 
 
-def test_owner_that_raises_keeps_nobody_else_from_being_told(
+def test_owner_that_raises_does_not_keep_other_owners_from_being_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     turn = Turn()
@@ -277,7 +277,7 @@ def test_turn_within_a_turn_is_refused() -> None:
 
 
 @pytest.mark.parametrize("what", ["finish", "want", "at_end", "next_turn"])
-def test_whoever_ends_the_turns_is_woken_if_asleep(what: str) -> None:
+def test_loop_that_ends_the_turns_is_woken_if_asleep(what: str) -> None:
     woken: list[None] = []
     turn = Turn(lambda: woken.append(None))
     calls: dict[str, Callable[[], None]] = {
@@ -305,7 +305,7 @@ def test_turn_that_was_wanted_asks_the_stages_once() -> None:
     assert not turn.pending
 
 
-def test_turn_that_nobody_wanted_asks_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turn_that_was_not_wanted_asks_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hit in the cache costs what it costs, not what every part of the data path may want."""
     monkeypatch.setattr(Turn, "checks_stages", False)
     turn = Turn()

@@ -12,12 +12,14 @@ from tests.datapath.twins import Script
 
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("seed", range(40))
-def test_nobody_outside_can_tell_the_usual_case_from_the_general_path(seed: int, name: str) -> None:
+def test_guest_and_server_cannot_tell_the_usual_case_from_the_general_path(
+    seed: int, name: str
+) -> None:
     Script(seed, engine(name)).run(60)
 
 
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_nobody_outside_can_tell_compiled_turns_from_the_general_path(seed: int) -> None:
+def test_guest_and_server_cannot_tell_compiled_turns_from_the_general_path(seed: int) -> None:
     socket_twins.Script(seed, engine(COMPILED), turns=True).run(60)
 
 

@@ -5,8 +5,8 @@ region or without one), the engine, the disk, perhaps a cache, the session, a co
 socket that takes as much as it is told to, and a server in memory. `Script` makes the steps of one
 seed and takes them in both: chains of all kinds, hostile ones too, replies in any order and in any
 pieces, early, false and missing ones, errors, lost connections that leave writes behind or not,
-memory that is mapped anew, rings that pause, stop and go on. After every turn all that anybody
-outside can see is compared, and in the end nobody may have a view of memory that was given up.
+memory that is mapped anew, rings that pause, stop and go on. After every turn all that guest and
+server can see is compared, and in the end no part may have a view of memory that was given up.
 
 What is left open: the order of the used elements of one turn, and cookies.
 
@@ -324,7 +324,7 @@ class Twin:
         os.ftruncate(self._low_fd, LOW_BYTES)
         os.ftruncate(self._high_fd, HIGH_BYTES)
         self.given_up: list[mmap.mmap] = []
-        """Mappings that nobody may have views of in the end."""
+        """Mappings that no part may have views of in the end."""
         self.map()
         self.high[:] = random.Random(2).randbytes(HIGH_BYTES)
         self.log_bytes = memoryview(bytearray(LOG_BYTES))
@@ -588,7 +588,7 @@ class Twin:
         os.close(self._high_fd)
 
     def check_given_up(self) -> None:
-        """Nobody has a view of a mapping before the last one."""
+        """No part has a view of a mapping before the last one."""
         former = self.given_up[:-2]
         del self.given_up[:-2]
         if not former:

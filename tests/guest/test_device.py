@@ -138,7 +138,7 @@ async def test_no_kick_is_lost_however_it_falls_in_the_loops_turn(event_idx: boo
 async def test_notify_polling_guest_needs_neither_kick_nor_call(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
-    """KICK and CALL with bit 8: the back-end looks by itself, and signals nobody."""
+    """KICK and CALL with bit 8: the back-end polls the ring, and sends no call."""
     ring = guest.start(kick_fd=None, call_fd=None)
     for _ in range(3):
         pending = guest.put(T_FLUSH)
@@ -168,7 +168,7 @@ async def test_queues_are_served_side_by_side(guest: DeviceGuest) -> None:
     await until(lambda: all(each.status == S_OK for each in pending))
 
 
-async def test_full_call_eventfd_harms_nobody(guest: DeviceGuest) -> None:
+async def test_full_call_eventfd_does_no_harm(guest: DeviceGuest) -> None:
     """A front-end may fill its counter: writing would block, or raise."""
     ring = guest.start()
     ring.calls()
@@ -176,7 +176,7 @@ async def test_full_call_eventfd_harms_nobody(guest: DeviceGuest) -> None:
     await guest.request(T_FLUSH)
 
 
-async def test_read_only_call_descriptor_harms_nobody(guest: DeviceGuest, tmp_path: Path) -> None:
+async def test_read_only_call_descriptor_does_no_harm(guest: DeviceGuest, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     guest.start(call_fd=fd)
@@ -223,7 +223,7 @@ async def test_ring_layout_impossible_ring_is_refused(
     await guest.request(T_FLUSH)
 
 
-async def test_ring_layout_split_ring_of_no_power_of_two_is_refused(
+async def test_ring_layout_split_ring_size_not_a_power_of_two_is_refused(
     autojump_clock: MockClock,
 ) -> None:
     async with running_device() as guest:
@@ -385,7 +385,7 @@ async def test_session_stop_answers_everything_first_and_names_the_base(
     await until(lambda: late.status == S_OK)
 
 
-async def test_session_stop_is_bounded_and_fails_what_nobody_answers(
+async def test_session_stop_is_bounded_and_fails_unanswered_requests(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
     """A dead server must not hang QEMU's main loop."""
@@ -481,7 +481,7 @@ async def test_session_last_stop_waits_for_the_disk_to_be_up_to_date(
 async def test_session_last_stop_that_leaves_something_behind_is_not_answered(
     autojump_clock: MockClock, fails: bool
 ) -> None:
-    """It does not wait for ever either: QEMU's main loop does."""
+    """The wait has an end, too: QEMU's main loop waits with it."""
 
     async def on_all_stopped() -> None:
         if fails:
@@ -569,7 +569,7 @@ async def test_requests_left_in_the_region_are_forgotten_by_a_reset(
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_inflight_requests_that_this_process_left_itself_are_no_other_processs(
+async def test_inflight_requests_that_this_process_left_are_not_another_processs(
     guest: DeviceGuest, autojump_clock: MockClock, same: bool
 ) -> None:
     """It knows what it has sent: nothing need be waited for. QEMU hands the region over anew with
@@ -631,7 +631,7 @@ async def test_memory_added_while_requests_are_in_flight_does_not_wait(guest: De
     assert (await guest.request(T_IN, 3, room=512))[0] == S_OK
 
 
-async def test_memory_removed_waits_for_what_is_in_flight(
+async def test_memory_removed_waits_for_requests_in_flight(
     guest: DeviceGuest, autojump_clock: MockClock
 ) -> None:
     """SPDK#3132."""
@@ -832,7 +832,7 @@ async def test_driver_that_accepts_nothing_but_version_1_works(
 
 
 async def test_inflight_write_cache_turned_off_stays_off_after_a_death(guest: DeviceGuest) -> None:
-    """The guest believes that what completes is durable, whoever serves it."""
+    """The guest believes that what completes is durable, under every process that serves it."""
     fd, size = guest.device.create_inflight(1, 16)
     guest.device.write_config(32, b"\0", migration=False)
     async with running_device(packed=guest.packed) as second:
@@ -856,7 +856,7 @@ async def test_inflight_what_is_unflushed_and_where_outlives_a_death(guest: Devi
     guest.device.remember_durability(unflushed_on=left[0], loss_unreported=left[1])
     fd, size = guest.device.create_inflight(1, 16)
     guest.device.write_config(32, b"\0", migration=False)
-    guest.start()  # From here on somebody has used it.
+    guest.start()  # From here on a guest has used it.
     for leaves in ((1, True), (0, True), (1 << 55, False), (0, False), (7, False)):
         inherited: list[tuple[int, bool]] = []
         async with running_device(
@@ -985,7 +985,7 @@ async def test_inflight_requests_of_a_dead_process_are_executed_again(guest: Dev
 async def test_inflight_recovered_requests_are_told_of_before_they_are_executed(
     guest: DeviceGuest, answered: bool
 ) -> None:
-    """Whoever is below may have to wait: the server may be about to execute the same ones."""
+    """The layers below may have to wait: the server may be about to execute the same ones."""
     fd, size = guest.device.create_inflight(1, 16)
     ring = guest.start()
     guest.disk.hold = not answered
@@ -1022,7 +1022,7 @@ async def test_inflight_recovered_requests_are_told_of_before_they_are_executed(
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 async def test_inflight_flush_that_is_executed_again_is_marked(packed: bool) -> None:
-    """Its failure would tell the guest nothing: when it was sent is not known any more."""
+    """Its failure would tell the guest nothing: when it was sent is no longer known."""
     async with running_device(packed=packed, drain_timeout_s=0.01) as guest:
         await guest.connect()
         fd, size = guest.device.create_inflight(1, 16)
@@ -1481,7 +1481,7 @@ async def test_memory_that_cannot_be_sealed_is_told_once(tmp_path: Path) -> None
     os.close(fd)
 
 
-async def test_call_descriptor_that_blocks_stops_nobody(
+async def test_call_descriptor_that_blocks_does_not_stop_the_ring(
     guest: DeviceGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The front-end shares the open file: it may clear O_NONBLOCK and fill the counter."""

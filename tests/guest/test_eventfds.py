@@ -33,7 +33,7 @@ def test_full_eventfd_is_left_alone(shared: int) -> None:
 
 
 def test_eventfd_that_blocks_is_given_up(shared: int) -> None:
-    """Full, and made blocking by whoever shares it: the write would never end."""
+    """Full, and made blocking by the front-end that shares it: the write would never end."""
     os.eventfd_write(shared, FULL)
     os.set_blocking(shared, True)
 
@@ -41,7 +41,7 @@ def test_eventfd_that_blocks_is_given_up(shared: int) -> None:
 
 
 @pytest.mark.parametrize("blocking", [False, True])
-def test_write_that_is_only_held_up_is_no_write_that_blocks(
+def test_write_that_is_only_held_up_does_not_count_as_blocking(
     shared: int, blocking: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a busy machine the writing thread may stand still for longer than two looks."""

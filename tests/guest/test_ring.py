@@ -85,7 +85,7 @@ async def test_driver_that_asks_for_no_call_gets_none() -> None:
         assert len(guest.driver.poll()) == 1
 
 
-async def test_closed_ring_pops_nothing_and_calls_nobody() -> None:
+async def test_closed_ring_pops_nothing_and_sends_no_call() -> None:
     async with running() as guest:
         signals(guest.call)
         assert guest.running.close(told=True) == 0

@@ -56,7 +56,7 @@ def test_last_writer_is_stored_before_the_write_is_answered(volumes: Path) -> No
 
 
 def test_last_writer_of_a_shared_session_is_the_client_that_wrote_last(volumes: Path) -> None:
-    """One number for all of it: only this tells whether somebody else wrote since."""
+    """One number for all of it: only this tells whether another host wrote since."""
     names = [f"disk@session=s,client={name}" for name in ("source", "target")] + ["disk@session=s"]
     with Nbdkit(f"file={volumes}/disk", "size=1M") as server:
         source, target, nameless = (RawClient(str(server.socket), name) for name in names)

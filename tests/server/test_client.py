@@ -366,7 +366,7 @@ async def test_misbehaving_server_is_left_and_requests_survive(fault: dict[str, 
 
 
 async def test_server_shutting_down_is_left_in_order_and_requests_are_sent_again() -> None:
-    """Rule `shutdown`: ESHUTDOWN means a soft disconnect, and it is no answer."""
+    """Rule `shutdown`: ESHUTDOWN means a soft disconnect, and it is not an answer."""
     faults = Faults(shutting_down=True)
     async with served(faults=faults) as (client, _server, disk):
         waiter = start(client, WRITE, 0, 512, [memoryview(b"a" * 512)])
@@ -673,7 +673,7 @@ async def test_inspect_and_list_leave_a_silent_server_in_time(
 
 
 @pytest.mark.parametrize("what", ["file", "directory"])
-async def test_connect_what_is_no_socket_says_so(what: str, tmp_path: Path) -> None:
+async def test_connect_to_a_path_that_is_not_a_socket_says_so(what: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "directory").mkdir()
     async with running_client(unix_uri(tmp_path / what), connect=False) as client:

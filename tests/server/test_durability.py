@@ -164,7 +164,7 @@ def test_mark_of_another_instance_means_a_loss_and_no_mark_means_nothing() -> No
 
 
 def fresh(description: str = "", flags: TransmissionFlags = DEFAULT_FLAGS) -> World:
-    """A world of which nobody knows what was before."""
+    """A world whose past is unknown."""
     world = World(description=description, flags=flags)
     forget()
     world.link = Link(ClientOptions(), turn())
@@ -620,8 +620,8 @@ def test_durable_change_that_is_sent_again_on_a_new_connection_is_sent_once_ther
     assert (change.error, waiting.error, world.link.resent_total) == (0, 0, 1)
 
 
-def test_part_answered_in_the_turn_of_a_failed_flush_is_of_no_epoch_that_lasts() -> None:
-    """Whoever does one request of the guest's with several changes has to do that one again."""
+def test_part_answered_in_the_turn_of_a_failed_flush_belongs_to_no_epoch_that_lasts() -> None:
+    """A layer that splits one guest request into several changes has to do it again."""
     world = World()
     (channel,) = world.channels
     epochs: list[int] = []
@@ -815,7 +815,7 @@ def test_flush_that_is_submitted_by_a_task_while_the_loop_sleeps_wakes_it() -> N
     assert world.sent == [(FLUSH, 0)]
 
 
-def test_flush_that_is_executed_again_tells_of_no_loss() -> None:
+def test_flush_that_is_executed_again_reports_no_loss() -> None:
     """The guest may have sent it before a write that was complete when it paused."""
     world = World()
     world.ask(WRITE, 3)

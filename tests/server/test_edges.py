@@ -46,7 +46,7 @@ async def test_connect_cancelled_leaves_no_socket() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_close_cancelled_closes_at_once_and_fails_what_is_in_flight() -> None:
+async def test_close_cancelled_closes_at_once_and_fails_requests_in_flight() -> None:
     async with served(faults=Faults(stall=True)) as (client, _, _d):
         waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
         with trio.move_on_after(0.05):
@@ -172,7 +172,7 @@ async def test_connection_that_cannot_be_watched_is_tried_again(
         assert await read(client, 0, 512) == bytes(512)
 
 
-async def test_exception_in_a_completion_costs_nobody_else_anything(
+async def test_exception_in_a_completion_does_no_harm_to_other_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logged: list[str] = []

@@ -324,7 +324,7 @@ def test_starttls_tls_refused_ends_it() -> None:
 
 
 def test_starttls_plaintext_after_the_tls_ack_is_an_attack() -> None:
-    """The CVE-2021-3716 family: bytes that somebody put behind the ACK must not be believed."""
+    """The CVE-2021-3716 family: bytes that an attacker put behind the ACK must not be believed."""
     injected = reply(p.OPT_STRUCTURED_REPLY, p.REP_ACK)
     with pytest.raises(ProtocolError, match="bytes in clear"):
         talk(

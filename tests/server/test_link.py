@@ -49,7 +49,7 @@ class FakeChannel:
         self._generation = link.generation + 1
         self.pending: list[Request] = []
         self.payloads: dict[Request, bytes] = {}
-        """What was put into the output: nobody can take it back."""
+        """What was put into the output: it cannot be taken back."""
         self.unflushed = 0
         self.answered = False
 
@@ -179,7 +179,7 @@ class World:
         deliver()
 
     def ask(self, op: int, block: int = 0, count: int = 1, flags: int = 0) -> Request:
-        """What the guest asks, or somebody in a turn of their own."""
+        """What the guest asks, or a task in a turn of its own."""
         request = self.submit(op, block, count, flags)
         deliver()
         return request
@@ -283,7 +283,7 @@ def test_reconnect_timeout_fails_what_waits_and_what_comes_until_up() -> None:
     assert world.sent == [(READ, 1)]
 
 
-def test_no_reconnect_timeout_waits_for_ever() -> None:
+def test_no_reconnect_timeout_waits_without_a_limit() -> None:
     world = World()
     request = world.ask(WRITE, 1)
     world.down()
@@ -1045,7 +1045,7 @@ def test_silence_or_a_lost_network_never_fails_a_command() -> None:
     assert world.sent == [(WRITE, 1)]
 
 
-def test_trial_that_the_network_ends_blames_nobody() -> None:
+def test_trial_that_the_network_ends_blames_no_request() -> None:
     world = World()
     request = world.ask(WRITE, 1)
     for _ in range(3):
@@ -1396,7 +1396,7 @@ def on_trial(*asked: tuple[int, int]) -> tuple[World, list[Request]]:
     return world, requests
 
 
-def test_abandoned_change_on_trial_whose_connection_is_lost_keeps_nobody_out() -> None:
+def test_abandoned_change_on_trial_whose_connection_is_lost_holds_up_no_later_change() -> None:
     world, (old, _) = on_trial((WRITE, 1), (READ, 5))
     abandon(world, old)
     world.down()
@@ -1493,7 +1493,7 @@ def test_closed_link_ends_with_abandoned_changes_in_flight(times: int) -> None:
     assert world.link.in_flight == 0
 
 
-def test_flush_command_that_nobody_waits_for_any_more_is_not_sent_beside_another() -> None:
+def test_flush_command_no_longer_waited_for_is_not_sent_beside_another() -> None:
     """One is in flight at a time, also if it waited for the end of a trial that was cut short."""
     world, (_, _) = on_trial((WRITE, 3), (READ, 5))
     world.channels[0].answer_present()
@@ -1808,7 +1808,7 @@ class Simulation:
     def flushed(self, request: Request, started: float) -> None:
         self.has_ended(request)
         if request.error:
-            # The guest knows now: what was completed before is not promised any more.
+            # The guest knows now: what was completed before is no longer promised.
             blamed = self.crashes or self.flushes_fail or self.hangs_up or not self.proves
             blamed = blamed or self.gives_up
             assert blamed, f"seed {self.seed}: flush failed, no crash"

@@ -51,7 +51,7 @@ def test_failure_is_told_again_when_its_reason_changes() -> None:
     assert outages.failed(ConnectionLost("no route"))
 
 
-def test_connections_that_are_replaced_on_purpose_are_no_outage() -> None:
+def test_connections_that_are_replaced_on_purpose_are_not_an_outage() -> None:
     outages = Outages("nbd://far")
     outages.end(10.0, generation=2)
     assert (outages.total, outages.seconds_total(10.0)) == (0, 0.0)

@@ -92,7 +92,7 @@ class Link:
 
 
 def _ignore(request: Request) -> None:
-    """Nobody waits."""
+    """No caller waits."""
 
 
 @pytest.fixture

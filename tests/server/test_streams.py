@@ -89,7 +89,7 @@ def pieces(random: Random, stream: bytes) -> list[bytes]:
     """The stream as it may come from a socket."""
     found = []
     position = 0
-    # Byte by byte only where that does not take for ever.
+    # Byte by byte only where that does not take too long.
     longest = random.choice([1, 16, 100, 5000, 1 << 20] if len(stream) < 3000 else [5000, 1 << 20])
     while position < len(stream):
         size = random.randrange(longest) + 1

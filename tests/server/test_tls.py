@@ -283,7 +283,7 @@ def test_context_bad_key_or_certificate_is_told_as_what_it_is(
     key: str | None,
     says: str,
 ) -> None:
-    """And nobody is asked for a passphrase."""
+    """And the operator is not asked for a passphrase."""
     paths: dict[str | None, str | None] = {**_key_files(folders["clients"], tmp_path), None: None}
     options = ClientOptions(tls_certificate_file=paths[certificate], tls_key_file=paths[key])
 

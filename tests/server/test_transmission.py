@@ -63,7 +63,7 @@ def whole_answer(kind: str, asked: Asked, data: bytes) -> bytes:
 @pytest.mark.parametrize("step", [1, 7, 4096, 40_000, 1 << 30])
 @pytest.mark.parametrize("length", [1, 512, 4096, 40_000, 70_000, 300_000])
 def test_reads_received_in_any_pieces_are_whole(kind: str, step: int, length: int) -> None:
-    step = max(step, length // 600)  # Byte by byte takes for ever where it adds nothing.
+    step = max(step, length // 600)  # Byte by byte takes too long where it adds nothing.
     transmission = machine(kind)
     reads = [Asked(transmission, READ, i * length, length) for i in range(5)]
     stream = b"".join(whole_answer(kind, read, pattern(i, length)) for i, read in enumerate(reads))
@@ -164,7 +164,7 @@ def test_cookies_unknown_cookie_is_fatal(kind: str) -> None:
     read = Asked(transmission, READ, 0, 512)
     answer = bytearray(whole_answer(kind, read, bytes(512)))
     answer[15] ^= 0x55
-    with pytest.raises(ProtocolError, match="nobody waits for"):
+    with pytest.raises(ProtocolError, match="no command in flight has"):
         feed(transmission, bytes(answer))
     assert transmission.unanswered() == [read.request]
 
@@ -172,7 +172,7 @@ def test_cookies_unknown_cookie_is_fatal(kind: str) -> None:
 def test_cookies_second_answer_is_fatal() -> None:
     transmission = machine("simple")
     write = Asked(transmission, WRITE, 0, 512)
-    with pytest.raises(ProtocolError, match="nobody waits for"):
+    with pytest.raises(ProtocolError, match="no command in flight has"):
         feed(transmission, simple(write) * 2)
     assert write.finished == 1
 
@@ -291,7 +291,7 @@ def test_done_chunk_after_done_is_fatal() -> None:
     transmission = machine("structured")
     read = Asked(transmission, READ, 0, 512)
     stream = chunk(read, DONE, DATA, data_payload(0, bytes(512)))
-    with pytest.raises(ProtocolError, match="nobody waits for"):
+    with pytest.raises(ProtocolError, match="no command in flight has"):
         feed(transmission, stream + chunk(read, DONE, NONE) + bytes(8))
     assert read.finished == 1
 
@@ -431,7 +431,7 @@ def test_block_status_of_many_extents_needs_no_staging_space() -> None:
 
 
 @pytest.mark.parametrize("kind", ["simple", "structured"])
-def test_shutdown_is_no_answer(kind: str) -> None:
+def test_shutdown_is_not_an_answer(kind: str) -> None:
     transmission = machine(kind)
     write = Asked(transmission, WRITE, 0, 512)
     feed(transmission, simple(write, 108))
@@ -526,7 +526,7 @@ def test_cve_2022_0485_error_of_a_read_is_never_ignored() -> None:
 
 
 def test_write_answered_before_its_payload_is_sent_is_finished_later() -> None:
-    """A buffer may be given back only when nobody will read it any more."""
+    """A buffer may be given back only when it will not be read any more."""
     transmission = machine("simple")
     write = Asked(transmission, WRITE, 0, 512)
     transmission.sending = True

@@ -15,7 +15,7 @@ class TakesAll:
     def send(self, request: Request) -> None: ...
 
 
-def test_witness_of_the_end_of_what_is_tried_is_no_sign_that_it_was_abandoned() -> None:
+def test_witness_of_the_end_of_what_is_tried_does_not_show_that_it_was_abandoned() -> None:
     """Its guest pauses another ring meanwhile."""
     ended: list[str] = []
     channels = Channels(turn())

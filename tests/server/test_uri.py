@@ -112,14 +112,14 @@ def test_parse_uri_relative_socket_without_a_working_directory_is_refused(
         ("nbd://a%20b/", "cannot be the name of a host"),
         ("nbd://a%00b/", "cannot be the name of a host"),
         ("nbd://münchen.example/", "not ASCII: write the form of it that starts with xn--"),
-        ("nbd://[::1::2]/", "not a URI|no IPv6 address"),
+        ("nbd://[::1::2]/", "not a URI|not an IPv6 address"),
         ("nbd://h/100%", "'%' in the export's name without two digits: write it as %25"),
         ("nbd+unix:///?socket=/100%", "'%' in socket without two digits"),
         ("nbd+unix:///?socket=/%ff", "socket is not UTF-8"),
         ("nbds://h/?tls-hostname=m%C3%BCnchen", "not ASCII"),
         ("nbds://h/?tls-hostname=.a", "cannot be the name of a host"),
         ("nbds://h/?tls-hostname=", "cannot be the name of a host"),
-        ("nbd+unix:///?socket", "'socket' is no parameter: write NAME=VALUE"),
+        ("nbd+unix:///?socket", "'socket' is not a parameter: write NAME=VALUE"),
     ],
 )
 def test_parse_uri_bad_one_says_what_is_wrong(text: str, says: str) -> None:

@@ -70,7 +70,7 @@ def feed(transmission: Transmission, data: bytes, step: int = 1 << 30) -> None:
         try:
             transmission.bytes_received(received)
         finally:
-            deliver()  # also what came before something that is no reply
+            deliver()  # also what came before bytes that are not a reply
 
 
 def simple(asked: Asked, error: int = 0, data: bytes = b"") -> bytes:

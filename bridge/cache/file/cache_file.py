@@ -210,7 +210,7 @@ class CacheFile(MappedImage):
             os.close(fd)
 
     def abandon(self) -> None:
-        """A `close` in another thread takes too long: there will be no clean mark any more.
+        """A `close` in another thread takes too long: there will be no clean mark.
 
         Nothing is stored here: on a stuck disk that might never end, either. If the mark is there
         already, it is true: all that it stands for was synced before.

@@ -144,8 +144,8 @@ def _refuse_to_lose(path: str) -> None:
         ) from None
     if summary.fault is Fault.DAMAGED:
         raise ConfigError(
-            f"cache file {path} has a damaged index and holds {summary.dirty_bytes} bytes, besides "
-            "what is damaged, that the server does not have",
+            f"cache file {path} has a damaged index and holds {summary.dirty_bytes} bytes that the "
+            "server lacks, besides those in damaged blocks",
             remedy=Remedy.BRING_INTACT_OR_DROP,
             path=path,
         )

@@ -183,7 +183,7 @@ class FileHeader:
     created_s: int
     frozen: bool = False
     """Its guest was stopped before everything was at the server, and may have gone on elsewhere:
-    what is dirty may be sent only once it is known that no other client wrote."""
+    dirty data may be sent only once it is known that no other client wrote."""
     shared: bool = False
     """`frozen` in a session that others were in: its number does not tell whether they wrote."""
     export_identity: bytes = b""

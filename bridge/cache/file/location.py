@@ -2,7 +2,7 @@
 by the server's address, however that is spelled, and the export's name.
 
 A cache file that was passed over because the operator spelled the same disk differently would let
-the guest see old blocks, and what is dirty in it would be lost or overwrite newer data. So the
+the guest see old blocks, and its dirty data would be lost or overwrite newer data. So the
 headers of all cache files in the directory are read, and of those that were left dirty elsewhere:
 a file in a directory of the operator's choice is noted in the default one while it is in use
 (`note`), as a symbolic link.
@@ -66,7 +66,7 @@ class Wanted:
         return canonical_server(header.uri) == canonical_server(self.identity.uri)
 
     def may_own(self, header: FileHeader, resolve: Resolve) -> bool:
-        """It could belong to this export, under another name or address, for all that is known."""
+        """It could belong to this export, under another name or address, as far as is known."""
         if self.volume and header.export_identity:
             return self.volume == header.export_identity
         return (
@@ -179,7 +179,7 @@ def peek(path: str) -> FileHeader | None:
 def note(path: str, default_directory: Path) -> None:
     """Let every later start know of the cache file at `path`, whatever directory it looks in.
 
-    A directory that cannot be written to is no reason not to serve: then nothing is noted.
+    If that directory cannot be written to, nothing is noted, and the disk is served all the same.
     """
     path = os.path.realpath(path)
     if _is_same(Path(path).parent, default_directory):

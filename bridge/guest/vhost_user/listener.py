@@ -62,11 +62,11 @@ class Listener:
             sock = socket.socket(fileno=fd)
         except OSError as error:
             raise ConfigError(
-                f"file descriptor {fd} is no socket: {error.strerror}; pass a unix socket"
+                f"file descriptor {fd} is not a socket: {error.strerror}; pass a unix socket"
             ) from error
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             sock.detach()
-            raise ConfigError(f"file descriptor {fd} is no unix stream socket: pass one")
+            raise ConfigError(f"file descriptor {fd} is not a unix stream socket: pass one")
         sock.setblocking(False)
         return cls(sock, None, (0, 0))
 
@@ -106,7 +106,9 @@ def _clear_the_way(path: str) -> None:
     except OSError as error:
         raise _cannot_listen(path, error) from error
     if not stat.S_ISSOCK(status.st_mode):
-        raise ConfigError(f"socket path {path} exists and is no socket: remove it or use another")
+        raise ConfigError(
+            f"socket path {path} exists and is not a socket: remove it or use another"
+        )
     if _is_alive(path):
         raise ConfigError(
             f"another process listens on socket path {path}: stop it or use another path"

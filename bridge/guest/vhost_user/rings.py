@@ -163,7 +163,7 @@ class Rings:
         address = ring.address
         assert address is not None
         if not features & F_RING_PACKED and ring.size & (ring.size - 1):
-            raise ProtocolError(f"queue {ring.index}: size {ring.size} is no power of two")
+            raise ProtocolError(f"queue {ring.index}: size {ring.size} is not a power of two")
         return RingSetup(
             size=ring.size,
             desc_user_address=address.desc,
@@ -299,7 +299,7 @@ def _take_eventfd(file: VringFile, fds: list[int]) -> int | None:
         return None
     fd = fds[0]
     if not _is_eventfd(fd):
-        raise ProtocolError(f"queue {file.index}: the descriptor is no eventfd")
+        raise ProtocolError(f"queue {file.index}: the descriptor is not an eventfd")
     os.set_blocking(fd, False)
     return fds.pop(0)
 

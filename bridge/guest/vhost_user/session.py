@@ -348,7 +348,7 @@ class FrontEndSession:
 
     async def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> None:
         if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
-            raise ProtocolError("the back-end channel is no socket")
+            raise ProtocolError("the back-end channel is not a socket")
         self._close_channel()
         self._channel_fd = fds.pop()
 

@@ -1,4 +1,4 @@
-"""Messages and descriptors over a non-blocking unix socket, for the back-end and the front-end."""
+"""Messages and descriptors over a non-blocking unix socket, for back-end and front-end."""
 
 from __future__ import annotations
 

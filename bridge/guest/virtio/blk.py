@@ -119,7 +119,7 @@ class BlkRequest(Request):
 
 
 def one_epoch() -> int:
-    """The server never drops what it has acknowledged, or somebody else sees to that."""
+    """The server never drops what it has acknowledged, or a layer below sees to that."""
     return 0
 
 
@@ -253,7 +253,7 @@ class BlkEngine:
                 submit(request)
 
     def start_again(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
-        """The same for what was begun before, and left in an in-flight region."""
+        """The same for chains begun before, and left in an in-flight region."""
         self._flush_flags = REPEATED
         self.start(ring, chains)
         self._flush_flags = 0
@@ -307,7 +307,7 @@ class BlkEngine:
         if writable if type_ == T_OUT else readable:
             problem = "data that points the wrong way"
         elif (offset | length) & self._block_mask:
-            problem = "data that is no whole number of blocks"
+            problem = "data that is not a whole number of blocks"
         elif offset + length > self._capacity_bytes:
             problem = "a request past the end of the disk"
         else:
@@ -317,7 +317,7 @@ class BlkEngine:
         self._refuse(ring, chain, S_IOERR, problem)
 
     def _start_other(self, ring: UsedRing, chain: Chain) -> None:
-        """Everything that is no read and no write that is allowed."""
+        """Every request except reads and writes that are allowed."""
         type_ = chain[1]
         fault = chain[-1]
         if fault is not None:
@@ -397,7 +397,7 @@ class BlkEngine:
             if offset + length > self._capacity_bytes:
                 return S_IOERR, "a discard or write-zeroes past the end of the disk", []
             if (offset | length) & self._block_mask:
-                return S_IOERR, "a discard or write-zeroes of no whole number of blocks", []
+                return S_IOERR, "a discard or write-zeroes that is not a whole number of blocks", []
             if length:
                 parts.append((offset, length, MAY_UNMAP if flags else 0))
         return S_OK, "", parts
@@ -449,7 +449,7 @@ class BlkEngine:
         """The guest hears no more of `requests`, and their buffers are not touched any more by
         what goes through them (see `Request.abandon`)."""
         reads = [request.length for request in requests if request.op == READ]
-        # One for all, as long as the longest piece: nobody looks at what lands there.
+        # One for all, as long as the longest piece: what lands there is never read.
         scratch = memoryview(bytearray(min(max(reads, default=0), WHOLE_BYTES)))
         for request in requests:
             del self._unanswered[request]

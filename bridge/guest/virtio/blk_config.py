@@ -166,6 +166,6 @@ class BlkConfig:
         self._features = features
 
     def reset(self) -> None:
-        """A new driver starts: what the former one wrote does not count."""
+        """A new driver starts: values that the former one wrote do not count."""
         self._guest_writeback = None
         self._features = 0

@@ -100,7 +100,7 @@ class DirtyBitmap:
 
     def _set(self, byte: int, bits: int) -> None:
         if bits == 0xFF or self._fetch_or is None:
-            self._view[byte] = 0xFF  # loses nobody's bit
+            self._view[byte] = 0xFF  # No other writer's bit is lost.
         else:
             self._fetch_or(self._address + byte, bits, _SEQUENTIALLY_CONSISTENT)
 
@@ -114,7 +114,7 @@ class DirtyLog:
         """`ring_areas`: guest address and length of what the device writes of the ring itself."""
         self._bitmap = bitmap
         self._ring_areas = ring_areas
-        # Views carry no guest address; on the data path nobody needs one. Here they are found
+        # Views carry no guest address; the data path needs none. Here they are found
         # by where they lie in our own memory.
         self._regions = [
             (address_of(region.view), region.size_bytes, region.guest_address)

@@ -96,8 +96,8 @@ class InflightRegion:
     ) -> tuple[InflightRegion, int, int]:
         """A fresh region, the descriptor of its memory (the caller closes it), and its size.
 
-        The memory is sealed: nobody can shorten it under the mapping. Raises ProtocolError when
-        there is no memory for it.
+        The memory is sealed: the front-end cannot shorten it under the mapping. Raises
+        ProtocolError when there is no memory for it.
         """
         size = num_queues * queue_region_bytes(queue_size, packed=packed)
         try:
@@ -254,7 +254,7 @@ class TrackedSplitQueue(SplitQueue):
         halves[self._VERSION_AT] = _VERSION
 
     def _recover(self) -> None:
-        """Finish what the former process was about, and find what it had not answered."""
+        """Finish the former process's last stores, and find the chains it had not answered."""
         self._finish_last_batch()
         self.tracked_halves[self._USED_IDX_AT] = self.cells[NEXT_USED]
         lost = sorted(

@@ -12,8 +12,8 @@ finds out from the ring whether the driver can see it, and completes it or takes
     answer:  the chain's entries go to the free list; used_idx and the wrap counter;
              the flags in the ring (the driver can see it); inflight = 0; old_… makes it true
 
-Answers are not batched here: were the flags of several descriptors half written, nobody could
-take back those that the driver has not come to yet.
+Answers are not batched here: were the flags of several descriptors half written, no
+back-end could take back those that the driver has not come to yet.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class TrackedPackedQueue(PackedQueue):
     # After a death
 
     def _recover(self) -> None:
-        """Complete or take back what was under way; find what was not answered."""
+        """Complete or take back the change under way; find the chains that were not answered."""
         n_entries = self._n_entries
         h, region = self._h, self._region
         used = h[_USED_IDX_AT], region[_USED_WRAP_AT]
@@ -250,7 +250,7 @@ class TrackedPackedQueue(PackedQueue):
             self._h[_VERSION_AT] = 0
 
     def publish(self) -> bool:
-        """See VirtQueue. It is all visible already; what is left is the call."""
+        """See VirtQueue. All of it is visible already; only the call is left."""
         if not self._visible:
             return False
         self._visible = False

@@ -42,7 +42,7 @@ class LongChains:
         self._all = views
 
     def leave(self) -> None:
-        """The queue has ended: the others do not wait for what it had in flight."""
+        """The queue has ended: the others do not wait for the chains it had in flight."""
         self._all.count -= self.views
         self._all = LongViews()
         self._all.count = self.views
@@ -60,7 +60,7 @@ class LongChains:
         self._all.count += n_views
 
     def pushed(self, head: int) -> None:
-        """A chain, long or not, is not in flight any more."""
+        """A chain, long or not, is no longer in flight."""
         lengths = self._by_head.get(head)
         if lengths is not None:
             n_views = lengths.pop()

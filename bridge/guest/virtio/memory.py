@@ -29,8 +29,8 @@ class BadAddress(Exception):
 class Region:
     """A piece of guest memory, mapped: `view` is its bytes.
 
-    `source` says which bytes of which file: device, inode and offset. `is_sealed`: nobody can make
-    that file shorter.
+    `source` says which bytes of which file: device, inode and offset. `is_sealed`: no process
+    can make that file shorter.
     """
 
     __slots__ = ("guest_address", "is_sealed", "size_bytes", "source", "user_address", "view")

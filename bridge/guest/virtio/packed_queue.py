@@ -101,7 +101,7 @@ class PackedQueue:
 
     def pop(self) -> list[Chain]:
         """See VirtQueue. More descriptors than the ring has, or a chain without an end, break
-        the queue: the driver then rewrites what we have not used, or nobody knows its buffer."""
+        the queue: the driver then rewrites what we have not used, or its buffer id is unknown."""
         chains: list[Chain] = []
         while self._has_available() and not self.long.too_many:
             if WEAK_ORDER:

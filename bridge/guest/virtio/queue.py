@@ -23,7 +23,7 @@ class VirtQueue(Protocol):
     long: LongChains
     """What its long chains take; a device has its queues count together."""
     keeps_in_flight: bool
-    """What is in flight when the queue is closed is found again by the next one, and answered."""
+    """The next queue finds the chains in flight when this one is closed, and answers them."""
 
     @property
     def in_flight(self) -> int:
@@ -52,10 +52,10 @@ class VirtQueue(Protocol):
         """Kicks are not needed for now."""
 
     def use_memory(self, memory: GuestMemory, areas: RingAreas) -> None:
-        """The guest's memory was mapped anew. What was popped keeps its old views."""
+        """The guest's memory was mapped anew. Chains popped before keep their old views."""
 
     def close(self, *, told: bool) -> int:
-        """The end: nothing is written any more. The base to go on from (see RingSetup.base).
+        """The end: nothing more is written. The base to go on from (see RingSetup.base).
 
         `told`: the front-end gets it, and the next start is from what it then says.
         """

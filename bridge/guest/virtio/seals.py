@@ -10,7 +10,7 @@ import fcntl
 
 
 def keep_length(fd: int) -> bool:
-    """See to it that nobody makes the file shorter from now on; False if that cannot be had."""
+    """Seal the file, so that no process can make it shorter; False if that cannot be had."""
     try:
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             return True

@@ -16,7 +16,7 @@ def no_fd_leak() -> Iterator[None]:
     before = open_fds()
     yield
     if open_fds() > before:
-        gc.collect()  # sockets that only wait to be collected are no leak
+        gc.collect()  # sockets that only wait to be collected are not a leak
     # Fewer than before: those of an earlier test were collected meanwhile.
     assert open_fds() <= before
 

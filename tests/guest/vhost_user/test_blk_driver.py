@@ -283,7 +283,7 @@ async def test_back_end_stopped_with_requests_in_flight_finishes_them(directory:
         assert guest.queues[0].poll()
 
 
-async def test_back_end_that_dies_fails_what_is_in_flight(
+async def test_back_end_that_dies_fails_requests_in_flight(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.peers.pending_requests._ALIVE_CHECK_S", 0.02)
@@ -294,7 +294,7 @@ async def test_back_end_that_dies_fails_what_is_in_flight(
                 nursery.start_soon(guest.read, 0, 512)
                 nursery.start_soon(guest.read, 0, 512)
                 await until(lambda: len(backend.target.held) == 2)
-                await trio.sleep(0.05)  # that nothing comes is no reason to fail
+                await trio.sleep(0.05)  # silence does not make it fail
                 assert guest.front_end is not None
                 guest.front_end._transport.sock.shutdown(socket.SHUT_RDWR)
         # Only now: a dead back-end answers nothing, one that drains would fail the requests itself.

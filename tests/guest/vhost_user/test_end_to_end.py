@@ -130,7 +130,7 @@ async def test_first_completion_after_a_restart_calls_whatever_the_suppression_s
 
 
 async def test_spurious_kicks_do_nothing(directory: Path) -> None:
-    """Rule `notify`: a kick with nothing new is no request."""
+    """Rule `notify`: a kick with nothing new is not a request."""
     async with guest_on(directory) as (backend, guest):
         for _ in range(100):
             os.eventfd_write(guest.queues[0].kick_fd, 1)

@@ -74,13 +74,13 @@ def test_datagram_socket_of_another_process_is_refused(directory: Path) -> None:
         Listener.at_path(directory / "s")
 
 
-def test_path_that_is_no_socket_is_refused_and_kept(directory: Path) -> None:
+def test_path_that_is_not_a_socket_is_refused_and_kept(directory: Path) -> None:
     path = directory / "s"
     path.write_text("precious")
 
-    with pytest.raises(ConfigError, match="is no socket"):
+    with pytest.raises(ConfigError, match="is not a socket"):
         Listener.at_path(path)
-    with pytest.raises(ConfigError, match="is no socket"):
+    with pytest.raises(ConfigError, match="is not a socket"):
         Listener.at_path(directory)
     assert path.read_text() == "precious"
 
@@ -111,19 +111,19 @@ def test_file_of_another_process_is_not_removed(directory: Path) -> None:
         assert path.exists()
 
 
-def test_file_already_gone_at_the_end_is_no_error(directory: Path) -> None:
+def test_file_already_gone_at_the_end_is_not_an_error(directory: Path) -> None:
     with Listener.at_path(directory / "s"):
         (directory / "s").unlink()
 
 
-def test_passed_descriptor_that_is_no_unix_stream_socket_is_refused(directory: Path) -> None:
-    with (directory / "f").open("w") as file, pytest.raises(ConfigError, match="no socket"):
+def test_passed_descriptor_that_is_not_a_unix_stream_socket_is_refused(directory: Path) -> None:
+    with (directory / "f").open("w") as file, pytest.raises(ConfigError, match="not a socket"):
         Listener.from_fd(file.fileno())
     with socket.socket(socket.AF_INET) as sock:
-        with pytest.raises(ConfigError, match="no unix stream socket"):
+        with pytest.raises(ConfigError, match="not a unix stream socket"):
             Listener.from_fd(sock.fileno())
         assert sock.getsockname()
-    with pytest.raises(ConfigError, match="no socket"):
+    with pytest.raises(ConfigError, match="not a socket"):
         Listener.from_fd(987654)
 
 

@@ -330,7 +330,7 @@ async def test_channel_replaced_closes_the_old_one(talk: Talk) -> None:
         await talk.send(MessageType.SET_BACKEND_REQ_FD, fds=[_socket()])
 
 
-async def test_channel_that_is_no_socket_is_refused(talk: Talk) -> None:
+async def test_channel_that_is_not_a_socket_is_refused(talk: Talk) -> None:
     await talk.negotiate()
 
     assert await talk.ask(MessageType.SET_BACKEND_REQ_FD, fds=[eventfd()]) == 1

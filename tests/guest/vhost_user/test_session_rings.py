@@ -226,7 +226,7 @@ async def test_queue_size_out_of_range_is_refused(talk: Talk, size: int) -> None
     assert await talk.ask(MessageType.SET_VRING_NUM, state(size)) == 1
 
 
-async def test_split_queue_size_that_is_no_power_of_two_does_not_start(talk: Talk) -> None:
+async def test_split_queue_size_not_a_power_of_two_does_not_start(talk: Talk) -> None:
     await talk.negotiate()
     await talk.set_up_ring(size=100)
 
@@ -329,7 +329,7 @@ async def test_eventfd_replaced_is_still_open_while_the_device_lets_go_of_it(tal
 @pytest.mark.parametrize(
     "request_", [MessageType.SET_VRING_KICK, MessageType.SET_VRING_CALL, MessageType.SET_VRING_ERR]
 )
-async def test_descriptor_that_is_no_eventfd_is_refused(
+async def test_descriptor_that_is_not_an_eventfd_is_refused(
     request_: MessageType, make: object
 ) -> None:
     talk = Talk()

@@ -640,7 +640,7 @@ def test_refused_hit_becomes_a_request() -> None:
     assert [(request.op, request.offset) for request in disk.requests] == hits.asked
 
 
-def test_write_that_has_to_be_durable_is_no_hit() -> None:
+def test_write_that_has_to_be_durable_is_not_a_hit() -> None:
     disk = FakeDisk()
     hits = FakeHits(disk, 4096)
     guest = BlkGuest(disk=disk, hits=hits, features=0)

@@ -118,7 +118,7 @@ def test_topology_is_the_servers_block_sizes() -> None:
     assert field(config, "I", 44) == 128  # discard alignment in sectors
 
 
-def test_discard_alignment_is_no_less_than_the_servers_minimum_block() -> None:
+def test_discard_alignment_is_at_least_the_servers_minimum_block() -> None:
     """And no more than needed: fstrim passes over free space that is shorter."""
     geometry = DiskGeometry(1 << 30, min_io_bytes=1 << 17, optimal_io_bytes=1 << 25)
     assert field(BlkConfig(geometry, num_queues=1), "I", 44) == 256

@@ -149,7 +149,7 @@ def test_dirty_log_ring_area_is_marked_where_the_front_end_says() -> None:
     assert dirty_pages(log) >= {0x40, 0x41}
 
 
-def test_dirty_log_memory_that_is_not_known_any_more_marks_everything() -> None:
+def test_dirty_log_memory_that_is_no_longer_known_marks_everything() -> None:
     marks, log = bitmap()
     elsewhere = memoryview(bytearray(16))
     DirtyLog(marks, memory(), []).mark_chain(chain(T_IN, [elsewhere], None, 0))

@@ -277,7 +277,7 @@ def test_inflight_fresh_region_beside_a_ring_that_has_run_starts_at_its_used_ind
     assert serve_all(ring, queue) == [1]
 
 
-def test_inflight_region_of_another_ring_with_nothing_in_flight_is_no_obstacle() -> None:
+def test_inflight_region_of_another_ring_with_nothing_in_flight_is_accepted() -> None:
     """A guest was reset: its new driver starts at 0, the region is still there."""
     ring = Split(base=5000)
     ring.add()

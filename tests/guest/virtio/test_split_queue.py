@@ -98,7 +98,7 @@ def test_ring_bounds_in_flight_counts_against_the_size() -> None:
 
 
 def test_ring_bounds_base_far_from_the_used_index_bounds_the_work() -> None:
-    """vm-virtio#196: a front-end's wrong base is no licence for 65535 requests."""
+    """vm-virtio#196: a front-end's wrong base does not allow 65535 requests."""
     guest = QueueRig(size=4)
     queue = guest.make_queue(base=40000)
     guest.driver.set_avail_idx(3)
@@ -520,7 +520,7 @@ def test_notify_without_event_idx_the_flag_decides(flags: int, expected: bool) -
     assert complete_one(guest) is expected
 
 
-def test_notify_nothing_published_calls_nobody() -> None:
+def test_notify_nothing_published_sends_no_call() -> None:
     assert not QueueRig().queue.publish()
 
 
@@ -547,7 +547,7 @@ def test_notify_without_event_idx_the_flag_suppresses_kicks() -> None:
 
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_ring_rearm_arm_sees_a_chain_that_came_just_before(event_idx: bool) -> None:
-    """CH#897: the driver added it while nobody asked for a kick."""
+    """CH#897: the driver added it while the device asked for no kick."""
     guest = QueueRig(event_idx=event_idx)
     guest.put(*usual(guest))
     assert guest.queue.arm()
