@@ -86,7 +86,7 @@ async def _disk(server: _Server, folder: str, mode: str) -> AsyncIterator[_Reque
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
         nursery.start_soon(storage.run)
-        yield _Requests(storage.upstream.submit, loop)
+        yield _Requests(storage.target.submit, loop)
         await storage.close(30)
         nursery.cancel_scope.cancel()
     loop.close()
