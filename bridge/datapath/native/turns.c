@@ -19,7 +19,7 @@
 enum {
     RECEIVES_PER_TURN = 8,
     STAGING_LONG_BYTES = 16 << 10, /* while long reads are in flight: see transmission.py */
-    DEEP = 8,                      /* with so many in flight, waiting gathers a batch */
+    DEEP = 16,                     /* with so many in flight, waiting gathers a batch */
     LONG_TURN_NS = 5000000         /* as in loop.py */
 };
 
@@ -277,14 +277,15 @@ static void disarm(struct dp_turns *turns)
         dp_disarm(turns->rings[index].queue);
 }
 
-/* How long to poll now. Not while a batch or a long payload gathers. (Not to poll while others want
- * the processor was tried: waking up costs more than that, and comes later.) */
+/* How long to poll now. Long between the pieces of a long payload, as in `loop.Loop.linger`: not to
+ * poll there costs a quarter of the throughput. Not while a batch gathers. (Not to poll while others
+ * want the processor was tried: waking up costs more than that, and comes later.) */
 static uint64_t window_ns(const struct dp_turns *turns)
 {
     uint64_t in_flight = 0;
 
     if (turns->channel && turns->channel->cells[DP_LONG_READS])
-        return 0;
+        return turns->poll_max_ns;
     for (uint32_t index = 0; index < turns->ring_count; index++)
         in_flight += turns->rings[index].queue->cells[DP_IN_FLIGHT];
     return in_flight < DEEP ? turns->poll_ns : 0;
