@@ -18,7 +18,7 @@ import structlog
 
 from bridge.datapath.cells import MAX_WRITE_BYTES, Route
 from bridge.datapath.lanes import SMALL_BYTES
-from bridge.datapath.request import DISCARD, WRITE, WRITE_ZEROES, Request
+from bridge.datapath.request import CHANGES, Request
 from bridge.datapath.turn import Turn
 from bridge.server.align import cover
 from bridge.server.client_options import ClientOptions
@@ -26,8 +26,6 @@ from bridge.server.grace import WHOLE_DISK, GraceSpans
 from bridge.server.overlaps import Claim, Overlaps, Span
 
 _log = structlog.get_logger(__name__)
-
-CHANGES = (WRITE, DISCARD, WRITE_ZEROES)
 
 
 class Change(Claim):

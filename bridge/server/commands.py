@@ -17,6 +17,7 @@ from typing import Final
 from bridge.datapath.durability import ReportingDurability
 from bridge.datapath.request import (
     BLOCK_STATUS,
+    CHANGES,
     DISCARD,
     FLUSH,
     FUA,
@@ -28,15 +29,14 @@ from bridge.datapath.request import (
 )
 from bridge.datapath.turn import Turn
 from bridge.server.align import Aligner
-from bridge.server.changes import CHANGES
 from bridge.server.channels import Channels
 from bridge.server.chunks import StatusRequest
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.flushes import NO_FAILURE, Flushes
 from bridge.server.split import Limits, Split
+from bridge.units import SECTOR_BYTES
 
-SECTOR_BYTES: Final = 512
 _STATUS_MAX_BYTES: Final = 1 << 30
 
 

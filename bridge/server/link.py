@@ -56,16 +56,17 @@ from bridge.datapath.cells import (
     WHOLE_READ_BYTES,
 )
 from bridge.datapath.lanes import WHOLE_BYTES
-from bridge.datapath.request import FLUSH, OP_NAMES, Request
+from bridge.datapath.request import CHANGES, FLUSH, OP_NAMES, Request
 from bridge.datapath.turn import Turn
-from bridge.server.changes import CHANGES, Changes, Outlived
+from bridge.server.changes import Changes, Outlived
 from bridge.server.channels import Channel, Channels, Phase, without_abandoned
 from bridge.server.client_options import ClientOptions
-from bridge.server.commands import SECTOR_BYTES, Commands
+from bridge.server.commands import Commands
 from bridge.server.export import Export
 from bridge.server.flushes import Flushes, OnceMore
 from bridge.server.patience import Patience
 from bridge.server.trial import Trial
+from bridge.units import SECTOR_BYTES
 
 _log = structlog.get_logger(__name__)
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from bridge.datapath.request import FLUSH, READ, Request
 from bridge.server.channels import Channels, Phase, without_abandoned
-from bridge.server.commands import SECTOR_BYTES, Commands
+from bridge.server.commands import Commands
 from bridge.server.flushes import Flushes
 from bridge.server.suspects import Suspects
+from bridge.units import SECTOR_BYTES
 
 
 class Trial:
