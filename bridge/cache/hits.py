@@ -18,20 +18,8 @@ class CacheHits:
 
     def __init__(self, index: Index, evictor: Evictor, writes: Writes, stats: Stats) -> None:
         self._stats = stats
-        self._shift = index.granule_shift
-        self._block_shift = index.block_shift
-        self._block_up = index.block_bytes - 1
-        self._within = index.granule_bytes - 1
-        self._bucket_mask = index.bucket_mask
-        self._head = index.head
-        self._granule_of = index.granule_of
-        self._ready = index.ready
-        self._open = index.open
-        self._data = index.data
-        self._open_blocks = writes.open_blocks
-        self._touched = evictor.touched
         self.resident = _resident(index, evictor, writes)
-        """What the usual case of a turn serves by itself."""
+        """All that a hit touches; the usual case of a turn serves out of it by itself."""
 
     def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
         """See `request.Hits`: blocks of one granule that are all `ready`.
@@ -39,18 +27,20 @@ class CacheHits:
         For what is not usual: packed rings, buffers in several pieces, requests above 64 KiB. What
         is usual `usual.take_hits` serves, in the same way.
         """
-        granule = offset >> self._shift
-        slot = self._head[granule & self._bucket_mask]
-        if self._granule_of[slot] != granule:
+        flat = self.resident
+        granule = offset >> flat.granule_shift
+        slot = flat.head[granule & flat.bucket_mask]
+        if flat.granule_of[slot] != granule:
             return False
         # A range that leaves the granule has bits that no granule has.
-        within = offset & self._within
-        shift = self._block_shift
-        bits = (1 << (within + length + self._block_up >> shift)) - (1 << (within >> shift))
-        if bits & ~self._ready[slot]:
+        within = offset & (1 << flat.granule_shift) - 1
+        shift = flat.block_shift
+        up = (1 << shift) - 1
+        bits = (1 << (within + length + up >> shift)) - (1 << (within >> shift))
+        if bits & ~flat.ready[slot]:
             return False
-        at = (slot << self._shift) + within
-        data = self._data
+        at = (slot << flat.granule_shift) + within
+        data = flat.data
         if len(buffers) == 1:
             buffers[0][:] = data[at : at + length]
         else:
@@ -58,24 +48,26 @@ class CacheHits:
                 end = at + len(buffer)
                 buffer[:] = data[at:end]
                 at = end
-        self._touched[slot] = UP[self._touched[slot]]
+        flat.touched[slot] = UP[flat.touched[slot]]
         self._stats.read_hits += 1
         return True
 
     def write_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
         """See `request.Hits`: blocks of one granule that are all `open`, or can be at once."""
         # The look-up is that of `read_hit`: a call for it would cost as much as it does.
-        granule = offset >> self._shift
-        slot = self._head[granule & self._bucket_mask]
-        if self._granule_of[slot] != granule:
+        flat = self.resident
+        granule = offset >> flat.granule_shift
+        slot = flat.head[granule & flat.bucket_mask]
+        if flat.granule_of[slot] != granule:
             return False
-        within = offset & self._within
-        shift = self._block_shift
-        bits = (1 << (within + length + self._block_up >> shift)) - (1 << (within >> shift))
-        if bits & ~self._open[slot] and not self._open_blocks(slot, bits):
+        within = offset & (1 << flat.granule_shift) - 1
+        shift = flat.block_shift
+        up = (1 << shift) - 1
+        bits = (1 << (within + length + up >> shift)) - (1 << (within >> shift))
+        if bits & ~flat.open[slot] and not flat.open_blocks(slot, bits):
             return False
-        at = (slot << self._shift) + within
-        data = self._data
+        at = (slot << flat.granule_shift) + within
+        data = flat.data
         if len(buffers) == 1:
             data[at : at + length] = buffers[0]
         else:
@@ -83,7 +75,7 @@ class CacheHits:
                 end = at + len(buffer)
                 data[at:end] = buffer
                 at = end
-        self._touched[slot] = UP[self._touched[slot]]
+        flat.touched[slot] = UP[flat.touched[slot]]
         self._stats.write_hits += 1
         return True
 
