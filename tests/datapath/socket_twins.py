@@ -37,7 +37,7 @@ from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
-from bridge.datapath.rows import Rows, ToServer, Usual
+from bridge.datapath.rows import Rows
 from bridge.datapath.turn import Turn
 from bridge.errors import BridgeError, ConnectionLost
 from bridge.guest.ring import RunningRing
@@ -54,20 +54,25 @@ from bridge.server.connection import Connection
 from bridge.server.export import Export
 from bridge.server.link import Link
 from bridge.spec import nbd as p
+from tests.datapath.twins import (
+    DISK_BYTES,
+    HIGH,
+    HIGH_BYTES,
+    LOG_BYTES,
+    LOW_BYTES,
+    ROOM_BYTES,
+    SIZE,
+    SLOTS,
+    SPARE,
+    LinkTarget,
+    Step,
+    difference,
+    look,
+    pass_time,
+    resize,
+)
 
-SIZE = 64
-SLOTS = 20
-"""Chains of the script: the one in slot n has the head 3 * n."""
-SPARE = 6
-"""Places for chains whose head is in flight already: what two of them write in one turn, to the
-same memory, they may write in any order."""
-DISK_BYTES = 1 << 20
-LOW_BYTES = 1 << 17
-HIGH = 1 << 32
-ROOM_BYTES = 0x12000
-HIGH_BYTES = (SLOTS + SPARE) * ROOM_BYTES
 AVAIL, USED, TABLES, HEADERS, STATUSES = 0x1000, 0x2000, 0x3000, 0x6000, 0x7000
-LOG_BYTES = 1 << 18
 
 
 class Sockets:
@@ -186,36 +191,6 @@ class _Negotiated:
         return b""
 
 
-class _Backend:
-    """The session, as a disk or a cache sees it."""
-
-    hits = None
-    holds_writes = False
-    size_bytes = DISK_BYTES
-    min_block_bytes = 1
-    can_flush = can_fua = can_trim = can_write_zeroes = True
-
-    def __init__(self, session: Link, rows: Rows) -> None:
-        self._session = session
-        self._rows = rows
-        self.submit = session.submit
-
-    @property
-    def in_flight(self) -> int:
-        return self._session.in_flight
-
-    @property
-    def generation(self) -> int:
-        return self._session.generation
-
-    @property
-    def gone(self) -> bool:
-        return self._session.given_up
-
-    def usual(self, wrote: Callable[[], None]) -> Usual:
-        return ToServer(self._session.route, self._rows, wrote)
-
-
 class Twin:
     """See the module's text."""
 
@@ -251,7 +226,7 @@ class Twin:
         self.rows = Rows(engine)
         self.session = Link(ClientOptions(), self.loop.turn, above=self, random=random.Random(3))
         self.loop.turn.add_stage(self.session)
-        backend: Any = _Backend(self.session, self.rows)
+        backend: Any = LinkTarget(self.session, self.rows)
         self.cache: Cache | None = None
         self.connect()
         if slots:
@@ -474,9 +449,6 @@ class Twin:
             self.server.end.close()
 
 
-Step = Callable[[Twin], None]
-
-
 class Script:
     """The steps of one seed, taken in both twins."""
 
@@ -542,7 +514,7 @@ class Script:
         mine, theirs = one.seen(), other.seen()
         for name, value in mine.items():
             if value != theirs[name]:
-                raise AssertionError(f"{name}: {_difference(value, theirs[name])}")
+                raise AssertionError(f"{name}: {difference(value, theirs[name])}")
         self._mend()
 
     def _mend(self) -> None:
@@ -672,13 +644,13 @@ class Script:
             on = rng.random() < 0.7
             self._both(lambda twin: _write_through(twin, on))
         elif what == "look":
-            self._both(lambda twin: _look(twin))
+            self._both(lambda twin: look(twin))
         elif what == "time":
             seconds = rng.choice([0.5, 5.0, 61.0])
-            self._both(lambda twin: _pass_time(twin, seconds))
+            self._both(lambda twin: pass_time(twin, seconds))
         elif what == "resize":
             size = rng.choice([DISK_BYTES, DISK_BYTES, DISK_BYTES // 2])
-            self._both(lambda twin: _resize(twin, size))
+            self._both(lambda twin: resize(twin, size))
         elif ring is None:
             return
         elif what == "stop":
@@ -709,31 +681,16 @@ class Script:
             while self.twins[0].server.commands:
                 self._both(lambda twin: twin.server.answer(0, "whole"))
             self._both(lambda twin: twin.server.send(1 << 30))
-            self._both(lambda twin: _pass_time(twin, 1.0))
+            self._both(lambda twin: pass_time(twin, 1.0))
             self._turn()
         for twin in self.twins:
             if twin.ring is not None and not twin.ring.is_broken:
                 assert not twin.ring.in_flight, f"{twin.ring.in_flight} never answered"
 
 
-def _pass_time(twin: Twin, seconds: float) -> None:
-    twin.now += seconds
-    twin.session.tick(twin.now)
-    if twin.cache is not None:
-        twin.cache.tick(twin.now)
-    twin.loop.turn.end()
-
-
 def _write_through(twin: Twin, writeback: bool) -> None:
     twin.config.write(32, bytes([writeback]))
     twin.engine.writeback_changed()
-
-
-def _look(twin: Twin) -> None:
-    """What a watchdog does."""
-    if twin.connection.alive:
-        assert not twin.connection.stalled(0.0, 60.0)
-        assert len(twin.connection.changes()) <= SLOTS + 64
 
 
 def _pause(twin: Twin, on: bool) -> None:
@@ -749,19 +706,6 @@ def _move(twin: Twin) -> None:
     gone = [region for region in twin.memory.regions if region.guest_address == HIGH]
     twin.ring.uses(gone)
     twin.ring.move(twin.memory, twin.areas)
-
-
-def _resize(twin: Twin, size_bytes: int) -> None:
-    twin.config.resize(size_bytes)
-    twin.engine.geometry_changed()
-
-
-def _difference(one: Any, other: Any) -> str:
-    """For bytes, where it begins."""
-    if isinstance(one, bytes):
-        at = next(at for at, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
-        return f"from {at:#x} on {one[at : at + 16]!r}, elsewhere {other[at : at + 16]!r}"
-    return f"{one!r:.400}, elsewhere {other!r:.400}"
 
 
 def main() -> None:

@@ -258,7 +258,7 @@ class _Negotiated:
         return b""
 
 
-class _Backend:
+class LinkTarget:
     """The session, as a disk or a cache sees it."""
 
     hits = None
@@ -334,7 +334,7 @@ class Twin:
         options = ClientOptions(stale_write_grace_s=grace_s)
         self.session = Link(options, self.loop.turn, above=self, random=random.Random(3))
         self.loop.turn.add_stage(self.session)
-        backend: Any = _Backend(self.session, self.rows)
+        backend: Any = LinkTarget(self.session, self.rows)
         self.cache: Cache | None = None
         self.connect("")
         if slots:
@@ -679,7 +679,7 @@ class Script:
         mine, theirs = one.seen(), other.seen()
         for name, value in mine.items():
             if value != theirs[name]:
-                raise AssertionError(f"{name}: {_difference(value, theirs[name])}")
+                raise AssertionError(f"{name}: {difference(value, theirs[name])}")
         self._mend()
 
     def _mend(self) -> None:
@@ -847,13 +847,13 @@ class Script:
             on = rng.random() < 0.7
             self._both(lambda twin: _write_through(twin, on))
         elif what == "look":
-            self._both(lambda twin: _look(twin))
+            self._both(lambda twin: look(twin))
         elif what == "time":
             seconds = rng.choice([0.5, 5.0, 61.0])
-            self._both(lambda twin: _pass_time(twin, seconds))
+            self._both(lambda twin: pass_time(twin, seconds))
         elif what == "resize":
             size = rng.choice([DISK_BYTES, DISK_BYTES, DISK_BYTES // 2])
-            self._both(lambda twin: _resize(twin, size))
+            self._both(lambda twin: resize(twin, size))
         elif what == "memory":
             anew, more = rng.random() < 0.7, rng.random() < 0.5
             self._both(lambda twin: twin.move(anew=anew, more=more))
@@ -889,7 +889,7 @@ class Script:
             while self.twins[0].server.commands:
                 self._both(lambda twin: twin.server.answer(0, "whole"))
             self._both(lambda twin: twin.server.send(1 << 30))
-            self._both(lambda twin: _pass_time(twin, 1.0))
+            self._both(lambda twin: pass_time(twin, 1.0))
             self._turn()
         for twin in self.twins:
             for ring in twin.rings:
@@ -898,7 +898,7 @@ class Script:
                     assert not running.in_flight, f"{running.in_flight} never answered"
 
 
-def _pass_time(twin: Twin, seconds: float) -> None:
+def pass_time(twin: Twin, seconds: float) -> None:
     twin.now += seconds
     twin.session.tick(twin.now)
     if twin.cache is not None:
@@ -915,7 +915,7 @@ def _write_through(twin: Twin, writeback: bool) -> None:
         twin.loop.turn.want()
 
 
-def _look(twin: Twin) -> None:
+def look(twin: Twin) -> None:
     """What a watchdog does."""
     if twin.connection.alive:
         assert not twin.connection.stalled(0.0, 60.0)
@@ -930,12 +930,12 @@ def _pause(twin: Twin, number: int, on: bool) -> None:
         running.unpause()
 
 
-def _resize(twin: Twin, size_bytes: int) -> None:
+def resize(twin: Twin, size_bytes: int) -> None:
     twin.config.resize(size_bytes)
     twin.engine.geometry_changed()
 
 
-def _difference(one: Any, other: Any) -> str:
+def difference(one: Any, other: Any) -> str:
     """For bytes, where it begins."""
     if isinstance(one, bytes):
         at = next(at for at, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
