@@ -37,6 +37,8 @@ class Turns(NamedTuple):
 
     went_to_sleep: bool
     """Nothing came for a while, or nothing at all: the rings are armed."""
+    worked: bool
+    """There was work since they last waited."""
     used_up: bool
     """There may be more; the time is over."""
     naps: int
@@ -51,11 +53,13 @@ class CompiledTurns:
     def __init__(self, turn: Turn, *, poll_max_s: float) -> None:
         self._turn = turn
         self._state = _native.new_turns(round(poll_max_s * 1e9))
-        self._worked = False
 
-    def run(self, epoll_fd: int, pollers: Sequence[object], until_s: float) -> Turns | None:
+    def run(
+        self, epoll_fd: int, pollers: Sequence[object], until_s: float, *, worked: bool
+    ) -> Turns | None:
         """Have turns until there is something to do that is not usual; None: there is now, or no
-        usual ring. Not while the turn is `pending`."""
+        usual ring. Not while the turn is `pending`. `worked`: there was work since the loop last
+        waited, so that more may be about to come."""
         rings = _usual_rings(pollers)
         if rings is None:
             return None
@@ -66,12 +70,11 @@ class CompiledTurns:
             return None
         found = _native.turns(
             *(self._state, epoll_fd, rings, first.limits),
-            *(usual.is_armed(), side, round(until_s * 1e9), self._worked),
+            *(usual.is_armed(), side, round(until_s * 1e9), worked),
         )
         if found is None:
             return None
-        flags, taken, reads, writes, naps, ready, unsent, *received, shown, error, worked = found
-        self._worked = bool(worked)
+        flags, taken, reads, writes, naps, ready, unsent, *received, shown, error, has_worked = found
         if reads or writes:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
@@ -82,14 +85,14 @@ class CompiledTurns:
             self._turn.wanted = True  # The stages that count answers are to look.
         if not flags & _INCOMPLETE:
             self._turn.end()
-            return Turns(not flags, flags == BUDGET, naps, ready)
+            return Turns(not flags, bool(has_worked), flags == BUDGET, naps, ready)
         usual.shown(shown)
         for ring in rings:
             if ring.queue.cells[NEXT_USED] != ring.queue.cells[PUBLISHED]:
                 ring.publish_later()
         if flags & (_REPLY | _ENDED | _FAILED):
             usual.unusual(ended=bool(flags & _ENDED), errno=error)
-        return Turns(not flags, flags == BUDGET, naps, ready)
+        return Turns(not flags, bool(has_worked), flags == BUDGET, naps, ready)
 
 
 def _usual_rings(pollers: Sequence[object]) -> tuple[UsualRing, ...] | None:

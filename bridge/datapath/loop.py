@@ -209,11 +209,11 @@ class Loop:
         if self._compiled is None or self.turn.pending:
             return None
         pollers = self._pollers
-        found = self._compiled.run(epoll_fd, pollers, until_s)
+        found = self._compiled.run(epoll_fd, pollers, until_s, worked=self._worked)
         if found is None:
             return None
         self.now = perf_counter()
-        self._worked = not found.went_to_sleep
+        self._worked = found.worked
         self.naps_total += found.naps
         for poller in pollers:  # Those that were there: the end of a turn may have brought others.
             if poller.usual_ring() == ():  # type: ignore[attr-defined]

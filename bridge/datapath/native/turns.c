@@ -313,8 +313,9 @@ static int nap(struct dp_turns *turns)
 
 int dp_turns(struct dp_turns *turns)
 {
-    uint64_t now, idle_ns = 0;
     bool had_work = turns->worked;
+    /* What was not usual has just been done elsewhere: something may follow it as well. */
+    uint64_t now = now_ns(), idle_ns = had_work ? now + window_ns(turns) : 0;
     int count = 0;
 
     turns->reads = turns->writes = turns->naps = turns->other_count = turns->command_count = 0;
