@@ -8,8 +8,8 @@ usual is still in its ring; a turn of the loop finds it there.
 
 For everything outside, such a call is a turn in which the same things came, and it ends as turns do
 (see `turn`). If the last one was not usual to its end, it is the loop that goes on with it and ends
-it: what was answered in it is not published yet. But what was shown to the guest before it has to
-be known to be shown, before a flush of that turn is heard of (see `durability`).
+it: what was answered in it is not published yet. But what guests have seen before it has to be
+known before a flush of that turn is heard of (see `durability`).
 """
 
 from __future__ import annotations
@@ -74,19 +74,23 @@ class CompiledTurns:
         )
         if found is None:
             return None
-        flags, taken, reads, writes, naps, ready, unsent, *received, shown, error, has_worked = found
+        flags, taken, reads, writes, naps, ready, unsent, *rest = found
+        start, end, n_bytes, looked, shown, error, has_worked = rest
         if reads or writes:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
             usual.took(reads, writes)
-        start, end, n_bytes = received
         usual.turned(start, end, n_bytes, unsent)
         if n_bytes:
             self._turn.wanted = True  # The stages that count answers are to look.
+        if looked:
+            # For what Python's turns have published; `shown` is for what these have.
+            self._turn.looked()
         if not flags & _INCOMPLETE:
             self._turn.end()
             return Turns(not flags, bool(has_worked), flags == BUDGET, naps, ready)
-        usual.shown(shown)
+        if looked:
+            usual.shown(shown)
         for ring in rings:
             if ring.queue.cells[NEXT_USED] != ring.queue.cells[PUBLISHED]:
                 ring.publish_later()

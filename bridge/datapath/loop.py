@@ -256,6 +256,8 @@ class Loop:
                         at = pollers.index(poller) + 1
                         self._pollers = pollers[at:] + pollers[:at]
                         break
+            else:
+                turn.looked()
             if worked or turn.pending:
                 worked = True
                 turn.end()
@@ -292,12 +294,14 @@ class Loop:
 
     def _arm(self) -> bool:
         """Ask every poller for notifications; True when there is work after all."""
-        self.turn.asleep = True
+        turn = self.turn
+        turn.asleep = True
         more = False
         for poller in self._pollers:
             if poller.arm():
                 more = True
-        if more or self.turn.pending:
+        if more or turn.pending:
             self._wake_up()
             return True
+        turn.looked()
         return False

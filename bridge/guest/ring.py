@@ -79,6 +79,9 @@ class RunningRing:
         self.requests = 0
         self.is_broken = False
         self._closed = False
+        self._leaves = False
+        """There may be requests in the ring that were left there when every ring was looked at (see
+        `Turn.after_look`)."""
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
@@ -89,6 +92,7 @@ class RunningRing:
             self._take = self._usual.take  # bound once
             self._answers_at_once = self._usual.answers_at_once
             self._describe()
+        self._note_left()
         loop.add_poller(self)
         if not held:
             self._start_recovered()
@@ -97,7 +101,7 @@ class RunningRing:
         """Execute the requests again that were in flight when the ring ran last."""
         if recovered := self._queue.recovered():
             self.requests += len(recovered)
-            self._engine.start_again(self, recovered)
+            self._engine.start_late(self, recovered)
             self._turn.want()
 
     def _describe(self) -> None:
@@ -140,7 +144,13 @@ class RunningRing:
         if not chains:
             return taken > 0
         self.requests += len(chains)
-        self._engine.start(self, chains)
+        if self._leaves:
+            self._leaves = False
+            self._engine.start_late(self, chains)
+        else:
+            self._engine.start(self, chains)
+        if self._queue.long.too_many:
+            self._leaves = True
         return True
 
     def complete(self, chain: Chain, status: int, length: int) -> None:
@@ -310,9 +320,17 @@ class RunningRing:
             self._set_popping()
 
     def _set_popping(self) -> None:
+        popped = self._popping
         self._popping = not (self._suspended or self._stopping or self._held or self.is_broken)
         if self._popping:
+            if not popped:
+                self._note_left()
             self._loop.wake()
+
+    def _note_left(self) -> None:
+        """Requests that are in the ring now may have been there for long."""
+        self._leaves = self._leaves or self.arm()
+        self.disarm()
 
     async def drained(self) -> None:
         """Return when everything popped is published. May be cancelled."""

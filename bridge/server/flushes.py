@@ -83,7 +83,7 @@ class Flushes:
         durability = self.durability
         if not durability.keeps_unflushed and durability.settled(self._channels.answered):
             # By now every owner was told of what has been answered.
-            self._turn.at_end(durability.turn_over)
+            self._turn.after_look(durability.guests_have_seen)
         if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
             return False
         if durability.unreported:
@@ -99,7 +99,7 @@ class Flushes:
         durability = self.durability
         answered = self._channels.answered_before + unflushed
         if not durability.keeps_unflushed and durability.settled(answered):
-            durability.turn_over()
+            durability.guests_have_seen()
 
     def send(self, flush: Request) -> None:
         """Send our FLUSH, perhaps again."""

@@ -371,7 +371,7 @@ class Twin:
         """False if something is left to be done."""
         if self.ring is None or self.loop.turn.pending:
             return False
-        found = self.compiled.run(self.loop.epoll.fileno(), [self.ring], 0.0)
+        found = self.compiled.run(self.loop.epoll.fileno(), [self.ring], 0.0, worked=True)
         return found is not None and found.used_up and not self.loop.turn.pending
 
     def _turn(self) -> None:
@@ -381,6 +381,7 @@ class Twin:
             callback(events & EPOLLOUT | EPOLLIN)
         if self.ring is not None:
             self.ring.poll()
+        self.loop.turn.looked()
         self.loop.turn.end()
         while self.loop.turn.pending:
             self.loop.turn.end()

@@ -499,6 +499,7 @@ class Twin:
         for ring in self.rings:
             if ring.running is not None:
                 ring.running.poll()
+        self.loop.turn.looked()
         self.loop.turn.end()
         while self.loop.turn.pending:
             self.loop.turn.end()

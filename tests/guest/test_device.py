@@ -1041,6 +1041,29 @@ async def test_inflight_flush_that_is_executed_again_is_marked(packed: bool) -> 
         os.close(fd)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("when", ["before the start", "while it is disabled"])
+async def test_flush_that_was_left_in_its_ring_is_marked(packed: bool, when: str) -> None:
+    """What the guest has seen meanwhile of other requests, it had not seen when it sent it."""
+    async with running_device(packed=packed) as guest:
+        await guest.connect()
+        ring = guest.start()
+        await guest.request(T_FLUSH)
+        if when == "while it is disabled":
+            guest.device.suspend_ring(0)
+            pending = guest.put(T_FLUSH)
+            ring.kick_device()
+            await a_while()
+            guest.device.resume_ring(0)
+        else:
+            base = await guest.device.stop_ring(0)
+            pending = guest.put(T_FLUSH)
+            guest.start(base=base)
+        await until(lambda: pending.status == S_OK)
+        await guest.request(T_FLUSH)
+        assert [each.flags for each in guest.disk.requests] == [0, REPEATED, 0]
+
+
 async def test_inflight_stopped_in_order_nothing_is_executed_again(guest: DeviceGuest) -> None:
     fd, size = guest.device.create_inflight(1, 16)
     guest.start()

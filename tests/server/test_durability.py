@@ -90,7 +90,7 @@ def test_guest_has_seen_what_was_answered_when_the_turn_is_over() -> None:
     assert durability.settled(BEFORE + 1)
     assert not durability.settled(BEFORE + 2)  # The end of the turn is waited for already.
     assert durability.seen == BEFORE
-    durability.turn_over()
+    durability.guests_have_seen()
     assert durability.seen == BEFORE + 2
     assert not durability.settled(BEFORE + 2)
 
@@ -100,7 +100,7 @@ def test_guest_knows_of_what_a_process_before_left_and_of_what_is_answered_then(
     durability.one_more_before()
     assert durability.seen == BEFORE + 1
     assert durability.settled(BEFORE + 2)
-    durability.turn_over()
+    durability.guests_have_seen()
     assert durability.seen == BEFORE + 2
 
 
@@ -688,6 +688,25 @@ def test_flush_submitted_in_the_turn_after_a_write_was_answered_tells_of_it() ->
     flush = world.ask(FLUSH)
     channel.answer(channel.pending[0], EIO)
     assert flush.error == EIO
+    assert world.ask(FLUSH).error == -1
+
+
+def test_flush_submitted_before_a_write_was_shown_and_taken_after_that_tells_nothing() -> None:
+    """The rings were looked at before the turn in which the write was answered ended; the guest
+    submitted the flush in between."""
+    world = World()
+    (channel,) = world.channels
+    write = world.submit(WRITE, 3)
+    deliver()
+    channel.reply(channel.pending[0])
+    turn().end()
+    assert ended(world, write)
+    flush = world.submit(FLUSH)
+    turn().looked()
+    deliver()
+    channel.answer(channel.pending[0], EIO)
+    assert flush.error == EIO
+    assert world.ask(FLUSH).error == EIO
     assert world.ask(FLUSH).error == -1
 
 

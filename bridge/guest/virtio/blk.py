@@ -252,8 +252,9 @@ class BlkEngine:
                 unanswered[request] = popped_at
                 submit(request)
 
-    def start_again(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
-        """The same for chains begun before, and left in an in-flight region."""
+    def start_late(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
+        """The same for chains begun before and left in an in-flight region, or left in the ring:
+        it is not known what their driver had seen of other requests when it sent them."""
         self._flush_flags = REPEATED
         self.start(ring, chains)
         self._flush_flags = 0
