@@ -8,14 +8,16 @@ from dataclasses import fields
 import click
 import pytest
 
-from bridge.app.settings import (
+from bridge.app.command_settings import (
     CacheDropSettings,
     CacheFlushSettings,
     CacheShowSettings,
     CacheWarmSettings,
-    ConnectSettings,
     DemoSettings,
     InfoSettings,
+)
+from bridge.app.settings import (
+    ConnectSettings,
     ServerSettings,
     ServeSettings,
     TlsSettings,
