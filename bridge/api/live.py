@@ -22,7 +22,7 @@ from bridge.datapath.loop import Loop
 from bridge.datapath.request import Request
 from bridge.guest.device import BlkDevice
 from bridge.guest.ring import RunningRing
-from bridge.guest.virtio.blk import BlkRequest
+from bridge.guest.virtio.blk_request import BlkRequest
 from bridge.server.link import Phase
 from bridge.units import SECTOR_BYTES
 
