@@ -23,8 +23,10 @@ import structlog
 import trio
 
 from bridge.errors import BridgeError, ConfigError, ProtocolError
-from bridge.peers.nbd_server_core import Command, ServerCore, ServerSettings, ServerState
+from bridge.peers.nbd_server_core import ServerCore, ServerState
 from bridge.peers.nbd_server_disk import ServerDisk
+from bridge.peers.nbd_server_rules import Command
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.tls import start_tls
 from bridge.spec import nbd as p
 

@@ -16,8 +16,8 @@ import trio
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.spec import nbd as p
 from tests.processes import bridge_argv, process, unix_uri, wait_for
 from tests.tools import HUNG_S

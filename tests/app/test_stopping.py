@@ -41,8 +41,8 @@ from bridge.datapath.loop import Loop
 from bridge.errors import BridgeError, ConfigError, LeftBehind
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.nbd_server import Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec import nbd as p

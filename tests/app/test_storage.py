@@ -30,8 +30,9 @@ from bridge.datapath.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Reque
 from bridge.datapath.turn import Turn
 from bridge.errors import ConfigError
 from bridge.peers.nbd_server import Faults, Server
-from bridge.peers.nbd_server_core import Command, ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_rules import Command
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec.nbd import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES

@@ -17,7 +17,7 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.client_options import ClientOptions
 from bridge.server.link import Link
 from bridge.spec.nbd import TransmissionFlags

@@ -24,8 +24,8 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
 )
 from bridge.peers.nbd_server import Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client import Client
 from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri

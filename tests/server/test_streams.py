@@ -23,8 +23,10 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
 )
 from bridge.errors import BridgeError, ProtocolError
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS, Command, ServerCore, ServerSettings
+from bridge.peers.nbd_server_core import ServerCore
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_rules import Command
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS, ServerSettings
 from bridge.server.handshake import Handshake, HandshakeOptions, State
 from bridge.server.transmission import Transmission
 from bridge.spec import nbd as p

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import serialization
 from bridge.datapath.request import FLUSH, READ, WRITE
 from bridge.errors import BridgeError, CertificateWanted, ConfigError
 from bridge.peers.nbd_server import Faults, Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client_options import ClientOptions
 from bridge.server.tls import client_context, server_context
 from bridge.server.uri import parse_uri
