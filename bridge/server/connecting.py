@@ -27,7 +27,8 @@ from bridge.errors import (
 from bridge.server import tls
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
-from bridge.server.handshake import Goal, Handshake, HandshakeOptions, State
+from bridge.server.handshake import Handshake, State
+from bridge.server.handshake_options import Goal, HandshakeOptions
 from bridge.server.transmission import Transmission
 from bridge.server.uri import NbdUri
 

@@ -16,7 +16,8 @@ from bridge.peers.nbd_server_core import ServerCore, ServerState
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.export import Export
-from bridge.server.handshake import Goal, Handshake, HandshakeOptions, State
+from bridge.server.handshake import Handshake, State
+from bridge.server.handshake_options import Goal, HandshakeOptions
 from bridge.spec import nbd as p
 from bridge.spec.nbd import TransmissionFlags
 

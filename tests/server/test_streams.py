@@ -27,7 +27,8 @@ from bridge.peers.nbd_server_core import ServerCore
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.peers.nbd_server_rules import Command
 from bridge.peers.nbd_server_settings import DEFAULT_FLAGS, ServerSettings
-from bridge.server.handshake import Handshake, HandshakeOptions, State
+from bridge.server.handshake import Handshake, State
+from bridge.server.handshake_options import HandshakeOptions
 from bridge.server.transmission import Transmission
 from bridge.spec import nbd as p
 from tests.server.wire import Asked, feed
