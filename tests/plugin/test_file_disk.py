@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from nbd_plugin import fallocate
 from nbd_plugin.errors import NotSupported, PluginError, nbd_errno, one_line
-from nbd_plugin.file_store import FileStore, VolumeFile
+from nbd_plugin.file_store import FileStore
 from nbd_plugin.memory_store import MemoryStore
+from nbd_plugin.volume_file import VolumeFile
 
 SIZE = 1 << 20
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from nbd_plugin import last_seen
-from nbd_plugin.file_store import FileStore, VolumeFile
+from nbd_plugin.file_store import FileStore
 from nbd_plugin.last_seen import Mark, read_mark
 from nbd_plugin.session import begin_generation
+from nbd_plugin.volume_file import VolumeFile
 from nbd_plugin.volume_state import parse_state
 from tests.plugin.client import WRITE, RawClient
 from tests.plugin.server import Nbdkit

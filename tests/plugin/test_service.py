@@ -12,10 +12,11 @@ import pytest
 
 from bridge.server.export import Export
 from nbd_plugin.errors import PluginError
-from nbd_plugin.file_store import FileStore, VolumeFile
+from nbd_plugin.file_store import FileStore
 from nbd_plugin.service import MAX_DESCRIPTION_CHARS, Service
 from nbd_plugin.session import Handle
 from nbd_plugin.settings import Settings
+from nbd_plugin.volume_file import VolumeFile
 
 MIB = 1 << 20
 
