@@ -38,13 +38,7 @@ from bridge.datapath.rows import Usual
 from bridge.datapath.turn import Turn
 from bridge.guest.virtio.blk_config import BlkConfig
 from bridge.guest.virtio.blk_ranges import ranges_of_untrusted
-from bridge.guest.virtio.blk_request import (
-    BlkRequest,
-    UsedRing,
-    data_pieces,
-    range_pieces,
-    request_of_row,
-)
+from bridge.guest.virtio.blk_request import BlkRequest, UsedRing, data_pieces, range_pieces
 from bridge.guest.virtio.chain import Chain
 from bridge.spec.virtio_blk import (
     F_CONFIG_WCE,
@@ -347,7 +341,17 @@ class BlkEngine:
     ) -> BlkRequest:
         """The request that `start` would have made of a chain of `ring`, had it not been sent as
         `row` (see `cells.ROW`); `views` are the regions that it names."""
-        request = request_of_row(ring, head, row, views, self._done)
+        offset, data_at, status_at, length, _, data_region, status_region, op = row
+        buffers = [views[data_region][data_at : data_at + length]]
+        status_view = views[status_region]
+        sector = offset // SECTOR_BYTES
+        chain: Chain
+        if op == READ:
+            chain = head, T_IN, sector, [], buffers, status_view, status_at, None
+        else:
+            chain = head, T_OUT, sector, buffers, [], status_view, status_at, None
+        used_bytes = length + 1 if op == READ else 1
+        request = BlkRequest(ring, chain, op, offset, length, buffers, self._done, 0, used_bytes)
         self._unanswered[request] = sequence_of(cookie)
         return request
 

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from bridge.datapath.lanes import PIECE_BYTES, RANGE_COST_BYTES, WHOLE_BYTES
-from bridge.datapath.request import READ, Request
+from bridge.datapath.request import Request
 from bridge.guest.virtio.chain import Chain
-from bridge.spec.virtio_blk import T_IN, T_OUT
-from bridge.units import SECTOR_BYTES
 
 _NO_BYTES = memoryview(b"")
 
@@ -54,27 +52,6 @@ class BlkRequest(Request):
         self.ring = ring
         self.chain = chain
         self.used_bytes = used_bytes
-
-
-def request_of_row(
-    ring: UsedRing,
-    head: int,
-    row: tuple[int, ...],
-    views: list[memoryview],
-    done: Callable[[BlkRequest], None],
-) -> BlkRequest:
-    """The request that `row` is (see `cells.ROW`); `views` are the regions that it names."""
-    offset, data_at, status_at, length, _, data_region, status_region, op = row
-    buffers = [views[data_region][data_at : data_at + length]]
-    status_view = views[status_region]
-    sector = offset // SECTOR_BYTES
-    chain: Chain
-    if op == READ:
-        chain = head, T_IN, sector, [], buffers, status_view, status_at, None
-    else:
-        chain = head, T_OUT, sector, buffers, [], status_view, status_at, None
-    used_bytes = length + 1 if op == READ else 1
-    return BlkRequest(ring, chain, op, offset, length, buffers, done, 0, used_bytes)
 
 
 def data_pieces(request: BlkRequest) -> Iterator[tuple[int, Request]]:
