@@ -155,17 +155,17 @@ class Server:
     async def _connection(self, sock: socket.socket) -> None:
         self.connections_total += 1
         self._sockets.add(sock)
-        link = _Link(sock, self)
+        connection = _Connection(sock, self)
         try:
-            await link.serve()
+            await connection.serve()
         except (BridgeError, OSError) as error:
             _log.debug("connection ended", reason=str(error))
         finally:
             self._sockets.discard(sock)
-            link.sock.close()
+            connection.sock.close()
 
 
-class _Link:
+class _Connection:
     """One connection of a server."""
 
     def __init__(self, sock: socket.socket, server: Server) -> None:

@@ -79,9 +79,9 @@ def test_failure_without_anything_unflushed_loses_nothing_and_ends_the_epoch() -
 def test_loss_is_told_by_a_flush_that_was_submitted_after_all_of_it() -> None:
     durability = connected()
     durability.failed(7)
-    durability.tell(6)
+    durability.reported(6)
     assert durability.unreported
-    durability.tell(7)
+    durability.reported(7)
     assert not durability.unreported
 
 
