@@ -304,7 +304,7 @@ async def test_stop_is_not_answered_while_dirty_data_is_left_and_none_is_sent_af
         assert bridge.header.frozen
 
 
-async def test_stop_with_the_server_away_names_what_is_left_where_and_what_to_do(
+async def test_stop_with_the_server_away_names_the_unsent_bytes_the_file_and_the_remedy(
     world: World, autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with world.bridge() as bridge:

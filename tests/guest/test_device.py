@@ -850,7 +850,7 @@ async def test_inflight_write_cache_turned_off_stays_off_after_a_death(guest: De
     os.close(fd)
 
 
-async def test_inflight_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGuest) -> None:
+async def test_inflight_unflushed_mark_and_its_instance_outlive_a_death(guest: DeviceGuest) -> None:
     """Beside the write cache that is off, and whatever came first."""
     left = ((1 << 56) - 2, False)
     guest.device.remember_durability(unflushed_on=left[0], loss_unreported=left[1])

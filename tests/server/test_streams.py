@@ -21,6 +21,7 @@ from bridge.datapath.request import (
     READ,
     WRITE,
     WRITE_ZEROES,
+    Request,
 )
 from bridge.errors import BridgeError, ProtocolError
 from bridge.peers.nbd_server_core import ServerCore
@@ -148,6 +149,14 @@ def answers(random: Random, server: ServerCore, commands: list[Command], disk: M
     return server.data_to_send()
 
 
+def check_each_is_resolved_once(seed: int, asked: list[Asked], unanswered: list[Request]) -> None:
+    waiting = {id(request) for request in unanswered}
+    assert len(waiting) == len(unanswered)
+    for each in asked:
+        resolved = each.finished + (id(each.request) in waiting)
+        assert resolved == 1, f"seed {seed}: {each.request} resolved {resolved} times"
+
+
 def run_stream(seed: int) -> str:
     """One stream; what became of it."""
     random = Random(seed)
@@ -178,12 +187,7 @@ def run_stream(seed: int) -> str:
             feed(transmission, piece)
     except ProtocolError:
         outcome = "refused"
-    unanswered = transmission.unanswered()
-    waiting = {id(request) for request in unanswered}
-    assert len(waiting) == len(unanswered)
-    for each in asked:
-        resolved = each.finished + (id(each.request) in waiting)
-        assert resolved == 1, f"seed {seed}: {each.request} resolved {resolved} times"
+    check_each_is_resolved_once(seed, asked, transmission.unanswered())
     if outcome == "clean" and spoilt == stream:
         for each in asked:
             if each.request.op == READ and each.error == 0:

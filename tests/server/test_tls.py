@@ -116,7 +116,7 @@ async def _refused(uri: str, match: str, options: ClientOptions = FAST) -> None:
         ("other-ca", r"unable to get local issuer.*give that with --tls-ca"),
     ],
 )
-async def test_bad_certificate_says_what_is_wrong_with_it(
+async def test_bad_certificate_is_refused_with_its_fault(
     folders: dict[str, Path], server: str, says: str
 ) -> None:
     async with tls_server(folders[server]) as (port, _, _disk):

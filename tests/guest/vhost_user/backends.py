@@ -33,6 +33,16 @@ class Running:
     connections: list[bool] = field(default_factory=list)
 
 
+_GEOMETRY: dict[str, Any] = {
+    "read_only": False,
+    "can_flush": True,
+    "can_discard": True,
+    "block_size_bytes": 512,
+    "min_io_bytes": 512,
+    "optimal_io_bytes": 0,
+}
+
+
 @asynccontextmanager
 async def running_backend(
     directory: Path,
@@ -49,18 +59,7 @@ async def running_backend(
     device = make_device(
         loop,
         target,
-        DiskGeometry(
-            **{
-                "size_bytes": size_bytes,
-                "read_only": False,
-                "can_flush": True,
-                "can_discard": True,
-                "block_size_bytes": 512,
-                "min_io_bytes": 512,
-                "optimal_io_bytes": 0,
-            }
-            | (geometry or {})
-        ),
+        DiskGeometry(**{"size_bytes": size_bytes, **_GEOMETRY, **(geometry or {})}),
         serial="test-disk",
         max_queues=max_queues,
         above=StorageSide(on_abandoned=target.abandoned),
