@@ -245,7 +245,7 @@ async def test_stop_after_the_server_died_with_something_unflushed_is_status_1(
             assert await stop(bridge, within_s=20) == 1
 
 
-async def test_stop_after_the_server_came_back_without_what_was_unflushed_is_status_1(directory):
+async def test_stop_after_the_server_lost_unflushed_writes_is_status_1(directory):
     """The guest has sent no flush that could have told it."""
     async with setting(directory) as made, made.bridge() as bridge:
         async with await BlkDriver.connect(made.vhost) as guest:

@@ -418,7 +418,7 @@ async def test_guest_that_comes_back_to_an_image_that_looks_different_is_refused
 
 
 @pytest.mark.parametrize("writer", ["", "us", "other"])
-async def test_shared_session_tells_by_who_wrote_last(
+async def test_return_to_a_shared_session_depends_on_the_last_writer(
     world: World, autojump_clock: MockClock, writer: str
 ) -> None:
     """Source and target of a migration have one session, so one number."""

@@ -502,7 +502,7 @@ async def test_volume_written_by_another_host_under_dirty_data_while_serving_not
         loop.close()
 
 
-async def test_server_that_lost_what_was_not_flushed_is_used_again_at_once(directory):
+async def test_server_that_lost_unflushed_writes_is_used_again_at_once(directory):
     async with changeable(directory) as (server, disk, storage):
         server.faults.refuse_connections = False
         assert await ended(start(storage, FLUSH, 0, 0)) == 0

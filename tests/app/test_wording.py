@@ -67,7 +67,7 @@ def test_errors_with_a_sentence_of_their_own_are_told_with_the_option() -> None:
     )
 
 
-def test_error_of_another_kind_keeps_what_helps() -> None:
+def test_error_of_another_kind_keeps_its_remedy() -> None:
     error = ConfigError("it is so", remedy=Remedy.FLUSH_FIRST, path="/f").within(LeftBehind, "vm: ")
 
     assert type(error) is LeftBehind
@@ -85,7 +85,7 @@ def test_error_of_another_kind_keeps_what_helps() -> None:
         ),
     ],
 )
-def test_log_says_what_helps(event: dict[str, object], said: str | None) -> None:
+def test_log_has_the_remedy(event: dict[str, object], said: str | None) -> None:
     done = logs.explained(explain)(None, "error", event)
 
     assert isinstance(done, dict)

@@ -158,7 +158,7 @@ def test_kill_of_nbdkit_under_writes_is_no_outside_change(volumes: Path) -> None
 
 
 @pytest.mark.nbdkit
-def test_what_does_not_change_the_contents_is_no_outside_change(volumes: Path) -> None:
+def test_chmod_and_reading_are_no_outside_changes(volumes: Path) -> None:
     with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
         before = visit(server, write=True)
     os.chmod(volumes / "disk", 0o640)

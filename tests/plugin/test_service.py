@@ -43,7 +43,7 @@ def test_names_that_there_are_not_leave_nothing_behind(service: Service) -> None
     assert not service._refusals
 
 
-def test_fence_is_the_same_for_all_who_use_it(service: Service) -> None:
+def test_fence_holds_until_the_last_connection_of_a_session_is_closed(service: Service) -> None:
     first = service.open("v@session=s", read_only=False)
     second = service.open("v@session=s", read_only=False)
     service.close(first)
