@@ -43,7 +43,7 @@ class Faults:
     cut_after_commands: int | None = None
     """Execute this many commands, then close without answering the last batch."""
     garble_byte: int | None = None
-    """Invert this byte of what is sent."""
+    """Invert this byte of the output."""
     stall: bool = False
     """Take commands, execute them, answer nothing."""
     wrong_cookie_at: int | None = None

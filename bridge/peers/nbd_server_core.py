@@ -1,7 +1,7 @@
 """The server's side of one NBD connection, without I/O: options, commands, replies.
 
 Theory. `receive` takes bytes and returns the commands that they complete; the owner executes each
-and calls `reply`. Option haggling happens inside. `data_to_send` gives what is to be sent, in
+and calls `reply`. Option haggling happens inside. `data_to_send` gives the bytes to send, in
 order. `state` says what the owner has to do: go on, start TLS, or close.
 
 `nbd_server_settings` says what is offered, `nbd_server_rules` which commands are refused: the rules
@@ -59,7 +59,7 @@ class ServerCore:
         self._needs_bytes = next(self._steps)
 
     def data_to_send(self) -> bytes:
-        """Take what is to be sent."""
+        """Take the bytes to send."""
         data = b"".join(self._output)
         self._output.clear()
         return data

@@ -75,7 +75,7 @@ class Handshake:
         self._needs_bytes = next(self._steps)
 
     def data_to_send(self) -> bytes:
-        """Take what is to be sent."""
+        """Take the bytes to send."""
         data = bytes(self._output)
         self._output.clear()
         return data
