@@ -21,7 +21,7 @@ import trio
 
 from bridge.datapath.cells import NEXT_AVAIL, STOPPED, Queue
 from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
-from bridge.datapath.rows import Usual, UsualRing
+from bridge.datapath.rows import UsualRing
 from bridge.errors import ProtocolError
 from bridge.guest.eventfds import writer
 from bridge.guest.virtio.blk import BlkEngine
@@ -83,21 +83,16 @@ class RunningRing:
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
-        if self._usual is not None and isinstance(queue, Queue):
-            self._enter_usual(self._usual, queue)
+        if self._usual is not None and isinstance(queue, Queue) and self._usual.enter(queue, self):
+            self._flat = queue
+            self._takes = log is None
+            self._publish_pushed = partial(self._usual.engine.publish, queue)
+            self._take = self._usual.take  # bound once
+            self._answers_at_once = self._usual.answers_at_once
+            self._describe()
         loop.add_poller(self)
         if not held:
             self._start_recovered()
-
-    def _enter_usual(self, usual: Usual, queue: Queue) -> None:
-        """Take part in the usual case, if that takes the queue."""
-        if usual.enter(queue, self):
-            self._flat = queue
-            self._takes = self._log is None
-            self._publish_pushed = partial(usual.engine.publish, queue)
-            self._take = usual.take  # bound once
-            self._answers_at_once = usual.answers_at_once
-            self._describe()
 
     def _start_recovered(self) -> None:
         """Execute the requests again that were in flight when the ring ran last."""

@@ -14,7 +14,6 @@ fill the network. They are used only if the server says that a flush on one cove
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol
@@ -34,7 +33,7 @@ from bridge.server.export import Export
 from bridge.server.link import Link, Phase
 from bridge.server.opening import Opening
 from bridge.server.outage import Outages
-from bridge.server.tls_connection import TlsConnection
+from bridge.server.tls_connection import kind_for
 from bridge.server.uri import NbdUri
 
 _log = structlog.get_logger(__name__)
@@ -257,8 +256,7 @@ class Client:
         connections: list[Connection] = []
         try:
             for each in negotiated:
-                kind = TlsConnection if isinstance(each.sock, ssl.SSLSocket) else Connection
-                connection = kind(
+                connection = kind_for(each.sock)(
                     each, self._loop, lost=self._lost, generation=generation, rows=self.rows
                 )
                 connections.append(connection)

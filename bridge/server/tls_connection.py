@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from typing import ClassVar, Final
 
@@ -60,3 +61,8 @@ class TlsConnection(Connection):
                 return
             if not self._received(n_bytes):
                 return
+
+
+def kind_for(sock: socket.socket) -> type[Connection]:
+    """The class of a connection over `sock`."""
+    return TlsConnection if isinstance(sock, ssl.SSLSocket) else Connection
