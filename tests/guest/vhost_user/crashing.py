@@ -44,6 +44,8 @@ TRACED = (
     "bridge/datapath/usual.py",
     "bridge/guest/ring.py",
     "bridge/guest/virtio/blk.py",
+    "bridge/guest/virtio/blk_ranges.py",
+    "bridge/guest/virtio/blk_request.py",
     "bridge/guest/virtio/inflight.py",
     "bridge/guest/virtio/inflight_packed.py",
     "bridge/guest/virtio/packed_queue.py",
