@@ -23,7 +23,7 @@ import structlog
 import trio
 
 from bridge.api.histogram import Histogram
-from bridge.api.live import Live, Witness
+from bridge.api.live import EndObserver, Live
 from bridge.datapath.request import OP_NAMES, READ, WRITE, Request
 
 _log = structlog.get_logger(__name__)
@@ -33,7 +33,7 @@ HIT = "cache"
 MISS = "server"
 
 
-class _Timed(Witness):
+class _Timed(EndObserver):
     """The `done` of a request that is timed."""
 
     __slots__ = ("_began_s", "_histogram")

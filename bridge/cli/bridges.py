@@ -9,7 +9,7 @@ from typing import Any
 
 from bridge.api.client import ask
 from bridge.api.places import SUFFIX, control_sockets
-from bridge.app.settings import StatusSettings
+from bridge.app.command_settings import StatusSettings
 from bridge.cli import common
 from bridge.cli.control import LOOK_S
 from bridge.errors import BridgeError

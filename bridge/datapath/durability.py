@@ -96,7 +96,7 @@ class ReportingDurability(Durability):
     """
 
     __slots__ = (
-        *("_failed_now", "_instance", "_lost", "_settled", "_told"),
+        *("_failed_now", "_instance", "_lost", "_reported", "_settled"),
         *("keeps_unflushed", "seen"),
     )
 
@@ -113,12 +113,12 @@ class ReportingDurability(Durability):
         """The layer above has all that is not durable, and sends it again: there is no loss."""
         self._instance: str | None = None
         self._lost = 0
-        self._told = 0
+        self._reported = 0
 
     @property
     def unreported(self) -> bool:
         """Something acknowledged may be gone, and no flush of the guest's has failed since."""
-        return self._told < self._lost
+        return self._reported < self._lost
 
     @property
     def instance_mark(self) -> int:
@@ -184,16 +184,16 @@ class ReportingDurability(Durability):
         self._settled += 1
         self.seen += 1
 
-    def tell(self, answered: int) -> None:
-        """A flush fails that the guest submitted when it had been told of so many answers: it knows
-        of losses so far."""
-        self._told = max(self._told, answered)
+    def reported(self, answered: int) -> None:
+        """A flush fails that the guest submitted when it knew of so many answers: that reports the
+        loss of any of them."""
+        self._reported = max(self._reported, answered)
 
     def nothing_before(self) -> None:
         """The guest has no promise from before this process: the disk is only read, or the guest
         has just begun."""
         self._flushed = max(self._flushed, BEFORE)
-        self._told = max(self._told, BEFORE)
+        self._reported = max(self._reported, BEFORE)
 
     def is_lost(self, mark: int) -> bool:
         """Whether what was unflushed on the instance of that `mark` may be gone by now."""

@@ -24,7 +24,8 @@ from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
 from bridge.datapath.rows import UsualRing
 from bridge.errors import ProtocolError
 from bridge.guest.eventfds import writer
-from bridge.guest.virtio.blk import BlkEngine, BlkRequest
+from bridge.guest.virtio.blk import BlkEngine
+from bridge.guest.virtio.blk_request import BlkRequest
 from bridge.guest.virtio.chain import Chain, QueueBroken
 from bridge.guest.virtio.dirty_log import DirtyLog
 from bridge.guest.virtio.memory import GuestMemory, Region
@@ -105,7 +106,7 @@ class RunningRing:
             self._turn.want()
 
     def _describe(self) -> None:
-        """Tell compiled turns what there is to be served."""
+        """Tell compiled turns of the ring."""
         if self._flat is not None and self._usual is not None and self._usual.engine.has_turns:
             kick_fd = -1 if self._kick_fd is None else self._kick_fd
             self._usual_ring = UsualRing(
@@ -154,7 +155,7 @@ class RunningRing:
         return True
 
     def complete(self, chain: Chain, status: int, length: int) -> None:
-        """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
+        """A request is finished with `length` bytes written (see `blk_request.UsedRing`)."""
         if self._closed:
             return
         head, _, _, _, _, status_view, status_at, _ = chain

@@ -213,7 +213,7 @@ def test_range_that_waits_its_turn_while_the_disk_grows_leaves_the_old_last_bloc
         assert rig.server.image[SHORT : SHORT + 512] == b"w" * 512
 
 
-def test_discard_to_the_old_end_does_not_touch_what_is_behind_it() -> None:
+def test_discard_to_the_old_end_does_not_touch_the_grown_part() -> None:
     for op in (DISCARD, WRITE_ZEROES):
         rig = Rig(size=SHORT, zero_copy_bytes=0, exclusive_run_bytes=GRANULE)
         rig.write(SHORT - 1024, b"d" * 1024)

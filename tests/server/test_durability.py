@@ -17,7 +17,7 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.client_options import ClientOptions
 from bridge.server.link import Link
 from bridge.spec.nbd import TransmissionFlags
@@ -79,9 +79,9 @@ def test_failure_without_anything_unflushed_loses_nothing_and_ends_the_epoch() -
 def test_loss_is_told_by_a_flush_that_was_submitted_after_all_of_it() -> None:
     durability = connected()
     durability.failed(7)
-    durability.tell(6)
+    durability.reported(6)
     assert durability.unreported
-    durability.tell(7)
+    durability.reported(7)
     assert not durability.unreported
 
 
@@ -95,7 +95,7 @@ def test_guest_has_seen_what_was_answered_when_the_turn_is_over() -> None:
     assert not durability.settled(BEFORE + 2)
 
 
-def test_guest_knows_of_what_a_process_before_left_and_of_what_is_answered_then() -> None:
+def test_guest_knows_the_unflushed_changes_of_the_process_before_and_the_answers_since() -> None:
     durability = connected()
     durability.one_more_before()
     assert durability.seen == BEFORE + 1
@@ -114,7 +114,7 @@ def test_nothing_that_was_answered_in_the_turn_of_a_failure_is_of_the_epoch_afte
     assert durability.epoch == durability.sending_epoch == sending
 
 
-def test_layer_that_keeps_what_is_not_durable_needs_no_epoch_within_a_turn() -> None:
+def test_layer_that_keeps_unflushed_changes_needs_no_epoch_within_a_turn() -> None:
     durability = connected()
     durability.keeps_unflushed = True
     durability.flush_failed(3)
@@ -131,7 +131,7 @@ def test_same_instance_has_lost_nothing_another_or_none_may_have() -> None:
     assert durability.connected("", 9)
 
 
-def test_layer_that_keeps_what_is_not_durable_has_no_loss_to_tell() -> None:
+def test_layer_that_keeps_unflushed_changes_has_no_loss_to_report() -> None:
     durability = connected()
     durability.keeps_unflushed = True
     epoch = durability.epoch
@@ -518,7 +518,7 @@ def test_flush_that_we_fail_ourselves_ends_no_epoch() -> None:
     assert later.error == 0
 
 
-def test_layer_that_keeps_what_is_not_durable_hears_of_the_failure_and_nothing_else() -> None:
+def test_layer_that_keeps_unflushed_changes_hears_only_of_the_failure() -> None:
     world = World()
     world.link.keeps_unflushed = True
     (channel,) = world.channels
