@@ -57,6 +57,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         with open(path, "w") as file:
             file.write(" ".join(tiers.needed(session.items)))
         session.items.clear()
+    # The modules and the tests themselves stay: no collection of garbage has to go through them.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
