@@ -7,9 +7,11 @@ import os
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import tiers, tools, turns
 from tests.processes import short_directory
@@ -71,11 +73,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return cores if config.getoption("fast") else cores + (cores + 1) // 2
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A test is called the same whether it ran in a worker (which appends the group) or not."""
-    if report.nodeid.rfind("@") > report.nodeid.rfind("]"):
-        report.nodeid = report.nodeid.rpartition("@")[0]
+class _Scheduler(LoadScopeScheduling):
+    """Gives workers units of tests as `tests.tiers` has them, in the order of `tiers.in_order`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return tiers.unit_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduler | None:
+    """Not `--dist=loadgroup`, whose groups pytest 9.2 ignores: xdist 3.8 writes them where it no
+    longer looks."""
+    return _Scheduler(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 @pytest.hookimpl(wrapper=True)
