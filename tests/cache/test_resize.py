@@ -19,9 +19,7 @@ class Resize:
 
     def __init__(self, rig: Rig, size_bytes: int, *, content: bytes = b"") -> None:
         """The server has `content`, repeated, where it has grown."""
-        old = len(rig.server.image)
-        rig.server.image += (content or b"\0") * (size_bytes - old)
-        rig.server.size_bytes = size_bytes
+        rig.server.grow((content or b"\0") * (size_bytes - rig.server.size_bytes))
         self.error: int | None = None
         rig.resize(size_bytes, self._done)
 

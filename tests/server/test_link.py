@@ -75,8 +75,8 @@ class FakeChannel:
     def abandon(self) -> list[Request]:
         found = [request for request in self.pending if request.is_abandoned]
         for request in found:
-            room = memoryview(bytearray(request.length))
-            request.buffers = [room] if request.op == READ else []
+            length = request.length
+            request.buffers = [memoryview(bytearray(length))] if request.op == READ else []
         return found
 
     def answer(self, request: Request, error: int = 0) -> None:
