@@ -14,6 +14,8 @@ signals and timers use.
     actions             flush, warm, resize, … : what can be asked
     routes, openapi     which request leads where, and the description of all of them
     fields              the body of a request, declared once
+    page                the live page, `page.html`
+    exporter, merge     all bridges of a host on one TCP address: `nbd-bridge exporter`
     http                one connection: h11 and its limits
     service             all of it joined: what `serve` starts
     client              the other end, for the commands

@@ -18,6 +18,7 @@ from bridge.api.sampler import PAUSE_S
 from bridge.api.view import View, errors, guest_state, safety, server_state
 from bridge.app import logs
 from bridge.datapath.histogram import BOUNDS_S, Histogram
+from bridge.datapath.request import OP_NAMES
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _PREFIX: Final = "nbd_bridge_"
 _GUEST_STATES: Final = ("none", "attached", "running")
 _SERVER_STATES: Final = ("connected", "leaving", "down", "failing", "closed")
+_USUAL_ERRORS: Final = tuple((op, "EIO") for op in OP_NAMES[:5])
+"""There from the start: a counter that begins with 1 has not increased, for Prometheus."""
 _CACHE_COUNTERS: Final = {
     "cache_fetches": ("fetches", "Reads of the server for misses and read-ahead."),
     "cache_fetched_bytes": ("fetched_bytes", "Bytes of those reads."),
@@ -177,11 +180,13 @@ class _Collector:
             ("op",),
             {(op,): each.bytes_total for op, each in traffic.items() if op != "flush"},
         )
+        failed: dict[tuple[str, ...], float] = dict.fromkeys(_USUAL_ERRORS, 0)
+        failed.update(errors(live))
         yield from self._counters(
             "request_errors",
             "Requests that failed, by operation and error.",
             ("op", "error"),
-            {(op, error): count for (op, error), count in errors(live).items()},
+            failed,
         )
         yield from self._gauge(
             "requests_in_flight", "Requests that are not answered.", live.in_flight

@@ -143,6 +143,10 @@ class Settings:
     drain_timeout_s: float
     slow_ms: float
     log_level: str
+    connections: int
+    """Wanted: the server may allow one only."""
+    request_timeout_s: float
+    reconnect_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ class View:
             cache=self._cache(),
             server=self._server(),
             traffic=self.traffic.counts(),
-            errors={f"{op} {error}": count for (op, error), count in errors(live).items()},
+            errors={" ".join(key): count for key, count in errors(live).items()},
             latency={
                 f"{op} {served_by}": _latency(each)
                 for (op, served_by), each in sorted(self.sampler.histograms.items())
@@ -286,7 +290,7 @@ def server_state(live: Live) -> str:
     return {Phase.LEAVING: "leaving", Phase.CLOSED: "closed"}.get(live.phase, "down")
 
 
-def errors(live: Live) -> dict[tuple[str, str], int]:
+def errors(live: Live) -> dict[tuple[str, ...], int]:
     """By operation and name of the errno."""
     return {
         (OP_NAMES[op], errno.errorcode.get(number, str(number))): count

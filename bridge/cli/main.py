@@ -20,6 +20,8 @@ _COMMANDS = {
     "info": "info",
     "demo": "demo",
     "list": "bridges",
+    "exporter": "exporter",
+    "top": "top",
     "status": "status",
     "flush": "flush",
     "resize": "resize",

@@ -225,6 +225,12 @@ class Client:
         self._broken.set()
         return True
 
+    def use(self, options: ClientOptions) -> None:
+        """From now on; only times and the number of connections may differ. That number is had
+        from the next time on that they are made: see `renew`."""
+        self.options = self._opening.options = options
+        self.link.use(options)
+
     # Connections.
 
     async def _establish(self) -> None:
@@ -364,19 +370,12 @@ class Client:
 
     async def _watch(self) -> None:
         """Deadlines of the link, and silent servers."""
-        options = self.options
-        tick_s = min(
-            _TICK_S,
-            *(
-                timeout_s / 4
-                for timeout_s in (options.request_timeout_s, options.reconnect_timeout_s)
-                if timeout_s
-            ),
-            _TICK_S,
-        )
         while True:
             if not self._wanted.is_set():
                 await self._wanted.wait()
+            options = self.options
+            timeouts_s = (options.request_timeout_s, options.reconnect_timeout_s)
+            tick_s = min(_TICK_S, *(each / 4 for each in timeouts_s if each), _TICK_S)
             now = trio.current_time()
             self.link.tick(now)
             self.outages.remind(now)
