@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import pytest
 
-TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl")
+TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl", "prometheus", "chromium")
 """The markers that stand for Debian packages: see packages_of in `run`."""
 
 NEEDS = (*TOOLS, "root")
@@ -23,6 +23,8 @@ LEFT_OUT_BY_FAST = (*NEEDS, "slow")
 
 _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/api/test_commands.py": ("nbdkit",),
+    "tests/api/test_page.py": ("chromium", "slow"),
+    "tests/api/test_prometheus.py": ("prometheus", "slow"),
     "tests/app/test_bad_input.py": ("nbdkit",),
     "tests/app/test_cache.py": ("nbdkit",),
     "tests/app/test_cache_foreign.py": ("nbdkit", "qemu"),

@@ -14,6 +14,8 @@ from bridge.app.settings_model import (
     Path,
     Ranges,
     Size,
+    Text,
+    Whole,
     setting,
 )
 from bridge.cache.cache_options import WRITEBACK, WRITETHROUGH
@@ -68,6 +70,15 @@ class Changes:
         "--drain-timeout", Number(0), None, "Seconds, from the next stop of the guest on."
     )
     slow_ms: float | None = setting("--slow-ms", Number(0), None, "Milliseconds.")
+    connections: int | None = setting(
+        "--connections", Whole(1, 16), None, "To the server, where it allows several."
+    )
+    request_timeout_s: float | None = setting(
+        "--request-timeout", Number(0), None, "Seconds of silence of the server; 0: any."
+    )
+    reconnect_timeout_s: float | None = setting(
+        "--reconnect-timeout", Number(0), None, "Seconds without a server; 0: any."
+    )
     log_level: str | None = setting(
         "--log-level", Choice(LOG_LEVELS), None, "Log this and what is worse."
     )
@@ -80,6 +91,31 @@ class ShowOutput:
     title: ClassVar[str] = "Output"
 
     as_json: bool = setting("--json", Flag(), False, "Print JSON.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExporterChoices:
+    """Where `exporter` can be asked."""
+
+    title: ClassVar[str] = "Exporter"
+
+    listen: str = setting(
+        "--listen",
+        Text(max_bytes=300),
+        "127.0.0.1:9809",
+        "HOST:PORT; without HOST, every address of this machine.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopChoices:
+    """How `top` looks."""
+
+    title: ClassVar[str] = "View"
+
+    interval_s: float = setting("--interval", Number(0.2, 60), 1.0, "Seconds between two looks.")
+    once: bool = setting("--once", Flag(), False, "Print one table and end.")
+    as_json: bool = setting("--json", Flag(), False, "Print that as JSON.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +257,20 @@ class SetSettings(CommandSettings):
 
     changes: Changes = Changes()
     output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExporterSettings(CommandSettings):
+    """`exporter`."""
+
+    exporter: ExporterChoices = ExporterChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopSettings(CommandSettings):
+    """`top`."""
+
+    view: TopChoices = TopChoices()
 
 
 @dataclass(frozen=True, kw_only=True)

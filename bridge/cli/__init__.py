@@ -4,6 +4,8 @@
   `cache_flush`, `cache_warm`, `demo`;
 - those that ask running bridges over their control sockets: `bridges` (`list`), `status`, `flush`,
   `resize`, `set_settings` (`set`), `stop`; `control`: what they share;
+- those that look for longer: `exporter`; `top`, with `top_loop`, `rates` (from two
+  looks to what happens per second) and `top_screen`;
 - `wording`: the text of every error and remedy. Only this module has sentences that name a command
   or an option;
 - `common`: makes a command, prints its result, turns its errors into one line each;

@@ -23,6 +23,7 @@ CHANGES = (WRITE, DISCARD, WRITE_ZEROES)
 """What alters the content of a disk."""
 
 OP_NAMES = ("read", "write", "flush", "discard", "write_zeroes", "prefetch", "block_status")
+N_OPS = len(OP_NAMES)
 
 FUA = 1
 """Durable on the server before it is complete (WRITE, DISCARD, WRITE_ZEROES)."""

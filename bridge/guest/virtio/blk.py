@@ -8,8 +8,9 @@ used length never claims a byte that was not written (§2.7.8.2).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from errno import EOPNOTSUPP
+from errno import EIO, EOPNOTSUPP
 from typing import Final
 
 from bridge.datapath.cells import (
@@ -26,6 +27,7 @@ from bridge.datapath.request import (
     DISCARD,
     FLUSH,
     FUA,
+    N_OPS,
     READ,
     REPEATED,
     WRITE,
@@ -105,6 +107,12 @@ class BlkEngine:
         the one way to find the requests of a ring again that has to stop without them. (Those that
         are rows are adopted first.)"""
         self._popped_at = 0
+        self.requests = [0] * N_OPS
+        """By operation, how many came this way: without what went the usual one, and without those
+        that were refused. The same for the bytes that they are about."""
+        self.request_bytes = [0] * N_OPS
+        self.errors: Counter[tuple[int, int]] = Counter()
+        """By operation and errno, how many requests were answered with an error of the disk's."""
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._fault = fault
         self._features = 0
@@ -156,6 +164,7 @@ class BlkEngine:
         block_mask = self._block_mask
         write_flags = self._write_flags
         small_bytes = SMALL_BYTES
+        reads = read_bytes = writes = write_bytes = 0
         for chain in chains:
             _, type_, sector, readable, writable, _, _, _ = chain
             if type_ == T_IN:
@@ -180,6 +189,8 @@ class BlkEngine:
             elif length > small_bytes:
                 self._start_large(ring, chain, offset, length)
             elif type_ == T_IN:
+                reads += 1
+                read_bytes += length
                 if read_hit(offset, length, buffers):
                     ring.complete(chain, S_OK, length + 1)
                 else:
@@ -188,14 +199,25 @@ class BlkEngine:
                     )
                     unanswered[request] = popped_at
                     submit(request)
-            elif not write_flags and write_hit(offset, length, buffers):
-                ring.complete(chain, S_OK, 1)
             else:
+                writes += 1
+                write_bytes += length
+                if not write_flags and write_hit(offset, length, buffers):
+                    ring.complete(chain, S_OK, 1)
+                    continue
                 request = BlkRequest(
                     ring, chain, WRITE, offset, length, buffers, done, write_flags, 1
                 )
                 unanswered[request] = popped_at
                 submit(request)
+        if reads:
+            self._count(READ, read_bytes, reads)
+        if writes:
+            self._count(WRITE, write_bytes, writes)
+
+    def _count(self, op: int, length: int, requests: int = 1) -> None:
+        self.requests[op] += requests
+        self.request_bytes[op] += length
 
     def start_late(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
         """The same for chains begun before and left in an in-flight region, or left in the ring:
@@ -217,6 +239,7 @@ class BlkEngine:
             op, lane, buffers = WRITE, self._writes, readable
             flags, used_bytes = self._write_flags, 1
             hit = self._write_hit if not flags else _no_hit
+        self._count(op, length)
         at_once = length <= WHOLE_BYTES and lane.is_free
         if at_once and hit(offset, length, buffers):
             lane.copied(length)
@@ -293,6 +316,7 @@ class BlkEngine:
     def _flush(self, ring: UsedRing, chain: Chain) -> None:
         """FLUSH: the sector and any data are the driver's mistake, and harmless."""
         if self.config.geometry.can_flush:
+            self._count(FLUSH, 0)
             request = self._request(ring, chain, FLUSH)
             request.flags = self._flush_flags
             self._submit(request)
@@ -319,6 +343,7 @@ class BlkEngine:
         if status != S_OK:
             self._refuse(ring, chain, status, problem)
             return
+        self._count(op, sum(length for _, length, _ in parts))
         request = self._request(ring, chain, op)
         request.flags = self._write_flags
         if not parts:
@@ -366,6 +391,7 @@ class BlkEngine:
     def fail(self, requests: Sequence[BlkRequest]) -> None:
         """Tell the guest that `requests` failed. `abandon` has to follow."""
         for request in requests:
+            self.errors[request.op, EIO] += 1
             used_bytes = 0 if request.op == READ else request.used_bytes
             request.ring.complete(request.chain, S_IOERR, used_bytes)
 
@@ -391,6 +417,7 @@ class BlkEngine:
         if not error:
             request.ring.complete(request.chain, S_OK, request.used_bytes)
             return
+        self.errors[request.op, error] += 1
         status = S_UNSUPP if error == EOPNOTSUPP else S_IOERR
         # A read that failed has not filled the data before the status.
         used_bytes = 0 if request.op == READ else request.used_bytes
