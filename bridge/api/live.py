@@ -79,6 +79,11 @@ class Live:
         return self.device.requests_total
 
     @property
+    def general_total(self) -> dict[str, int]:
+        """How many of them went the general way, by reason (see `guest.general`)."""
+        return dict(self.device.general_total)
+
+    @property
     def in_flight(self) -> int:
         """How many requests of the guest are not answered."""
         return sum(ring.in_flight for ring in self.device._rings.values())

@@ -18,6 +18,7 @@ from bridge.api.histogram import BOUNDS_S
 from bridge.api.sampler import PAUSE_S
 from bridge.api.view import View, guest_state, safety, server_state
 from bridge.app import logs
+from bridge.guest.general import WHY
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -118,9 +119,12 @@ class _Collector:
 
         facts = self.view.live.facts
         info = GaugeMetricFamily(
-            _PREFIX + "info", "What is served; always 1.", labels=["disk", "version", "uri"]
+            _PREFIX + "info",
+            "What is served; always 1.",
+            labels=["disk", "version", "engine", "uri"],
         )
-        info.add_metric([facts.name, __version__, facts.uri], 1)
+        engine = self.view.live.loop.engine.name
+        info.add_metric([facts.name, __version__, engine, facts.uri], 1)
         yield info
         yield from self._gauge("start_time_seconds", "Start, as Unix time.", facts.started_s)
         loop = self.view.live.loop
@@ -149,6 +153,15 @@ class _Collector:
         yield from self._gauge("disk_size_bytes", "What the guest sees.", live.capacity_bytes)
         yield from self._counter(
             "requests", "Requests that the guest has sent.", live.requests_total
+        )
+        general: dict[tuple[str, ...], float]
+        general = {(why,): live.general_total.get(why, 0) for why in WHY}
+        yield from self._counters(
+            "requests_general",
+            "Those of them that the engine left to the general path, which costs ten times as "
+            "much, by reason.",
+            ("why",),
+            general,
         )
         yield from self._gauge(
             "requests_in_flight", "Requests that are not answered.", live.in_flight

@@ -27,6 +27,7 @@ from bridge.datapath.cells import (
     ROWS,
     SEQUENCE_MASK,
     SIZE,
+    STOP_ROUTE,
     STOPPED,
     TOUCHED,
     Cells,
@@ -346,7 +347,7 @@ class ToServer:
             or channel.is_closed
             or rows.cells[0] > _LAST_SEQUENCE
         ):
-            queue.cells[STOPPED] = 1
+            queue.cells[STOPPED] = STOP_ROUTE
             return 0
         reads, writes = self._take_commands(queue, disk, route, channel, rows)
         taken = reads + writes
