@@ -44,6 +44,9 @@ _MARKER_OF = {
     "qemu-storage-daemon": "qemu",
     "qemu-system-x86_64": "qemu",
     "openssl": "openssl",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "chromium": "chromium",
 }
 
 allowed: set[str] | None = None

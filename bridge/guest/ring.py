@@ -27,7 +27,8 @@ from bridge.datapath.usual import segments_of
 from bridge.errors import ProtocolError
 from bridge.guest import general
 from bridge.guest.eventfds import writer
-from bridge.guest.virtio.blk import BlkEngine, BlkRequest
+from bridge.guest.virtio.blk import BlkEngine
+from bridge.guest.virtio.blk_request import BlkRequest
 from bridge.guest.virtio.chain import MAX_QUEUE_SIZE, Chain, QueueBroken
 from bridge.guest.virtio.dirty_log import DirtyLog
 from bridge.guest.virtio.long_chains import LONG_CHAIN_VIEWS
@@ -85,6 +86,9 @@ class RunningRing:
         """Those of them that went the general way, by reason (see `general`)."""
         self.is_broken = False
         self._closed = False
+        self._leaves = False
+        """There may be requests in the ring that were left there when every ring was looked at (see
+        `Turn.after_look`)."""
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
@@ -95,6 +99,7 @@ class RunningRing:
             self._take = self._usual.take  # bound once
             self._answers_at_once = self._usual.answers_at_once
             self._describe()
+        self._note_left()
         loop.add_poller(self)
         if not held:
             self._start_recovered()
@@ -104,11 +109,11 @@ class RunningRing:
         if recovered := self._queue.recovered():
             self.requests += len(recovered)
             self.general[general.RECOVERED] += len(recovered)
-            self._engine.start_again(self, recovered)
+            self._engine.start_late(self, recovered)
             self._turn.want()
 
     def _describe(self) -> None:
-        """Tell compiled turns what there is to be served."""
+        """Tell compiled turns of the ring."""
         if self._flat is not None and self._usual is not None and self._usual.engine.has_turns:
             kick_fd = -1 if self._kick_fd is None else self._kick_fd
             self._usual_ring = UsualRing(
@@ -127,7 +132,7 @@ class RunningRing:
             return self._pop(general.OFF, MAX_QUEUE_SIZE)
         state = flat.cells
         worked = False
-        most = 1
+        most = MAX_QUEUE_SIZE if self._leaves else 1
         while self._popping and flat.avail[1] != state[NEXT_AVAIL]:
             if not self._takes or self._queue.long.views:  # Those are counted, and may wait.
                 return self._pop(general.OFF, MAX_QUEUE_SIZE, after_others=worked) or worked
@@ -135,12 +140,13 @@ class RunningRing:
             taken = self._take(flat, self._engine.limits)
             if taken:
                 worked = True
-                most = 1
+                most = MAX_QUEUE_SIZE if self._leaves else 1
                 self.requests += taken
                 if self._answers_at_once and not self._publishing:
                     self.publish_later()
             stop = state[STOPPED]
             if not stop:
+                self._leaves = self._leaves or flat.avail[1] != state[NEXT_AVAIL]
                 return worked
             # What is behind an unusual chain may be usual again. Where nothing is, ever more at
             # once: asking costs as much as a tenth of what follows.
@@ -163,11 +169,17 @@ class RunningRing:
             return False
         self.requests += len(chains)
         general.count(self.general, chains, stop)
-        self._engine.start(self, chains)
+        if self._leaves:
+            self._leaves = False
+            self._engine.start_late(self, chains)
+        else:
+            self._engine.start(self, chains)
+        if self._queue.long.too_many:
+            self._leaves = True
         return True
 
     def complete(self, chain: Chain, status: int, length: int) -> None:
-        """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
+        """A request is finished with `length` bytes written (see `blk_request.UsedRing`)."""
         if self._closed:
             return
         head, _, _, _, _, status_view, status_at, _ = chain
@@ -342,9 +354,17 @@ class RunningRing:
             self._set_popping()
 
     def _set_popping(self) -> None:
+        popped = self._popping
         self._popping = not (self._suspended or self._stopping or self._held or self.is_broken)
         if self._popping:
+            if not popped:
+                self._note_left()
             self._loop.wake()
+
+    def _note_left(self) -> None:
+        """Requests that are in the ring now may have been there for long."""
+        self._leaves = self._leaves or self.arm()
+        self.disarm()
 
     async def drained(self) -> None:
         """Return when everything popped is published. May be cancelled."""
