@@ -85,6 +85,8 @@ MAX_SEGMENTS: Final = 128
 """Of a usual chain: what a driver may send is 126 (`blk_config.SEG_MAX`)."""
 SEGMENTS_BYTES: Final = MAX_SEGMENTS * SEGMENT_BYTES
 """Of one head."""
+MAX_ROW_SEGMENTS: Final = 1 << 16
+"""In flight, of all queues: views of them take 13 MB when rows become requests."""
 BATCH_PIECES: Final = 4096
 """Headers and segments of payload that one batch of commands may have."""
 
@@ -178,11 +180,12 @@ nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES: the l
 compiled turns send as one command."""
 
 # Cells of a `Channel`.
-UNFLUSHED, LONG_READS, ROWS, DIRECT, DIRECT_LEFT, LARGE_BYTES, CHANNEL_CELLS = range(7)
+UNFLUSHED, LONG_READS, ROWS, SEGMENTS, DIRECT, DIRECT_LEFT, LARGE_BYTES, CHANNEL_CELLS = range(8)
 """UNFLUSHED: WRITE and WRITE_ZEROES without FUA that were answered. LONG_READS: reads in flight of
-`LONG_BYTES` and more. ROWS: rows in flight. Of compiled turns only: DIRECT is the cookie of the row
-whose payload is being received straight into guest memory, DIRECT_LEFT how much of it is still to
-come, LARGE_BYTES how many bytes such rows are in flight for."""
+`LONG_BYTES` and more. ROWS: rows in flight. SEGMENTS: of those of them that have several. Of
+compiled turns only: DIRECT is the cookie of the row whose payload is being received straight into
+guest memory, DIRECT_LEFT how much of it is still to come, LARGE_BYTES how many bytes such rows are
+in flight for."""
 
 LONG_BYTES: Final = 32 << 10
 """From here on a payload is received straight into its buffers: by the general path."""

@@ -25,6 +25,7 @@ from bridge.datapath.cells import (
     ROW,
     ROW_BYTES,
     ROWS,
+    SEGMENTS,
     SEQUENCE_MASK,
     SIZE,
     STOP_ROUTE,
@@ -139,6 +140,7 @@ class Rows:
             channel, owner = self._channels[number]
             channel.cells[ROWS] -= len(requests)
             assert not channel.cells[ROWS]
+            channel.cells[SEGMENTS] = 0
             owner.adopted(requests)
 
     def _adopt(self, cookie: int) -> tuple[int, Request]:

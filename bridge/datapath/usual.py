@@ -41,6 +41,7 @@ from bridge.datapath.cells import (
     LAST_HEAD,
     MAX_HEADS,
     MAX_READ_BYTES,
+    MAX_ROW_SEGMENTS,
     MAX_SEGMENTS,
     MAX_WRITE_BYTES,
     MAY_WRITE,
@@ -56,6 +57,7 @@ from bridge.datapath.cells import (
     ROWS,
     SEGMENT,
     SEGMENT_BYTES,
+    SEGMENTS,
     SEGMENTS_BYTES,
     SIGNAL_ANYWAY,
     SIZE,
@@ -463,6 +465,7 @@ def take_commands(
     sequence = rows.cells[0]
     many = queue.segments
     taken = writes = pieces = 0
+    in_flight = channel.cells[SEGMENTS]
     while taken < count:
         head = avail[2 + (first + taken & mask)]
         if head > mask or cookies[head]:
@@ -489,9 +492,10 @@ def take_commands(
             break
         n_segments = len(segments) or 1
         pieces += 1 + n_segments * type_
-        if pieces > BATCH_PIECES:
+        if pieces > BATCH_PIECES or in_flight + len(segments) > MAX_ROW_SEGMENTS:
             state[STOPPED] = STOP_ROOM
             break
+        in_flight += len(segments)
         cookie = name | sequence << NAME_BITS | head
         sequence += 1
         if tracked:
@@ -521,6 +525,7 @@ def take_commands(
         state[COUNTER] = counter
     rows.cells[0] = sequence
     channel.cells[ROWS] += taken
+    channel.cells[SEGMENTS] = in_flight
     if writes:
         channel.has_payload = True
     return taken - writes, writes
@@ -536,7 +541,7 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
     queue: Queue | None = None
     current = -1
     used = last_head = n_pushed = 0
-    answered = total = writes = 0
+    answered = total = writes = of_several = 0
     waits = False
     while end - start >= 16:
         magic, error, cookie = _unpack_reply(staging, start)
@@ -597,6 +602,8 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
                     payload += n_bytes
             start = stop
             used_bytes = length + 1
+        if segments > 1:
+            of_several += segments
         cookies[head] = 0
         views[status_region][status_at] = 0
         if tracked:
@@ -614,6 +621,7 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
         total += answered
     state = channel.cells
     state[ROWS] -= total
+    state[SEGMENTS] -= of_several
     if writes:
         state[UNFLUSHED] += writes
     return start, waits

@@ -11,12 +11,15 @@ from bridge.datapath.cells import (
     BLOCK_MASK,
     CAPACITY_BYTES,
     DISK_CELLS,
+    MAX_ROW_SEGMENTS,
     MAX_SEGMENTS,
     MAY_WRITE,
+    SEGMENTS,
     STOP_FORM,
     STOP_MISS,
     STOP_RANGE,
     STOP_RING,
+    STOP_ROOM,
     STOP_WRITE,
     STOPPED,
     Cells,
@@ -47,8 +50,8 @@ def compiled_or_pure(request: pytest.FixtureRequest) -> Engine:
 class Chains:
     """A ring, two regions of memory, and the disk as a cache that has all of it at hand."""
 
-    def __init__(self) -> None:
-        self.rig = QueueRig(size=256, regions=[(0, 0, HALF), (HIGH, HALF, HALF)])
+    def __init__(self, size: int = 256) -> None:
+        self.rig = QueueRig(size=size, regions=[(0, 0, HALF), (HIGH, HALF, HALF)])
         assert isinstance(self.rig.queue, SplitQueue)
         self.queue = self.rig.queue
         self.image = bytearray(bytes(range(1, 252)) * (IMAGE_BYTES // 251 + 1))[:IMAGE_BYTES]
@@ -66,13 +69,17 @@ class Chains:
         links = [(address, length, way) for address, length in data]
         return [(self.header, 16, 0), *links, (self.status, 1, DESC_WRITE)]
 
-    def put(self, links: list[Link], *, indirect: bool) -> None:
-        """Make it available, with its descriptors in their order."""
+    def table(self, links: list[Link]) -> bytes:
+        """Their descriptors, in this order."""
         last = len(links) - 1
-        table = b"".join(
+        return b"".join(
             struct.pack("<QIHH", address, length, flags | (DESC_NEXT if at < last else 0), at + 1)
             for at, (address, length, flags) in enumerate(links)
         )
+
+    def put(self, links: list[Link], *, indirect: bool) -> None:
+        """Make it available, with its descriptors in their order."""
+        table = self.table(links)
         if indirect:
             self.rig.raw(0, self.rig.alloc(table), len(table), DESC_INDIRECT)
         else:
@@ -92,6 +99,16 @@ class Chains:
         state[STOPPED] = 0
         queue = self.queue
         return bytes(self.rig.shared), bytes(self.image), state.tobytes(), bytes(queue.cookies)
+
+
+class _Owner:
+    """A ring that was never asked for anything unusual."""
+
+    def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> None:
+        raise AssertionError("nothing unusual happened")
+
+    def publish_later(self) -> None:
+        """The test does."""
 
 
 def spread(count: int, n_bytes: int) -> list[tuple[int, int]]:
@@ -137,13 +154,7 @@ def test_a_command_of_many_segments_is_sent_and_its_answer_lands_in_all_of_them(
     chains = Chains()
     server = Loopback(Turn(), chains.image, engine=compiled_or_pure)
 
-    class Owner:
-        def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> None:
-            raise AssertionError("nothing unusual happened")
-
-        def publish_later(self) -> None: ...
-
-    assert server.rows.enter(chains.queue, Owner())
+    assert server.rows.enter(chains.queue, _Owner())
     data = spread(MAX_SEGMENTS, 8)  # 1024 bytes
     chains.put(chains.chain(IN, 9, data), indirect=True)
     arguments = chains.queue, chains.disk, server.route, server.transmission, server.rows
@@ -291,3 +302,25 @@ def test_a_write_that_the_cache_stores_by_itself_is_answered(compiled_or_pure: E
     assert chains.take(compiled_or_pure) == 1
     assert stored == [(2048, b"w" * 512 + b"v" * 512)] * 2
     assert chains.rig.read(chains.status, 1) == b"\0"
+
+
+def test_segments_in_flight_have_a_bound_that_holds_until_they_are_answered(
+    compiled_or_pure: Engine,
+) -> None:
+    """When a connection is lost, each becomes a view of 200 bytes."""
+    chains = Chains(size=1024)
+    server = Loopback(Turn(), chains.image, engine=compiled_or_pure)
+    assert server.rows.enter(chains.queue, _Owner())
+    links = chains.chain(IN, 0, spread(MAX_SEGMENTS, 8))
+    table = chains.rig.alloc(chains.table(links))
+    for head in range(MAX_ROW_SEGMENTS // MAX_SEGMENTS + 1):
+        chains.rig.raw(head, table, 16 * len(links), DESC_INDIRECT)
+        chains.rig.put_head(head)
+    arguments = chains.queue, chains.disk, server.route, server.transmission, server.rows
+    taken = compiled_or_pure.take_commands(*arguments)
+    assert sum(taken) == MAX_ROW_SEGMENTS // MAX_SEGMENTS
+    assert chains.queue.cells[STOPPED] == STOP_ROOM
+    server._flush()
+    assert server.transmission.cells[SEGMENTS] == chains.queue.in_flight == 0
+    chains.queue.cells[STOPPED] = 0
+    assert sum(compiled_or_pure.take_commands(*arguments)) == 1

@@ -39,6 +39,7 @@ from bridge.datapath.cells import (
     ROW,
     ROW_BYTES,
     ROWS,
+    SEGMENTS,
     SIGNAL_ANYWAY,
     SIZE_BYTES,
     STOPPED,
@@ -479,6 +480,9 @@ class Pair:
                         queue.cookies[head] = 0
                         queue.cells[IN_FLIGHT] -= 1
                         world.channel.cells[ROWS] -= 1
+                        segments = ROW.unpack_from(queue.rows, ROW_BYTES * head)[_SEGMENTS_AT]
+                        if segments > 1:
+                            world.channel.cells[SEGMENTS] -= segments
 
     def _reply(self) -> bytes:
         rng = self.rng

@@ -558,12 +558,14 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
         return taken;
     }
     for (; done < count && done < room; done++) {
-        uint32_t head = head_at(queue, first + done), needed;
+        uint32_t head = head_at(queue, first + done), needed, several;
         uint64_t stop = command_at(queue, head, &limits, &chain), cookie;
         bool is_long = !stop && chain.type == IN && chain.length >= DP_LONG_BYTES;
 
-        if (is_long && !within(cells[DP_LARGE_BYTES], chain.length, DP_LARGE_IN_FLIGHT_BYTES))
-            stop = DP_STOP_ROOM;
+        several = !stop && chain.count > 1 ? chain.count : 0;
+        if ((is_long && !within(cells[DP_LARGE_BYTES], chain.length, DP_LARGE_IN_FLIGHT_BYTES)) ||
+            !within(cells[DP_SEGMENTS], several, DP_MAX_ROW_SEGMENTS))
+            stop = stop ? stop : DP_STOP_ROOM;
         if (stop) {
             state[DP_STOPPED] = stop;
             break;
@@ -572,6 +574,7 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
         if (needed > pieces)
             break;
         pieces -= needed;
+        cells[DP_SEGMENTS] += several;
         if (is_long) {
             cells[DP_LARGE_BYTES] += chain.length;
             cells[DP_LONG_READS]++;
@@ -700,6 +703,8 @@ static void push_row(struct dp_queue *queue, const struct dp_channel *channel, u
     }
     put_element(queue, state[DP_NEXT_USED] + count, head, row->op == IN ? row->length + 1 : 1);
     channel->cells[DP_ROWS]--;
+    if (row->segments > 1)
+        channel->cells[DP_SEGMENTS] -= least(channel->cells[DP_SEGMENTS], row->segments);
     if (row->op == OUT) {
         channel->cells[DP_UNFLUSHED]++;
     } else if (row->length >= DP_LONG_BYTES) {
