@@ -134,7 +134,7 @@ class RunningRing:
         worked = False
         most = MAX_QUEUE_SIZE if self._leaves else 1
         while self._popping and flat.avail[1] != state[NEXT_AVAIL]:
-            if not self._takes or self._queue.long.views:  # Those are counted, and may wait.
+            if not self._takes or self._waits_for_long():
                 return self._pop(general.OFF, MAX_QUEUE_SIZE, after_others=worked) or worked
             state[STOPPED] = 0
             taken = self._take(flat, self._engine.limits)
@@ -201,9 +201,14 @@ class RunningRing:
         """See rows.MaybeUsual."""
         if not self._popping:
             return ()
-        if not self._takes or self._drained is not None or self._queue.long.views:
+        if not self._takes or self._drained is not None or self._waits_for_long():
             return None
         return self._usual_ring
+
+    def _waits_for_long(self) -> bool:
+        """What is in the ring waits until there are fewer long chains (see `LongChains`)."""
+        long = self._queue.long
+        return long.views > 0 and long.too_many
 
     def _took(self, count: int) -> None:
         self.requests += count
