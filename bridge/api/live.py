@@ -28,7 +28,7 @@ from bridge.datapath.cells import (
     sequence_of,
 )
 from bridge.datapath.disk import Disk
-from bridge.datapath.lanes import SMALL_BYTES, WHOLE_BYTES
+from bridge.datapath.lanes import WHOLE_BYTES
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import READ, WRITE, Request
 from bridge.datapath.usual import usual_chain
@@ -43,7 +43,7 @@ from bridge.units import SECTOR_BYTES
 _SIZES_MAX: Final = 64
 """Of one ring's requests in a turn: more would not make the mean better worth its time."""
 _ROW_LENGTH: Final = 3
-_ROW_OP: Final = 7
+_ROW_OP: Final = 8
 """Where in a row: see `ROW`."""
 
 
@@ -97,6 +97,11 @@ class Live:
     def requests_total(self) -> int:
         """What the guest has sent since the start, refused requests included."""
         return self.device.requests_total
+
+    @property
+    def general_total(self) -> dict[str, int]:
+        """How many of them went the general way, by reason (see `guest.general`)."""
+        return dict(self.device.general_total)
 
     @property
     def in_flight(self) -> int:
@@ -323,7 +328,7 @@ def _hits(queue: Queue) -> Iterator[tuple[int, int]]:
     for index in range(state[NEXT_USED] - state[PUBLISHED] & 0xFFFF):
         head = queue.elements[(state[PUBLISHED] + index & mask) << 1]
         chain = usual_chain(queue, head & mask, mask, regions[0], regions[1])
-        if chain is not None and chain[4] <= SMALL_BYTES:
+        if chain is not None and chain[4] <= WHOLE_BYTES:
             yield (READ if chain[0] == T_IN else WRITE), chain[4]
 
 

@@ -19,6 +19,7 @@ from bridge.api.view import View, errors, guest_state, safety, server_state
 from bridge.app import logs
 from bridge.datapath.histogram import BOUNDS_S, Histogram
 from bridge.datapath.request import OP_NAMES
+from bridge.guest.general import WHY
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -137,9 +138,12 @@ class _Collector:
 
         facts = self.view.live.facts
         info = GaugeMetricFamily(
-            _PREFIX + "info", "What is served; always 1.", labels=["disk", "version", "uri"]
+            _PREFIX + "info",
+            "What is served; always 1.",
+            labels=["disk", "version", "engine", "uri"],
         )
-        info.add_metric([facts.name, __version__, facts.uri], 1)
+        engine = self.view.live.loop.engine.name
+        info.add_metric([facts.name, __version__, engine, facts.uri], 1)
         yield info
         yield from self._gauge("start_time_seconds", "Start, as Unix time.", facts.started_s)
         loop = self.view.live.loop
@@ -187,6 +191,15 @@ class _Collector:
             "Requests that failed, by operation and error.",
             ("op", "error"),
             failed,
+        )
+        general: dict[tuple[str, ...], float]
+        general = {(why,): live.general_total.get(why, 0) for why in WHY}
+        yield from self._counters(
+            "requests_general",
+            "Those of them that the engine left to the general path, which costs ten times as "
+            "much, by reason.",
+            ("why",),
+            general,
         )
         yield from self._gauge(
             "requests_in_flight", "Requests that are not answered.", live.in_flight

@@ -35,6 +35,8 @@ class Bridge:
     uptime_s: float
     state: str
     """serving, or stopping."""
+    engine: str
+    """pure or compiled."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Guest:
     in_flight: int
     """Requests that are not answered."""
     requests_total: int
+    general_total: dict[str, int]
+    """Those of them that the engine left to the general path, by reason."""
     faults: dict[str, int]
     """What the guest did wrong, by kind."""
     loss_unreported: bool
@@ -215,6 +219,7 @@ class View:
             started_s=facts.started_s,
             uptime_s=time.time() - facts.started_s,
             state="stopping" if self.stopping else "serving",
+            engine=self.live.loop.engine.name,
         )
 
     def _guest(self) -> Guest:
@@ -228,6 +233,7 @@ class View:
             queues=len(live.rings),
             in_flight=live.in_flight,
             requests_total=live.requests_total,
+            general_total=live.general_total,
             faults=dict(live.device.guest_faults),
             loss_unreported=live.loss_unreported,
         )

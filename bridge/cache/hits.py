@@ -1,7 +1,8 @@
-"""The fast path: requests that are served on the spot, within one granule.
+"""The fast path: requests that are served on the spot.
 
-`read_hit` of blocks that are all `ready`, `write_hit` of blocks that are all `open`. Both are one
-look-up, one bit test and one copy.
+`read_hit` of blocks that are all `ready`, `write_hit` of blocks that are all `open`: both are a
+look-up, a bit test and a copy, per granule. Other writes are hits if they need nothing but to be
+stored.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from bridge.cache.eviction import UP, Evictor
 from bridge.cache.index import Index
 from bridge.cache.upstream import Stats
 from bridge.cache.writes import Writes
+from bridge.datapath.buffers import gather, scatter
 from bridge.datapath.cells import Resident
+from bridge.datapath.request import READ, WRITE
+from bridge.datapath.usual import places_of
 
 
 class CacheHits:
@@ -22,62 +26,31 @@ class CacheHits:
         """All that a hit touches; the usual case of a turn serves out of it by itself."""
 
     def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
-        """See `request.Hits`: blocks of one granule that are all `ready`.
+        """See `request.Hits`: blocks that are all `ready`.
 
-        For what is not usual: packed rings, buffers in several pieces, requests above 64 KiB. What
-        is usual `usual.take_hits` serves, in the same way.
+        For what is not usual: packed rings, a dirty log. What is usual `usual.take_hits` serves, in
+        the same way.
         """
-        flat = self.resident
-        granule = offset >> flat.granule_shift
-        slot = flat.head[granule & flat.bucket_mask]
-        if flat.granule_of[slot] != granule:
-            return False
-        # A range that leaves the granule has bits that no granule has.
-        within = offset & (1 << flat.granule_shift) - 1
-        shift = flat.block_shift
-        up = (1 << shift) - 1
-        bits = (1 << (within + length + up >> shift)) - (1 << (within >> shift))
-        if bits & ~flat.ready[slot]:
-            return False
-        at = (slot << flat.granule_shift) + within
-        data = flat.data
-        if len(buffers) == 1:
-            buffers[0][:] = data[at : at + length]
-        else:
-            for buffer in buffers:
-                end = at + len(buffer)
-                buffer[:] = data[at:end]
-                at = end
-        flat.touched[slot] = UP[flat.touched[slot]]
-        self._stats.read_hits += 1
-        return True
+        places = places_of(self.resident, READ, offset, length)
+        data, done_bytes = self.resident.data, 0
+        for at, here in places:
+            scatter(buffers, done_bytes, data[at : at + here])
+            done_bytes += here
+        self._stats.read_hits += bool(places)
+        return bool(places)
 
     def write_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
-        """See `request.Hits`: blocks of one granule that are all `open`, or can be at once."""
-        # The look-up is that of `read_hit`: a call for it would cost as much as it does.
+        """See `request.Hits`: blocks that are all `open`, or can be at once, or a write that can
+        be stored at once."""
         flat = self.resident
-        granule = offset >> flat.granule_shift
-        slot = flat.head[granule & flat.bucket_mask]
-        if flat.granule_of[slot] != granule:
-            return False
-        within = offset & (1 << flat.granule_shift) - 1
-        shift = flat.block_shift
-        up = (1 << shift) - 1
-        bits = (1 << (within + length + up >> shift)) - (1 << (within >> shift))
-        if bits & ~flat.open[slot] and not flat.open_blocks(slot, bits):
-            return False
-        at = (slot << flat.granule_shift) + within
-        data = flat.data
-        if len(buffers) == 1:
-            data[at : at + length] = buffers[0]
-        else:
-            for buffer in buffers:
-                end = at + len(buffer)
-                data[at:end] = buffer
-                at = end
-        flat.touched[slot] = UP[flat.touched[slot]]
-        self._stats.write_hits += 1
-        return True
+        places = places_of(flat, WRITE, offset, length)
+        data, done_bytes = flat.data, 0
+        for at, here in places:
+            gather(buffers, done_bytes, data, at, here)
+            done_bytes += here
+        done = bool(places) or flat.store(offset, length, buffers)
+        self._stats.write_hits += done
+        return done
 
     def count_hits(self, reads: int, writes: int) -> None:
         """So many were served out of `resident`."""
@@ -104,5 +77,6 @@ def _resident(index: Index, evictor: Evictor, writes: Writes) -> Resident:
     resident.touched = evictor.touched
     resident.up = UP
     resident.open_blocks = writes.open_blocks
+    resident.store = writes.store_at_once
     resident.native = None
     return resident

@@ -48,7 +48,7 @@ class Stats:
         self.read_cold = 0
         """Reads of cached blocks that had left the page cache."""
         self.write_hits = 0
-        """Writes that were no more than a copy: to blocks that were there and resident."""
+        """Writes that were stored on the spot."""
         self.writes = 0
         """All other writes."""
         self.writes_waited = 0

@@ -26,7 +26,7 @@ from bridge.cache.flush import Flusher
 from bridge.cache.waiting_writes import NO_SLOT, TOO_DIRTY, Wait, WaitReason, WriteOp
 from bridge.cache.writeback import Writeback
 from bridge.datapath.buffers import gather
-from bridge.datapath.request import FUA, Request
+from bridge.datapath.request import FUA, WRITE, Request
 from bridge.datapath.turn import Outcome
 
 
@@ -131,6 +131,25 @@ class Writes:
         index.write_open(slot, bits)
         self._written(slot)
         return True
+
+    def store_at_once(self, offset: int, length: int, buffers: list[memoryview]) -> bool:
+        """Store a write that need not be durable; False if it has to wait, for whatever that is. It
+        is stored up to there, and is to be done once more by `write`.
+
+        The buffers are only lent.
+        """
+        beyond = offset + length > self._index.geometry.disk_bytes
+        if beyond or self._for_room or self._through:
+            return False
+        request = Request(WRITE, offset, length, buffers, _nobody_waits)
+        try:
+            if not self._busy_ranges and self._write_whole(request):
+                return True
+        except OSError as error:
+            self._file_failed(offset, error)
+            return False
+        _, wait = self._store(request, 0)
+        return wait is None
 
     # What waits.
 
@@ -452,3 +471,7 @@ class Writes:
             self._flusher.writes += 1
             self._flusher.arm()
         return error.errno or EIO
+
+
+def _nobody_waits(request: Request) -> None:
+    """The end of a write that has ended where it began."""

@@ -39,7 +39,7 @@ def describe(found: dict[str, Any]) -> str:
     bridge, guest, server = found["bridge"], found["guest"], found["server"]
     lines = {
         "disk": f"{bridge['name']} ({bridge['state']} for {duration(bridge['uptime_s'])}, process "
-        f"{bridge['pid']}, version {bridge['version']})",
+        f"{bridge['pid']}, version {bridge['version']}, {bridge['engine']} engine)",
         "guest": _guest(guest),
         "server": _server(server),
     }
@@ -66,11 +66,14 @@ def _guest(guest: dict[str, Any]) -> str:
     size = size_text(guest["size_bytes"]) + (", read-only" if guest["read_only"] else "")
     if guest["state"] == "none":
         return f"none ({size}; it connects to {guest['socket'] or 'an inherited socket'})"
-    faults = sum(guest["faults"].values())
-    return (
+    text = (
         f"{guest['state']}, {size}, {guest['queues']} queues, {guest['in_flight']} requests in "
-        f"flight, {guest['requests_total']} so far" + (f", {faults} bad ones" if faults else "")
+        f"flight, {guest['requests_total']} so far"
     )
+    if general := sum(guest["general_total"].values()):
+        text += f", {general / guest['requests_total']:.1%} the general way"
+    faults = sum(guest["faults"].values())
+    return text + (f", {faults} bad ones" if faults else "")
 
 
 def _server(server: dict[str, Any]) -> str:

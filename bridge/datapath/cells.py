@@ -12,6 +12,7 @@ that of a `Request` has not. `rows.Rows` turns rows into requests when anything 
 
 from __future__ import annotations
 
+import mmap
 from array import array
 from collections.abc import Callable
 from struct import Struct
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 if TYPE_CHECKING:
     from bridge.datapath.request import Request
 
-ABI: Final = 2
+ABI: Final = 3
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -60,13 +61,34 @@ INDIRECT: negotiated. NUMBER: of the queue in `rows.Rows`; NAME: what the cookie
 in common. COUNTER, LAST_HEAD, PUSHED: of the in-flight region; the number of the next chain, the
 head of the last batch, and how many chains were pushed since the last publication. TOUCHED:
 something was pushed by `usual.answers`. STOPPED: the last look at the available ring ended at a
-chain that is not usual."""
+chain that is not usual: one of the following, which says why. 0: it did not."""
 
-ROW: Final = Struct("=QQQIIHHB3x")
+(STOP_RING, STOP_FORM, STOP_RANGE, STOP_MISS, STOP_WRITE, STOP_ROOM, STOP_ROUTE, STOPS) = range(
+    1, 9
+)
+"""RING: the driver broke the ring, or made a head available that is in flight. FORM: neither a read
+nor a write, or one of an unusual form. RANGE: too long, or not whole blocks of the disk. MISS: the
+cache does not have it at hand. WRITE: it must be durable, is not allowed, or has to wait for the
+cache. ROOM: too much in flight, or in one batch. ROUTE: no connection takes it the usual way."""
+
+ROW: Final = Struct("=QQQIIHHHBx")
 """Offset on the disk, where in its region the data is, where in its region the status byte is,
-length of the data in bytes, number of the channel, regions of data and status, NBD command (0 READ,
-1 WRITE)."""
+length of the data in bytes, number of the channel, regions of data and status, segments of the
+data, NBD command (0 READ, 1 WRITE). Data of several segments: where each is stands in
+`Queue.segments`, and where the data is is 0 here."""
 ROW_BYTES: Final = ROW.size
+
+SEGMENT: Final = Struct("=QIHxx")
+"""Where in its region a piece of the data is, its length in bytes, its region."""
+SEGMENT_BYTES: Final = SEGMENT.size
+MAX_SEGMENTS: Final = 128
+"""Of a usual chain: what a driver may send is 126 (`blk_config.SEG_MAX`)."""
+SEGMENTS_BYTES: Final = MAX_SEGMENTS * SEGMENT_BYTES
+"""Of one head."""
+MAX_ROW_SEGMENTS: Final = 1 << 16
+"""In flight, of all queues: views of them take 13 MB when rows become requests."""
+BATCH_PIECES: Final = 4096
+"""Headers and segments of payload that one batch of commands may have."""
 
 HEAD_BITS: Final = 10
 QUEUE_BITS: Final = 8
@@ -120,6 +142,8 @@ class Queue:
     """Head → row."""
     cookies: Cells[int]
     """Head → cookie of its row; 0: the row is free."""
+    segments: mmap.mmap
+    """Head → segments of its data, where those are several. Resident only where it was used."""
     # This queue's part of an in-flight region; empty without one.
     tracked: memoryview
     tracked_halves: memoryview
@@ -137,6 +161,7 @@ class Queue:
         state[NUMBER] = MAX_QUEUES  # None yet.
         self.rows = bytearray(ROW_BYTES * size)
         self.cookies = cells(size)
+        self.segments = mmap.mmap(-1, SEGMENTS_BYTES * size)
         self.tracked = self.tracked_halves = self.tracked_words = _NOTHING
         self.pushed = array("H", bytes(2 * size))
         self.owner = None
@@ -155,11 +180,12 @@ nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES: the l
 compiled turns send as one command."""
 
 # Cells of a `Channel`.
-UNFLUSHED, LONG_READS, ROWS, DIRECT, DIRECT_LEFT, LARGE_BYTES, CHANNEL_CELLS = range(7)
+UNFLUSHED, LONG_READS, ROWS, SEGMENTS, DIRECT, DIRECT_LEFT, LARGE_BYTES, CHANNEL_CELLS = range(8)
 """UNFLUSHED: WRITE and WRITE_ZEROES without FUA that were answered. LONG_READS: reads in flight of
-`LONG_BYTES` and more. ROWS: rows in flight. Of compiled turns only: DIRECT is the cookie of the row
-whose payload is being received straight into guest memory, DIRECT_LEFT how much of it is still to
-come, LARGE_BYTES how many bytes such rows are in flight for."""
+`LONG_BYTES` and more. ROWS: rows in flight. SEGMENTS: of those of them that have several. Of
+compiled turns only: DIRECT is the cookie of the row whose payload is being received straight into
+guest memory, DIRECT_LEFT how much of it is still to come, LARGE_BYTES how many bytes such rows are
+in flight for."""
 
 LONG_BYTES: Final = 32 << 10
 """From here on a payload is received straight into its buffers: by the general path."""
@@ -240,7 +266,7 @@ class Resident:
 
     __slots__ = (
         *("block_shift", "bucket_mask", "data", "granule_of", "granule_shift", "head"),
-        *("native", "open", "open_blocks", "ready", "touched", "up"),
+        *("native", "open", "open_blocks", "ready", "store", "touched", "up"),
     )
 
     granule_shift: int
@@ -260,6 +286,9 @@ class Resident:
     up: bytes
     """The next value of that."""
     open_blocks: Callable[[int, int], bool]
-    """Make clean blocks of a slot open, marked dirty first; False: not now."""
+    """Make clean blocks of a slot, all `ready`, open, marked dirty first; False: not now."""
+    store: Callable[[int, int, list[memoryview]], bool]
+    """Store a write (offset, length, data) whose blocks are not there, or not at hand; False: that
+    has to wait, and some of it may be stored. The data is only lent."""
     native: object
     """See `Queue`."""

@@ -127,7 +127,8 @@ class Hits(Protocol):
     """What can serve a request on the spot, without an object for it: the cache, for what it holds.
 
     Most requests of a guest with a warm cache are hits, and making, passing on and finishing a
-    `Request` costs more than the copy. After False nothing has happened: submit a `Request`.
+    `Request` costs more than the copy. After False submit a `Request`: nothing has happened, but
+    that a part of a write may be stored.
     """
 
     def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:

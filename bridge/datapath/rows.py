@@ -25,8 +25,10 @@ from bridge.datapath.cells import (
     ROW,
     ROW_BYTES,
     ROWS,
+    SEGMENTS,
     SEQUENCE_MASK,
     SIZE,
+    STOP_ROUTE,
     STOPPED,
     TOUCHED,
     Cells,
@@ -138,6 +140,7 @@ class Rows:
             channel, owner = self._channels[number]
             channel.cells[ROWS] -= len(requests)
             assert not channel.cells[ROWS]
+            channel.cells[SEGMENTS] = 0
             owner.adopted(requests)
 
     def _adopt(self, cookie: int) -> tuple[int, Request]:
@@ -352,7 +355,7 @@ class ToServer:
             or channel.is_closed
             or rows.cells[0] > _LAST_SEQUENCE
         ):
-            queue.cells[STOPPED] = 1
+            queue.cells[STOPPED] = STOP_ROUTE
             return 0
         reads, writes = self._take_commands(queue, disk, route, channel, rows)
         taken = reads + writes

@@ -7,6 +7,6 @@
   has to know of the guest; `write_cache`, `guest_faults`: turned off, and counted;
 - `dirty_logs`: what rings mark while the guest migrates;
 - `drain`: how long what stops is waited for; `regions`: the guest's memory, as messages change it;
-- `ring_setup`, `ring`: a virtqueue that runs;
+- `ring_setup`, `ring`: a virtqueue that runs; `general`: why requests were not usual;
 - `eventfds`: calls to the guest, on descriptors that a front-end may have made block.
 """

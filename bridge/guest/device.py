@@ -109,6 +109,7 @@ class BlkDevice:
         self._rings: dict[int, RunningRing] = {}
         self._kickless = trio.Event()
         self._requests_of_closed = 0
+        self._general_of_closed: Counter[str] = Counter()
         self._memory = GuestMemory([])
         self._dirty_logs = DirtyLogs()
         self._long_views = LongViews()
@@ -357,6 +358,7 @@ class BlkDevice:
         if requests := ring.unanswered():
             self._abandon(requests)
         self._requests_of_closed += ring.requests
+        self._general_of_closed += ring.general
         return ring.close(told=False)
 
     def suspend_ring(self, index: int) -> None:
@@ -387,6 +389,11 @@ class BlkDevice:
     def requests_total(self) -> int:
         """How many requests came, in all rings since the start."""
         return self._requests_of_closed + sum(ring.requests for ring in self._rings.values())
+
+    @property
+    def general_total(self) -> Counter[str]:
+        """Those of them that went the general way, by reason (see `general`)."""
+        return sum((ring.general for ring in self._rings.values()), self._general_of_closed)
 
     async def run(self) -> None:
         """Look after rings without a kick descriptor, until cancelled."""

@@ -13,6 +13,7 @@ looks at how it is then.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -22,12 +23,15 @@ import trio
 from bridge.datapath.cells import NEXT_AVAIL, STOPPED, Queue
 from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
 from bridge.datapath.rows import UsualRing
+from bridge.datapath.usual import segments_of
 from bridge.errors import ProtocolError
+from bridge.guest import general
 from bridge.guest.eventfds import writer
 from bridge.guest.virtio.blk import BlkEngine
 from bridge.guest.virtio.blk_request import BlkRequest
-from bridge.guest.virtio.chain import Chain, QueueBroken
+from bridge.guest.virtio.chain import MAX_QUEUE_SIZE, Chain, QueueBroken
 from bridge.guest.virtio.dirty_log import DirtyLog
+from bridge.guest.virtio.long_chains import LONG_CHAIN_VIEWS
 from bridge.guest.virtio.memory import GuestMemory, Region
 from bridge.guest.virtio.queue import RingAreas, VirtQueue
 
@@ -78,6 +82,8 @@ class RunningRing:
         self._call_fd: int | None = None
         self._error_fd: int | None = None
         self.requests = 0
+        self.general: Counter[str] = Counter()
+        """Those of them that went the general way, by reason (see `general`)."""
         self.is_broken = False
         self._closed = False
         self._leaves = False
@@ -102,6 +108,7 @@ class RunningRing:
         """Execute the requests again that were in flight when the ring ran last."""
         if recovered := self._queue.recovered():
             self.requests += len(recovered)
+            self.general[general.RECOVERED] += len(recovered)
             self._engine.start_late(self, recovered)
             self._turn.want()
 
@@ -120,31 +127,48 @@ class RunningRing:
         """Start every request that the guest has made available; True if there was one."""
         if not self._popping:
             return False
-        taken = 0
         flat = self._flat
-        if flat is not None:
-            state = flat.cells
-            if flat.avail[1] == state[NEXT_AVAIL]:
-                return False
-            if self._takes and not self._queue.long.views:  # Those are counted, and may wait.
-                state[STOPPED] = 0
-                taken = self._take(flat, self._engine.limits)
-                if taken:
-                    self.requests += taken
-                    if self._answers_at_once and not self._publishing:
-                        self.publish_later()
-                if not state[STOPPED]:
-                    return taken > 0
-        try:
-            chains = self._queue.pop()
-        except QueueBroken as error:
+        if flat is None:
+            return self._pop(general.OFF, MAX_QUEUE_SIZE)
+        state = flat.cells
+        worked = False
+        most = MAX_QUEUE_SIZE if self._leaves else 1
+        while self._popping and flat.avail[1] != state[NEXT_AVAIL]:
+            if not self._takes or self._waits_for_long():
+                return self._pop(general.OFF, MAX_QUEUE_SIZE, after_others=worked) or worked
+            state[STOPPED] = 0
+            taken = self._take(flat, self._engine.limits)
             if taken:
-                return True  # Those before it were good; the next turn says what is wrong.
-            self._break(str(error))
-            return True
+                worked = True
+                most = MAX_QUEUE_SIZE if self._leaves else 1
+                self.requests += taken
+                if self._answers_at_once and not self._publishing:
+                    self.publish_later()
+            stop = state[STOPPED]
+            if not stop:
+                self._leaves = self._leaves or flat.avail[1] != state[NEXT_AVAIL]
+                return worked
+            # What is behind an unusual chain may be usual again. Where nothing is, ever more at
+            # once: asking costs as much as a tenth of what follows.
+            if not self._pop(stop, most, after_others=worked):
+                return worked
+            worked = True
+            most *= 2
+        return worked
+
+    def _pop(self, stop: int, most: int, *, after_others: bool = False) -> bool:
+        """Start up to `most` requests the general way, because of `stop` (see `general`); True if
+        there was one, or the ring is broken. `after_others`: of this turn."""
+        try:
+            chains = self._queue.pop(most)
+        except QueueBroken as error:
+            if not after_others:  # Those were good; the next turn says what is wrong.
+                self._break(str(error))
+            return not after_others
         if not chains:
-            return taken > 0
+            return False
         self.requests += len(chains)
+        general.count(self.general, chains, stop)
         if self._leaves:
             self._leaves = False
             self._engine.start_late(self, chains)
@@ -177,17 +201,31 @@ class RunningRing:
         """See rows.MaybeUsual."""
         if not self._popping:
             return ()
-        if not self._takes or self._drained is not None or self._queue.long.views:
+        if not self._takes or self._drained is not None or self._waits_for_long():
             return None
         return self._usual_ring
+
+    def _waits_for_long(self) -> bool:
+        """What is in the ring waits until there are fewer long chains (see `LongChains`)."""
+        long = self._queue.long
+        return long.views > 0 and long.too_many
 
     def _took(self, count: int) -> None:
         self.requests += count
 
     def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> BlkRequest:
         """See rows.RowOwner. There are rows only while `_flat` is there."""
-        assert self._flat is not None
-        return self._engine.adopt(self, head, cookie, row, self._flat.views)
+        flat = self._flat
+        assert flat is not None
+        _, at, _, length, _, region, status_region, segments, _ = row
+        pieces = [(region, at, length)]
+        if segments > 1:
+            pieces = segments_of(flat.segments, head, segments)
+        if (n_views := segments + 2) > LONG_CHAIN_VIEWS:
+            self._queue.long.popped(head, n_views)
+        views = flat.views
+        buffers = [views[region][at : at + n_bytes] for region, at, n_bytes in pieces]
+        return self._engine.adopt(self, head, cookie, row, buffers, views[status_region])
 
     def _adopt_all(self) -> None:
         """Rows in flight become requests."""

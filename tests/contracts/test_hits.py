@@ -78,12 +78,29 @@ def test_read_of_an_absent_range_misses_and_touches_nothing(subject: Subject) ->
     assert subject.read_hit(2 * HELD, 4096) is None
 
 
-def test_write_of_an_absent_range_misses_and_changes_nothing(subject: Subject) -> None:
-    assert not subject.write_hit(2 * HELD, pattern(0, 4096, seed=2))
+def test_write_of_an_absent_range_is_done_wholly_or_misses_and_changes_nothing(
+    subject: Subject,
+) -> None:
+    data = pattern(0, 4096, seed=2)
+    done = subject.write_hit(2 * HELD, data)
+    deliver()
+    assert subject.read(2 * HELD, 4096) == (data if done else bytes(4096))
+
+
+def test_write_of_a_part_of_an_absent_block_misses_and_changes_nothing(subject: Subject) -> None:
+    assert not subject.write_hit(2 * HELD + 512, pattern(0, 512, seed=2))
     assert subject.read(2 * HELD, 4096) == bytes(4096)
 
 
-def test_range_that_is_at_hand_in_part_only_misses(subject: Subject) -> None:
+def test_read_of_a_range_that_is_at_hand_in_part_only_misses(subject: Subject) -> None:
     assert subject.read_hit(HELD - 4096, 8192) is None
-    assert not subject.write_hit(HELD - 4096, pattern(0, 8192, seed=3))
-    assert subject.read(HELD - 4096, 4096) == DATA[-4096:]
+
+
+def test_write_of_a_range_that_is_at_hand_in_part_only_is_done_wholly_or_misses(
+    subject: Subject,
+) -> None:
+    data = pattern(0, 8192, seed=3)
+    done = subject.write_hit(HELD - 4096, data)
+    deliver()
+    found = subject.read(HELD - 4096, 8192)
+    assert found == (data if done else DATA[-4096:] + bytes(4096))

@@ -121,6 +121,7 @@ def at_hand(data: Any, open_blocks: Callable[[int, int], bool] = lambda slot, bi
     resident.touched = bytearray(256)
     resident.up = bytes((1, 2, 3, 3))
     resident.open_blocks = open_blocks
+    resident.store = lambda offset, length, buffers: False
     return resident
 
 

@@ -64,12 +64,17 @@ from tests.datapath.twins import (
     SIZE,
     SLOTS,
     SPARE,
+    STRIDE,
+    TABLE_AT,
+    Descriptor,
     LinkTarget,
     Step,
+    cut,
     difference,
     look,
     pass_time,
     resize,
+    shuffled,
 )
 
 AVAIL, USED, TABLES, HEADERS, STATUSES = 0x1000, 0x2000, 0x3000, 0x6000, 0x7000
@@ -453,8 +458,19 @@ class Twin:
 class Script:
     """The steps of one seed, taken in both twins."""
 
-    def __init__(self, seed: int, engine: Engine = PURE_ENGINE, *, turns: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        engine: Engine = PURE_ENGINE,
+        *,
+        turns: bool = False,
+        in_one_piece: bool = False,
+    ) -> None:
+        """`in_one_piece`: the data of reads and writes is."""
         self.rng = rng = random.Random(seed)
+        self.cuts = random.Random(seed + (1 << 40))
+        """Of what chains are made."""
+        self.in_one_piece = in_one_piece
         kind = {
             # With 3 of them granules share buckets, and come and go.
             "slots": rng.choice([3, 24]) if rng.random() < 0.4 else 0,
@@ -470,6 +486,8 @@ class Script:
             Twin(usual=usual, engine=engine, turns=turns, **kind) for usual in (True, False)
         ]
         self.free = list(range(SLOTS))
+        self.in_use = [0] * SLOTS
+        """How many chains of a slot were not used yet."""
         self.spare = list(range(SLOTS, SLOTS + SPARE))
         self.avail_index = 0
         self.steps = 0
@@ -508,9 +526,11 @@ class Script:
         used = one.used()
         assert used == other.used(), "other elements were used"
         for head, _ in used:
-            slot = head // 3
-            if head % 3 == 0 and slot < SLOTS and slot not in self.free:
-                self.free.append(slot)
+            slot = head // STRIDE
+            if head % STRIDE == 0 and slot < SLOTS and self.in_use[slot]:
+                self.in_use[slot] -= 1
+                if not self.in_use[slot]:
+                    self.free.append(slot)
         self.free.sort()
         mine, theirs = one.seen(), other.seen()
         for name, value in mine.items():
@@ -539,6 +559,7 @@ class Script:
             twin.base = twin.seen_used = 0
         self.avail_index = 0
         self.free = list(range(SLOTS))
+        self.in_use = [0] * SLOTS
 
     def _add(self) -> None:
         """Make one chain available."""
@@ -551,32 +572,37 @@ class Script:
             place = self.spare.pop()
         else:
             return
-        head = 3 * slot
+        head = STRIDE * slot
         if self.hostile and rng.random() < 0.005:
-            head = rng.randrange(1 << 16)
+            head = rng.randrange(STRIDE * SLOTS, 1 << 16)
+        else:
+            self.in_use[slot] += 1
         descriptors, header = self._chain(place)
-        indirect = rng.random() < 0.6
-        if len(descriptors) > 3:
-            indirect = True
+        indirect = rng.random() < 0.6 or len(descriptors) > STRIDE
+        if indirect and not self.in_one_piece and self.cuts.random() < 0.02:
+            descriptors = shuffled(self.cuts, descriptors)
         for twin in self.twins:
             twin.low[HEADERS + 16 * place : HEADERS + 16 * place + 16] = header
             twin.low[STATUSES + place] = 0xEE
             table = b"".join(struct.pack("=QIHH", *each) for each in descriptors)
             if indirect:
-                at = TABLES + 0x100 * place
-                twin.low[at : at + len(table)] = table
-                table = struct.pack("=QIHH", at, len(table), 4, 0)
+                at, memory, base = TABLES + 0x100 * place, twin.low, 0
+                if len(table) > 0x100:
+                    at, memory, base = ROOM_BYTES * place + TABLE_AT, twin.high, HIGH
+                memory[at : at + len(table)] = table
+                table = struct.pack("=QIHH", base + at, len(table), 4, 0)
             else:
                 table = b"".join(
-                    struct.pack("=QIHH", *each[:3], 3 * slot + each[3]) for each in descriptors
+                    struct.pack("=QIHH", *each[:3], STRIDE * slot + each[3]) for each in descriptors
                 )
-            twin.low[48 * slot : 48 * slot + len(table)] = table
+            first = 16 * STRIDE * slot
+            twin.low[first : first + len(table)] = table
             halves = twin.low[AVAIL : AVAIL + 6 + 2 * SIZE].cast("H")
             halves[2 + self.avail_index % SIZE] = head
             halves[1] = self.avail_index + 1 & 0xFFFF
         self.avail_index = self.avail_index + 1 & 0xFFFF
 
-    def _chain(self, slot: int) -> tuple[list[tuple[int, int, int, int]], bytes]:
+    def _chain(self, slot: int) -> tuple[list[Descriptor], bytes]:
         """Descriptors, with the number of the next one in the chain, and the header."""
         rng = self.rng
         type_ = rng.choice([0, 1] if rng.random() < 0.9 or self.calm else [4, 8, 13])
@@ -601,7 +627,11 @@ class Script:
             chain += [(data, half, 1 | way, 2), (data + half, length - half, 1 | way, 3)]
             chain.append((STATUSES + slot, 1, 2, 0))
         else:
-            chain += [(data, length, 1 | way, 2), (STATUSES + slot, 1, 2, 0)]
+            whole = type_ > 1 or self.in_one_piece
+            pieces = [(data, length)] if whole else cut(self.cuts, slot, data, length)
+            for address, n_bytes in pieces:
+                chain.append((address, n_bytes, 1 | way, len(chain) + 1))
+            chain.append((STATUSES + slot, 1, 2, 0))
         if self.hostile and rng.random() < 0.1:
             at = rng.randrange(len(chain))
             address, size, flags, following = chain[at]

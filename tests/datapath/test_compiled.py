@@ -29,6 +29,7 @@ from tests.datapath.socket_twins import (
     ROOM_BYTES,
     SIZE,
     STATUSES,
+    STRIDE,
     TABLES,
     Twin,
 )
@@ -64,8 +65,8 @@ def add(twin: Twin, slot: int, type_: int) -> None:
     table += struct.pack("=QIHH", STATUSES + slot, 1, 2, 0)
     at = TABLES + 0x100 * slot
     twin.low[at : at + 48] = table
-    twin.low[48 * slot : 48 * slot + 16] = struct.pack("=QIHH", at, 48, 4, 0)
-    halves[2 + halves[1] % SIZE] = 3 * slot
+    twin.low[16 * STRIDE * slot : 16 * STRIDE * slot + 16] = struct.pack("=QIHH", at, 48, 4, 0)
+    halves[2 + halves[1] % SIZE] = STRIDE * slot
     halves[1] += 1
 
 
@@ -95,7 +96,7 @@ def test_what_a_full_socket_does_not_take_is_sent_later_and_whole(twin: Twin) ->
     for _ in range(500):
         twin.turn()
         serve(twin)
-    assert twin.used() == [(3 * slot, 1) for slot in range(1, 8)]
+    assert twin.used() == [(STRIDE * slot, 1) for slot in range(1, 8)]
     for slot in range(8):
         assert twin.server.image[LENGTH * slot : LENGTH * (slot + 1)] == data(twin, slot)
 
@@ -114,7 +115,7 @@ def test_a_long_payload_in_pieces_is_received_where_it_belongs(twin: Twin) -> No
         direct += twin.connection.transmission.cells[DIRECT_LEFT] > 0
     assert direct > 10
     assert not twin.rows.adopted_total
-    assert twin.used() == [(3 * slot, LENGTH + 1) for slot in range(4)]
+    assert twin.used() == [(STRIDE * slot, LENGTH + 1) for slot in range(4)]
     for slot in range(4):
         assert data(twin, slot) == twin.server.image[LENGTH * slot : LENGTH * (slot + 1)]
     cells = twin.connection.transmission.cells
@@ -136,7 +137,7 @@ def test_a_long_payload_is_taken_over_amid_by_who_needs_the_requests(twin: Twin)
     while twin.server.outgoing:
         twin.server.send(9000)
         twin.turn()
-    assert twin.used() == [(0, LENGTH + 1), (3, LENGTH + 1)]
+    assert twin.used() == [(0, LENGTH + 1), (STRIDE, LENGTH + 1)]
     for slot in range(2):
         assert data(twin, slot) == twin.server.image[LENGTH * slot : LENGTH * (slot + 1)]
 
@@ -214,7 +215,7 @@ def test_a_write_answered_before_all_of_it_is_sent_waits_until_it_is(twin: Twin)
         twin.turn()
         twin.server.receive()
     assert not twin.connection.has_unsent
-    assert twin.used() == [(3, 1)]
+    assert twin.used() == [(STRIDE, 1)]
 
 
 def test_an_answer_counts_as_shown_when_the_ring_was_looked_at_after_its_publication(

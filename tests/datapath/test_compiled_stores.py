@@ -19,7 +19,9 @@ import pytest
 from bridge.datapath.engine import Engine
 from bridge.datapath.engine_names import COMPILED
 from bridge.datapath.turn import Turn
+from tests.cache.fakes import BLOCK, GRANULE, Rig
 from tests.datapath.loopback import Loopback, at_hand
+from tests.datapath.test_usual_chains import IMAGE_BYTES, OUT, Chains, spread
 from tests.datapath.test_usual_stores import Ring, _Owner, serve_the_rest
 from tests.guest.virtio.dying import Life
 
@@ -130,3 +132,44 @@ def test_death_after_any_compiled_store_loses_nothing_and_repeats_no_answer(
         assert sorted(answered) == list(range(1, n_tokens + 1)), number
         assert queue.in_flight == 0
         assert all(map(later.done, answered)), number
+
+
+@pytest.mark.parametrize("there_blocks", [0, 7, 40], ids=["absent", "partly there", "clean"])
+def test_death_after_any_compiled_store_leaves_a_cache_file_that_says_what_the_server_lacks(
+    native: Any, there_blocks: int
+) -> None:
+    """A write of many segments, over two granules of a cache, to blocks that are clean, absent, or
+    both: whatever differs from the server is marked dirty, at every moment."""
+    rig, chains = Rig(granules=IMAGE_BYTES // GRANULE), Chains()
+    rig.server.image[:] = chains.image
+    for block in range(there_blocks):
+        rig.read(BLOCK * block, BLOCK)
+    first, n_blocks = 3, 30
+    data = spread(n_blocks * 2, BLOCK // 2)
+    for address, length in data:
+        chains.rig.write(address, bytes([0xA5]) * length)
+    chains.put(chains.chain(OUT, first * BLOCK // 512, data), indirect=True)
+    index = rig.cache.index
+    differed = moments = 0
+
+    def died() -> None:
+        nonlocal differed, moments
+        moments += 1
+        for granule in range(3):
+            slot = index.find(granule)
+            for block in range(GRANULE // BLOCK if slot else 0):
+                at = slot * GRANULE + BLOCK * block
+                here, there = index.data[at : at + BLOCK], granule * GRANULE + BLOCK * block
+                if index.valid(slot) >> block & 1 and here != chains.image[there : there + BLOCK]:
+                    assert index.dirty(slot) >> block & 1, (moments, granule, block)
+                    differed += 1
+
+    native.on_store(died)
+    served = _engine(native).take_hits(chains.queue, chains.disk, rig.cache.hits.resident)
+    died()
+    assert served == (0, 1)
+    assert differed
+    assert chains.rig.read(chains.status, 1) == b"\0"
+    assert rig.flush() == 0
+    written = rig.server.image[first * BLOCK : (first + n_blocks) * BLOCK]
+    assert written == bytes([0xA5]) * (n_blocks * BLOCK)

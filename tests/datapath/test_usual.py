@@ -26,4 +26,4 @@ def test_guest_and_server_cannot_tell_compiled_turns_from_the_general_path(seed:
 def test_a_flush_in_the_ring_of_a_compiled_turn_does_not_tell_of_its_answers() -> None:
     """What a turn answers is not shown to the guest while there is something left in its rings that
     it wrote before: in this script a flush that fails."""
-    socket_twins.Script(75, engine(COMPILED), turns=True).run(60)
+    socket_twins.Script(75, engine(COMPILED), turns=True, in_one_piece=True).run(60)

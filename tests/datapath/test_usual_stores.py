@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
+from bridge.datapath.buffers import scatter
 from bridge.datapath.cells import BLOCK_MASK, CAPACITY_BYTES, DISK_CELLS, MAY_WRITE, cells
 from bridge.datapath.turn import Turn
 from bridge.datapath.usual import publish, take_commands, take_hits
@@ -28,7 +30,8 @@ IMAGE_BYTES = 1 << 17
 
 
 class Ring(Split):
-    """A ring of writes and reads, each of a block of its own, and the disk."""
+    """A ring of writes and reads, each of a block of its own, some in several segments, and the
+    disk."""
 
     def __init__(self, base: int) -> None:
         super().__init__(base)
@@ -49,11 +52,15 @@ class Ring(Split):
             self.rooms[token] = data
         status = self.guest.alloc(1)
         self.order[status] = self.n_tokens
-        table = self.guest.alloc(bytes(48))
         way = 0 if is_write else DEVICE_WRITES
-        chain = [(header, 16, 0), (data, 512, way), (status, 1, DEVICE_WRITES)]
-        write_chain(self.guest.memory.views(table, 48)[0], chain)
-        self._add([(table, 48, INDIRECT)])
+        cuts = [0, 512] if token % 4 < 2 else [0, 100, 101, 512]
+        chain = [(header, 16, 0)]
+        chain += [(data + start, end - start, way) for start, end in pairwise(cuts)]
+        chain += [(status, 1, DEVICE_WRITES)]
+        table_bytes = 16 * len(chain)
+        table = self.guest.alloc(bytes(table_bytes))
+        write_chain(self.guest.memory.views(table, table_bytes)[0], chain)
+        self._add([(table, table_bytes, INDIRECT)])
         return self.n_tokens
 
     def queue(self, life: Life) -> TrackedSplitQueue:
@@ -76,7 +83,7 @@ class Ring(Split):
         if type_:
             self.image[sector * 512 : sector * 512 + 512] = b"".join(readable)
         else:
-            writable[0][:] = self.image[sector * 512 : sector * 512 + 512]
+            scatter(writable, 0, self.image[sector * 512 : sector * 512 + 512])
         status_view[status_at] = 0
 
 

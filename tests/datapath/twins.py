@@ -57,22 +57,62 @@ from bridge.server.export import Export
 from bridge.server.link import Link
 from bridge.spec import nbd as p
 
-SIZE = 64
+SIZE = 256
 SLOTS = 20
-"""Chains of the script: the one in slot n has the head 3 * n."""
+STRIDE = 12
+"""Chains of the script: the one in slot n has the head STRIDE * n, and the descriptors up to the
+next one."""
 SPARE = 6
 """Places for chains whose head is in flight already: what two of them write in one turn, to the
 same memory, they may write in any order."""
 DISK_BYTES = 1 << 20
 LOW_BYTES = 1 << 17
 HIGH = 1 << 32
-ROOM_BYTES = 0x12000
+ROOM_BYTES = 0x13000
+TABLE_AT = 0x12000
+"""Where in the room of a chain a long table of it is: after its data."""
+LOW_ROOM_BYTES = 0x800
+LOW_ROOMS = 0x10000
+"""Where in low memory each chain has a little room, too: after the rings."""
 HIGH_BYTES = (SLOTS + SPARE) * ROOM_BYTES
 RING_BYTES = 0x8000
 """Where in low memory the next ring has the same."""
 AVAIL, USED, TABLES, HEADERS, STATUSES = 0x1000, 0x2000, 0x3000, 0x6000, 0x7000
 LOG_BYTES = 1 << 18
 _descriptors = count(1 << 20)
+
+Descriptor = tuple[int, int, int, int]
+"""A descriptor: address, length, flags, and where in the chain the next one is."""
+
+
+def cut(rng: random.Random, place: int, data: int, length: int) -> list[tuple[int, int]]:
+    """`length` bytes from `data` on in one segment or several, some of them in low memory: where
+    each is, and its length."""
+    how = rng.random()
+    if how < 0.6:
+        return [(data, length)]
+    if how < 0.7:
+        ends = list(range(4096, length, 4096))
+    else:
+        count = rng.choice([1, 1, 2, 3, 9, 100, 126, 127, 128])
+        ends = sorted(rng.sample(range(1, length), min(count, length - 1)))
+    low, left = LOW_ROOMS + LOW_ROOM_BYTES * place, LOW_ROOM_BYTES
+    found = []
+    for start, end in zip([0, *ends], [*ends, length], strict=True):
+        n_bytes = end - start
+        if n_bytes <= left and rng.random() < 0.15:
+            left -= n_bytes
+            found.append((low + left, n_bytes))
+        else:
+            found.append((data + start, n_bytes))
+    return found
+
+
+def shuffled(rng: random.Random, links: list[Descriptor]) -> list[Descriptor]:
+    """The same chain, with its descriptors in another order, but for the first."""
+    order = [0, *rng.sample(range(1, len(links)), len(links) - 1)]
+    at = {link: index for index, link in enumerate(order)}
+    return [(*links[link][:3], at.get(links[link][3], links[link][3])) for link in order]
 
 
 class Sockets:
@@ -610,6 +650,8 @@ class Script:
 
     def __init__(self, seed: int, engine: Engine = PURE_ENGINE) -> None:
         self.rng = rng = random.Random(seed)
+        self.cuts = random.Random(seed + (1 << 40))
+        """Of what chains are made."""
         kind = {
             # With 3 of them granules share buckets, and come and go.
             "slots": rng.choice([3, 24]) if rng.random() < 0.4 else 0,
@@ -670,8 +712,8 @@ class Script:
             used = one.used(number)
             assert used == other.used(number), "other elements were used"
             for head, _ in used:
-                slot = head // 3
-                if head % 3 or slot >= SLOTS or slot % self.n_rings != number:
+                slot = head // STRIDE
+                if head % STRIDE or slot >= SLOTS or slot % self.n_rings != number:
                     continue
                 self.in_use[slot] -= 1
                 if not self.in_use[slot]:
@@ -729,17 +771,17 @@ class Script:
         else:
             return
         number = slot % self.n_rings
-        head = 3 * slot
+        head = STRIDE * slot
         if self.hostile and rng.random() < 0.005:
             # Into no other chain: two that write to the same place may do so in any order.
-            head = rng.randrange(3 * SLOTS, 1 << 16)
+            head = rng.randrange(STRIDE * SLOTS, 1 << 16)
         else:
             self.in_use[slot] += 1
         at = RING_BYTES * number
         descriptors, header = self._chain(place, at)
-        indirect = rng.random() < 0.6
-        if len(descriptors) > 3:
-            indirect = True
+        indirect = rng.random() < 0.6 or len(descriptors) > STRIDE
+        if indirect and self.cuts.random() < 0.02:
+            descriptors = shuffled(self.cuts, descriptors)
         index = self.avail_index[number]
         for twin in self.twins:
             low = twin.low[at : at + RING_BYTES]
@@ -747,20 +789,23 @@ class Script:
             low[STATUSES + place] = 0xEE
             table = b"".join(struct.pack("=QIHH", *each) for each in descriptors)
             if indirect:
-                where = TABLES + 0x100 * place
-                low[where : where + len(table)] = table
-                table = struct.pack("=QIHH", at + where, len(table), 4, 0)
+                where, memory, base = TABLES + 0x100 * place, low, at
+                if len(table) > 0x100:
+                    where, memory, base = ROOM_BYTES * place + TABLE_AT, twin.high, HIGH
+                memory[where : where + len(table)] = table
+                table = struct.pack("=QIHH", base + where, len(table), 4, 0)
             else:
                 table = b"".join(
-                    struct.pack("=QIHH", *each[:3], 3 * slot + each[3]) for each in descriptors
+                    struct.pack("=QIHH", *each[:3], STRIDE * slot + each[3]) for each in descriptors
                 )
-            low[48 * slot : 48 * slot + len(table)] = table
+            first = 16 * STRIDE * slot
+            low[first : first + len(table)] = table
             halves = low[AVAIL : AVAIL + 6 + 2 * SIZE].cast("H")
             halves[2 + index % SIZE] = head
             halves[1] = index + 1 & 0xFFFF
         self.avail_index[number] = index + 1 & 0xFFFF
 
-    def _chain(self, slot: int, at: int) -> tuple[list[tuple[int, int, int, int]], bytes]:
+    def _chain(self, slot: int, at: int) -> tuple[list[Descriptor], bytes]:
         """Descriptors, with the number of the next one in the chain, and the header. `at`: of the
         ring."""
         rng = self.rng
@@ -786,7 +831,10 @@ class Script:
             chain += [(data, half, 1 | way, 2), (data + half, length - half, 1 | way, 3)]
             chain.append((at + STATUSES + slot, 1, 2, 0))
         else:
-            chain += [(data, length, 1 | way, 2), (at + STATUSES + slot, 1, 2, 0)]
+            pieces = [(data, length)] if type_ > 1 else cut(self.cuts, slot, data, length)
+            for address, n_bytes in pieces:
+                chain.append((address, n_bytes, 1 | way, len(chain) + 1))
+            chain.append((at + STATUSES + slot, 1, 2, 0))
         if self.hostile and rng.random() < 0.1:
             which = rng.randrange(len(chain))
             address, size, flags, following = chain[which]

@@ -17,6 +17,8 @@ import random
 import struct
 import sys
 import time
+import zlib
+from itertools import pairwise
 from typing import Any
 
 from bridge.datapath.cells import (
@@ -34,7 +36,10 @@ from bridge.datapath.cells import (
     NEXT_AVAIL,
     NEXT_USED,
     PUBLISHED,
+    ROW,
+    ROW_BYTES,
     ROWS,
+    SEGMENTS,
     SIGNAL_ANYWAY,
     SIZE_BYTES,
     STOPPED,
@@ -52,7 +57,9 @@ from bridge.datapath.rows import Rows
 GUEST = 0x7000_0000
 HIGH = (1 << 64) - 0x9000
 """Of a region at the end of the address space."""
-MAIN_BYTES, HIGH_BYTES, TINY_BYTES = 0x18000, 0x9000, 0x230
+MAIN_BYTES, HIGH_BYTES, TINY_BYTES = 0x1D000, 0x9000, 0x230
+TABLES_AT, TABLE_BYTES = 0x18000, 0x900
+"""Where in the main region long indirect tables are: after all else."""
 TINY = 0x200
 RING_BYTES = 0x2000
 """Per ring, at the start of the main region; headers, tables and data come after."""
@@ -60,6 +67,10 @@ STUFF_AT = 2 * RING_BYTES
 STAGING_BYTES = 0x14000
 GRANULE_SHIFT, BLOCK_SHIFT, SLOTS = 13, 9, 8
 DISK_BYTES = 1 << 18
+
+
+_SEGMENTS_AT = 7
+"""In a row: see `ROW`."""
 
 
 class _Owner:
@@ -137,6 +148,8 @@ class World:
         cache.granule_shift, cache.block_shift = GRANULE_SHIFT, BLOCK_SHIFT
         cache.bucket_mask = 15
         granules = [rng.randrange(DISK_BYTES >> GRANULE_SHIFT) for _ in range(SLOTS)]
+        if rng.random() < 0.6:
+            granules = list(range(granules[0] & 15, (granules[0] & 15) + SLOTS))
         cache.head = memoryview(bytearray(64)).cast("I")
         cache.granule_of = memoryview(bytearray(4 * SLOTS)).cast("I")
         cache.ready = memoryview(bytearray(2 * SLOTS)).cast("H")
@@ -150,6 +163,7 @@ class World:
         cache.data = data
         cache.up = bytes((1, 2, 3, 3))
         cache.open_blocks = self._open_blocks
+        cache.store = self._store
         return cache
 
     def _open_blocks(self, slot: int, bits: int) -> bool:
@@ -158,6 +172,12 @@ class World:
             return False
         self.cache.open[slot] |= bits
         return True
+
+    def _store(self, offset: int, length: int, buffers: list[memoryview]) -> bool:
+        stored = b"".join(buffers)
+        assert len(stored) == length
+        self.opened.append((offset, zlib.crc32(stored)))
+        return (offset >> 9) % 3 != 0
 
     def _channel(self, staging: memoryview) -> Channel:
         channel = Channel()
@@ -191,7 +211,9 @@ class Pair:
         self.worlds = [World(engine, seed) for engine in engines]
         self.commands: list[tuple[int, int, int, int]] = []
         """Type, cookie, offset and length of what has no answer."""
-        self.served = {"take_hits": 0, "take_commands": 0, "answers": 0, "publish": 0}
+        self.served = dict.fromkeys(
+            ("take_hits", "take_commands", "several segments", "answers", "publish"), 0
+        )
         self.calls = 0
         self.hostile = self.rng.random() < 0.6
         """Chains are broken, and garbage is written."""
@@ -205,6 +227,11 @@ class Pair:
             queue = self.rng.randrange(2)
             getattr(self, f"_{what}")(queue)
             one, other = self.worlds
+            if what == "commands" and any(
+                mine.segments[:] != theirs.segments[:]
+                for mine, theirs in zip(one.queues, other.queues, strict=True)
+            ):
+                self._fail("other segments")
             if one.arena != other.arena:
                 at = next(
                     at
@@ -241,11 +268,18 @@ class Pair:
     def _commands(self, queue: int) -> None:
         self._fill(queue)
         results = []
+        newest = max(self.worlds[0].queues[queue].cookies)
         for world in self.worlds:
             world.queues[queue].cells[STOPPED] = 0
             arguments = world.queues[queue], world.disk, world.route, world.channel, world.rows
             results.append(world.engine.take_commands(*arguments))
         self.served["take_commands"] += sum(self._call("take_commands", results))
+        ring = self.worlds[0].queues[queue]
+        self.served["several segments"] += sum(
+            ROW.unpack_from(ring.rows, ROW_BYTES * head)[_SEGMENTS_AT] > 1
+            for head, cookie in enumerate(ring.cookies)
+            if cookie > newest
+        )
         self._skip(queue)
         for piece in self.worlds[0].channel.output:
             if isinstance(piece, bytes):
@@ -284,18 +318,21 @@ class Pair:
         free = [head for head in range(size) if not ring.cookies[head]]
         for index in range(max(0, count)):
             # A head, and where a chain of the table goes on: all different, as drivers have it.
-            heads = [rng.randrange(size) for _ in range(3)]
+            chain, header = self._chain(index)
+            n_links = len(chain)
+            heads = [rng.randrange(size) for _ in range(n_links)]
             if free and not (self.hostile and rng.random() < 0.05):
                 heads[0] = free.pop(rng.randrange(len(free)))
-            enough = len(free) > 1
+            enough = len(free) >= n_links - 1
             if enough:
-                heads[1:] = free.pop(), free.pop()
-            chain, header = self._chain(index)
+                heads[1:] = [free.pop() for _ in range(n_links - 1)]
             bad_head = rng.randrange(1 << 16) if self.hostile and rng.random() < 0.02 else None
             indirect = rng.random() < 0.5 or not enough
             if rng.random() < 0.98:
                 indirect = indirect and ring.cells[INDIRECT] == 1
             table_at = STUFF_AT + 64 * (index & 63)
+            if n_links > 4:
+                table_at = TABLES_AT + TABLE_BYTES * (index & 7)
             for world in self.worlds:
                 ring = world.queues[number]
                 self._put(world, ring, chain, header, indirect, table_at, heads)
@@ -327,15 +364,17 @@ class Pair:
         world.main[at : at + 16] = content
         if indirect:
             packed = b"".join(struct.pack("=QIHH", *each) for each in chain)
-            world.main[table_at : table_at + 48] = packed
+            world.main[table_at : table_at + len(packed)] = packed
             chain = [(GUEST + table_at, self._indirect_bytes, 4, 0)]
         else:
-            chain = [(*each[:3], heads[each[3]] if each[3] < 3 else each[3]) for each in chain]
+            chain = [
+                (*each[:3], heads[each[3]] if each[3] < len(heads) else each[3]) for each in chain
+            ]
         for head, each in zip(heads, chain, strict=False):
             ring.descriptors[16 * head : 16 * head + 16] = struct.pack("=QIHH", *each)
 
     def _chain(self, index: int) -> tuple[list[tuple[int, int, int, int]], tuple[int, bytes]]:
-        """Three descriptors, and where their header is and what it says."""
+        """Descriptors, and where their header is and what it says."""
         rng = self.rng
         header_at = STUFF_AT + 0x1000 + 16 * (index & 63)
         type_ = rng.randrange(2) if rng.random() < 0.98 else 4
@@ -349,22 +388,44 @@ class Pair:
         where = rng.choice([GUEST + STUFF_AT + 0x2000, GUEST + STUFF_AT + 0x2000, HIGH])
         if length == 512 and rng.random() < 0.5:
             where = TINY
-        room = {HIGH: HIGH_BYTES, TINY: TINY_BYTES}.get(where, MAIN_BYTES - STUFF_AT - 0x2000)
+        room = {HIGH: HIGH_BYTES, TINY: TINY_BYTES}.get(where, TABLES_AT - STUFF_AT - 0x2000)
         data = where + rng.randrange(max(1, room - length + 1))
         status = GUEST + STUFF_AT + 0x1800 + rng.randrange(256)
         way = 1 if type_ == 1 else 3
-        chain = [(GUEST + header_at, 16, 1, 1), (data, length, way, 2), (status, 1, 2, 0)]
-        self._indirect_bytes = 48
+        chain = [(GUEST + header_at, 16, 1, 1)]
+        for address, n_bytes in self._segments(data, length):
+            chain.append((address, n_bytes, way, len(chain) + 1))
+        chain.append((status, 1, 2, 0))
+        self._indirect_bytes = 16 * len(chain)
         if self.hostile and rng.random() < 0.08:
             sector = rng.choice(
                 [sector, 1 << 55, (1 << 64) - 1, DISK_BYTES // 512, DISK_BYTES // 512 - 1]
             )
             for _ in range(rng.choice([0, 1, 1, 3])):
-                at = rng.randrange(3)
+                at = rng.randrange(len(chain))
                 chain[at] = self._broken(chain[at])
             if rng.random() < 0.1:
-                self._indirect_bytes = rng.choice([0, 16, 47, 49, 64, 0xFFFFFFFF])
+                self._indirect_bytes = rng.choice(
+                    [0, 16, 32, 47, 48, 49, 64, 0x820, 0x830, 0xFFFFFFFF]
+                )
         return chain, (header_at, struct.pack("<IIQ", type_, rng.randrange(9), sector))
+
+    def _segments(self, data: int, length: int) -> list[tuple[int, int]]:
+        """`length` bytes of data: in one segment, or in several, which overlap now and then."""
+        rng = self.rng
+        if rng.random() < 0.6:
+            return [(data, length)]
+        count = rng.choice([1, 1, 2, 3, 6, 30, 126, 127, 128])
+        cuts = [0, *sorted(rng.sample(range(1, length), min(count, length - 1))), length]
+        found = []
+        for start, end in pairwise(cuts):
+            address, n_bytes = data + start, end - start
+            if rng.random() < 0.1:
+                base, size = rng.choice([(HIGH, HIGH_BYTES - 1), (TINY, TINY_BYTES)])
+                if n_bytes <= size:
+                    address = base + rng.randrange(size - n_bytes + 1)
+            found.append((address, n_bytes))
+        return found
 
     def _broken(self, descriptor: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
         rng = self.rng
@@ -419,6 +480,9 @@ class Pair:
                         queue.cookies[head] = 0
                         queue.cells[IN_FLIGHT] -= 1
                         world.channel.cells[ROWS] -= 1
+                        segments = ROW.unpack_from(queue.rows, ROW_BYTES * head)[_SEGMENTS_AT]
+                        if segments > 1:
+                            world.channel.cells[SEGMENTS] -= segments
 
     def _reply(self) -> bytes:
         rng = self.rng

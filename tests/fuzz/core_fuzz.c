@@ -96,6 +96,24 @@ static int open_blocks(void *owner, uint32_t slot, uint32_t bits)
     return result > 0 ? 1 : result;
 }
 
+static int store(void *owner, uint64_t offset, uint64_t length, const struct iovec *data,
+                 uint32_t count)
+{
+    struct world *world = owner;
+    volatile uint8_t sum = 0;
+
+    for (uint32_t index = 0; index < count; index++) {
+        const uint8_t *at = data[index].iov_base;
+
+        for (size_t byte = 0; byte < data[index].iov_len; byte++)
+            sum = (uint8_t)(sum + at[byte]);
+        length -= data[index].iov_len;
+    }
+    if (length || offset > DISK_BYTES)
+        abort();
+    return ++world->calls % 3 - 1;
+}
+
 static void make_queue(struct world *world, unsigned number, struct input *input)
 {
     struct dp_queue *queue = &world->queues[number];
@@ -111,6 +129,7 @@ static void make_queue(struct world *world, unsigned number, struct input *input
     queue->region_count = REGIONS;
     queue->rows = room(sizeof(struct dp_row) * size);
     queue->cookies = room(8 * size);
+    queue->segments = room(sizeof(struct dp_segment) * DP_MAX_SEGMENTS * size);
     queue->pushed = room(2 * size);
     queue->tracked = setup & 0x100 ? room(16 + 16 * size) : NULL;
     queue->cells[DP_SIZE] = size;
@@ -190,6 +209,7 @@ static void make_world(struct world *world, struct input *input)
         .up = up,
         .up_bytes = sizeof up,
         .open_blocks = open_blocks,
+        .store = store,
         .owner = world,
     };
     world->disk[DP_CAPACITY_BYTES] = DISK_BYTES;
@@ -214,6 +234,7 @@ static void end_world(struct world *world)
         free(queue->used);
         free(queue->rows);
         free(queue->cookies);
+        free(queue->segments);
         free(queue->pushed);
         free(queue->tracked);
     }
@@ -242,6 +263,33 @@ static void put_descriptor(uint8_t *to, uint64_t address, uint32_t length, uint1
     memcpy(to + 14, &next, 2);
 }
 
+enum { LINKS_MAX = DP_MAX_SEGMENTS + 4 };
+
+/* The descriptors of data of `length` bytes from `data` on, in `count` segments, some of which are
+ * elsewhere. */
+static void put_data(uint8_t *table, uint64_t data, uint32_t length, uint32_t count, uint16_t flags,
+                     uint64_t what)
+{
+    for (uint32_t index = 0; index < count; index++) {
+        uint32_t part = index + 1 < count ? length / count : length - length / count * (count - 1);
+        uint64_t elsewhere = UINT64_MAX - 0x3000 + 61 * index;
+
+        put_descriptor(table + 16 * index, what >> index % 32 & 7 ? data : elsewhere, part, flags, 0);
+        data += part;
+    }
+}
+
+/* How many segments the data of a chain has. */
+static uint32_t segments_of(uint64_t what, struct input *input)
+{
+    static const uint32_t most[4] = {1, 4, 64, LINKS_MAX - 2};
+    uint32_t limit = most[what >> 14 & 3];
+
+    if (limit == 1)
+        return 1;
+    return limit < 100 ? 1 + (uint32_t)take(input, 1) % limit : limit - (uint32_t)take(input, 1) % 6;
+}
+
 /* A chain that is usual, unless `odd` says where it is not. */
 static void add_chain(struct world *world, struct dp_queue *queue, struct input *input)
 {
@@ -251,21 +299,28 @@ static void add_chain(struct world *world, struct dp_queue *queue, struct input 
     uint16_t index = (uint16_t)(queue->avail[1]), head = (uint16_t)(what % queue->size);
     uint32_t length = 512u << (what >> 8) % 9, type = what >> 12 & 1;
     uint64_t data = 0x108000 + (what >> 16) % 0x7000;
-    uint8_t table[48], *main = world->regions[0].at, *descriptors = (void *)queue->descriptors;
+    uint8_t table[16 * LINKS_MAX], *main = world->regions[0].at;
+    uint8_t *descriptors = (void *)queue->descriptors;
     uint64_t header_at = 0x1000 + 16 * (index & 63), table_at = 0x2000 + 64 * (index & 63);
-    uint16_t second = (uint16_t)((head + 1) % queue->size);
-    uint16_t third = (uint16_t)((head + 2) % queue->size);
+    uint32_t links = 2 + segments_of(what, input);
     int indirect = what >> 13 & 1;
 
     if (odd & 0x40)
         sector = sector << 55 | sector;
+    if (links > 3)
+        table_at = 0x5000 + 0x880 * (index & 3);
     memcpy(main + header_at, &type, 4);
     memcpy(main + header_at + 8, &sector, 8);
-    put_descriptor(table, 0x100000 + header_at, 16, 1, indirect ? 1 : second);
-    put_descriptor(table + 16, data, length, type ? 1 : 3, indirect ? 2 : third);
-    put_descriptor(table + 32, 0x100000 + 0x4000 + (index & 255), 1, 2, 0);
+    put_descriptor(table, 0x100000 + header_at, 16, 1, 0);
+    put_data(table + 16, data, length, links - 2, type ? 1 : 3, links > 3 ? what : UINT64_MAX);
+    put_descriptor(table + 16 * (links - 1), 0x100000 + 0x4000 + (index & 255), 1, 2, 0);
+    for (uint32_t link = 0; link + 1 < links; link++) {
+        uint16_t next = (uint16_t)(indirect ? link + 1 : (head + link + 1) % queue->size);
+
+        memcpy(table + 16 * link + 14, &next, 2);
+    }
     if (odd & 0x80) {
-        uint8_t *broken = table + 16 * (odd % 3);
+        uint8_t *broken = table + 16 * (odd % links);
         uint64_t address = edges[take(input, 1) % 8] + take(input, 1) - take(input, 1);
         uint32_t n_bytes = (uint32_t)take(input, 4);
 
@@ -277,33 +332,51 @@ static void add_chain(struct world *world, struct dp_queue *queue, struct input 
             broken[12 + n_bytes % 4] = (uint8_t)(n_bytes >> 8);
     }
     if (indirect) {
-        memcpy(main + table_at, table, 48);
-        put_descriptor(descriptors + 16 * head, 0x100000 + table_at, 48, 4, 0);
+        memcpy(main + table_at, table, 16 * links);
+        put_descriptor(descriptors + 16 * head, 0x100000 + table_at, 16 * links, 4, 0);
     } else {
-        memcpy(descriptors + 16 * head, table, 16);
-        memcpy(descriptors + 16 * second, table + 16, 16);
-        memcpy(descriptors + 16 * third, table + 32, 16);
+        for (uint32_t link = 0; link < links; link++)
+            memcpy(descriptors + 16 * ((head + link) % queue->size), table + 16 * link, 16);
     }
     queue->avail[2 + (index & (queue->size - 1))] = (uint16_t)(odd & 4 ? what : head);
     queue->avail[1]++;
 }
 
+/* All of a payload may be read, and is as long as it says; how many pieces it has. */
+static uint32_t read_payload(const struct dp_command *command)
+{
+    const struct dp_segment *segments = dp_payload(command);
+    volatile uint8_t sum = 0;
+    uint64_t left = command->payload_bytes;
+
+    for (uint32_t index = 0; index < command->segment_count; index++) {
+        const uint8_t *at = command->queue->regions[segments[index].region].at + segments[index].at;
+
+        for (uint32_t byte = 0; byte < segments[index].length; byte++)
+            sum = (uint8_t)(sum + at[byte]);
+        left -= segments[index].length;
+    }
+    if (left)
+        abort();
+    return command->segment_count;
+}
+
 static void commands(struct world *world, struct dp_queue *queue, struct input *input)
 {
-    uint32_t space = (uint32_t)take(input, 1) % 65;
+    uint32_t space = (uint32_t)take(input, 1) % 65, pieces = 3 * space, used = 0;
     struct dp_command *out = room(space * sizeof *out);
-    struct dp_taken taken = dp_take_commands(queue, world->disk, world->route, &world->channel,
-                                             &world->sequence, true, world->whole, out, space);
+    struct dp_taken taken =
+        dp_take_commands(queue, world->disk, world->route, &world->channel, &world->sequence, true,
+                         world->whole, out, space, pieces);
 
     if (taken.reads + taken.writes > space)
         abort();
     for (uint32_t index = 0; index < taken.reads + taken.writes; index++) {
-        volatile uint8_t sum = 0;
-
-        for (uint32_t at = 0; at < out[index].payload_bytes; at++)
-            sum = (uint8_t)(sum + out[index].payload[at]); /* may be read */
+        used += 1 + read_payload(&out[index]);
         memcpy(world->sent[world->sent_count++ % COMMANDS], out[index].header, DP_COMMAND_BYTES);
     }
+    if (used > pieces)
+        abort();
     free(out);
 }
 
@@ -348,12 +421,19 @@ static void receive_direct(struct world *world, struct input *input)
 {
     struct dp_answered answered;
     uint64_t left = world->channel.cells[DP_DIRECT_LEFT], n_bytes = take(input, 2) * 4 + 1;
-    uint8_t *at = dp_direct(&world->channel, queue_of, world);
+    struct iovec pieces[DP_MAX_SEGMENTS];
+    uint32_t count = dp_direct(&world->channel, queue_of, world, pieces);
+    uint64_t found = 0;
 
-    if (!at)
+    if (!count)
         return;
     n_bytes = n_bytes < left ? n_bytes : left;
-    memset(at, 0x5A, left);
+    for (uint32_t index = 0; index < count; index++) {
+        memset(pieces[index].iov_base, 0x5A, pieces[index].iov_len);
+        found += pieces[index].iov_len;
+    }
+    if (found != left)
+        abort();
     dp_direct_received(&world->channel, queue_of, world, n_bytes, &answered);
     for (uint32_t index = 0; index < answered.touched_count; index++)
         world->queues[answered.touched[index]].cells[DP_TOUCHED] = 0;

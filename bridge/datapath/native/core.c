@@ -26,14 +26,26 @@ struct descriptor {
 
 _Static_assert(sizeof(struct descriptor) == 16, "virtio 1.3, 2.7.5");
 
+_Static_assert(sizeof(struct dp_segment) == 16, "a segment is as in cells.SEGMENT");
+
+enum { MAX_LINKS = DP_MAX_SEGMENTS + 2, MAX_PLACES = 64 };
+
+/* A usual chain, checked: what is in it is in guest memory. */
 struct chain {
     uint64_t sector;
-    uint64_t data_at;
     uint64_t status_at;
+    uint64_t length;
     uint32_t type;
-    uint32_t length;
-    uint16_t data_region;
     uint16_t status_region;
+    uint16_t count; /* of segments: at least 1 */
+    struct dp_segment segments[DP_MAX_SEGMENTS];
+};
+
+/* Where the data of a hit is in that of the cache, granule by granule. */
+struct place {
+    uint64_t at;
+    uint64_t length;
+    uint32_t slot;
 };
 
 /* The one check of bounds: `length` bytes from `at` on are among the first `size`. */
@@ -98,7 +110,7 @@ bool dp_queue_is_sound(const struct dp_queue *queue)
     return size && size <= 1u << 15 && !(size & (size - 1)) && queue->cells[DP_SIZE] == size &&
            queue->region_count && queue->region_count <= UINT16_MAX &&
            !((uintptr_t)queue->avail & 1) && !((uintptr_t)queue->used & 3) &&
-           !((uintptr_t)queue->tracked & 7);
+           !((uintptr_t)queue->tracked & 7) && !((uintptr_t)queue->segments & 7);
 }
 
 /* The in-flight region (vhost-user, "Inflight I/O tracking"): 16 bytes of header, with the head of
@@ -155,57 +167,90 @@ static inline uint8_t *in_region(const struct dp_queue *queue, uint32_t number, 
     return queue->regions[number].at + at;
 }
 
-/* See `usual.usual_chain`. `head` is below the size. */
+/* Copy the descriptors of the chain at `head`, which is below the size: how many, or 0: it is not
+ * usual. A chain without an end is longer than there is room for. */
+static uint32_t links_of(const struct dp_queue *queue, uint32_t head,
+                         struct descriptor links[MAX_LINKS])
+{
+    uint32_t count = 1;
+    uint64_t at;
+    int region;
+
+    fetch(&links[0], queue->descriptors + 16 * (size_t)head, 16);
+    if (links[0].flags == INDIRECT) {
+        uint32_t n_bytes = links[0].length;
+
+        count = n_bytes / 16;
+        if (n_bytes % 16 || !count || count > MAX_LINKS || !queue->cells[DP_INDIRECT])
+            return 0;
+        region = region_of(queue, links[0].address, n_bytes, &at);
+        if (region < 0)
+            return 0;
+        fetch(links, in_region(queue, (uint32_t)region, at), n_bytes);
+        for (uint32_t index = 0; index + 1 < count; index++)
+            if (links[index].next != index + 1)
+                return 0;
+        return count;
+    }
+    for (; links[count - 1].flags & NEXT; count++) {
+        if (count == MAX_LINKS || links[count - 1].next >= queue->size)
+            return 0;
+        fetch(&links[count], queue->descriptors + 16 * (size_t)links[count - 1].next, 16);
+    }
+    return count;
+}
+
+static bool find_segment(const struct dp_queue *queue, const struct descriptor *link,
+                         struct dp_segment *segment)
+{
+    int region = region_of(queue, link->address, link->length, &segment->at);
+
+    segment->region = (uint16_t)region;
+    segment->length = link->length;
+    segment->unused = 0;
+    return region >= 0 && link->length;
+}
+
+/* See `usual.usual_chain`. */
 static bool usual_chain(const struct dp_queue *queue, uint32_t head, struct chain *chain)
 {
-    struct descriptor three[3];
-    uint32_t mask = queue->size - 1;
+    struct descriptor links[MAX_LINKS];
+    uint32_t count = links_of(queue, head, links);
+    const struct descriptor *last = &links[count ? count - 1 : 0];
     struct {
         uint32_t type;
         uint32_t unused;
         uint64_t sector;
     } header;
+    uint16_t way;
     uint64_t at;
     int region;
 
-    fetch(&three[0], queue->descriptors + 16 * (size_t)head, 16);
-    if (three[0].flags == INDIRECT) {
-        if (three[0].length != sizeof three || !queue->cells[DP_INDIRECT])
-            return false;
-        region = region_of(queue, three[0].address, sizeof three, &at);
-        if (region < 0)
-            return false;
-        fetch(three, in_region(queue, (uint32_t)region, at), sizeof three);
-        if (three[0].next != 1 || three[1].next != 2)
-            return false;
-    } else {
-        if (three[0].flags != NEXT || three[0].next > mask)
-            return false;
-        fetch(&three[1], queue->descriptors + 16 * (size_t)three[0].next, 16);
-        if (three[1].next > mask)
-            return false;
-        fetch(&three[2], queue->descriptors + 16 * (size_t)three[1].next, 16);
-    }
-    if (three[0].flags != NEXT || three[0].length != HEADER_BYTES || three[2].flags != WRITE ||
-        three[2].length != 1 || !three[1].length)
+    if (count < 3 || links[0].flags != NEXT || links[0].length != HEADER_BYTES ||
+        last->flags != WRITE || last->length != 1)
         return false;
-    region = region_of(queue, three[0].address, HEADER_BYTES, &at);
+    region = region_of(queue, links[0].address, HEADER_BYTES, &at);
     if (region < 0)
         return false;
     fetch(&header, in_region(queue, (uint32_t)region, at), HEADER_BYTES);
-    region = region_of(queue, three[1].address, three[1].length, &chain->data_at);
-    if (region < 0)
-        return false;
-    chain->data_region = (uint16_t)region;
-    region = region_of(queue, three[2].address, 1, &chain->status_at);
+    region = region_of(queue, last->address, 1, &chain->status_at);
     if (region < 0)
         return false;
     chain->status_region = (uint16_t)region;
     chain->type = le32toh(header.type);
     chain->sector = le64toh(header.sector);
-    chain->length = three[1].length;
-    return (chain->type == IN && three[1].flags == (NEXT | WRITE)) ||
-           (chain->type == OUT && three[1].flags == NEXT);
+    if (chain->type != IN && chain->type != OUT)
+        return false;
+    way = chain->type == OUT ? NEXT : NEXT | WRITE;
+    chain->length = 0;
+    chain->count = (uint16_t)(count - 2);
+    for (uint32_t index = 0; index < chain->count; index++) {
+        if (links[1 + index].flags != way ||
+            !find_segment(queue, &links[1 + index], &chain->segments[index]))
+            return false;
+        chain->length += links[1 + index].length;
+    }
+    return true;
 }
 
 /* See `usual.available`. */
@@ -216,7 +261,7 @@ static uint32_t available(const struct dp_queue *queue)
     uint16_t unseen = (uint16_t)(state[DP_NEXT_USED] - state[DP_PUBLISHED]);
 
     if (!within(state[DP_IN_FLIGHT], (uint64_t)count + unseen, queue->size)) {
-        state[DP_STOPPED] = 1;
+        state[DP_STOPPED] = DP_STOP_RING;
         return 0;
     }
     return count;
@@ -232,7 +277,7 @@ static inline uint32_t head_at(const struct dp_queue *queue, uint64_t index)
 }
 
 /* Whether `length` bytes from `sector` on are blocks of the first `capacity_bytes`. */
-static inline bool on_disk(uint64_t sector, uint32_t length, uint64_t capacity_bytes,
+static inline bool on_disk(uint64_t sector, uint64_t length, uint64_t capacity_bytes,
                            uint64_t block_mask)
 {
     return sector <= capacity_bytes >> SECTOR_SHIFT &&
@@ -240,86 +285,167 @@ static inline bool on_disk(uint64_t sector, uint32_t length, uint64_t capacity_b
            !((sector << SECTOR_SHIFT | length) & block_mask);
 }
 
-/* Where `chain` is in the cache, if it can be served there: its slot, and where in the data; 0: it
- * cannot, -1: nothing can any more. */
-static int hit_of(const struct chain *chain, const uint64_t *disk,
-                  const struct dp_resident *cache, bool may_write, uint32_t *slot, uint64_t *at)
+/* The part of a request that is in one granule, of at most `length` bytes: whether it is a hit, -1:
+ * nothing can be any more. A write's blocks are open then. */
+static int place_of(const struct dp_resident *cache, uint32_t type, uint64_t offset,
+                    uint64_t length, struct place *place)
 {
-    uint64_t offset, within_granule, granule, last, bits;
+    uint64_t granule_bytes = UINT64_C(1) << cache->granule_shift;
+    uint64_t within_granule = offset & (granule_bytes - 1), granule = offset >> cache->granule_shift;
+    uint32_t slot = __atomic_load_n(&cache->head[granule & cache->bucket_mask], __ATOMIC_RELAXED);
+    uint64_t last, bits;
 
-    if (chain->length > DP_SMALL_BYTES ||
-        !on_disk(chain->sector, chain->length, disk[DP_CAPACITY_BYTES], disk[DP_BLOCK_MASK]))
+    if (slot >= cache->slots || cache->granule_of[slot] != granule ||
+        cache->touched[slot] >= cache->up_bytes)
         return 0;
-    offset = chain->sector << SECTOR_SHIFT;
-    granule = offset >> cache->granule_shift;
-    within_granule = offset & ((UINT64_C(1) << cache->granule_shift) - 1);
-    *slot = __atomic_load_n(&cache->head[granule & cache->bucket_mask], __ATOMIC_RELAXED);
-    last = within_granule + chain->length;
-    if (*slot >= cache->slots || cache->granule_of[*slot] != granule ||
-        last > UINT64_C(1) << cache->granule_shift || cache->touched[*slot] >= cache->up_bytes)
-        return 0;
-    last = (last + (UINT64_C(1) << cache->block_shift) - 1) >> cache->block_shift;
+    if (length > granule_bytes - within_granule)
+        length = granule_bytes - within_granule;
+    last = (within_granule + length + (UINT64_C(1) << cache->block_shift) - 1) >> cache->block_shift;
     bits = (UINT64_C(1) << last) - (UINT64_C(1) << (within_granule >> cache->block_shift));
-    *at = ((uint64_t)*slot << cache->granule_shift) + within_granule;
-    if (!within(*at, chain->length, cache->data_bytes))
+    place->slot = slot;
+    place->at = ((uint64_t)slot << cache->granule_shift) + within_granule;
+    place->length = length;
+    if (!within(place->at, length, cache->data_bytes))
         return 0;
-    if (chain->type == IN)
-        return !(bits & ~(uint64_t)cache->ready[*slot]);
-    if (!disk[DP_MAY_WRITE] || !may_write)
-        return 0;
-    if (!(bits & ~(uint64_t)cache->open[*slot]))
+    if (type == IN)
+        return !(bits & ~(uint64_t)cache->ready[slot]);
+    if (!(bits & ~(uint64_t)cache->open[slot]))
         return 1;
-    return cache->open_blocks ? cache->open_blocks(cache->owner, *slot, (uint32_t)bits) : 0;
+    if (bits & ~(uint64_t)cache->ready[slot] || !cache->open_blocks)
+        return 0;
+    return cache->open_blocks(cache->owner, slot, (uint32_t)bits);
+}
+
+/* Where `chain` is in the cache: in how many places; 0: it is no hit. */
+static uint32_t places_of(const struct chain *chain, const struct dp_resident *cache,
+                          struct place places[MAX_PLACES])
+{
+    uint64_t offset = chain->sector << SECTOR_SHIFT, left = chain->length;
+    uint32_t count = 0;
+
+    for (; left; count++) {
+        if (count == MAX_PLACES ||
+            place_of(cache, chain->type, offset, left, &places[count]) <= 0)
+            return 0;
+        offset += places[count].length;
+        left -= places[count].length;
+    }
+    for (uint32_t index = 0; index < count; index++) {
+        uint8_t *touched = &cache->touched[places[index].slot];
+
+        *touched = cache->up[*touched];
+    }
+    return count;
+}
+
+/* Copy the data of `chain` from or to its places, which are as long together. */
+static void copy_hit(const struct dp_queue *queue, const struct dp_resident *cache,
+                     const struct chain *chain, const struct place *place)
+{
+    uint64_t done = 0; /* of the place */
+
+    for (uint32_t index = 0; index < chain->count; index++) {
+        const struct dp_segment *segment = &chain->segments[index];
+        uint8_t *data = in_region(queue, segment->region, segment->at);
+        uint32_t left = segment->length;
+
+        while (left) {
+            uint8_t *here = cache->data + place->at + done;
+            uint32_t part =
+                left < place->length - done ? left : (uint32_t)(place->length - done);
+
+            if (chain->type == IN)
+                copy(data, here, part);
+            else
+                copy(here, data, part);
+            data += part;
+            left -= part;
+            done += part;
+            if (done == place->length) {
+                place++;
+                done = 0;
+            }
+        }
+    }
+}
+
+/* Have a write stored whose blocks are not at hand. */
+static bool store(const struct dp_queue *queue, const struct dp_resident *cache,
+                  const struct chain *chain)
+{
+    struct iovec data[DP_MAX_SEGMENTS];
+
+    if (!cache->store)
+        return false;
+    for (uint32_t index = 0; index < chain->count; index++) {
+        const struct dp_segment *segment = &chain->segments[index];
+
+        data[index] =
+            (struct iovec){in_region(queue, segment->region, segment->at), segment->length};
+    }
+    return cache->store(cache->owner, chain->sector << SECTOR_SHIFT, chain->length, data,
+                        chain->count) > 0;
+}
+
+/* The chain at `head`, and where it is in the cache, in `*count` places, or, in none, a write that
+ * has been stored; or why it cannot be served there. */
+static uint64_t hit_at(const struct dp_queue *queue, uint32_t head, const uint64_t *disk,
+                       const struct dp_resident *cache, bool may_write, struct chain *chain,
+                       struct place places[MAX_PLACES], uint32_t *count)
+{
+    if (head >= queue->size || (queue->tracked && queue->cells[DP_PUSHED] >= queue->size))
+        return DP_STOP_RING;
+    if (!usual_chain(queue, head, chain))
+        return DP_STOP_FORM;
+    if (chain->length > DP_WHOLE_BYTES ||
+        !on_disk(chain->sector, chain->length, disk[DP_CAPACITY_BYTES], disk[DP_BLOCK_MASK]))
+        return DP_STOP_RANGE;
+    if (chain->type == OUT && !(disk[DP_MAY_WRITE] && may_write))
+        return DP_STOP_WRITE;
+    *count = places_of(chain, cache, places);
+    if (*count || (chain->type == OUT && store(queue, cache, chain)))
+        return 0;
+    return DP_STOP_MISS;
 }
 
 struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
                              const struct dp_resident *cache, bool may_write)
 {
-    struct dp_taken taken = {0, 0};
+    struct dp_taken taken = {0, 0, false};
     uint64_t *state = queue->cells;
-    uint64_t first = state[DP_NEXT_AVAIL], used = state[DP_NEXT_USED];
-    uint64_t counter = state[DP_COUNTER], last_head = state[DP_LAST_HEAD];
-    uint64_t pushed = state[DP_PUSHED], at = 0;
-    uint32_t count = available(queue), served = 0, slot = 0;
+    uint64_t first = state[DP_NEXT_AVAIL], used = state[DP_NEXT_USED], copied = 0;
+    uint32_t count = available(queue), served = 0, place_count;
+    struct place places[MAX_PLACES];
     struct chain chain;
 
-    for (; served < count; served++, used++) {
+    for (; served < count && copied < DP_TURN_BYTES; served++, used++) {
         uint32_t head = head_at(queue, first + served);
-        uint8_t *data, *here;
+        uint64_t stop =
+            hit_at(queue, head, disk, cache, may_write, &chain, places, &place_count);
 
-        if (head >= queue->size || (queue->tracked && pushed >= queue->size) ||
-            !usual_chain(queue, head, &chain) ||
-            hit_of(&chain, disk, cache, may_write, &slot, &at) <= 0)
+        if (stop) {
+            state[DP_STOPPED] = stop;
             break;
-        if (queue->tracked)
-            note_popped(queue, head, counter++);
-        data = in_region(queue, chain.data_region, chain.data_at);
-        here = cache->data + at;
-        if (chain.type == IN) {
-            copy(data, here, chain.length);
-            put_element(queue, used, head, chain.length + 1);
-            taken.reads++;
-        } else {
-            copy(here, data, chain.length);
-            put_element(queue, used, head, 1);
-            taken.writes++;
         }
-        cache->touched[slot] = cache->up[cache->touched[slot]];
+        if (queue->tracked)
+            note_popped(queue, head, state[DP_COUNTER]++);
+        if (place_count)
+            copy_hit(queue, cache, &chain, places);
+        copied += chain.length;
+        put_element(queue, used, head, chain.type == IN ? (uint32_t)chain.length + 1 : 1);
+        if (chain.type == IN)
+            taken.reads++;
+        else
+            taken.writes++;
         store_8(in_region(queue, chain.status_region, chain.status_at), 0);
         if (queue->tracked) {
-            note_pushed(queue, head, &last_head);
-            queue->pushed[pushed++] = (uint16_t)head;
+            note_pushed(queue, head, &state[DP_LAST_HEAD]);
+            queue->pushed[state[DP_PUSHED]++] = (uint16_t)head;
         }
     }
-    if (served < count)
-        state[DP_STOPPED] = 1;
+    taken.is_full = served < count && !state[DP_STOPPED];
     state[DP_NEXT_AVAIL] = (uint16_t)(first + served);
     state[DP_NEXT_USED] = (uint16_t)used;
-    if (queue->tracked) {
-        state[DP_PUSHED] = pushed;
-        state[DP_COUNTER] = counter;
-        state[DP_LAST_HEAD] = last_head;
-    }
     return taken;
 }
 
@@ -342,79 +468,131 @@ static inline uint64_t least(uint64_t one, uint64_t other)
     return one < other ? one : other;
 }
 
+/* What commands may be. */
+struct limits {
+    uint64_t capacity_bytes;
+    uint64_t block_mask;
+    uint64_t max_bytes[2]; /* of IN and OUT; 0: none at all */
+};
+
+static struct limits limits_of(const uint64_t *disk, const uint64_t *route, bool may_write,
+                               bool whole)
+{
+    return (struct limits){
+        least(disk[DP_CAPACITY_BYTES], route[DP_SIZE_BYTES]),
+        disk[DP_BLOCK_MASK] | route[DP_ALIGN_MASK],
+        {
+            whole ? route[DP_WHOLE_READ_BYTES] : least(route[DP_MAX_READ_BYTES], DP_LONG_BYTES - 1),
+            disk[DP_MAY_WRITE] && may_write ? least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES) : 0,
+        },
+    };
+}
+
+/* The chain at `head`; or why no command can be made of it. */
+static uint64_t command_at(const struct dp_queue *queue, uint32_t head,
+                           const struct limits *limits, struct chain *chain)
+{
+    if (head >= queue->size || queue->cookies[head])
+        return DP_STOP_RING;
+    if (!usual_chain(queue, head, chain))
+        return DP_STOP_FORM;
+    if (chain->type == OUT && !limits->max_bytes[OUT])
+        return DP_STOP_WRITE;
+    if (chain->length > limits->max_bytes[chain->type] ||
+        !on_disk(chain->sector, chain->length, limits->capacity_bytes, limits->block_mask))
+        return DP_STOP_RANGE;
+    return 0;
+}
+
+/* Note `chain` in its row. */
+static void put_row(const struct dp_queue *queue, const struct dp_channel *channel, uint32_t head,
+                    uint64_t cookie, const struct chain *chain)
+{
+    struct dp_row row = {
+        .offset = chain->sector << SECTOR_SHIFT,
+        .status_at = chain->status_at,
+        .length = (uint32_t)chain->length,
+        .channel = channel->number,
+        .status_region = chain->status_region,
+        .segments = chain->count,
+        .op = (uint8_t)chain->type,
+    };
+
+    if (chain->count == 1) {
+        row.data_at = chain->segments[0].at;
+        row.data_region = chain->segments[0].region;
+    } else {
+        memcpy(queue->segments + DP_MAX_SEGMENTS * (size_t)head, chain->segments,
+               chain->count * sizeof chain->segments[0]);
+    }
+    queue->cookies[head] = cookie;
+    memcpy(queue->rows + sizeof row * (size_t)head, &row, sizeof row);
+}
+
+static void fill_command(struct dp_command *command, const struct dp_queue *queue, uint32_t head,
+                         uint64_t cookie, const struct chain *chain)
+{
+    put_command(command->header, chain->type, cookie, chain->sector << SECTOR_SHIFT,
+                (uint32_t)chain->length);
+    command->queue = queue;
+    command->payload_bytes = chain->type == OUT ? (uint32_t)chain->length : 0;
+    command->segment_count = chain->type == OUT ? chain->count : 0;
+    command->one = chain->segments[0];
+    command->many = queue->segments + DP_MAX_SEGMENTS * (size_t)head;
+}
+
 struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, bool whole,
-                                 struct dp_command *out, uint32_t room)
+                                 struct dp_command *out, uint32_t room, uint32_t pieces)
 {
-    struct dp_taken taken = {0, 0};
-    uint64_t *state = queue->cells;
-    uint64_t first = state[DP_NEXT_AVAIL], counter = state[DP_COUNTER];
-    uint64_t capacity_bytes = least(disk[DP_CAPACITY_BYTES], route[DP_SIZE_BYTES]);
-    uint64_t block_mask = disk[DP_BLOCK_MASK] | route[DP_ALIGN_MASK];
-    uint64_t max_bytes[2] = {
-        whole ? route[DP_WHOLE_READ_BYTES] : least(route[DP_MAX_READ_BYTES], DP_LONG_BYTES - 1),
-        disk[DP_MAY_WRITE] && may_write ? least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES) : 0,
-    };
-    uint64_t name = state[DP_NAME];
-    uint64_t long_reads = 0, large_bytes = channel->cells[DP_LARGE_BYTES];
+    struct dp_taken taken = {0, 0, false};
+    struct limits limits = limits_of(disk, route, may_write, whole);
+    uint64_t *state = queue->cells, *cells = channel->cells;
+    uint64_t first = state[DP_NEXT_AVAIL];
     uint32_t count = available(queue), done = 0;
     struct chain chain;
 
     if (queue->size > DP_MAX_HEADS || state[DP_NUMBER] >= DP_MAX_QUEUES) {
-        state[DP_STOPPED] = 1;
+        state[DP_STOPPED] = DP_STOP_RING;
         return taken;
     }
     for (; done < count && done < room; done++) {
-        uint32_t head = head_at(queue, first + done);
-        struct dp_command *command = &out[done];
-        struct dp_row row = {0};
-        uint64_t cookie;
+        uint32_t head = head_at(queue, first + done), needed, several;
+        uint64_t stop = command_at(queue, head, &limits, &chain), cookie;
+        bool is_long = !stop && chain.type == IN && chain.length >= DP_LONG_BYTES;
 
-        if (head >= queue->size || queue->cookies[head] || !usual_chain(queue, head, &chain) ||
-            chain.length > max_bytes[chain.type] ||
-            !on_disk(chain.sector, chain.length, capacity_bytes, block_mask))
+        several = !stop && chain.count > 1 ? chain.count : 0;
+        if ((is_long && !within(cells[DP_LARGE_BYTES], chain.length, DP_LARGE_IN_FLIGHT_BYTES)) ||
+            !within(cells[DP_SEGMENTS], several, DP_MAX_ROW_SEGMENTS))
+            stop = stop ? stop : DP_STOP_ROOM;
+        if (stop) {
+            state[DP_STOPPED] = stop;
             break;
-        if (chain.type == IN && chain.length >= DP_LONG_BYTES) {
-            if (!within(large_bytes, chain.length, DP_LARGE_IN_FLIGHT_BYTES))
-                break;
-            large_bytes += chain.length;
-            long_reads++;
         }
-        cookie = name | (*sequence)++ << DP_NAME_BITS | head;
+        needed = 1 + (chain.type == OUT ? chain.count : 0);
+        if (needed > pieces)
+            break;
+        pieces -= needed;
+        cells[DP_SEGMENTS] += several;
+        if (is_long) {
+            cells[DP_LARGE_BYTES] += chain.length;
+            cells[DP_LONG_READS]++;
+        }
+        cookie = state[DP_NAME] | (*sequence)++ << DP_NAME_BITS | head;
         if (queue->tracked)
-            note_popped(queue, head, counter++);
-        row.offset = chain.sector << SECTOR_SHIFT;
-        row.data_at = chain.data_at;
-        row.status_at = chain.status_at;
-        row.length = chain.length;
-        row.channel = channel->number;
-        row.data_region = chain.data_region;
-        row.status_region = chain.status_region;
-        row.op = (uint8_t)chain.type;
-        queue->cookies[head] = cookie;
-        memcpy(queue->rows + sizeof row * (size_t)head, &row, sizeof row);
-        put_command(command->header, chain.type, cookie, row.offset, chain.length);
-        command->queue_number = (uint16_t)state[DP_NUMBER];
-        command->payload_bytes = 0;
-        if (chain.type == OUT) {
-            command->payload_bytes = chain.length;
-            command->payload_at = chain.data_at;
-            command->payload_region = chain.data_region;
-            command->payload = in_region(queue, chain.data_region, chain.data_at);
+            note_popped(queue, head, state[DP_COUNTER]++);
+        put_row(queue, channel, head, cookie, &chain);
+        fill_command(&out[done], queue, head, cookie, &chain);
+        if (chain.type == OUT)
             taken.writes++;
-        } else {
+        else
             taken.reads++;
-        }
     }
-    if (done < count && done < room)
-        state[DP_STOPPED] = 1;
+    taken.is_full = done < count && !state[DP_STOPPED];
     state[DP_NEXT_AVAIL] = (uint16_t)(first + done);
     state[DP_IN_FLIGHT] += done;
-    state[DP_COUNTER] = counter;
-    channel->cells[DP_ROWS] += done;
-    channel->cells[DP_LARGE_BYTES] = large_bytes;
-    channel->cells[DP_LONG_READS] += long_reads;
+    cells[DP_ROWS] += done;
     return taken;
 }
 
@@ -432,19 +610,66 @@ static void pushed_some(struct dp_queue *queue, unsigned number, uint64_t count,
     }
 }
 
-/* The row that the reply with `cookie` is for, copied; false: there is none, or it is not sound. */
-static bool row_of(const struct dp_queue *queue, uint64_t cookie, const struct dp_channel *channel,
-                   struct dp_row *row)
+/* Where the data of a row is: its segments, for which `one` is room; NULL: they are not sound. */
+static const struct dp_segment *segments_of(const struct dp_queue *queue, uint32_t head,
+                                            const struct dp_row *row, struct dp_segment *one)
 {
-    uint64_t head = cookie & (DP_MAX_HEADS - 1);
+    const struct dp_segment *found = queue->segments + DP_MAX_SEGMENTS * (size_t)head;
+    uint64_t length = 0;
+
+    if (row->segments == 1) {
+        *one = (struct dp_segment){row->data_at, row->length, row->data_region, 0};
+        found = one;
+    }
+    if (row->segments > DP_MAX_SEGMENTS)
+        return NULL;
+    for (uint32_t index = 0; index < row->segments; index++) {
+        if (found[index].region >= queue->region_count ||
+            !within(found[index].at, found[index].length,
+                    queue->regions[found[index].region].size_bytes))
+            return NULL;
+        length += found[index].length;
+    }
+    return length == row->length ? found : NULL;
+}
+
+/* A row that a reply is for. */
+struct found {
+    struct dp_row row;
+    struct dp_segment one;
+    const struct dp_segment *segments; /* `row.segments` of them */
+};
+
+/* The row that the reply with `cookie` is for; false: there is none, or it is not sound. */
+static bool row_of(const struct dp_queue *queue, uint64_t cookie, const struct dp_channel *channel,
+                   struct found *found)
+{
+    uint32_t head = (uint32_t)(cookie & (DP_MAX_HEADS - 1));
+    struct dp_row *row = &found->row;
 
     if (head >= queue->size || queue->cookies[head] != cookie)
         return false;
     memcpy(row, queue->rows + sizeof *row * (size_t)head, sizeof *row);
-    return row->channel == channel->number && row->op <= OUT &&
-           row->data_region < queue->region_count && row->status_region < queue->region_count &&
-           within(row->data_at, row->length, queue->regions[row->data_region].size_bytes) &&
-           within(row->status_at, 1, queue->regions[row->status_region].size_bytes);
+    if (row->channel != channel->number || row->op > OUT ||
+        row->status_region >= queue->region_count ||
+        !within(row->status_at, 1, queue->regions[row->status_region].size_bytes))
+        return false;
+    found->segments = segments_of(queue, head, row, &found->one);
+    return found->segments;
+}
+
+/* Copy the first `n_bytes` of a payload to where it belongs. */
+static void scatter(const struct dp_queue *queue, const struct found *found, const uint8_t *from,
+                    uint64_t n_bytes)
+{
+    for (uint32_t index = 0; n_bytes; index++) {
+        const struct dp_segment *segment = &found->segments[index];
+        uint32_t part = n_bytes < segment->length ? (uint32_t)n_bytes : segment->length;
+
+        copy(in_region(queue, segment->region, segment->at), from, part);
+        from += part;
+        n_bytes -= part;
+    }
 }
 
 /* How many bytes of the reply at `at` come before its payload: 0 if it is not the usual answer. */
@@ -478,6 +703,8 @@ static void push_row(struct dp_queue *queue, const struct dp_channel *channel, u
     }
     put_element(queue, state[DP_NEXT_USED] + count, head, row->op == IN ? row->length + 1 : 1);
     channel->cells[DP_ROWS]--;
+    if (row->segments > 1)
+        channel->cells[DP_SEGMENTS] -= least(channel->cells[DP_SEGMENTS], row->segments);
     if (row->op == OUT) {
         channel->cells[DP_UNFLUSHED]++;
     } else if (row->length >= DP_LONG_BYTES) {
@@ -502,11 +729,11 @@ static inline bool goes_direct(const struct dp_channel *channel, const struct dp
 
 /* The payload from `at` on, of which `here` bytes are there, goes on elsewhere. */
 static void go_direct(struct dp_channel *channel, const struct dp_queue *queue, uint64_t cookie,
-                      const struct dp_row *row, const uint8_t *at, uint64_t here)
+                      const struct found *found, const uint8_t *at, uint64_t here)
 {
-    copy(in_region(queue, row->data_region, row->data_at), at, (uint32_t)here);
+    scatter(queue, found, at, here);
     channel->cells[DP_DIRECT] = cookie;
-    channel->cells[DP_DIRECT_LEFT] = row->length - here;
+    channel->cells[DP_DIRECT_LEFT] = found->row.length - here;
 }
 
 void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, bool whole,
@@ -515,7 +742,7 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, b
     struct dp_queue *queue = NULL;
     unsigned current = 0;
     uint64_t count = 0;
-    struct dp_row row;
+    struct found found;
 
     answered->waits = false;
     answered->touched_count = 0;
@@ -524,6 +751,7 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, b
     while (end - start >= SIMPLE_REPLY_BYTES) {
         const uint8_t *reply = channel->staging + start;
         uint64_t cookie = big_64(reply + 8), header, payload;
+        const struct dp_row *row = &found.row;
         unsigned number = (unsigned)((cookie & NAME_MASK) >> DP_HEAD_BITS);
         bool is_long;
 
@@ -538,26 +766,25 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, b
             if (!queue)
                 break;
         }
-        if (!row_of(queue, cookie, channel, &row) || !may_push(queue, count))
+        if (!row_of(queue, cookie, channel, &found) || !may_push(queue, count))
             break;
-        is_long = row.op == IN && row.length >= DP_LONG_BYTES;
-        header = header_of(channel, &row, reply, end - start);
+        is_long = row->op == IN && row->length >= DP_LONG_BYTES;
+        header = header_of(channel, row, reply, end - start);
         if (!header || (is_long && !whole))
             break;
-        payload = row.op == IN ? row.length : 0;
+        payload = row->op == IN ? row->length : 0;
         if (header + payload > end - start) {
             answered->waits = true;
             if (is_long && header <= end - start &&
-                goes_direct(channel, &row, payload - (end - start - header))) {
-                go_direct(channel, queue, cookie, &row, reply + header, end - start - header);
+                goes_direct(channel, row, payload - (end - start - header))) {
+                go_direct(channel, queue, cookie, &found, reply + header, end - start - header);
                 start = end;
             }
             break;
         }
-        if (row.op == IN)
-            copy(in_region(queue, row.data_region, row.data_at), reply + header, row.length);
+        scatter(queue, &found, reply + header, payload);
         start += header + payload;
-        push_row(queue, channel, cookie, &row, count++);
+        push_row(queue, channel, cookie, row, count++);
     }
     if (queue && count)
         pushed_some(queue, current, count, answered);
@@ -566,41 +793,56 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, b
 
 /* The queue and the row of the payload that is being received. */
 static struct dp_queue *direct_queue(struct dp_channel *channel, dp_queue_of queue_of, void *owner,
-                                     struct dp_row *row)
+                                     struct found *found)
 {
     uint64_t cookie = channel->cells[DP_DIRECT];
     struct dp_queue *queue = queue_of(owner, (unsigned)((cookie & NAME_MASK) >> DP_HEAD_BITS));
 
-    if (!(cookie & ROW_COOKIE) || !queue || !row_of(queue, cookie, channel, row) ||
-        row->op != IN || channel->cells[DP_DIRECT_LEFT] > row->length || !may_push(queue, 0))
+    if (!(cookie & ROW_COOKIE) || !queue || !row_of(queue, cookie, channel, found) ||
+        found->row.op != IN || channel->cells[DP_DIRECT_LEFT] > found->row.length ||
+        !may_push(queue, 0))
         return NULL;
     return queue;
 }
 
-uint8_t *dp_direct(struct dp_channel *channel, dp_queue_of queue_of, void *owner)
+uint32_t dp_direct(struct dp_channel *channel, dp_queue_of queue_of, void *owner,
+                   struct iovec pieces[DP_MAX_SEGMENTS])
 {
-    struct dp_row row;
-    struct dp_queue *queue = direct_queue(channel, queue_of, owner, &row);
+    struct found found;
+    struct dp_queue *queue = direct_queue(channel, queue_of, owner, &found);
+    uint32_t count = 0;
+    uint64_t skip;
 
     if (!queue)
-        return NULL;
-    return in_region(queue, row.data_region, row.data_at) + row.length -
-           channel->cells[DP_DIRECT_LEFT];
+        return 0;
+    skip = found.row.length - channel->cells[DP_DIRECT_LEFT];
+    for (uint32_t index = 0; index < found.row.segments; index++) {
+        const struct dp_segment *segment = &found.segments[index];
+
+        if (skip >= segment->length) {
+            skip -= segment->length;
+            continue;
+        }
+        pieces[count++] = (struct iovec){in_region(queue, segment->region, segment->at) + skip,
+                                         segment->length - skip};
+        skip = 0;
+    }
+    return count;
 }
 
 void dp_direct_received(struct dp_channel *channel, dp_queue_of queue_of, void *owner,
                         uint64_t n_bytes, struct dp_answered *answered)
 {
     uint64_t cookie = channel->cells[DP_DIRECT];
-    struct dp_row row;
-    struct dp_queue *queue = direct_queue(channel, queue_of, owner, &row);
+    struct found found;
+    struct dp_queue *queue = direct_queue(channel, queue_of, owner, &found);
 
     answered->touched_count = 0;
     channel->cells[DP_DIRECT_LEFT] -= least(n_bytes, channel->cells[DP_DIRECT_LEFT]);
     if (!queue || channel->cells[DP_DIRECT_LEFT])
         return;
     channel->cells[DP_DIRECT] = 0;
-    push_row(queue, channel, cookie, &row, 0);
+    push_row(queue, channel, cookie, &found.row, 0);
     pushed_some(queue, (unsigned)((cookie & NAME_MASK) >> DP_HEAD_BITS), 1, answered);
 }
 

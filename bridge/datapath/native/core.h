@@ -13,9 +13,10 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 2
+#define DP_ABI 3
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -37,6 +38,18 @@ enum {
     DP_QUEUE_CELLS
 };
 
+/* Why a look at the available ring ended: `cells.STOPPED`. */
+enum {
+    DP_STOP_RING = 1,
+    DP_STOP_FORM,
+    DP_STOP_RANGE,
+    DP_STOP_MISS,
+    DP_STOP_WRITE,
+    DP_STOP_ROOM,
+    DP_STOP_ROUTE,
+    DP_STOPS
+};
+
 /* Cells of a disk. */
 enum { DP_CAPACITY_BYTES, DP_BLOCK_MASK, DP_MAY_WRITE, DP_DISK_CELLS };
 
@@ -48,6 +61,7 @@ enum {
     DP_UNFLUSHED,
     DP_LONG_READS,
     DP_ROWS,
+    DP_SEGMENTS,
     DP_DIRECT,
     DP_DIRECT_LEFT,
     DP_LARGE_BYTES,
@@ -60,7 +74,12 @@ enum {
     DP_NAME_BITS = DP_HEAD_BITS + DP_QUEUE_BITS,
     DP_MAX_HEADS = 1 << DP_HEAD_BITS,
     DP_MAX_QUEUES = 1 << DP_QUEUE_BITS,
+    DP_MAX_SEGMENTS = 128,
+    DP_MAX_ROW_SEGMENTS = 1 << 16,
+    DP_BATCH_PIECES = 4096,
     DP_SMALL_BYTES = 64 << 10,
+    DP_WHOLE_BYTES = 2 << 20,
+    DP_TURN_BYTES = 8 << 20,
     DP_LONG_BYTES = 32 << 10,
     DP_LARGE_IN_FLIGHT_BYTES = 64 << 20,
     DP_COMMAND_BYTES = 28
@@ -75,8 +94,17 @@ struct dp_row {
     uint32_t channel;
     uint16_t data_region;
     uint16_t status_region;
+    uint16_t segments;
     uint8_t op;
-    uint8_t unused[3];
+    uint8_t unused;
+};
+
+/* A piece of a request's data: `cells.SEGMENT`. */
+struct dp_segment {
+    uint64_t at; /* in its region */
+    uint32_t length;
+    uint16_t region;
+    uint16_t unused;
 };
 
 struct dp_region {
@@ -96,6 +124,7 @@ struct dp_queue {
     uint32_t region_count; /* at least 1 */
     uint8_t *rows;         /* size of struct dp_row each */
     uint64_t *cookies;     /* size */
+    struct dp_segment *segments; /* size of DP_MAX_SEGMENTS each */
     uint8_t *tracked;      /* this queue's part of an in-flight region; NULL: there is none */
     uint16_t *pushed;      /* size */
 };
@@ -125,22 +154,31 @@ struct dp_resident {
     uint32_t up_bytes;
     /* Make clean blocks open: 1, or 0: not now, or -1: stop here. NULL: never. */
     int (*open_blocks)(void *owner, uint32_t slot, uint32_t bits);
+    /* Store a write whose blocks are not there: as `open_blocks`. */
+    int (*store)(void *owner, uint64_t offset, uint64_t length, const struct iovec *data,
+                 uint32_t count);
     void *owner;
 };
 
-/* A command to be sent: its header, and for a WRITE its payload. */
+/* A command to be sent: its header, and for a WRITE its payload, in the memory of its queue. */
 struct dp_command {
     uint8_t header[DP_COMMAND_BYTES];
     uint32_t payload_bytes; /* 0: none */
-    uint64_t payload_at;    /* in its region */
-    uint8_t *payload;
-    uint16_t payload_region;
-    uint16_t queue_number;
+    uint32_t segment_count;
+    struct dp_segment one;         /* if that is 1 */
+    const struct dp_segment *many; /* else */
+    const struct dp_queue *queue;
 };
+
+static inline const struct dp_segment *dp_payload(const struct dp_command *command)
+{
+    return command->segment_count == 1 ? &command->one : command->many;
+}
 
 struct dp_taken {
     uint32_t reads;
     uint32_t writes;
+    bool is_full; /* there was no room for more: ask again */
 };
 
 struct dp_answered {
@@ -160,21 +198,23 @@ bool dp_queue_is_sound(const struct dp_queue *queue);
 struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
                              const struct dp_resident *cache, bool may_write);
 
-/* See `usual.take_commands`: at most `room` commands are put at `out`. With less room than chains
- * there is no STOPPED: the rest is to be asked for again. `whole`: also long reads, up to
- * WHOLE_READ_BYTES each and DP_LARGE_IN_FLIGHT_BYTES together. */
+/* See `usual.take_commands`: at most `room` commands are put at `out`, with at most `pieces`
+ * headers and segments of payload. With less room than chains there is no STOPPED: the rest is to
+ * be asked for again. `whole`: also long reads, up to WHOLE_READ_BYTES each and
+ * DP_LARGE_IN_FLIGHT_BYTES together. */
 struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, bool whole,
-                                 struct dp_command *out, uint32_t room);
+                                 struct dp_command *out, uint32_t room, uint32_t pieces);
 
 /* See `usual.answers`. `whole`: also long reads; of one whose payload is not all there the rest is
  * to be received at `dp_direct`, and nothing is left in the staging buffer. */
 void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, bool whole,
                 uint64_t start, uint64_t end, struct dp_answered *answered);
 
-/* Where the next DIRECT_LEFT bytes of a payload go; NULL: that is not known here. */
-uint8_t *dp_direct(struct dp_channel *channel, dp_queue_of queue_of, void *owner);
+/* Where the next DIRECT_LEFT bytes of a payload go: how many pieces; 0: that is not known here. */
+uint32_t dp_direct(struct dp_channel *channel, dp_queue_of queue_of, void *owner,
+                   struct iovec pieces[DP_MAX_SEGMENTS]);
 
 /* So many of them have come. */
 void dp_direct_received(struct dp_channel *channel, dp_queue_of queue_of, void *owner,

@@ -9,7 +9,7 @@
 
 #include <string.h>
 
-enum { FIXED_BUFFERS = 9 };
+enum { FIXED_BUFFERS = 10 };
 
 const char dp_queue_kind[] = "bridge.Queue";
 const char dp_channel_kind[] = "bridge.Channel";
@@ -22,7 +22,8 @@ static void drop(struct holder *holder)
 {
     for (Py_ssize_t index = 0; index < holder->buffer_count; index++)
         PyBuffer_Release(&holder->buffers[index]);
-    Py_XDECREF(holder->callback);
+    Py_XDECREF(holder->open_blocks);
+    Py_XDECREF(holder->store);
     PyMem_Free(holder->regions);
     PyMem_Free(holder);
 }
@@ -152,6 +153,11 @@ static int fill_queue(struct holder *holder, PyObject *object, PyObject *views)
     queue->cookies = hold_attribute(holder, object, "cookies", 8 * size, PyBUF_WRITABLE);
     if (!queue->cookies)
         return -1;
+    queue->segments =
+        hold_attribute(holder, object, "segments",
+                       sizeof(struct dp_segment) * DP_MAX_SEGMENTS * size, PyBUF_WRITABLE);
+    if (!queue->segments)
+        return -1;
     queue->pushed = hold_attribute(holder, object, "pushed", 2 * size, PyBUF_WRITABLE);
     if (!queue->pushed)
         return -1;
@@ -226,11 +232,32 @@ static int open_blocks(void *owner, uint32_t slot, uint32_t bits)
 {
     struct holder *holder = owner;
     PyObject *result =
-        PyErr_Occurred() ? NULL : PyObject_CallFunction(holder->callback, "II", slot, bits);
+        PyErr_Occurred() ? NULL : PyObject_CallFunction(holder->open_blocks, "II", slot, bits);
     int opened = result ? PyObject_IsTrue(result) : -1;
 
     Py_XDECREF(result);
     return opened;
+}
+
+/* See dp_resident.store. The views are of memory that is held by the queue, for this call only. */
+static int store(void *owner, uint64_t offset, uint64_t length, const struct iovec *data,
+                 uint32_t count)
+{
+    struct holder *holder = owner;
+    PyObject *views = PyErr_Occurred() ? NULL : PyList_New(0), *result = NULL;
+    int failed = views ? 0 : -1, stored;
+
+    for (uint32_t index = 0; !failed && index < count; index++)
+        failed = dp_append(views, PyMemoryView_FromMemory(data[index].iov_base,
+                                                          (Py_ssize_t)data[index].iov_len,
+                                                          PyBUF_READ));
+    if (!failed)
+        result = PyObject_CallFunction(holder->store, "KKO", (unsigned long long)offset,
+                                       (unsigned long long)length, views);
+    stored = result ? PyObject_IsTrue(result) : -1;
+    Py_XDECREF(result);
+    Py_XDECREF(views);
+    return stored;
 }
 
 static int fill_resident(struct holder *holder, PyObject *object)
@@ -278,10 +305,12 @@ static int fill_resident(struct holder *holder, PyObject *object)
         return -1;
     cache->up = view->buf;
     cache->up_bytes = (uint32_t)view->len;
-    holder->callback = PyObject_GetAttrString(object, "open_blocks");
+    holder->open_blocks = PyObject_GetAttrString(object, "open_blocks");
+    holder->store = holder->open_blocks ? PyObject_GetAttrString(object, "store") : NULL;
     cache->open_blocks = open_blocks;
+    cache->store = store;
     cache->owner = holder;
-    return holder->callback ? 0 : -1;
+    return holder->store ? 0 : -1;
 }
 
 struct holder *dp_make_resident(PyObject *object)
@@ -365,7 +394,7 @@ static PyObject *stopped(PyObject *queue)
 
     if (PyErr_Occurred() || dp_borrow_cells(queue, &cells, 8 * DP_QUEUE_CELLS) < 0)
         return NULL;
-    ((uint64_t *)cells.buf)[DP_STOPPED] = 1;
+    ((uint64_t *)cells.buf)[DP_STOPPED] = DP_STOP_RING;
     PyBuffer_Release(&cells);
     return Py_BuildValue("ii", 0, 0);
 }
@@ -396,11 +425,21 @@ static PyObject *take_hits(PyObject *module, PyObject *const *args, Py_ssize_t c
     return result;
 }
 
-PyObject *dp_slice_of(PyObject *views, const struct dp_command *command, uint32_t skip)
+/* Add `object`, a new reference or NULL, to `list`. */
+int dp_append(PyObject *list, PyObject *object)
 {
-    PyObject *view = PyList_GetItem(views, command->payload_region);
-    PyObject *from = PyLong_FromUnsignedLongLong(command->payload_at + skip);
-    PyObject *to = PyLong_FromUnsignedLongLong(command->payload_at + command->payload_bytes);
+    int failed = object ? PyList_Append(list, object) : -1;
+
+    Py_XDECREF(object);
+    return failed;
+}
+
+/* A segment without its first bytes, as a part of one of `views`. */
+static PyObject *slice_of(PyObject *views, const struct dp_segment *segment, uint64_t skip)
+{
+    PyObject *view = PyList_GetItem(views, segment->region);
+    PyObject *from = PyLong_FromUnsignedLongLong(segment->at + skip);
+    PyObject *to = PyLong_FromUnsignedLongLong(segment->at + segment->length);
     PyObject *slice = from && to ? PySlice_New(from, to, NULL) : NULL;
     PyObject *result = view && slice ? PyObject_GetItem(view, slice) : NULL;
 
@@ -410,13 +449,21 @@ PyObject *dp_slice_of(PyObject *views, const struct dp_command *command, uint32_
     return result;
 }
 
-/* Add `object`, a new reference or NULL, to `list`. */
-int dp_append(PyObject *list, PyObject *object)
+int dp_append_payload(PyObject *list, PyObject *views, const struct dp_command *command,
+                      uint64_t skip)
 {
-    int failed = object ? PyList_Append(list, object) : -1;
+    for (uint32_t index = 0; index < command->segment_count; index++) {
+        const struct dp_segment *segment = &dp_payload(command)[index];
 
-    Py_XDECREF(object);
-    return failed;
+        if (skip >= segment->length) {
+            skip -= segment->length;
+            continue;
+        }
+        if (dp_append(list, slice_of(views, segment, skip)) < 0)
+            return -1;
+        skip = 0;
+    }
+    return 0;
 }
 
 static int put_out(PyObject *queue, PyObject *channel, const struct dp_command *commands,
@@ -431,8 +478,8 @@ static int put_out(PyObject *queue, PyObject *channel, const struct dp_command *
 
         failed = dp_append(output, PyBytes_FromStringAndSize((const char *)command->header,
                                                           DP_COMMAND_BYTES));
-        if (!failed && command->payload_bytes)
-            failed = dp_append(output, dp_slice_of(views, command, 0));
+        if (!failed)
+            failed = dp_append_payload(output, views, command, 0);
     }
     if (!failed && taken.writes)
         failed = PyObject_SetAttrString(channel, "has_payload", Py_True);
@@ -462,7 +509,9 @@ static PyObject *take_commands(PyObject *module, PyObject *const *args, Py_ssize
             if (dp_borrow_cells(args[4], &rows, 8) == 0) {
                 taken = dp_take_commands(&queue->is.queue, disk.buf, route.buf,
                                          &channel->is.channel, rows.buf, true, false, commands,
-                                         DP_MAX_HEADS);
+                                         DP_MAX_HEADS, DP_BATCH_PIECES);
+                if (taken.is_full)
+                    queue->is.queue.cells[DP_STOPPED] = DP_STOP_ROOM;
                 PyBuffer_Release(&rows);
                 if (put_out(args[0], args[3], commands, taken) == 0)
                     result = Py_BuildValue("II", taken.reads, taken.writes);
@@ -625,7 +674,10 @@ static const struct {
     PLACE(ROUTE_CELLS),     PLACE(UNFLUSHED),       PLACE(LONG_READS),     PLACE(ROWS),
     PLACE(CHANNEL_CELLS),  PLACE(HEAD_BITS),       PLACE(QUEUE_BITS),     PLACE(MAX_HEADS),
     PLACE(MAX_QUEUES),     PLACE(DIRECT),          PLACE(DIRECT_LEFT),    PLACE(LARGE_BYTES),
-    PLACE(LONG_BYTES),     PLACE(WHOLE_READ_BYTES),
+    PLACE(LONG_BYTES),     PLACE(WHOLE_READ_BYTES), PLACE(MAX_SEGMENTS),  PLACE(BATCH_PIECES),
+    PLACE(SEGMENTS),       PLACE(MAX_ROW_SEGMENTS),
+    PLACE(STOP_RING),      PLACE(STOP_FORM),       PLACE(STOP_RANGE),     PLACE(STOP_MISS),
+    PLACE(STOP_WRITE),     PLACE(STOP_ROOM),       PLACE(STOP_ROUTE),     PLACE(STOPS),
 };
 
 static int add_places(PyObject *module)

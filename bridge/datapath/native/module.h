@@ -15,7 +15,7 @@ struct holder {
         struct dp_resident resident;
     } is;
     struct dp_region *regions;
-    PyObject *callback; /* Resident: open_blocks */
+    PyObject *open_blocks, *store; /* of a Resident */
     Py_ssize_t buffer_count;
     Py_buffer buffers[]; /* those that are held */
 };
@@ -41,8 +41,9 @@ int dp_check_count(Py_ssize_t given, Py_ssize_t wanted);
 /* Add `object`, a new reference or NULL, to `list`. */
 int dp_append(PyObject *list, PyObject *object);
 
-/* The payload of `command` without its first bytes, as a part of one of `views`. */
-PyObject *dp_slice_of(PyObject *views, const struct dp_command *command, uint32_t skip);
+/* Add the payload of `command` without its first bytes to `list`, as parts of `views`. */
+int dp_append_payload(PyObject *list, PyObject *views, const struct dp_command *command,
+                      uint64_t skip);
 
 PyObject *dp_new_turns(PyObject *module, PyObject *poll_ns);
 PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count);

@@ -80,14 +80,15 @@ static int receive_direct(struct dp_turns *turns, bool *drained)
 {
     struct dp_channel *channel = turns->channel;
     uint64_t left = channel->cells[DP_DIRECT_LEFT], direct;
-    struct iovec places[2] = {{dp_direct(channel, queue_of, turns), left},
-                              {channel->staging, STAGING_LONG_BYTES}};
-    struct msghdr message = {.msg_iov = places, .msg_iovlen = 2};
+    struct iovec places[DP_MAX_SEGMENTS + 1];
+    uint32_t count = dp_direct(channel, queue_of, turns, places);
+    struct msghdr message = {.msg_iov = places, .msg_iovlen = count + 1};
     struct dp_answered answered;
     ssize_t got;
 
-    if (!places[0].iov_base || channel->staging_bytes < STAGING_LONG_BYTES)
+    if (!count || channel->staging_bytes < STAGING_LONG_BYTES)
         return DP_REPLY;
+    places[count] = (struct iovec){channel->staging, STAGING_LONG_BYTES};
     got = recvmsg(turns->socket_fd, &message, MSG_DONTWAIT);
     if (got <= 0)
         return not_received(turns, got, drained);
@@ -169,13 +170,25 @@ static bool is_long_over(const struct dp_turns *turns)
     return now > turns->until_ns && now - turns->until_ns > LONG_TURN_NS;
 }
 
+/* So many more commands are to be sent: how many pieces that is. */
+static uint32_t pieces_of(struct dp_turns *turns, uint32_t count)
+{
+    uint32_t pieces = count;
+
+    for (; count; count--)
+        pieces += turns->commands[turns->command_count++].segment_count;
+    return pieces;
+}
+
 /* Take what the rings have. (What is sent is bounded by the socket. What is copied is not: in a
  * long turn the rings after this one are the first next time.) */
 static int take(struct dp_turns *turns)
 {
+    uint32_t pieces = DP_PIECES;
     int flags = 0;
 
     turns->command_count = 0;
+    turns->is_full = false;
     turns->cut_short = false;
     turns->first_ring++;
     for (uint32_t index = 0; index < turns->ring_count; index++) {
@@ -193,8 +206,9 @@ static int take(struct dp_turns *turns)
             taken = dp_take_commands(queue, turns->disk, turns->route, turns->channel,
                                      turns->sequence, turns->may_write, true,
                                      turns->commands + turns->command_count,
-                                     DP_COMMANDS - turns->command_count);
-            turns->command_count += taken.reads + taken.writes;
+                                     DP_COMMANDS - turns->command_count, pieces);
+            pieces -= pieces_of(turns, taken.reads + taken.writes);
+            turns->is_full |= taken.is_full;
         }
         ring->taken += taken.reads + taken.writes;
         turns->reads += taken.reads;
@@ -202,6 +216,7 @@ static int take(struct dp_turns *turns)
         turns->worked |= taken.reads + taken.writes > 0;
         if (queue->cells[DP_STOPPED])
             flags |= DP_CHAIN;
+        turns->cut_short |= turns->cache && taken.is_full;
         if (turns->cache && is_long_over(turns)) {
             turns->first_ring += index;
             turns->cut_short = true;
@@ -227,8 +242,12 @@ static size_t gather(struct dp_turns *turns, uint64_t *bytes)
         else
             turns->pieces[count++] = (struct iovec){header, DP_COMMAND_BYTES};
         header += DP_COMMAND_BYTES;
-        if (command->payload_bytes)
-            turns->pieces[count++] = (struct iovec){command->payload, command->payload_bytes};
+        for (uint32_t at = 0; at < command->segment_count; at++) {
+            const struct dp_segment *segment = &dp_payload(command)[at];
+
+            turns->pieces[count++] = (struct iovec){
+                command->queue->regions[segment->region].at + segment->at, segment->length};
+        }
         *bytes += DP_COMMAND_BYTES + command->payload_bytes;
     }
     return count;
@@ -350,10 +369,10 @@ int dp_turns(struct dp_turns *turns)
             do {
                 flags |= take(turns);
                 flags |= turns->channel ? send_all(turns) : 0;
-            } while (!flags && turns->command_count == DP_COMMANDS);
+            } while (!flags && turns->is_full);
         }
         if (!(flags & DP_INCOMPLETE)) {
-            if (turns->command_count < DP_COMMANDS && !turns->cut_short)
+            if (!turns->is_full && !turns->cut_short)
                 looked(turns, published);
             flags |= publish(turns);
             published = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;

@@ -5,9 +5,9 @@
 #include "core.h"
 
 #include <sys/epoll.h>
-#include <sys/uio.h>
 
-enum { DP_EVENTS = 64, DP_COMMANDS = 512 };
+/* (The system takes 1024 pieces at once.) */
+enum { DP_EVENTS = 64, DP_COMMANDS = 512, DP_PIECES = 1024 };
 
 /* Why `dp_turns` has ended: any of these together, or 0: nothing came, and the rings are armed. */
 enum {
@@ -69,6 +69,7 @@ struct dp_turns {
     struct epoll_event others[DP_EVENTS];
     uint32_t other_count;
     uint32_t command_count;
+    bool is_full; /* there may be more commands than fit at once */
     uint64_t sent_bytes;
     int error;
 
@@ -76,7 +77,7 @@ struct dp_turns {
     struct epoll_event events[DP_EVENTS];
     struct dp_command commands[DP_COMMANDS];
     uint8_t headers[DP_COMMANDS * DP_COMMAND_BYTES];
-    struct iovec pieces[2 * DP_COMMANDS];
+    struct iovec pieces[DP_PIECES];
 };
 
 int dp_turns(struct dp_turns *turns);

@@ -168,7 +168,7 @@ static PyObject *others_of(const struct dp_turns *turns)
 static PyObject *views_of(const struct state *state, const struct dp_command *command)
 {
     for (uint32_t index = 0; index < state->turns.ring_count; index++)
-        if (state->rings[index].queue->cells[DP_NUMBER] == command->queue_number)
+        if (state->rings[index].queue == command->queue)
             return PyObject_GetAttrString(
                 PyTuple_GetItem(PyTuple_GetItem(state->ring_objects, (Py_ssize_t)index), 0),
                 "views");
@@ -191,9 +191,7 @@ static int add_unsent(const struct state *state, const struct dp_command *comman
     if (!command->payload_bytes)
         return 0;
     views = views_of(state, command);
-    failed = views ? dp_append(list, dp_slice_of(views, command,
-                                                 (uint32_t)(skip - DP_COMMAND_BYTES)))
-                   : -1;
+    failed = views ? dp_append_payload(list, views, command, skip - DP_COMMAND_BYTES) : -1;
     Py_XDECREF(views);
     return failed;
 }

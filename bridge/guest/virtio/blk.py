@@ -363,13 +363,12 @@ class BlkEngine:
         head: int,
         cookie: int,
         row: tuple[int, ...],
-        views: list[memoryview],
+        buffers: list[memoryview],
+        status_view: memoryview,
     ) -> BlkRequest:
         """The request that `start` would have made of a chain of `ring`, had it not been sent as
-        `row` (see `cells.ROW`); `views` are the regions that it names."""
-        offset, data_at, status_at, length, _, data_region, status_region, op = row
-        buffers = [views[data_region][data_at : data_at + length]]
-        status_view = views[status_region]
+        `row` (see `cells.ROW`), with data in `buffers` and its status in `status_view`."""
+        offset, _, status_at, length, _, _, _, _, op = row
         sector = offset // SECTOR_BYTES
         chain: Chain
         if op == READ:

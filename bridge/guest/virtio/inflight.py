@@ -34,7 +34,7 @@ from typing import Final
 
 from bridge.datapath.cells import COUNTER, IN_FLIGHT, LAST_HEAD, NEXT_AVAIL, NEXT_USED, PUSHED
 from bridge.errors import ProtocolError
-from bridge.guest.virtio.chain import Chain
+from bridge.guest.virtio.chain import MAX_QUEUE_SIZE, Chain
 from bridge.guest.virtio.memory import GuestMemory
 from bridge.guest.virtio.queue import RingAreas
 from bridge.guest.virtio.seals import keep_length
@@ -294,9 +294,9 @@ class TrackedSplitQueue(SplitQueue):
         lost, self._lost = self._lost, []
         return [self._walk(head) for head in lost]
 
-    def pop(self) -> list[Chain]:
+    def pop(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         """See VirtQueue."""
-        chains = super().pop()
+        chains = super().pop(most)
         counter = self.cells[COUNTER]
         region = self.tracked
         words = self.tracked_words

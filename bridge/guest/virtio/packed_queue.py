@@ -17,6 +17,7 @@ from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.chain import (
     MAX_INDIRECT_ENTRIES,
+    MAX_QUEUE_SIZE,
     Chain,
     Descriptor,
     QueueBroken,
@@ -99,11 +100,11 @@ class PackedQueue:
         flags = self._halves[8 * self._next_avail + 7]
         return (flags >> 7 & 1) == self._avail_wrap != (flags >> 15 & 1)
 
-    def pop(self) -> list[Chain]:
+    def pop(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
         """See VirtQueue. More descriptors than the ring has, or a chain without an end, break
         the queue: the driver then rewrites what we have not used, or its buffer id is unknown."""
         chains: list[Chain] = []
-        while self._has_available() and not self.long.too_many:
+        while len(chains) < most and self._has_available() and not self.long.too_many:
             if WEAK_ORDER:
                 fence()  # the descriptor is read after its flags
             try:

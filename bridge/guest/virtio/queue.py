@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from bridge.guest.virtio.chain import Chain
+from bridge.guest.virtio.chain import MAX_QUEUE_SIZE, Chain
 from bridge.guest.virtio.long_chains import LongChains
 from bridge.guest.virtio.memory import GuestMemory
 
@@ -33,8 +33,8 @@ class VirtQueue(Protocol):
         """The chains that a former process had popped and not answered, in the order in which it
         popped them; to be executed again before anything else. Asked for once, at the start."""
 
-    def pop(self) -> list[Chain]:
-        """Every chain that is available now, oldest first.
+    def pop(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
+        """The chains that are available now, at most so many, oldest first.
 
         Raises QueueBroken when the driver broke the ring; chains before that come first.
         """

@@ -26,14 +26,16 @@ from bridge.datapath.cells import (
 from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.datapath.usual import publish, usual_chain
 from bridge.guest.virtio.chain import (
+    MAX_CHAIN_BYTES,
     MAX_INDIRECT_ENTRIES,
+    MAX_QUEUE_SIZE,
     Chain,
     Descriptor,
     QueueBroken,
     request_chain,
     resolve,
 )
-from bridge.guest.virtio.long_chains import LongChains
+from bridge.guest.virtio.long_chains import LONG_CHAIN_VIEWS, LongChains
 from bridge.guest.virtio.memory import BadAddress, GuestMemory
 from bridge.guest.virtio.queue import RingAreas
 from bridge.spec.virtqueue import (
@@ -124,8 +126,8 @@ class SplitQueue(Queue):
     def base_was_reported(self) -> None:
         """See VirtQueue. It is nowhere else."""
 
-    def pop(self) -> list[Chain]:
-        """Every chain that is available now, oldest first.
+    def pop(self, most: int = MAX_QUEUE_SIZE) -> list[Chain]:
+        """The chains that are available now, at most so many, oldest first.
 
         Raises QueueBroken when the driver has made more available than the ring is long, or
         names a descriptor that does not exist; chains before that are returned first.
@@ -145,6 +147,7 @@ class SplitQueue(Queue):
             )
         if WEAK_ORDER:
             fence()  # the ring's entries are read after its index
+        count = min(count, most)
         chains: list[Chain] = []
         avail = self.avail
         mask = self.size - 1
@@ -169,9 +172,16 @@ class SplitQueue(Queue):
         usual = usual_chain(self, head, mask, self.regions[0], self.regions[1])
         if usual is None:
             return None
-        type_, sector, data_region, data_at, length, status_region, status_at = usual
+        type_, sector, data_region, data_at, length, status_region, status_at, segments = usual
         views = self.views
-        buffers = [views[data_region][data_at : data_at + length]]
+        if segments:
+            if length >= MAX_CHAIN_BYTES - 17:  # With header and status.
+                return None
+            if (n_views := len(segments) + 2) > LONG_CHAIN_VIEWS:
+                self.long.popped(head, n_views)
+            buffers = [views[region][at : at + n_bytes] for region, at, n_bytes in segments]
+        else:
+            buffers = [views[data_region][data_at : data_at + length]]
         if type_:
             return head, type_, sector, buffers, [], views[status_region], status_at, None
         return head, type_, sector, [], buffers, views[status_region], status_at, None

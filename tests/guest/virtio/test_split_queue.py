@@ -188,13 +188,19 @@ def test_short_cut_and_walk_agree(data: st.DataObject) -> None:
     short = usual_chain(queue, 0, 7, queue.regions[0], queue.regions[1])
     if short is None:
         return
-    type_, sector, data_region, data_at, length, status_region, status_at = short
+    type_, sector, data_region, data_at, length, status_region, status_at, segments = short
     _, *fields, readable, writable, status_view, walked_at, fault = queue._walk(0)
     assert [type_, sector, None] == [*fields, fault]
-    [walked] = readable or writable
     assert bool(readable) is (type_ == 1)
-    found = queue.views[data_region][data_at : data_at + length]
-    assert (address_of(found), len(found)) == (address_of(walked), len(walked))
+    views = [
+        queue.views[region][at : at + n_bytes]
+        for region, at, n_bytes in segments or [(data_region, data_at, length)]
+    ]
+    found, walked = (
+        [(address_of(view), len(view)) for view in each] for each in (views, readable or writable)
+    )
+    assert found == walked
+    assert sum(n_bytes for _, n_bytes in found) == length
     status = queue.views[status_region][status_at : status_at + 1]
     assert status_view is not None
     assert address_of(status) == address_of(status_view) + walked_at
