@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 SECTOR_BYTES = 512
 """What a guest counts a disk in, whatever its blocks are."""
@@ -17,8 +16,11 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size: write a number with K, M, G or T, such as 1.5G")
-    number = Fraction(f"{match[1]}.{match[2] or 0}")
-    return int(number * (1 << 10 * " KMGT".index(match[3].upper() or " ")))
+    whole, decimals = match[1], match[2] or ""
+    unit = 1 << 10 * " KMGT".index(match[3].upper() or " ")
+    # Integers are exact; so is `fractions`, which is 0.5 MB.
+    scale: int = 10 ** len(decimals)
+    return int(whole + decimals) * unit // scale
 
 
 def size_text(count: int) -> str:

@@ -34,7 +34,7 @@ class Traffic:
         self._mean: dict[int, float] = {}
         """Operation → bytes of the usual requests that were looked at last."""
         self._estimated = {READ: 0.0, WRITE: 0.0}
-        self._covered = {READ: 0, WRITE: 0}
+        self._included = {READ: 0, WRITE: 0}
         """So many usual requests are in the estimate."""
         self._since = 0
 
@@ -68,5 +68,5 @@ class Traffic:
         for op, count in self._live.usual_counts.items():
             mean = self._mean.get(op)
             if mean is not None:
-                self._estimated[op] += mean * (count - self._covered[op])
-                self._covered[op] = count
+                self._estimated[op] += mean * (count - self._included[op])
+                self._included[op] = count
