@@ -19,8 +19,8 @@ def parse_size(text: str) -> int:
     whole, decimals = match[1], match[2] or ""
     unit = 1 << 10 * " KMGT".index(match[3].upper() or " ")
     # Integers are exact; so is `fractions`, which is 0.5 MB.
-    scale: int = 10 ** len(decimals)
-    return int(whole + decimals) * unit // scale
+    per_unit: int = 10 ** len(decimals)
+    return int(whole + decimals) * unit // per_unit
 
 
 def size_text(count: int) -> str:

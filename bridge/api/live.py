@@ -34,7 +34,7 @@ from bridge.datapath.request import READ, WRITE, Request
 from bridge.datapath.usual import usual_chain
 from bridge.guest.device import BlkDevice
 from bridge.guest.ring import RunningRing
-from bridge.guest.virtio.blk import BlkRequest
+from bridge.guest.virtio.blk_request import BlkRequest
 from bridge.server.link import Phase
 from bridge.spec.nbd import CMD_READ
 from bridge.spec.virtio_blk import T_IN
@@ -47,8 +47,8 @@ _ROW_OP: Final = 7
 """Where in a row: see `ROW`."""
 
 
-class Witness:
-    """The `done` of a request of the guest's whose end the API looks at; `then` is told next."""
+class EndObserver:
+    """A `done` that the API puts before that of a guest's request; `then` is called next."""
 
     __slots__ = ("then",)
 
@@ -151,11 +151,11 @@ class Live:
         return sorted(engine._unanswered, key=engine._unanswered.__getitem__)
 
     def is_as_it_came(self, request: BlkRequest) -> bool:
-        """The engine is told of its end, and at most a `Witness` before. Else the client is to be
-        told first: it is sent alone, or once more. A witness in between would be taken for what is
-        told after that, and called again and again."""
+        """The engine is told of its end, and at most an `EndObserver` before. Else the client is to
+        be told first: the request is sent alone, or once more. An observer in between would be
+        taken for what is told after that, and called again and again."""
         engine, done = self.device._engine, request.done
-        while isinstance(done, Witness):
+        while isinstance(done, EndObserver):
             done = done.then
         return done in (engine._done, engine._large_done)
 

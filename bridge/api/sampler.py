@@ -28,7 +28,7 @@ from typing import Any, Final
 import structlog
 import trio
 
-from bridge.api.live import Live, Witness
+from bridge.api.live import EndObserver, Live
 from bridge.datapath.histogram import Histogram
 from bridge.datapath.request import OP_NAMES, READ, WRITE, Request
 
@@ -45,7 +45,7 @@ def _nothing() -> None:
     pass
 
 
-class _Timed(Witness):
+class _Timed(EndObserver):
     """The `done` of a request that is timed."""
 
     __slots__ = ("_ended", "at_server", "began_s", "taken_s")

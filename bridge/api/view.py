@@ -1,6 +1,6 @@
 """What a running disk looks like, as plain values: the answer to `GET /status`.
 
-Everything is read when it is asked for. Names end with their unit; what is not known is None.
+Everything is read when it is asked for. Names end with their unit; None: the figure is not known.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Status:
 
 @dataclass
 class View:
-    """Reads what there is to see of `live`."""
+    """Reads the state of `live`."""
 
     live: Live
     sampler: Sampler

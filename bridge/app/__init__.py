@@ -1,6 +1,7 @@
 """Composition and life cycle: puts the parts together, serves a disk, stops it.
 
-- `settings`: every option of every command, declared once; `settings_model`: the type of a setting;
+- `settings`: every option of `serve`, declared once; `command_settings`: those of the other
+  commands; `settings_model`: the type of a setting;
 - `serve`: one disk, from the start to the stop; `storage`: its client and its cache;
 - `targets`: what the disk and the cache submit to; `answers`: waiting for what is submitted;
 - `open_cache`: a cache file in use; `departure`: the guest stops, and perhaps comes back to it;

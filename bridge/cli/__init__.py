@@ -9,8 +9,9 @@
 - `wording`: the text of every error and remedy. Only this module has sentences that name a command
   or an option;
 - `common`: makes a command, prints its result, turns its errors into one line each;
-- `options`: parses options, made from `bridge.app.settings`, where every option is declared.
+- `options`: parses options. They are declared in `bridge.app.settings` (of `serve`) and
+  `bridge.app.command_settings`.
 
-A new option goes into `bridge.app.settings`; a new command gets a module here, its settings there,
-and a line in `main`.
+A new option is declared there; a new command gets a module here, its settings in
+`command_settings`, and a line in `main`.
 """

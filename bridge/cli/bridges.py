@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bridge.api.places import control_sockets
-from bridge.app.settings import StatusSettings
+from bridge.app.command_settings import StatusSettings
 from bridge.cli import common
 from bridge.cli.control import look_at_all
 from bridge.units import size_text

@@ -9,7 +9,7 @@ import click
 import trio
 
 from bridge.api.exporter import Exporter, serve
-from bridge.app.settings import ExporterSettings
+from bridge.app.command_settings import ExporterSettings
 from bridge.app.signals import ending_signals
 from bridge.cli import common
 from bridge.errors import ConfigError

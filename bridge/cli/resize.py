@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bridge.app.settings import ActionSettings
+from bridge.app.command_settings import ActionSettings
 from bridge.cli import common
 from bridge.cli.control import act, show
 from bridge.units import size_text

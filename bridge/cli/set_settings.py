@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from bridge.app.settings import SetSettings
+from bridge.app.command_settings import SetSettings
 from bridge.cli import common
 from bridge.cli.control import act, show
 

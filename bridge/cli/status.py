@@ -9,7 +9,7 @@ import click
 
 from bridge.api.client import ask
 from bridge.api.places import control_sockets, socket_of
-from bridge.app.settings import StatusSettings
+from bridge.app.command_settings import StatusSettings
 from bridge.cli import common
 from bridge.cli.control import LOOK_S
 from bridge.cli.wording import time_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from bridge.api.places import socket_of
-from bridge.app.settings import TopSettings
+from bridge.app.command_settings import TopSettings
 from bridge.cli import common
 
 

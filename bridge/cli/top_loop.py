@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from bridge.api.client import ask
 from bridge.api.places import SUFFIX, control_sockets
-from bridge.app.settings import TopChoices
+from bridge.app.command_settings import TopChoices
 from bridge.cli import common
 from bridge.cli.control import LOOK_S, look_at_all
 from bridge.cli.top_screen import Line, Watched, clean, printed, screen

@@ -32,8 +32,9 @@ MAY_UNMAP = 2
 INTERNAL = 4
 """A FLUSH that the guest did not send: it learns of a loss from its own next one."""
 REPEATED = 8
-"""A FLUSH that is executed again, after a pause or by another process. When the guest sent it is
-not known, so its failure tells nothing of what is complete by now: the next one has to fail, too.
+"""A FLUSH that is executed again, after a pause or by another process, or that was left in its ring
+for a while. When the guest sent it is not known, so its failure tells nothing of what is complete
+by now: the next one has to fail, too.
 """
 
 

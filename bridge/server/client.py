@@ -33,6 +33,7 @@ from bridge.server.export import Export
 from bridge.server.link import Link, Phase
 from bridge.server.opening import Opening
 from bridge.server.outage import Outages
+from bridge.server.tls_connection import kind_for
 from bridge.server.uri import NbdUri
 
 _log = structlog.get_logger(__name__)
@@ -269,7 +270,7 @@ class Client:
         connections: list[Connection] = []
         try:
             for each in negotiated:
-                connection = Connection(
+                connection = kind_for(each.sock)(
                     each, self._loop, lost=self._lost, generation=generation, rows=self.rows
                 )
                 connections.append(connection)
