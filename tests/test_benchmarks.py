@@ -10,11 +10,12 @@ import pytest
 import tests.bench
 
 _OTHERS = ("__main__", "far_plugin")
+"""One runs, the other needs nbdkit."""
 
 
 @pytest.mark.parametrize(
     "name",
     [each.name for each in pkgutil.iter_modules(tests.bench.__path__) if each.name not in _OTHERS],
 )
-def test_every_benchmark_can_be_imported_and_called(name: str) -> None:
-    assert callable(importlib.import_module(f"tests.bench.{name}").main)
+def test_every_benchmark_can_be_imported(name: str) -> None:
+    assert importlib.import_module(f"tests.bench.{name}").__doc__
