@@ -25,6 +25,7 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/api/test_commands.py": ("nbdkit",),
     "tests/api/test_page.py": ("chromium", "slow"),
     "tests/api/test_prometheus.py": ("prometheus", "slow"),
+    "tests/api/test_ten_bridges.py": ("slow",),
     "tests/app/test_bad_input.py": ("nbdkit",),
     "tests/app/test_cache.py": ("nbdkit",),
     "tests/app/test_cache_foreign.py": ("nbdkit", "qemu"),

@@ -47,6 +47,10 @@ def describe(found: dict[str, Any]) -> str:
     lines["cache"] = "off" if cache is None else _cache(cache)
     if cache is not None:
         lines["dirty"] = _dirty(cache)
+    if requests := _requests(found.get("traffic", {})):  # One of an older version says nothing.
+        lines["requests"] = requests
+    if failed := found.get("errors"):
+        lines["failed"] = ", ".join(f"{count} {what}" for what, count in failed.items())
     for kind, latency in found["latency"].items():
         if latency["p50_s"] is not None:
             lines[kind] = f"median below {_time(latency['p50_s'])}, 99 % below " + _time(
@@ -74,6 +78,16 @@ def _guest(guest: dict[str, Any]) -> str:
         text += f", {general / guest['requests_total']:.1%} the general way"
     faults = sum(guest["faults"].values())
     return text + (f", {faults} bad ones" if faults else "")
+
+
+def _requests(traffic: dict[str, Any]) -> str:
+    """What there was of each operation."""
+    parts = []
+    for op, each in traffic.items():
+        size = f" ({size_text(each['bytes_total'])})" if each["bytes_total"] else ""
+        if each["requests_total"]:
+            parts.append(f"{op.replace('_', ' ')} {each['requests_total']}{size}")
+    return ", ".join(parts)
 
 
 def _server(server: dict[str, Any]) -> str:

@@ -217,6 +217,7 @@ class Client:
         if not self._wanted.is_set():
             self.link.wait_anew(trio.current_time())
             self._wanted.set()
+            self._watch_now.set()
 
     def renew(self) -> bool:
         """Replace the connections in order: the server may have something new to say of the export.
@@ -229,6 +230,7 @@ class Client:
             return False
         self.link.leaving()
         self._broken.set()
+        self._watch_now.set()
         return True
 
     def use(self, options: ClientOptions) -> None:
