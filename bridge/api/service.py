@@ -18,7 +18,7 @@ import trio
 from bridge.api.actions import Actions
 from bridge.api.http import refuse, serve_connection
 from bridge.api.live import Live
-from bridge.api.places import default_name, open_control, peer_of
+from bridge.api.places import default_name, is_of_group, open_control, peer_of
 from bridge.api.routes import Router
 from bridge.api.sampler import Sampler
 from bridge.api.view import View
@@ -58,10 +58,12 @@ class Service:
         *,
         end: Callable[[], None] = _terminate,
         users: frozenset[int] | None = None,
+        gid: int | None = None,
     ) -> None:
         """`end()` ends the process in order. `users`: whose processes are answered, by uid; None:
-        root's and our own."""
+        root's and our own. `gid`: a group whose processes are answered, too."""
         self._listener = listener
+        self._gid = gid
         self._users = users if users is not None else frozenset((0, os.geteuid()))
         sampler = Sampler(live)
         watch = Watch(live, sampler, slow_s=settings.slow_ms / 1000)
@@ -73,14 +75,14 @@ class Service:
         self._connected = 0
 
     @classmethod
-    def of(cls, live: Live, settings: ControlSettings) -> Service:
-        """For the disk `live`, which gets its name here. Raises ConfigError if the name or the
-        socket that was asked for cannot be had."""
+    def of(cls, live: Live, settings: ControlSettings, gid: int | None = None) -> Service:
+        """For the disk `live`, which gets its name here. `gid`: a group that may ask, too. Raises
+        ConfigError if the name or the socket that was asked for cannot be had."""
         facts = live.facts
         wanted = default_name(settings, facts.socket_path, facts.serial)
-        name, listener = open_control(settings, wanted)
+        name, listener = open_control(settings, wanted, gid)
         logs.set_disk(name)
-        return cls(replace(live, facts=replace(facts, name=name)), listener, settings)
+        return cls(replace(live, facts=replace(facts, name=name)), listener, settings, gid=gid)
 
     def stopping(self) -> None:
         """The process ends; until then the status can be asked for."""
@@ -120,11 +122,13 @@ class Service:
 
     def _welcome(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         pid, uid = peer_of(sock)
-        if uid not in self._users:
+        if not (uid in self._users or (self._gid is not None and is_of_group(sock, self._gid))):
             _log.warning(
                 "another user's process is refused on the control socket", uid=uid, pid=pid
             )
-            refuse(sock, HTTPStatus.FORBIDDEN, "only the bridge's user and root may ask")
+            refuse(
+                sock, HTTPStatus.FORBIDDEN, "only root, and the bridge's user and group, may ask"
+            )
         elif self._connected >= CONNECTIONS_MAX:
             refuse(sock, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
         else:

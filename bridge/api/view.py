@@ -264,6 +264,13 @@ def server_state(live: Live) -> str:
     return {Phase.LEAVING: "leaving", Phase.CLOSED: "closed"}.get(live.phase, "down")
 
 
+def one_line(live: Live) -> str:
+    """What a service manager shows of the disk."""
+    text = f"guest {guest_state(live)}, server {server_state(live)}"
+    dirty = live.dirty_bytes
+    return f"{text}, {size_text(dirty)} not on the server" if dirty else text
+
+
 def hit_ratio(live: Live) -> float | None:
     """See `Cache.hit_ratio`."""
     cache = live.cache

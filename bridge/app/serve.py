@@ -15,9 +15,13 @@ import trio
 
 from bridge.api.live import Facts, Live
 from bridge.api.service import Service
+from bridge.api.view import one_line
+from bridge.app import service_manager
 from bridge.app.bus_errors import report_bus_errors
 from bridge.app.descriptors import allow_all_descriptors
+from bridge.app.listening import gid_of, open_listener, socket_path_of
 from bridge.app.malloc_tuning import keep_freed_pages
+from bridge.app.service_manager import pid_file
 from bridge.app.settings import DiskSettings, ServeSettings, client_options
 from bridge.app.signals import ending_signals
 from bridge.app.storage import Storage
@@ -30,7 +34,6 @@ from bridge.errors import BridgeError, ConfigError, LeftBehind, Remedy
 from bridge.guest.above import Above
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
-from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.server.export import Export
 from bridge.server.uri import NbdUri, parse_uri
@@ -137,6 +140,7 @@ class _Serving:
         """Let the time of the stop begin to run, and the device hurry."""
         if not self.stop.begin():
             return
+        service_manager.stopping()
         if self._guests is not None:
             self._guests.device.hurry(self.stop.step_s)
         if self._service is not None:
@@ -144,18 +148,21 @@ class _Serving:
 
     async def run(self, nursery: trio.Nursery) -> None:
         """Connect, then serve front-ends until cancelled; flush at the end."""
-        export = await self.storage.open()
+        disk = self._settings.disk
+        socket_path, gid = socket_path_of(disk), gid_of(disk.socket_group)
+        export = await self.storage.open(wait=self._settings.limits.wait_for_server)
         nursery.start_soon(self.storage.run)
         guests = _GuestsSide(self._uri, self._settings, export, self.storage, self._loop)
         self._guests = guests
         nursery.start_soon(guests.disk.run_flush_timer)
         nursery.start_soon(guests.device.run)
-        facts = Facts(self._uri.text, self._settings.disk.socket_path, guests.serial)
+        facts = Facts(self._uri.text, socket_path, guests.serial)
         live = Live(facts, self._loop, self.storage, guests.disk, guests.device)
-        self._service = Service.of(live, self._settings.control)
+        self._service = Service.of(live, self._settings.control, gid)
         nursery.start_soon(self._service.run)
-        with _listener(self._settings.disk) as listener:
+        with open_listener(disk) as listener, pid_file(self._settings.control.pid_file):
             guests.log_start()
+            nursery.start_soon(service_manager.run, partial(one_line, live))
             try:
                 await backend.serve(guests.device, listener)
             finally:
@@ -311,14 +318,6 @@ async def _cancel_at_signal(
     _log.info("stopping", signal=number.name)
     serving.begin_to_stop()
     until.cancel()
-
-
-def _listener(disk: DiskSettings) -> Listener:
-    if disk.socket_path is not None:
-        return Listener.at_path(disk.socket_path)
-    if disk.fd is None:
-        raise ConfigError("neither a path nor a descriptor to listen on")
-    return Listener.from_fd(disk.fd)
 
 
 def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeometry:

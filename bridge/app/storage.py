@@ -31,6 +31,7 @@ from bridge.app.cache_ownership import (
     unwritten,
 )
 from bridge.app.departure import Departure
+from bridge.app.first_connection import first_connection
 from bridge.app.open_cache import FILE_LIMIT_S, OpenCache
 from bridge.app.settings import CacheSettings
 from bridge.app.targets import CacheTarget, ServerTarget
@@ -99,9 +100,10 @@ class Storage:
     def _file(self) -> CacheFile | None:
         return None if self._cached is None else self._cached.file
 
-    async def open(self) -> Export:
-        """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
-        export = await self.client.connect()
+    async def open(self, *, wait: bool = False) -> Export:
+        """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError. With
+        `wait` a server that cannot be reached is waited for."""
+        export = await first_connection(self.client, wait=wait)
         if self._settings.mode == OFF or export.read_only or self._read_only:
             await check_unused_cache(self.client, self._settings.directory)
             return export

@@ -4,9 +4,12 @@
   `cache_flush`, `cache_warm`, `demo`;
 - those that ask running bridges over their control sockets: `bridges` (`list`), `status`, `flush`,
   `resize`, `set_settings` (`set`), `stop`; `control`: what they share;
+- `config_check`, `config_show`: look at configuration files; `config`: what they share;
+  `config_file`: reads one;
 - `wording`: the text of every error and remedy. Only this module has sentences that name a command
   or an option;
 - `common`: makes a command, prints its result, turns its errors into one line each;
+- `variables`: environment variables that are no option's;
 - `options`: parses options, made from `bridge.app.settings`, where every option is declared.
 
 A new option goes into `bridge.app.settings`; a new command gets a module here, its settings there,

@@ -32,6 +32,7 @@ _CACHE_COMMANDS = {
     "flush": "cache_flush",
     "warm": "cache_warm",
 }
+_CONFIG_COMMANDS = {"check": "config_check", "show": "config_show"}
 """Name of a command → its module in `bridge.cli`, which has it as `command`."""
 
 
@@ -116,4 +117,12 @@ def cache() -> None:
     """Work on a cache that no bridge is using.
 
     `show`, `flush` and `drop` take its FILE, `warm` the URI of the export.
+    """
+
+
+@nbd_bridge.group(cls=CommandGroup, modules=_CONFIG_COMMANDS)
+def config() -> None:
+    """Look at configuration files, which `serve --config` uses.
+
+    NAME stands for /etc/nbd-bridge/NAME.toml.
     """

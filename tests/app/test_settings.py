@@ -13,6 +13,8 @@ from bridge.app.settings import (
     CacheFlushSettings,
     CacheShowSettings,
     CacheWarmSettings,
+    ConfigCheckSettings,
+    ConfigShowSettings,
     ConnectSettings,
     DemoSettings,
     InfoSettings,
@@ -30,11 +32,21 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
     "serve": (
         ServeSettings,
         {
-            *("socket-path", "fd", "read-only", "serial", "num-queues", "queue-size", "block-size"),
+            *(
+                "socket-path",
+                "fd",
+                "socket-group",
+                "socket-mode",
+                "read-only",
+                "serial",
+                "num-queues",
+                "queue-size",
+                "block-size",
+            ),
             *("features", "cache-mode", "cache-size", "cache-dir", "flush-interval"),
             *("connect-timeout", "connections", "request-timeout", "reconnect-timeout"),
             *("stale-write-grace", "poll-us", "engine", "stop-timeout", "drain-timeout"),
-            *("log-level", "log-format", "slow-ms", "name", "api"),
+            *("log-level", "log-format", "slow-ms", "name", "api", "pidfile", "wait-for-server"),
             *_TLS,
         },
     ),
@@ -49,6 +61,8 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
         CacheWarmSettings,
         {"cache-size", "cache-dir", "range", "timeout", "connect-timeout", *_TLS},
     ),
+    "config check": (ConfigCheckSettings, set()),
+    "config show": (ConfigShowSettings, {"json"}),
     "demo": (DemoSettings, {"no-guest"}),
 }
 _COMMANDS = list(_OPTIONS)
@@ -116,6 +130,8 @@ def test_every_option_has_its_environment_variable(
             "--socket-path",
             "--api",
             "--name",
+            "--pidfile",
+            "--socket-group",
         ):
             continue
         if each.setting.option.startswith("--tls"):
