@@ -49,7 +49,7 @@ ADDERS = ("add_argument", "addoption")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = re.compile(r"`?\./run ([a-z][\w-]*)")
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
-COMMAND = re.compile(r"(?:`|^)nbd-bridge ((?:cache )?[a-z]+)\b", re.MULTILINE)
+COMMAND = re.compile(r"(?:`|^)nbd-bridge ((?:(?:cache|config) )?[a-z][a-z-]*)\b", re.MULTILINE)
 
 
 def text_of(document: Path) -> str:

@@ -38,6 +38,7 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/docker": ("docker",),
     "tests/docker/test_certificates.py": ("openssl",),
     "tests/guest/vhost_user/test_peers.py": ("peers",),
+    "tests/packaging": ("slow",),
     "tests/plugin/test_clients.py": ("nbdkit", "qemu"),
     "tests/plugin/test_deployment.py": ("nbdkit",),
     "tests/plugin/test_fence.py": ("nbdkit",),

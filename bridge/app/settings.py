@@ -491,6 +491,11 @@ class SetSettings(CommandSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PluginPathSettings(CommandSettings):
+    """`plugin-path`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfigCheckSettings(CommandSettings):
     """`config check`."""
 

@@ -25,6 +25,7 @@ _COMMANDS = {
     "resize": "resize",
     "set": "set_settings",
     "stop": "stop",
+    "plugin-path": "plugin_path",
 }
 _CACHE_COMMANDS = {
     "show": "cache_show",
