@@ -34,8 +34,8 @@ WITH_OTHER_OPTIONS = {Path("CHANGELOG.md"), Path("docker/README.md"), Path("nbd_
 PACKAGES = ("bridge", "nbd_plugin", "tests")
 TOP_LEVEL = (*PACKAGES, "docs", "docker", ".ci", ".github")
 
-OTHERS_OPTIONS = {"--fast", "--follow", "--export", "--unix-socket"}
-"""Of pytest in this project, git, qemu-storage-daemon, curl."""
+OTHERS_OPTIONS = {"--fast", "--follow", "--export", "--unix-socket", "--create", "--now"}
+"""Of pytest in this project, git, qemu-storage-daemon, curl, systemd."""
 OTHERS_NAMES = {"MockClock", "Keep", "Semantic"}
 """Classes of libraries, and words that look like one."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import pytest
 
-TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl")
+TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl", "systemd")
 """The markers that stand for Debian packages: see packages_of in `run`."""
 
 NEEDS = (*TOOLS, "root")
@@ -38,7 +38,8 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/docker": ("docker",),
     "tests/docker/test_certificates.py": ("openssl",),
     "tests/guest/vhost_user/test_peers.py": ("peers",),
-    "tests/packaging": ("slow",),
+    "tests/packaging/test_units.py": ("systemd",),
+    "tests/packaging/test_wheel.py": ("slow",),
     "tests/plugin/test_clients.py": ("nbdkit", "qemu"),
     "tests/plugin/test_deployment.py": ("nbdkit",),
     "tests/plugin/test_fence.py": ("nbdkit",),

@@ -44,6 +44,9 @@ _MARKER_OF = {
     "qemu-storage-daemon": "qemu",
     "qemu-system-x86_64": "qemu",
     "openssl": "openssl",
+    "systemd-analyze": "systemd",
+    "systemd-sysusers": "systemd",
+    "systemd-tmpfiles": "systemd",
 }
 
 allowed: set[str] | None = None

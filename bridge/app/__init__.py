@@ -10,5 +10,6 @@
   still be believed, and sent;
 - `cache_flush`, `cache_warm`: a cache file flushed to its server, or filled, without a guest;
 - `info`: what a server offers;
+- `unit_files`: what makes bridges services of a host, from the files in `bridge/share`;
 - `logs`, `signals`, `bus_errors`, `malloc_tuning`, `descriptors`: the process.
 """

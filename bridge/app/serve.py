@@ -50,6 +50,10 @@ that came without a ring, and closes the storage. Each step may take an equal sh
 flight, and the next step waits for the same flush."""
 
 
+_END_S = 15.0
+"""For the end of a stop: closing the cache file has a limit of its own."""
+
+
 class _Stop:
     """The stop of one `serve`: its time limit, and the problem to report at the end."""
 
@@ -140,7 +144,7 @@ class _Serving:
         """Let the time of the stop begin to run, and the device hurry."""
         if not self.stop.begin():
             return
-        service_manager.stopping()
+        service_manager.stopping(self._settings.limits.stop_timeout_s + _END_S)
         if self._guests is not None:
             self._guests.device.hurry(self.stop.step_s)
         if self._service is not None:

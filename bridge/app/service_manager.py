@@ -48,9 +48,18 @@ def waiting(status: str) -> None:
     notify(f"STATUS={status}")
 
 
-def stopping() -> None:
-    """The process is on its way to its end."""
-    notify("STOPPING=1", "STATUS=stopping: bringing everything to the server")
+def still_starting(status: str, limit_s: float) -> None:
+    """The start goes on, for `limit_s` from now at most."""
+    notify(f"EXTEND_TIMEOUT_USEC={round(limit_s * 1e6)}", f"STATUS={status}")
+
+
+def stopping(limit_s: float) -> None:
+    """The process is on its way to its end, which may take `limit_s`."""
+    notify(
+        "STOPPING=1",
+        f"EXTEND_TIMEOUT_USEC={round(limit_s * 1e6)}",
+        "STATUS=stopping: bringing everything to the server",
+    )
 
 
 async def run(status: Callable[[], str]) -> None:

@@ -402,6 +402,24 @@ class DemoChoices:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnitChoices:
+    """Which files `install-units` writes, and where."""
+
+    title: ClassVar[str] = "Units"
+
+    root: str = setting("--root", Path(), "/", "Below this directory.")
+    vendor: bool = setting(
+        "--vendor", Flag(), False, "Where a distribution's package has them, in /usr."
+    )
+    program: str | None = setting(
+        "--program", Path(), None, "The nbd-bridge command. Default: that of this installation."
+    )
+    plugin: str | None = setting(
+        "--plugin", Path(), None, "The nbdkit plugin. Default: that of this installation."
+    )
+
+
 # The commands.
 
 
@@ -493,6 +511,13 @@ class SetSettings(CommandSettings):
 @dataclass(frozen=True, kw_only=True)
 class PluginPathSettings(CommandSettings):
     """`plugin-path`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstallUnitsSettings(CommandSettings):
+    """`install-units`."""
+
+    units: UnitChoices = UnitChoices()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from bridge.app import service_manager
 from bridge.app.answers import answer_of, finished, to_be_set
 from bridge.app.cache_names import (
     locate_cache,
@@ -50,6 +51,11 @@ from bridge.server.export import Export
 from bridge.server.uri import NbdUri
 
 _log = structlog.get_logger(__name__)
+
+
+_OPEN_S = 600.0
+"""For a large cache: ten seconds per TiB in use on a quiet machine, and the comparison with what
+the server has."""
 
 
 class Above(Protocol):
@@ -107,6 +113,7 @@ class Storage:
         if self._settings.mode == OFF or export.read_only or self._read_only:
             await check_unused_cache(self.client, self._settings.directory)
             return export
+        service_manager.still_starting("opening the cache", _OPEN_S)
         if self._settings.directory is None:
             make_default_directory()
         path = await locate_cache(self._uri, self._settings.directory, export)

@@ -1,7 +1,8 @@
 """The commands of `nbd-bridge`: what an operator types and reads.
 
 - `main`: finds the command; each has a module: `serve`, `info`, `cache_show`, `cache_drop`,
-  `cache_flush`, `cache_warm`, `demo`, `plugin_path`;
+  `cache_flush`, `cache_warm`, `demo`, `plugin_path`,
+  `install_units`;
 - those that ask running bridges over their control sockets: `bridges` (`list`), `status`, `flush`,
   `resize`, `set_settings` (`set`), `stop`; `control`: what they share;
 - `config_check`, `config_show`: look at configuration files; `config`: what they share;

@@ -26,6 +26,7 @@ _COMMANDS = {
     "set": "set_settings",
     "stop": "stop",
     "plugin-path": "plugin_path",
+    "install-units": "install_units",
 }
 _CACHE_COMMANDS = {
     "show": "cache_show",

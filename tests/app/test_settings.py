@@ -19,6 +19,7 @@ from bridge.app.settings import (
     ConnectSettings,
     DemoSettings,
     InfoSettings,
+    InstallUnitsSettings,
     PluginPathSettings,
     ServerSettings,
     ServeSettings,
@@ -63,6 +64,7 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
         CacheWarmSettings,
         {"cache-size", "cache-dir", "range", "timeout", "connect-timeout", *_TLS},
     ),
+    "install-units": (InstallUnitsSettings, {"root", "vendor", "program", "plugin"}),
     "plugin-path": (PluginPathSettings, set()),
     "config check": (ConfigCheckSettings, set()),
     "config show": (ConfigShowSettings, {"json"}),
@@ -135,6 +137,9 @@ def test_every_option_has_its_environment_variable(
             "--name",
             "--pidfile",
             "--socket-group",
+            "--root",
+            "--program",
+            "--plugin",
         ):
             continue
         if each.setting.option.startswith("--tls"):
