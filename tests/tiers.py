@@ -34,6 +34,7 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/app/test_plugin_life.py": ("nbdkit",),
     "tests/app/test_serve.py": ("nbdkit",),
     "tests/app/test_stale_writes.py": ("nbdkit",),
+    "tests/app/test_upgrade.py": ("nbdkit",),
     "tests/cache/test_with_nbdkit.py": ("nbdkit",),
     "tests/docker": ("docker",),
     "tests/docker/test_certificates.py": ("openssl",),

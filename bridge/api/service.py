@@ -59,8 +59,10 @@ class Service:
         end: Callable[[], None] = _terminate,
         users: frozenset[int] | None = None,
         gid: int | None = None,
+        replace_program: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`end()` ends the process in order. `users`: whose processes are answered, by uid; None:
+        """`end()` ends the process in order; `replace_program()` has another program take over, or
+        raises BridgeError. `users`: whose processes are answered, by uid; None:
         root's and our own. `gid`: a group whose processes are answered, too."""
         self._listener = listener
         self._gid = gid
@@ -70,19 +72,31 @@ class Service:
         view = View(live, sampler, watch)
         self._sampler = sampler
         self._watch = watch
-        self._actions = Actions(view, end)
+        self._actions = Actions(view, end, replace_program)
         self.router = Router(view, self._actions)
         self._connected = 0
 
     @classmethod
-    def of(cls, live: Live, settings: ControlSettings, gid: int | None = None) -> Service:
+    def of(
+        cls,
+        live: Live,
+        settings: ControlSettings,
+        gid: int | None = None,
+        *,
+        replace_program: Callable[[], Awaitable[None]] | None = None,
+    ) -> Service:
         """For the disk `live`, which gets its name here. `gid`: a group that may ask, too. Raises
         ConfigError if the name or the socket that was asked for cannot be had."""
         facts = live.facts
         wanted = default_name(settings, facts.socket_path, facts.serial)
         name, listener = open_control(settings, wanted, gid)
         logs.set_disk(name)
-        return cls(replace(live, facts=replace(facts, name=name)), listener, settings, gid=gid)
+        live = replace(live, facts=replace(facts, name=name))
+        return cls(live, listener, settings, gid=gid, replace_program=replace_program)
+
+    def took_over(self, after_s: float) -> None:
+        """A guest has waited so long for this program."""
+        self._actions.view.took_over_after_s = after_s
 
     def stopping(self) -> None:
         """The process ends; until then the status can be asked for."""

@@ -30,6 +30,9 @@ class Bridge:
     uptime_s: float
     state: str
     """serving, or stopping."""
+    took_over_after_s: float | None
+    """How long the guest has waited for this program, which took over from another one; None: it
+    did not."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ class View:
     sampler: Sampler
     watch: Watch
     stopping: bool = False
+    took_over_after_s: float | None = None
     warming: Warming | None = None
 
     def status(self, settings: Settings) -> Status:
@@ -192,6 +196,7 @@ class View:
             started_s=facts.started_s,
             uptime_s=time.time() - facts.started_s,
             state="stopping" if self.stopping else "serving",
+            took_over_after_s=self.took_over_after_s,
         )
 
     def _guest(self) -> Guest:

@@ -4,6 +4,7 @@
 - `serve`: one disk, from the start to the stop; `storage`: its client and its cache;
 - `listening`: where a front-end connects; `first_connection`: a server that is not up yet;
   `service_manager`: what systemd is told;
+- `upgrade`: another program takes over a running disk;
 - `targets`: what the disk and the cache submit to; `answers`: waiting for what is submitted;
 - `open_cache`: a cache file in use; `departure`: the guest stops, and perhaps comes back to it;
 - `cache_names`: where the cache file of an export is; `cache_ownership`: whether what it holds may

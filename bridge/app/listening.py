@@ -13,6 +13,7 @@ import socket
 from typing import Final
 
 from bridge.app.settings import DiskSettings
+from bridge.app.upgrade import Parcel
 from bridge.errors import ConfigError
 from bridge.guest.vhost_user.listener import Listener
 
@@ -32,15 +33,27 @@ def passed_sockets() -> list[int]:
     return list(range(_FIRST_PASSED, _FIRST_PASSED + int(text)))
 
 
-def socket_path_of(disk: DiskSettings) -> str | None:
+def _is_at(listener: Listener, path: str | None) -> bool:
+    address = listener.sock.getsockname()
+    return path is None or path == address
+
+
+def socket_path_of(disk: DiskSettings, received: Parcel | None = None) -> str | None:
     """Where a front-end connects, as far as that has a path. Raises ConfigError."""
     if disk.socket_path is not None or disk.fd is not None:
         return disk.socket_path
+    if received is not None:
+        return _address(received.listening.sock.fileno()) or None
     return _address(_only(passed_sockets())) or None
 
 
-def open_listener(disk: DiskSettings) -> Listener:
-    """The listener that `disk` asks for. Raises ConfigError, with the remedy."""
+def open_listener(disk: DiskSettings, received: Parcel | None = None) -> Listener:
+    """The listener that `disk` asks for. `received`: the program before this one may have had it
+    already. Raises ConfigError, with the remedy."""
+    if received is not None:
+        if _is_at(received.listening, disk.socket_path):
+            return received.listening
+        received.listening.close()
     passed = passed_sockets()
     if disk.fd is not None:
         return Listener.from_fd(disk.fd)

@@ -493,6 +493,14 @@ class ActionSettings(CommandSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpgradeSettings(CommandSettings):
+    """`upgrade`."""
+
+    action: ActionChoices = ActionChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopSettings(CommandSettings):
     """`stop`."""
 

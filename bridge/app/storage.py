@@ -97,6 +97,7 @@ class Storage:
         """Why nothing is sent to the server, which is there again: see `examine`."""
         self._was_compared = False
         """What is cached and clean was, with the present connection."""
+        self._no_stale_writes = False
 
     @property
     def _cache(self) -> Cache | None:
@@ -106,9 +107,13 @@ class Storage:
     def _file(self) -> CacheFile | None:
         return None if self._cached is None else self._cached.file
 
-    async def open(self, *, wait: bool = False) -> Export:
-        """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError. With
-        `wait` a server that cannot be reached is waited for."""
+    async def open(self, *, wait: bool = False, no_stale_writes: bool = False) -> Export:
+        """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError.
+
+        `wait`: for a server that cannot be reached. `no_stale_writes`: the process before this one
+        has left none at the server, as it says itself.
+        """
+        self._no_stale_writes = no_stale_writes
         export = await first_connection(self.client, wait=wait)
         if self._settings.mode == OFF or export.read_only or self._read_only:
             await check_unused_cache(self.client, self._settings.directory)
@@ -130,7 +135,8 @@ class Storage:
         check_export(cache, file, export)
         if file.header.frozen:
             file.save_header(frozen=False)
-        expect_stale_writes(self.client, file, cache.index.dirty_slots)
+        if not self._no_stale_writes:
+            expect_stale_writes(self.client, file, cache.index.dirty_slots)
         cached.start()
         self.client.keeps_unflushed = True
         # While all is there to compare: what the counters say may drop the clean part.
@@ -326,6 +332,19 @@ class Storage:
         if problem:
             return BridgeError(f"{problem}; it holds what the server did not take in time")
         return objection or self._what_is_missing(path)
+
+    async def hand_over(self, limit_s: float) -> bool:
+        """Hang up, and let go of the cache file as it is: another program of this process goes on.
+
+        What is in flight may be answered within `limit_s`. Returns whether something that was sent
+        may still be executed later.
+        """
+        await self.client.close(limit_s)
+        stale = self.client.may_leave_writes
+        self._end_turns()
+        if self._cached is not None:
+            await self._cached.close(FILE_LIMIT_S, forget=False, in_order=False)
+        return stale
 
     def _what_is_missing(self, path: str) -> BridgeError:
         if self.departure.is_away:

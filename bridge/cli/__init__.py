@@ -4,7 +4,7 @@
   `cache_flush`, `cache_warm`, `demo`, `plugin_path`,
   `install_units`;
 - those that ask running bridges over their control sockets: `bridges` (`list`), `status`, `flush`,
-  `resize`, `set_settings` (`set`), `stop`; `control`: what they share;
+  `resize`, `set_settings` (`set`), `stop`, `upgrade`; `control`: what they share;
 - `config_check`, `config_show`: look at configuration files; `config`: what they share;
   `config_file`: reads one;
 - `wording`: the text of every error and remedy. Only this module has sentences that name a command

@@ -25,6 +25,7 @@ _COMMANDS = {
     "resize": "resize",
     "set": "set_settings",
     "stop": "stop",
+    "upgrade": "upgrade",
     "plugin-path": "plugin_path",
     "install-units": "install_units",
 }

@@ -9,7 +9,7 @@ import structlog
 import trio
 
 from bridge.api.places import may_be_called
-from bridge.app import logs
+from bridge.app import logs, upgrade
 from bridge.app.listening import passed_sockets
 from bridge.app.serve import serve_disk
 from bridge.app.settings import ServeSettings
@@ -18,6 +18,7 @@ from bridge.cli.options import GroupedOption
 from bridge.cli.variables import misspelt
 from bridge.cli.wording import explain
 from bridge.errors import ConfigError
+from bridge.server.uri import parse_uri
 
 _log = structlog.get_logger(__name__)
 
@@ -62,8 +63,13 @@ def command(settings: ServeSettings, uri: str) -> None:
     logs.configure(level=logging.level, format_=logging.format, explain=explain)
     for text in misspelt(click.get_current_context()):
         _log.warning(text)
-    check_socket(settings, passed=bool(passed_sockets()))
-    trio.run(serve_disk, uri, settings)
+    check_socket(settings, passed=bool(passed_sockets()) or upgrade.is_passed_a_socket())
+    if upgrade.is_trial():
+        parse_uri(uri)
+        return
+    leaving = trio.run(serve_disk, uri, settings, upgrade.received())
+    if leaving is not None:
+        leaving.go()
 
 
 def check_socket(settings: ServeSettings, *, passed: bool = False) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import stat
+from typing import Any
 
 from bridge.errors import ConfigError
 from bridge.host import UNIX_PATH_MAX_BYTES
@@ -76,6 +77,25 @@ class Listener:
             raise ConfigError(f"file descriptor {fd} is not a unix stream socket: pass one")
         sock.setblocking(False)
         return cls(sock, None, (0, 0))
+
+    def handed_over(self) -> Listener:
+        """The same for another process: this one leaves the socket's file where it is."""
+        copy = Listener(self.sock.dup(), self.path, self._identity)
+        self.path = None
+        return copy
+
+    def as_json(self) -> dict[str, Any]:
+        """For a process that has the same descriptors."""
+        return {"fd": self.sock.fileno(), "path": self.path, "identity": self._identity}
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> Listener:
+        """The reverse of `as_json`. Raises ConfigError."""
+        device, inode = value["identity"]
+        listener = cls.from_fd(value["fd"])
+        os.set_inheritable(value["fd"], False)
+        listener.path, listener._identity = value["path"], (device, inode)
+        return listener
 
     @property
     def is_connected(self) -> bool:

@@ -23,6 +23,8 @@ class Transport:
         sock.setblocking(False)
         self.sock = sock
         self._reader = MessageReader(replies=replies)
+        self._waits = False
+        self._held = False
 
     async def receive(self) -> Message | None:
         """The next message, whose descriptors the caller owns; None at the stream's end.
@@ -32,10 +34,16 @@ class Transport:
         """
         reader = self._reader
         while True:
+            if self._held:
+                await trio.sleep_forever()
             try:
                 data, fds = self._receive_some(reader.wanted)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self.sock)
+                self._waits = True
+                try:
+                    await trio.lowlevel.wait_readable(self.sock)
+                finally:
+                    self._waits = False
                 continue
             except OSError as error:
                 raise ConnectionLost(f"vhost-user connection: {error.strerror}") from error
@@ -46,6 +54,14 @@ class Transport:
             message = reader.feed_untrusted(data, fds)
             if message is not None:
                 return message
+
+    def hold(self) -> bool:
+        """Receive nothing more: another process does. The `receive` under way waits for its
+        cancellation. False, and nothing has changed: a message has begun to arrive, or the last
+        one is still being handled."""
+        if self._waits and self._reader.between_messages:
+            self._held = True
+        return self._held
 
     def _receive_some(self, size: int) -> tuple[bytes, list[int]]:
         """At most `size` bytes and the descriptors with them. Raises what `recvmsg` raises."""
