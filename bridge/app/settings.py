@@ -522,6 +522,16 @@ class PluginPathSettings(CommandSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompletionSettings(CommandSettings):
+    """`completion`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManPagesSettings(CommandSettings):
+    """`man-pages`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InstallUnitsSettings(CommandSettings):
     """`install-units`."""
 

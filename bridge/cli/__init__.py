@@ -2,7 +2,7 @@
 
 - `main`: finds the command; each has a module: `serve`, `info`, `cache_show`, `cache_drop`,
   `cache_flush`, `cache_warm`, `demo`, `plugin_path`,
-  `install_units`;
+  `install_units`, `man_pages` (made by `man`), `completion`;
 - those that ask running bridges over their control sockets: `bridges` (`list`), `status`, `flush`,
   `resize`, `set_settings` (`set`), `stop`, `upgrade`; `control`: what they share;
 - `config_check`, `config_show`: look at configuration files; `config`: what they share;

@@ -28,6 +28,8 @@ _COMMANDS = {
     "upgrade": "upgrade",
     "plugin-path": "plugin_path",
     "install-units": "install_units",
+    "man-pages": "man_pages",
+    "completion": "completion",
 }
 _CACHE_COMMANDS = {
     "show": "cache_show",

@@ -6,20 +6,18 @@ import time
 from contextlib import suppress
 from typing import Any
 
-import click
-
 from bridge.api.client import ask
 from bridge.api.places import socket_of
 from bridge.app.settings import UpgradeSettings
 from bridge.cli import common
-from bridge.cli.control import LOOK_S, show
+from bridge.cli.control import LOOK_S, name_argument, show
 from bridge.errors import BridgeError, ConnectionLost
 
 _AGAIN_S = 0.05
 
 
 @common.command("upgrade", UpgradeSettings, example="nbd-bridge upgrade vm0")
-@click.argument("name")
+@name_argument
 def command(settings: UpgradeSettings, name: str) -> None:
     """Have the installed version, and the present configuration, take over bridge NAME.
 

@@ -14,12 +14,14 @@ from bridge.app.settings import (
     CacheFlushSettings,
     CacheShowSettings,
     CacheWarmSettings,
+    CompletionSettings,
     ConfigCheckSettings,
     ConfigShowSettings,
     ConnectSettings,
     DemoSettings,
     InfoSettings,
     InstallUnitsSettings,
+    ManPagesSettings,
     PluginPathSettings,
     ServerSettings,
     ServeSettings,
@@ -65,6 +67,8 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
         {"cache-size", "cache-dir", "range", "timeout", "connect-timeout", *_TLS},
     ),
     "install-units": (InstallUnitsSettings, {"root", "vendor", "program", "plugin"}),
+    "completion": (CompletionSettings, set()),
+    "man-pages": (ManPagesSettings, set()),
     "plugin-path": (PluginPathSettings, set()),
     "config check": (ConfigCheckSettings, set()),
     "config show": (ConfigShowSettings, {"json"}),
@@ -101,8 +105,10 @@ def context_of(command: str, arguments: list[str], **extra: object) -> click.Con
 def parsed(command: str, arguments: list[str], **extra: object) -> CommandSettings:
     """What a command would get."""
     settings, _ = _OPTIONS[command]
-    words = 1 if "URI" in command_usage(command) or "FILE" in command_usage(command) else 0
-    return settings_of(settings, context_of(command, ["x"] * words + arguments, **extra).params)
+    usage = command_usage(command)
+    words = ["x"] * any(word in usage for word in ("URI", "FILE", "DIRECTORY"))
+    words += ["bash"] * (command == "completion")
+    return settings_of(settings, context_of(command, words + arguments, **extra).params)
 
 
 def command_usage(command: str) -> str:
