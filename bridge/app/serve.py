@@ -220,7 +220,7 @@ class _Serving:
         nursery.start_soon(guests.device.run)
         facts = Facts(self._uri.text, socket_path, guests.serial)
         live = Live(facts, self._loop, self.storage, guests.disk, guests.device)
-        self._service = Service.of(live, self._settings.control, gid, replace_program=self._replace)
+        self._service = self._open_service(live, gid)
         nursery.start_soon(self._service.run)
         with open_listener(disk, received) as listener, pid_file(self._settings.control.pid_file):
             self._listener = listener
@@ -234,6 +234,17 @@ class _Serving:
                     self.begin_to_stop()
                     self.stop.problem = await guests.flush_at_the_end(self.stop.step_s)
 
+    def _open_service(self, live: Live, gid: int | None) -> Service:
+        control = self._settings.control
+        try:
+            return Service.of(live, control, gid, replace_program=self._replace)
+        except ConfigError as error:
+            if self._received is None:
+                raise
+            # A guest waits: that must not fail for a name that another bridge has by now.
+            _log.error("there is no control socket", problem=error)
+            return Service.of(live, replace(control, name="", socket=OFF), gid)
+
     def _taken_over(self) -> None:
         assert self._received is not None
         waited_s = self._received.waited_s
@@ -245,10 +256,22 @@ class _Serving:
         """Have another program take over. Raises BridgeError, and the disk is served as before."""
         assert self._guests is not None
         assert self._listener is not None
+        await upgrade.try_program(self._uri)
         if self.storage.has_left:
             raise BridgeError("nothing is sent to the server at the moment: try again afterwards")
-        await upgrade.try_program()
-        parcel = await upgrade.pack(self._guests.device, self._desk, self._listener)
+        try:
+            parcel = await upgrade.pack(
+                self._guests.device,
+                self._desk,
+                self._listener,
+                may_go_on=lambda: not self.stop.has_begun,
+            )
+        except OSError as error:
+            # The rings are closed. The front-end finds the next process.
+            self.begin_to_stop()
+            self.stop.problem = BridgeError(f"the program cannot be replaced: {error.strerror}")
+            self.until.cancel()
+            raise self.stop.problem from None
         # No await in between: from here on nothing is served.
         self.leaving = Leaving(parcel)
         self.until.cancel()

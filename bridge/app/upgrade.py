@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -23,14 +24,17 @@ import trio
 
 from bridge.app import logs
 from bridge.app.signals import pass_signals_on, send_late_signals
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, ConfigError
 from bridge.guest.device import BlkDevice
-from bridge.guest.vhost_user.handover import Desk, Handover
+from bridge.guest.vhost_user.handover import Conversation, Desk, Handover
 from bridge.guest.vhost_user.listener import Listener
+from bridge.server.uri import NbdUri
 
 _PARCEL: Final = "_NBD_BRIDGE_PARCEL"
 """The variable with the descriptor of what one program leaves to the next."""
 _TRIAL: Final = "_NBD_BRIDGE_TRIAL"
+_FORMAT: Final = "1"
+"""Of the parcel: a program that reads another one does not take over."""
 _TRIAL_S: Final = 60.0
 QUIESCE_S: Final = 2.0
 """For the requests in flight. Longer would be a pause that a guest notices."""
@@ -99,9 +103,24 @@ def is_trial() -> bool:
     return _TRIAL in os.environ
 
 
-async def try_program() -> None:
-    """Raises BridgeError, with what the new program says, if it cannot be run with our options."""
-    environment = {**os.environ, _TRIAL: "1"}
+def check_trial(uri: NbdUri) -> None:
+    """Raises ConfigError if this program must not take over from the one that tries it."""
+    form, _, served = os.environ[_TRIAL].partition(" ")
+    if form != _FORMAT:
+        raise ConfigError("this version cannot take over from the running one: restart instead")
+    if served != uri.text:
+        raise ConfigError(
+            f"the uri is another one ({uri.text}), and a guest that runs must keep its disk: "
+            "restart instead"
+        )
+
+
+async def try_program(uri: NbdUri) -> None:
+    """Raises BridgeError, with what the new program says, if it cannot be run with our options.
+
+    `uri`: that of the disk that is served.
+    """
+    environment = {**os.environ, _TRIAL: f"{_FORMAT} {uri.text}"}
     environment.pop("NOTIFY_SOCKET", None)
     with trio.move_on_after(_TRIAL_S) as scope:
         try:
@@ -123,41 +142,51 @@ async def try_program() -> None:
         raise BridgeError(f"the new program refuses: {said}")
 
 
-async def pack(device: BlkDevice, desk: Desk, listener: Listener) -> Parcel:
+async def pack(
+    device: BlkDevice, desk: Desk, listener: Listener, *, may_go_on: Callable[[], bool]
+) -> Parcel:
     """Stop the rings and take everything that the next program needs.
 
-    Raises BridgeError, and the disk is served as before. When it returns nothing is served any
-    more, and the process must be replaced.
+    `may_go_on()` says whether the process is not about to end anyhow. Raises BridgeError, and the
+    disk is served as before. When it returns nothing is served any more, and the process must be
+    replaced; the same after any other error.
     """
     if listener.is_connected:
         raise BridgeError("the disk is served on a connection that was inherited with --fd")
     began_s = time.monotonic()
-    deadline_s = began_s + QUIESCE_S
+    conversation = await _held(desk)
     try:
-        while True:
-            conversation = desk.present
-            if conversation is not None and conversation.session.is_migrating:
-                raise BridgeError("the guest is being migrated: try again afterwards")
-            if not await device.quiesce(max(deadline_s - time.monotonic(), 0.0)):
-                raise BridgeError(
-                    f"requests of the guest are not answered within {QUIESCE_S:g} s: is the server "
-                    "there?"
-                )
-            # No await from here on: nothing is heard, popped or accepted in between.
-            present = desk.present
-            is_same = present is conversation and device.is_quiet
-            if is_same and (present is None or present.transport.hold()):
-                break
-            if time.monotonic() > deadline_s:
-                raise BridgeError("the front-end is setting up the disk: try again")
-            await trio.sleep(_AGAIN_S)
+        if conversation is not None and conversation.session.is_migrating:
+            raise BridgeError("the guest is being migrated: try again afterwards")
+        if not await device.quiesce(QUIESCE_S):
+            raise BridgeError(
+                f"requests of the guest are not answered within {QUIESCE_S:g} s: is the server "
+                "there?"
+            )
+        # No await from here on: nothing is heard, popped or accepted in between.
+        if desk.present is not conversation or not device.is_quiet:
+            raise BridgeError("the front-end came or went at this moment: try again")
+        if not may_go_on():
+            raise BridgeError("the bridge is stopping")
     except BaseException:
         device.go_on()
+        if conversation is not None:
+            conversation.transport.release()
         raise
     pass_signals_on()
     bases = device.hand_over_rings()
-    front_end = None if present is None else Handover.of(present, bases)
+    front_end = None if conversation is None else Handover.of(conversation, bases)
     return Parcel(listener.handed_over(), front_end, began_s)
+
+
+async def _held(desk: Desk) -> Conversation | None:
+    """The present conversation, of which no further message is received: a stop of the rings that
+    the front-end asks for must not cross ours. None: there is no front-end. Raises BridgeError."""
+    with trio.move_on_after(QUIESCE_S):
+        while (present := desk.present) is not None and not present.transport.hold():  # noqa: ASYNC110
+            await trio.sleep(_AGAIN_S)
+        return present
+    raise BridgeError("the front-end is setting up the disk: try again")
 
 
 def replace_program(parcel: Parcel, *, stale_writes: bool) -> NoReturn:

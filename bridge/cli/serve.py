@@ -10,7 +10,7 @@ import trio
 
 from bridge.api.places import may_be_called
 from bridge.app import logs, upgrade
-from bridge.app.listening import passed_sockets
+from bridge.app.listening import gid_of, passed_sockets
 from bridge.app.serve import serve_disk
 from bridge.app.settings import ServeSettings
 from bridge.cli import common, config_file
@@ -65,7 +65,8 @@ def command(settings: ServeSettings, uri: str) -> None:
         _log.warning(text)
     check_socket(settings, passed=bool(passed_sockets()) or upgrade.is_passed_a_socket())
     if upgrade.is_trial():
-        parse_uri(uri)
+        gid_of(settings.disk.socket_group)
+        upgrade.check_trial(parse_uri(uri))
         return
     leaving = trio.run(serve_disk, uri, settings, upgrade.received())
     if leaving is not None:

@@ -204,6 +204,40 @@ async def test_program_that_refuses_its_options_does_not_take_over(
             assert (await bridge.status())["bridge"]["took_over_after_s"] is None
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"uri": "nbd://other/"}, "the uri is another one (nbd://other/)"),
+        ({"socket_group": "no-such-group"}, "there is no group no-such-group"),
+    ],
+)
+async def test_configuration_that_a_running_guest_cannot_have_is_refused(
+    options: dict[str, str], says: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(directory, monkeypatch, "memory") as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            bridge.write_config(**options)
+            code, _, error = await bridge.run("upgrade")
+            assert code == 1
+            assert says in error
+            await guest.write(0, b"a" * 512)
+
+
+async def test_name_that_another_bridge_has_by_now_costs_the_control_socket_and_not_the_disk(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(directory, monkeypatch, "memory") as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            bridge.write_config(api="/nowhere/x.api")
+            with trio.move_on_after(HUNG_S) as scope:
+                code, _, error = await bridge.run("upgrade", "--timeout", "1")
+            assert not scope.cancelled_caught
+            assert code == 1
+            assert "see its log" in error
+            await guest.write(0, b"a" * 512)
+            assert await guest.read(0, 512) == b"a" * 512
+
+
 async def test_upgrade_while_the_server_does_not_answer_is_refused_and_the_guest_goes_on(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
