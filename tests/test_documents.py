@@ -32,7 +32,7 @@ DOCUMENTS = sorted(
 WITH_OTHER_OPTIONS = {Path("CHANGELOG.md"), Path("docker/README.md"), Path("nbd_plugin/README.md")}
 """Options of older versions; of Docker, iptables, nbdkit."""
 PACKAGES = ("bridge", "nbd_plugin", "tests")
-TOP_LEVEL = (*PACKAGES, "docs", "docker", ".ci", ".github")
+TOP_LEVEL = (*PACKAGES, "deb", "docs", "docker", ".ci", ".github")
 
 OTHERS_OPTIONS = {"--fast", "--follow", "--export", "--unix-socket", "--create", "--now"}
 """Of pytest in this project, git, qemu-storage-daemon, curl, systemd."""

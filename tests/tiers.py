@@ -39,6 +39,7 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/docker": ("docker",),
     "tests/docker/test_certificates.py": ("openssl",),
     "tests/guest/vhost_user/test_peers.py": ("peers",),
+    "tests/packaging/test_deb.py": ("peers", "nbdkit", "slow"),
     "tests/packaging/test_units.py": ("systemd",),
     "tests/packaging/test_wheel.py": ("slow",),
     "tests/plugin/test_clients.py": ("nbdkit", "qemu"),

@@ -25,7 +25,14 @@ def copy_of_checkout(folder: Path) -> Path:
     """The project's files in `folder`, without what git ignores."""
     folder.mkdir()
     for each in ROOT.iterdir():
-        if each.is_dir() and each.name in ("bridge", "nbd_plugin", "docs", "docker", "tests"):
+        if each.is_dir() and each.name in (
+            "bridge",
+            "nbd_plugin",
+            "deb",
+            "docs",
+            "docker",
+            "tests",
+        ):
             shutil.copytree(each, folder / each.name, ignore=_LEFT_OUT)
         elif each.is_file() and not each.name.startswith("."):
             shutil.copy(each, folder / each.name)
