@@ -224,7 +224,7 @@ class _Serving:
         nursery.start_soon(self._service.run)
         with open_listener(disk, received) as listener, pid_file(self._settings.control.pid_file):
             self._listener = listener
-            guests.log_start()
+            guests.log_start(socket_path or f"fd {disk.fd}")
             nursery.start_soon(service_manager.run, partial(one_line, live))
             first = None if received is None else received.front_end
             try:
@@ -385,13 +385,12 @@ class _GuestsSide(Above):
         finally:
             self._remember()
 
-    def log_start(self) -> None:
+    def log_start(self, socket: str) -> None:
         """Log that front-ends may connect."""
-        disk = self._settings.disk
         _log.info(
             "serving",
             uri=self._uri.text,
-            socket=disk.socket_path or f"fd {disk.fd}",
+            socket=socket,
             size_bytes=self._geometry.capacity_sectors * SECTOR_BYTES,
             read_only=self._geometry.read_only,
             cache=self._settings.cache.mode,

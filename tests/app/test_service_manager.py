@@ -14,6 +14,7 @@ import trio
 import trio.lowlevel
 
 from bridge.app import service_manager
+from bridge.app.cache_names import default_directory
 from bridge.app.serve import serve_disk
 from bridge.app.service_manager import notify, pid_file
 from bridge.app.settings import (
@@ -193,3 +194,14 @@ def test_pid_file_that_cannot_be_written_is_one_line(directory: Path) -> None:
         with pid_file(str(directory / "folder")):
             pytest.fail("it was written")
     assert sorted(each.name for each in directory.iterdir()) == ["folder"]
+
+
+def test_cache_is_in_the_directory_that_the_manager_has_made_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/nbd-bridge:/other")
+    assert default_directory() == Path("/var/cache/nbd-bridge")
+    monkeypatch.setenv("CACHE_DIRECTORY", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/me/.cache")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert default_directory() == Path("/home/me/.cache/nbd-bridge")
