@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 SECTOR_BYTES = 512
 """What a guest counts a disk in, whatever its blocks are."""
@@ -23,10 +22,16 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size: {_hint(text)}")
-    whole, fraction, letter, suffix = match.groups()
+    whole, decimals, letter, suffix = match.groups()
     base = 1000 if (suffix or "").upper() == "B" else 1024
-    power = " KMGT".index(letter.upper()) if letter else 0
-    return int(Fraction(f"{whole}.{fraction or 0}") * base**power)
+    unit = _power(base, " KMGT".index(letter.upper()) if letter else 0)
+    # Integers are exact; so is `fractions`, which is 0.5 MB.
+    return int(whole + (decimals or "")) * unit // _power(10, len(decimals or ""))
+
+
+def _power(base: int, exponent: int) -> int:
+    found: int = base**exponent
+    return found
 
 
 def _hint(text: str) -> str:

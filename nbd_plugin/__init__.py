@@ -15,7 +15,7 @@
     rbd_seen.py      whether others locked it      volume_state.py what is remembered, as text
     thread_state.py  nbdkit's threads in Python    sparse_copy.py  snapshots of files
     errors.py        errors and their errnos       sizes.py        sizes as people write them
-    resizing.py      a volume gets another size
+    resizing.py      a volume's new size           volume_file.py such a file while it is open
     __main__.py      the command line: create, list, resize, remove, snapshot
 
 It runs in nbdkit's own interpreter: the standard library, and Debian's python3-rbd for the rbd

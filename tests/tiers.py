@@ -1,4 +1,4 @@
-"""Which tests need more than Python packages, and which may not run beside each other.
+"""Which tests need more than Python packages, and which run in one worker, one after the other.
 
 A marker says what a test needs, or that it takes long (pyproject.toml lists them). Most are set
 here, by folder, file or fixture; a single test that differs from its file carries its own.
@@ -9,12 +9,11 @@ out.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 
 import pytest
 
-TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl", "systemd")
+TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl", "prometheus", "chromium", "systemd")
 """The markers that stand for Debian packages: see packages_of in `run`."""
 
 NEEDS = (*TOOLS, "root")
@@ -24,6 +23,8 @@ LEFT_OUT_BY_FAST = (*NEEDS, "slow")
 
 _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/api/test_commands.py": ("nbdkit",),
+    "tests/api/test_page.py": ("chromium", "slow"),
+    "tests/api/test_prometheus.py": ("prometheus", "slow"),
     "tests/app/test_bad_input.py": ("nbdkit",),
     "tests/app/test_cache.py": ("nbdkit",),
     "tests/app/test_cache_foreign.py": ("nbdkit", "qemu"),
@@ -65,24 +66,42 @@ _BY_FIXTURE: dict[tuple[str, str], tuple[str, ...]] = {
 
 _IMPLIED: dict[str, tuple[str, ...]] = {"ceph": ("root",), "peers": ("root",)}
 
-_ALONE = ("ceph",)
-"""There is one of these: its tests all run in one worker."""
+_ALONE = ("tests/plugin/test_rbd.py",)
+"""All of it runs in one worker: there is one Ceph cluster, which takes ten seconds to start."""
+
+_ONE_BY_ONE = (
+    "tests/app/",
+    "tests/cache/test_depth.py",
+    "tests/cache/test_eviction.py",
+    "tests/cache/test_model.py",
+    "tests/cache/test_oracle.py",
+    "tests/guest/vhost_user/test_blk_driver.py",
+    "tests/guest/vhost_user/test_crash.py",
+    "tests/plugin/",
+    "tests/qemu/",
+    "tests/server/test_interop.py",
+    "tests/server/test_killed.py",
+    "tests/server/test_link.py",
+)
+"""Where single tests take long, or wait for processes. Of the others a worker takes a file."""
 
 _WAITING = ("tests/app/", "tests/plugin/", "tests/qemu/", "tests/server/test_interop.py")
-"""Where tests take long because they wait for processes: a worker takes a few at a time. Of the
-others it takes a whole file."""
-_AT_A_TIME = 4
+"""Where tests take long because they wait for processes."""
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Give every test its markers, and its group of tests that one worker runs."""
-    seen: Counter[str] = Counter()
+    """Give every test its markers."""
     for item in items:
-        path = _path(item)
-        for name in _names(item, path):
+        for name in _names(item, _path(item)):
             item.add_marker(name)
-        item.add_marker(pytest.mark.xdist_group(_group(item, path, seen[path])))
-        seen[path] += 1
+
+
+def unit_of(nodeid: str) -> str:
+    """What one worker runs without another having a part in it: the test, or all of its file."""
+    path = nodeid.partition("::")[0]
+    if path.startswith(_ONE_BY_ONE) and path not in _ALONE:
+        return nodeid
+    return path
 
 
 def needed(items: Iterable[pytest.Item]) -> list[str]:
@@ -110,17 +129,6 @@ def _names(item: pytest.Item, path: str) -> list[str]:
     own = [mark.name for mark in item.iter_markers()]
     names += [more for name in (*names, *own) for more in _IMPLIED.get(name, ())]
     return [name for name in dict.fromkeys(names) if name not in own]
-
-
-def _group(item: pytest.Item, path: str, number: int) -> str:
-    for name in _ALONE:
-        if item.get_closest_marker(name):
-            return name
-    if item.get_closest_marker("slow"):
-        return f"{path} {number}"
-    if path.startswith(_WAITING):
-        return f"{path} {number // _AT_A_TIME}"
-    return path
 
 
 def _place_in_order(item: pytest.Item) -> int:

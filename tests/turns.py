@@ -34,10 +34,11 @@ def forget() -> Turn:
 
 def deliver() -> None:
     """End the turn, and those that it asks for: whoever made a request that has ended has been
-    told of it when this returns."""
+    told of it when this returns, and guests have seen the end of the turn."""
     _turn.end()
     while _turn.pending:
         _turn.end()
+    _turn.looked()
 
 
 def submit(target: Target, request: Request) -> None:

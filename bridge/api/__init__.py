@@ -8,11 +8,14 @@ signals and timers use.
     live                the objects of one running disk, and the only place that looks into them
     view                what they say, as plain values: the answer to `GET /status`
     metrics             the same for Prometheus
-    sampler, histogram  latency of sampled requests
+    sampler             latency of sampled requests, and in which stage the time goes
+    traffic             requests and bytes by operation
     watch               slow requests, the rate of write-out: while there is something to watch
     actions             flush, warm, resize, … : what can be asked
     routes, openapi     which request leads where, and the description of all of them
     fields              the body of a request, declared once
+    page                the live page, `page.html`
+    exporter, merge     all bridges of a host on one TCP address: `nbd-bridge exporter`
     http                one connection: h11 and its limits
     service             all of it joined: what `serve` starts
     client              the other end, for the commands

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -36,6 +36,10 @@ _LOOK_S: Final = 0.02
 _QUIET_TRIES: Final = 20
 _QUIET_PAUSE_S: Final = 0.1
 _CLEAN_TRIES: Final = 5
+_RENEW_S: Final = 10.0
+"""For new connections, when another number of them is wanted."""
+_OF_CLIENT: Final = ("connections", "request_timeout_s", "reconnect_timeout_s")
+"""Settings that the client has."""
 
 
 @dataclass(frozen=True)
@@ -282,14 +286,7 @@ class Actions:
         if export.usable_bytes == present:
             return Resized(False, live.capacity_bytes)
         generation = client.generation
-        for _ in range(_QUIET_TRIES):
-            if client.renew():
-                break
-            await live.disk.flush(quiet=True)
-            if client.renew():
-                break
-            await trio.sleep(_QUIET_PAUSE_S)
-        else:
+        if not await _renewed(live):
             raise _conflict(
                 "the guest writes all the time, and this server does not say who it is: a "
                 "reconnect now would fail the guest's next flush; try again when it writes less"
@@ -310,16 +307,24 @@ class Changes:
     def now(self) -> Settings:
         """As they are."""
         live = self.view.live
+        client = live.storage.client.options
         return Settings(
             cache_mode=live.mode,
             flush_interval_s=live.flush_interval_s,
             drain_timeout_s=live.drain_timeout_s,
             slow_ms=self.view.watch.slow_s * 1000,
             log_level=logs.level(),
+            connections=client.connections,
+            request_timeout_s=client.request_timeout_s,
+            reconnect_timeout_s=client.reconnect_timeout_s,
         )
 
-    def change(self, wanted: dict[str, Any]) -> Settings:
-        """Change those of `wanted` that are not None: all of them, or none and HttpError 409."""
+    async def change(self, wanted: dict[str, Any]) -> Settings:
+        """Change those of `wanted` that are not None: all of them, or none and HttpError 409.
+
+        Another number of connections is had at once, if they can be replaced without a risk;
+        otherwise the next time that they are made.
+        """
         live = self.view.live
         mode = wanted["cache_mode"]
         if mode is not None and live.cache is None:
@@ -339,7 +344,28 @@ class Changes:
         said = {name: value for name, value in wanted.items() if value is not None}
         if said:
             _log.info("settings were changed", **said)
+        client = live.storage.client
+        before = client.options.connections
+        given = {name: wanted[name] for name in _OF_CLIENT if wanted[name] is not None}
+        client.use(replace(client.options, **given))
+        if client.options.connections != before and client.connected:
+            with trio.move_on_after(_RENEW_S):
+                await _renewed(live)
         return self.now()
+
+
+async def _renewed(live: Live) -> bool:
+    """The connections are being replaced; False: nothing acknowledged may get lost, and the guest
+    writes without a pause."""
+    client = live.storage.client
+    for _ in range(_QUIET_TRIES):
+        if client.renew():
+            return True
+        await live.disk.flush(quiet=True)
+        if client.renew():
+            return True
+        await trio.sleep(_QUIET_PAUSE_S)
+    return False
 
 
 def _conflict(text: str) -> HttpError:

@@ -57,15 +57,44 @@ def ask(
     Raises ConfigError if it says that the request was wrong or there is no bridge, ConnectionLost
     if it does not answer, else BridgeError; each with one line for the operator.
     """
+    status, data = _asked(path, method, target, body, timeout_s)
+    return _answer(_name(path), status, data)
+
+
+def read(path: Path, target: str, *, timeout_s: float) -> bytes:
+    """What the bridge at `path` answers to a GET. Raises as `ask` does."""
+    status, data = _asked(path, "GET", target, None, timeout_s)
+    if status != http.client.OK:
+        raise BridgeError(f"bridge {_name(path)} answered with HTTP status {status}")
+    return data
+
+
+def said(data: bytes) -> dict[str, Any] | None:
+    """The JSON object that an answer is; None: it is none."""
+    try:
+        answer = json.loads(data)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(SUFFIX)
+
+
+def _asked(
+    path: Path, method: str, target: str, body: dict[str, Any] | None, timeout_s: float
+) -> tuple[int, bytes]:
+    """HTTP status and body."""
     connection = _UnixConnection(path, timeout_s)
-    name = path.name.removesuffix(SUFFIX)
+    name = _name(path)
     try:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         connection.request(
             method, target, None if body is None else json.dumps(body), headers=headers
         )
         response = connection.getresponse()
-        status, data = response.status, response.read(_ANSWER_MAX_BYTES)
+        return response.status, response.read(_ANSWER_MAX_BYTES)
     except (FileNotFoundError, ConnectionRefusedError):
         raise ConfigError(f"bridge {name} is not running: nothing listens at {path}") from None
     except PermissionError:
@@ -78,20 +107,16 @@ def ask(
         raise ConnectionLost(f"bridge {name}: {error or type(error).__name__}") from None
     finally:
         connection.close()
-    return _answer(name, status, data)
 
 
 def _answer(name: str, status: int, data: bytes) -> dict[str, Any]:
-    try:
-        answer = json.loads(data)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
+    answer = said(data)
+    if answer is None:
         raise BridgeError(f"bridge {name} answered something that is not a JSON object")
     if status < http.client.BAD_REQUEST:
         return answer
-    said = answer.get("error") or answer.get("reason") or f"HTTP status {status}"
-    text = f"{name}: {said}"
+    why = answer.get("error") or answer.get("reason") or f"HTTP status {status}"
+    text = f"{name}: {why}"
     if status in (http.client.BAD_REQUEST, http.client.NOT_FOUND):
         raise ConfigError(text)
     raise BridgeError(text)

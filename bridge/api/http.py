@@ -52,6 +52,8 @@ class HttpRequest:
     method: str
     path: str
     body: bytes = b""
+    from_page: bool = False
+    """A browser sends it for a page: it has an Origin."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ async def _receive(
         elif isinstance(event, h11.EndOfMessage):
             assert head is not None
             path = head.target.decode("ascii").partition("?")[0]
-            return HttpRequest(head.method.decode("ascii"), path, bytes(body))
+            from_page = any(name == b"origin" for name, _ in head.headers)
+            return HttpRequest(head.method.decode("ascii"), path, bytes(body), from_page)
         else:
             return None
 

@@ -7,9 +7,10 @@ asks. Where a part gives no public name to it, the private one is read here and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, Final
 
 import trio
 
@@ -17,18 +18,37 @@ from bridge.app.storage import Storage
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.index import Index
+from bridge.datapath.cells import (
+    NEXT_USED,
+    PUBLISHED,
+    ROW,
+    ROW_BYTES,
+    SIZE,
+    Queue,
+    sequence_of,
+)
 from bridge.datapath.disk import Disk
+from bridge.datapath.lanes import SMALL_BYTES, WHOLE_BYTES
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import Request
+from bridge.datapath.request import READ, WRITE, Request
+from bridge.datapath.usual import usual_chain
 from bridge.guest.device import BlkDevice
 from bridge.guest.ring import RunningRing
-from bridge.guest.virtio.blk import BlkRequest
+from bridge.guest.virtio.blk_request import BlkRequest
 from bridge.server.link import Phase
+from bridge.spec.nbd import CMD_READ
+from bridge.spec.virtio_blk import T_IN
 from bridge.units import SECTOR_BYTES
 
+_SIZES_MAX: Final = 64
+"""Of one ring's requests in a turn: more would not make the mean better worth its time."""
+_ROW_LENGTH: Final = 3
+_ROW_OP: Final = 7
+"""Where in a row: see `ROW`."""
 
-class Witness:
-    """The `done` of a request of the guest's whose end the API looks at; `then` is told next."""
+
+class EndObserver:
+    """A `done` that the API puts before that of a guest's request; `then` is called next."""
 
     __slots__ = ("then",)
 
@@ -83,6 +103,46 @@ class Live:
         """How many requests of the guest are not answered."""
         return sum(ring.in_flight for ring in self.device._rings.values())
 
+    @property
+    def general_counts(self) -> tuple[list[int], list[int]]:
+        """By operation, the requests that went the general way, and their bytes."""
+        engine = self.device._engine
+        return engine.requests, engine.request_bytes
+
+    @property
+    def usual_counts(self) -> dict[int, int]:
+        """By operation, the requests that went the usual way."""
+        usual = self.device._engine.usual
+        if usual is None:
+            return {}
+        return {READ: usual.served - usual.writes, WRITE: usual.writes}
+
+    def usual_sizes(self, since: int) -> tuple[int, dict[int, list[int]]]:
+        """By operation, the lengths of the usual requests of this turn, which has not ended; of
+        those that are sent, from command number `since` on. Before it, the next `since`."""
+        engine = self.device._engine
+        usual = engine.usual
+        found: dict[int, list[int]] = {READ: [], WRITE: []}
+        if usual is None:
+            return 0, found
+        lengths: list[Iterator[tuple[int, int]]] = []
+        for ring in self.device._rings.values():
+            queue = ring._flat
+            if queue is not None:
+                lengths.append(_hits(queue) if usual.answers_at_once else _sent(queue, since))
+        if not usual.answers_at_once:
+            # A long read goes the general way in this turn, and is a row in a compiled one.
+            lengths.append(_long_reads(engine._unanswered, since))
+        for each in lengths:
+            for op, length in islice(each, _SIZES_MAX):
+                found[op].append(length)
+        return usual.sequence, found
+
+    @property
+    def errors(self) -> Mapping[tuple[int, int], int]:
+        """By operation and errno, how many requests of the guest's failed."""
+        return self.device._engine.errors
+
     def unanswered(self) -> list[BlkRequest]:
         """Those of them that were not served on the spot, oldest first. Not for every turn."""
         engine = self.device._engine
@@ -91,11 +151,11 @@ class Live:
         return sorted(engine._unanswered, key=engine._unanswered.__getitem__)
 
     def is_as_it_came(self, request: BlkRequest) -> bool:
-        """The engine is told of its end, and at most a `Witness` before. Else the client is to be
-        told first: it is sent alone, or once more. A witness in between would be taken for what is
-        told after that, and called again and again."""
+        """The engine is told of its end, and at most an `EndObserver` before. Else the client is to
+        be told first: the request is sent alone, or once more. An observer in between would be
+        taken for what is told after that, and called again and again."""
         engine, done = self.device._engine, request.done
-        while isinstance(done, Witness):
+        while isinstance(done, EndObserver):
             done = done.then
         return done in (engine._done, engine._large_done)
 
@@ -141,6 +201,12 @@ class Live:
         """Reads and writes that the cache served on the spot."""
         cache = self.storage._cache
         return (0, 0) if cache is None else (cache.stats.read_hits, cache.stats.write_hits)
+
+    @property
+    def evicted_total(self) -> int:
+        """Granules that were forgotten for room."""
+        cache = self.storage._cache
+        return 0 if cache is None else cache._evictor.evicted
 
     @property
     def dirty_bytes(self) -> int:
@@ -202,10 +268,9 @@ class Live:
 
     def is_at_server(self, request: Request) -> bool:
         """`request`, or a command made for it, was sent and has no answer."""
-        return any(
-            _belongs_to(command, request)
-            for connection in self.storage.client._connections
-            for command in connection.transmission.pending.values()
+        pending = [each.transmission.pending for each in self.storage.client._connections]
+        return any(commands.get(request.cookie) is request for commands in pending) or any(
+            _belongs_to(command, request) for commands in pending for command in commands.values()
         )
 
     @property
@@ -249,6 +314,32 @@ class Live:
     def _index(self) -> Index | None:
         cached = self.storage._cached
         return None if cached is None or cached.is_closed else cached.cache.index
+
+
+def _hits(queue: Queue) -> Iterator[tuple[int, int]]:
+    """(operation, length) of the usual chains that were answered and are not published."""
+    state, regions = queue.cells, queue.regions
+    mask = state[SIZE] - 1
+    for index in range(state[NEXT_USED] - state[PUBLISHED] & 0xFFFF):
+        head = queue.elements[(state[PUBLISHED] + index & mask) << 1]
+        chain = usual_chain(queue, head & mask, mask, regions[0], regions[1])
+        if chain is not None and chain[4] <= SMALL_BYTES:
+            yield (READ if chain[0] == T_IN else WRITE), chain[4]
+
+
+def _sent(queue: Queue, since: int) -> Iterator[tuple[int, int]]:
+    """(operation, length) of the rows that were sent as number `since` or later."""
+    for head, cookie in enumerate(queue.cookies):
+        if cookie and sequence_of(cookie) >= since:
+            row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
+            yield (READ if row[_ROW_OP] == CMD_READ else WRITE), row[_ROW_LENGTH]
+
+
+def _long_reads(unanswered: Mapping[BlkRequest, int], since: int) -> Iterator[tuple[int, int]]:
+    """(operation, length) of the long reads that compiled turns would have sent as rows."""
+    for request, popped_at in unanswered.items():
+        if popped_at >= since and request.op == READ and request.length <= WHOLE_BYTES:
+            yield READ, request.length
 
 
 def _belongs_to(command: Request, request: Request) -> bool:

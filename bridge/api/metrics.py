@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from bridge import __version__
-from bridge.api.histogram import BOUNDS_S
 from bridge.api.sampler import PAUSE_S
-from bridge.api.view import View, guest_state, safety, server_state
+from bridge.api.view import View, errors, guest_state, safety, server_state
 from bridge.app import logs
+from bridge.datapath.histogram import BOUNDS_S, Histogram
+from bridge.datapath.request import OP_NAMES
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _PREFIX: Final = "nbd_bridge_"
 _GUEST_STATES: Final = ("none", "attached", "running")
 _SERVER_STATES: Final = ("connected", "leaving", "down", "failing", "closed")
+_USUAL_ERRORS: Final = tuple((op, "EIO") for op in OP_NAMES[:5])
+"""There from the start: a counter that begins with 1 has not increased, for Prometheus."""
 _CACHE_COUNTERS: Final = {
     "cache_fetches": ("fetches", "Reads of the server for misses and read-ahead."),
     "cache_fetched_bytes": ("fetched_bytes", "Bytes of those reads."),
@@ -109,6 +112,22 @@ class _Collector:
             metric.add_metric([self._disk, *key], value)
         yield metric
 
+    def _histograms(
+        self,
+        name: str,
+        text: str,
+        labels: tuple[str, ...],
+        values: dict[tuple[str, ...], Histogram],
+    ) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import HistogramMetricFamily
+
+        metric = HistogramMetricFamily(_PREFIX + name, text, labels=["disk", *labels])
+        bounds = [*map(str, BOUNDS_S), "+Inf"]
+        for key, each in sorted(values.items()):
+            buckets = list(zip(bounds, each.cumulative(), strict=True))
+            metric.add_metric([self._disk, *key], buckets, each.sum_s)
+        yield metric
+
     @property
     def _disk(self) -> str:
         return self.view.live.facts.name
@@ -147,8 +166,27 @@ class _Collector:
             guest_state(live),
         )
         yield from self._gauge("disk_size_bytes", "What the guest sees.", live.capacity_bytes)
-        yield from self._counter(
-            "requests", "Requests that the guest has sent.", live.requests_total
+        traffic = self.view.traffic.counts()
+        yield from self._counters(
+            "requests",
+            "Requests that the guest has sent, by operation.",
+            ("op",),
+            {(op,): each.requests_total for op, each in traffic.items()},
+        )
+        yield from self._counters(
+            "request_bytes",
+            "Bytes that they are about. Of reads and writes of the usual form, estimated from the "
+            "lengths of some of them.",
+            ("op",),
+            {(op,): each.bytes_total for op, each in traffic.items() if op != "flush"},
+        )
+        failed: dict[tuple[str, ...], float] = dict.fromkeys(_USUAL_ERRORS, 0)
+        failed.update(errors(live))
+        yield from self._counters(
+            "request_errors",
+            "Requests that failed, by operation and error.",
+            ("op", "error"),
+            failed,
         )
         yield from self._gauge(
             "requests_in_flight", "Requests that are not answered.", live.in_flight
@@ -173,20 +211,22 @@ class _Collector:
         )
 
     def _latency(self) -> Iterator[Metric]:
-        from prometheus_client.metrics_core import HistogramMetricFamily
-
-        metric = HistogramMetricFamily(
-            _PREFIX + "request_sampled_seconds",
+        yield from self._histograms(
+            "request_sampled_seconds",
             "Time from the turn that popped a request to its completion, by operation and by what "
             "served it: the cache on the spot, or all else. Sampled: of one batch of requests "
             f"every {PAUSE_S * 1000:.0f} ms one is timed, so _count is not the number of requests.",
-            labels=["disk", "op", "served_by"],
+            ("op", "served_by"),
+            self.view.sampler.histograms,
         )
-        bounds = [*map(str, BOUNDS_S), "+Inf"]
-        for (op, served_by), each in sorted(self.view.sampler.histograms.items()):
-            buckets = list(zip(bounds, each.cumulative(), strict=True))
-            metric.add_metric([self._disk, op, served_by], buckets, each.sum_s)
-        yield metric
+        yield from self._histograms(
+            "request_stage_sampled_seconds",
+            "Where the time of those went that the cache did not serve on the spot: take (pop, "
+            "check, look in the cache, send), then server (its answer) or held (room, other "
+            "requests, the cache's disk, a connection), then reply.",
+            ("op", "stage"),
+            self.view.sampler.stages,
+        )
 
     def _server(self) -> Iterator[Metric]:
         live = self.view.live
@@ -228,6 +268,12 @@ class _Collector:
         yield from self._counter(
             "timed_flush_failures", "Those that failed.", live.disk.timed_flush_failures
         )
+        yield from self._histograms(
+            "flush_seconds",
+            "How long flushes took, all of them, by who asked: the guest, or the bridge itself.",
+            ("by",),
+            {("guest",): live.disk.flush_times, ("bridge",): live.disk.internal_flush_times},
+        )
 
     def _cache(self) -> Iterator[Metric]:
         view, live = self.view, self.view.live
@@ -253,6 +299,16 @@ class _Collector:
             "cache_clean_in_seconds",
             "When nothing is dirty any more, at the rate of the last seconds.",
             (dirty / rate if rate else None) if dirty else 0.0,
+        )
+        yield from self._counter(
+            "cache_evicted_granules",
+            "Parts of the disk of up to 16 blocks that were forgotten for room.",
+            live.evicted_total,
+        )
+        yield from self._gauge(
+            "cache_writeout_rate_bytes_per_second",
+            "Written out lately, over the last seconds.",
+            view.watch.write_out_rate or 0.0,
         )
         stats = cache.stats
         yield from self._counters(

@@ -83,6 +83,8 @@ def _operation(route: Described, schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(answer: Any, schemas: dict[str, Any]) -> dict[str, Any]:
+    if answer is bytes:
+        return {"text/html": {"schema": {"type": "string"}}}
     if answer is str:
         return {"text/plain": {"schema": {"type": "string"}}}
     return {"application/json": {"schema": _schema(answer, schemas)}}

@@ -16,6 +16,7 @@ from bridge.api.actions import Actions, Changes, Dropped, Flushed, Resized, Stop
 from bridge.api.fields import Field, Fields, parse
 from bridge.api.http import HttpError, HttpRequest, Reply, json_reply
 from bridge.api.metrics import CONTENT_TYPE, exposition
+from bridge.api.page import page
 from bridge.api.view import Safety, Settings, Status, View, Warming, server_state
 from bridge.app.settings import LOG_LEVELS
 from bridge.cache.cache_options import WRITEBACK, WRITETHROUGH
@@ -57,7 +58,7 @@ class Route:
     run: Run
     """Takes the members of the body; returns a dataclass, or a whole `Reply`."""
     answer: Any
-    """The type of what it answers; str: text."""
+    """The type of what it answers; str: text, bytes: HTML."""
     fields: Fields = field(default_factory=dict)
     errors: tuple[HTTPStatus, ...] = ()
 
@@ -90,11 +91,16 @@ class Router:
                 f"{request.path} takes {allowed}",
                 headers=(("Allow", allowed),),
             )
+        if request.from_page and route.method != "GET":
+            # The socket may be forwarded to where a browser reaches it; our own page changes
+            # nothing, and any other may ask the browser to.
+            raise HttpError(HTTPStatus.FORBIDDEN, "pages may look, and change nothing")
         answer = await route.run(parse(route.fields, request.body))
         return answer if isinstance(answer, Reply) else json_reply(asdict(answer))
 
     def _looks(self) -> tuple[Route, ...]:
         return (
+            Route("GET", "/", "The same as a page, kept up to date.", self._page, bytes),
             Route("GET", "/status", "What this disk looks like now.", self._status, Status),
             Route("GET", "/metrics", "The same for Prometheus.", self._metrics, str),
             Route("GET", "/health", "The process answers.", self._health, Healthy),
@@ -204,6 +210,9 @@ class Router:
             await trio.to_thread.run_sync(_import_prometheus)
         return Reply(exposition(self._view), content_type=CONTENT_TYPE)
 
+    async def _page(self, _: dict[str, Any]) -> Reply:
+        return await page()
+
     async def _health(self, _: dict[str, Any]) -> Healthy:
         return Healthy(True)
 
@@ -223,7 +232,7 @@ class Router:
         return self._changes.now()
 
     async def _set(self, body: dict[str, Any]) -> Settings:
-        return self._changes.change(body)
+        return await self._changes.change(body)
 
     async def _stop(self, body: dict[str, Any]) -> Reply:
         stopping = await self._actions.stop(**body)
@@ -253,5 +262,12 @@ _SETTINGS: Final[Fields] = {
     ),
     "drain_timeout_s": Field(float, "For the answer to a guest's stop.", maximum=1e6),
     "slow_ms": Field(float, "Log requests that take longer; 0: none.", maximum=1e9),
+    "connections": Field(int, "To the server, where it allows several.", minimum=1, maximum=16),
+    "request_timeout_s": Field(
+        float, "Reconnect when the server is silent for that long; 0: never.", maximum=1e6
+    ),
+    "reconnect_timeout_s": Field(
+        float, "Fail requests after that long without a server; 0: they wait.", maximum=1e6
+    ),
     "log_level": Field(str, "What is logged.", choices=LOG_LEVELS),
 }

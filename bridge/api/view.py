@@ -1,10 +1,11 @@
 """What a running disk looks like, as plain values: the answer to `GET /status`.
 
-Everything is read when it is asked for. Names end with their unit; what is not known is None.
+Everything is read when it is asked for. Names end with their unit; None: the figure is not known.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -13,7 +14,11 @@ from typing import Any
 from bridge import __version__
 from bridge.api.live import Live
 from bridge.api.sampler import Sampler
+from bridge.api.traffic import Count, Traffic
 from bridge.api.watch import Watch
+from bridge.cache.upstream import Stats
+from bridge.datapath.histogram import BOUNDS_S, Histogram
+from bridge.datapath.request import OP_NAMES
 from bridge.server.link import Phase
 from bridge.units import size_text
 
@@ -75,6 +80,9 @@ class Cache:
     """When nothing is dirty any more, at that rate and if nothing else is written."""
     hit_ratio: float | None
     """Of all reads and writes since the start, those that were served on the spot."""
+    hits_total: int
+    lookups_total: int
+    """Those reads and writes: as the cache counts them, a large request in pieces."""
     waiting: dict[str, int]
 
 
@@ -105,6 +113,8 @@ class Latency:
     samples: int
     p50_s: float | None
     p99_s: float | None
+    counts: tuple[int, ...]
+    """Samples in each bucket: up to each of `latency_bounds_s`, and one for those above."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,10 @@ class Settings:
     drain_timeout_s: float
     slow_ms: float
     log_level: str
+    connections: int
+    """Wanted: the server may allow one only."""
+    request_timeout_s: float
+    reconnect_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -146,8 +160,13 @@ class Status:
     guest: Guest
     cache: Cache | None
     server: Server
+    traffic: dict[str, Count]
+    """By operation."""
+    errors: dict[str, int]
+    """By operation and error, as "read EIO": requests of the guest's that failed."""
     latency: dict[str, Latency]
     """By operation and what served it, as "read cache" or "flush server"."""
+    latency_bounds_s: tuple[float, ...]
     safe_to_reboot: Safety
     settings: Settings
     warming: Warming | None
@@ -160,11 +179,12 @@ class Status:
 
 @dataclass
 class View:
-    """Reads what there is to see of `live`."""
+    """Reads the state of `live`."""
 
     live: Live
     sampler: Sampler
     watch: Watch
+    traffic: Traffic
     stopping: bool = False
     took_over_after_s: float | None = None
     warming: Warming | None = None
@@ -177,10 +197,13 @@ class View:
             guest=self._guest(),
             cache=self._cache(),
             server=self._server(),
+            traffic=self.traffic.counts(),
+            errors={" ".join(key): count for key, count in errors(live).items()},
             latency={
-                f"{op} {served_by}": Latency(each.count, each.quantile(0.5), each.quantile(0.99))
+                f"{op} {served_by}": _latency(each)
                 for (op, served_by), each in sorted(self.sampler.histograms.items())
             },
+            latency_bounds_s=BOUNDS_S,
             safe_to_reboot=safety(live),
             settings=settings,
             warming=self.warming,
@@ -221,6 +244,7 @@ class View:
             return None
         dirty = live.dirty_bytes
         rate = self.watch.write_out_rate
+        hits, lookups = _lookups(cache.stats)
         return Cache(
             mode=live.mode,
             path=live.cache_path,
@@ -231,7 +255,9 @@ class View:
             dirty_for_s=live.now() - self.watch.last_clean_s if dirty else 0.0,
             write_out_bytes_per_s=rate,
             clean_in_s=(dirty / rate if rate else None) if dirty else 0.0,
-            hit_ratio=hit_ratio(live),
+            hit_ratio=hits / lookups if lookups else None,
+            hits_total=hits,
+            lookups_total=lookups,
             waiting=cache.waiting,
         )
 
@@ -276,15 +302,22 @@ def one_line(live: Live) -> str:
     return f"{text}, {size_text(dirty)} not on the server" if dirty else text
 
 
-def hit_ratio(live: Live) -> float | None:
-    """See `Cache.hit_ratio`."""
-    cache = live.cache
-    if cache is None:
-        return None
-    stats = cache.stats
+def errors(live: Live) -> dict[tuple[str, ...], int]:
+    """By operation and name of the errno."""
+    return {
+        (OP_NAMES[op], errno.errorcode.get(number, str(number))): count
+        for (op, number), count in live.errors.items()
+    }
+
+
+def _latency(times: Histogram) -> Latency:
+    return Latency(times.count, times.quantile(0.5), times.quantile(0.99), tuple(times.counts))
+
+
+def _lookups(stats: Stats) -> tuple[int, int]:
+    """Hits, and all reads and writes that the cache was asked for."""
     hits = stats.read_hits + stats.write_hits
-    total = hits + stats.read_misses + stats.read_bypassed + stats.read_cold + stats.writes
-    return hits / total if total else None
+    return hits, (hits + stats.read_misses + stats.read_bypassed + stats.read_cold + stats.writes)
 
 
 def safety(live: Live) -> Safety:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import structlog
 import trio
 
-from bridge.api.live import Live, Witness
+from bridge.api.live import EndObserver, Live
 from bridge.api.sampler import Sampler
 from bridge.datapath.request import OP_NAMES, Request
 from bridge.server.link import Phase
@@ -164,7 +164,7 @@ def _unsaid(request: Request, since_s: float) -> None:
     """The end of a slow request that was only counted."""
 
 
-class _Ending(Witness):
+class _Ending(EndObserver):
     """The `done` of a request that was reported as slow."""
 
     __slots__ = ("_ended", "_since_s")

@@ -1,6 +1,7 @@
 """Composition and life cycle: puts the parts together, serves a disk, stops it.
 
-- `settings`: every option of every command, declared once; `settings_model`: the type of a setting;
+- `settings`: every option of `serve`, declared once; `command_settings`: those of the other
+  commands; `settings_model`: the type of a setting;
 - `serve`: one disk, from the start to the stop; `storage`: its client and its cache;
 - `listening`: where a front-end connects; `first_connection`: a server that is not up yet;
   `service_manager`: what systemd is told;

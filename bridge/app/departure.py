@@ -109,8 +109,8 @@ class Departure:
         if not cache.index.dirty_slots and not self._late:
             return None
         self.is_away = True
-        # The mark comes first: from here on a death finds it. The gate next: what is not in the
-        # client's hands yet never gets there.
+        # The mark comes first: if the process dies from here on, the next one finds it. The gate
+        # next: the client gets no more requests.
         if cache.index.dirty_slots:
             file.save_header(frozen=True, shared=is_shared(self._client.uri.export_name))
         cache.freeze(True)

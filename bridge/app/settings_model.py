@@ -1,7 +1,8 @@
 """The model of a setting: its name for operators, its kind of value, its place in a command.
 
 A command's settings are a dataclass of groups, and a group is a dataclass whose fields are made by
-`setting`: `bridge.app.settings` has them all. This module does not know click.
+`setting`: `bridge.app.settings` has those of `serve`, `bridge.app.command_settings` all others.
+This module does not know click.
 """
 
 from __future__ import annotations

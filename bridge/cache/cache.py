@@ -200,8 +200,8 @@ class Cache:
 
     @property
     def flush_interval_s(self) -> float:
-        """See `Options`. May be changed: what is not flushed by then waits no longer than the new
-        one, too."""
+        """See `Options`. May be changed: writes that are unflushed then wait no longer than the new
+        interval, either."""
         return self._flusher.interval_s
 
     @flush_interval_s.setter

@@ -1,8 +1,8 @@
 """Did another client write the image? A sample of clean cached blocks against the server.
 
-A clean block was durable on the server when it became clean, or was read from it: so a server that
-lost power, and with it what was not flushed, still has it as it is here. What differs was written
-by another client. One exception: where a discard was under way, or was not flushed, one side may
+A clean block was durable on the server when it became clean, or was read from it. So a server that
+lost power, and unflushed writes with it, still has the block as it is here; another client wrote a
+block that differs. One exception: where a discard was under way, or was not flushed, one side may
 have zeroes.
 
 Our plugin counts writable sessions, so there the answer is exact, as long as nothing writes behind

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from bridge.api.client import ask
-from bridge.api.places import SUFFIX, control_sockets
-from bridge.app.settings import StatusSettings
+from bridge.api.places import control_sockets
+from bridge.app.command_settings import StatusSettings
 from bridge.cli import common
-from bridge.cli.control import LOOK_S
-from bridge.errors import BridgeError
+from bridge.cli.control import look_at_all
 from bridge.units import size_text
 
 _AT_ONCE = 16
@@ -26,7 +23,7 @@ def command(settings: StatusSettings) -> None:
     SAFE says whether everything that the guest wrote is on the server.
     """
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = list(pool.map(_look, control_sockets()))
+        found = look_at_all(control_sockets(), pool)
     if settings.output.as_json:
         common.print_result(json.dumps(found, indent=2))
         return
@@ -35,14 +32,6 @@ def command(settings: StatusSettings) -> None:
     for row in rows:
         line = "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
         common.print_result(line.rstrip())
-
-
-def _look(path: Path) -> dict[str, Any]:
-    """The status of the bridge at `path`, or why there is none."""
-    try:
-        return ask(path, "GET", "/status", timeout_s=LOOK_S)
-    except BridgeError as error:
-        return {"bridge": {"name": path.name.removesuffix(SUFFIX)}, "error": str(error)}
 
 
 def _row(found: dict[str, Any]) -> tuple[str, ...]:

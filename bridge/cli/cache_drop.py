@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bridge.app.settings import CacheDropSettings
+from bridge.app.command_settings import CacheDropSettings
 from bridge.cache.file.inspect import drop
 from bridge.cli import common
 

@@ -8,7 +8,8 @@ import click
 
 from bridge.app import logs
 from bridge.app.cache_flush import flush_file
-from bridge.app.settings import CacheFlushSettings, client_options
+from bridge.app.command_settings import CacheFlushSettings
+from bridge.app.settings import client_options
 from bridge.app.signals import run_until_signal
 from bridge.cli import common
 from bridge.cli.wording import explain

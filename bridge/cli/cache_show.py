@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import click
 
-from bridge.app.settings import CacheShowSettings
+from bridge.app.command_settings import CacheShowSettings
 from bridge.cache.file.inspect import Fault, Summary, show
 from bridge.cache.file.layout import printable
 from bridge.cli import common

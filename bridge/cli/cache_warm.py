@@ -11,7 +11,8 @@ import click
 
 from bridge.app import logs
 from bridge.app.cache_warm import warm
-from bridge.app.settings import CacheWarmSettings, client_options
+from bridge.app.command_settings import CacheWarmSettings
+from bridge.app.settings import client_options
 from bridge.app.signals import run_until_signal
 from bridge.cli import common
 from bridge.cli.wording import explain

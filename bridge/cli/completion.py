@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from bridge.app.settings import CompletionSettings
+from bridge.app.command_settings import CompletionSettings
 from bridge.cli import common
 
 

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from bridge.app.settings import ConfigCheckSettings
+from bridge.app.command_settings import ConfigCheckSettings
 from bridge.cli import common, config_file
 from bridge.cli.config import faults_of
 from bridge.errors import ConfigError

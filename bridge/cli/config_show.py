@@ -6,7 +6,7 @@ import json
 
 import click
 
-from bridge.app.settings import ConfigShowSettings
+from bridge.app.command_settings import ConfigShowSettings
 from bridge.cli import common, config_file
 from bridge.cli.config import Shown, shown
 

@@ -6,6 +6,8 @@ NAME is what `nbd-bridge list` shows, or the path of a control socket.
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +15,7 @@ import click
 from bridge.api.client import ask
 from bridge.api.places import SUFFIX, control_sockets, socket_of
 from bridge.cli.common import print_result
+from bridge.errors import BridgeError
 
 
 def _names(context: click.Context, parameter: click.Parameter, beginning: str) -> list[str]:
@@ -32,6 +35,18 @@ LOOK_S = 5.0
 def act(name: str, target: str, body: dict[str, Any], *, timeout_s: float = 0.0) -> dict[str, Any]:
     """What bridge `name` answers to a POST that may take `timeout_s`. Raises BridgeError."""
     return ask(socket_of(name), "POST", target, body, timeout_s=timeout_s + LOOK_S)
+
+
+def look_at_all(paths: list[Path], pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
+    """The status of the bridge at each of `paths`, or its name and why there is none."""
+    return list(pool.map(_look, paths))
+
+
+def _look(path: Path) -> dict[str, Any]:
+    try:
+        return ask(path, "GET", "/status", timeout_s=LOOK_S)
+    except BridgeError as error:
+        return {"bridge": {"name": path.name.removesuffix(SUFFIX)}, "error": str(error)}
 
 
 def show(answer: dict[str, Any], text: str, *, as_json: bool) -> None:

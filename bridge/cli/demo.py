@@ -6,7 +6,7 @@ import sys
 from functools import partial
 
 from bridge.app import logs
-from bridge.app.settings import DemoSettings
+from bridge.app.command_settings import DemoSettings
 from bridge.app.signals import run_until_signal
 from bridge.cli import common
 from bridge.cli.wording import explain

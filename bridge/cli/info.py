@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from bridge.app import logs
+from bridge.app.command_settings import InfoSettings
 from bridge.app.info import ListedExport, inspect_uri, list_uri
-from bridge.app.settings import InfoSettings, client_options
+from bridge.app.settings import client_options
 from bridge.app.signals import run_until_signal
 from bridge.cli import common
 from bridge.cli.wording import explain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bridge.app import unit_files
-from bridge.app.settings import InstallUnitsSettings
+from bridge.app.command_settings import InstallUnitsSettings
 from bridge.cli import common
 from bridge.errors import ConfigError
 from bridge.host import PLUGIN

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bridge.app.settings import ManPagesSettings
+from bridge.app.command_settings import ManPagesSettings
 from bridge.cli import common
 from bridge.cli.man import pages
 from bridge.errors import BridgeError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bridge.app.settings import PluginPathSettings
+from bridge.app.command_settings import PluginPathSettings
 from bridge.cli import common
 from bridge.errors import BridgeError
 from bridge.host import PLUGIN

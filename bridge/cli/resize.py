@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bridge.app.settings import ActionSettings
+from bridge.app.command_settings import ActionSettings
 from bridge.cli import common
 from bridge.cli.control import act, name_argument, show
 from bridge.units import size_text

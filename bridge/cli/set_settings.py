@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from bridge.app.settings import SetSettings
+from bridge.app.command_settings import SetSettings
 from bridge.cli import common
 from bridge.cli.control import act, name_argument, show
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from bridge.api.client import ask
 from bridge.api.places import control_sockets, socket_of
-from bridge.app.settings import StatusSettings
+from bridge.app.command_settings import StatusSettings
 from bridge.cli import common
 from bridge.cli.control import LOOK_S, optional_name_argument
+from bridge.cli.wording import time_text
 from bridge.errors import ConfigError
 from bridge.units import size_text
 
@@ -109,8 +110,4 @@ def duration(seconds: float) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "(more than 10 s)"
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} µs"
-    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:g} s"
+    return "(more than 10 s)" if seconds is None else time_text(seconds)

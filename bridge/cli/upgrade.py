@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge.api.client import ask
 from bridge.api.places import socket_of
-from bridge.app.settings import UpgradeSettings
+from bridge.app.command_settings import UpgradeSettings
 from bridge.cli import common
 from bridge.cli.control import LOOK_S, name_argument, show
 from bridge.errors import BridgeError, ConnectionLost

@@ -87,6 +87,13 @@ def explain(what: BridgeError | Remedy) -> str:
     return text + after
 
 
+def time_text(seconds: float) -> str:
+    """A short time for a reader, such as 50 µs, 1.5 ms or 2 s."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
 def _remedy(remedy: Remedy, path: str) -> str:
     return _REMEDIES[remedy].replace("{path}", path)  # not `format`: a path may have braces, too
 

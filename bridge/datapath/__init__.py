@@ -10,6 +10,7 @@
 - `deadlines`: when something without a task of its own is called next;
 - `lanes`: large requests, some of them per turn;
 - `disk`: the seam between the guest's side and the storage side, and the flush timer;
+- `histogram`: of durations;
 - `durability`: what the server acknowledged and may still lose.
 
 What the C in `native` does file by file, and how it is built: docs/architecture.md, "The same,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 if TYPE_CHECKING:
     from bridge.datapath.request import Request
 
-ABI: Final = 1
+ABI: Final = 2
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 

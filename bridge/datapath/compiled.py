@@ -8,8 +8,8 @@ usual is still in its ring; a turn of the loop finds it there.
 
 For everything outside, such a call is a turn in which the same things came, and it ends as turns do
 (see `turn`). If the last one was not usual to its end, it is the loop that goes on with it and ends
-it: what was answered in it is not published yet. But what was shown to the guest before it has to
-be known to be shown, before a flush of that turn is heard of (see `durability`).
+it: what was answered in it is not published yet. But what guests have seen before it has to be
+known before a flush of that turn is heard of (see `durability`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Turns(NamedTuple):
 
     went_to_sleep: bool
     """Nothing came for a while, or nothing at all: the rings are armed."""
+    worked: bool
+    """There was work since they last waited."""
     used_up: bool
     """There may be more; the time is over."""
     naps: int
@@ -51,11 +53,13 @@ class CompiledTurns:
     def __init__(self, turn: Turn, *, poll_max_s: float) -> None:
         self._turn = turn
         self._state = _native.new_turns(round(poll_max_s * 1e9))
-        self._worked = False
 
-    def run(self, epoll_fd: int, pollers: Sequence[object], until_s: float) -> Turns | None:
+    def run(
+        self, epoll_fd: int, pollers: Sequence[object], until_s: float, *, worked: bool
+    ) -> Turns | None:
         """Have turns until there is something to do that is not usual; None: there is now, or no
-        usual ring. Not while the turn is `pending`."""
+        usual ring. Not while the turn is `pending`. `worked`: there was work since the loop last
+        waited, so that more may be about to come."""
         rings = _usual_rings(pollers)
         if rings is None:
             return None
@@ -66,30 +70,33 @@ class CompiledTurns:
             return None
         found = _native.turns(
             *(self._state, epoll_fd, rings, first.limits),
-            *(usual.is_armed(), side, round(until_s * 1e9), self._worked),
+            *(usual.is_armed(), side, round(until_s * 1e9), worked),
         )
         if found is None:
             return None
-        flags, taken, reads, writes, naps, ready, unsent, *received, shown, error, worked = found
-        self._worked = bool(worked)
+        flags, taken, reads, writes, naps, ready, unsent, *rest = found
+        start, end, n_bytes, looked, shown, error, has_worked = rest
         if reads or writes:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
             usual.took(reads, writes)
-        start, end, n_bytes = received
         usual.turned(start, end, n_bytes, unsent)
         if n_bytes:
             self._turn.wanted = True  # The stages that count answers are to look.
+        if looked:
+            # For what Python's turns have published; `shown` is for what these have.
+            self._turn.looked()
         if not flags & _INCOMPLETE:
             self._turn.end()
-            return Turns(not flags, flags == BUDGET, naps, ready)
-        usual.shown(shown)
+            return Turns(not flags, bool(has_worked), flags == BUDGET, naps, ready)
+        if looked:
+            usual.shown(shown)
         for ring in rings:
             if ring.queue.cells[NEXT_USED] != ring.queue.cells[PUBLISHED]:
                 ring.publish_later()
         if flags & (_REPLY | _ENDED | _FAILED):
             usual.unusual(ended=bool(flags & _ENDED), errno=error)
-        return Turns(not flags, flags == BUDGET, naps, ready)
+        return Turns(not flags, bool(has_worked), flags == BUDGET, naps, ready)
 
 
 def _usual_rings(pollers: Sequence[object]) -> tuple[UsualRing, ...] | None:

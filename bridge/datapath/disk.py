@@ -27,6 +27,7 @@ from typing import Protocol, cast
 import structlog
 import trio
 
+from bridge.datapath.histogram import Histogram
 from bridge.datapath.request import FLUSH, INTERNAL, READ, REPEATED, Hits, Request, Target
 from bridge.datapath.rows import Usual
 from bridge.datapath.turn import Turn
@@ -108,6 +109,11 @@ class Disk:
         self._internal_covers = False
         """Something was written that this flush is to make durable."""
         self._internal_ended = trio.Event()
+        self._internal_began_s = 0.0
+        self.flush_times = Histogram()
+        """How long the guest's flushes took, from here on."""
+        self.internal_flush_times = Histogram()
+        """The same for those that the guest did not send."""
         self.is_durable = True
         """All that was submitted is durable, as far as is known here."""
         self.timed_flushes = 0
@@ -123,7 +129,7 @@ class Disk:
         elif op == FLUSH:
             was_armed = self._clear_timer()
             self._unanswered_flushes += 1
-            owner = request, was_armed
+            owner = request, was_armed, self._now()
             flush = Request(FLUSH, 0, 0, [], self._flush_done, request.flags, owner)
             self._submit(flush)
         else:
@@ -193,7 +199,8 @@ class Disk:
 
     def _flush_done(self, flush: Request) -> None:
         """A guest's flush is done. One that failed has made nothing durable."""
-        request, was_armed = cast("tuple[Request, bool]", flush.owner)
+        request, was_armed, began_s = cast("tuple[Request, bool, float]", flush.owner)
+        self.flush_times.add(self._now() - began_s)
         if flush.error and was_armed and self._deadline_s is None:
             self._arm_timer()
         if request.is_abandoned:
@@ -286,6 +293,7 @@ class Disk:
 
     def _start_internal(self, waiters: list[Callable[[Request], None]]) -> None:
         self._internal = waiters
+        self._internal_began_s = self._now()
         self._internal_covers = self._clear_timer()
         self._unanswered_flushes += 1
         self._submit(Request(FLUSH, 0, 0, [], self._internal_done, INTERNAL))
@@ -293,6 +301,7 @@ class Disk:
 
     def _internal_done(self, flush: Request) -> None:
         waiters, self._internal = self._internal or [], None
+        self.internal_flush_times.add(self._now() - self._internal_began_s)
         if flush.error:
             self._note_failure(flush.error)
             if self._deadline_s is None:

@@ -24,8 +24,9 @@ epoch leads to depends on the layer:
       told      a guest's flush has failed that was submitted when the guest knew of so much
 
   `told < lost` means that a loss is unreported: the guest's next flush has to fail. The guest
-  learns at the end of a turn what was answered in it: a flush that it submits in the same turn
-  reports, by failing, only losses of what it had `seen` before. A change that is answered in the
+  learns at the end of a turn what was answered in it. A flush that was in a ring by then, even if
+  it is taken in the next turn only, reports, by failing, only losses of what the guest had `seen`
+  before (see `Turn.after_look`). A change that is answered in the
   turn of a failure may have been done before the failure, and must not count for the epoch after
   it: that epoch begins with the next round, and in between there is one to which nothing belongs
   (`sending_epoch`).
@@ -95,28 +96,29 @@ class ReportingDurability(Durability):
     """
 
     __slots__ = (
-        *("_failed_now", "_instance", "_lost", "_settled", "_told"),
+        *("_failed_now", "_instance", "_lost", "_reported", "_settled"),
         *("keeps_unflushed", "seen"),
     )
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = BEFORE
-        """How much was answered by the end of an earlier turn: the guest may know of that."""
+        """How much was answered in turns whose end every guest had seen when it submitted what is
+        taken now."""
         self._settled = BEFORE
-        """The same including this turn, in which the guest may not have seen it yet."""
+        """The same including what a guest may not have seen yet."""
         self._failed_now = False
         """The epoch of what is sent now has not begun: see `sending_epoch`."""
         self.keeps_unflushed = False
         """The layer above has all that is not durable, and sends it again: there is no loss."""
         self._instance: str | None = None
         self._lost = 0
-        self._told = 0
+        self._reported = 0
 
     @property
     def unreported(self) -> bool:
         """Something acknowledged may be gone, and no flush of the guest's has failed since."""
-        return self._told < self._lost
+        return self._reported < self._lost
 
     @property
     def instance_mark(self) -> int:
@@ -162,7 +164,7 @@ class ReportingDurability(Durability):
     def settled(self, answered: int) -> bool:
         """The callers that waited for what has been answered were told of it.
 
-        True if `turn_over` has to be called at the end of this turn.
+        True if `guests_have_seen` has to be called when they have seen the end of this turn.
         """
         if self._failed_now:
             self._failed_now = False
@@ -173,8 +175,8 @@ class ReportingDurability(Durability):
         self._settled = answered
         return first
 
-    def turn_over(self) -> None:
-        """The guest may know of all that has been settled."""
+    def guests_have_seen(self) -> None:
+        """What is taken from now on, was submitted after the end of the last turn."""
         self.seen = self._settled
 
     def one_more_before(self) -> None:
@@ -182,16 +184,16 @@ class ReportingDurability(Durability):
         self._settled += 1
         self.seen += 1
 
-    def tell(self, answered: int) -> None:
-        """A flush fails that the guest submitted when it had been told of so many answers: it knows
-        of losses so far."""
-        self._told = max(self._told, answered)
+    def reported(self, answered: int) -> None:
+        """A flush fails that the guest submitted when it knew of so many answers: that reports the
+        loss of any of them."""
+        self._reported = max(self._reported, answered)
 
     def nothing_before(self) -> None:
         """The guest has no promise from before this process: the disk is only read, or the guest
         has just begun."""
         self._flushed = max(self._flushed, BEFORE)
-        self._told = max(self._told, BEFORE)
+        self._reported = max(self._reported, BEFORE)
 
     def is_lost(self, mark: int) -> bool:
         """Whether what was unflushed on the instance of that `mark` may be gone by now."""

@@ -209,11 +209,11 @@ class Loop:
         if self._compiled is None or self.turn.pending:
             return None
         pollers = self._pollers
-        found = self._compiled.run(epoll_fd, pollers, until_s)
+        found = self._compiled.run(epoll_fd, pollers, until_s, worked=self._worked)
         if found is None:
             return None
         self.now = perf_counter()
-        self._worked = not found.went_to_sleep
+        self._worked = found.worked
         self.naps_total += found.naps
         for poller in pollers:  # Those that were there: the end of a turn may have brought others.
             if poller.usual_ring() == ():  # type: ignore[attr-defined]
@@ -256,6 +256,8 @@ class Loop:
                         at = pollers.index(poller) + 1
                         self._pollers = pollers[at:] + pollers[:at]
                         break
+            else:
+                turn.looked()
             if worked or turn.pending:
                 worked = True
                 turn.end()
@@ -292,12 +294,14 @@ class Loop:
 
     def _arm(self) -> bool:
         """Ask every poller for notifications; True when there is work after all."""
-        self.turn.asleep = True
+        turn = self.turn
+        turn.asleep = True
         more = False
         for poller in self._pollers:
             if poller.arm():
                 more = True
-        if more or self.turn.pending:
+        if more or turn.pending:
             self._wake_up()
             return True
+        turn.looked()
         return False

@@ -23,6 +23,7 @@ CHANGES = (WRITE, DISCARD, WRITE_ZEROES)
 """What alters the content of a disk."""
 
 OP_NAMES = ("read", "write", "flush", "discard", "write_zeroes", "prefetch", "block_status")
+N_OPS = len(OP_NAMES)
 
 FUA = 1
 """Durable on the server before it is complete (WRITE, DISCARD, WRITE_ZEROES)."""
@@ -31,8 +32,9 @@ MAY_UNMAP = 2
 INTERNAL = 4
 """A FLUSH that the guest did not send: it learns of a loss from its own next one."""
 REPEATED = 8
-"""A FLUSH that is executed again, after a pause or by another process. When the guest sent it is
-not known, so its failure tells nothing of what is complete by now: the next one has to fail, too.
+"""A FLUSH that is executed again, after a pause or by another process, or that was left in its ring
+for a while. When the guest sent it is not known, so its failure tells nothing of what is complete
+by now: the next one has to fail, too.
 """
 
 

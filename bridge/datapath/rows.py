@@ -185,6 +185,8 @@ class Usual(Protocol):
 
     served: int
     """Chains so far."""
+    writes: int
+    """Those of them that are writes."""
     is_armed: Callable[[], bool]
     """It is known already that something is not durable: `wrote` need not be called."""
     engine: Engine
@@ -268,6 +270,7 @@ class FromCache:
     ) -> None:
         """`counted(reads, writes)` is told of hits. `wrote()`: something is not durable."""
         self.served = 0
+        self.writes = 0
         self.is_armed: Callable[[], bool] = _never
         self.engine = engine
         self._take_hits = engine.take_hits
@@ -284,6 +287,7 @@ class FromCache:
             self.served += taken
             self._counted(reads, writes)
             if writes:
+                self.writes += writes
                 self._wrote()
         return taken
 
@@ -294,6 +298,7 @@ class FromCache:
     def took(self, reads: int, writes: int) -> None:
         """See `Usual`."""
         self.served += reads + writes
+        self.writes += writes
         self._counted(reads, writes)
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
@@ -324,6 +329,7 @@ class ToServer:
     def __init__(self, route: Route, rows: Rows, wrote: Callable[[], None]) -> None:
         """`wrote()`: something is not durable."""
         self.served = 0
+        self.writes = 0
         self.is_armed: Callable[[], bool] = _never
         self.engine = rows.engine
         self._take_commands = rows.engine.take_commands
@@ -354,6 +360,7 @@ class ToServer:
             self.served += taken
             route.flush_later()
             if writes:
+                self.writes += writes
                 self._wrote()
         return taken
 
@@ -372,6 +379,7 @@ class ToServer:
     def took(self, reads: int, writes: int) -> None:
         """See `Usual`."""
         self.served += reads + writes
+        self.writes += writes
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """See `Usual`."""

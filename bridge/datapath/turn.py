@@ -16,6 +16,12 @@ Stages are asked only if something has finished, or a caller `wants` it: **code 
 where a stage will look for it says so.** A turn that brought nothing but hits in the cache asks
 none: that would cost such a request up to 9 %. `checks_stages` is for tests: stages that are not
 asked are asked all the same, and must have had nothing to do.
+
+What a turn publishes, a guest has not seen while it makes requests available; those may be taken in
+the next turn. What has to be certain that a guest has seen it waits with `after_look` until the
+loop has looked at every ring once more: what is found there from then on was made available after
+that publication. (A ring that is not served for a while, or not to its end, keeps account of what
+it left.)
 """
 
 from __future__ import annotations
@@ -78,7 +84,7 @@ class Turn:
     """See the module's text."""
 
     __slots__ = (
-        *("_ends", "_next", "_running", "_stages", "_woken"),
+        *("_ends", "_next", "_running", "_stages", "_unseen", "_woken"),
         *("asleep", "finished", "number", "wanted"),
     )
 
@@ -98,6 +104,7 @@ class Turn:
         a caller who ends or wants one; others call `want`."""
         self._ends: list[Callable[[], None]] = []
         self._next: list[Callable[[], None]] = []
+        self._unseen: list[Callable[[], None]] = []
         self._stages: tuple[Stage, ...] = ()
         self._woken = woken
 
@@ -137,6 +144,18 @@ class Turn:
         self._next.append(callback)
         if self.asleep:
             self._woken()
+
+    def after_look(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when every ring was looked at once more after the end of this turn: see
+        the module's text. It begins nothing."""
+        self._unseen.append(callback)
+
+    def looked(self) -> None:
+        """Every ring has been looked at since the end of the last turn. For the loop."""
+        if self._unseen:
+            unseen, self._unseen = self._unseen, []
+            for callback in unseen:
+                callback()
 
     @property
     def pending(self) -> bool:

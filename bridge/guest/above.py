@@ -39,7 +39,7 @@ class Above:
 
     async def left_behind(self) -> LeftBehind | None:
         """`all_stopped` failed, or took too long: send nothing more of the guest's. Returns the
-        error that says what is left here, None if nothing is."""
+        error that says which data is left here; None if none is."""
         return None
 
     def epoch(self) -> int:

@@ -38,8 +38,9 @@ from bridge.guest.remembered import Remembered
 from bridge.guest.ring import RunningRing
 from bridge.guest.ring_setup import make_queue, ring_areas
 from bridge.guest.vhost_user.device_interface import ConfigListener, MemoryRegion, RingSetup
-from bridge.guest.virtio.blk import BlkEngine, BlkRequest
+from bridge.guest.virtio.blk import BlkEngine
 from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
+from bridge.guest.virtio.blk_request import BlkRequest
 from bridge.guest.virtio.chain import MAX_QUEUE_SIZE
 from bridge.guest.virtio.dirty_log import DirtyBitmap
 from bridge.guest.virtio.long_chains import LongViews

@@ -24,7 +24,8 @@ from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
 from bridge.datapath.rows import UsualRing
 from bridge.errors import ProtocolError
 from bridge.guest.eventfds import writer
-from bridge.guest.virtio.blk import BlkEngine, BlkRequest
+from bridge.guest.virtio.blk import BlkEngine
+from bridge.guest.virtio.blk_request import BlkRequest
 from bridge.guest.virtio.chain import Chain, QueueBroken
 from bridge.guest.virtio.dirty_log import DirtyLog
 from bridge.guest.virtio.memory import GuestMemory, Region
@@ -79,6 +80,9 @@ class RunningRing:
         self.requests = 0
         self.is_broken = False
         self._closed = False
+        self._leaves = False
+        """There may be requests in the ring that were left there when every ring was looked at (see
+        `Turn.after_look`)."""
         self.set_error(error_fd)
         self.set_call(call_fd)
         self.set_kick(kick_fd)
@@ -89,6 +93,7 @@ class RunningRing:
             self._take = self._usual.take  # bound once
             self._answers_at_once = self._usual.answers_at_once
             self._describe()
+        self._note_left()
         loop.add_poller(self)
         if not held:
             self._start_recovered()
@@ -97,11 +102,11 @@ class RunningRing:
         """Execute the requests again that were in flight when the ring ran last."""
         if recovered := self._queue.recovered():
             self.requests += len(recovered)
-            self._engine.start_again(self, recovered)
+            self._engine.start_late(self, recovered)
             self._turn.want()
 
     def _describe(self) -> None:
-        """Tell compiled turns what there is to be served."""
+        """Tell compiled turns of the ring."""
         if self._flat is not None and self._usual is not None and self._usual.engine.has_turns:
             kick_fd = -1 if self._kick_fd is None else self._kick_fd
             self._usual_ring = UsualRing(
@@ -140,11 +145,17 @@ class RunningRing:
         if not chains:
             return taken > 0
         self.requests += len(chains)
-        self._engine.start(self, chains)
+        if self._leaves:
+            self._leaves = False
+            self._engine.start_late(self, chains)
+        else:
+            self._engine.start(self, chains)
+        if self._queue.long.too_many:
+            self._leaves = True
         return True
 
     def complete(self, chain: Chain, status: int, length: int) -> None:
-        """A request is finished with `length` bytes written (see `blk.UsedRing`)."""
+        """A request is finished with `length` bytes written (see `blk_request.UsedRing`)."""
         if self._closed:
             return
         head, _, _, _, _, status_view, status_at, _ = chain
@@ -315,9 +326,17 @@ class RunningRing:
             self._set_popping()
 
     def _set_popping(self) -> None:
+        popped = self._popping
         self._popping = not (self._suspended or self._stopping or self._held or self.is_broken)
         if self._popping:
+            if not popped:
+                self._note_left()
             self._loop.wake()
+
+    def _note_left(self) -> None:
+        """Requests that are in the ring now may have been there for long."""
+        self._leaves = self._leaves or self.arm()
+        self.disarm()
 
     async def drained(self) -> None:
         """Return when everything popped is published. May be cancelled."""

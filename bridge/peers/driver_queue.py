@@ -114,7 +114,7 @@ class DriverQueue:
     ) -> int:
         """Put a request of `length` data bytes into the ring; its slot. Nothing is kicked.
 
-        `data` is copied into the slot's buffer, None leaves what is there. Raises QueueFull.
+        `data` is copied into the slot's buffer; None leaves that as it is. Raises QueueFull.
         """
         free = self.free
         if not free:

@@ -23,8 +23,10 @@ import structlog
 import trio
 
 from bridge.errors import BridgeError, ConfigError, ProtocolError
-from bridge.peers.nbd_server_core import Command, ServerCore, ServerSettings, ServerState
+from bridge.peers.nbd_server_core import ServerCore, ServerState
 from bridge.peers.nbd_server_disk import ServerDisk
+from bridge.peers.nbd_server_rules import Command
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.tls import start_tls
 from bridge.spec import nbd as p
 
@@ -41,7 +43,7 @@ class Faults:
     cut_after_commands: int | None = None
     """Execute this many commands, then close without answering the last batch."""
     garble_byte: int | None = None
-    """Invert this byte of what is sent."""
+    """Invert this byte of the output."""
     stall: bool = False
     """Take commands, execute them, answer nothing."""
     wrong_cookie_at: int | None = None
@@ -153,17 +155,17 @@ class Server:
     async def _connection(self, sock: socket.socket) -> None:
         self.connections_total += 1
         self._sockets.add(sock)
-        link = _Link(sock, self)
+        connection = _Connection(sock, self)
         try:
-            await link.serve()
+            await connection.serve()
         except (BridgeError, OSError) as error:
             _log.debug("connection ended", reason=str(error))
         finally:
             self._sockets.discard(sock)
-            link.sock.close()
+            connection.sock.close()
 
 
-class _Link:
+class _Connection:
     """One connection of a server."""
 
     def __init__(self, sock: socket.socket, server: Server) -> None:

@@ -1,73 +1,31 @@
 """The server's side of one NBD connection, without I/O: options, commands, replies.
 
 Theory. `receive` takes bytes and returns the commands that they complete; the owner executes each
-and calls `reply`. Option haggling happens inside. `data_to_send` gives what is to be sent, in
+and calls `reply`. Option haggling happens inside. `data_to_send` gives the bytes to send, in
 order. `state` says what the owner has to do: go on, start TLS, or close.
 
-Every capability is switchable (`ServerSettings`), so that a client can be shown every kind of
-server; the rules that this side checks are those of the specification's "server" sentences.
+`nbd_server_settings` says what is offered, `nbd_server_rules` which commands are refused: the rules
+that this side checks are those of the specification's "server" sentences.
 
 Source: NBD "Option haggling", "Request message", "Structured reply chunk message".
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 
 from bridge.errors import ProtocolError
 from bridge.peers.nbd_server_disk import ServerDisk
+from bridge.peers.nbd_server_options import go_of, meta_context_query_of
+from bridge.peers.nbd_server_rules import Command, refusal_of
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.spec import nbd as p
-from bridge.spec.nbd import TransmissionFlags
 
 _OPTIONS_MAX = 64
 _OPTION_DATA_MAX_BYTES = 16 << 10
 _WANT_TLS = -1
 _CONTEXT_ID = 0x17
-
-DEFAULT_FLAGS = (
-    TransmissionFlags.HAS_FLAGS
-    | TransmissionFlags.SEND_FLUSH
-    | TransmissionFlags.SEND_FUA
-    | TransmissionFlags.SEND_TRIM
-    | TransmissionFlags.SEND_WRITE_ZEROES
-    | TransmissionFlags.SEND_DF
-    | TransmissionFlags.CAN_MULTI_CONN
-    | TransmissionFlags.SEND_CACHE
-    | TransmissionFlags.SEND_FAST_ZERO
-)
-
-
-@dataclass(slots=True)
-class ServerSettings:
-    """What the server offers and how it answers."""
-
-    flags: TransmissionFlags = DEFAULT_FLAGS
-    description: str = ""
-    fixed_newstyle: bool = True
-    no_zeroes: bool = True
-    oldstyle: bool = False
-    go: bool = True
-    info: bool = True
-    list_exports: bool = True
-    structured: bool = True
-    extended: bool = True
-    block_status: bool = True
-    tls: bool = False
-    tls_required: bool = False
-    block_sizes: tuple[int, int, int] | None = None
-    """Minimum, preferred, maximum payload."""
-    enforce_block_sizes: bool = True
-    effect_max_bytes: int = p.LENGTH_32_MAX
-    """Longest TRIM, WRITE_ZEROES, CACHE that is not refused with EINVAL."""
-    read_chunk_bytes: int = 0
-    """Answer structured reads in chunks of this size, last one first; 0 = in one piece."""
-    holes: bool = False
-    """Answer zeroes in a structured read with hole chunks."""
-    refuse: dict[int, int] = field(default_factory=dict)
-    """Option → error reply type: refuse these options."""
 
 
 class ServerState(Enum):
@@ -77,21 +35,6 @@ class ServerState(Enum):
     WANTS_TLS = "wants TLS"
     TRANSMISSION = "transmission"
     CLOSED = "closed"
-
-
-class Command:
-    """One command of the client. `payload` is what a WRITE brought."""
-
-    __slots__ = ("cookie", "error", "flags", "kind", "length", "offset", "payload")
-
-    def __init__(self, kind: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        self.kind = kind
-        self.flags = flags
-        self.cookie = cookie
-        self.offset = offset
-        self.length = length
-        self.payload = b""
-        self.error = 0
 
 
 class ServerCore:
@@ -116,7 +59,7 @@ class ServerCore:
         self._needs_bytes = next(self._steps)
 
     def data_to_send(self) -> bytes:
-        """Take what is to be sent."""
+        """Take the bytes to send."""
         data = b"".join(self._output)
         self._output.clear()
         return data
@@ -263,7 +206,7 @@ class ServerCore:
     def _set_meta_context(self, data: bytes) -> None:
         option = p.OPT_SET_META_CONTEXT
         self._context = None
-        parsed = _parse_meta_context(data)
+        parsed = meta_context_query_of(data)
         if parsed is None:
             self._answer(option, p.REP_ERR_INVALID)
             return
@@ -280,7 +223,7 @@ class ServerCore:
 
     def _go(self, option: int, data: bytes) -> bool:
         settings = self._settings
-        parsed = _parse_go(data)
+        parsed = go_of(data)
         if parsed is None:
             self._answer(option, p.REP_ERR_INVALID)
             return False
@@ -313,7 +256,8 @@ class ServerCore:
     def _transmission(self) -> Generator[int, bytes, None]:
         layout = p.EXTENDED_REQUEST if self._extended else p.REQUEST
         wanted = p.EXTENDED_REQUEST_MAGIC if self._extended else p.REQUEST_MAGIC
-        payload_max = self._payload_max_bytes
+        assert self.disk is not None
+        payload_max = self._settings.payload_max_bytes
         while True:
             magic, flags, kind, cookie, offset, length = layout.unpack((yield layout.size))
             if magic != wanted:
@@ -326,46 +270,10 @@ class ServerCore:
                 if length > payload_max:
                     raise ProtocolError(f"write of {length} bytes: at most {payload_max}")
                 command.payload = (yield length) if length else b""
-            command.error = self._refusal(command)
-            self._commands.append(command)
-
-    @property
-    def _payload_max_bytes(self) -> int:
-        sizes = self._settings.block_sizes
-        return min(sizes[2], 64 << 20) if sizes else p.PAYLOAD_DEFAULT_MAX_BYTES
-
-    def _refusal(self, command: Command) -> int:
-        """The errno of a command that breaks a rule, 0 for a good one."""
-        settings = self._settings
-        flags = settings.flags
-        kind = command.kind
-        assert self.disk is not None
-        needed = _NEEDS.get(kind)
-        if needed is None or (needed and not flags & needed):
-            return errno.EINVAL
-        if kind in _WRITES and flags & TransmissionFlags.READ_ONLY:
-            return errno.EPERM
-        if command.flags & p.CMD_FLAG_FUA and not flags & TransmissionFlags.SEND_FUA:
-            return errno.EINVAL
-        if command.flags & ~_FLAGS_ALLOWED[kind]:
-            return errno.EINVAL
-        if kind == p.CMD_FLUSH:
-            return errno.EINVAL if command.offset or command.length else 0
-        if not command.length:
-            return errno.EINVAL
-        if command.offset + command.length > self.disk.size_bytes:
-            return errno.ENOSPC if kind in (p.CMD_WRITE, p.CMD_WRITE_ZEROES) else errno.EINVAL
-        if kind == p.CMD_READ and command.length > self._payload_max_bytes:
-            return errno.EOVERFLOW
-        if kind in _EFFECTS and command.length > settings.effect_max_bytes:
-            return errno.EINVAL
-        if kind == p.CMD_BLOCK_STATUS and self._context is None:
-            return errno.EINVAL
-        if settings.block_sizes and settings.enforce_block_sizes:
-            return (
-                errno.EINVAL if (command.offset | command.length) % settings.block_sizes[0] else 0
+            command.error = refusal_of(
+                command, self._settings, self.disk.size_bytes, has_context=self._context is not None
             )
-        return 0
+            self._commands.append(command)
 
     def reply(self, command: Command, error: int, data: bytes | memoryview = b"") -> None:
         """Answer `command`: with an errno, or with the data of a READ."""
@@ -427,59 +335,3 @@ class ServerCore:
                 p.STRUCTURED_REPLY_MAGIC, flags, kind, command.cookie, len(payload)
             )
         self._output += (header, payload)
-
-
-_NEEDS = {
-    p.CMD_READ: 0,
-    p.CMD_WRITE: 0,
-    p.CMD_FLUSH: TransmissionFlags.SEND_FLUSH,
-    p.CMD_TRIM: TransmissionFlags.SEND_TRIM,
-    p.CMD_CACHE: TransmissionFlags.SEND_CACHE,
-    p.CMD_WRITE_ZEROES: TransmissionFlags.SEND_WRITE_ZEROES,
-    p.CMD_BLOCK_STATUS: 0,
-}
-_WRITES = (p.CMD_WRITE, p.CMD_TRIM, p.CMD_WRITE_ZEROES)
-_EFFECTS = (p.CMD_TRIM, p.CMD_CACHE, p.CMD_WRITE_ZEROES)
-_FLAGS_ALLOWED = {
-    p.CMD_READ: p.CMD_FLAG_DF,
-    p.CMD_WRITE: p.CMD_FLAG_FUA | p.CMD_FLAG_PAYLOAD_LEN,
-    p.CMD_FLUSH: 0,
-    p.CMD_TRIM: p.CMD_FLAG_FUA,
-    p.CMD_CACHE: 0,
-    p.CMD_WRITE_ZEROES: p.CMD_FLAG_FUA | p.CMD_FLAG_NO_HOLE | p.CMD_FLAG_FAST_ZERO,
-    p.CMD_BLOCK_STATUS: p.CMD_FLAG_REQ_ONE,
-}
-
-
-def _parse_go(data: bytes) -> tuple[str, list[int]] | None:
-    name, rest = _take_string(data)
-    if name is None or len(rest) < 2:
-        return None
-    (n_wanted,) = p.U16.unpack_from(rest)
-    if len(rest) != 2 + 2 * n_wanted:
-        return None
-    return name, [wanted for (wanted,) in p.U16.iter_unpack(rest[2:])]
-
-
-def _parse_meta_context(data: bytes) -> tuple[str, list[str]] | None:
-    name, rest = _take_string(data)
-    if name is None or len(rest) < 4:
-        return None
-    (n_queries,) = p.U32.unpack_from(rest)
-    rest = rest[4:]
-    queries: list[str] = []
-    for _ in range(min(n_queries, 64)):
-        query, rest = _take_string(rest)
-        if query is None:
-            return None
-        queries.append(query)
-    return name, queries
-
-
-def _take_string(data: bytes) -> tuple[str | None, bytes]:
-    if len(data) < 4:
-        return None, b""
-    (length,) = p.U32.unpack_from(data)
-    if length > len(data) - 4:
-        return None, b""
-    return data[4 : 4 + length].decode("utf-8", "replace"), data[4 + length :]

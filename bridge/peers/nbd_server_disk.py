@@ -72,7 +72,7 @@ class MemoryDisk:
             self._unflushed.clear()
 
     def crash(self) -> None:
-        """Lose what was not flushed, if the disk is volatile."""
+        """Lose the changes that were not flushed, if the disk is volatile."""
         if self._stable is not None:
             for offset, length in self._unflushed:
                 self.data[offset : offset + length] = self._stable[offset : offset + length]

@@ -2,10 +2,11 @@
 
 From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
 
-* `handshake` (options) with `infos`, and `transmission` (commands and replies), `chunks`: sans-I/O;
-  `untrusted`: what a server says, bounded;
+* sans-I/O: `handshake` (options) with `handshake_options`, `infos` and `refusals`; `transmission`
+  (commands and replies) with `chunks`; `untrusted`: what a server says, bounded;
 * `connecting`: a socket with a handshake, driven by trio; `connection`: the same with commands, on
-  the data path's `Loop`; `tls`: both over TLS;
+  the data path's `Loop`, with `output` (what the socket did not take) and `silence` (is the server
+  dead, or slow?); `tls`, `tls_connection`: both over TLS;
 * `link`: what happens when the server goes away and comes back, sans-I/O. Its parts: `channels`
   (where commands go), `flushes`, `trial` with `suspects` (on what does the server hang up?),
   `patience` (how long it is waited for), `changes` with `overlaps` and `grace` (which changes may

@@ -13,7 +13,7 @@ class ClientOptions:
     """For a whole attempt: name resolution, connection, TLS and negotiation."""
     request_timeout_s: float = 60.0
     """A command unanswered for this long means that the server hangs: reconnect. 0 = never.
-    (What may be slow, a flush for one, has longer: see `Connection.stalled`.)"""
+    (What may be slow, a flush for one, has longer: see `Silence.is_too_long`.)"""
     reconnect_timeout_s: float = 0.0
     """Fail waiting requests with EIO after this long without a connection. 0 = without a limit."""
     reconnect_first_s: float = 0.05

@@ -27,7 +27,8 @@ from bridge.errors import (
 from bridge.server import tls
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
-from bridge.server.handshake import Goal, Handshake, HandshakeOptions, State
+from bridge.server.handshake import Handshake, State
+from bridge.server.handshake_options import Goal, HandshakeOptions
 from bridge.server.transmission import Transmission
 from bridge.server.uri import NbdUri
 
@@ -73,18 +74,7 @@ async def negotiate(
     Raises ConfigError, ConnectionLost or ProtocolError with one line that names the server.
     Cancellation closes the socket.
     """
-    handshake = Handshake(
-        HandshakeOptions(
-            export_name=uri.export_name if export_name is None else export_name,
-            typed_name=uri.export_name,
-            list_if_refused=True,
-            goal=goal,
-            tls=uri.tls,
-            structured=options.structured,
-            extended=options.extended,
-            block_status=options.block_status,
-        )
-    )
+    handshake = Handshake(_wishes(uri, options, goal, export_name))
     tls.check_options(uri, options)
     context = tls.client_context(uri, options) if uri.tls else None
     waits_for = "the connection"
@@ -108,6 +98,21 @@ async def negotiate(
     if uri.tls and handshake.export is not None:
         assert handshake.export.tls
     return Negotiated(sock, handshake)
+
+
+def _wishes(
+    uri: NbdUri, options: ClientOptions, goal: Goal, export_name: str | None
+) -> HandshakeOptions:
+    return HandshakeOptions(
+        export_name=uri.export_name if export_name is None else export_name,
+        typed_name=uri.export_name,
+        list_if_refused=True,
+        goal=goal,
+        tls=uri.tls,
+        structured=options.structured,
+        extended=options.extended,
+        block_status=options.block_status,
+    )
 
 
 def _silent(uri: NbdUri, options: ClientOptions, handshake: Handshake, waited_for: str) -> Silent:

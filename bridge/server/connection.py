@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import errno
 import os
-import ssl
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
 import structlog
 import trio
 
 from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Wire
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
-from bridge.datapath.request import CHANGES, FUA, READ, WRITE, Request
+from bridge.datapath.request import CHANGES, Request
 from bridge.datapath.rows import Rows
 from bridge.errors import BridgeError, ConnectionLost, ProtocolError
 from bridge.server.connecting import Negotiated
+from bridge.server.output import rest_after
+from bridge.server.silence import Silence
 from bridge.server.transmission import Transmission
 
 _log = structlog.get_logger(__name__)
@@ -32,36 +33,28 @@ _log = structlog.get_logger(__name__)
 _IOV_MAX: Final = 1024
 _RECEIVES_PER_TURN: Final = 8
 """System calls on one socket before the others get their turn."""
-_TLS_RECEIVES_PER_TURN: Final = 64
-"""The same over TLS, where each call brings at most 16 KiB."""
-_TLS_SEND_BYTES: Final = 256 << 10
-_PATIENCE: Final = 10
-"""How many times `--request-timeout` a server may take that is not known to be dead."""
 
 
 class Connection:
-    """A connection in the transmission phase. Everything but `hang_up` is synchronous."""
+    """A connection in the transmission phase. Everything but `hang_up` is synchronous.
+
+    Over TLS it is a `tls_connection.TlsConnection`.
+    """
+
+    sends_pieces: ClassVar[bool] = True
+    """One call may send many pieces."""
 
     __slots__ = (
-        "_answers_beside",
         "_closing",
         "_fd",
         "_idle",
         "_loop",
         "_lost",
-        "_moved",
-        "_moved_at",
-        "_oldest",
-        "_oldest_at",
-        "_probing",
         "_queued",
-        "_receive_some",
-        "_received_then",
         "_send",
         "_sendmsg",
-        "_sent_bytes",
+        "_silence",
         "_sock",
-        "_tls",
         "_unsent",
         "alive",
         "blamed",
@@ -81,24 +74,15 @@ class Connection:
         rows: Rows | None = None,
     ) -> None:
         self._sock = negotiated.sock
-        self._tls = isinstance(self._sock, ssl.SSLSocket)
         self._fd = self._sock.fileno()
         self._loop = loop
         self._lost = lost
         self._queued = False
-        self._sent_bytes = 0
-        self._moved = self._oldest = self._received_then = 0
-        self._moved_at = self._oldest_at = 0.0
-        self._answers_beside = False
-        """The server has answered something while an older command was in flight that may be
-        slow: it does not do one after the other."""
-        self._probing = False
         self._closing = False
         self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
         self._send = self._sock.send
         self._sendmsg = self._sock.sendmsg
-        self._receive_some = self._receive_tls if self._tls else self._receive_plain
         self.export = negotiated.export
         self.alive = True
         self.leaving = False
@@ -108,6 +92,7 @@ class Connection:
         self.blamed: Request | None = None
         """The command that may have made the server hang up."""
         self.transmission = Transmission(self.export, loop.turn, generation=generation, rows=rows)
+        self._silence = Silence(self.transmission, self.export, self.send)
         try:
             loop.add(self._fd, self._on_event, EPOLLIN)
         except OSError:
@@ -115,8 +100,11 @@ class Connection:
             raise
         if negotiated.handshake.trailing_data():
             self._fail(ProtocolError("the server sent data before it was asked"))
-        elif self._tls:
-            loop.turn.at_end(self._poll_tls)
+        else:
+            self._begun()
+
+    def _begun(self) -> None:
+        """The connection is in the loop, and what comes next is the first reply."""
 
     @property
     def unflushed(self) -> int:
@@ -141,49 +129,8 @@ class Connection:
         return [request for request in unfinished if request.op in CHANGES]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
-        """Whether the server must be taken for dead. To be asked a few times per `timeout_s`.
-
-        It is if nothing moved for `timeout_s` although something is in flight, or one command is
-        unanswered for ten times as long. But a flush, a trim, zeroes or anything with FUA may take
-        long, and some servers do nothing else meanwhile. With such a command in flight a quiet
-        server is asked for a few bytes: as long as it answers, it may take any time. One that
-        never answered beside such a command gets ten times as long.
-        """
-        transmission = self.transmission
-        transmission.adopt_all()
-        pending = transmission.pending
-        oldest = next(iter(pending), 0)
-        received = transmission.received_bytes
-        moved = received + self._sent_bytes
-        may_be_slow = any(map(_may_be_slow, pending.values()))
-        if not oldest or moved != self._moved:
-            if received != self._received_then and oldest == self._oldest and may_be_slow:
-                self._answers_beside = self._answers_beside or _may_be_slow(pending[oldest])
-            self._received_then = received
-            self._moved = moved
-            self._moved_at = now
-        if oldest != self._oldest:
-            self._oldest = oldest
-            self._oldest_at = now
-        if not oldest:
-            return False
-        quiet_s = now - max(self._moved_at, self._oldest_at)
-        if may_be_slow:
-            if quiet_s > timeout_s / 2 and not self._probing:
-                self._probe()
-            return quiet_s > timeout_s * (1.5 if self._answers_beside else _PATIENCE)
-        return quiet_s > timeout_s or now - self._oldest_at > _PATIENCE * timeout_s
-
-    def _probe(self) -> None:
-        """Ask for a few bytes."""
-        length = max(self.export.min_block_bytes, 512)
-        if length <= self.export.usable_bytes:
-            self._probing = True
-            room = memoryview(bytearray(length))
-            self.send(Request(READ, 0, length, [room], self._probed))
-
-    def _probed(self, request: Request) -> None:
-        self._probing = False
+        """See silence.Silence.is_too_long."""
+        return self._silence.is_too_long(now, timeout_s)
 
     def send(self, request: Request) -> None:
         """Send `request` at the end of this turn."""
@@ -226,7 +173,7 @@ class Connection:
                 return
             transmission.output = []
             has_payload, transmission.has_payload = transmission.has_payload, False
-            if not self._tls and len(output) <= _IOV_MAX:
+            if self.sends_pieces and len(output) <= _IOV_MAX:
                 # The usual case: everything goes out at once.
                 try:
                     if has_payload:
@@ -242,7 +189,7 @@ class Connection:
                     return
                 if sent == sum(map(len, output)):
                     return
-                output = _rest(output, sent)
+                output = rest_after(output, sent)
             self._unsent = output
             self._push()
         except Exception as error:
@@ -253,14 +200,10 @@ class Connection:
         unsent = self._unsent
         try:
             while unsent:
-                if self._tls:
-                    piece = _gather(unsent, _TLS_SEND_BYTES)
-                    sent = self._sock.send(piece)
-                else:
-                    sent = self._sendmsg(unsent[:_IOV_MAX])
-                self._sent_bytes += sent
-                unsent = _rest(unsent, sent)
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                sent = self._send_some(unsent)
+                self._silence.sent_bytes += sent
+                unsent = rest_after(unsent, sent)
+        except BlockingIOError:
             pass
         except OSError as error:
             self._fail_by(error)
@@ -272,6 +215,10 @@ class Connection:
             self._loop.modify(self._fd, EPOLLIN | EPOLLOUT if unsent else EPOLLIN)
         if not unsent and transmission.early:
             self._finish_early()
+
+    def _send_some(self, unsent: list[bytes | memoryview]) -> int:
+        """Send what the socket takes in one call: how many bytes. Raises OSError."""
+        return self._sendmsg(unsent[:_IOV_MAX])
 
     def _finish_early(self) -> None:
         """Commands answered before all of them was sent: the rest is no longer needed."""
@@ -305,7 +252,7 @@ class Connection:
     @property
     def wire(self) -> Wire | None:
         """See channels.Channel."""
-        return None if self._tls else self
+        return self
 
     def received(self) -> tuple[int, int, int] | None:
         """See cells.Wire."""
@@ -339,7 +286,8 @@ class Connection:
         except Exception as error:
             self._fail_unexpectedly(error)
 
-    def _receive_plain(self) -> None:
+    def _receive_some(self) -> None:
+        """Receive and parse what there is, up to a limit."""
         sock = self._sock
         transmission = self.transmission
         for _ in range(_RECEIVES_PER_TURN):
@@ -362,26 +310,6 @@ class Connection:
             if not self._received(n_bytes) or drained:
                 return
 
-    def _receive_tls(self) -> None:
-        """OpenSSL may hold decrypted bytes that no epoll shows: never stop while it does."""
-        sock = self._sock
-        assert isinstance(sock, ssl.SSLSocket)
-        transmission = self.transmission
-        turns = _TLS_RECEIVES_PER_TURN
-        while turns > 0 or sock.pending():
-            turns -= 1
-            try:
-                n_bytes = sock.recv_into(transmission.next_buffers()[0])
-            except ssl.SSLEOFError:
-                n_bytes = 0  # No close_notify: tolerated, the protocol has its own lengths.
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return
-            except OSError as error:
-                self._fail_by(error)
-                return
-            if not self._received(n_bytes):
-                return
-
     def _received(self, n_bytes: int) -> bool:
         """Bytes have come, or the end of file; False if the connection is dead now."""
         if not n_bytes:
@@ -396,10 +324,6 @@ class Connection:
         except ProtocolError as error:
             self._blame()
             self._fail(error)
-
-    def _poll_tls(self) -> None:
-        if self.alive:
-            self._on_event(EPOLLIN)
 
     def _end_of_file(self) -> None:
         self.peer_closed = True
@@ -491,42 +415,8 @@ class Connection:
             self.close()
 
 
-def _may_be_slow(request: Request) -> bool:
-    """A command that has the server wait for its disk, or do as much as it likes."""
-    return request.op > WRITE or bool(request.flags & FUA)
-
-
 def _lost_by(error: OSError) -> ConnectionLost:
     reason = error.strerror or str(error)
     if error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH):
         reason = "the server cannot be reached any more"
     return ConnectionLost(f"connection lost: {reason}")
-
-
-def _rest(output: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
-    """The rest of `output` after `sent` bytes."""
-    for index, piece in enumerate(output):
-        size = len(piece)
-        if sent < size:
-            rest = output[index:]
-            if sent:
-                rest[0] = memoryview(piece)[sent:]
-            return rest
-        sent -= size
-    return []
-
-
-def _gather(output: list[bytes | memoryview], limit_bytes: int) -> bytes:
-    """The first bytes of `output` in one piece, about `limit_bytes` of them."""
-    pieces: list[bytes | memoryview] = []
-    total = 0
-    for piece in output:
-        room = limit_bytes - total
-        if len(piece) > room:
-            pieces.append(memoryview(piece)[:room])
-            break
-        pieces.append(piece)
-        total += len(piece)
-        if total >= limit_bytes:
-            break
-    return b"".join(pieces)

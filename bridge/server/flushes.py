@@ -83,7 +83,7 @@ class Flushes:
         durability = self.durability
         if not durability.keeps_unflushed and durability.settled(self._channels.answered):
             # By now every owner was told of what has been answered.
-            self._turn.at_end(durability.turn_over)
+            self._turn.after_look(durability.guests_have_seen)
         if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
             return False
         if durability.unreported:
@@ -99,7 +99,7 @@ class Flushes:
         durability = self.durability
         answered = self._channels.answered_before + unflushed
         if not durability.keeps_unflushed and durability.settled(answered):
-            durability.turn_over()
+            durability.guests_have_seen()
 
     def send(self, flush: Request) -> None:
         """Send our FLUSH, perhaps again."""
@@ -126,15 +126,15 @@ class Flushes:
             return
         self.refused_total += len(flushes)
         _log.error("a flush fails: writes before it may have been lost by the server")
-        self._tell(flushes)
+        self._note_reported(flushes)
         for request in flushes:
             request.generation = self._channels.generation
             self._turn.finish(request, errno.EIO)
 
-    def _tell(self, flushes: list[Request]) -> None:
+    def _note_reported(self, flushes: list[Request]) -> None:
         for request in flushes:
             if not request.flags & (INTERNAL | REPEATED):
-                self.durability.tell(request.progress)
+                self.durability.reported(request.progress)
 
     def _flushed(self, inner: Request) -> None:
         error = inner.error
@@ -147,7 +147,7 @@ class Flushes:
             request.generation = inner.generation
             self._turn.finish(request, error)
         if error:
-            self._tell(flushes)
+            self._note_reported(flushes)
             if inner.generation:  # The server said so, not we.
                 self.server_failed()
         elif expected:
@@ -201,7 +201,7 @@ class Flushes:
     def take_waiting(self) -> list[Request]:
         """Those that no FLUSH was sent for; the caller fails them, which tells of losses."""
         flushes, self._asked = self._asked, []
-        self._tell(flushes)
+        self._note_reported(flushes)
         return flushes
 
     def take_abandoned(self) -> list[Request]:

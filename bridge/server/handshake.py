@@ -19,16 +19,16 @@ Every length that the server names is checked before anything of that length is 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from enum import Enum
 from struct import Struct
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError, Remedy
+from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
 from bridge.server.export import Export
+from bridge.server.handshake_options import ExportListEntry, Goal, HandshakeOptions
 from bridge.server.infos import Infos
+from bridge.server.refusals import explained, not_nbd, reason_of, refusal_of, shown_name
 from bridge.server.untrusted import bounded, clean, printable
 from bridge.server.untrusted import text as text_of
-from bridge.server.volume_words import VolumeDescription
 from bridge.spec import nbd as p
 
 _REPLIES_MAX = 256
@@ -36,19 +36,8 @@ _REPLIES_MAX = 256
 _EXPORTS_MAX = 10_000
 """Exports that LIST may name."""
 _EXPORT_ANSWERS = tuple(f"the answer to {p.OPTION_NAMES[each]}" for each in (p.OPT_GO, p.OPT_INFO))
-_SHOWN_MAX = 10
-"""Exports that a message names."""
-
 _Steps = Generator[int, bytes, None]
 _WANT_TLS = -1
-
-
-class Goal(Enum):
-    """The purpose of the negotiation."""
-
-    GO = "go"
-    INFO = "info"
-    LIST = "list"
 
 
 class State(Enum):
@@ -58,30 +47,6 @@ class State(Enum):
     WANTS_TLS = "wants TLS"
     DONE = "done"
     FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class ExportListEntry:
-    """One export of a list."""
-
-    name: str
-    description: str
-
-
-@dataclass(frozen=True, slots=True)
-class HandshakeOptions:
-    """What the client would like to negotiate."""
-
-    export_name: str = ""
-    typed_name: str | None = None
-    """The operator's name of the export, where `export_name` has more in it."""
-    list_if_refused: bool = False
-    """Say which exports there are when the server does not give the one that is wanted."""
-    goal: Goal = Goal.GO
-    tls: bool = False
-    structured: bool = True
-    extended: bool = True
-    block_status: bool = True
 
 
 class Handshake:
@@ -110,7 +75,7 @@ class Handshake:
         self._needs_bytes = next(self._steps)
 
     def data_to_send(self) -> bytes:
-        """Take what is to be sent."""
+        """Take the bytes to send."""
         data = bytes(self._output)
         self._output.clear()
         return data
@@ -133,10 +98,10 @@ class Handshake:
             return self.refused
         heard = bytes(self._buffer[:16])
         if self._waits_for == "the greeting" and heard:
-            return _not_nbd(heard)
+            return not_nbd(heard)
         if self._waits_for == "EXPORT_NAME":
             # The only way this option has to say no.
-            return ConfigError(f"the server refused {self._shown_name()} by hanging up")
+            return ConfigError(f"the server refused {shown_name(self._wishes)} by hanging up")
         return ConnectionLost(f"the server hung up while we waited for {self._waits_for}")
 
     def tls_started(self) -> None:
@@ -185,7 +150,7 @@ class Handshake:
         greeting = yield 16
         magic, style = p.GREETING.unpack(greeting)
         if magic != p.NBDMAGIC:
-            raise _not_nbd(greeting)
+            raise not_nbd(greeting)
         if style == p.OLDSTYLE_MAGIC:
             yield from self._oldstyle()
             return
@@ -209,7 +174,6 @@ class Handshake:
 
     def _oldstyle(self) -> _Steps:
         self._waits_for = "the export's size"
-        size_bytes, flags = (0, 0)
         size_bytes, flags32 = _OLDSTYLE_REST.unpack((yield _OLDSTYLE_REST.size))
         flags = flags32 & 0xFFFF
         self._refuse_without_options("oldstyle")
@@ -237,7 +201,7 @@ class Handshake:
         if final != p.REP_ACK:
             self._abort()
             raise ConfigError(
-                f"TLS is required, but the server does not do it ({_reason(final, text)}): use "
+                f"TLS is required, but the server does not do it ({reason_of(final, text)}): use "
                 "nbd:// or nbd+unix:// if that is acceptable"
             )
         self._waits_for = "the TLS handshake"
@@ -297,41 +261,26 @@ class Handshake:
         if final == p.REP_ERR_UNSUP and not self._extended:
             yield from self._export_name()
             return
-        refusal = self._refusal(final, text)
+        refusal = refusal_of(self._wishes, final, text)
         if (
             self._wishes.list_if_refused
             and isinstance(refusal, ConfigError)
             and final != p.REP_ERR_TLS_REQD
         ):
             self.refused = refusal
-            refusal = yield from self._explained(final, text)
+            refusal = yield from self._explained(refusal)
         self._abort()
         raise refusal
 
-    def _explained(self, final: int, text: str) -> Generator[int, bytes, ConfigError]:
+    def _explained(self, plain: ConfigError) -> Generator[int, bytes, ConfigError]:
         """A refusal of the export, with what the server's list adds to it."""
-        plain = self._refusal(final, text)
-        assert isinstance(plain, ConfigError)
         try:
             listed, _ = yield from self._option(
                 p.OPT_LIST, b"", self._list_reply, replies_max=_EXPORTS_MAX
             )
         except ProtocolError:
             return plain
-        names = list(dict.fromkeys(each.name for each in self.exports))
-        if listed != p.REP_ACK or not names:
-            return plain
-        volume = self._typed_name().partition("@")[0]
-        if not volume and len(names) == 1:
-            volume = names[0]
-        for each in self.exports:
-            if each.name == volume and (reason := VolumeDescription(each.description).why_refused):
-                return ConfigError(f"the server refused {self._shown_name()}: {reason}")
-        if volume in names:
-            return ConfigError(f"{plain} (it is in the server's list: is it in use?)")
-        shown = ", ".join(repr(name) if name else "the default one" for name in names[:_SHOWN_MAX])
-        more = f" and {len(names) - _SHOWN_MAX} more" if len(names) > _SHOWN_MAX else ""
-        return ConfigError(f"{plain}; there is {shown}{more}", remedy=Remedy.LIST_EXPORTS)
+        return explained(plain, self._wishes, self.exports if listed == p.REP_ACK else [])
 
     def _export_name(self) -> _Steps:
         """The old way to choose an export; a refusal is a closed connection."""
@@ -349,7 +298,7 @@ class Handshake:
         )
         self._abort()
         if final != p.REP_ACK:
-            raise self._refusal(final, text)
+            raise refusal_of(self._wishes, final, text)
 
     def _list_reply(self, kind: int, payload: bytes) -> None:
         if kind != p.REP_SERVER or len(payload) < 4:
@@ -408,25 +357,7 @@ class Handshake:
     def _check_tls_required(self, final: int) -> None:
         if final == p.REP_ERR_TLS_REQD:
             self._abort()
-            raise self._refusal(final, "")
-
-    def _refusal(self, final: int, text: str) -> BridgeError:
-        reason = _reason(final, text)
-        if final == p.REP_ERR_TLS_REQD:
-            return ConfigError("the server requires TLS: use the scheme nbds:// or nbds+unix://")
-        if final == p.REP_ERR_SHUTDOWN:
-            return ConnectionLost(f"the server is shutting down ({reason})")
-        if self._wishes.goal is Goal.LIST:
-            return ConfigError(f"the server does not list its exports: {reason}")
-        return ConfigError(f"the server refused {self._shown_name()}: {reason}")
-
-    def _typed_name(self) -> str:
-        wishes = self._wishes
-        return wishes.export_name if wishes.typed_name is None else wishes.typed_name
-
-    def _shown_name(self) -> str:
-        name = self._typed_name()
-        return f"the export {name!r}" if name else "its default export"
+            raise refusal_of(self._wishes, final, "")
 
     def _checked_export(self, size_bytes: int, flags: int, infos: Infos | None = None) -> Export:
         bounded("export's size in bytes", size_bytes, most=p.SIZE_MAX_BYTES)
@@ -452,15 +383,6 @@ class Handshake:
         )
         export.check_untrusted()
         return export
-
-
-def _reason(final: int, text: str) -> str:
-    name = p.REPLY_ERROR_NAMES.get(final, f"error {final & ~p.REP_ERROR_BIT}")
-    return f"{name}: {text}" if text else name
-
-
-def _not_nbd(greeting: bytes) -> ProtocolError:
-    return ProtocolError(f"this is not an NBD server: it said {printable(greeting[:16])!r}")
 
 
 _OLDSTYLE_REST = Struct(">QI")

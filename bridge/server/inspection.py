@@ -8,7 +8,7 @@ from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolErro
 from bridge.server.client_options import ClientOptions
 from bridge.server.connecting import Negotiated, Silent, leave, negotiate
 from bridge.server.export import Export
-from bridge.server.handshake import ExportListEntry, Goal
+from bridge.server.handshake_options import ExportListEntry, Goal
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeDescription, VolumeName
 

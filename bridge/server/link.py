@@ -112,6 +112,10 @@ class Link:
         self._max_read = 0
         self._align_mask = 0
 
+    def use(self, options: ClientOptions) -> None:
+        """From now on. How long it waits for a server may have changed, nothing else."""
+        self._options = self._patience.options = options
+
     @property
     def phase(self) -> Phase:
         """See the module's text."""

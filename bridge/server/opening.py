@@ -31,7 +31,8 @@ class Opening:
 
     def __init__(self, uri: NbdUri, options: ClientOptions) -> None:
         self._uri = uri
-        self._options = options
+        self.options = options
+        """May be replaced; what it says counts from the next opening on."""
         self._name = VolumeName(uri.export_name)
         self.client_id = self._name.client or secrets.token_hex(8)
         """Our name towards our plugin, which tells by it which client wrote a volume last."""
@@ -47,7 +48,7 @@ class Opening:
         `just_one`: asked when the first one is there, whether it is enough (the client was closed
         meanwhile). Raises ConfigError, ConnectionLost or ProtocolError.
         """
-        if self._options.read_only and self._reads_only is None:
+        if self.options.read_only and self._reads_only is None:
             await self._ask_for_readers_name()
         named = self._takes_names and not self._plain_next
         token = secrets.token_hex(8) if named else None
@@ -56,7 +57,7 @@ class Opening:
             return [first]
         announced = first.export.volume.is_fenced
         is_plain = VolumeName(first.export.name).may_name_reader
-        if announced and self._options.read_only and is_plain:
+        if announced and self.options.read_only and is_plain:
             # Our plugin, which did not say so when it was asked: let go of the volume at once.
             await leave(first)
             self._reads_only = True
@@ -65,7 +66,7 @@ class Opening:
         if announced and token is None and not self._names_refused:
             await leave(first)
             return await self._open_with_names(just_one)
-        if self._options.connections == 1:
+        if self.options.connections == 1:
             return [first]
         if not first.export.can_multi_conn:
             _log.warning("the server does not allow several connections: using one")
@@ -109,7 +110,7 @@ class Opening:
 
         try:
             async with trio.open_nursery() as nursery:
-                for number in range(2, self._options.connections + 1):
+                for number in range(2, self.options.connections + 1):
                     nursery.start_soon(another, number)
         except BaseException:
             for each in found:
@@ -124,7 +125,7 @@ class Opening:
 
     async def _negotiate(self, token: str | None, number: int) -> Negotiated:
         name = self._name_to_send(token, number)
-        return await negotiate(self._uri, self._options, export_name=name)
+        return await negotiate(self._uri, self.options, export_name=name)
 
     async def _ask_for_readers_name(self) -> None:
         """Our plugin gives a volume to one writer at a time, and to any number of readers beside
@@ -136,7 +137,7 @@ class Opening:
             return
         with contextlib.suppress(ConnectionLost):
             volume = self._name.without_session
-            self._reads_only = await is_listed_by_our_plugin(self._uri, self._options, volume)
+            self._reads_only = await is_listed_by_our_plugin(self._uri, self.options, volume)
 
     def _name_to_send(self, token: str | None, number: int) -> str:
         """The name of the export for connection `number` of the session `token`."""

@@ -14,7 +14,8 @@ class Patience:
     """Times are in seconds of any monotonic clock."""
 
     def __init__(self, options: ClientOptions, random: Random) -> None:
-        self._options = options
+        self.options = options
+        """May be replaced."""
         self._random = random
         self._down_since_s = 0.0
         self._up_since_s = 0.0
@@ -52,7 +53,7 @@ class Patience:
         self._attempts += 1
         if not attempts:
             return 0.0
-        options = self._options
+        options = self.options
         # Bounded before the power is: 2.0 ** 2000 would overflow.
         delay_s = options.reconnect_first_s * 2.0 ** min(attempts - 1, 30)
         return min(delay_s, options.reconnect_max_s) * self._random.uniform(0.5, 1.0)
@@ -60,5 +61,5 @@ class Patience:
     @property
     def ends_s(self) -> float | None:
         """When waiting for a connection ends, None: never. Only while there is none."""
-        timeout_s = self._options.reconnect_timeout_s
+        timeout_s = self.options.reconnect_timeout_s
         return self._down_since_s + timeout_s if timeout_s else None

@@ -97,8 +97,8 @@ class Trial:
             self._tried, self._tried_done = None, _ignore
 
     def end(self, unanswered: list[Request]) -> tuple[list[Request], Request | None]:
-        """The connection is lost. `unanswered` without the probe, with what was not tried any more;
-        and what was being tried."""
+        """The connection is lost. Returns `unanswered`, without the probe and with the commands
+        that were still to be tried; and the command on trial."""
         tried = self._tried
         self._end_try()
         left = [*unanswered, *self._left]

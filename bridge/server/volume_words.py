@@ -119,7 +119,7 @@ class VolumeDescription:
 
     @property
     def instance(self) -> str:
-        """Changes whenever what was not flushed may have been lost; "" if it is not told."""
+        """Changes whenever unflushed writes may have been lost; "" if the plugin does not say."""
         return self.words.get("instance", "")
 
     @property

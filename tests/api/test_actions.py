@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from bridge.cache.cache_options import WRITEBACK
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, RequestError
 from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
@@ -112,6 +112,43 @@ async def test_settings_are_changed_all_or_not_at_all(directory: Path) -> None:
             with trio.fail_after(HUNG_S):
                 while p.CMD_FLUSH not in changes(bridge.server):
                     await trio.sleep(0.01)
+
+
+async def test_number_of_connections_is_changed_at_once_under_a_running_guest(
+    directory: Path,
+) -> None:
+    async with served(directory, cache=WRITEBACK) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            await guest.write(0, b"a" * 65536)
+            answer = await bridge.ask("POST", "/settings", {"connections": 3})
+            assert answer["connections"] == 3
+            found = await bridge.until("server", connections=3, state="connected")
+            assert found["server"]["outages_total"] == 0
+            assert await guest.read(0, 65536) == b"a" * 65536
+            await guest.flush()
+            await bridge.ask("POST", "/settings", {"connections": 1})
+            await bridge.until("server", connections=1, state="connected")
+            await guest.flush()
+
+
+async def test_limits_of_waiting_for_the_server_are_changed_at_run_time(directory: Path) -> None:
+    server = Server({"": MemoryDisk(SIZE_BYTES)})
+    async with served(directory, server=server) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            # A server that is silent is given up, and one that is away for too long, too.
+            wanted = {"request_timeout_s": 0.3, "reconnect_timeout_s": 0.3}
+            answer = await bridge.ask("POST", "/settings", wanted)
+            assert {name: answer[name] for name in wanted} == wanted
+            server.faults.delay_s = HUNG_S
+            server.faults.refuse_connections = True
+            with pytest.raises(RequestError):
+                await guest.read(0, 512)
+            found = await bridge.until("server", state="failing")
+            assert found["server"]["outages_total"] == 1
+            server.faults.delay_s = 0
+            server.faults.refuse_connections = False
+            await bridge.until("server", state="connected")
+            await guest.read(0, 512)
 
 
 async def test_warm_fills_the_cache_and_drop_clean_empties_it(directory: Path) -> None:

@@ -79,7 +79,7 @@ async def test_stop_when_clean_stops_and_leaves_nothing_behind(directory: Path) 
     assert (directory / "disk.img").read_bytes()[:4096] == b"a" * 4096
 
 
-async def test_resize_and_set_say_what_is_now(directory: Path) -> None:
+async def test_resize_and_set_print_the_new_state(directory: Path) -> None:
     control = str(directory / "vm0.api")
     async with bridge(directory):
         assert (await run("resize", control))[1] == "the disk has 16 MiB, as before\n"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from http.client import HTTPConnection
 from pathlib import Path
 
+import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.api.client import _UnixConnection
 from bridge.cache.cache_options import WRITEBACK
+from bridge.datapath.request import OP_NAMES
+from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
+from bridge.spec import nbd as p
 from tests.api.bridges import Bridge, served
 from tests.tools import HUNG_S
 
@@ -50,7 +55,8 @@ async def test_counters_are_those_of_what_happened(directory: Path) -> None:
             await guest.read(0, 4096)
             await guest.read(1 << 20, 4096)
             _, samples = await scrape(bridge)
-            assert value(samples, "requests_total") == 3
+            assert value(samples, "requests_total", op="write") == 1
+            assert value(samples, "requests_total", op="read") == 2
             assert value(samples, "cache_dirty_bytes") == 4096
             assert value(samples, "safe_to_reboot") == 0
             assert value(samples, "cache_requests_total", op="read", result="hit") == 1
@@ -61,10 +67,13 @@ async def test_counters_are_those_of_what_happened(directory: Path) -> None:
             _, samples = await scrape(bridge)
             assert value(samples, "cache_dirty_bytes") == 0
             assert value(samples, "cache_writeout_bytes_total") == 4096
+            assert value(samples, "flush_seconds_count", by="guest") == 1
             assert value(samples, "safe_to_reboot") == 1
         # The rings are gone, the count is not.
         await bridge.until("guest", queues=0)
-        assert value((await scrape(bridge))[1], "requests_total") == 4
+        _, samples = await scrape(bridge)
+        counts = [value(samples, "requests_total", op=op) for op in (*OP_NAMES[:5], "other")]
+        assert counts == [2, 1, 1, 0, 0, 0]
 
 
 async def test_every_metric_has_help_and_base_units(directory: Path) -> None:
@@ -114,13 +123,102 @@ async def test_bridge_that_is_not_scraped_does_not_import_the_client_library() -
     assert done.stdout.strip() == b"False"
 
 
+async def test_command_does_without_what_structlog_would_import_for_itself() -> None:
+    """Each bridge would be 1.6 MB larger."""
+    code = (
+        "import sys\nfrom bridge.cli.main import main\n"
+        "try: main(['serve', '--help'])\n"
+        "finally: print('structlog' in sys.modules, 'asyncio' in sys.modules)"
+    )
+    done = await trio.run_process([sys.executable, "-c", code], capture_stdout=True, stdin=b"")
+    assert done.stdout.splitlines()[-1] == b"True False"
+
+
 async def test_every_metric_has_its_row_in_the_document(directory: Path) -> None:
     document = Path(__file__).parents[2] / "docs" / "operating.md"
     named = set(re.findall(r"`(nbd_bridge_\w+)`", document.read_text()))
     async with served(directory, cache=WRITEBACK) as bridge:
         text, _ = await scrape(bridge)
     types = re.findall(r"^# TYPE (\w+) \w+$", text, re.MULTILINE)
-    assert named == set(types)
+    assert named == {*types, "nbd_bridge_up"}  # That is the exporter's.
+
+
+@pytest.mark.parametrize("cache", ["off", WRITEBACK])
+async def test_requests_and_bytes_of_each_operation_are_counted(
+    directory: Path, cache: str
+) -> None:
+    async with served(directory, cache=cache) as bridge:
+        async with await BlkDriver.connect(bridge.vhost, request_bytes=4 << 20) as guest:
+            usual = 0
+            with trio.fail_after(HUNG_S):
+                while True:  # Until some were looked at.
+                    await guest.write(0, b"a" * 4096)
+                    await guest.read(0, 4096)
+                    usual += 1
+                    traffic = (await bridge.status())["traffic"]
+                    seen = [traffic[op]["bytes_total"] for op in ("read", "write")]
+                    if seen == [usual * 4096] * 2:
+                        break
+            await guest.read(0, 4 << 20)  # In pieces; one request all the same.
+            await guest.discard([(0, 65536)])
+            await guest.write_zeroes([(65536, 4096)])
+            await guest.flush()
+            with pytest.raises(RequestError):
+                await guest.read(16 << 20, 4096)
+            _, samples = await scrape(bridge)
+    found = {
+        op: (value(samples, "requests_total", op=op), value(samples, "request_bytes_total", op=op))
+        for op in ("read", "write", "discard", "write_zeroes", "other")
+    }
+    assert found == {
+        "read": (usual + 1, usual * 4096 + (4 << 20)),
+        "write": (usual, usual * 4096),
+        "discard": (1, 65536),
+        "write_zeroes": (1, 4096),
+        "other": (1, 0),  # It was refused.
+    }
+    assert value(samples, "requests_total", op="flush") == 1
+
+
+async def test_request_that_fails_is_counted_by_its_error(directory: Path) -> None:
+    async with served(directory) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            bridge.server.faults.errors = {p.CMD_READ: errno.ENOSPC, p.CMD_WRITE: errno.EPERM}
+            for start in (guest.read(0, 512), guest.write(0, b"a" * 512)):
+                with pytest.raises(RequestError):
+                    await start
+            _, samples = await scrape(bridge)
+            found = {
+                tuple(labels[name] for name in ("op", "error")): count
+                for (name, pairs), count in samples.items()
+                if name == "nbd_bridge_request_errors_total" and count
+                for labels in (dict(pairs),)
+            }
+            assert sum(found.values()) == 2
+            assert {op for op, _ in found} == {"read", "write"}
+            assert (await bridge.status())["errors"] == {
+                f"{op} {error}": count for (op, error), count in found.items()
+            }
+
+
+async def test_time_of_requests_is_told_by_stage(directory: Path) -> None:
+    async with served(directory) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            bridge.server.faults.delay_s = 0.2
+            with trio.fail_after(HUNG_S):
+                while "read server" not in (await bridge.status())["latency"]:
+                    await guest.read(0, 512)
+            bridge.server.faults.delay_s = 0
+            _, samples = await scrape(bridge)
+    times = {
+        stage: value(samples, "request_stage_sampled_seconds_sum", op="read", stage=stage)
+        for stage in ("take", "server", "reply")
+    }
+    whole = value(samples, "request_sampled_seconds_sum", op="read", served_by="server")
+    assert sum(times.values()) == pytest.approx(whole)
+    # The server took its time, and that is what is said.
+    assert times["server"] == max(times.values())
+    assert not any(dict(pairs).get("stage") == "held" for _, pairs in samples)
 
 
 async def test_slow_request_is_seen_and_counted(directory: Path) -> None:

@@ -81,7 +81,7 @@ def test_socket_of_a_living_bridge_is_an_error_that_names_it(system: Path) -> No
         assert (system / "vm0.api").exists()
 
 
-def test_two_bridges_that_nobody_named_are_both_served(system: Path) -> None:
+def test_two_bridges_without_a_name_are_both_served(system: Path) -> None:
     _, first = open_control(ControlSettings(socket=AUTO), "vhost")
     name, second = open_control(ControlSettings(socket=AUTO), "vhost")
     assert first is not None

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
-from bridge.api.histogram import BOUNDS_S, Histogram
 from bridge.api.sampler import HIT, MISS, PAUSE_S, Sampler
+from bridge.datapath.histogram import BOUNDS_S, Histogram
 from bridge.datapath.request import READ, WRITE, Request
+
+
+class FakeTurn:
+    def __init__(self) -> None:
+        self.ends: list[Callable[[], None]] = []
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        self.ends.append(callback)
+
+    def end(self) -> None:
+        ends, self.ends = self.ends, []
+        for each in ends:
+            each()
 
 
 class FakeLoop:
     def __init__(self) -> None:
         self.now = 0.0
         self.pollers: list[Any] = []
+        self.turn = FakeTurn()
 
     def add_poller(self, poller: Any) -> None:
         self.pollers.append(poller)
@@ -34,6 +50,10 @@ class FakeLive:
         self.requests: dict[Request, None] = {}
 
         self.ended: list[Request] = []
+        self.at_server: set[Request] = set()
+
+    def is_at_server(self, request: Request) -> bool:
+        return request in self.at_server
 
     def unanswered(self) -> list[Request]:
         return list(self.requests)
@@ -155,6 +175,32 @@ async def test_turn_in_which_a_ring_was_started_is_not_timed(autojump_clock: Any
             request.done(request)
         assert rig.counts() == {}
         nursery.cancel_scope.cancel()
+
+
+async def test_wait_is_the_servers_or_the_bridges_own(autojump_clock: Any) -> None:
+    rig = Rig()
+    turn = rig.live.loop.turn
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.sampler.run)
+        for at_server in (True, False, True):
+            await trio.sleep(2 * PAUSE_S)
+            (request,) = rig.pop(WRITE)
+            if at_server:
+                rig.live.at_server.add(request)
+            turn.end()
+            request.done(request)
+            del rig.live.requests[request]
+        # One that ends in the turn that popped it has no wait.
+        await trio.sleep(2 * PAUSE_S)
+        (request,) = rig.pop(WRITE)
+        request.done(request)
+        turn.end()
+        nursery.cancel_scope.cancel()
+    counts = {stage: each.count for (_, stage), each in rig.sampler.stages.items()}
+    assert counts == {"take": 4, "server": 2, "held": 1, "reply": 3}
+    whole = rig.sampler.histograms["write", MISS]
+    parts = sum(each.sum_s for each in rig.sampler.stages.values())
+    assert parts == pytest.approx(whole.sum_s)
 
 
 def test_histogram_counts_below_each_bound() -> None:

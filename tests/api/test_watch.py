@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from bridge.api.live import Live, Witness
+from bridge.api.live import EndObserver, Live
 from bridge.api.watch import Watch
 from bridge.datapath.request import READ, WRITE, Request
 from bridge.server.link import Phase
@@ -200,7 +200,7 @@ def test_last_clean_time_stands_still_while_something_is_dirty() -> None:
 
 
 def test_request_whose_end_the_client_is_to_be_told_of_is_left_alone() -> None:
-    """On trial it compares and puts back what is told of the end: a witness in between would be
+    """On trial it compares and puts back what is told of the end: an observer in between would be
     called by itself."""
     rig = Rig()
     request = rig.request()
@@ -220,9 +220,9 @@ def test_request_is_as_it_came_until_the_client_puts_something_before_the_engine
     live = Live(nothing, nothing, nothing, nothing, device)
     request: Any = Request(READ, 0, 512, [], print)
     assert live.is_as_it_came(request)
-    request.done = Witness(Witness(print))
+    request.done = EndObserver(EndObserver(print))
     assert live.is_as_it_came(request)
     request.done = id
     assert not live.is_as_it_came(request)
-    request.done = Witness(id)
+    request.done = EndObserver(id)
     assert not live.is_as_it_came(request)

@@ -235,7 +235,7 @@ async def test_disk_that_grows_is_used_to_its_new_end_and_after_a_restart(
 
 
 @pytest.mark.parametrize("size_bytes", [SIZE_BYTES, SIZE_BYTES + 1536], ids=["whole", "in a block"])
-async def test_disk_that_grew_while_the_bridge_was_dead_takes_what_is_dirty(size_bytes, directory):
+async def test_disk_that_grew_while_the_bridge_was_dead_takes_the_dirty_data(size_bytes, directory):
     image, vhost, nbd = directory / "disk.img", directory / "vhost", directory / "nbd"
     image.write_bytes(bytes(size_bytes))
     last = os.urandom(1024)
@@ -329,7 +329,7 @@ async def test_cache_file_in_use_is_left_alone(directory):
             )
 
 
-async def test_cache_warm_preloads_what_is_no_hole(directory):
+async def test_cache_warm_reads_only_allocated_ranges(directory):
     data = os.urandom(2 << 20)
     async with process(nbdkit(directory), ready=directory / "nbd"):
         with open(directory / "disk.img", "r+b") as image:

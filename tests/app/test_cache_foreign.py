@@ -295,7 +295,7 @@ async def test_dirty_data_is_not_written_over_a_foreign_servers_changed_image(di
 
 
 @pytest.mark.parametrize("grown_bytes", [0, 1 << 20], ids=["lost", "lost and grown"])
-async def test_foreign_server_that_lost_what_was_not_flushed_gets_it_again(directory, grown_bytes):
+async def test_foreign_server_that_lost_unflushed_writes_gets_them_again(directory, grown_bytes):
     await leave_clean_and_dirty(directory)
     nbd, vhost, image = directory / "nbd", directory / "vhost", directory / "disk.img"
     content = image.read_bytes()
@@ -367,7 +367,7 @@ async def test_default_export_by_its_name_finds_the_volumes_dirty_data(directory
     cache_file(directory)
 
 
-async def test_dirty_data_of_what_could_be_the_default_export_is_not_passed_over(directory):
+async def test_dirty_data_of_a_possible_default_export_is_not_passed_over(directory):
     nbd = directory / "nbd"
     (directory / "disk.img").write_bytes(bytes(SIZE_BYTES))
     async with process(nbdkit_file(directory), ready=nbd):

@@ -217,7 +217,7 @@ def test_range_good_one_is_accepted(value: str, refused: Said) -> None:
     ("value", "says"),
     [("0:0", "the length is 0"), ("1M", "OFFSET:LENGTH"), ("x:1M", "'x' is not a size")],
 )
-def test_range_bad_one_says_what_is_wrong(value: str, says: str, refused: Said) -> None:
+def test_range_names_the_fault_of_a_bad_one(value: str, says: str, refused: Said) -> None:
     assert says in refused("cache", "warm", "nbd://none", "--range", value)
 
 

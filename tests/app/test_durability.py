@@ -16,8 +16,8 @@ import trio
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
 from bridge.peers.nbd_server import Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.spec import nbd as p
 from tests.processes import bridge_argv, process, unix_uri, wait_for
 from tests.tools import HUNG_S
@@ -245,7 +245,7 @@ async def test_stop_after_the_server_died_with_something_unflushed_is_status_1(
             assert await stop(bridge, within_s=20) == 1
 
 
-async def test_stop_after_the_server_came_back_without_what_was_unflushed_is_status_1(directory):
+async def test_stop_after_the_server_lost_unflushed_writes_is_status_1(directory):
     """The guest has sent no flush that could have told it."""
     async with setting(directory) as made, made.bridge() as bridge:
         async with await BlkDriver.connect(made.vhost) as guest:

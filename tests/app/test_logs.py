@@ -119,7 +119,7 @@ def test_log_end_waits_only_its_time_for_a_reader(pipe: tuple[int, int]) -> None
     assert read_to_the_end(reader) == []
 
 
-def test_log_takes_what_is_no_utf8() -> None:
+def test_log_takes_text_that_is_not_utf8() -> None:
     reader, writer = os.pipe()
     stream = DroppingStream(writer, note)
 

@@ -35,7 +35,7 @@ def edit(image: Path) -> None:
 
 
 @pytest.mark.parametrize("kill", [True, False])
-async def test_image_edited_while_nbdkit_was_stopped_guest_reads_what_is_there(
+async def test_image_edited_while_nbdkit_was_stopped_guest_reads_the_edit(
     directory: Path, kill: bool
 ) -> None:
     nbd, vhost = directory / "nbd", directory / "vhost"

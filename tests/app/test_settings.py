@@ -9,7 +9,7 @@ from dataclasses import fields
 import click
 import pytest
 
-from bridge.app.settings import (
+from bridge.app.command_settings import (
     CacheDropSettings,
     CacheFlushSettings,
     CacheShowSettings,
@@ -17,12 +17,14 @@ from bridge.app.settings import (
     CompletionSettings,
     ConfigCheckSettings,
     ConfigShowSettings,
-    ConnectSettings,
     DemoSettings,
     InfoSettings,
     InstallUnitsSettings,
     ManPagesSettings,
     PluginPathSettings,
+)
+from bridge.app.settings import (
+    ConnectSettings,
     ServerSettings,
     ServeSettings,
     TlsSettings,
@@ -195,7 +197,7 @@ def test_other_default_that_is_wrong_is_refused_like_an_option(name: str, value:
     assert f"'--{name.replace('_', '-')}'" in refused.value.format_message()
 
 
-def test_what_an_operator_sets_of_a_client_is_what_the_client_gets() -> None:
+def test_client_gets_what_the_operator_sets() -> None:
     server = ServerSettings(connect_timeout_s=1, connections=2, request_timeout_s=3)
     tls = TlsSettings(tls_ca_file="a", tls_key_file="k")
 

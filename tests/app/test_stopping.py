@@ -41,8 +41,8 @@ from bridge.datapath.loop import Loop
 from bridge.errors import BridgeError, ConfigError, LeftBehind
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.nbd_server import Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec import nbd as p
@@ -304,7 +304,7 @@ async def test_stop_is_not_answered_while_dirty_data_is_left_and_none_is_sent_af
         assert bridge.header.frozen
 
 
-async def test_stop_with_the_server_away_names_what_is_left_where_and_what_to_do(
+async def test_stop_with_the_server_away_names_the_unsent_bytes_the_file_and_the_remedy(
     world: World, autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with world.bridge() as bridge:
@@ -418,7 +418,7 @@ async def test_guest_that_comes_back_to_an_image_that_looks_different_is_refused
 
 
 @pytest.mark.parametrize("writer", ["", "us", "other"])
-async def test_shared_session_tells_by_who_wrote_last(
+async def test_return_to_a_shared_session_depends_on_the_last_writer(
     world: World, autojump_clock: MockClock, writer: str
 ) -> None:
     """Source and target of a migration have one session, so one number."""

@@ -284,7 +284,8 @@ async def test_simulated_guest_that_stops_and_starts_explains_every_value(
     # Two blocks are a large request that has a lane, and three are done in pieces.
     monkeypatch.setattr("bridge.guest.virtio.blk.SMALL_BYTES", BLOCK)
     monkeypatch.setattr("bridge.guest.virtio.blk.WHOLE_BYTES", 2 * BLOCK)
-    monkeypatch.setattr("bridge.guest.virtio.blk.PIECE_BYTES", BLOCK)
+    monkeypatch.setattr("bridge.guest.virtio.blk_request.WHOLE_BYTES", 2 * BLOCK)
+    monkeypatch.setattr("bridge.guest.virtio.blk_request.PIECE_BYTES", BLOCK)
     monkeypatch.setattr("bridge.datapath.lanes.TURN_BYTES", 4 * BLOCK)
     monkeypatch.setattr("bridge.datapath.lanes.IN_FLIGHT_BYTES", 16 * BLOCK)
     for seed in range(batch * 100, batch * 100 + 12):

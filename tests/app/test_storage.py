@@ -30,8 +30,9 @@ from bridge.datapath.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Reque
 from bridge.datapath.turn import Turn
 from bridge.errors import ConfigError
 from bridge.peers.nbd_server import Faults, Server
-from bridge.peers.nbd_server_core import Command, ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_rules import Command
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client_options import ClientOptions
 from bridge.server.uri import parse_uri
 from bridge.spec.nbd import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
@@ -501,7 +502,7 @@ async def test_volume_written_by_another_host_under_dirty_data_while_serving_not
         loop.close()
 
 
-async def test_server_that_lost_what_was_not_flushed_is_used_again_at_once(directory):
+async def test_server_that_lost_unflushed_writes_is_used_again_at_once(directory):
     async with changeable(directory) as (server, disk, storage):
         server.faults.refuse_connections = False
         assert await ended(start(storage, FLUSH, 0, 0)) == 0

@@ -1,4 +1,4 @@
-"""`./run bench [NAME] [OPTIONS]`: one of the benchmarks in this folder, `engine` by default."""
+"""`./run bench [NAME] [OPTIONS]`: one of the benchmarks in this folder, `peer` by default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> None:
     """Run the benchmark that the first argument names."""
     names = sorted(each.name for each in pkgutil.iter_modules(tests.bench.__path__))
     names = [name for name in names if name not in ("__main__", "far_plugin")]
-    chosen = "engine"
+    chosen = "peer"
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         chosen = sys.argv.pop(1)
     if chosen not in names:

@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.bench.engine import Workload, bridge, measure, running, storage_daemon
+from tests.bench.peer import Workload, bridge, measure, running, storage_daemon
 
 _DISK_BYTES = 256 << 20
 _KIB = 1024

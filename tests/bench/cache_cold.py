@@ -1,4 +1,4 @@
-"""Do cold parts of a cache file hold up hot hits? `python -m tests.bench.cache_cold [directory]`.
+"""Do cold parts of a cache file hold up hot hits? `./run bench cache_cold [DIRECTORY]`.
 
 A cache file of 1 GiB of which 64 MiB are in the page cache. One reader hits the hot part; up to
 eight reads of cold blocks are outstanding beside it. Prints how long a hot read takes from submit
@@ -11,8 +11,6 @@ from __future__ import annotations
 import mmap
 import os
 import random
-import sys
-import tempfile
 import time
 
 from bridge.cache.cache import Cache
@@ -24,7 +22,7 @@ from bridge.cache.file.opening import open_or_create
 from bridge.datapath.request import PREFETCH, READ, Request
 from bridge.datapath.turn import Turn
 
-from .cache_core import DISK_BYTES, NullServer
+from .cache_core import DISK_BYTES, NullServer, directory_of
 
 HOT_BYTES = 64 << 20
 COUNT = 3000
@@ -74,8 +72,9 @@ def _ignore(request: Request) -> None:
 
 
 def main() -> None:
-    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir()
-    path = os.path.join(directory, f"cache-cold-{os.getpid()}.cache")
+    """Print a line for each of the two."""
+    directory = directory_of("cache_cold", __doc__)
+    path = str(directory / f"cache-cold-{os.getpid()}.cache")
     geometry = geometry_for(disk_bytes=DISK_BYTES, cache_bytes=DISK_BYTES)
     file = open_or_create(path, geometry=geometry, identity=Identity("nbd://bench", ""))
     os.unlink(path)

@@ -1,4 +1,4 @@
-"""How fast the cache's core is alone: `python -m tests.bench.cache_core [directory]`.
+"""How fast the cache's core is alone: `./run bench cache_core [DIRECTORY]`.
 
 No loop, no server, no guest: `Cache.submit()` on a real cache file, microseconds per request,
 32 to a turn, the best of three rounds. `floor` is the same loop around a function that only
@@ -7,13 +7,14 @@ finishes.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
@@ -24,6 +25,7 @@ from bridge.datapath.turn import Turn
 
 DISK_BYTES = 1 << 30
 COUNT = 100_000
+SPAN_BYTES = 256 << 20
 
 
 class NullServer:
@@ -71,26 +73,56 @@ def _measure(
     return each
 
 
-def main() -> None:
-    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir()
-    path = os.path.join(directory, f"cache-core-{os.getpid()}.cache")
+def _measure_once(name: str, submit: Callable[[Request], None], requests: list[Request]) -> None:
+    """Requests of which each is what it is called only the first time."""
+    began = time.perf_counter()
+    for request in requests:
+        submit(request)
+    took = (time.perf_counter() - began) / len(requests) * 1e6
+    print(f"{name:44} {took:8.2f} us")
+
+
+def directory_of(command: str, description: str | None) -> Path:
+    """Where the cache file is to be: the one argument of a benchmark of the cache."""
+    parser = argparse.ArgumentParser(prog=f"./run bench {command}", description=description)
+    parser.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        default=Path(tempfile.gettempdir()),
+        help="where the cache file is made, and removed again (%(default)s)",
+    )
+    directory: Path = parser.parse_args().directory
+    if not directory.is_dir():
+        parser.error(f"{directory} is not a directory")
+    return directory
+
+
+def _cache_in(directory: Path, turn: Turn) -> Cache:
+    path = directory / f"cache-core-{os.getpid()}.cache"
     geometry = geometry_for(disk_bytes=DISK_BYTES, cache_bytes=DISK_BYTES)
-    file = open_or_create(path, geometry=geometry, identity=Identity("nbd://bench", ""))
-    os.unlink(path)
-    turn = Turn()
+    file = open_or_create(str(path), geometry=geometry, identity=Identity("nbd://bench", ""))
+    path.unlink()
     options = Options(dirty_background_ratio=0.9, dirty_flush_ratio=0.95, dirty_hard_ratio=1.0)
     cache = Cache(file, NullServer(turn), options, clock=time.monotonic, turn=turn)
     turn.add_stage(cache)
+    return cache
+
+
+def main() -> None:
+    """Print the table."""
+    directory = directory_of("cache_core", __doc__)
+    turn = Turn()
+    cache = _cache_in(directory, turn)
 
     def submit(request: Request) -> None:
         cache.submit(request)
         turn.end()
 
     rng = random.Random(1)
-    span = 256 << 20
-    offsets = [rng.randrange(span // 4096) * 4096 for _ in range(COUNT)]
+    offsets = [rng.randrange(SPAN_BYTES // 4096) * 4096 for _ in range(COUNT)]
     _measure("floor", turn.finish, _requests(READ, 4096, offsets), turn.end)
-    each = list(range(0, span, 4096))
+    each = list(range(0, SPAN_BYTES, 4096))
     rng.shuffle(each)
     _measure("4 KiB read, miss (cold), then hits", submit, _requests(READ, 4096, each), turn.end)
     reads = _requests(READ, 4096, offsets)
@@ -99,19 +131,11 @@ def main() -> None:
     _measure("4 KiB read hit, random in 4 MiB", cache.submit, _requests(READ, 4096, near), turn.end)
     large = _requests(READ, 65536, each[: COUNT // 4][:4096])
     _measure("64 KiB read hit", cache.submit, large, turn.end)
-    began = time.perf_counter()
-    writes = _requests(WRITE, 4096, each[: span // 8192])
-    for request in writes:
-        submit(request)
-    took = (time.perf_counter() - began) / len(writes) * 1e6
-    print(f"{'4 KiB write, clean to dirty':44} {took:8.2f} us")
-    began = time.perf_counter()
-    fresh = _requests(WRITE, 4096, [offset + (512 << 20) for offset in each[: span // 8192]])
-    for request in fresh:
-        submit(request)
-    took = (time.perf_counter() - began) / len(fresh) * 1e6
-    print(f"{'4 KiB write, absent to dirty':44} {took:8.2f} us")
-    writes = _requests(WRITE, 4096, each[: span // 8192])
+    half = each[: len(each) // 2]
+    _measure_once("4 KiB write, clean to dirty", submit, _requests(WRITE, 4096, half))
+    fresh = _requests(WRITE, 4096, [offset + (512 << 20) for offset in half])
+    _measure_once("4 KiB write, absent to dirty", submit, fresh)
+    writes = _requests(WRITE, 4096, half)
     _measure("4 KiB write hit (dirty), random", cache.submit, writes, turn.end)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak RSS {peak // 1024} MiB (the map included)")

@@ -1,4 +1,4 @@
-"""What the index of a large cache costs: `python -m tests.bench.cache_index [directory]`.
+"""What the index of a large cache costs: `./run bench cache_index [DIRECTORY]`.
 
 A 100 GiB cache for a 1 TiB disk, every slot in use at a random granule, in a sparse file.
 Prints how long a warm start takes and how much memory the index keeps resident.
@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 
 from bridge.cache.cache import Cache
@@ -20,7 +19,7 @@ from bridge.cache.file.layout import Identity, geometry_for, new_header, state_w
 from bridge.datapath.turn import Turn
 from bridge.host import boot_id
 
-from .cache_core import NullServer
+from .cache_core import NullServer, directory_of
 
 
 def _resident_mib() -> dict[str, int]:
@@ -30,9 +29,10 @@ def _resident_mib() -> dict[str, int]:
 
 
 def main() -> None:
-    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir()
+    """Make the file, and have a process of its own measure it."""
+    directory = directory_of("cache_index", __doc__)
     geometry = geometry_for(disk_bytes=1 << 40, cache_bytes=100 << 30)
-    path = os.path.join(directory, f"cache-index-{os.getpid()}.cache")
+    path = str(directory / f"cache-index-{os.getpid()}.cache")
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     os.ftruncate(fd, geometry.file_bytes)
     header = new_header(geometry, Identity("nbd://bench", ""), boot_id(), 0)
@@ -48,7 +48,7 @@ def main() -> None:
     )
     try:
         # A fresh process: nothing of the filling in its memory.
-        subprocess.run([sys.executable, "-m", __spec__.name, directory, path], check=True)
+        subprocess.run([sys.executable, "-m", __spec__.name, str(directory), path], check=True)
     finally:
         os.unlink(path)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.bench.cache import server
-from tests.bench.engine import Workload, measure, memory_server, running, storage_daemon
+from tests.bench.peer import Workload, measure, memory_server, running, storage_daemon
 
 _KIB = 1024
 _CACHE_BYTES = 256 << 20

@@ -15,8 +15,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench import cache, engine
-from tests.bench.engine import Workload, measure, running
+from tests.bench import cache, peer
+from tests.bench.peer import Workload, measure, running
 
 
 def cpu_s(pid: int) -> float:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.4, help="factor on the request counts")
     arguments = parser.parse_args()
     checkouts = [*map(Path.resolve, arguments.checkouts), Path.cwd()]
-    rows = [(cache.Row(each, "near"), False) for each in engine.WORKLOADS]
+    rows = [(cache.Row(each, "near"), False) for each in peer.WORKLOADS]
     rows += [(row, True) for row in cache.ROWS if row.peer == "nbd" and row.warm]
     for row, cached in rows:
         name = f"{'cache: ' if cached else ''}{row.workload.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Callable
 
 from bridge.cache.cache import Cache
@@ -38,16 +39,20 @@ class FakeServer:
         self.can_write_zeroes = True
         self.generation = 1
         self.gone = False
-        self.image = self.blank(size_bytes)
+        # Nearly all of a large disk is never touched.
+        self.image = mmap.mmap(-1, size_bytes)
         self.fails = 0
         """An errno: there is no connection, everything fails at once."""
         self.pending: list[Request] = []
         self.seen: list[tuple[int, int, int, int]] = []
         """(op, offset, length, flags) of everything submitted."""
 
-    def blank(self, size_bytes: int) -> bytearray:
-        """What an empty disk of that size is kept in."""
-        return bytearray(size_bytes)
+    def grow(self, content: bytes) -> None:
+        """The disk ends with `content`, behind what it held."""
+        old, self.image = self.image, mmap.mmap(-1, self.size_bytes + len(content))
+        self.image[: self.size_bytes] = old[:]
+        self.image[self.size_bytes :] = content
+        self.size_bytes += len(content)
 
     def submit(self, request: Request) -> None:
         if self.fails:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import cast
 
 import pytest
 
@@ -36,10 +34,6 @@ class DeepServer(FakeServer):
     def __init__(self, size_bytes: int) -> None:
         super().__init__(size_bytes)
         self.deepest = 0
-
-    def blank(self, size_bytes: int) -> bytearray:
-        # Nearly all of it is never touched.
-        return cast(bytearray, mmap.mmap(-1, size_bytes))
 
     def submit(self, request: Request) -> None:
         self.deepest = max(self.deepest, depth())

@@ -29,7 +29,7 @@ def test_what_was_before_the_process_is_not_flushed() -> None:
     assert not ReplayingDurability(_Connections()).all_flushed
 
 
-def test_what_is_acknowledged_is_not_flushed_until_a_flush_that_was_sent_later() -> None:
+def test_acknowledged_change_is_not_flushed_until_a_flush_that_was_sent_later() -> None:
     durability, _ = kept()
     durability.acknowledged()
     sent = durability.answered

@@ -154,13 +154,18 @@ def test_cold_read_that_fails_gets_what_was_written_to_its_granule_since() -> No
     assert rig.cache.index.dirty_blocks == 1
 
 
-def test_flush_of_a_cold_dirty_set_reads_it_back_in_bounded_steps() -> None:
-    cold = LaterCold()
-    first = Rig(granules=256, slots=256)
-    for granule in range(256):
+def _cold_dirty_rig(granules: int) -> tuple[Rig, LaterCold]:
+    """A cache with a dirty block in each granule, none of them in memory."""
+    first = Rig(granules=granules, slots=granules)
+    for granule in range(granules):
         first.start(WRITE, granule * GRANULE, data=b"a" * BLOCK)
     image = _ColdImage(first.image._whole.obj, first.image.header)
-    rig = Rig(granules=256, slots=256, image=image, cold=cold)
+    cold = LaterCold()
+    return Rig(granules=granules, slots=granules, image=image, cold=cold), cold
+
+
+def test_flush_of_a_cold_dirty_set_reads_it_back_in_bounded_steps() -> None:
+    rig, cold = _cold_dirty_rig(256)
 
     flush = rig.start(FLUSH)
     most = 0
@@ -178,12 +183,7 @@ def test_flush_of_a_cold_dirty_set_reads_it_back_in_bounded_steps() -> None:
 
 def test_flush_of_a_cold_dirty_set_that_cannot_be_read_back_fails_at_once() -> None:
     """Each failed read makes room for the next one; nothing waits for a timer."""
-    cold = LaterCold()
-    first = Rig(granules=100, slots=100)
-    for granule in range(100):
-        first.start(WRITE, granule * GRANULE, data=b"a" * BLOCK)
-    image = _ColdImage(first.image._whole.obj, first.image.header)
-    rig = Rig(granules=100, slots=100, image=image, cold=cold)
+    rig, cold = _cold_dirty_rig(100)
     flush = rig.start(FLUSH)
 
     while cold.jobs:

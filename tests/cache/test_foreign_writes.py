@@ -200,8 +200,7 @@ def test_disk_that_has_grown_does_not_count_as_a_change() -> None:
     rig.prefetch(63 * GRANULE, size - 63 * GRANULE)
     rig.write(9 * GRANULE, b"d" * BLOCK)
     grown = again(rig)
-    grown.server.image += b"s" * GRANULE
-    grown.server.size_bytes = len(grown.server.image)
+    grown.server.grow(b"s" * GRANULE)
 
     assert before_writing(grown) == 0
 

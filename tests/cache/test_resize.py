@@ -19,9 +19,7 @@ class Resize:
 
     def __init__(self, rig: Rig, size_bytes: int, *, content: bytes = b"") -> None:
         """The server has `content`, repeated, where it has grown."""
-        old = len(rig.server.image)
-        rig.server.image += (content or b"\0") * (size_bytes - old)
-        rig.server.size_bytes = size_bytes
+        rig.server.grow((content or b"\0") * (size_bytes - rig.server.size_bytes))
         self.error: int | None = None
         rig.resize(size_bytes, self._done)
 
@@ -213,7 +211,7 @@ def test_range_that_waits_its_turn_while_the_disk_grows_leaves_the_old_last_bloc
         assert rig.server.image[SHORT : SHORT + 512] == b"w" * 512
 
 
-def test_discard_to_the_old_end_does_not_touch_what_is_behind_it() -> None:
+def test_discard_to_the_old_end_does_not_touch_the_grown_part() -> None:
     for op in (DISCARD, WRITE_ZEROES):
         rig = Rig(size=SHORT, zero_copy_bytes=0, exclusive_run_bytes=GRANULE)
         rig.write(SHORT - 1024, b"d" * 1024)

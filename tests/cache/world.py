@@ -317,6 +317,31 @@ class _GuestOp:
         """Writes that were in flight on the same sectors at the same time: no order."""
 
 
+def _drawn_options(rng: random.Random, mode: str) -> Options:
+    """Every limit small enough to be reached, now and then."""
+    return Options(
+        mode=mode,
+        flush_interval_s=rng.choice((0, 5, 60)),
+        writeback_age_s=rng.choice((1, 5)),
+        dirty_background_ratio=rng.choice((0.1, 0.5)),
+        dirty_flush_ratio=rng.choice((0.3, 0.9)),
+        dirty_hard_ratio=rng.choice((0.5, 0.9, 1.0)),
+        roomy_ratios=rng.choice((None, (0.5, 0.9, 1.0))),
+        writeback_run_bytes=rng.choice((1024, 8192)),
+        writeback_requests=rng.choice((1, 3, 32)),
+        writeback_bytes=rng.choice((4096, 65536)),
+        fua_granules=rng.choice((0, 2, 64)),
+        fetch_run_bytes=rng.choice((1024, 8192)),
+        fetch_bytes=rng.choice((8192, 65536)),
+        readahead_bytes=rng.choice((0, 8192)),
+        bypass_bytes=rng.choice((0, 2048)),
+        bypass_after_bytes=rng.choice((0, 4096)),
+        exclusive_run_bytes=rng.choice((4096, 65536)),
+        zero_copy_bytes=rng.choice((0, 4096)),
+        cold_bytes=rng.choice((1024, 65536)),
+    )
+
+
 class World:
     """Guest, cache and server; `step()` does one random thing."""
 
@@ -340,27 +365,8 @@ class World:
         self.faults = choices.pop("faults", True)
         slots = choices.pop("slots", rng.choice((3, 4, 6, 12)))
         self.geometry = Geometry(sectors * SECTOR, 1024, 4096, slots)
-        self.options = Options(
-            mode=choices.pop("mode", "writeback" if rng.random() < 0.75 else "writethrough"),
-            flush_interval_s=rng.choice((0, 5, 60)),
-            writeback_age_s=rng.choice((1, 5)),
-            dirty_background_ratio=rng.choice((0.1, 0.5)),
-            dirty_flush_ratio=rng.choice((0.3, 0.9)),
-            dirty_hard_ratio=rng.choice((0.5, 0.9, 1.0)),
-            roomy_ratios=rng.choice((None, (0.5, 0.9, 1.0))),
-            writeback_run_bytes=rng.choice((1024, 8192)),
-            writeback_requests=rng.choice((1, 3, 32)),
-            writeback_bytes=rng.choice((4096, 65536)),
-            fua_granules=rng.choice((0, 2, 64)),
-            fetch_run_bytes=rng.choice((1024, 8192)),
-            fetch_bytes=rng.choice((8192, 65536)),
-            readahead_bytes=rng.choice((0, 8192)),
-            bypass_bytes=rng.choice((0, 2048)),
-            bypass_after_bytes=rng.choice((0, 4096)),
-            exclusive_run_bytes=rng.choice((4096, 65536)),
-            zero_copy_bytes=rng.choice((0, 4096)),
-            cold_bytes=rng.choice((1024, 65536)),
-        )
+        mode = choices.pop("mode", "writeback" if rng.random() < 0.75 else "writethrough")
+        self.options = _drawn_options(rng, mode)
         assert not choices, choices
         self.cold_ratio = rng.choice((0.0, 0.3))
         self.guest: list[_GuestOp] = []
@@ -475,7 +481,14 @@ class World:
             ):
                 guest.rivals.append(other)
                 other.rivals.append(guest)
-        for at in range(first, end):
+        self._may_show(guest)
+        self.guest.append(guest)
+        self._submit(guest)
+
+    def _may_show(self, guest: _GuestOp) -> None:
+        """From now on, and in the reads in flight, its sectors may be as this change makes them."""
+        op = guest.op
+        for at in range(guest.first, guest.end):
             possible = self.possible[at]
             self.settled[at] = False
             self.unsure[at] |= op != WRITE
@@ -493,8 +506,6 @@ class World:
                         other.allowed[at - other.first] = None
                     else:
                         allowed.add(self.number)
-        self.guest.append(guest)
-        self._submit(guest)
 
     def guest_read(self) -> None:
         first = self.rng.randrange(self.sectors)

@@ -74,11 +74,11 @@ def test_write_hit_is_read_afterwards_either_way(subject: Subject, pieces: int) 
     assert subject.read(8192, 8192) == data
 
 
-def test_read_of_what_is_not_at_hand_misses_and_touches_nothing(subject: Subject) -> None:
+def test_read_of_an_absent_range_misses_and_touches_nothing(subject: Subject) -> None:
     assert subject.read_hit(2 * HELD, 4096) is None
 
 
-def test_write_of_what_is_not_at_hand_misses_and_changes_nothing(subject: Subject) -> None:
+def test_write_of_an_absent_range_misses_and_changes_nothing(subject: Subject) -> None:
     assert not subject.write_hit(2 * HELD, pattern(0, 4096, seed=2))
     assert subject.read(2 * HELD, 4096) == bytes(4096)
 

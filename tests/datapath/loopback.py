@@ -19,7 +19,7 @@ from bridge.datapath.lanes import SMALL_BYTES
 from bridge.datapath.request import Request
 from bridge.datapath.rows import FromCache, Rows, ToServer
 from bridge.datapath.turn import Turn
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.export import Export
 from bridge.server.transmission import Transmission
 from bridge.spec import nbd as p

@@ -47,7 +47,7 @@ from bridge.guest.virtio.dirty_log import DirtyBitmap, DirtyLog
 from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
 from bridge.guest.virtio.memory import GuestMemory, Region
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.channels import Phase
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Connection
@@ -371,7 +371,7 @@ class Twin:
         """False if something is left to be done."""
         if self.ring is None or self.loop.turn.pending:
             return False
-        found = self.compiled.run(self.loop.epoll.fileno(), [self.ring], 0.0)
+        found = self.compiled.run(self.loop.epoll.fileno(), [self.ring], 0.0, worked=True)
         return found is not None and found.used_up and not self.loop.turn.pending
 
     def _turn(self) -> None:
@@ -381,6 +381,7 @@ class Twin:
             callback(events & EPOLLOUT | EPOLLIN)
         if self.ring is not None:
             self.ring.poll()
+        self.loop.turn.looked()
         self.loop.turn.end()
         while self.loop.turn.pending:
             self.loop.turn.end()

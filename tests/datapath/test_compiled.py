@@ -201,7 +201,7 @@ def test_a_write_answered_before_all_of_it_is_sent_waits_until_it_is(twin: Twin)
         serve(twin)
     assert twin.used() == [(0, 1)]
     add(twin, 1, 1)
-    twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0)
+    twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
     assert twin.connection.has_unsent
     end = twin.server.end
     assert end is not None
@@ -215,6 +215,36 @@ def test_a_write_answered_before_all_of_it_is_sent_waits_until_it_is(twin: Twin)
         twin.server.receive()
     assert not twin.connection.has_unsent
     assert twin.used() == [(3, 1)]
+
+
+def test_an_answer_counts_as_shown_when_the_ring_was_looked_at_after_its_publication(
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest may have put something into the ring between the look and the publication."""
+    native = import_module("bridge.datapath._native")
+    turns, found = native.turns, list[tuple[int, ...]]()
+
+    def run(*args: object) -> object:
+        found.append(turns(*args))
+        return found[-1]
+
+    monkeypatch.setattr(native, "turns", run)
+
+    def looked_and_shown() -> tuple[int, int]:
+        twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
+        return found[-1][-4], found[-1][-3]
+
+    add(twin, 0, 1)
+    for _ in range(50):
+        twin.turn()
+        serve(twin)
+    assert twin.used() == [(0, 1)]
+    add(twin, 1, 1)
+    before = looked_and_shown()[1]
+    while not twin.used():
+        assert looked_and_shown() == (1, before)
+        serve(twin)
+    assert looked_and_shown() == (1, before + 1)
 
 
 # Several rings of a cached disk.

@@ -393,6 +393,32 @@ async def test_turn_that_takes_long_goes_on_with_the_next_poller(
     assert polled[6:18] == [0, -1, 1, -1, 2, -1] * 2
 
 
+async def test_rings_count_as_looked_at_when_no_turn_was_cut_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr("bridge.datapath.loop.perf_counter", lambda: float(next(seconds)))
+    polled, looked = list[int](), list[int]()
+
+    class Busy(Box):
+        def poll(self) -> bool:
+            if len(polled) >= 6:
+                return False
+            polled.append(1)
+            return True
+
+    async with running() as loop:
+        loop.turn.after_look(lambda: looked.append(len(polled)))
+        await settled()
+        for _ in range(3):
+            loop.add_poller(Busy(loop))
+        await settled()
+        loop.turn.after_look(lambda: looked.append(len(polled)))
+        loop.wake()
+        await settled()
+    assert looked == [6, 6]
+
+
 async def test_descriptor_closed_too_early_can_still_be_removed() -> None:
     async with running() as loop:
         fd = os.eventfd(0, os.EFD_NONBLOCK)
@@ -409,12 +435,12 @@ class _CompiledTurns:
         self._loop = loop
         self._comes: Box | None = comes
 
-    def run(self, epoll_fd: int, pollers: Sequence[object], until_s: float) -> Any:
+    def run(self, epoll_fd: int, pollers: Sequence[object], until_s: float, *, worked: bool) -> Any:
         if self._comes is None:
             return None
         comes, self._comes = self._comes, None
         self._loop.add_poller(comes)
-        return SimpleNamespace(went_to_sleep=False, used_up=True, naps=0, ready=[])
+        return SimpleNamespace(went_to_sleep=False, worked=False, used_up=True, naps=0, ready=[])
 
 
 async def test_poller_that_comes_with_the_end_of_a_compiled_turn_is_polled_from_then_on() -> None:

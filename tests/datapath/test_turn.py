@@ -360,3 +360,18 @@ def test_turn_wanted_within_a_turn_is_that_turn() -> None:
     turn.finish(request(lambda each: turn.want()))
     turn.end()
     assert not turn.pending
+
+
+def test_what_waits_until_guests_have_seen_a_turn_waits_for_a_look_at_the_rings() -> None:
+    turn = Turn()
+    seen: list[str] = []
+    turn.after_look(lambda: seen.append("first"))
+    turn.end()
+    assert (seen, turn.pending) == ([], False)
+    turn.looked()
+    turn.after_look(lambda: seen.append("second"))
+    turn.end()
+    assert seen == ["first"]
+    turn.looked()
+    turn.looked()
+    assert seen == ["first", "second"]

@@ -49,7 +49,7 @@ from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
 from bridge.guest.virtio.memory import GuestMemory, Region
 from bridge.guest.virtio.queue import RingAreas
 from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.channels import Phase
 from bridge.server.client_options import ClientOptions
 from bridge.server.connection import Connection
@@ -499,6 +499,7 @@ class Twin:
         for ring in self.rings:
             if ring.running is not None:
                 ring.running.poll()
+        self.loop.turn.looked()
         self.loop.turn.end()
         while self.loop.turn.pending:
             self.loop.turn.end()

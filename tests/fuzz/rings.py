@@ -31,7 +31,7 @@ from bridge.datapath.request import FLUSH, READ, WRITE, Request
 from bridge.errors import ProtocolError
 from bridge.guest.virtio.blk import BlkEngine
 from bridge.guest.virtio.blk_config import BlkConfig, DiskGeometry
-from bridge.guest.virtio.chain import Chain, QueueBroken
+from bridge.guest.virtio.chain import QueueBroken
 from bridge.guest.virtio.inflight import TrackedSplitQueue, queue_region_bytes
 from bridge.guest.virtio.inflight_packed import TrackedPackedQueue
 from bridge.guest.virtio.memory import GuestMemory, Region
@@ -41,6 +41,7 @@ from bridge.guest.virtio.split_queue import SplitQueue, ring_sizes_bytes
 from bridge.peers.split_driver import SplitDriver
 from bridge.spec.virtqueue import DESC_WRITE as DEVICE_WRITES
 from tests import turns
+from tests.guest.virtio.mock import UnpublishedRing
 
 _REGION_BYTES = 0x10000
 _DISK_BYTES = 0x8000
@@ -103,19 +104,6 @@ class _Disk:
                     self.data[at : at + len(view)] = view
                 at += len(view)
         turns.turn().finish(request, self.error)
-
-
-class _Ring:
-    """As much of a running ring as the engine sees."""
-
-    def __init__(self, queue: VirtQueue) -> None:
-        self.queue = queue
-
-    def complete(self, chain: Chain, status: int, length: int) -> None:
-        head, *_, status_view, status_at, _ = chain
-        if status_view is not None:
-            status_view[status_at] = status
-        self.queue.push(head, length)
 
 
 class Campaign:
@@ -190,7 +178,7 @@ class Campaign:
         self, rng: random.Random, engine: BlkEngine, queue: VirtQueue, size: int, *, last: Any
     ) -> None:
         """Turns of a ring, until it breaks or the guest has nothing more."""
-        ring = _Ring(queue)
+        ring = UnpublishedRing(queue)
         engine.start(ring, queue.recovered())
         turns.deliver()
         for _ in range(4):
@@ -389,7 +377,7 @@ class _GoodQueue:
             event_idx=True,
             indirect=True,
         )
-        self._ring = _Ring(self._queue)
+        self._ring = UnpublishedRing(self._queue)
         self._engine = engine
 
     def check(self) -> None:

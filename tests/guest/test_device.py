@@ -620,15 +620,20 @@ async def test_disconnect_gives_the_memory_back(guest: DeviceGuest) -> None:
 # Memory
 
 
-async def test_memory_added_while_requests_are_in_flight_does_not_wait(guest: DeviceGuest) -> None:
-    await guest.device.replace_memory([guest.region(0, 0x200000)])
-    _, pending = await with_one_held(guest, T_IN, room=512)
-    await guest.device.add_memory(guest.region(0x200000, 0x100000))
+async def goes_on(guest: DeviceGuest, pending: PendingRequest) -> None:
+    """What was in flight is answered, and a request in memory that came meanwhile."""
     guest.disk.release()
     await until(lambda: pending.status == S_OK)
     guest.disk.hold = False
     guest._next = 0x200000
     assert (await guest.request(T_IN, 3, room=512))[0] == S_OK
+
+
+async def test_memory_added_while_requests_are_in_flight_does_not_wait(guest: DeviceGuest) -> None:
+    await guest.device.replace_memory([guest.region(0, 0x200000)])
+    _, pending = await with_one_held(guest, T_IN, room=512)
+    await guest.device.add_memory(guest.region(0x200000, 0x100000))
+    await goes_on(guest, pending)
 
 
 async def test_memory_removed_waits_for_requests_in_flight(
@@ -705,11 +710,7 @@ async def test_memory_replaced_by_more_does_not_wait(guest: DeviceGuest) -> None
     await guest.device.replace_memory([guest.region(0, 0x200000)])
     _, pending = await with_one_held(guest, T_IN, room=512)
     await guest.device.replace_memory([guest.region(0, 0x200000), guest.region(0x200000, 0x100000)])
-    guest.disk.release()
-    await until(lambda: pending.status == S_OK)
-    guest.disk.hold = False
-    guest._next = 0x200000
-    assert (await guest.request(T_IN, 3, room=512))[0] == S_OK
+    await goes_on(guest, pending)
 
 
 async def test_memory_taken_away_under_a_slow_request_does_not_fail_it(
@@ -850,7 +851,7 @@ async def test_inflight_write_cache_turned_off_stays_off_after_a_death(guest: De
     os.close(fd)
 
 
-async def test_inflight_what_is_unflushed_and_where_outlives_a_death(guest: DeviceGuest) -> None:
+async def test_inflight_unflushed_mark_and_its_instance_outlive_a_death(guest: DeviceGuest) -> None:
     """Beside the write cache that is off, and whatever came first."""
     left = ((1 << 56) - 2, False)
     guest.device.remember_durability(unflushed_on=left[0], loss_unreported=left[1])
@@ -1039,6 +1040,29 @@ async def test_inflight_flush_that_is_executed_again_is_marked(packed: bool) -> 
         await guest.request(T_FLUSH)
         assert [each.flags for each in guest.disk.requests] == [0, REPEATED, 0]
         os.close(fd)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("when", ["before the start", "while it is disabled"])
+async def test_flush_that_was_left_in_its_ring_is_marked(packed: bool, when: str) -> None:
+    """What the guest has seen meanwhile of other requests, it had not seen when it sent it."""
+    async with running_device(packed=packed) as guest:
+        await guest.connect()
+        ring = guest.start()
+        await guest.request(T_FLUSH)
+        if when == "while it is disabled":
+            guest.device.suspend_ring(0)
+            pending = guest.put(T_FLUSH)
+            ring.kick_device()
+            await a_while()
+            guest.device.resume_ring(0)
+        else:
+            base = await guest.device.stop_ring(0)
+            pending = guest.put(T_FLUSH)
+            guest.start(base=base)
+        await until(lambda: pending.status == S_OK)
+        await guest.request(T_FLUSH)
+        assert [each.flags for each in guest.disk.requests] == [0, REPEATED, 0]
 
 
 async def test_inflight_stopped_in_order_nothing_is_executed_again(guest: DeviceGuest) -> None:

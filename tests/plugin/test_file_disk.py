@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from nbd_plugin import fallocate
 from nbd_plugin.errors import NotSupported, PluginError, nbd_errno, one_line
-from nbd_plugin.file_store import FileStore, VolumeFile
+from nbd_plugin.file_store import FileStore
 from nbd_plugin.memory_store import MemoryStore
+from nbd_plugin.volume_file import VolumeFile
 
 SIZE = 1 << 20
 
@@ -122,7 +123,7 @@ def test_failed_write_through_counts_as_a_failed_flush(
     assert disk.instance() != before
 
 
-def test_write_through_for_which_there_is_no_space_is_no_failed_flush(
+def test_fua_write_without_space_is_not_a_failed_flush(
     disk: VolumeFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = disk.instance()

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from nbd_plugin import last_seen
-from nbd_plugin.file_store import FileStore, VolumeFile
+from nbd_plugin.file_store import FileStore
 from nbd_plugin.last_seen import Mark, read_mark
 from nbd_plugin.session import begin_generation
+from nbd_plugin.volume_file import VolumeFile
 from nbd_plugin.volume_state import parse_state
 from tests.plugin.client import WRITE, RawClient
 from tests.plugin.server import Nbdkit
@@ -157,7 +158,7 @@ def test_kill_of_nbdkit_under_writes_is_no_outside_change(volumes: Path) -> None
 
 
 @pytest.mark.nbdkit
-def test_what_does_not_change_the_contents_is_no_outside_change(volumes: Path) -> None:
+def test_chmod_and_reading_are_no_outside_changes(volumes: Path) -> None:
     with Nbdkit(f"file={volumes}/disk", f"size={MIB}") as server:
         before = visit(server, write=True)
     os.chmod(volumes / "disk", 0o640)

@@ -376,7 +376,7 @@ def test_demoted_image_refused_with_the_remedy_and_readable(ceph: Cluster, image
         ([f"pool={POOL}", "conf=/absent.conf"], "conf=/absent.conf"),
     ],
 )
-def test_what_does_not_exist_refused_in_one_line(
+def test_missing_object_is_refused_in_one_line(
     ceph: Cluster, parameters: list[str], text: str
 ) -> None:
     said = refusal("store=rbd", f"conf={ceph.conf}", *parameters)

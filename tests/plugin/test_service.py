@@ -12,10 +12,11 @@ import pytest
 
 from bridge.server.export import Export
 from nbd_plugin.errors import PluginError
-from nbd_plugin.file_store import FileStore, VolumeFile
+from nbd_plugin.file_store import FileStore
 from nbd_plugin.service import MAX_DESCRIPTION_CHARS, Service
 from nbd_plugin.session import Handle
 from nbd_plugin.settings import Settings
+from nbd_plugin.volume_file import VolumeFile
 
 MIB = 1 << 20
 
@@ -42,7 +43,7 @@ def test_names_that_there_are_not_leave_nothing_behind(service: Service) -> None
     assert not service._refusals
 
 
-def test_fence_is_the_same_for_all_who_use_it(service: Service) -> None:
+def test_fence_holds_until_the_last_connection_of_a_session_is_closed(service: Service) -> None:
     first = service.open("v@session=s", read_only=False)
     second = service.open("v@session=s", read_only=False)
     service.close(first)

@@ -19,8 +19,8 @@ import trio
 from bridge.demo.qemu import GuestConfig, VhostUserDisk
 from bridge.demo.virtual_machine import VirtualMachine, open_guest, run_guest
 from bridge.peers.nbd_server import Server
-from bridge.peers.nbd_server_core import Command
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_rules import Command
 from bridge.spec.nbd import CMD_FLAG_FUA, CMD_WRITE
 from tests.processes import bridge_argv
 from tests.qemu.backends import (

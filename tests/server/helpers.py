@@ -11,8 +11,8 @@ import trio
 from bridge.datapath.loop import Loop
 from bridge.datapath.request import BLOCK_STATUS, READ, WRITE, Request
 from bridge.peers.nbd_server import Faults, Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.chunks import StatusRequest
 from bridge.server.client import Client
 from bridge.server.client_options import ClientOptions

@@ -26,8 +26,8 @@ from bridge.datapath.request import (
 )
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.peers.nbd_server import Faults, Server
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS, ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS, ServerSettings
 from bridge.server.client_options import ClientOptions
 from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri

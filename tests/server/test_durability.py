@@ -17,7 +17,7 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.client_options import ClientOptions
 from bridge.server.link import Link
 from bridge.spec.nbd import TransmissionFlags
@@ -79,9 +79,9 @@ def test_failure_without_anything_unflushed_loses_nothing_and_ends_the_epoch() -
 def test_loss_is_told_by_a_flush_that_was_submitted_after_all_of_it() -> None:
     durability = connected()
     durability.failed(7)
-    durability.tell(6)
+    durability.reported(6)
     assert durability.unreported
-    durability.tell(7)
+    durability.reported(7)
     assert not durability.unreported
 
 
@@ -90,17 +90,17 @@ def test_guest_has_seen_what_was_answered_when_the_turn_is_over() -> None:
     assert durability.settled(BEFORE + 1)
     assert not durability.settled(BEFORE + 2)  # The end of the turn is waited for already.
     assert durability.seen == BEFORE
-    durability.turn_over()
+    durability.guests_have_seen()
     assert durability.seen == BEFORE + 2
     assert not durability.settled(BEFORE + 2)
 
 
-def test_guest_knows_of_what_a_process_before_left_and_of_what_is_answered_then() -> None:
+def test_guest_knows_the_unflushed_changes_of_the_process_before_and_the_answers_since() -> None:
     durability = connected()
     durability.one_more_before()
     assert durability.seen == BEFORE + 1
     assert durability.settled(BEFORE + 2)
-    durability.turn_over()
+    durability.guests_have_seen()
     assert durability.seen == BEFORE + 2
 
 
@@ -114,7 +114,7 @@ def test_nothing_that_was_answered_in_the_turn_of_a_failure_is_of_the_epoch_afte
     assert durability.epoch == durability.sending_epoch == sending
 
 
-def test_layer_that_keeps_what_is_not_durable_needs_no_epoch_within_a_turn() -> None:
+def test_layer_that_keeps_unflushed_changes_needs_no_epoch_within_a_turn() -> None:
     durability = connected()
     durability.keeps_unflushed = True
     durability.flush_failed(3)
@@ -131,7 +131,7 @@ def test_same_instance_has_lost_nothing_another_or_none_may_have() -> None:
     assert durability.connected("", 9)
 
 
-def test_layer_that_keeps_what_is_not_durable_has_no_loss_to_tell() -> None:
+def test_layer_that_keeps_unflushed_changes_has_no_loss_to_report() -> None:
     durability = connected()
     durability.keeps_unflushed = True
     epoch = durability.epoch
@@ -518,7 +518,7 @@ def test_flush_that_we_fail_ourselves_ends_no_epoch() -> None:
     assert later.error == 0
 
 
-def test_layer_that_keeps_what_is_not_durable_hears_of_the_failure_and_nothing_else() -> None:
+def test_layer_that_keeps_unflushed_changes_hears_only_of_the_failure() -> None:
     world = World()
     world.link.keeps_unflushed = True
     (channel,) = world.channels
@@ -688,6 +688,25 @@ def test_flush_submitted_in_the_turn_after_a_write_was_answered_tells_of_it() ->
     flush = world.ask(FLUSH)
     channel.answer(channel.pending[0], EIO)
     assert flush.error == EIO
+    assert world.ask(FLUSH).error == -1
+
+
+def test_flush_submitted_before_a_write_was_shown_and_taken_after_that_tells_nothing() -> None:
+    """The rings were looked at before the turn in which the write was answered ended; the guest
+    submitted the flush in between."""
+    world = World()
+    (channel,) = world.channels
+    write = world.submit(WRITE, 3)
+    deliver()
+    channel.reply(channel.pending[0])
+    turn().end()
+    assert ended(world, write)
+    flush = world.submit(FLUSH)
+    turn().looked()
+    deliver()
+    channel.answer(channel.pending[0], EIO)
+    assert flush.error == EIO
+    assert world.ask(FLUSH).error == EIO
     assert world.ask(FLUSH).error == -1
 
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from bridge.cli.wording import explain
 from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError
-from bridge.peers.nbd_server_core import ServerCore, ServerSettings, ServerState
+from bridge.peers.nbd_server_core import ServerCore, ServerState
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.export import Export
-from bridge.server.handshake import Goal, Handshake, HandshakeOptions, State
+from bridge.server.handshake import Handshake, State
+from bridge.server.handshake_options import Goal, HandshakeOptions
 from bridge.spec import nbd as p
 from bridge.spec.nbd import TransmissionFlags
 

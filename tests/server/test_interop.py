@@ -24,8 +24,8 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
 )
 from bridge.peers.nbd_server import Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client import Client
 from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
@@ -229,6 +229,16 @@ async def test_nbdkit_several_connections_work_in_parallel(folder: Path) -> None
 
 # Real clients against our server.
 
+_CHANGES_AND_READS = [
+    *("-c", "write -P 0x5a 64k 128k"),
+    *("-c", "write -z 96k 32k"),
+    *("-c", "discard 128k 64k"),
+    *("-c", "flush"),
+    *("-c", "read -P 0x5a 64k 32k"),
+    *("-c", "read -P 0 96k 32k"),
+]
+"""For qemu-io: what it changes, and finds then."""
+
 
 async def _run(argv: list[str]) -> str:
     done = await trio.run_process(
@@ -269,26 +279,7 @@ async def test_our_server_serves_real_clients(settings: str, folder: Path) -> No
                 (1 << 20, 0),
                 (2 << 20, 3),
             ]
-        await _run(
-            [
-                need("qemu-io"),
-                "-f",
-                "raw",
-                "-c",
-                "write -P 0x5a 64k 128k",
-                "-c",
-                "write -z 96k 32k",
-                "-c",
-                "discard 128k 64k",
-                "-c",
-                "flush",
-                "-c",
-                "read -P 0x5a 64k 32k",
-                "-c",
-                "read -P 0 96k 32k",
-                uri,
-            ]
-        )
+        await _run([need("qemu-io"), "-f", "raw", *_CHANGES_AND_READS, uri])
         assert disk.flushes > 0
         if settings == "extended":
             await _run([*peer("nbdcopy"), uri, str(folder / "again")])

@@ -26,7 +26,7 @@ from bridge.datapath.request import (
     WRITE_ZEROES,
     Request,
 )
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.client_options import ClientOptions
 from bridge.server.export import Export
 from bridge.server.link import Link, Phase
@@ -75,8 +75,8 @@ class FakeChannel:
     def abandon(self) -> list[Request]:
         found = [request for request in self.pending if request.is_abandoned]
         for request in found:
-            room = memoryview(bytearray(request.length))
-            request.buffers = [room] if request.op == READ else []
+            length = request.length
+            request.buffers = [memoryview(bytearray(length))] if request.op == READ else []
         return found
 
     def answer(self, request: Request, error: int = 0) -> None:
@@ -396,7 +396,7 @@ def test_worse_export_is_refused_other_is_not(changed: Export, says: str | None)
     assert (reason is None) if says is None else (says in (reason or ""))
 
 
-def test_smaller_limits_after_reconnect_apply_to_what_is_sent_again() -> None:
+def test_smaller_limits_after_a_reconnect_apply_to_commands_sent_again() -> None:
     world = World()
     write = world.ask(WRITE, 0, count=8)
     trim = world.ask(DISCARD, 0, count=8)
@@ -639,7 +639,7 @@ def test_expected_stale_writes_hold_every_change_for_the_grace_time(op) -> None:
     assert world.sent[3:] == [(op, 5)]
 
 
-def test_expected_stale_writes_hold_also_what_is_new_after_a_growth_and_a_reconnect() -> None:
+def test_expected_stale_writes_also_hold_the_grown_part_after_a_reconnect() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
     world.expect_stale_writes(0.0)
     world.ask(WRITE, 1)
@@ -1710,6 +1710,19 @@ class Simulation:
 
     # The guest.
 
+    def change(self, op: int, first: int, data: bytearray) -> list[list[float]]:
+        """The records of a change from the block `first` on; `data` is filled if it is a write."""
+        records: list[list[float]] = []
+        for i in range(len(data) // BLOCK):
+            if op == WRITE:
+                self.values += 1
+                data[i * BLOCK : i * BLOCK + 8] = self.values.to_bytes(8)
+            value = int.from_bytes(data[i * BLOCK : i * BLOCK + 8])
+            record = [float(value), self.time, float("inf"), False]
+            self.history[first + i].writes.append(record)
+            records.append(record)
+        return records
+
     def submit(self) -> None:
         op = self.random.choice([READ, WRITE, WRITE, FLUSH, WRITE_ZEROES])
         long = self.pauses and op != FLUSH and not self.random.randrange(3)
@@ -1724,17 +1737,7 @@ class Simulation:
             self.end_turn()
             return
         data = bytearray(n_blocks * BLOCK)
-        records: list[list[float]] = []
-        if op == WRITE:
-            for i in range(n_blocks):
-                self.values += 1
-                data[i * BLOCK : i * BLOCK + 8] = self.values.to_bytes(8)
-        if op != READ:
-            for i in range(n_blocks):
-                value = int.from_bytes(data[i * BLOCK : i * BLOCK + 8])
-                record = [float(value), started, float("inf"), False]
-                self.history[first + i].writes.append(record)
-                records.append(record)
+        records = self.change(op, first, data) if op != READ else []
         flags = FUA if op != READ and not self.random.randrange(6) else 0
 
         def done(request: Request) -> None:

@@ -178,7 +178,7 @@ def test_taken_claims_keep_their_place_until_those_before_are_done() -> None:
     assert log == [1, 3]
 
 
-def test_taken_claims_leave_what_is_held_as_it_is() -> None:
+def test_taking_claims_leaves_held_spans_as_they_are() -> None:
     overlaps = Overlaps()
     log: list[int] = []
     held = GraceSpans(overlaps)

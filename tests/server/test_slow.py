@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bridge.datapath.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.connection import Connection
 from bridge.server.export import Export
 from bridge.spec import nbd as p

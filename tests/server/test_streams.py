@@ -21,11 +21,15 @@ from bridge.datapath.request import (
     READ,
     WRITE,
     WRITE_ZEROES,
+    Request,
 )
 from bridge.errors import BridgeError, ProtocolError
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS, Command, ServerCore, ServerSettings
+from bridge.peers.nbd_server_core import ServerCore
 from bridge.peers.nbd_server_disk import MemoryDisk
-from bridge.server.handshake import Handshake, HandshakeOptions, State
+from bridge.peers.nbd_server_rules import Command
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS, ServerSettings
+from bridge.server.handshake import Handshake, State
+from bridge.server.handshake_options import HandshakeOptions
 from bridge.server.transmission import Transmission
 from bridge.spec import nbd as p
 from tests.server.wire import Asked, feed
@@ -145,6 +149,14 @@ def answers(random: Random, server: ServerCore, commands: list[Command], disk: M
     return server.data_to_send()
 
 
+def check_each_is_resolved_once(seed: int, asked: list[Asked], unanswered: list[Request]) -> None:
+    waiting = {id(request) for request in unanswered}
+    assert len(waiting) == len(unanswered)
+    for each in asked:
+        resolved = each.finished + (id(each.request) in waiting)
+        assert resolved == 1, f"seed {seed}: {each.request} resolved {resolved} times"
+
+
 def run_stream(seed: int) -> str:
     """One stream; what became of it."""
     random = Random(seed)
@@ -175,12 +187,7 @@ def run_stream(seed: int) -> str:
             feed(transmission, piece)
     except ProtocolError:
         outcome = "refused"
-    unanswered = transmission.unanswered()
-    waiting = {id(request) for request in unanswered}
-    assert len(waiting) == len(unanswered)
-    for each in asked:
-        resolved = each.finished + (id(each.request) in waiting)
-        assert resolved == 1, f"seed {seed}: {each.request} resolved {resolved} times"
+    check_each_is_resolved_once(seed, asked, transmission.unanswered())
     if outcome == "clean" and spoilt == stream:
         for each in asked:
             if each.request.op == READ and each.error == 0:

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import serialization
 from bridge.datapath.request import FLUSH, READ, WRITE
 from bridge.errors import BridgeError, CertificateWanted, ConfigError
 from bridge.peers.nbd_server import Faults, Server
-from bridge.peers.nbd_server_core import ServerSettings
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client_options import ClientOptions
 from bridge.server.tls import client_context, server_context
 from bridge.server.uri import parse_uri
@@ -116,7 +116,7 @@ async def _refused(uri: str, match: str, options: ClientOptions = FAST) -> None:
         ("other-ca", r"unable to get local issuer.*give that with --tls-ca"),
     ],
 )
-async def test_bad_certificate_says_what_is_wrong_with_it(
+async def test_bad_certificate_is_refused_with_its_fault(
     folders: dict[str, Path], server: str, says: str
 ) -> None:
     async with tls_server(folders[server]) as (port, _, _disk):

@@ -15,7 +15,7 @@ class TakesAll:
     def send(self, request: Request) -> None: ...
 
 
-def test_witness_of_the_end_of_what_is_tried_does_not_show_that_it_was_abandoned() -> None:
+def test_observer_of_the_end_of_a_command_on_trial_does_not_show_that_it_was_abandoned() -> None:
     """Its guest pauses another ring meanwhile."""
     ended: list[str] = []
     channels = Channels(turn())
@@ -26,7 +26,7 @@ def test_witness_of_the_end_of_what_is_tried_does_not_show_that_it_was_abandoned
     command = Request(READ, 0, 512, [memoryview(bytearray(512))], lambda _: ended.append("done"))
     trial._try(command)
 
-    def witness(then: Callable[[Request], None]) -> Callable[[Request], None]:
+    def observed(then: Callable[[Request], None]) -> Callable[[Request], None]:
         def seen(request: Request) -> None:
             ended.append("seen")
             request.done = then
@@ -34,7 +34,7 @@ def test_witness_of_the_end_of_what_is_tried_does_not_show_that_it_was_abandoned
 
         return seen
 
-    command.done = witness(command.done)
+    command.done = observed(command.done)
     assert trial.take_abandoned() == []
     command.done(command)
     assert ended == ["seen", "done"]

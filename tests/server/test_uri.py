@@ -122,7 +122,7 @@ def test_parse_uri_relative_socket_without_a_working_directory_is_refused(
         ("nbd+unix:///?socket", "'socket' is not a parameter: write NAME=VALUE"),
     ],
 )
-def test_parse_uri_bad_one_says_what_is_wrong(text: str, says: str) -> None:
+def test_parse_uri_names_the_fault_of_a_bad_one(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_uri(text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bridge.datapath.request import BLOCK_STATUS, Request
-from bridge.peers.nbd_server_core import DEFAULT_FLAGS
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.server.chunks import StatusRequest
 from bridge.server.export import Export
 from bridge.server.transmission import Transmission

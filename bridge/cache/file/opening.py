@@ -84,8 +84,8 @@ def _mapped(path: str, fd: int, header: FileHeader) -> CacheFile:
 def read_index(path: str, remedy: Remedy | None = None) -> MappedImage:
     """A copy of the header and the index of a cache file that no process uses: it has no data.
 
-    Raises ConfigError naming the file; `remedy` is for what is not a cache file. Where a cache
-    file has to be, or is to be removed, that has to go; what is only looked at may be anything.
+    Raises ConfigError naming the file, with `remedy` if it is not a cache file: where a cache file
+    has to be, or is to be removed, the operator has to move the other one away.
     """
     fd = open_locked(path, os.O_RDONLY)
     try:

@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 1
+#define DP_ABI 2
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {

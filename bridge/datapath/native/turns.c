@@ -7,7 +7,9 @@
  * A turn in which something was not usual is left as it is, for the caller to go on with and to
  * end: what was pushed in it is not published. For whatever is in a ring was put there by a driver
  * that knew nothing of this turn's answers; if it is a flush that fails, that must not count as
- * telling of them (see `durability`). So nothing is published while there is a chain to be taken.
+ * telling of them (see `durability`). So nothing is published while there is a chain to be taken;
+ * and as a driver may put one there just before a publication, that one counts as `shown` only when
+ * every ring was looked at once more.
  */
 #include "turns.h"
 
@@ -174,6 +176,7 @@ static int take(struct dp_turns *turns)
     int flags = 0;
 
     turns->command_count = 0;
+    turns->cut_short = false;
     turns->first_ring++;
     for (uint32_t index = 0; index < turns->ring_count; index++) {
         struct dp_ring *ring = &turns->rings[(turns->first_ring + index) % turns->ring_count];
@@ -201,6 +204,7 @@ static int take(struct dp_turns *turns)
             flags |= DP_CHAIN;
         if (turns->cache && is_long_over(turns)) {
             turns->first_ring += index;
+            turns->cut_short = true;
             break;
         }
     }
@@ -311,16 +315,27 @@ static int nap(struct dp_turns *turns)
     return count;
 }
 
+/* Every ring was looked at and nothing was left there: what is found from now on was made available
+ * when `published` was out. */
+static void looked(struct dp_turns *turns, uint64_t published)
+{
+    turns->looked = true;
+    turns->shown = published;
+}
+
 int dp_turns(struct dp_turns *turns)
 {
-    uint64_t now, idle_ns = 0;
     bool had_work = turns->worked;
+    uint64_t published = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
+    /* What was not usual has just been done elsewhere: something may follow it as well. */
+    uint64_t now = now_ns(), idle_ns = had_work ? now + window_ns(turns) : 0;
     int count = 0;
 
     turns->reads = turns->writes = turns->naps = turns->other_count = turns->command_count = 0;
     turns->received_bytes = turns->sent_bytes = 0;
     turns->error = 0;
-    turns->shown = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
+    turns->shown = 0;
+    turns->looked = false;
     for (;;) {
         int flags;
 
@@ -338,8 +353,10 @@ int dp_turns(struct dp_turns *turns)
             } while (!flags && turns->command_count == DP_COMMANDS);
         }
         if (!(flags & DP_INCOMPLETE)) {
+            if (turns->command_count < DP_COMMANDS && !turns->cut_short)
+                looked(turns, published);
             flags |= publish(turns);
-            turns->shown = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
+            published = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
         }
         now = now_ns();
         if (turns->worked) {
@@ -357,6 +374,7 @@ int dp_turns(struct dp_turns *turns)
             disarm(turns);
             continue;
         }
+        looked(turns, published);
         if (!had_work)
             return 0;
         turns->worked = had_work = false;

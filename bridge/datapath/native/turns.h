@@ -63,7 +63,9 @@ struct dp_turns {
     bool worked; /* also before: there was work since the last nap */
     uint32_t reads, writes, naps;
     uint64_t received_bytes;
-    uint64_t shown; /* UNFLUSHED at the end of the last turn that has ended */
+    bool looked; /* every ring was looked at, and nothing was left there */
+    bool cut_short; /* not every ring was looked at in this turn */
+    uint64_t shown; /* what of UNFLUSHED was published before that was done last */
     struct epoll_event others[DP_EVENTS];
     uint32_t other_count;
     uint32_t command_count;

@@ -240,11 +240,11 @@ static PyObject *result_of(const struct state *state, int flags)
 
     if (taken && (others = others_of(turns)) &&
         (unsent = flags & DP_UNSENT ? unsent_of(state) : PyList_New(0)))
-        result = Py_BuildValue("iOIIIOOKKKKii", flags, taken, turns->reads, turns->writes, turns->naps, others,
+        result = Py_BuildValue("iOIIIOOKKKiKii", flags, taken, turns->reads, turns->writes, turns->naps, others,
                                unsent, (unsigned long long)turns->start,
                                (unsigned long long)turns->end,
                                (unsigned long long)turns->received_bytes,
-                               (unsigned long long)turns->shown, turns->error,
+                               (int)turns->looked, (unsigned long long)turns->shown, turns->error,
                                (int)turns->worked);
     Py_XDECREF(taken);
     Py_XDECREF(others);

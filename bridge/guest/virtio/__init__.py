@@ -4,7 +4,8 @@
 - `chain`: a descriptor chain, checked; `long_chains`: a bound on the memory that chains take;
 - `queue`: what every virtqueue can do; `split_queue`, `packed_queue`: the two kinds; `inflight`,
   `inflight_packed`: the same, recorded in an in-flight region;
-- `blk`: virtio-blk requests; `blk_config`: features and configuration space;
+- `blk`: virtio-blk requests executed; `blk_request`: one on its way, and its pieces; `blk_ranges`:
+  what a discard asks for; `blk_config`: features and configuration space;
 - `dirty_log`: what was written, for a migration.
 
 Nothing here waits or opens anything but memory. Every value that a guest can write is untrusted:

@@ -8,9 +8,10 @@ used length never claims a byte that was not written (§2.7.8.2).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from errno import EOPNOTSUPP
-from typing import Final, Protocol
+from errno import EIO, EOPNOTSUPP
+from typing import Final
 
 from bridge.datapath.cells import (
     BLOCK_MASK,
@@ -21,19 +22,12 @@ from bridge.datapath.cells import (
     cells,
     sequence_of,
 )
-from bridge.datapath.lanes import (
-    PIECE_BYTES,
-    RANGE_COST_BYTES,
-    SMALL_BYTES,
-    WHOLE_BYTES,
-    Job,
-    Lane,
-)
+from bridge.datapath.lanes import SMALL_BYTES, WHOLE_BYTES, Job, Lane
 from bridge.datapath.request import (
     DISCARD,
     FLUSH,
     FUA,
-    MAY_UNMAP,
+    N_OPS,
     READ,
     REPEATED,
     WRITE,
@@ -44,7 +38,9 @@ from bridge.datapath.request import (
 )
 from bridge.datapath.rows import Usual
 from bridge.datapath.turn import Turn
-from bridge.guest.virtio.blk_config import MAX_DISCARD_SEGMENTS, BlkConfig
+from bridge.guest.virtio.blk_config import BlkConfig
+from bridge.guest.virtio.blk_ranges import ranges_of_untrusted
+from bridge.guest.virtio.blk_request import BlkRequest, UsedRing, data_pieces, range_pieces
 from bridge.guest.virtio.chain import Chain
 from bridge.spec.virtio_blk import (
     F_CONFIG_WCE,
@@ -55,8 +51,6 @@ from bridge.spec.virtio_blk import (
     S_IOERR,
     S_OK,
     S_UNSUPP,
-    SEGMENT,
-    SEGMENT_UNMAP,
     T_DISCARD,
     T_FLUSH,
     T_GET_ID,
@@ -69,53 +63,6 @@ from bridge.units import SECTOR_BYTES
 MAX_REQUEST_BYTES: Final = 1 << 30
 """A longer IN or OUT is refused. EDK2's driver sends up to so much in one request, others far less
 (`seg_max` segments); the specification would allow 4 GiB."""
-
-_NO_BYTES = memoryview(b"")
-
-_MAX_RANGES_BYTES = 4096
-"""Far above what 32 segments need; a guest's 4 GiB of them are not joined."""
-
-
-class UsedRing(Protocol):
-    """Where a finished request goes: the ring it came from."""
-
-    def complete(self, chain: Chain, status: int, length: int) -> None:
-        """Write the status byte (if there is one) and use the chain, `length` bytes written."""
-
-
-class BlkRequest(Request):
-    """A guest's request on its way: a `Request` that knows its ring and its chain."""
-
-    __slots__ = ("chain", "ring", "used_bytes")
-
-    def __init__(
-        self,
-        ring: UsedRing,
-        chain: Chain,
-        op: int,
-        offset: int,
-        length: int,
-        buffers: list[memoryview],
-        done: Callable[[BlkRequest], None],
-        flags: int,
-        used_bytes: int,
-    ) -> None:
-        """`used_bytes` is the used length if the request succeeds."""
-        # All slots in one call: another level of __init__ is 10 % of a request's cost.
-        self.op = op
-        self.offset = offset
-        self.length = length
-        self.buffers = buffers
-        self.done = done
-        self.flags = flags
-        self.owner = None
-        self.error = 0
-        self.cookie = 0
-        self.generation = 0
-        self.progress = 0
-        self.ring = ring
-        self.chain = chain
-        self.used_bytes = used_bytes
 
 
 def one_epoch() -> int:
@@ -160,6 +107,12 @@ class BlkEngine:
         the one way to find the requests of a ring again that has to stop without them. (Those that
         are rows are adopted first.)"""
         self._popped_at = 0
+        self.requests = [0] * N_OPS
+        """By operation, how many came this way: without what went the usual one, and without those
+        that were refused. The same for the bytes that they are about."""
+        self.request_bytes = [0] * N_OPS
+        self.errors: Counter[tuple[int, int]] = Counter()
+        """By operation and errno, how many requests were answered with an error of the disk's."""
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._fault = fault
         self._features = 0
@@ -211,6 +164,7 @@ class BlkEngine:
         block_mask = self._block_mask
         write_flags = self._write_flags
         small_bytes = SMALL_BYTES
+        reads = read_bytes = writes = write_bytes = 0
         for chain in chains:
             _, type_, sector, readable, writable, _, _, _ = chain
             if type_ == T_IN:
@@ -235,6 +189,8 @@ class BlkEngine:
             elif length > small_bytes:
                 self._start_large(ring, chain, offset, length)
             elif type_ == T_IN:
+                reads += 1
+                read_bytes += length
                 if read_hit(offset, length, buffers):
                     ring.complete(chain, S_OK, length + 1)
                 else:
@@ -243,17 +199,29 @@ class BlkEngine:
                     )
                     unanswered[request] = popped_at
                     submit(request)
-            elif not write_flags and write_hit(offset, length, buffers):
-                ring.complete(chain, S_OK, 1)
             else:
+                writes += 1
+                write_bytes += length
+                if not write_flags and write_hit(offset, length, buffers):
+                    ring.complete(chain, S_OK, 1)
+                    continue
                 request = BlkRequest(
                     ring, chain, WRITE, offset, length, buffers, done, write_flags, 1
                 )
                 unanswered[request] = popped_at
                 submit(request)
+        if reads:
+            self._count(READ, read_bytes, reads)
+        if writes:
+            self._count(WRITE, write_bytes, writes)
 
-    def start_again(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
-        """The same for chains begun before, and left in an in-flight region."""
+    def _count(self, op: int, length: int, requests: int = 1) -> None:
+        self.requests[op] += requests
+        self.request_bytes[op] += length
+
+    def start_late(self, ring: UsedRing, chains: Sequence[Chain]) -> None:
+        """The same for chains begun before and left in an in-flight region, or left in the ring:
+        it is not known what their driver had seen of other requests when it sent them."""
         self._flush_flags = REPEATED
         self.start(ring, chains)
         self._flush_flags = 0
@@ -271,6 +239,7 @@ class BlkEngine:
             op, lane, buffers = WRITE, self._writes, readable
             flags, used_bytes = self._write_flags, 1
             hit = self._write_hit if not flags else _no_hit
+        self._count(op, length)
         at_once = length <= WHOLE_BYTES and lane.is_free
         if at_once and hit(offset, length, buffers):
             lane.copied(length)
@@ -285,7 +254,7 @@ class BlkEngine:
             request.done = self._large_done
             self._submit(request)
         else:
-            self._enter(lane, request, _data_pieces(request))
+            self._enter(lane, request, data_pieces(request))
 
     def _enter(
         self, lane: Lane, request: BlkRequest, pieces: Iterator[tuple[int, Request]]
@@ -347,6 +316,7 @@ class BlkEngine:
     def _flush(self, ring: UsedRing, chain: Chain) -> None:
         """FLUSH: the sector and any data are the driver's mistake, and harmless."""
         if self.config.geometry.can_flush:
+            self._count(FLUSH, 0)
             request = self._request(ring, chain, FLUSH)
             request.flags = self._flush_flags
             self._submit(request)
@@ -367,40 +337,19 @@ class BlkEngine:
 
     def _ranges(self, ring: UsedRing, chain: Chain, op: int) -> None:
         """DISCARD and WRITE_ZEROES: every segment is checked before any is executed."""
-        readable = chain[3]
-        segments = b"".join(readable) if sum(map(len, readable)) <= _MAX_RANGES_BYTES else b""
-        status, problem, parts = self._check_ranges(op, segments)
+        status, problem, parts = ranges_of_untrusted(
+            chain[3], op, capacity_bytes=self._capacity_bytes, block_mask=self._block_mask
+        )
         if status != S_OK:
             self._refuse(ring, chain, status, problem)
             return
+        self._count(op, sum(length for _, length, _ in parts))
         request = self._request(ring, chain, op)
         request.flags = self._write_flags
         if not parts:
             self._turn.finish(request)
             return
-        self._enter(self._range_lane, request, _range_pieces(request, parts))
-
-    def _check_ranges(
-        self, op: int, segments: bytes
-    ) -> tuple[int, str, list[tuple[int, int, int]]]:
-        """The status for `struct virtio_blk_discard_write_zeroes[]`, why, and the byte ranges."""
-        if not segments or len(segments) % SEGMENT.size:
-            return S_IOERR, "a discard or write-zeroes without whole segments", []
-        if len(segments) > MAX_DISCARD_SEGMENTS * SEGMENT.size:
-            return S_UNSUPP, "more discard or write-zeroes segments than offered", []
-        parts = []
-        for sector, count, flags in SEGMENT.iter_unpack(segments):
-            offset = sector * SECTOR_BYTES
-            length = count * SECTOR_BYTES
-            if flags & ~SEGMENT_UNMAP or (flags and op == DISCARD):
-                return S_UNSUPP, "an unknown discard or write-zeroes flag", []
-            if offset + length > self._capacity_bytes:
-                return S_IOERR, "a discard or write-zeroes past the end of the disk", []
-            if (offset | length) & self._block_mask:
-                return S_IOERR, "a discard or write-zeroes that is not a whole number of blocks", []
-            if length:
-                parts.append((offset, length, MAY_UNMAP if flags else 0))
-        return S_OK, "", parts
+        self._enter(self._range_lane, request, range_pieces(request, parts))
 
     def _refuse(self, ring: UsedRing, chain: Chain, status: int, problem: str) -> None:
         """Answer a request that reached no disk. The data before the status was not written."""
@@ -442,6 +391,7 @@ class BlkEngine:
     def fail(self, requests: Sequence[BlkRequest]) -> None:
         """Tell the guest that `requests` failed. `abandon` has to follow."""
         for request in requests:
+            self.errors[request.op, EIO] += 1
             used_bytes = 0 if request.op == READ else request.used_bytes
             request.ring.complete(request.chain, S_IOERR, used_bytes)
 
@@ -453,7 +403,7 @@ class BlkEngine:
         scratch = memoryview(bytearray(min(max(reads, default=0), WHOLE_BYTES)))
         for request in requests:
             del self._unanswered[request]
-            request.abandon(_nobody_waits, scratch)
+            request.abandon(_ignore_end, scratch)
             if isinstance(request.owner, Job):
                 request.owner.abandon(scratch)
             elif isinstance(request.owner, Lane):
@@ -467,6 +417,7 @@ class BlkEngine:
         if not error:
             request.ring.complete(request.chain, S_OK, request.used_bytes)
             return
+        self.errors[request.op, error] += 1
         status = S_UNSUPP if error == EOPNOTSUPP else S_IOERR
         # A read that failed has not filled the data before the status.
         used_bytes = 0 if request.op == READ else request.used_bytes
@@ -485,47 +436,10 @@ def _abandoned_whole(request: Request) -> None:
     lane.ended(request.length)
 
 
-def _nobody_waits(request: Request) -> None:
+def _ignore_end(request: Request) -> None:
     """The end of an abandoned request."""
 
 
 def _no_hit(offset: int, length: int, buffers: list[memoryview]) -> bool:
     """Nothing is at hand."""
     return False
-
-
-def _data_pieces(request: BlkRequest) -> Iterator[tuple[int, Request]]:
-    """The request in pieces of PIECE_BYTES, or in one if it is not longer than WHOLE_BYTES."""
-    op, flags, offset, left = request.op, request.flags, request.offset, request.length
-    piece_bytes = left if left <= WHOLE_BYTES else PIECE_BYTES
-    views = iter(request.buffers)
-    view = next(views)
-    while left:
-        length = wanted = min(piece_bytes, left)
-        buffers = []
-        while wanted >= len(view):
-            # Only once through the views, however many there are.
-            buffers.append(view)
-            wanted -= len(view)
-            view = next(views, _NO_BYTES)
-            if not view:
-                break
-        if wanted:
-            buffers.append(view[:wanted])
-            view = view[wanted:]
-        yield length, Request(op, offset, length, buffers, _set_by_job, flags)
-        offset += length
-        left -= length
-
-
-def _range_pieces(
-    request: BlkRequest, parts: list[tuple[int, int, int]]
-) -> Iterator[tuple[int, Request]]:
-    """The segments of a discard or write-zeroes."""
-    op, flags = request.op, request.flags
-    for offset, length, part_flags in parts:
-        yield RANGE_COST_BYTES, Request(op, offset, length, [], _set_by_job, flags | part_flags)
-
-
-def _set_by_job(request: Request) -> None:
-    raise AssertionError("a piece that no job began")

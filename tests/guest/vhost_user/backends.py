@@ -49,18 +49,7 @@ async def running_backend(
     device = make_device(
         loop,
         target,
-        DiskGeometry(
-            **{
-                "size_bytes": size_bytes,
-                "read_only": False,
-                "can_flush": True,
-                "can_discard": True,
-                "block_size_bytes": 512,
-                "min_io_bytes": 512,
-                "optimal_io_bytes": 0,
-            }
-            | (geometry or {})
-        ),
+        DiskGeometry(**{"size_bytes": size_bytes, **(geometry or {})}),
         serial="test-disk",
         max_queues=max_queues,
         above=StorageSide(on_abandoned=target.abandoned),

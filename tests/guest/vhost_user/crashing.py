@@ -44,6 +44,8 @@ TRACED = (
     "bridge/datapath/usual.py",
     "bridge/guest/ring.py",
     "bridge/guest/virtio/blk.py",
+    "bridge/guest/virtio/blk_ranges.py",
+    "bridge/guest/virtio/blk_request.py",
     "bridge/guest/virtio/inflight.py",
     "bridge/guest/virtio/inflight_packed.py",
     "bridge/guest/virtio/packed_queue.py",
@@ -131,15 +133,7 @@ async def _serve(directory: Path, words: set[str]) -> None:
         image = mmap.mmap(file.fileno(), IMAGE_BYTES)
     loop = Loop(poll_us=0)
     target, usual = _target(loop, image, words)
-    geometry = DiskGeometry(
-        size_bytes=IMAGE_BYTES,
-        read_only=False,
-        can_flush=True,
-        can_discard=True,
-        block_size_bytes=512,
-        min_io_bytes=512,
-        optimal_io_bytes=0,
-    )
+    geometry = DiskGeometry(IMAGE_BYTES)
     device = BlkDevice(loop, target, geometry, serial="crash", max_queues=2, usual=usual)
     with Listener.at_path(directory / "disk.sock") as listener:
         async with trio.open_nursery() as nursery:

@@ -357,15 +357,7 @@ class RealDevice:
     def __init__(self) -> None:
         self.loop = Loop(poll_us=0)
         self.target = MemoryTarget(self.loop.turn, 1 << 20)
-        geometry = DiskGeometry(
-            size_bytes=1 << 20,
-            read_only=False,
-            can_flush=True,
-            can_discard=True,
-            block_size_bytes=512,
-            min_io_bytes=512,
-            optimal_io_bytes=0,
-        )
+        geometry = DiskGeometry(1 << 20)
         self.device = BlkDevice(
             self.loop,
             self.target,

@@ -284,7 +284,7 @@ def test_base_says_where_to_go_on(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_completion_of_what_is_not_in_flight_is_noticed(packed: bool) -> None:
+def test_completion_of_a_chain_that_is_not_in_flight_is_noticed(packed: bool) -> None:
     driver, device = both(packed=packed, size=4, event_idx=False)
     driver.add(1, [(1, 2, 0)])
     driver.publish()

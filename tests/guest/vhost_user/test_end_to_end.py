@@ -158,6 +158,16 @@ def calls(queue: DriverQueue) -> int:
         return 0
 
 
+async def is_called_for_a_read(queue: DriverQueue) -> bool:
+    """Whether the device calls for the next request's end."""
+    calls(queue)
+    queue.submit(T_IN, 0, 512)
+    queue.kick()
+    await complete(queue)
+    await trio.sleep(0.002)
+    return bool(calls(queue))
+
+
 async def test_event_idx_counts_and_the_flags_do_not(directory: Path) -> None:
     """Rule `notify`: with EVENT_IDX avail.flags is ignored and used.flags stays 0."""
     async with guest_on(directory) as (_backend, guest):
@@ -166,14 +176,9 @@ async def test_event_idx_counts_and_the_flags_do_not(directory: Path) -> None:
         assert isinstance(driver, SplitDriver)
         await guest.write(0, b"e" * 512)
         for wanted in (True, False):
-            calls(queue)
             driver.set_avail_flags(1 if wanted else 0)
             driver.set_used_event((driver.used_idx + (0 if wanted else 100)) & 0xFFFF)
-            queue.submit(T_IN, 0, 512)
-            queue.kick()
-            await complete(queue)
-            await trio.sleep(0.002)
-            assert bool(calls(queue)) == wanted
+            assert await is_called_for_a_read(queue) == wanted
             assert driver.device_used_flags == 0
 
 
@@ -185,14 +190,9 @@ async def test_flags_count_without_event_idx(directory: Path) -> None:
         assert isinstance(driver, SplitDriver)
         await guest.write(0, b"f" * 512)
         for wanted in (True, False):
-            calls(queue)
             driver.set_avail_flags(0 if wanted else 1)
             driver.set_used_event((driver.used_idx + (100 if wanted else 0)) & 0xFFFF)
-            queue.submit(T_IN, 0, 512)
-            queue.kick()
-            await complete(queue)
-            await trio.sleep(0.002)
-            assert bool(calls(queue)) == wanted
+            assert await is_called_for_a_read(queue) == wanted
 
 
 async def test_device_offers_version_1_and_as_many_queues_as_it_has(directory: Path) -> None:

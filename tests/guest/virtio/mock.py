@@ -161,8 +161,9 @@ class FakeHits:
         return True
 
 
-class MockRing:
-    """What the engine sees of a ring: writes status and used element at once."""
+class UnpublishedRing:
+    """What the engine sees of a ring: writes status and used element at once, and publishes
+    nothing."""
 
     def __init__(self, queue: VirtQueue) -> None:
         self.queue = queue
@@ -172,6 +173,13 @@ class MockRing:
         if status_view is not None:
             status_view[status_at] = status
         self.queue.push(head, length)
+
+
+class MockRing(UnpublishedRing):
+    """The same, and the driver sees each at once."""
+
+    def complete(self, chain: Chain, status: int, length: int) -> None:
+        super().complete(chain, status, length)
         self.queue.publish()
 
 

@@ -428,6 +428,16 @@ def test_request_dwz_segments_keep_their_own_flags_and_finish_together() -> None
     assert guest.read(status, 1) == bytes([S_IOERR])
 
 
+def fail_a_flush_after_the_first_part(guest: BlkGuest) -> None:
+    """The disk does the first part of what it holds, then a flush fails, then it does the rest."""
+    first, *others = guest.disk.held
+    guest.disk.held = [first]
+    guest.disk.release()
+    guest.epoch += 1
+    guest.disk.held = others
+    guest.disk.release()
+
+
 def test_request_dwz_segments_that_a_failed_flush_may_have_dropped_are_done_once_more() -> None:
     """The guest hears of all segments at once: that flush told it of none of them."""
     guest = BlkGuest()
@@ -439,12 +449,7 @@ def test_request_dwz_segments_that_a_failed_flush_may_have_dropped_are_done_once
         (guest.alloc(1), 1, DEVICE_WRITES),
     )
     guest.run()
-    first, *others = guest.disk.held
-    guest.disk.held = [first]
-    guest.disk.release()
-    guest.epoch += 1
-    guest.disk.held = others
-    guest.disk.release()
+    fail_a_flush_after_the_first_part(guest)
     assert guest.driver.poll() == []
     assert [each.offset for each in guest.disk.held] == [0, 8 * 512, 16 * 512]
     guest.disk.release()
@@ -468,12 +473,7 @@ def guest_with_a_write_in_pieces() -> tuple[BlkGuest, int]:
 def test_large_write_that_a_failed_flush_may_have_dropped_in_part_is_done_once_more() -> None:
     """Its pieces are acknowledged one by one; the guest hears of all of them at once."""
     guest, token = guest_with_a_write_in_pieces()
-    first, *others = guest.disk.held
-    guest.disk.held = [first]
-    guest.disk.release()
-    guest.epoch += 1
-    guest.disk.held = others
-    guest.disk.release()
+    fail_a_flush_after_the_first_part(guest)
     assert guest.driver.poll() == []
     again = [(each.offset, each.length) for each in guest.disk.held]
     guest.disk.release()

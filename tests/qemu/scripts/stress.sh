@@ -92,7 +92,7 @@ while [ ! -e /tmp/failed ]; do
     total=0
     for count in $(cat /tmp/count.* 2>/dev/null); do total=$(( total + count )); done
     echo "PROGRESS $total"
-    read -r -t 1 _ && break
+    read -r -t 0.2 _ && break
 done
 touch /tmp/stop
 wait

@@ -141,7 +141,7 @@ def measure(socket: Path, workload: Workload) -> float:
 
 def main() -> None:
     """Run the table and print it."""
-    parser = argparse.ArgumentParser(prog="./run bench engine", description=__doc__)
+    parser = argparse.ArgumentParser(prog="./run bench peer", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="alternating runs of each workload")
     parser.add_argument("--only", default="", help="workloads whose name has this in it")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the request counts")
