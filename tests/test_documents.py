@@ -35,7 +35,8 @@ PACKAGES = ("bridge", "nbd_plugin", "tests")
 TOP_LEVEL = (*PACKAGES, "docs", "docker", ".ci", ".github")
 
 OTHERS_OPTIONS = {"--fast", "--durations", "--follow", "--export", "--unix-socket"}
-"""Of pytest, git, qemu-storage-daemon, curl."""
+OTHERS_OPTIONS |= {"--profile", "--volumes"}
+"""Of pytest, git, qemu-storage-daemon, curl; docker."""
 OTHERS_NAMES = {"MockClock", "Keep", "Semantic"}
 """Classes of libraries, and words that look like one."""
 
