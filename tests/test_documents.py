@@ -32,11 +32,14 @@ DOCUMENTS = sorted(
 WITH_OTHER_OPTIONS = {Path("CHANGELOG.md"), Path("docker/README.md"), Path("nbd_plugin/README.md")}
 """Options of older versions; of Docker, iptables, nbdkit."""
 PACKAGES = ("bridge", "nbd_plugin", "tests")
-TOP_LEVEL = (*PACKAGES, "docs", "docker", ".ci", ".github")
+TOP_LEVEL = (*PACKAGES, "deb", "docs", "docker", ".ci", ".github")
 
-OTHERS_OPTIONS = {"--fast", "--durations", "--follow", "--export", "--unix-socket"}
-OTHERS_OPTIONS |= {"--profile", "--volumes"}
-"""Of pytest, git, qemu-storage-daemon, curl; docker."""
+OTHERS_OPTIONS = {
+    *("--fast", "--durations", "--follow", "--export", "--unix-socket", "--create", "--now"),
+    *("--profile", "--volumes", "--params", "--image-opts", "--verbose", "--live", "--size"),
+    *("--memory", "--disk", "--kernel", "--cmdline", "--vhost-user", "--filter"),
+}
+"""Of pytest, git, qemu-storage-daemon, curl, systemd; Docker, rbd; machine monitors, nbdkit."""
 OTHERS_NAMES = {"MockClock", "Keep", "Semantic"}
 """Classes of libraries, and words that look like one."""
 
@@ -50,7 +53,7 @@ ADDERS = ("add_argument", "addoption")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = re.compile(r"`?\./run ([a-z][\w-]*)")
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
-COMMAND = re.compile(r"(?:`|^)nbd-bridge ((?:cache )?[a-z]+)\b", re.MULTILINE)
+COMMAND = re.compile(r"(?:`|^)nbd-bridge ((?:(?:cache|config) )?[a-z][a-z-]*)\b", re.MULTILINE)
 
 
 def text_of(document: Path) -> str:

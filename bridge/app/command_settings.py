@@ -184,6 +184,24 @@ class DemoChoices:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnitChoices:
+    """Which files `install-units` writes, and where."""
+
+    title: ClassVar[str] = "Units"
+
+    root: str = setting("--root", Path(), "/", "Below this directory.")
+    vendor: bool = setting(
+        "--vendor", Flag(), False, "Where a distribution's package has them, in /usr."
+    )
+    program: str | None = setting(
+        "--program", Path(), None, "The nbd-bridge command. Default: that of this installation."
+    )
+    plugin: str | None = setting(
+        "--plugin", Path(), None, "The nbdkit plugin. Default: that of this installation."
+    )
+
+
 # The commands.
 
 
@@ -278,3 +296,45 @@ class DemoSettings(CommandSettings):
     """`demo`."""
 
     demo: DemoChoices = DemoChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpgradeSettings(CommandSettings):
+    """`upgrade`."""
+
+    action: ActionChoices = ActionChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigCheckSettings(CommandSettings):
+    """`config check`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigShowSettings(CommandSettings):
+    """`config show`."""
+
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstallUnitsSettings(CommandSettings):
+    """`install-units`."""
+
+    units: UnitChoices = UnitChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginPathSettings(CommandSettings):
+    """`plugin-path`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManPagesSettings(CommandSettings):
+    """`man-pages`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionSettings(CommandSettings):
+    """`completion`."""

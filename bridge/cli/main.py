@@ -29,6 +29,11 @@ _COMMANDS = {
     "resize": "resize",
     "set": "set_settings",
     "stop": "stop",
+    "upgrade": "upgrade",
+    "plugin-path": "plugin_path",
+    "install-units": "install_units",
+    "man-pages": "man_pages",
+    "completion": "completion",
 }
 _CACHE_COMMANDS = {
     "show": "cache_show",
@@ -36,6 +41,7 @@ _CACHE_COMMANDS = {
     "flush": "cache_flush",
     "warm": "cache_warm",
 }
+_CONFIG_COMMANDS = {"check": "config_check", "show": "config_show"}
 """Name of a command → its module in `bridge.cli`, which has it as `command`."""
 
 
@@ -135,4 +141,12 @@ def cache() -> None:
     """Work on a cache that no bridge is using.
 
     `show`, `flush` and `drop` take its FILE, `warm` the URI of the export.
+    """
+
+
+@nbd_bridge.group(cls=CommandGroup, modules=_CONFIG_COMMANDS)
+def config() -> None:
+    """Look at configuration files, which `serve --config` uses.
+
+    NAME stands for /etc/nbd-bridge/NAME.toml.
     """

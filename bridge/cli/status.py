@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import click
-
 from bridge.api.client import ask
 from bridge.api.places import control_sockets, socket_of
 from bridge.app.command_settings import StatusSettings
 from bridge.cli import common
-from bridge.cli.control import LOOK_S
+from bridge.cli.control import LOOK_S, optional_name_argument
 from bridge.cli.wording import time_text
 from bridge.errors import ConfigError
 from bridge.units import size_text
 
 
 @common.command("status", StatusSettings, example="nbd-bridge status vm0")
-@click.argument("name", required=False)
+@optional_name_argument
 def command(settings: StatusSettings, name: str | None) -> None:
     """Print how bridge NAME is, and whether this host may be rebooted.
 

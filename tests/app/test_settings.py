@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields
 
 import click
@@ -13,8 +14,14 @@ from bridge.app.command_settings import (
     CacheFlushSettings,
     CacheShowSettings,
     CacheWarmSettings,
+    CompletionSettings,
+    ConfigCheckSettings,
+    ConfigShowSettings,
     DemoSettings,
     InfoSettings,
+    InstallUnitsSettings,
+    ManPagesSettings,
+    PluginPathSettings,
 )
 from bridge.app.settings import (
     ConnectSettings,
@@ -32,11 +39,21 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
     "serve": (
         ServeSettings,
         {
-            *("socket-path", "fd", "read-only", "serial", "num-queues", "queue-size", "block-size"),
+            *(
+                "socket-path",
+                "fd",
+                "socket-group",
+                "socket-mode",
+                "read-only",
+                "serial",
+                "num-queues",
+                "queue-size",
+                "block-size",
+            ),
             *("features", "cache-mode", "cache-size", "cache-dir", "flush-interval"),
             *("connect-timeout", "connections", "request-timeout", "reconnect-timeout"),
             *("stale-write-grace", "poll-us", "engine", "stop-timeout", "drain-timeout"),
-            *("log-level", "log-format", "slow-ms", "name", "api"),
+            *("log-level", "log-format", "slow-ms", "name", "api", "pidfile", "wait-for-server"),
             *_TLS,
         },
     ),
@@ -51,6 +68,12 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
         CacheWarmSettings,
         {"cache-size", "cache-dir", "range", "timeout", "connect-timeout", *_TLS},
     ),
+    "install-units": (InstallUnitsSettings, {"root", "vendor", "program", "plugin"}),
+    "completion": (CompletionSettings, set()),
+    "man-pages": (ManPagesSettings, set()),
+    "plugin-path": (PluginPathSettings, set()),
+    "config check": (ConfigCheckSettings, set()),
+    "config show": (ConfigShowSettings, {"json"}),
     "demo": (DemoSettings, {"no-guest"}),
 }
 _COMMANDS = list(_OPTIONS)
@@ -84,8 +107,10 @@ def context_of(command: str, arguments: list[str], **extra: object) -> click.Con
 def parsed(command: str, arguments: list[str], **extra: object) -> CommandSettings:
     """What a command would get."""
     settings, _ = _OPTIONS[command]
-    words = 1 if "URI" in command_usage(command) or "FILE" in command_usage(command) else 0
-    return settings_of(settings, context_of(command, ["x"] * words + arguments, **extra).params)
+    usage = command_usage(command)
+    words = ["x"] * any(word in usage for word in ("URI", "FILE", "DIRECTORY"))
+    words += ["bash"] * (command == "completion")
+    return settings_of(settings, context_of(command, words + arguments, **extra).params)
 
 
 def command_usage(command: str) -> str:
@@ -118,6 +143,11 @@ def test_every_option_has_its_environment_variable(
             "--socket-path",
             "--api",
             "--name",
+            "--pidfile",
+            "--socket-group",
+            "--root",
+            "--program",
+            "--plugin",
         ):
             continue
         if each.setting.option.startswith("--tls"):
@@ -195,4 +225,5 @@ def test_help_has_every_option_under_its_group_and_an_example(command: str) -> N
         for each in declared(settings):
             if each.group == group.name:
                 assert text.index(f"\n  {each.setting.option}", at) > at
-    assert f"\nExample:\n  nbd-bridge {command} " in text
+    example = text.partition("\nExample:\n  ")[2]
+    assert re.search(rf"\bnbd-bridge {command}\b", example)
