@@ -238,13 +238,16 @@ _SERVE = """
 """
 
 
-def qemu_line(line: str, is_old: bool) -> str:
-    """`line` for this machine: emulated, not started, with a monitor on standard input."""
-    line = line.replace("accel=kvm", "accel=tcg")
+def for_this_qemu(line: str, is_old: bool) -> str:
+    """`line` in the words of the QEMU that is here."""
     if is_old:
-        line = line.replace("reconnect-ms=1000", "reconnect=1")
-    else:
-        line = re.sub(r"reconnect=1\b", "reconnect-ms=1000", line)
+        return line.replace("reconnect-ms=1000", "reconnect=1")
+    return re.sub(r"reconnect=1\b", "reconnect-ms=1000", line)
+
+
+def stopped(line: str) -> str:
+    """The same machine, emulated and not started, with a monitor on standard input."""
+    line = line.replace("accel=kvm", "accel=tcg")
     return f"{line} -S -nodefaults -display none -monitor stdio"
 
 
@@ -270,7 +273,7 @@ def test_qemu_takes_the_command_lines_of_the_documents(tmp_path: Path) -> None:
         path = re.search(r"path=([^,]+)", line)
         assert path is not None
         script += _SERVE.format(number=number, path=path[1]) + waiting(path[1])
-        script += f"\nprintf 'info qtree\\nquit\\n' | {qemu_line(line, is_old)}\n"
+        script += f"\nprintf 'info qtree\\nquit\\n' | {stopped(for_this_qemu(line, is_old))}\n"
         script += f"nbd-bridge stop $(basename {path[1]} | cut -d. -f1) --even-with-guest; wait\n"
 
     said = run_in_namespace(script, tmp_path)
@@ -284,15 +287,15 @@ def test_qemu_takes_the_command_lines_of_the_documents(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_qemu_takes_a_disk_at_its_monitor(tmp_path: Path) -> None:
     (block,) = (each for each in all_blocks() if each.text.startswith("chardev-add "))
-    typed = [line.replace("reconnect=1", "reconnect=1") for line in block.lines]
-    typed[1] += ",bus=port0"
+    is_old = is_old_qemu()
+    plug, device = (for_this_qemu(line, is_old) for line in block.lines)
     machine = (
         "qemu-system-x86_64 -m 64M -machine q35,accel=kvm,memory-backend=mem -object "
         "memory-backend-memfd,id=mem,size=64M,share=on -device pcie-root-port,id=port0"
     )
     script = _SERVE.format(number=1, path="/run/vm0.vhost") + waiting("/run/vm0.vhost")
-    keys = "".join(f"{line}\\n" for line in [*typed, "info qtree", "quit"])
+    keys = "".join(f"{line}\\n" for line in (plug, f"{device},bus=port0", "info qtree", "quit"))
 
-    said = run_in_namespace(f"{script}\nprintf '{keys}' | {qemu_line(machine, True)}", tmp_path)
+    said = run_in_namespace(f"{script}\nprintf '{keys}' | {stopped(machine)}", tmp_path)
 
     assert 'dev: vhost-user-blk-pci, id "disk1"' in said
