@@ -36,8 +36,10 @@ TOP_LEVEL = (*PACKAGES, "deb", "docs", "docker", ".ci", ".github")
 
 OTHERS_OPTIONS = {
     *("--fast", "--durations", "--follow", "--export", "--unix-socket", "--create", "--now"),
+    *("--profile", "--volumes", "--params", "--image-opts", "--verbose", "--live", "--size"),
+    *("--memory", "--disk", "--kernel", "--cmdline", "--vhost-user", "--filter"),
 }
-"""Of pytest, git, qemu-storage-daemon, curl, systemd."""
+"""Of pytest, git, qemu-storage-daemon, curl, systemd; Docker, rbd; machine monitors, nbdkit."""
 OTHERS_NAMES = {"MockClock", "Keep", "Semantic"}
 """Classes of libraries, and words that look like one."""
 

@@ -32,6 +32,7 @@ _MARKER_OF = {
     "nbdcopy": "nbdkit",
     "nbdfuse": "nbdkit",
     "nbd-server": "nbdkit",
+    "curl": "nbdkit",
     "e2fsck": "qemu",
     "mke2fs": "qemu",
     "busybox": "qemu",
