@@ -130,6 +130,33 @@ class DropChoices:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ListChoices(ShowOutput):
+    """What `cache list` finds out."""
+
+    check_servers: bool = setting(
+        "--check-servers", Flag(), False, "Ask the servers whether the disks still exist."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneChoices:
+    """Which files `cache prune` removes."""
+
+    title: ClassVar[str] = "Cache"
+
+    gone: bool = setting(
+        "--gone", Flag(), False, "Those of disks that their server does not have any more."
+    )
+    older_than_days: float | None = setting(
+        "--older-than", Number(0), None, "Those that were not used for so many days."
+    )
+    discard_dirty: bool = setting(
+        "--discard-dirty", Flag(), False, "Also those that hold data that the server lacks."
+    )
+    dry_run: bool = setting("--dry-run", Flag(), False, "Only print what would be removed.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlushChoices:
     """Which data `cache flush` writes, and to which export."""
 
@@ -208,6 +235,23 @@ class CacheDropSettings(CommandSettings):
     """`cache drop`."""
 
     cache: DropChoices = DropChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheListSettings(CommandSettings):
+    """`cache list`."""
+
+    output: ListChoices = ListChoices()
+    server: ConnectSettings = ConnectSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePruneSettings(CommandSettings):
+    """`cache prune`."""
+
+    cache: PruneChoices = PruneChoices()
+    server: ConnectSettings = ConnectSettings()
+    output: ShowOutput = ShowOutput()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The commands of `nbd-bridge`: what an operator types and reads.
 
 - `main`: finds the command; each has a module: `serve`, `info`, `cache_show`, `cache_drop`,
-  `cache_flush`, `cache_warm`, `demo`;
+  `cache_flush`, `cache_warm`, `cache_list`, `cache_prune`, `demo`;
 - those that ask running bridges over their control sockets: `bridges` (`list`), `status`, `flush`,
   `resize`, `set_settings` (`set`), `stop`; `control`: what they share;
 - those that look for longer: `exporter`; `top`, with `top_loop`, `rates` (from two

@@ -102,6 +102,15 @@ def table(lines: dict[str, str]) -> str:
     return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
 
 
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of equally many cells, one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
 def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
         click.echo(json.dumps(_CAPABILITIES))

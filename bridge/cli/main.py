@@ -31,6 +31,8 @@ _COMMANDS = {
     "stop": "stop",
 }
 _CACHE_COMMANDS = {
+    "list": "cache_list",
+    "prune": "cache_prune",
     "show": "cache_show",
     "drop": "cache_drop",
     "flush": "cache_flush",
@@ -132,7 +134,8 @@ def nbd_bridge() -> None:
 
 @nbd_bridge.group(cls=CommandGroup, modules=_CACHE_COMMANDS)
 def cache() -> None:
-    """Work on a cache that no bridge is using.
+    """Work on caches that no bridge is using.
 
-    `show`, `flush` and `drop` take its FILE, `warm` the URI of the export.
+    `list` and `prune` look at all of them. `show`, `flush` and `drop` take a FILE, `warm` the URI
+    of the export.
     """

@@ -11,6 +11,8 @@ import pytest
 from bridge.app.command_settings import (
     CacheDropSettings,
     CacheFlushSettings,
+    CacheListSettings,
+    CachePruneSettings,
     CacheShowSettings,
     CacheWarmSettings,
     DemoSettings,
@@ -42,6 +44,11 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
     ),
     "info": (InfoSettings, {"json", "list", "connect-timeout", *_TLS}),
     "cache show": (CacheShowSettings, {"json"}),
+    "cache list": (CacheListSettings, {"json", "check-servers", "connect-timeout"}),
+    "cache prune": (
+        CachePruneSettings,
+        {"gone", "older-than", "discard-dirty", "dry-run", "json", "connect-timeout"},
+    ),
     "cache drop": (CacheDropSettings, {"discard-dirty"}),
     "cache flush": (
         CacheFlushSettings,
