@@ -211,6 +211,40 @@ class DemoChoices:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchChoices:
+    """The load that `bench` puts on a device."""
+
+    title: ClassVar[str] = "Load"
+
+    pattern: str = setting(
+        "--rw",
+        Choice(("read", "write", "randread", "randwrite", "mixed")),
+        "randread",
+        "Sequential, or blocks at random; mixed reads 70 % of them and writes the rest.",
+    )
+    block_bytes: int = setting(
+        "--block-size", Size(minimum="512"), 4096, "Of each request.", written_default="4K"
+    )
+    depth: int = setting("--depth", Whole(1, 256), 32, "Requests in flight on each queue.")
+    queues: int = setting("--queues", Whole(1, 64), 1, "Virtqueues.")
+    runtime_s: float = setting("--runtime", Number(0.1, 86400), 10.0, "Seconds.")
+    flush_every: int = setting(
+        "--flush-every", Whole(0, 1 << 30), 0, "A flush after so many writes of a queue; 0: none."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeChoices(ShowOutput):
+    """What `bench` may do to the disk, and how it prints."""
+
+    title: ClassVar[str] = "Device and output"
+
+    destructive: bool = setting(
+        "--destructive", Flag(), False, "Overwrite the disk: what it holds is lost."
+    )
+
+
 # The commands.
 
 
@@ -315,6 +349,14 @@ class TopSettings(CommandSettings):
     """`top`."""
 
     view: TopChoices = TopChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings(CommandSettings):
+    """`bench`."""
+
+    load: BenchChoices = BenchChoices()
+    device: ProbeChoices = ProbeChoices()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ _COMMANDS = {
     "serve": "serve",
     "info": "info",
     "demo": "demo",
+    "bench": "bench",
     "list": "bridges",
     "exporter": "exporter",
     "top": "top",

@@ -106,7 +106,7 @@ class BlkDriver:
         self.front_end: FrontEnd | None = None
         self.features = 0
         self.config = DiskConfig.unpack(bytes(CONFIG_BYTES))
-        self._pending = PendingRequests(lambda: self._use_inflight or self._is_alive)
+        self._pending = PendingRequests(lambda: self._use_inflight or self.is_alive)
         self._turn = 0
 
     @classmethod
@@ -124,7 +124,11 @@ class BlkDriver:
 
     async def start(self) -> None:
         """Connect and negotiate, make memory and queues, and let the rings run."""
-        await self._negotiate()
+        await self.negotiate()
+        await self.start_rings()
+
+    async def start_rings(self) -> None:
+        """After `negotiate`: make memory and queues, and let the rings run."""
         self._make_queues()
         await self._share()
         for queue in self.queues:
@@ -139,12 +143,13 @@ class BlkDriver:
         if self.front_end is not None:
             self.front_end.close()
             self.front_end = None
-        await self._negotiate()
+        await self.negotiate()
         await self._share()
         for queue in self.queues:
             await self._start_queue(queue, base=queue.driver.restore_base)
 
-    async def _negotiate(self) -> None:
+    async def negotiate(self) -> None:
+        """Connect and agree on features; `features` and `config` are known then."""
         self.front_end = await FrontEnd.connect(self.path)
         features, protocol = await self.front_end.negotiate(
             self._wanted_features | F_PROTOCOL_FEATURES, self._wanted_protocol_features
@@ -367,7 +372,8 @@ class BlkDriver:
             raise errors[0]
 
     @property
-    def _is_alive(self) -> bool:
+    def is_alive(self) -> bool:
+        """The back-end has not hung up."""
         return self.front_end is not None and self.front_end.is_alive
 
     def _pick(self, queue: int | None) -> DriverQueue:

@@ -9,6 +9,7 @@ import click
 import pytest
 
 from bridge.app.command_settings import (
+    BenchSettings,
     CacheDropSettings,
     CacheFlushSettings,
     CacheListSettings,
@@ -58,6 +59,13 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
         CacheWarmSettings,
         {"cache-size", "cache-dir", "range", "timeout", "connect-timeout", *_TLS},
     ),
+    "bench": (
+        BenchSettings,
+        {
+            *("rw", "block-size", "depth", "queues", "runtime", "flush-every"),
+            *("json", "destructive"),
+        },
+    ),
     "demo": (DemoSettings, {"no-guest"}),
 }
 _COMMANDS = list(_OPTIONS)
@@ -92,6 +100,7 @@ def parsed(command: str, arguments: list[str], **extra: object) -> CommandSettin
     """What a command would get."""
     settings, _ = _OPTIONS[command]
     words = 1 if "URI" in command_usage(command) or "FILE" in command_usage(command) else 0
+    words = 1 if "SOCKET" in command_usage(command) else words
     return settings_of(settings, context_of(command, ["x"] * words + arguments, **extra).params)
 
 
