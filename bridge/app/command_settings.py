@@ -245,6 +245,14 @@ class ProbeChoices(ShowOutput):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckChoices(ProbeChoices):
+    """Which rules `check` tries, and how it prints."""
+
+    only: str = setting("--only", Text(max_bytes=40), "", "Rules whose name has this in it.")
+    timeout_s: float = setting("--timeout", Number(1, 3600), 60.0, "Seconds for each rule.")
+
+
 # The commands.
 
 
@@ -357,6 +365,13 @@ class BenchSettings(CommandSettings):
 
     load: BenchChoices = BenchChoices()
     device: ProbeChoices = ProbeChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings(CommandSettings):
+    """`check`."""
+
+    device: CheckChoices = CheckChoices()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@
   `resize`, `set_settings` (`set`), `stop`; `control`: what they share;
 - those that look for longer: `exporter`; `top`, with `top_loop`, `rates` (from two
   looks to what happens per second) and `top_screen`;
-- those that play a guest of any device: `bench`;
+- those that play a guest of any device: `bench`, `check`;
 - `wording`: the text of every error and remedy. Only this module has sentences that name a command
   or an option;
 - `common`: makes a command, prints its result, turns its errors into one line each;

@@ -22,6 +22,7 @@ _COMMANDS = {
     "info": "info",
     "demo": "demo",
     "bench": "bench",
+    "check": "check",
     "list": "bridges",
     "exporter": "exporter",
     "top": "top",

@@ -81,6 +81,7 @@ class BlkDriver:
         segment_bytes: int | None = None,
         regions: int = 1,
         inflight: bool = False,
+        base: int = 0,
     ) -> None:
         """`num_queues` virtqueues of `queue_size` descriptors, with at most `depth` requests in
         flight each (None: as many as fit) of at most `request_bytes` of data each, in descriptors
@@ -88,7 +89,7 @@ class BlkDriver:
 
         `features` and `protocol_features` are masks of what to accept of the back-end's offer.
         `regions`: how many regions the memory is made of. `inflight`: use an in-flight region, so
-        that `reconnect` loses no request.
+        that `reconnect` loses no request. `base`: the index that split rings start at.
         """
         self.path = path
         self._wanted_features = features
@@ -100,6 +101,7 @@ class BlkDriver:
         self._segment_bytes = segment_bytes
         self._regions = regions
         self._use_inflight = inflight
+        self._base = base
         self._inflight: tuple[InflightRange, int] | None = None
         self.memory = SharedMemory()
         self.queues: list[DriverQueue] = []
@@ -187,6 +189,7 @@ class BlkDriver:
                     request_bytes=self._request_bytes,
                     features=self.features,
                     segment_bytes=self._segment_bytes,
+                    base=self._base,
                 )
             )
 

@@ -16,6 +16,7 @@ from bridge.app.command_settings import (
     CachePruneSettings,
     CacheShowSettings,
     CacheWarmSettings,
+    CheckSettings,
     DemoSettings,
     InfoSettings,
 )
@@ -59,6 +60,7 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
         CacheWarmSettings,
         {"cache-size", "cache-dir", "range", "timeout", "connect-timeout", *_TLS},
     ),
+    "check": (CheckSettings, {"json", "destructive", "only", "timeout"}),
     "bench": (
         BenchSettings,
         {
