@@ -11,12 +11,14 @@ import pytest
 import trio
 
 from bridge.errors import ConnectionLost
+from bridge.peers.nbd_server import Server
+from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.probe.check import RULES, Finding, check
 from bridge.probe.rules import Verdict
 from tests.guest.vhost_user.backends import running_backend
 from tests.guest.vhost_user.test_peers import storage_daemon
 from tests.probe.faulty import PLANTS, FaultyDevice
-from tests.processes import bridge_argv
+from tests.processes import bridge_argv, serving, unix_uri
 
 _OF_STORAGE_DAEMON = {
     "features_refused": "SET_FEATURES with bit",
@@ -52,6 +54,27 @@ async def test_our_device_keeps_every_promise(directory: Path) -> None:
     assert by_verdict(findings, Verdict.FAILED) == {}
     assert by_verdict(findings, Verdict.SKIPPED) == {"request_read_only": "RO is not offered"}
     assert len(findings) == len(RULES)
+
+
+@pytest.mark.parametrize("engine", ["pure", "auto"])
+@pytest.mark.parametrize("cache_mode", ["off", "writeback"])
+async def test_bridge_keeps_every_promise(
+    directory: Path, nursery: trio.Nursery, cache_mode: str, engine: str
+) -> None:
+    """The whole process, over a server: with the usual case, and a cache smaller than the disk."""
+    disk = MemoryDisk(16 << 20)
+    await nursery.start(Server({"": disk}).serve_unix, directory / "nbd")
+    options = ("--cache-mode", cache_mode, "--cache-size", "4M", "--cache-dir", str(directory))
+    path = directory / "vhost"
+    async with serving(
+        *(unix_uri(directory / "nbd"), path, *options),
+        *("--num-queues", "4", "--engine", engine, "--log-level", "error"),
+    ):
+        findings = await check(str(path), destructive=True)
+    nursery.cancel_scope.cancel()
+
+    assert by_verdict(findings, Verdict.FAILED) == {}
+    assert by_verdict(findings, Verdict.SKIPPED) == {"request_read_only": "RO is not offered"}
 
 
 async def test_without_leave_nothing_is_written(directory: Path) -> None:
