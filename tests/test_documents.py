@@ -222,6 +222,7 @@ def test_rooms_import_only_what_the_architecture_says() -> None:
         "guest": {"datapath"},
         "server": {"datapath"},
         "cache": {"datapath"},
+        "probe": {"peers", "guest", "datapath"},
         "peers": {"guest", "server", "datapath"},
         "app": {"guest", "cache", "server", "datapath", "api"},
         "api": {"app", "guest", "cache", "server", "datapath"},

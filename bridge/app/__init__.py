@@ -10,6 +10,8 @@
 - `open_cache`: a cache file in use; `departure`: the guest stops, and perhaps comes back to it;
 - `cache_names`: where the cache file of an export is; `cache_ownership`: whether what it holds may
   still be believed, and sent;
+- `cache_files`: all cache files of this user, and whether their disks still exist; `cache_prune`:
+  removes those that nobody needs;
 - `cache_flush`, `cache_warm`: a cache file flushed to its server, or filled, without a guest;
 - `info`: what a server offers;
 - `unit_files`: what makes bridges services of a host, from the files in `bridge/share`;

@@ -106,6 +106,22 @@ def table(lines: dict[str, str]) -> str:
     return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
 
 
+def coloured(text: str, colour: str) -> str:
+    """`text` in this colour on a terminal; NO_COLOR (https://no-color.org) forbids it."""
+    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    return click.style(text, fg=colour)
+
+
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of equally many cells, one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
 def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
         click.echo(json.dumps(_CAPABILITIES))

@@ -21,6 +21,8 @@ _COMMANDS = {
     "serve": "serve",
     "info": "info",
     "demo": "demo",
+    "bench": "bench",
+    "check": "check",
     "list": "bridges",
     "exporter": "exporter",
     "top": "top",
@@ -36,6 +38,8 @@ _COMMANDS = {
     "completion": "completion",
 }
 _CACHE_COMMANDS = {
+    "list": "cache_list",
+    "prune": "cache_prune",
     "show": "cache_show",
     "drop": "cache_drop",
     "flush": "cache_flush",
@@ -138,9 +142,10 @@ def nbd_bridge() -> None:
 
 @nbd_bridge.group(cls=CommandGroup, modules=_CACHE_COMMANDS)
 def cache() -> None:
-    """Work on a cache that no bridge is using.
+    """Work on caches that no bridge is using.
 
-    `show`, `flush` and `drop` take its FILE, `warm` the URI of the export.
+    `list` and `prune` look at all of them. `show`, `flush` and `drop` take a FILE, `warm` the URI
+    of the export.
     """
 
 

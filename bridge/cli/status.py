@@ -10,7 +10,7 @@ from bridge.api.places import control_sockets, socket_of
 from bridge.app.command_settings import StatusSettings
 from bridge.cli import common
 from bridge.cli.control import LOOK_S, optional_name_argument
-from bridge.cli.wording import time_text
+from bridge.cli.wording import duration, time_text
 from bridge.errors import ConfigError
 from bridge.units import size_text
 
@@ -116,14 +116,6 @@ def _dirty(cache: dict[str, Any]) -> str:
     if cache["clean_in_s"] is not None:
         text += f", clean in {duration(cache['clean_in_s'])}"
     return text
-
-
-def duration(seconds: float) -> str:
-    """For a reader, such as 12 s, 5 min or 3 days."""
-    for unit_s, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit_s:
-            return f"{seconds / unit_s:.0f} {name}"
-    return f"{seconds:.0f} s"
 
 
 def _time(seconds: float | None) -> str:

@@ -10,10 +10,14 @@ import click
 import pytest
 
 from bridge.app.command_settings import (
+    BenchSettings,
     CacheDropSettings,
     CacheFlushSettings,
+    CacheListSettings,
+    CachePruneSettings,
     CacheShowSettings,
     CacheWarmSettings,
+    CheckSettings,
     CompletionSettings,
     ConfigCheckSettings,
     ConfigShowSettings,
@@ -59,6 +63,11 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
     ),
     "info": (InfoSettings, {"json", "list", "connect-timeout", *_TLS}),
     "cache show": (CacheShowSettings, {"json"}),
+    "cache list": (CacheListSettings, {"json", "check-servers", "connect-timeout"}),
+    "cache prune": (
+        CachePruneSettings,
+        {"gone", "older-than", "discard-dirty", "dry-run", "json", "connect-timeout"},
+    ),
     "cache drop": (CacheDropSettings, {"discard-dirty"}),
     "cache flush": (
         CacheFlushSettings,
@@ -74,6 +83,14 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
     "plugin-path": (PluginPathSettings, set()),
     "config check": (ConfigCheckSettings, set()),
     "config show": (ConfigShowSettings, {"json"}),
+    "check": (CheckSettings, {"json", "destructive", "only", "timeout"}),
+    "bench": (
+        BenchSettings,
+        {
+            *("rw", "block-size", "depth", "queues", "runtime", "flush-every"),
+            *("json", "destructive"),
+        },
+    ),
     "demo": (DemoSettings, {"no-guest"}),
 }
 _COMMANDS = list(_OPTIONS)
@@ -108,7 +125,7 @@ def parsed(command: str, arguments: list[str], **extra: object) -> CommandSettin
     """What a command would get."""
     settings, _ = _OPTIONS[command]
     usage = command_usage(command)
-    words = ["x"] * any(word in usage for word in ("URI", "FILE", "DIRECTORY"))
+    words = ["x"] * any(word in usage for word in ("URI", "FILE", "DIRECTORY", "SOCKET"))
     words += ["bash"] * (command == "completion")
     return settings_of(settings, context_of(command, words + arguments, **extra).params)
 

@@ -187,6 +187,7 @@ class CacheFile(MappedImage):
         # Both copies: an older one that still says "clean" must not come back.
         for _ in range(2):
             self.save_header(clean=False, boot_id=boot_id(), index_crc=0)
+        os.utime(self.fd)  # The last use: stores through a map need not change it at once.
         os.fdatasync(self.fd)
 
     def close(self, *, clean: bool) -> None:
@@ -223,6 +224,7 @@ class CacheFile(MappedImage):
             if self._abandoned:
                 return
             self.save_header(clean=True, index_crc=self.index_crc())
+            os.utime(self.fd)
             self.sync()
         except OSError:
             self.save_header(clean=False)
