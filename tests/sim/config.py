@@ -11,7 +11,7 @@ from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.spec.nbd import TransmissionFlags as F
 from bridge.spec.virtio_blk import F_CONFIG_WCE, F_FLUSH
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the programs: raised whenever a seed means another program than before."""
 
 
@@ -166,6 +166,8 @@ STEPS: Final = {
     "front-end leaves": 1,
     "grow": 1,
     "everything at once": 2,
+    "cache flush": 1,
+    "other host writes": 2,
 }
 """The steps of a program, and how often each is taken."""
 

@@ -30,7 +30,7 @@ from bridge.server.link import Link
 from bridge.server.overlaps import Overlaps
 from bridge.server.split import Split
 from nbd_plugin.file_disk import FileDisk
-from nbd_plugin.session import Fence
+from nbd_plugin.session import Fence, Session
 from tests.cache import test_oracle as cache_bugs
 from tests.sim import campaign
 
@@ -258,6 +258,25 @@ def fence_admits(patch: Patch) -> None:
     patch.setattr(Fence, "_revoke", _nothing)
 
 
+def generation_not_stored(patch: Patch) -> None:
+    """The plugin does not remember who wrote. (The comparison of a sample, which is all of so small
+    a cache, would hide that.)"""
+
+    def note_write(self: Session, handle: Any) -> None:
+        self.writer = handle.client
+
+    async def check_content(*args: Any, **options: Any) -> None:
+        return None
+
+    patch.setattr(Session, "note_write", note_write)
+    patch.setattr("bridge.app.storage.check_content", check_content)
+
+
+def generation_ignored(patch: Patch) -> None:
+    """The bridge keeps its clean blocks, whoever wrote."""
+    patch.setattr("bridge.cache.foreign.ForeignChanges.drop_clean", lambda self: 0)
+
+
 def failed_flush_forgotten_by_the_plugin(patch: Patch) -> None:
     """A second flush after a failed one succeeds, as the kernel's does."""
     patch.setattr(FileDisk, "_note_failure", _nothing)
@@ -279,6 +298,7 @@ BUGS: Final[dict[str, Bug]] = {
         *(durable_write_trusts_any_flush, durable_write_trusts_any_epoch, no_grace),
         *(stale_writes_not_expected, overlapping_changes_at_once, half_frame_again),
         *(loss_is_never_told, clean_mark_before_sync, torn_cache_believed, fence_admits),
+        *(generation_not_stored, generation_ignored),
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
     )
 } | {

@@ -27,7 +27,7 @@ from nbd_plugin.service import Service
 from nbd_plugin.session import Handle
 from nbd_plugin.settings import Settings
 from tests.sim.bridge import Bridge
-from tests.sim.medium import SECTOR, Content, numbers_of
+from tests.sim.medium import SECTOR, Content, numbers_of, sector_bytes
 from tests.sim.volume import Waits, seam
 
 if TYPE_CHECKING:
@@ -67,6 +67,22 @@ class NbdServer:
         for peer in list(self.peers):
             peer.die()
         self.peers.clear()
+
+    def write_elsewhere(self, first: int, numbers: list[int]) -> bool:
+        """A client of another host writes these sectors, and goes. False if it is not let in."""
+        assert self.service is not None
+        data = b"".join(map(sector_bytes, numbers))
+        with seam(self):
+            try:
+                handle = self.service.open("vm@session=other,client=other", read_only=False)
+            except (PluginError, Waits):
+                return False
+            assert handle.session is not None
+            handle.session.note_write(handle)
+            handle.disk.pwrite(memoryview(data), first * SECTOR, True)
+            self.service.close(handle)
+        self.changed()
+        return True
 
     def in_flight(self) -> Iterator[tuple[int, int]]:
         """Sector and number of each write that was received and not executed."""

@@ -364,6 +364,39 @@ class Steps:
             self._without_region()
             world.bridge.terminate()
 
+    async def _cache_flush(self, rng: Random) -> None:
+        """The bridge ends somehow, and an operator brings to the server what it has left."""
+        world = self.world
+        if world.bridge is None or world.config.mode == OFF:
+            return
+        self._without_region()
+
+        async def flush(in_order: bool) -> None:
+            for path in world.cache_files():
+                await world.flush_by_hand(path, force=False)
+
+        world.before_next = flush
+        if rng.random() < 0.7:
+            world.bridge.kill()
+        else:
+            world.bridge.terminate()
+
+    async def _other_host_writes(self, rng: Random) -> None:
+        """While no bridge runs. It was stopped in order, so that nothing of ours is missing."""
+        world = self.world
+        if world.bridge is None or not world.bridge.serves:
+            return
+        self._without_region()
+        first, count = self._range(rng)
+
+        async def write(in_order: bool) -> None:
+            await trio.sleep(1)  # The server lets go of our session.
+            if in_order and world.server is not None:
+                world.write_elsewhere(first, count)
+
+        world.before_next = write
+        world.bridge.terminate()
+
     async def _host_loses_power(self, rng: Random) -> None:
         world = self.world
         world.count("host loses power")

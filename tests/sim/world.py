@@ -21,7 +21,7 @@ from bridge.app.settings import (
     ServeSettings,
 )
 from bridge.cache.cache_options import OFF
-from bridge.cache.file.inspect import show
+from bridge.cache.file.inspect import drop, show
 from bridge.datapath.engine import PURE_ENGINE, choose
 from bridge.errors import Remedy
 from bridge.guest.device import BlkDevice
@@ -91,8 +91,9 @@ class World:
         self.bridge: Bridge | None = None
         self.processes: list[Process] = []
         """Those of operators."""
-        self._before_next: Callable[[], Awaitable[None]] | None = None
-        """What operators do before the bridge starts again."""
+        self.before_next: Callable[[bool], Awaitable[None]] | None = None
+        """What operators do before the bridge starts again. It is told whether the last one has
+        stopped in order."""
         self.excuses: set[str] = set()
         """What has happened that may fail requests: `any` of them, or `flush`."""
         self.over = False
@@ -203,6 +204,28 @@ class World:
             self.network.accept = self.server.accept
             self.note("server starts")
 
+    def write_elsewhere(self, first: int, count: int) -> None:
+        """Another host writes the volume, durable, and is through with it."""
+        server = self.server
+        assert server is not None
+        change = self.oracle.begin(first, count)
+        numbers = [change.number] * count
+        failing, self.faults.failing_flushes = self.faults.failing_flushes, 0
+        if server.service is None:
+            self.medium.write(first, numbers, fua=True)
+            # Nothing tells of it: the operator has to.
+            for path in self.cache_files():
+                drop(path)
+        elif not server.write_elsewhere(first, numbers):
+            self.oracle.end(change, done=False)
+            self.faults.failing_flushes = failing
+            return
+        self.faults.failing_flushes = failing
+        self.oracle.end(change, done=True)
+        change.durable = True
+        self.count("another host writes")
+        self.note("another host has written", first=first, count=count, number=change.number)
+
     def kill_server(self) -> None:
         """kill -9 of the server's process."""
         if self.server is not None:
@@ -231,9 +254,15 @@ class World:
             if problem is not None and problem.remedy is Remedy.FORCE_OR_GIVE_UP:
                 # No other host wrote, which only the operator knows.
                 await self.flush_by_hand(problem.path, force=True)
-            if self._before_next is not None:
-                await self._before_next()
+            before, self.before_next = self.before_next, None
+            if before is not None and not self.is_calm:
+                await before(problem is None and not bridge.dead)
             await trio.sleep(self.rng.choice((0.0, 0.1, 2.0)) + (problem is not None))
+
+    def cache_files(self) -> list[str]:
+        """Their paths."""
+        names = sorted(os.listdir(self.directory))
+        return [os.path.join(self.directory, name) for name in names if name.endswith(".cache")]
 
     async def flush_by_hand(self, path: str, *, force: bool) -> None:
         """An operator runs `nbd-bridge cache flush`."""
@@ -537,11 +566,9 @@ class World:
         self._start_bridge.set()
         self.oracle.judge_whole_image("the bridge has stopped in order")
         if self.config.mode != OFF:
-            for name in os.listdir(self.directory):
-                if name.endswith(".cache"):
-                    summary = show(os.path.join(self.directory, name))
-                    if summary.dirty_bytes:
-                        raise Violation("a cache that was closed in order has dirty data")
+            for path in self.cache_files():
+                if show(path).dirty_bytes:
+                    raise Violation("a cache that was closed in order has dirty data")
         await trio.sleep(60)
         self.oracle.judge_whole_image("a minute after the end")
 
