@@ -193,6 +193,12 @@ class _Serving:
         if self._guests is not None:
             self._guests.durability_changed()
 
+    def disconnected(self) -> None:
+        """See storage.Above. A process that dies before the server is back must leave word: the
+        server may name no instance that the next process could compare."""
+        if self._guests is not None:
+            self._guests.durability_changed()
+
     def begin_to_stop(self) -> None:
         """Let the time of the stop begin to run, and the device hurry."""
         if not self.stop.begin():
@@ -320,7 +326,7 @@ class _GuestsSide(Above):
         return not (self._storage.has_cache or self._geometry.read_only)
 
     def durability_changed(self) -> None:
-        """See disk.Above. Also after a reconnect."""
+        """See disk.Above. Also when a connection is lost, and after a reconnect."""
         if self._loses_with_server:
             self._remember()
 

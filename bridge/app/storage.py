@@ -68,6 +68,9 @@ class Above(Protocol):
         """There is a new connection to the server, and no cache that keeps what the last one had
         not made durable."""
 
+    def disconnected(self) -> None:
+        """The connection to the server is lost, and there is no such cache."""
+
 
 class Storage:
     """One export, with or without a cache. `open`, then `target`, then `close`."""
@@ -205,6 +208,11 @@ class Storage:
             self.departure.judge_return()
         else:
             self._go_on()
+
+    def disconnected(self) -> None:
+        """See client.Above."""
+        if self._cache is None and self._above is not None:
+            self._above.disconnected()
 
     def export_changed(self, export: Export) -> None:
         """See client.Above. A cache grows first, see `_go_on`."""

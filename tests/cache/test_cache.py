@@ -319,6 +319,19 @@ def test_write_out_by_age_starts_without_a_flush() -> None:
     assert rig.server.ops(WRITE) == [(0, BLOCK)]
 
 
+def test_deadline_that_has_come_is_acted_on_however_the_clock_rounds() -> None:
+    """The deadline was a sum, and the question whether it has come a difference, which may round to
+    less: at that very moment nothing was sent, and the deadline came again and again."""
+    for hundredths in range(50_800, 50_900):  # with the age, past a power of two
+        rig = Rig(writeback_age_s=5.0, flush_interval_s=0)
+        rig.now = hundredths / 100
+        rig.write(0, b"a" * BLOCK)
+        due = rig.cache.next_deadline()
+        assert due is not None
+        rig.tick(due)
+        assert rig.server.ops(WRITE) == [(0, BLOCK)]
+
+
 def test_deadline_appears_while_older_data_is_being_sent() -> None:
     rig = Rig(writeback_requests=1, flush_interval_s=0, writeback_age_s=5)
     rig.write(0, b"a" * BLOCK)
