@@ -332,6 +332,37 @@ def test_deadline_that_has_come_is_acted_on_however_the_clock_rounds() -> None:
         assert rig.server.ops(WRITE) == [(0, BLOCK)]
 
 
+def test_large_write_out_takes_many_turns_and_reaches_what_may_be_in_flight() -> None:
+    rig = Rig(granules=64, slots=64, writeback_requests=40, writeback_turn_requests=16)
+    for granule in range(64):
+        rig.write(granule * GRANULE, b"a" * BLOCK)
+    rig.cache.submit(Request(FLUSH, 0, 0, [], lambda _: None))
+
+    in_flight = []
+    while not in_flight or rig.turn.pending:
+        rig.turn.end()
+        in_flight.append(len(rig.server.pending))
+
+    assert in_flight == [16, 32, 40]
+
+
+def test_write_waits_for_blocks_of_its_granule_that_are_on_their_way() -> None:
+    """Also when they left long before, and one by one."""
+    rig = Rig(mode="writethrough")
+    first = rig.start(WRITE, 0, data=b"a" * BLOCK)
+    rig.start(WRITE, 4 * BLOCK, data=b"b" * BLOCK)
+    last = rig.start(WRITE, 8 * BLOCK, data=b"c" * BLOCK)
+
+    rig.server.answer(2)
+    waits = last.error is None and first.error is None
+    rig.server.answer(1)
+    rig.server.answer(0)
+
+    assert waits
+    assert (first.value, last.value) == (0, 0)
+    assert not rig.cache._writeback._in_flight.each()
+
+
 def test_deadline_appears_while_older_data_is_being_sent() -> None:
     rig = Rig(writeback_requests=1, flush_interval_s=0, writeback_age_s=5)
     rig.write(0, b"a" * BLOCK)
@@ -582,9 +613,9 @@ def test_many_turns_keep_memory_flat() -> None:
 
     rig.flush()
     writeback, fetcher = cache._writeback, cache._fetcher
-    assert not writeback._wanted
+    assert not writeback._awaited
     assert not writeback._deferred
-    assert not writeback._in_flight
+    assert not writeback._in_flight.each()
     assert not writeback.written
     assert len(writeback.ring._marks) < 10
     assert not fetcher.fetching

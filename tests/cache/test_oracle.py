@@ -10,6 +10,7 @@ import pytest
 from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
 from bridge.cache.hits import CacheHits
+from bridge.cache.in_flight import InFlight
 from bridge.cache.index import Index
 from bridge.cache.range_operations import RangeOperations
 from bridge.cache.reads import Reads
@@ -106,7 +107,7 @@ def _flush_does_not_wait_for_what_is_in_flight(patch: pytest.MonkeyPatch) -> Non
     real = Writeback.want_all
 
     def broken(self: Writeback, wait: Any) -> None:
-        in_flight, self._in_flight = self._in_flight, {}
+        in_flight, self._in_flight = self._in_flight, InFlight()
         real(self, wait)
         self._in_flight = in_flight
 
