@@ -303,6 +303,7 @@ class CacheFlushSettings(CommandSettings):
     cache: FlushChoices = FlushChoices()
     server: ConnectSettings = ConnectSettings()
     tls: TlsSettings = TlsSettings()
+    output: ShowOutput = ShowOutput()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +313,7 @@ class CacheWarmSettings(CommandSettings):
     cache: WarmChoices = WarmChoices()
     server: ConnectSettings = ConnectSettings()
     tls: TlsSettings = TlsSettings()
+    output: ShowOutput = ShowOutput()
 
 
 @dataclass(frozen=True, kw_only=True)
