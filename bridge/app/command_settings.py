@@ -321,6 +321,7 @@ class CacheFlushSettings(CommandSettings):
     cache: FlushChoices = FlushChoices()
     server: ConnectSettings = ConnectSettings()
     tls: TlsSettings = TlsSettings()
+    output: ShowOutput = ShowOutput()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +331,7 @@ class CacheWarmSettings(CommandSettings):
     cache: WarmChoices = WarmChoices()
     server: ConnectSettings = ConnectSettings()
     tls: TlsSettings = TlsSettings()
+    output: ShowOutput = ShowOutput()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,8 @@ def command(settings: CheckSettings, socket: str) -> None:
     count = Counter(each.verdict for each in findings)
     if chosen.as_json:
         rules = [asdict(each) for each in findings]
-        common.print_result(json.dumps({"passed": not count[Verdict.FAILED], "rules": rules}))
+        found = {"passed": not count[Verdict.FAILED], "rules": rules}
+        common.print_result(json.dumps(found, indent=2))
     else:
         common.print_result(", ".join(f"{count[each]} {each}" for each in Verdict))
     if count[Verdict.FAILED]:

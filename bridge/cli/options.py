@@ -59,9 +59,14 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example."""
-        if self.example:
-            with formatter.section("Example"):
-                formatter.write(f"{'':{formatter.current_indent}}{self.example}\n")
+        write_example(self.example, formatter)
+
+
+def write_example(example: str, formatter: click.HelpFormatter) -> None:
+    """The end of a `--help`; nothing for "". Not wrapped: it is to be copied."""
+    if example:
+        with formatter.section("Example"):
+            formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
 
 class GroupedOption(click.Option):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 
 import click
@@ -71,11 +72,11 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
     "cache drop": (CacheDropSettings, {"discard-dirty"}),
     "cache flush": (
         CacheFlushSettings,
-        {"moved", "force", "skip-damaged", "timeout", "connect-timeout", *_TLS},
+        {"moved", "force", "skip-damaged", "timeout", "json", "connect-timeout", *_TLS},
     ),
     "cache warm": (
         CacheWarmSettings,
-        {"cache-size", "cache-dir", "range", "timeout", "connect-timeout", *_TLS},
+        {"cache-size", "cache-dir", "range", "timeout", "json", "connect-timeout", *_TLS},
     ),
     "install-units": (InstallUnitsSettings, {"root", "vendor", "program", "plugin"}),
     "completion": (CompletionSettings, set()),
@@ -244,3 +245,34 @@ def test_help_has_every_option_under_its_group_and_an_example(command: str) -> N
                 assert text.index(f"\n  {each.setting.option}", at) > at
     example = text.partition("\nExample:\n  ")[2]
     assert re.search(rf"\bnbd-bridge {command}\b", example)
+
+
+def _all_commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        found = group.get_command(context, name)
+        assert found is not None
+        yield f"{path}{name}", found
+        if isinstance(found, click.Group):
+            yield from _all_commands(found, f"{path}{name} ")
+
+
+@pytest.mark.parametrize("command", ["", "cache"])
+def test_help_of_a_group_has_an_example(command: str) -> None:
+    words = f"nbd-bridge {command}".rstrip()
+    found = dict(_all_commands(nbd_bridge)).get(command, nbd_bridge)
+
+    assert f"\nExample:\n  {words} " in click.Context(found, info_name=words).get_help()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("info", "list", "status", "flush", "resize", "set", "stop", "top", "bench", "check"),
+        *("cache list", "cache prune", "cache show", "cache flush", "cache warm"),
+    ],
+)
+def test_command_that_prints_a_result_can_print_json(command: str) -> None:
+    found = dict(_all_commands(nbd_bridge))[command]
+
+    assert "--json" in {option for each in found.params for option in each.opts}

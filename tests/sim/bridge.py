@@ -95,16 +95,20 @@ def signals() -> Iterator[Any]:
 
 
 @contextmanager
-def no_listener(disk: object) -> Iterator[None]:
-    """`bridge.app.serve._listener`."""
+def no_listener(disk: object, received: object) -> Iterator[None]:
+    """`bridge.app.serve.open_listener`."""
     yield None
+
+
+async def no_service_manager(status: object) -> None:
+    """`bridge.app.serve.service_manager.run`."""
 
 
 class NoService:
     """`bridge.app.serve.Service`: no control socket."""
 
     @classmethod
-    def of(cls, live: object, settings: object) -> NoService:
+    def of(cls, *args: object, **options: object) -> NoService:
         return cls()
 
     def stopping(self) -> None:
@@ -114,7 +118,7 @@ class NoService:
         pass
 
 
-async def serve_front_ends(device: BlkDevice, listener: object) -> None:
+async def serve_front_ends(device: BlkDevice, listener: object, **options: object) -> None:
     """`bridge.app.serve.backend.serve`: one front-end after the other, until cancelled."""
     bridge = _current()
     bridge.device = device
