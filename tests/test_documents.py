@@ -36,8 +36,17 @@ TOP_LEVEL = (*PACKAGES, "deb", "docs", "docker", ".ci", ".github")
 
 OTHERS_OPTIONS = {
     *("--fast", "--durations", "--follow", "--export", "--unix-socket", "--create", "--now"),
-    *("--profile", "--volumes", "--params", "--image-opts", "--verbose", "--live", "--size"),
-    *("--memory", "--disk", "--kernel", "--cmdline", "--vhost-user", "--filter"),
+    *(
+        "--profile",
+        "--volumes",
+        "--params",
+        "--image-opts",
+        "--verbose",
+        "--live",
+        "--size",
+        "--unsafe",
+    ),
+    *("--memory", "--disk", "--kernel", "--cmdline", "--vhost-user", "--filter", "--unsafe"),
 }
 """Of pytest, git, qemu-storage-daemon, curl, systemd; Docker, rbd; machine monitors, nbdkit."""
 OTHERS_NAMES = {"MockClock", "Keep", "Semantic"}

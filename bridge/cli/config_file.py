@@ -7,9 +7,7 @@ Its keys are the names of the options without the dashes in front, from the same
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,6 +61,8 @@ def all_files() -> list[Path]:
 def read(path: Path) -> dict[str, Any]:
     """What the file sets, by the names of the settings (`Setting.name`), and `uri`; as click's
     `default_map`. Raises ConfigFileError."""
+    import tomllib  # With a file only: it costs time and memory.
+
     text = _text_of(path)
     try:
         found = tomllib.loads(text)
@@ -127,6 +127,8 @@ def _faults(key: str, value: Any, settings: dict[str, model.Setting]) -> Iterato
 
 def _meant(key: str, names: list[str]) -> str:
     """`; did you mean …?`, or where all names are."""
+    from difflib import get_close_matches
+
     near = get_close_matches(key.replace("_", "-").lower(), names, n=1)
     if near:
         return f"; did you mean '{near[0]}'?"
@@ -138,6 +140,8 @@ def _line_of(text: str, key: str) -> int:
 
     The parser does not tell. It is the end of the shortest beginning of the file that has the key.
     """
+    import tomllib
+
     lines = text.splitlines(keepends=True)
     for number in range(1, len(lines) + 1):
         try:

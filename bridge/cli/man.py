@@ -16,7 +16,12 @@ _SEE_ALSO: Final = "nbdkit(1), qemu\\-nbd(8), qemu\\-storage\\-daemon(1)"
 
 def pages(group: click.Group) -> Iterator[tuple[str, str]]:
     """(file name, text) of every page."""
-    root = click.Context(group, info_name="nbd-bridge", auto_envvar_prefix="NBD_BRIDGE")
+    root = click.Context(
+        group,
+        info_name="nbd-bridge",
+        auto_envvar_prefix="NBD_BRIDGE",
+        **group.context_settings,  # Each command keeps the first help option that it made.
+    )
     yield "nbd-bridge.1", _group_page(root)
     for context in _commands(root):
         name = context.command_path.replace(" ", "-")

@@ -4,7 +4,6 @@ ignored without a word."""
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from typing import Final
 
 import click
@@ -27,12 +26,20 @@ def misspelt(context: click.Context) -> list[str]:
         if each.name and (isinstance(each, click.Option) or each.envvar)
     }
     others = tuple(f"{_PREFIX}{words}_" for words in _commands(context.find_root()))
+    strange = [
+        name
+        for name in sorted(os.environ)
+        if name.startswith(_PREFIX)
+        and name not in known
+        and name not in _OTHERS
+        and (name.startswith(own) or not name.startswith(others))
+    ]
+    if not strange:
+        return []
+    from difflib import get_close_matches  # Only this needs it: it costs time and memory.
+
     found = []
-    for name in sorted(os.environ):
-        if not name.startswith(_PREFIX) or name in known or name in _OTHERS:
-            continue
-        if not name.startswith(own) and name.startswith(others):
-            continue
+    for name in strange:
         near = get_close_matches(name, known, n=1, cutoff=0.8)
         meant = f"; did you mean {near[0]}?" if near else f" (see '{context.command_path} --help')"
         found.append(f"the environment variable {name} is no option's, and ignored{meant}")

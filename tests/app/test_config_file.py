@@ -46,7 +46,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ServeSettings]]:
     """What `serve` would have served: (URI, settings)."""
     found: list[tuple[str, ServeSettings]] = []
 
-    def note(function: object, uri: str, settings: ServeSettings, received: object) -> None:
+    def note(function: object, uri: str, settings: ServeSettings, received: None) -> None:
         found.append((uri, settings))
 
     monkeypatch.setattr("bridge.cli.serve.trio.run", note)

@@ -107,6 +107,7 @@ def _live(compose: Compose, version: str, seed: int) -> None:
     if took_s > scenario.UP_LIMIT_S:
         raise Failed(f"every further `up` took {took_s:.1f} s or more")
     scenario.check_warm_cache(compose, say)
+    watching.check_backup(compose, say)
     scenario.stop_with_dirty_cache(compose, say)
     compose.down(volumes=True)
 

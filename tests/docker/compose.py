@@ -43,7 +43,7 @@ class Compose:
         done = run(
             *self.command, "-p", self.name, "-f", self.folder / "compose.yaml", *profiles,
             *arguments, limit_s=limit_s, check=check, watch=watch,
-            env={**self._environment(), **(settings or {})},
+            env={**self.environment(), **(settings or {})},
         )  # fmt: skip
         return done.stdout
 
@@ -116,7 +116,8 @@ class Compose:
         """
         self.engine("exec", self.container(service), "sh", "-c", "kill -9 -1", check=False)
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """The variables that Compose runs with: the project's settings, none of the caller's."""
         return {
             # The caller's environment must not change what is tested.
             **{
