@@ -56,6 +56,7 @@ async def test_our_device_keeps_every_promise(directory: Path) -> None:
     assert len(findings) == len(RULES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["pure", "auto"])
 @pytest.mark.parametrize("cache_mode", ["off", "writeback"])
 async def test_bridge_keeps_every_promise(
