@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ from typing import Any
 import pytest
 import trio
 
+from bridge.api.exporter import Exporter, serve
 from bridge.cache.cache_options import WRITEBACK
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
 from bridge.spec import nbd as p
 from tests.api.bridges import Bridge, served
 from tests.ports import free_port
-from tests.processes import bridge_argv, program
+from tests.processes import program
 from tests.tools import HUNG_S, need
 
 MONITORING = Path(__file__).parents[2] / "docs" / "monitoring"
@@ -83,10 +82,9 @@ class Prometheus:
 @asynccontextmanager
 async def watched(directory: Path, bridge: Bridge) -> AsyncIterator[Prometheus]:
     """`bridge`, an exporter and a Prometheus that has the documented configuration."""
-    own = directory / "nbd-bridge"
-    own.mkdir(mode=0o700)
-    (own / "vm0.api").symlink_to(bridge.control)
-    exporter, port = free_port(), free_port()
+    # In this process: the command would also find what else runs on this host.
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    exporter, port = listeners[0].socket.getsockname()[1], free_port()
     config = (MONITORING / "prometheus.yml").read_text()
     config = config.replace('"host1.example:9809", "host2.example:9809"', f'"127.0.0.1:{exporter}"')
     config = config.replace("15s", "1s").replace(RULES.name, str(RULES))
@@ -98,10 +96,8 @@ async def watched(directory: Path, bridge: Bridge) -> AsyncIterator[Prometheus]:
         f"--web.listen-address=127.0.0.1:{port}",
         "--log.level=error",
     ]
-    env = {**os.environ, "XDG_RUNTIME_DIR": str(directory)}
     async with trio.open_nursery() as nursery:
-        listen = bridge_argv("exporter", "--listen", f"127.0.0.1:{exporter}")
-        nursery.start_soon(partial(trio.run_process, listen, env=env, capture_stderr=True))
+        nursery.start_soon(serve, Exporter(lambda: [bridge.control]), listeners)
         with program(argv, ready=port):
             yield Prometheus(port)
         nursery.cancel_scope.cancel()
