@@ -11,7 +11,7 @@ from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.spec.nbd import TransmissionFlags as F
 from bridge.spec.virtio_blk import F_CONFIG_WCE, F_FLUSH
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the programs: raised whenever a seed means another program than before."""
 
 

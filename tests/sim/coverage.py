@@ -18,10 +18,11 @@ from bridge.server.channels import Channels, Phase
 from bridge.server.flushes import Flushes
 from bridge.server.grace import GraceSpans
 from nbd_plugin.session import Fence
+from tests.sim.volume import Waits
 
 _PHASES: Final = (
     *(("new", "up"), ("up", "leaving"), ("leaving", "down"), ("down", "up")),
-    *(("leaving", "closed"), ("down", "closed"), ("leaving", "leaving"), ("new", "closed")),
+    *(("leaving", "closed"), ("down", "closed"), ("new", "closed")),
 )
 _STATES: Final = (
     *("session: commands on trial", "session: given up", "session: a flush is refused"),
@@ -60,30 +61,46 @@ def gathered(seen: Counter[str]) -> Iterator[None]:
                 mock.patch.object(Blocks, event.value, _counting(event, real, seen))
             )
         for of, name, watch in (
-            (Channels, "enter", _enter),
-            (Flushes, "_refuse", None),
-            (GraceSpans, "hold", _hold),
+            *((Channels, "enter", _enter), (Flushes, "_refuse", _refuse)),
+            *((GraceSpans, "hold", _hold), (Fence, "enter", _waits)),
+            (Fence, "_join", _called("fence: joined")),
+            (Fence, "_break", _called("fence: a session is broken")),
+            (Fence, "_break_or_refuse", _called("fence: refused")),
         ):
-            if hasattr(of, name) and watch is not None:
-                real = getattr(of, name)
-                stack.enter_context(mock.patch.object(of, name, watch(real, seen)))
-        for name, state in (
-            *(("_join", "joined"), ("_break", "a session is broken")),
-            ("_break_or_refuse", "refused"),
-        ):
-            real = getattr(Fence, name)
-            stack.enter_context(
-                mock.patch.object(Fence, name, _called(real, seen, f"fence: {state}"))
-            )
+            real = getattr(of, name)
+            stack.enter_context(mock.patch.object(of, name, watch(real, seen)))
         yield
 
 
-def _called(real: Callable[..., Any], seen: Counter[str], what: str) -> Callable[..., Any]:
-    def call(*args: Any, **named: Any) -> Any:
-        seen[what] += 1
-        return real(*args, **named)
+def _called(what: str) -> Callable[..., Callable[..., Any]]:
+    def watch(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            seen[what] += 1
+            return real(*args, **named)
 
-    return call
+        return call
+
+    return watch
+
+
+def _waits(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    def enter(*args: Any, **named: Any) -> Any:
+        try:
+            return real(*args, **named)
+        except Waits:
+            seen["fence: waited for"] += 1
+            raise
+
+    return enter
+
+
+def _refuse(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    def refuse(self: Flushes, flushes: list[Any]) -> None:
+        if flushes:
+            seen["session: a flush is refused"] += 1
+        real(self, flushes)
+
+    return refuse
 
 
 def _hold(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:

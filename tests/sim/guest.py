@@ -209,6 +209,12 @@ class Guest:
         cut = rng.randrange(1, length)
         return [(at, cut, flags), (at + cut, length - cut, flags)]
 
+    def write_again(self, asked: Asked) -> None:
+        """The same sectors at once, if there is room."""
+        if asked.first + asked.count <= self.sectors:
+            self.submit(T_OUT, asked.first, asked.count, asked.queue, self.world.rng)
+            self.publish(asked.queue)
+
     def publish(self, queue: int) -> None:
         """Show the device what was added."""
         if self.queues[queue].driver.publish() and self.queues[queue].running:
@@ -257,6 +263,8 @@ class Guest:
         self.memory[at + _STATUS] = ord("!")
         self.queues[asked.queue].slots.append(asked.slot)
         self.answered.set()
+        if ok and asked.kind == T_OUT:
+            self.world.written(asked)
 
     def check_own_memory(self) -> None:
         """Nothing was written into memory that no request uses."""

@@ -40,13 +40,15 @@ def test_programs_with_every_fault_keep_every_promise(chunk: int) -> None:
 def test_every_fault_happens_and_every_transition_is_exercised() -> None:
     result = campaign.run_some(range(1000, 1400))
     assert not result.failures
-    assert not [state for state in coverage.never(result.seen) if state.startswith("block: ")]
+    # A discard, or another loss, while a flush is under way: seen by campaigns only.
+    rare = {"block: drop: flushing → absent", "block: written_lost: flushing → dirty"}
+    assert set(coverage.never(result.seen)) <= rare
     assert result.counts.keys() >= {
         *("connection cut", "silence", "connects refused", "connects hang", "server killed"),
         *("server loses power", "flush fails at the server", "no space", "hung up on", "stall"),
         *("bridge killed", "bridge killed at a line", "bridge terminated", "host loses power"),
         *("ring stops", "reset", "write cache toggled", "front-end leaves", "grown", "left behind"),
-        *("cache flush by hand", "cold read"),
+        *("cache flush by hand", "cold read", "another host writes"),
     }
 
 

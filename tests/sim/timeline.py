@@ -17,6 +17,10 @@ import trio._core._run as trio_run
 from trio.testing import MockClock
 
 
+class Stuck(AssertionError):
+    """Nothing will ever happen again. Raised out of trio's scheduler, as there is no other way."""
+
+
 class Timeline:
     """Calls that are due at some time. Those of one moment are made in the order of asking."""
 
@@ -53,8 +57,9 @@ class Timeline:
         while not runner.runq:
             deadline_s = runner.deadlines.next_deadline()
             if not due or deadline_s < due[0][0]:
-                if deadline_s < inf:
-                    clock._virtual_base = max(clock._virtual_base, deadline_s)
+                if deadline_s == inf:
+                    raise Stuck("every task waits for another, and for no time")
+                clock._virtual_base = max(clock._virtual_base, deadline_s)
                 return
             when_s, _, call = heapq.heappop(due)
             clock._virtual_base = max(clock._virtual_base, when_s)

@@ -163,6 +163,13 @@ class World:
             return
         raise Violation(f"{asked} fails, and nothing has happened that may make it fail")
 
+    def written(self, asked: Asked) -> None:
+        """A write was answered. The guest often writes there again, which is what a write that was
+        left behind somewhere may not survive."""
+        if not self.is_calm and self.rng.random() < 0.15:
+            delay_s = self.rng.choice((0.0, 0.001, 0.1))
+            self.timeline.after(delay_s, lambda: self.guest.write_again(asked))
+
     # The server.
 
     def service_s(self) -> float:
