@@ -196,7 +196,7 @@ class _Collector:
         general = {(why,): live.general_total.get(why, 0) for why in WHY}
         yield from self._counters(
             "requests_general",
-            "Those of them that the engine left to the general path, which costs ten times as "
+            "Those of them that the engine left to the general path, which costs several times as "
             "much, by reason.",
             ("why",),
             general,
