@@ -765,8 +765,8 @@ class Script:
         if self.free and not (self.hostile and rng.random() < 0.02):
             slot = place = rng.choice(self.free)
             self.free.remove(slot)
-        elif self.hostile and self.spare and len(self.free) < SLOTS:
-            slot = rng.choice([each for each in range(SLOTS) if each not in self.free])
+        elif self.hostile and self.spare and (taken := self._taken()):
+            slot = rng.choice(taken)
             place = self.spare.pop()
         else:
             return
@@ -804,6 +804,17 @@ class Script:
             halves[2 + index % SIZE] = head
             halves[1] = index + 1 & 0xFFFF
         self.avail_index[number] = index + 1 & 0xFFFF
+
+    def _taken(self) -> list[int]:
+        """Slots whose chains are in flight, so that the descriptors may be changed: chains that are
+        still to be taken would become the same one twice, and write their status to one place."""
+        found = []
+        for slot in range(SLOTS):
+            number = slot % self.n_rings
+            queue = self.twins[0].rings[number].queue
+            if queue is not None and queue.next_avail == self.avail_index[number]:
+                found += [slot] if slot not in self.free else []
+        return found
 
     def _chain(self, slot: int, at: int) -> tuple[list[Descriptor], bytes]:
         """Descriptors, with the number of the next one in the chain, and the header. `at`: of the
