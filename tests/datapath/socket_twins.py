@@ -647,6 +647,8 @@ class Script:
             if flags == 4:
                 # Not what others write to: when in the turn it is read may be either way.
                 address = HIGH + HIGH_BYTES - 512
+            if at == 0 and flags & 2:
+                size = min(size, 16)  # Not the headers of others: as with indirect ones.
             chain[at] = address, size, flags, rng.choice([following, 0, 2])
         return chain, struct.pack("<IIQ", type_, 0, sector)
 

@@ -96,7 +96,7 @@ def cut(rng: random.Random, place: int, data: int, length: int) -> list[tuple[in
     else:
         count = rng.choice([1, 1, 2, 3, 9, 100, 126, 127, 128])
         ends = sorted(rng.sample(range(1, length), min(count, length - 1)))
-    low, left = LOW_ROOMS + LOW_ROOM_BYTES * place, LOW_ROOM_BYTES
+    low, left = LOW_ROOMS + LOW_ROOM_BYTES * place, LOW_ROOM_BYTES - 64
     found = []
     for start, end in zip([0, *ends], [*ends, length], strict=True):
         n_bytes = end - start
@@ -855,6 +855,8 @@ class Script:
             if flags == 4:
                 # Not what others write to: when in the turn it is read may be either way.
                 address = rng.choice([HIGH + HIGH_BYTES - 512, (1 << 64) - 1])
+            if which == 0 and flags & 2:
+                size = min(size, 16)  # Not the headers of others: as with indirect ones.
             chain[which] = address, size, flags, rng.choice([following, 0, 2])
         return chain, struct.pack("<IIQ", type_, 0, sector)
 
