@@ -192,11 +192,11 @@ class _Collector:
             ("op", "error"),
             failed,
         )
-        general: dict[tuple[str, ...], float]
-        general = {(why,): live.general_total.get(why, 0) for why in WHY}
+        reasons = live.general_total
+        general: dict[tuple[str, ...], float] = {(why,): reasons.get(why, 0) for why in WHY}
         yield from self._counters(
             "requests_general",
-            "Those of them that the engine left to the general path, which costs ten times as "
+            "Those of them that the engine left to the general path, which costs several times as "
             "much, by reason.",
             ("why",),
             general,

@@ -1,4 +1,4 @@
-"""How many requests went the general way, and why: every one of them costs ten times a usual one.
+"""How many requests went the general way, and why: each costs several times as much as a usual one.
 
 What the usual case stopped at has its reason; what is popped with it was only `behind` it, and
 counts as that, unless it is a flush or another request that is never usual.

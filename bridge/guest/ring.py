@@ -146,7 +146,8 @@ class RunningRing:
                     self.publish_later()
             stop = state[STOPPED]
             if not stop:
-                self._leaves = self._leaves or flat.avail[1] != state[NEXT_AVAIL]
+                # (Hits in a cache may have left some, of which no flush can tell anything.)
+                self._leaves = False
                 return worked
             # What is behind an unusual chain may be usual again. Where nothing is, ever more at
             # once: asking costs as much as a tenth of what follows.
@@ -154,6 +155,8 @@ class RunningRing:
                 return worked
             worked = True
             most *= 2
+        else:
+            self._leaves = False  # Nothing is in the ring.
         return worked
 
     def _pop(self, stop: int, most: int, *, after_others: bool = False) -> bool:
@@ -203,6 +206,8 @@ class RunningRing:
             return ()
         if not self._takes or self._drained is not None or self._waits_for_long():
             return None
+        if self._leaves:
+            return None  # `poll` knows what was left.
         return self._usual_ring
 
     def _waits_for_long(self) -> bool:

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.api.client import _UnixConnection
 from bridge.cache.cache_options import WRITEBACK
+from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.request import OP_NAMES
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
@@ -61,6 +62,8 @@ async def test_counters_are_those_of_what_happened(directory: Path) -> None:
             assert value(samples, "safe_to_reboot") == 0
             assert value(samples, "cache_requests_total", op="read", result="hit") == 1
             assert value(samples, "cache_requests_total", op="read", result="miss") == 1
+            assert value(samples, "requests_general_total", why="miss") == 1
+            assert value(samples, "requests_general_total", why="flush") == 0
             assert value(samples, "guest_state", state="running") == 1
             assert value(samples, "server_state", state="connected") == 1
             await guest.flush()
@@ -72,6 +75,10 @@ async def test_counters_are_those_of_what_happened(directory: Path) -> None:
         # The rings are gone, the count is not.
         await bridge.until("guest", queues=0)
         _, samples = await scrape(bridge)
+        assert value(samples, "requests_general_total", why="flush") == 1
+        status = await bridge.status()
+        assert status["guest"]["general_total"] == {"miss": 1, "flush": 1}
+        assert status["bridge"]["engine"] in (PURE, COMPILED)
         counts = [value(samples, "requests_total", op=op) for op in (*OP_NAMES[:5], "other")]
         assert counts == [2, 1, 1, 0, 0, 0]
 

@@ -567,7 +567,13 @@ class Script:
         if self.free and not (self.hostile and rng.random() < 0.02):
             slot = place = rng.choice(self.free)
             self.free.remove(slot)
-        elif self.hostile and self.spare and len(self.free) < SLOTS:
+        elif (
+            self.hostile
+            and self.spare
+            and len(self.free) < SLOTS
+            # Else two chains that are to be taken would be the same one: see `twins`.
+            and self.twins[0].queue.next_avail == self.avail_index
+        ):
             slot = rng.choice([each for each in range(SLOTS) if each not in self.free])
             place = self.spare.pop()
         else:
@@ -638,6 +644,11 @@ class Script:
             address = rng.choice([address, HIGH + HIGH_BYTES - 512, LOW_BYTES - 1, (1 << 64) - 1])
             size = rng.choice([size, 0, 1, 48, 0xFFFFFFFF])
             flags = rng.choice([flags, 0, 1, 2, 3, 4])
+            if flags == 4:
+                # Not what others write to: when in the turn it is read may be either way.
+                address = HIGH + HIGH_BYTES - 512
+            if at == 0 and flags & 2:
+                size = min(size, 16)  # Not the headers of others: as with indirect ones.
             chain[at] = address, size, flags, rng.choice([following, 0, 2])
         return chain, struct.pack("<IIQ", type_, 0, sector)
 

@@ -96,7 +96,7 @@ def cut(rng: random.Random, place: int, data: int, length: int) -> list[tuple[in
     else:
         count = rng.choice([1, 1, 2, 3, 9, 100, 126, 127, 128])
         ends = sorted(rng.sample(range(1, length), min(count, length - 1)))
-    low, left = LOW_ROOMS + LOW_ROOM_BYTES * place, LOW_ROOM_BYTES
+    low, left = LOW_ROOMS + LOW_ROOM_BYTES * place, LOW_ROOM_BYTES - 64
     found = []
     for start, end in zip([0, *ends], [*ends, length], strict=True):
         n_bytes = end - start
@@ -765,8 +765,8 @@ class Script:
         if self.free and not (self.hostile and rng.random() < 0.02):
             slot = place = rng.choice(self.free)
             self.free.remove(slot)
-        elif self.hostile and self.spare and len(self.free) < SLOTS:
-            slot = rng.choice([each for each in range(SLOTS) if each not in self.free])
+        elif self.hostile and self.spare and (taken := self._taken()):
+            slot = rng.choice(taken)
             place = self.spare.pop()
         else:
             return
@@ -804,6 +804,17 @@ class Script:
             halves[2 + index % SIZE] = head
             halves[1] = index + 1 & 0xFFFF
         self.avail_index[number] = index + 1 & 0xFFFF
+
+    def _taken(self) -> list[int]:
+        """Slots whose chains are in flight, so that the descriptors may be changed: chains that are
+        still to be taken would become the same one twice, and write their status to one place."""
+        found = []
+        for slot in range(SLOTS):
+            number = slot % self.n_rings
+            queue = self.twins[0].rings[number].queue
+            if queue is not None and queue.next_avail == self.avail_index[number]:
+                found += [slot] if slot not in self.free else []
+        return found
 
     def _chain(self, slot: int, at: int) -> tuple[list[Descriptor], bytes]:
         """Descriptors, with the number of the next one in the chain, and the header. `at`: of the
@@ -844,6 +855,8 @@ class Script:
             if flags == 4:
                 # Not what others write to: when in the turn it is read may be either way.
                 address = rng.choice([HIGH + HIGH_BYTES - 512, (1 << 64) - 1])
+            if which == 0 and flags & 2:
+                size = min(size, 16)  # Not the headers of others: as with indirect ones.
             chain[which] = address, size, flags, rng.choice([following, 0, 2])
         return chain, struct.pack("<IIQ", type_, 0, sector)
 
