@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from tests.peers import peer_command
 
@@ -50,9 +51,11 @@ WORKLOADS = [
 
 
 @contextlib.contextmanager
-def running(*argv: str, ready: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    *argv: str, ready: Path | None = None, output: IO[bytes] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that lives for the block; `ready` is the socket that appears when it is up."""
-    process = subprocess.Popen(argv)
+    process = subprocess.Popen(argv, stdout=output, stderr=output)
     try:
         deadline_s = time.monotonic() + 30
         while ready is not None and not ready.exists():

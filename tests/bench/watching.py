@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bridge.api.client import ask, read
 from tests.bench import cache
-from tests.bench.engine import Workload, measure
+from tests.bench.peer import Workload, measure
 from tests.bench.versions import cpu_s, serve
 
 _ANSWER_S = 10.0
