@@ -363,6 +363,19 @@ def test_write_waits_for_blocks_of_its_granule_that_are_on_their_way() -> None:
     assert not rig.cache._writeback._in_flight.each()
 
 
+def test_write_waits_for_a_write_out_that_began_in_the_granule_before() -> None:
+    rig = Rig(mode="writethrough")
+    rig.start(WRITE, GRANULE - BLOCK, data=b"a" * 2 * BLOCK)
+    last = rig.start(WRITE, GRANULE + 8 * BLOCK, data=b"c" * BLOCK)
+
+    rig.server.answer(1)
+    waits = last.error is None
+    rig.server.answer(0)
+
+    assert waits
+    assert last.value == 0
+
+
 def test_deadline_appears_while_older_data_is_being_sent() -> None:
     rig = Rig(writeback_requests=1, flush_interval_s=0, writeback_age_s=5)
     rig.write(0, b"a" * BLOCK)
