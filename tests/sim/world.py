@@ -557,6 +557,7 @@ class World:
         self.guest.check_own_memory()
 
     async def _stop_in_order(self) -> None:
+        await trio.sleep(2 * self.config.grace_s)  # A stop may be shorter than a grace time.
         bridge = self.bridge
         if bridge is None:
             raise Violation("the bridge has ended although nothing is wrong")
