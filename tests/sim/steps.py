@@ -365,6 +365,7 @@ class Steps:
         if world.bridge is not None:
             world.count("bridge terminated")
             self._without_region()
+            world.excuse("flush")  # As in `_stop_rings`.
             world.bridge.terminate()
 
     async def _cache_flush(self, rng: Random) -> None:

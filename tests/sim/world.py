@@ -200,6 +200,8 @@ class World:
         self.excuse("flush")
         if self.rng.random() < 0.8:
             self.medium.lose()
+        if not self.config.plugin:
+            self.power_lost()  # The answer may find no bridge, and the server says it once.
 
     def _server_lost(self, at: int, numbers: list[int]) -> None:
         self.oracle.server_lost(at, numbers)
