@@ -290,8 +290,8 @@ def failed_flush_keeps_the_instance(patch: Patch) -> None:
 BUGS: Final[dict[str, Bug]] = {
     bug.__name__: bug
     for bug in (
-        *(lost_kick, lost_call, recovered_out_of_order, recovered_forgotten),
-        *(write_cache_ignored, write_cache_forgotten, use_of_region_forgotten, nothing_inherited),
+        *(lost_kick, lost_call, recovered_forgotten),
+        *(write_cache_ignored, write_cache_forgotten, nothing_inherited),
         *(instance_not_remembered, stop_without_flush, frozen_data_is_sent, replay_forgotten),
         *(instance_believed, failed_flush_is_no_loss, failed_flush_spares_what_is_in_flight),
         *(durable_write_trusts_any_epoch, overlapping_changes_at_once, half_frame_again),
@@ -312,6 +312,7 @@ BUGS: Final[dict[str, Bug]] = {
 RARE: Final[dict[str, Bug]] = {
     bug.__name__: bug
     for bug in (
+        *(recovered_out_of_order, use_of_region_forgotten),
         *(outage_not_remembered, replay_out_of_order, durable_write_trusts_any_flush, no_grace),
         *(stale_writes_not_expected, clean_mark_before_sync, fence_admits),
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),

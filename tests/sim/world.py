@@ -42,7 +42,7 @@ from tests.sim.volume import Volume
 SETTLE_S = 3000.0
 """Once faults have stopped, everything is answered by then: a silent server is given up after ten
 times the request timeout."""
-_SOON_S = 0.5
+_SOON_S = 0.9
 """For a read, with no fault, from a server and a network that are fast: below the timers that would
 hide a lost kick."""
 _UNDER_WAY_S = 3.0
