@@ -109,8 +109,9 @@ def _run_many(chosen: argparse.Namespace) -> int:
 
 
 def _plant(name: str, jobs: int) -> int:
-    if name and name not in planted.BUGS:
-        print(f"sim: no planted bug {name!r}: there are {', '.join(planted.BUGS)}", file=sys.stderr)
+    known = planted.BUGS | planted.RARE
+    if name and name not in known:
+        print(f"sim: no planted bug {name!r}: there are {', '.join(known)}", file=sys.stderr)
         return 2
     missed = 0
     for found in planted.hunt([name] if name else list(planted.BUGS), jobs=jobs):

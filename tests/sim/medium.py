@@ -24,8 +24,13 @@ class Content:
         self.answered = False
 
 
+_TORN = bytes(range(256)) * 2
+
+
 def sector_bytes(number: int) -> bytes:
-    """A sector that holds the write `number`."""
+    """A sector that holds the write `number`; -1: parts of several."""
+    if number < 0:
+        return _TORN
     return number.to_bytes(8, "little") * (SECTOR // 8)
 
 

@@ -28,7 +28,7 @@ class Change:
 
     __slots__ = (
         *("anything", "began", "done", "durable", "ended", "first_number", "kept", "number"),
-        *("promised", "visible"),
+        *("promised", "torn", "visible"),
     )
 
     def __init__(self, number: int, began: int, *, zeroes: bool, anything: bool) -> None:
@@ -39,6 +39,8 @@ class Change:
         self.done = False
         self.anything = anything
         """A discard: any content is right until something else is written."""
+        self.torn = False
+        """It was given up amid a sector, perhaps: the sectors may hold parts of it."""
         self.kept = True
         """The server has not lost it."""
         self.visible = True
@@ -109,6 +111,8 @@ class Oracle:
                 if each.anything:
                     return None
                 found.add(each.number)
+                if each.torn:
+                    found.add(-1)
         return found
 
     def judge_read(self, first: int, numbers: list[int], since: int) -> None:
@@ -192,6 +196,7 @@ class Oracle:
         for each in changes:
             if each.ended == inf:
                 each.ended = now
+                each.torn = True
         if not self._has_cache:
             for each in (each for changes in self.sectors for each in changes):
                 if not each.durable:

@@ -186,6 +186,9 @@ class Steps:
             return
         world.count("ring stops")
         self._without_region()
+        # A stop that has to be given up during an outage fails the guest's next flush, also where
+        # the cache has lost nothing.
+        world.excuse("flush")
 
         async def stop() -> None:
             for index in indexes:
@@ -362,6 +365,7 @@ class Steps:
         if world.bridge is not None:
             world.count("bridge terminated")
             self._without_region()
+            world.excuse("flush")  # As in `_stop_rings`.
             world.bridge.terminate()
 
     async def _cache_flush(self, rng: Random) -> None:

@@ -42,7 +42,7 @@ from tests.sim.volume import Volume
 SETTLE_S = 3000.0
 """Once faults have stopped, everything is answered by then: a silent server is given up after ten
 times the request timeout."""
-_SOON_S = 0.5
+_SOON_S = 0.9
 """For a read, with no fault, from a server and a network that are fast: below the timers that would
 hide a lost kick."""
 _UNDER_WAY_S = 3.0
@@ -200,6 +200,8 @@ class World:
         self.excuse("flush")
         if self.rng.random() < 0.8:
             self.medium.lose()
+        if not self.config.plugin:
+            self.power_lost()  # The answer may find no bridge, and the server says it once.
 
     def _server_lost(self, at: int, numbers: list[int]) -> None:
         self.oracle.server_lost(at, numbers)
@@ -557,6 +559,7 @@ class World:
         self.guest.check_own_memory()
 
     async def _stop_in_order(self) -> None:
+        await trio.sleep(2 * self.config.grace_s)  # A stop may be shorter than a grace time.
         bridge = self.bridge
         if bridge is None:
             raise Violation("the bridge has ended although nothing is wrong")
