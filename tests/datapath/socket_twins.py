@@ -389,7 +389,8 @@ class Twin:
             callback(events & EPOLLOUT | EPOLLIN)
 
     def _turn(self) -> None:
-        self._look_at_socket()
+        if self.compiled is None or self.cache is None:
+            self._look_at_socket()  # Else `_compiled_turn` has.
         if self.ring is not None:
             self.ring.poll()
         self.loop.turn.looked()
