@@ -155,6 +155,14 @@ class InUse(ConfigError):
     """Another process uses the file or socket that this one needs."""
 
 
+class UsedMeanwhile(ConfigError):
+    """A cache file is not as it was when it was chosen."""
+
+
+class ExportUnknown(ConfigError):
+    """The server says that there is no export of this name."""
+
+
 class ProtocolError(BridgeError):
     """A peer broke a MUST of its protocol.
 

@@ -62,7 +62,7 @@ class FileDisk:
         while done < len(buf):
             piece = buf[done:]
             try:
-                count = _pwritev(self._fd, (piece,), offset + done, os.RWF_DSYNC)
+                count = self.write_durably(piece, offset + done)
             except OSError:
                 # Either the file did not take it (no space), and then nothing was flushed; or it
                 # did and the flush failed, which used up the kernel's one report of lost pages,
@@ -74,6 +74,10 @@ class FileDisk:
             if count == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             done += count
+
+    def write_durably(self, piece: memoryview, offset: int) -> int:
+        """Write the beginning of `piece`, durable on return; how many bytes. Raises OSError."""
+        return _pwritev(self._fd, (piece,), offset, os.RWF_DSYNC)
 
     def _takes(self, piece: memoryview, offset: int) -> bool:
         try:
@@ -90,10 +94,14 @@ class FileDisk:
         if self.failed:
             raise _flushed_badly()
         try:
-            os.fdatasync(self._fd)
+            self.sync()
         except OSError:
             self._note_failure()
             raise
+
+    def sync(self) -> None:
+        """fdatasync(2), whatever happened before. Raises OSError."""
+        os.fdatasync(self._fd)
 
     def _note_failure(self) -> None:
         self.failed = True

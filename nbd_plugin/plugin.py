@@ -30,6 +30,10 @@ from nbd_plugin.settings import Settings
 from nbd_plugin.store import Extents
 from nbd_plugin.thread_state import keep_worker, kept
 
+# It may be the folder of a virtual environment's packages, which are not for nbdkit's interpreter.
+# The modules of `nbd_plugin` that are imported later are found by its own path.
+del sys.path[0]
+
 API_VERSION = 2
 
 _T = TypeVar("_T")

@@ -158,9 +158,10 @@ class Service:
         if handle.session is None:
             handle.disk.close()
         else:
-            with self._fence(handle.volume) as fence:
-                assert fence is handle.session.fence
-                fence.leave(handle)
+            # The volume may have another fence by now: the session was broken, and the one that
+            # replaced it has ended, while this connection was still there.
+            with self._fence(handle.volume):
+                handle.session.fence.leave(handle)
 
     def describe(self, handle: Handle) -> str:
         """The export's description, for people and for the bridge.

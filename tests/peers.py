@@ -70,23 +70,28 @@ def _build() -> None:
     if shutil.which("debootstrap", path=_path()) is None:
         _run("apt-get", "update", "-q")
         _run("apt-get", "install", "-qy", "--no-install-recommends", "debootstrap")
+    minimal_system(ROOT, RELEASE)
+    _mount()
+    _run("chroot", str(ROOT), "apt-get", "update", "-q")
+    _run("chroot", str(ROOT), "apt-get", "install", "-qy", "--no-install-recommends", *PACKAGES)
+    (ROOT / _READY).touch()
+
+
+def minimal_system(root: Path, release: str) -> None:
+    """A Debian with nothing but apt in `root`. Raises PeersMissing."""
     mirror = _debian_mirror()
     _run(
         "debootstrap",
         "--variant=minbase",
         "--include=ca-certificates",
-        RELEASE,
-        str(ROOT),
+        release,
+        str(root),
         *([mirror] if mirror else []),
     )
     # No service is started by its installation.
-    policy = ROOT / "usr/sbin/policy-rc.d"
+    policy = root / "usr/sbin/policy-rc.d"
     policy.write_text("#!/bin/sh\nexit 101\n")
     policy.chmod(0o755)
-    _mount()
-    _run("chroot", str(ROOT), "apt-get", "update", "-q")
-    _run("chroot", str(ROOT), "apt-get", "install", "-qy", "--no-install-recommends", *PACKAGES)
-    (ROOT / _READY).touch()
 
 
 def _mount() -> None:

@@ -32,10 +32,23 @@ DOCUMENTS = sorted(
 WITH_OTHER_OPTIONS = {Path("CHANGELOG.md"), Path("docker/README.md"), Path("nbd_plugin/README.md")}
 """Options of older versions; of Docker, iptables, nbdkit."""
 PACKAGES = ("bridge", "nbd_plugin", "tests")
-TOP_LEVEL = (*PACKAGES, "docs", "docker", ".ci", ".github")
+TOP_LEVEL = (*PACKAGES, "deb", "docs", "docker", ".ci", ".github")
 
-OTHERS_OPTIONS = {"--fast", "--durations", "--follow", "--export", "--unix-socket"}
-"""Of pytest, git, qemu-storage-daemon, curl."""
+OTHERS_OPTIONS = {
+    *("--fast", "--durations", "--follow", "--export", "--unix-socket", "--create", "--now"),
+    *(
+        "--profile",
+        "--volumes",
+        "--params",
+        "--image-opts",
+        "--verbose",
+        "--live",
+        "--size",
+        "--unsafe",
+    ),
+    *("--memory", "--disk", "--kernel", "--cmdline", "--vhost-user", "--filter", "--unsafe"),
+}
+"""Of pytest, git, qemu-storage-daemon, curl, systemd; Docker, rbd; machine monitors, nbdkit."""
 OTHERS_NAMES = {"MockClock", "Keep", "Semantic"}
 """Classes of libraries, and words that look like one."""
 
@@ -49,7 +62,7 @@ ADDERS = ("add_argument", "addoption")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = re.compile(r"`?\./run ([a-z][\w-]*)")
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
-COMMAND = re.compile(r"(?:`|^)nbd-bridge ((?:cache )?[a-z]+)\b", re.MULTILINE)
+COMMAND = re.compile(r"(?:`|^)nbd-bridge ((?:(?:cache|config) )?[a-z][a-z-]*)\b", re.MULTILINE)
 
 
 def text_of(document: Path) -> str:
@@ -218,6 +231,7 @@ def test_rooms_import_only_what_the_architecture_says() -> None:
         "guest": {"datapath"},
         "server": {"datapath"},
         "cache": {"datapath"},
+        "probe": {"peers", "guest", "datapath"},
         "peers": {"guest", "server", "datapath"},
         "app": {"guest", "cache", "server", "datapath", "api"},
         "api": {"app", "guest", "cache", "server", "datapath"},

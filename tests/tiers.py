@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import pytest
 
-TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl", "prometheus", "chromium")
+TOOLS = ("nbdkit", "qemu", "ceph", "peers", "openssl", "prometheus", "chromium", "systemd")
 """The markers that stand for Debian packages: see packages_of in `run`."""
 
 NEEDS = (*TOOLS, "root")
@@ -25,6 +25,7 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/api/test_commands.py": ("nbdkit",),
     "tests/api/test_page.py": ("chromium", "slow"),
     "tests/api/test_prometheus.py": ("prometheus", "slow"),
+    "tests/api/test_ten_bridges.py": ("slow",),
     "tests/app/test_bad_input.py": ("nbdkit",),
     "tests/app/test_cache.py": ("nbdkit",),
     "tests/app/test_cache_foreign.py": ("nbdkit", "qemu"),
@@ -35,10 +36,14 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/app/test_plugin_life.py": ("nbdkit",),
     "tests/app/test_serve.py": ("nbdkit",),
     "tests/app/test_stale_writes.py": ("nbdkit",),
+    "tests/app/test_upgrade.py": ("nbdkit",),
     "tests/cache/test_with_nbdkit.py": ("nbdkit",),
     "tests/docker": ("docker",),
     "tests/docker/test_certificates.py": ("openssl",),
     "tests/guest/vhost_user/test_peers.py": ("peers",),
+    "tests/packaging/test_deb.py": ("peers", "nbdkit", "slow"),
+    "tests/packaging/test_units.py": ("systemd",),
+    "tests/packaging/test_wheel.py": ("slow",),
     "tests/plugin/test_clients.py": ("nbdkit", "qemu"),
     "tests/plugin/test_deployment.py": ("nbdkit",),
     "tests/plugin/test_fence.py": ("nbdkit",),

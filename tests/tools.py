@@ -32,6 +32,7 @@ _MARKER_OF = {
     "nbdcopy": "nbdkit",
     "nbdfuse": "nbdkit",
     "nbd-server": "nbdkit",
+    "curl": "nbdkit",
     "e2fsck": "qemu",
     "mke2fs": "qemu",
     "busybox": "qemu",
@@ -47,6 +48,9 @@ _MARKER_OF = {
     "prometheus": "prometheus",
     "promtool": "prometheus",
     "chromium": "chromium",
+    "systemd-analyze": "systemd",
+    "systemd-sysusers": "systemd",
+    "systemd-tmpfiles": "systemd",
 }
 
 allowed: set[str] | None = None

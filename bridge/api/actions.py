@@ -8,7 +8,7 @@ server refused, 504 if it takes too long (it goes on).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -75,12 +75,19 @@ class Stopping:
     answer: str
 
 
+@dataclass(frozen=True)
+class Upgrading:
+    """Another program takes over."""
+
+
 @dataclass
 class Actions:
     """See the module's text; `end` ends the process as SIGTERM does."""
 
     view: View
     end: Callable[[], None]
+    replace_program: Callable[[], Awaitable[None]] | None = None
+    """Have another program take over; raises BridgeError if that is not possible now."""
     _at_once: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_AT_ONCE))
     _warmer: Warmer | None = None
 
@@ -160,6 +167,22 @@ class Actions:
             found = await self._make_safe(timeout_s) if when_clean else safety(self.live)
         _log.info("stop asked for", when_clean=when_clean)
         return Stopping(found.safe, found.answer)
+
+    async def upgrade(self) -> Upgrading:
+        """Have the program that is installed by now take over; the guest waits for a moment.
+
+        If it does, this program does not come to answer: the next one answers `/status`.
+        """
+        with self._allowed():
+            if self.replace_program is None:
+                raise _conflict("this bridge cannot replace its program")
+            _log.info("upgrade asked for")
+            try:
+                await self.replace_program()
+            except BridgeError as error:
+                _log.warning("no other program takes over", reason=str(error))
+                raise _conflict(f"the disk is served as before: {error}") from None
+        return Upgrading()
 
     # The cache.
 

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any, Final
 
-from bridge.api.places import SUFFIX, peer_of
+from bridge.api.places import SUFFIX, SYSTEM_DIRECTORY, peer_of
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 
 _ANSWER_MAX_BYTES: Final = 4 << 20
@@ -29,15 +29,24 @@ class _UnixConnection(http.client.HTTPConnection):
         try:
             sock.connect(os.fspath(self._path))
             pid, uid = peer_of(sock)
-            if os.geteuid() and uid not in (0, os.geteuid()):
+            believed = (0, os.geteuid(), _owner_of_system_directory(self._path))
+            if os.geteuid() and uid not in believed:
                 raise BridgeError(
-                    f"{self._path}: process {pid} of user {uid} listens there, which is neither "
-                    "this user nor root"
+                    f"{self._path}: process {pid} of user {uid} listens there, which is "
+                    "neither this user, nor root, nor that of the directory"
                 )
         except BaseException:
             sock.close()
             raise
         self.sock = sock
+
+
+def _owner_of_system_directory(path: Path) -> int:
+    """Only that user and root can have made a socket there; root (0) for any other place."""
+    if path.parent != SYSTEM_DIRECTORY:
+        return 0
+    status = path.parent.stat(follow_symlinks=False)
+    return 0 if status.st_mode & 0o022 else status.st_uid
 
 
 def ask(
@@ -89,7 +98,9 @@ def _asked(
     except (FileNotFoundError, ConnectionRefusedError):
         raise ConfigError(f"bridge {name} is not running: nothing listens at {path}") from None
     except PermissionError:
-        raise ConfigError(f"{path}: no permission: be root, or the user of the bridge") from None
+        raise ConfigError(
+            f"{path}: no permission: be root, or the user or in the group of the bridge"
+        ) from None
     except TimeoutError:
         raise ConnectionLost(f"bridge {name} did not answer within {timeout_s:g} s") from None
     except (OSError, http.client.HTTPException) as error:

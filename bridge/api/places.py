@@ -41,6 +41,12 @@ _PEER_CREDENTIALS: Final = struct.Struct("iII")
 """struct ucred (unix(7), SO_PEERCRED): pid, uid, gid."""
 
 
+_SO_PEERGROUPS: Final = 59
+"""From Linux's asm-generic/socket.h: the supplementary groups. Python has no name for it."""
+_GROUPS_MAX_BYTES: Final = 1024
+"""The most that `getsockopt` of Python takes: 256 groups of one process."""
+
+
 def directories() -> list[Path]:
     """Where control sockets may be, best place first."""
     found = [SYSTEM_DIRECTORY]
@@ -68,9 +74,14 @@ def writable_directory() -> Path:
     )
 
 
+def may_be_called(name: str) -> bool:
+    """A bridge can be called `name`."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> str:
     """`name`. Raises ConfigError if no bridge can be called so."""
-    if not _NAME.fullmatch(name):
+    if not may_be_called(name):
         raise ConfigError(
             f"a bridge cannot be called {name!r}: use up to {_NAME_MAX} letters, digits, '.', '_' "
             "and '-', the first of them no '.'"
@@ -86,8 +97,12 @@ def default_name(settings: ControlSettings, socket_path: str | None, otherwise: 
     return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("-.")[:_NAME_MAX] or "nbd"
 
 
-def open_control(settings: ControlSettings, name: str) -> tuple[str, Listener | None]:
+def open_control(
+    settings: ControlSettings, name: str, gid: int | None = None
+) -> tuple[str, Listener | None]:
     """The name that the bridge has then, and its control socket; None: it has none.
+
+    The socket is also for the group `gid`, if there is one.
 
     What was asked for explicitly, a name or a path, is had or raises ConfigError. A disk that is
     served without either must not fail for it: another name is taken, or that is logged.
@@ -95,21 +110,21 @@ def open_control(settings: ControlSettings, name: str) -> tuple[str, Listener | 
     if settings.socket == OFF:
         return name, None
     if settings.socket != AUTO:
-        return name, _listen(Path(settings.socket))
+        return name, _listen(Path(settings.socket), gid)
     if settings.name:
-        return name, _listen(writable_directory() / f"{name}{SUFFIX}")
+        return name, _listen(writable_directory() / f"{name}{SUFFIX}", gid)
     try:
-        return _first_free(writable_directory(), name)
+        return _first_free(writable_directory(), name, gid)
     except ConfigError as error:
         _log.info("there is no control socket", reason=error)
         return name, None
 
 
-def _first_free(directory: Path, name: str) -> tuple[str, Listener]:
+def _first_free(directory: Path, name: str, gid: int | None) -> tuple[str, Listener]:
     for number in range(1, _TRIES + 1):
         tried = name if number == 1 else f"{name}-{number}"
         try:
-            listener = _listen(directory / f"{tried}{SUFFIX}")
+            listener = _listen(directory / f"{tried}{SUFFIX}", gid)
         except InUse:
             continue
         if number > 1:
@@ -123,7 +138,7 @@ def _first_free(directory: Path, name: str) -> tuple[str, Listener]:
     raise ConfigError(f"{_TRIES} bridges are called {name}", remedy=Remedy.NAME_BRIDGE)
 
 
-def _listen(path: Path) -> Listener:
+def _listen(path: Path, gid: int | None) -> Listener:
     with _locked(path.parent):
         if (owner := listener_pid(path)) is not None:
             raise InUse(
@@ -131,7 +146,7 @@ def _listen(path: Path) -> Listener:
                 remedy=Remedy.NAME_BRIDGE,
             )
         try:
-            return Listener.at_path(path)
+            return Listener.at_path(path, mode=0o600 if gid is None else 0o660, gid=gid)
         except ConfigError as error:
             raise error.within(ConfigError, "control socket: ") from None
 
@@ -164,9 +179,25 @@ def listener_pid(path: Path) -> int | None:
 
 def peer_of(sock: socket.socket) -> tuple[int, int]:
     """(pid, uid) of the process at the other end of a unix socket, as the kernel knows them."""
-    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    pid, uid, _ = _PEER_CREDENTIALS.unpack(data)
+    pid, uid, _ = _credentials(sock)
     return pid, uid
+
+
+def is_of_group(sock: socket.socket, gid: int) -> bool:
+    """The process at the other end was in that group when it connected (or began to listen)."""
+    if _credentials(sock)[2] == gid:
+        return True
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX_BYTES)
+    except OSError:  # More groups than that: it is refused, and says so.
+        return False
+    return gid in struct.unpack(f"{len(data) // 4}I", data)
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    pid, uid, gid = _PEER_CREDENTIALS.unpack(data)
+    return pid, uid, gid
 
 
 def control_sockets() -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import trio
 
 from bridge.api import openapi
-from bridge.api.actions import Actions, Changes, Dropped, Flushed, Resized, Stopping
+from bridge.api.actions import Actions, Changes, Dropped, Flushed, Resized, Stopping, Upgrading
 from bridge.api.fields import Field, Fields, parse
 from bridge.api.http import HttpError, HttpRequest, Reply, json_reply
 from bridge.api.metrics import CONTENT_TYPE, exposition
@@ -153,6 +153,16 @@ class Router:
     def _asks_here(self) -> tuple[Route, ...]:
         refuses = (_BAD, _CONFLICT, _BUSY)
         return (
+            Route(
+                "POST",
+                "/upgrade",
+                "Have the installed program take over from the running one. If it does, the "
+                "connection ends without an answer, and the next program answers /status.",
+                lambda _: self._actions.upgrade(),
+                Upgrading,
+                {},
+                refuses,
+            ),
             Route(
                 "POST",
                 "/cache/drop-clean",

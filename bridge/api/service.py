@@ -18,7 +18,7 @@ import trio
 from bridge.api.actions import Actions
 from bridge.api.http import refuse, serve_connection
 from bridge.api.live import Live
-from bridge.api.places import default_name, open_control, peer_of
+from bridge.api.places import default_name, is_of_group, open_control, peer_of
 from bridge.api.routes import Router
 from bridge.api.sampler import Sampler
 from bridge.api.traffic import Traffic
@@ -59,10 +59,14 @@ class Service:
         *,
         end: Callable[[], None] = _terminate,
         users: frozenset[int] | None = None,
+        gid: int | None = None,
+        replace_program: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`end()` ends the process in order. `users`: whose processes are answered, by uid; None:
-        root's and our own."""
+        """`end()` ends the process in order; `replace_program()` has another program take over, or
+        raises BridgeError. `users`: whose processes are answered, by uid; None:
+        root's and our own. `gid`: a group whose processes are answered, too."""
         self._listener = listener
+        self._gid = gid
         self._users = users if users is not None else frozenset((0, os.geteuid()))
         traffic = Traffic(live)
         sampler = Sampler(live, traffic.look)
@@ -70,19 +74,31 @@ class Service:
         view = View(live, sampler, watch, traffic)
         self._sampler = sampler
         self._watch = watch
-        self._actions = Actions(view, end)
+        self._actions = Actions(view, end, replace_program)
         self.router = Router(view, self._actions)
         self._connected = 0
 
     @classmethod
-    def of(cls, live: Live, settings: ControlSettings) -> Service:
-        """For the disk `live`, which gets its name here. Raises ConfigError if the name or the
-        socket that was asked for cannot be had."""
+    def of(
+        cls,
+        live: Live,
+        settings: ControlSettings,
+        gid: int | None = None,
+        *,
+        replace_program: Callable[[], Awaitable[None]] | None = None,
+    ) -> Service:
+        """For the disk `live`, which gets its name here. `gid`: a group that may ask, too. Raises
+        ConfigError if the name or the socket that was asked for cannot be had."""
         facts = live.facts
         wanted = default_name(settings, facts.socket_path, facts.serial)
-        name, listener = open_control(settings, wanted)
+        name, listener = open_control(settings, wanted, gid)
         logs.set_disk(name)
-        return cls(replace(live, facts=replace(facts, name=name)), listener, settings)
+        live = replace(live, facts=replace(facts, name=name))
+        return cls(live, listener, settings, gid=gid, replace_program=replace_program)
+
+    def took_over(self, after_s: float) -> None:
+        """A guest has waited so long for this program."""
+        self._actions.view.took_over_after_s = after_s
 
     def stopping(self) -> None:
         """The process ends; until then the status can be asked for."""
@@ -122,11 +138,13 @@ class Service:
 
     def _welcome(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         pid, uid = peer_of(sock)
-        if uid not in self._users:
+        if not (uid in self._users or (self._gid is not None and is_of_group(sock, self._gid))):
             _log.warning(
                 "another user's process is refused on the control socket", uid=uid, pid=pid
             )
-            refuse(sock, HTTPStatus.FORBIDDEN, "only the bridge's user and root may ask")
+            refuse(
+                sock, HTTPStatus.FORBIDDEN, "only root, and the bridge's user and group, may ask"
+            )
         elif self._connected >= CONNECTIONS_MAX:
             refuse(sock, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
         else:

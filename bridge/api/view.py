@@ -37,6 +37,9 @@ class Bridge:
     """serving, or stopping."""
     engine: str
     """pure or compiled."""
+    took_over_after_s: float | None
+    """How long the guest has waited for this program, which took over from another one; None: it
+    did not."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ class View:
     watch: Watch
     traffic: Traffic
     stopping: bool = False
+    took_over_after_s: float | None = None
     warming: Warming | None = None
 
     def status(self, settings: Settings) -> Status:
@@ -220,6 +224,7 @@ class View:
             uptime_s=time.time() - facts.started_s,
             state="stopping" if self.stopping else "serving",
             engine=self.live.loop.engine.name,
+            took_over_after_s=self.took_over_after_s,
         )
 
     def _guest(self) -> Guest:
@@ -294,6 +299,13 @@ def server_state(live: Live) -> str:
     if live.storage.client.link.given_up:
         return "failing"
     return {Phase.LEAVING: "leaving", Phase.CLOSED: "closed"}.get(live.phase, "down")
+
+
+def one_line(live: Live) -> str:
+    """What a service manager shows of the disk."""
+    text = f"guest {guest_state(live)}, server {server_state(live)}"
+    dirty = live.dirty_bytes
+    return f"{text}, {size_text(dirty)} not on the server" if dirty else text
 
 
 def errors(live: Live) -> dict[tuple[str, ...], int]:

@@ -186,6 +186,9 @@ class _OverReconnects:
         """See client.Above. The comparison goes through the gate, in `reconnected`."""
         return ""
 
+    def disconnected(self) -> None:
+        """See client.Above. What was not flushed is in the file."""
+
     def export_changed(self, export: Export) -> None:
         """See client.Above. What is cached lies before the old end."""
 

@@ -23,10 +23,13 @@ _log = structlog.get_logger(__name__)
 
 
 def default_directory() -> Path:
-    """Where cache files go when nothing else is said: of the system for root, else the user's.
+    """Where cache files go when nothing else is said: of the service that a manager has made it for
+    (systemd.exec(5), CacheDirectory=), of the system for root, else the user's.
 
     Raises ConfigError for a user who has no home directory.
     """
+    if given := os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]:
+        return Path(given)
     if os.geteuid() == 0:
         return Path("/var/cache/nbd-bridge")
     try:

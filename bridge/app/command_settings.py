@@ -130,6 +130,33 @@ class DropChoices:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ListChoices(ShowOutput):
+    """What `cache list` finds out."""
+
+    check_servers: bool = setting(
+        "--check-servers", Flag(), False, "Ask the servers whether the disks still exist."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneChoices:
+    """Which files `cache prune` removes."""
+
+    title: ClassVar[str] = "Cache"
+
+    gone: bool = setting(
+        "--gone", Flag(), False, "Those of disks that their server does not have any more."
+    )
+    older_than_days: float | None = setting(
+        "--older-than", Number(0), None, "Those that were not used for so many days."
+    )
+    discard_dirty: bool = setting(
+        "--discard-dirty", Flag(), False, "Also those that hold data that the server lacks."
+    )
+    dry_run: bool = setting("--dry-run", Flag(), False, "Only print what would be removed.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlushChoices:
     """Which data `cache flush` writes, and to which export."""
 
@@ -184,6 +211,66 @@ class DemoChoices:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnitChoices:
+    """Which files `install-units` writes, and where."""
+
+    title: ClassVar[str] = "Units"
+
+    root: str = setting("--root", Path(), "/", "Below this directory.")
+    vendor: bool = setting(
+        "--vendor", Flag(), False, "Where a distribution's package has them, in /usr."
+    )
+    program: str | None = setting(
+        "--program", Path(), None, "The nbd-bridge command. Default: that of this installation."
+    )
+    plugin: str | None = setting(
+        "--plugin", Path(), None, "The nbdkit plugin. Default: that of this installation."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchChoices:
+    """The load that `bench` puts on a device."""
+
+    title: ClassVar[str] = "Load"
+
+    pattern: str = setting(
+        "--rw",
+        Choice(("read", "write", "randread", "randwrite", "mixed")),
+        "randread",
+        "Sequential, or blocks at random; mixed reads 70 % of them and writes the rest.",
+    )
+    block_bytes: int = setting(
+        "--block-size", Size(minimum="512"), 4096, "Of each request.", written_default="4K"
+    )
+    depth: int = setting("--depth", Whole(1, 256), 32, "Requests in flight on each queue.")
+    queues: int = setting("--queues", Whole(1, 64), 1, "Virtqueues.")
+    runtime_s: float = setting("--runtime", Number(0.1, 86400), 10.0, "Seconds.")
+    flush_every: int = setting(
+        "--flush-every", Whole(0, 1 << 30), 0, "A flush after so many writes of a queue; 0: none."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeChoices(ShowOutput):
+    """What `bench` may do to the disk, and how it prints."""
+
+    title: ClassVar[str] = "Device and output"
+
+    destructive: bool = setting(
+        "--destructive", Flag(), False, "Overwrite the disk: what it holds is lost."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckChoices(ProbeChoices):
+    """Which rules `check` tries, and how it prints."""
+
+    only: str = setting("--only", Text(max_bytes=40), "", "Rules whose name has this in it.")
+    timeout_s: float = setting("--timeout", Number(1, 3600), 60.0, "Seconds for each rule.")
+
+
 # The commands.
 
 
@@ -211,12 +298,30 @@ class CacheDropSettings(CommandSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheListSettings(CommandSettings):
+    """`cache list`."""
+
+    output: ListChoices = ListChoices()
+    server: ConnectSettings = ConnectSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePruneSettings(CommandSettings):
+    """`cache prune`."""
+
+    cache: PruneChoices = PruneChoices()
+    server: ConnectSettings = ConnectSettings()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheFlushSettings(CommandSettings):
     """`cache flush`."""
 
     cache: FlushChoices = FlushChoices()
     server: ConnectSettings = ConnectSettings()
     tls: TlsSettings = TlsSettings()
+    output: ShowOutput = ShowOutput()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +331,7 @@ class CacheWarmSettings(CommandSettings):
     cache: WarmChoices = WarmChoices()
     server: ConnectSettings = ConnectSettings()
     tls: TlsSettings = TlsSettings()
+    output: ShowOutput = ShowOutput()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +380,64 @@ class TopSettings(CommandSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchSettings(CommandSettings):
+    """`bench`."""
+
+    load: BenchChoices = BenchChoices()
+    device: ProbeChoices = ProbeChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings(CommandSettings):
+    """`check`."""
+
+    device: CheckChoices = CheckChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings(CommandSettings):
     """`demo`."""
 
     demo: DemoChoices = DemoChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpgradeSettings(CommandSettings):
+    """`upgrade`."""
+
+    action: ActionChoices = ActionChoices()
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigCheckSettings(CommandSettings):
+    """`config check`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigShowSettings(CommandSettings):
+    """`config show`."""
+
+    output: ShowOutput = ShowOutput()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstallUnitsSettings(CommandSettings):
+    """`install-units`."""
+
+    units: UnitChoices = UnitChoices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginPathSettings(CommandSettings):
+    """`plugin-path`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManPagesSettings(CommandSettings):
+    """`man-pages`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionSettings(CommandSettings):
+    """`completion`."""

@@ -62,6 +62,13 @@ def dropped_lines() -> int:
     return _State.stream.dropped_total if _State.stream is not None else 0
 
 
+def drain() -> None:
+    """Wait until all lines are written or dropped, for a moment at most: the program ends without
+    its exit functions."""
+    if _State.stream is not None:
+        _State.stream.drain(_LAST_WORDS_S)
+
+
 def configure(
     *, level: str, format_: str, explain: Callable[[BridgeError | Remedy], str] = str
 ) -> None:

@@ -103,10 +103,11 @@ class OpenCache:
         self.gate.refuse(errno)
         self.cache.refuse(errno)
 
-    async def close(self, limit_s: float, *, forget: bool) -> str:
+    async def close(self, limit_s: float, *, forget: bool, in_order: bool = True) -> str:
         """Let go of the cache file, marked as closed in order if that can be done in `limit_s`.
 
-        `forget`: it need not be noted any longer if nothing in it is dirty.
+        `forget`: it need not be noted any longer if nothing in it is dirty. Not `in_order`: nothing
+        is synced, which may take long; as if the process had been killed, which loses nothing.
         Returns "", or what the operator has to know.
         """
         self._stop_using_file()
@@ -118,7 +119,7 @@ class OpenCache:
         file, self.file = self.file, None
         problem = await close_file(
             file,
-            clean=may_call_clean(self._client, dirty),
+            clean=in_order and may_call_clean(self._client, dirty),
             dirty=bool(dirty),
             limit_s=limit_s,
         )

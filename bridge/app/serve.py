@@ -7,20 +7,26 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 import structlog
 import trio
 
 from bridge.api.live import Facts, Live
 from bridge.api.service import Service
+from bridge.api.view import one_line
+from bridge.app import service_manager, upgrade
 from bridge.app.bus_errors import report_bus_errors
 from bridge.app.descriptors import allow_all_descriptors
+from bridge.app.listening import gid_of, open_listener, socket_path_of
 from bridge.app.malloc_tuning import keep_freed_pages
+from bridge.app.service_manager import pid_file
 from bridge.app.settings import DiskSettings, ServeSettings, client_options
-from bridge.app.signals import ending_signals
+from bridge.app.signals import ending_signals, send_late_signals
 from bridge.app.storage import Storage
+from bridge.app.upgrade import Parcel
 from bridge.cache.cache_options import OFF
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import choose
@@ -30,6 +36,7 @@ from bridge.errors import BridgeError, ConfigError, LeftBehind, Remedy
 from bridge.guest.above import Above
 from bridge.guest.device import BlkDevice
 from bridge.guest.vhost_user import backend
+from bridge.guest.vhost_user.handover import Desk
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.server.export import Export
@@ -45,6 +52,13 @@ _STOP_STEPS = 4
 that came without a ring, and closes the storage. Each step may take an equal share of
 `stop_timeout_s`, the last one also what the others left. A flush that ran out of time stays in
 flight, and the next step waits for the same flush."""
+
+
+_HANG_UP_S = 1.0
+"""For what is in flight at the server when the program is replaced: the cache's own requests."""
+
+_END_S = 15.0
+"""For the end of a stop: closing the cache file has a limit of its own."""
 
 
 class _Stop:
@@ -64,6 +78,11 @@ class _Stop:
         return True
 
     @property
+    def has_begun(self) -> bool:
+        """The time runs."""
+        return self._deadline_s is not None
+
+    @property
     def step_s(self) -> float:
         """The time that every step has."""
         return self._limit_s / _STOP_STEPS
@@ -76,8 +95,13 @@ class _Stop:
         return max(self.step_s, self._deadline_s - trio.current_time())
 
 
-async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
+async def serve_disk(
+    uri_text: str, settings: ServeSettings, received: Parcel | None = None
+) -> Leaving | None:
     """Serve the export at `uri_text` until SIGTERM, SIGINT, SIGQUIT or SIGHUP, then stop cleanly.
+
+    `received`: from the program before this one. Returns what is to be done if this program is to
+    be replaced as well.
 
     Raises ConfigError, ConnectionLost or ProtocolError (possibly in a group), each with one line
     for the operator; BridgeError when the stop left something behind.
@@ -87,9 +111,9 @@ async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
     report_bus_errors()
     allow_all_descriptors()
     loop = Loop(poll_us=settings.limits.poll_us, engine=choose(settings.limits.engine))
-    serving = _Serving(uri, settings, loop)
+    serving = _Serving(uri, settings, loop, received)
     stop = serving.stop
-    until = trio.CancelScope()
+    until = serving.until
     with ending_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
@@ -99,19 +123,48 @@ async def serve_disk(uri_text: str, settings: ServeSettings) -> None:
                     await serving.run(nursery)
             finally:
                 with trio.CancelScope(shield=True):
-                    left_behind = await serving.storage.close(stop.left_s)
-                    stop.problem = left_behind or stop.problem
+                    if serving.leaving is not None:
+                        leaving = serving.leaving
+                        leaving.stale_writes = await serving.storage.hand_over(_HANG_UP_S)
+                        leaving.has_to_stop = stop.has_begun
+                    else:
+                        left_behind = await serving.storage.close(stop.left_s)
+                        stop.problem = left_behind or stop.problem
             nursery.cancel_scope.cancel()
     loop.close()
+    if serving.leaving is not None:
+        return serving.leaving
     if stop.problem is not None:
         raise stop.problem
     _log.info("stopped")
+    return None
+
+
+@dataclass
+class Leaving:
+    """This program is to be replaced: call `go` when trio has ended."""
+
+    parcel: Parcel
+    stale_writes: bool = True
+    has_to_stop: bool = False
+    """A signal has asked for the end meanwhile: that is for the next program."""
+
+    def go(self) -> NoReturn:
+        """Replace the program. Raises BridgeError."""
+        if self.has_to_stop:
+            send_late_signals(signal.SIGTERM)
+        try:
+            upgrade.replace_program(self.parcel, stale_writes=self.stale_writes)
+        except OSError as error:
+            raise BridgeError(f"the new program cannot be run: {error.strerror}") from None
 
 
 class _Serving:
     """One `serve`. The layer above the storage side, which exists before the guest's side does."""
 
-    def __init__(self, uri: NbdUri, settings: ServeSettings, loop: Loop) -> None:
+    def __init__(
+        self, uri: NbdUri, settings: ServeSettings, loop: Loop, received: Parcel | None
+    ) -> None:
         options = client_options(settings.server, settings.tls)
         options = replace(options, read_only=settings.disk.read_only)
         options = options.for_reading_and_writing(local=uri.socket_path is not None)
@@ -122,6 +175,13 @@ class _Serving:
         self._loop = loop
         self._guests: _GuestsSide | None = None
         self._service: Service | None = None
+        self.until = trio.CancelScope()
+        """Around what is served."""
+        self._received = received
+        self._desk = Desk(self._taken_over)
+        self._listener: Listener | None = None
+        self.leaving: Leaving | None = None
+        """Another program is to take over from this one."""
 
     def resized(self, size_bytes: int) -> None:
         """See storage.Above."""
@@ -133,10 +193,17 @@ class _Serving:
         if self._guests is not None:
             self._guests.durability_changed()
 
+    def disconnected(self) -> None:
+        """See storage.Above. A process that dies before the server is back must leave word: the
+        server may name no instance that the next process could compare."""
+        if self._guests is not None:
+            self._guests.durability_changed()
+
     def begin_to_stop(self) -> None:
         """Let the time of the stop begin to run, and the device hurry."""
         if not self.stop.begin():
             return
+        service_manager.stopping(self._settings.limits.stop_timeout_s + _END_S)
         if self._guests is not None:
             self._guests.device.hurry(self.stop.step_s)
         if self._service is not None:
@@ -144,23 +211,78 @@ class _Serving:
 
     async def run(self, nursery: trio.Nursery) -> None:
         """Connect, then serve front-ends until cancelled; flush at the end."""
-        export = await self.storage.open()
+        disk = self._settings.disk
+        socket_path, gid = socket_path_of(disk, self._received), gid_of(disk.socket_group)
+        received = self._received
+        export = await self.storage.open(
+            # A guest that was taken over waits as it does for any reconnect.
+            wait=self._settings.limits.wait_for_server or received is not None,
+            no_stale_writes=received is not None and not received.stale_writes,
+        )
         nursery.start_soon(self.storage.run)
         guests = _GuestsSide(self._uri, self._settings, export, self.storage, self._loop)
         self._guests = guests
         nursery.start_soon(guests.disk.run_flush_timer)
         nursery.start_soon(guests.device.run)
-        facts = Facts(self._uri.text, self._settings.disk.socket_path, guests.serial)
+        facts = Facts(self._uri.text, socket_path, guests.serial)
         live = Live(facts, self._loop, self.storage, guests.disk, guests.device)
-        self._service = Service.of(live, self._settings.control)
+        self._service = self._open_service(live, gid)
         nursery.start_soon(self._service.run)
-        with _listener(self._settings.disk) as listener:
-            guests.log_start()
+        with open_listener(disk, received) as listener, pid_file(self._settings.control.pid_file):
+            self._listener = listener
+            guests.log_start(socket_path or f"fd {disk.fd}")
+            nursery.start_soon(service_manager.run, partial(one_line, live))
+            first = None if received is None else received.front_end
             try:
-                await backend.serve(guests.device, listener)
+                await backend.serve(guests.device, listener, desk=self._desk, first=first)
             finally:
-                self.begin_to_stop()
-                self.stop.problem = await guests.flush_at_the_end(self.stop.step_s)
+                if self.leaving is None:
+                    self.begin_to_stop()
+                    self.stop.problem = await guests.flush_at_the_end(self.stop.step_s)
+
+    def _open_service(self, live: Live, gid: int | None) -> Service:
+        control = self._settings.control
+        try:
+            return Service.of(live, control, gid, replace_program=self._replace)
+        except ConfigError as error:
+            if self._received is None:
+                raise
+            # A guest waits: that must not fail for a name that another bridge has by now.
+            _log.error("there is no control socket", problem=error)
+            return Service.of(live, replace(control, name="", socket=OFF), gid)
+
+    def _taken_over(self) -> None:
+        assert self._received is not None
+        waited_s = self._received.waited_s
+        _log.info("took over from another program", guest_waited_s=round(waited_s, 3))
+        if self._service is not None:
+            self._service.took_over(waited_s)
+
+    async def _replace(self) -> None:
+        """Have another program take over. Raises BridgeError, and the disk is served as before."""
+        assert self._guests is not None
+        assert self._listener is not None
+        await upgrade.try_program(self._uri)
+        if self.storage.has_left:
+            raise BridgeError("nothing is sent to the server at the moment: try again afterwards")
+        try:
+            parcel = await upgrade.pack(
+                self._guests.device,
+                self._desk,
+                self._listener,
+                may_go_on=lambda: not self.stop.has_begun,
+            )
+        except OSError as error:
+            # The rings are closed. The front-end finds the next process.
+            self.begin_to_stop()
+            self.stop.problem = BridgeError(f"the program cannot be replaced: {error.strerror}")
+            self.until.cancel()
+            raise self.stop.problem from None
+        # No await in between: from here on nothing is served.
+        self.leaving = Leaving(parcel)
+        self.until.cancel()
+        _log.info("another program takes over")
+        await trio.sleep_forever()  # until the end, which is also that of the control socket
 
 
 class _GuestsSide(Above):
@@ -204,7 +326,7 @@ class _GuestsSide(Above):
         return not (self._storage.has_cache or self._geometry.read_only)
 
     def durability_changed(self) -> None:
-        """See disk.Above. Also after a reconnect."""
+        """See disk.Above. Also when a connection is lost, and after a reconnect."""
         if self._loses_with_server:
             self._remember()
 
@@ -269,13 +391,12 @@ class _GuestsSide(Above):
         finally:
             self._remember()
 
-    def log_start(self) -> None:
+    def log_start(self, socket: str) -> None:
         """Log that front-ends may connect."""
-        disk = self._settings.disk
         _log.info(
             "serving",
             uri=self._uri.text,
-            socket=disk.socket_path or f"fd {disk.fd}",
+            socket=socket,
             size_bytes=self._geometry.capacity_sectors * SECTOR_BYTES,
             read_only=self._geometry.read_only,
             cache=self._settings.cache.mode,
@@ -311,14 +432,6 @@ async def _cancel_at_signal(
     _log.info("stopping", signal=number.name)
     serving.begin_to_stop()
     until.cancel()
-
-
-def _listener(disk: DiskSettings) -> Listener:
-    if disk.socket_path is not None:
-        return Listener.at_path(disk.socket_path)
-    if disk.fd is None:
-        raise ConfigError("neither a path nor a descriptor to listen on")
-    return Listener.from_fd(disk.fd)
 
 
 def disk_geometry(uri: NbdUri, export: Export, disk: DiskSettings) -> DiskGeometry:

@@ -25,6 +25,7 @@ from bridge.app.settings_model import (
     CommandSettings,
     FeatureBits,
     Flag,
+    Mode,
     Number,
     Path,
     Size,
@@ -65,6 +66,18 @@ class DiskSettings:
     socket_path: str | None = setting("--socket-path", Path(), None, "Listen on this unix socket.")
     fd: int | None = setting(
         "--fd", Whole(0, _MAX_FD), None, "Listen on this inherited socket instead."
+    )
+    socket_group: str | None = setting(
+        "--socket-group",
+        Text(max_bytes=256),
+        None,
+        "Give the socket, and the control socket, to this group: that of QEMU's user.",
+    )
+    socket_mode: int | None = setting(
+        "--socket-mode",
+        Mode(),
+        None,
+        "Permissions of the socket, in octal. Default: 0600, or 0660 with --socket-group.",
     )
     read_only: bool = setting("--read-only", Flag(), False, "The guest may not write.")
     serial: str = setting(
@@ -202,6 +215,12 @@ class LimitSettings:
         AUTO_ENGINE,
         "What serves the usual requests: compiled code, where that was installed, or Python.",
     )
+    wait_for_server: bool = setting(
+        "--wait-for-server",
+        Flag(),
+        False,
+        "Wait for a server that cannot be reached at the start, instead of ending.",
+    )
     stop_timeout_s: float = setting(
         "--stop-timeout",
         Number(0),
@@ -235,6 +254,9 @@ class ControlSettings:
         AUTO,
         "Control socket: auto, off, or a path. auto: NAME.api in /run/nbd-bridge, or in "
         "$XDG_RUNTIME_DIR/nbd-bridge.",
+    )
+    pid_file: str | None = setting(
+        "--pidfile", Path(), None, "Write the process's number there once the disk is served."
     )
     slow_ms: float = setting(
         "--slow-ms",

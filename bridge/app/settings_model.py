@@ -66,6 +66,11 @@ class Path:
 
 
 @dataclass(frozen=True)
+class Mode:
+    """An int with the permission bits of a file, written in octal (0660)."""
+
+
+@dataclass(frozen=True)
 class Ranges:
     """(offset, length) pairs in bytes, each written as OFFSET:LENGTH."""
 
@@ -75,7 +80,7 @@ class FeatureBits:
     """An int with the bits of virtio-blk features to withhold, written as -NAME,-NAME."""
 
 
-Kind = Flag | Number | Whole | Size | Choice | Text | Path | Ranges | FeatureBits
+Kind = Flag | Number | Whole | Size | Choice | Text | Path | Mode | Ranges | FeatureBits
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import trio
 
@@ -14,7 +15,7 @@ from bridge.errors import BridgeError
 
 T = TypeVar("T")
 
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _MEANINGLESS = (signal.SIGUSR1, signal.SIGUSR2)
 """They are ignored: without a handler they would kill the process, and the guest's disk with it."""
 
@@ -28,7 +29,7 @@ def ending_signals() -> Iterator[trio.MemoryReceiveChannel[signal.Signals]]:
     exit status.)
     """
     token = trio.lowlevel.current_trio_token()
-    send, receive = trio.open_memory_channel[signal.Signals](len(_ENDING))
+    send, receive = trio.open_memory_channel[signal.Signals](len(ENDING))
 
     def put(number: int) -> None:
         try:
@@ -40,17 +41,44 @@ def ending_signals() -> Iterator[trio.MemoryReceiveChannel[signal.Signals]]:
         token.run_sync_soon(put, number, idempotent=True)
 
     # nohup ignores SIGHUP for the commands that it starts.
-    ending = [each for each in _ENDING if not _is_ignored_hangup(each)]
+    ending = [each for each in ENDING if not _is_ignored_hangup(each)]
     for number in ending:
         signal.signal(number, ask)
     for number in _MEANINGLESS:
         signal.signal(number, _ignore)  # Not SIG_IGN, which processes that we start would inherit.
+    # Those that came while this process replaced its program: see `pass_signals_on`.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     try:
         yield receive
     finally:
         for number in ending:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _Late.note if _Late.are_passed_on else signal.SIG_IGN)
         send.close()
+
+
+class _Late:
+    """Signals that came too late for this program, and are for the one that replaces it."""
+
+    are_passed_on = False
+    numbers: ClassVar[set[int]] = set()
+
+    @classmethod
+    def note(cls, number: int, _: FrameType | None) -> None:
+        """A handler: another thread than the main one may have got the signal."""
+        cls.numbers.add(number)
+
+
+def pass_signals_on() -> None:
+    """From here on a signal that asks for the end is for the program that replaces this one: it
+    stays pending over the execve. For the main thread."""
+    _Late.are_passed_on = True
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+
+def send_late_signals(*more: int) -> None:
+    """Right before the execve: also those that a handler has taken already, and `more`."""
+    for number in (*_Late.numbers, *more):
+        signal.pthread_kill(threading.get_ident(), number)
 
 
 def _is_ignored_hangup(number: signal.Signals) -> bool:

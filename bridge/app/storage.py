@@ -15,6 +15,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from bridge.app import service_manager
 from bridge.app.answers import answer_of, finished, to_be_set
 from bridge.app.cache_names import (
     locate_cache,
@@ -31,6 +32,7 @@ from bridge.app.cache_ownership import (
     unwritten,
 )
 from bridge.app.departure import Departure
+from bridge.app.first_connection import first_connection
 from bridge.app.open_cache import FILE_LIMIT_S, OpenCache
 from bridge.app.settings import CacheSettings
 from bridge.app.targets import CacheTarget, ServerTarget
@@ -51,6 +53,11 @@ from bridge.server.uri import NbdUri
 _log = structlog.get_logger(__name__)
 
 
+_OPEN_S = 600.0
+"""For a large cache: ten seconds per TiB in use on a quiet machine, and the comparison with what
+the server has."""
+
+
 class Above(Protocol):
     """What serves the disk to guests."""
 
@@ -60,6 +67,9 @@ class Above(Protocol):
     def reconnected(self) -> None:
         """There is a new connection to the server, and no cache that keeps what the last one had
         not made durable."""
+
+    def disconnected(self) -> None:
+        """The connection to the server is lost, and there is no such cache."""
 
 
 class Storage:
@@ -90,6 +100,7 @@ class Storage:
         """Why nothing is sent to the server, which is there again: see `examine`."""
         self._was_compared = False
         """What is cached and clean was, with the present connection."""
+        self._no_stale_writes = False
 
     @property
     def _cache(self) -> Cache | None:
@@ -99,12 +110,18 @@ class Storage:
     def _file(self) -> CacheFile | None:
         return None if self._cached is None else self._cached.file
 
-    async def open(self) -> Export:
-        """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError."""
-        export = await self.client.connect()
+    async def open(self, *, wait: bool = False, no_stale_writes: bool = False) -> Export:
+        """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError.
+
+        `wait`: for a server that cannot be reached. `no_stale_writes`: the process before this one
+        has left none at the server, as it says itself.
+        """
+        self._no_stale_writes = no_stale_writes
+        export = await first_connection(self.client, wait=wait)
         if self._settings.mode == OFF or export.read_only or self._read_only:
             await check_unused_cache(self.client, self._settings.directory)
             return export
+        service_manager.still_starting("opening the cache", _OPEN_S)
         if self._settings.directory is None:
             make_default_directory()
         path = await locate_cache(self._uri, self._settings.directory, export)
@@ -121,7 +138,8 @@ class Storage:
         check_export(cache, file, export)
         if file.header.frozen:
             file.save_header(frozen=False)
-        expect_stale_writes(self.client, file, cache.index.dirty_slots)
+        if not self._no_stale_writes:
+            expect_stale_writes(self.client, file, cache.index.dirty_slots)
         cached.start()
         self.client.keeps_unflushed = True
         # While all is there to compare: what the counters say may drop the clean part.
@@ -190,6 +208,11 @@ class Storage:
             self.departure.judge_return()
         else:
             self._go_on()
+
+    def disconnected(self) -> None:
+        """See client.Above."""
+        if self._cache is None and self._above is not None:
+            self._above.disconnected()
 
     def export_changed(self, export: Export) -> None:
         """See client.Above. A cache grows first, see `_go_on`."""
@@ -317,6 +340,19 @@ class Storage:
         if problem:
             return BridgeError(f"{problem}; it holds what the server did not take in time")
         return objection or self._what_is_missing(path)
+
+    async def hand_over(self, limit_s: float) -> bool:
+        """Hang up, and let go of the cache file as it is: another program of this process goes on.
+
+        What is in flight may be answered within `limit_s`. Returns whether something that was sent
+        may still be executed later.
+        """
+        await self.client.close(limit_s)
+        stale = self.client.may_leave_writes
+        self._end_turns()
+        if self._cached is not None:
+            await self._cached.close(FILE_LIMIT_S, forget=False, in_order=False)
+        return stale
 
     def _what_is_missing(self, path: str) -> BridgeError:
         if self.departure.is_away:

@@ -8,8 +8,9 @@
 - `reads`, `fetch`, `readahead`: reads that miss; `cold`: blocks that left the page cache.
 - `writes`: guest writes into the cache, and when each is complete; `waiting_writes`: what the
   others wait for.
-- `writeback`, `dirty_ring`, `runs`, `pace`, `wait`, `flush`: dirty blocks to the server, in which
-  order, which in one command, when, what waits for that, and the barrier after it.
+- `writeback`, `dirty_ring`, `runs`, `pace`, `in_flight`: dirty blocks to the server, in which
+  order, which in one command, when, and what is on the way; `wait`, `awaited`, `flush`: what waits
+  for that, for which slots, and the barrier after it.
 - `range_requests`, `range_operations`, `busy_ranges`: discard and write-zeroes, ordered against
   everything in flight.
 - `resize`: the disk grows; `foreign`, `sample`: did another host write the image? `warm`:

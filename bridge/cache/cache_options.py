@@ -44,9 +44,15 @@ class Options:
     as the share of dirty slots nears `dirty_flush_ratio`."""
     writeback_run_bytes: int = 256 * 1024
     """Longest write of coalesced dirty blocks."""
-    writeback_requests: int = 32
+    writeback_requests: int = 256
+    """Write-outs in flight. With 32 a server 10 ms away takes 3,200 blocks a second."""
     writeback_bytes: int = 8 << 20
-    """Write-out in flight: private copies, so this bounds memory."""
+    """What they carry: private copies, so this bounds memory."""
+    writeback_turn_requests: int = 32
+    """Write-outs begun in one turn: some 0.2 ms. What is left waits for the next one, so that
+    guests' requests are looked at in between."""
+    writeback_loads: int = 32
+    """Dirty granules that are brought back into memory at once: guests wait for the same disk."""
     fua_granules: int = 8
     """A flush with at most this many dirty granules sends them with FUA, all at once. More
     would be slower where FUA is a flush of its own (nbdkit emulates it that way)."""

@@ -68,10 +68,12 @@ class DirtyRing:
         """What was to be written out now waits again."""
         self.goal = min(self.goal, self.head)
 
-    def older_than(self, then: float) -> int:
-        """The position before which everything became dirty by `then`; 0 if nothing did."""
+    def due(self, now: float, age_s: float) -> int:
+        """The position before which everything is dirty for `age_s` by now; 0 if nothing is."""
         position = 0
-        while self._marks and self._marks[0][0] <= then:
+        # The same sum as for the deadline: a difference may round to less than the age, and what
+        # waits for the deadline would come back until the clock has moved.
+        while self._marks and self._marks[0][0] + age_s <= now:
             position = self._marks.popleft()[1]
         return position
 

@@ -43,7 +43,7 @@ class Pace:
             return 0
         if ring.oldest_s is None:
             return ring.tail
-        goal = ring.older_than(now - self._options.writeback_age_s)
+        goal = ring.due(now, self._options.writeback_age_s)
         if self.over_background():
             # The oldest go; what was written last may still grow into a longer run.
             goal = max(goal, ring.tail - self._limits.background * 3 // 4)

@@ -17,32 +17,21 @@ for longer each time.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import itemgetter
 
+from bridge.cache.awaited import AwaitedSlots
 from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
 from bridge.cache.dirty_ring import DirtyRing
+from bridge.cache.file.layout import BITS, DIRTY_SHIFT
+from bridge.cache.in_flight import InFlight, WriteOut
 from bridge.cache.pace import Pace
-from bridge.cache.runs import copy_of, first_run
+from bridge.cache.runs import copy_of, lowest_run, run_on
 from bridge.cache.wait import WriteOutWait
-from bridge.datapath.request import FUA, WRITE, Request
+from bridge.datapath.request import FUA, WRITE
 from bridge.datapath.turn import Outcome
 
 _BATCH_SLOTS = 1024
 """Slots taken from the ring at once: sorting them is a matter of 1 ms."""
-
-
-class WriteOut(Request):
-    """One WRITE in flight: blocks of one or more slots, one contiguous range of the disk."""
-
-    __slots__ = ("end", "epoch", "parts", "waits")
-
-    parts: list[tuple[int, int]]
-    """(slot, bits) in disk order."""
-    end: int
-    epoch: int
-    """The one in which it was sent."""
-    waits: list[WriteOutWait]
 
 
 class Writeback:
@@ -67,17 +56,19 @@ class Writeback:
         (Where there is no connection any more, the error comes back at once.)"""
         self._urgent: list[int] = []
         """Slots that a request waits for; they join the batch."""
-        self._wanted: dict[int, list[WriteOutWait]] = {}
-        self._deferred: dict[int, list[WriteOutWait]] = {}
+        self._awaited = AwaitedSlots(index.slots)
+        self._deferred: set[int] = set()
         """Slots with blocks that were written to while in flight, until the reply."""
         self._loading: set[int] = set()
         """Slots whose data a thread brings back into memory, to be sent then."""
         self._held: list[int] = []
         """Slots that a discard keeps from being sent."""
-        self._in_flight: dict[WriteOut, None] = {}
-        self._bytes_in_flight = 0
+        self._in_flight = InFlight()
         self._look = False
         """Something changed that may let more be sent."""
+        self._turn_number = 0
+        self._turn_left = 0
+        """How many write-outs may begin in the turn of that number."""
         self.barrier: WriteOutWait | None = None
         """The flush in progress, which wants every slot before `barrier_at`."""
         self.barrier_at = 0
@@ -95,8 +86,7 @@ class Writeback:
     def want(self, slots: Iterable[int], wait: WriteOutWait) -> None:
         """Send the dirty blocks of `slots` in this turn, for `wait`."""
         for slot in slots:
-            wait.pending += 1
-            self._wanted.setdefault(slot, []).append(wait)
+            self._awaited.want(slot, wait)
             self._urgent.append(slot)
         self._look = True
 
@@ -108,20 +98,14 @@ class Writeback:
         self.barrier = wait
         self.barrier_at = self.ring.tail
         wait.pending += 1
-        for write_out in self._in_flight:
-            _attach(write_out, wait)
+        for write_out in self._in_flight.each():
+            write_out.attach(wait)
         # What was taken from the ring already and has not been sent counts as well.
-        for slot in {
-            *self._batch[self._batch_at :],
-            *self._held,
-            *self._urgent,
-            *self._loading,
-        }:
-            wait.pending += 1
-            self._wanted.setdefault(slot, []).append(wait)
-        for waits in self._deferred.values():
-            wait.pending += 1
-            waits.append(wait)
+        self._awaited.begin_flush(wait)
+        for slots in (self._batch[self._batch_at :], self._held, self._urgent):
+            self._awaited.mark(slots)
+        self._awaited.mark(self._loading)
+        self._awaited.mark(self._deferred)
         self.write_out_to(self.ring.tail)
 
     def write_out_to(self, position: int) -> None:
@@ -131,9 +115,9 @@ class Writeback:
 
     def wait_for_range(self, first: int, end: int, wait: WriteOutWait) -> None:
         """`wait` waits for the write-outs in flight within the bytes `first` … `end`."""
-        for write_out in self._in_flight:
-            if write_out.offset < end and first < write_out.end:
-                _attach(write_out, wait)
+        for write_out in self._in_flight.each():
+            if write_out.offset < end and first < write_out.offset + write_out.length:
+                write_out.attach(wait)
 
     def range_freed(self) -> None:
         """Look again at what discards kept from being sent."""
@@ -173,7 +157,7 @@ class Writeback:
     @property
     def waiting(self) -> int:
         """How many slots requests wait for."""
-        return len(self._wanted) + len(self._deferred)
+        return len(self._awaited)
 
     # Time.
 
@@ -197,75 +181,83 @@ class Writeback:
             # The urgent ones join what is being sent, in disk order.
             self._refill(self._batch[self._batch_at :] + self._urgent)
             self._urgent = []
-        while (
-            len(self._in_flight) + len(self._loading) < self._requests_allowed
-            and self._bytes_in_flight < self._options.writeback_bytes
-        ):
-            if self._batch_at < len(self._batch):
-                self._send_next()
-            elif self.ring.has_goal:
-                self._take_batch()
-            else:
-                break
+        self._send_what_may()
         if self.barrier is not None and self.ring.head >= self.barrier_at:
             barrier, self.barrier = self.barrier, None
             barrier.release()
         return True
 
     def _refill(self, slots: list[int]) -> None:
-        granule_of = self._index.granule_of
-        pairs = sorted({(granule_of[slot], slot) for slot in slots})
-        self._batch = list(map(itemgetter(1), pairs))
+        self._batch = sorted(set(slots), key=self._index.granule_of.__getitem__)
         self._batch_at = 0
         self._refused.clear()
-
-    @property
-    def _requests_allowed(self) -> int:
-        awaited = self.barrier is not None or bool(self._wanted)
-        return self.pace.requests_allowed(awaited=awaited)
 
     def _take_batch(self) -> None:
         first = self.ring.head
         slots = self.ring.take(_BATCH_SLOTS)
         if self.barrier is not None:
-            for slot in slots[: max(0, self.barrier_at - first)]:
-                self.barrier.pending += 1
-                self._wanted.setdefault(slot, []).append(self.barrier)
+            self._awaited.mark(slots[: max(0, self.barrier_at - first)])
         self._refill(slots)
 
-    def _send_next(self) -> None:
-        """Send the next run of the batch, or be done with its next slot."""
-        index = self._index
-        slot = self._batch[self._batch_at]
-        if self._busy_ranges.hold(index.granule_of[slot]):
+    def _send_what_may(self) -> None:
+        """Go on with the batch, and the next one, while more may be in flight."""
+        index, in_flight = self._index, self._in_flight
+        ready, sent, inflight = index.ready, index.sent, index.inflight
+        holding = bool(self._busy_ranges)
+        most = self._options.writeback_requests
+        unawaited_most = self.pace.requests_allowed(awaited=False)
+        most_bytes = self._options.writeback_bytes
+        while in_flight.size_bytes < most_bytes and in_flight.count + len(self._loading) < (
+            most if self.barrier is not None or self._awaited else unawaited_most
+        ):
+            if self._batch_at == len(self._batch):
+                if not self.ring.has_goal:
+                    return
+                self._take_batch()
+            slot = self._batch[self._batch_at]
+            bits = index.state[slot] >> DIRTY_SHIFT & BITS & ~sent[slot] & ~inflight[slot]
+            if holding or self._refused or bits & ~ready[slot]:
+                if len(self._loading) >= self._options.writeback_loads:
+                    return  # One that ends looks again.
+                if self._set_aside(slot, bits):
+                    self._batch_at += 1
+                    continue
+            if bits:
+                if not self._has_turn_left():
+                    return
+                bits ^= self._send_run(slot, bits)
+            if not bits:
+                self._batch_at += 1
+                self._all_sent(slot)
+
+    def _has_turn_left(self) -> bool:
+        """One more may be sent in this turn; else the next one goes on."""
+        turn = self._common.turn
+        if self._turn_number != turn.number:
+            self._turn_number = turn.number
+            self._turn_left = self._options.writeback_turn_requests
+        if not self._turn_left:
+            turn.next_turn(self._look_again)
+            return False
+        self._turn_left -= 1
+        return True
+
+    def _look_again(self) -> None:
+        self._look = True
+
+    def _set_aside(self, slot: int, bits: int) -> bool:
+        """Something keeps `slot` from being sent with this batch."""
+        if self._busy_ranges.hold(self._index.granule_of[slot]):
             self._held.append(slot)
-            self._batch_at += 1
-            return
-        if slot in self._refused:
-            for wait in self._wanted.get(slot, ()):
+        elif slot in self._refused:
+            for wait in self._awaited.of(slot):
                 wait.error = wait.error or self._refused[slot]
-            self._batch_at += 1
-            self._nothing_to_send(slot)
-            return
-        bits = index.to_send(slot)
-        if not bits:
-            self._batch_at += 1
-            self._nothing_to_send(slot)
-            return
-        if self._is_cold(slot, bits):
-            self._batch_at += 1
+            self._all_sent(slot)
+        elif self._is_cold(slot, bits):
             self._load(slot)
-            return
-        self._send(
-            *first_run(
-                index,
-                self._batch,
-                self._batch_at,
-                bits,
-                max_blocks=self._run_blocks,
-                is_apart=self._is_apart,
-            )
-        )
+        else:
+            return False
+        return True
 
     def _is_apart(self, slot: int, bits: int) -> bool:
         """These blocks cannot go with those before them."""
@@ -305,54 +297,66 @@ class Writeback:
         self._failed()
         if self._index.dirty(slot):
             self.enqueue(slot)
-        for wait in self._wanted.pop(slot, []):
+        for wait in self._awaited.take(slot):
             wait.error = wait.error or error
             wait.release()
 
-    def _send(self, offset: int, parts: list[tuple[int, int]]) -> None:
-        """Send a private copy of these blocks."""
+    def _send_run(self, slot: int, bits: int) -> int:
+        """Send a private copy of the lowest run of `bits`, and of what follows that on the disk in
+        the next slots of the batch. Returns the blocks of `slot` that were sent."""
         index = self._index
-        waits = []
-        copy = copy_of(index, parts)
-        for slot, bits in parts:
-            if slot in self._wanted:
-                waits += self._wanted[slot]
-            index.send(slot, bits)
-        self._bytes_in_flight += len(copy)
-        # The disk may end within its last block.
-        length = min(len(copy), index.geometry.disk_bytes - offset)
-        fua = self._upstream.can_fua and any(wait.fua for wait in waits)
-        write_out = WriteOut(
-            WRITE, offset, length, [memoryview(copy)[:length]], self._replied, FUA if fua else 0
+        low = bits & -bits
+        run = lowest_run(bits)
+        parts = [(slot, run)]
+        if run >> index.blocks - 1:
+            parts = run_on(
+                index,
+                self._batch,
+                self._batch_at,
+                run,
+                max_blocks=self._run_blocks,
+                is_apart=self._is_apart,
+            )
+        offset = (index.granule_of[slot] << index.granule_shift) + (
+            low.bit_length() - 1 << index.block_shift
         )
-        write_out.end = offset + length
+        self._send(offset, parts)
+        return run
+
+    def _send(self, offset: int, parts: list[tuple[int, int]]) -> None:
+        index, in_flight = self._index, self._in_flight
+        copy = memoryview(copy_of(index, parts))
+        # The disk may end within its last block.
+        if (left := index.geometry.disk_bytes - offset) < len(copy):
+            copy = copy[:left]
+        fua = self._awaited.want_fua(parts) and self._upstream.can_fua
+        write_out = WriteOut(WRITE, offset, len(copy), [copy], self._replied, FUA if fua else 0)
         write_out.parts = parts
         write_out.epoch = self._durability.epoch
         write_out.waits = []
-        for wait in waits:
-            _attach(write_out, wait)
-        self._in_flight[write_out] = None
+        in_flight.add(write_out)
+        for slot, bits in parts:
+            index.send(slot, bits)
         stats = self._common.stats
         stats.writebacks += 1
         stats.writeback_bytes += len(copy)
         self._upstream.submit(write_out)
 
-    def _nothing_to_send(self, slot: int) -> None:
-        """No block of `slot` can be sent now: resolve, attach or defer what waits for it."""
-        waits = self._wanted.pop(slot, [])
+    def _all_sent(self, slot: int) -> None:
+        """No block of `slot` can be sent now: what waits for it waits for the replies."""
         index = self._index
-        if index.rewritten(slot):
-            # Also when no request waits: the slot has left the ring, and must not be forgotten.
-            self._deferred.setdefault(slot, []).extend(waits)
+        inflight = index.inflight[slot]
+        if inflight & ~index.sent[slot]:
+            # Rewritten. Also when no request waits: the slot has left the ring, and must not be
+            # forgotten.
+            self._deferred.add(slot)
             return
-        if not waits:
+        if not (waits := self._awaited.take(slot)):
             return
-        if index.sending(slot):
-            for write_out in self._in_flight:
-                if any(part == slot for part, _ in write_out.parts):
-                    for wait in waits:
-                        _attach(write_out, wait)
+        write_outs = self._in_flight.of(slot, inflight)
         for wait in waits:
+            for write_out in write_outs:
+                write_out.attach(wait)
             if index.written(slot):
                 wait.unstable = True
             wait.release()
@@ -361,10 +365,7 @@ class Writeback:
 
     def _replied(self, write_out: WriteOut) -> None:
         error = write_out.error
-        del self._in_flight[write_out]
-        self._bytes_in_flight -= sum(bits.bit_count() for _, bits in write_out.parts) << (
-            self._index.block_shift
-        )
+        self._in_flight.remove(write_out)
         fua = bool(write_out.flags & FUA)
         stable = fua or not self._upstream.can_flush
         durability = self._durability
@@ -387,10 +388,8 @@ class Writeback:
                 self.enqueue(slot)
             else:
                 self._arrived(slot, bits, stable)
-            deferred = self._deferred.pop(slot, None)
-            if deferred is not None:
-                if deferred:
-                    self._wanted.setdefault(slot, []).extend(deferred)
+            if slot in self._deferred:
+                self._deferred.remove(slot)
                 self._urgent.append(slot)
         for wait in write_out.waits:
             wait.error = wait.error or error
@@ -413,10 +412,3 @@ class Writeback:
         if self.barrier is None:
             # Stop the background write-out; what a flush or a write asks for is tried.
             self.ring.stop()
-
-
-def _attach(write_out: WriteOut, wait: WriteOutWait) -> None:
-    write_out.waits.append(wait)
-    wait.pending += 1
-    if not write_out.flags & FUA:
-        wait.unstable = True

@@ -27,11 +27,7 @@ def command(settings: StatusSettings) -> None:
     if settings.output.as_json:
         common.print_result(json.dumps(found, indent=2))
         return
-    rows = [_HEAD, *(map(_row, found))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    for row in rows:
-        line = "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
-        common.print_result(line.rstrip())
+    common.print_result(common.columns([_HEAD, *map(_row, found)]))
 
 
 def _row(found: dict[str, Any]) -> tuple[str, ...]:

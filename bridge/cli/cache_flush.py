@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import click
@@ -37,4 +38,6 @@ def command(settings: CacheFlushSettings, file: str, uri: str | None) -> None:
             client=client_options(settings.server, settings.tls),
         )
     )
-    common.print_result(f"{flushed} bytes written to the server and flushed")
+    answer = json.dumps({"flushed_bytes": flushed})
+    text = f"{flushed} bytes written to the server and flushed"
+    common.print_result(answer if settings.output.as_json else text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -55,4 +56,5 @@ def command(settings: CacheWarmSettings, uri: str) -> None:
                 client=client_options(settings.server, settings.tls),
             )
         )
-    common.print_result(f"{warmed} bytes are in the cache")
+    answer = json.dumps({"warmed_bytes": warmed})
+    common.print_result(answer if settings.output.as_json else f"{warmed} bytes are in the cache")

@@ -15,6 +15,7 @@ import click
 from bridge import __version__
 from bridge.app.settings_model import CommandSettings, declared, settings_of
 from bridge.cli.options import Command, options_of
+from bridge.cli.variables import misspelt
 from bridge.cli.wording import explain
 from bridge.errors import BridgeError
 
@@ -26,11 +27,12 @@ _CAPABILITIES = {"type": "block", "features": ["read-only"]}
 
 
 def command(
-    name: str, settings: type[S], *, example: str
+    name: str, settings: type[S], *, example: str, warns: bool = True
 ) -> Callable[[Callable[Concatenate[S, P], None]], click.Command]:
     """Decorates a function of settings and arguments; makes it a command.
 
-    The function's errors become one line each and an exit status: see `one_line_errors`.
+    The function's errors become one line each and an exit status: see `one_line_errors`. `warns`:
+    misspelt environment variables are reported here; False: the function does that.
     """
     names = {each.setting.name for each in declared(settings)}
 
@@ -38,6 +40,8 @@ def command(
         # `wraps` also copies the arguments that click's decorators have put on the function.
         @wraps(function)
         def run(**given: Any) -> None:
+            for text in misspelt(click.get_current_context()) if warns else ():
+                complain(f"warning: {text}")
             arguments = {name: given[name] for name in given.keys() - names}
             _call(function, settings_of(settings, given), arguments)
 
@@ -100,6 +104,22 @@ def table(lines: dict[str, str]) -> str:
     """Names and values, in two columns."""
     width = max(map(len, lines))
     return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
+
+
+def coloured(text: str, colour: str) -> str:
+    """`text` in this colour on a terminal; NO_COLOR (https://no-color.org) forbids it."""
+    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    return click.style(text, fg=colour)
+
+
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of equally many cells, one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def _print_capabilities(context: click.Context, _: click.Parameter, wanted: bool) -> None:

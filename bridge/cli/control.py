@@ -10,10 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import click
+
 from bridge.api.client import ask
-from bridge.api.places import SUFFIX, socket_of
+from bridge.api.places import SUFFIX, control_sockets, socket_of
 from bridge.cli.common import print_result
 from bridge.errors import BridgeError
+
+
+def _names(context: click.Context, parameter: click.Parameter, beginning: str) -> list[str]:
+    """The bridges of this host, for a shell's completion."""
+    names = (path.name.removesuffix(SUFFIX) for path in control_sockets())
+    return [name for name in names if name.startswith(beginning)]
+
+
+name_argument = click.argument("name", shell_complete=_names)
+"""The bridge that a command is about."""
+optional_name_argument = click.argument("name", required=False, shell_complete=_names)
 
 LOOK_S = 5.0
 """For an answer to what a bridge knows by itself."""

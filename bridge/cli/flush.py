@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import click
-
 from bridge.app.command_settings import ActionSettings
 from bridge.cli import common
-from bridge.cli.control import act, show
+from bridge.cli.control import act, name_argument, show
 
 
 @common.command("flush", ActionSettings, example="nbd-bridge flush vm0 --timeout 600")
-@click.argument("name")
+@name_argument
 def command(settings: ActionSettings, name: str) -> None:
     """Bring everything that bridge NAME holds to the server, durable.
 

@@ -16,11 +16,14 @@ from typing import Any, NoReturn
 import click
 
 from bridge.cli.common import capabilities_option, complain, version_option
+from bridge.cli.options import write_example
 
 _COMMANDS = {
     "serve": "serve",
     "info": "info",
     "demo": "demo",
+    "bench": "bench",
+    "check": "check",
     "list": "bridges",
     "exporter": "exporter",
     "top": "top",
@@ -29,22 +32,33 @@ _COMMANDS = {
     "resize": "resize",
     "set": "set_settings",
     "stop": "stop",
+    "upgrade": "upgrade",
+    "plugin-path": "plugin_path",
+    "install-units": "install_units",
+    "man-pages": "man_pages",
+    "completion": "completion",
 }
 _CACHE_COMMANDS = {
+    "list": "cache_list",
+    "prune": "cache_prune",
     "show": "cache_show",
     "drop": "cache_drop",
     "flush": "cache_flush",
     "warm": "cache_warm",
 }
+_CONFIG_COMMANDS = {"check": "config_check", "show": "config_show"}
 """Name of a command → its module in `bridge.cli`, which has it as `command`."""
 
 
 class CommandGroup(click.Group):
     """Commands, each in a module. Called without one, it prints its help and exits with 2."""
 
-    def __init__(self, *args: Any, modules: dict[str, str], **extra: Any) -> None:
+    def __init__(
+        self, *args: Any, modules: dict[str, str], example: str = "", **extra: Any
+    ) -> None:
         super().__init__(*args, **extra)
         self._modules = modules
+        self.example = example
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of all commands, sorted, as the help lists them."""
@@ -57,6 +71,10 @@ class CommandGroup(click.Group):
             found: click.Command = import_module(f"bridge.cli.{self._modules[cmd_name]}").command
             return found
         return super().get_command(ctx, cmd_name)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example."""
+        write_example(self.example, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:  # A shell's completion also parses.
@@ -118,6 +136,7 @@ def _one_line(error: click.ClickException) -> str:
 @click.group(
     cls=CommandGroup,
     modules=_COMMANDS,
+    example="nbd-bridge serve nbd://storage/vm0 --socket-path /run/vm0.sock",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @version_option
@@ -130,9 +149,20 @@ def nbd_bridge() -> None:
     """
 
 
-@nbd_bridge.group(cls=CommandGroup, modules=_CACHE_COMMANDS)
+@nbd_bridge.group(
+    cls=CommandGroup, modules=_CACHE_COMMANDS, example="nbd-bridge cache list --check-servers"
+)
 def cache() -> None:
-    """Work on a cache that no bridge is using.
+    """Work on caches that no bridge is using.
 
-    `show`, `flush` and `drop` take its FILE, `warm` the URI of the export.
+    `list` and `prune` look at all of them. `show`, `flush` and `drop` take a FILE, `warm` the URI
+    of the export.
+    """
+
+
+@nbd_bridge.group(cls=CommandGroup, modules=_CONFIG_COMMANDS)
+def config() -> None:
+    """Look at configuration files, which `serve --config` uses.
+
+    NAME stands for /etc/nbd-bridge/NAME.toml.
     """

@@ -1,11 +1,12 @@
 """The options of a command, made from its settings: how each is parsed, and its place in `--help`.
 
 A value comes from the command line, else from the environment, else from the context's
-`default_map` (which a configuration file would fill), else it is the default.
+`default_map` (which a configuration file fills: see `config_file`), else it is the default.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import isfinite
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from bridge.app.settings_model import (
     FeatureBits,
     Flag,
     Kind,
+    Mode,
     Number,
     Path,
     Ranges,
@@ -57,9 +59,14 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example."""
-        if self.example:
-            with formatter.section("Example"):
-                formatter.write(f"{'':{formatter.current_indent}}{self.example}\n")
+        write_example(self.example, formatter)
+
+
+def write_example(example: str, formatter: click.HelpFormatter) -> None:
+    """The end of a `--help`; nothing for "". Not wrapped: it is to be copied."""
+    if example:
+        with formatter.section("Example"):
+            formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
 
 class GroupedOption(click.Option):
@@ -89,7 +96,7 @@ def _option(each: Declared) -> Callable[[Callable[..., None]], Callable[..., Non
         setting.option,
         cls=GroupedOption,
         title=each.title,
-        type=_type(setting.kind),
+        type=type_of(setting.kind),
         is_flag=isinstance(setting.kind, Flag),
         multiple=is_many,
         default=None if is_many else default,
@@ -98,7 +105,7 @@ def _option(each: Declared) -> Callable[[Callable[..., None]], Callable[..., Non
     )
 
 
-def _type(kind: Kind) -> click.ParamType[Any] | None:
+def type_of(kind: Kind) -> click.ParamType[Any] | None:
     """The click type that parses a setting of this kind."""
     match kind:
         case Flag():
@@ -116,6 +123,8 @@ def _type(kind: Kind) -> click.ParamType[Any] | None:
             return Utf8(max_bytes)
         case Path():
             return FilePath()
+        case Mode():
+            return PermissionBits()
         case Ranges():
             return RangeText()
         case FeatureBits():
@@ -210,6 +219,20 @@ class FilePath(click.Path):
         if not value:
             self.fail("the path is empty", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class PermissionBits(click.ParamType):  # type: ignore[type-arg]
+    """The permission bits of a file, in octal. The owner has to keep its own."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).lower().removeprefix("0o")
+        if not re.fullmatch("[0-7]{3,4}", text) or int(text, 8) > 0o777:
+            self.fail(f"{value!r}: write it in octal, such as 0660", param, ctx)
+        if int(text, 8) & 0o600 != 0o600:
+            self.fail(f"{value!r} is not even for the owner: write 0600 at least", param, ctx)
+        return int(text, 8)
 
 
 class WithheldFeatures(click.ParamType):  # type: ignore[type-arg]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import click
-
 from bridge.app.command_settings import ActionSettings
 from bridge.cli import common
-from bridge.cli.control import act, show
+from bridge.cli.control import act, name_argument, show
 from bridge.units import size_text
 
 
 @common.command("resize", ActionSettings, example="nbd-bridge resize vm0")
-@click.argument("name")
+@name_argument
 def command(settings: ActionSettings, name: str) -> None:
     """Have bridge NAME ask the server for the export's size again.
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import click
-
 from bridge.app.command_settings import SetSettings
 from bridge.cli import common
-from bridge.cli.control import act, show
+from bridge.cli.control import act, name_argument, show
 
 
 @common.command("set", SetSettings, example="nbd-bridge set vm0 --cache-mode writethrough")
-@click.argument("name")
+@name_argument
 def command(settings: SetSettings, name: str) -> None:
     """Change settings of bridge NAME until it ends, and print all that can be changed.
 

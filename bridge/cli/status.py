@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import click
-
 from bridge.api.client import ask
 from bridge.api.places import control_sockets, socket_of
 from bridge.app.command_settings import StatusSettings
 from bridge.cli import common
-from bridge.cli.control import LOOK_S
-from bridge.cli.wording import time_text
+from bridge.cli.control import LOOK_S, optional_name_argument
+from bridge.cli.wording import duration, time_text
 from bridge.errors import ConfigError
 from bridge.units import size_text
 
 
 @common.command("status", StatusSettings, example="nbd-bridge status vm0")
-@click.argument("name", required=False)
+@optional_name_argument
 def command(settings: StatusSettings, name: str | None) -> None:
     """Print how bridge NAME is, and whether this host may be rebooted.
 
@@ -47,6 +45,10 @@ def describe(found: dict[str, Any]) -> str:
     lines["cache"] = "off" if cache is None else _cache(cache)
     if cache is not None:
         lines["dirty"] = _dirty(cache)
+    if requests := _requests(found.get("traffic", {})):  # One of an older version says nothing.
+        lines["requests"] = requests
+    if failed := found.get("errors"):
+        lines["failed"] = ", ".join(f"{count} {what}" for what, count in failed.items())
     for kind, latency in found["latency"].items():
         if latency["p50_s"] is not None:
             lines[kind] = f"median below {_time(latency['p50_s'])}, 99 % below " + _time(
@@ -74,6 +76,16 @@ def _guest(guest: dict[str, Any]) -> str:
         text += f", {general / guest['requests_total']:.1%} the general way"
     faults = sum(guest["faults"].values())
     return text + (f", {faults} bad ones" if faults else "")
+
+
+def _requests(traffic: dict[str, Any]) -> str:
+    """What there was of each operation."""
+    parts = []
+    for op, each in traffic.items():
+        size = f" ({size_text(each['bytes_total'])})" if each["bytes_total"] else ""
+        if each["requests_total"]:
+            parts.append(f"{op.replace('_', ' ')} {each['requests_total']}{size}")
+    return ", ".join(parts)
 
 
 def _server(server: dict[str, Any]) -> str:
@@ -104,14 +116,6 @@ def _dirty(cache: dict[str, Any]) -> str:
     if cache["clean_in_s"] is not None:
         text += f", clean in {duration(cache['clean_in_s'])}"
     return text
-
-
-def duration(seconds: float) -> str:
-    """For a reader, such as 12 s, 5 min or 3 days."""
-    for unit_s, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit_s:
-            return f"{seconds / unit_s:.0f} {name}"
-    return f"{seconds:.0f} s"
 
 
 def _time(seconds: float | None) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import click
-
 from bridge.app.command_settings import StopSettings
 from bridge.cli import common
-from bridge.cli.control import act, show
+from bridge.cli.control import act, name_argument, show
 
 
 @common.command("stop", StopSettings, example="nbd-bridge stop vm0 --when-clean --timeout 600")
-@click.argument("name")
+@name_argument
 def command(settings: StopSettings, name: str) -> None:
     """End bridge NAME, as SIGTERM does; refused while a guest uses the disk.
 

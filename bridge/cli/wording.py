@@ -87,6 +87,14 @@ def explain(what: BridgeError | Remedy) -> str:
     return text + after
 
 
+def duration(seconds: float) -> str:
+    """For a reader, such as 12 s, 5 min or 3 days."""
+    for unit_s, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
 def time_text(seconds: float) -> str:
     """A short time for a reader, such as 50 µs, 1.5 ms or 2 s."""
     if seconds < 1e-3:

@@ -18,12 +18,11 @@ import trio
 
 from bridge.demo.unwrap import unwrapped
 from bridge.errors import BridgeError, ConfigError
+from bridge.host import PLUGIN
 
 _START_LIMIT_S = 20.0
 _STOP_LIMIT_S = 20.0
 _LOOK_EVERY_S = 0.02
-
-PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
 
 
 class ServerFailed(BridgeError):

@@ -281,6 +281,36 @@ class BlkDevice:
         bases = await self._close_rings([index], told=True)
         return bases[index]
 
+    async def quiesce(self, limit_s: float) -> bool:
+        """Pause all rings; whether everything that they popped is answered within `limit_s`.
+
+        If it is not, they go on.
+        """
+        rings = list(self._rings.values())
+        if await self._drain.rings(rings, trio.current_time() + limit_s):
+            return True
+        self.go_on()
+        return False
+
+    def go_on(self) -> None:
+        """The end of `quiesce`, for a device that serves on."""
+        for ring in self._rings.values():
+            ring.unpause()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Every ring is paused, and nothing is in flight."""
+        return all(ring.is_quiet for ring in self._rings.values())
+
+    def hand_over_rings(self) -> dict[int, int]:
+        """Close all rings, which are quiet; their bases. Another process goes on with them here,
+        so that nothing has to be at the server."""
+        assert self.is_quiet
+        bases = {index: self._close_ring(ring) for index, ring in self._rings.items()}
+        self._rings.clear()
+        self._setups.clear()
+        return bases
+
     def _let_go(self) -> None:
         """Rings that were held at their start may run."""
         for ring in self._rings.values():

@@ -91,10 +91,12 @@ class Remembered:
         return self._left_in == self._source and index in self._left
 
     def starting(self, index: int) -> None:
-        """What ring `index` has left is executed again."""
+        """Ring `index` is about to run; what it has left is executed again."""
         self._left.pop(index, None)
         if self.region is None:
             self._left.clear()
+        else:
+            self.region.note_use()
 
     @property
     def left_requests(self) -> int:

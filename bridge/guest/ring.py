@@ -352,6 +352,11 @@ class RunningRing:
         self._set_popping()
 
     @property
+    def is_quiet(self) -> bool:
+        """It pops nothing, and nothing is in flight or to be published."""
+        return self._stopping and not (self._queue.in_flight or self._publishing or self._held)
+
+    @property
     def is_held(self) -> bool:
         """Nothing was begun yet: see `let_go`."""
         return self._held

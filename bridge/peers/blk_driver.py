@@ -81,6 +81,7 @@ class BlkDriver:
         segment_bytes: int | None = None,
         regions: int = 1,
         inflight: bool = False,
+        base: int = 0,
     ) -> None:
         """`num_queues` virtqueues of `queue_size` descriptors, with at most `depth` requests in
         flight each (None: as many as fit) of at most `request_bytes` of data each, in descriptors
@@ -88,7 +89,7 @@ class BlkDriver:
 
         `features` and `protocol_features` are masks of what to accept of the back-end's offer.
         `regions`: how many regions the memory is made of. `inflight`: use an in-flight region, so
-        that `reconnect` loses no request.
+        that `reconnect` loses no request. `base`: the index that split rings start at.
         """
         self.path = path
         self._wanted_features = features
@@ -100,13 +101,14 @@ class BlkDriver:
         self._segment_bytes = segment_bytes
         self._regions = regions
         self._use_inflight = inflight
+        self._base = base
         self._inflight: tuple[InflightRange, int] | None = None
         self.memory = SharedMemory()
         self.queues: list[DriverQueue] = []
         self.front_end: FrontEnd | None = None
         self.features = 0
         self.config = DiskConfig.unpack(bytes(CONFIG_BYTES))
-        self._pending = PendingRequests(lambda: self._use_inflight or self._is_alive)
+        self._pending = PendingRequests(lambda: self._use_inflight or self.is_alive)
         self._turn = 0
 
     @classmethod
@@ -124,7 +126,11 @@ class BlkDriver:
 
     async def start(self) -> None:
         """Connect and negotiate, make memory and queues, and let the rings run."""
-        await self._negotiate()
+        await self.negotiate()
+        await self.start_rings()
+
+    async def start_rings(self) -> None:
+        """After `negotiate`: make memory and queues, and let the rings run."""
         self._make_queues()
         await self._share()
         for queue in self.queues:
@@ -139,12 +145,13 @@ class BlkDriver:
         if self.front_end is not None:
             self.front_end.close()
             self.front_end = None
-        await self._negotiate()
+        await self.negotiate()
         await self._share()
         for queue in self.queues:
             await self._start_queue(queue, base=queue.driver.restore_base)
 
-    async def _negotiate(self) -> None:
+    async def negotiate(self) -> None:
+        """Connect and agree on features; `features` and `config` are known then."""
         self.front_end = await FrontEnd.connect(self.path)
         features, protocol = await self.front_end.negotiate(
             self._wanted_features | F_PROTOCOL_FEATURES, self._wanted_protocol_features
@@ -182,6 +189,7 @@ class BlkDriver:
                     request_bytes=self._request_bytes,
                     features=self.features,
                     segment_bytes=self._segment_bytes,
+                    base=self._base,
                 )
             )
 
@@ -367,7 +375,8 @@ class BlkDriver:
             raise errors[0]
 
     @property
-    def _is_alive(self) -> bool:
+    def is_alive(self) -> bool:
+        """The back-end has not hung up."""
         return self.front_end is not None and self.front_end.is_alive
 
     def _pick(self, queue: int | None) -> DriverQueue:

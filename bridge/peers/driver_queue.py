@@ -57,7 +57,9 @@ class DriverQueue:
         request_bytes: int,
         features: int,
         segment_bytes: int | None = None,
+        base: int = 0,
     ) -> None:
+        """`base`: of a split ring, the index that it starts at."""
         self.index = index
         self.size = size
         self.depth = depth
@@ -70,13 +72,17 @@ class DriverQueue:
         self.calls = 0
         self._indirect = bool(features & F_INDIRECT)
         self._segment_bytes = segment_bytes or request_bytes
-        kind = PackedDriver if features & F_RING_PACKED else SplitDriver
-        self._write_table = write_packed_chain if kind is PackedDriver else write_chain
+        is_packed = bool(features & F_RING_PACKED)
+        kind = PackedDriver if is_packed else SplitDriver
+        self._write_table = write_packed_chain if is_packed else write_chain
         area_bytes = kind.area_bytes(size)
         self.ring_address = memory.allocate(area_bytes, align=4096)
         area = memory.view(self.ring_address, area_bytes)
-        self.driver: SplitDriver | PackedDriver = kind(
-            area, size=size, event_idx=bool(features & F_EVENT_IDX)
+        event_idx = bool(features & F_EVENT_IDX)
+        self.driver: SplitDriver | PackedDriver = (
+            PackedDriver(area, size=size, event_idx=event_idx)
+            if is_packed
+            else SplitDriver(area, size=size, event_idx=event_idx, base=base)
         )
         self._make_slots(memory)
         self.free = list(range(depth - 1, -1, -1))

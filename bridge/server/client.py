@@ -52,6 +52,10 @@ class Above(link.Above, Protocol):
         """A server has come back, and nothing else was sent to it: why it must not be used, "" if
         it may. Reads that are given to `submit` go to that server."""
 
+    def disconnected(self) -> None:
+        """The connections are lost: until `reconnected`, it is open what becomes of anything that
+        was not flushed."""
+
 
 class Client:
     """One export. `submit`, `export` and `generation` are the link's."""
@@ -217,6 +221,7 @@ class Client:
         if not self._wanted.is_set():
             self.link.wait_anew(trio.current_time())
             self._wanted.set()
+            self._watch_now.set()
 
     def renew(self) -> bool:
         """Replace the connections in order: the server may have something new to say of the export.
@@ -229,6 +234,7 @@ class Client:
             return False
         self.link.leaving()
         self._broken.set()
+        self._watch_now.set()
         return True
 
     def use(self, options: ClientOptions) -> None:
@@ -306,11 +312,14 @@ class Client:
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         """A connection broke, or the server wants to be left."""
-        if not self._broken.is_set():
+        is_first = not self._broken.is_set()
+        if is_first:
             self.outages.begin(trio.current_time(), error)
         self.link.leaving()
         self._broken.set()
         self._watch_now.set()
+        if is_first and self._above is not None:
+            self._above.disconnected()
 
     async def _give_up_connections(self) -> None:
         """Let the other connections finish, then take the unanswered commands."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from bridge.errors import BridgeError, ConfigError, ConnectionLost, ProtocolError, Remedy
+from bridge.errors import (
+    BridgeError,
+    ConfigError,
+    ConnectionLost,
+    ExportUnknown,
+    ProtocolError,
+    Remedy,
+)
 from bridge.server.handshake_options import ExportListEntry, Goal, HandshakeOptions
 from bridge.server.untrusted import printable
 from bridge.server.volume_words import VolumeDescription
@@ -35,7 +42,8 @@ def refusal_of(wishes: HandshakeOptions, final: int, text: str) -> BridgeError:
         return ConnectionLost(f"the server is shutting down ({reason})")
     if wishes.goal is Goal.LIST:
         return ConfigError(f"the server does not list its exports: {reason}")
-    return ConfigError(f"the server refused {shown_name(wishes)}: {reason}")
+    kind = ExportUnknown if final == p.REP_ERR_UNKNOWN else ConfigError
+    return kind(f"the server refused {shown_name(wishes)}: {reason}")
 
 
 def explained(
@@ -55,7 +63,7 @@ def explained(
         return ConfigError(f"{plain} (it is in the server's list: is it in use?)")
     shown = ", ".join(repr(name) if name else "the default one" for name in names[:_SHOWN_MAX])
     more = f" and {len(names) - _SHOWN_MAX} more" if len(names) > _SHOWN_MAX else ""
-    return ConfigError(f"{plain}; there is {shown}{more}", remedy=Remedy.LIST_EXPORTS)
+    return type(plain)(f"{plain}; there is {shown}{more}", remedy=Remedy.LIST_EXPORTS)
 
 
 def shown_name(wishes: HandshakeOptions) -> str:

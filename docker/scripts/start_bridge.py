@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from control import bridge_name
 from environment import SettingError, choice, integer, number, run, size, switch, text
 from supervise import supervise
 
-SOCKET_FOLDER = Path("/run/nbd-bridge")
+SOCKET_FOLDER = Path("/sockets")
+CONTROL_FOLDER = Path("/run/nbd-bridge")
 CACHE_FOLDER = Path("/var/cache/nbd-bridge")
 CERTIFICATES = Path("/certificates/client")
 
@@ -60,8 +62,10 @@ def server_uri() -> str:
 def options() -> list[str]:
     """The options of `nbd-bridge serve`. Raises SettingError."""
     check_folder(SOCKET_FOLDER)
+    check_folder(CONTROL_FOLDER)
     chosen = [
         f"--socket-path={socket_path()}",
+        f"--name={bridge_name(volume_name())}",
         f"--num-queues={integer('BRIDGE_NUM_QUEUES', 1)}",
         "--block-size=" + choice("BRIDGE_BLOCK_SIZE", "512", ("512", "1024", "2048", "4096")),
         "--flush-interval=" + number("BRIDGE_FLUSH_INTERVAL", "60"),

@@ -23,7 +23,7 @@ from bridge.errors import ConfigError
 
 KERNEL = Path("/opt/guest/kernel")
 INITRD = Path("/opt/guest/initrd")
-SOCKET_FOLDER = Path("/run/nbd-bridge")
+SOCKET_FOLDER = Path("/sockets")
 
 _NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"
 _SHOW_EVERY_S = 0.2

@@ -63,12 +63,13 @@ async def served(
     slow_s: float = 1.0,
     flush_interval_s: float = 60.0,
     server: Server | None = None,
+    socket_group: str | None = None,
 ) -> AsyncIterator[Bridge]:
     """A bridge that serves, until the end of the block or until it was asked to stop."""
     server = server or Server({"": MemoryDisk(SIZE_BYTES)})
     bridge = Bridge(directory, server)
     settings = ServeSettings(
-        disk=DiskSettings(socket_path=str(bridge.vhost)),
+        disk=DiskSettings(socket_path=str(bridge.vhost), socket_group=socket_group),
         cache=CacheSettings(
             mode=cache,
             size_bytes=8 << 20,

@@ -56,6 +56,7 @@ async def test_status_says_whether_the_host_may_be_rebooted(directory: Path) -> 
             await guest.write(0, b"a" * (1 << 20))
             _, text, _ = await run("status", control)
             assert "safe to reboot this host: no, because 1 MiB are not on the server" in text
+            assert "write 16" in text
             status, text, _ = await run("flush", control)
             assert (status, text[:8]) == (0, "flushed ")
             found = json.loads((await run("status", control, "--json"))[1])

@@ -134,6 +134,12 @@ def test_texts_are_merged_by_metric_in_the_form_that_prometheus_wants() -> None:
     }
 
 
+def test_two_bridges_that_call_themselves_alike_do_not_spoil_the_others() -> None:
+    """Prometheus refuses an answer with the same sample twice, all of it."""
+    text = merged([metrics_of("x", 1), metrics_of("x", 2), metrics_of("y", 3)])
+    assert samples(text.encode())["nbd_bridge_a"] == [("x", 1.0), ("y", 3.0)]
+
+
 async def test_flood_of_connections_is_bounded_and_ends() -> None:
     host = Host(1)
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -156,8 +162,9 @@ async def test_command_shows_a_bridge_and_ends_cleanly(directory: Path) -> None:
     own.mkdir(mode=0o700)
     port = free_port()
     argv = bridge_argv("exporter", "--listen", f"127.0.0.1:{port}")
+    name = f"here-{os.getpid()}"  # The host may have other bridges.
     async with served(directory, cache=WRITEBACK) as bridge:
-        (own / "vm0.api").symlink_to(bridge.control)
+        (own / f"{name}.api").symlink_to(bridge.control)
         async with await BlkDriver.connect(bridge.vhost) as guest:
             await guest.write(0, b"a" * 4096)
             async with trio.open_nursery() as nursery:
@@ -170,10 +177,10 @@ async def test_command_shows_a_bridge_and_ends_cleanly(directory: Path) -> None:
                 child = await nursery.start(start)
                 text = b""
                 with trio.fail_after(HUNG_S):
-                    while b'nbd_bridge_up{disk="vm0"} 1' not in text:
+                    while f'nbd_bridge_up{{disk="{name}"}} 1'.encode() not in text:
                         text = await got(port, "/metrics")
                 assert b'nbd_bridge_cache_dirty_bytes{disk="vm0"} 4096' in text
-                status = json.loads((await got(port, "/vm0/status")).partition(b"\r\n\r\n")[2])
+                status = json.loads((await got(port, f"/{name}/status")).partition(b"\r\n\r\n")[2])
                 assert status["safe_to_reboot"]["safe"] is False
                 child.send_signal(signal.SIGTERM)
 

@@ -77,10 +77,10 @@ async def test_another_users_process_is_refused(
     # As if the bridge were somebody else's: the kernel's word on the peer is what counts.
     made = Service.__init__
 
-    def for_nobody(self: Service, *args: object, **kwargs: object) -> None:
-        made(self, *args, **kwargs, users=frozenset({NOBODY}))  # type: ignore[arg-type]
+    def for_another(self: Service, *args: object, **kwargs: object) -> None:
+        made(self, *args, **kwargs, users=frozenset({os.geteuid() + 1}))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Service, "__init__", for_nobody)
+    monkeypatch.setattr(Service, "__init__", for_another)
     async with served(directory) as bridge:
         with await off(partial(connected, bridge.control)) as sock:
             assert b" 403 " in await off(partial(rest_of, sock))

@@ -261,8 +261,9 @@ async def test_disk_that_grew_while_the_bridge_was_dead_takes_the_dirty_data(siz
 async def test_cache_flush_brings_what_a_killed_bridge_left(directory):
     data = await write_and_leave_dirty(directory)
     async with process(nbdkit(directory), ready=directory / "nbd"):
-        text = await trio.to_thread.run_sync(command, "cache", "flush", str(cache_file(directory)))
-    assert "flushed" in text
+        arguments = ("cache", "flush", "--json", str(cache_file(directory)))
+        text = await trio.to_thread.run_sync(command, *arguments)
+    assert json.loads(text) == {"flushed_bytes": len(data)}
     assert (directory / "disk.img").read_bytes()[8 << 20 : 9 << 20] == data
     assert shown(directory)["dirty_bytes"] == 0
 
@@ -358,7 +359,8 @@ async def test_cache_warm_of_a_cache_of_all_of_a_small_disk_keeps_it(directory):
     argv = [need("nbdkit"), "-f", "-U", str(directory / "nbd"), "memory", "2M"]
     async with process(argv, ready=directory / "nbd"):
         for _ in range(2):
-            await trio.to_thread.run_sync(command, *warm(directory))
+            text = await trio.to_thread.run_sync(command, *warm(directory, "--json"))
+            assert json.loads(text) == {"warmed_bytes": 0}  # All of it is a hole.
         assert shown(directory)["cache_bytes"] == 2 << 20
 
 

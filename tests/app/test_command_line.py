@@ -15,6 +15,8 @@ from bridge.app.settings import MIN_CACHE_SIZE
 from bridge.cache.file.layout import geometry_for
 from bridge.cli import main as cli
 from bridge.units import parse_size, size_text
+from nbd_plugin.errors import PluginError
+from nbd_plugin.sizes import parse_size as parse_plugin_size
 
 Said = Callable[..., str]
 
@@ -127,7 +129,14 @@ def test_help_is_printed_when_asked_for_and_when_nothing_is(
         ("512", 512),
         ("4k", 4096),
         ("1MiB", 1 << 20),
-        ("2TB", 2 << 40),
+        ("2TB", 2 * 10**12),
+        ("10GB", 10**10),
+        ("10GiB", 10 << 30),
+        ("10 GiB", 10 << 30),
+        ("64 MiB", 64 << 20),
+        ("1kB", 1000),
+        ("7B", 7),
+        ("1.5GB", 15 * 10**8),
         ("1.5G", 3 << 29),
         ("0.1k", 102),
         ("0.0001K", 0),
@@ -143,6 +152,29 @@ def test_size_good_one_is_its_bytes(text: str, expected: int) -> None:
 def test_size_bad_one_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["10 gigs", "10 Gigabytes", "10GiBs", "10GBit"])
+def test_size_in_other_words_gets_a_hint(text: str) -> None:
+    with pytest.raises(ValueError, match=r"write 10G \(powers of 1024\) or 10GB"):
+        parse_size(text)
+
+
+_SIZES = ["0.5K", "1", "512", "1.5G", "10GB", "10GiB", "2 TiB", "4kb", "8b", "3T", "1.25MB"]
+_NO_SIZES = ["", "G", "1.5", "10 gigs", "1  G", "-1", "1e3", "1.G", "0x10"]
+
+
+@pytest.mark.parametrize("text", _SIZES)
+def test_size_means_the_same_to_the_bridge_and_to_the_plugin(text: str) -> None:
+    assert parse_size(text) == parse_plugin_size(text)
+
+
+@pytest.mark.parametrize("text", _NO_SIZES)
+def test_size_that_is_none_is_none_to_bridge_and_plugin(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+    with pytest.raises(PluginError):
+        parse_plugin_size(text)
 
 
 @pytest.mark.parametrize(

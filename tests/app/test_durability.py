@@ -4,7 +4,9 @@ happens to the server meanwhile; and how a stop tells what may be missing."""
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import struct
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -152,6 +154,38 @@ async def test_power_lost_before_the_guest_comes_to_the_next_bridge_is_told(dire
             with trio.fail_after(HUNG_S):
                 assert await flush_fails(guest)
                 assert not await flush_fails(guest)
+
+
+async def test_power_lost_then_killed_before_the_server_was_back_is_told(directory):
+    """The server names no instance, so that the next bridge has nothing to compare. What was
+    unflushed counted as lost only from the guest's next write or flush on, and the bridge died
+    before there was one: the guest's flush succeeded."""
+    async with setting(directory) as made, AsyncExitStack() as guests:
+        async with made.bridge() as bridge:
+            guest = await guests.enter_async_context(
+                await BlkDriver.connect(made.vhost, inflight=True)
+            )
+            await guest.write(0, DATA)
+            made.stop_server()
+            made.disk.crash()
+            with trio.fail_after(HUNG_S):
+                while not loss_is_remembered(guest):
+                    await trio.sleep(0.01)
+            bridge.kill()
+            bridge.wait()
+        await made.start_server()
+        async with made.bridge():
+            await guest.reconnect()
+            with trio.fail_after(HUNG_S):
+                assert await flush_fails(guest)
+                assert not await flush_fails(guest)
+
+
+def loss_is_remembered(guest: BlkDriver) -> bool:
+    """The in-flight region says that the guest's next flush has to fail."""
+    assert guest._inflight is not None
+    (word,) = struct.unpack("<Q", os.pread(guest._inflight[1], 8, 0))
+    return bool(word >> 62 & 1)
 
 
 async def test_server_restarted_before_a_guest_begins_fails_no_flush(directory):

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import fields
 
 import click
 import pytest
 
 from bridge.app.command_settings import (
+    BenchSettings,
     CacheDropSettings,
     CacheFlushSettings,
+    CacheListSettings,
+    CachePruneSettings,
     CacheShowSettings,
     CacheWarmSettings,
+    CheckSettings,
+    CompletionSettings,
+    ConfigCheckSettings,
+    ConfigShowSettings,
     DemoSettings,
     InfoSettings,
+    InstallUnitsSettings,
+    ManPagesSettings,
+    PluginPathSettings,
 )
 from bridge.app.settings import (
     ConnectSettings,
@@ -32,24 +44,53 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
     "serve": (
         ServeSettings,
         {
-            *("socket-path", "fd", "read-only", "serial", "num-queues", "queue-size", "block-size"),
+            *(
+                "socket-path",
+                "fd",
+                "socket-group",
+                "socket-mode",
+                "read-only",
+                "serial",
+                "num-queues",
+                "queue-size",
+                "block-size",
+            ),
             *("features", "cache-mode", "cache-size", "cache-dir", "flush-interval"),
             *("connect-timeout", "connections", "request-timeout", "reconnect-timeout"),
             *("stale-write-grace", "poll-us", "engine", "stop-timeout", "drain-timeout"),
-            *("log-level", "log-format", "slow-ms", "name", "api"),
+            *("log-level", "log-format", "slow-ms", "name", "api", "pidfile", "wait-for-server"),
             *_TLS,
         },
     ),
     "info": (InfoSettings, {"json", "list", "connect-timeout", *_TLS}),
     "cache show": (CacheShowSettings, {"json"}),
+    "cache list": (CacheListSettings, {"json", "check-servers", "connect-timeout"}),
+    "cache prune": (
+        CachePruneSettings,
+        {"gone", "older-than", "discard-dirty", "dry-run", "json", "connect-timeout"},
+    ),
     "cache drop": (CacheDropSettings, {"discard-dirty"}),
     "cache flush": (
         CacheFlushSettings,
-        {"moved", "force", "skip-damaged", "timeout", "connect-timeout", *_TLS},
+        {"moved", "force", "skip-damaged", "timeout", "json", "connect-timeout", *_TLS},
     ),
     "cache warm": (
         CacheWarmSettings,
-        {"cache-size", "cache-dir", "range", "timeout", "connect-timeout", *_TLS},
+        {"cache-size", "cache-dir", "range", "timeout", "json", "connect-timeout", *_TLS},
+    ),
+    "install-units": (InstallUnitsSettings, {"root", "vendor", "program", "plugin"}),
+    "completion": (CompletionSettings, set()),
+    "man-pages": (ManPagesSettings, set()),
+    "plugin-path": (PluginPathSettings, set()),
+    "config check": (ConfigCheckSettings, set()),
+    "config show": (ConfigShowSettings, {"json"}),
+    "check": (CheckSettings, {"json", "destructive", "only", "timeout"}),
+    "bench": (
+        BenchSettings,
+        {
+            *("rw", "block-size", "depth", "queues", "runtime", "flush-every"),
+            *("json", "destructive"),
+        },
     ),
     "demo": (DemoSettings, {"no-guest"}),
 }
@@ -84,8 +125,10 @@ def context_of(command: str, arguments: list[str], **extra: object) -> click.Con
 def parsed(command: str, arguments: list[str], **extra: object) -> CommandSettings:
     """What a command would get."""
     settings, _ = _OPTIONS[command]
-    words = 1 if "URI" in command_usage(command) or "FILE" in command_usage(command) else 0
-    return settings_of(settings, context_of(command, ["x"] * words + arguments, **extra).params)
+    usage = command_usage(command)
+    words = ["x"] * any(word in usage for word in ("URI", "FILE", "DIRECTORY", "SOCKET"))
+    words += ["bash"] * (command == "completion")
+    return settings_of(settings, context_of(command, words + arguments, **extra).params)
 
 
 def command_usage(command: str) -> str:
@@ -118,6 +161,11 @@ def test_every_option_has_its_environment_variable(
             "--socket-path",
             "--api",
             "--name",
+            "--pidfile",
+            "--socket-group",
+            "--root",
+            "--program",
+            "--plugin",
         ):
             continue
         if each.setting.option.startswith("--tls"):
@@ -195,4 +243,36 @@ def test_help_has_every_option_under_its_group_and_an_example(command: str) -> N
         for each in declared(settings):
             if each.group == group.name:
                 assert text.index(f"\n  {each.setting.option}", at) > at
-    assert f"\nExample:\n  nbd-bridge {command} " in text
+    example = text.partition("\nExample:\n  ")[2]
+    assert re.search(rf"\bnbd-bridge {command}\b", example)
+
+
+def _all_commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        found = group.get_command(context, name)
+        assert found is not None
+        yield f"{path}{name}", found
+        if isinstance(found, click.Group):
+            yield from _all_commands(found, f"{path}{name} ")
+
+
+@pytest.mark.parametrize("command", ["", "cache"])
+def test_help_of_a_group_has_an_example(command: str) -> None:
+    words = f"nbd-bridge {command}".rstrip()
+    found = dict(_all_commands(nbd_bridge)).get(command, nbd_bridge)
+
+    assert f"\nExample:\n  {words} " in click.Context(found, info_name=words).get_help()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("info", "list", "status", "flush", "resize", "set", "stop", "top", "bench", "check"),
+        *("cache list", "cache prune", "cache show", "cache flush", "cache warm"),
+    ],
+)
+def test_command_that_prints_a_result_can_print_json(command: str) -> None:
+    found = dict(_all_commands(nbd_bridge))[command]
+
+    assert "--json" in {option for each in found.params for option in each.opts}

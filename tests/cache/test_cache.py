@@ -319,6 +319,63 @@ def test_write_out_by_age_starts_without_a_flush() -> None:
     assert rig.server.ops(WRITE) == [(0, BLOCK)]
 
 
+def test_deadline_that_has_come_is_acted_on_however_the_clock_rounds() -> None:
+    """The deadline was a sum, and the question whether it has come a difference, which may round to
+    less: at that very moment nothing was sent, and the deadline came again and again."""
+    for hundredths in range(50_800, 50_900):  # with the age, past a power of two
+        rig = Rig(writeback_age_s=5.0, flush_interval_s=0)
+        rig.now = hundredths / 100
+        rig.write(0, b"a" * BLOCK)
+        due = rig.cache.next_deadline()
+        assert due is not None
+        rig.tick(due)
+        assert rig.server.ops(WRITE) == [(0, BLOCK)]
+
+
+def test_large_write_out_takes_many_turns_and_reaches_what_may_be_in_flight() -> None:
+    rig = Rig(granules=64, slots=64, writeback_requests=40, writeback_turn_requests=16)
+    for granule in range(64):
+        rig.write(granule * GRANULE, b"a" * BLOCK)
+    rig.cache.submit(Request(FLUSH, 0, 0, [], lambda _: None))
+
+    in_flight = []
+    while not in_flight or rig.turn.pending:
+        rig.turn.end()
+        in_flight.append(len(rig.server.pending))
+
+    assert in_flight == [16, 32, 40]
+
+
+def test_write_waits_for_blocks_of_its_granule_that_are_on_their_way() -> None:
+    """Also when they left long before, and one by one."""
+    rig = Rig(mode="writethrough")
+    first = rig.start(WRITE, 0, data=b"a" * BLOCK)
+    rig.start(WRITE, 4 * BLOCK, data=b"b" * BLOCK)
+    last = rig.start(WRITE, 8 * BLOCK, data=b"c" * BLOCK)
+
+    rig.server.answer(2)
+    waits = last.error is None and first.error is None
+    rig.server.answer(1)
+    rig.server.answer(0)
+
+    assert waits
+    assert (first.value, last.value) == (0, 0)
+    assert not rig.cache._writeback._in_flight.each()
+
+
+def test_write_waits_for_a_write_out_that_began_in_the_granule_before() -> None:
+    rig = Rig(mode="writethrough")
+    rig.start(WRITE, GRANULE - BLOCK, data=b"a" * 2 * BLOCK)
+    last = rig.start(WRITE, GRANULE + 8 * BLOCK, data=b"c" * BLOCK)
+
+    rig.server.answer(1)
+    waits = last.error is None
+    rig.server.answer(0)
+
+    assert waits
+    assert last.value == 0
+
+
 def test_deadline_appears_while_older_data_is_being_sent() -> None:
     rig = Rig(writeback_requests=1, flush_interval_s=0, writeback_age_s=5)
     rig.write(0, b"a" * BLOCK)
@@ -569,9 +626,9 @@ def test_many_turns_keep_memory_flat() -> None:
 
     rig.flush()
     writeback, fetcher = cache._writeback, cache._fetcher
-    assert not writeback._wanted
+    assert not writeback._awaited
     assert not writeback._deferred
-    assert not writeback._in_flight
+    assert not writeback._in_flight.each()
     assert not writeback.written
     assert len(writeback.ring._marks) < 10
     assert not fetcher.fetching

@@ -715,6 +715,88 @@ def test_store_to_a_page_on_the_disk_only_is_seen_through_the_map(tmp_path: Path
     file.close(clean=False)
 
 
+def _open_untouched(directory: Path) -> CacheFile:
+    """A new file, nothing of whose data is in the page cache."""
+    file = _open(str(directory / "x.cache"))
+    file.sync()
+    # The kernel has read around the header.
+    file._map.madvise(mmap.MADV_DONTNEED)
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return file
+
+
+def _fill_granule(file: CacheFile, slot: int) -> None:
+    for block in range(GRANULE // BLOCK):
+        file.put(slot * GRANULE + block * BLOCK, bytes([block + 1]) * BLOCK)
+
+
+def test_sequence_of_small_stores_finds_the_pages_of_its_next_slot_there(tmp_path: Path) -> None:
+    file = _open_untouched(tmp_path)
+    _fill_granule(file, 1)
+    alone = file.resident(GRANULE, GRANULE), file.resident(2 * GRANULE, BLOCK)
+
+    file.put(2 * GRANULE, b"c" * BLOCK)
+    after = file.resident(2 * GRANULE, GRANULE), file.resident(3 * GRANULE, BLOCK)
+    file.put(2 * GRANULE + BLOCK, b"d" * BLOCK)
+
+    assert (alone, after) == ((True, False), (True, False))
+    assert file.data[2 * GRANULE :][:GRANULE] == (
+        b"c" * BLOCK + b"d" * BLOCK + bytes(GRANULE - 2 * BLOCK)
+    )
+
+
+@pytest.mark.parametrize("stored", [5 * BLOCK, GRANULE - BLOCK])
+def test_store_that_begins_a_slot_leaves_what_is_in_it_already(tmp_path: Path, stored: int) -> None:
+    file = _open(str(tmp_path / "x.cache"))
+    _fill_granule(file, 1)
+    file.put(2 * GRANULE + stored, b"e" * BLOCK)
+
+    file.put(2 * GRANULE, b"c" * BLOCK)
+
+    assert file.data[2 * GRANULE + stored :][:BLOCK] == b"e" * BLOCK
+
+
+def test_store_that_begins_a_slot_after_one_with_gaps_touches_its_own_page(tmp_path: Path) -> None:
+    file = _open_untouched(tmp_path)
+    _fill_granule(file, 1)
+    file.put(3 * GRANULE, b"c" * BLOCK)
+
+    assert not file.resident(3 * GRANULE + BLOCK, BLOCK)
+
+
+@pytest.mark.parametrize("taken", [0, 512, BLOCK, BLOCK + 512])
+def test_store_that_begins_a_slot_and_is_written_in_part_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    def short(fd: int, buffers: list[bytes], offset: int) -> int:
+        return os.pwrite(fd, b"".join(buffers)[:taken], offset)
+
+    file = _open(str(tmp_path / "x.cache"))
+    _fill_granule(file, 1)
+    monkeypatch.setattr(os, "pwritev", short)
+
+    _fill_granule(file, 2)
+
+    assert file.data[2 * GRANULE :][:GRANULE] == file.data[GRANULE:][:GRANULE]
+
+
+def test_write_fails_whose_slot_the_disk_refuses_to_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, buffers: list[bytes], offset: int) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    file = _open(str(tmp_path / "x.cache"))
+    _fill_granule(file, 1)
+    monkeypatch.setattr(os, "pwritev", full)
+
+    with pytest.raises(OSError, match="no space"):
+        file.put(2 * GRANULE, b"c" * BLOCK)
+    file.put(2 * GRANULE + BLOCK, b"d" * BLOCK)
+
+    assert file.data[2 * GRANULE :][: 2 * BLOCK] == bytes(BLOCK) + b"d" * BLOCK
+
+
 def test_threaded_cold_runs_jobs_and_reports_on_the_callers_side() -> None:
     cold = ThreadedCold(turn())
     results: list[int] = []

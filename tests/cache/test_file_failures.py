@@ -177,7 +177,7 @@ def test_flush_of_a_cold_dirty_set_reads_it_back_in_bounded_steps() -> None:
         rig.serve()
 
     assert flush.value == 0
-    assert most <= rig.options.writeback_requests
+    assert most <= rig.options.writeback_loads < rig.options.writeback_requests
     assert rig.cache.index.dirty_blocks == 0
 
 

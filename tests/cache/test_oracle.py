@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from bridge.cache.awaited import AwaitedSlots
 from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
 from bridge.cache.hits import CacheHits
+from bridge.cache.in_flight import InFlight
 from bridge.cache.index import Index
 from bridge.cache.range_operations import RangeOperations
 from bridge.cache.reads import Reads
@@ -106,11 +108,19 @@ def _flush_does_not_wait_for_what_is_in_flight(patch: pytest.MonkeyPatch) -> Non
     real = Writeback.want_all
 
     def broken(self: Writeback, wait: Any) -> None:
-        in_flight, self._in_flight = self._in_flight, {}
+        in_flight, self._in_flight = self._in_flight, InFlight()
         real(self, wait)
         self._in_flight = in_flight
 
     patch.setattr(Writeback, "want_all", broken)
+
+
+def _flush_does_not_wait_for_what_is_dirty(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(AwaitedSlots, "mark", lambda self, slots: None)
+
+
+def _write_does_not_wait_for_what_is_in_flight(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(InFlight, "of", lambda self, slot, bits: [])
 
 
 def _fua_whatever_is_unflushed(patch: pytest.MonkeyPatch) -> None:
@@ -219,6 +229,8 @@ def _growth_before_the_last_block_is_known(patch: pytest.MonkeyPatch) -> None:
         _data_before_dirty_mark,
         _data_before_dirty_mark_of_a_hit,
         _flush_does_not_wait_for_what_is_in_flight,
+        _flush_does_not_wait_for_what_is_dirty,
+        _write_does_not_wait_for_what_is_in_flight,
         _fua_whatever_is_unflushed,
         _evicts_dirty,
         _discard_drops_nothing,

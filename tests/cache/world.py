@@ -329,6 +329,8 @@ def _drawn_options(rng: random.Random, mode: str) -> Options:
         roomy_ratios=rng.choice((None, (0.5, 0.9, 1.0))),
         writeback_run_bytes=rng.choice((1024, 8192)),
         writeback_requests=rng.choice((1, 3, 32)),
+        writeback_turn_requests=rng.choice((1, 2, 32)),
+        writeback_loads=rng.choice((1, 32)),
         writeback_bytes=rng.choice((4096, 65536)),
         fua_granules=rng.choice((0, 2, 64)),
         fetch_run_bytes=rng.choice((1024, 8192)),

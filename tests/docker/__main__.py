@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bridge.demo.kernel import cache_dir
-from tests.docker import bad_input, host_vm, scenario
+from tests.docker import bad_input, host_vm, scenario, watching
 from tests.docker.base_image import base_image
 from tests.docker.command import Failed, find
 from tests.docker.compose import Compose
 from tests.docker.compose_versions import compose_v1, compose_v2
 from tests.docker.engine import docker_engine
+from tests.docker.progress import Progress
 from tests.docker.staging import PROJECT, stage
 from tests.ports import free_port
 
@@ -79,10 +80,11 @@ def _run(options: argparse.Namespace, address: str, folder: Path) -> None:
 
 def _build(compose: Compose) -> None:
     began_s = time.monotonic()
-    base = base_image(compose.docker, compose.address)
+    base = base_image(compose.docker, compose.address, say)
     compose.settings["NBD_BASE_IMAGE"] = base
     proxies = [f"--build-arg={name}" for name in os.environ if name.lower().endswith("_proxy")]
-    compose.compose("build", *proxies, limit_s=_BUILD_LIMIT_S)
+    shown = Progress(say, "build")
+    compose.compose("build", *proxies, limit_s=_BUILD_LIMIT_S, watch=shown)
     say(f"built    from {base} in {time.monotonic() - began_s:.1f} s")
 
 
@@ -91,6 +93,8 @@ def _live(compose: Compose, version: str, seed: int) -> None:
     scenario.start(compose, say)
     scenario.check_confinement(compose)
     scenario.check_keys(compose)
+    watching.check_status(compose, say)
+    watching.check_metrics(compose, say)
     scenario.check_idle(compose, say)
     scenario.write_through_kills(compose, say, seed)
     compose.down()
@@ -103,6 +107,7 @@ def _live(compose: Compose, version: str, seed: int) -> None:
     if took_s > scenario.UP_LIMIT_S:
         raise Failed(f"every further `up` took {took_s:.1f} s or more")
     scenario.check_warm_cache(compose, say)
+    watching.check_backup(compose, say)
     scenario.stop_with_dirty_cache(compose, say)
     compose.down(volumes=True)
 
@@ -127,9 +132,12 @@ def _try_v2(docker: str, address: str, folder: Path, version: str) -> None:
 @contextmanager
 def _project(command: list[str], docker: str, address: str, folder: Path) -> Iterator[Compose]:
     """A project of its own, gone afterwards with its volumes."""
-    settings = {**_SETTINGS, "NBD_LISTEN": f"127.0.0.1:{free_port()}"}
+    listen = {name: f"127.0.0.1:{free_port()}" for name in ("NBD_LISTEN", "EXPORTER_LISTEN")}
+    settings = {**_SETTINGS, **listen}
     name = f"nbdtest{secrets.token_hex(3)}"
-    compose = Compose(command, docker, address, folder, name, settings, profiles=["guest"])
+    compose = Compose(
+        command, docker, address, folder, name, settings, profiles=["guest", "metrics"]
+    )
     try:
         yield compose
     finally:

@@ -67,6 +67,9 @@ def storage_not_there(compose: Compose) -> None:
     compose.wait_health("bridge", "healthy", _LIMIT_S)
     compose.compose("stop", "-t", "2", "storage")
     compose.wait_health("bridge", "unhealthy", _LIMIT_S)
+    said = compose.inspect("bridge")["State"]["Health"]["Log"][-1]["Output"]
+    if "bridge is unhealthy: " not in said or "does not answer" in said:
+        raise Failed(f"the bridge's health check does not tell of the missing server: {said!r}")
     compose.compose("start", "storage")
     compose.wait_health("bridge", "healthy", _LIMIT_S)
 

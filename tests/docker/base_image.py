@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.docker.command import find, install, run
+from tests.docker.progress import Progress
 
 OFFICIAL = "debian:bookworm-slim"
 MADE = "nbd-bridge-base:bookworm-slim"
@@ -29,15 +31,18 @@ path-exclude /usr/share/lintian/*
 _CLEAN = 'APT::Update::Post-Invoke {"rm -f /var/cache/apt/*.bin || true";};\n'
 
 
-def base_image(docker: str, address: str) -> str:
+def base_image(docker: str, address: str, say: Callable[[str], None]) -> str:
     """The name of an image to build from. Raises Failed."""
     for name in (OFFICIAL, MADE):
         if _is_there(docker, address, name):
             return name
-    pulled = run(docker, "-H", address, "pull", "-q", OFFICIAL, limit_s=_PULL_LIMIT_S, check=False)
+    say(f"base     pulling {OFFICIAL}")
+    pull = [docker, "-H", address, "pull", OFFICIAL]
+    pulled = run(*pull, limit_s=_PULL_LIMIT_S, check=False, watch=Progress(say, "base"))
     if pulled.returncode == 0:
         return OFFICIAL
-    _make(docker, address)
+    say("base     cannot be pulled, so it is made with debootstrap")
+    _make(docker, address, say)
     return MADE
 
 
@@ -46,14 +51,14 @@ def _is_there(docker: str, address: str, name: str) -> bool:
     return done.returncode == 0
 
 
-def _make(docker: str, address: str) -> None:
+def _make(docker: str, address: str, say: Callable[[str], None]) -> None:
     if find("debootstrap") is None:
         install(["debootstrap"])
     with tempfile.TemporaryDirectory(prefix="nbd-bridge-base-") as temporary:
         root = Path(temporary, "root")
         mirror = [uri] if (uri := debian_mirror(RELEASE)) else []
         run("debootstrap", "--variant=minbase", "--include=ca-certificates", RELEASE, root,
-            *mirror, limit_s=400)  # fmt: skip
+            *mirror, limit_s=400, watch=Progress(say, "base"))  # fmt: skip
         _trim(root)
         archive = Path(temporary, "base.tar")
         run("tar", "-C", root, "--numeric-owner", "-cf", archive, "--exclude=./proc/*",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -26,15 +27,19 @@ def run(
     env: Mapping[str, str] | None = None,
     folder: Path | None = None,
     check: bool = True,
+    watch: Callable[[str], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `command`, its output (standard error included) captured.
 
-    Raises Failed when it takes longer than `limit_s` and, with `check`, when it fails.
+    `watch` is called with each line of it, as it comes. Raises Failed when the command takes longer
+    than `limit_s` and, with `check`, when it fails.
     """
-    name = " ".join(map(str, command))[:200]
+    words = list(map(str, command))
+    name = " ".join(words)[:200]
+    said: list[str] = []
     try:
-        done = subprocess.run(
-            list(map(str, command)),
+        process = subprocess.Popen(
+            words,
             env={**os.environ, "PATH": _SEARCH_PATH, **(env or {})},
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -42,18 +47,36 @@ def run(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            check=False,
-            timeout=limit_s,
         )
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        tail = (said if isinstance(said, bytes) else said.encode()).decode(errors="replace")
-        raise Failed(f"{name}: not done after {limit_s:.0f} s\n{tail[-2000:]}") from None
     except OSError as error:
         raise Failed(f"{name}: {error}") from None
-    if check and done.returncode:
-        raise Failed(f"{name}: exit status {done.returncode}\n{done.stdout[-3000:]}")
-    return done
+    # A thread, since children of a killed command may keep its output open.
+    reader = threading.Thread(target=_read, args=(process, said, watch), daemon=True)
+    reader.start()
+    try:
+        process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{name}: not done after {limit_s:.0f} s\n{''.join(said)[-2000:]}") from None
+    finally:
+        process.kill()
+        process.wait()
+    reader.join(limit_s)
+    output = "".join(said)
+    if check and process.returncode:
+        raise Failed(f"{name}: exit status {process.returncode}\n{output[-3000:]}")
+    return subprocess.CompletedProcess(words, process.returncode, output)
+
+
+def _read(
+    process: subprocess.Popen[str], said: list[str], watch: Callable[[str], None] | None
+) -> None:
+    """Collect the command's lines until its output ends."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            said.append(line)
+            if watch is not None:
+                watch(line.rstrip("\n"))
 
 
 def install(packages: Sequence[str]) -> None:

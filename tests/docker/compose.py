@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ class Compose:
     def compose(
         self, *arguments: str, limit_s: float = _UP_LIMIT_S, check: bool = True,
         settings: Mapping[str, str] | None = None,
+        watch: Callable[[str], None] | None = None,
     ) -> str:  # fmt: skip
-        """Run one command of Compose; its output. Raises Failed."""
+        """Run one command of Compose; its output, which `watch` sees meanwhile. Raises Failed."""
         profiles = [word for name in self.profiles for word in ("--profile", name)]
         done = run(
             *self.command, "-p", self.name, "-f", self.folder / "compose.yaml", *profiles,
-            *arguments, limit_s=limit_s, check=check,
-            env={**self._environment(), **(settings or {})},
+            *arguments, limit_s=limit_s, check=check, watch=watch,
+            env={**self.environment(), **(settings or {})},
         )  # fmt: skip
         return done.stdout
 
@@ -115,10 +116,15 @@ class Compose:
         """
         self.engine("exec", self.container(service), "sh", "-c", "kill -9 -1", check=False)
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """The variables that Compose runs with: the project's settings, none of the caller's."""
         return {
             # The caller's environment must not change what is tested.
-            **{name: "" for name in os.environ if name.startswith(("NBD_", "BRIDGE_", "GUEST_"))},
+            **{
+                name: ""
+                for name in os.environ
+                if name.startswith(("NBD_", "BRIDGE_", "GUEST_", "EXPORTER_"))
+            },
             "DOCKER_HOST": self.address,
             "COMPOSE_PARALLEL_LIMIT": "4",
             **self.settings,

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,19 +16,15 @@ from pathlib import Path
 
 import check_bridge
 import check_storage
+import control
 import nbd_probe
 import pytest
 from certificates import ensure_certificates
 from nbd_probe import Unhealthy, probe
 
+from bridge.api.places import check_name
 from tests.tools import need
 
-UNIX = """\
-Num       RefCount Protocol Flags    Type St Inode Path
-0000000000000000: 00000002 00000000 00010000 0001 01 33025 /run/nbd-bridge/disk.sock
-0000000000000000: 00000003 00000000 00000000 0001 03 33026 /run/nbd-bridge/other.sock
-0000000000000000: 00000003 00000000 00000000 0001 03 33027
-"""
 TCP = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 00000000:2A39 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1
@@ -36,32 +33,97 @@ TCP = """\
 """
 
 
-def test_bridge_socket_that_listens_is_seen() -> None:
-    assert check_bridge.is_listening(UNIX, "/run/nbd-bridge/disk.sock")
+@pytest.fixture
+def control_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # In /tmp: a unix socket's path has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="nbdctl-", dir="/tmp") as folder:
+        monkeypatch.setattr(control, "FOLDER", folder)
+        yield Path(folder)
 
 
-def test_bridge_socket_that_is_only_connected_does_not_listen() -> None:
-    assert not check_bridge.is_listening(UNIX, "/run/nbd-bridge/other.sock")
+def health(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit status and the line of the bridge's health check."""
+    try:
+        check_bridge.main()
+    except SystemExit as ended:
+        return int(str(ended.code)), capsys.readouterr().out
+    return 0, capsys.readouterr().out
 
 
-def test_bridge_connection_that_is_established_is_seen() -> None:
-    assert check_bridge.is_connected(TCP, 10809)
+@contextmanager
+def control_socket(path: Path, answer: bytes) -> Iterator[None]:
+    """Answers one request."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()
 
 
-def test_bridge_connection_that_is_closing_is_none() -> None:
-    assert not check_bridge.is_connected(TCP, 10810)
+def test_bridge_whose_server_is_away_is_unhealthy_with_the_reason(
+    control_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = b'{"ready": false, "reason": "the server is down: it hung up"}'
+    answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 60\r\n\r\n" + body
+    with control_socket(control_folder / "disk.api", answer):
+        assert health(capsys) == (1, "bridge is unhealthy: the server is down: it hung up\n")
 
 
-@pytest.mark.parametrize(
-    ("uri", "port"),
-    [
-        ("nbds://storage/disk", 10809),
-        ("nbd://storage:2000/disk", 2000),
-        ("nbd+unix:///disk?socket=/s", None),
-    ],
-)
-def test_bridge_server_port_comes_from_the_uri(uri: str, port: int | None) -> None:
-    assert check_bridge.server_port(uri) == port
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"\0" * 9999, b"x\r\n\r\n[1]"])
+def test_bridge_that_answers_something_else_is_unhealthy_in_one_line(
+    control_folder: Path, capsys: pytest.CaptureFixture[str], answer: bytes
+) -> None:
+    with control_socket(control_folder / "disk.api", answer):
+        status, said = health(capsys)
+
+    assert status == 1
+    assert said.startswith("bridge is unhealthy: it does not answer: ")
+    assert said.count("\n") == 1
+
+
+def test_bridge_that_is_not_there_is_unhealthy(
+    control_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = health(capsys)
+
+    assert status == 1
+    assert "disk.api: No such file or directory" in said
+
+
+@pytest.mark.nbdkit
+def test_running_bridge_is_healthy(
+    control_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the options that the container starts it with, as far as its control socket goes."""
+    need("nbdkit")
+    with nbdkit() as (host, port):
+        command = [sys.executable, "-m", "bridge", "serve", f"nbd://{host}:{port}",
+                   "--cache-mode=off", f"--socket-path={control_folder}/disk.sock",
+                   f"--api={control.socket_path('disk')}"]  # fmt: skip
+        bridge = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            assert bridge.stderr is not None
+            for line in bridge.stderr:
+                if "serving" in line:
+                    break
+            assert health(capsys) == (0, "it serves the disk and has its server\n")
+        finally:
+            bridge.terminate()
+            bridge.communicate()
+
+
+def test_name_of_a_bridge_is_allowed_for_every_name_of_a_volume() -> None:
+    for volume in ("disk", "a+b.c", "_" + "x" * 127):
+        assert check_name(control.bridge_name(volume)) == control.bridge_name(volume)
 
 
 def test_storage_port_that_listens_is_seen() -> None:

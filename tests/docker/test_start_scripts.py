@@ -90,7 +90,7 @@ def test_tls_off_needs_no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bridge_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for name in ("SOCKET_FOLDER", "CACHE_FOLDER", "CERTIFICATES"):
+    for name in ("SOCKET_FOLDER", "CONTROL_FOLDER", "CACHE_FOLDER", "CERTIFICATES"):
         monkeypatch.setattr(start_bridge, name, tmp_path)
     for name in ("ca-cert.pem", "client-cert.pem", "client-key.pem"):
         (tmp_path / name).touch()
@@ -114,6 +114,7 @@ def test_bridge_options_are_taken_by_the_command_line(
     monkeypatch.setenv("BRIDGE_FEATURES", "-mq,-discard")
     chosen = serve_context([start_bridge.server_uri(), *start_bridge.options()]).params
     assert chosen["socket_path"] == str(bridge_folders / "disk.sock")
+    assert chosen["name"] == "disk"
     assert (chosen["cache_mode"], chosen["serial"], chosen["read_only"]) == (mode, "vm0", True)
 
 

@@ -52,6 +52,17 @@ def test_fence_holds_until_the_last_connection_of_a_session_is_closed(service: S
     service.close(service.open("v", read_only=False))
 
 
+def test_connection_that_outlives_two_sessions_can_close(service: Service) -> None:
+    """Its session was replaced by the same client's next one, which has ended, too: the fence that
+    admitted it is forgotten."""
+    old = service.open("v@session=one,client=me", read_only=False)
+    service.close(service.open("v@session=two,client=me", read_only=False))
+    assert not service._fences
+    service.close(old)
+    service.close(service.open("v", read_only=False))
+    assert not service._fences
+
+
 def test_busy_text_does_not_name_the_token(service: Service) -> None:
     handle = service.open("v@session=SECRET", read_only=False)
     for name in ("v", "v@session=other"):

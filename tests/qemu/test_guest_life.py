@@ -4,6 +4,7 @@ Most tests run the guest's `stress` script: it writes and verifies until a line 
 console, and fails if ever a byte is not what it last wrote there.
 """
 
+import json
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.peers.nbd_server_rules import Command
 from bridge.spec.nbd import CMD_FLAG_FUA, CMD_WRITE
+from tests.processes import bridge_argv
 from tests.qemu.backends import (
     MIB,
     Killable,
@@ -327,3 +329,60 @@ async def test_newer_qemu_runs_the_file_system_and_survives_a_killed_bridge(
         assert report.passed, report
         async with stressed(replace(first, words={"guest_script": "stress"}), folder) as guest:
             await kill_repeatedly(bridge, guest, KILLS, server=nbdkit)
+
+
+async def upgrade(api: Path) -> float:
+    """Have another program take over the bridge; how long its guest has waited, in seconds."""
+    argv = bridge_argv("upgrade", str(api), "--json")
+    done = await trio.run_process(argv, capture_stdout=True, stdin=b"")
+    return float(json.loads(done.stdout)["took_over_after_s"])
+
+
+async def upgrade_under(guest_config: GuestConfig, folder: Path, api: Path) -> list[float]:
+    """Replace the bridge's program while the guest writes and verifies; its waits in seconds."""
+    waits = []
+    async with stressed(guest_config, folder) as guest:
+        for _ in range(KILLS):
+            await progress(guest, 1)
+            waits.append(await upgrade(api))
+        await progress(guest, 2)
+    return waits
+
+
+def without_disconnects(log: Path) -> None:
+    """QEMU has stayed connected: the bridge has accepted it once."""
+    assert log.read_text().count("front-end connected") == 1
+
+
+@pytest.mark.parametrize("cache_mode", ["off", "writeback"])
+async def test_bridge_replaced_by_another_program_while_the_guest_writes(
+    machine: GuestMachine, folder: Path, cache_mode: str
+) -> None:
+    api = folder / "disk.api"
+    options = ["--api", str(api), "--cache-mode", cache_mode, "--cache-size", "16M"]
+    options += ["--cache-dir", str(folder), "--num-queues", "2"]
+    async with bridge_on(make_image(folder, 128), folder, *options) as server:
+        disk = VhostUserDisk(server.socket, num_queues=2)  # QEMU would not connect again
+        waits = await upgrade_under(config(machine, "stress", disk), folder, api)
+    print("seconds that the guest waited:", waits)
+    without_disconnects(folder / "disk.bridge.log")
+
+
+@pytest.mark.peers
+async def test_bridge_of_a_newer_qemu_replaced_by_another_program_while_the_guest_writes(
+    machine: GuestMachine, folder: Path
+) -> None:
+    qemu = await trio.to_thread.run_sync(newer_qemu)
+    kernel, initrd, api = folder / "kernel", folder / "initrd", folder / "disk.api"
+    shutil.copy(machine.kernel.image, kernel)
+    shutil.copy(machine.initrd, initrd)
+    async with bridge_on(make_image(folder, 128), folder, "--api", str(api)) as server:
+        guest_config = replace(
+            config(machine, "stress", VhostUserDisk(server.socket)),
+            qemu=qemu,
+            kernel=kernel,
+            initrd=initrd,
+        )
+        waits = await upgrade_under(guest_config, folder, api)
+    print("seconds that the guest waited:", waits)
+    without_disconnects(folder / "disk.bridge.log")

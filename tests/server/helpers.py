@@ -39,6 +39,9 @@ class LayerAbove:
     def reconnected(self) -> None:
         self._reconnected()
 
+    def disconnected(self) -> None:
+        pass
+
     def export_changed(self, export: Export) -> None:
         self._export_changed(export)
 

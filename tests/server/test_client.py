@@ -28,6 +28,7 @@ from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.peers.nbd_server_settings import DEFAULT_FLAGS, ServerSettings
+from bridge.server import client as client_module
 from bridge.server.client_options import ClientOptions
 from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
@@ -401,6 +402,36 @@ async def test_reconnect_timeout_fails_requests_until_the_server_is_back() -> No
         server.faults.refuse_connections = False
         await until(lambda: client.connected)
         assert await write(client, 0, bytes(512)) == 0
+
+
+async def test_idle_client_is_woken_by_all_that_ends_by_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "_IDLE_TICK_S", 10 * HUNG_S)
+    options = replace(FAST, request_timeout_s=0, stale_write_grace_s=0.1)
+    async with served(options=options) as (client, server, _):
+        await trio.testing.wait_all_tasks_blocked()
+        ticks = 0
+        tick = client.link.tick
+
+        def count(now: float) -> None:
+            nonlocal ticks
+            ticks += 1
+            tick(now)
+
+        monkeypatch.setattr(client.link, "tick", count)
+        assert await write(client, 0, bytes(512)) == 0
+        assert ticks == 0
+        client.expect_stale_writes()
+        assert await write(client, 0, bytes(512)) == 0
+        assert ticks > 0
+        await until(lambda: client.link.next_deadline_s() is None)
+        # And with a limit that is set while it is idle.
+        client.use(replace(options, reconnect_timeout_s=0.1))
+        server.faults.refuse_connections = True
+        server.cut()
+        assert await write(client, 0, bytes(512)) == errno.EIO
+        server.faults.refuse_connections = False
 
 
 async def test_export_grown_while_away_is_reported() -> None:

@@ -137,8 +137,12 @@ class CacheFile(MappedImage):
         # call and 1.5 us per page: so runs of pages are written, single ones stored. A store
         # into a page that is on the disk only would read it first, for nothing.
         end = at_bytes + len(source)
+        begins = self._begins_next_granule(at_bytes)
         if self._is_fresh(at_bytes, end):
             store = len(source) < _PWRITE_BYTES
+            if store and begins:
+                self._write_granule(at_bytes, source)
+                return
         else:
             store = self.resident(at_bytes, len(source))
         if store:
@@ -157,6 +161,27 @@ class CacheFile(MappedImage):
         before = self._stored[slot]
         self._stored[slot] = before | bits
         return not before & bits
+
+    def _begins_next_granule(self, at_bytes: int) -> bool:
+        """A store there begins a slot in which nothing was stored before, after one in which
+        everything was: that is how a sequence of small writes fills an empty cache."""
+        stored, size = self._stored, self.geometry.granule_bytes
+        if stored is None or at_bytes % size:
+            return False
+        slot = at_bytes // size
+        return not stored[slot] and stored[slot - 1] == (1 << size // self.geometry.block_bytes) - 1
+
+    def _write_granule(self, at_bytes: int, source: Bytes) -> None:
+        """Write `source` and zeroes up to the end of its slot, of which nothing is used yet.
+
+        The page cache gets one large folio instead of pages, and every later store into the slot
+        finds its page: 2.3 us per page of 4 KiB on ext4, not 9. Raises OSError.
+        """
+        rest = bytes(self.geometry.granule_bytes - len(source))
+        # What a short write leaves out is stored into as if it had not been tried, but `source`.
+        done = os.pwritev(self.fd, [source, rest], at_bytes + self.geometry.data_offset)
+        if done < len(source):
+            self._write(at_bytes + done, memoryview(source)[done:])
 
     def _write(self, at_bytes: int, source: Bytes) -> None:
         """Write through the page cache. Raises OSError when the file system refuses."""
@@ -187,6 +212,7 @@ class CacheFile(MappedImage):
         # Both copies: an older one that still says "clean" must not come back.
         for _ in range(2):
             self.save_header(clean=False, boot_id=boot_id(), index_crc=0)
+        os.utime(self.fd)  # The last use: stores through a map need not change it at once.
         os.fdatasync(self.fd)
 
     def close(self, *, clean: bool) -> None:
@@ -223,6 +249,7 @@ class CacheFile(MappedImage):
             if self._abandoned:
                 return
             self.save_header(clean=True, index_crc=self.index_crc())
+            os.utime(self.fd)
             self.sync()
         except OSError:
             self.save_header(clean=False)

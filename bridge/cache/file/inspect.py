@@ -18,6 +18,7 @@ from bridge.cache.file.locking import lock_to_drop
 from bridge.cache.file.opening import (
     Unusable,
     believe,
+    copy_index,
     export_shrunk,
     has_survived,
     index_is_whole,
@@ -25,7 +26,7 @@ from bridge.cache.file.opening import (
     read_index,
 )
 from bridge.cache.index import Index
-from bridge.errors import ConfigError, Remedy
+from bridge.errors import ConfigError, Remedy, UsedMeanwhile
 
 
 class Fault(Enum):
@@ -80,7 +81,10 @@ class Summary:
 def show(path: str, *, not_ours: Remedy | None = None) -> Summary:
     """Read what `path` holds. Raises ConfigError: in use, damaged, not a cache file, which gets the
     remedy `not_ours`."""
-    image = read_index(path, not_ours)
+    return _summary(path, read_index(path, not_ours))
+
+
+def _summary(path: str, image: MappedImage) -> Summary:
     fault = _fault(image)
     header, sizes = image.header, image.geometry
     index = Index(image)
@@ -115,16 +119,19 @@ def _fault(image: MappedImage) -> Fault | None:
     return None if index_is_whole(image) else Fault.DAMAGED
 
 
-def drop(path: str, *, discard_dirty: bool = False) -> None:
-    """Remove a cache file that no process uses.
+def drop(path: str, *, discard_dirty: bool = False, used_ns: int | None = None) -> None:
+    """Remove a cache file that no process uses, and that none can begin to use meanwhile.
 
     Raises ConfigError, unless `discard_dirty`, for a file with data that the server does not have,
-    and for one so damaged that this cannot be known. Never removes another kind of file.
+    and for one so damaged that this cannot be known; UsedMeanwhile if it was changed at another
+    time than `used_ns` (of the epoch). Never removes another kind of file.
     """
-    if not discard_dirty:
-        _refuse_to_lose(path)
     fd = lock_to_drop(path)
     try:
+        if used_ns is not None and os.fstat(fd).st_mtime_ns != used_ns:
+            raise UsedMeanwhile(f"cache file {path} was used meanwhile")
+        if not discard_dirty:
+            _refuse_to_lose(path, fd)
         with suppress(FileNotFoundError):
             os.unlink(path)
     except OSError as error:
@@ -133,10 +140,10 @@ def drop(path: str, *, discard_dirty: bool = False) -> None:
         os.close(fd)
 
 
-def _refuse_to_lose(path: str) -> None:
+def _refuse_to_lose(path: str, fd: int) -> None:
     """Raises ConfigError if `path` holds, or may hold, what the server does not have."""
     try:
-        summary = show(path, not_ours=Remedy.REMOVE_FILE)
+        summary = _summary(path, copy_index(path, fd, Remedy.REMOVE_FILE))
     except Unusable as error:
         raise ConfigError(
             f"cache file {path} {error.fault}; whether it holds unwritten data cannot be said",

@@ -89,15 +89,22 @@ def read_index(path: str, remedy: Remedy | None = None) -> MappedImage:
     """
     fd = open_locked(path, os.O_RDONLY)
     try:
-        header = _read_header(path, fd, remedy)
-        copy = bytearray(header.geometry.data_offset)
-        view = memoryview(copy)
-        while view and (count := os.preadv(fd, [view], len(copy) - len(view))):
-            view = view[count:]
-    except OSError as error:
-        raise unreadable(path, error) from None
+        return copy_index(path, fd, remedy)
     finally:
         os.close(fd)
+
+
+def copy_index(path: str, fd: int, remedy: Remedy | None = None) -> MappedImage:
+    """The same of a file that the caller has open and locked."""
+    header = _read_header(path, fd, remedy)
+    copy = bytearray(header.geometry.data_offset)
+    view = memoryview(copy)
+    position = 0
+    try:
+        while position < len(copy) and (count := os.preadv(fd, [view[position:]], position)):
+            position += count
+    except OSError as error:
+        raise unreadable(path, error) from None
     return MappedImage(copy, header)
 
 

@@ -8,6 +8,7 @@
 | `reader` | cuts bytes and descriptors into messages | none |
 | `session` | the back-end's state machine: one conversation with a front-end | none |
 | `rings`, `memory_table` | the session's virtqueues and guest memory | none |
+| `handover` | a conversation on its way to the next program of this process | none |
 | `reply` | replies, and the type of a message's handler | none |
 | `unshared` | tells the operator when the guest's memory is not shared | files in /proc |
 | `transport` | messages over a non-blocking unix socket | trio |

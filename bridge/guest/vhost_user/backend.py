@@ -12,12 +12,14 @@ import errno
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 import trio
 
 from bridge.errors import ConnectionLost, LeftBehind, ProtocolError
 from bridge.guest.vhost_user.device_interface import VhostUserDevice
+from bridge.guest.vhost_user.handover import Conversation, Desk, Handover
 from bridge.guest.vhost_user.listener import Listener
 from bridge.guest.vhost_user.session import FrontEndSession
 from bridge.guest.vhost_user.transport import Transport
@@ -37,21 +39,27 @@ async def serve(
     listener: Listener,
     *,
     on_connected: Callable[[bool], None] | None = None,
+    desk: Desk | None = None,
+    first: Handover | None = None,
 ) -> None:
     """Serve `device` to the front-ends that connect to `listener`, one at a time, until cancelled.
 
     Returns only when the listener is a socket that was connected already and its front-end has
     disconnected. `on_connected` is called when a front-end connects (True) and when it has
-    disconnected (False). After a cancellation the device still finishes what is in flight; it
-    bounds that time itself.
+    disconnected (False). `desk` has the present conversation meanwhile. `first`: what the process
+    before this one had with a front-end; that goes on here. After a cancellation the device still
+    finishes what is in flight; it bounds that time itself.
     """
-    unshared = UnsharedMemory()
+    desk = desk or Desk()
+    serve_one = partial(_serve_one, device, on_connected, UnsharedMemory(), desk)
+    if first is not None:
+        await serve_one(first.sock(), None if listener.is_connected else listener.sock, first)
     if listener.is_connected:
-        await _serve_one(device, listener.sock.dup(), on_connected, unshared)
+        if first is None:
+            await serve_one(listener.sock.dup())
         return
     while True:
-        sock = await _accept(listener.sock)
-        await _serve_one(device, sock, on_connected, unshared, listener.sock)
+        await serve_one(await _accept(listener.sock), listener.sock)
 
 
 async def _accept(listening: socket.socket) -> socket.socket:
@@ -74,28 +82,37 @@ async def _accept(listening: socket.socket) -> socket.socket:
 
 async def _serve_one(
     device: VhostUserDevice,
-    sock: socket.socket,
     on_connected: Callable[[bool], None] | None,
     unshared: UnsharedMemory,
+    desk: Desk,
+    sock: socket.socket,
     listening: socket.socket | None = None,
+    handover: Handover | None = None,
 ) -> None:
     """Serve one front-end until it disconnects and its session is closed.
 
     `listening`: the socket on which other front-ends may be waiting; None if there cannot be any.
+    `handover`: its conversation has begun with another process.
     """
     transport = Transport(sock, replies=False)
     session = FrontEndSession(
         device, _send_now, on_refused=unshared.refused, on_region=unshared.of(sock)
     )
-    log.info("front-end connected")
+    desk.present = Conversation(session, transport)
+    log.info("front-end connected" if handover is None else "front-end taken over")
     if on_connected is not None:
         on_connected(True)
     reason = "the back-end stops"  # stays so when this task is cancelled
     try:
+        if handover is not None:
+            for message in handover.messages:
+                await session.handle(message)
+            desk.taken_over()
         if listening is None:
             await _converse(session, transport)
         else:
-            await _Watched(listening).converse(session, transport)
+            watched = _Watched(listening, spoke=handover is not None)
+            await watched.converse(session, transport)
         reason = "closed the connection"
     except ProtocolError as error:
         reason = f"broke the protocol: {error}"
@@ -108,6 +125,7 @@ async def _serve_one(
         log.exception("the vhost-user session failed")
         reason = "internal error"
     finally:
+        desk.present = None
         await _end(session, transport)
         log.info("front-end disconnected", reason=reason)
         if on_connected is not None:
@@ -126,9 +144,9 @@ async def _end(session: FrontEndSession, transport: Transport) -> None:
 class _Watched:
     """A conversation while other front-ends may wait: a silent one must not keep them out."""
 
-    def __init__(self, listening: socket.socket) -> None:
+    def __init__(self, listening: socket.socket, *, spoke: bool) -> None:
         self._listening = listening
-        self._spoke = False
+        self._spoke = spoke
         self._silent = trio.CancelScope()
 
     async def converse(self, session: FrontEndSession, transport: Transport) -> None:

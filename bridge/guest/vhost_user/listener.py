@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import stat
+from typing import Any
 
 from bridge.errors import ConfigError
 from bridge.host import UNIX_PATH_MAX_BYTES
@@ -27,10 +28,13 @@ class Listener:
         self._identity = identity
 
     @classmethod
-    def at_path(cls, path: str | os.PathLike[str]) -> Listener:
-        """Listen at `path`, mode 0600. Replaces a socket file that a dead process left there.
+    def at_path(
+        cls, path: str | os.PathLike[str], *, mode: int = 0o600, gid: int | None = None
+    ) -> Listener:
+        """Listen at `path`. Replaces a socket file that a dead process left there.
 
-        Raises ConfigError, with the remedy, when that is not possible.
+        The file gets the permission bits `mode` and the group `gid` (None: our own). Raises
+        ConfigError, with the remedy, when that is not possible.
         """
         name = os.fspath(path)
         if len(os.fsencode(name)) > UNIX_PATH_MAX_BYTES:
@@ -39,15 +43,19 @@ class Listener:
             )
         _clear_the_way(name)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        # The mode must be right from the first moment, not after a chmod.
+        # Others may have it only once it is its group's: the mode is narrow from the first moment.
         umask = os.umask(0o177)
         try:
             sock.bind(name)
+            _give(name, mode, gid)
             sock.listen(_BACKLOG)
             status = os.stat(name)
         except OSError as error:
             sock.close()
             raise _cannot_listen(name, error) from error
+        except ConfigError:
+            sock.close()
+            raise
         finally:
             os.umask(umask)
         return cls(sock, name, (status.st_dev, status.st_ino))
@@ -70,6 +78,25 @@ class Listener:
         sock.setblocking(False)
         return cls(sock, None, (0, 0))
 
+    def handed_over(self) -> Listener:
+        """The same for another process: this one leaves the socket's file where it is."""
+        copy = Listener(self.sock.dup(), self.path, self._identity)
+        self.path = None
+        return copy
+
+    def as_json(self) -> dict[str, Any]:
+        """For a process that has the same descriptors."""
+        return {"fd": self.sock.fileno(), "path": self.path, "identity": self._identity}
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> Listener:
+        """The reverse of `as_json`. Raises ConfigError."""
+        device, inode = value["identity"]
+        listener = cls.from_fd(value["fd"])
+        os.set_inheritable(value["fd"], False)
+        listener.path, listener._identity = value["path"], (device, inode)
+        return listener
+
     @property
     def is_connected(self) -> bool:
         """The socket is already connected to a front-end, so it cannot accept another."""
@@ -90,6 +117,22 @@ class Listener:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _give(path: str, mode: int, gid: int | None) -> None:
+    """Give the new socket file its group and its mode; remove it if that is not allowed."""
+    try:
+        if gid is not None:
+            os.chown(path, -1, gid, follow_symlinks=False)
+        if mode != 0o600:
+            os.chmod(path, mode)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise ConfigError(
+            f"socket path {path}: cannot give it to group {gid}: {error.strerror}; run the bridge "
+            "as root or as a member of that group"
+        ) from None
 
 
 def _clear_the_way(path: str) -> None:

@@ -1,7 +1,12 @@
-"""The regions of guest memory of a front-end session: checked here, mapped by the device."""
+"""The regions of guest memory of a front-end session: checked here, mapped by the device.
+
+Their descriptors are kept: the process after this one may have to map the same memory without the
+front-end's help (see `handover`).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from bridge.errors import ProtocolError
@@ -9,8 +14,11 @@ from bridge.guest.vhost_user.device_interface import MemoryRegion, VhostUserDevi
 from bridge.guest.vhost_user.messages import (
     MAX_TABLE_REGIONS,
     U64_MAX,
+    Message,
     MessageType,
     RegionPayload,
+    message_of,
+    pack_memory_table,
     unpack_memory_table,
 )
 from bridge.guest.vhost_user.reply import Handler, Reply, reply_u64
@@ -29,6 +37,23 @@ class MemoryTable:
         self._device = device
         self._on_region = on_region or _no_listener
         self._regions: list[RegionPayload] = []
+        self._fds: list[int] = []
+        """Ours, of the regions, in their order."""
+
+    def close(self) -> None:
+        """Close the kept descriptors. Idempotent."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def messages(self) -> list[Message]:
+        """What tells another session of the same memory. The descriptors stay ours."""
+        if len(self._regions) <= MAX_TABLE_REGIONS:
+            table = pack_memory_table(self._regions)
+            return [message_of(MessageType.SET_MEM_TABLE, table, self._fds)]
+        return [
+            message_of(MessageType.ADD_MEM_REG, region.pack_single(), [fd])
+            for region, fd in zip(self._regions, self._fds, strict=True)
+        ]
 
     def handlers(self) -> dict[MessageType, Handler]:
         """The handlers of the messages about memory."""
@@ -51,22 +76,34 @@ class MemoryTable:
         for region, fd in zip(regions, fds, strict=True):
             self._on_region(region, fd)
         self._regions = []
+        self.close()
         await self._device.replace_memory(
             [_memory_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
         )
         self._regions = checked
+        while fds:
+            self._fds.insert(0, fds.pop())
 
     async def add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
         """Add a region. A known one may come again: a second device on this connection (QEMU's
         device_del and device_add with the chardev kept) sends all of them."""
         region = RegionPayload.unpack_single(payload)
+        known = [each for each in self._regions if _same_place(each, region)]
         others = [each for each in self._regions if not _same_place(each, region)]
         if len(others) >= MAX_MEMORY_SLOTS:
             raise ProtocolError(f"more than {MAX_MEMORY_SLOTS} memory regions")
         _check_region(region, others)
         self._on_region(region, fds[0])
         await self._device.add_memory(_memory_region(region, fds[0]))
-        self._regions = [*others, region]
+        for each in known:
+            self._forget(each)
+        self._regions.append(region)
+        self._fds.append(fds.pop())
+
+    def _forget(self, region: RegionPayload) -> None:
+        index = self._regions.index(region)
+        del self._regions[index]
+        os.close(self._fds.pop(index))
 
     async def rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
         """Remove the region with these addresses and size; its file offset is not compared."""
@@ -81,7 +118,7 @@ class MemoryTable:
             user_address=region.user_address,
             size_bytes=region.size_bytes,
         )
-        self._regions.remove(region)
+        self._forget(region)
 
     async def get_max_mem_slots(self, payload: bytes, fds: list[int]) -> Reply:
         return reply_u64(MessageType.GET_MAX_MEM_SLOTS, MAX_MEMORY_SLOTS)

@@ -151,6 +151,11 @@ class Message:
     fds: list[int] = field(default_factory=list)
 
 
+def message_of(request: int, payload: bytes = b"", fds: list[int] | None = None) -> Message:
+    """A message that asks for no acknowledgement."""
+    return Message(MessageHeader(request, VERSION, len(payload)), payload, list(fds or []))
+
+
 def request_name(request: int) -> str:
     """The specification's name of a message, or "request NUMBER" for an unknown one."""
     try:

@@ -17,16 +17,19 @@ from bridge.guest.vhost_user.device_interface import RingSetup, VhostUserDevice
 from bridge.guest.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     VRING_LOG,
+    Message,
     MessageType,
     VringAddress,
     VringFile,
     VringState,
+    message_of,
     pack_reply,
 )
 from bridge.guest.vhost_user.reply import Handler, Reply
 from bridge.spec.virtqueue import F_RING_PACKED
 
 MAX_VRING_SIZE = 32768
+_ERR = MessageType.SET_VRING_ERR
 
 
 class Ring:
@@ -91,6 +94,11 @@ class Rings:
             MessageType.SET_VRING_ERR: self.set_vring_err,
             MessageType.SET_VRING_ENABLE: self.set_vring_enable,
         }
+
+    def messages(self, bases: dict[int, int]) -> list[Message]:
+        """What brings another session's rings into the state of these. `bases`: where the rings
+        that were served go on. The descriptors stay ours."""
+        return [each for ring in self._all for each in _described(ring, bases)]
 
     @property
     def any_live(self) -> bool:
@@ -287,6 +295,34 @@ class Rings:
             return
         ring.enabled = bool(state.num)
         self._start_if_ready(ring)
+
+
+def _described(ring: Ring, bases: dict[int, int]) -> list[Message]:
+    index, found = ring.index, []
+    if ring.size:
+        found.append(_state(MessageType.SET_VRING_NUM, index, ring.size))
+    if ring.address is not None:
+        found.append(message_of(MessageType.SET_VRING_ADDR, ring.address.pack()))
+    base = bases.get(index, ring.base)
+    found.append(_state(MessageType.SET_VRING_BASE, index, base))
+    for kind, fd in ((MessageType.SET_VRING_CALL, ring.call_fd), (_ERR, ring.error_fd)):
+        if fd is not None:
+            found.append(message_of(kind, VringFile(index, True).pack(), [fd]))
+    if ring.enabled:
+        found.append(_state(MessageType.SET_VRING_ENABLE, index, 1))
+    if ring.started:
+        kick = VringFile(index, ring.kick_fd is not None).pack()
+        fds = [] if ring.kick_fd is None else [ring.kick_fd]
+        found.append(message_of(MessageType.SET_VRING_KICK, kick, fds))
+    if ring.suspended:
+        # It was served once: it is suspended, and not waiting to be enabled.
+        found.insert(-1, _state(MessageType.SET_VRING_ENABLE, index, 1))
+        found.append(_state(MessageType.SET_VRING_ENABLE, index, 0))
+    return found
+
+
+def _state(kind: MessageType, index: int, number: int) -> Message:
+    return message_of(kind, VringState(index, number).pack())
 
 
 def _take_eventfd(file: VringFile, fds: list[int]) -> int | None:

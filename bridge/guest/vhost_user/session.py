@@ -47,6 +47,7 @@ from bridge.guest.vhost_user.messages import (
     Message,
     MessageType,
     RegionPayload,
+    message_of,
     pack_message,
     pack_reply,
     pack_u64,
@@ -56,6 +57,7 @@ from bridge.guest.vhost_user.messages import (
 from bridge.guest.vhost_user.reply import Handler, Reply, reply_u64
 from bridge.guest.vhost_user.rings import Rings
 from bridge.guest.vhost_user.shapes import SHAPES, check_shape
+from bridge.spec.virtio_blk import F_CONFIG_WCE, WRITEBACK_OFFSET
 
 STATUS_FEATURES_OK = 8
 
@@ -102,6 +104,8 @@ class FrontEndSession:
         self._memory = MemoryTable(device, on_region)
         self._on_refused = on_refused or _no_listener
         self._channel_fd: int | None = None
+        self._inflight: tuple[bytes, int] | None = None
+        """SET_INFLIGHT_FD's payload and descriptor: kept for `messages`."""
         self._config_changed = False
         self._closed = False
         self._handlers = self._own_handlers() | self._rings.handlers() | self._memory.handlers()
@@ -156,7 +160,39 @@ class FrontEndSession:
             await self._device.disconnected()
         finally:
             self._rings.close()
+            self._memory.close()
             self._close_channel()
+            self._keep_inflight(None)
+
+    # For the process after this one.
+
+    @property
+    def is_migrating(self) -> bool:
+        """The dirty log is on."""
+        return bool((self._rings.features or 0) & F_LOG_ALL)
+
+    def messages(self, bases: dict[int, int]) -> list[Message]:
+        """What a session of another process has to hear to go on with this conversation: not all
+        that was said, but what still counts. No ring may be served any more; `bases` says where
+        those that were go on. The descriptors stay ours. Not while `is_migrating`."""
+        found = [
+            message_of(MessageType.SET_PROTOCOL_FEATURES, pack_u64(self._protocol_features)),
+        ]
+        if self._rings.features is not None:
+            found.append(message_of(MessageType.SET_FEATURES, pack_u64(self._rings.features)))
+        if self._status:
+            found.append(message_of(MessageType.SET_STATUS, pack_u64(self._status)))
+        found += self._memory.messages()
+        if self._inflight is not None:
+            payload, fd = self._inflight
+            found.append(message_of(MessageType.SET_INFLIGHT_FD, payload, [fd]))
+        if self._channel_fd is not None:
+            found.append(message_of(MessageType.SET_BACKEND_REQ_FD, b"", [self._channel_fd]))
+        if self._protocol_features & P_CONFIG and (self._rings.features or 0) & F_CONFIG_WCE:
+            writeback = self._device.read_config(WRITEBACK_OFFSET, 1)
+            access = ConfigAccess(WRITEBACK_OFFSET, 1, 0, writeback)
+            found.append(message_of(MessageType.SET_CONFIG, access.pack()))
+        return found + self._rings.messages(bases)
 
     # Dispatch.
 
@@ -281,6 +317,7 @@ class FrontEndSession:
             # Also if the stop failed: the driver has forgotten its requests in flight.
             await self._device.reset()
             self._rings.forget_setups()
+            self._keep_inflight(None)
             self._rings.features = None
             self._status = 0
 
@@ -329,6 +366,12 @@ class FrontEndSession:
         self._device.set_inflight(
             fds[0], region.mmap_offset, region.mmap_size, region.num_queues, region.queue_size
         )
+        self._keep_inflight((payload, fds.pop()))
+
+    def _keep_inflight(self, region: tuple[bytes, int] | None) -> None:
+        if self._inflight is not None:
+            os.close(self._inflight[1])
+        self._inflight = region
 
     def _check_inflight(self, region: InflightRange) -> None:
         if not 0 < region.num_queues <= self._device.max_queues:

@@ -23,6 +23,8 @@ class Transport:
         sock.setblocking(False)
         self.sock = sock
         self._reader = MessageReader(replies=replies)
+        self._waits = False
+        self._held: trio.Event | None = None
 
     async def receive(self) -> Message | None:
         """The next message, whose descriptors the caller owns; None at the stream's end.
@@ -32,10 +34,16 @@ class Transport:
         """
         reader = self._reader
         while True:
+            if self._held is not None:
+                await self._held.wait()
             try:
                 data, fds = self._receive_some(reader.wanted)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self.sock)
+                self._waits = True
+                try:
+                    await trio.lowlevel.wait_readable(self.sock)
+                finally:
+                    self._waits = False
                 continue
             except OSError as error:
                 raise ConnectionLost(f"vhost-user connection: {error.strerror}") from error
@@ -46,6 +54,19 @@ class Transport:
             message = reader.feed_untrusted(data, fds)
             if message is not None:
                 return message
+
+    def hold(self) -> bool:
+        """Receive nothing more until `release`: perhaps another program does. False, and nothing
+        has changed: a message has begun to arrive, or the last one is still being handled."""
+        if self._held is None and self._waits and self._reader.between_messages:
+            self._held = trio.Event()
+        return self._held is not None
+
+    def release(self) -> None:
+        """The end of `hold`."""
+        if self._held is not None:
+            self._held.set()
+            self._held = None
 
     def _receive_some(self, size: int) -> tuple[bytes, list[int]]:
         """At most `size` bytes and the descriptors with them. Raises what `recvmsg` raises."""

@@ -18,6 +18,7 @@ field, a u64 that the layout has no use for, stored whole:
     bit 63    the guest turned its write cache off: it believes that every completed write is
               durable, and no front-end tells the next process
     bit 62    the guest's next flush has to fail, for a loss that it has not heard of
+    bit 61    a ring has run with the region since it was made, or since the device was reset
     bits 0-55 the server instance that has writes of the guest's that are not flushed (a number
               that stands for it); 0: there are none, or the server has no name
 
@@ -50,6 +51,7 @@ _PACKED_ENTRY_BYTES: Final = 32
 
 _WRITE_THROUGH: Final = 1 << 63
 _LOSS_UNTOLD: Final = 1 << 62
+_USED: Final = 1 << 61
 _UNFLUSHED_ON: Final = (1 << 56) - 1
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -167,7 +169,8 @@ class InflightRegion:
     def remember(self, *, write_through: bool, loss_unreported: bool, unflushed_on: int) -> None:
         """Keep these for the process after this one."""
         self._features[0] = (
-            (_WRITE_THROUGH if write_through else 0)
+            (self._features[0] & _USED)
+            | (_WRITE_THROUGH if write_through else 0)
             | (_LOSS_UNTOLD if loss_unreported else 0)
             | (unflushed_on & _UNFLUSHED_ON)
         )
@@ -176,10 +179,16 @@ class InflightRegion:
     def was_used(self) -> bool:
         """Rings ran with it: the guest may have written."""
         versions = (self.queue(index)[8:10].cast("H")[0] for index in range(self.num_queues))
-        return any(versions)
+        return bool(self._features[0] & _USED) or any(versions)
+
+    def note_use(self) -> None:
+        """A ring runs with it. (Not to be seen in the ring's own part for long: a packed ring that
+        stops with nothing in flight leaves that as if it were fresh.)"""
+        self._features[0] |= _USED
 
     def clear(self) -> None:
-        """Nothing is in flight: as if every queue's part were fresh."""
+        """Nothing is in flight, and nothing is remembered: as if the region were fresh."""
+        self._features[0] = 0
         for index in range(self.num_queues):
             self.queue(index).cast("H")[4] = 0
 

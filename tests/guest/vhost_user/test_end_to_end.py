@@ -457,7 +457,7 @@ async def interrupted(
 async def test_recovery_ignores_which_base_the_front_end_names(directory: Path, base: str) -> None:
     """Rule 2: cloud-hypervisor names the available index, QEMU the used one."""
     async with interrupted(directory) as (backend, guest, queue):
-        await guest._negotiate()
+        await guest.negotiate()
         await guest._share()
         driver = queue.driver
         await guest._start_queue(
@@ -509,7 +509,7 @@ async def test_inflight_region_that_does_not_fit_is_refused(
     async with running_backend(directory) as backend:
         guest = BlkDriver(backend.path)
         try:
-            await guest._negotiate()
+            await guest.negotiate()
             fd = memfd(4096)
             with pytest.raises(Refused):
                 await front_end_of(guest).set_inflight(described, fd)

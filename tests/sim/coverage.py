@@ -1,0 +1,164 @@
+"""What programs exercise of the product's state machines, and what none of them did.
+
+Transitions of a cached block: those of the table in `bridge.cache.blocks` that change the state.
+States of the session: the phases of the link, from which to which, and what else it can be in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+from unittest import mock
+
+from bridge.cache.blocks import TRANSITIONS, Blocks, Event, State
+from bridge.cache.file.layout import BITS
+from bridge.server.channels import Channels, Phase
+from bridge.server.flushes import Flushes
+from bridge.server.grace import GraceSpans
+from nbd_plugin.session import Fence
+from tests.sim.volume import Waits
+
+_PHASES: Final = (
+    *(("new", "up"), ("up", "leaving"), ("leaving", "down"), ("down", "up")),
+    *(("leaving", "closed"), ("down", "closed"), ("new", "closed")),
+)
+_STATES: Final = (
+    *("session: commands on trial", "session: given up", "session: a flush is refused"),
+    *("session: changes held for a grace time", "fence: joined", "fence: waited for"),
+    *("fence: a session is broken", "fence: refused"),
+)
+
+
+def expected() -> set[str]:
+    """All that is counted."""
+    blocks = {
+        _move(event, before, after)
+        for event, moves in TRANSITIONS.items()
+        for before, after in moves.items()
+        if before is not after
+    }
+    return {*blocks, *_STATES, *(f"session: {old} → {new}" for old, new in _PHASES)}
+
+
+def never(seen: Counter[str]) -> list[str]:
+    """What no program has exercised."""
+    return sorted(expected() - set(seen))
+
+
+def _move(event: Event, before: State, after: State) -> str:
+    return f"block: {event.value}: {before.value} → {after.value}"
+
+
+@contextmanager
+def gathered(seen: Counter[str]) -> Iterator[None]:
+    """What happens within is counted in `seen`."""
+    with ExitStack() as stack:
+        for event in Event:
+            real = getattr(Blocks, event.value)
+            stack.enter_context(
+                mock.patch.object(Blocks, event.value, _counting(event, real, seen))
+            )
+        for of, name, watch in (
+            *((Channels, "enter", _enter), (Flushes, "_refuse", _refuse)),
+            *((GraceSpans, "hold", _hold), (Fence, "enter", _waits)),
+            (Fence, "_join", _called("fence: joined")),
+            (Fence, "_break", _called("fence: a session is broken")),
+            (Fence, "_break_or_refuse", _called("fence: refused")),
+        ):
+            real = getattr(of, name)
+            stack.enter_context(mock.patch.object(of, name, watch(real, seen)))
+        yield
+
+
+def _called(what: str) -> Callable[..., Callable[..., Any]]:
+    def watch(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            seen[what] += 1
+            return real(*args, **named)
+
+        return call
+
+    return watch
+
+
+def _waits(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    def enter(*args: Any, **named: Any) -> Any:
+        try:
+            return real(*args, **named)
+        except Waits:
+            seen["fence: waited for"] += 1
+            raise
+
+    return enter
+
+
+def _refuse(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    def refuse(self: Flushes, flushes: list[Any]) -> None:
+        if flushes:
+            seen["session: a flush is refused"] += 1
+        real(self, flushes)
+
+    return refuse
+
+
+def _hold(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    def hold(self: GraceSpans, spans: list[Any], *args: Any) -> None:
+        if spans:
+            seen["session: changes held for a grace time"] += 1
+        real(self, spans, *args)
+
+    return hold
+
+
+def _enter(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    def enter(self: Channels, phase: Phase | None = None, *, on_trial: bool | None = None) -> None:
+        if phase is not None:
+            seen[f"session: {self.phase.value} → {phase.value}"] += 1
+        if on_trial:
+            seen["session: commands on trial"] += 1
+        if self.given_up:
+            seen["session: given up"] += 1
+        real(self, phase, on_trial=on_trial)
+
+    return enter
+
+
+def _counting(event: Event, real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    """`real`, which does `event` to some blocks of a slot, with its transitions counted."""
+    moves = [
+        (before, _move(event, before, after))
+        for before, after in TRANSITIONS[event].items()
+        if before is not after
+    ]
+
+    def counted(self: Blocks, slot: int, bits: int = BITS, *rest: Any, **named: Any) -> Any:
+        which = rest[0] if event is Event.STORED else bits
+        states = _masks(self, slot)
+        for before, name in moves:
+            if states[before] & which:
+                seen[name] += 1
+        if event in _WHOLE:
+            return real(self, slot)
+        return real(self, slot, bits, *rest, **named)
+
+    return counted
+
+
+_WHOLE: Final = (Event.FLUSH_SENT, Event.FLUSH_OK, Event.FLUSH_LOST, Event.WRITTEN_LOST)
+
+
+def _masks(blocks: Blocks, slot: int) -> dict[State, int]:
+    """Which blocks of a slot are in which state."""
+    valid, dirty = blocks.valid(slot), blocks.dirty(slot)
+    covered = blocks.covered[slot]
+    return {
+        State.ABSENT: ~valid & BITS,
+        State.CLEAN: valid & ~dirty,
+        State.DIRTY: blocks.to_send(slot),
+        State.SENDING: blocks.sending(slot),
+        State.REWRITTEN: blocks.rewritten(slot),
+        State.WRITTEN: blocks.written(slot) & ~covered,
+        State.FLUSHING: blocks.written(slot) & covered,
+    }

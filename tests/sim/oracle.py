@@ -1,0 +1,251 @@
+"""Every legal content of every sector, for the guest and for the server's image.
+
+Each change has a number, which its sectors hold, and an interval: from its submission to its
+answer. What a read may return is that of a regular register: a change that began before the read
+ended, unless another one was complete before the read began and had itself begun after that one's
+end. What the server may be left with after a flush is the same, as if the flush were the read:
+nothing older than what was complete when the flush was submitted.
+
+Without a cache the server may lose what no flush covers. The guest may see that at once
+(`visible`), but its next flush has to fail before another may succeed (`promised`).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from math import inf
+
+from tests.sim.medium import Medium
+
+
+class Violation(AssertionError):
+    """The bridge broke a promise."""
+
+
+class Change:
+    """A write, a discard or a write of zeroes by the guest, or by another host."""
+
+    __slots__ = (
+        *("anything", "began", "done", "durable", "ended", "first_number", "kept", "number"),
+        *("promised", "visible"),
+    )
+
+    def __init__(self, number: int, began: int, *, zeroes: bool, anything: bool) -> None:
+        self.first_number = number
+        self.number = 0 if zeroes else number
+        self.began = began
+        self.ended: float = inf
+        self.done = False
+        self.anything = anything
+        """A discard: any content is right until something else is written."""
+        self.kept = True
+        """The server has not lost it."""
+        self.visible = True
+        self.promised = True
+        self.durable = False
+        """A flush, or its own answer, said so."""
+
+    def __repr__(self) -> str:
+        kind = "discard" if self.anything else "zeroes" if not self.number else "write"
+        end = "" if self.ended == inf else f"…{self.ended:.0f}"
+        marks = "".join(
+            mark
+            for mark, yes in (
+                *((" done", self.done), (" lost", not self.visible)),
+                *((" told", not self.promised), (" durable", self.durable)),
+            )
+            if yes
+        )
+        return f"<{kind} {self.first_number} {self.began}{end}{marks}>"
+
+
+class Oracle:
+    """The guest's disk. Moments are counted, not timed: every event is one."""
+
+    def __init__(self, medium: Medium, *, has_cache: bool) -> None:
+        self._medium = medium
+        self._has_cache = has_cache
+        self.moment = 0
+        self.numbers = 0
+        first = Change(0, 0, zeroes=True, anything=False)
+        first.ended, first.done, first.durable = 0, True, True
+        self.sectors: list[list[Change]] = [[first] for _ in medium.numbers]
+        self.checked = 0
+        """Sectors that were judged."""
+
+    def now(self) -> int:
+        """Another moment."""
+        self.moment += 1
+        return self.moment
+
+    # The guest.
+
+    def begin(
+        self, first: int, count: int, *, zeroes: bool = False, anything: bool = False
+    ) -> Change:
+        """A change of these sectors is submitted."""
+        self.numbers += 1
+        change = Change(self.numbers, self.now(), zeroes=zeroes, anything=anything)
+        for at in range(first, first + count):
+            self.sectors[at].append(change)
+        return change
+
+    def end(self, change: Change, *, done: bool) -> None:
+        """It was answered. If it failed, it may have been done or not."""
+        change.ended = self.now()
+        change.done = done
+
+    def allowed(self, at: int, since: float, mark: str = "visible") -> set[int] | None:
+        """What sector `at` may hold for a read since `since` that ends now. None: anything."""
+        changes = self.sectors[at]
+        bound = -1
+        for each in changes:
+            if each.done and each.ended < since and each.began > bound and getattr(each, mark):
+                bound = each.began
+        found = set()
+        for each in changes:
+            if each.ended >= bound:
+                if each.anything:
+                    return None
+                found.add(each.number)
+        return found
+
+    def judge_read(self, first: int, numbers: list[int], since: int) -> None:
+        """The guest has read this, since the moment at which it asked."""
+        for at, number in enumerate(numbers, first):
+            self.checked += 1
+            allowed = self.allowed(at, since)
+            if allowed is not None and number not in allowed:
+                raise Violation(
+                    f"sector {at}: the guest reads {_name(number)}, may be {sorted(allowed)}; "
+                    f"{self.sectors[at][-6:]}"
+                )
+
+    def flushed(self, since: int) -> None:
+        """A flush submitted at `since` has succeeded."""
+        for at, changes in enumerate(self.sectors):
+            if len(changes) > 1:
+                self.judge_image(at, since, "promised", "a flush has succeeded")
+        for changes in self.sectors:
+            for each in changes:
+                if each.done and each.ended < since and each.promised:
+                    each.durable = True
+
+    def flush_failed(self) -> None:
+        """The guest was told that something may be lost."""
+        if self._has_cache:
+            return
+        now = self.now()
+        for changes in self.sectors:
+            for each in changes:
+                if each.done and not each.durable and each.ended <= now:
+                    each.promised = False
+
+    def durable_at_once(self, change: Change, first: int, count: int) -> None:
+        """A change was answered whose answer means that it is durable."""
+        since = self.now()
+        for at in range(first, first + count):
+            self.judge_image(at, since, "promised", "a durable write was answered")
+        change.durable = True
+
+    def judge_image(self, at: int, since: float, mark: str, when: str) -> None:
+        """Whatever the server may be left with of sector `at` is right."""
+        self.checked += 1
+        allowed = self.allowed(at, since, mark)
+        if allowed is None:
+            return
+        for number in self._medium.possible(at):
+            if number not in allowed:
+                raise Violation(
+                    f"sector {at}: {when}, and the server may be left with {_name(number)}, "
+                    f"not {sorted(allowed)}; {self.sectors[at][-6:]}"
+                )
+
+    def judge_whole_image(self, when: str, mark: str = "promised") -> None:
+        """The same for every sector."""
+        since = self.now()
+        for at, changes in enumerate(self.sectors):
+            if len(changes) > 1:
+                self.judge_image(at, since, mark, when)
+
+    # What happens to the guest and the server.
+
+    def server_lost(self, at: int, numbers: Iterable[int]) -> None:
+        """The server no longer has these changes of sector `at`."""
+        gone = set(numbers)
+        for each in self.sectors[at]:
+            if each.number in gone and not each.durable:
+                each.kept = False
+                each.visible = self._has_cache
+
+    def loss_unnoticed(self) -> None:
+        """What is lost by now, no process could have noticed."""
+        for changes in self.sectors:
+            for each in changes:
+                if not each.visible:
+                    each.promised = False
+
+    def guest_forgets(self, changes: Iterable[Change]) -> None:
+        """The guest was reset: what it had in flight is over, done or not."""
+        now = self.now()
+        for each in changes:
+            if each.ended == inf:
+                each.ended = now
+        if not self._has_cache:
+            for each in (each for changes in self.sectors for each in changes):
+                if not each.durable:
+                    each.promised = False
+
+    def host_lost(self, may_come: Iterable[tuple[int, int]], *, written_through: bool) -> None:
+        """The host lost power: a new guest finds what the server has. `may_come`: sector and number
+        of what is under way to the server's disk still. `written_through`: what was complete had
+        been acknowledged by the server."""
+        when = "the host has lost power"
+        since = self.now()
+        coming: dict[int, set[int]] = {}
+        for at, number in may_come:
+            coming.setdefault(at, set()).add(number)
+        for at, changes in enumerate(self.sectors):
+            if len(changes) > 1:
+                self.judge_image(at, since, "durable", when)
+                if written_through:
+                    allowed = self.allowed(at, since, "kept")
+                    if allowed is not None and self._medium.numbers[at] not in allowed:
+                        raise Violation(
+                            f"sector {at}: {when}, and the server has "
+                            f"{_name(self._medium.numbers[at])}, not {sorted(allowed)}"
+                        )
+        for at in range(len(self.sectors)):
+            self.sectors[at] = []
+            for number in {*self._medium.possible(at), *coming.get(at, ())}:
+                change = Change(number, since, zeroes=not number, anything=False)
+                change.ended, change.done = since, True
+                self.sectors[at].append(change)
+
+    def grow(self, numbers: list[int]) -> None:
+        """The disk has more sectors, with these contents."""
+        for number in numbers:
+            change = Change(number, 0, zeroes=not number, anything=False)
+            change.ended, change.done, change.durable = 0, True, True
+            self.sectors.append([change])
+
+    def prune(self) -> None:
+        """Nothing is in flight: forget what no read and no flush can find any more."""
+        since = self.now()
+        for at, changes in enumerate(self.sectors):
+            if len(changes) > 3:
+                bounds = [
+                    max((e.began for e in changes if e.done and getattr(e, mark)), default=-1)
+                    for mark in ("visible", "promised", "durable")
+                ]
+                bound = min(bounds)
+                kept: list[Change] = []
+                for each in changes:
+                    if each.ended >= bound or each.began == bound or each.ended > since:
+                        insort(kept, each, key=lambda c: c.began)
+                self.sectors[at] = kept
+
+
+def _name(number: int) -> str:
+    return "something that nobody wrote" if number < 0 else f"the write {number}"

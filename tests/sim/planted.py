@@ -1,0 +1,353 @@
+"""Bugs put into the product on purpose, each of which some storage software has had.
+
+A simulator that finds nothing proves nothing: each of these has to be found within `PROGRAMS`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pytest
+
+from bridge.app.departure import Departure
+from bridge.app.serve import _GuestsSide, _Serving
+from bridge.app.storage import Storage
+from bridge.cache.cache import Cache
+from bridge.cache.file.cache_file import CacheFile
+from bridge.datapath.durability import ReportingDurability
+from bridge.guest.remembered import Remembered
+from bridge.guest.ring import RunningRing
+from bridge.guest.virtio.blk import BlkEngine
+from bridge.guest.virtio.inflight import InflightRegion, TrackedSplitQueue
+from bridge.server.changes import Changes
+from bridge.server.commands import Commands
+from bridge.server.flushes import Flushes
+from bridge.server.link import Link
+from bridge.server.overlaps import Overlaps
+from bridge.server.split import Split
+from nbd_plugin.file_disk import FileDisk
+from nbd_plugin.session import Fence, Session
+from tests.cache import test_oracle as cache_bugs
+from tests.sim import campaign
+
+PROGRAMS: Final = 2000
+
+Patch = pytest.MonkeyPatch
+Bug = Callable[[Patch], None]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+# The guest's side.
+
+
+def lost_kick(patch: Patch) -> None:
+    """The ring is not looked at again after kicks were asked for."""
+    real = RunningRing.arm
+
+    def arm(self: RunningRing) -> bool:
+        real(self)
+        return False
+
+    patch.setattr(RunningRing, "arm", arm)
+
+
+def lost_call(patch: Patch) -> None:
+    """The driver is not called."""
+    patch.setattr(RunningRing, "call", _nothing)
+    patch.setattr("bridge.guest.ring._signal", lambda fd: True)
+
+
+def recovered_out_of_order(patch: Patch) -> None:
+    """What a dead process had in flight is executed again, the newest first."""
+    real = TrackedSplitQueue.recovered
+    patch.setattr(TrackedSplitQueue, "recovered", lambda self: list(reversed(real(self))))
+
+
+def recovered_forgotten(patch: Patch) -> None:
+    """What a dead process had in flight is not executed again."""
+    patch.setattr(TrackedSplitQueue, "recovered", lambda self: [])
+
+
+def write_cache_ignored(patch: Patch) -> None:
+    """A guest that turns its write cache off still has one."""
+    patch.setattr(BlkEngine, "writeback_changed", _nothing)
+
+
+def write_cache_forgotten(patch: Patch) -> None:
+    """It has one again after the bridge has died."""
+    patch.setattr(InflightRegion, "write_through", property(lambda self: False))
+
+
+def use_of_region_forgotten(patch: Patch) -> None:
+    """What a paused guest left is not inherited with packed rings."""
+    patch.setattr(InflightRegion, "note_use", _nothing)
+
+
+def nothing_inherited(patch: Patch) -> None:
+    """What the process before left unflushed is not asked about."""
+    patch.setattr(_GuestsSide, "inherited", _nothing)
+
+
+def instance_not_remembered(patch: Patch) -> None:
+    """Which server instance has what is unflushed is not in the region."""
+    real = Remembered.remember
+
+    def remember(self: Remembered) -> None:
+        self.unflushed_on = 0
+        real(self)
+
+    patch.setattr(Remembered, "remember", remember)
+
+
+def outage_not_remembered(patch: Patch) -> None:
+    """A lost connection leaves no word for the next process."""
+    patch.setattr(_Serving, "disconnected", _nothing)
+
+
+def stop_without_flush(patch: Patch) -> None:
+    """The last ring stops, and nothing is brought to the server first."""
+
+    async def hand_over(self: Departure, flush: object) -> None:
+        return None
+
+    patch.setattr(Departure, "hand_over", hand_over)
+
+
+def frozen_data_is_sent(patch: Patch) -> None:
+    """A stop that failed does not keep the cache from sending."""
+    patch.setattr(Cache, "freeze", _nothing)
+
+    async def stop_sending(self: Departure) -> None:
+        return None
+
+    patch.setattr(Departure, "stop_sending", stop_sending)
+
+
+# The session with the server.
+
+
+def replay_out_of_order(patch: Patch) -> None:
+    """What had no answer is sent again in the other order."""
+    real = Link._resume
+
+    def resume(self: Link, *args: Any) -> None:
+        self._unanswered.reverse()
+        real(self, *args)
+
+    patch.setattr(Link, "_resume", resume)
+
+
+def replay_forgotten(patch: Patch) -> None:
+    """It is not sent again, and counts as done."""
+
+    def resume(self: Link, *args: Any) -> None:
+        for command in self._unanswered:
+            self._turn.finish(command)
+        self._unanswered = []
+        real(self, *args)
+
+    real = Link._resume
+    patch.setattr(Link, "_resume", resume)
+
+
+def instance_believed(patch: Patch) -> None:
+    """Whatever server there is has what the last one had."""
+
+    def connected(self: ReportingDurability, instance: str, answered: int) -> bool:
+        self._instance = instance
+        return False
+
+    patch.setattr(ReportingDurability, "connected", connected)
+
+
+def failed_flush_is_no_loss(patch: Patch) -> None:
+    """A flush failed: what the server has dropped is vouched for by the next one."""
+    patch.setattr(Flushes, "server_failed", _nothing)
+
+
+def failed_flush_spares_what_is_in_flight(patch: Patch) -> None:
+    """A change that is answered after a failed flush is not sent again."""
+
+    def server_failed(self: Flushes) -> None:
+        lost = self.durability.flush_failed(self._channels.answered)
+        if lost and not self.durability.keeps_unflushed:
+            self._refuse(self._take_guests())
+
+    patch.setattr(Flushes, "server_failed", server_failed)
+
+
+def durable_write_trusts_any_flush(patch: Patch) -> None:
+    """A write that has to be durable was written to one server, flushed on another."""
+
+    def flushed(self: Split, flush: Any) -> None:
+        self._finish(self._request, flush.error)
+
+    patch.setattr(Split, "_flushed", flushed)
+
+
+def durable_write_trusts_any_epoch(patch: Patch) -> None:
+    """A write with FUA is answered whatever flush failed meanwhile, and is not sent as one."""
+    patch.setattr(Commands, "_issue", lambda self, request: self._channels.send(_plain(request)))
+
+
+def _plain(request: Any) -> Any:
+    request.flags = 0
+    return request
+
+
+def no_grace(patch: Patch) -> None:
+    """A new write does not wait for the old one of a lost connection."""
+    patch.setattr(Changes, "_hold", _nothing)
+
+
+def stale_writes_not_expected(patch: Patch) -> None:
+    """It does not wait for those of a dead process."""
+    patch.setattr(Changes, "expect_stale", _nothing)
+
+
+def overlapping_changes_at_once(patch: Patch) -> None:
+    """Changes of the same blocks pass one another."""
+
+    def enter(self: Overlaps, claim: Any) -> bool:
+        return True
+
+    patch.setattr(Overlaps, "enter", enter)
+    patch.setattr(Overlaps, "release", _nothing)
+
+
+def half_frame_again(patch: Patch) -> None:
+    """What a socket took of the output is sent again."""
+    patch.setattr("bridge.server.connection._rest", lambda output, sent: output)
+
+
+def loss_is_never_told(patch: Patch) -> None:
+    """No flush of the guest's fails for a loss."""
+    patch.setattr(ReportingDurability, "unreported", property(lambda self: False))
+    patch.setattr(Storage, "loss_unreported", property(lambda self: False))
+
+
+# The cache file on its disk.
+
+
+def clean_mark_before_sync(patch: Patch) -> None:
+    """The file is marked as closed in order before its content is on the disk."""
+
+    def mark(self: CacheFile) -> None:
+        self.save_header(clean=True, index_crc=self.index_crc())
+
+    patch.setattr(CacheFile, "_sync_and_mark", mark)
+
+
+def torn_cache_believed(patch: Patch) -> None:
+    """Nobody asks whether the host has lost power."""
+    patch.setattr("bridge.cache.file.opening.has_survived", lambda image: True)
+
+
+# The plugin.
+
+
+def fence_admits(patch: Patch) -> None:
+    """The next session does not wait for what the last one has in flight."""
+    patch.setattr(Fence, "_revoke", _nothing)
+
+
+def generation_not_stored(patch: Patch) -> None:
+    """The plugin does not remember who wrote. (The comparison of a sample, which is all of so small
+    a cache, would hide that.)"""
+
+    def note_write(self: Session, handle: Any) -> None:
+        self.writer = handle.client
+
+    async def check_content(*args: Any, **options: Any) -> None:
+        return None
+
+    patch.setattr(Session, "note_write", note_write)
+    patch.setattr("bridge.app.storage.check_content", check_content)
+
+
+def generation_ignored(patch: Patch) -> None:
+    """The bridge keeps its clean blocks, whoever wrote."""
+    patch.setattr("bridge.cache.foreign.ForeignChanges.drop_clean", lambda self: 0)
+
+
+def failed_flush_forgotten_by_the_plugin(patch: Patch) -> None:
+    """A second flush after a failed one succeeds, as the kernel's does."""
+    patch.setattr(FileDisk, "_note_failure", _nothing)
+
+
+def failed_flush_keeps_the_instance(patch: Patch) -> None:
+    """The plugin does not tell that a failed flush may have lost something."""
+    patch.setattr("tests.sim.volume.SimDisk.note_loss", _nothing)
+
+
+BUGS: Final[dict[str, Bug]] = {
+    bug.__name__: bug
+    for bug in (
+        *(lost_kick, lost_call, recovered_out_of_order, recovered_forgotten),
+        *(write_cache_ignored, write_cache_forgotten, use_of_region_forgotten, nothing_inherited),
+        *(instance_not_remembered, outage_not_remembered, stop_without_flush),
+        *(frozen_data_is_sent, replay_out_of_order, replay_forgotten, instance_believed),
+        *(failed_flush_is_no_loss, failed_flush_spares_what_is_in_flight),
+        *(durable_write_trusts_any_flush, durable_write_trusts_any_epoch, no_grace),
+        *(stale_writes_not_expected, overlapping_changes_at_once, half_frame_again),
+        *(loss_is_never_told, clean_mark_before_sync, torn_cache_believed, fence_admits),
+        *(generation_not_stored, generation_ignored),
+        *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
+    )
+} | {
+    f"cache{bug.__name__}": bug
+    for bug in (
+        cache_bugs._fill_ignores_writes,
+        cache_bugs._reconnect_ignores_written,
+        cache_bugs._rewritten_block_counts_as_sent,
+        cache_bugs._flush_does_not_wait_for_what_is_in_flight,
+        cache_bugs._evicts_dirty,
+        cache_bugs._failed_flush_loses_nothing,
+        cache_bugs._clean_by_any_reply,
+        cache_bugs._state_before_data,
+        cache_bugs._data_before_dirty_mark,
+        cache_bugs._growth_keeps_what_was_behind_the_end,
+    )
+}
+"""By name: what to do to the product."""
+
+
+@dataclass
+class Found:
+    """How a hunt for one bug went."""
+
+    bug: str
+    programs: int
+    seed: str
+    """"" if nothing was found."""
+    error: str
+
+    def __str__(self) -> str:
+        if not self.seed:
+            return f"{self.bug}: NOT found in {self.programs} programs"
+        return f"{self.bug}: {self.programs} programs, {self.seed}: {self.error[:150]}"
+
+
+def hunt_one(bug: str) -> Found:
+    """Look for one planted bug."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = campaign.run_some(
+            range(PROGRAMS),
+            until=lambda result: bool(result.failures),
+            plant=lambda: BUGS[bug](patch),
+        )
+    seed, error = found.failures[0] if found.failures else ("", "")
+    return Found(bug, found.programs, seed, error)
+
+
+def hunt(bugs: Iterable[str], *, jobs: int = 0) -> Iterator[Found]:
+    """Look for each of them, several at a time."""
+    with multiprocessing.get_context("fork").Pool(jobs or os.cpu_count()) as pool:
+        yield from pool.imap(hunt_one, bugs)

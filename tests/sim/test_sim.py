@@ -1,0 +1,146 @@
+"""The whole bridge in its simulation: a few hundred programs, and that the simulator itself works.
+
+More, and one of them step by step: `./run sim` (see docs/testing.md).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.sim import campaign, coverage, planted
+from tests.sim.__main__ import main, trace
+from tests.sim.config import STEPS, VERSION, OtherVersion, Seed, script
+from tests.sim.host import simulated
+from tests.sim.world import World
+
+_CHUNKS = 10
+_PROGRAMS = 20
+_OF_THE_FAST = 6
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        *range(_OF_THE_FAST),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in range(_OF_THE_FAST, _CHUNKS)),
+    ],
+)
+def test_programs_with_every_fault_keep_every_promise(chunk: int) -> None:
+    first = chunk * _PROGRAMS
+    result = campaign.run_some(range(first, first + _PROGRAMS))
+    assert not result.failures, f"./run sim --seed {result.failures[0][0]}: {result.failures}"
+    assert result.programs == _PROGRAMS
+
+
+@pytest.mark.slow
+def test_every_fault_happens_and_every_transition_is_exercised() -> None:
+    result = campaign.run_some(range(1000, 1400))
+    assert not result.failures
+    # A discard, or another loss, while a flush is under way: seen by campaigns only.
+    rare = {"block: drop: flushing → absent", "block: written_lost: flushing → dirty"}
+    assert set(coverage.never(result.seen)) <= rare
+    assert result.counts.keys() >= {
+        *("connection cut", "silence", "connects refused", "connects hang", "server killed"),
+        *("server loses power", "flush fails at the server", "no space", "hung up on", "stall"),
+        *("bridge killed", "bridge killed at a line", "bridge terminated", "host loses power"),
+        *("ring stops", "reset", "write cache toggled", "front-end leaves", "grown", "left behind"),
+        *("cache flush by hand", "cold read", "another host writes"),
+    }
+
+
+def _told(seed: Seed) -> list[str]:
+    lines = []
+    with simulated():
+        world = World(seed, tell=lambda *what: lines.append(f"{what}"))
+        world.run()
+    return lines
+
+
+def test_seed_replays_exactly_also_in_another_process() -> None:
+    here = [str(hash(tuple(_told(Seed(number))))) for number in (3, 7)]
+    assert here == [str(hash(tuple(_told(Seed(number))))) for number in (3, 7)]
+    code = (
+        "from tests.sim.test_sim import _told, Seed\n"
+        "for number in (3, 7): print(hash(tuple(_told(Seed(number)))))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    there, again = (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert there
+    assert there == again
+
+
+def test_trace_tells_what_the_guest_did_and_what_the_server_executed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert trace(Seed(3)) is None
+    told = capsys.readouterr().out
+    for words in ("program", "guest asks", "guest is answered", "server executes", "bridge starts"):
+        assert words in told
+
+
+def test_seed_of_another_version_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Seed.parse("17") == Seed.parse(f"sim{VERSION}:17") == Seed(17)
+    assert Seed.parse(str(Seed(17, (1, 5)))) == Seed(17, (1, 5))
+    assert Seed.parse(str(Seed(17, ()))) == Seed(17, ())
+    with pytest.raises(OtherVersion, match="version 0, this is version"):
+        Seed.parse("sim0:17")
+    assert main(["--seed", "sim0:17"]) == 2
+    assert "seed of version 0" in capsys.readouterr().err
+    assert main(["--seed", "seventeen"]) == 2
+
+
+def test_script_of_fewer_steps_has_the_same_ones() -> None:
+    steps = script(Seed(5))[1]
+    assert script(Seed(5, (2, 4)))[1] == [steps[2], steps[4]]
+    assert {name for _, name, _ in steps} <= set(STEPS)
+
+
+_FAST_BUGS = ("recovered_forgotten", "replay_forgotten", "cache_evicts_dirty", "lost_call")
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        *_FAST_BUGS,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in planted.BUGS
+            if name not in _FAST_BUGS
+        ),
+    ],
+)
+def test_planted_bug_is_found(bug: str) -> None:
+    found = planted.hunt_one(bug)
+    assert found.seed, str(found)
+
+
+def test_failing_program_shrinks_to_one_that_fails_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        found = campaign.run_some(
+            range(500),
+            until=lambda result: bool(result.failures),
+            plant=lambda: planted.BUGS["replay_forgotten"](patch),
+        )
+        seed = Seed.parse(found.failures[0][0])
+        short = campaign.shrink(seed, plant=lambda: planted.BUGS["replay_forgotten"](patch))
+    assert short.kept is not None
+    assert 0 < len(short.kept) < len(script(seed)[1])
+
+
+def test_simulator_that_finds_nothing_in_a_mutated_product_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(planted.BUGS, "no_bug_at_all", lambda patch: None)
+    monkeypatch.setattr(planted, "PROGRAMS", 3)
+    assert main(["--planted", "no_bug_at_all", "--jobs", "1"]) == 1
+    assert "NOT found in 3 programs" in capsys.readouterr().out
+    assert main(["--planted", "absent"]) == 2
