@@ -374,16 +374,23 @@ class Twin:
 
     def _compiled_turn(self) -> bool:
         """False if something is left to be done."""
+        if self.cache is not None:
+            # A request and a reply that come in one turn may be in either order: as in `_turn`.
+            self._look_at_socket()
         if self.ring is None or self.loop.turn.pending:
             return False
         found = self.compiled.run(self.loop.epoll.fileno(), [self.ring], 0.0, worked=True)
         return found is not None and found.used_up and not self.loop.turn.pending
 
-    def _turn(self) -> None:
+    def _look_at_socket(self) -> None:
         entry = self.loop.callbacks.get(self.fd)
         if entry is not None and self.connection.alive:
             callback, events = entry
             callback(events & EPOLLOUT | EPOLLIN)
+
+    def _turn(self) -> None:
+        if self.compiled is None or self.cache is None:
+            self._look_at_socket()  # Else `_compiled_turn` has.
         if self.ring is not None:
             self.ring.poll()
         self.loop.turn.looked()
