@@ -101,7 +101,11 @@ class Disk:
         self._now = now
         self._deadline_s: float | None = None
         self._armed = trio.Event()
-        self._unreported_error = 0
+        self._loss_error = 0
+        self._losses = 0
+        """What the guest has to hear of by a flush that fails, and how many there were of it."""
+        self._told = 0
+        """Of how many of them it has heard. A flush that was submitted before fails as well."""
         self._unanswered_flushes = 0
         self._internal: list[Callable[[Request], None]] | None = None
         """Who waits for the flush in flight that the guest did not send; None: there is none."""
@@ -129,7 +133,7 @@ class Disk:
         elif op == FLUSH:
             was_armed = self._clear_timer()
             self._unanswered_flushes += 1
-            owner = request, was_armed, self._now()
+            owner = request, was_armed, self._now(), self._told
             flush = Request(FLUSH, 0, 0, [], self._flush_done, request.flags, owner)
             self._submit(flush)
         else:
@@ -199,7 +203,7 @@ class Disk:
 
     def _flush_done(self, flush: Request) -> None:
         """A guest's flush is done. One that failed has made nothing durable."""
-        request, was_armed, began_s = cast("tuple[Request, bool, float]", flush.owner)
+        request, was_armed, began_s, told = cast("tuple[Request, bool, float, int]", flush.owner)
         self.flush_times.add(self._now() - began_s)
         if flush.error and was_armed and self._deadline_s is None:
             self._arm_timer()
@@ -210,9 +214,9 @@ class Disk:
             self._flush_ended(flush.error)
             self._turn.finish(request, flush.error)
             return
-        error = flush.error or self._unreported_error
+        error = flush.error or (self._loss_error if self._losses > told else 0)
         if not request.flags & REPEATED:
-            self._unreported_error = 0
+            self._told = self._losses
         self._flush_ended(flush.error)
         self._turn.finish(request, error)
 
@@ -230,12 +234,16 @@ class Disk:
     @property
     def unreported(self) -> bool:
         """The guest's next flush fails, for a loss that it has not heard of."""
-        return bool(self._unreported_error)
+        return self._told < self._losses
 
     def tell(self, error: int) -> None:
         """Something may be lost that the guest believes to be on the disk: its next flush fails."""
-        self._unreported_error = error
+        self._note_loss(error)
         self._durability_changed()
+
+    def _note_loss(self, errno: int) -> None:
+        self._loss_error = errno
+        self._losses += 1
 
     def flush_inherited(self) -> None:
         """A guest comes that has run with another process, which may have left something unflushed:
@@ -318,7 +326,7 @@ class Disk:
         """A flush failed that the guest does not hear of: its next one has to. What a cache still
         holds it sends again, and its flush tells the truth by itself."""
         if not self._target.holds_writes:
-            self._unreported_error = errno
+            self._note_loss(errno)
 
     async def run_flush_timer(self) -> None:
         """Fire the timer whenever it is due, until cancelled."""

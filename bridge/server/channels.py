@@ -53,6 +53,9 @@ class Channel(Protocol):
     def changes(self) -> list[Request]:
         """The commands that change the export and are not finished."""
 
+    def durable_changes(self) -> list[Request]:
+        """Those of them with FUA."""
+
     def send(self, request: Request) -> None:
         """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""
 

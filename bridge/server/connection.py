@@ -20,7 +20,7 @@ import trio
 
 from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Wire
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
-from bridge.datapath.request import CHANGES, Request
+from bridge.datapath.request import CHANGES, FUA, Request
 from bridge.datapath.rows import Rows
 from bridge.errors import BridgeError, ConnectionLost, ProtocolError
 from bridge.server.connecting import Negotiated
@@ -127,6 +127,12 @@ class Connection:
         transmission.adopt_all()
         unfinished = (*transmission.pending.values(), *transmission.early)
         return [request for request in unfinished if request.op in CHANGES]
+
+    def durable_changes(self) -> list[Request]:
+        """See channels.Channel. None of them is a row."""
+        transmission = self.transmission
+        unfinished = (*transmission.pending.values(), *transmission.early)
+        return [each for each in unfinished if each.flags & FUA and each.op in CHANGES]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
         """See silence.Silence.is_too_long."""

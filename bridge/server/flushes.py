@@ -4,6 +4,10 @@
 server that fails to flush drops what it had and says so once, and the success of another FLUSH,
 sent after that and read before, must not be believed. All that is asked meanwhile shares the next.
 Changes that were in flight when an epoch ended are sent once more when they are answered.
+
+A change with FUA that fails has the same effect, and its answer may be read after that of a FLUSH
+which the server executed later. So the success of a FLUSH is told of when the changes with FUA that
+were in flight then have been answered, and counts only if no epoch has ended meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Final, cast
 import structlog
 
 from bridge.datapath.durability import BEFORE, ReportingDurability
-from bridge.datapath.request import FLUSH, INTERNAL, REPEATED, Request
+from bridge.datapath.request import CHANGES, FLUSH, FUA, INTERNAL, REPEATED, Request
 from bridge.datapath.turn import Turn
 from bridge.server.changes import Outlived
 from bridge.server.channels import Channels, Phase, without_abandoned
@@ -62,12 +66,18 @@ class Flushes:
         self._flushing: Request | None = None
         """The FLUSH that has no answer yet."""
         self._flushing_epoch = 0
+        self._succeeded: Request | None = None
+        """That FLUSH, answered, while its success is in doubt."""
+        self._doubtful: set[Request] | None = None
+        """The changes with FUA that it waits for; None: to be seen."""
+        self._left: set[Request] = set()
+        """Those that had no answer when the last connection was lost."""
         channels.route.shown = self._shown
 
     @property
     def waiting(self) -> int:
-        """How many wait for the next FLUSH."""
-        return len(self._asked)
+        """How many wait for the next FLUSH, or for the success of one to be certain."""
+        return len(self._asked) + (self._succeeded is not None)
 
     def ask(self, request: Request) -> None:
         """Finish `request` when all that its maker knows of is durable, or may be lost."""
@@ -84,13 +94,14 @@ class Flushes:
         if not durability.keeps_unflushed and durability.settled(self._channels.answered):
             # By now every owner was told of what has been answered.
             self._turn.after_look(durability.guests_have_seen)
+        moved = self._succeeded is not None and self._conclude(self._succeeded)
         if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
-            return False
+            return moved
         if durability.unreported:
             self._refuse(self._take_guests())
         if self._asked:
             waiting, self._asked = self._asked, []
-            inner = self._flushing = Request(FLUSH, 0, 0, [], self._flushed, 0, waiting)
+            inner = self._flushing = Request(FLUSH, 0, 0, [], self._answered, 0, waiting)
             self.send(inner)
         return True
 
@@ -135,6 +146,40 @@ class Flushes:
         for request in flushes:
             if not request.flags & (INTERNAL | REPEATED):
                 self.durability.reported(request.progress)
+
+    def _answered(self, inner: Request) -> None:
+        """Our FLUSH was answered. What was answered with it is told of first (see `advance`)."""
+        if inner.error or self._flushing is not inner:
+            self._flushed(inner)
+        else:
+            self._succeeded, self._doubtful = inner, None
+            self._turn.want()
+
+    def _conclude(self, inner: Request) -> bool:
+        """Tell of the success of our FLUSH; False: it is in doubt."""
+        channels = self._channels
+        if inner.generation != channels.generation or not channels.present:
+            if self._is_in_doubt(self._left):
+                # The answers that are waited for will not come.
+                self._succeeded = self._flushing = None
+                self._asked[:0] = cast("list[Request]", inner.owner)
+                return True
+        elif self.durability.sending_epoch == self._flushing_epoch:
+            present = (each for channel in channels.present for each in channel.durable_changes())
+            if self._is_in_doubt(set(present)):
+                return False
+        self._succeeded = None
+        self._flushed(inner)
+        return True
+
+    def _is_in_doubt(self, unanswered: set[Request]) -> bool:
+        """Whether the FLUSH that succeeded waits for some of these changes with FUA."""
+        self._doubtful = unanswered if self._doubtful is None else self._doubtful & unanswered
+        return bool(self._doubtful)
+
+    def connection_lost(self, unanswered: list[Request]) -> None:
+        """These commands have no answer, and get none on that connection."""
+        self._left = {each for each in unanswered if each.flags & FUA and each.op in CHANGES}
 
     def _flushed(self, inner: Request) -> None:
         error = inner.error
@@ -195,12 +240,15 @@ class Flushes:
         flushing = self._flushing
         if flushing is None or flushing.owner:
             return None
-        self._flushing = None
+        self._flushing = self._succeeded = None
         return flushing
 
     def take_waiting(self) -> list[Request]:
-        """Those that no FLUSH was sent for; the caller fails them, which tells of losses."""
+        """Those that no FLUSH is in flight for; the caller fails them, which tells of losses."""
         flushes, self._asked = self._asked, []
+        if self._succeeded is not None and self._is_in_doubt(self._left):
+            flushes[:0] = cast("list[Request]", self._succeeded.owner)
+            self._succeeded = self._flushing = None
         self._note_reported(flushes)
         return flushes
 

@@ -309,6 +309,7 @@ class Link:
         for command in unanswered:
             if isinstance(command.done, OnceMore):
                 command.done = command.done.done  # It is sent again anyway.
+        self._flushes.connection_lost(unanswered)
         self._channels.lost(Phase.DOWN)
         unanswered, tried = self._trial.end(unanswered)
         unanswered, abandoned = without_abandoned(unanswered)
@@ -337,6 +338,7 @@ class Link:
 
     def closed(self, unanswered: list[Request]) -> None:
         """No more connections: what is left fails."""
+        self._flushes.connection_lost(unanswered)
         self._channels.lost(Phase.CLOSED)
         unanswered, _ = self._trial.end(unanswered)
         if unanswered:

@@ -373,6 +373,20 @@ async def test_flush_that_the_guest_did_not_send_is_marked_and_told_later(
         assert [each.flags for each in target.requests[-2:]] == [0, 0]
 
 
+async def test_every_flush_that_was_submitted_before_a_loss_was_told_of_fails(
+    autojump_clock: MockClock,
+) -> None:
+    """Two queues flush at once: who waits for the second does not hear of the first."""
+    async with after_an_untold_failure() as (target, client):
+        target.hold = True
+        client.do(FLUSH)
+        client.do(FLUSH)
+        target.release()
+        target.hold = False
+        client.do(FLUSH)
+        assert client.errors == [0, EIO, EIO, EIO, 0]
+
+
 async def test_flush_that_is_executed_again_tells_nothing_of_a_failure_before(
     autojump_clock: MockClock,
 ) -> None:

@@ -607,6 +607,71 @@ def test_durable_change_answered_in_the_turn_of_anothers_failure_is_done_again()
     assert (ended(world, other), other.error) == (True, 0)
 
 
+@pytest.mark.parametrize("op", [WRITE, DISCARD, WRITE_ZEROES])
+@pytest.mark.parametrize("together", [False, True])
+def test_flush_that_succeeds_beside_a_durable_change_that_fails_is_not_believed(
+    op: int, together: bool
+) -> None:
+    """The server executed the change first: it dropped what it had, and said so. That answer may be
+    read last."""
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 1)
+    channel.answer_all()
+    change, flush = world.ask(op, 3, flags=FUA), world.ask(FLUSH)
+    channel.reply(channel.pending[1])
+    if not together:
+        deliver()
+        assert not ended(world, flush)
+        assert world.link.in_flight == 2
+    channel.reply(channel.pending[0], EIO)
+    deliver()
+    assert (change.error, flush.error) == (EIO, EIO)
+    assert world.ask(FLUSH).error == -1
+    channel.answer_all()
+
+
+def test_flush_that_succeeds_beside_a_durable_change_that_succeeds_is_told_of_then() -> None:
+    world = World()
+    (channel,) = world.channels
+    change, flush = world.ask(WRITE, 3, flags=FUA), world.ask(FLUSH)
+    channel.answer(channel.pending[1])
+    later = world.ask(WRITE, 4, flags=FUA)  # It was sent after the server had flushed.
+    assert not ended(world, flush)
+    channel.answer(channel.pending[0])
+    assert (change.error, ended(world, flush), flush.error) == (0, True, 0)
+    assert not ended(world, later)
+    channel.answer_all()
+
+
+def test_flush_in_doubt_is_asked_again_when_the_connection_is_lost() -> None:
+    """The change may have failed."""
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 3, flags=FUA)
+    flush = world.ask(FLUSH)
+    channel.answer(channel.pending[1])
+    world.down()
+    assert not ended(world, flush)
+    world.up()
+    assert [op for op, _ in world.sent].count(FLUSH) == 1
+    world.channels[0].answer_all()
+    assert ended(world, flush)
+
+
+def test_flush_in_doubt_fails_with_everything_when_the_server_is_given_up() -> None:
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 3, flags=FUA)
+    flush = world.ask(FLUSH)
+    channel.answer(channel.pending[1])
+    world.down()
+    world.link.fail_pending(world.now, [], EIO)
+    deliver()
+    assert (ended(world, flush), flush.error) == (True, EIO)
+    assert world.link.in_flight == 0
+
+
 def test_durable_change_that_is_sent_again_on_a_new_connection_is_sent_once_there() -> None:
     """The epoch in which it counts is the one in which it was sent last."""
     world = World()
