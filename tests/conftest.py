@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only what needs no more than Python packages and takes no longer than a moment",
     )
     group.addoption(
+        "--package", action="store_true", help="only the tests that install the Debian package"
+    )
+    group.addoption(
         "--needs", metavar="FILE", help="run nothing; write the tools that are needed to FILE"
     )
 
@@ -45,13 +48,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     tiers.mark(items)
+    only_package = config.getoption("package")
+    _leave_out(
+        config, items, lambda item: bool(item.get_closest_marker(tiers.PACKAGE)) != only_package
+    )
     if config.getoption("fast"):
-        slow = [item for item in items if any(map(item.get_closest_marker, tiers.LEFT_OUT_BY_FAST))]
-        config.hook.pytest_deselected(items=slow)
-        left_out = set(slow)
-        items[:] = [item for item in items if item not in left_out]
+        _leave_out(
+            config, items, lambda item: any(map(item.get_closest_marker, tiers.LEFT_OUT_BY_FAST))
+        )
     if hasattr(config, "workerinput"):
         items[:] = tiers.in_order(items)
+
+
+def _leave_out(
+    config: pytest.Config, items: list[pytest.Item], which: Callable[[pytest.Item], bool]
+) -> None:
+    left_out = [item for item in items if which(item)]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -20,6 +20,8 @@ NEEDS = (*TOOLS, "root")
 """The markers of tests that need more than Python packages."""
 
 LEFT_OUT_BY_FAST = (*NEEDS, "slow")
+PACKAGE = "package"
+"""The marker of tests with a command of their own, which takes minutes."""
 
 _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/api/test_commands.py": ("nbdkit",),
@@ -41,7 +43,7 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "tests/docker": ("docker",),
     "tests/docker/test_certificates.py": ("openssl",),
     "tests/guest/vhost_user/test_peers.py": ("peers",),
-    "tests/packaging/test_deb.py": ("peers", "nbdkit", "slow"),
+    "tests/packaging/test_deb.py": ("package", "peers", "nbdkit", "slow"),
     "tests/packaging/test_units.py": ("systemd",),
     "tests/packaging/test_wheel.py": ("slow",),
     "tests/plugin/test_clients.py": ("nbdkit", "qemu"),
