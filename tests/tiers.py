@@ -85,6 +85,7 @@ _ONE_BY_ONE = (
     "tests/server/test_interop.py",
     "tests/server/test_killed.py",
     "tests/server/test_link.py",
+    "tests/sim/",
 )
 """Where single tests take long, or wait for processes. Of the others a worker takes a file."""
 

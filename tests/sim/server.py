@@ -206,7 +206,8 @@ class ServerPeer:
         self._close_handle()
         if not self._open_until_s:
             self._open_until_s = now + 10
-        self.expired = now >= self._open_until_s
+        # A difference of times may round to less: the moment would come again and again.
+        self.expired = now >= self._open_until_s - 1e-6
         service = self.server.service
         assert service is not None
         try:

@@ -107,18 +107,9 @@ def test_script_of_fewer_steps_has_the_same_ones() -> None:
 _FAST_BUGS = ("recovered_forgotten", "replay_forgotten", "cache_evicts_dirty", "lost_call")
 
 
-@pytest.mark.parametrize(
-    "bug",
-    [
-        *_FAST_BUGS,
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in planted.BUGS
-            if name not in _FAST_BUGS
-        ),
-    ],
-)
+@pytest.mark.parametrize("bug", _FAST_BUGS)
 def test_planted_bug_is_found(bug: str) -> None:
+    """All of them: `./run sim --planted`."""
     found = planted.hunt_one(bug)
     assert found.seed, str(found)
 
