@@ -41,6 +41,8 @@ class Turns(NamedTuple):
     """There was work since they last waited."""
     used_up: bool
     """There may be more; the time is over."""
+    was_usual: bool
+    """Some of what came was taken."""
     naps: int
     """How often they waited."""
     ready: list[tuple[int, int]]
@@ -76,6 +78,7 @@ class CompiledTurns:
             return None
         flags, taken, reads, writes, naps, ready, unsent, *rest = found
         start, end, n_bytes, looked, shown, error, has_worked = rest
+        was_usual = bool(reads or writes or (n_bytes and not flags & _REPLY))
         if reads or writes:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
@@ -88,7 +91,7 @@ class CompiledTurns:
             self._turn.looked()
         if not flags & _INCOMPLETE:
             self._turn.end()
-            return Turns(not flags, bool(has_worked), flags == BUDGET, naps, ready)
+            return Turns(not flags, bool(has_worked), flags == BUDGET, was_usual, naps, ready)
         if looked:
             usual.shown(shown)
         for ring in rings:
@@ -96,7 +99,7 @@ class CompiledTurns:
                 ring.publish_later()
         if flags & (_REPLY | _ENDED | _FAILED):
             usual.unusual(ended=bool(flags & _ENDED), errno=error)
-        return Turns(not flags, bool(has_worked), flags == BUDGET, naps, ready)
+        return Turns(not flags, bool(has_worked), flags == BUDGET, was_usual, naps, ready)
 
 
 def _usual_rings(pollers: Sequence[object]) -> tuple[UsualRing, ...] | None:

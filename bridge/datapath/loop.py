@@ -57,6 +57,10 @@ _POLL_GROWTH = 4
 and shrinks to nothing while it would not; between the pieces of a long payload (200 KiB, 50 µs
 each) it is open that far from the start."""
 
+_GENERAL_TURNS = 32
+"""When compiled turns found nothing that is usual, so often the loop does without them: where
+requests are a megabyte long, or each write is flushed, the next will not be for them either."""
+
 _EVENTS_PER_POLL = 64
 
 
@@ -101,6 +105,9 @@ class Loop:
         self._lingering = False
         self._worked = False
         self._compiled = _compiled_turns(self)
+        self._general_left = 0
+        self._idle_until_s = 0.0
+        """Where the polling window ends that was open when other tasks were let run."""
         self.naps_total = 0
         self.sleeps_total = 0
         """How often polling saw nothing, so that the loop waited in its epoll, or in trio."""
@@ -208,12 +215,17 @@ class Loop:
         """Have turns by compiled code; None: not now."""
         if self._compiled is None or self.turn.pending:
             return None
+        if self._general_left:
+            self._general_left -= 1
+            return None
         pollers = self._pollers
         found = self._compiled.run(epoll_fd, pollers, until_s, worked=self._worked)
         if found is None:
             return None
         self.now = perf_counter()
         self._worked = found.worked
+        if not (found.was_usual or found.went_to_sleep or found.used_up):
+            self._general_left = _GENERAL_TURNS
         self.naps_total += found.naps
         for poller in pollers:  # Those that were there: the end of a turn may have brought others.
             if poller.usual_ring() == ():  # type: ignore[attr-defined]
@@ -230,14 +242,14 @@ class Loop:
     def _turns(self, ready: list[tuple[int, int]], until_s: float, *, polling: bool) -> bool:
         """Have turns until nothing came for the polling window (False) or `until_s` (True).
 
-        `ready` are events that were found already. With `polling` the window is open from the
-        start, otherwise from the first work on.
+        `ready` are events that were found already. With `polling` the window is the one that was
+        open, otherwise it opens with the first work.
         """
         poll = self._epoll.poll
         callbacks = self._callbacks
         turn = self.turn
         now = perf_counter()
-        idle_until_s = now + self._poll_s if polling else 0.0
+        idle_until_s = self._idle_until_s if polling else 0.0
         while True:
             self.now = now
             worked = False
@@ -275,6 +287,7 @@ class Loop:
             elif now >= idle_until_s:
                 return False
             if now >= until_s:
+                self._idle_until_s = idle_until_s
                 return True
 
     def _nap(self) -> list[tuple[int, int]]:

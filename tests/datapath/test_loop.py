@@ -440,7 +440,9 @@ class _CompiledTurns:
             return None
         comes, self._comes = self._comes, None
         self._loop.add_poller(comes)
-        return SimpleNamespace(went_to_sleep=False, worked=False, used_up=True, naps=0, ready=[])
+        return SimpleNamespace(
+            went_to_sleep=False, worked=False, was_usual=True, used_up=True, naps=0, ready=[]
+        )
 
 
 async def test_poller_that_comes_with_the_end_of_a_compiled_turn_is_polled_from_then_on() -> None:
@@ -451,3 +453,31 @@ async def test_poller_that_comes_with_the_end_of_a_compiled_turn_is_polled_from_
         loop.turn.want()
         await settled()
         assert box.done == [1]
+
+
+async def test_loop_does_without_compiled_turns_for_a_while_that_find_nothing_usual() -> None:
+    """Large requests, or a flush after each write: the way through them would cost, each time."""
+
+    class Ring(Box):
+        def usual_ring(self) -> None:
+            return None
+
+    class Useless:
+        calls = 0
+
+        def run(self, *args: object, **options: object) -> Any:
+            self.calls += 1
+            return SimpleNamespace(
+                went_to_sleep=False, worked=True, used_up=False, was_usual=False, naps=0, ready=[]
+            )
+
+    async with running() as loop:
+        loop._compiled = useless = Useless()  # type: ignore[assignment]
+        box = Ring(loop)
+        loop.add_poller(box)
+        for number in range(100):
+            box.put(number)
+            loop.wake()
+            await settled()
+        assert box.done == list(range(100))
+        assert 1 <= useless.calls <= 10
