@@ -83,9 +83,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """`-n auto`: none for a few named tests."""
     if config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("needs"):
         return 0
-    cores = len(os.sched_getaffinity(0))
-    # The fast tests wait for a third of their time, the others, for processes, half of it.
-    return cores + (cores + 1) // 2 if config.getoption("fast") else 2 * cores
+    # Half of a test's time is waiting, as a rule: for processes, or for the loop's turn.
+    return 2 * len(os.sched_getaffinity(0))
 
 
 class _Scheduler(LoadScopeScheduling):

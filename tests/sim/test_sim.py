@@ -19,7 +19,7 @@ from tests.sim.world import World
 
 _CHUNKS = 10
 _PROGRAMS = 20
-_OF_THE_FAST = 6
+_OF_THE_FAST = 2
 
 
 @pytest.mark.parametrize(
