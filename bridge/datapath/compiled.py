@@ -42,7 +42,7 @@ class Turns(NamedTuple):
     used_up: bool
     """There may be more; the time is over."""
     was_usual: bool
-    """Some of what came was taken."""
+    """False: a chain that is not usual was all that came."""
     naps: int
     """How often they waited."""
     ready: list[tuple[int, int]]
@@ -78,7 +78,7 @@ class CompiledTurns:
             return None
         flags, taken, reads, writes, naps, ready, unsent, *rest = found
         start, end, n_bytes, looked, shown, error, has_worked = rest
-        was_usual = bool(reads or writes or (n_bytes and not flags & _REPLY))
+        was_usual = bool(reads or writes or not flags & _CHAIN)
         if reads or writes:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
