@@ -10,7 +10,7 @@ MIB: Final = 1 << 20
 READ, WRITE, MIXED = "read", "write", "mixed"
 """MIXED is 70 reads to 30 writes."""
 QEMU_IMG, FRONT_END = "qemu-img", "front-end"
-"""`qemu-img bench` over libblkio, which knows strides and one queue; the bridge's own front-end,
+"""`qemu-img bench` over libblkio, which knows strides and one queue; `nbd-bridge bench`,
 which knows random places, mixtures and several queues, and costs more."""
 NO_CACHE, WARM, COLD = "", "warm", "cold"
 

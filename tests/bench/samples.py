@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bench.peer import Workload, measure
-from tests.bench.rows import QEMU_IMG, WRITE, Row
+from tests.bench.rows import MIXED, QEMU_IMG, WRITE, Row
 from tests.bench.sides import Disk
+from tests.bench.versions import cpu_s
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _CORES: Final = os.cpu_count() or 1
+_FRONT_END_RATE: Final = 20_000
+"""Requests per second that turn a row's count into the seconds that `nbd-bridge bench` takes."""
 
 
 class Failed(Exception):
@@ -108,27 +112,31 @@ def sample(row: Row, disks: list[Disk], count: int) -> Sample:
     """Let a guest for each of `disks` ask for `count` requests at once. Raises Failed."""
     before = _Times(disks)
     with ThreadPoolExecutor(len(disks)) as pool:
-        rates = list(pool.map(lambda disk: _run(row, disk.socket, count), disks))
+        runs = list(pool.map(lambda disk: _run(row, disk.socket, count), disks))
     complaints = "".join(disk.log.read_text(errors="replace") for disk in disks)
     if complaints:
         raise Failed(complaints.strip().splitlines()[0])
     side_s, others = _Times(disks).since(before)
-    return Sample(sum(rates), side_s / (count * len(disks)) * 1e6, others)
+    rates, requests = zip(*runs, strict=True)
+    return Sample(sum(rates), side_s / sum(requests) * 1e6, others)
 
 
-def _run(row: Row, socket: Path, count: int) -> float:
+def _run(row: Row, socket: Path, count: int) -> tuple[float, int]:
+    """Requests per second, and how many requests there were."""
     try:
         if row.generator == QEMU_IMG:
             workload = Workload(
                 *("", row.block_bytes, row.depth, count, row.kind == WRITE, 0.0),
                 *(row.step_blocks, row.flush_every),
             )
-            return measure(socket, workload)
-        argv = [sys.executable, "-m", "tests.bench.front_end", str(socket)]
-        argv += map(str, (row.block_bytes, row.depth, row.queues, count, row.kind))
-        argv.append(str(row.step_blocks))
-        done = subprocess.run(argv, check=True, capture_output=True, text=True)
-        return count / float(done.stdout)
+            return measure(socket, workload), count
+        argv = [sys.executable, "-m", "bridge", "bench", "--json", "--destructive"]
+        argv += ["--rw", row.kind if row.kind == MIXED else f"rand{row.kind}"]
+        argv += ["--block-size", str(row.block_bytes), "--depth", str(row.depth)]
+        argv += ["--queues", str(row.queues), "--runtime", str(count / _FRONT_END_RATE)]
+        done = subprocess.run([*argv, str(socket)], check=True, capture_output=True, text=True)
+        kinds = json.loads(done.stdout)["requests"].values()
+        return sum(each["per_s"] for each in kinds), sum(each["count"] for each in kinds)
     except subprocess.CalledProcessError as error:
         raise Failed((error.stderr or "").strip() or f"exit status {error.returncode}") from error
 
@@ -138,10 +146,10 @@ class _Times:
 
     def __init__(self, disks: list[Disk]) -> None:
         self._at_s = time.monotonic()
-        self._side_s = sum(_cpu_s(disk.pid) for disk in disks)
+        self._side_s = sum(cpu_s(disk.pid) for disk in disks)
         times = os.times()
         own_s = times.user + times.system + times.children_user + times.children_system
-        self._known_s = self._side_s + own_s + sum(_cpu_s(disk.server_pid) for disk in disks)
+        self._known_s = self._side_s + own_s + sum(cpu_s(disk.server_pid) for disk in disks)
         fields = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]))
         # Everything but idle and waiting for disks.
         self._all_s = (sum(fields[:8]) - fields[3] - fields[4]) / _TICKS_PER_S
@@ -151,13 +159,3 @@ class _Times:
         length_s = (self._at_s - before._at_s) * _CORES
         others_s = self._all_s - before._all_s - (self._known_s - before._known_s)
         return self._side_s - before._side_s, max(0.0, others_s / length_s)
-
-
-def _cpu_s(pid: int) -> float:
-    seconds = 0.0
-    for each in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        try:
-            seconds += int(each.read_text().split()[0]) / 1e9
-        except OSError:
-            continue  # A thread that has just ended.
-    return seconds

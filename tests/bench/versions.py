@@ -21,8 +21,11 @@ from tests.bench.peer import Workload, measure, running
 
 def cpu_s(pid: int) -> float:
     """Processor time that the threads of a process have used so far."""
-    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(each.read_text().split()[0]) for each in threads) / 1e9
+    used_ns = 0
+    for each in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # A thread that has just ended.
+            used_ns += int(each.read_text().split()[0])
+    return used_ns / 1e9
 
 
 def serve(up: contextlib.ExitStack, checkout: Path, nbd: Path, socket: Path, *options: str) -> int:
