@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 if TYPE_CHECKING:
     from bridge.datapath.request import Request
 
-ABI: Final = 3
+ABI: Final = 4
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -169,9 +169,10 @@ class Queue:
 
 
 # Cells of a disk, as its guest sees it.
-CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, DISK_CELLS = range(4)
+CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, READ_BYTES, WRITTEN_BYTES, DISK_CELLS = range(6)
 """BLOCK_MASK: bits that offset and length must not have. MAY_WRITE: a write is allowed, and need
-not be durable when it is complete."""
+not be durable when it is complete. READ_BYTES, WRITTEN_BYTES: of the usual requests that were taken
+so far."""
 
 # Cells of a `Route`.
 (MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, WHOLE_READ_BYTES, ROUTE_CELLS) = range(6)

@@ -51,6 +51,7 @@ from bridge.datapath.cells import (
     NEXT_USED,
     PUBLISHED,
     PUSHED,
+    READ_BYTES,
     ROW,
     ROW_BYTES,
     ROW_COOKIE,
@@ -71,6 +72,7 @@ from bridge.datapath.cells import (
     STOPPED,
     TOUCHED,
     UNFLUSHED,
+    WRITTEN_BYTES,
     Cells,
     Channel,
     Queue,
@@ -293,7 +295,7 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
     slots, granule_of = cache.head, cache.granule_of
     ready, opened, data = cache.ready, cache.open, cache.data
     touched, up = cache.touched, cache.up
-    served = writes = 0
+    served = writes = written_bytes = 0
     left_bytes = TURN_BYTES
     while served < count and left_bytes > 0:
         head = avail[2 + (first + served & mask)]
@@ -356,7 +358,9 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
         else:
             data[at : at + length] = views[data_region][data_at : data_at + length]
         elements[((used & mask) << 1) + 1] = 1 if type_ else length + 1
-        writes += type_
+        if type_:
+            writes += 1
+            written_bytes += length
         left_bytes -= length
         views[status_region][status_at] = 0
         if tracked:
@@ -371,6 +375,8 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
     state[NEXT_USED] = used & 0xFFFF
     if tracked:
         state[PUSHED], state[COUNTER], state[LAST_HEAD] = n_pushed, counter, last_head
+    disk[WRITTEN_BYTES] += written_bytes
+    disk[READ_BYTES] += TURN_BYTES - left_bytes - written_bytes
     return served - writes, writes
 
 
@@ -464,7 +470,7 @@ def take_commands(
     name = state[NAME]
     sequence = rows.cells[0]
     many = queue.segments
-    taken = writes = pieces = 0
+    taken = writes = pieces = read_bytes = written_bytes = 0
     in_flight = channel.cells[SEGMENTS]
     while taken < count:
         head = avail[2 + (first + taken & mask)]
@@ -518,6 +524,9 @@ def take_commands(
             else:
                 output.append(views[data_region][data_at : data_at + length])
             writes += 1
+            written_bytes += length
+        else:
+            read_bytes += length
         taken += 1
     state[NEXT_AVAIL] = first + taken & 0xFFFF
     state[IN_FLIGHT] += taken
@@ -526,6 +535,8 @@ def take_commands(
     rows.cells[0] = sequence
     channel.cells[ROWS] += taken
     channel.cells[SEGMENTS] = in_flight
+    disk[READ_BYTES] += read_bytes
+    disk[WRITTEN_BYTES] += written_bytes
     if writes:
         channel.has_payload = True
     return taken - writes, writes
