@@ -3,12 +3,17 @@
 # stands after a colon: a `read` that ends with its time limit may swallow what came just then.
 
 wait_disk vda
+mount -t tmpfs none /tmp
+
+io_error() { dmesg | grep 'I/O error' | head -n 3; }
 
 load() {
-    while :; do
-        dd if=/dev/zero of=/dev/vda bs=64k count=512 oflag=direct || fail "a write failed"
-        dd if=/dev/vda of=/dev/null bs=4k count=512 skip=$1 iflag=direct || fail "a read failed"
-    done 2>/dev/null
+    while [ ! -e /tmp/stop ]; do
+        dd if=/dev/zero of=/dev/vda bs=64k count=512 oflag=direct 2>/dev/null ||
+            fail "a write failed: $(io_error)"
+        dd if=/dev/vda of=/dev/null bs=4k count=512 skip=$1 iflag=direct 2>/dev/null ||
+            fail "a read failed: $(io_error)"
+    done
 }
 load 8192 &
 load 16384 &
@@ -31,4 +36,6 @@ while :; do
     *) echo "GAP ${line##*:} $longest"; longest=0 ;;
     esac
 done
-dmesg | grep -q 'I/O error' && fail "$(dmesg | grep 'I/O error' | head -n 3)"
+touch /tmp/stop
+wait
+[ -z "$(io_error)" ] || fail "$(io_error)"
