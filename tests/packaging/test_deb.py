@@ -153,6 +153,10 @@ def test_package_is_all_that_a_host_needs(package: Path, system: System) -> None
     plugin = system.run("nbdkit python $(nbd-bridge plugin-path) --dump-plugin")
     assert "name=" in plugin
     assert (system.root / "usr/share/man/man1/nbd-bridge-serve.1.gz").is_file()
+    documents = system.root / "usr/share/doc/nbd-bridge"
+    for each in (documents / "README.md", *documents.glob("docs/*.md")):
+        for link in re.findall(r"\]\(([\w./-]+)[)#]", each.read_text()):
+            assert (each.parent / link).exists(), f"{each.name}: {link}"
     units = "/usr/lib/systemd/system/nbd-bridge@.service /usr/lib/systemd/system/nbd-bridge@.socket"
     system.run(f"systemd-analyze verify --man=no {units}")
 
