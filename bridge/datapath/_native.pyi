@@ -46,6 +46,10 @@ def turns(
         int,
         int,
         int,
+        int,
+        int,
+        tuple[int, ...],
+        int,
     ]
     | None
 ): ...

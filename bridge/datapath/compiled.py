@@ -76,13 +76,14 @@ class CompiledTurns:
         )
         if found is None:
             return None
-        flags, taken, reads, writes, naps, ready, unsent, *rest = found
-        start, end, n_bytes, looked, shown, error, has_worked = rest
-        was_usual = bool(reads or writes or not flags & _CHAIN)
-        if reads or writes:
+        flags, taken, reads, writes, naps, ready, unsent = found[:7]
+        start, end, n_bytes, looked, shown, error, has_worked = found[7:14]
+        flushes, took_ns, durable = found[14:]
+        was_usual = bool(reads or writes or flushes or not flags & _CHAIN)
+        if reads or writes or flushes or took_ns:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
-            usual.took(reads, writes)
+            usual.took(reads, writes, flushes, took_ns, durable=bool(durable))
         usual.turned(start, end, n_bytes, unsent)
         if n_bytes:
             self._turn.wanted = True  # The stages that count answers are to look.

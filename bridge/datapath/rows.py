@@ -13,21 +13,36 @@ state of the disk's two sides. `Disk` has the one that fits, or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
 from typing import Final, NamedTuple, Protocol
 
 from bridge.datapath.cells import (
+    ARMED,
+    COVERED,
+    FLUSH_ARMED,
+    FLUSH_BEGAN_NS,
+    FLUSH_COVERS,
+    FLUSH_ROW,
+    FLUSH_SEEN,
+    FLUSH_TOOK_NS,
+    FLUSHED,
+    FLUSHES,
     HEAD_BITS,
     MAX_HEADS,
     MAX_QUEUES,
+    MAY_FLUSH,
     NAME,
+    NAME_BITS,
     NUMBER,
+    NOT_ROWS,
     ROW,
     ROW_BYTES,
     ROWS,
     SEGMENTS,
     SEQUENCE_MASK,
     SIZE,
+    STOP_FLUSH,
     STOP_ROUTE,
     STOPPED,
     TOUCHED,
@@ -42,7 +57,8 @@ from bridge.datapath.cells import (
     sequence_of,
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
-from bridge.datapath.request import Request
+from bridge.datapath.request import FLUSH, Request
+from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
 
 _CHANNEL_AT: Final = 4
 """In a row: see `ROW`."""
@@ -59,6 +75,42 @@ Side = tuple[Resident] | tuple[Channel, int, Route, "Rows", int, int]
 
 def _never() -> bool:
     return False
+
+
+class FlushRows(Protocol):
+    """What knows what a row that is a flush is for."""
+
+    def adopt_flush(self, request: Request, channel: Channel) -> Request:
+        """The command for the guest's flush `request`, which was a row."""
+
+    def flush_answered(self, channel: Channel) -> None:
+        """The flush row of `channel` has succeeded (the cells FLUSHED and COVERED)."""
+
+
+class FlushedDisk(Protocol):
+    """A disk whose guest's flushes may be rows."""
+
+    def in_flight_at_server(self) -> int:
+        """How many commands are not finished."""
+
+    def may_flush(self, rows: int) -> bool:
+        """Nothing is known that a flush has to tell of, and none is unanswered but `rows`."""
+
+    def flush_taken(self, *, armed: bool) -> None:
+        """A flush is a row. `armed`: so is the timer, from here on."""
+
+    def flush_answered(self, took_ns: int) -> None:
+        """It has succeeded in this turn, after so long."""
+
+    def flushes_turned(
+        self, taken: int, took_ns: Sequence[int], *, armed: bool, durable: bool
+    ) -> None:
+        """Compiled turns have taken so many, and these have succeeded in turns that have ended, the
+        last of which left the disk `durable`. `armed`: so is the timer, from here on."""
+
+    def adopt_flush(self, request: Request, began_ns: int, *, armed: bool) -> Request:
+        """What `submit` would have made of the flush `request` at that time, when the timer was
+        `armed`."""
 
 
 class PendingOwner(Protocol):
@@ -83,6 +135,8 @@ class Rows:
         self._next_channel = 1
         self.adopted_total = 0
         """Rows that became requests."""
+        self.flushes: FlushRows | None = None
+        """None: no row is a flush."""
 
     # Who takes part.
 
@@ -140,6 +194,7 @@ class Rows:
             channel, owner = self._channels[number]
             channel.cells[ROWS] -= len(requests)
             assert not channel.cells[ROWS]
+            assert not channel.cells[FLUSH_ROW]
             channel.cells[SEGMENTS] = 0
             owner.adopted(requests)
 
@@ -152,9 +207,35 @@ class Rows:
         row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
         queue.cookies[head] = 0
         request: Request = queue.owner.adopt(head, cookie, row)
+        number = row[_CHANNEL_AT]
+        if request.op == FLUSH:
+            assert self.flushes is not None
+            request = self.flushes.adopt_flush(request, self._channels[number][0])
         request.cookie = cookie
         self.adopted_total += 1
-        return row[_CHANNEL_AT], request
+        return number, request
+
+    # Flushes.
+
+    def send_held(self, channel: Channel) -> None:
+        """Put the FLUSH that `channel` holds into the output, now with the next number: it is sent
+        after what else this turn has brought, as the general path has it."""
+        cookie = channel.cells[FLUSH_ROW]
+        if cookie:  # (It is no row any more if it was adopted meanwhile.)
+            queue = self.queues[cookie >> HEAD_BITS & MAX_QUEUES - 1]
+            assert queue is not None
+            head = cookie & MAX_HEADS - 1
+            cookie = queue.cells[NAME] | self.cells[0] << NAME_BITS | head
+            self.cells[0] += 1
+            queue.cookies[head] = channel.cells[FLUSH_ROW] = cookie
+            channel.held = [REQUEST.pack(REQUEST_MAGIC, 0, CMD_FLUSH, cookie, 0, 0)]
+        channel.output += channel.held
+        channel.held = []
+
+    def flush_answered(self, channel: Channel) -> None:
+        """See FlushRows."""
+        assert self.flushes is not None
+        self.flushes.flush_answered(channel)
 
     def publish_touched(self) -> None:
         """Rings in which answers were pushed publish them at the end of this turn."""
@@ -190,15 +271,19 @@ class Usual(Protocol):
     """Chains so far."""
     writes: int
     """Those of them that are writes."""
+    flushes: int
+    """Those that are flushes."""
     is_armed: Callable[[], bool]
     """It is known already that something is not durable: `wrote` need not be called."""
+    disk: FlushedDisk | None
+    """Whose flushes may be rows; None: no flush may."""
     engine: Engine
     answers_at_once: bool
     """What is served is pushed, and to be published at the end of this turn."""
 
-    def take(self, queue: Queue, disk: Cells[int]) -> int:
+    def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """Serve what `queue` has available up to the first chain that is not usual, which its cell
-        STOPPED then tells of; how many."""
+        STOPPED then tells of; how many. `flushes`: also those."""
 
     def enter(self, queue: Queue, owner: RowOwner) -> bool:
         """Let `queue` take part; False if it cannot."""
@@ -218,8 +303,11 @@ class Usual(Protocol):
     def side(self) -> Side | None:
         """Where they serve chains; None: not now."""
 
-    def took(self, reads: int, writes: int) -> None:
-        """So many chains were taken. There were writes only if it was `armed`."""
+    def took(
+        self, reads: int, writes: int, flushes: int, took_ns: Sequence[int], *, durable: bool
+    ) -> None:
+        """So many chains were taken. There were writes only if it was `armed`. `took_ns`, `durable`:
+        see FlushedDisk."""
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """So much was received; this is what stands in the staging buffer, and what was not
@@ -273,8 +361,9 @@ class FromCache:
     ) -> None:
         """`counted(reads, writes)` is told of hits. `wrote()`: something is not durable."""
         self.served = 0
-        self.writes = 0
+        self.writes = self.flushes = 0
         self.is_armed: Callable[[], bool] = _never
+        self.disk: FlushedDisk | None = None
         self.engine = engine
         self._take_hits = engine.take_hits
         self._side = (cache,)
@@ -282,8 +371,8 @@ class FromCache:
         self._counted = counted
         self._wrote = wrote
 
-    def take(self, queue: Queue, disk: Cells[int]) -> int:
-        """See `Usual`."""
+    def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
+        """See `Usual`. A flush has to look at all of the cache: none is usual."""
         reads, writes = self._take_hits(queue, disk, self._cache)
         taken = reads + writes
         if taken:
@@ -298,7 +387,9 @@ class FromCache:
         """See `Usual`."""
         return self._side
 
-    def took(self, reads: int, writes: int) -> None:
+    def took(
+        self, reads: int, writes: int, flushes: int, took_ns: Sequence[int], *, durable: bool
+    ) -> None:
         """See `Usual`."""
         self.served += reads + writes
         self.writes += writes
@@ -332,20 +423,25 @@ class ToServer:
     def __init__(self, route: Route, rows: Rows, wrote: Callable[[], None]) -> None:
         """`wrote()`: something is not durable."""
         self.served = 0
-        self.writes = 0
+        self.writes = self.flushes = 0
         self.is_armed: Callable[[], bool] = _never
+        self.disk: FlushedDisk | None = None
         self.engine = rows.engine
         self._take_commands = rows.engine.take_commands
         self._route = route
         self._rows = rows
         self._wrote = wrote
+        self._alone = False
+        """When the last compiled turns began, no flush was unanswered but a row."""
+        rows.flushes = self
+        route.rows = rows
 
     @property
     def sequence(self) -> int:
         """See `Usual`."""
         return self._rows.cells[0]
 
-    def take(self, queue: Queue, disk: Cells[int]) -> int:
+    def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """See `Usual`."""
         route, rows = self._route, self._rows
         channel = route.channel
@@ -357,15 +453,73 @@ class ToServer:
         ):
             queue.cells[STOPPED] = STOP_ROUTE
             return 0
+        flat = channel.cells
+        flat[MAY_FLUSH], flat[ARMED] = 0, self.is_armed()
         reads, writes = self._take_commands(queue, disk, route, channel, rows)
-        taken = reads + writes
+        if flushes and queue.cells[STOPPED] == STOP_FLUSH and not flat[FLUSH_ROW]:
+            self._look_at_flushes(channel)
+            if flat[MAY_FLUSH]:
+                queue.cells[STOPPED] = 0
+                more_reads, more_writes = self._take_commands(queue, disk, route, channel, rows)
+                reads += more_reads
+                writes += more_writes
+        taken = reads + writes + flat[FLUSHES]
         if taken:
             self.served += taken
+            self.writes += writes
             route.flush_later()
-            if writes:
-                self.writes += writes
+            if flat[FLUSHES]:
+                self._took_flush(channel)
+            elif writes:
                 self._wrote()
         return taken
+
+    # Flushes: see `cells`, and `server.flushes`.
+
+    def _look_at_flushes(self, channel: Channel) -> None:
+        """Find out whether a flush may be taken now."""
+        flat, disk, flushes = channel.cells, self.disk, self._route.flushes
+        rows = 1 if flat[FLUSH_ROW] else 0
+        flat[MAY_FLUSH] = (
+            disk is not None
+            and flushes is not None
+            and disk.may_flush(rows)
+            and flushes.may_be_row()
+        )
+        if disk is not None and flat[MAY_FLUSH]:
+            flat[NOT_ROWS] = disk.in_flight_at_server() > flat[ROWS]
+
+    def _took_flush(self, channel: Channel) -> None:
+        flat = channel.cells
+        assert self.disk is not None
+        assert self._route.flushes is not None
+        flat[FLUSHES] = 0
+        flat[FLUSH_BEGAN_NS] = perf_counter_ns()
+        self.flushes += 1
+        self.disk.flush_taken(armed=bool(flat[ARMED]))
+        self._route.flushes.row_taken()
+
+    def flush_answered(self, channel: Channel) -> None:
+        """See `FlushRows`."""
+        self._flush_answered(channel, perf_counter_ns() - channel.cells[FLUSH_BEGAN_NS])
+
+    def _flush_answered(self, channel: Channel, took_ns: int) -> None:
+        flat = channel.cells
+        assert self.disk is not None
+        assert self._route.flushes is not None
+        flat[FLUSHED] = 0
+        self._route.flushes.row_succeeded(flat[COVERED])
+        self.disk.flush_answered(took_ns)
+
+    def adopt_flush(self, request: Request, channel: Channel) -> Request:
+        """See `FlushRows`."""
+        flat = channel.cells
+        assert self.disk is not None
+        assert self._route.flushes is not None
+        flat[FLUSH_ROW] = 0
+        armed = bool(flat[FLUSH_ARMED])
+        flush = self.disk.adopt_flush(request, flat[FLUSH_BEGAN_NS], armed=armed)
+        return self._route.flushes.adopt_row(flush, flat[FLUSH_COVERS], flat[FLUSH_SEEN])
 
     def side(self) -> Side | None:
         """See `Usual`."""
@@ -377,17 +531,38 @@ class ToServer:
         if received is None:
             return None
         fd, start, end = received
+        self._look_at_flushes(channel)
+        self._alone = bool(channel.cells[MAY_FLUSH])
+        channel.cells[ARMED] = self.is_armed()
         return channel, fd, route, rows, start, end
 
-    def took(self, reads: int, writes: int) -> None:
+    def took(
+        self, reads: int, writes: int, flushes: int, took_ns: Sequence[int], *, durable: bool
+    ) -> None:
         """See `Usual`."""
-        self.served += reads + writes
+        self.served += reads + writes + flushes
         self.writes += writes
+        self.flushes += flushes
+        channel = self._route.channel
+        if channel is not None and (flushes or took_ns):
+            assert self.disk is not None
+            assert self._route.flushes is not None
+            channel.cells[FLUSHES] = 0
+            if took_ns:
+                self._route.flushes.row_succeeded(channel.cells[COVERED])
+            armed = bool(channel.cells[ARMED])
+            self.disk.flushes_turned(
+                flushes, took_ns, armed=armed, durable=durable and self._alone
+            )
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """See `Usual`."""
         assert self._route.wire is not None
         self._route.wire.turned(start, end, received, unsent)
+        channel = self._route.channel
+        if channel is not None and channel.cells[FLUSHED]:
+            # In the turn that goes on.
+            self._flush_answered(channel, channel.cells[FLUSH_TOOK_NS])
 
     def shown(self, unflushed: int) -> None:
         """See `Usual`."""

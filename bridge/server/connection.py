@@ -169,6 +169,8 @@ class Connection:
             if not self.alive:
                 return
             transmission = self.transmission
+            if transmission.held:
+                transmission.send_held()
             if self._unsent:
                 # The loop says when the socket takes more.
                 self._unsent += transmission.output
@@ -385,6 +387,7 @@ class Connection:
         self._sock.close()
         self._unsent = []
         self.transmission.output = []
+        self.transmission.held = []
         if self._idle is not None:
             self._idle.set()
         self._finish_early()

@@ -35,6 +35,7 @@ from bridge.datapath.cells import (
     CHANNEL_CELLS,
     DIRECT,
     DIRECT_LEFT,
+    FLUSHED,
     LARGE_BYTES,
     LONG_BYTES,
     LONG_READS,
@@ -143,6 +144,7 @@ class Transmission(Channel):
         self.is_closed = False
         self.output = []
         self.has_payload = False
+        self.held = []
         self.sending = False
         self.early = []
         self.refused: list[Request] = []
@@ -279,6 +281,10 @@ class Transmission(Channel):
             self.has_payload = True
             self.output += request.buffers
 
+    def send_held(self) -> None:
+        """Put a FLUSH that was taken into the output."""
+        self._rows.send_held(self)
+
     def disconnect(self) -> None:
         """Put the farewell into the output; nothing may follow it. No reply, so no cookie."""
         if self._extended:
@@ -295,6 +301,7 @@ class Transmission(Channel):
         self.pending.clear()
         self._assemblies.clear()
         self.output = []  # Views of the requests' memory: they must not outlive them here.
+        self.held = []
         self.direct = []
         return found
 
@@ -384,6 +391,8 @@ class Transmission(Channel):
                 self._start, waits = self._answers(self, rows, self._start, self._end)
                 if self.cells[UNFLUSHED] != unflushed:
                     self._turn.wanted = True  # The stages that count them are to look.
+                if self.cells[FLUSHED]:
+                    rows.flush_answered(self)
                 if rows.touched:
                     rows.publish_touched()
                 if waits or self._end - self._start < 16:

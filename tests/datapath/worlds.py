@@ -186,6 +186,7 @@ class World:
         channel.staging = staging
         channel.structured = self.rng.random() < 0.5
         channel.output = []
+        channel.held = []
         channel.has_payload = channel.sending = channel.is_closed = False
         owner: Any = None
         channel.number = self.rows.join(channel, owner)
