@@ -50,6 +50,7 @@ def turns(
         int,
         tuple[int, ...],
         int,
+        int,
     ]
     | None
 ): ...

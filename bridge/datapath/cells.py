@@ -290,7 +290,7 @@ class Flushes(Protocol):
         ends."""
 
     def row_taken(self) -> None:
-        """One was taken, and is `held` by its channel."""
+        """One was taken in this turn. It may still be `held` by its channel."""
 
     def row_succeeded(self, covers: int) -> None:
         """It is answered: FLUSH_COVERS."""

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from bridge.datapath import _native
 from bridge.datapath.cells import NEXT_USED, PUBLISHED
-from bridge.datapath.rows import UsualRing
+from bridge.datapath.rows import TurnedFlushes, UsualRing
 from bridge.datapath.turn import Turn
 
 # As in `native/turns.h`.
@@ -78,12 +78,14 @@ class CompiledTurns:
             return None
         flags, taken, reads, writes, naps, ready, unsent = found[:7]
         start, end, n_bytes, looked, shown, error, has_worked = found[7:14]
-        flushes, took_ns, durable = found[14:]
+        flushes, took_ns, durable, is_new = found[14:]
         was_usual = bool(reads or writes or flushes or not flags & _CHAIN)
         if reads or writes or flushes or took_ns:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
-            usual.took(reads, writes, flushes, took_ns, durable=bool(durable))
+            is_new = is_new and flags & _INCOMPLETE
+            flushed = TurnedFlushes(flushes, took_ns, bool(durable), bool(is_new))
+            usual.took(reads, writes, flushed)
         usual.turned(start, end, n_bytes, unsent)
         if n_bytes:
             self._turn.wanted = True  # The stages that count answers are to look.

@@ -19,7 +19,7 @@ up. A caller that wants one meanwhile shares the next, or the same one if nothin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from errno import ECANCELED
 from math import inf
 from time import perf_counter_ns
@@ -30,7 +30,7 @@ import trio
 
 from bridge.datapath.histogram import Histogram
 from bridge.datapath.request import FLUSH, INTERNAL, READ, REPEATED, Hits, Request, Target
-from bridge.datapath.rows import Usual
+from bridge.datapath.rows import TurnedFlushes, Usual
 from bridge.datapath.turn import Outcome, Turn
 
 _log = structlog.get_logger(__name__)
@@ -216,19 +216,17 @@ class Disk:
     def _row_flushed(self, _: Outcome) -> None:
         self._flush_ended(0)
 
-    def flushes_turned(
-        self, taken: int, took_ns: Sequence[int], *, armed: bool, durable: bool
-    ) -> None:
+    def flushes_turned(self, flushes: TurnedFlushes, *, armed: bool) -> None:
         """See FlushedDisk."""
-        if taken:
+        if flushes.taken:
             self._deadline_s = None
             if armed:
                 self._arm_timer()
-        self._unanswered_flushes += taken - len(took_ns)
-        for each in took_ns:
-            self.flush_times.add(each / 1e9)
-        if took_ns:
-            if durable or (self._deadline_s is None and not self._unanswered_flushes):
+        self._unanswered_flushes += flushes.taken - len(flushes.took_ns)
+        for took_ns in flushes.took_ns:
+            self.flush_times.add(took_ns / 1e9)
+        if flushes.took_ns:
+            if flushes.durable or (self._deadline_s is None and not self._unanswered_flushes):
                 self.is_durable = True
             self._durability_changed()
 

@@ -77,6 +77,18 @@ def _never() -> bool:
     return False
 
 
+class TurnedFlushes(NamedTuple):
+    """The flushes of some compiled turns."""
+
+    taken: int
+    took_ns: Sequence[int]
+    """Of those that have succeeded in turns that have ended."""
+    durable: bool
+    """Since the last of these all is durable, unless a flush is in flight that is no row."""
+    is_new: bool
+    """One was taken in the last turn, which goes on."""
+
+
 class FlushRows(Protocol):
     """What knows what a row that is a flush is for."""
 
@@ -102,11 +114,8 @@ class FlushedDisk(Protocol):
     def flush_answered(self, took_ns: int) -> None:
         """It has succeeded in this turn, after so long."""
 
-    def flushes_turned(
-        self, taken: int, took_ns: Sequence[int], *, armed: bool, durable: bool
-    ) -> None:
-        """Compiled turns have taken so many, and these have succeeded in turns that have ended, the
-        last of which left the disk `durable`. `armed`: so is the timer, from here on."""
+    def flushes_turned(self, flushes: TurnedFlushes, *, armed: bool) -> None:
+        """Compiled turns had these. `armed`: so is the timer, from here on."""
 
     def adopt_flush(self, request: Request, began_ns: int, *, armed: bool) -> Request:
         """What `submit` would have made of the flush `request` at that time, when the timer was
@@ -303,11 +312,8 @@ class Usual(Protocol):
     def side(self) -> Side | None:
         """Where they serve chains; None: not now."""
 
-    def took(
-        self, reads: int, writes: int, flushes: int, took_ns: Sequence[int], *, durable: bool
-    ) -> None:
-        """So many chains were taken. There were writes only if it was `armed`. `took_ns`, `durable`:
-        see FlushedDisk."""
+    def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
+        """So many chains were taken. There were writes only if it was `armed`."""
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """So much was received; this is what stands in the staging buffer, and what was not
@@ -387,9 +393,7 @@ class FromCache:
         """See `Usual`."""
         return self._side
 
-    def took(
-        self, reads: int, writes: int, flushes: int, took_ns: Sequence[int], *, durable: bool
-    ) -> None:
+    def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """See `Usual`."""
         self.served += reads + writes
         self.writes += writes
@@ -536,24 +540,23 @@ class ToServer:
         channel.cells[ARMED] = self.is_armed()
         return channel, fd, route, rows, start, end
 
-    def took(
-        self, reads: int, writes: int, flushes: int, took_ns: Sequence[int], *, durable: bool
-    ) -> None:
+    def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """See `Usual`."""
-        self.served += reads + writes + flushes
+        self.served += reads + writes + flushes.taken
         self.writes += writes
-        self.flushes += flushes
+        self.flushes += flushes.taken
         channel = self._route.channel
-        if channel is not None and (flushes or took_ns):
+        if channel is not None and (flushes.taken or flushes.took_ns):
             assert self.disk is not None
             assert self._route.flushes is not None
             channel.cells[FLUSHES] = 0
-            if took_ns:
+            if flushes.took_ns:
                 self._route.flushes.row_succeeded(channel.cells[COVERED])
-            armed = bool(channel.cells[ARMED])
-            self.disk.flushes_turned(
-                flushes, took_ns, armed=armed, durable=durable and self._alone
-            )
+            if flushes.is_new:
+                self._route.flushes.row_taken()
+            if not self._alone:
+                flushes = flushes._replace(durable=False)
+            self.disk.flushes_turned(flushes, armed=bool(channel.cells[ARMED]))
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """See `Usual`."""

@@ -81,6 +81,8 @@ class Flushes:
         """Those that had no answer when the last connection was lost."""
         self._durable_changes = 0
         """Changes with FUA that have begun, and whose end was not told of."""
+        self._row_is_new = False
+        """A guest's flush has become a row in this turn."""
         channels.route.shown = self._shown
         channels.route.flushes = self
 
@@ -105,7 +107,9 @@ class Flushes:
             # By now every owner was told of what has been answered.
             self._turn.after_look(durability.guests_have_seen)
         moved = self._succeeded is not None and self._conclude(self._succeeded)
-        if self._send_row():
+        if self._row_is_new:
+            self._row_is_new = False
+            self._send_row()
             return True
         if not self._asked or self._is_flushing or self._channels.phase is not Phase.UP:
             return moved
@@ -150,14 +154,22 @@ class Flushes:
 
     def row_taken(self) -> None:
         """See cells.Flushes."""
+        self._row_is_new = True
         self._turn.want()
 
-    def _send_row(self) -> bool:
+    def _send_row(self) -> None:
+        """Others of this turn share its FLUSH."""
         route = self._channels.route
-        if route.channel is None or not route.channel.held or route.rows is None:
-            return False
-        route.rows.send_held(route.channel)
-        return True
+        if route.channel is None or route.rows is None:
+            return
+        if route.channel.held:
+            route.rows.send_held(route.channel)
+        if self._asked and self._flushing is None and self._is_flushing:
+            route.rows.adopt_all()
+            inner: Request | None = self._flushing
+            assert inner is not None
+            cast("list[Request]", inner.owner).extend(self._asked)
+            self._asked = []
 
     def row_succeeded(self, covers: int) -> None:
         """See cells.Flushes."""

@@ -134,6 +134,7 @@ class Server:
                 self.unparsed += data
         except (BlockingIOError, OSError):
             pass
+        flushes: list[tuple[int, int, int, int, int, bytes]] = []
         while len(self.unparsed) >= 28:
             _, flags, kind, cookie, offset, length = p.REQUEST.unpack_from(self.unparsed)
             payload = length if kind == p.CMD_WRITE else 0
@@ -141,12 +142,18 @@ class Server:
                 break
             data = self.unparsed[28 : 28 + payload]
             self.unparsed = self.unparsed[28 + payload :]
+            if kind == p.CMD_FLUSH:
+                flushes.append((kind, flags, cookie, offset, length, data))
+                continue
             self.log.append((kind, flags, offset, length, data))
             if kind == p.CMD_WRITE:
                 self.image[offset : offset + length] = data
             if kind == p.CMD_WRITE_ZEROES or kind == p.CMD_TRIM:
                 self.image[offset : offset + length] = bytes(length)
             self.commands.append((kind, flags, cookie, offset, length, data))
+        # A compiled turn sends a flush in its place, the general path after all else.
+        self.commands += flushes
+        self.log += [(kind, flags, offset, length, data) for kind, flags, _, offset, length, data in flushes]
 
     def answer(self, index: int, how: str) -> None:
         """Answer the command at `index`; the bytes are not sent yet."""

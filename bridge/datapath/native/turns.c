@@ -212,8 +212,10 @@ static int take(struct dp_turns *turns)
                                      DP_COMMANDS - turns->command_count, pieces);
             pieces -= pieces_of(turns, taken.reads + taken.writes + taken.flushes);
             turns->is_full |= taken.is_full;
-            if (taken.flushes)
+            if (taken.flushes) {
                 turns->channel->cells[DP_FLUSH_BEGAN_NS] = now_ns();
+                turns->flush_is_new = true;
+            }
             if (taken.writes)
                 turns->durable = false;
         }
@@ -381,7 +383,7 @@ int dp_turns(struct dp_turns *turns)
 
     turns->reads = turns->writes = turns->flushes = turns->flushed = turns->naps = 0;
     turns->other_count = turns->command_count = 0;
-    turns->durable = false;
+    turns->durable = turns->flush_is_new = false;
     turns->received_bytes = turns->sent_bytes = 0;
     turns->error = 0;
     turns->shown = 0;
@@ -389,7 +391,7 @@ int dp_turns(struct dp_turns *turns)
     for (;;) {
         int flags;
 
-        turns->worked = false;
+        turns->worked = turns->flush_is_new = false;
         if (!count)
             count = epoll_wait(turns->epoll_fd, turns->events, DP_EVENTS, 0);
         flags = handle_events(turns, count > 0 ? count : 0);

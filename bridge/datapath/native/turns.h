@@ -67,6 +67,7 @@ struct dp_turns {
     uint64_t flush_ns[DP_TIMES];
     uint32_t flushed;
     bool durable; /* all is, since the last of them, as far as `Disk` can know */
+    bool flush_is_new; /* one was taken in the last turn */
     uint64_t received_bytes;
     bool looked; /* every ring was looked at, and nothing was left there */
     bool cut_short; /* not every ring was looked at in this turn */

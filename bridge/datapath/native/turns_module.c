@@ -253,12 +253,13 @@ static PyObject *result_of(const struct state *state, int flags)
 
     if (taken && times && (others = others_of(turns)) &&
         (unsent = flags & DP_UNSENT ? unsent_of(state) : PyList_New(0)))
-        result = Py_BuildValue("iOIIIOOKKKiKiiIOi", flags, taken, turns->reads, turns->writes,
+        result = Py_BuildValue("iOIIIOOKKKiKiiIOii", flags, taken, turns->reads, turns->writes,
                                turns->naps, others, unsent, (unsigned long long)turns->start,
                                (unsigned long long)turns->end,
                                (unsigned long long)turns->received_bytes,
                                (int)turns->looked, (unsigned long long)turns->shown, turns->error,
-                               (int)turns->worked, turns->flushes, times, (int)turns->durable);
+                               (int)turns->worked, turns->flushes, times, (int)turns->durable,
+                               (int)turns->flush_is_new);
     Py_XDECREF(times);
     Py_XDECREF(taken);
     Py_XDECREF(others);
