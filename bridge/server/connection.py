@@ -132,7 +132,8 @@ class Connection:
         """See channels.Channel. None of them is a row."""
         transmission = self.transmission
         unfinished = (*transmission.pending.values(), *transmission.early)
-        return [each for each in unfinished if each.flags & FUA and each.op in CHANGES]
+        durable = (each for each in unfinished if each.flags & FUA and each.op in CHANGES)
+        return [each for each in durable if each.cookie < transmission.sent_before_replies]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
         """See silence.Silence.is_too_long."""

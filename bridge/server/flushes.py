@@ -164,11 +164,10 @@ class Flushes:
             return
         if route.channel.held:
             route.rows.send_held(route.channel)
-        if self._asked and self._flushing is None and self._is_flushing:
+        if self._asked and self._is_flushing:
             route.rows.adopt_all()
-            inner: Request | None = self._flushing
-            assert inner is not None
-            cast("list[Request]", inner.owner).extend(self._asked)
+        if self._flushing is not None:
+            cast("list[Request]", self._flushing.owner).extend(self._asked)
             self._asked = []
 
     def row_succeeded(self, covers: int) -> None:

@@ -122,6 +122,7 @@ class Transmission(Channel):
         "pending",
         "received_bytes",
         "refused",
+        "sent_before_replies",
     )
 
     def __init__(
@@ -151,6 +152,8 @@ class Transmission(Channel):
         """Refused with ESHUTDOWN: to be sent again elsewhere."""
         self.generation = generation
         self.received_bytes = 0
+        self.sent_before_replies = 0
+        """Commands from this number on were sent after the last replies had been read."""
         self.structured = export.structured
         self._extended = export.extended
         self._context_id = next(iter(export.contexts.values()), -1)
@@ -372,6 +375,7 @@ class Transmission(Channel):
         Raises ProtocolError when the server broke a rule; the machine is dead then.
         """
         self.received_bytes += n_bytes
+        self.sent_before_replies = self._sequence[0]
         if self.direct:
             n_bytes = self._direct_received(n_bytes)
             if self.direct:

@@ -485,6 +485,7 @@ class Script:
         self.cuts = random.Random(seed + (1 << 40))
         """Of what chains are made."""
         self.in_one_piece = in_one_piece
+        self.flushing = not in_one_piece and self.cuts.random() < 0.5
         kind = {
             # With 3 of them granules share buckets, and come and go.
             "slots": rng.choice([3, 24]) if rng.random() < 0.4 else 0,
@@ -626,6 +627,8 @@ class Script:
         """Descriptors, with the number of the next one in the chain, and the header."""
         rng = self.rng
         type_ = rng.choice([0, 1] if rng.random() < 0.9 or self.calm else [4, 8, 13])
+        if self.flushing and self.cuts.random() < 0.2:
+            type_ = 4
         length = rng.choice([512, 4096, 4096, 4096, 8192, 0x9000, 0x10000, 0x11000])
         if self.calm and rng.random() < 0.7:
             length = 4096
