@@ -4,10 +4,10 @@ Nothing here but numbers in rows and cells of fixed size, bytes, and views of me
 of `usual` work on it, and the general path reads and writes the same cells: there is no second
 copy that could differ.
 
-**Rows.** A guest's READ, WRITE or FLUSH that was sent to the server in the usual way is a row, not an
-object: `Queue.rows` has one per head. The reply finds it by its cookie, which names queue and head
-and carries the number with which the command was sent (`row_cookie`). A row's cookie has bit 63,
-that of a `Request` has not. `rows.Rows` turns rows into requests when anything unusual happens.
+**Rows.** A guest's READ, WRITE or FLUSH that was sent to the server in the usual way is a row, not
+an object: `Queue.rows` has one per head. The reply finds it by its cookie, which names queue and
+head and carries the number with which the command was sent (`row_cookie`). A row's cookie has bit
+63, that of a `Request` has not. `rows.Rows` turns rows into requests when anything unusual happens.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ chain that is not usual: one of the following, which says why. 0: it did not."""
     STOP_FLUSH,
     STOPS,
 ) = range(1, 10)
-"""RING: the driver broke the ring, or made a head available that is in flight. FORM: neither a read
-nor a write nor a flush, or one of an unusual form. RANGE: too long, or not whole blocks of the disk. MISS: the
-cache does not have it at hand. WRITE: it must be durable, is not allowed, or has to wait for the
-cache. ROOM: too much in flight, or in one batch. ROUTE: no connection takes it the usual way. FLUSH: a flush for
-which more has to be looked at, or waited for, than is usual."""
+"""RING: the driver broke the ring, or made a head available that is in flight. FORM: neither a
+read nor a write nor a flush, or one of an unusual form. RANGE: too long, or not whole blocks of
+the disk. MISS: the cache does not have it at hand. WRITE: it must be durable, is not allowed, or
+has to wait for the cache. ROOM: too much in flight, or in one batch. ROUTE: no connection takes
+it the usual way. FLUSH: a flush for which more has to be looked at, or waited for, than is
+usual."""
 
 ROW: Final = Struct("=QQQIIHHHBx")
 """Offset on the disk, where in its region the data is, where in its region the status byte is,
@@ -220,16 +221,16 @@ compiled turns only: DIRECT is the cookie of the row whose payload is being rece
 guest memory, DIRECT_LEFT how much of it is still to come, LARGE_BYTES how many bytes such rows are
 in flight for.
 
-Of flushes, which are rows only where all is well (see `server.flushes`). What is known when a look
-at the rings begins: MAY_FLUSH, one may be taken; NOT_ROWS, something is in flight that is no row;
-ARMED, the disk's timer is: something may not be durable; SEEN, what is there was sent by a guest
-that had seen so many changes answered (see `durability`); BEFORE, so many of them were answered by
-other connections. ARMED is also what the look has left it as: a write arms the timer, a flush
-clears it, unless something is in flight. The one flush row that there may be: FLUSH_ROW, its
-cookie, or 0; FLUSH_COVERS, the UNFLUSHED that its success makes durable; FLUSH_SEEN and FLUSH_ARMED,
-what SEEN and ARMED were before; FLUSH_BEGAN_NS, when it was taken. To be taken out by Python:
-FLUSHES, how many were taken; FLUSHED, how many have succeeded; of the last of those COVERED, its
-FLUSH_COVERS, and, in a compiled turn, FLUSH_TOOK_NS."""
+Of flushes, which are rows only where all is well (see `server.flushes`). What is known when a
+look at the rings begins: MAY_FLUSH, one may be taken; NOT_ROWS, something is in flight that is
+no row; ARMED, the disk's timer is: something may not be durable; SEEN, what is there was sent by
+a guest that had seen so many changes answered (see `durability`); BEFORE, so many of them were
+answered by other connections. ARMED is also what the look has left it as: a write arms the
+timer, a flush clears it, unless something is in flight. The one flush row that there may be:
+FLUSH_ROW, its cookie, or 0; FLUSH_COVERS, the UNFLUSHED that its success makes durable;
+FLUSH_SEEN and FLUSH_ARMED, what SEEN and ARMED were before; FLUSH_BEGAN_NS, when it was taken.
+To be taken out by Python: FLUSHES, how many were taken; FLUSHED, how many have succeeded; of the
+last of those COVERED, its FLUSH_COVERS, and, in a compiled turn, FLUSH_TOOK_NS."""
 
 LONG_BYTES: Final = 32 << 10
 """From here on a payload is received straight into its buffers: by the general path."""

@@ -275,7 +275,7 @@ def _chain_of(queue: Queue, links: list[_Link]) -> UsualChain | None:
 
 
 def _flush_chain(queue: Queue, first: _Link, last: _Link) -> UsualChain | None:
-    """See `usual_chain`: a FLUSH of two descriptors. What its header says of a sector is nothing."""
+    """See `usual_chain`: a FLUSH of two descriptors. The sector in its header means nothing."""
     address, length, flags, _ = first
     end, room, tail, _ = last
     if flags != DESC_NEXT or length != _HEADER_BYTES or tail != DESC_WRITE or room != 1:

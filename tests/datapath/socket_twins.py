@@ -153,7 +153,7 @@ class Server:
             self.commands.append((kind, flags, cookie, offset, length, data))
         # A compiled turn sends a flush in its place, the general path after all else.
         self.commands += flushes
-        self.log += [(kind, flags, offset, length, data) for kind, flags, _, offset, length, data in flushes]
+        self.log += [(*each[:2], *each[3:]) for each in flushes]
 
     def answer(self, index: int, how: str) -> None:
         """Answer the command at `index`; the bytes are not sent yet."""

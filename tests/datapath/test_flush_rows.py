@@ -32,9 +32,16 @@ UNWRITTEN = 0xEE
 class Guest:
     """A guest of a disk without a cache, and a server that answers when it is told to."""
 
-    def __init__(self, name: str, *, turns: bool) -> None:
-        values = {"usual": True, "slots": 0, "tracked": True, "structured": True}
-        self.twin = Twin(**values, event_idx=True, engine=engine(name), turns=turns)  # type: ignore[arg-type]
+    def __init__(self, name: str, *, turns: bool, usual: bool = True) -> None:
+        self.twin = Twin(
+            usual=usual,
+            slots=0,
+            tracked=True,
+            structured=True,
+            event_idx=True,
+            engine=engine(name),
+            turns=turns,
+        )
         self.server = self.twin.server
 
     def send(self, slot: int, type_: int) -> None:
@@ -222,6 +229,21 @@ def a_durable_write_is_in_flight(guest: Guest) -> None:
 
 def test_no_flush_is_a_row_while_a_durable_write_is_in_flight(guest: Guest) -> None:
     a_durable_write_is_in_flight(guest)
+
+
+@pytest.mark.parametrize("usual", [False, True])
+def test_flush_does_not_wait_for_a_durable_write_that_was_sent_after_its_answer_had_come(
+    usual: bool,
+) -> None:
+    guest = Guest(PURE, turns=False, usual=usual)
+    guest.write(0)
+    guest.send(1, T_FLUSH)
+    guest.turn()
+    guest.write_through()
+    guest.send(2, T_OUT)
+    guest.answer(p.CMD_FLUSH)  # It is read before the ring is looked at.
+    assert (guest.status(1), guest.status(2)) == (S_OK, UNWRITTEN)
+    guest.twin.close()
 
 
 def a_loss_is_to_be_told(guest: Guest) -> None:
