@@ -54,9 +54,7 @@ class Guest:
         links = [(HEADERS + 16 * slot, 16, 1), (STATUSES + slot, 1, 2)]
         if type_ == T_OUT:
             links.insert(1, (HIGH + ROOM_BYTES * slot, 4096, 1))
-        table = b"".join(
-            struct.pack("=QIHH", *link, index + 1) for index, link in enumerate(links)
-        )
+        table = b"".join(struct.pack("=QIHH", *link, index + 1) for index, link in enumerate(links))
         at, head = TABLES + 0x100 * slot, STRIDE * slot
         low[at : at + len(table)] = table
         low[16 * head : 16 * head + 16] = struct.pack("=QIHH", at, len(table), 4, 0)
