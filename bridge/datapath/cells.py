@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.datapath.request import Request
     from bridge.datapath.rows import Rows
 
-ABI: Final = 4
+ABI: Final = 5
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -185,10 +185,18 @@ CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, CAN_FLUSH, DISK_CELLS = range(5)
 not be durable when it is complete. CAN_FLUSH: a flush means something."""
 
 # Cells of a `Route`.
-(MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, WHOLE_READ_BYTES, ROUTE_CELLS) = range(6)
+(
+    MAX_READ_BYTES,
+    MAX_WRITE_BYTES,
+    SIZE_BYTES,
+    ALIGN_MASK,
+    WHOLE_READ_BYTES,
+    WHOLE_WRITE_BYTES,
+    ROUTE_CELLS,
+) = range(7)
 """What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
-nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES: the longest read that
-compiled turns send as one command."""
+nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES, WHOLE_WRITE_BYTES: the
+longest that compiled turns send as one command."""
 
 # Cells of a `Channel`.
 (
@@ -218,8 +226,8 @@ compiled turns send as one command."""
 """UNFLUSHED: WRITE and WRITE_ZEROES without FUA that were answered. LONG_READS: reads in flight of
 `LONG_BYTES` and more. ROWS: rows in flight. SEGMENTS: of those of them that have several. Of
 compiled turns only: DIRECT is the cookie of the row whose payload is being received straight into
-guest memory, DIRECT_LEFT how much of it is still to come, LARGE_BYTES how many bytes such rows are
-in flight for.
+guest memory, DIRECT_LEFT how much of it is still to come, LARGE_BYTES how many bytes are in flight
+of reads of `LONG_BYTES` and more, and of writes longer than `lanes.SMALL_BYTES`.
 
 Of flushes, which are rows only where all is well (see `server.flushes`). What is known when a
 look at the rings begins: MAY_FLUSH, one may be taken; NOT_ROWS, something is in flight that is
