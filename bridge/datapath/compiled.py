@@ -19,7 +19,8 @@ from typing import Final, NamedTuple
 
 from bridge.datapath import _native
 from bridge.datapath.cells import NEXT_USED, PUBLISHED
-from bridge.datapath.rows import TurnedFlushes, UsualRing
+from bridge.datapath.flush_rows import TurnedFlushes
+from bridge.datapath.rows import UsualRing
 from bridge.datapath.turn import Turn
 
 # As in `native/turns.h`.

@@ -28,9 +28,10 @@ from typing import Protocol, cast
 import structlog
 import trio
 
+from bridge.datapath.flush_rows import TurnedFlushes
 from bridge.datapath.histogram import Histogram
 from bridge.datapath.request import FLUSH, INTERNAL, READ, REPEATED, Hits, Request, Target
-from bridge.datapath.rows import TurnedFlushes, Usual
+from bridge.datapath.rows import Usual
 from bridge.datapath.turn import Outcome, Turn
 
 _log = structlog.get_logger(__name__)
@@ -99,7 +100,7 @@ class Disk:
         """What rings may ask before they pop a chain; None: there is nothing."""
         if self.usual is not None:
             self.usual.is_armed = self._is_armed
-            self.usual.disk = self
+            self.usual.tells(self)
         self._now = now
         self._deadline_s: float | None = None
         self._armed = trio.Event()
@@ -191,7 +192,7 @@ class Disk:
         if self._deadline_s is None:
             self._arm_timer()
 
-    # Flushes that are rows: see rows.FlushedDisk.
+    # Flushes that are rows: see flush_rows.FlushedDisk.
 
     def in_flight_at_server(self) -> int:
         """See FlushedDisk."""

@@ -13,20 +13,12 @@ state of the disk's two sides. `Disk` has the one that fits, or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from time import perf_counter_ns
+from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
 from bridge.datapath.cells import (
     ARMED,
-    COVERED,
-    FLUSH_ARMED,
-    FLUSH_BEGAN_NS,
-    FLUSH_COVERS,
     FLUSH_ROW,
-    FLUSH_SEEN,
-    FLUSH_TOOK_NS,
-    FLUSHED,
     FLUSHES,
     HEAD_BITS,
     MAX_HEADS,
@@ -34,7 +26,6 @@ from bridge.datapath.cells import (
     MAY_FLUSH,
     NAME,
     NAME_BITS,
-    NOT_ROWS,
     NUMBER,
     ROW,
     ROW_BYTES,
@@ -57,6 +48,7 @@ from bridge.datapath.cells import (
     sequence_of,
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
+from bridge.datapath.flush_rows import FlushedDisk, FlushRows, TurnedFlushes
 from bridge.datapath.request import FLUSH, Request
 from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
 
@@ -75,51 +67,6 @@ Side = tuple[Resident] | tuple[Channel, int, Route, "Rows", int, int]
 
 def _never() -> bool:
     return False
-
-
-class TurnedFlushes(NamedTuple):
-    """The flushes of some compiled turns."""
-
-    taken: int
-    took_ns: Sequence[int]
-    """Of those that have succeeded in turns that have ended."""
-    durable: bool
-    """Since the last of these all is durable, unless a flush is in flight that is no row."""
-    is_new: bool
-    """One was taken in the last turn, which goes on."""
-
-
-class FlushRows(Protocol):
-    """What knows what a row that is a flush is for."""
-
-    def adopt_flush(self, request: Request, channel: Channel) -> Request:
-        """The command for the guest's flush `request`, which was a row."""
-
-    def flush_answered(self, channel: Channel) -> None:
-        """The flush row of `channel` has succeeded (the cells FLUSHED and COVERED)."""
-
-
-class FlushedDisk(Protocol):
-    """A disk whose guest's flushes may be rows."""
-
-    def in_flight_at_server(self) -> int:
-        """How many commands are not finished."""
-
-    def may_flush(self, rows: int) -> bool:
-        """Nothing is known that a flush has to tell of, and none is unanswered but `rows`."""
-
-    def flush_taken(self, *, armed: bool) -> None:
-        """A flush is a row. `armed`: so is the timer, from here on."""
-
-    def flush_answered(self, took_ns: int) -> None:
-        """It has succeeded in this turn, after so long."""
-
-    def flushes_turned(self, flushes: TurnedFlushes, *, armed: bool) -> None:
-        """Compiled turns had these. `armed`: so is the timer, from here on."""
-
-    def adopt_flush(self, request: Request, began_ns: int, *, armed: bool) -> Request:
-        """What `submit` would have made of the flush `request` at that time, when the timer was
-        `armed`."""
 
 
 class PendingOwner(Protocol):
@@ -219,7 +166,7 @@ class Rows:
         number = row[_CHANNEL_AT]
         if request.op == FLUSH:
             assert self.flushes is not None
-            request = self.flushes.adopt_flush(request, self._channels[number][0])
+            request = self.flushes.adopt(request, self._channels[number][0])
         request.cookie = cookie
         self.adopted_total += 1
         return number, request
@@ -240,11 +187,6 @@ class Rows:
             channel.held = [REQUEST.pack(REQUEST_MAGIC, 0, CMD_FLUSH, cookie, 0, 0)]
         channel.output += channel.held
         channel.held = []
-
-    def flush_answered(self, channel: Channel) -> None:
-        """See FlushRows."""
-        assert self.flushes is not None
-        self.flushes.flush_answered(channel)
 
     def publish_touched(self) -> None:
         """Rings in which answers were pushed publish them at the end of this turn."""
@@ -280,15 +222,18 @@ class Usual(Protocol):
     """Chains so far."""
     writes: int
     """Those of them that are writes."""
-    flushes: int
-    """Those that are flushes."""
     is_armed: Callable[[], bool]
     """It is known already that something is not durable: `wrote` need not be called."""
-    disk: FlushedDisk | None
-    """Whose flushes may be rows; None: no flush may."""
     engine: Engine
     answers_at_once: bool
     """What is served is pushed, and to be published at the end of this turn."""
+
+    @property
+    def flushes(self) -> int:
+        """Those of the chains that are flushes."""
+
+    def tells(self, disk: FlushedDisk) -> None:
+        """Flushes of the guest of `disk` may be rows. (Without it none is.)"""
 
     def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """Serve what `queue` has available up to the first chain that is not usual, which its cell
@@ -369,7 +314,6 @@ class FromCache:
         self.served = 0
         self.writes = self.flushes = 0
         self.is_armed: Callable[[], bool] = _never
-        self.disk: FlushedDisk | None = None
         self.engine = engine
         self._take_hits = engine.take_hits
         self._side = (cache,)
@@ -388,6 +332,9 @@ class FromCache:
                 self.writes += writes
                 self._wrote()
         return taken
+
+    def tells(self, disk: FlushedDisk) -> None:
+        """See `Usual`. There are no rows here."""
 
     def side(self) -> Side | None:
         """See `Usual`."""
@@ -427,18 +374,24 @@ class ToServer:
     def __init__(self, route: Route, rows: Rows, wrote: Callable[[], None]) -> None:
         """`wrote()`: something is not durable."""
         self.served = 0
-        self.writes = self.flushes = 0
+        self.writes = 0
         self.is_armed: Callable[[], bool] = _never
-        self.disk: FlushedDisk | None = None
         self.engine = rows.engine
         self._take_commands = rows.engine.take_commands
         self._route = route
         self._rows = rows
         self._wrote = wrote
-        self._alone = False
-        """When the last compiled turns began, no flush was unanswered but a row."""
-        rows.flushes = self
+        self._flushes = rows.flushes = FlushRows(route)
         route.rows = rows
+
+    def tells(self, disk: FlushedDisk) -> None:
+        """See `Usual`."""
+        self._flushes.disk = disk
+
+    @property
+    def flushes(self) -> int:
+        """See `Usual`."""
+        return self._flushes.taken
 
     @property
     def sequence(self) -> int:
@@ -461,7 +414,7 @@ class ToServer:
         flat[MAY_FLUSH], flat[ARMED] = 0, self.is_armed()
         reads, writes = self._take_commands(queue, disk, route, channel, rows)
         if flushes and queue.cells[STOPPED] == STOP_FLUSH and not flat[FLUSH_ROW]:
-            self._look_at_flushes(channel)
+            self._flushes.look(channel)
             if flat[MAY_FLUSH]:
                 queue.cells[STOPPED] = 0
                 more_reads, more_writes = self._take_commands(queue, disk, route, channel, rows)
@@ -473,57 +426,10 @@ class ToServer:
             self.writes += writes
             route.flush_later()
             if flat[FLUSHES]:
-                self._took_flush(channel)
+                self._flushes.took(channel)
             elif writes:
                 self._wrote()
         return taken
-
-    # Flushes: see `cells`, and `server.flushes`.
-
-    def _look_at_flushes(self, channel: Channel) -> None:
-        """Find out whether a flush may be taken now."""
-        flat, disk, flushes = channel.cells, self.disk, self._route.flushes
-        rows = 1 if flat[FLUSH_ROW] else 0
-        flat[MAY_FLUSH] = (
-            disk is not None
-            and flushes is not None
-            and disk.may_flush(rows)
-            and flushes.may_be_row()
-        )
-        if disk is not None and flat[MAY_FLUSH]:
-            flat[NOT_ROWS] = disk.in_flight_at_server() > flat[ROWS]
-
-    def _took_flush(self, channel: Channel) -> None:
-        flat = channel.cells
-        assert self.disk is not None
-        assert self._route.flushes is not None
-        flat[FLUSHES] = 0
-        flat[FLUSH_BEGAN_NS] = perf_counter_ns()
-        self.flushes += 1
-        self.disk.flush_taken(armed=bool(flat[ARMED]))
-        self._route.flushes.row_taken()
-
-    def flush_answered(self, channel: Channel) -> None:
-        """See `FlushRows`."""
-        self._flush_answered(channel, perf_counter_ns() - channel.cells[FLUSH_BEGAN_NS])
-
-    def _flush_answered(self, channel: Channel, took_ns: int) -> None:
-        flat = channel.cells
-        assert self.disk is not None
-        assert self._route.flushes is not None
-        flat[FLUSHED] = 0
-        self._route.flushes.row_succeeded(flat[COVERED])
-        self.disk.flush_answered(took_ns)
-
-    def adopt_flush(self, request: Request, channel: Channel) -> Request:
-        """See `FlushRows`."""
-        flat = channel.cells
-        assert self.disk is not None
-        assert self._route.flushes is not None
-        flat[FLUSH_ROW] = 0
-        armed = bool(flat[FLUSH_ARMED])
-        flush = self.disk.adopt_flush(request, flat[FLUSH_BEGAN_NS], armed=armed)
-        return self._route.flushes.adopt_row(flush, flat[FLUSH_COVERS], flat[FLUSH_SEEN])
 
     def side(self) -> Side | None:
         """See `Usual`."""
@@ -535,8 +441,7 @@ class ToServer:
         if received is None:
             return None
         fd, start, end = received
-        self._look_at_flushes(channel)
-        self._alone = bool(channel.cells[MAY_FLUSH])
+        self._flushes.begin_turns(channel)
         channel.cells[ARMED] = self.is_armed()
         return channel, fd, route, rows, start, end
 
@@ -544,28 +449,15 @@ class ToServer:
         """See `Usual`."""
         self.served += reads + writes + flushes.taken
         self.writes += writes
-        self.flushes += flushes.taken
-        channel = self._route.channel
-        if channel is not None and (flushes.taken or flushes.took_ns):
-            assert self.disk is not None
-            assert self._route.flushes is not None
-            channel.cells[FLUSHES] = 0
-            if flushes.took_ns:
-                self._route.flushes.row_succeeded(channel.cells[COVERED])
-            if flushes.is_new:
-                self._route.flushes.row_taken()
-            if not self._alone:
-                flushes = flushes._replace(durable=False)
-            self.disk.flushes_turned(flushes, armed=bool(channel.cells[ARMED]))
+        if self._route.channel is not None:
+            self._flushes.turned(self._route.channel, flushes)
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """See `Usual`."""
         assert self._route.wire is not None
         self._route.wire.turned(start, end, received, unsent)
-        channel = self._route.channel
-        if channel is not None and channel.cells[FLUSHED]:
-            # In the turn that goes on.
-            self._flush_answered(channel, channel.cells[FLUSH_TOOK_NS])
+        if self._route.channel is not None:
+            self._flushes.go_on(self._route.channel)
 
     def shown(self, unflushed: int) -> None:
         """See `Usual`."""

@@ -395,8 +395,8 @@ class Transmission(Channel):
                 self._start, waits = self._answers(self, rows, self._start, self._end)
                 if self.cells[UNFLUSHED] != unflushed:
                     self._turn.wanted = True  # The stages that count them are to look.
-                if self.cells[FLUSHED]:
-                    rows.flush_answered(self)
+                if self.cells[FLUSHED] and rows.flushes is not None:
+                    rows.flushes.answered(self)
                 if rows.touched:
                     rows.publish_touched()
                 if waits or self._end - self._start < 16:
