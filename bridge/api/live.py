@@ -30,7 +30,7 @@ from bridge.datapath.cells import (
 from bridge.datapath.disk import Disk
 from bridge.datapath.lanes import WHOLE_BYTES
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import READ, WRITE, Request
+from bridge.datapath.request import FLUSH, READ, WRITE, Request
 from bridge.datapath.usual import usual_chain
 from bridge.guest.device import BlkDevice
 from bridge.guest.ring import RunningRing
@@ -120,7 +120,8 @@ class Live:
         usual = self.device._engine.usual
         if usual is None:
             return {}
-        return {READ: usual.served - usual.writes, WRITE: usual.writes}
+        reads = usual.served - usual.writes - usual.flushes
+        return {READ: reads, WRITE: usual.writes, FLUSH: usual.flushes}
 
     def usual_sizes(self, since: int) -> tuple[int, dict[int, list[int]]]:
         """By operation, the lengths of the usual requests of this turn, which has not ended; of
@@ -337,6 +338,8 @@ def _sent(queue: Queue, since: int) -> Iterator[tuple[int, int]]:
     for head, cookie in enumerate(queue.cookies):
         if cookie and sequence_of(cookie) >= since:
             row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
+            if row[_ROW_OP] == FLUSH:
+                continue
             yield (READ if row[_ROW_OP] == CMD_READ else WRITE), row[_ROW_LENGTH]
 
 
