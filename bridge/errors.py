@@ -163,6 +163,10 @@ class ExportUnknown(ConfigError):
     """The server says that there is no export of this name."""
 
 
+class TlsWanted(ConfigError):
+    """The server does not go on without TLS."""
+
+
 class ProtocolError(BridgeError):
     """A peer broke a MUST of its protocol.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.datapath.request import Request
     from bridge.datapath.rows import Rows
 
-ABI: Final = 5
+ABI: Final = 6
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -180,9 +180,18 @@ class Queue:
 
 
 # Cells of a disk, as its guest sees it.
-CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, CAN_FLUSH, DISK_CELLS = range(5)
+(
+    CAPACITY_BYTES,
+    BLOCK_MASK,
+    MAY_WRITE,
+    CAN_FLUSH,
+    READ_BYTES,
+    WRITTEN_BYTES,
+    DISK_CELLS,
+) = range(7)
 """BLOCK_MASK: bits that offset and length must not have. MAY_WRITE: a write is allowed, and need
-not be durable when it is complete. CAN_FLUSH: a flush means something."""
+not be durable when it is complete. CAN_FLUSH: a flush means something. READ_BYTES, WRITTEN_BYTES:
+of the usual requests that were taken so far."""
 
 # Cells of a `Route`.
 (

@@ -63,6 +63,7 @@ from bridge.datapath.cells import (
     NOT_ROWS,
     PUBLISHED,
     PUSHED,
+    READ_BYTES,
     ROW,
     ROW_BYTES,
     ROW_COOKIE,
@@ -85,6 +86,7 @@ from bridge.datapath.cells import (
     STOPPED,
     TOUCHED,
     UNFLUSHED,
+    WRITTEN_BYTES,
     Cells,
     Channel,
     Queue,
@@ -325,7 +327,7 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
     slots, granule_of = cache.head, cache.granule_of
     ready, opened, data = cache.ready, cache.open, cache.data
     touched, up = cache.touched, cache.up
-    served = writes = 0
+    served = writes = written_bytes = 0
     left_bytes = TURN_BYTES
     while served < count and left_bytes > 0:
         head = avail[2 + (first + served & mask)]
@@ -388,7 +390,9 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
         else:
             data[at : at + length] = views[data_region][data_at : data_at + length]
         elements[((used & mask) << 1) + 1] = 1 if type_ else length + 1
-        writes += type_
+        if type_:
+            writes += 1
+            written_bytes += length
         left_bytes -= length
         views[status_region][status_at] = 0
         if tracked:
@@ -403,6 +407,8 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
     state[NEXT_USED] = used & 0xFFFF
     if tracked:
         state[PUSHED], state[COUNTER], state[LAST_HEAD] = n_pushed, counter, last_head
+    disk[WRITTEN_BYTES] += written_bytes
+    disk[READ_BYTES] += TURN_BYTES - left_bytes - written_bytes
     return served - writes, writes
 
 
@@ -496,7 +502,7 @@ def take_commands(
     name = state[NAME]
     sequence = rows.cells[0]
     many = queue.segments
-    taken = writes = pieces = 0
+    taken = writes = pieces = read_bytes = written_bytes = 0
     flat = channel.cells
     in_flight, armed, flushes = flat[SEGMENTS], flat[ARMED], flat[FLUSHES]
     while taken < count:
@@ -572,6 +578,9 @@ def take_commands(
                 output.append(views[data_region][data_at : data_at + length])
             writes += 1
             armed = 1
+            written_bytes += length
+        else:
+            read_bytes += length
         taken += 1
     state[NEXT_AVAIL] = first + taken & 0xFFFF
     state[IN_FLIGHT] += taken
@@ -581,6 +590,8 @@ def take_commands(
     flat[ROWS] += taken
     flat[SEGMENTS] = in_flight
     flat[ARMED] = armed
+    disk[READ_BYTES] += read_bytes
+    disk[WRITTEN_BYTES] += written_bytes
     if writes:
         channel.has_payload = True
     return taken - writes - (flat[FLUSHES] - flushes), writes

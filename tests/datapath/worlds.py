@@ -205,7 +205,13 @@ class World:
     def small(self) -> list[Any]:
         """All that is not in the arena."""
         cache, channel = self.cache, self.channel
-        found: list[Any] = [self.opened, cache.touched, cache.open.tobytes(), channel.cells]
+        found: list[Any] = [
+            self.disk,
+            self.opened,
+            cache.touched,
+            cache.open.tobytes(),
+            channel.cells,
+        ]
         found += [self.rows.cells, [self.rows.queues.index(each) for each in self.rows.touched]]
         found += [channel.has_payload, b"".join(channel.output), len(channel.output)]
         found += [channel.held]

@@ -416,7 +416,20 @@ static uint64_t hit_at(const struct dp_queue *queue, uint32_t head, const uint64
     return DP_STOP_MISS;
 }
 
-struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
+static inline void count_taken(struct dp_taken *taken, uint64_t *disk, const struct chain *chain)
+{
+    if (chain->type == FLUSH) {
+        taken->flushes++;
+    } else if (chain->type == IN) {
+        taken->reads++;
+        disk[DP_READ_BYTES] += chain->length;
+    } else {
+        taken->writes++;
+        disk[DP_WRITTEN_BYTES] += chain->length;
+    }
+}
+
+struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk,
                              const struct dp_resident *cache, bool may_write)
 {
     struct dp_taken taken = {0};
@@ -441,10 +454,7 @@ struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
             copy_hit(queue, cache, &chain, places);
         copied += chain.length;
         put_element(queue, used, head, chain.type == IN ? (uint32_t)chain.length + 1 : 1);
-        if (chain.type == IN)
-            taken.reads++;
-        else
-            taken.writes++;
+        count_taken(&taken, disk, &chain);
         store_8(in_region(queue, chain.status_region, chain.status_at), 0);
         if (queue->tracked) {
             note_pushed(queue, head, &state[DP_LAST_HEAD]);
@@ -583,7 +593,7 @@ static void note_flush(uint64_t *cells, uint64_t cookie, uint64_t rows)
     cells[DP_FLUSHES]++;
 }
 
-struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
+struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, bool whole,
                                  struct dp_command *out, uint32_t room, uint32_t pieces)
@@ -626,15 +636,11 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
             note_popped(queue, head, state[DP_COUNTER]++);
         put_row(queue, channel, head, cookie, &chain);
         fill_command(&out[done], queue, head, cookie, &chain);
-        if (chain.type == FLUSH) {
+        count_taken(&taken, disk, &chain);
+        if (chain.type == FLUSH)
             note_flush(cells, cookie, cells[DP_ROWS] + done);
-            taken.flushes++;
-        } else if (chain.type == OUT) {
+        else if (chain.type == OUT)
             cells[DP_ARMED] = 1;
-            taken.writes++;
-        } else {
-            taken.reads++;
-        }
     }
     taken.is_full = done < count && !state[DP_STOPPED];
     state[DP_NEXT_AVAIL] = (uint16_t)(first + done);

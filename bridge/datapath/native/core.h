@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 5
+#define DP_ABI 6
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -52,7 +52,15 @@ enum {
 };
 
 /* Cells of a disk. */
-enum { DP_CAPACITY_BYTES, DP_BLOCK_MASK, DP_MAY_WRITE, DP_CAN_FLUSH, DP_DISK_CELLS };
+enum {
+    DP_CAPACITY_BYTES,
+    DP_BLOCK_MASK,
+    DP_MAY_WRITE,
+    DP_CAN_FLUSH,
+    DP_READ_BYTES,
+    DP_WRITTEN_BYTES,
+    DP_DISK_CELLS
+};
 
 /* Cells of a `Route`. */
 enum {
@@ -224,14 +232,14 @@ typedef struct dp_queue *(*dp_queue_of)(void *owner, unsigned number);
 bool dp_queue_is_sound(const struct dp_queue *queue);
 
 /* See `usual.take_hits`. */
-struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
+struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk,
                              const struct dp_resident *cache, bool may_write);
 
 /* See `usual.take_commands`: at most `room` commands are put at `out`, with at most `pieces`
  * headers and segments of payload. With less room than chains there is no STOPPED: the rest is to
  * be asked for again. `whole`: also large ones, up to WHOLE_READ_BYTES or WHOLE_WRITE_BYTES each
  * and DP_LARGE_IN_FLIGHT_BYTES together. */
-struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
+struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, bool whole,
                                  struct dp_command *out, uint32_t room, uint32_t pieces);

@@ -36,7 +36,7 @@ struct dp_turns {
     struct dp_ring *rings;
     uint32_t ring_count;
     uint32_t first_ring; /* another one in each turn */
-    const uint64_t *disk;
+    uint64_t *disk;
     bool may_write; /* it is known already that something is not durable */
 
     /* Commands go to a server: its channel, or NULL. */
