@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +40,7 @@ class Plan:
     say_every_ticks: int = _SAY_EVERY_TICKS
     only: tuple[str, ...] = ()
     """Names of the faults to make; () for all."""
+    hung_ticks: int = HUNG_TICKS
 
 
 class Campaign:
@@ -69,7 +72,16 @@ class Campaign:
             self.tally.problems += [_told(each) for each in _leaves(group)]
         self._count()
         self._judge()
+        if self.tally.problems:
+            self._keep_logs()
         return self.tally
+
+    def _keep_logs(self) -> None:
+        kept = Path(tempfile.mkdtemp(prefix="nbd-bridge-torture-"))
+        for log in self._folder.glob("*/*.log"):
+            shutil.copy(log, kept / f"{log.parent.name}-{log.name}")
+        (kept / "story").write_text("\n".join(self.tally.story) + "\n")
+        self._say(f"logs, and what happened when: {kept}")
 
     async def _torture(self, number: int, profile: Profile) -> None:
         folder = self._folder / f"disk{number}"
@@ -92,6 +104,7 @@ class Campaign:
             if fault.alone:
                 await disk.recovers()
             self.tally.faults[fault.name] += 1
+            self.tally.story.append(f"{self._ticks} disk {disk.number}: {fault.name}")
             await fault.happen(disk)
             if fault.alone or disk.rng.random() >= _NO_RECOVERY:
                 await disk.recovers()
@@ -142,7 +155,7 @@ class Campaign:
         if self.tally.problems:
             raise Violation("stopped for that")
         age, kind = disk.guest.oldest_age_ticks()
-        if age > HUNG_TICKS:
+        if age > self._plan.hung_ticks:
             raise Violation(
                 f"disk {disk.number}: a {kind} hangs for {age} s; bridge: {disk.bridge.said()}; "
                 f"server: {disk.server.said()}"

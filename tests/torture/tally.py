@@ -18,6 +18,8 @@ class Tally:
     """Requests that failed while a fault explains it."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Kind of fault → why it cannot be made here."""
+    story: list[str] = field(default_factory=list)
+    """Which fault began in which second."""
     problems: list[str] = field(default_factory=list)
     verified_bytes: int = 0
 
