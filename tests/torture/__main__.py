@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from tests.torture import campaign
+from tests.torture import campaign, endurance
 from tests.torture.campaign import Plan
 from tests.torture.disk import PROFILES
 from tests.torture.tally import Tally
@@ -22,17 +22,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, help="go on for so long (default: 1)")
     parser.add_argument("--kills", type=int, help="go on until so many processes were killed")
     parser.add_argument("--seed", default="", help="of all the dice (default: a new one)")
+    parser.add_argument(
+        "endurance",
+        nargs="?",
+        choices=["endurance"],
+        help="a compressed week instead: nothing grows",
+    )
     parser.add_argument("--disks", type=int, default=len(PROFILES), help="so many, at most")
     chosen = parser.parse_args(arguments)
+    seed = chosen.seed or os.urandom(4).hex()
+    if chosen.endurance:
+        return _endure(seed, chosen.disks)
     no_limit = chosen.hours is None and chosen.kills is None
     plan = Plan(
-        seed=chosen.seed or os.urandom(4).hex(),
+        seed=seed,
         hours=1.0 if no_limit else chosen.hours or 0.0,
         kills=300 if no_limit else chosen.kills or 0,
         profiles=PROFILES[: chosen.disks],
     )
     _say(f"seed {plan.seed}; {len(plan.profiles)} disks")
     return _report(campaign.run(plan, _say), plan)
+
+
+def _endure(seed: str, disks: int) -> int:
+    plan = Plan(seed=seed, profiles=endurance.PROFILES[:disks])
+    _say(f"seed {seed}; {endurance.WEEK}")
+    return _report(endurance.run(plan, endurance.WEEK, _say), plan)
 
 
 def _say(line: str) -> None:
@@ -47,7 +62,7 @@ def _report(tally: Tally, plan: Plan) -> int:
         ("failed with a reason", tally.errors),
     ):
         print(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
-    if missing := campaign.never(tally):
+    if tally.killed and (missing := campaign.never(tally)):
         print(f"never happened: {', '.join(missing)}")
     for name, why in tally.left_out.items():
         print(f"left out: {name}: {why}")

@@ -227,7 +227,7 @@ class Disk:
         )
         if self.profile.bug:
             argv[argv.index("bridge")] = "tests.torture.planted"
-            self._environment["NBD_BRIDGE_PLANTED_BUG"] = self.profile.bug
+            self._environment["TORTURE_PLANTED_BUG"] = self.profile.bug
         self.bridge.start(argv, self._environment)
 
     async def kill_bridge(self) -> None:

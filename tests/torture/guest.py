@@ -88,6 +88,7 @@ class Guest:
         """Seconds of this process's own time: it stands still while the campaign is stopped."""
         self.under_way: set[Under] = set()
         self.flushes = 0
+        self.boots = 0
         self.reconnects = 0
         self._flush_done = trio.Event()
         self._unanswered: set[Change] = set()
@@ -132,6 +133,7 @@ class Guest:
                 driver.close()
                 raise
             self._driver = driver
+            self.boots += 1
             return driver
 
     async def reset(self) -> None:

@@ -25,8 +25,8 @@ class Proxy:
         self._flows.set()
         self.refuses = False
         self.port = 0
-        self.connections = 0
-        """So many were accepted and reached the server."""
+        self.cuts = 0
+        self.from_server_bytes = 0
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; `port` is known once started."""
@@ -37,6 +37,7 @@ class Proxy:
 
     def cut(self) -> None:
         """Reset every connection, in the middle of whatever is under way."""
+        self.cuts += 1
         for pair in self._pairs:
             for stream in pair:
                 stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -61,7 +62,6 @@ class Proxy:
         except OSError:
             await trio.aclose_forcefully(client)
             return
-        self.connections += 1
         pair = (client, server)
         self._pairs.add(pair)
         try:
@@ -89,6 +89,8 @@ class Proxy:
         try:
             while data := await source.receive_some(self._rng.randint(1, _LARGEST_PIECE_BYTES)):
                 await self._flows.wait()
+                if source.socket.family == trio.socket.AF_UNIX:
+                    self.from_server_bytes += len(data)
                 await sink.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             pass

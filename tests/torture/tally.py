@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -27,6 +28,10 @@ class Tally:
     def killed(self) -> int:
         """Processes that were killed."""
         return sum(self.kills.values())
+
+    def has(self, pattern: str) -> bool:
+        """A problem of that kind was found."""
+        return any(re.search(pattern, problem) for problem in self.problems)
 
     def line(self) -> str:
         """All of it in one line."""
