@@ -120,6 +120,7 @@ class Endurance(Campaign):
         await disk.recovers()
 
     async def _sample(self, disk: Disk) -> None:
+        await disk.recovers()
         disk.guest.hold()
         await disk.guest.all_answered()
         await disk.guest.flush_once()
