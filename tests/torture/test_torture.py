@@ -198,6 +198,11 @@ def test_memory_that_grows_with_each_event_is_found() -> None:
     assert "its memory has grown" in found
 
 
+def test_what_is_given_back_is_no_growth() -> None:
+    peaks = [10 * MIB, 10 * MIB, 10 * MIB, 30 * MIB] * 4
+    assert endurance.judge("x", samples(*peaks)) == []
+
+
 def test_one_descriptor_more_is_found() -> None:
     before, after = samples(*[MIB] * 8), samples(*[MIB] * 8, descriptors=21)
     (found,) = endurance.judge("x", before + after)
