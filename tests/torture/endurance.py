@@ -22,8 +22,9 @@ from tests.torture.tally import Tally
 
 LARGEST_GROWTH_BYTES = 1 * MIB
 """From the second quarter to the last one, comparing the smallest sample of each: what leaks is
-not given back, and what is only in use for a while is no leak. Between the quarters are half of the events: a week's 1008 reconnects, and 168 turns of 4 MiB, which are 172,000 blocks. So a
-kilobyte that leaks with each reconnect is found, and seven bytes for each block. Less would find
+not given back, and what is only in use for a while is no leak. Between the quarters are half of the
+events: a week's 1008 reconnects, and 168 turns of 4 MiB, which are 172,000 blocks. So a kilobyte
+that leaks with each reconnect is found, and seven bytes for each block. A smaller bound would find
 what the allocator does: a thread's arena, and the fragments of a burst."""
 _RECONNECTS_PER_GUEST = 12
 """After so many the guest goes and another one comes: an hour of five minutes each."""
