@@ -9,10 +9,15 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
+from tests.ceph.cluster import Cluster, install
+from tests.processes import short_directory
 from tests.torture import campaign, endurance
 from tests.torture.campaign import Plan
-from tests.torture.disk import PROFILES
+from tests.torture.disk import PROFILES, Profile
 from tests.torture.tally import Tally
 
 
@@ -29,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="a compressed week instead: nothing grows",
     )
     parser.add_argument("--disks", type=int, default=len(PROFILES), help="so many, at most")
+    parser.add_argument("--ceph", action="store_true", help="one more disk, on a Ceph of one node")
     chosen = parser.parse_args(arguments)
     seed = chosen.seed or os.urandom(4).hex()
     if chosen.endurance:
@@ -40,8 +46,23 @@ def main(arguments: list[str] | None = None) -> int:
         kills=300 if no_limit else chosen.kills or 0,
         profiles=PROFILES[: chosen.disks],
     )
-    _say(f"seed {plan.seed}; {len(plan.profiles)} disks")
-    return _report(campaign.run(plan, _say), plan)
+    with _ceph() if chosen.ceph else nullcontext(()) as more:
+        plan = replace(plan, profiles=(*plan.profiles, *more))
+        _say(f"seed {plan.seed}; {len(plan.profiles)} disks")
+        return _report(campaign.run(plan, _say), plan)
+
+
+@contextmanager
+def _ceph() -> Iterator[tuple[Profile, ...]]:
+    """A cluster, and the profile of a disk on it."""
+    with short_directory() as folder:
+        cluster = Cluster(folder / "ceph")
+        install()
+        cluster.start()
+        try:
+            yield (Profile("rbd", "writeback", cluster=cluster),)
+        finally:
+            cluster.remove()
 
 
 def _endure(seed: str, disks: int) -> int:

@@ -12,6 +12,7 @@ from random import Random
 import trio
 
 from bridge.units import SECTOR_BYTES
+from tests.ceph.cluster import Cluster
 from tests.processes import bridge_argv, unix_uri
 from tests.torture.guest import Guest
 from tests.torture.oracle import DiskOracle
@@ -19,7 +20,7 @@ from tests.torture.places import Place, small_place
 from tests.torture.pressure import JumpingClock
 from tests.torture.processes import Program
 from tests.torture.proxy import Proxy
-from tests.torture.servers import KINDS, server_argv
+from tests.torture.servers import KINDS, create_rbd_image, server_argv
 from tests.torture.tally import Tally
 
 MIB = 1 << 20
@@ -41,6 +42,8 @@ class Profile:
     size_bytes: int = 32 * MIB
     cache_bytes: int = 8 * MIB
     bug: str = ""
+    cluster: Cluster | None = None
+    """Of `rbd`."""
 
     def __str__(self) -> str:
         words = [self.server, self.cache, self.engine, f"{self.queues} queues"]
@@ -94,7 +97,7 @@ class Disk:
         self.oracle = DiskOracle(
             number,
             profile.size_bytes // SECTOR_BYTES,
-            self.image,
+            None if profile.cluster else self.image,
             has_cache=self.has_cache,
             keeps_completed=profile.cache != "writeback" and not self.kind.loses_unflushed,
         )
@@ -111,6 +114,9 @@ class Disk:
         self.storage = self._place("storage", self.profile.size_bytes + 2 * MIB)
         self.cache = self._place("cache", self.profile.cache_bytes + 4 * MIB)
         self.image = self.storage.path / "disk.img"
+        if self.profile.cluster is not None:
+            create_rbd_image(self.profile.cluster, self.profile.size_bytes)
+            return
         with self.image.open("wb") as file:
             file.truncate(self.profile.size_bytes)
 
@@ -181,7 +187,8 @@ class Disk:
     def start_server(self, filters: Sequence[Sequence[str]] = ()) -> None:
         """Start it, with filters of nbdkit's if wanted."""
         self.nbd.unlink(missing_ok=True)
-        argv = server_argv(self.profile.server, self.image, self.nbd, filters)
+        profile = self.profile
+        argv = server_argv(profile.server, self.image, self.nbd, filters, cluster=profile.cluster)
         self.server.start(argv, {})
 
     async def kill_server(self) -> None:

@@ -216,6 +216,16 @@ async def storage_full(disk: Disk) -> None:
         disk.storage.empty()
 
 
+async def osd_killed(disk: Disk) -> None:
+    """SIGKILL of Ceph's storage daemon, which is away for a while."""
+    cluster = disk.profile.cluster
+    assert cluster is not None
+    disk.tally.kills["OSD"] += 1
+    await trio.to_thread.run_sync(cluster.kill_osd)
+    await disk.sleep(0, 5)
+    await trio.to_thread.run_sync(cluster.start_osd)
+
+
 # The bridge's host.
 
 
@@ -315,11 +325,19 @@ def _has_filters(disk: Disk) -> bool:
     return disk.kind.has_filters
 
 
+def _has_ceph(disk: Disk) -> bool:
+    return disk.profile.cluster is not None
+
+
+def _has_image(disk: Disk) -> bool:
+    return disk.profile.cluster is None
+
+
 def _may_fail(disk: Disk) -> bool:
     """Through a filter that may change what clients see our plugin does not tell who wrote. Without
     it again, what the bridge wrote meanwhile looks like another host's, and dirty data is kept
     back, as it should be."""
-    return disk.kind.has_filters and not (disk.kind.proves_instance and disk.has_cache)
+    return disk.kind.has_filters and not (disk.kind.counts_writers and disk.has_cache)
 
 
 def _small_storage(disk: Disk) -> bool:
@@ -344,7 +362,7 @@ FAULTS = (
     Fault("bridge killed", bridge_killed, 3),
     Fault("bridge killed again and again", bridge_killed_again),
     Fault("both killed", both_killed, 2, alone=True),
-    Fault("host lost power", host_gone, alone=True),
+    Fault("host lost power", host_gone, 1, _has_image, alone=True),
     Fault("server stopped for a while", server_stopped),
     Fault("bridge stopped for a while", bridge_stopped),
     Fault("bridge killed, server stopped", bridge_killed_server_stopped),
@@ -353,6 +371,7 @@ FAULTS = (
     Fault("connections refused", connections_refused, 1, _has_proxy),
     Fault("server slow", server_slow, 1, _has_filters),
     Fault("server fails requests", server_fails, 1, _may_fail, alone=True),
+    Fault("OSD killed", osd_killed, 2, _has_ceph, alone=True),
     Fault("storage full", storage_full, 1, _small_storage, alone=True),
     Fault("cache's disk full", cache_disk_full, 1, _small_cache),
     Fault("cache's disk full at the first start", cache_disk_full_at_first_start, 1, _small_cache),
