@@ -88,6 +88,8 @@ class Campaign:
         folder.mkdir()
         disk = Disk(number, profile, folder, self._plan.seed, self.tally, library=self._library)
         self.disks.append(disk)
+        if profile.small_file_systems and not disk.storage.can_be_filled:
+            self.tally.left_out["disks that are full"] = "only root may mount small file systems"
         try:
             async with disk.running():
                 await disk.recovers()
@@ -194,10 +196,10 @@ def _leaves(group: BaseExceptionGroup[Exception]) -> list[BaseException]:
     return found
 
 
-def run(plan: Plan, say: Callable[[str], None], *, keep: Path | None = None) -> Tally:
+def run(plan: Plan, say: Callable[[str], None]) -> Tally:
     """One campaign in a directory of its own."""
     with short_directory() as folder:
-        return trio.run(Campaign(plan, keep or folder, say).run)
+        return trio.run(Campaign(plan, folder, say).run)
 
 
 def never(tally: Tally) -> list[str]:

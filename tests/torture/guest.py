@@ -89,7 +89,6 @@ class Guest:
         self.under_way: set[Under] = set()
         self.flushes = 0
         self.boots = 0
-        self.reconnects = 0
         self._flush_done = trio.Event()
         self._unanswered: set[Change] = set()
         self._driver: BlkDriver | None = None
@@ -160,7 +159,6 @@ class Guest:
             except BridgeError:
                 await trio.sleep(_RETRY_S)
             else:
-                self.reconnects += 1
                 return
 
     # What others want of it.

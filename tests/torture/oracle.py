@@ -182,14 +182,14 @@ class DiskOracle(Oracle):
             return
         with self._held(since):
             for look in range(_LOOKS):
-                wrong = self._wrong(first, self._look(first, count), since, mark)
+                wrong, judged = self._wrong(first, self._look(first, count), since, mark)
                 if not wrong:
                     break
                 if look == _LOOKS - 1:
                     at, number, allowed = wrong[0]
                     raise Violation(self._story(at, number, allowed, f"{when}, the image has"))
                 await trio.sleep(_LOOK_AGAIN_S)
-        self.verified_bytes += count * SECTOR_BYTES
+        self.verified_bytes += judged * SECTOR_BYTES
         await trio.lowlevel.checkpoint()
 
     @contextmanager
@@ -204,13 +204,18 @@ class DiskOracle(Oracle):
 
     def _wrong(
         self, first: int, numbers: list[int], since: int, mark: str
-    ) -> list[tuple[int, int, set[int]]]:
+    ) -> tuple[list[tuple[int, int, set[int]]], int]:
+        """Sectors with what they hold and may hold, and how many may not hold just anything."""
         found = []
+        judged = 0
         for at, number in enumerate(numbers, first):
             allowed = self.allowed(at, since, mark)
-            if allowed is not None and number not in allowed:
+            if allowed is None:
+                continue
+            judged += 1
+            if number not in allowed:
                 found.append((at, number, allowed))
-        return found
+        return found, judged
 
     def _look(self, first: int, count: int) -> list[int]:
         data = os.pread(self._image, count * SECTOR_BYTES, first * SECTOR_BYTES)

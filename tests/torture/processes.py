@@ -27,7 +27,6 @@ class Program:
         self.name = name
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
-        self.starts = 0
 
     @property
     def pid(self) -> int:
@@ -54,7 +53,6 @@ class Program:
                 env={**os.environ, **more_environment},
                 preexec_fn=_die_with_parent,
             )
-        self.starts += 1
 
     async def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
