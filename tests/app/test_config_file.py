@@ -281,7 +281,7 @@ def test_value_of_very_many_lines_is_named_without_trying_each(
     monkeypatch.setattr(tomllib, "loads", lambda text: (calls.append(text), loads(text))[1])
     path = Path(written(directory, "colour = [\n" + "1,\n" * 10_000 + "]\n"))
 
-    with pytest.raises(config_file.ConfigFileError, match="line 1000[0-9]: 'colour': write"):
+    with pytest.raises(config_file.ConfigFileError, match=r"line 1000[0-9]: 'colour': write"):
         config_file.read(path)
 
     assert len(calls) < 60
