@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from bridge.datapath.request import (
+    BLOCK_STATUS,
     DISCARD,
     FLUSH,
     FUA,
@@ -23,12 +24,14 @@ from bridge.datapath.request import (
     READ,
     WRITE,
     WRITE_ZEROES,
+    Request,
 )
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.peers.nbd_server_settings import DEFAULT_FLAGS, ServerSettings
 from bridge.server import client as client_module
+from bridge.server import commands
 from bridge.server.client_options import ClientOptions
 from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
@@ -38,6 +41,7 @@ from tests.processes import short_directory, unix_uri
 from tests.server.helpers import (
     FAST,
     LayerAbove,
+    Waiter,
     do,
     pattern,
     read,
@@ -792,3 +796,42 @@ async def test_server_that_hangs_up_on_everything_fails_requests_after_the_recon
         assert await do(client, READ, 0, 0) == 0
         waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
         assert await waiter.wait() == errno.EIO
+
+
+@pytest.mark.parametrize("extended", [False, True])
+async def test_block_status_of_more_than_a_command_takes_tells_of_the_beginning(
+    extended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_STATUS_MAX_BYTES", 128 << 10)
+    async with served(1 << 20, ServerSettings(extended=extended)) as (client, server, disk):
+        disk.data[64 << 10 : 128 << 10] = b"x" * (64 << 10)
+        server.commands = []
+
+        extents = await status(client, 0, 512 << 10)
+
+        assert [length for length, _ in extents] == [64 << 10, 64 << 10]
+        assert [command.length for command in server.commands] == [128 << 10]
+
+
+async def test_block_status_and_prefetch_within_blocks_are_of_whole_blocks() -> None:
+    settings = ServerSettings(block_sizes=(4096, 4096, 1 << 20))
+    async with served(1 << 20, settings) as (client, server, disk):
+        disk.data[65536:131072] = b"x" * 65536
+        server.commands = []
+
+        extents = await status(client, 61440 + 512, 7168)
+        assert await do(client, PREFETCH, 4096 + 512, 1024) == 0
+
+        assert [length for length, _ in extents] == [3584, 3584]
+        sent = [(command.offset, command.length) for command in server.commands]
+        assert sent == [(61440, 8192), (4096, 4096)]
+
+
+async def test_block_status_of_a_server_that_has_none_is_refused_and_nothing_sent() -> None:
+    async with served(1 << 20, ServerSettings(block_status=False)) as (client, server, _):
+        server.commands = []
+        waiter = start(client, BLOCK_STATUS, 0, 4096, [])
+        assert await waiter.wait() == errno.EOPNOTSUPP
+        plain = Waiter(client, Request(BLOCK_STATUS, 0, 4096, [], lambda _: None))
+        assert await plain.wait() == errno.EINVAL
+        assert not server.commands
