@@ -13,6 +13,7 @@ An input that breaks a rule is left in .fuzz/faults, under a name that --replay 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -177,8 +178,8 @@ def _keep(target: Target, corpora: list[Path]) -> None:
     inputs = minimise.fewest(target, (path.read_bytes() for path in files), most=KEPT_FILES)
     shutil.rmtree(target.corpus, ignore_errors=True)
     target.corpus.mkdir(parents=True)
-    for number, data in enumerate(inputs):
-        (target.corpus / f"{number:02}").write_bytes(data)
+    for data in inputs:
+        (target.corpus / hashlib.sha256(data).hexdigest()[:10]).write_bytes(data)
     for name, data in always.items():
         (target.corpus / name).write_bytes(data)
     (target.corpus / VERSION_FILE).write_text(f"{target.version}\n")
