@@ -65,7 +65,8 @@ class Target:
 
 def check_version(target: Target) -> None:
     """Raises OtherVersion for a corpus that was made for another version of the target."""
-    found = (target.corpus / VERSION_FILE).read_text().strip()
+    version = target.corpus / VERSION_FILE
+    found = version.read_text().strip() if version.exists() else "none"
     if found != str(target.version):
         raise OtherVersion(
             f"the corpus of {target.name} is of version {found}, the target of version "

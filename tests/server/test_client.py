@@ -835,3 +835,47 @@ async def test_block_status_of_a_server_that_has_none_is_refused_and_nothing_sen
         plain = Waiter(client, Request(BLOCK_STATUS, 0, 4096, [], lambda _: None))
         assert await plain.wait() == errno.EINVAL
         assert not server.commands
+
+
+class SizedPerConnection(MemoryDisk):
+    """Each connection is told of another size, as of a server in front of two that differ."""
+
+    @property
+    def size_bytes(self) -> int:
+        self._told += 1
+        return self._size_bytes * self._told
+
+    @size_bytes.setter
+    def size_bytes(self, size_bytes: int) -> None:
+        self._size_bytes, self._told = size_bytes, 0
+
+
+async def test_connections_that_are_told_of_different_sizes_are_not_used() -> None:
+    server = Server({"": SizedPerConnection(1 << 20)})
+    options = replace(FAST, connections=2)
+    with short_directory() as folder:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve_unix, folder / "s")
+            async with running_client(unix_uri(folder / "s"), options, connect=False) as client:
+                with pytest.raises(ConnectionLost, match="connections differ in size: "):
+                    await client.connect()
+            nursery.cancel_scope.cancel()
+
+
+async def test_what_a_server_offers_is_told_without_using_it() -> None:
+    disks = {name: MemoryDisk(1 << 20) for name in ("one", "two")}
+    server = Server(disks, ServerSettings(description="a disk"))
+    server.commands = []
+    with short_directory() as folder:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve_unix, folder / "s")
+            uri = parse_uri(unix_uri(folder / "s", "two"))
+
+            assert (await inspect(uri)).size_bytes == 1 << 20
+            listed = await list_exports(uri)
+            with pytest.raises(ConfigError, match="no export"):
+                await inspect(parse_uri(unix_uri(folder / "s", "three")))
+
+            assert [each.name for each in listed] == ["one", "two"]
+            assert not server.commands
+            nursery.cancel_scope.cancel()
