@@ -278,6 +278,16 @@ def test_flush_that_is_in_flight_when_the_disk_hears_of_a_loss_fails(guest: Gues
     assert guest.flush(2) == S_OK
 
 
+def test_flush_does_not_cover_what_is_heard_of_only_after_it_was_sent(guest: Guest) -> None:
+    guest.write(0)
+    guest.send(1, T_FLUSH)
+    guest.turn()
+    guest.twin.session.expect_unflushed()
+    guest.answer(p.CMD_FLUSH)
+    assert guest.status(1) == S_OK
+    assert guest.unflushed
+
+
 def test_flush_waits_for_the_one_before_it(guest: Guest) -> None:
     guest.send(1, T_FLUSH)
     guest.turn()

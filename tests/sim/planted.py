@@ -333,6 +333,7 @@ BUGS: Final[dict[str, Bug]] = {
         *(instance_believed, failed_flush_is_no_loss, failed_flush_spares_what_is_in_flight),
         *(durable_write_trusts_any_epoch, overlapping_changes_at_once, half_frame_again),
         *(loss_is_never_told, torn_cache_believed, generation_not_stored, generation_ignored),
+        *(flush_believed_when_sent, flush_hides_a_loss),
     )
 } | {
     f"cache{bug.__name__}": bug
@@ -353,6 +354,7 @@ RARE: Final[dict[str, Bug]] = {
         *(outage_not_remembered, replay_out_of_order, durable_write_trusts_any_flush, no_grace),
         *(stale_writes_not_expected, clean_mark_before_sync, fence_admits),
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
+        *(flush_covers_what_came_later, flush_passes_durable_changes),
     )
 } | {
     f"cache{bug.__name__}": bug
