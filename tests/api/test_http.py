@@ -117,13 +117,21 @@ async def test_long_body_is_refused_before_it_has_ended() -> None:
         assert (await everything(stream)).split()[1] == b"413"
 
 
+async def test_long_body_is_refused_when_it_is_announced() -> None:
+    async with client() as stream:
+        await stream.send_all(post("/", bytes(http.BODY_MAX_BYTES + 1)).partition(b"\0")[0])
+        assert (await everything(stream)).split()[1] == b"413"
+
+
 async def test_client_that_says_nothing_or_half_a_request_is_hung_up_on(
     autojump_clock: MockClock,
 ) -> None:
-    for said in (b"", b"GET / HT", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab"):
+    async with client() as stream:
+        assert await everything(stream) == b""
+    for said in (b"GET / HT", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab"):
         async with client() as stream:
             await stream.send_all(said)
-            assert await everything(stream) == b""
+            assert (await everything(stream)).split()[1] == b"408"
 
 
 async def test_client_that_never_reads_is_hung_up_on(autojump_clock: MockClock) -> None:
