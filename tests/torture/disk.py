@@ -86,6 +86,7 @@ class Disk:
         self.folder = folder
         self.nbd = folder / "nbd"
         self.vhost = folder / "vhost"
+        self.control = folder / "api"
         self.server = Program("server", folder / "server.log")
         self.bridge = Program("bridge", folder / "bridge.log")
         self.clock = JumpingClock(library, folder / "clock") if library else None
@@ -220,7 +221,7 @@ class Disk:
         options = ["--cache-mode", profile.cache, "--engine", profile.engine]
         options += ["--num-queues", str(profile.queues), "--connections", str(profile.connections)]
         options += ["--request-timeout", str(REQUEST_TIMEOUT_S), "--wait-for-server"]
-        options += ["--log-level", "warning", "--slow-ms", "0", "--api", "off"]
+        options += ["--log-level", "warning", "--slow-ms", "0", "--api", str(self.control)]
         options += ["--stop-timeout", "300", "--drain-timeout", "300"]
         if self.has_cache:
             options += ["--cache-dir", str(self.cache.path)]
