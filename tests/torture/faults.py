@@ -292,6 +292,7 @@ def _has_clock(disk: Disk) -> bool:
     return disk.clock is not None
 
 
+_FIRST_START = "cache's disk full at the first start"
 FAULTS = (
     Fault("server killed", server_killed, 3),
     Fault("bridge killed", bridge_killed, 3),
@@ -308,8 +309,9 @@ FAULTS = (
     Fault("server fails requests", server_fails, 1, _may_fail, alone=True),
     Fault("OSD killed", osd_killed, 2, _has_ceph, alone=True),
     Fault("storage full", storage_full, 1, _small_storage, alone=True),
-    Fault("cache's disk full", cache_disk_full, 1, _small_cache),
-    Fault("cache's disk full at the first start", cache_disk_full_at_first_start, 1, _small_cache),
+    # Before each of them there has to be a cache file, so that only the one removes it.
+    Fault("cache's disk full", cache_disk_full, 1, _small_cache, alone=True),
+    Fault(_FIRST_START, cache_disk_full_at_first_start, 1, _small_cache, alone=True),
     Fault("bridge told to stop", bridge_told_to_stop),
     Fault("bridge upgraded", bridge_upgraded),
     Fault("clock jumps", clock_jumps, 1, _has_clock),
