@@ -127,7 +127,7 @@ class Campaign:
         status = await disk.bridge.stop()
         if status:
             raise Violation(f"disk {disk.number}: the last stop ended with status {status}")
-        await disk.kill_server()
+        await disk.server.kill()
         await disk.oracle.judge_stopped("everything has stopped")
         self._say(f"disk {disk.number} ({disk.profile}) is done")
 

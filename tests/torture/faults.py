@@ -13,15 +13,21 @@ from dataclasses import dataclass
 import trio
 
 from tests.sim.oracle import Violation
+from tests.torture.bridge_faults import (
+    bridge_told_to_stop,
+    bridge_upgraded,
+    cache_disk_full,
+    cache_disk_full_at_first_start,
+    clock_jumps,
+    memory_taken,
+)
 from tests.torture.disk import REQUEST_TIMEOUT_S, Disk
-from tests.torture.pressure import page_out
 from tests.torture.servers import ERROR_FILTER, FILTERS
 
 ALL_KINDS = ("read", "write", "zeroes", "discard", "flush")
 _REFILL_S = 0.2
 _LONG = 0.08
 """How often an outage outlasts the request timeout."""
-_JUMPS_S = (-86_400, -3_600, -1, 1, 60, 3_600, 10_000_000)
 
 
 def _always(disk: Disk) -> bool:
@@ -226,77 +232,6 @@ async def osd_killed(disk: Disk) -> None:
     await trio.to_thread.run_sync(cluster.start_osd)
 
 
-# The bridge's host.
-
-
-async def cache_disk_full(disk: Disk) -> None:
-    """No room beside the cache file, which has its own; the bridge is killed and started."""
-    disk.cache.fill()
-    try:
-        await disk.kill_bridge()
-        disk.start_bridge()
-        await disk.recovers()
-    finally:
-        disk.cache.empty()
-
-
-async def cache_disk_full_at_first_start(disk: Disk) -> None:
-    """There is no cache file and no room for one: the bridge says so in one line and ends."""
-    if not await _stop_bridge(disk):
-        return
-    for file in disk.cache.path.iterdir():
-        file.unlink()
-    disk.cache.fill()
-    said = disk.bridge.log.stat().st_size if disk.bridge.log.exists() else 0
-    try:
-        disk.start_bridge()
-        status = await disk.bridge.wait()
-    finally:
-        disk.cache.empty()
-    words = disk.bridge.log.read_bytes()[said:].decode(errors="replace").strip()
-    if status != 2 or "\n" in words or "No space left" not in words:
-        raise Violation(f"disk {disk.number}: no room for a cache file: status {status}, {words!r}")
-    disk.start_bridge()
-
-
-async def bridge_told_to_stop(disk: Disk) -> None:
-    """SIGTERM: it ends with status 0, and all is on the server."""
-    await _stop_bridge(disk)
-    if not disk.bridge.runs:
-        disk.start_bridge()
-
-
-async def _stop_bridge(disk: Disk) -> bool:
-    """False if it had a reason not to end with status 0; it has been started again then."""
-    disk.begin_flush_excuse()
-    await disk.recovers()
-    disk.begin_flush_excuse()
-    status = await disk.bridge.stop()
-    if status == 0:
-        await disk.oracle.judge_stopped("the bridge has stopped with status 0")
-        return True
-    may_fail = not disk.has_cache and not disk.kind.proves_instance
-    if status != 1 or not may_fail:
-        raise Violation(
-            f"disk {disk.number}: SIGTERM ended with status {status}: {disk.bridge.said()}"
-        )
-    disk.start_bridge()
-    return False
-
-
-async def clock_jumps(disk: Disk) -> None:
-    """The wall clock that the bridge sees jumps."""
-    assert disk.clock is not None
-    disk.clock.jump_to(disk.rng.choice(_JUMPS_S))
-
-
-async def memory_taken(disk: Disk) -> None:
-    """The host takes the pages of the bridge's files away."""
-    for _ in range(disk.rng.choice((1, 5))):
-        page_out(disk.bridge.pid)
-        await disk.sleep(0, 0.3)
-
-
 # The guest.
 
 
@@ -357,6 +292,7 @@ def _has_clock(disk: Disk) -> bool:
     return disk.clock is not None
 
 
+_FIRST_START = "cache's disk full at the first start"
 FAULTS = (
     Fault("server killed", server_killed, 3),
     Fault("bridge killed", bridge_killed, 3),
@@ -373,9 +309,11 @@ FAULTS = (
     Fault("server fails requests", server_fails, 1, _may_fail, alone=True),
     Fault("OSD killed", osd_killed, 2, _has_ceph, alone=True),
     Fault("storage full", storage_full, 1, _small_storage, alone=True),
-    Fault("cache's disk full", cache_disk_full, 1, _small_cache),
-    Fault("cache's disk full at the first start", cache_disk_full_at_first_start, 1, _small_cache),
+    # Before each of them there has to be a cache file, so that only the one removes it.
+    Fault("cache's disk full", cache_disk_full, 1, _small_cache, alone=True),
+    Fault(_FIRST_START, cache_disk_full_at_first_start, 1, _small_cache, alone=True),
     Fault("bridge told to stop", bridge_told_to_stop),
+    Fault("bridge upgraded", bridge_upgraded),
     Fault("clock jumps", clock_jumps, 1, _has_clock),
     Fault("memory taken away", memory_taken, 1, _cache_on_disk),
     Fault("guest reset", guest_reset, 1, alone=True),
