@@ -86,7 +86,7 @@ def run(data: bytes) -> str:
         shown = _show(_fresh(path, content))
         outcome = _serve(_fresh(path, content), shown, intact=bytes(content) == original)
         _flush(_fresh(path, content), skip_damaged=bool(random.getrandbits(1)))
-        _drop(_fresh(path, content), discard=bool(random.getrandbits(1)))
+        _drop(_fresh(path, content), content, discard=bool(random.getrandbits(1)))
     finally:
         path.unlink(missing_ok=True)
     return outcome
@@ -210,7 +210,7 @@ def _flush(path: str, *, skip_damaged: bool) -> None:
     file.close(clean=True)
 
 
-def _drop(path: str, *, discard: bool) -> None:
+def _drop(path: str, content: bytearray, *, discard: bool) -> None:
     try:
         drop(path, discard_dirty=discard)
     except ConfigError as error:
@@ -218,6 +218,7 @@ def _drop(path: str, *, discard: bool) -> None:
         assert os.path.exists(path)
     else:
         assert not os.path.exists(path)
+        assert b"#!/bin/sh" not in content, "another program's file"
 
 
 def clear() -> None:
