@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.fuzz import core, minimise, seeds
@@ -141,6 +142,8 @@ def _command(name: str, planted: bool, place: Path) -> list[str]:
         program = place / "core_fuzz"
         core.build_guided(program, *(["FUZZ_PLANTED"] if planted else []))
         return [str(program)]
+    if find_spec("atheris") is None:
+        raise RuntimeError("atheris is not installed: ./run fuzz does that")
     return [sys.executable, "-m", "tests.fuzz.guided", name, name if planted else "-"]
 
 

@@ -41,6 +41,10 @@ SLOTS = 4
 GEOMETRY = Geometry(GRANULES * GRANULE, BLOCK, GRANULE, SLOTS)
 IDENTITY = Identity("nbd://server", "disk")
 _INDEX_CRC_AT = struct.calcsize("=8sIIIIIIQQQQ16s")
+_FIELDS_BYTES = 160
+"""Of a header: the fields, and the beginning of the texts after them."""
+_TAIL_BYTES = 48
+"""The fields at its end."""
 _DIRTY = b"dirty " * 100
 
 
@@ -82,7 +86,7 @@ def run(data: bytes) -> str:
         shown = _show(_fresh(path, content))
         outcome = _serve(_fresh(path, content), shown, intact=bytes(content) == original)
         _flush(_fresh(path, content), skip_damaged=bool(random.getrandbits(1)))
-        _drop(_fresh(path, content), discard=bool(random.getrandbits(1)))
+        _drop(_fresh(path, content), content, discard=bool(random.getrandbits(1)))
     finally:
         path.unlink(missing_ok=True)
     return outcome
@@ -91,13 +95,13 @@ def run(data: bytes) -> str:
 def _spoil(random: BytesRandom, content: bytearray) -> None:
     """Change some places; then make some of the checksums right again."""
     places = (
-        (0, HEADER_BYTES),
-        (HEADER_BYTES, HEADER_AREA_BYTES),
+        *((at, at + _FIELDS_BYTES) for at in (0, HEADER_BYTES)),
+        *((at - _TAIL_BYTES, at - 4) for at in (HEADER_BYTES, HEADER_AREA_BYTES)),
         (HEADER_AREA_BYTES, HEADER_AREA_BYTES + 4 * (SLOTS + 1)),
         (GEOMETRY.states_offset, GEOMETRY.states_offset + 8 * (SLOTS + 1)),
         (0, GEOMETRY.file_bytes),
     )
-    for _ in range(random.randrange(5)):
+    for _ in range(random.randrange(8)):
         start, end = random.choice(places)
         at = start + random.randrange(end - start)
         put = random.choice((b"\0", b"\xff", bytes([random.getrandbits(8)]), random.randbytes(4)))
@@ -206,7 +210,7 @@ def _flush(path: str, *, skip_damaged: bool) -> None:
     file.close(clean=True)
 
 
-def _drop(path: str, *, discard: bool) -> None:
+def _drop(path: str, content: bytearray, *, discard: bool) -> None:
     try:
         drop(path, discard_dirty=discard)
     except ConfigError as error:
@@ -214,6 +218,7 @@ def _drop(path: str, *, discard: bool) -> None:
         assert os.path.exists(path)
     else:
         assert not os.path.exists(path)
+        assert b"#!/bin/sh" not in content, "another program's file"
 
 
 def clear() -> None:

@@ -34,11 +34,12 @@ def steps_of(target: Target, data: bytes) -> frozenset[_Step]:
 
         return at_line
 
+    outer = sys.gettrace()
     sys.settrace(at_call)
     try:
         target.run(data)
     finally:
-        sys.settrace(None)
+        sys.settrace(outer)
     return frozenset(found)
 
 

@@ -25,7 +25,8 @@ PLANTED: dict[str, AbstractContextManager[Any]] = {
     ),
     # A hole is what was there before.
     "streams": patch("bridge.server.transmission.zero", lambda *_: None),
-    "cache_file": patch("bridge.cache.file.layout.Geometry.fault", lambda _: None),
+    # Any file may be dropped.
+    "cache_file": patch("bridge.cache.file.locking.is_ours_untrusted", lambda _: True),
     "uri": patch("bridge.server.uri._BAD_CHARACTER", re.compile("(?!)")),
     # The sign for Kelvin is a K to an expression that takes either case.
     "size": patch(

@@ -109,9 +109,6 @@ def replay(target: Target, data: bytes) -> object:
 
 
 def _within_lines(target: Target, data: bytes) -> object:
-    outer = sys.gettrace()
-    if outer is not None:
-        return target.run(data)  # Coverage is being measured, or a debugger looks on.
     left = target.most_lines
 
     def count(frame: FrameType, event: str, _: Any) -> Any:
@@ -121,11 +118,12 @@ def _within_lines(target: Target, data: bytes) -> object:
             raise TooManyLines(f"{target.name}: more than {target.most_lines} lines")
         return count
 
+    outer = sys.gettrace()
     sys.settrace(count)
     try:
         return target.run(data)
     finally:
-        sys.settrace(None)
+        sys.settrace(outer)
 
 
 def check_line(text: str, most_chars: int = 60_000) -> None:

@@ -138,6 +138,15 @@ def test_target_that_there_is_not_is_named(capsys: pytest.CaptureFixture[str]) -
     assert "no target nosuch; there are core, rings" in capsys.readouterr().out
 
 
+def test_without_atheris_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+
+    assert command.main(["size"]) == 2
+    assert "fuzz size: atheris is not installed" in capsys.readouterr().err
+
+
 # What makes an input.
 
 
