@@ -20,7 +20,7 @@ from bridge.cache.index import Index
 from bridge.datapath.cells import READ_BYTES, WRITTEN_BYTES
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import READ, WRITE, Request
+from bridge.datapath.request import FLUSH, READ, WRITE, Request
 from bridge.guest.device import BlkDevice
 from bridge.guest.ring import RunningRing
 from bridge.guest.virtio.blk_request import BlkRequest
@@ -102,7 +102,8 @@ class Live:
         usual = engine.usual
         if usual is None:
             return {}, {}
-        requests = {READ: usual.served - usual.writes, WRITE: usual.writes}
+        reads = usual.served - usual.writes - usual.flushes
+        requests = {READ: reads, WRITE: usual.writes, FLUSH: usual.flushes}
         return requests, {READ: engine.limits[READ_BYTES], WRITE: engine.limits[WRITTEN_BYTES]}
 
     @property

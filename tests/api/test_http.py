@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, memory_stream_pair
 
 from bridge.api import http
+from bridge.api.fields import Field, parse
 from bridge.api.http import HttpError, HttpRequest, Reply, json_reply, refuse, serve_connection
 
 Stream = trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]
@@ -178,3 +179,13 @@ def test_whatever_comes_the_connection_ends_in_order(data: bytes, pieces: int) -
                         return
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "1e999", "9" * 4000])
+@pytest.mark.parametrize("field", [Field(int, "", maximum=5), Field(float, "", maximum=5)])
+def test_number_larger_than_any_float_is_out_of_range(field: Field, number: str) -> None:
+    # `isfinite` and the format of the answer both wanted a float: an internal error.
+    with pytest.raises(HttpError, match="x: ") as refused:
+        parse({"x": field}, f'{{"x": {number}}}'.encode())
+    assert refused.value.status == HTTPStatus.BAD_REQUEST
+    assert len(refused.value.text) < 200

@@ -657,6 +657,7 @@ class Script:
         self.rng = rng = random.Random(seed)
         self.cuts = random.Random(seed + (1 << 40))
         """Of what chains are made."""
+        self.flushing = self.cuts.random() < 0.5
         kind = {
             # With 3 of them granules share buckets, and come and go.
             "slots": rng.choice([3, 24]) if rng.random() < 0.4 else 0,
@@ -826,6 +827,8 @@ class Script:
         ring."""
         rng = self.rng
         type_ = rng.choice([0, 1] if rng.random() < 0.9 or self.calm else [4, 8, 13])
+        if self.flushing and self.cuts.random() < 0.2:
+            type_ = 4
         length = rng.choice([512, 4096, 4096, 4096, 8192, 0x9000, 0x10000, 0x11000])
         if self.calm and rng.random() < 0.7:
             length = 4096

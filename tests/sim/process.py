@@ -32,6 +32,9 @@ _CODE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 _FENCE = _CODE + "datapath/fence.py"
 """It has a lock, which the guest's driver takes as well: in the same process only here."""
 
+_OUTER_TRACE = sys.gettrace()
+"""Of a debugger, or of what measures coverage: it goes on after a kill."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (
@@ -149,7 +152,7 @@ class Process:
             if event == "line":
                 left -= 1
                 if left <= 0 or self.world.is_calm:
-                    sys.settrace(None)
+                    sys.settrace(_OUTER_TRACE)
                     if not self.dead and not self.world.is_calm and not self.gone.is_set():
                         name = frame.f_code.co_filename.removeprefix(_CODE)
                         self.world.note("killed", at=f"{name}:{frame.f_lineno}")
@@ -168,7 +171,7 @@ class Process:
 
     def _die(self) -> None:
         self.dead = True
-        sys.settrace(None)
+        sys.settrace(_OUTER_TRACE)
         for made, fd, offset in self.maps:
             _detach(made, fd, offset)
         self._detach_files()

@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 5
+#define DP_ABI 6
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -47,6 +47,7 @@ enum {
     DP_STOP_WRITE,
     DP_STOP_ROOM,
     DP_STOP_ROUTE,
+    DP_STOP_FLUSH,
     DP_STOPS
 };
 
@@ -55,6 +56,7 @@ enum {
     DP_CAPACITY_BYTES,
     DP_BLOCK_MASK,
     DP_MAY_WRITE,
+    DP_CAN_FLUSH,
     DP_READ_BYTES,
     DP_WRITTEN_BYTES,
     DP_DISK_CELLS
@@ -80,6 +82,20 @@ enum {
     DP_DIRECT,
     DP_DIRECT_LEFT,
     DP_LARGE_BYTES,
+    DP_MAY_FLUSH,
+    DP_NOT_ROWS,
+    DP_ARMED,
+    DP_SEEN,
+    DP_BEFORE,
+    DP_FLUSH_ROW,
+    DP_FLUSH_COVERS,
+    DP_FLUSH_SEEN,
+    DP_FLUSH_ARMED,
+    DP_FLUSH_BEGAN_NS,
+    DP_FLUSH_TOOK_NS,
+    DP_FLUSHES,
+    DP_FLUSHED,
+    DP_COVERED,
     DP_CHANNEL_CELLS
 };
 
@@ -190,9 +206,15 @@ static inline const struct dp_segment *dp_payload(const struct dp_command *comma
     return command->segment_count == 1 ? &command->one : command->many;
 }
 
+static inline bool dp_is_flush(const struct dp_command *command)
+{
+    return command->header[7] == 3; /* NBD_CMD_FLUSH */
+}
+
 struct dp_taken {
     uint32_t reads;
     uint32_t writes;
+    uint32_t flushes;
     bool is_full; /* there was no room for more: ask again */
 };
 
