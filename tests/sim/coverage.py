@@ -128,18 +128,18 @@ def _enter(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
 def _counting(event: Event, real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
     """`real`, which does `event` to some blocks of a slot, with its transitions counted."""
     moves = [
-        (before, _move(event, before, after))
+        (_MASKS[before], _move(event, before, after))
         for before, after in TRANSITIONS[event].items()
         if before is not after
     ]
+    is_whole, is_store = event in _WHOLE, event is Event.STORED
 
     def counted(self: Blocks, slot: int, bits: int = BITS, *rest: Any, **named: Any) -> Any:
-        which = rest[0] if event is Event.STORED else bits
-        states = _masks(self, slot)
-        for before, name in moves:
-            if states[before] & which:
+        which = rest[0] if is_store else bits
+        for mask, name in moves:
+            if mask(self, slot) & which:
                 seen[name] += 1
-        if event in _WHOLE:
+        if is_whole:
             return real(self, slot)
         return real(self, slot, bits, *rest, **named)
 
@@ -147,18 +147,13 @@ def _counting(event: Event, real: Callable[..., Any], seen: Counter[str]) -> Cal
 
 
 _WHOLE: Final = (Event.FLUSH_SENT, Event.FLUSH_OK, Event.FLUSH_LOST, Event.WRITTEN_LOST)
-
-
-def _masks(blocks: Blocks, slot: int) -> dict[State, int]:
-    """Which blocks of a slot are in which state."""
-    valid, dirty = blocks.valid(slot), blocks.dirty(slot)
-    covered = blocks.covered[slot]
-    return {
-        State.ABSENT: ~valid & BITS,
-        State.CLEAN: valid & ~dirty,
-        State.DIRTY: blocks.to_send(slot),
-        State.SENDING: blocks.sending(slot),
-        State.REWRITTEN: blocks.rewritten(slot),
-        State.WRITTEN: blocks.written(slot) & ~covered,
-        State.FLUSHING: blocks.written(slot) & covered,
-    }
+_MASKS: Final[dict[State, Callable[[Blocks, int], int]]] = {
+    State.ABSENT: lambda blocks, slot: ~blocks.valid(slot) & BITS,
+    State.CLEAN: lambda blocks, slot: blocks.valid(slot) & ~blocks.dirty(slot),
+    State.DIRTY: Blocks.to_send,
+    State.SENDING: Blocks.sending,
+    State.REWRITTEN: Blocks.rewritten,
+    State.WRITTEN: lambda blocks, slot: blocks.written(slot) & ~blocks.covered[slot],
+    State.FLUSHING: lambda blocks, slot: blocks.written(slot) & blocks.covered[slot],
+}
+"""Which blocks of a slot are in a state."""

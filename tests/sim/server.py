@@ -52,7 +52,10 @@ class NbdServer:
         self._blocked: list[ServerPeer] = []
         if self.is_plugin:
             with seam(self):
-                self.service = Service(Settings(store="memory", fence_timeout="10"))
+                self.service = Service(
+                    Settings(store="memory", fence_timeout="10"),
+                    is_filtered=world.config.filtered,
+                )
                 self.service.start()
 
     def accept(self, sock: SimSocket) -> ServerPeer:
@@ -212,7 +215,8 @@ class ServerPeer:
         assert service is not None
         try:
             with seam(self.server, expired=self.expired):
-                self.handle = service.open(name, read_only=False)
+                read_only = bool(self.world.config.flags & F.READ_ONLY)
+                self.handle = service.open(name, read_only=read_only)
         except Waits as wait:
             self.server.block(self, min(wait.seconds, max(0.0, self._open_until_s - now)))
             return False
@@ -327,7 +331,7 @@ class ServerPeer:
                 f"{command.offset}, {command.length}: {errno.errorcode[command.error]}"
             )
         if command.kind in _CHANGES and isinstance(self.sock.owner, Bridge):
-            self.world.change_comes()
+            self.world.change_comes(self.sock.owner)
         faults = self.world.faults
         if faults.hangs_up_on == command.kind:
             self.world.count("hung up on")
@@ -444,7 +448,7 @@ class _Running:
     def _perform(self, handle: Handle | None) -> None:
         command, medium, world = self.command, self.world.medium, self.world
         first, count = command.offset // SECTOR, command.length // SECTOR
-        fua = bool(command.flags & p.CMD_FLAG_FUA)
+        fua = bool(command.flags & p.CMD_FLAG_FUA) or not world.config.flushes
         world.note("server executes", command=self)
         if command.kind in _CHANGES:
             world.check_space(command.kind)
