@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 if TYPE_CHECKING:
     from bridge.datapath.request import Request
 
-ABI: Final = 3
+ABI: Final = 4
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -174,18 +174,26 @@ CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, DISK_CELLS = range(4)
 not be durable when it is complete."""
 
 # Cells of a `Route`.
-(MAX_READ_BYTES, MAX_WRITE_BYTES, SIZE_BYTES, ALIGN_MASK, WHOLE_READ_BYTES, ROUTE_CELLS) = range(6)
+(
+    MAX_READ_BYTES,
+    MAX_WRITE_BYTES,
+    SIZE_BYTES,
+    ALIGN_MASK,
+    WHOLE_READ_BYTES,
+    WHOLE_WRITE_BYTES,
+    ROUTE_CELLS,
+) = range(7)
 """What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
-nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES: the longest read that
-compiled turns send as one command."""
+nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES, WHOLE_WRITE_BYTES: the
+longest that compiled turns send as one command."""
 
 # Cells of a `Channel`.
 UNFLUSHED, LONG_READS, ROWS, SEGMENTS, DIRECT, DIRECT_LEFT, LARGE_BYTES, CHANNEL_CELLS = range(8)
 """UNFLUSHED: WRITE and WRITE_ZEROES without FUA that were answered. LONG_READS: reads in flight of
 `LONG_BYTES` and more. ROWS: rows in flight. SEGMENTS: of those of them that have several. Of
 compiled turns only: DIRECT is the cookie of the row whose payload is being received straight into
-guest memory, DIRECT_LEFT how much of it is still to come, LARGE_BYTES how many bytes such rows are
-in flight for."""
+guest memory, DIRECT_LEFT how much of it is still to come, LARGE_BYTES how many bytes are in flight
+of reads of `LONG_BYTES` and more, and of writes longer than `lanes.SMALL_BYTES`."""
 
 LONG_BYTES: Final = 32 << 10
 """From here on a payload is received straight into its buffers: by the general path."""

@@ -54,8 +54,8 @@ epoll_wait knows; without work between two waits there is no nap."""
 
 _POLL_GROWTH = 4
 """The polling window grows up to this many times `poll_us` while polling longer would have paid,
-and shrinks to nothing while it would not; between the pieces of a long payload (200 KiB, 50 µs
-each) it is open that far from the start."""
+and shrinks to nothing while it would not. For the pieces of a long payload (200 KiB, 50 µs each)
+there is one of its own, which is open that far from the start."""
 
 _GENERAL_TURNS = 32
 """When compiled turns found nothing that is usual, so often the loop does without them: where
@@ -102,7 +102,10 @@ class Loop:
         self._epoll.register(self._wake_fd, EPOLLIN | EPOLLET)
         self.poll_max_s = poll_us / 1e6 * _POLL_GROWTH
         self._poll_s = poll_us / 1e6
+        self._long_poll_s = self.poll_max_s
         self._lingering = False
+        self._lingered = False
+        """The polling window that was open last was one for long payloads."""
         self._worked = False
         self._compiled = _compiled_turns(self)
         self._general_left = 0
@@ -276,10 +279,8 @@ class Loop:
             now = perf_counter()
             if worked:
                 self._worked = True
-                window_s = self._poll_s
-                if self._lingering:
-                    self._lingering = False
-                    window_s = self.poll_max_s
+                self._lingered, self._lingering = self._lingering, False
+                window_s = self._long_poll_s if self._lingered else self._poll_s
                 if not window_s and now >= idle_until_s:
                     # The nap that follows sees at once what is there already.
                     return now >= until_s
@@ -297,13 +298,18 @@ class Loop:
         ready = self._epoll.poll(_NAP_S, _EVENTS_PER_POLL)
         took_s = perf_counter() - began_s
         self._wake_up()
-        least_s = self.poll_max_s / 32
-        if took_s < self.poll_max_s:
-            # Polling would have seen it.
-            self._poll_s = min(self.poll_max_s, self._poll_s * 2 + least_s)
+        if self._lingered:
+            self._long_poll_s = self._next_window_s(self._long_poll_s, took_s)
         else:
-            self._poll_s = self._poll_s / 2 if self._poll_s > least_s else 0.0
+            self._poll_s = self._next_window_s(self._poll_s, took_s)
         return ready
+
+    def _next_window_s(self, window_s: float, nap_s: float) -> float:
+        least_s = self.poll_max_s / 32
+        if nap_s < self.poll_max_s:
+            # Polling would have seen it.
+            return min(self.poll_max_s, window_s * 2 + least_s)
+        return window_s / 2 if window_s > least_s else 0.0
 
     def _arm(self) -> bool:
         """Ask every poller for notifications; True when there is work after all."""

@@ -16,8 +16,8 @@ from math import inf
 
 import structlog
 
-from bridge.datapath.cells import MAX_WRITE_BYTES, Route
-from bridge.datapath.lanes import SMALL_BYTES
+from bridge.datapath.cells import MAX_WRITE_BYTES, WHOLE_WRITE_BYTES, Route
+from bridge.datapath.lanes import SMALL_BYTES, WHOLE_BYTES
 from bridge.datapath.request import CHANGES, Request
 from bridge.datapath.turn import Turn
 from bridge.server.align import cover
@@ -100,7 +100,9 @@ class Changes:
     def _choose_way(self) -> None:
         """After everything that decides whether changes have to come here."""
         self.fast_write_bytes = 0 if self.must_enter else self._most_bytes
-        self._route.cells[MAX_WRITE_BYTES] = min(self.fast_write_bytes, SMALL_BYTES)
+        limits = self._route.cells
+        limits[MAX_WRITE_BYTES] = min(self.fast_write_bytes, SMALL_BYTES)
+        limits[WHOLE_WRITE_BYTES] = min(self.fast_write_bytes, WHOLE_BYTES)
 
     @property
     def must_enter(self) -> bool:

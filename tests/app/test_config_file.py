@@ -50,7 +50,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ServeSettings]]:
         found.append((uri, settings))
 
     monkeypatch.setattr("bridge.cli.serve.trio.run", note)
-    for name in ("API", "CACHE_MODE"):
+    for name in ("API", "CACHE_MODE", "ENGINE"):
         monkeypatch.delenv(f"NBD_BRIDGE_SERVE_{name}", raising=False)
     return found
 

@@ -18,6 +18,8 @@ from bridge.datapath.cells import (
     INDIRECT,
     LARGE_BYTES,
     LONG_READS,
+    ROWS,
+    WHOLE_WRITE_BYTES,
 )
 from bridge.datapath.cells import SIZE as SIZE_OF_RING
 from bridge.datapath.engine_names import COMPILED
@@ -36,6 +38,7 @@ from tests.datapath.socket_twins import (
 from tests.datapath.worlds import DISK_BYTES, GRANULE_SHIFT, GUEST, STUFF_AT, World
 
 LENGTH = 0x10000
+LARGE = 0x11000
 
 
 @pytest.fixture(params=["simple", "structured"])
@@ -53,15 +56,15 @@ def twin(request: pytest.FixtureRequest) -> Iterator[Twin]:
     twin.close()
 
 
-def add(twin: Twin, slot: int, type_: int) -> None:
-    """A chain of LENGTH bytes, at as many bytes times `slot` of the disk."""
+def add(twin: Twin, slot: int, type_: int, length: int = LENGTH) -> None:
+    """A chain of so many bytes, at as many bytes times `slot` of the disk."""
     halves = twin.low[AVAIL : AVAIL + 6 + 2 * SIZE].cast("H")
-    sector = slot * LENGTH // 512
+    sector = slot * length // 512
     twin.low[HEADERS + 16 * slot : HEADERS + 16 * slot + 16] = struct.pack("<IIQ", type_, 0, sector)
     twin.low[STATUSES + slot] = 0xEE
     way = 1 if type_ else 3
     table = struct.pack("=QIHH", HEADERS + 16 * slot, 16, 1, 1)
-    table += struct.pack("=QIHH", HIGH + ROOM_BYTES * slot, LENGTH, way, 2)
+    table += struct.pack("=QIHH", HIGH + ROOM_BYTES * slot, length, way, 2)
     table += struct.pack("=QIHH", STATUSES + slot, 1, 2, 0)
     at = TABLES + 0x100 * slot
     twin.low[at : at + 48] = table
@@ -70,8 +73,8 @@ def add(twin: Twin, slot: int, type_: int) -> None:
     halves[1] += 1
 
 
-def data(twin: Twin, slot: int) -> bytes:
-    return bytes(twin.high[ROOM_BYTES * slot : ROOM_BYTES * slot + LENGTH])
+def data(twin: Twin, slot: int, length: int = LENGTH) -> bytes:
+    return bytes(twin.high[ROOM_BYTES * slot : ROOM_BYTES * slot + length])
 
 
 def serve(twin: Twin) -> None:
@@ -82,13 +85,18 @@ def serve(twin: Twin) -> None:
     twin.server.send(1 << 30)
 
 
-def test_what_a_full_socket_does_not_take_is_sent_later_and_whole(twin: Twin) -> None:
-    twin.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+def make_volatile(twin: Twin) -> None:
+    """From here on it is known that something is not durable: writes are usual."""
     add(twin, 0, 1)
-    for _ in range(50):  # From here on it is known that something is not durable.
+    for _ in range(50):
         twin.turn()
         serve(twin)
     assert twin.used() == [(0, 1)]
+
+
+def test_what_a_full_socket_does_not_take_is_sent_later_and_whole(twin: Twin) -> None:
+    twin.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    make_volatile(twin)
     for slot in range(1, 8):
         add(twin, slot, 1)
     twin.turn()
@@ -99,6 +107,55 @@ def test_what_a_full_socket_does_not_take_is_sent_later_and_whole(twin: Twin) ->
     assert twin.used() == [(STRIDE * slot, 1) for slot in range(1, 8)]
     for slot in range(8):
         assert twin.server.image[LENGTH * slot : LENGTH * (slot + 1)] == data(twin, slot)
+
+
+def test_a_large_write_is_usual_and_counts_as_large_until_it_is_answered(twin: Twin) -> None:
+    cells = twin.connection.transmission.cells
+    make_volatile(twin)
+    for slot in range(1, 4):
+        add(twin, slot, 1, LARGE)
+    twin.turn()
+    assert cells[ROWS] == 3
+    assert (cells[LARGE_BYTES], cells[LONG_READS]) == (3 * LARGE, 0)
+    for _ in range(50):
+        twin.turn()
+        serve(twin)
+    assert not twin.rows.adopted_total
+    assert (cells[LARGE_BYTES], cells[LONG_READS]) == (0, 0)
+    assert twin.used() == [(STRIDE * slot, 1) for slot in range(1, 4)]
+    for slot in range(1, 4):
+        assert twin.server.image[slot * LARGE : (slot + 1) * LARGE] == data(twin, slot, LARGE)
+
+
+def test_a_large_write_whose_connection_is_lost_while_it_is_sent_is_sent_again(twin: Twin) -> None:
+    make_volatile(twin)
+    twin.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    add(twin, 1, 1, LARGE)
+    twin.turn()
+    assert twin.connection.has_unsent
+    assert twin.server.end is not None
+    twin.server.end.shutdown(socket.SHUT_RDWR)
+    twin.turn()
+    assert not twin.connection.alive
+    assert twin.used() == []
+    twin.settle_loss()
+    for _ in range(50):
+        twin.turn()
+        serve(twin)
+    assert twin.used() == [(STRIDE, 1)]
+    assert twin.server.image[LARGE : 2 * LARGE] == data(twin, 1, LARGE)
+    assert twin.connection.transmission.cells[LARGE_BYTES] == 0
+
+
+@pytest.mark.parametrize(("least", "usual"), [(LARGE, True), (LARGE - 512, False)])
+def test_a_write_that_is_longer_than_the_server_takes_is_not_usual(
+    twin: Twin, least: int, usual: bool
+) -> None:
+    make_volatile(twin)
+    twin.session.route.cells[WHOLE_WRITE_BYTES] = least
+    add(twin, 1, 1, LARGE)
+    twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
+    assert twin.connection.transmission.cells[ROWS] == usual
 
 
 def test_a_long_payload_in_pieces_is_received_where_it_belongs(twin: Twin) -> None:
@@ -196,11 +253,7 @@ def test_what_the_server_answered_before_it_closed_is_heard_before_anything_is_s
 
 def test_a_write_answered_before_all_of_it_is_sent_waits_until_it_is(twin: Twin) -> None:
     twin.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
-    add(twin, 0, 1)
-    for _ in range(50):  # From here on it is known that something is not durable.
-        twin.turn()
-        serve(twin)
-    assert twin.used() == [(0, 1)]
+    make_volatile(twin)
     add(twin, 1, 1)
     twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
     assert twin.connection.has_unsent

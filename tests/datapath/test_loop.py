@@ -481,3 +481,40 @@ async def test_loop_does_without_compiled_turns_for_a_while_that_find_nothing_us
             await settled()
         assert box.done == list(range(100))
         assert 1 <= useless.calls <= 10
+
+
+class FakeEpoll:
+    """Every wait takes as long as its answer does."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.answer_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def poll(self, timeout_s: float, most: int) -> list[tuple[int, int]]:
+        self.now_s += min(timeout_s, self.answer_s)
+        return []
+
+    def close(self) -> None: ...
+
+
+def test_polling_for_a_long_payload_stops_while_it_comes_later_and_goes_on_when_it_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that is far away would otherwise cost the whole window for each of its pieces."""
+    loop, fake = Loop(poll_us=32), FakeEpoll()
+    loop._epoll.close()
+    monkeypatch.setattr("bridge.datapath.loop.perf_counter", fake.perf_counter)
+    vars(loop)["_epoll"] = fake
+    assert loop._long_poll_s == loop.poll_max_s
+    other_s, loop._lingered, fake.answer_s = loop._poll_s, True, 0.001
+    for _ in range(8):
+        loop._nap()
+    assert (loop._long_poll_s, loop._poll_s) == (0.0, other_s)
+    fake.answer_s = loop.poll_max_s / 2
+    for _ in range(8):
+        loop._nap()
+    assert (loop._long_poll_s, loop._poll_s) == (loop.poll_max_s, other_s)
+    loop.close()

@@ -216,7 +216,7 @@ static void make_world(struct world *world, struct input *input)
     world->disk[DP_BLOCK_MASK] = 511;
     world->disk[DP_MAY_WRITE] = 1;
     world->route[DP_MAX_READ_BYTES] = world->route[DP_MAX_WRITE_BYTES] = DP_SMALL_BYTES;
-    world->route[DP_WHOLE_READ_BYTES] = DP_DISK_MAX;
+    world->route[DP_WHOLE_READ_BYTES] = world->route[DP_WHOLE_WRITE_BYTES] = DP_DISK_MAX;
     world->route[DP_SIZE_BYTES] = DISK_BYTES;
     world->sequence = 1;
 }

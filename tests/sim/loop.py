@@ -92,8 +92,8 @@ class SimLoop(Loop):
         self._callbacks = {}
         self.turn = Turn(self.wake)
         self._pollers = []
-        self.poll_max_s = self._poll_s = 0.0
-        self._lingering = self._worked = False
+        self.poll_max_s = self._poll_s = self._long_poll_s = 0.0
+        self._lingering = self._lingered = self._worked = False
         self._compiled = None
         self.naps_total = self.sleeps_total = 0
         self.now = trio.current_time()

@@ -483,9 +483,22 @@ static struct limits limits_of(const uint64_t *disk, const uint64_t *route, bool
         disk[DP_BLOCK_MASK] | route[DP_ALIGN_MASK],
         {
             whole ? route[DP_WHOLE_READ_BYTES] : least(route[DP_MAX_READ_BYTES], DP_LONG_BYTES - 1),
-            disk[DP_MAY_WRITE] && may_write ? least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES) : 0,
+            !disk[DP_MAY_WRITE] || !may_write ? 0
+            : whole                           ? route[DP_WHOLE_WRITE_BYTES]
+                                              : least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES),
         },
     };
+}
+
+static inline bool is_long_read(uint32_t type, uint64_t length)
+{
+    return type == IN && length >= DP_LONG_BYTES;
+}
+
+/* It counts for LARGE_BYTES: only with `whole` there are such rows. */
+static inline bool is_large(uint32_t type, uint64_t length)
+{
+    return type == IN ? length >= DP_LONG_BYTES : length > DP_SMALL_BYTES;
 }
 
 /* The chain at `head`; or why no command can be made of it. */
@@ -560,10 +573,10 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
     for (; done < count && done < room; done++) {
         uint32_t head = head_at(queue, first + done), needed, several;
         uint64_t stop = command_at(queue, head, &limits, &chain), cookie;
-        bool is_long = !stop && chain.type == IN && chain.length >= DP_LONG_BYTES;
+        bool large = !stop && is_large(chain.type, chain.length);
 
         several = !stop && chain.count > 1 ? chain.count : 0;
-        if ((is_long && !within(cells[DP_LARGE_BYTES], chain.length, DP_LARGE_IN_FLIGHT_BYTES)) ||
+        if ((large && !within(cells[DP_LARGE_BYTES], chain.length, DP_LARGE_IN_FLIGHT_BYTES)) ||
             !within(cells[DP_SEGMENTS], several, DP_MAX_ROW_SEGMENTS))
             stop = stop ? stop : DP_STOP_ROOM;
         if (stop) {
@@ -575,10 +588,10 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
             break;
         pieces -= needed;
         cells[DP_SEGMENTS] += several;
-        if (is_long) {
+        if (large)
             cells[DP_LARGE_BYTES] += chain.length;
+        if (is_long_read(chain.type, chain.length))
             cells[DP_LONG_READS]++;
-        }
         cookie = state[DP_NAME] | (*sequence)++ << DP_NAME_BITS | head;
         if (queue->tracked)
             note_popped(queue, head, state[DP_COUNTER]++);
@@ -705,12 +718,12 @@ static void push_row(struct dp_queue *queue, const struct dp_channel *channel, u
     channel->cells[DP_ROWS]--;
     if (row->segments > 1)
         channel->cells[DP_SEGMENTS] -= least(channel->cells[DP_SEGMENTS], row->segments);
-    if (row->op == OUT) {
+    if (row->op == OUT)
         channel->cells[DP_UNFLUSHED]++;
-    } else if (row->length >= DP_LONG_BYTES) {
+    if (is_long_read(row->op, row->length))
         channel->cells[DP_LONG_READS]--;
+    if (is_large(row->op, row->length))
         channel->cells[DP_LARGE_BYTES] -= least(channel->cells[DP_LARGE_BYTES], row->length);
-    }
 }
 
 static inline bool may_push(const struct dp_queue *queue, uint64_t count)
@@ -768,7 +781,7 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, b
         }
         if (!row_of(queue, cookie, channel, &found) || !may_push(queue, count))
             break;
-        is_long = row->op == IN && row->length >= DP_LONG_BYTES;
+        is_long = is_long_read(row->op, row->length);
         header = header_of(channel, row, reply, end - start);
         if (!header || (is_long && !whole))
             break;

@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 3
+#define DP_ABI 4
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -54,7 +54,15 @@ enum {
 enum { DP_CAPACITY_BYTES, DP_BLOCK_MASK, DP_MAY_WRITE, DP_DISK_CELLS };
 
 /* Cells of a `Route`. */
-enum { DP_MAX_READ_BYTES, DP_MAX_WRITE_BYTES, DP_SIZE_BYTES, DP_ALIGN_MASK, DP_WHOLE_READ_BYTES, DP_ROUTE_CELLS };
+enum {
+    DP_MAX_READ_BYTES,
+    DP_MAX_WRITE_BYTES,
+    DP_SIZE_BYTES,
+    DP_ALIGN_MASK,
+    DP_WHOLE_READ_BYTES,
+    DP_WHOLE_WRITE_BYTES,
+    DP_ROUTE_CELLS
+};
 
 /* Cells of a `Channel`. */
 enum {
@@ -200,8 +208,8 @@ struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
 
 /* See `usual.take_commands`: at most `room` commands are put at `out`, with at most `pieces`
  * headers and segments of payload. With less room than chains there is no STOPPED: the rest is to
- * be asked for again. `whole`: also long reads, up to WHOLE_READ_BYTES each and
- * DP_LARGE_IN_FLIGHT_BYTES together. */
+ * be asked for again. `whole`: also large ones, up to WHOLE_READ_BYTES or WHOLE_WRITE_BYTES each
+ * and DP_LARGE_IN_FLIGHT_BYTES together. */
 struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, bool whole,

@@ -300,15 +300,21 @@ static void disarm(struct dp_turns *turns)
         dp_disarm(turns->rings[index].queue);
 }
 
+static inline bool awaits_payload(const struct dp_turns *turns)
+{
+    return turns->channel && turns->channel->cells[DP_LONG_READS];
+}
+
 /* How long to poll now. Long between the pieces of a long payload, as in `loop.Loop.linger`: not to
- * poll there costs a quarter of the throughput. Not while a batch gathers. (Not to poll while others
- * want the processor was tried: waking up costs more than that, and comes later.) */
+ * poll there costs a quarter of the throughput of a server that is near. Not while a batch gathers.
+ * (Not to poll while others want the processor was tried: waking up costs more than that, and comes
+ * later.) */
 static uint64_t window_ns(const struct dp_turns *turns)
 {
     uint64_t in_flight = 0;
 
-    if (turns->channel && turns->channel->cells[DP_LONG_READS])
-        return turns->poll_max_ns;
+    if (awaits_payload(turns))
+        return turns->long_poll_ns;
     for (uint32_t index = 0; index < turns->ring_count; index++)
         in_flight += turns->rings[index].queue->cells[DP_IN_FLIGHT];
     return in_flight < DEEP ? turns->poll_ns : 0;
@@ -319,17 +325,18 @@ static uint64_t window_ns(const struct dp_turns *turns)
 static int nap(struct dp_turns *turns)
 {
     uint64_t began = now_ns(), least = turns->poll_max_ns / 32;
+    uint64_t *poll_ns = awaits_payload(turns) ? &turns->long_poll_ns : &turns->poll_ns;
     int count = turns->wait(turns->owner, turns->events);
 
     turns->naps++;
 
     disarm(turns);
     if (now_ns() - began < turns->poll_max_ns) {
-        turns->poll_ns = 2 * turns->poll_ns + least;
-        if (turns->poll_ns > turns->poll_max_ns)
-            turns->poll_ns = turns->poll_max_ns;
+        *poll_ns = 2 * *poll_ns + least;
+        if (*poll_ns > turns->poll_max_ns)
+            *poll_ns = turns->poll_max_ns;
     } else {
-        turns->poll_ns = turns->poll_ns > least ? turns->poll_ns / 2 : 0;
+        *poll_ns = *poll_ns > least ? *poll_ns / 2 : 0;
     }
     return count;
 }

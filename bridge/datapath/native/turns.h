@@ -51,7 +51,8 @@ struct dp_turns {
 
     /* Nanoseconds of CLOCK_MONOTONIC. */
     uint64_t until_ns;
-    uint64_t poll_ns, poll_max_ns; /* how long to poll after the last work, and at most */
+    /* How long to poll after the last work, while long reads are in flight, and at most. */
+    uint64_t poll_ns, long_poll_ns, poll_max_ns;
 
     /* epoll_wait of up to a millisecond, with all that may run meanwhile; -1: it failed. */
     int (*wait)(void *owner, struct epoll_event *events);

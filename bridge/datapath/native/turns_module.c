@@ -39,6 +39,7 @@ PyObject *dp_new_turns(PyObject *module, PyObject *poll_ns)
     if (!state)
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
     state->turns.poll_ns = poll_max_ns / 4;
+    state->turns.long_poll_ns = poll_max_ns;
     state->turns.poll_max_ns = poll_max_ns;
     capsule = PyCapsule_New(state, TURNS, drop_turns);
     if (!capsule)
