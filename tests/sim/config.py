@@ -135,6 +135,12 @@ class Config:
             self.flags |= F.READ_ONLY * (rng.random() < 0.5)
 
     @property
+    def splits_durable_writes(self) -> bool:
+        """Each write of the guest is a write and a flush at the server."""
+        is_durable = self.features_wanted != (1 << 64) - 1
+        return is_durable and self.mode == OFF and self.flushes and not self.flags & F.SEND_FUA
+
+    @property
     def kinds(self) -> list[str]:
         """What is unusual about all of the program, for the counts."""
         return [
@@ -205,6 +211,9 @@ STEPS: Final = {
 }
 """The steps of a program, and how often each is taken."""
 
+AMID_WRITES: Final = "power lost amid writes"
+"""A step of programs whose writes are not one command each at the server."""
+
 
 def script(seed: Seed) -> tuple[Config, list[tuple[int, str, int]]]:
     """The program of a seed: its config, and its steps (number, name, a seed of its own)."""
@@ -212,6 +221,8 @@ def script(seed: Seed) -> tuple[Config, list[tuple[int, str, int]]]:
     config = Config(rng)
     names, weights = list(STEPS), list(STEPS.values())
     chosen = rng.choices(names, weights, k=config.steps)
+    if config.splits_durable_writes:
+        chosen = [AMID_WRITES if rng.random() < 0.2 else name for name in chosen]
     steps = [(at, name, rng.getrandbits(32)) for at, name in enumerate(chosen)]
     if seed.kept is not None:
         steps = [step for step in steps if step[0] in seed.kept]

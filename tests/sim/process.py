@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 CURRENT: ContextVar[Process] = ContextVar("process")
 _CODE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + "/bridge/"
 
-_FENCE = _CODE + "datapath/fence.py"
-"""It has a lock, which the guest's driver takes as well: in the same process only here."""
+_OTHERS = (_CODE + "datapath/fence.py", _CODE + "peers/")
+"""What is not of this process, or has a lock that the guest's driver takes as well: only here they
+are in the same one. A guest publishes while its device is about to sleep, in the device's task."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -171,7 +172,7 @@ class Process:
             inside = is_ours.get(code)
             if inside is None:
                 name = code.co_filename
-                inside = is_ours[code] = name.startswith(_CODE) and name != _FENCE
+                inside = is_ours[code] = name.startswith(_CODE) and not name.startswith(_OTHERS)
             return at_line if inside and current(None) is self else None
 
         sys.settrace(at_call)

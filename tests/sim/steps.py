@@ -292,6 +292,16 @@ class Steps:
         if not world.config.plugin:
             world.power_lost()
 
+    async def _power_lost_amid_writes(self, rng: Random) -> None:
+        """Some of what a write is at the server is done, and some is not."""
+        world = self.world
+        for _ in range(rng.choice((1, 3))):
+            self._ask(rng, (T_OUT,))
+        self._publish()
+        delay_s = world.config.service_s + world.network.line.most_s
+        await world.timeline.sleep(rng.uniform(0, 4 * delay_s))
+        await self._server_loses_power(rng)
+
     async def _flush_fails(self, rng: Random) -> None:
         self.world.faults.failing_flushes = rng.choice((1, 1, 2))
 
