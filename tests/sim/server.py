@@ -87,6 +87,12 @@ class NbdServer:
         self.changed()
         return True
 
+    def forget_the_dead(self) -> None:
+        """What processes that are gone have left here is not executed any more."""
+        for peer in list(self.peers):
+            if isinstance(peer.sock.owner, Bridge) and peer.sock.owner.gone.is_set():
+                peer.forget()
+
     def in_flight(self) -> Iterator[tuple[int, int]]:
         """Sector and number of each write that was received and not executed."""
         for peer in self.peers:
@@ -144,6 +150,7 @@ class ServerPeer:
         self._alive = True
         """The process is, and the connection has not been closed by it."""
         self._connected = True
+        self._forgets = False
         self._running: list[_Running] = []
         self._options = bytearray()
         self._in_options = True
@@ -280,6 +287,15 @@ class ServerPeer:
         """The server closes the connection for a reason of its own."""
         self._close()
 
+    def forget(self) -> None:
+        """No change that has come here, or comes, is executed."""
+        self._forgets = True
+        for running in self._running:
+            if not running.executed and running.command.kind in _CHANGES:
+                running.cancelled = True
+        self._running = [each for each in self._running if not each.cancelled]
+        self._end_if_idle()
+
     def _leave_behind(self) -> None:
         """A foreign server may forget what a lost connection has in flight, or do it later."""
         rng = self.world.rng
@@ -332,6 +348,8 @@ class ServerPeer:
             )
         if command.kind in _CHANGES and isinstance(self.sock.owner, Bridge):
             self.world.change_comes(self.sock.owner)
+        if self._forgets and command.kind in _CHANGES:
+            return
         faults = self.world.faults
         if faults.hangs_up_on == command.kind:
             self.world.count("hung up on")

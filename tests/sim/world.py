@@ -405,6 +405,10 @@ class World:
         """The guest boots anew."""
         self.resetting = False
         self.guest.reset()
+        if self.server is not None and not self.config.plugin and self.config.mode == OFF:
+            # The next bridge begins with a new guest: nothing tells it of writes that a dead one
+            # has left at a server without sessions (docs/durability.md).
+            self.server.forget_the_dead()
         self.write_cache_moves = False
         self.forget_region()
 
