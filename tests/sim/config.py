@@ -211,8 +211,8 @@ STEPS: Final = {
 }
 """The steps of a program, and how often each is taken."""
 
-AMID_WRITES: Final = "power lost amid writes"
-"""A step of programs whose writes are not one command each at the server."""
+AMID_WRITES: Final = ("power lost amid writes", "cut amid writes", "flush fails amid writes")
+"""Steps of programs without a cache, over a foreign server: the moment counts."""
 
 
 def script(seed: Seed) -> tuple[Config, list[tuple[int, str, int]]]:
@@ -222,7 +222,9 @@ def script(seed: Seed) -> tuple[Config, list[tuple[int, str, int]]]:
     names, weights = list(STEPS), list(STEPS.values())
     chosen = rng.choices(names, weights, k=config.steps)
     if config.splits_durable_writes:
-        chosen = [AMID_WRITES if rng.random() < 0.2 else name for name in chosen]
+        chosen = [AMID_WRITES[0] if rng.random() < 0.2 else name for name in chosen]
+    elif config.mode == OFF and not config.plugin and not config.read_only:
+        chosen = [rng.choice(AMID_WRITES) if rng.random() < 0.15 else name for name in chosen]
     steps = [(at, name, rng.getrandbits(32)) for at, name in enumerate(chosen)]
     if seed.kept is not None:
         steps = [step for step in steps if step[0] in seed.kept]

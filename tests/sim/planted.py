@@ -273,7 +273,7 @@ def overlapping_changes_at_once(patch: Patch) -> None:
 
 def half_frame_again(patch: Patch) -> None:
     """What a socket took of the output is sent again."""
-    patch.setattr("bridge.server.connection._rest", lambda output, sent: output)
+    patch.setattr("bridge.server.connection.rest_after", lambda output, sent: output)
 
 
 def loss_is_never_told(patch: Patch) -> None:

@@ -302,6 +302,34 @@ class Steps:
         await world.timeline.sleep(rng.uniform(0, 4 * delay_s))
         await self._server_loses_power(rng)
 
+    async def _cut_amid_writes(self, rng: Random) -> None:
+        """A write is left behind perhaps, and the guest writes there again as soon as it can."""
+        world = self.world
+        first, count = self._range(rng)
+        asked = world.guest.submit(T_OUT, first, count, 0, rng)
+        self._publish()
+        delay_s = world.config.service_s + world.network.line.most_s
+        await world.timeline.sleep(rng.uniform(0, 2 * delay_s))
+        self._cut_some(rng, all_of_them=True)
+        for _ in range(40):
+            await world.timeline.sleep(0.1)
+            if asked not in world.guest.asked:
+                break
+        world.guest.submit(T_OUT, first, count, 0, rng)
+        self._publish()
+
+    async def _flush_fails_amid_writes(self, rng: Random) -> None:
+        """What is in flight is executed before, and answered after."""
+        self._ask(rng, (T_OUT,))
+        self._publish()
+        self.world.faults.failing_flushes = 1
+        for kinds in ((T_FLUSH,), (T_OUT,), (T_OUT,)):
+            self._ask(rng, kinds)
+        self._publish()
+        await self.world.timeline.sleep(rng.choice((0.01, 0.1, 1)))
+        self._ask(rng, (T_FLUSH,))
+        self._publish()
+
     async def _flush_fails(self, rng: Random) -> None:
         self.world.faults.failing_flushes = rng.choice((1, 1, 2))
 
