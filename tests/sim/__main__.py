@@ -101,7 +101,7 @@ def _run_many(chosen: argparse.Namespace) -> int:
             print(total, flush=True)
     print(total)
     print(f"seen: {', '.join(f'{name} {n}' for name, n in sorted(total.seen.items()))}")
-    if never := coverage.never(total.seen):
+    if never := coverage.never(total.seen, total.counts):
         print(f"never exercised: {', '.join(never)}")
     if failures and not chosen.no_shrink:
         print(f"./run sim --seed {campaign.shrink(Seed.parse(total.failures[0][0]))}")

@@ -31,6 +31,18 @@ _STATES: Final = (
 )
 
 
+FAULTS: Final = (
+    *("connection cut", "silence", "connects refused", "connects hang", "server killed"),
+    *("server loses power", "flush fails at the server", "no space", "hung up on", "stall"),
+    *("bridge killed", "bridge killed at a line", "bridge terminated", "host loses power"),
+    *("ring stops", "reset", "write cache toggled", "front-end leaves", "grown", "left behind"),
+    *("cache flush by hand", "cold read", "another host writes", "migration", "migrated"),
+    *("a filter loses what it held", "the cache's disk is full", "servers that cannot flush"),
+    *("read-only disks", "resize asked for"),
+)
+"""What befalls programs, by the names under which they count it."""
+
+
 def expected() -> set[str]:
     """All that is counted."""
     blocks = {
@@ -42,9 +54,10 @@ def expected() -> set[str]:
     return {*blocks, *_STATES, *(f"session: {old} → {new}" for old, new in _PHASES)}
 
 
-def never(seen: Counter[str]) -> list[str]:
-    """What no program has exercised."""
-    return sorted(expected() - set(seen))
+def never(seen: Counter[str], counts: Counter[str] | None = None) -> list[str]:
+    """What no program has exercised; with `counts`, also which faults have befallen none."""
+    faults = [] if counts is None else [f"fault: {name}" for name in FAULTS if not counts[name]]
+    return [*sorted(expected() - set(seen)), *faults]
 
 
 def _move(event: Event, before: State, after: State) -> str:
