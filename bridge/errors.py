@@ -75,6 +75,8 @@ class Remedy(Enum):
     """Give this bridge a name of its own."""
     PLACE_CONTROL = auto()
     """Say where the control socket is to be, or that there is none."""
+    LIST_BRIDGES = auto()
+    """Look at the list of those that run."""
     # The rest.
     EXPECT_READ_ONLY = auto()
     """Say that the disk is to be read-only."""
@@ -161,6 +163,10 @@ class UsedMeanwhile(ConfigError):
 
 class ExportUnknown(ConfigError):
     """The server says that there is no export of this name."""
+
+
+class TlsWanted(ConfigError):
+    """The server does not go on without TLS."""
 
 
 class ProtocolError(BridgeError):

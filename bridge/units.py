@@ -8,9 +8,10 @@ SECTOR_BYTES = 512
 """What a guest counts a disk in, whatever its blocks are."""
 
 _SIZE = re.compile(
-    r"([0-9]{1,18})(?:\.([0-9]{1,18})(?= ?[KMGT]))? ?(?:([KMGT])(i?B)?|B)?", re.IGNORECASE
+    r"([0-9]{1,18})(?:\.([0-9]{1,18})(?= ?[KMGT]))? ?(?:([KMGT])(i?B)?|B)?",
+    re.IGNORECASE | re.ASCII,  # The sign for Kelvin is a K, too, and in no table of ours.
 )
-_LIKE_SIZE = re.compile(r"([0-9.]+)\s*([KMGT])[a-z]*", re.IGNORECASE)
+_LIKE_SIZE = re.compile(r"([0-9.]+)\s*([KMGT])[a-z]*", re.IGNORECASE | re.ASCII)
 _UNITS = ((50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB"))
 
 

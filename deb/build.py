@@ -150,6 +150,12 @@ def _programs(tree: Path) -> None:
         path.write_text(_bridge(tree, "completion", shell))
 
 
+_LINKED = (
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
+    *("docker/README.md", "nbd_plugin/README.md"),
+)
+
+
 def _documents(tree: Path) -> None:
     _bridge(tree, "man-pages", str(tree / "usr/share/man/man1"))
     for page in (tree / "usr/share/man/man1").iterdir():
@@ -159,8 +165,11 @@ def _documents(tree: Path) -> None:
     shutil.copy(HERE / "copyright", documents / "copyright")
     shutil.copy(ROOT / "CHANGELOG.md", documents / "changelog")
     _compress(documents / "changelog")
-    for each in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        shutil.copy(each, documents / each.name)
+    # As in a checkout, so that the links between them hold; with dashboard and alerts.
+    for name in _LINKED:
+        (documents / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, documents / name)
+    shutil.copytree(ROOT / "docs", documents / "docs")
     for path in documents.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

@@ -9,7 +9,8 @@ remembered of the file (`VolumeState.seen`) and compared at the next opening for
   page of shared memory (`Mark`, in a file beside the state, which outlives the process) says when
   the last of them began and ended, and after a flush which time the file had. The time the file
   has now must be one that we gave it. Where a write was being executed at the kill, up to
-  `_UNFINISHED_NS` after its beginning are allowed for: it may have waited for its turn.
+  `_UNFINISHED_NS` after its beginning are allowed for: it may have waited for its turn. It may as
+  well not have come to the file yet, which then has the time of the change before.
 - **The host was started anew since.** After a loss of power the file may be older than what is
   remembered: inode times reach the medium later than data. So there it may be older, but must not
   have been changed later than we can have done it; that is asked of the change time, which
@@ -50,7 +51,9 @@ _LATE_NS = 60 * _SECOND_NS
 _COARSE = 5
 """CLOCK_REALTIME_COARSE, for which Python has no name: a file's times are of this clock."""
 
-_BEGAN, _ENDED, _RUNNING, _EXACT = range(4)
+_BEGAN, _ENDED, _RUNNING, _EXACT, _BEFORE = range(5)
+"""The words of a mark. `_BEFORE`: when the change before that of `_BEGAN` began."""
+_WORDS = 5
 _MARK_BYTES = mmap.PAGESIZE
 
 _OVERWRITTEN_IN_PLACE = frozenset({0xEF53, 0x58465342, 0x01021994})
@@ -85,7 +88,7 @@ class Mark:
             self._fd = os.dup(fd)
             self._words = memoryview(self._map).cast("q")
             words = self._words
-            words[_BEGAN] = words[_ENDED] = time.time_ns()
+            words[_BEGAN] = words[_ENDED] = words[_BEFORE] = time.time_ns()
             words[_RUNNING] = words[_EXACT] = 0
             self._store()
             os.fsync(fd)
@@ -98,10 +101,11 @@ class Mark:
         """A change of the file begins. From any thread."""
         words = self._words
         self._begun += 1
+        if not self._running:
+            words[_BEFORE] = words[_BEGAN]
         words[_BEGAN] = time.clock_gettime_ns(_COARSE)
         self._running.append(None)
         words[_RUNNING] = 1
-        words[_EXACT] = 0
         if not self._is_mapped:
             self._store()
 
@@ -109,6 +113,7 @@ class Mark:
         """The change has ended, whether it succeeded or not. From the same thread."""
         words = self._words
         words[_ENDED] = time.time_ns()
+        words[_EXACT] = 0
         self._running.pop()
         if not self._running:
             words[_RUNNING] = 0
@@ -128,7 +133,7 @@ class Mark:
 
     def _store(self) -> None:
         with contextlib.suppress(OSError):
-            os.pwrite(self._fd, self._words[:4], 0)
+            os.pwrite(self._fd, self._words[:_WORDS], 0)
 
     def close(self) -> None:
         """Let go of the mark; its file stays."""
@@ -145,14 +150,14 @@ def _file_system(fd: int) -> int:
     return int.from_bytes(info.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
 
 
-def read_mark(path: Path) -> tuple[int, int, int, int]:
+def read_mark(path: Path) -> tuple[int, int, int, int, int]:
     """What a process that is gone left in its mark; zeroes if there is none."""
     try:
         with open(path, "rb") as file:
-            words = memoryview(file.read(32)).cast("q")
+            words = memoryview(file.read(_WORDS * 8)).cast("q")
     except (OSError, TypeError):
-        return 0, 0, 0, 0
-    return (*words,) if len(words) == 4 else (0, 0, 0, 0)  # type: ignore[return-value]
+        return 0, 0, 0, 0, 0
+    return (*words,) if len(words) == _WORDS else (0, 0, 0, 0, 0)  # type: ignore[return-value]
 
 
 def describe(fd: int, *, is_open: bool) -> str:
@@ -171,7 +176,7 @@ def describe(fd: int, *, is_open: bool) -> str:
     )
 
 
-def has_changed(seen: str, fd: int, mark: Callable[[], tuple[int, int, int, int]]) -> bool:
+def has_changed(seen: str, fd: int, mark: Callable[[], tuple[int, int, int, int, int]]) -> bool:
     """Whether another program changed the file since `seen` was remembered. No if `seen` is ""."""
     words = seen.split(" ")
     info = os.fstat(fd)
@@ -190,14 +195,20 @@ def has_changed(seen: str, fd: int, mark: Callable[[], tuple[int, int, int, int]
         return same_boot or info.st_ctime_ns > int(words[5])
     if words[4] == str(info.st_mtime_ns):
         return False  # killed before its first write
-    began, ended, running, exact = mark()
+    began, ended, running, exact, before = mark()
     if not same_boot:
         return info.st_ctime_ns > ended + _LATE_NS
-    if exact:
-        return info.st_mtime_ns != exact
+    if exact == info.st_mtime_ns:
+        return False
+    if exact and not running:
+        return True
+    first = began
     if running:
+        # It may have waited for its turn, or not have come to the file yet. (There was no word
+        # for the change before in the marks of older versions.)
+        first = before or began
         ended = max(ended, began + _UNFINISHED_NS)
-    return not began - _rounded_by(info.st_mtime_ns) <= info.st_mtime_ns <= ended
+    return not first - _rounded_by(info.st_mtime_ns) <= info.st_mtime_ns <= ended
 
 
 def _rounded_by(time_ns: int) -> int:

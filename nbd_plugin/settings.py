@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from nbd_plugin import names
 from nbd_plugin.errors import PluginError
@@ -103,7 +102,7 @@ class Settings:
         if self.store == "file":
             if bool(self.file) == bool(self.dir):
                 raise PluginError("store=file needs either dir= or file=")
-            if self.dir and not Path(self.dir).is_dir():
+            if self.dir and not os.path.isdir(self.dir):  # No path raises here, however long.
                 raise PluginError(f"dir={self.dir}: no such directory", errno.ENOENT)
         elif self.file or self.dir or self.state:
             raise PluginError(f"file=, dir= and state= do not go with store={self.store}")

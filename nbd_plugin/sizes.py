@@ -11,7 +11,8 @@ MAX_SIZE_BYTES = (1 << 63) - 512
 """NBD and the file offsets of Linux are signed 64-bit numbers; kept on a whole sector."""
 
 _SIZE = re.compile(
-    r"([0-9]{1,19})(?:\.([0-9]{1,18})(?= ?[KMGTPE]))? ?(?:([KMGTPE])(i?B)?|B)?", re.IGNORECASE
+    r"([0-9]{1,19})(?:\.([0-9]{1,18})(?= ?[KMGTPE]))? ?(?:([KMGTPE])(i?B)?|B)?",
+    re.IGNORECASE | re.ASCII,  # The sign for Kelvin is a K, too, and in no table of ours.
 )
 _LETTERS = " KMGTPE"
 

@@ -42,8 +42,11 @@ class VolumeFile(FileDisk):
         mark.began()
         try:
             super().pwrite(buf, offset, fua)
-        finally:
+        except OSError:
             mark.ended()
+            mark.note_time(self._fd)
+            raise
+        mark.ended()
 
     def trim(self, offset: int, length: int, fua: bool) -> None:
         """See `Disk`."""
@@ -66,6 +69,7 @@ class VolumeFile(FileDisk):
             yield
         finally:
             mark.ended()
+            mark.note_time(self._fd)  # It may have changed nothing.
 
     def flush(self) -> None:
         """See `FileDisk.flush`. After a success the file's time is remembered exactly."""

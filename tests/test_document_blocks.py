@@ -247,7 +247,7 @@ def for_this_qemu(line: str, is_old: bool) -> str:
 
 def stopped(line: str) -> str:
     """The same machine, emulated and not started, with a monitor on standard input."""
-    line = line.replace("accel=kvm", "accel=tcg")
+    line = re.sub(r"accel=kvm(:tcg)?", "accel=tcg", line)
     return f"{line} -S -nodefaults -display none -monitor stdio"
 
 

@@ -86,10 +86,14 @@ _ONE_BY_ONE = (
     "tests/server/test_killed.py",
     "tests/server/test_link.py",
     "tests/sim/",
+    "tests/torture/",
 )
 """Where single tests take long, or wait for processes. Of the others a worker takes a file."""
 
-_WAITING = ("tests/app/", "tests/plugin/", "tests/qemu/", "tests/server/test_interop.py")
+_WAITING = (
+    *("tests/app/", "tests/plugin/", "tests/qemu/", "tests/server/test_interop.py"),
+    "tests/torture/",
+)
 """Where tests take long because they wait for processes."""
 
 

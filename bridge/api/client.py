@@ -101,7 +101,7 @@ def _asked(
         raise ConfigError(
             f"{path}: no permission: be root, or the user or in the group of the bridge"
         ) from None
-    except TimeoutError:
+    except (TimeoutError, BlockingIOError):  # The latter: so many wait there already.
         raise ConnectionLost(f"bridge {name} did not answer within {timeout_s:g} s") from None
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionLost(f"bridge {name}: {error or type(error).__name__}") from None

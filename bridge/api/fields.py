@@ -33,10 +33,12 @@ class Field:
         if self.choices and value not in self.choices:
             raise _bad(f"{name}: {value[:80]!r} is none of {', '.join(self.choices)}")
         if self.type in (int, float) and not (
-            isfinite(value) and self.minimum <= value <= self.maximum
+            # A whole number may be larger than any that `isfinite` takes.
+            (self.type is int or isfinite(value)) and self.minimum <= value <= self.maximum
         ):
             most = "" if self.maximum == inf else f" to {self.maximum:g}"
-            raise _bad(f"{name}: {value:g} is out of range: {self.minimum:g}{most}")
+            shown = f"{value:g}" if abs(value) < 1 << 64 else "the number"
+            raise _bad(f"{name}: {shown} is out of range: {self.minimum:g}{most}")
         return value
 
     @property

@@ -103,7 +103,10 @@ async def serve_connection(stream: trio.abc.HalfCloseableStream, handle: Handler
             except HttpError as error:
                 reply = error_reply(error)
             except trio.TooSlowError:
-                return
+                if connection.their_state is h11.IDLE and not connection.trailing_data[0]:
+                    return  # It has not begun to ask.
+                text = f"a request has to come within {_REQUEST_S:g} s"
+                reply = error_reply(HttpError(HTTPStatus.REQUEST_TIMEOUT, text))
             if not await _send(connection, stream, reply, head=_is_head(request)):
                 return
             if reply.then is not None:
@@ -144,13 +147,10 @@ async def _receive(
             connection.receive_data(bytes(await stream.receive_some(_RECEIVE_BYTES)))
         elif isinstance(event, h11.Request):
             head = event
+            _check_length(_announced(head))
         elif isinstance(event, h11.Data):
             body += event.data
-            if len(body) > BODY_MAX_BYTES:
-                raise HttpError(
-                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                    f"a request may have {BODY_MAX_BYTES} bytes",
-                )
+            _check_length(len(body))
         elif isinstance(event, h11.EndOfMessage):
             assert head is not None
             path = head.target.decode("ascii").partition("?")[0]
@@ -158,6 +158,20 @@ async def _receive(
             return HttpRequest(head.method.decode("ascii"), path, bytes(body), from_page)
         else:
             return None
+
+
+def _announced(head: h11.Request) -> int:
+    """How many bytes of body the client says it will send; 0: it does not say. (h11 has checked
+    that it is a number.)"""
+    return next((int(value) for name, value in head.headers if name == b"content-length"), 0)
+
+
+def _check_length(n_bytes: int) -> None:
+    """Raises HttpError."""
+    if n_bytes > BODY_MAX_BYTES:
+        raise HttpError(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request may have {BODY_MAX_BYTES} bytes"
+        )
 
 
 async def _handled(request: HttpRequest, handle: Handler) -> Reply:

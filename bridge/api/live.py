@@ -7,10 +7,9 @@ asks. Where a part gives no public name to it, the private one is read here and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Final
+from typing import Any
 
 import trio
 
@@ -18,33 +17,15 @@ from bridge.app.storage import Storage
 from bridge.cache.cache import Cache
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.index import Index
-from bridge.datapath.cells import (
-    NEXT_USED,
-    PUBLISHED,
-    ROW,
-    ROW_BYTES,
-    SIZE,
-    Queue,
-    sequence_of,
-)
+from bridge.datapath.cells import READ_BYTES, WRITTEN_BYTES
 from bridge.datapath.disk import Disk
-from bridge.datapath.lanes import WHOLE_BYTES
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import READ, WRITE, Request
-from bridge.datapath.usual import usual_chain
+from bridge.datapath.request import FLUSH, READ, WRITE, Request
 from bridge.guest.device import BlkDevice
 from bridge.guest.ring import RunningRing
 from bridge.guest.virtio.blk_request import BlkRequest
 from bridge.server.link import Phase
-from bridge.spec.nbd import CMD_READ
-from bridge.spec.virtio_blk import T_IN
 from bridge.units import SECTOR_BYTES
-
-_SIZES_MAX: Final = 64
-"""Of one ring's requests in a turn: more would not make the mean better worth its time."""
-_ROW_LENGTH: Final = 3
-_ROW_OP: Final = 8
-"""Where in a row: see `ROW`."""
 
 
 class EndObserver:
@@ -115,33 +96,15 @@ class Live:
         return engine.requests, engine.request_bytes
 
     @property
-    def usual_counts(self) -> dict[int, int]:
-        """By operation, the requests that went the usual way."""
-        usual = self.device._engine.usual
-        if usual is None:
-            return {}
-        return {READ: usual.served - usual.writes, WRITE: usual.writes}
-
-    def usual_sizes(self, since: int) -> tuple[int, dict[int, list[int]]]:
-        """By operation, the lengths of the usual requests of this turn, which has not ended; of
-        those that are sent, from command number `since` on. Before it, the next `since`."""
+    def usual_counts(self) -> tuple[dict[int, int], dict[int, int]]:
+        """By operation, the requests that went the usual way, and their bytes."""
         engine = self.device._engine
         usual = engine.usual
-        found: dict[int, list[int]] = {READ: [], WRITE: []}
         if usual is None:
-            return 0, found
-        lengths: list[Iterator[tuple[int, int]]] = []
-        for ring in self.device._rings.values():
-            queue = ring._flat
-            if queue is not None:
-                lengths.append(_hits(queue) if usual.answers_at_once else _sent(queue, since))
-        if not usual.answers_at_once:
-            # A long read goes the general way in this turn, and is a row in a compiled one.
-            lengths.append(_long_reads(engine._unanswered, since))
-        for each in lengths:
-            for op, length in islice(each, _SIZES_MAX):
-                found[op].append(length)
-        return usual.sequence, found
+            return {}, {}
+        reads = usual.served - usual.writes - usual.flushes
+        requests = {READ: reads, WRITE: usual.writes, FLUSH: usual.flushes}
+        return requests, {READ: engine.limits[READ_BYTES], WRITE: engine.limits[WRITTEN_BYTES]}
 
     @property
     def errors(self) -> Mapping[tuple[int, int], int]:
@@ -319,32 +282,6 @@ class Live:
     def _index(self) -> Index | None:
         cached = self.storage._cached
         return None if cached is None or cached.is_closed else cached.cache.index
-
-
-def _hits(queue: Queue) -> Iterator[tuple[int, int]]:
-    """(operation, length) of the usual chains that were answered and are not published."""
-    state, regions = queue.cells, queue.regions
-    mask = state[SIZE] - 1
-    for index in range(state[NEXT_USED] - state[PUBLISHED] & 0xFFFF):
-        head = queue.elements[(state[PUBLISHED] + index & mask) << 1]
-        chain = usual_chain(queue, head & mask, mask, regions[0], regions[1])
-        if chain is not None and chain[4] <= WHOLE_BYTES:
-            yield (READ if chain[0] == T_IN else WRITE), chain[4]
-
-
-def _sent(queue: Queue, since: int) -> Iterator[tuple[int, int]]:
-    """(operation, length) of the rows that were sent as number `since` or later."""
-    for head, cookie in enumerate(queue.cookies):
-        if cookie and sequence_of(cookie) >= since:
-            row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
-            yield (READ if row[_ROW_OP] == CMD_READ else WRITE), row[_ROW_LENGTH]
-
-
-def _long_reads(unanswered: Mapping[BlkRequest, int], since: int) -> Iterator[tuple[int, int]]:
-    """(operation, length) of the long reads that compiled turns would have sent as rows."""
-    for request, popped_at in unanswered.items():
-        if popped_at >= since and request.op == READ and request.length <= WHOLE_BYTES:
-            yield READ, request.length
 
 
 def _belongs_to(command: Request, request: Request) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from bridge import __version__
+from bridge.api import traffic
 from bridge.api.sampler import PAUSE_S
 from bridge.api.view import View, errors, guest_state, safety, server_state
 from bridge.app import logs
@@ -170,19 +171,18 @@ class _Collector:
             guest_state(live),
         )
         yield from self._gauge("disk_size_bytes", "What the guest sees.", live.capacity_bytes)
-        traffic = self.view.traffic.counts()
+        counts = traffic.counts(live)
         yield from self._counters(
             "requests",
             "Requests that the guest has sent, by operation.",
             ("op",),
-            {(op,): each.requests_total for op, each in traffic.items()},
+            {(op,): each.requests_total for op, each in counts.items()},
         )
         yield from self._counters(
             "request_bytes",
-            "Bytes that they are about. Of reads and writes of the usual form, estimated from the "
-            "lengths of some of them.",
+            "Bytes that they are about.",
             ("op",),
-            {(op,): each.bytes_total for op, each in traffic.items() if op != "flush"},
+            {(op,): each.bytes_total for op, each in counts.items() if op != "flush"},
         )
         failed: dict[tuple[str, ...], float] = dict.fromkeys(_USUAL_ERRORS, 0)
         failed.update(errors(live))

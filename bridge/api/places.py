@@ -142,7 +142,7 @@ def _listen(path: Path, gid: int | None) -> Listener:
     with _locked(path.parent):
         if (owner := listener_pid(path)) is not None:
             raise InUse(
-                f"the control socket {path} belongs to a running bridge (process {owner})",
+                f"process {owner} listens at the control socket {path}",
                 remedy=Remedy.NAME_BRIDGE,
             )
         try:
@@ -220,4 +220,7 @@ def socket_of(name: str) -> Path:
         if path.exists():
             return path
     places = " or ".join(str(each) for each in directories())
-    raise ConfigError(f"no bridge is called {name}: there is no {name}{SUFFIX} in {places}")
+    raise ConfigError(
+        f"no bridge is called {name}: there is no {name}{SUFFIX} in {places}",
+        remedy=Remedy.LIST_BRIDGES,
+    )

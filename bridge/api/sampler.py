@@ -41,10 +41,6 @@ SERVER: Final = "server"
 HELD: Final = "held"
 
 
-def _nothing() -> None:
-    pass
-
-
 class _Timed(EndObserver):
     """The `done` of a request that is timed."""
 
@@ -73,11 +69,7 @@ class _Timed(EndObserver):
 class Sampler:
     """See the module's text."""
 
-    def __init__(
-        self, live: Live, look: Callable[[], None] = _nothing, *, random: Random | None = None
-    ) -> None:
-        """`look()` is called in a turn that has popped requests, now and then."""
-        self._look_too = look
+    def __init__(self, live: Live, *, random: Random | None = None) -> None:
         self._live = live
         self._loop = live.loop
         self._random = random or Random()
@@ -133,7 +125,6 @@ class Sampler:
         if not count:
             return
         if live.ring_ids == self._rings and count > 0 and not self._active.is_set():
-            self._look_too()
             self._sample(count)
         # Rings that are new are polled behind this: arming again puts it behind them.
         self._active.set()

@@ -21,7 +21,6 @@ from bridge.api.live import Live
 from bridge.api.places import default_name, is_of_group, open_control, peer_of
 from bridge.api.routes import Router
 from bridge.api.sampler import Sampler
-from bridge.api.traffic import Traffic
 from bridge.api.view import View
 from bridge.api.watch import Watch
 from bridge.app import logs
@@ -68,10 +67,9 @@ class Service:
         self._listener = listener
         self._gid = gid
         self._users = users if users is not None else frozenset((0, os.geteuid()))
-        traffic = Traffic(live)
-        sampler = Sampler(live, traffic.look)
+        sampler = Sampler(live)
         watch = Watch(live, sampler, slow_s=settings.slow_ms / 1000)
-        view = View(live, sampler, watch, traffic)
+        view = View(live, sampler, watch)
         self._sampler = sampler
         self._watch = watch
         self._actions = Actions(view, end, replace_program)

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bridge import __version__
+from bridge.api import traffic
 from bridge.api.live import Live
 from bridge.api.sampler import Sampler
-from bridge.api.traffic import Count, Traffic
+from bridge.api.traffic import Count
 from bridge.api.watch import Watch
 from bridge.cache.upstream import Stats
 from bridge.datapath.histogram import BOUNDS_S, Histogram
@@ -188,7 +189,6 @@ class View:
     live: Live
     sampler: Sampler
     watch: Watch
-    traffic: Traffic
     stopping: bool = False
     took_over_after_s: float | None = None
     warming: Warming | None = None
@@ -201,7 +201,7 @@ class View:
             guest=self._guest(),
             cache=self._cache(),
             server=self._server(),
-            traffic=self.traffic.counts(),
+            traffic=traffic.counts(live),
             errors={" ".join(key): count for key, count in errors(live).items()},
             latency={
                 f"{op} {served_by}": _latency(each)

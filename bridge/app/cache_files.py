@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -24,9 +24,11 @@ from bridge.cache.file.inspect import Fault, show
 from bridge.cache.file.layout import FileHeader
 from bridge.cache.file.location import noted, peek
 from bridge.cache.file.opening import Unusable
-from bridge.errors import BridgeError, ConfigError, ExportUnknown, InUse
+from bridge.errors import BridgeError, ConfigError, ExportUnknown, InUse, TlsWanted
 from bridge.server.client_options import ClientOptions
+from bridge.server.export import Export
 from bridge.server.inspection import inspect
+from bridge.server.uri import NbdUri
 
 _SERVERS_AT_ONCE: Final = 8
 _STATUS_S: Final = 5.0
@@ -81,7 +83,7 @@ class CacheEntry:
     disk: DiskState | None = None
     """None: the server was not asked."""
     disk_reason: str = ""
-    """The server's words."""
+    """The server's words, or why there are none."""
 
     def age_s(self, now_s: float | None = None) -> float:
         """How long it has not been used."""
@@ -225,14 +227,22 @@ def _has_open(pid: str, wanted: os.stat_result) -> bool:
 # Whether their disks still exist.
 
 
-async def ask_servers(entries: Sequence[CacheEntry], options: ClientOptions) -> list[CacheEntry]:
-    """The same entries with what their servers say; of those in use, nothing is asked."""
+async def ask_servers(
+    entries: Sequence[CacheEntry],
+    options: ClientOptions,
+    explain: Callable[[BridgeError], str] = str,
+) -> list[CacheEntry]:
+    """The same entries with what their servers say; of those in use, nothing is asked.
+
+    A cache file does not tell whether its server has TLS: with `options` for that, each has to.
+    `explain`: an error in words.
+    """
     asked: dict[str, tuple[DiskState, str]] = {}
     limit = trio.CapacityLimiter(_SERVERS_AT_ONCE)
 
     async def one(entry: CacheEntry) -> None:
         async with limit:
-            asked[entry.path] = await _disk_of(entry, options)
+            asked[entry.path] = await _disk_of(entry, options, explain)
 
     async with trio.open_nursery() as nursery:
         for each in entries:
@@ -246,18 +256,33 @@ async def ask_servers(entries: Sequence[CacheEntry], options: ClientOptions) -> 
     ]
 
 
-async def _disk_of(entry: CacheEntry, options: ClientOptions) -> tuple[DiskState, str]:
+async def _disk_of(
+    entry: CacheEntry, options: ClientOptions, explain: Callable[[BridgeError], str]
+) -> tuple[DiskState, str]:
     header = peek(entry.path)
     try:
         if header is None:
             raise ConfigError("the file is gone")
-        export = await inspect(uri_of(entry.path), options)
+        export = await _export_of(uri_of(entry.path), options)
     except ExportUnknown as error:
-        return DiskState.GONE, str(error)
+        return DiskState.GONE, explain(error)
     except ConfigError as error:
-        return DiskState.REFUSED, str(error)
+        return DiskState.REFUSED, explain(error)
     except BridgeError as error:
-        return DiskState.UNREACHABLE, str(error)
+        return DiskState.UNREACHABLE, explain(error)
     if header.export_identity and export.identity and header.export_identity != export.identity:
         return DiskState.GONE, "the server has another volume of this name"
     return DiskState.THERE, ""
+
+
+async def _export_of(uri: NbdUri, options: ClientOptions) -> Export:
+    """With TLS if `options` have files for that: nobody on the way can say then that a disk is
+    gone. Else in clear, and with TLS if the server does not go on without it. Raises BridgeError.
+    """
+    over_tls = replace(uri, tls=True)
+    if options.tls_ca_file or options.tls_certificate_file:
+        return await inspect(over_tls, options)
+    try:
+        return await inspect(uri, options)
+    except TlsWanted:
+        return await inspect(over_tls, options)

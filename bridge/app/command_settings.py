@@ -303,6 +303,7 @@ class CacheListSettings(CommandSettings):
 
     output: ListChoices = ListChoices()
     server: ConnectSettings = ConnectSettings()
+    tls: TlsSettings = TlsSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +312,7 @@ class CachePruneSettings(CommandSettings):
 
     cache: PruneChoices = PruneChoices()
     server: ConnectSettings = ConnectSettings()
+    tls: TlsSettings = TlsSettings()
     output: ShowOutput = ShowOutput()
 
 

@@ -62,12 +62,17 @@ def stopping(limit_s: float) -> None:
     )
 
 
+async def ready(status: str) -> None:
+    """Whatever is served can be had from now on; return when that has been said."""
+    while not notify("READY=1", f"MAINPID={os.getpid()}", f"STATUS={status}"):  # noqa: ASYNC110
+        await trio.sleep(_AGAIN_S)
+
+
 async def run(status: Callable[[], str]) -> None:
     """Say that the disk is served, then what its state is and that the loop is alive, until
     cancelled."""
     said = status()
-    while not notify("READY=1", f"MAINPID={os.getpid()}", f"STATUS={said}"):  # noqa: ASYNC110
-        await trio.sleep(_AGAIN_S)
+    await ready(said)
     if "NOTIFY_SOCKET" not in os.environ:
         return
     watchdog_s = _watchdog_s()

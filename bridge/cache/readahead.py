@@ -127,11 +127,13 @@ class Readahead:
         return None
 
     def _remember(self, stream: _Stream) -> None:
+        """It has moved: another that would go on at the same block is forgotten, or the oldest."""
+        replaced = self._streams.pop(stream.next, None)
         self._streams[stream.next] = stream
         if len(self._streams) > _STREAMS:
-            oldest = self._streams.pop(next(iter(self._streams)))
-            if self._marks.get(oldest.mark) is oldest:
-                del self._marks[oldest.mark]
+            replaced = self._streams.pop(next(iter(self._streams)))
+        if replaced is not None and self._marks.get(replaced.mark) is replaced:
+            del self._marks[replaced.mark]  # Else a guest could leave any number of them.
 
     def _advance(self, stream: _Stream, first: int, last: int, missed: bool) -> None:
         """The stream has come to block `last`: fetch on if its window is used up."""

@@ -27,6 +27,9 @@ def command(settings: StatusSettings) -> None:
     if settings.output.as_json:
         common.print_result(json.dumps(found, indent=2))
         return
+    if not found:
+        common.print_result("no bridge is running that this user may ask")
+        return
     common.print_result(common.columns([_HEAD, *map(_row, found)]))
 
 

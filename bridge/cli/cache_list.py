@@ -9,9 +9,9 @@ from functools import partial
 import click
 
 from bridge.app import logs
-from bridge.app.cache_files import CacheEntry, State, ask_servers, cache_files
+from bridge.app.cache_files import CacheEntry, DiskState, State, ask_servers, cache_files
 from bridge.app.command_settings import CacheListSettings
-from bridge.app.settings import TlsSettings, client_options
+from bridge.app.settings import client_options
 from bridge.app.signals import run_until_signal
 from bridge.cache.file.layout import printable
 from bridge.cli import common
@@ -32,15 +32,28 @@ def command(settings: CacheListSettings, directory: tuple[str, ...]) -> None:
     logs.configure(level="warning", format_="text", explain=explain)
     entries = cache_files(directory)
     if settings.output.check_servers:
-        client = client_options(settings.server, TlsSettings())
-        entries = run_until_signal(partial(ask_servers, entries, client))
+        client = client_options(settings.server, settings.tls)
+        entries = run_until_signal(partial(ask_servers, entries, client, explain))
     if settings.output.as_json:
         common.print_result(json.dumps([json_of(each) for each in entries], indent=2))
     elif entries:
         head = (*_HEAD[:-1], "DISK", _HEAD[-1]) if settings.output.check_servers else _HEAD
         common.print_result(common.columns([head, *(_row(each, len(head)) for each in entries)]))
+        for line in _reasons(entries):
+            common.print_result(line)
     else:
         common.print_result("there are no cache files")
+
+
+def _reasons(entries: list[CacheEntry]) -> list[str]:
+    """Why servers did not say whether their disks exist: each server and reason once."""
+    return list(
+        dict.fromkeys(
+            f"{printable(each.server)}: {each.disk}: {each.disk_reason}"
+            for each in entries
+            if each.disk in (DiskState.REFUSED, DiskState.UNREACHABLE)
+        )
+    )
 
 
 def json_of(entry: CacheEntry) -> dict[str, object]:

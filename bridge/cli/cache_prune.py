@@ -12,7 +12,7 @@ from bridge.app import logs
 from bridge.app.cache_files import ask_servers, cache_files
 from bridge.app.cache_prune import Pruned, PruneRules, prune
 from bridge.app.command_settings import CachePruneSettings
-from bridge.app.settings import TlsSettings, client_options
+from bridge.app.settings import client_options
 from bridge.app.signals import run_until_signal
 from bridge.cache.file.layout import printable
 from bridge.cli import common
@@ -41,8 +41,8 @@ def command(settings: CachePruneSettings, directory: tuple[str, ...]) -> None:
         raise ConfigError("say what is to be removed: --gone, --older-than DAYS, or both")
     entries = cache_files(directory)
     if chosen.gone:
-        client = client_options(settings.server, TlsSettings())
-        entries = run_until_signal(partial(ask_servers, entries, client))
+        client = client_options(settings.server, settings.tls)
+        entries = run_until_signal(partial(ask_servers, entries, client, explain))
     rules = PruneRules(
         gone=chosen.gone,
         unused_s=None if chosen.older_than_days is None else chosen.older_than_days * _DAY_S,

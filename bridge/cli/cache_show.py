@@ -38,7 +38,6 @@ def json_of(summary: Summary) -> str:
 
 def text_of(summary: Summary) -> str:
     """The summary as lines of text."""
-    created = datetime.fromtimestamp(summary.created_s, UTC)
     lines = {
         "file": summary.path,
         "server": printable(summary.uri),
@@ -53,10 +52,18 @@ def text_of(summary: Summary) -> str:
         "frozen": "yes: the guest stopped before all of its data was on the server",
         "usable": "yes" if summary.fault is None else f"no: {_FAULTS[summary.fault]}",
         "export generation": str(summary.export_generation or "-"),
-        "created": f"{created:%Y-%m-%d %H:%M:%S} UTC",
+        "created": _moment(summary.created_s),
     }
     if not summary.frozen:
         del lines["frozen"]
     if not summary.damaged_slots:
         del lines["damaged"]
     return common.table(lines)
+
+
+def _moment(time_s: int) -> str:
+    """A time of a file's header, in which anything may stand."""
+    try:
+        return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError, OSError):
+        return "-"

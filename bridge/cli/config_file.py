@@ -7,7 +7,9 @@ Its keys are the names of the options without the dashes in front, from the same
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +25,17 @@ URI: Final = "uri"
 """The one key that is not an option's: it is the argument of `serve`."""
 
 _MAX_BYTES: Final = 1 << 20
+_MAX_FAULTS: Final = 100
+"""That are named: a file that has more is no configuration file."""
+_MAX_NUMBER_BITS: Final = 64
+"""Python writes no number of more than some thousand digits."""
+_NEAR_LINES: Final = 32
+"""Lines of one value that are tried one by one as its last one."""
+
+_KEY = re.compile(
+    r"""[ \t]*(?:\[\[?[ \t]*)?("(?:[^"\\]|\\.)*"|'[^']*'|[A-Za-z0-9_-]+)[ \t]*[=.\]]"""
+)
+"""The beginning of a line that may be of a key, or a section."""
 
 _TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     model.Flag: ((bool,), "true or false"),
@@ -67,16 +80,17 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigFileError(path, [f"{path}: not TOML: {error}"]) from None
+        raise ConfigFileError(path, [f"{path}: not TOML: {_printable(str(error))}"]) from None
+    except RecursionError:
+        raise ConfigFileError(path, [f"{path}: not TOML: nested too deeply"]) from None
+    except ValueError:
+        # Not of the parser: of Python, which it leaves numbers to.
+        raise ConfigFileError(path, [f"{path}: not TOML: a number with too many digits"]) from None
     settings = {
         each.setting.option.removeprefix("--"): each.setting
         for each in model.declared(ServeSettings)
     }
-    faults = [
-        f"{path}, line {_line_of(text, key)}: {fault}"
-        for key, value in found.items()
-        for fault in _faults(key, value, settings)
-    ]
+    faults = _all_faults(path, text, found, settings)
     if faults:
         raise ConfigFileError(path, faults)
     return {
@@ -104,25 +118,46 @@ def _text_of(path: Path) -> str:
         raise ConfigFileError(path, [f"{path}, line {line}: not UTF-8"]) from None
 
 
+def _all_faults(
+    path: Path, text: str, found: dict[str, Any], settings: dict[str, model.Setting]
+) -> list[str]:
+    """What is wrong, with the place."""
+    each = ((key, fault) for key, value in found.items() for fault in _faults(key, value, settings))
+    first = list(islice(each, _MAX_FAULTS))
+    lines = _Lines(text) if first else None
+    faults = [f"{path}, line {lines.of(key)}: {fault}" for key, fault in first if lines]
+    if next(each, None):
+        faults.append(f"{path}: and more like these")
+    return faults
+
+
 def _faults(key: str, value: Any, settings: dict[str, model.Setting]) -> Iterator[str]:
     """What is wrong with one line, if anything is."""
+    shown = _printable(key)
     if isinstance(value, dict | list):
-        yield f"'{key}': write lines 'option = value' alone, no sections and no lists"
+        yield f"'{shown}': write lines 'option = value' alone, no sections and no lists"
         return
     if key != URI and key not in settings:
-        yield f"there is no option '{key}'{_meant(key, [URI, *settings])}"
+        yield f"there is no option '{shown}'{_meant(key, [URI, *settings])}"
         return
     kind = model.Text(max_bytes=1 << 16) if key == URI else settings[key].kind
     allowed, wanted = _TYPES.get(type(kind), _TEXT)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         yield f"{key}: write {wanted}"
         return
+    if isinstance(value, int) and value.bit_length() > _MAX_NUMBER_BITS:
+        yield f"{key}: the number is too large"
+        return
     convert = type_of(kind)
     try:
         if convert is not None:
             convert.convert(str(value), None, None)
     except click.BadParameter as error:
-        yield f"{key}: {' '.join(error.message.split()).rstrip('.')}"
+        yield f"{key}: {_printable(' '.join(error.message.split()).rstrip('.'))}"
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _meant(key: str, names: list[str]) -> str:
@@ -135,18 +170,50 @@ def _meant(key: str, names: list[str]) -> str:
     return "; options are those of 'nbd-bridge serve --help', without the dashes in front"
 
 
-def _line_of(text: str, key: str) -> int:
-    """The line on which `key` stands; of a value of several lines, the last.
+class _Lines:
+    """On which line a key stands: the parser does not tell."""
 
-    The parser does not tell. It is the end of the shortest beginning of the file that has the key.
-    """
+    def __init__(self, text: str) -> None:
+        self._lines = text.split("\n")
+        self._first: dict[str, int] = {}
+        """Key → where its line begins to count, from 0. A key of a section comes after all those
+        that stand alone, and text that looks like one within a value may come before."""
+        for number, line in enumerate(self._lines):
+            if (match := _KEY.match(line)) and (key := _unquoted(match[1])) is not None:
+                self._first.setdefault(key, number)
+
+    def of(self, key: str) -> int:
+        """The number of the line, from 1; of a value of several lines that of the last, roughly if
+        it has very many."""
+        import tomllib
+
+        first = self._first.get(key, 0)
+        for end in _ends(first, len(self._lines)):
+            try:
+                if key in tomllib.loads("\n".join(self._lines[first:end])):
+                    return end
+            except (ValueError, RecursionError):
+                continue  # amid a value of several lines
+        return first + 1
+
+
+def _ends(first: int, last: int) -> Iterable[int]:
+    """Where a value that begins at `first` may end: few enough to try them all."""
+    step = 1
+    end = first + 1
+    while end < last:
+        yield end
+        if end - first >= _NEAR_LINES:
+            step *= 2
+        end += step
+    yield last
+
+
+def _unquoted(key: str) -> str | None:
+    """The key that is written so, None if that is none."""
     import tomllib
 
-    lines = text.splitlines(keepends=True)
-    for number in range(1, len(lines) + 1):
-        try:
-            if key in tomllib.loads("".join(lines[:number])):
-                return number
-        except tomllib.TOMLDecodeError:
-            continue  # amid a value of several lines
-    return len(lines)
+    try:
+        return next(iter(tomllib.loads(f"{key}=0")))
+    except tomllib.TOMLDecodeError:
+        return None

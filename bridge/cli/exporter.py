@@ -9,6 +9,7 @@ import click
 import trio
 
 from bridge.api.exporter import Exporter, serve
+from bridge.app import service_manager
 from bridge.app.command_settings import ExporterSettings
 from bridge.app.signals import ending_signals
 from bridge.cli import common
@@ -43,6 +44,7 @@ async def _serve(host: str | None, port: int) -> None:
             raise ConfigError(f"--listen {host or ''}:{port}: cannot listen: {reason}") from None
         at = ", ".join(_url(each) for each in listeners)
         click.echo(f"nbd-bridge: the bridges of this host are shown at {at}", err=True)
+        await service_manager.ready(f"listening at {at}")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(serve, Exporter(), listeners))
             await signals.receive()

@@ -25,8 +25,9 @@ def command(settings: InstallUnitsSettings) -> None:
     """Make bridges services of this host: systemd's units, their user, examples.
 
     Writes the template units nbd-bridge@.service, nbd-bridge@.socket and
-    nbd-bridge-nbdkit@.service, files for sysusers.d and tmpfiles.d, QEMU's vhost-user description
-    and examples. What is there from another version is replaced. Nothing is started.
+    nbd-bridge-nbdkit@.service, nbd-bridge-exporter.service, files for sysusers.d and tmpfiles.d,
+    QEMU's vhost-user description and examples. What is there from another version is replaced.
+    Nothing is started.
     """
     choices = settings.units
     program = Path(choices.program) if choices.program else unit_files.program()

@@ -72,6 +72,17 @@ class CommandGroup(click.Group):
             return found
         return super().get_command(ctx, cmd_name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Of an unknown command: which one was probably meant."""
+        if self.get_command(ctx, args[0]) is None:
+            from difflib import get_close_matches  # Only this needs it: it costs time and memory.
+
+            if near := get_close_matches(args[0], self.list_commands(ctx), 1):
+                ctx.fail(f"no such command {args[0]!r}; did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example."""
         write_example(self.example, formatter)

@@ -17,7 +17,6 @@ class Rates:
     writes_per_s: float
     others_per_s: float
     read_bytes_per_s: float
-    """Like the next: partly estimated, see `api.traffic`."""
     written_bytes_per_s: float
     p50_s: float | None
     """Like the next: of the requests that were timed, whatever they were."""

@@ -69,8 +69,8 @@ def _guest(guest: dict[str, Any]) -> str:
     if guest["state"] == "none":
         return f"none ({size}; it connects to {guest['socket'] or 'an inherited socket'})"
     text = (
-        f"{guest['state']}, {size}, {guest['queues']} queues, {guest['in_flight']} requests in "
-        f"flight, {guest['requests_total']} so far"
+        f"{guest['state']}, {size}, {guest['queues']} queue{'s'[: guest['queues'] != 1]}, "
+        f"{guest['in_flight']} requests in flight, {guest['requests_total']} so far"
     )
     if general := sum(guest["general_total"].values()):
         text += f", {general / guest['requests_total']:.1%} the general way"

@@ -14,8 +14,8 @@ from bridge.cli import common
 def command(settings: TopSettings, name: str | None) -> None:
     """Watch bridge NAME, or all bridges of this host, until q or Ctrl-C is pressed.
 
-    Without a terminal, one table is printed, as with --once. Bytes per second are partly estimated,
-    latencies are those of a sample. NAME is what `list` shows, or the path of a control socket.
+    Without a terminal, one table is printed, as with --once. Latencies are those of a sample.
+    NAME is what `list` shows, or the path of a control socket.
     """
     from bridge.cli.top_loop import run  # It imports curses, which not every Python has.
 

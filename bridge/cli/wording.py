@@ -56,6 +56,7 @@ _REMEDIES = {
     "flush {path}'",
     Remedy.NAME_BRIDGE: "; give this one another name with --name",
     Remedy.PLACE_CONTROL: "; say where it is to be with --api PATH, or use --api off",
+    Remedy.LIST_BRIDGES: " ('nbd-bridge list' shows those that run)",
     Remedy.EXPECT_READ_ONLY: "; give --read-only if that is what you want",
     Remedy.LIST_EXPORTS: " (nbd-bridge info --list)",
     Remedy.NAME_CA: " (if its CA is one of your own, give that with --tls-ca)",

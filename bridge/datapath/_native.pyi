@@ -46,6 +46,11 @@ def turns(
         int,
         int,
         int,
+        int,
+        int,
+        tuple[int, ...],
+        int,
+        int,
     ]
     | None
 ): ...

@@ -4,10 +4,10 @@ Nothing here but numbers in rows and cells of fixed size, bytes, and views of me
 of `usual` work on it, and the general path reads and writes the same cells: there is no second
 copy that could differ.
 
-**Rows.** A guest's READ or WRITE that was sent to the server in the usual way is a row, not an
-object: `Queue.rows` has one per head. The reply finds it by its cookie, which names queue and head
-and carries the number with which the command was sent (`row_cookie`). A row's cookie has bit 63,
-that of a `Request` has not. `rows.Rows` turns rows into requests when anything unusual happens.
+**Rows.** A guest's READ, WRITE or FLUSH that was sent to the server in the usual way is a row, not
+an object: `Queue.rows` has one per head. The reply finds it by its cookie, which names queue and
+head and carries the number with which the command was sent (`row_cookie`). A row's cookie has bit
+63, that of a `Request` has not. `rows.Rows` turns rows into requests when anything unusual happens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from bridge.datapath.request import Request
+    from bridge.datapath.rows import Rows
 
-ABI: Final = 4
+ABI: Final = 6
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -63,19 +64,29 @@ head of the last batch, and how many chains were pushed since the last publicati
 something was pushed by `usual.answers`. STOPPED: the last look at the available ring ended at a
 chain that is not usual: one of the following, which says why. 0: it did not."""
 
-(STOP_RING, STOP_FORM, STOP_RANGE, STOP_MISS, STOP_WRITE, STOP_ROOM, STOP_ROUTE, STOPS) = range(
-    1, 9
-)
-"""RING: the driver broke the ring, or made a head available that is in flight. FORM: neither a read
-nor a write, or one of an unusual form. RANGE: too long, or not whole blocks of the disk. MISS: the
-cache does not have it at hand. WRITE: it must be durable, is not allowed, or has to wait for the
-cache. ROOM: too much in flight, or in one batch. ROUTE: no connection takes it the usual way."""
+(
+    STOP_RING,
+    STOP_FORM,
+    STOP_RANGE,
+    STOP_MISS,
+    STOP_WRITE,
+    STOP_ROOM,
+    STOP_ROUTE,
+    STOP_FLUSH,
+    STOPS,
+) = range(1, 10)
+"""RING: the driver broke the ring, or made a head available that is in flight. FORM: neither a
+read nor a write nor a flush, or one of an unusual form. RANGE: too long, or not whole blocks of
+the disk. MISS: the cache does not have it at hand. WRITE: it must be durable, is not allowed, or
+has to wait for the cache. ROOM: too much in flight, or in one batch. ROUTE: no connection takes
+it the usual way. FLUSH: a flush for which more has to be looked at, or waited for, than is
+usual."""
 
 ROW: Final = Struct("=QQQIIHHHBx")
 """Offset on the disk, where in its region the data is, where in its region the status byte is,
 length of the data in bytes, number of the channel, regions of data and status, segments of the
-data, NBD command (0 READ, 1 WRITE). Data of several segments: where each is stands in
-`Queue.segments`, and where the data is is 0 here."""
+data, operation (`request.READ`, `WRITE` or `FLUSH`). Data of several segments: where each is stands
+in `Queue.segments`, and where the data is is 0 here. A FLUSH has no data: all of that is 0."""
 ROW_BYTES: Final = ROW.size
 
 SEGMENT: Final = Struct("=QIHxx")
@@ -169,9 +180,18 @@ class Queue:
 
 
 # Cells of a disk, as its guest sees it.
-CAPACITY_BYTES, BLOCK_MASK, MAY_WRITE, DISK_CELLS = range(4)
+(
+    CAPACITY_BYTES,
+    BLOCK_MASK,
+    MAY_WRITE,
+    CAN_FLUSH,
+    READ_BYTES,
+    WRITTEN_BYTES,
+    DISK_CELLS,
+) = range(7)
 """BLOCK_MASK: bits that offset and length must not have. MAY_WRITE: a write is allowed, and need
-not be durable when it is complete."""
+not be durable when it is complete. CAN_FLUSH: a flush means something. READ_BYTES, WRITTEN_BYTES:
+of the usual requests that were taken so far."""
 
 # Cells of a `Route`.
 (
@@ -188,12 +208,46 @@ nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES, WHOLE
 longest that compiled turns send as one command."""
 
 # Cells of a `Channel`.
-UNFLUSHED, LONG_READS, ROWS, SEGMENTS, DIRECT, DIRECT_LEFT, LARGE_BYTES, CHANNEL_CELLS = range(8)
+(
+    UNFLUSHED,
+    LONG_READS,
+    ROWS,
+    SEGMENTS,
+    DIRECT,
+    DIRECT_LEFT,
+    LARGE_BYTES,
+    MAY_FLUSH,
+    NOT_ROWS,
+    ARMED,
+    SEEN,
+    BEFORE,
+    FLUSH_ROW,
+    FLUSH_COVERS,
+    FLUSH_SEEN,
+    FLUSH_ARMED,
+    FLUSH_BEGAN_NS,
+    FLUSH_TOOK_NS,
+    FLUSHES,
+    FLUSHED,
+    COVERED,
+    CHANNEL_CELLS,
+) = range(22)
 """UNFLUSHED: WRITE and WRITE_ZEROES without FUA that were answered. LONG_READS: reads in flight of
 `LONG_BYTES` and more. ROWS: rows in flight. SEGMENTS: of those of them that have several. Of
 compiled turns only: DIRECT is the cookie of the row whose payload is being received straight into
 guest memory, DIRECT_LEFT how much of it is still to come, LARGE_BYTES how many bytes are in flight
-of reads of `LONG_BYTES` and more, and of writes longer than `lanes.SMALL_BYTES`."""
+of reads of `LONG_BYTES` and more, and of writes longer than `lanes.SMALL_BYTES`.
+
+Of flushes, which are rows only where all is well (see `server.flushes`). What is known when a
+look at the rings begins: MAY_FLUSH, one may be taken; NOT_ROWS, something is in flight that is
+no row; ARMED, the disk's timer is: something may not be durable; SEEN, what is there was sent by
+a guest that had seen so many changes answered (see `durability`); BEFORE, so many of them were
+answered by other connections. ARMED is also what the look has left it as: a write arms the
+timer, a flush clears it, unless something is in flight. The one flush row that there may be:
+FLUSH_ROW, its cookie, or 0; FLUSH_COVERS, the UNFLUSHED that its success makes durable;
+FLUSH_SEEN and FLUSH_ARMED, what SEEN and ARMED were before; FLUSH_BEGAN_NS, when it was taken.
+To be taken out by Python: FLUSHES, how many were taken; FLUSHED, how many have succeeded; of the
+last of those COVERED, its FLUSH_COVERS, and, in a compiled turn, FLUSH_TOOK_NS."""
 
 LONG_BYTES: Final = 32 << 10
 """From here on a payload is received straight into its buffers: by the general path."""
@@ -203,7 +257,7 @@ class Channel:
     """One connection's transmission phase, flat."""
 
     __slots__ = (
-        *("cells", "early", "has_payload", "is_closed", "native", "number"),
+        *("cells", "early", "has_payload", "held", "is_closed", "native", "number"),
         *("output", "sending", "staging", "structured"),
     )
 
@@ -212,6 +266,8 @@ class Channel:
     """In rows."""
     early: list[Request]
     """Answered while part of the output was unsent; the owner finishes them once it is."""
+    held: list[bytes]
+    """A FLUSH that was taken: it goes into the output after what else this turn brought."""
     is_closed: bool
     """Its connection has ended."""
     output: list[bytes | memoryview]
@@ -244,10 +300,28 @@ class Wire(Protocol):
         with `errno`."""
 
 
+class Flushes(Protocol):
+    """The flushes of a session, where a guest's may be a row (see `server.flushes`)."""
+
+    def may_be_row(self) -> bool:
+        """The next one may, unless there is one. From here on until anything but a row is begun or
+        ends."""
+
+    def row_taken(self) -> None:
+        """One was taken in this turn. It may still be `held` by its channel."""
+
+    def row_succeeded(self, covers: int) -> None:
+        """It is answered: FLUSH_COVERS."""
+
+    def adopt_row(self, flush: Request, covers: int, seen: int) -> Request:
+        """The command that the row would have been, and what it is for; FLUSH_COVERS and
+        FLUSH_SEEN."""
+
+
 class Route:
     """Where commands go: the limits of the export, and the one channel that takes them."""
 
-    __slots__ = ("cells", "channel", "flush_later", "shown", "wire")
+    __slots__ = ("cells", "channel", "flush_later", "flushes", "rows", "shown", "wire")
 
     def __init__(self) -> None:
         self.cells = cells(ROUTE_CELLS)
@@ -259,6 +333,10 @@ class Route:
         """The guest may know that `channel` has answered so much (UNFLUSHED): a turn has ended."""
         self.flush_later: Callable[[], None] = _no_channel
         """Send the output of `channel` at the end of this turn."""
+        self.flushes: Flushes | None = None
+        """None: none is a row."""
+        self.rows: Rows | None = None
+        """What is usual on this route; None: nothing is."""
 
 
 def _nobody(unflushed: int) -> None:

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 
 from bridge.datapath import _native
 from bridge.datapath.cells import NEXT_USED, PUBLISHED
+from bridge.datapath.flush_rows import TurnedFlushes
 from bridge.datapath.rows import UsualRing
 from bridge.datapath.turn import Turn
 
@@ -76,13 +77,16 @@ class CompiledTurns:
         )
         if found is None:
             return None
-        flags, taken, reads, writes, naps, ready, unsent, *rest = found
-        start, end, n_bytes, looked, shown, error, has_worked = rest
-        was_usual = bool(reads or writes or not flags & _CHAIN)
-        if reads or writes:
+        flags, taken, reads, writes, naps, ready, unsent = found[:7]
+        start, end, n_bytes, looked, shown, error, has_worked = found[7:14]
+        flushes, took_ns, durable, is_new = found[14:]
+        was_usual = bool(reads or writes or flushes or not flags & _CHAIN)
+        if reads or writes or flushes or took_ns:
             for ring, count in zip(rings, taken, strict=True):
                 ring.took(count)
-            usual.took(reads, writes)
+            is_new = is_new and flags & _INCOMPLETE
+            flushed = TurnedFlushes(flushes, took_ns, bool(durable), bool(is_new))
+            usual.took(reads, writes, flushed)
         usual.turned(start, end, n_bytes, unsent)
         if n_bytes:
             self._turn.wanted = True  # The stages that count answers are to look.

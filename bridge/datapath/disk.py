@@ -22,15 +22,17 @@ import os
 from collections.abc import Callable
 from errno import ECANCELED
 from math import inf
+from time import perf_counter_ns
 from typing import Protocol, cast
 
 import structlog
 import trio
 
+from bridge.datapath.flush_rows import TurnedFlushes
 from bridge.datapath.histogram import Histogram
 from bridge.datapath.request import FLUSH, INTERNAL, READ, REPEATED, Hits, Request, Target
 from bridge.datapath.rows import Usual
-from bridge.datapath.turn import Turn
+from bridge.datapath.turn import Outcome, Turn
 
 _log = structlog.get_logger(__name__)
 
@@ -98,6 +100,7 @@ class Disk:
         """What rings may ask before they pop a chain; None: there is nothing."""
         if self.usual is not None:
             self.usual.is_armed = self._is_armed
+            self.usual.tells(self)
         self._now = now
         self._deadline_s: float | None = None
         self._armed = trio.Event()
@@ -192,6 +195,51 @@ class Disk:
         if self._deadline_s is None:
             self._arm_timer()
 
+    # Flushes that are rows: see flush_rows.FlushedDisk.
+
+    def in_flight_at_server(self) -> int:
+        """See FlushedDisk."""
+        return self._target.in_flight
+
+    def may_flush(self, rows: int) -> bool:
+        """See FlushedDisk."""
+        return self._told == self._losses and self._unanswered_flushes == rows
+
+    def flush_taken(self, *, armed: bool) -> None:
+        """See FlushedDisk."""
+        self._unanswered_flushes += 1
+        self._deadline_s = None
+        if armed:
+            self._arm_timer()
+
+    def flush_answered(self, took_ns: int) -> None:
+        """See FlushedDisk."""
+        self.flush_times.add(took_ns / 1e9)
+        self._turn.finish(Outcome(self._row_flushed))
+
+    def _row_flushed(self, _: Outcome) -> None:
+        self._flush_ended(0)
+
+    def flushes_turned(self, flushes: TurnedFlushes, *, armed: bool) -> None:
+        """See FlushedDisk."""
+        if flushes.taken:
+            self._deadline_s = None
+            if armed:
+                self._arm_timer()
+        self._unanswered_flushes += flushes.taken - len(flushes.took_ns)
+        for took_ns in flushes.took_ns:
+            self.flush_times.add(took_ns / 1e9)
+        if flushes.took_ns:
+            if flushes.durable or (self._deadline_s is None and not self._unanswered_flushes):
+                self.is_durable = True
+            self._durability_changed()
+
+    def adopt_flush(self, request: Request, began_ns: int, *, armed: bool) -> Request:
+        """See FlushedDisk."""
+        began_s = self._now() - (perf_counter_ns() - began_ns) / 1e9
+        owner = request, armed, began_s, self._told
+        return Request(FLUSH, 0, 0, [], self._flush_done, request.flags, owner)
+
     def _clear_timer(self) -> bool:
         """A flush is about to be submitted: it covers what was completed before it.
 
@@ -253,6 +301,8 @@ class Disk:
         self._durability_changed()
 
     def _note_loss(self, errno: int) -> None:
+        if self.usual is not None:
+            self.usual.adopt_all()  # A flush that is a row has to fail.
         self._loss_error = errno
         self._losses += 1
 

@@ -187,7 +187,16 @@ class Job:
         for piece in self._in_flight:
             piece.abandon(piece.done, scratch)
         if not self._in_flight:
-            self._lane.turn.finish(self.owner, self._error)
+            self._finish()
+
+    def _finish(self) -> None:
+        """Tell of the owner's end, and let go of it: a cycle of references would keep the memory of
+        a guest that is gone until the garbage collector comes, which an idle process never needs.
+        """
+        self._ends = []
+        self._pieces = iter(())
+        self.owner.owner = None
+        self._lane.turn.finish(self.owner, self._error)
 
     def _ended(self, piece: Request) -> None:
         self._in_flight.remove(piece)
@@ -198,7 +207,7 @@ class Job:
         elif self._epoch is not None:
             self._ends.append((epoch, cost_bytes, piece))
         if not self._in_flight and self._next is None and not self._do_again():
-            self._lane.turn.finish(self.owner, self._error)
+            self._finish()
         self._lane.ended(cost_bytes)
 
     def _do_again(self) -> bool:

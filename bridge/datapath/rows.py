@@ -17,10 +17,15 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
 from bridge.datapath.cells import (
+    ARMED,
+    FLUSH_ROW,
+    FLUSHES,
     HEAD_BITS,
     MAX_HEADS,
     MAX_QUEUES,
+    MAY_FLUSH,
     NAME,
+    NAME_BITS,
     NUMBER,
     ROW,
     ROW_BYTES,
@@ -28,6 +33,7 @@ from bridge.datapath.cells import (
     SEGMENTS,
     SEQUENCE_MASK,
     SIZE,
+    STOP_FLUSH,
     STOP_ROUTE,
     STOPPED,
     TOUCHED,
@@ -42,7 +48,9 @@ from bridge.datapath.cells import (
     sequence_of,
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
-from bridge.datapath.request import Request
+from bridge.datapath.flush_rows import FlushedDisk, FlushRows, TurnedFlushes
+from bridge.datapath.request import FLUSH, Request
+from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
 
 _CHANNEL_AT: Final = 4
 """In a row: see `ROW`."""
@@ -83,6 +91,8 @@ class Rows:
         self._next_channel = 1
         self.adopted_total = 0
         """Rows that became requests."""
+        self.flushes: FlushRows | None = None
+        """None: no row is a flush."""
 
     # Who takes part.
 
@@ -140,6 +150,7 @@ class Rows:
             channel, owner = self._channels[number]
             channel.cells[ROWS] -= len(requests)
             assert not channel.cells[ROWS]
+            assert not channel.cells[FLUSH_ROW]
             channel.cells[SEGMENTS] = 0
             owner.adopted(requests)
 
@@ -152,9 +163,30 @@ class Rows:
         row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
         queue.cookies[head] = 0
         request: Request = queue.owner.adopt(head, cookie, row)
+        number = row[_CHANNEL_AT]
+        if request.op == FLUSH:
+            assert self.flushes is not None
+            request = self.flushes.adopt(request, self._channels[number][0])
         request.cookie = cookie
         self.adopted_total += 1
-        return row[_CHANNEL_AT], request
+        return number, request
+
+    # Flushes.
+
+    def send_held(self, channel: Channel) -> None:
+        """Put the FLUSH that `channel` holds into the output, now with the next number: it is sent
+        after what else this turn has brought, as the general path has it."""
+        cookie = channel.cells[FLUSH_ROW]
+        if cookie:  # (It is no row any more if it was adopted meanwhile.)
+            queue = self.queues[cookie >> HEAD_BITS & MAX_QUEUES - 1]
+            assert queue is not None
+            head = cookie & MAX_HEADS - 1
+            cookie = queue.cells[NAME] | self.cells[0] << NAME_BITS | head
+            self.cells[0] += 1
+            queue.cookies[head] = channel.cells[FLUSH_ROW] = cookie
+            channel.held = [REQUEST.pack(REQUEST_MAGIC, 0, CMD_FLUSH, cookie, 0, 0)]
+        channel.output += channel.held
+        channel.held = []
 
     def publish_touched(self) -> None:
         """Rings in which answers were pushed publish them at the end of this turn."""
@@ -196,9 +228,16 @@ class Usual(Protocol):
     answers_at_once: bool
     """What is served is pushed, and to be published at the end of this turn."""
 
-    def take(self, queue: Queue, disk: Cells[int]) -> int:
+    @property
+    def flushes(self) -> int:
+        """Those of the chains that are flushes."""
+
+    def tells(self, disk: FlushedDisk) -> None:
+        """Flushes of the guest of `disk` may be rows. (Without it none is.)"""
+
+    def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """Serve what `queue` has available up to the first chain that is not usual, which its cell
-        STOPPED then tells of; how many."""
+        STOPPED then tells of; how many. `flushes`: also those."""
 
     def enter(self, queue: Queue, owner: RowOwner) -> bool:
         """Let `queue` take part; False if it cannot."""
@@ -218,7 +257,7 @@ class Usual(Protocol):
     def side(self) -> Side | None:
         """Where they serve chains; None: not now."""
 
-    def took(self, reads: int, writes: int) -> None:
+    def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """So many chains were taken. There were writes only if it was `armed`."""
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
@@ -273,7 +312,7 @@ class FromCache:
     ) -> None:
         """`counted(reads, writes)` is told of hits. `wrote()`: something is not durable."""
         self.served = 0
-        self.writes = 0
+        self.writes = self.flushes = 0
         self.is_armed: Callable[[], bool] = _never
         self.engine = engine
         self._take_hits = engine.take_hits
@@ -282,8 +321,8 @@ class FromCache:
         self._counted = counted
         self._wrote = wrote
 
-    def take(self, queue: Queue, disk: Cells[int]) -> int:
-        """See `Usual`."""
+    def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
+        """See `Usual`. A flush has to look at all of the cache: none is usual."""
         reads, writes = self._take_hits(queue, disk, self._cache)
         taken = reads + writes
         if taken:
@@ -294,11 +333,14 @@ class FromCache:
                 self._wrote()
         return taken
 
+    def tells(self, disk: FlushedDisk) -> None:
+        """See `Usual`. There are no rows here."""
+
     def side(self) -> Side | None:
         """See `Usual`."""
         return self._side
 
-    def took(self, reads: int, writes: int) -> None:
+    def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """See `Usual`."""
         self.served += reads + writes
         self.writes += writes
@@ -339,13 +381,24 @@ class ToServer:
         self._route = route
         self._rows = rows
         self._wrote = wrote
+        self._flushes = rows.flushes = FlushRows(route)
+        route.rows = rows
+
+    def tells(self, disk: FlushedDisk) -> None:
+        """See `Usual`."""
+        self._flushes.disk = disk
+
+    @property
+    def flushes(self) -> int:
+        """See `Usual`."""
+        return self._flushes.taken
 
     @property
     def sequence(self) -> int:
         """See `Usual`."""
         return self._rows.cells[0]
 
-    def take(self, queue: Queue, disk: Cells[int]) -> int:
+    def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """See `Usual`."""
         route, rows = self._route, self._rows
         channel = route.channel
@@ -357,13 +410,24 @@ class ToServer:
         ):
             queue.cells[STOPPED] = STOP_ROUTE
             return 0
+        flat = channel.cells
+        flat[MAY_FLUSH], flat[ARMED] = 0, self.is_armed()
         reads, writes = self._take_commands(queue, disk, route, channel, rows)
-        taken = reads + writes
+        if flushes and queue.cells[STOPPED] == STOP_FLUSH and not flat[FLUSH_ROW]:
+            self._flushes.look(channel)
+            if flat[MAY_FLUSH]:
+                queue.cells[STOPPED] = 0
+                more_reads, more_writes = self._take_commands(queue, disk, route, channel, rows)
+                reads += more_reads
+                writes += more_writes
+        taken = reads + writes + flat[FLUSHES]
         if taken:
             self.served += taken
+            self.writes += writes
             route.flush_later()
-            if writes:
-                self.writes += writes
+            if flat[FLUSHES]:
+                self._flushes.took(channel)
+            elif writes:
                 self._wrote()
         return taken
 
@@ -377,17 +441,23 @@ class ToServer:
         if received is None:
             return None
         fd, start, end = received
+        self._flushes.begin_turns(channel)
+        channel.cells[ARMED] = self.is_armed()
         return channel, fd, route, rows, start, end
 
-    def took(self, reads: int, writes: int) -> None:
+    def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """See `Usual`."""
-        self.served += reads + writes
+        self.served += reads + writes + flushes.taken
         self.writes += writes
+        if self._route.channel is not None:
+            self._flushes.turned(self._route.channel, flushes)
 
     def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
         """See `Usual`."""
         assert self._route.wire is not None
         self._route.wire.turned(start, end, received, unsent)
+        if self._route.channel is not None:
+            self._flushes.go_on(self._route.channel)
 
     def shown(self, unflushed: int) -> None:
         """See `Usual`."""

@@ -15,8 +15,9 @@ Usual is: a split ring, with an in-flight region or without; a chain of header, 
 direct or in an indirect table whose descriptors stand in their order, with data in up to
 MAX_SEGMENTS segments, each in one region; IN or OUT inside the disk; a hit in the cache, or one
 command on the one connection there is; a reply without an error, all of it received, a READ's in
-one chunk. What cannot be true is not found out here: a guest or a server that breaks a rule is
-unusual.
+one chunk. Without a cache also a FLUSH, a chain of header and status, while there is no other and
+nothing is known that could make it fail (`Flushes.may_be_row`). What cannot be true is not found
+out here: a guest or a server that breaks a rule is unusual.
 
 Everything of the guest's is read once, into a local name, before it is looked at: the guest may
 change it meanwhile. Numbers are compared so that they would not wrap in 64 bits either. A chain is
@@ -30,11 +31,20 @@ from typing import TYPE_CHECKING, Final
 
 from bridge.datapath.cells import (
     ALIGN_MASK,
+    ARMED,
     BATCH_PIECES,
     BLOCK_MASK,
+    CAN_FLUSH,
     CAPACITY_BYTES,
     COUNTER,
+    COVERED,
     EVENT_IDX,
+    FLUSH_ARMED,
+    FLUSH_COVERS,
+    FLUSH_ROW,
+    FLUSH_SEEN,
+    FLUSHED,
+    FLUSHES,
     HEAD_BITS,
     IN_FLIGHT,
     INDIRECT,
@@ -44,17 +54,21 @@ from bridge.datapath.cells import (
     MAX_ROW_SEGMENTS,
     MAX_SEGMENTS,
     MAX_WRITE_BYTES,
+    MAY_FLUSH,
     MAY_WRITE,
     NAME,
     NAME_BITS,
     NEXT_AVAIL,
     NEXT_USED,
+    NOT_ROWS,
     PUBLISHED,
     PUSHED,
+    READ_BYTES,
     ROW,
     ROW_BYTES,
     ROW_COOKIE,
     ROWS,
+    SEEN,
     SEGMENT,
     SEGMENT_BYTES,
     SEGMENTS,
@@ -62,6 +76,7 @@ from bridge.datapath.cells import (
     SIGNAL_ANYWAY,
     SIZE,
     SIZE_BYTES,
+    STOP_FLUSH,
     STOP_FORM,
     STOP_MISS,
     STOP_RANGE,
@@ -71,6 +86,7 @@ from bridge.datapath.cells import (
     STOPPED,
     TOUCHED,
     UNFLUSHED,
+    WRITTEN_BYTES,
     Cells,
     Channel,
     Queue,
@@ -79,6 +95,9 @@ from bridge.datapath.cells import (
 )
 from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.datapath.lanes import TURN_BYTES, WHOLE_BYTES
+from bridge.datapath.request import FLUSH
+from bridge.spec.nbd import CMD_FLUSH
+from bridge.spec.virtio_blk import T_FLUSH
 from bridge.spec.virtqueue import (
     AVAIL_NO_INTERRUPT,
     DESC_INDIRECT,
@@ -171,6 +190,8 @@ def usual_chain(queue: Queue, head: int, mask: int, base: int, size: int) -> Usu
             return None
         second = _unpack_descriptor(queue.descriptors, following << 4)
         data, data_bytes, way, last = second
+        if not way & DESC_NEXT:
+            return _flush_chain(queue, first, second)
         if last > mask:
             return None
         third = _unpack_descriptor(queue.descriptors, last << 4)
@@ -219,7 +240,7 @@ def _direct_chain(queue: Queue, mask: int, links: list[_Link]) -> UsualChain | N
 def _indirect_chain(queue: Queue, address: int, length: int) -> UsualChain | None:
     """See `usual_chain`: one whose descriptors are those of an indirect table, in their order."""
     count = length // DESCRIPTOR_BYTES
-    if length % DESCRIPTOR_BYTES or not 3 <= count <= _MAX_LINKS or not queue.cells[INDIRECT]:
+    if length % DESCRIPTOR_BYTES or not 2 <= count <= _MAX_LINKS or not queue.cells[INDIRECT]:
         return None
     region, at = region_of(queue, address, length)
     if region < 0:
@@ -227,7 +248,7 @@ def _indirect_chain(queue: Queue, address: int, length: int) -> UsualChain | Non
     links = list(DESCRIPTOR.iter_unpack(bytes(queue.views[region][at : at + length])))
     if any(links[index][3] != index + 1 for index in range(count - 1)):
         return None
-    return _chain_of(queue, links)
+    return _chain_of(queue, links) if count > 2 else _flush_chain(queue, *links)
 
 
 def _chain_of(queue: Queue, links: list[_Link]) -> UsualChain | None:
@@ -253,6 +274,19 @@ def _chain_of(queue: Queue, links: list[_Link]) -> UsualChain | None:
         segments.append((region, at, data_bytes))
         total_bytes += data_bytes
     return type_, sector, 0, 0, total_bytes, status_region, status_at, segments
+
+
+def _flush_chain(queue: Queue, first: _Link, last: _Link) -> UsualChain | None:
+    """See `usual_chain`: a FLUSH of two descriptors. The sector in its header means nothing."""
+    address, length, flags, _ = first
+    end, room, tail, _ = last
+    if flags != DESC_NEXT or length != _HEADER_BYTES or tail != DESC_WRITE or room != 1:
+        return None
+    region, at = region_of(queue, address, _HEADER_BYTES)
+    status_region, status_at = region_of(queue, end, 1)
+    if region < 0 or status_region < 0 or _unpack_header(queue.views[region], at)[0] != T_FLUSH:
+        return None
+    return T_FLUSH, 0, 0, 0, 0, status_region, status_at, _ONE
 
 
 def region_of(queue: Queue, address: int, length: int) -> tuple[int, int]:
@@ -293,7 +327,7 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
     slots, granule_of = cache.head, cache.granule_of
     ready, opened, data = cache.ready, cache.open, cache.data
     touched, up = cache.touched, cache.up
-    served = writes = 0
+    served = writes = written_bytes = 0
     left_bytes = TURN_BYTES
     while served < count and left_bytes > 0:
         head = avail[2 + (first + served & mask)]
@@ -301,7 +335,7 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
             state[STOPPED] = STOP_RING
             break
         chain = usual_chain(queue, head, mask, base, size)
-        if chain is None:
+        if chain is None or chain[0] == T_FLUSH:
             state[STOPPED] = STOP_FORM
             break
         type_, sector, data_region, data_at, length, status_region, status_at, segments = chain
@@ -356,7 +390,9 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
         else:
             data[at : at + length] = views[data_region][data_at : data_at + length]
         elements[((used & mask) << 1) + 1] = 1 if type_ else length + 1
-        writes += type_
+        if type_:
+            writes += 1
+            written_bytes += length
         left_bytes -= length
         views[status_region][status_at] = 0
         if tracked:
@@ -371,6 +407,8 @@ def take_hits(queue: Queue, disk: Cells[int], cache: Resident) -> tuple[int, int
     state[NEXT_USED] = used & 0xFFFF
     if tracked:
         state[PUSHED], state[COUNTER], state[LAST_HEAD] = n_pushed, counter, last_head
+    disk[WRITTEN_BYTES] += written_bytes
+    disk[READ_BYTES] += TURN_BYTES - left_bytes - written_bytes
     return served - writes, writes
 
 
@@ -446,7 +484,7 @@ def take_commands(
     queue: Queue, disk: Cells[int], route: Route, channel: Channel, rows: Rows
 ) -> tuple[int, int]:
     """Make commands of chains up to the first one that is unusual; how many reads and how many
-    writes that were."""
+    writes that were. (Flushes are in the channel's cell FLUSHES.)"""
     state, limits = queue.cells, route.cells
     mask = state[SIZE] - 1
     first = state[NEXT_AVAIL]
@@ -464,8 +502,9 @@ def take_commands(
     name = state[NAME]
     sequence = rows.cells[0]
     many = queue.segments
-    taken = writes = pieces = 0
-    in_flight = channel.cells[SEGMENTS]
+    taken = writes = pieces = read_bytes = written_bytes = 0
+    flat = channel.cells
+    in_flight, armed, flushes = flat[SEGMENTS], flat[ARMED], flat[FLUSHES]
     while taken < count:
         head = avail[2 + (first + taken & mask)]
         if head > mask or cookies[head]:
@@ -476,6 +515,26 @@ def take_commands(
             state[STOPPED] = STOP_FORM
             break
         type_, sector, data_region, data_at, length, status_region, status_at, segments = chain
+        if type_ == T_FLUSH:
+            pieces += 1
+            if stop := _stop_of_flush(disk, flat, pieces):
+                state[STOPPED] = stop
+                break
+            cookie = name | sequence << NAME_BITS | head
+            sequence += 1
+            if tracked:
+                words[3 + 2 * head] = counter
+                counter += 1
+                tracked[16 + 16 * head] = 1
+            cookies[head] = cookie
+            where = 0, 0, status_at, 0, number, 0, status_region, 0, FLUSH
+            _pack_row(table, ROW_BYTES * head, *where)
+            channel.held.append(_pack_command(0x25609513, 0, CMD_FLUSH, cookie, 0, 0))
+            _note_flush(flat, cookie, armed)
+            # As `Disk.submit` decides it.
+            armed = 1 if armed and (flat[NOT_ROWS] or flat[ROWS] + taken) else 0
+            taken += 1
+            continue
         if type_ == _OUT and not max_write_bytes:
             state[STOPPED] = STOP_WRITE
             break
@@ -518,17 +577,40 @@ def take_commands(
             else:
                 output.append(views[data_region][data_at : data_at + length])
             writes += 1
+            armed = 1
+            written_bytes += length
+        else:
+            read_bytes += length
         taken += 1
     state[NEXT_AVAIL] = first + taken & 0xFFFF
     state[IN_FLIGHT] += taken
     if tracked:
         state[COUNTER] = counter
     rows.cells[0] = sequence
-    channel.cells[ROWS] += taken
-    channel.cells[SEGMENTS] = in_flight
+    flat[ROWS] += taken
+    flat[SEGMENTS] = in_flight
+    flat[ARMED] = armed
+    disk[READ_BYTES] += read_bytes
+    disk[WRITTEN_BYTES] += written_bytes
     if writes:
         channel.has_payload = True
-    return taken - writes, writes
+    return taken - writes - (flat[FLUSHES] - flushes), writes
+
+
+def _stop_of_flush(disk: Cells[int], flat: Cells[int], pieces: int) -> int:
+    """Why a flush cannot be a row; 0: it can."""
+    if not disk[CAN_FLUSH]:
+        return STOP_FORM
+    if not flat[MAY_FLUSH] or flat[FLUSH_ROW]:
+        return STOP_FLUSH
+    return STOP_ROOM if pieces > BATCH_PIECES else 0
+
+
+def _note_flush(flat: Cells[int], cookie: int, armed: int) -> None:
+    """A flush is a row from here on."""
+    flat[FLUSH_ROW], flat[FLUSH_ARMED] = cookie, armed
+    flat[FLUSH_COVERS], flat[FLUSH_SEEN] = flat[UNFLUSHED], flat[SEEN]
+    flat[FLUSHES] += 1
 
 
 def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bool]:
@@ -577,6 +659,15 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
                 break
             start += 16
             writes += 1
+            used_bytes = 1
+        elif op == FLUSH:
+            flat = channel.cells
+            if magic != 0x67446698 or error or flat[FLUSH_ROW] != cookie:
+                break
+            start += 16
+            flat[FLUSH_ROW] = 0
+            flat[FLUSHED] += 1
+            flat[COVERED] = flat[FLUSH_COVERS]
             used_bytes = 1
         else:
             payload = start + 16

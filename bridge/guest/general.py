@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from bridge.datapath.cells import (
+    STOP_FLUSH,
     STOP_FORM,
     STOP_MISS,
     STOP_RANGE,
@@ -35,6 +36,7 @@ _WHY: Final = {
     STOP_WRITE: "write",
     STOP_ROOM: "room",
     STOP_ROUTE: "route",
+    STOP_FLUSH: "flush",
 }
 _BEHIND: Final = "behind"
 _NEVER_USUAL: Final = {
@@ -43,7 +45,7 @@ _NEVER_USUAL: Final = {
     T_WRITE_ZEROES: "discard",
 }
 
-WHY: Final = (*_WHY.values(), _BEHIND, "flush", "discard", "other", RECOVERED)
+WHY: Final = (*_WHY.values(), _BEHIND, "discard", "other", RECOVERED)
 """All that a request can be counted as."""
 
 

@@ -137,7 +137,8 @@ class RunningRing:
             if not self._takes or self._waits_for_long():
                 return self._pop(general.OFF, MAX_QUEUE_SIZE, after_others=worked) or worked
             state[STOPPED] = 0
-            taken = self._take(flat, self._engine.limits)
+            # (What a flush tells of that was left in the ring is not known.)
+            taken = self._take(flat, self._engine.limits, flushes=not self._leaves)
             if taken:
                 worked = True
                 most = MAX_QUEUE_SIZE if self._leaves else 1
@@ -223,7 +224,7 @@ class RunningRing:
         flat = self._flat
         assert flat is not None
         _, at, _, length, _, region, status_region, segments, _ = row
-        pieces = [(region, at, length)]
+        pieces = [(region, at, length)] if segments else []
         if segments > 1:
             pieces = segments_of(flat.segments, head, segments)
         if (n_views := segments + 2) > LONG_CHAIN_VIEWS:

@@ -54,7 +54,7 @@ class Channel(Protocol):
         """The commands that change the export and are not finished."""
 
     def durable_changes(self) -> list[Request]:
-        """Those of them with FUA."""
+        """Those of them with FUA that were sent before the last replies were read."""
 
     def send(self, request: Request) -> None:
         """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""

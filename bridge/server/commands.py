@@ -166,6 +166,7 @@ class Commands:
                 request,
             )
             request.progress = self._durability.sending_epoch
+            self._flushes.durable_change_begins()
         self._channels.send(request)
 
     def _fua_done(self, inner: Request) -> None:
@@ -178,6 +179,7 @@ class Commands:
             return
         if inner.error and inner.generation and inner.error not in NO_FAILURE:
             self._flushes.server_failed()
+        self._flushes.durable_change_ends()
         request.generation = inner.generation
         self._turn.finish(request, inner.error)
 

@@ -132,7 +132,8 @@ class Connection:
         """See channels.Channel. None of them is a row."""
         transmission = self.transmission
         unfinished = (*transmission.pending.values(), *transmission.early)
-        return [each for each in unfinished if each.flags & FUA and each.op in CHANGES]
+        durable = (each for each in unfinished if each.flags & FUA and each.op in CHANGES)
+        return [each for each in durable if each.cookie < transmission.sent_before_replies]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
         """See silence.Silence.is_too_long."""
@@ -169,6 +170,8 @@ class Connection:
             if not self.alive:
                 return
             transmission = self.transmission
+            if transmission.held:
+                transmission.send_held()
             if self._unsent:
                 # The loop says when the socket takes more.
                 self._unsent += transmission.output
@@ -385,6 +388,7 @@ class Connection:
         self._sock.close()
         self._unsent = []
         self.transmission.output = []
+        self.transmission.held = []
         if self._idle is not None:
             self._idle.set()
         self._finish_early()

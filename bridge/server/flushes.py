@@ -8,6 +8,11 @@ Changes that were in flight when an epoch ended are sent once more when they are
 A change with FUA that fails has the same effect, and its answer may be read after that of a FLUSH
 which the server executed later. So the success of a FLUSH is told of when the changes with FUA that
 were in flight then have been answered, and counts only if no epoch has ended meanwhile.
+
+A guest's flush may be a row (see `datapath.cells`) while none of this is at hand: no other FLUSH is
+in flight or asked, no change with FUA is, nothing is unreported. Then its success has only to be
+noted. Before any of that changes, the row is adopted: its FLUSH is `_flushing` from there on, as if
+it had been asked here. A FLUSH that is asked meanwhile waits until the row is answered.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from typing import Final, cast
 
 import structlog
 
+from bridge.datapath.cells import BEFORE as ANSWERED_BEFORE
+from bridge.datapath.cells import FLUSH_ROW, SEEN
 from bridge.datapath.durability import BEFORE, ReportingDurability
 from bridge.datapath.request import CHANGES, FLUSH, FUA, INTERNAL, REPEATED, Request
 from bridge.datapath.turn import Turn
@@ -72,7 +79,12 @@ class Flushes:
         """The changes with FUA that it waits for; None: to be seen."""
         self._left: set[Request] = set()
         """Those that had no answer when the last connection was lost."""
+        self._durable_changes = 0
+        """Changes with FUA that have begun, and whose end was not told of."""
+        self._row_is_new = False
+        """A guest's flush has become a row in this turn."""
         channels.route.shown = self._shown
+        channels.route.flushes = self
 
     @property
     def waiting(self) -> int:
@@ -95,7 +107,11 @@ class Flushes:
             # By now every owner was told of what has been answered.
             self._turn.after_look(durability.guests_have_seen)
         moved = self._succeeded is not None and self._conclude(self._succeeded)
-        if not self._asked or self._flushing is not None or self._channels.phase is not Phase.UP:
+        if self._row_is_new:
+            self._row_is_new = False
+            self._send_row()
+            return True
+        if not self._asked or self._is_flushing or self._channels.phase is not Phase.UP:
             return moved
         if durability.unreported:
             self._refuse(self._take_guests())
@@ -104,6 +120,79 @@ class Flushes:
             inner = self._flushing = Request(FLUSH, 0, 0, [], self._answered, 0, waiting)
             self.send(inner)
         return True
+
+    # A guest's flush that is a row.
+
+    @property
+    def _is_flushing(self) -> bool:
+        """A FLUSH has no answer yet."""
+        if self._flushing is not None:
+            return True
+        flat = self._channels.route.channel
+        return flat is not None and flat.cells[FLUSH_ROW] != 0
+
+    def may_be_row(self) -> bool:
+        """See cells.Flushes."""
+        durability = self.durability
+        channels = self._channels
+        flat = channels.route.channel
+        if (
+            self._asked
+            or self._flushing is not None
+            or self._durable_changes
+            or durability.unreported
+            or durability.keeps_unflushed
+            or durability.sending_epoch != durability.epoch
+            or flat is None
+        ):
+            return False
+        flat.cells[SEEN] = durability.seen
+        flat.cells[ANSWERED_BEFORE] = channels.answered_before
+        # (That of a row which is there already: no epoch has ended since.)
+        self._flushing_epoch = durability.epoch
+        return True
+
+    def row_taken(self) -> None:
+        """See cells.Flushes."""
+        self._row_is_new = True
+        self._turn.want()
+
+    def _send_row(self) -> None:
+        """Others of this turn share its FLUSH."""
+        route = self._channels.route
+        if route.channel is None or route.rows is None:
+            return
+        if route.channel.held:
+            route.rows.send_held(route.channel)
+        if self._asked and self._is_flushing:
+            route.rows.adopt_all()
+        if self._flushing is not None:
+            cast("list[Request]", self._flushing.owner).extend(self._asked)
+            self._asked = []
+
+    def row_succeeded(self, covers: int) -> None:
+        """See cells.Flushes."""
+        self.durability.flushed(self._channels.answered_before + covers, self._flushing_epoch)
+        self._turn.want()
+
+    def adopt_row(self, flush: Request, covers: int, seen: int) -> Request:
+        """See cells.Flushes."""
+        assert self._flushing is None
+        flush.progress = seen
+        inner = self._flushing = Request(FLUSH, 0, 0, [], self._answered, 0, [flush])
+        inner.progress = self._channels.answered_before + covers
+        return inner
+
+    def durable_change_begins(self) -> None:
+        """A change with FUA is about to be sent."""
+        self._durable_changes += 1
+        rows = self._channels.route.rows
+        if rows is not None and self._flushing is None and self._is_flushing:
+            rows.adopt_all()
+
+    def durable_change_ends(self) -> None:
+        """It was told of."""
+        self._durable_changes -= 1
 
     def _shown(self, unflushed: int) -> None:
         """See cells.Route."""

@@ -411,6 +411,8 @@ class Link:
 
     def expect_unflushed(self) -> None:
         """A process before this one may have left changes that are not flushed, on this server."""
+        if self.route.rows is not None:
+            self.route.rows.adopt_all()  # A flush that is a row was sent before that is known.
         self._channels.one_more_before()
         self.durability.one_more_before()
 

@@ -12,6 +12,7 @@ from bridge.errors import (
     ExportUnknown,
     ProtocolError,
     Remedy,
+    TlsWanted,
 )
 from bridge.server.handshake_options import ExportListEntry, Goal, HandshakeOptions
 from bridge.server.untrusted import printable
@@ -37,7 +38,7 @@ def refusal_of(wishes: HandshakeOptions, final: int, text: str) -> BridgeError:
     """The error that an error reply to the option of this goal is."""
     reason = reason_of(final, text)
     if final == p.REP_ERR_TLS_REQD:
-        return ConfigError("the server requires TLS: use the scheme nbds:// or nbds+unix://")
+        return TlsWanted("the server requires TLS: use the scheme nbds:// or nbds+unix://")
     if final == p.REP_ERR_SHUTDOWN:
         return ConnectionLost(f"the server is shutting down ({reason})")
     if wishes.goal is Goal.LIST:

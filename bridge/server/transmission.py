@@ -35,6 +35,7 @@ from bridge.datapath.cells import (
     CHANNEL_CELLS,
     DIRECT,
     DIRECT_LEFT,
+    FLUSHED,
     LARGE_BYTES,
     LONG_BYTES,
     LONG_READS,
@@ -121,6 +122,7 @@ class Transmission(Channel):
         "pending",
         "received_bytes",
         "refused",
+        "sent_before_replies",
     )
 
     def __init__(
@@ -143,12 +145,15 @@ class Transmission(Channel):
         self.is_closed = False
         self.output = []
         self.has_payload = False
+        self.held = []
         self.sending = False
         self.early = []
         self.refused: list[Request] = []
         """Refused with ESHUTDOWN: to be sent again elsewhere."""
         self.generation = generation
         self.received_bytes = 0
+        self.sent_before_replies = 0
+        """Commands from this number on were sent after the last replies had been read."""
         self.structured = export.structured
         self._extended = export.extended
         self._context_id = next(iter(export.contexts.values()), -1)
@@ -279,6 +284,10 @@ class Transmission(Channel):
             self.has_payload = True
             self.output += request.buffers
 
+    def send_held(self) -> None:
+        """Put a FLUSH that was taken into the output."""
+        self._rows.send_held(self)
+
     def disconnect(self) -> None:
         """Put the farewell into the output; nothing may follow it. No reply, so no cookie."""
         if self._extended:
@@ -295,6 +304,7 @@ class Transmission(Channel):
         self.pending.clear()
         self._assemblies.clear()
         self.output = []  # Views of the requests' memory: they must not outlive them here.
+        self.held = []
         self.direct = []
         return found
 
@@ -365,6 +375,7 @@ class Transmission(Channel):
         Raises ProtocolError when the server broke a rule; the machine is dead then.
         """
         self.received_bytes += n_bytes
+        self.sent_before_replies = self._sequence[0]
         if self.direct:
             n_bytes = self._direct_received(n_bytes)
             if self.direct:
@@ -384,6 +395,8 @@ class Transmission(Channel):
                 self._start, waits = self._answers(self, rows, self._start, self._end)
                 if self.cells[UNFLUSHED] != unflushed:
                     self._turn.wanted = True  # The stages that count them are to look.
+                if self.cells[FLUSHED] and rows.flushes is not None:
+                    rows.flushes.answered(self)
                 if rows.touched:
                     rows.publish_touched()
                 if waits or self._end - self._start < 16:

@@ -111,12 +111,25 @@ async def test_list_shows_living_and_dead_bridges(directory: Path) -> None:
         assert {each["bridge"]["name"] for each in found} >= {"vm0", "dead"}
 
 
+async def test_full_backlog_of_a_control_socket_is_no_answer(directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as deaf, socket.socket(socket.AF_UNIX) as first:
+        deaf.bind(os.fspath(directory / "deaf.api"))
+        deaf.listen(0)
+        first.connect(os.fspath(directory / "deaf.api"))
+        status, _, error = await run("status", str(directory / "deaf.api"))
+        assert status == 1
+        assert "bridge deaf did not answer" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("status", "no-such-bridge"), "no bridge is called no-such-bridge"),
         (("flush", "/nope/x.api"), "bridge x is not running"),
         (("stop", "../x"), "bridge x is not running|is not running"),
+        (("stop", "no-such-bridge"), "'nbd-bridge list' shows those that run"),
+        (("statu",), "did you mean 'status'?"),
+        (("cache", "lst"), "did you mean 'list'?"),
         (("set", ".x"), "cannot be called"),
         (("set", "x", "--slow-ms", "nan"), "not a finite number"),
     ],

@@ -202,6 +202,28 @@ async def got(port: int, path: str) -> bytes:
             return b""
 
 
+async def test_service_manager_hears_when_the_exporter_listens(directory: Path) -> None:
+    port = free_port()
+    manager = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM)
+    with manager:
+        await manager.bind(str(directory / "notify"))
+        environment = {
+            **os.environ,
+            "NOTIFY_SOCKET": str(directory / "notify"),
+            "NBD_BRIDGE_EXPORTER_LISTEN": f"127.0.0.1:{port}",
+        }
+        async with trio.open_nursery() as nursery:
+            argv = bridge_argv("exporter")
+            start = partial(trio.run_process, argv, env=environment, capture_stderr=True)
+            child = await nursery.start(start)
+            with trio.fail_after(HUNG_S):
+                said = (await manager.recv(4096)).decode().splitlines()
+            assert said[0] == "READY=1"
+            assert said[-1] == f"STATUS=listening at http://127.0.0.1:{port}/"
+            assert b" 200 " in await got(port, "/metrics")
+            child.send_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize("listen", ["9809", "host:port", "127.0.0.1:99999", "300.0.0.1:80"])
 async def test_address_that_cannot_be_is_one_line_and_exit_status_2(listen: str) -> None:
     done = await trio.run_process(

@@ -19,12 +19,16 @@ from bridge.cache.file import inspect
 from bridge.cache.file.layout import HEADER_BYTES, MAGIC
 from bridge.cache.file.location import note, noted
 from bridge.cache.file.opening import open_file
+from bridge.cli.wording import explain
 from bridge.errors import InUse
 from bridge.peers.nbd_server import Server
 from bridge.peers.nbd_server_disk import MemoryDisk
+from bridge.peers.nbd_server_settings import ServerSettings
 from bridge.server.client_options import ClientOptions
+from bridge.server.tls import server_context
 from tests.cache.test_location import make, mark_dirty, open_file_of
 from tests.processes import bridge_argv
+from tests.server import certificates
 
 DAY_S = 86400
 OLD = PruneRules(unused_s=30 * DAY_S)
@@ -249,12 +253,57 @@ async def test_only_a_server_that_answers_can_say_that_a_disk_is_gone(
     nursery.cancel_scope.cancel()
 
 
+async def test_server_that_wants_tls_is_asked_over_it(
+    directory: Path, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    folders = certificates.make(tmp_path)
+    context = server_context(
+        str(folders["good"] / "server-cert.pem"), str(folders["good"] / "server-key.pem")
+    )
+    disks = {"there": MemoryDisk(1 << 20)}
+    server = Server(disks, ServerSettings(tls=True, tls_required=True), tls_context=context)
+    safe = f"localhost:{await nursery.start(server.serve_tcp)}"
+    clear = f"localhost:{await nursery.start(Server(disks).serve_tcp)}"
+    caches = directory / "c"
+    caches.mkdir()
+    for name in ("there", "gone"):
+        make(caches / f"{name}.cache", safe, name, dirty=False)
+    make(caches / "clear.cache", clear, "clear", dirty=False)
+
+    async def asked(**files: str) -> dict[str, CacheEntry]:
+        options = ClientOptions(connect_timeout_s=60, **files)
+        return by_name(await ask_servers(cache_files([str(caches)]), options, explain))
+
+    found = await asked(tls_ca_file=str(folders["good"] / "ca-cert.pem"))
+    # What is said in clear could be said by anybody.
+    assert {name: each.disk for name, each in found.items()} == {
+        "there": DiskState.THERE,
+        "gone": DiskState.GONE,
+        "clear": DiskState.REFUSED,
+    }
+    found = await asked()
+    assert found["clear"].disk is DiskState.GONE
+    assert {found[name].disk for name in ("there", "gone")} == {DiskState.REFUSED}
+    assert "--tls-ca" in found["there"].disk_reason
+    nursery.cancel_scope.cancel()
+
+
 def run(*arguments: str, status: int = 0) -> str:
     done = subprocess.run(
         bridge_argv("cache", *arguments), capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
+
+
+def test_list_says_why_a_server_did_not_answer(directory: Path) -> None:
+    caches = directory / "c"
+    caches.mkdir()
+    for name in ("one", "two"):
+        make(caches / f"{name}.cache", str(directory / "down"), name, dirty=False)
+    said = run("list", "--check-servers", str(caches)).splitlines()
+    assert len(said) == 4  # Heading, two files, and one reason for both.
+    assert said[3].startswith(f"{directory / 'down'}: unreachable: ")
 
 
 def test_commands_print_lines_and_json(caches: Path) -> None:

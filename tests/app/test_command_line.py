@@ -161,7 +161,7 @@ def test_size_in_other_words_gets_a_hint(text: str) -> None:
 
 
 _SIZES = ["0.5K", "1", "512", "1.5G", "10GB", "10GiB", "2 TiB", "4kb", "8b", "3T", "1.25MB"]
-_NO_SIZES = ["", "G", "1.5", "10 gigs", "1  G", "-1", "1e3", "1.G", "0x10"]
+_NO_SIZES = ["", "G", "1.5", "10 gigs", "1  G", "-1", "1e3", "1.G", "0x10", "10\N{KELVIN SIGN}"]
 
 
 @pytest.mark.parametrize("text", _SIZES)

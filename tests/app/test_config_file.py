@@ -4,8 +4,10 @@ before them."""
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,6 +172,10 @@ def test_every_option_can_be_a_key(directory: Path) -> None:
         ("[cache]", "'cache': write lines 'option = value' alone"),
         ("tls.ca = 'x'", "'tls': write lines"),
         ("serial = '''\na\n0123456789abcdefghij'''", "is longer than"),
+        (f"serial = '''{'x' * 30}" + "\n" * 31 + "'''", "is longer than"),
+        ("fd = 0x1" + "0" * 5000, "fd: the number is too large"),
+        ('"a\\nb\\u001b" = 1', r"there is no option 'a\nb\x1b'"),
+        ("'colour' = 1", "there is no option 'colour'"),
     ],
 )
 def test_wrong_line_is_named_with_what_is_allowed(
@@ -197,6 +203,8 @@ def test_wrong_line_is_named_with_what_is_allowed(
         (b"uri = 'x'\nuri = 'y'\n", "not TOML: Cannot overwrite a value (at line 2"),
         (b"uri = 1\n\xff", "line 2: not UTF-8"),
         (b"#" * (2 << 20), "at most 1 MiB"),
+        (b"fd = " + b"9" * 5000, "not TOML: a number with too many digits"),
+        (b"a = " + b"[" * 5000, "not TOML: nested too deeply"),
         (b"", "there is no uri"),
         (b"uri = 'nbd://h/'", "give --socket-path"),
         (b"uri = 'http://h/'\nsocket-path = '/x'", "http://h/"),
@@ -238,6 +246,45 @@ def test_serve_says_how_many_faults_there_are_and_check_says_all(directory: Path
         "line 2",
         "line 3",
     ]
+
+
+def test_file_of_a_hundred_thousand_wrong_lines_is_refused_without_reading_it_for_each(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each faulty line once meant to parse every beginning of the file.
+    parsed_bytes = 0
+    loads = tomllib.loads
+
+    def count(text: str) -> dict[str, Any]:
+        nonlocal parsed_bytes
+        parsed_bytes += len(text)
+        return loads(text)
+
+    monkeypatch.setattr(tomllib, "loads", count)
+    lines = [f"k{number} = 1" for number in range(70_000)]
+    path = Path(written(directory, "\n".join(lines)))
+
+    with pytest.raises(config_file.ConfigFileError) as refused:
+        config_file.read(path)
+
+    assert len(refused.value.faults) == 101
+    assert ", line 100: there is no option 'k99'" in refused.value.faults[99]
+    assert refused.value.faults[-1] == f"{path}: and more like these"
+    assert parsed_bytes < 2 * path.stat().st_size
+
+
+def test_value_of_very_many_lines_is_named_without_trying_each(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    loads = tomllib.loads
+    monkeypatch.setattr(tomllib, "loads", lambda text: (calls.append(text), loads(text))[1])
+    path = Path(written(directory, "colour = [\n" + "1,\n" * 10_000 + "]\n"))
+
+    with pytest.raises(config_file.ConfigFileError, match=r"line 1000[0-9]: 'colour': write"):
+        config_file.read(path)
+
+    assert len(calls) < 60
 
 
 def test_check_goes_on_after_a_wrong_file(directory: Path, run: Run) -> None:

@@ -64,10 +64,10 @@ _OPTIONS: dict[str, tuple[type[CommandSettings], set[str]]] = {
     ),
     "info": (InfoSettings, {"json", "list", "connect-timeout", *_TLS}),
     "cache show": (CacheShowSettings, {"json"}),
-    "cache list": (CacheListSettings, {"json", "check-servers", "connect-timeout"}),
+    "cache list": (CacheListSettings, {"json", "check-servers", "connect-timeout", *_TLS}),
     "cache prune": (
         CachePruneSettings,
-        {"gone", "older-than", "discard-dirty", "dry-run", "json", "connect-timeout"},
+        {"gone", "older-than", "discard-dirty", "dry-run", "json", "connect-timeout", *_TLS},
     ),
     "cache drop": (CacheDropSettings, {"discard-dirty"}),
     "cache flush": (

@@ -23,7 +23,7 @@ from bridge.datapath.engine_names import AUTO, ENGINES
 from tests.bench import report, sides
 from tests.bench.peer import running
 from tests.bench.rows import COLD, ROWS, WARM, Row
-from tests.bench.samples import Failed, Result, Side, result_of, sample
+from tests.bench.samples import Failed, Result, Side, result_of, sample, sample_of_bridges
 from tests.server import certificates
 
 _COLLAPSED: Final = 0.1
@@ -72,7 +72,7 @@ class Bench:
             for number in range(self._rounds):
                 with contextlib.ExitStack() as cold:
                     disks = bridges or self._bridges(cold, row, directory, number)
-                    ours.samples.append(sample(row, disks, count))
+                    ours.samples.append(sample_of_bridges(row, disks, count))
                 theirs.samples.append(sample(row, peers, count))
         return result_of(row, ours, theirs)
 

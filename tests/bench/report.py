@@ -1,5 +1,7 @@
 """Tables and pictures of `./run bench full`.
 
+"general" are the requests that the bridge's engine did not serve by itself.
+
 `./run bench report FILE…`: what `--json` wrote, as one table. Of several runs it is the worst of
 each row, by its ratio: what a reader may rely on.
 """
@@ -16,8 +18,8 @@ from typing import Any
 from tests.bench.samples import Result
 
 _HEAD = (
-    "| | nbd-bridge | qemu-storage-daemon | ratio | required | CPU µs | of the peer |\n"
-    "|---|---|---|---|---|---|---|"
+    "| | nbd-bridge | qemu-storage-daemon | ratio | required | CPU µs | of the peer | general |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -32,13 +34,14 @@ def markdown(results: list[Result]) -> str:
 
 def _line(each: Result) -> str:
     if each.failure:
-        return f"| {each.name} | failed: {each.failure} | | | {each.required:g} | | |"
+        return f"| {each.name} | failed: {each.failure} | | | {each.required:g} | | | |"
     mark = "" if each.ratio >= each.required else " (below)"
     return (
         f"| {each.name} | {each.ours:,.0f} ± {each.ours_spread / 2:.0%} "
         f"| {each.theirs:,.0f} ± {each.theirs_spread / 2:.0%} "
         f"| {each.ratio:.2f}{mark} | {each.required:g} "
-        f"| {each.ours_cpu_us:.1f} | {each.theirs_cpu_us:.1f} ({each.cpu_ratio:.2f}) |"
+        f"| {each.ours_cpu_us:.1f} | {each.theirs_cpu_us:.1f} ({each.cpu_ratio:.2f}) "
+        f"| {each.general:.1f} % |"
     )
 
 

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench.peer import Workload, measure
+from tests.bench.peer import Usual, Workload, measure
 from tests.bench.rows import MIXED, QEMU_IMG, WRITE, Row
 from tests.bench.sides import Disk
 from tests.bench.versions import cpu_s
@@ -39,6 +39,8 @@ class Sample:
     others: float
     """The part of all processors' time that was used by processes that have nothing to do with
     the measurement."""
+    general: float = 0.0
+    """Of the bridges' requests those that their engine left to the general path, in percent."""
 
 
 @dataclass
@@ -68,6 +70,11 @@ class Side:
         """The median."""
         return statistics.median(each.others for each in self.samples)
 
+    @property
+    def general(self) -> float:
+        """The median."""
+        return statistics.median(each.general for each in self.samples)
+
 
 @dataclass
 class Result:
@@ -83,6 +90,7 @@ class Result:
     ours_cpu_us: float = 0.0
     theirs_cpu_us: float = 0.0
     others: float = 0.0
+    general: float = 0.0
     failure: str = ""
 
     @property
@@ -104,8 +112,17 @@ def result_of(row: Row, ours: Side, theirs: Side) -> Result:
     """The medians of both."""
     return Result(
         *(row.group, row.name, row.required, ours.rate, theirs.rate, ours.spread, theirs.spread),
-        *(ours.cpu_us, theirs.cpu_us, max(ours.others, theirs.others)),
+        *(ours.cpu_us, theirs.cpu_us, max(ours.others, theirs.others), ours.general),
     )
+
+
+def sample_of_bridges(row: Row, disks: list[Disk], count: int) -> Sample:
+    """`sample`, and how much of it went the general way."""
+    counts = [Usual(disk.socket) for disk in disks]
+    for each in counts:
+        each.share()
+    found = sample(row, disks, count)
+    return replace(found, general=statistics.fmean(each.share() for each in counts))
 
 
 def sample(row: Row, disks: list[Disk], count: int) -> Sample:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.bench.peer import running
+from tests.bench.peer import control, running
 from tests.bench.rows import COLD, NO_CACHE, Row, Server
 from tests.peers import peer_command
 from tests.ports import free_port
@@ -109,7 +109,7 @@ def bridge(
         nbdkit, address = up.enter_context(server(row.server, directory, name, certificates))
         argv = [sys.executable, "-m", "bridge", "serve", address.uri, *options]
         argv += ["--socket-path", str(vhost), "--log-level", "warning", "--engine", engine]
-        argv += ["--num-queues", str(row.queues), "--api", "off"]
+        argv += ["--num-queues", str(row.queues), "--api", str(control(vhost))]
         process = up.enter_context(_logged(argv, log, vhost))
         yield Disk(process.pid, nbdkit.pid, vhost, log)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tests.bench import report
@@ -22,7 +23,11 @@ def test_rows_can_be_told_apart() -> None:
 
 
 def test_row_is_the_medians_of_both_sides() -> None:
-    result = result_of(ROW, side(50, 300, 100), side(60, 40, 50, cpu_us=20.0))
+    ours = side(50, 300, 100)
+    ours.samples[0] = replace(ours.samples[0], general=3.0)
+    ours.samples[1] = replace(ours.samples[1], general=1.5)
+    result = result_of(ROW, ours, side(60, 40, 50, cpu_us=20.0))
+    assert result.general == 1.5
     assert (result.ours, result.theirs, result.ratio, result.cpu_ratio) == (100, 50, 2.0, 0.5)
     assert (result.ours_spread, result.theirs_spread) == (2.5, 0.4)
 
@@ -30,7 +35,7 @@ def test_row_is_the_medians_of_both_sides() -> None:
 def test_table_says_which_rows_are_below_what_is_required_and_which_failed() -> None:
     table = report.markdown(
         [
-            Result("a", "good", 1.0, 200, 100, ours_cpu_us=1, theirs_cpu_us=2),
+            Result("a", "good", 1.0, 200, 100, ours_cpu_us=1, theirs_cpu_us=2, general=0.4),
             Result("a", "slow", 1.5, 100, 100, ours_cpu_us=1, theirs_cpu_us=2),
             Result("b", "broken", 1.0, failure="exit status 1"),
         ]
@@ -39,6 +44,7 @@ def test_table_says_which_rows_are_below_what_is_required_and_which_failed() -> 
         line for line in table.splitlines() if line.startswith(("| g", "| s", "| b"))
     )
     assert "| 2.00 |" in good
+    assert good.endswith("| 0.4 % |")
     assert "| 1.00 (below) |" in slow
     assert "failed: exit status 1" in broken
     assert table.count("**") == 4

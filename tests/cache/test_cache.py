@@ -636,6 +636,23 @@ def test_many_turns_keep_memory_flat() -> None:
     assert len(cache._readahead._marks) <= 32
 
 
+def test_streams_that_replace_one_another_leave_no_marks() -> None:
+    # One that begins anew and comes to where another would go on took its place, but not its mark:
+    # a guest could leave any number of them, and each read looks through all.
+    rig = Rig(granules=1024, slots=64, readahead_bytes=1 << 20)
+    for granule in range(0, 1024 - 8, 8):
+        at = granule * GRANULE
+        rig.read(at, BLOCK)
+        rig.read(at + BLOCK, BLOCK)
+        rig.start(DISCARD, at, 2 * BLOCK)
+        rig.serve()
+        rig.read(at, 2 * BLOCK)
+
+    readahead = rig.cache._readahead
+    assert len(readahead._streams) == 32
+    assert set(readahead._marks.values()) <= set(readahead._streams.values())
+
+
 def test_prefetch_is_not_written_to_guest_buffers_twice() -> None:
     rig = Rig()
     assert rig.prefetch(0, BLOCK) == 0

@@ -620,6 +620,13 @@ def test_show_of_a_crashed_hosts_file_says_why_it_is_not_usable(
     assert "usable             no: the host" in text_of(summary)
 
 
+def test_time_that_cannot_be_in_a_header_is_not_shown(path: str) -> None:
+    _write_one(path)
+
+    for created_s in (1 << 55, (1 << 64) - 1):
+        assert "created            -" in text_of(replace(show(path), created_s=created_s))
+
+
 def test_show_for_people_has_sizes_and_a_date(path: str) -> None:
     _write_one(path)
 

@@ -134,6 +134,7 @@ class Server:
                 self.unparsed += data
         except (BlockingIOError, OSError):
             pass
+        flushes: list[tuple[int, int, int, int, int, bytes]] = []
         while len(self.unparsed) >= 28:
             _, flags, kind, cookie, offset, length = p.REQUEST.unpack_from(self.unparsed)
             payload = length if kind == p.CMD_WRITE else 0
@@ -141,12 +142,18 @@ class Server:
                 break
             data = self.unparsed[28 : 28 + payload]
             self.unparsed = self.unparsed[28 + payload :]
+            if kind == p.CMD_FLUSH:
+                flushes.append((kind, flags, cookie, offset, length, data))
+                continue
             self.log.append((kind, flags, offset, length, data))
             if kind == p.CMD_WRITE:
                 self.image[offset : offset + length] = data
             if kind == p.CMD_WRITE_ZEROES or kind == p.CMD_TRIM:
                 self.image[offset : offset + length] = bytes(length)
             self.commands.append((kind, flags, cookie, offset, length, data))
+        # A compiled turn sends a flush in its place, the general path after all else.
+        self.commands += flushes
+        self.log += [(*each[:2], *each[3:]) for each in flushes]
 
     def answer(self, index: int, how: str) -> None:
         """Answer the command at `index`; the bytes are not sent yet."""
@@ -478,6 +485,7 @@ class Script:
         self.cuts = random.Random(seed + (1 << 40))
         """Of what chains are made."""
         self.in_one_piece = in_one_piece
+        self.flushing = not in_one_piece and self.cuts.random() < 0.5
         kind = {
             # With 3 of them granules share buckets, and come and go.
             "slots": rng.choice([3, 24]) if rng.random() < 0.4 else 0,
@@ -619,6 +627,8 @@ class Script:
         """Descriptors, with the number of the next one in the chain, and the header."""
         rng = self.rng
         type_ = rng.choice([0, 1] if rng.random() < 0.9 or self.calm else [4, 8, 13])
+        if self.flushing and self.cuts.random() < 0.2:
+            type_ = 4
         length = rng.choice([512, 4096, 4096, 4096, 8192, 0x9000, 0x10000, 0x11000])
         if self.calm and rng.random() < 0.7:
             length = 4096

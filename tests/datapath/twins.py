@@ -34,10 +34,11 @@ from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
+from bridge.datapath.cells import READ_BYTES, WRITTEN_BYTES
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
-from bridge.datapath.request import FLUSH, INTERNAL, Request
+from bridge.datapath.request import FLUSH, INTERNAL, READ, WRITE, Request
 from bridge.datapath.rows import Rows, ToServer, Usual
 from bridge.datapath.turn import Turn
 from bridge.errors import BridgeError, ConnectionLost
@@ -579,6 +580,10 @@ class Twin:
             "time": (session.next_deadline_s(), session.may_leave_writes),
             "lost": [re.sub("cookie [0-9]+", "cookie", str(error)) for error in self.lost],
             "faults": self.faults,
+            "bytes": (
+                self.engine.request_bytes[READ] + self.engine.limits[READ_BYTES],
+                self.engine.request_bytes[WRITE] + self.engine.limits[WRITTEN_BYTES],
+            ),
             "long": connection.transmission.long_reads,
         }
         for number, ring in enumerate(self.rings):
@@ -652,6 +657,7 @@ class Script:
         self.rng = rng = random.Random(seed)
         self.cuts = random.Random(seed + (1 << 40))
         """Of what chains are made."""
+        self.flushing = self.cuts.random() < 0.5
         kind = {
             # With 3 of them granules share buckets, and come and go.
             "slots": rng.choice([3, 24]) if rng.random() < 0.4 else 0,
@@ -821,6 +827,8 @@ class Script:
         ring."""
         rng = self.rng
         type_ = rng.choice([0, 1] if rng.random() < 0.9 or self.calm else [4, 8, 13])
+        if self.flushing and self.cuts.random() < 0.2:
+            type_ = 4
         length = rng.choice([512, 4096, 4096, 4096, 8192, 0x9000, 0x10000, 0x11000])
         if self.calm and rng.random() < 0.7:
             length = 4096

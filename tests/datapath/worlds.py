@@ -23,22 +23,31 @@ from typing import Any
 
 from bridge.datapath.cells import (
     ALIGN_MASK,
+    ARMED,
+    BEFORE,
     BLOCK_MASK,
+    CAN_FLUSH,
     CAPACITY_BYTES,
     CHANNEL_CELLS,
     DISK_CELLS,
     EVENT_IDX,
+    FLUSH_ROW,
+    FLUSHED,
+    FLUSHES,
     IN_FLIGHT,
     INDIRECT,
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
+    MAY_FLUSH,
     MAY_WRITE,
     NEXT_AVAIL,
     NEXT_USED,
+    NOT_ROWS,
     PUBLISHED,
     ROW,
     ROW_BYTES,
     ROWS,
+    SEEN,
     SEGMENTS,
     SIGNAL_ANYWAY,
     SIZE_BYTES,
@@ -104,6 +113,7 @@ class World:
         self.disk[CAPACITY_BYTES] = rng.choice([DISK_BYTES, 0x1A00, 0]) if odd else DISK_BYTES
         self.disk[BLOCK_MASK] = rng.choice([511, 4095]) if odd else 511
         self.disk[MAY_WRITE] = not odd or rng.random() < 0.8
+        self.disk[CAN_FLUSH] = not odd or rng.random() < 0.8
         self.cache = self._cache(arena[data_at:staging_at])
         self.opened: list[tuple[int, int]] = []
         self.route = Route()
@@ -186,6 +196,7 @@ class World:
         channel.staging = staging
         channel.structured = self.rng.random() < 0.5
         channel.output = []
+        channel.held = []
         channel.has_payload = channel.sending = channel.is_closed = False
         owner: Any = None
         channel.number = self.rows.join(channel, owner)
@@ -194,9 +205,16 @@ class World:
     def small(self) -> list[Any]:
         """All that is not in the arena."""
         cache, channel = self.cache, self.channel
-        found: list[Any] = [self.opened, cache.touched, cache.open.tobytes(), channel.cells]
+        found: list[Any] = [
+            self.disk,
+            self.opened,
+            cache.touched,
+            cache.open.tobytes(),
+            channel.cells,
+        ]
         found += [self.rows.cells, [self.rows.queues.index(each) for each in self.rows.touched]]
         found += [channel.has_payload, b"".join(channel.output), len(channel.output)]
+        found += [channel.held]
         for queue in self.queues:
             found += [queue.cells, queue.rows, queue.cookies, queue.pushed]
         return found
@@ -212,7 +230,7 @@ class Pair:
         self.commands: list[tuple[int, int, int, int]] = []
         """Type, cookie, offset and length of what has no answer."""
         self.served = dict.fromkeys(
-            ("take_hits", "take_commands", "several segments", "answers", "publish"), 0
+            ("take_hits", "take_commands", "several segments", "answers", "flushed", "publish"), 0
         )
         self.calls = 0
         self.hostile = self.rng.random() < 0.6
@@ -269,8 +287,13 @@ class Pair:
         self._fill(queue)
         results = []
         newest = max(self.worlds[0].queues[queue].cookies)
+        looked = [self.rng.random() < each for each in (0.9, 0.3, 0.5)]
+        seen = self.rng.randrange(1 << 20)
         for world in self.worlds:
             world.queues[queue].cells[STOPPED] = 0
+            flat = world.channel.cells
+            flat[MAY_FLUSH], flat[NOT_ROWS], flat[ARMED] = looked
+            flat[SEEN], flat[BEFORE], flat[FLUSHES] = seen, seen // 2, 0
             arguments = world.queues[queue], world.disk, world.route, world.channel, world.rows
             results.append(world.engine.take_commands(*arguments))
         self.served["take_commands"] += sum(self._call("take_commands", results))
@@ -281,7 +304,7 @@ class Pair:
             if cookie > newest
         )
         self._skip(queue)
-        for piece in self.worlds[0].channel.output:
+        for piece in [*self.worlds[0].channel.output, *self.worlds[0].channel.held]:
             if isinstance(piece, bytes):
                 _, _, kind, cookie, offset, length = struct.unpack(">IHHQQI", piece)
                 self.commands.append((kind, cookie, offset, length))
@@ -290,6 +313,7 @@ class Pair:
             return  # `run` says how.
         for world in self.worlds:
             world.channel.output = []
+            world.channel.held = []
             world.channel.has_payload = False
 
     def _publish(self, queue: int) -> None:
@@ -393,7 +417,10 @@ class Pair:
         status = GUEST + STUFF_AT + 0x1800 + rng.randrange(256)
         way = 1 if type_ == 1 else 3
         chain = [(GUEST + header_at, 16, 1, 1)]
-        for address, n_bytes in self._segments(data, length):
+        flushes = rng.random() < 0.07
+        if flushes:
+            type_ = 4 if rng.random() < 0.95 else type_
+        for address, n_bytes in [] if flushes else self._segments(data, length):
             chain.append((address, n_bytes, way, len(chain) + 1))
         chain.append((status, 1, 2, 0))
         self._indirect_bytes = 16 * len(chain)
@@ -464,6 +491,9 @@ class Pair:
             )
         after, _ = self._call("answers", results)
         self.served["answers"] += after > start
+        self.served["flushed"] += self.worlds[0].channel.cells[FLUSHED]
+        for world in self.worlds:
+            world.channel.cells[FLUSHED] = 0
         cookies = {each for queue in self.worlds[0].queues for each in queue.cookies}
         self.commands = [each for each in self.commands if each[1] in cookies]
         self._forget()
@@ -479,6 +509,8 @@ class Pair:
                     if each == cookie:
                         queue.cookies[head] = 0
                         queue.cells[IN_FLIGHT] -= 1
+                        if world.channel.cells[FLUSH_ROW] == cookie:
+                            world.channel.cells[FLUSH_ROW] = 0
                         world.channel.cells[ROWS] -= 1
                         segments = ROW.unpack_from(queue.rows, ROW_BYTES * head)[_SEGMENTS_AT]
                         if segments > 1:
@@ -492,7 +524,7 @@ class Pair:
             cookie ^= 1 << rng.randrange(64)
         error = rng.choice([1, 5, 0x10001]) if 0.02 < odd < 0.04 else 0
         magic = rng.randrange(1 << 32) if 0.04 < odd < 0.06 else 0x67446698
-        if kind == 1:
+        if kind in (1, 3):
             return struct.pack(">IIQ", magic, error, cookie)
         payload = bytes([rng.randrange(256)]) * length
         if self.worlds[0].channel.structured:

@@ -3,15 +3,13 @@
  *
  * The input is a program: which chains the guest makes, what it pokes where, what the server
  * answers, which function is called. In every other program whole turns are called instead, with a
- * server at the other end of a socket. With clang, libFuzzer writes the programs:
- *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Ibridge/datapath/native \
- *       tests/fuzz/core_fuzz.c bridge/datapath/native/{core,turns}.c -o core_fuzz
- *   ./core_fuzz tests/fuzz/corpus
+ * server at the other end of a socket. With clang, libFuzzer writes the programs: `./run fuzz core`.
+ * How it is built stands in `core.py` beside this file.
  *
  * With -DOWN_DRIVER it runs on its own: `core_fuzz ROUNDS SEED FILE...` runs the files, then so
  * many programs made of random numbers. With -DDP_TEST_FETCHES, for the core as well, whatever is
- * read of a guest's changes at that moment, as a guest may have it: to be read once.
+ * read of a guest's changes at that moment, as a guest may have it: to be read once. With
+ * -DFUZZ_PLANTED used rings are shorter than the core is told, which has to be found.
  */
 #include "turns.h"
 
@@ -22,6 +20,12 @@
 #include <unistd.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+#ifdef FUZZ_PLANTED
+enum { MISSING_BYTES = 8 };
+#else
+enum { MISSING_BYTES = 0 };
+#endif
 
 enum { QUEUES = 2, REGIONS = 3, SLOTS = 6, BUCKETS = 8, GRANULE_SHIFT = 12, BLOCK_SHIFT = 9 };
 enum { STAGING_BYTES = 0x14000, DISK_BYTES = 1 << 17, COMMANDS = 64, DP_DISK_MAX = 0x18000 };
@@ -124,7 +128,7 @@ static void make_queue(struct world *world, unsigned number, struct input *input
     queue->size = size;
     queue->descriptors = room(16 * size);
     queue->avail = room(6 + 2 * size);
-    queue->used = room(6 + 8 * size);
+    queue->used = room(6 + 8 * size - MISSING_BYTES);
     queue->regions = world->regions;
     queue->region_count = REGIONS;
     queue->rows = room(sizeof(struct dp_row) * size);
@@ -214,7 +218,7 @@ static void make_world(struct world *world, struct input *input)
     };
     world->disk[DP_CAPACITY_BYTES] = DISK_BYTES;
     world->disk[DP_BLOCK_MASK] = 511;
-    world->disk[DP_MAY_WRITE] = 1;
+    world->disk[DP_MAY_WRITE] = world->disk[DP_CAN_FLUSH] = 1;
     world->route[DP_MAX_READ_BYTES] = world->route[DP_MAX_WRITE_BYTES] = DP_SMALL_BYTES;
     world->route[DP_WHOLE_READ_BYTES] = world->route[DP_WHOLE_WRITE_BYTES] = DP_DISK_MAX;
     world->route[DP_SIZE_BYTES] = DISK_BYTES;
@@ -307,12 +311,17 @@ static void add_chain(struct world *world, struct dp_queue *queue, struct input 
 
     if (odd & 0x40)
         sector = sector << 55 | sector;
+    if ((what >> 24 & 7) == 7) { /* a flush */
+        type = 4;
+        links = 2;
+    }
     if (links > 3)
         table_at = 0x5000 + 0x880 * (index & 3);
     memcpy(main + header_at, &type, 4);
     memcpy(main + header_at + 8, &sector, 8);
     put_descriptor(table, 0x100000 + header_at, 16, 1, 0);
-    put_data(table + 16, data, length, links - 2, type ? 1 : 3, links > 3 ? what : UINT64_MAX);
+    if (links > 2)
+        put_data(table + 16, data, length, links - 2, type ? 1 : 3, links > 3 ? what : UINT64_MAX);
     put_descriptor(table + 16 * (links - 1), 0x100000 + 0x4000 + (index & 255), 1, 2, 0);
     for (uint32_t link = 0; link + 1 < links; link++) {
         uint16_t next = (uint16_t)(indirect ? link + 1 : (head + link + 1) % queue->size);
@@ -361,17 +370,32 @@ static uint32_t read_payload(const struct dp_command *command)
     return command->segment_count;
 }
 
+/* What is known before a look at the rings. */
+static void look_at_flushes(struct world *world)
+{
+    uint64_t *cells = world->channel.cells, known = world->sequence;
+
+    cells[DP_MAY_FLUSH] = (known & 7) != 0;
+    cells[DP_NOT_ROWS] = known >> 3 & 1;
+    cells[DP_ARMED] = known >> 4 & 1;
+    cells[DP_SEEN] = known;
+    cells[DP_FLUSHES] = cells[DP_FLUSHED] = 0;
+}
+
 static void commands(struct world *world, struct dp_queue *queue, struct input *input)
 {
     uint32_t space = (uint32_t)take(input, 1) % 65, pieces = 3 * space, used = 0;
     struct dp_command *out = room(space * sizeof *out);
-    struct dp_taken taken =
-        dp_take_commands(queue, world->disk, world->route, &world->channel, &world->sequence, true,
-                         world->whole, out, space, pieces);
+    struct dp_taken taken;
+    uint32_t count;
 
-    if (taken.reads + taken.writes > space)
+    look_at_flushes(world);
+    taken = dp_take_commands(queue, world->disk, world->route, &world->channel, &world->sequence,
+                             true, world->whole, out, space, pieces);
+    count = taken.reads + taken.writes + taken.flushes;
+    if (count > space || taken.flushes > 1)
         abort();
-    for (uint32_t index = 0; index < taken.reads + taken.writes; index++) {
+    for (uint32_t index = 0; index < count; index++) {
         used += 1 + read_payload(&out[index]);
         memcpy(world->sent[world->sent_count++ % COMMANDS], out[index].header, DP_COMMAND_BYTES);
     }
@@ -390,7 +414,7 @@ static void reply(struct world *world, struct input *input)
 
     memcpy(&length, command + 24, 4);
     length = __builtin_bswap32(length);
-    payload = command[7] ? 0 : length;
+    payload = command[7] ? 0 : length; /* 0: a READ */
     memcpy(header + 8, command + 8, 8);
     if (payload && world->channel.structured) {
         static const uint8_t chunk[8] = {0x66, 0x8E, 0x33, 0xEF, 0, 1, 0, 1};
@@ -515,6 +539,7 @@ static void turn(struct world *world, struct input *input)
     turns.disk = world->disk;
     turns.may_write = how & 2;
     if (how & 0x0C) {
+        look_at_flushes(world);
         turns.channel = &world->channel;
         turns.socket_fd = world->ours;
         turns.route = world->route;
@@ -529,6 +554,8 @@ static void turn(struct world *world, struct input *input)
     turns.call = nobody_called;
     turns.owner = world;
     flags = dp_turns(&turns);
+    if (turns.flushed > DP_TIMES)
+        abort();
     world->start = turns.start;
     world->end = turns.end;
     if (flags & DP_REPLY) {

@@ -120,15 +120,17 @@ class Campaign:
                 Region(0x40000, 1 << 21, self._shared[2 * _REGION_BYTES :]),
             ]
         )
+        self._nothing = bytes(len(self._shared))
         self._disk = _Disk()
-        self._engines = {
-            (read_only, block): self._engine(read_only, block)
-            for read_only in (False, True)
-            for block in (512, 4096)
-        }
-        self._good = _GoodQueue(self._engine(False, 512))
         self.outcomes: Counter[str] = Counter()
         self._rng = random.Random()
+
+    def _start(self, read_only: bool, block: int) -> BlkEngine:
+        """A process, with nothing in it of the one before; its engine."""
+        turns.forget()
+        self._disk = _Disk()
+        self._good = _GoodQueue(self._engine(False, 512))
+        return self._engine(read_only, block)
 
     def _engine(self, read_only: bool, block: int) -> BlkEngine:
         geometry = DiskGeometry(_DISK_BYTES, read_only=read_only, block_size_bytes=block)
@@ -142,8 +144,12 @@ class Campaign:
 
     def run(self, seed: int) -> None:
         """One case. Raises whatever must not be raised."""
-        rng = self._rng
-        rng.seed(seed)
+        self._rng.seed(seed)
+        self.play(self._rng)
+
+    def play(self, rng: random.Random) -> None:
+        """The case that these choices make. Raises whatever must not be raised."""
+        self._shared[:] = self._nothing
         packed = rng.random() < 0.4
         tracked = rng.random() < 0.4
         size = rng.choice([1, 2, 4, 4, 8, 8, 16] + ([3, 5, 7] if packed else []))
@@ -153,26 +159,28 @@ class Campaign:
         base = self._base(rng, size, packed=packed)
         may_write_canary = self._canary_is_offered(areas[0])
         canary = bytes(self._low[_CANARY : _CANARY + _CANARY_BYTES])
-        disk = self._disk
-        disk.read_only = rng.random() < 0.2
-        disk.error = rng.choice([0, 0, 0, 5, 28, 95])
-        disk.hold = rng.random() < 0.3
-        engine = self._engines[disk.read_only, rng.choice([512, 512, 4096])]
+        read_only = rng.random() < 0.2
+        error = rng.choice([0, 0, 0, 5, 28, 95])
+        hold = rng.random() < 0.3
+        block = rng.choice([512, 512, 4096])
         for life in range(2 if tracked else 1):
             try:
                 queue = self._queue(rng, areas, size, base, region if tracked else None, packed)
             except ProtocolError:
                 self.outcomes["region refused"] += 1
                 break
+            engine = self._start(read_only, block)
+            disk = self._disk
+            disk.read_only, disk.error, disk.hold = read_only, error, hold
             self._serve(rng, engine, queue, size, last=life or not tracked)
+            disk.read_only = disk.hold = False
+            disk.error = 0
+            self._good.check()
             if rng.random() < 0.3:
                 at = rng.randrange(12, len(region))
                 region[at] = rng.choice([0, 1, size, 255])
         if not may_write_canary:
             assert bytes(self._low[_CANARY : _CANARY + _CANARY_BYTES]) == canary, "canary"
-        disk.read_only = disk.hold = False
-        disk.error = 0
-        self._good.check()
 
     def _serve(
         self, rng: random.Random, engine: BlkEngine, queue: VirtQueue, size: int, *, last: Any
@@ -197,8 +205,7 @@ class Campaign:
                 break
             queue.disarm()
         if not last and rng.random() < 0.5:
-            # The process dies with requests in flight.
-            self._disk.held.clear()
+            self._disk.held.clear()  # The process dies with requests in flight.
             return
         self._disk.release()
         turns.deliver()

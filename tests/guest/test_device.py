@@ -1549,6 +1549,48 @@ async def test_call_descriptor_that_blocks_does_not_stop_the_ring(
     assert len([line for line in logs if "blocked" in line["event"]]) == 1
 
 
+# Another process takes over
+
+
+async def test_rings_that_are_quiet_are_handed_over_where_they_are(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    guest.start()
+    for _ in range(3):
+        await guest.request(T_FLUSH)
+
+    assert not guest.device.is_quiet
+    assert await guest.device.quiesce(1)
+    late = guest.put(T_FLUSH)
+    guest.rings[0].kick_device()
+    await a_while()
+    assert guest.device.is_quiet
+    bases = guest.device.hand_over_rings()
+
+    assert late.status == 0xEE
+    assert guest.stopped_all == 0  # Nothing has to be at the server: the guest stays here.
+    guest.start(base=bases[0])
+    await until(lambda: late.status == S_OK)
+
+
+async def test_rings_that_are_not_quiet_in_time_go_on(
+    guest: DeviceGuest, autojump_clock: MockClock
+) -> None:
+    ring, pending = await with_one_held(guest, T_IN, room=512)
+    started_s = trio.current_time()
+
+    assert not await guest.device.quiesce(7)
+
+    assert trio.current_time() - started_s == pytest.approx(7)
+    assert not guest.device.is_quiet
+    assert pending.status == 0xEE
+    guest.disk.hold = False
+    guest.disk.release()
+    assert await guest.request(T_FLUSH) == (S_OK, b"")
+    assert pending.status == S_OK
+    assert ring is guest.rings[0]
+
+
 # Long requests
 
 

@@ -18,6 +18,7 @@ import pytest
 from bridge import __version__
 from tests.packaging.builds import ROOT
 from tests.peers import minimal_system
+from tests.ports import free_port
 from tests.processes import short_directory
 from tests.tools import HUNG_S, require
 
@@ -152,6 +153,10 @@ def test_package_is_all_that_a_host_needs(package: Path, system: System) -> None
     plugin = system.run("nbdkit python $(nbd-bridge plugin-path) --dump-plugin")
     assert "name=" in plugin
     assert (system.root / "usr/share/man/man1/nbd-bridge-serve.1.gz").is_file()
+    documents = system.root / "usr/share/doc/nbd-bridge"
+    for each in (documents / "README.md", *documents.glob("docs/*.md")):
+        for link in re.findall(r"\]\(([\w./-]+)[)#]", each.read_text()):
+            assert (each.parent / link).exists(), f"{each.name}: {link}"
     units = "/usr/lib/systemd/system/nbd-bridge@.service /usr/lib/systemd/system/nbd-bridge@.socket"
     system.run(f"systemd-analyze verify --man=no {units}")
 
@@ -190,11 +195,19 @@ def check_services(run: Callable[[str], str], package: str) -> None:
     as_nobody = "setpriv --reuid=nobody --regid=nogroup --clear-groups"
     assert "no permission" in run(f"{as_nobody} nbd-bridge status vm0")
 
+    port = free_port()  # The network is that of the host.
+    listen = f"NBD_BRIDGE_EXPORTER_LISTEN=127.0.0.1:{port}"
+    good(f"echo {listen} >/etc/nbd-bridge/exporter.env && systemctl start nbd-bridge-exporter")
+    ask = f"from urllib.request import urlopen as u; print(u('http://127.0.0.1:{port}/metrics').read())"
+    assert 'nbd_bridge_up{disk="vm0"} 1' in good(f'python3 -c "{ask}"')
+
     before = process()
     good("systemctl reload nbd-bridge@vm0")
     # A newer package: disks in use go on with it.
     good(f"dpkg -i /{package}")
     assert process() == before
+    assert 'nbd_bridge_up{disk="vm0"} 1' in good(f'python3 -c "{ask}"')
+    good("systemctl is-active nbd-bridge-exporter && systemctl stop nbd-bridge-exporter")
     log = good("journalctl --no-pager -o cat -u nbd-bridge@vm0")
     assert log.count("another program takes over") == 2
     good("cp /etc/nbd-bridge/vm0.toml /tmp/good && echo 'serial = 5' >>/etc/nbd-bridge/vm0.toml")

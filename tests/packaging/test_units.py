@@ -21,7 +21,9 @@ from tests.tools import missing, need
 
 _ALL = [
     *("nbd-bridge@.service", "nbd-bridge@.socket", "nbd-bridge-nbdkit@.service"),
-    *("nbd-bridge.conf", "50-nbd-bridge.json", "vm0.toml.example", "vm0.nbdkit.example"),
+    "nbd-bridge-exporter.service",
+    *("nbd-bridge.conf", "50-nbd-bridge.json"),
+    *("vm0.toml.example", "vm0.nbdkit.example", "exporter.env.example"),
 ]
 
 
@@ -75,7 +77,7 @@ def test_files_of_another_version_are_replaced(directory: Path, program: Path) -
     assert "old" not in {each.read_text() for each in first}
 
 
-@pytest.mark.parametrize("unit_name", _ALL[:3])
+@pytest.mark.parametrize("unit_name", _ALL[:4])
 def test_units_are_good_for_systemd(unit_name: str, directory: Path, program: Path) -> None:
     (path,) = (each for each in install(directory / "root", program) if each.name == unit_name)
     # It looks whether programs are there: nbdkit may be missing here.
@@ -92,7 +94,10 @@ def test_units_are_good_for_systemd(unit_name: str, directory: Path, program: Pa
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("unit_name", ["nbd-bridge@.service", "nbd-bridge-nbdkit@.service"])
+@pytest.mark.parametrize(
+    "unit_name",
+    ["nbd-bridge@.service", "nbd-bridge-nbdkit@.service", "nbd-bridge-exporter.service"],
+)
 def test_sandbox_is_rated_ok(unit_name: str, directory: Path, program: Path) -> None:
     (path,) = (each for each in install(directory / "root", program) if each.name == unit_name)
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbd_plugin.errors import PluginError
+from nbd_plugin.settings import Settings
 from nbd_plugin.sizes import format_size, parse_size
 from tests.plugin.server import Nbdkit, refusal
 
@@ -63,6 +64,14 @@ def test_lone_file_with_a_strange_name_is_volume_disk(volumes: Path) -> None:
     with Nbdkit(f"file={volumes}/my disk!", "size=1M") as server:
         assert server.process.poll() is None
     assert (volumes / "my disk!").stat().st_size == 1 << 20
+
+
+def test_directory_whose_name_is_too_long_is_none() -> None:
+    settings = Settings()
+    settings.set("dir", "/" + "x" * 300)
+
+    with pytest.raises(PluginError, match="no such directory"):
+        settings.check()
 
 
 @pytest.mark.parametrize(

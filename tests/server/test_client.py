@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from bridge.datapath.request import (
+    BLOCK_STATUS,
     DISCARD,
     FLUSH,
     FUA,
@@ -23,12 +24,14 @@ from bridge.datapath.request import (
     READ,
     WRITE,
     WRITE_ZEROES,
+    Request,
 )
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.peers.nbd_server_settings import DEFAULT_FLAGS, ServerSettings
 from bridge.server import client as client_module
+from bridge.server import commands
 from bridge.server.client_options import ClientOptions
 from bridge.server.inspection import inspect, list_exports
 from bridge.server.uri import parse_uri
@@ -38,6 +41,7 @@ from tests.processes import short_directory, unix_uri
 from tests.server.helpers import (
     FAST,
     LayerAbove,
+    Waiter,
     do,
     pattern,
     read,
@@ -792,3 +796,86 @@ async def test_server_that_hangs_up_on_everything_fails_requests_after_the_recon
         assert await do(client, READ, 0, 0) == 0
         waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])
         assert await waiter.wait() == errno.EIO
+
+
+@pytest.mark.parametrize("extended", [False, True])
+async def test_block_status_of_more_than_a_command_takes_tells_of_the_beginning(
+    extended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_STATUS_MAX_BYTES", 128 << 10)
+    async with served(1 << 20, ServerSettings(extended=extended)) as (client, server, disk):
+        disk.data[64 << 10 : 128 << 10] = b"x" * (64 << 10)
+        server.commands = []
+
+        extents = await status(client, 0, 512 << 10)
+
+        assert [length for length, _ in extents] == [64 << 10, 64 << 10]
+        assert [command.length for command in server.commands] == [128 << 10]
+
+
+async def test_block_status_and_prefetch_within_blocks_are_of_whole_blocks() -> None:
+    settings = ServerSettings(block_sizes=(4096, 4096, 1 << 20))
+    async with served(1 << 20, settings) as (client, server, disk):
+        disk.data[65536:131072] = b"x" * 65536
+        server.commands = []
+
+        extents = await status(client, 61440 + 512, 7168)
+        assert await do(client, PREFETCH, 4096 + 512, 1024) == 0
+
+        assert [length for length, _ in extents] == [3584, 3584]
+        sent = [(command.offset, command.length) for command in server.commands]
+        assert sent == [(61440, 8192), (4096, 4096)]
+
+
+async def test_block_status_of_a_server_that_has_none_is_refused_and_nothing_sent() -> None:
+    async with served(1 << 20, ServerSettings(block_status=False)) as (client, server, _):
+        server.commands = []
+        waiter = start(client, BLOCK_STATUS, 0, 4096, [])
+        assert await waiter.wait() == errno.EOPNOTSUPP
+        plain = Waiter(client, Request(BLOCK_STATUS, 0, 4096, [], lambda _: None))
+        assert await plain.wait() == errno.EINVAL
+        assert not server.commands
+
+
+class SizedPerConnection(MemoryDisk):
+    """Each connection is told of another size, as of a server in front of two that differ."""
+
+    @property
+    def size_bytes(self) -> int:
+        self._told += 1
+        return self._size_bytes * self._told
+
+    @size_bytes.setter
+    def size_bytes(self, size_bytes: int) -> None:
+        self._size_bytes, self._told = size_bytes, 0
+
+
+async def test_connections_that_are_told_of_different_sizes_are_not_used() -> None:
+    server = Server({"": SizedPerConnection(1 << 20)})
+    options = replace(FAST, connections=2)
+    with short_directory() as folder:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve_unix, folder / "s")
+            async with running_client(unix_uri(folder / "s"), options, connect=False) as client:
+                with pytest.raises(ConnectionLost, match="connections differ in size: "):
+                    await client.connect()
+            nursery.cancel_scope.cancel()
+
+
+async def test_what_a_server_offers_is_told_without_using_it() -> None:
+    disks = {name: MemoryDisk(1 << 20) for name in ("one", "two")}
+    server = Server(disks, ServerSettings(description="a disk"))
+    server.commands = []
+    with short_directory() as folder:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve_unix, folder / "s")
+            uri = parse_uri(unix_uri(folder / "s", "two"))
+
+            assert (await inspect(uri)).size_bytes == 1 << 20
+            listed = await list_exports(uri)
+            with pytest.raises(ConfigError, match="no export"):
+                await inspect(parse_uri(unix_uri(folder / "s", "three")))
+
+            assert [each.name for each in listed] == ["one", "two"]
+            assert not server.commands
+            nursery.cancel_scope.cancel()

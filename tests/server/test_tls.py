@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ssl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from bridge.errors import BridgeError, CertificateWanted, ConfigError
 from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from bridge.peers.nbd_server_settings import ServerSettings
+from bridge.server import tls
 from bridge.server.client_options import ClientOptions
 from bridge.server.tls import client_context, server_context
 from bridge.server.uri import parse_uri
@@ -327,3 +328,48 @@ async def test_tls_output_stuck_is_continued(folders: dict[str, Path]) -> None:
             ]
             await until(lambda: all(waiter.finished.is_set() for waiter in waiters))
             assert disk.data[: 1 << 20] == b"".join(pattern(i, 1 << 18) for i in range(8, 12))
+
+
+class KeyContext(ssl.SSLContext):
+    """A context of Python 3.13, on any: it notes the callback that gives name and key."""
+
+    found: tuple[str, bytes] = ("", b"")
+
+    def set_psk_client_callback(self, callback: Callable[[str], tuple[str, bytes]]) -> None:  # type: ignore[override]
+        self.found = callback("a hint")
+
+
+def test_pre_shared_key_is_that_of_the_first_line(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("  alice:00ff10  \nbob:aa\n")
+    context = KeyContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    tls._use_psk(context, parse_uri(f"nbds://h/?tls-psk-file={keys}"))
+
+    assert context.found == ("alice", b"\0\xff\x10")
+    assert context.verify_mode == ssl.CERT_NONE
+    assert context.maximum_version == ssl.TLSVersion.TLSv1_2
+    assert all(
+        "PSK" in each["name"] for each in context.get_ciphers() if "TLS_" not in each["name"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "no line USER:HEXKEY"),
+        (b"alice", "no line USER:HEXKEY"),
+        (b"alice:xyz", "no line USER:HEXKEY"),
+        (b"\xff\xfe:00", "no line USER:HEXKEY"),
+        (b"alice:", "a key of 0 bytes"),
+        (b"alice:" + b"00" * 5000, "a key of 5000 bytes"),
+    ],
+)
+def test_file_of_keys_without_one_is_refused(text: bytes, says: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_bytes(text)
+
+    with pytest.raises(ConfigError, check=told(says)):
+        tls._use_psk(
+            KeyContext(ssl.PROTOCOL_TLS_CLIENT), parse_uri(f"nbds://h/?tls-psk-file={keys}")
+        )

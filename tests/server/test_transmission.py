@@ -26,7 +26,7 @@ from bridge.errors import ProtocolError
 from bridge.server.chunks import StatusRequest
 from bridge.server.transmission import Transmission
 from bridge.spec import nbd as p
-from tests.server.helpers import pattern
+from tests.server.helpers import cut, pattern
 from tests.server.wire import (
     DONE,
     Asked,
@@ -41,6 +41,7 @@ from tests.server.wire import (
     status_ext_payload,
     status_payload,
 )
+from tests.turns import deliver
 
 DATA = p.REPLY_TYPE_OFFSET_DATA
 HOLE = p.REPLY_TYPE_OFFSET_HOLE
@@ -572,3 +573,61 @@ def test_generation_is_that_of_the_connection() -> None:
     feed(export_machine, simple(write))
     assert write.request.generation == 7
     assert isinstance(export_machine, Transmission)
+
+
+@pytest.mark.parametrize("kind", ["structured", "extended"])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_long_read_that_has_come_as_a_whole_no_longer_counts_as_one(kind: str, pieces: int) -> None:
+    # While long reads are pending little is received at a time. Compiled turns receive by the whole
+    # staging buffer all the same.
+    transmission = machine(kind)
+    [staging] = transmission.next_buffers()
+    asked = Asked(transmission, READ, 0, 40_000)
+    asked.request.buffers = cut(asked.data, pieces)
+    assert transmission.long_reads == 1
+    stream = whole_answer(kind, asked, pattern(1, 40_000))
+    staging[: len(stream)] = stream
+
+    transmission.bytes_received(len(stream))
+    deliver()
+
+    assert (asked.error, bytes(asked.data)) == (0, pattern(1, 40_000))
+    assert transmission.long_reads == 0
+    assert len(transmission.next_buffers()[0]) == len(staging)
+
+
+@pytest.mark.parametrize("kind", ["simple", "structured", "extended"])
+def test_read_into_more_buffers_than_the_system_takes_at_once_is_whole(kind: str) -> None:
+    transmission = machine(kind)
+    asked = Asked(transmission, READ, 0, 120_000)
+    asked.request.buffers = cut(asked.data, 3000)
+    stream = whole_answer(kind, asked, pattern(3, 120_000))
+    head = len(stream) - 120_000
+    feed(transmission, stream[:head])
+    assert 1 < len(transmission.next_buffers()) <= 1001
+
+    feed(transmission, stream[head:])
+
+    assert (asked.error, bytes(asked.data)) == (0, pattern(3, 120_000))
+
+
+@pytest.mark.parametrize("kind", ["structured", "extended"])
+def test_piece_that_comes_last_joins_those_on_both_sides(kind: str) -> None:
+    transmission = machine(kind)
+    asked = Asked(transmission, READ, 4096, 3000)
+    make = chunk if kind == "structured" else extended
+    for at, flags in ((0, 0), (2000, 0), (1000, DONE)):
+        feed(transmission, make(asked, flags, DATA, data_payload(4096 + at, pattern(at, 1000))))
+
+    assert asked.error == 0
+    assert asked.data == pattern(0, 1000) + pattern(1000, 1000) + pattern(2000, 1000)
+
+
+@pytest.mark.parametrize("kind", ["structured", "extended"])
+def test_hole_in_answer_to_a_write_is_refused(kind: str) -> None:
+    transmission = machine(kind)
+    asked = Asked(transmission, WRITE, 0, 4096)
+    make = chunk if kind == "structured" else extended
+
+    with pytest.raises(ProtocolError, match="a hole to a command that reads nothing"):
+        feed(transmission, make(asked, DONE, HOLE, hole_payload(0, 4096)))

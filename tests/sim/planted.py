@@ -246,6 +246,43 @@ def durable_write_trusts_any_epoch(patch: Patch) -> None:
     patch.setattr(Commands, "_issue", lambda self, request: self._channels.send(_plain(request)))
 
 
+def flush_believed_when_sent(patch: Patch) -> None:
+    """A guest's flush that is a row makes things durable before the server has answered it."""
+
+    def row_taken(self: Flushes) -> None:
+        self.durability.flushed(self._channels.answered, self.durability.epoch)
+        self._row_is_new = True
+        self._turn.want()
+
+    patch.setattr(Flushes, "row_taken", row_taken)
+
+
+def flush_covers_what_came_later(patch: Patch) -> None:
+    """A guest's flush that is a row makes durable what was answered after it had been sent."""
+
+    def row_succeeded(self: Flushes, covers: int) -> None:
+        self.durability.flushed(self._channels.answered, self._flushing_epoch)
+        self._turn.want()
+
+    patch.setattr(Flushes, "row_succeeded", row_succeeded)
+
+
+def flush_hides_a_loss(patch: Patch) -> None:
+    """A guest's flush is a row whatever has to be told by it."""
+
+    def may_be_row(self: Flushes) -> bool:
+        self._flushing_epoch = self.durability.epoch
+        return not self._asked and self._flushing is None
+
+    patch.setattr(Flushes, "may_be_row", may_be_row)
+
+
+def flush_passes_durable_changes(patch: Patch) -> None:
+    """A guest's flush that is a row is believed whatever durable changes are in flight."""
+    patch.setattr(Flushes, "durable_change_begins", _nothing)
+    patch.setattr(Flushes, "durable_change_ends", _nothing)
+
+
 def _plain(request: Any) -> Any:
     request.flags = 0
     return request
@@ -368,6 +405,7 @@ BUGS: Final[dict[str, Bug]] = {
         *(instance_believed, failed_flush_is_no_loss, failed_flush_spares_what_is_in_flight),
         *(durable_write_trusts_any_epoch, overlapping_changes_at_once, half_frame_again),
         *(loss_is_never_told, torn_cache_believed, generation_not_stored, generation_ignored),
+        *(flush_believed_when_sent, flush_hides_a_loss),
     )
 } | {
     f"cache{bug.__name__}": bug
@@ -388,6 +426,7 @@ RARE: Final[dict[str, Bug]] = {
         *(outage_not_remembered, replay_out_of_order),
         *(stale_writes_not_expected, clean_mark_before_sync, fence_admits),
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
+        *(flush_covers_what_came_later, flush_passes_durable_changes),
     )
 } | {
     f"cache{bug.__name__}": bug

@@ -34,6 +34,9 @@ _OTHERS = (_CODE + "datapath/fence.py", _CODE + "peers/")
 """What is not of this process, or has a lock that the guest's driver takes as well: only here they
 are in the same one. A guest publishes while its device is about to sleep, in the device's task."""
 
+_OUTER_TRACE = sys.gettrace()
+"""Of a debugger, or of what measures coverage: it goes on after a kill."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (
@@ -162,7 +165,7 @@ class Process:
             if event == "line":
                 left -= 1
                 if left <= 0 or world.is_calm:
-                    sys.settrace(None)
+                    sys.settrace(_OUTER_TRACE)
                     if not self.dead and not world.is_calm and not self.gone.is_set():
                         self._die_at(frame)
             return at_line
@@ -188,7 +191,7 @@ class Process:
 
     def _die(self) -> None:
         self.dead = True
-        sys.settrace(None)
+        sys.settrace(_OUTER_TRACE)
         for made, fd, offset in self.maps:
             _detach(made, fd, offset)
         self._detach_files()

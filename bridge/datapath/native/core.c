@@ -4,7 +4,8 @@
 #include <string.h>
 
 enum { NEXT = 1, WRITE = 2, INDIRECT = 4 };
-enum { IN = 0, OUT = 1 };
+enum { IN = 0, OUT = 1, FLUSH = 2 };
+enum { VIRTIO_FLUSH = 4, NBD_FLUSH = 3 };
 enum { HEADER_BYTES = 16, SECTOR_SHIFT = 9, AVAIL_NO_INTERRUPT = 1, USED_NO_NOTIFY = 1 };
 enum { SIMPLE_REPLY_BYTES = 16, DATA_CHUNK_BYTES = 28 };
 
@@ -35,9 +36,9 @@ struct chain {
     uint64_t sector;
     uint64_t status_at;
     uint64_t length;
-    uint32_t type;
+    uint32_t type; /* IN, OUT, or FLUSH, of which nothing but the status means anything */
     uint16_t status_region;
-    uint16_t count; /* of segments: at least 1 */
+    uint16_t count; /* of segments: at least 1, but for a FLUSH */
     struct dp_segment segments[DP_MAX_SEGMENTS];
 };
 
@@ -226,7 +227,7 @@ static bool usual_chain(const struct dp_queue *queue, uint32_t head, struct chai
     uint64_t at;
     int region;
 
-    if (count < 3 || links[0].flags != NEXT || links[0].length != HEADER_BYTES ||
+    if (count < 2 || links[0].flags != NEXT || links[0].length != HEADER_BYTES ||
         last->flags != WRITE || last->length != 1)
         return false;
     region = region_of(queue, links[0].address, HEADER_BYTES, &at);
@@ -239,11 +240,18 @@ static bool usual_chain(const struct dp_queue *queue, uint32_t head, struct chai
     chain->status_region = (uint16_t)region;
     chain->type = le32toh(header.type);
     chain->sector = le64toh(header.sector);
+    chain->length = 0;
+    chain->count = (uint16_t)(count - 2);
+    if (!chain->count) {
+        if (chain->type != VIRTIO_FLUSH)
+            return false;
+        chain->type = FLUSH;
+        chain->sector = 0;
+        return true;
+    }
     if (chain->type != IN && chain->type != OUT)
         return false;
     way = chain->type == OUT ? NEXT : NEXT | WRITE;
-    chain->length = 0;
-    chain->count = (uint16_t)(count - 2);
     for (uint32_t index = 0; index < chain->count; index++) {
         if (links[1 + index].flags != way ||
             !find_segment(queue, &links[1 + index], &chain->segments[index]))
@@ -395,7 +403,7 @@ static uint64_t hit_at(const struct dp_queue *queue, uint32_t head, const uint64
 {
     if (head >= queue->size || (queue->tracked && queue->cells[DP_PUSHED] >= queue->size))
         return DP_STOP_RING;
-    if (!usual_chain(queue, head, chain))
+    if (!usual_chain(queue, head, chain) || chain->type == FLUSH)
         return DP_STOP_FORM;
     if (chain->length > DP_WHOLE_BYTES ||
         !on_disk(chain->sector, chain->length, disk[DP_CAPACITY_BYTES], disk[DP_BLOCK_MASK]))
@@ -408,10 +416,23 @@ static uint64_t hit_at(const struct dp_queue *queue, uint32_t head, const uint64
     return DP_STOP_MISS;
 }
 
-struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
+static inline void count_taken(struct dp_taken *taken, uint64_t *disk, const struct chain *chain)
+{
+    if (chain->type == FLUSH) {
+        taken->flushes++;
+    } else if (chain->type == IN) {
+        taken->reads++;
+        disk[DP_READ_BYTES] += chain->length;
+    } else {
+        taken->writes++;
+        disk[DP_WRITTEN_BYTES] += chain->length;
+    }
+}
+
+struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk,
                              const struct dp_resident *cache, bool may_write)
 {
-    struct dp_taken taken = {0, 0, false};
+    struct dp_taken taken = {0};
     uint64_t *state = queue->cells;
     uint64_t first = state[DP_NEXT_AVAIL], used = state[DP_NEXT_USED], copied = 0;
     uint32_t count = available(queue), served = 0, place_count;
@@ -433,10 +454,7 @@ struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
             copy_hit(queue, cache, &chain, places);
         copied += chain.length;
         put_element(queue, used, head, chain.type == IN ? (uint32_t)chain.length + 1 : 1);
-        if (chain.type == IN)
-            taken.reads++;
-        else
-            taken.writes++;
+        count_taken(&taken, disk, &chain);
         store_8(in_region(queue, chain.status_region, chain.status_at), 0);
         if (queue->tracked) {
             note_pushed(queue, head, &state[DP_LAST_HEAD]);
@@ -473,6 +491,7 @@ struct limits {
     uint64_t capacity_bytes;
     uint64_t block_mask;
     uint64_t max_bytes[2]; /* of IN and OUT; 0: none at all */
+    bool can_flush;
 };
 
 static struct limits limits_of(const uint64_t *disk, const uint64_t *route, bool may_write,
@@ -487,6 +506,7 @@ static struct limits limits_of(const uint64_t *disk, const uint64_t *route, bool
             : whole                           ? route[DP_WHOLE_WRITE_BYTES]
                                               : least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES),
         },
+        disk[DP_CAN_FLUSH] != 0,
     };
 }
 
@@ -503,12 +523,18 @@ static inline bool is_large(uint32_t type, uint64_t length)
 
 /* The chain at `head`; or why no command can be made of it. */
 static uint64_t command_at(const struct dp_queue *queue, uint32_t head,
-                           const struct limits *limits, struct chain *chain)
+                           const struct limits *limits, const uint64_t *cells,
+                           struct chain *chain)
 {
     if (head >= queue->size || queue->cookies[head])
         return DP_STOP_RING;
     if (!usual_chain(queue, head, chain))
         return DP_STOP_FORM;
+    if (chain->type == FLUSH) {
+        if (!limits->can_flush)
+            return DP_STOP_FORM;
+        return cells[DP_MAY_FLUSH] && !cells[DP_FLUSH_ROW] ? 0 : DP_STOP_FLUSH;
+    }
     if (chain->type == OUT && !limits->max_bytes[OUT])
         return DP_STOP_WRITE;
     if (chain->length > limits->max_bytes[chain->type] ||
@@ -531,9 +557,9 @@ static void put_row(const struct dp_queue *queue, const struct dp_channel *chann
         .op = (uint8_t)chain->type,
     };
 
-    if (chain->count == 1) {
-        row.data_at = chain->segments[0].at;
-        row.data_region = chain->segments[0].region;
+    if (chain->count <= 1) {
+        row.data_at = chain->count ? chain->segments[0].at : 0;
+        row.data_region = chain->count ? chain->segments[0].region : 0;
     } else {
         memcpy(queue->segments + DP_MAX_SEGMENTS * (size_t)head, chain->segments,
                chain->count * sizeof chain->segments[0]);
@@ -545,21 +571,34 @@ static void put_row(const struct dp_queue *queue, const struct dp_channel *chann
 static void fill_command(struct dp_command *command, const struct dp_queue *queue, uint32_t head,
                          uint64_t cookie, const struct chain *chain)
 {
-    put_command(command->header, chain->type, cookie, chain->sector << SECTOR_SHIFT,
-                (uint32_t)chain->length);
+    put_command(command->header, chain->type == FLUSH ? NBD_FLUSH : chain->type, cookie,
+                chain->sector << SECTOR_SHIFT, (uint32_t)chain->length);
     command->queue = queue;
     command->payload_bytes = chain->type == OUT ? (uint32_t)chain->length : 0;
     command->segment_count = chain->type == OUT ? chain->count : 0;
-    command->one = chain->segments[0];
+    if (chain->count)
+        command->one = chain->segments[0];
     command->many = queue->segments + DP_MAX_SEGMENTS * (size_t)head;
 }
 
-struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
+/* A flush is a row from here on, with `rows` before it. Whether the timer is armed then is as
+ * `Disk.submit` decides it. */
+static void note_flush(uint64_t *cells, uint64_t cookie, uint64_t rows)
+{
+    cells[DP_FLUSH_ROW] = cookie;
+    cells[DP_FLUSH_COVERS] = cells[DP_UNFLUSHED];
+    cells[DP_FLUSH_SEEN] = cells[DP_SEEN];
+    cells[DP_FLUSH_ARMED] = cells[DP_ARMED];
+    cells[DP_ARMED] = cells[DP_ARMED] && (cells[DP_NOT_ROWS] || rows);
+    cells[DP_FLUSHES]++;
+}
+
+struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, bool whole,
                                  struct dp_command *out, uint32_t room, uint32_t pieces)
 {
-    struct dp_taken taken = {0, 0, false};
+    struct dp_taken taken = {0};
     struct limits limits = limits_of(disk, route, may_write, whole);
     uint64_t *state = queue->cells, *cells = channel->cells;
     uint64_t first = state[DP_NEXT_AVAIL];
@@ -572,7 +611,7 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
     }
     for (; done < count && done < room; done++) {
         uint32_t head = head_at(queue, first + done), needed, several;
-        uint64_t stop = command_at(queue, head, &limits, &chain), cookie;
+        uint64_t stop = command_at(queue, head, &limits, cells, &chain), cookie;
         bool large = !stop && is_large(chain.type, chain.length);
 
         several = !stop && chain.count > 1 ? chain.count : 0;
@@ -597,10 +636,11 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
             note_popped(queue, head, state[DP_COUNTER]++);
         put_row(queue, channel, head, cookie, &chain);
         fill_command(&out[done], queue, head, cookie, &chain);
-        if (chain.type == OUT)
-            taken.writes++;
-        else
-            taken.reads++;
+        count_taken(&taken, disk, &chain);
+        if (chain.type == FLUSH)
+            note_flush(cells, cookie, cells[DP_ROWS] + done);
+        else if (chain.type == OUT)
+            cells[DP_ARMED] = 1;
     }
     taken.is_full = done < count && !state[DP_STOPPED];
     state[DP_NEXT_AVAIL] = (uint16_t)(first + done);
@@ -663,7 +703,8 @@ static bool row_of(const struct dp_queue *queue, uint64_t cookie, const struct d
     if (head >= queue->size || queue->cookies[head] != cookie)
         return false;
     memcpy(row, queue->rows + sizeof *row * (size_t)head, sizeof *row);
-    if (row->channel != channel->number || row->op > OUT ||
+    if (row->channel != channel->number || row->op > FLUSH ||
+        (row->op == FLUSH && (channel->cells[DP_FLUSH_ROW] != cookie || row->length)) ||
         row->status_region >= queue->region_count ||
         !within(row->status_at, 1, queue->regions[row->status_region].size_bytes))
         return false;
@@ -720,6 +761,11 @@ static void push_row(struct dp_queue *queue, const struct dp_channel *channel, u
         channel->cells[DP_SEGMENTS] -= least(channel->cells[DP_SEGMENTS], row->segments);
     if (row->op == OUT)
         channel->cells[DP_UNFLUSHED]++;
+    if (row->op == FLUSH) {
+        channel->cells[DP_FLUSH_ROW] = 0;
+        channel->cells[DP_FLUSHED]++;
+        channel->cells[DP_COVERED] = channel->cells[DP_FLUSH_COVERS];
+    }
     if (is_long_read(row->op, row->length))
         channel->cells[DP_LONG_READS]--;
     if (is_large(row->op, row->length))

@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 4
+#define DP_ABI 6
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -47,11 +47,20 @@ enum {
     DP_STOP_WRITE,
     DP_STOP_ROOM,
     DP_STOP_ROUTE,
+    DP_STOP_FLUSH,
     DP_STOPS
 };
 
 /* Cells of a disk. */
-enum { DP_CAPACITY_BYTES, DP_BLOCK_MASK, DP_MAY_WRITE, DP_DISK_CELLS };
+enum {
+    DP_CAPACITY_BYTES,
+    DP_BLOCK_MASK,
+    DP_MAY_WRITE,
+    DP_CAN_FLUSH,
+    DP_READ_BYTES,
+    DP_WRITTEN_BYTES,
+    DP_DISK_CELLS
+};
 
 /* Cells of a `Route`. */
 enum {
@@ -73,6 +82,20 @@ enum {
     DP_DIRECT,
     DP_DIRECT_LEFT,
     DP_LARGE_BYTES,
+    DP_MAY_FLUSH,
+    DP_NOT_ROWS,
+    DP_ARMED,
+    DP_SEEN,
+    DP_BEFORE,
+    DP_FLUSH_ROW,
+    DP_FLUSH_COVERS,
+    DP_FLUSH_SEEN,
+    DP_FLUSH_ARMED,
+    DP_FLUSH_BEGAN_NS,
+    DP_FLUSH_TOOK_NS,
+    DP_FLUSHES,
+    DP_FLUSHED,
+    DP_COVERED,
     DP_CHANNEL_CELLS
 };
 
@@ -183,9 +206,15 @@ static inline const struct dp_segment *dp_payload(const struct dp_command *comma
     return command->segment_count == 1 ? &command->one : command->many;
 }
 
+static inline bool dp_is_flush(const struct dp_command *command)
+{
+    return command->header[7] == 3; /* NBD_CMD_FLUSH */
+}
+
 struct dp_taken {
     uint32_t reads;
     uint32_t writes;
+    uint32_t flushes;
     bool is_full; /* there was no room for more: ask again */
 };
 
@@ -203,14 +232,14 @@ typedef struct dp_queue *(*dp_queue_of)(void *owner, unsigned number);
 bool dp_queue_is_sound(const struct dp_queue *queue);
 
 /* See `usual.take_hits`. */
-struct dp_taken dp_take_hits(struct dp_queue *queue, const uint64_t *disk,
+struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk,
                              const struct dp_resident *cache, bool may_write);
 
 /* See `usual.take_commands`: at most `room` commands are put at `out`, with at most `pieces`
  * headers and segments of payload. With less room than chains there is no STOPPED: the rest is to
  * be asked for again. `whole`: also large ones, up to WHOLE_READ_BYTES or WHOLE_WRITE_BYTES each
  * and DP_LARGE_IN_FLIGHT_BYTES together. */
-struct dp_taken dp_take_commands(struct dp_queue *queue, const uint64_t *disk,
+struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, bool whole,
                                  struct dp_command *out, uint32_t room, uint32_t pieces);

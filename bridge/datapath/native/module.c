@@ -471,13 +471,16 @@ static int put_out(PyObject *queue, PyObject *channel, const struct dp_command *
 {
     PyObject *output = PyObject_GetAttr(channel, name_output);
     PyObject *views = PyObject_GetAttr(queue, name_views);
-    int failed = output && views ? 0 : -1;
+    PyObject *held = PyObject_GetAttrString(channel, "held");
+    uint32_t count = taken.reads + taken.writes + taken.flushes;
+    int failed = output && views && held ? 0 : -1;
 
-    for (uint32_t index = 0; !failed && index < taken.reads + taken.writes; index++) {
+    for (uint32_t index = 0; !failed && index < count; index++) {
         const struct dp_command *command = &commands[index];
 
-        failed = dp_append(output, PyBytes_FromStringAndSize((const char *)command->header,
-                                                          DP_COMMAND_BYTES));
+        failed = dp_append(dp_is_flush(command) ? held : output,
+                           PyBytes_FromStringAndSize((const char *)command->header,
+                                                     DP_COMMAND_BYTES));
         if (!failed)
             failed = dp_append_payload(output, views, command, 0);
     }
@@ -485,6 +488,7 @@ static int put_out(PyObject *queue, PyObject *channel, const struct dp_command *
         failed = PyObject_SetAttrString(channel, "has_payload", Py_True);
     Py_XDECREF(output);
     Py_XDECREF(views);
+    Py_XDECREF(held);
     return failed;
 }
 
@@ -670,6 +674,11 @@ static const struct {
     PLACE(NUMBER),         PLACE(NAME),            PLACE(COUNTER),        PLACE(LAST_HEAD),
     PLACE(PUSHED),         PLACE(TOUCHED),         PLACE(STOPPED),        PLACE(QUEUE_CELLS),
     PLACE(CAPACITY_BYTES), PLACE(BLOCK_MASK),      PLACE(MAY_WRITE),      PLACE(DISK_CELLS),
+    PLACE(CAN_FLUSH),      PLACE(MAY_FLUSH),       PLACE(NOT_ROWS),       PLACE(ARMED),
+    PLACE(SEEN),           PLACE(BEFORE),          PLACE(FLUSH_ROW),      PLACE(FLUSH_COVERS),
+    PLACE(FLUSH_SEEN),     PLACE(FLUSH_ARMED),     PLACE(FLUSH_BEGAN_NS), PLACE(FLUSH_TOOK_NS),
+    PLACE(FLUSHES),        PLACE(FLUSHED),         PLACE(COVERED),
+    PLACE(READ_BYTES),     PLACE(WRITTEN_BYTES),
     PLACE(MAX_READ_BYTES), PLACE(MAX_WRITE_BYTES), PLACE(SIZE_BYTES),     PLACE(ALIGN_MASK),
     PLACE(ROUTE_CELLS),     PLACE(UNFLUSHED),       PLACE(LONG_READS),     PLACE(ROWS),
     PLACE(CHANNEL_CELLS),  PLACE(HEAD_BITS),       PLACE(QUEUE_BITS),     PLACE(MAX_HEADS),
@@ -677,7 +686,8 @@ static const struct {
     PLACE(LONG_BYTES),     PLACE(WHOLE_READ_BYTES), PLACE(MAX_SEGMENTS),  PLACE(BATCH_PIECES),
     PLACE(SEGMENTS),       PLACE(MAX_ROW_SEGMENTS), PLACE(WHOLE_WRITE_BYTES),
     PLACE(STOP_RING),      PLACE(STOP_FORM),       PLACE(STOP_RANGE),     PLACE(STOP_MISS),
-    PLACE(STOP_WRITE),     PLACE(STOP_ROOM),       PLACE(STOP_ROUTE),     PLACE(STOPS),
+    PLACE(STOP_WRITE),     PLACE(STOP_ROOM),       PLACE(STOP_ROUTE),     PLACE(STOP_FLUSH),
+    PLACE(STOPS),
 };
 
 static int add_places(PyObject *module)

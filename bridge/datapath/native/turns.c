@@ -57,9 +57,12 @@ static void untouch(struct dp_turns *turns, const struct dp_answered *answered)
 static int take_answers(struct dp_turns *turns)
 {
     struct dp_answered answered;
+    uint64_t *cells = turns->channel->cells, flushed = cells[DP_FLUSHED];
 
     dp_answers(turns->channel, queue_of, turns, true, turns->start, turns->end, &answered);
     turns->start = answered.start;
+    if (cells[DP_FLUSHED] != flushed)
+        cells[DP_FLUSH_TOOK_NS] = now_ns() - cells[DP_FLUSH_BEGAN_NS];
     untouch(turns, &answered);
     return turns->end - turns->start >= 16 && !answered.waits ? DP_REPLY : 0;
 }
@@ -207,13 +210,20 @@ static int take(struct dp_turns *turns)
                                      turns->sequence, turns->may_write, true,
                                      turns->commands + turns->command_count,
                                      DP_COMMANDS - turns->command_count, pieces);
-            pieces -= pieces_of(turns, taken.reads + taken.writes);
+            pieces -= pieces_of(turns, taken.reads + taken.writes + taken.flushes);
             turns->is_full |= taken.is_full;
+            if (taken.flushes) {
+                turns->channel->cells[DP_FLUSH_BEGAN_NS] = now_ns();
+                turns->flush_is_new = true;
+            }
+            if (taken.writes)
+                turns->durable = false;
         }
-        ring->taken += taken.reads + taken.writes;
+        ring->taken += taken.reads + taken.writes + taken.flushes;
         turns->reads += taken.reads;
         turns->writes += taken.writes;
-        turns->worked |= taken.reads + taken.writes > 0;
+        turns->flushes += taken.flushes;
+        turns->worked |= taken.reads + taken.writes + taken.flushes > 0;
         if (queue->cells[DP_STOPPED])
             flags |= DP_CHAIN;
         turns->cut_short |= turns->cache && taken.is_full;
@@ -347,6 +357,27 @@ static void looked(struct dp_turns *turns, uint64_t published)
 {
     turns->looked = true;
     turns->shown = published;
+    if (turns->channel) {
+        uint64_t *cells = turns->channel->cells;
+
+        if (cells[DP_SEEN] < cells[DP_BEFORE] + published)
+            cells[DP_SEEN] = cells[DP_BEFORE] + published;
+    }
+}
+
+/* A turn has ended, with a flush that has succeeded perhaps. As `Disk` has it, another one that is
+ * in flight by now may be for something that this one was too early for. */
+static void count_flushed(struct dp_turns *turns)
+{
+    uint64_t *cells = turns->channel->cells;
+
+    if (!cells[DP_FLUSHED])
+        return;
+    turns->flush_ns[turns->flushed++] = cells[DP_FLUSH_TOOK_NS];
+    cells[DP_FLUSHED] = 0;
+    turns->durable = !cells[DP_ARMED] && !cells[DP_FLUSH_ROW];
+    if (turns->flushed >= DP_TIMES - 1)
+        cells[DP_MAY_FLUSH] = 0; /* There may be one more in flight. */
 }
 
 int dp_turns(struct dp_turns *turns)
@@ -357,7 +388,9 @@ int dp_turns(struct dp_turns *turns)
     uint64_t now = now_ns(), idle_ns = had_work ? now + window_ns(turns) : 0;
     int count = 0;
 
-    turns->reads = turns->writes = turns->naps = turns->other_count = turns->command_count = 0;
+    turns->reads = turns->writes = turns->flushes = turns->flushed = turns->naps = 0;
+    turns->other_count = turns->command_count = 0;
+    turns->durable = turns->flush_is_new = false;
     turns->received_bytes = turns->sent_bytes = 0;
     turns->error = 0;
     turns->shown = 0;
@@ -365,7 +398,7 @@ int dp_turns(struct dp_turns *turns)
     for (;;) {
         int flags;
 
-        turns->worked = false;
+        turns->worked = turns->flush_is_new = false;
         if (!count)
             count = epoll_wait(turns->epoll_fd, turns->events, DP_EVENTS, 0);
         flags = handle_events(turns, count > 0 ? count : 0);
@@ -383,6 +416,8 @@ int dp_turns(struct dp_turns *turns)
                 looked(turns, published);
             flags |= publish(turns);
             published = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
+            if (turns->channel)
+                count_flushed(turns);
         }
         now = now_ns();
         if (turns->worked) {

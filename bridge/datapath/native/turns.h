@@ -7,7 +7,7 @@
 #include <sys/epoll.h>
 
 /* (The system takes 1024 pieces at once.) */
-enum { DP_EVENTS = 64, DP_COMMANDS = 512, DP_PIECES = 1024 };
+enum { DP_EVENTS = 64, DP_COMMANDS = 512, DP_PIECES = 1024, DP_TIMES = 64 };
 
 /* Why `dp_turns` has ended: any of these together, or 0: nothing came, and the rings are armed. */
 enum {
@@ -36,7 +36,7 @@ struct dp_turns {
     struct dp_ring *rings;
     uint32_t ring_count;
     uint32_t first_ring; /* another one in each turn */
-    const uint64_t *disk;
+    uint64_t *disk;
     bool may_write; /* it is known already that something is not durable */
 
     /* Commands go to a server: its channel, or NULL. */
@@ -62,7 +62,13 @@ struct dp_turns {
 
     /* What came of it. */
     bool worked; /* also before: there was work since the last nap */
-    uint32_t reads, writes, naps;
+    uint32_t reads, writes, flushes, naps;
+    /* Flushes that have succeeded in turns that have ended: how long each took. (There is at most
+     * one in a turn.) */
+    uint64_t flush_ns[DP_TIMES];
+    uint32_t flushed;
+    bool durable; /* all is, since the last of them, as far as `Disk` can know */
+    bool flush_is_new; /* one was taken in the last turn */
     uint64_t received_bytes;
     bool looked; /* every ring was looked at, and nothing was left there */
     bool cut_short; /* not every ring was looked at in this turn */

@@ -232,19 +232,36 @@ static PyObject *taken_of(const struct dp_turns *turns)
     return tuple;
 }
 
+/* How long the flushes took. */
+static PyObject *times_of(const struct dp_turns *turns)
+{
+    PyObject *tuple = PyTuple_New((Py_ssize_t)turns->flushed);
+
+    for (uint32_t index = 0; tuple && index < turns->flushed; index++) {
+        PyObject *took = PyLong_FromUnsignedLongLong(turns->flush_ns[index]);
+
+        if (!took || PyTuple_SetItem(tuple, (Py_ssize_t)index, took) < 0)
+            Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
 static PyObject *result_of(const struct state *state, int flags)
 {
     const struct dp_turns *turns = &state->turns;
     PyObject *others = NULL, *unsent = NULL, *taken = taken_of(turns), *result = NULL;
+    PyObject *times = times_of(turns);
 
-    if (taken && (others = others_of(turns)) &&
+    if (taken && times && (others = others_of(turns)) &&
         (unsent = flags & DP_UNSENT ? unsent_of(state) : PyList_New(0)))
-        result = Py_BuildValue("iOIIIOOKKKiKii", flags, taken, turns->reads, turns->writes, turns->naps, others,
-                               unsent, (unsigned long long)turns->start,
+        result = Py_BuildValue("iOIIIOOKKKiKiiIOii", flags, taken, turns->reads, turns->writes,
+                               turns->naps, others, unsent, (unsigned long long)turns->start,
                                (unsigned long long)turns->end,
                                (unsigned long long)turns->received_bytes,
                                (int)turns->looked, (unsigned long long)turns->shown, turns->error,
-                               (int)turns->worked);
+                               (int)turns->worked, turns->flushes, times, (int)turns->durable,
+                               (int)turns->flush_is_new);
+    Py_XDECREF(times);
     Py_XDECREF(taken);
     Py_XDECREF(others);
     Py_XDECREF(unsent);

@@ -4,6 +4,10 @@ One task reads the main socket, has the session handle each message before it re
 writes the reply. It waits for nothing else from the front-end. In particular it only writes to the
 back-end channel (SET_BACKEND_REQ_FD), and without waiting: a front-end may leave the channel unread
 until it has its reply on the main socket.
+
+**A stop.** The front-end is hung up on when the guest's rings are closed and the listening socket
+is gone, not before: it connects again at once, and would have to wait in its main loop for an
+answer from a process that is about to end. (QEMU before 9.0 never tries again after that.)
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from bridge.guest.vhost_user.unshared import UnsharedMemory
 
 log = structlog.get_logger(__name__)
 
+_STOPS = "the back-end stops"
+
 _SILENCE_S = 5.0
 """A front-end that has sent nothing yet is hung up on when another has waited this long."""
 
@@ -45,21 +51,22 @@ async def serve(
     """Serve `device` to the front-ends that connect to `listener`, one at a time, until cancelled.
 
     Returns only when the listener is a socket that was connected already and its front-end has
-    disconnected. `on_connected` is called when a front-end connects (True) and when it has
-    disconnected (False). `desk` has the present conversation meanwhile. `first`: what the process
-    before this one had with a front-end; that goes on here. After a cancellation the device still
-    finishes what is in flight; it bounds that time itself.
+    disconnected. The listener is closed in the end. `on_connected` is called when a front-end
+    connects (True) and when it has disconnected (False). `desk` has the present conversation
+    meanwhile. `first`: what the process before this one had with a front-end; that goes on here.
+    After a cancellation the device still finishes what is in flight; it bounds that time itself.
     """
     desk = desk or Desk()
-    serve_one = partial(_serve_one, device, on_connected, UnsharedMemory(), desk)
-    if first is not None:
-        await serve_one(first.sock(), None if listener.is_connected else listener.sock, first)
-    if listener.is_connected:
-        if first is None:
-            await serve_one(listener.sock.dup())
-        return
-    while True:
-        await serve_one(await _accept(listener.sock), listener.sock)
+    serve_one = partial(_serve_one, device, listener, on_connected, UnsharedMemory(), desk)
+    with listener:
+        if first is not None:
+            await serve_one(first.sock(), first)
+        if listener.is_connected:
+            if first is None:
+                await serve_one(listener.sock.dup())
+            return
+        while True:
+            await serve_one(await _accept(listener.sock))
 
 
 async def _accept(listening: socket.socket) -> socket.socket:
@@ -82,17 +89,17 @@ async def _accept(listening: socket.socket) -> socket.socket:
 
 async def _serve_one(
     device: VhostUserDevice,
+    listener: Listener,
     on_connected: Callable[[bool], None] | None,
     unshared: UnsharedMemory,
     desk: Desk,
     sock: socket.socket,
-    listening: socket.socket | None = None,
     handover: Handover | None = None,
 ) -> None:
     """Serve one front-end until it disconnects and its session is closed.
 
-    `listening`: the socket on which other front-ends may be waiting; None if there cannot be any.
-    `handover`: its conversation has begun with another process.
+    `listener`: where other front-ends may be waiting. `handover`: its conversation has begun with
+    another process.
     """
     transport = Transport(sock, replies=False)
     session = FrontEndSession(
@@ -102,16 +109,16 @@ async def _serve_one(
     log.info("front-end connected" if handover is None else "front-end taken over")
     if on_connected is not None:
         on_connected(True)
-    reason = "the back-end stops"  # stays so when this task is cancelled
+    reason = _STOPS  # stays so when this task is cancelled
     try:
         if handover is not None:
             for message in handover.messages:
                 await session.handle(message)
             desk.taken_over()
-        if listening is None:
+        if listener.is_connected:
             await _converse(session, transport)
         else:
-            watched = _Watched(listening, spoke=handover is not None)
+            watched = _Watched(listener.sock, spoke=handover is not None)
             await watched.converse(session, transport)
         reason = "closed the connection"
     except ProtocolError as error:
@@ -126,19 +133,24 @@ async def _serve_one(
         reason = "internal error"
     finally:
         desk.present = None
-        await _end(session, transport)
+        await _end(session, transport, listener if reason is _STOPS else None)
         log.info("front-end disconnected", reason=reason)
         if on_connected is not None:
             on_connected(False)
 
 
-async def _end(session: FrontEndSession, transport: Transport) -> None:
-    transport.close()
+async def _end(session: FrontEndSession, transport: Transport, listener: Listener | None) -> None:
+    """`listener`: it is closed before the front-end is hung up on; None: others may connect."""
+    if listener is None:
+        transport.close()
     with trio.CancelScope(shield=True):
         try:
             await session.close()
         except Exception:
             log.exception("the end of the vhost-user session failed")
+    if listener is not None:
+        listener.close()
+        transport.close()
 
 
 class _Watched:

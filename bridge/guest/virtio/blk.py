@@ -15,6 +15,7 @@ from typing import Final
 
 from bridge.datapath.cells import (
     BLOCK_MASK,
+    CAN_FLUSH,
     CAPACITY_BYTES,
     DISK_CELLS,
     MAY_WRITE,
@@ -129,6 +130,7 @@ class BlkEngine:
         self.limits[CAPACITY_BYTES] = self._capacity_bytes
         self.limits[BLOCK_MASK] = self._block_mask
         self.limits[MAY_WRITE] = not (self._read_only or self._write_flags)
+        self.limits[CAN_FLUSH] = geometry.can_flush
 
     def negotiated(self, features: int) -> None:
         """The driver accepted `features`."""
@@ -371,7 +373,9 @@ class BlkEngine:
         offset, _, status_at, length, _, _, _, _, op = row
         sector = offset // SECTOR_BYTES
         chain: Chain
-        if op == READ:
+        if op == FLUSH:
+            chain = head, T_FLUSH, 0, [], [], status_view, status_at, None
+        elif op == READ:
             chain = head, T_IN, sector, [], buffers, status_view, status_at, None
         else:
             chain = head, T_OUT, sector, buffers, [], status_view, status_at, None

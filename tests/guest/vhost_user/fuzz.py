@@ -1,7 +1,7 @@
 """Random conversations: mostly plausible, often wrong in one place, sometimes nonsense.
 
 `Dice` is where the randomness comes from, so that Hypothesis (which shrinks a failure) and a
-seeded generator (which is fast) play the same game.
+seeded generator (which is fast), and the bytes of a coverage-guided fuzzer, play the same game.
 
     python -m tests.guest.vhost_user.fuzz --cases 100000 --seed 1
 """
@@ -73,11 +73,11 @@ class Dice(Protocol):
         """Any `length` bytes."""
 
 
-class SeededDice:
-    """Choices from a seed."""
+class RandomDice:
+    """Choices of a generator, such as that of a seed."""
 
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+    def __init__(self, generator: random.Random) -> None:
+        self._random = generator
 
     def number(self, low: int, high: int) -> int:
         return self._random.randint(low, high)
@@ -381,7 +381,7 @@ async def campaign(cases: int, seed: int) -> int:
     before = open_fds()
     messages = 0
     for number in range(seed, seed + cases):
-        dice = SeededDice(number)
+        dice = RandomDice(random.Random(number))
         try:
             if number % 2:
                 messages += await converse(dice, real.device, turn=real.turn)

@@ -560,3 +560,32 @@ if __name__ == "__main__":
 
             trio.run(some)
         print(f"{cycles} connect/abort cycles: nothing left behind")
+
+
+async def test_front_end_is_hung_up_on_when_rings_are_closed_and_nobody_can_connect_any_more(
+    directory: Path,
+) -> None:
+    """It would connect again at once, and wait for a process that is about to end: a QEMU 7.2 whose
+    handshake ended so did not try again, and its guest's disk stood still for good."""
+    stopping, may_stop = trio.Event(), trio.Event()
+    async with running_backend(directory) as backend:
+        disconnected = backend.device.disconnected
+
+        async def drained() -> None:
+            stopping.set()
+            await may_stop.wait()
+            await disconnected()
+
+        with (
+            pytest.MonkeyPatch.context() as patched,
+            await FrontEnd.connect(backend.path) as front_end,
+        ):
+            patched.setattr(backend.device, "disconnected", drained)
+            await front_end.get_u64(MessageType.GET_FEATURES)
+            backend.scope.cancel()
+            await stopping.wait()
+            with pytest.raises(BlockingIOError):
+                front_end._transport.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            may_stop.set()
+            await hangs_up(front_end)
+            assert not backend.path.exists()

@@ -6,6 +6,7 @@ Rules `notify`, `session`, `inflight`, `dirty_log` of docs/rules/virtio.md.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import struct
@@ -401,6 +402,40 @@ async def test_front_end_that_vanishes_with_requests_in_flight_gets_no_late_writ
         assert queue.driver.used_idx == used
         assert slot is not None
         guest.close()
+
+
+@pytest.mark.parametrize("features", RINGS)
+async def test_memory_of_a_guest_that_left_is_given_back_at_once(
+    directory: Path, features: int
+) -> None:
+    """Not when the garbage collector comes next: a guest's memory is large, and the next guest
+    wants as much."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with running_backend(directory) as running:
+            guest = await BlkDriver.connect(
+                running.path, features=features, inflight=True, request_bytes=3 << 20
+            )
+            async with guest:
+                await guest.write(0, b"a" * (3 << 20))
+                await guest.read(0, 3 << 20)
+                await guest.write_zeroes([(0, 4096), (65536, 4096)])
+                await guest.discard([(0, 65536)])
+                running.target.error = errno.EIO
+                with suppress(RequestError):
+                    await guest.discard([(0, 65536), (131072, 65536)])
+            del guest
+            await until(lambda: running.connections and not running.connections[-1])
+            assert not mapped("guest-memory")
+            assert not mapped("inflight")
+    finally:
+        gc.enable()
+
+
+def mapped(memfd: str) -> bool:
+    """This process has a map of a memory file of that name."""
+    return f"/memfd:{memfd} " in Path("/proc/self/maps").read_text()
 
 
 async def test_reset_device_starts_over_with_the_same_memory(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -141,3 +142,22 @@ def test_passed_descriptor_is_told_listening_from_connected(directory: Path) -> 
 def test_directory_that_takes_no_socket_is_named() -> None:
     with pytest.raises(ConfigError, match="cannot listen on socket path /proc/s"):
         Listener.at_path("/proc/s")
+
+
+def test_socket_that_is_handed_over_is_removed_by_the_next_process_alone(directory: Path) -> None:
+    path = directory / "s"
+    mine = Listener.at_path(path)
+    copy = mine.handed_over()
+    told = json.loads(json.dumps(copy.as_json()))
+    mine.close()
+    assert path.exists()
+
+    # As if the descriptor had come through an execve.
+    theirs = Listener.of_json(told)
+    copy.sock.detach()
+    assert (theirs.path, theirs.is_connected) == (str(path), False)
+    assert not os.get_inheritable(theirs.sock.fileno())
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    theirs.close()
+    assert not path.exists()

@@ -1,0 +1,90 @@
+"""What befalls the bridge otherwise than by a signal that kills: its host, its operator."""
+
+from __future__ import annotations
+
+import trio
+
+from tests.processes import bridge_argv
+from tests.sim.oracle import Violation
+from tests.torture.disk import Disk
+from tests.torture.pressure import page_out
+
+_JUMPS_S = (-86_400, -3_600, -1, 1, 60, 3_600, 10_000_000)
+
+
+async def cache_disk_full(disk: Disk) -> None:
+    """No room beside the cache file, which has its own; the bridge is killed and started."""
+    disk.cache.fill()
+    try:
+        await disk.kill_bridge()
+        disk.start_bridge()
+        await disk.recovers()
+    finally:
+        disk.cache.empty()
+
+
+async def cache_disk_full_at_first_start(disk: Disk) -> None:
+    """There is no cache file and no room for one: the bridge says so in one line and ends."""
+    if not await _stop_bridge(disk):
+        return
+    for file in disk.cache.path.iterdir():
+        file.unlink()
+    disk.cache.fill()
+    said = disk.bridge.log.stat().st_size if disk.bridge.log.exists() else 0
+    try:
+        disk.start_bridge()
+        status = await disk.bridge.wait()
+    finally:
+        disk.cache.empty()
+    words = disk.bridge.log.read_bytes()[said:].decode(errors="replace").strip()
+    if status != 2 or "\n" in words or "No space left" not in words:
+        raise Violation(f"disk {disk.number}: no room for a cache file: status {status}, {words!r}")
+    disk.start_bridge()
+
+
+async def bridge_told_to_stop(disk: Disk) -> None:
+    """SIGTERM: it ends with status 0, and all is on the server."""
+    await _stop_bridge(disk)
+    if not disk.bridge.runs:
+        disk.start_bridge()
+
+
+async def _stop_bridge(disk: Disk) -> bool:
+    """False if it had a reason not to end with status 0; it has been started again then."""
+    disk.begin_flush_excuse()
+    await disk.recovers()
+    disk.begin_flush_excuse()
+    status = await disk.bridge.stop()
+    if status == 0:
+        await disk.oracle.judge_stopped("the bridge has stopped with status 0")
+        return True
+    may_fail = not disk.has_cache and not disk.kind.proves_instance
+    if status != 1 or not may_fail:
+        raise Violation(
+            f"disk {disk.number}: SIGTERM ended with status {status}: {disk.bridge.said()}"
+        )
+    disk.start_bridge()
+    return False
+
+
+async def bridge_upgraded(disk: Disk) -> None:
+    """Another process takes over from the bridge while the guest runs."""
+    await disk.recovers()
+    disk.begin_flush_excuse()
+    argv = bridge_argv("upgrade", str(disk.control), "--timeout", "600")
+    done = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
+    if done.returncode:
+        raise Violation(f"disk {disk.number}: the upgrade failed: {done.stderr.decode()}")
+
+
+async def clock_jumps(disk: Disk) -> None:
+    """The wall clock that the bridge sees jumps."""
+    assert disk.clock is not None
+    disk.clock.jump_to(disk.rng.choice(_JUMPS_S))
+
+
+async def memory_taken(disk: Disk) -> None:
+    """The host takes the pages of the bridge's files away."""
+    for _ in range(disk.rng.choice((1, 5))):
+        page_out(disk.bridge.pid)
+        await disk.sleep(0, 0.3)

@@ -1,0 +1,44 @@
+"""What a campaign counts, and the first thing that went wrong."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Tally:
+    """Counts of one campaign. `problems` has one line for each thing that may not happen."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)
+    """SIGKILLs that met a running process, by what it was."""
+    requests: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    """Requests that failed while a fault explains it."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Kind of fault → why it cannot be made here."""
+    story: list[str] = field(default_factory=list)
+    """Which fault began in which second."""
+    problems: list[str] = field(default_factory=list)
+    verified_bytes: int = 0
+    restarts: int = 0
+    """Bridges that lost the server while they started, and were started again."""
+
+    @property
+    def killed(self) -> int:
+        """Processes that were killed."""
+        return sum(self.kills.values())
+
+    def has(self, pattern: str) -> bool:
+        """A problem of that kind was found."""
+        return any(re.search(pattern, problem) for problem in self.problems)
+
+    def line(self) -> str:
+        """All of it in one line."""
+        return (
+            f"{self.verified_bytes / 1e9:.2f} GB verified, {sum(self.requests.values())} requests "
+            f"({sum(self.errors.values())} failed with a reason), {self.killed} kills, "
+            f"{sum(self.faults.values())} faults"
+        )
