@@ -342,6 +342,7 @@ class _GuestsSide(Above):
         self.device.remember_durability(
             unflushed_on=mark if unflushed else 0,
             loss_unreported=disk.unreported
+            or disk.is_telling
             or storage.loss_unreported
             or (unflushed and not mark and storage.is_away),
         )

@@ -65,8 +65,8 @@ class Above(Protocol):
     """What remembers, for the process after this one, how it stands with the disk."""
 
     def durability_changed(self) -> None:
-        """`Disk.is_durable` or `Disk.unreported` may have changed. Called before a write goes on
-        that makes the disk no longer durable."""
+        """`Disk.is_durable`, `unreported` or `is_telling` may have changed. Called before a write
+        goes on that makes the disk no longer durable."""
 
 
 class Disk:
@@ -109,6 +109,9 @@ class Disk:
         """What the guest has to hear of by a flush that fails, and how many there were of it."""
         self._told = 0
         """Of how many of them it has heard. A flush that was submitted before fails as well."""
+        self.is_telling = False
+        """A flush of the guest's has failed, which it may not have seen: if the process dies now,
+        the next one executes that flush again, and must know that it was to fail."""
         self._unanswered_flushes = 0
         self._internal: list[Callable[[Request], None]] | None = None
         """Who waits for the flush in flight that the guest did not send; None: there is none."""
@@ -265,8 +268,16 @@ class Disk:
         error = flush.error or (self._loss_error if self._losses > told else 0)
         if not request.flags & REPEATED:
             self._told = self._losses
+            if error and not self.is_telling:
+                self.is_telling = True
+                self._turn.after_look(self._was_told)
         self._flush_ended(flush.error)
         self._turn.finish(request, error)
+
+    def _was_told(self) -> None:
+        """What was answered until now is in the ring."""
+        self.is_telling = False
+        self._durability_changed()
 
     def _flush_ended(self, error: int) -> None:
         self._unanswered_flushes -= 1

@@ -457,6 +457,27 @@ def test_disk_is_durable_when_a_flush_has_covered_everything_submitted() -> None
     assert disk.is_durable
 
 
+def test_loss_is_remembered_until_the_guest_can_see_the_flush_that_tells_of_it() -> None:
+    """Killed in between, the process has told nothing, and the flush is executed again: the next
+    process has to know that it was to fail. It succeeded."""
+
+    class Remembering:
+        def durability_changed(self) -> None:
+            remembered.append(disk.unreported or disk.is_telling)
+
+    target = FakeDiskTarget()
+    remembered: list[bool] = []
+    disk = Disk(target, turn=turn(), flush_interval_s=60, now=lambda: 0.0, above=Remembering())
+    errors: list[int] = []
+    disk.tell(EIO)
+    disk.submit(Request(FLUSH, 0, 0, [], lambda flush: errors.append(flush.error)))
+    turn().end()
+    assert errors == [EIO]
+    assert remembered[-1]
+    turn().looked()
+    assert not remembered[-1]
+
+
 # The last flush
 
 

@@ -101,7 +101,7 @@ def _run_many(chosen: argparse.Namespace) -> int:
             print(total, flush=True)
     print(total)
     print(f"seen: {', '.join(f'{name} {n}' for name, n in sorted(total.seen.items()))}")
-    if never := coverage.never(total.seen):
+    if never := coverage.never(total.seen, total.counts):
         print(f"never exercised: {', '.join(never)}")
     if failures and not chosen.no_shrink:
         print(f"./run sim --seed {campaign.shrink(Seed.parse(total.failures[0][0]))}")
@@ -109,14 +109,16 @@ def _run_many(chosen: argparse.Namespace) -> int:
 
 
 def _plant(name: str, jobs: int) -> int:
-    known = planted.BUGS | planted.RARE
+    known = planted.asserted() | planted.RARE
     if name and name not in known:
         print(f"sim: no planted bug {name!r}: there are {', '.join(known)}", file=sys.stderr)
         return 2
+    sought = [name] if name else list(planted.asserted())
     missed = 0
-    for found in planted.hunt([name] if name else list(planted.BUGS), jobs=jobs):
+    for found in planted.hunt(sought, jobs=jobs):
         print(found, flush=True)
         missed += not found.seed
+    print(f"{len(sought) - missed} of {len(sought)} planted bugs found")
     return 1 if missed else 0
 
 

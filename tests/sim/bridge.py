@@ -10,10 +10,13 @@ import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from math import inf
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from bridge.api.actions import Actions
+from bridge.api.http import HttpError
 from bridge.app.cache_flush import flush_file
 from bridge.app.serve import serve_disk
 from bridge.app.storage import Storage
@@ -22,9 +25,14 @@ from bridge.guest.device import BlkDevice
 from bridge.spec.virtqueue import F_EVENT_IDX, F_INDIRECT, F_RING_PACKED
 from tests.sim.loop import SimLoop
 from tests.sim.process import CURRENT, Killed, Process
+from tests.sim.timeline import Bell
 
 if TYPE_CHECKING:
     from tests.sim.world import World
+
+
+WRITEBACK_AT = 32
+"""Of `writeback` in the configuration space."""
 
 
 class CacheFlush(Process):
@@ -42,19 +50,40 @@ class CacheFlush(Process):
 class Bridge(Process):
     """See the module's text."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, host: int = 0) -> None:
         super().__init__(world)
+        self.directory = world.directory_of(host)
+        self.host = host
         self.device: BlkDevice | None = None
         self.storage: Storage | None = None
+        self.service: Service | None = None
         self.front_end: FrontEnd | None = None
         self.serves = False
         """A front-end may connect."""
+        self.is_target = True
+        """The guest is not here yet."""
+        self.has_moved = False
+        """The guest has gone on elsewhere."""
+        self.over = trio.Event()
+        """It has ended, or is not the guest's any more."""
+        self.called_upon = Bell()
+        """One of these has changed."""
+        self.quiet_from_s = inf
+        """No change comes from here to the server from then on, until a ring starts."""
 
     async def main(self) -> None:
-        await serve_disk(self.world.uri, self.world.settings)
+        await serve_disk(self.world.uri, self.world.settings_of(self.host))
+
+    def _gone(self) -> None:
+        self.over.set()
 
     def _died(self) -> None:
         self.world.bridge_died(self)
+
+    def guest_comes(self) -> None:
+        """It is the guest's."""
+        self.is_target = False
+        self.called_upon.ring()
 
 
 def _current() -> Bridge:
@@ -104,18 +133,37 @@ async def no_service_manager(status: object) -> None:
     """`bridge.app.serve.service_manager.run`."""
 
 
-class NoService:
-    """`bridge.app.serve.Service`: no control socket."""
+class Service:
+    """`bridge.app.serve.Service`: the operator's `resize` without a control socket."""
+
+    def __init__(self, live: Any) -> None:
+        self._live = live
+        self._wanted = Bell()
+        _current().service = self
 
     @classmethod
-    def of(cls, *args: object, **options: object) -> NoService:
-        return cls()
+    def of(cls, live: Any, *args: object, **options: object) -> Service:
+        return cls(live)
 
     def stopping(self) -> None:
         pass
 
+    def resize(self) -> None:
+        """Ask for it."""
+        self._wanted.ring()
+
     async def run(self) -> None:
-        pass
+        world = _current().world
+        actions: Any = Actions(SimpleNamespace(live=self._live, stopping=False), lambda: None)  # type: ignore[arg-type]
+        while True:
+            await self._wanted.wait()
+            try:
+                done = await actions.resize(20)
+            except HttpError as error:
+                world.note("resize is refused", reason=str(error))
+            else:
+                world.note("resized", done=done)
+                world.count("resized by the operator" if done.changed else "resize asked for")
 
 
 async def serve_front_ends(device: BlkDevice, listener: object, **options: object) -> None:
@@ -123,6 +171,7 @@ async def serve_front_ends(device: BlkDevice, listener: object, **options: objec
     bridge = _current()
     bridge.device = device
     bridge.serves = True
+    bridge.world.written_elsewhere = False
     while True:
         front_end = bridge.front_end = FrontEnd(bridge, device)
         try:
@@ -134,7 +183,7 @@ async def serve_front_ends(device: BlkDevice, listener: object, **options: objec
             with trio.CancelScope(shield=True):
                 with suppress(LeftBehind):
                     await device.disconnected()
-        bridge.world.front_end_left()
+        bridge.world.front_end_left(bridge)
 
 
 def signal_call(fd: int) -> bool:
@@ -156,15 +205,16 @@ class FrontEnd:
         self.rings: dict[int, tuple[int, int]] = {}
         """Kick and call descriptor of each ring that runs."""
         self._todo: list[tuple[Callable[[], Awaitable[None]], trio.Event]] = []
-        self._wanted = trio.Event()
+        self._wanted = Bell()
         self.connected = False
         self.is_busy = False
 
     async def converse(self) -> None:
         """Connect, start what ran, then do what the world wants, one thing after the other."""
         world = self.world
-        await trio.sleep(world.rng.choice((0, 0, 0.05, 1)))
-        await world.may_connect()
+        await world.timeline.sleep(world.rng.choice((0, 0, 0.05, 1)))
+        while self.bridge.is_target or self.bridge.has_moved:
+            await self.bridge.called_upon.wait()
         device, guest = self.device, self.guest
         features = device.offered_features()
         for yes, bit in (
@@ -179,6 +229,10 @@ class FrontEnd:
         await device.replace_memory([guest.region()])
         self._share_region()
         world.guest_connects(device)
+        if world.write_cache_moves:
+            # With the device's state, as the target's QEMU gets it.
+            on = not guest.writes_are_durable
+            device.write_config(WRITEBACK_AT, bytes([on]), migration=True)
         for queue in guest.queues:
             if queue.running:
                 self.start(queue.index)
@@ -194,7 +248,6 @@ class FrontEnd:
                 finally:
                     done.set()
             self.is_busy = False
-            self._wanted = trio.Event()
             await self._wanted.wait()
 
     def _share_region(self) -> None:
@@ -217,7 +270,7 @@ class FrontEnd:
         done = trio.Event()
         self.is_busy = True
         self._todo.append((what, done))
-        self._wanted.set()
+        self._wanted.ring()
         return done
 
     def start(self, index: int) -> None:
@@ -226,7 +279,7 @@ class FrontEnd:
         kick, call = network.new_fd(), network.new_fd()
         queue = self.guest.queues[index]
         self.rings[index] = kick, call
-        self.world.quiet_from_s = inf
+        self.bridge.quiet_from_s = inf
         self.device.start_ring(index, queue.setup(kick, call))
         self.guest.kick(index)
 

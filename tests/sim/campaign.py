@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tests.sim import coverage
@@ -75,7 +76,7 @@ def run_some(
     """These programs, in this process. `plant` puts a bug into the simulated product."""
     result = Result()
     began = time.process_time()
-    with simulated(), coverage.gathered(result.seen):
+    with simulated(), coverage.gathered(result.seen), _collected_by_program():
         plant()
         for number in numbers:
             world = World(Seed(number))
@@ -89,15 +90,28 @@ def run_some(
             result.counts += world.counts
             result.counts["requests"] += world.guest.asked_total
             result.counts["sectors judged"] += world.oracle.checked
+            del world
+            gc.collect(0)
             if until(result):
                 break
     result.cpu_s = time.process_time() - began
     return result
 
 
-def _chunk(first: int) -> Result:
+@contextmanager
+def _collected_by_program() -> Iterator[None]:
+    """What a program leaves is collected at its end, while it is in the processor's caches: that
+    takes half the time, and what was there before is not looked at again."""
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def _chunk(first: int) -> Result:
     return run_some(range(first, first + _CHUNK))
 
 

@@ -11,7 +11,7 @@ from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
 from bridge.spec.nbd import TransmissionFlags as F
 from bridge.spec.virtio_blk import F_CONFIG_WCE, F_FLUSH
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Of the programs: raised whenever a seed means another program than before."""
 
 
@@ -117,6 +117,40 @@ class Config:
         self.service_s = rng.choice((0.0, 0.0002, 0.01, 0.3))
         """How long the server takes for a command, at most; its reply as long again."""
         self.steps = rng.choice((15, 30, 30, 60))
+        self.migrates = self.plugin and rng.random() < 0.5
+        """Bridges of two hosts are in one session."""
+        self.filtered = self.plugin and not self.migrates and rng.random() < 0.35
+        """nbdkit has a filter above the plugin, which holds what it has acknowledged until a flush,
+        and loses it with its process."""
+        if not self.plugin and not flags & F.SEND_FUA and self.mode == OFF and rng.random() < 0.5:
+            # Every write is to be durable, which takes a write and a flush.
+            self.features_wanted &= ~(F_FLUSH | F_CONFIG_WCE)
+        self.flushes = self.plugin or rng.random() >= 0.12
+        """The server can flush. If not, all that it answers is durable."""
+        if not self.flushes:
+            self.flags &= ~(F.SEND_FLUSH | F.SEND_FUA)
+        self.read_only = rng.random() < 0.04
+        if self.read_only:
+            self.mode = OFF
+            self.flags |= F.READ_ONLY * (rng.random() < 0.5)
+
+    @property
+    def splits_durable_writes(self) -> bool:
+        """Each write of the guest is a write and a flush at the server."""
+        is_durable = self.features_wanted != (1 << 64) - 1
+        return is_durable and self.mode == OFF and self.flushes and not self.flags & F.SEND_FUA
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is unusual about all of the program, for the counts."""
+        return [
+            name
+            for name, yes in (
+                *(("read-only disks", self.read_only), ("filters", self.filtered)),
+                ("servers that cannot flush", not self.flushes),
+            )
+            if yes
+        ]
 
     def __str__(self) -> str:
         server = "plugin" if self.plugin else "foreign server"
@@ -127,6 +161,8 @@ class Config:
                 *(("in-flight region", self.keeps_in_flight), ("compiled", self.compiled)),
                 *(("FUA", F.SEND_FUA & self.flags), ("multi-conn", F.CAN_MULTI_CONN & self.flags)),
                 ("no flush feature", self.features_wanted != (1 << 64) - 1),
+                *(("migrates", self.migrates), ("a filter", self.filtered)),
+                *(("read-only", self.read_only), ("cannot flush", not self.flushes)),
             )
             if yes
         ]
@@ -167,9 +203,16 @@ STEPS: Final = {
     "grow": 1,
     "everything at once": 2,
     "cache flush": 1,
-    "other host writes": 2,
+    "migrate": 7,
+    "cache disk full": 2,
+    "resize": 1,
+    "other host writes": 3,
+    "other host takes over": 2,
 }
 """The steps of a program, and how often each is taken."""
+
+AMID_WRITES: Final = ("power lost amid writes", "cut amid writes", "flush fails amid writes")
+"""Steps of programs without a cache, over a foreign server: the moment counts."""
 
 
 def script(seed: Seed) -> tuple[Config, list[tuple[int, str, int]]]:
@@ -178,6 +221,10 @@ def script(seed: Seed) -> tuple[Config, list[tuple[int, str, int]]]:
     config = Config(rng)
     names, weights = list(STEPS), list(STEPS.values())
     chosen = rng.choices(names, weights, k=config.steps)
+    if config.splits_durable_writes:
+        chosen = [AMID_WRITES[0] if rng.random() < 0.2 else name for name in chosen]
+    elif config.mode == OFF and not config.plugin and not config.read_only:
+        chosen = [rng.choice(AMID_WRITES) if rng.random() < 0.15 else name for name in chosen]
     steps = [(at, name, rng.getrandbits(32)) for at, name in enumerate(chosen)]
     if seed.kept is not None:
         steps = [step for step in steps if step[0] in seed.kept]

@@ -31,6 +31,18 @@ _STATES: Final = (
 )
 
 
+FAULTS: Final = (
+    *("connection cut", "silence", "connects refused", "connects hang", "server killed"),
+    *("server loses power", "flush fails at the server", "no space", "hung up on", "stall"),
+    *("bridge killed", "bridge killed at a line", "bridge terminated", "host loses power"),
+    *("ring stops", "reset", "write cache toggled", "front-end leaves", "grown", "left behind"),
+    *("cache flush by hand", "cold read", "another host writes", "migration", "migrated"),
+    *("a filter loses what it held", "the cache's disk is full", "servers that cannot flush"),
+    *("read-only disks", "resize asked for"),
+)
+"""What befalls programs, by the names under which they count it."""
+
+
 def expected() -> set[str]:
     """All that is counted."""
     blocks = {
@@ -42,9 +54,10 @@ def expected() -> set[str]:
     return {*blocks, *_STATES, *(f"session: {old} → {new}" for old, new in _PHASES)}
 
 
-def never(seen: Counter[str]) -> list[str]:
-    """What no program has exercised."""
-    return sorted(expected() - set(seen))
+def never(seen: Counter[str], counts: Counter[str] | None = None) -> list[str]:
+    """What no program has exercised; with `counts`, also which faults have befallen none."""
+    faults = [] if counts is None else [f"fault: {name}" for name in FAULTS if not counts[name]]
+    return [*sorted(expected() - set(seen)), *faults]
 
 
 def _move(event: Event, before: State, after: State) -> str:
@@ -128,18 +141,18 @@ def _enter(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
 def _counting(event: Event, real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
     """`real`, which does `event` to some blocks of a slot, with its transitions counted."""
     moves = [
-        (before, _move(event, before, after))
+        (_MASKS[before], _move(event, before, after))
         for before, after in TRANSITIONS[event].items()
         if before is not after
     ]
+    is_whole, is_store = event in _WHOLE, event is Event.STORED
 
     def counted(self: Blocks, slot: int, bits: int = BITS, *rest: Any, **named: Any) -> Any:
-        which = rest[0] if event is Event.STORED else bits
-        states = _masks(self, slot)
-        for before, name in moves:
-            if states[before] & which:
+        which = rest[0] if is_store else bits
+        for mask, name in moves:
+            if mask(self, slot) & which:
                 seen[name] += 1
-        if event in _WHOLE:
+        if is_whole:
             return real(self, slot)
         return real(self, slot, bits, *rest, **named)
 
@@ -147,18 +160,13 @@ def _counting(event: Event, real: Callable[..., Any], seen: Counter[str]) -> Cal
 
 
 _WHOLE: Final = (Event.FLUSH_SENT, Event.FLUSH_OK, Event.FLUSH_LOST, Event.WRITTEN_LOST)
-
-
-def _masks(blocks: Blocks, slot: int) -> dict[State, int]:
-    """Which blocks of a slot are in which state."""
-    valid, dirty = blocks.valid(slot), blocks.dirty(slot)
-    covered = blocks.covered[slot]
-    return {
-        State.ABSENT: ~valid & BITS,
-        State.CLEAN: valid & ~dirty,
-        State.DIRTY: blocks.to_send(slot),
-        State.SENDING: blocks.sending(slot),
-        State.REWRITTEN: blocks.rewritten(slot),
-        State.WRITTEN: blocks.written(slot) & ~covered,
-        State.FLUSHING: blocks.written(slot) & covered,
-    }
+_MASKS: Final[dict[State, Callable[[Blocks, int], int]]] = {
+    State.ABSENT: lambda blocks, slot: ~blocks.valid(slot) & BITS,
+    State.CLEAN: lambda blocks, slot: blocks.valid(slot) & ~blocks.dirty(slot),
+    State.DIRTY: Blocks.to_send,
+    State.SENDING: Blocks.sending,
+    State.REWRITTEN: Blocks.rewritten,
+    State.WRITTEN: lambda blocks, slot: blocks.written(slot) & ~blocks.covered[slot],
+    State.FLUSHING: lambda blocks, slot: blocks.written(slot) & blocks.covered[slot],
+}
+"""Which blocks of a slot are in a state."""

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import secrets
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from random import Random
@@ -32,7 +33,7 @@ from bridge.cache.file.layout import (
 )
 from bridge.datapath.turn import Outcome, Turn
 from bridge.errors import ConfigError
-from tests.sim import bridge, volume
+from tests.sim import bridge, scheduler, timeline, volume
 from tests.sim.medium import SECTOR, numbers_of
 from tests.sim.network import SimSocket
 from tests.sim.process import CURRENT, MAPS
@@ -64,6 +65,14 @@ class _Os:
             _here().synced[os.fstat(fd).st_ino] = os.pread(fd, size, 0)
 
     fdatasync = fsync
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        _here().check_cache_disk()
+        return os.pwrite(fd, data, offset)
+
+    def pwritev(self, fd: int, data: Any, offset: int) -> int:
+        _here().check_cache_disk()
+        return os.pwritev(fd, data, offset)
 
 
 class SimCold:
@@ -126,6 +135,11 @@ def _nothing(*_: object, **__: object) -> None:
     return None
 
 
+def _zeroed(code: Any, count: int) -> memoryview:
+    """As `bridge.cache.blocks.zeroed`, which saves memory where a cache is large."""
+    return memoryview(bytearray(array(code).itemsize * max(1, count))).cast(code)[:count]
+
+
 def _patches() -> list[Any]:
     patch = mock.patch
     quiet = ("keep_freed_pages", "report_bus_errors", "allow_all_descriptors")
@@ -133,13 +147,14 @@ def _patches() -> list[Any]:
         *volume.patches(),
         *(patch(f"bridge.app.serve.{name}", _nothing) for name in quiet),
         patch("bridge.app.serve.Loop", bridge.make_loop),
-        patch("bridge.datapath.loop.perf_counter", trio.current_time),
+        patch("bridge.datapath.loop.perf_counter", timeline.now),
+        patch("trio.current_time", timeline.now),
         patch("bridge.app.cache_flush.Loop", bridge.make_loop),
         patch("bridge.app.serve.Storage", bridge.make_storage),
         patch("bridge.app.serve.ending_signals", bridge.signals),
         patch("bridge.app.serve.open_listener", bridge.no_listener),
         patch("bridge.app.serve.service_manager.run", bridge.no_service_manager),
-        patch("bridge.app.serve.Service", bridge.NoService),
+        patch("bridge.app.serve.Service", bridge.Service),
         patch("bridge.app.serve.backend.serve", bridge.serve_front_ends),
         patch("bridge.guest.ring._signal", bridge.signal_call),
         patch("bridge.server.connecting._connect", _connect),
@@ -154,6 +169,10 @@ def _patches() -> list[Any]:
         patch("bridge.cache.file.cache_file.CacheFile.resident", _resident),
         patch("bridge.cache.file.cache_file.boot_id", lambda: _here().boot),
         patch("bridge.cache.file.opening.boot_id", lambda: _here().boot),
+        *(
+            patch(f"bridge.cache.{name}.zeroed", _zeroed)
+            for name in ("awaited", "blocks", "dirty_ring", "eviction", "index")
+        ),
         patch("bridge.cache.file.cache_file.os", _Os()),
         patch("bridge.cache.file.cache_file.mmap", MAPS),
         patch("bridge.guest.virtio.memory.mmap", MAPS),
@@ -164,7 +183,8 @@ def _patches() -> list[Any]:
             secrets, "token_hex", lambda n=16: f"{_here().rng.getrandbits(8 * n):0{2 * n}x}"
         ),
         patch("bridge.server.link.Random", lambda: Random(_here().rng.getrandbits(32))),
-        patch("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True),
+        patch("trio._core._run.unrolled_run", scheduler.steps),
+        patch.object(trio.CancelScope, "_might_change_registered_deadline", scheduler.registering),
     ]
 
 

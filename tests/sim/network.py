@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import trio
 
 from bridge.errors import ConnectionLost
-from tests.sim.timeline import Timeline
+from tests.sim.timeline import Bell, Timeline
 
 _FIRST_FD = 1 << 20
 """Above every real descriptor."""
@@ -64,7 +64,7 @@ class SimSocket:
         """Nothing arrives at either end any more."""
         self.notify: Callable[[], None] | None = None
         self.in_transit_bytes = 0
-        self._changed = trio.Event()
+        self._changed = Bell()
         self._last_out_s = self._last_in_s = 0.0
 
     # As the product uses it.
@@ -137,7 +137,7 @@ class SimSocket:
     async def receive(self) -> bytes:
         """As `connecting._receive`."""
         while not self.readable:
-            self._changed = trio.Event()
+            self._changed.silence()
             await self._changed.wait()
         if not self.inbox and self.errno:
             raise OSError(self.errno, os.strerror(self.errno))
@@ -151,7 +151,7 @@ class SimSocket:
             try:
                 data = data[self.send(data) :]
             except BlockingIOError:
-                self._changed = trio.Event()
+                self._changed.silence()
                 await self._changed.wait()
 
     # Readiness.
@@ -165,7 +165,7 @@ class SimSocket:
         return bool(self.errno) or self._network.line.window_bytes > self.in_transit_bytes
 
     def _wake(self) -> None:
-        self._changed.set()
+        self._changed.ring()
         if self.notify is not None:
             self.notify()
 
@@ -241,7 +241,7 @@ class Network:
 
     async def connect(self, owner: object) -> SimSocket:
         """As `connecting._connect`. Raises ConnectionLost."""
-        await trio.sleep(2 * self.delay_s())
+        await self.timeline.sleep(2 * self.delay_s())
         if self.line.hangs:
             await trio.sleep_forever()
         if self.accept is None or self.line.refuses:

@@ -15,6 +15,7 @@ import os
 import sys
 from contextlib import suppress
 from contextvars import ContextVar
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 CURRENT: ContextVar[Process] = ContextVar("process")
 _CODE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + "/bridge/"
 
-_FENCE = _CODE + "datapath/fence.py"
-"""It has a lock, which the guest's driver takes as well: in the same process only here."""
+_OTHERS = (_CODE + "datapath/fence.py", _CODE + "peers/")
+"""What is not of this process, or has a lock that the guest's driver takes as well: only here they
+are in the same one. A guest publishes while its device is about to sleep, in the device's task."""
 
 _OUTER_TRACE = sys.gettrace()
 """Of a debugger, or of what measures coverage: it goes on after a kill."""
@@ -44,6 +46,10 @@ _MAP_FIXED = 0x10
 _WAITS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR
 """Code that can be suspended ends at its next wait: an error out of the blue could leave a nursery
 open."""
+
+
+_is_ours: dict[CodeType, bool] = {}
+"""Is it code of the product, at whose lines a process may be killed?"""
 
 
 class Killed(BaseException):
@@ -74,6 +80,8 @@ class Process:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.directory = world.directory
+        """Where it may have files."""
         self.dead = False
         """Killed: nothing that its tasks do counts."""
         self.maps: list[tuple[mmap.mmap, int, int]] = []
@@ -104,6 +112,7 @@ class Process:
                 raise
         finally:
             self.gone.set()
+            self._gone()
             self.ended.set()
             self.world.network.process_died(self)
             self._give_back()
@@ -135,6 +144,9 @@ class Process:
     def _died(self) -> None:
         """It was killed."""
 
+    def _gone(self) -> None:
+        """It does nothing any more."""
+
     # Death.
 
     def kill(self) -> None:
@@ -146,28 +158,36 @@ class Process:
     def kill_after_lines(self, lines: int) -> None:
         """kill -9 after so many lines of its code, within whatever it does then."""
         left = lines
+        world, current, is_ours = self.world, CURRENT.get, _is_ours
 
         def at_line(frame: Any, event: str, _: Any) -> Any:
             nonlocal left
             if event == "line":
                 left -= 1
-                if left <= 0 or self.world.is_calm:
+                if left <= 0 or world.is_calm:
                     sys.settrace(_OUTER_TRACE)
-                    if not self.dead and not self.world.is_calm and not self.gone.is_set():
-                        name = frame.f_code.co_filename.removeprefix(_CODE)
-                        self.world.note("killed", at=f"{name}:{frame.f_lineno}")
-                        self._die()
-                        self._scope.cancel()
-                        if not frame.f_code.co_flags & _WAITS:
-                            raise Killed
+                    if not self.dead and not world.is_calm and not self.gone.is_set():
+                        self._die_at(frame)
             return at_line
 
         def at_call(frame: Any, event: str, _: Any) -> Any:
-            name = frame.f_code.co_filename
-            inside = name.startswith(_CODE) and name != _FENCE and CURRENT.get(None) is self
-            return at_line if inside else None
+            code = frame.f_code
+            inside = is_ours.get(code)
+            if inside is None:
+                name = code.co_filename
+                inside = is_ours[code] = name.startswith(_CODE) and not name.startswith(_OTHERS)
+            return at_line if inside and current(None) is self else None
 
         sys.settrace(at_call)
+
+    def _die_at(self, frame: Any) -> None:
+        """Killed at a line of its code."""
+        name = frame.f_code.co_filename.removeprefix(_CODE)
+        self.world.note("killed", at=f"{name}:{frame.f_lineno}")
+        self._die()
+        self._scope.cancel()
+        if not frame.f_code.co_flags & _WAITS:
+            raise Killed
 
     def _die(self) -> None:
         self.dead = True
@@ -181,6 +201,7 @@ class Process:
             turn._stages, turn.finished, turn._ends, turn._next = (), [], [], []
         self.world.network.process_died(self)
         self.gone.set()
+        self._gone()
         self._died()
 
     def _detach_files(self) -> None:
@@ -188,7 +209,7 @@ class Process:
         nowhere = os.open("/dev/null", os.O_RDWR)
         for name in os.listdir("/proc/self/fd"):
             with suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{name}").startswith(self.world.directory):
+                if os.readlink(f"/proc/self/fd/{name}").startswith(self.directory + "/"):
                     fcntl.flock(int(name), fcntl.LOCK_UN)  # Maps hold the file, too.
                     os.dup2(nowhere, int(name), inheritable=False)
         os.close(nowhere)

@@ -52,7 +52,10 @@ class NbdServer:
         self._blocked: list[ServerPeer] = []
         if self.is_plugin:
             with seam(self):
-                self.service = Service(Settings(store="memory", fence_timeout="10"))
+                self.service = Service(
+                    Settings(store="memory", fence_timeout="10"),
+                    is_filtered=world.config.filtered,
+                )
                 self.service.start()
 
     def accept(self, sock: SimSocket) -> ServerPeer:
@@ -83,6 +86,12 @@ class NbdServer:
             self.service.close(handle)
         self.changed()
         return True
+
+    def forget_the_dead(self) -> None:
+        """What processes that are gone have left here is not executed any more."""
+        for peer in list(self.peers):
+            if isinstance(peer.sock.owner, Bridge) and peer.sock.owner.gone.is_set():
+                peer.forget()
 
     def in_flight(self) -> Iterator[tuple[int, int]]:
         """Sector and number of each write that was received and not executed."""
@@ -141,6 +150,7 @@ class ServerPeer:
         self._alive = True
         """The process is, and the connection has not been closed by it."""
         self._connected = True
+        self._forgets = False
         self._running: list[_Running] = []
         self._options = bytearray()
         self._in_options = True
@@ -212,7 +222,8 @@ class ServerPeer:
         assert service is not None
         try:
             with seam(self.server, expired=self.expired):
-                self.handle = service.open(name, read_only=False)
+                read_only = bool(self.world.config.flags & F.READ_ONLY)
+                self.handle = service.open(name, read_only=read_only)
         except Waits as wait:
             self.server.block(self, min(wait.seconds, max(0.0, self._open_until_s - now)))
             return False
@@ -276,6 +287,15 @@ class ServerPeer:
         """The server closes the connection for a reason of its own."""
         self._close()
 
+    def forget(self) -> None:
+        """No change that has come here, or comes, is executed."""
+        self._forgets = True
+        for running in self._running:
+            if not running.executed and running.command.kind in _CHANGES:
+                running.cancelled = True
+        self._running = [each for each in self._running if not each.cancelled]
+        self._end_if_idle()
+
     def _leave_behind(self) -> None:
         """A foreign server may forget what a lost connection has in flight, or do it later."""
         rng = self.world.rng
@@ -327,7 +347,9 @@ class ServerPeer:
                 f"{command.offset}, {command.length}: {errno.errorcode[command.error]}"
             )
         if command.kind in _CHANGES and isinstance(self.sock.owner, Bridge):
-            self.world.change_comes()
+            self.world.change_comes(self.sock.owner)
+        if self._forgets and command.kind in _CHANGES:
+            return
         faults = self.world.faults
         if faults.hangs_up_on == command.kind:
             self.world.count("hung up on")
@@ -444,7 +466,7 @@ class _Running:
     def _perform(self, handle: Handle | None) -> None:
         command, medium, world = self.command, self.world.medium, self.world
         first, count = command.offset // SECTOR, command.length // SECTOR
-        fua = bool(command.flags & p.CMD_FLAG_FUA)
+        fua = bool(command.flags & p.CMD_FLAG_FUA) or not world.config.flushes
         world.note("server executes", command=self)
         if command.kind in _CHANGES:
             world.check_space(command.kind)

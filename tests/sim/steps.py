@@ -6,8 +6,6 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
-import trio
-
 from bridge.cache.cache_options import OFF, WRITEBACK
 from bridge.errors import LeftBehind
 from bridge.spec import nbd as p
@@ -20,7 +18,8 @@ from bridge.spec.virtio_blk import (
     T_OUT,
     T_WRITE_ZEROES,
 )
-from tests.sim import host
+from tests.sim import host, migration
+from tests.sim.bridge import WRITEBACK_AT
 from tests.sim.guest import MAX_SECTORS
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 _NEEDS = {T_DISCARD: F_DISCARD, T_WRITE_ZEROES: F_WRITE_ZEROES}
-_WRITEBACK_AT = 32
-"""Of `writeback` in the configuration space."""
 
 
 class Steps:
@@ -74,7 +71,7 @@ class Steps:
             kind = T_OUT
         queue = rng.randrange(len(guest.queues))
         if kind == T_FLUSH:
-            if self.world._can_flush:
+            if self.world.can_flush:
                 guest.submit(kind, 0, 0, queue, rng)
         else:
             first, count = self._range(rng)
@@ -107,10 +104,10 @@ class Steps:
         self._publish()
 
     async def _wait(self, rng: Random) -> None:
-        await trio.sleep(rng.choice((0.1, 1, 6)))
+        await self.world.timeline.sleep(rng.choice((0.1, 1, 6)))
 
     async def _wait_long(self, rng: Random) -> None:
-        await trio.sleep(rng.choice((30, 70, 200)))
+        await self.world.timeline.sleep(rng.choice((30, 70, 200)))
 
     async def _reset(self, rng: Random) -> None:
         """The guest's driver resets the device, as at a reboot."""
@@ -128,7 +125,7 @@ class Steps:
                 await front_end.device.reset()
             except LeftBehind:
                 world.note("the reset leaves something behind")
-            raise _HangsUp
+            raise migration.HangsUp
 
         front_end.want(reset)
 
@@ -136,7 +133,7 @@ class Steps:
         world = self.world
         front_end = self._front_end()
         on = rng.random() < 0.5
-        if front_end is None or not world._can_flush:
+        if front_end is None or not world.can_flush:
             return
         world.count("write cache toggled")
         world.guest.toggles += 1
@@ -144,7 +141,7 @@ class Steps:
             world.guest.writes_are_durable = False
 
         async def write() -> None:
-            front_end.device.write_config(_WRITEBACK_AT, bytes([on]), migration=False)
+            front_end.device.write_config(WRITEBACK_AT, bytes([on]), migration=False)
             world.guest.writes_are_durable = not on
 
         front_end.want(write)
@@ -164,7 +161,7 @@ class Steps:
             self._without_region()
 
             async def leave() -> None:
-                raise _HangsUp
+                raise migration.HangsUp
 
             front_end.want(leave)
 
@@ -198,7 +195,7 @@ class Steps:
                         await front_end.stop(index)
                     except LeftBehind:
                         front_end.check_alive()
-                        world.no_more_changes()
+                        world.no_more_changes(front_end.bridge)
                         raise
                     world.guest.look(index)
                     if not front_end.rings:
@@ -206,10 +203,15 @@ class Steps:
 
         front_end.want(stop)
 
+    async def _migrate(self, rng: Random) -> None:
+        """The guest goes on at another host, through another bridge."""
+        if self.world.config.migrates:
+            await migration.migrate(self.world, rng)
+
     async def _start(self, rng: Random) -> None:
         for queue in self.world.guest.queues:
             if not queue.running and rng.random() < 0.8:
-                self.world._restart_ring(queue.index)
+                self.world.restart_ring(queue.index)
 
     # The network.
 
@@ -290,6 +292,44 @@ class Steps:
         if not world.config.plugin:
             world.power_lost()
 
+    async def _power_lost_amid_writes(self, rng: Random) -> None:
+        """Some of what a write is at the server is done, and some is not."""
+        world = self.world
+        for _ in range(rng.choice((1, 3))):
+            self._ask(rng, (T_OUT,))
+        self._publish()
+        delay_s = world.config.service_s + world.network.line.most_s
+        await world.timeline.sleep(rng.uniform(0, 4 * delay_s))
+        await self._server_loses_power(rng)
+
+    async def _cut_amid_writes(self, rng: Random) -> None:
+        """A write is left behind perhaps, and the guest writes there again as soon as it can."""
+        world = self.world
+        first, count = self._range(rng)
+        asked = world.guest.submit(T_OUT, first, count, 0, rng)
+        self._publish()
+        delay_s = world.config.service_s + world.network.line.most_s
+        await world.timeline.sleep(rng.uniform(0, 2 * delay_s))
+        self._cut_some(rng, all_of_them=True)
+        for _ in range(40):
+            await world.timeline.sleep(0.1)
+            if asked not in world.guest.asked:
+                break
+        world.guest.submit(T_OUT, first, count, 0, rng)
+        self._publish()
+
+    async def _flush_fails_amid_writes(self, rng: Random) -> None:
+        """What is in flight is executed before, and answered after."""
+        self._ask(rng, (T_OUT,))
+        self._publish()
+        self.world.faults.failing_flushes = 1
+        for kinds in ((T_FLUSH,), (T_OUT,), (T_OUT,)):
+            self._ask(rng, kinds)
+        self._publish()
+        await self.world.timeline.sleep(rng.choice((0.01, 0.1, 1)))
+        self._ask(rng, (T_FLUSH,))
+        self._publish()
+
     async def _flush_fails(self, rng: Random) -> None:
         self.world.faults.failing_flushes = rng.choice((1, 1, 2))
 
@@ -321,11 +361,27 @@ class Steps:
 
         self.world.timeline.after(rng.choice((0.5, 4, 30)), end)
 
+    async def _cache_disk_full(self, rng: Random) -> None:
+        if self.world.config.mode != OFF:
+            self._for_a_while(rng, "cache_disk_full")
+
+    async def _resize(self, rng: Random) -> None:
+        """The operator has the export's size looked at."""
+        bridge = self.world.bridge
+        if bridge is not None and self.world.bridge_serves and bridge.service is not None:
+            # The connections are replaced.
+            self._foreign_loss()
+            bridge.service.resize()
+
     async def _grow(self, rng: Random) -> None:
         world = self.world
         if len(world.oracle.sectors) > 300:
             return
         world.count("grown")
+        if not world.bridge_serves:
+            # The cache file is of another size then, and is not used: what the guest had not
+            # flushed may have been in it, for all that the next process knows.
+            world.excuse("flush")
         unit = max(1, world.config.min_block // 512)
         count = unit * rng.choice((1, 2, 8, 30))
         numbers = []
@@ -393,13 +449,52 @@ class Steps:
         self._without_region()
         first, count = self._range(rng)
 
+        kills = world.config.mode == WRITEBACK and world.counts_writers and rng.random() < 0.4
+
         async def write(in_order: bool) -> None:
-            await trio.sleep(1)  # The server lets go of our session.
-            if in_order and world.server is not None:
+            await world.timeline.sleep(1)  # The server lets go of our session.
+            if (in_order or kills) and world.server is not None:
                 world.write_elsewhere(first, count)
+                world.written_elsewhere = not in_order
 
         world.before_next = write
-        world.bridge.terminate()
+        if kills:
+            world.bridge.kill()
+        else:
+            world.bridge.terminate()
+
+    async def _other_host_takes_over(self, rng: Random) -> None:
+        """Another host writes while our bridge runs, and has lost its connection."""
+        world = self.world
+        bridge = world.bridge
+        if bridge is None or not world.bridge_serves or not world.counts_writers:
+            return
+        assert bridge.storage is not None
+        cache = bridge.storage._cache
+        first, count = self._range(rng)
+        self._cut_some(rng, all_of_them=True)
+        world.network.line.refuses = True
+
+        def write() -> None:
+            world.network.line.refuses = world.is_calm
+            is_idle = not world.guest.asked and (cache is None or not cache.index.dirty_slots)
+            if is_idle and not world.is_calm and world.server is not None:
+                world.write_elsewhere(first, count)
+                world.written_elsewhere = world.written_elsewhere or cache is not None
+                world.timeline.after(30, decide)
+            world.network.line.refuses = False
+
+        def decide() -> None:
+            # A guest that wrote meanwhile is held back: the operator has to decide.
+            if bridge is world.bridge and bridge.storage is not None:
+                if bridge.storage.client.connected:
+                    world.written_elsewhere = False
+                else:
+                    world.excuse("any")
+                    bridge.terminate()
+
+        self._without_region()
+        world.timeline.after(rng.choice((0.5, 3)), write)
 
     async def _host_loses_power(self, rng: Random) -> None:
         world = self.world
@@ -412,8 +507,8 @@ class Steps:
                 if sock.in_transit_bytes:
                     sock.silent = True  # What was under way in the network is gone.
                     world.timeline.after(1, sock._disconnect_peer)
-        for process in (world.bridge, *world.processes):
-            if process is not None:
+        for process in (world.bridge, world.target, *world.processes):
+            if process is not None and process.directory == world.directory:
                 process.kill()
         world.reset_guest()
         if server_too:
@@ -435,10 +530,3 @@ class Steps:
         ]
         for _ in range(rng.choice((2, 3))):
             await rng.choice(actions)(rng)  # type: ignore[misc]
-
-
-class _HangsUp(LeftBehind):
-    """The front-end hangs up by itself."""
-
-    def __init__(self) -> None:
-        super().__init__("the front-end hangs up")

@@ -9,16 +9,107 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from math import inf
+from typing import Final
 
 import trio
 import trio._core._run as trio_run
-from trio.testing import MockClock
 
 
 class Stuck(AssertionError):
     """Nothing will ever happen again. Raised out of trio's scheduler, as there is no other way."""
+
+
+class _Time:
+    """Of the program that runs: there is one at a time."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+
+_TIME = _Time()
+now: Final[Callable[[], float]] = partial(getattr, _TIME, "now_s")
+"""`trio.current_time`, which is asked for in each turn several times."""
+
+
+class Bell:
+    """What one task waits for, again and again; an event that is cheap."""
+
+    __slots__ = ("_has_rung", "_task")
+
+    def __init__(self) -> None:
+        self._task: trio.lowlevel.Task | None = None
+        self._has_rung = False
+
+    def ring(self) -> None:
+        """The task goes on, or will not wait the next time."""
+        task, self._task = self._task, None
+        if task is None:
+            self._has_rung = True
+        else:
+            trio.lowlevel.reschedule(task)
+
+    def silence(self) -> None:
+        """Whatever rang until now is over."""
+        self._has_rung = False
+
+    async def wait(self) -> None:
+        """Until it rings, or has rung since the last wait."""
+        if self._has_rung:
+            self._has_rung = False
+            await trio.lowlevel.checkpoint()
+            return
+        self._task = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._abort)
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+class Clock(trio.abc.Clock):
+    """Virtual time, for `tests.sim.scheduler`."""
+
+    def __init__(self, due: list[tuple[float, int, Callable[[], None]]]) -> None:
+        """`due`: calls to be made, by time."""
+        self._due = due
+        self.failure: BaseException | None = None
+        self.failed = trio.Event()
+        _TIME.now_s = 0.0
+
+    def start_clock(self) -> None:
+        """It begins with the program."""
+
+    def current_time(self) -> float:
+        return _TIME.now_s
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return 0.0
+
+    def jump(self, runner: trio_run.Runner) -> bool:
+        """No task can run: go on to what is due next. False if nothing is."""
+        due, deadlines = self._due, runner.deadlines
+        while not runner.runq:
+            deadline_s = deadlines.next_deadline()
+            if due and due[0][0] <= deadline_s:
+                when_s, _, call = heapq.heappop(due)
+                if when_s > _TIME.now_s:
+                    _TIME.now_s = when_s
+                try:
+                    call()
+                except BaseException as error:
+                    self.failure = error
+                    self.failed.set()
+                    break
+            elif deadline_s == inf:
+                return False
+            else:
+                if deadline_s > _TIME.now_s:
+                    _TIME.now_s = deadline_s
+                deadlines.expire(_TIME.now_s)
+        return True
 
 
 class Timeline:
@@ -27,45 +118,29 @@ class Timeline:
     def __init__(self) -> None:
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
-        self._failure: BaseException | None = None
-        self._failed = trio.Event()
-        self.clock = MockClock(autojump_threshold=0)
+        self.clock = Clock(self._due)
         """For `trio.run`."""
-        # Asked for several times in each turn, and it has no rate.
-        self.clock.current_time = lambda: self.clock._virtual_base  # type: ignore[method-assign]
-        self.clock._autojump = self._jump  # type: ignore[method-assign]
 
     def after(self, delay_s: float, call: Callable[[], None]) -> float:
         """Make `call()` after `delay_s`; the time at which that will be."""
-        return self.at(self.clock._virtual_base + delay_s, call)
+        return self.at(_TIME.now_s + delay_s, call)
 
     def at(self, when_s: float, call: Callable[[], None]) -> float:
         """Make `call()` at `when_s`; the same time."""
         heapq.heappush(self._due, (when_s, next(self._numbers), call))
         return when_s
 
+    async def sleep(self, delay_s: float) -> None:
+        """As `trio.sleep`, for less: no scope is made and cancelled."""
+        if not delay_s:
+            await trio.lowlevel.checkpoint()
+            return
+        bell = Bell()
+        self.after(delay_s, bell.ring)
+        await bell.wait()
+
     async def run(self) -> None:
         """Raises what a call has raised."""
-        await self._failed.wait()
-        assert self._failure is not None
-        raise self._failure
-
-    def _jump(self) -> None:
-        """No task can run: go on to what is due next."""
-        due, clock = self._due, self.clock
-        runner = trio_run.GLOBAL_RUN_CONTEXT.runner
-        while not runner.runq:
-            deadline_s = runner.deadlines.next_deadline()
-            if not due or deadline_s < due[0][0]:
-                if deadline_s == inf:
-                    raise Stuck("every task waits for another, and for no time")
-                clock._virtual_base = max(clock._virtual_base, deadline_s)
-                return
-            when_s, _, call = heapq.heappop(due)
-            clock._virtual_base = max(clock._virtual_base, when_s)
-            try:
-                call()
-            except BaseException as error:
-                self._failure = error
-                self._failed.set()
-                return
+        await self.clock.failed.wait()
+        assert self.clock.failure is not None
+        raise self.clock.failure

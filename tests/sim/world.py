@@ -6,7 +6,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,43 +20,33 @@ from bridge.app.settings import (
     ServeSettings,
 )
 from bridge.cache.cache_options import OFF
-from bridge.cache.file.inspect import drop, show
+from bridge.cache.file.inspect import drop
 from bridge.datapath.engine import PURE_ENGINE, choose
 from bridge.errors import Remedy
 from bridge.guest.device import BlkDevice
-from bridge.spec.virtio_blk import T_FLUSH, T_IN
+from bridge.spec.virtio_blk import T_IN
 from tests.sim import host
 from tests.sim.bridge import Bridge, CacheFlush
 from tests.sim.config import Seed, script
-from tests.sim.guest import MAX_SECTORS, Asked, Guest
+from tests.sim.ending import Ending
+from tests.sim.faults import Faults
+from tests.sim.guest import Asked, Guest
 from tests.sim.medium import Medium
 from tests.sim.network import Network
 from tests.sim.oracle import Oracle, Violation
-from tests.sim.process import Process
+from tests.sim.process import CURRENT, Process
 from tests.sim.server import NbdServer
 from tests.sim.steps import Steps
 from tests.sim.timeline import Timeline
 from tests.sim.volume import Volume
 
-SETTLE_S = 3000.0
-"""Once faults have stopped, everything is answered by then: a silent server is given up after ten
-times the request timeout."""
-_SOON_S = 0.9
-"""For a read, with no fault, from a server and a network that are fast: below the timers that would
-hide a lost kick."""
+HOSTS = 2
+"""Between which the guest migrates."""
+_LONGEST_PAUSE_S = 16.0
+"""Between two starts of a bridge, for its supervisor."""
 _UNDER_WAY_S = 3.0
 """A session that is left has that long to answer what is in flight."""
 _ROOT = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
-
-
-class Faults:
-    """What is wrong with the server now."""
-
-    def __init__(self) -> None:
-        self.stalls = False
-        self.hangs_up_on: int | None = None
-        self.no_space = False
-        self.failing_flushes = 0
 
 
 class World:
@@ -79,10 +68,22 @@ class World:
         self.faults = Faults()
         self.synced: dict[int, bytes] = {}
         self.boot = bytes(15) + b"\1"
-        self.directory = f"{_ROOT}/nbd-bridge-sim-{os.getpid()}"
-        shutil.rmtree(self.directory, ignore_errors=True)
-        os.mkdir(self.directory, 0o700)
-        self.default_directory = Path(self.directory) / "default"
+        self._root = f"{_ROOT}/nbd-bridge-sim-{os.getpid()}"
+        shutil.rmtree(self._root, ignore_errors=True)
+        os.mkdir(self._root, 0o700)
+        for each in range(HOSTS):
+            os.mkdir(self.directory_of(each), 0o700)
+        self.host = 0
+        """Where the guest is."""
+        self.target: Bridge | None = None
+        """The bridge that waits for it to come to another host."""
+        self.sources: list[Bridge] = []
+        """Those that it has left, and which run still."""
+        self.written_elsewhere = False
+        """Another host wrote while the cache had what the server lacked."""
+        self.write_cache_moves = False
+        """Its write cache is to be as it was, also where no in-flight region remembers that."""
+        self.default_directory = Path(self._root) / "default"
         self.region: tuple[int, int] | None = None
         """Descriptor and size of the in-flight region that the front-end keeps."""
         self.guest = Guest(self)
@@ -100,30 +101,38 @@ class World:
         self.is_calm = False
         """No fault happens any more."""
         self._late: list[int] = []
-        self.quiet_from_s = inf
-        """No change comes to the server from then on, until a ring starts."""
         self._to_notice = 0
         """The generation of connections whose end will tell the bridge of a loss of power."""
         self.resetting = False
         """The guest has begun to reset the device."""
         self.engine = choose() if self.config.compiled else PURE_ENGINE
-        self.uri = "nbd://10.0.0.1/vm"
-        self.settings = self._settings()
+        self.uri = "nbd://10.0.0.1/vm" + "@session=moves" * self.config.migrates
         self._start_bridge = trio.Event()
-        self._connectable = trio.Event()
-        self._connectable.set()
         self.states: set[str] = set()
 
-    def _settings(self) -> ServeSettings:
+    def directory_of(self, host: int) -> str:
+        """Where that host has its cache files."""
+        return f"{self._root}/{host}"
+
+    @property
+    def directory(self) -> str:
+        """That of the guest's host."""
+        return self.directory_of(self.host)
+
+    def settings_of(self, host: int) -> ServeSettings:
+        """Those of a bridge there."""
         config = self.config
         return ServeSettings(
             disk=DiskSettings(
-                socket_path="/sim/guest.sock", num_queues=config.queues, queue_size=32
+                socket_path="/sim/guest.sock",
+                num_queues=config.queues,
+                queue_size=32,
+                read_only=config.read_only,
             ),
             cache=CacheSettings(
                 mode=config.mode,
                 size_bytes=4 << 20,
-                directory=self.directory,
+                directory=self.directory_of(host),
                 flush_interval_s=config.flush_interval_s,
             ),
             server=ServerSettings(
@@ -155,7 +164,7 @@ class World:
 
     def request_failed(self, asked: Asked) -> None:
         """The guest was given an error: may that be?"""
-        if "any" in self.excuses:
+        if "any" in self.excuses or (self.config.read_only and asked.kind != T_IN):
             return
         if "flush" in self.excuses and asked.kind != T_IN:
             return  # What has to be durable may be any change, and the cache may ask for it, too.
@@ -184,6 +193,14 @@ class World:
         """Raises OSError if the storage is full."""
         if self.faults.no_space and self.rng.random() < 0.7:
             self.count("no space")
+            self.excuse("write", "flush")
+            raise OSError(28, "No space left on device")
+
+    def check_cache_disk(self) -> None:
+        """Raises OSError if the cache's file system, which copies on write, is full."""
+        current = CURRENT.get(None)
+        if self.faults.cache_disk_full and not (current is not None and current.dead):
+            self.count("the cache's disk is full")
             self.excuse("write", "flush")
             raise OSError(28, "No space left on device")
 
@@ -220,7 +237,7 @@ class World:
         change = self.oracle.begin(first, count)
         numbers = [change.number] * count
         failing, self.faults.failing_flushes = self.faults.failing_flushes, 0
-        if server.service is None:
+        if server.service is None or self.config.filtered:
             self.medium.write(first, numbers, fua=True)
             # Nothing tells of it: the operator has to.
             for path in self.cache_files():
@@ -235,38 +252,81 @@ class World:
         self.count("another host writes")
         self.note("another host has written", first=first, count=count, number=change.number)
 
+    @property
+    def counts_writers(self) -> bool:
+        """The server tells whether another host has written."""
+        return self.config.plugin and not self.config.filtered and not self.config.read_only
+
     def kill_server(self) -> None:
         """kill -9 of the server's process."""
         if self.server is not None:
             self.server.die()
             self.server = None
             self.network.accept = None
+            if self.config.filtered:
+                self.count("a filter loses what it held")
+                self.excuse("flush")
+                self.medium.lose()
 
     # The bridge.
 
     async def keep_bridge(self) -> None:
-        """What starts the bridge, and starts it again whenever it has ended."""
+        """What starts the bridge, and starts it again whenever it has ended: later each time if it
+        finds no server."""
+        pause_s = 1.0
         while not self.over:
             await self._start_bridge.wait()
             if self.over:
                 return
-            bridge = self.bridge = Bridge(self)
-            self.quiet_from_s = inf  # It looks at what was left, and decides.
-            self.note("bridge starts")
-            self._nursery.start_soon(bridge.run)
-            await bridge.gone.wait()
+            bridge = self.bridge = self._next_bridge()
+            bridge.guest_comes()
+            await bridge.over.wait()
+            if bridge.has_moved:
+                self.bridge = None
+                continue
             if not bridge.dead:
                 await bridge.ended.wait()
                 self._bridge_ended()
             self.bridge = None
             problem = bridge.problem
             if problem is not None and problem.remedy is Remedy.FORCE_OR_GIVE_UP:
-                # No other host wrote, which only the operator knows.
-                await self.flush_by_hand(problem.path, force=True)
+                if self.written_elsewhere:
+                    self._give_up(problem.path)
+                else:
+                    # No other host wrote, which only the operator knows.
+                    await self.flush_by_hand(problem.path, force=True)
             before, self.before_next = self.before_next, None
             if before is not None and not self.is_calm:
                 await before(problem is None and not bridge.dead)
-            await trio.sleep(self.rng.choice((0.0, 0.1, 2.0)) + (problem is not None))
+            pause_s = 1.0 if bridge.serves else min(2 * pause_s, _LONGEST_PAUSE_S)
+            await self.timeline.sleep(
+                self.rng.choice((0.0, 0.1, 2.0)) + (problem is not None and pause_s)
+            )
+
+    def _next_bridge(self) -> Bridge:
+        target, self.target = self.target, None
+        if target is not None and target.host == self.host:
+            return target
+        if target is not None:  # The guest has not come to it.
+            self.sources.append(target)
+            target.terminate()
+        return self.start_bridge(self.host)
+
+    def start_bridge(self, host: int) -> Bridge:
+        """A bridge's process at that host."""
+        bridge = Bridge(self, host)
+        self.note("bridge starts", host=host)
+        self._nursery.start_soon(bridge.run)
+        return bridge
+
+    def _give_up(self, path: str) -> None:
+        """The operator decides for what another host wrote; the guest boots anew from that."""
+        self.count("dirty data given up for another host's")
+        came = [] if self.server is None else list(self.server.in_flight())
+        self.reset_guest()
+        drop(path, discard_dirty=True)
+        self.oracle.host_lost(came, written_through=False)
+        self.written_elsewhere = False
 
     def cache_files(self) -> list[str]:
         """Their paths."""
@@ -305,6 +365,8 @@ class World:
 
     def bridge_died(self, bridge: Bridge) -> None:
         """It was killed."""
+        if bridge is not self.bridge or bridge.has_moved:
+            return
         client = None if bridge.storage is None else bridge.storage.client
         noticing, self._to_notice = self._to_notice, 0
         if client is not None and client.connected and client.link.generation == noticing:
@@ -315,7 +377,7 @@ class World:
         """It has ended in order, or given up at its start."""
         assert self.bridge is not None
         self.note("bridge has ended")
-        if not self.config.keeps_in_flight and self._can_flush:
+        if not self.config.keeps_in_flight and self.can_flush:
             # No message tells the next process that there is to be no write cache.
             self.guest.toggles += 1
             self.guest.writes_are_durable = False
@@ -323,9 +385,10 @@ class World:
             self.oracle.loss_unnoticed()  # The operator was told, and no process can know.
         self._front_end_lost(killed=False)
 
-    def front_end_left(self) -> None:
+    def front_end_left(self, bridge: Bridge) -> None:
         """The front-end hung up, or was hung up on, and connects again."""
-        self._front_end_lost(killed=False)
+        if bridge is self.bridge and not bridge.has_moved:
+            self._front_end_lost(killed=False)
 
     def _front_end_lost(self, *, killed: bool) -> None:
         for queue in self.guest.queues:
@@ -342,18 +405,23 @@ class World:
         """The guest boots anew."""
         self.resetting = False
         self.guest.reset()
+        if self.server is not None and not self.config.plugin and self.config.mode == OFF:
+            # The next bridge begins with a new guest: nothing tells it of writes that a dead one
+            # has left at a server without sessions (docs/durability.md).
+            self.server.forget_the_dead()
+        self.write_cache_moves = False
+        self.forget_region()
+
+    def forget_region(self) -> None:
+        """The front-end has no in-flight region any more."""
         if self.region is not None:
             os.close(self.region[0])
             self.region = None
 
-    async def may_connect(self) -> None:
-        """The front-end waits for this."""
-        await self._connectable.wait()
-
     def guest_connects(self, device: BlkDevice) -> None:
         """A front-end talks to the device."""
         self.guest_sees_size(int.from_bytes(device.read_config(0, 8), "little"))
-        if self.config.features_wanted != (1 << 64) - 1:
+        if not self.can_flush:
             self.guest.writes_are_durable = True
 
     def guest_sees_size(self, sectors: int) -> None:
@@ -364,18 +432,20 @@ class World:
 
     def all_stopped(self, bridge: Bridge) -> None:
         """The stop of the last ring was answered, which is a promise to the next host."""
-        self.no_more_changes()
+        self.no_more_changes(bridge)
         if self.config.mode != OFF and not bridge.began_to_stop:
             self.oracle.judge_whole_image("the stop of the last ring was answered")
 
-    def no_more_changes(self) -> None:
+    def no_more_changes(self, bridge: Bridge) -> None:
         """The guest may go on elsewhere: but for what is under way, nothing of it is sent."""
         line = self.network.line
-        self.quiet_from_s = trio.current_time() + _UNDER_WAY_S + 2 * line.most_s
+        bridge.quiet_from_s = trio.current_time() + _UNDER_WAY_S + 2 * line.most_s
 
-    def change_comes(self) -> None:
+    def change_comes(self, bridge: Bridge) -> None:
         """The server gets a change from a bridge."""
-        if trio.current_time() > self.quiet_from_s:
+        if self.config.read_only:
+            raise Violation("a change is sent of a disk that is read-only")
+        if trio.current_time() > bridge.quiet_from_s:
             raise Violation(
                 "a change is sent although the guest has stopped, and may run elsewhere"
             )
@@ -409,6 +479,8 @@ class World:
     async def _main(self) -> None:
         self._began_s = trio.current_time()
         self.note("program", seed=str(self.seed), config=str(self.config))
+        for kind in self.config.kinds:
+            self.counts[kind] += 1
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self.timeline.run)
@@ -417,16 +489,16 @@ class World:
             for queue in self.guest.queues:
                 queue.running = True
             self._start_bridge.set()
-            await trio.sleep(self.rng.choice((0, 1, 3)))
+            await self.timeline.sleep(self.rng.choice((0, 1, 3)))
             steps = Steps(self)
             for number, name, own in self.script:
                 rng = Random(own)
                 self.note("step", number=number, name=name)
                 await steps.take(name, rng)
-                await trio.sleep(rng.choice((0, 0, 0.001, 0.02, 0.5, 3)))
+                await self.timeline.sleep(rng.choice((0, 0, 0.001, 0.02, 0.5, 3)))
                 if self.server is not None and self.bridge is not None and self.bridge.loop:
                     self._check_bounds(self.bridge)
-            await self._settle()
+            await Ending(self).settle()
             nursery.cancel_scope.cancel()
 
     def _check_bounds(self, bridge: Bridge) -> None:
@@ -448,48 +520,11 @@ class World:
 
     def _give_back(self) -> None:
         self.guest.close()
-        if self.region is not None:
-            os.close(self.region[0])
-            self.region = None
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.forget_region()
+        shutil.rmtree(self._root, ignore_errors=True)
 
-    # The end.
-
-    async def _settle(self) -> None:
-        """No more faults: everything is answered, durable, and what it should be."""
-        self.note("faults end")
-        self.is_calm = True
-        self._calm()
-        self.publish_late()
-        pause_s = 0.05
-        with trio.move_on_after(SETTLE_S) as waiting:
-            while not self._is_quiet():
-                await trio.sleep(pause_s)
-                pause_s = min(pause_s * 1.5, 20)
-                self._keep_calm()
-        if waiting.cancelled_caught:
-            raise Violation(f"{SETTLE_S:.0f} s after the last fault: {self._what_is_left()}")
-        await self._flush_and_read()
-        await self._stop_in_order()
-
-    def _calm(self) -> None:
-        network = self.network
-        self.faults = Faults()
-        network.line.refuses = network.line.hangs = False
-        for sock in network.open_sockets():
-            if sock.silent:
-                sock.reset()
-        self.start_server()
-        self.bridge_may_run()
-        self._connectable.set()
-
-    def _keep_calm(self) -> None:
-        """Things that only an operator, a front-end or a supervisor would do now."""
-        for queue in self.guest.queues:
-            if not queue.running:
-                self._restart_ring(queue.index)
-
-    def _restart_ring(self, index: int) -> None:
+    def restart_ring(self, index: int) -> None:
+        """The guest has it run again."""
         queue = self.guest.queues[index]
         queue.running = True
         bridge = self.bridge
@@ -502,85 +537,10 @@ class World:
 
             front_end.want(start)
 
-    def _is_quiet(self) -> bool:
-        bridge = self.bridge
-        if bridge is None or bridge.front_end is None or not bridge.front_end.connected:
-            return False
-        assert bridge.storage is not None
-        if bridge.front_end.is_busy:
-            return False
-        running = len(bridge.front_end.rings) == len(self.guest.queues)
-        return running and bridge.storage.client.connected and not self.guest.asked
-
-    def _what_is_left(self) -> str:
-        if asked := self.guest.asked:
-            return f"without an answer are {asked[:8]}"
-        bridge = self.bridge
-        if bridge is None:
-            return "no bridge runs"
-        return "the bridge serves no guest"
-
-    async def _ask(self, kind: int, first: int = 0, count: int = 0) -> int:
-        """One request; how many have failed since."""
-        guest = self.guest
-        failed = guest.counts["failed"]
-        if guest.submit(kind, first, count, 0, self.rng) is None:
-            raise AssertionError("no room for a request")
-        began_s = trio.current_time()
-        self.publish_later(0)
-        with trio.move_on_after(SETTLE_S) as waiting:
-            while guest.asked:
-                guest.answered = trio.Event()
-                await guest.answered.wait()
-        if waiting.cancelled_caught:
-            raise Violation(f"no answer in {SETTLE_S:.0f} s: {guest.asked}")
-        took_s = trio.current_time() - began_s
-        is_fast = self.config.service_s <= 0.01 and self.network.line.most_s <= 0.03
-        if kind == T_IN and is_fast and took_s > _SOON_S:
-            raise Violation(f"a read took {took_s:.1f} s of a server that takes none")
-        return guest.counts["failed"] - failed
-
     @property
-    def _can_flush(self) -> bool:
-        return self.config.features_wanted == (1 << 64) - 1
-
-    async def _flush_and_read(self) -> None:
-        if self._can_flush:
-            # One may tell of a loss; one that was executed again does not count as having told.
-            for _ in range(3):
-                if not await self._ask(T_FLUSH):
-                    break
-            else:
-                raise Violation("three flushes fail, long after the last fault")
-        for first in range(0, self.guest.sectors, MAX_SECTORS):
-            count = min(MAX_SECTORS, self.guest.sectors - first)
-            if await self._ask(T_IN, first, count):
-                raise Violation("a read fails, long after the last fault")
-        self.guest.check_own_memory()
-
-    async def _stop_in_order(self) -> None:
-        await trio.sleep(2 * self.config.grace_s)  # A stop may be shorter than a grace time.
-        bridge = self.bridge
-        if bridge is None:
-            raise Violation("the bridge has ended although nothing is wrong")
-        self.bridge_may_run(False)
-        bridge.terminate()
-        with trio.move_on_after(SETTLE_S) as waiting:
-            await bridge.ended.wait()
-        if waiting.cancelled_caught:
-            raise Violation("the bridge does not end")
-        # A guest that cannot flush cannot be told of a loss either, not even of one that was none.
-        if bridge.problem is not None and self._can_flush:
-            raise Violation(f"the last stop failed: {bridge.problem}")
-        self.over = True
-        self._start_bridge.set()
-        self.oracle.judge_whole_image("the bridge has stopped in order")
-        if self.config.mode != OFF:
-            for path in self.cache_files():
-                if show(path).dirty_bytes:
-                    raise Violation("a cache that was closed in order has dirty data")
-        await trio.sleep(60)
-        self.oracle.judge_whole_image("a minute after the end")
+    def can_flush(self) -> bool:
+        """The guest has a flush."""
+        return self.config.features_wanted == (1 << 64) - 1 and self.config.flushes
 
 
 def _first(error: BaseException) -> BaseException:
