@@ -111,6 +111,7 @@ class Disk:
             tally,
             queues=profile.queues,
             packed=profile.packed,
+            discards=not (self.kind.trims_past_its_cache and self.has_cache),
         )
 
     def _make_files(self) -> None:

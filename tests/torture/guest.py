@@ -70,11 +70,13 @@ class Guest:
         *,
         queues: int,
         packed: bool,
+        discards: bool,
     ) -> None:
         self._vhost = vhost
         self.oracle = oracle
         self._rng = rng
         self._tally = tally
+        self._discards = discards
         self._options = {
             "num_queues": queues,
             "queue_size": 64,
@@ -211,7 +213,8 @@ class Guest:
             elif dice < 0.96:
                 await self._change("zeroes", first, count)
             elif dice < 0.98:
-                await self._change("discard", first, count)
+                if self._discards:
+                    await self._change("discard", first, count)
             else:
                 await self._flush()
             await trio.sleep(rng.random() * _THINK_S)

@@ -32,6 +32,9 @@ class ServerKind:
     """A kill costs what no flush covers."""
     counts_writers: bool = False
     """It tells whether another client wrote."""
+    trims_past_its_cache: bool = False
+    """What was discarded and flushed reads as before until it is killed, and as zeroes then. To a
+    bridge with dirty data that is another client's change."""
 
 
 KINDS = {
@@ -41,7 +44,12 @@ KINDS = {
     "rbd": ServerKind(
         has_filters=True, proves_instance=False, loses_unflushed=True, counts_writers=True
     ),
-    "plugin-lossy": ServerKind(has_filters=True, proves_instance=False, loses_unflushed=True),
+    "plugin-lossy": ServerKind(
+        has_filters=True,
+        proves_instance=False,
+        loses_unflushed=True,
+        trims_past_its_cache=True,
+    ),
     "file": ServerKind(has_filters=True, proves_instance=False, loses_unflushed=False),
     "qemu-nbd": ServerKind(has_filters=False, proves_instance=False, loses_unflushed=False),
     "lying": ServerKind(has_filters=True, proves_instance=False, loses_unflushed=False),
