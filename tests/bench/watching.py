@@ -50,8 +50,11 @@ main(sys.argv[1:])
 
 
 @contextlib.contextmanager
-def served(checkout: Path, *, cached: bool, bare: bool = False) -> Iterator[tuple[int, Path, Path]]:
-    """Process number, vhost-user socket and control socket of a bridge."""
+def served(
+    checkout: Path, *, cached: bool, filled: bool = True, bare: bool = False
+) -> Iterator[tuple[int, Path, Path]]:
+    """Process number, vhost-user socket and control socket of a bridge. `filled`: so is its cache,
+    which counts as its memory."""
     with contextlib.ExitStack() as up:
         directory = Path(up.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp")))
         nbd, socket, control = directory / "nbd", directory / "vhost", directory / "vm0.api"
@@ -68,7 +71,7 @@ def served(checkout: Path, *, cached: bool, bare: bool = False) -> Iterator[tupl
             *("--log-level", "warning", "--api", str(control), *options),
         ]
         pid = up.enter_context(running(*argv, ready=socket)).pid
-        if cached:
+        if cached and filled:
             measure(socket, Workload("", 128 << 10, 8, 2048, False, 0, 1))
         yield pid, socket, control
 
@@ -150,7 +153,7 @@ def ten_idle(checkout: Path) -> str:
     with contextlib.ExitStack() as up:
         pids = []
         for _ in range(_BRIDGES):
-            pid, _, control = up.enter_context(served(checkout, cached=True))
+            pid, _, control = up.enter_context(served(checkout, cached=True, filled=False))
             ask(control, "GET", "/status", timeout_s=_ANSWER_S)
             pids.append(pid)
         time.sleep(2)
