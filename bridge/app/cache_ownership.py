@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 
 import structlog
+import trio
 
 from bridge.app.answers import ANSWER_LIMIT_S, answer_of
 from bridge.app.cache_names import cache_path, find_cache
@@ -80,19 +82,24 @@ async def check_content(
     *,
     force: bool = False,
     limit_s: float = COMPARE_LIMIT_S,
+    lost: trio.Event | None = None,
+    hang_up: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Compare the clean blocks of the cache with the export, before anything is sent: the server
     may not count writers, or another host may have written past the one that does.
 
     They are dropped if they differ, or cannot be compared. With dirty data that is an error,
-    unless `force`: raises ConfigError, or ConnectionLost if the server does not answer.
+    unless `force`: raises ConfigError, or ConnectionLost if the server does not answer. The
+    connection is of no use then, and `hang_up` ends what is still asked: a difference counts, also
+    if it is found before all is compared. `lost`: see `answer_of`.
     """
     dirty = cache.index.dirty_slots
     check = (
         cache.foreign.check_before_writing if dirty and not force else cache.foreign.check_sample
     )
     limit_s = limit_s if dirty else min(limit_s, ANSWER_LIMIT_S)
-    differing = await answer_of(check, turn, limit_s)
+    give_up = hang_up if dirty and not force else None
+    differing = await answer_of(check, turn, limit_s, lost=lost, hang_up=give_up)
     if differing > 0 and dirty and not force:
         raise unwritten(
             file,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -9,7 +10,6 @@ import trio
 
 from bridge.app import service_manager
 from bridge.errors import ConnectionLost
-from bridge.server.client import Client
 from bridge.server.export import Export
 
 _log = structlog.get_logger(__name__)
@@ -19,8 +19,9 @@ _LONGEST_PAUSE_S: Final = 5.0
 _REMIND_S: Final = 60.0
 
 
-async def first_connection(client: Client, *, wait: bool) -> Export:
-    """Connect `client`. With `wait`, try again for as long as the server cannot be reached.
+async def first_connection(attempt: Callable[[], Awaitable[Export]], *, wait: bool) -> Export:
+    """What `attempt` returns, which connects. With `wait`, it is made again for as long as the
+    server cannot be reached, or is lost again before the disk can be served.
 
     Raises ConfigError and ProtocolError, which waiting would not help, and without `wait`
     ConnectionLost.
@@ -30,16 +31,14 @@ async def first_connection(client: Client, *, wait: bool) -> Export:
     reason = ""
     while True:
         try:
-            export = await client.connect()
+            export = await attempt()
         except ConnectionLost as error:
             if not wait:
                 raise
             now_s = trio.current_time()
             if str(error) != reason or now_s - said_s >= _REMIND_S:
                 reason, said_s = str(error), now_s
-                _log.warning(
-                    "waiting for the server", reason=reason, seconds=round(now_s - began_s)
-                )
+                _log.warning("waiting for the server", reason=error, seconds=round(now_s - began_s))
                 service_manager.waiting(f"waiting for the server: {reason}")
             await trio.sleep(pause_s)
             pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)

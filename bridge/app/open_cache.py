@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import structlog
 import trio
 
+from bridge.app.answers import answer_of
 from bridge.app.cache_names import cache_identity, notes_directory, wanted_cache
 from bridge.app.cache_ownership import may_call_clean
 from bridge.app.settings import CacheSettings
@@ -17,6 +20,7 @@ from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.file.layout import geometry_for
 from bridge.cache.file.opening import open_or_create
 from bridge.datapath.loop import Loop
+from bridge.datapath.turn import Outcome
 from bridge.errors import ConfigError
 from bridge.server.client import Client
 
@@ -102,6 +106,24 @@ class OpenCache:
         """Nothing passes the cache or the gate below it: it fails with `errno`; 0: no longer."""
         self.gate.refuse(errno)
         self.cache.refuse(errno)
+
+    async def resize(self, size_bytes: int, *, lost: trio.Event) -> int:
+        """Give the cache the size of the export; 0 or an errno, -1 if there was no answer. For the
+        start: see `answer_of`."""
+
+        def start(done: Callable[[int], None]) -> None:
+            self.cache.resize(size_bytes, Outcome(lambda outcome: done(outcome.error)))
+
+        return await answer_of(start, self._loop.turn, lost=lost)
+
+    async def leave_as_found(self) -> str:
+        """Close the file at a start that failed, for the next attempt; "" or a problem.
+
+        Data that would have survived a loss of power goes on doing so. What a killed process has
+        left would not have, and may be much to sync.
+        """
+        in_order = self.file is not None and not self.file.was_killed
+        return await self.close(FILE_LIMIT_S, forget=False, in_order=in_order)
 
     async def close(self, limit_s: float, *, forget: bool, in_order: bool = True) -> str:
         """Let go of the cache file, marked as closed in order if that can be done in `limit_s`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from errno import EIO
 from functools import partial
 from typing import Protocol
 
@@ -84,7 +85,6 @@ class Storage:
         *,
         above: Above | None = None,
     ) -> None:
-        self.client = Client(uri, loop, options, above=self)
         self._above = above
         self._uri = uri
         self._loop = loop
@@ -92,15 +92,21 @@ class Storage:
         """A caller that submits outside of a turn ends it: `turn.end()`."""
         self._read_only = options.read_only
         self._settings = cache
-        self._cached: OpenCache | None = None
         self._opened = False
-        self.departure = Departure(self.client, loop.turn, go_on=self._go_on)
-        """For when the guest stops, and perhaps comes back."""
+        self._begin(Client(uri, loop, options, above=self))
         self._objection = ""
         """Why nothing is sent to the server, which is there again: see `examine`."""
         self._was_compared = False
         """What is cached and clean was, with the present connection."""
         self._no_stale_writes = False
+
+    def _begin(self, client: Client) -> None:
+        self.client = client
+        self._cached: OpenCache | None = None
+        self.departure = Departure(client, self.turn, go_on=self._go_on)
+        """For when the guest stops, and perhaps comes back."""
+        self._lost = trio.Event()
+        """The first connection is lost."""
 
     @property
     def _cache(self) -> Cache | None:
@@ -113,11 +119,17 @@ class Storage:
     async def open(self, *, wait: bool = False, no_stale_writes: bool = False) -> Export:
         """Connect, and open the cache. Raises ConfigError, ConnectionLost or ProtocolError.
 
-        `wait`: for a server that cannot be reached. `no_stale_writes`: the process before this one
-        has left none at the server, as it says itself.
+        `wait`: for a server that cannot be reached, or is lost again before the cache is open.
+        `no_stale_writes`: the process before this one has left none there, as it says itself.
         """
         self._no_stale_writes = no_stale_writes
-        export = await first_connection(self.client, wait=wait)
+        return await first_connection(self._try_to_open, wait=wait)
+
+    async def _try_to_open(self) -> Export:
+        """One attempt; nothing is written to the server in it."""
+        if self.client.generation:
+            await self._let_go()
+        export = await self.client.connect()
         if self._settings.mode == OFF or export.read_only or self._read_only:
             await check_unused_cache(self.client, self._settings.directory)
             return export
@@ -136,30 +148,39 @@ class Storage:
         cache, file = cached.cache, cached.file
         assert file is not None
         check_export(cache, file, export)
-        if file.header.frozen:
-            file.save_header(frozen=False)
         if not self._no_stale_writes:
             expect_stale_writes(self.client, file, cache.index.dirty_slots)
         cached.start()
         self.client.keeps_unflushed = True
         # While all is there to compare: what the counters say may drop the clean part.
-        await check_content(cache, file, self.turn)
+        await check_content(cache, file, self.turn, lost=self._lost, hang_up=self._hang_up)
+        if file.header.frozen:
+            file.save_header(frozen=False)
         if export.sessions and export.sessions[0] == file.header.export_generation:
             # Another client kept the session of this cache open, and may have written.
             self.departure.may_be_written_elsewhere()
         note_export(cache, export)
-        if await self._resize(cache, export.usable_bytes) != 0:
+        if await cached.resize(export.usable_bytes, lost=self._lost) != 0:
             raise ConnectionLost(
                 f"{self._uri.server}: the end of the disk, which has grown, could not be read"
             )
 
-    async def _resize(self, cache: Cache, size_bytes: int) -> int:
-        """Give `cache` the size of the export; 0 or an errno, -1 if there was no answer."""
+    async def _hang_up(self) -> None:
+        """The start fails: what it has asked and the server does not answer soon fails, too."""
+        await self.client.leave(self.client.options.close_timeout_s, EIO)
+        self._end_turns()
 
-        def start(done: Callable[[int], None]) -> None:
-            cache.resize(size_bytes, Outcome(lambda outcome: done(outcome.error)))
-
-        return await answer_of(start, self.turn)
+    async def _let_go(self) -> None:
+        """Undo an attempt that has failed. The next one is like that of another process, which
+        believes nothing of what this one was told. Raises BridgeError."""
+        cached = self._cached
+        with trio.CancelScope(shield=True):
+            await self.client.close()
+            self._end_turns()
+            problem = "" if cached is None else await cached.leave_as_found()
+        self._begin(self.client.anew())
+        if problem:
+            raise BridgeError(problem)
 
     async def examine(self, export: Export, submit: Callable[[Request], None]) -> str:
         """See client.Above. Why what only the cache has must not go there; "": it may.
@@ -211,6 +232,7 @@ class Storage:
 
     def disconnected(self) -> None:
         """See client.Above."""
+        self._lost.set()
         if self._cache is None and self._above is not None:
             self._above.disconnected()
 

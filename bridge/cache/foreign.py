@@ -93,7 +93,8 @@ class ForeignChanges:
         only_zeroes: bool = True,
     ) -> None:
         def compared(sample: Sample) -> None:
-            if not sample.unknown:
+            # What differed before has not been looked at again, perhaps, if not all was.
+            if sample.differing or not sample.partial:
                 self._remember(sample.witness + 1 if sample.differing else 0)
             done(-1 if sample.unknown else sample.differing)
 

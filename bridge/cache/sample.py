@@ -42,6 +42,8 @@ class Sample:
     """The number of one of them."""
     unknown: bool = False
     """The server answered nothing, so nothing is known."""
+    partial: bool = False
+    """It did not answer for some of the blocks."""
 
 
 class Sampled(Protocol):
@@ -107,7 +109,8 @@ def compare(
                 found = request.offset >> index.block_shift
         left -= 1
         if not left:
-            done(Sample(differing, found, unknown=not compared))
+            partial = compared < len(chosen)
+            done(Sample(differing, found, unknown=not compared, partial=partial))
 
     if not chosen:
         done(Sample())

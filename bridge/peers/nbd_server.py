@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -62,6 +62,9 @@ class Faults:
     """Do not execute changes now; `Server.execute_left_behind` does (a stale write)."""
     hangs_up_on: int | None = None
     """Command type: answer what came before such a command, then close the connection."""
+    hangs_up_after: Iterator[int] = field(default_factory=lambda: iter(()))
+    """How many commands to answer on the next connection, on the one after it, and so on: then it
+    is closed. At the end: no more."""
     refuse_connections: bool = False
     """Close every new connection at once."""
 
@@ -174,6 +177,7 @@ class _Connection:
         self._core = ServerCore(server.exports, server.settings)
         self._sent_bytes = 0
         self._answered = 0
+        self._answers_at_most = next(server.faults.hangs_up_after, None)
         self._hangs_up = False
 
     async def serve(self) -> None:
@@ -212,7 +216,7 @@ class _Connection:
         for command in commands:
             if self._server.commands is not None:
                 self._server.commands.append(command)
-            if command.kind == faults.hangs_up_on:
+            if command.kind == faults.hangs_up_on or self._answered == self._answers_at_most:
                 self._hangs_up = True
                 return True
             number = self._answered

@@ -143,6 +143,14 @@ class Client:
         """The process after this one has to expect stale writes. Also after `close`."""
         return self.link.may_leave_writes
 
+    def anew(self) -> Client:
+        """Another client, which was never connected, in place of this one, which is closed. Our
+        plugin takes it for the same one, and lets it in where this one has left a session behind.
+        """
+        client = Client(self.uri, self._loop, self.options, above=self._above)
+        client._opening = self._opening
+        return client
+
     async def connect(self) -> Export:
         """Connect for the first time, within `options.connect_timeout_s`.
 

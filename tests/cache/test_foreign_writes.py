@@ -223,6 +223,19 @@ def test_one_unreadable_block_does_not_keep_the_others_from_telling() -> None:
     assert results == [0]
 
 
+def test_block_that_differed_is_not_forgotten_when_the_server_answers_for_others_only() -> None:
+    rig = with_clean_and_dirty_blocks()
+    rig.image.save_header(witness=3 + 1)
+    results: list[int] = []
+    rig.check_before_writing(results.append)
+    assert rig.server.pending[0].offset == 3 * BLOCK
+    rig.server.answer(error=5)
+    rig.serve()
+
+    assert results == [0]
+    assert rig.image.header.witness == 3 + 1
+
+
 class LosingServer(FakeServer):
     """What it has not flushed may be lost, sector by sector."""
 

@@ -87,8 +87,6 @@ def _report(tally: Tally, plan: Plan) -> int:
         print(f"never happened: {', '.join(missing)}")
     for name, why in tally.left_out.items():
         print(f"left out: {name}: {why}")
-    if tally.restarts:
-        print(f"bridges that lost the server at their start, started again: {tally.restarts}")
     for problem in tally.problems:
         print(f"FOUND: {problem}")
     verdict = "FAILED" if tally.problems else "nothing lost, nothing hung"

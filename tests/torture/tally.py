@@ -23,8 +23,6 @@ class Tally:
     """Which fault began in which second."""
     problems: list[str] = field(default_factory=list)
     verified_bytes: int = 0
-    restarts: int = 0
-    """Bridges that lost the server while they started, and were started again."""
 
     @property
     def killed(self) -> int:
