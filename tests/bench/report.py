@@ -23,6 +23,9 @@ _HEAD = (
 )
 
 
+_MARKS = [1, 2, 5, 10, 20, 50, 100, 200, 500]
+
+
 def markdown(results: list[Result]) -> str:
     """A table for each group."""
     parts = []
@@ -58,12 +61,16 @@ def _pygal() -> Any:
 
 def picture(results: list[Result], path: Path) -> None:
     """The ratios as bars, in SVG. 1 is the peer."""
-    chart = _pygal().HorizontalBar(
-        *(), logarithmic=True, show_legend=False, height=24 * len(results) + 80, print_values=True
+    pygal = _pygal()
+    chart = pygal.HorizontalBar(
+        **{"logarithmic": True, "show_legend": False, "print_values": True},
+        **{"height": 24 * len(results) + 80, "style": pygal.style.Style(value_font_size=10)},
+        **{"js": []},  # Nothing is loaded from elsewhere.
     )
     chart.title = "Requests per second, as a multiple of qemu-storage-daemon's"
     shown = [each for each in reversed(results) if not each.failure]
-    chart.x_labels = [each.name for each in shown]
+    chart.x_labels = [f"{each.group}: {each.name}" for each in shown]
+    chart.y_labels = _MARKS
     chart.value_formatter = lambda value: f"{value:.2f}"
     chart.add("ratio", [each.ratio for each in shown])
     chart.render_to_file(str(path))
