@@ -67,14 +67,22 @@ async def _stop_bridge(disk: Disk) -> bool:
     return False
 
 
+_REFUSED = "the disk is served as before: requests of the guest are not answered within"
+
+
 async def bridge_upgraded(disk: Disk) -> None:
     """Another process takes over from the bridge while the guest runs."""
     await disk.recovers()
     disk.begin_flush_excuse()
     argv = bridge_argv("upgrade", str(disk.control), "--timeout", "600")
     done = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
-    if done.returncode:
-        raise Violation(f"disk {disk.number}: the upgrade failed: {done.stderr.decode()}")
+    said = done.stderr.decode()
+    if done.returncode and _REFUSED in said:
+        # It promises no more where the guest has to wait for two seconds: other disks' faults, and
+        # a busy machine, can see to that.
+        disk.tally.faults["bridge refused its upgrade"] += 1
+    elif done.returncode:
+        raise Violation(f"disk {disk.number}: the upgrade failed: {said}")
 
 
 async def clock_jumps(disk: Disk) -> None:
