@@ -237,4 +237,8 @@ def _detach(made: mmap.mmap, fd: int, offset: int) -> None:
     flags = mmap.MAP_PRIVATE | _MAP_FIXED
     found = _libc.mmap(address, len(made), mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
     assert found == address, "cannot take a map away"
+    # A private page shows what others store in the file until it was stored to itself.
+    for at in range(0, min(len(made), os.fstat(fd).st_size - offset), mmap.PAGESIZE):
+        byte = ctypes.c_char.from_address(address + at)
+        byte.value = byte.value
     del anchor

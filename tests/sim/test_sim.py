@@ -5,9 +5,11 @@ More, and one of them step by step: `./run sim` (see docs/testing.md).
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,7 @@ from tests.sim import bounds, campaign, coverage, planted
 from tests.sim.__main__ import main, trace
 from tests.sim.config import AMID_WRITES, STEPS, VERSION, OtherVersion, Seed, script
 from tests.sim.host import simulated
-from tests.sim.process import CURRENT
+from tests.sim.process import CURRENT, _detach
 from tests.sim.world import World
 
 _CHUNKS = 10
@@ -201,3 +203,16 @@ def test_simulator_that_finds_nothing_in_a_mutated_product_fails(
     assert main(["--planted", "no_bug_at_all", "--jobs", "1"]) == 1
     assert "NOT found in 3 programs" in capsys.readouterr().out
     assert main(["--planted", "absent"]) == 2
+
+
+def test_dead_process_does_not_see_what_the_next_one_stores(tmp_path: Path) -> None:
+    """It once saw the next one's slots in its own index, and looked for them without end."""
+    path = tmp_path / "cache"
+    path.write_bytes(bytes(8 * mmap.PAGESIZE))
+    with path.open("r+b") as file:
+        dead, alive = (mmap.mmap(file.fileno(), 0) for _ in range(2))
+        _detach(dead, file.fileno(), 0)
+        alive[:] = b"n" * len(alive)
+        assert not any(dead)
+        dead[:] = b"d" * len(dead)
+        assert path.read_bytes() == b"n" * len(alive)
