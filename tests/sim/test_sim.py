@@ -213,6 +213,6 @@ def test_dead_process_does_not_see_what_the_next_one_stores(tmp_path: Path) -> N
         dead, alive = (mmap.mmap(file.fileno(), 0) for _ in range(2))
         _detach(dead, file.fileno(), 0)
         alive[:] = b"n" * len(alive)
-        assert not any(dead)
+        assert not any(dead[:])
         dead[:] = b"d" * len(dead)
         assert path.read_bytes() == b"n" * len(alive)
