@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import trio
@@ -104,21 +104,29 @@ class Browser:
 
 
 @asynccontextmanager
-async def browser(directory: Path) -> AsyncIterator[Browser]:
+async def browser() -> AsyncIterator[Browser]:
     """A browser with an empty profile. (Its sandbox is no use to root, and needs what containers do
     not have.)"""
+    # Processes of its own go on writing there for a moment after it has ended.
+    with TemporaryDirectory(prefix="nbb-", ignore_cleanup_errors=True) as profile:
+        async with _browser(profile) as found:
+            yield found
+
+
+@asynccontextmanager
+async def _browser(profile: str) -> AsyncIterator[Browser]:
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     argv = [
         *("/bin/bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", need("chromium")),
         *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-        *("--remote-debugging-pipe", f"--user-data-dir={directory}/profile", "--no-first-run"),
+        *("--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run"),
         *("--disable-background-networking", "--disable-component-update", "--no-proxy-server"),
     ]
     async with trio.open_nursery() as nursery:
 
         async def run() -> None:
-            home = {**os.environ, "HOME": str(directory)}
+            home = {**os.environ, "HOME": profile}
             fds = (theirs_in, theirs_out)
             await trio.run_process(
                 argv, pass_fds=fds, env=home, stdin=b"", capture_stderr=True, check=False

@@ -66,7 +66,7 @@ async def keep(page: Browser, name: str) -> None:
 
 
 async def test_page_shows_a_living_disk_on_screens_of_any_size(directory: Path) -> None:
-    async with served(directory, cache=WRITEBACK) as bridge, browser(directory) as page:
+    async with served(directory, cache=WRITEBACK) as bridge, browser() as page:
         async with shown([bridge.control]) as url, await BlkDriver.connect(bridge.vhost) as guest:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(busy, guest)
@@ -115,7 +115,7 @@ async def test_page_shows_a_living_disk_on_screens_of_any_size(directory: Path) 
 
 async def test_page_of_a_host_leads_to_its_disks_and_says_when_one_is_dead(directory: Path) -> None:
     dead = directory / "dead.api"
-    async with served(directory) as bridge, browser(directory) as page:
+    async with served(directory) as bridge, browser() as page:
         async with shown([bridge.control, dead]) as url:
             await page.screen(800, 600)
             await page.call("Page.navigate", url=f"{url}/")
@@ -131,7 +131,7 @@ async def test_page_of_a_host_leads_to_its_disks_and_says_when_one_is_dead(direc
 
 async def test_page_says_that_nobody_answers_and_goes_on_when_one_does(directory: Path) -> None:
     sockets: list[Path] = []
-    async with served(directory) as bridge, browser(directory) as page:
+    async with served(directory) as bridge, browser() as page:
         sockets.append(bridge.control)
         async with shown(sockets) as url:
             await page.call("Page.navigate", url=f"{url}/vm0/")
@@ -147,7 +147,7 @@ async def test_page_says_that_nobody_answers_and_goes_on_when_one_does(directory
 async def test_name_that_a_server_chose_stays_text(directory: Path) -> None:
     """What a server calls itself comes to the page in its URI and its reasons."""
     evil = "<img src=x onerror=\"document.title='evil'\">"
-    async with served(directory) as bridge, browser(directory) as page:
+    async with served(directory) as bridge, browser() as page:
         async with shown([bridge.control]) as url:
             await page.call("Page.navigate", url=f"{url}/vm0/")
             await page.until(f"{_ANSWER}.includes('yes')")
