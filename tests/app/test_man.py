@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_bash_completes_commands_options_and_values(
 ) -> None:
     """As bash calls what `completion bash` prints."""
     program = directory / "nbd-bridge"
-    program.write_text("#!/bin/sh\nexec " + " ".join(bridge_argv()) + ' "$@"\n')
+    program.write_text("#!/bin/sh\nexec " + shlex.join(bridge_argv()) + ' "$@"\n')
     program.chmod(0o755)
     script = f"""
 eval "$(nbd-bridge completion bash)"
