@@ -58,8 +58,9 @@ and shrinks to nothing while it would not. For the pieces of a long payload (200
 there is one of its own, which is open that far from the start."""
 
 _GENERAL_TURNS = 32
-"""When compiled turns found nothing that is usual, so often the loop does without them: where
-requests are a megabyte long, or each write is flushed, the next will not be for them either."""
+"""When compiled turns found nothing that is usual, so often the loop does without them: where each
+write into a cache is flushed, or requests are longer than 2 MiB, the next will not be for them
+either."""
 
 _EVENTS_PER_POLL = 64
 

@@ -520,13 +520,35 @@ def take_commands(
             if stop := _stop_of_flush(disk, flat, pieces):
                 state[STOPPED] = stop
                 break
-            cookie = name | sequence << NAME_BITS | head
-            sequence += 1
-            if tracked:
-                words[3 + 2 * head] = counter
-                counter += 1
-                tracked[16 + 16 * head] = 1
-            cookies[head] = cookie
+        else:
+            if type_ == _OUT and not max_write_bytes:
+                state[STOPPED] = STOP_WRITE
+                break
+            offset = sector << _SECTOR_SHIFT
+            if (
+                length > (max_write_bytes if type_ else max_read_bytes)
+                or sector > capacity_bytes >> _SECTOR_SHIFT
+                or length > capacity_bytes - offset
+                or offset > size_bytes
+                or length > size_bytes - offset
+                or (offset | length) & block_mask
+            ):
+                state[STOPPED] = STOP_RANGE
+                break
+            n_segments = len(segments) or 1
+            pieces += 1 + n_segments * type_
+            if pieces > BATCH_PIECES or in_flight + len(segments) > MAX_ROW_SEGMENTS:
+                state[STOPPED] = STOP_ROOM
+                break
+            in_flight += len(segments)
+        cookie = name | sequence << NAME_BITS | head
+        sequence += 1
+        if tracked:
+            words[3 + 2 * head] = counter
+            counter += 1
+            tracked[16 + 16 * head] = 1
+        cookies[head] = cookie
+        if type_ == T_FLUSH:
             where = 0, 0, status_at, 0, number, 0, status_region, 0, FLUSH
             _pack_row(table, ROW_BYTES * head, *where)
             channel.held.append(_pack_command(0x25609513, 0, CMD_FLUSH, cookie, 0, 0))
@@ -535,33 +557,6 @@ def take_commands(
             armed = 1 if armed and (flat[NOT_ROWS] or flat[ROWS] + taken) else 0
             taken += 1
             continue
-        if type_ == _OUT and not max_write_bytes:
-            state[STOPPED] = STOP_WRITE
-            break
-        offset = sector << _SECTOR_SHIFT
-        if (
-            length > (max_write_bytes if type_ else max_read_bytes)
-            or sector > capacity_bytes >> _SECTOR_SHIFT
-            or length > capacity_bytes - offset
-            or offset > size_bytes
-            or length > size_bytes - offset
-            or (offset | length) & block_mask
-        ):
-            state[STOPPED] = STOP_RANGE
-            break
-        n_segments = len(segments) or 1
-        pieces += 1 + n_segments * type_
-        if pieces > BATCH_PIECES or in_flight + len(segments) > MAX_ROW_SEGMENTS:
-            state[STOPPED] = STOP_ROOM
-            break
-        in_flight += len(segments)
-        cookie = name | sequence << NAME_BITS | head
-        sequence += 1
-        if tracked:
-            words[3 + 2 * head] = counter
-            counter += 1
-            tracked[16 + 16 * head] = 1
-        cookies[head] = cookie
         _pack_row(
             *(table, ROW_BYTES * head, offset, data_at, status_at, length, number),
             *(data_region, status_region, n_segments, type_),

@@ -19,24 +19,20 @@ from bridge.cache.file.opening import open_or_create
 from bridge.datapath.request import FLUSH, WRITE, Request
 from bridge.datapath.turn import Turn
 
-from .cache_core import directory_of
+from .cache_core import NullServer, directory_of
 
 _DISK_BYTES = 256 << 20
 _BLOCK_BYTES = 4096
 _ROUNDS = 5
 
 
-class _LaterServer:
+class _LaterServer(NullServer):
     """A server that answers when it is told to."""
 
     size_bytes = _DISK_BYTES
-    min_block_bytes = 1
-    can_fua = can_flush = can_trim = can_write_zeroes = True
-    gone = False
-    generation = 1
 
     def __init__(self, turn: Turn) -> None:
-        self._turn = turn
+        super().__init__(turn)
         self._pending: list[Request] = []
         self.commands = 0
 
@@ -48,8 +44,7 @@ class _LaterServer:
         pending, self._pending = self._pending, []
         self.commands += len(pending)
         for request in pending:
-            request.generation = 1
-            self._turn.finish(request)
+            super().submit(request)
 
 
 def _ignore(request: Request) -> None:

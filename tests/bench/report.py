@@ -63,9 +63,12 @@ def picture(results: list[Result], path: Path) -> None:
     """The ratios as bars, in SVG. 1 is the peer."""
     pygal = _pygal()
     chart = pygal.HorizontalBar(
-        **{"logarithmic": True, "show_legend": False, "print_values": True},
-        **{"height": 24 * len(results) + 80, "style": pygal.style.Style(value_font_size=10)},
-        **{"js": []},  # Nothing is loaded from elsewhere.
+        logarithmic=True,
+        show_legend=False,
+        print_values=True,
+        height=24 * len(results) + 80,
+        style=pygal.style.Style(value_font_size=10),
+        js=[],  # Nothing is loaded from elsewhere.
     )
     chart.title = "Requests per second, as a multiple of qemu-storage-daemon's"
     shown = [each for each in reversed(results) if not each.failure]

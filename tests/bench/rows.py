@@ -51,9 +51,6 @@ class Row:
     """The other side has no storage at all: the limit of its engine."""
 
 
-NEAR: Final = Server()
-
-
 def _blocks(size_bytes: int) -> str:
     return f"{size_bytes // MIB} MiB" if size_bytes >= MIB else f"{size_bytes // KIB} KiB"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.bench.peer import control, running
-from tests.bench.rows import COLD, NO_CACHE, Row, Server
+from tests.bench.rows import NO_CACHE, Row, Server
 from tests.peers import peer_command
 from tests.ports import free_port
 
@@ -140,8 +140,3 @@ def storage_daemon(
 def _logged(argv: list[str], log: Path, ready: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as output, running(*argv, ready=ready, output=output) as process:
         yield process
-
-
-def is_renewed(row: Row) -> bool:
-    """Each measurement needs a bridge of its own."""
-    return row.cache == COLD

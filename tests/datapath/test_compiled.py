@@ -85,6 +85,16 @@ def serve(twin: Twin) -> None:
     twin.server.send(1 << 30)
 
 
+def lose_connection(twin: Twin) -> None:
+    """With nothing answered; and there is a new one."""
+    assert twin.server.end is not None
+    twin.server.end.shutdown(socket.SHUT_RDWR)
+    twin.turn()
+    assert not twin.connection.alive
+    assert twin.used() == []
+    twin.settle_loss()
+
+
 def make_volatile(twin: Twin) -> None:
     """From here on it is known that something is not durable: writes are usual."""
     add(twin, 0, 1)
@@ -133,12 +143,7 @@ def test_a_large_write_whose_connection_is_lost_while_it_is_sent_is_sent_again(t
     add(twin, 1, 1, LARGE)
     twin.turn()
     assert twin.connection.has_unsent
-    assert twin.server.end is not None
-    twin.server.end.shutdown(socket.SHUT_RDWR)
-    twin.turn()
-    assert not twin.connection.alive
-    assert twin.used() == []
-    twin.settle_loss()
+    lose_connection(twin)
     for _ in range(50):
         twin.turn()
         serve(twin)
@@ -206,12 +211,7 @@ def test_a_connection_that_is_lost_amid_a_long_payload_has_it_read_again(twin: T
     twin.server.answer(0, "whole")
     twin.server.send(30_000)
     twin.turn()
-    assert twin.server.end is not None
-    twin.server.end.shutdown(socket.SHUT_RDWR)
-    twin.turn()
-    assert not twin.connection.alive
-    assert twin.used() == []
-    twin.settle_loss()
+    lose_connection(twin)
     for _ in range(3):
         twin.turn()
         serve(twin)

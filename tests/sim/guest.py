@@ -129,8 +129,6 @@ class Guest:
         self.map = mmap.mmap(self.fd, self.size)
         self.memory = memoryview(self.map)
         self.queues = [Queue(self, index) for index in range(config.queues)]
-        self.write_cache = True
-        """What the guest has asked for."""
         self.writes_are_durable = False
         """The device has been told that there is no write cache."""
         self.toggles = 0
@@ -287,5 +285,4 @@ class Guest:
             for slot in ring.slots:
                 at = self._slot_at(ring.index, slot)
                 self.memory[at : at + _SLOT_BYTES] = bytes(_SLOT_BYTES)
-        self.write_cache = True
         self.writes_are_durable = False

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -157,7 +157,6 @@ class ServerPeer:
         self._greeted = False
         self._open_until_s = 0.0
         self.expired = False
-        self._unopened = bytearray()
         config = self.world.config
         self.settings = ServerSettings(
             flags=config.flags,
@@ -515,6 +514,3 @@ class _Running:
                 disk.zero(command.offset, command.length, may_trim=True, fua=fua, fast=False)
             elif command.kind == p.CMD_FLUSH:
                 disk.flush()
-
-
-Do = Callable[[], None]

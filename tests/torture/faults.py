@@ -6,8 +6,8 @@ that fails is a find.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import trio
@@ -22,6 +22,7 @@ from tests.torture.bridge_faults import (
     memory_taken,
 )
 from tests.torture.disk import REQUEST_TIMEOUT_S, Disk
+from tests.torture.processes import Program
 from tests.torture.servers import ERROR_FILTER, FILTERS
 
 ALL_KINDS = ("read", "write", "zeroes", "discard", "flush")
@@ -114,39 +115,38 @@ async def host_gone(disk: Disk) -> None:
 # Pauses.
 
 
+@contextmanager
+def _paused(program: Program) -> Iterator[None]:
+    """It may be killed meanwhile."""
+    program.pause()
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError, ProcessLookupError):
+            program.resume()
+
+
 async def server_stopped(disk: Disk) -> None:
     """SIGSTOP of the server."""
     disk.begin_flush_excuse()
-    disk.server.pause()
-    try:
+    with _paused(disk.server):
         await _outage(disk)
-    finally:
-        with suppress(RuntimeError, ProcessLookupError):
-            disk.server.resume()
 
 
 async def bridge_stopped(disk: Disk) -> None:
     """SIGSTOP of the bridge."""
     disk.begin_flush_excuse()
-    disk.bridge.pause()
-    try:
+    with _paused(disk.bridge):
         await _outage(disk)
-    finally:
-        with suppress(RuntimeError, ProcessLookupError):
-            disk.bridge.resume()
 
 
 async def bridge_killed_server_stopped(disk: Disk) -> None:
     """The bridge dies with writes in flight, which the server executes later."""
-    disk.server.pause()
-    try:
+    with _paused(disk.server):
         await disk.sleep(0.1, 1)
         await disk.kill_bridge()
         disk.start_bridge()
         await disk.sleep(0, 1.5)
-    finally:
-        with suppress(RuntimeError, ProcessLookupError):
-            disk.server.resume()
 
 
 # The network.
