@@ -713,10 +713,10 @@ class Script:
         elif ring is None:
             return
         elif what == "stop":
-            self._both(Twin.stop)
-            if not self.twins[0].tracked:
-                # Without a region what was in flight has failed, and what is left is popped again.
-                self._both(lambda twin: None)
+            # A region counts a head that is in flight twice once: with the index that follows from
+            # that, the next ring would pop chains again beside those that it has recovered.
+            if not self.twins[0].tracked or max(self.in_use) < 2:
+                self._both(Twin.stop)
         elif what == "log":
             on = rng.random() < 0.5
             self._both(lambda twin: twin.log(on))

@@ -933,7 +933,9 @@ class Script:
         elif ring is None:
             return
         elif what == "stop":
-            self._both(lambda twin: twin.stop(number))
+            # (See `socket_twins`.)
+            if not self.twins[0].tracked or max(self.in_use) < 2:
+                self._both(lambda twin: twin.stop(number))
         elif what == "log":
             on = rng.random() < 0.5
             self._both(lambda twin: twin.log(number, on))

@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 7
+#define DP_ABI 8
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
