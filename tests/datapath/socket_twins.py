@@ -297,7 +297,7 @@ class Twin:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
         self.server.connected(theirs)
         negotiated: Any = _Negotiated(ours, self.export)
-        self.lost: list[BridgeError] = []
+        self.lost: list[str] = []
         self.connection = Connection(
             negotiated,
             self.loop,
@@ -311,7 +311,7 @@ class Twin:
         self.loop.turn.end()
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
-        self.lost.append(error)
+        self.lost.append(str(error))
         self.session.leaving()
 
     def lose(self) -> None:
@@ -435,7 +435,7 @@ class Twin:
             "epoch": (session.durability.epoch, session.durability.unreported),
             "durable": (self.disk.is_durable, self.disk.flush_deadline_s, self.disk.unreported),
             "phase": (session.phase, session.resent_total, session.flushes_refused_total),
-            "lost": [str(error) for error in self.lost],
+            "lost": list(self.lost),
             "faults": self.faults,
             "long": connection.transmission.long_reads,
         }

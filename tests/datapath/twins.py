@@ -431,7 +431,7 @@ class Twin:
         flags = DEFAULT_FLAGS
         export = Export("", DISK_BYTES, flags, description, structured=self.structured)
         negotiated: Any = _Negotiated(ours, export)
-        self.lost: list[BridgeError] = []
+        self.lost: list[str] = []
         self.connection = Connection(
             negotiated,
             self.loop,
@@ -445,7 +445,7 @@ class Twin:
         self.loop.turn.end()
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
-        self.lost.append(error)
+        self.lost.append(str(error))
         self.session.leaving()
 
     def lose(self) -> None:
@@ -578,7 +578,7 @@ class Twin:
             "durable": (self.disk.is_durable, self.disk.flush_deadline_s, self.disk.unreported),
             "phase": (session.phase, session.resent_total, session.flushes_refused_total),
             "time": (session.next_deadline_s(), session.may_leave_writes),
-            "lost": [re.sub("cookie [0-9]+", "cookie", str(error)) for error in self.lost],
+            "lost": [re.sub("cookie [0-9]+", "cookie", error) for error in self.lost],
             "faults": self.faults,
             "bytes": (
                 self.engine.request_bytes[READ] + self.engine.limits[READ_BYTES],
