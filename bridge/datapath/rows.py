@@ -33,11 +33,13 @@ from bridge.datapath.cells import (
     SEGMENTS,
     SEQUENCE_MASK,
     SIZE,
+    SPANS_CELLS,
     STOP_FLUSH,
     STOP_ROUTE,
     STOPPED,
     TOUCHED,
     Cells,
+    Changes,
     Channel,
     Queue,
     Resident,
@@ -50,7 +52,7 @@ from bridge.datapath.cells import (
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.flush_rows import FlushedDisk, FlushRows, TurnedFlushes
-from bridge.datapath.request import FLUSH, Request
+from bridge.datapath.request import FLUSH, WRITE, Request
 from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
 
 _CHANNEL_AT: Final = 4
@@ -109,6 +111,10 @@ class Rows:
         """Rows that became requests."""
         self.flushes: FlushRows | None = None
         """None: no row is a flush."""
+        self.spans: Cells[int] = cells(SPANS_CELLS)
+        """See `Channel.spans`."""
+        self.changes: Changes | None = None
+        """Where those go that were rows."""
 
     # Who takes part.
 
@@ -162,6 +168,7 @@ class Rows:
         for cookie in found:
             number, request = self._adopt(cookie)
             by_channel.setdefault(number, []).append(request)
+        self.spans[0] = 0
         for number, requests in by_channel.items():
             channel, owner = self._channels[number]
             channel.cells[ROWS] -= len(requests)
@@ -183,6 +190,8 @@ class Rows:
         if request.op == FLUSH:
             assert self.flushes is not None
             request = self.flushes.adopt(request, self._channels[number][0])
+        elif request.op == WRITE and self.spans[0] and self.changes is not None:
+            request = self.changes.adopt(request)
         request.cookie = cookie
         self.adopted_total += 1
         return number, request
@@ -403,6 +412,7 @@ class ToServer:
         self._wires: tuple[Wire, ...] = ()
         """Those of `side`."""
         self._flushes = rows.flushes = FlushRows(route)
+        rows.changes = route.changes
         route.rows = rows
 
     def tells(self, disk: FlushedDisk) -> None:
