@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 import trio
@@ -18,6 +18,7 @@ import trio
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.server.client_options import ClientOptions
 from bridge.server.connecting import Negotiated, leave, negotiate
+from bridge.server.export import Export
 from bridge.server.inspection import is_listed_by_our_plugin
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeName
@@ -116,11 +117,10 @@ class Opening:
             for each in found:
                 each.close()
             raise
-        sizes = {each.export.size_bytes for each in found}
-        if len(sizes) > 1:
+        if difference := _difference([each.export for each in found]):
             for each in found:
                 await leave(each)
-            raise ConnectionLost(f"{self._uri.server}: connections differ in size: {sorted(sizes)}")
+            raise ConnectionLost(f"{self._uri.server}: connections differ in {difference}")
         return found
 
     async def _negotiate(self, token: str | None, number: int) -> Negotiated:
@@ -148,3 +148,21 @@ class Opening:
         named = self._name.for_connection(token, client=self.client_id, number=number)
         # A server may refuse a name that is longer than the protocol's limit.
         return named if len(named.encode()) <= NAME_MAX_BYTES else self._name.text
+
+
+def _difference(exports: Sequence[Export]) -> str:
+    """What shows that the connections do not lead to one export at one time; "" if nothing does.
+
+    The first may be lost while the others are made. Of our plugin's those are in the next session
+    then, and between two sessions another host may have written; or they lead to a server that has
+    lost what the first one's had.
+    """
+    sizes = {each.size_bytes for each in exports}
+    if len(sizes) > 1:
+        return f"size: {sorted(sizes)}"
+    if len({each.volume.instance for each in exports}) > 1:
+        return "the server's instance"
+    sessions = {each.sessions[0] for each in exports if each.sessions and not each.read_only}
+    if len(sessions) > 1:
+        return f"session: {sorted(sessions)}"
+    return ""
