@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,7 +34,7 @@ from tests.sim.faults import Faults
 from tests.sim.guest import Asked, Guest
 from tests.sim.medium import Medium
 from tests.sim.network import Network
-from tests.sim.oracle import Oracle, Violation
+from tests.sim.oracle import Change, Oracle, Violation
 from tests.sim.process import CURRENT, Process
 from tests.sim.server import NbdServer
 from tests.sim.steps import Steps
@@ -103,6 +104,8 @@ class World:
         self._late: list[int] = []
         self._to_notice = 0
         """The generation of connections whose end will tell the bridge of a loss of power."""
+        self._unaware: list[tuple[Change, set[Bridge]]] = []
+        """What another host wrote, and the bridges that cannot know of it yet."""
         self.resetting = False
         """The guest has begun to reset the device."""
         self.engine = choose() if self.config.compiled else PURE_ENGINE
@@ -249,8 +252,21 @@ class World:
         self.faults.failing_flushes = failing
         self.oracle.end(change, done=True)
         change.durable = True
+        unaware = {each for each in (self.bridge, self.target) if each and not each.gone.is_set()}
+        if unaware:
+            change.known = inf
+            self._unaware.append((change, unaware))
         self.count("another host writes")
         self.note("another host has written", first=first, count=count, number=change.number)
+
+    def bridge_knows(self, bridge: Bridge) -> None:
+        """It has a new connection, or is gone: its cache has nothing older than what another host
+        has written."""
+        for change, unaware in self._unaware:
+            unaware.discard(bridge)
+            if not unaware:
+                change.known = self.oracle.now()
+        self._unaware = [each for each in self._unaware if each[1]]
 
     @property
     def counts_writers(self) -> bool:
