@@ -247,7 +247,7 @@ class Link:
         limits[WHOLE_READ_BYTES] = min(self._max_read, WHOLE_BYTES)
         self._changes.connected(
             ordered=len(channels) > 1 or export.min_block_bytes > SECTOR_BYTES,
-            fenced=export.volume.is_fenced,
+            fenced=export.is_fenced,
             write_bytes=0 if reads_only else self._commands.payload_bytes,
         )
         self._patience.connected(now)

@@ -37,6 +37,7 @@ class Opening:
         self._name = VolumeName(uri.export_name)
         self.client_id = self._name.client or secrets.token_hex(8)
         """Our name towards our plugin, which tells by it which client wrote a volume last."""
+        self._attempts = 0
         self._takes_names = False
         self._plain_next = False
         self._names_refused = False
@@ -53,6 +54,7 @@ class Opening:
             await self._ask_for_readers_name()
         named = self._takes_names and not self._plain_next
         token = secrets.token_hex(8) if named else None
+        self._attempts += 1
         first = await self._first(token)
         if just_one():
             return [first]
@@ -145,7 +147,9 @@ class Opening:
             return self._name.for_reader()  # A reader is in no session.
         if token is None:
             return self._name.text
-        named = self._name.for_connection(token, client=self.client_id, number=number)
+        # In a session that is shared, what an earlier attempt has left there is another client's.
+        client = f"{self.client_id}.{self._attempts}" if self._name.is_shared else self.client_id
+        named = self._name.for_connection(token, client=client, number=number)
         # A server may refuse a name that is longer than the protocol's limit.
         return named if len(named.encode()) <= NAME_MAX_BYTES else self._name.text
 
