@@ -106,11 +106,15 @@ def make_loop(**options: Any) -> SimLoop:
 
 
 class SimStorage(Storage):
-    """One that says when it has another connection."""
+    """One that says what it has been told of its connections."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._process = _current()
+
+    def disconnected(self) -> None:
+        super().disconnected()
+        self._process.world.loss_noticed(self._process)
 
     def reconnected(self) -> None:
         super().reconnected()

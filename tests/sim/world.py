@@ -379,14 +379,19 @@ class World:
         elif bridge.storage is not None and bridge.storage.client.connected:
             self._to_notice = bridge.storage.client.link.generation
 
+    def loss_noticed(self, bridge: Bridge) -> None:
+        """It has been told that its connections are lost, and has left word of that."""
+        if bridge is self.bridge and not bridge.dead:
+            self._to_notice = 0
+
     def bridge_died(self, bridge: Bridge) -> None:
         """It was killed."""
         if bridge is not self.bridge or bridge.has_moved:
             return
         client = None if bridge.storage is None else bridge.storage.client
         noticing, self._to_notice = self._to_notice, 0
-        if client is not None and client.connected and client.link.generation == noticing:
-            self.oracle.loss_unnoticed()  # before the end of the connection had come to it
+        if client is not None and client.link.generation == noticing:
+            self.oracle.loss_unnoticed()  # before it could act on the end of the connection
         self._front_end_lost(killed=True)
 
     def _bridge_ended(self) -> None:
