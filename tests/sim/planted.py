@@ -459,7 +459,8 @@ RARE: Final[dict[str, Bug]] = {
         cache_bugs._growth_keeps_what_was_behind_the_end,
     )
 }
-"""Not found in the first few hundred programs: to be looked for by name. Other tests find them."""
+"""Not found in the first few hundred programs: to be looked for by name, with luck. Other tests
+find them, or a program of their own (`_FOUND_BY` in `test_sim`)."""
 
 
 def asserted() -> dict[str, Bug]:

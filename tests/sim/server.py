@@ -273,6 +273,7 @@ class ServerPeer:
             self._connected = False
             if not self.server.is_plugin:
                 self._leave_behind()
+            self._take_long()
             self._end_if_idle()
 
     def _close(self) -> None:
@@ -280,6 +281,7 @@ class ServerPeer:
         if self._connected:
             self._connected = False
             self.sock.end()
+            self._take_long()
         self._end_if_idle()
 
     def hang_up(self) -> None:
@@ -307,6 +309,18 @@ class ServerPeer:
                     running.due_s = trio.current_time() + rng.random() * _LEFT_BEHIND_S
                     self.world.timeline.at(running.due_s, running.execute_late)
         self._running = [each for each in self._running if not each.cancelled]
+
+    def _take_long(self) -> None:
+        """The storage behind nbdkit is slow with what a lost connection has in flight. In a session
+        that others are in, or join, nothing waits for that but the next writer."""
+        if not self.world.config.migrates:
+            return
+        rng = self.world.own_rng
+        for running in self._running:
+            if not running.executed and running.command.kind in _CHANGES and rng.random() < 0.7:
+                self.world.count("left behind in a shared session")
+                running.due_s = trio.current_time() + rng.random() * _LEFT_BEHIND_S
+                self.world.timeline.at(running.due_s, running._execute)
 
     def _end_if_idle(self) -> None:
         if not self._connected and not self._running and self in self.server.peers:

@@ -59,6 +59,8 @@ class World:
         self.seed = seed
         self.config, self.script = script(seed)
         self.rng = Random(f"world {seed.number}")
+        self.own_rng = Random(f"slow {seed.number}")
+        """For what has come later than the programs of this version: theirs goes on as it did."""
         self.counts: Counter[str] = Counter()
         self._tell = tell
         self.timeline = Timeline()
