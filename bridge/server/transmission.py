@@ -45,6 +45,7 @@ from bridge.datapath.cells import (
     Channel,
     cells,
 )
+from bridge.datapath.merged import Merged, each_of
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -204,6 +205,10 @@ class Transmission(Channel):
         self.pending.clear()
         self.pending.update((request.cookie, request) for request in everything)
         self.cells[LARGE_BYTES] = 0
+        for request in requests:
+            # Usual replies to merged reads are taken whole, whatever their length.
+            if isinstance(request, Merged) and _is_long_read(request):
+                self.cells[LONG_READS] += 1
         if self.cells[DIRECT_LEFT]:
             self._take_over_direct()
 
@@ -297,9 +302,10 @@ class Transmission(Channel):
         self.output.append(farewell)
 
     def unanswered(self) -> list[Request]:
-        """Take every request without an answer, in the order they were sent."""
+        """Take every request without an answer, in the order they were sent. Those of a merged
+        command are none any more."""
         self.adopt_all()
-        found = in_order([*self.refused, *self.pending.values()])
+        found = each_of(in_order([*self.refused, *self.pending.values()]))
         self.refused.clear()
         self.pending.clear()
         self._assemblies.clear()
@@ -307,6 +313,16 @@ class Transmission(Channel):
         self.held = []
         self.direct = []
         return found
+
+    def first_unanswered(self) -> Request | None:
+        """What was sent first of all that is pending, by itself or with others: the server may have
+        hung up for it."""
+        self.adopt_all()
+        first = next(iter(self.pending.values()), None)
+        if isinstance(first, Merged):
+            self._rows.merging_did_not_pay()
+            first = first.members[0]
+        return first
 
     def abandon(self) -> list[Request]:
         """The commands without an answer that are of abandoned requests.
@@ -410,6 +426,8 @@ class Transmission(Channel):
         request = self.pending.get(cookie)
         if request is None:
             raise self._bad_reply(magic, cookie)
+        if isinstance(request, Merged):
+            self._rows.merging_did_not_pay()
         return request
 
     def _parse_simple(self) -> bool:
@@ -776,6 +794,10 @@ class Transmission(Channel):
         if magic not in allowed:
             return ProtocolError(f"bad magic {magic:#x} in a reply")
         return ProtocolError(f"reply to cookie {cookie}, which no command in flight has")
+
+
+def _is_long_read(request: Request) -> bool:
+    return request.op == READ and request.length >= DIRECT_MIN_BYTES
 
 
 def command_flags(op: int, flags: int) -> int:

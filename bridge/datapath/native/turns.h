@@ -43,7 +43,7 @@ struct dp_turns {
     struct dp_channel *channel;
     int socket_fd;
     const uint64_t *route;
-    uint64_t *sequence;
+    uint64_t *rows; /* the cells of `Rows` */
     uint64_t start, end; /* what stands in the staging buffer */
 
     /* Or there is a cache, or NULL. */
