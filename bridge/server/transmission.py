@@ -45,7 +45,7 @@ from bridge.datapath.cells import (
     Channel,
     cells,
 )
-from bridge.datapath.merged import Merged, each_of
+from bridge.datapath.merged import Merged, each_of, members_of
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -113,6 +113,7 @@ class Transmission(Channel):
         "_direct_left",
         "_end",
         "_extended",
+        "_merged",
         "_rows",
         "_sequence",
         "_staging",
@@ -149,6 +150,8 @@ class Transmission(Channel):
         self.held = []
         self.sending = False
         self.early = []
+        self._merged = False
+        """A merged command may be among what is not finished, beside rows."""
         self.refused: list[Request] = []
         """Refused with ESHUTDOWN: to be sent again elsewhere."""
         self.generation = generation
@@ -176,9 +179,10 @@ class Transmission(Channel):
         """WRITE and WRITE_ZEROES answered on this connection, those with FUA left out. What is in
         `early` counts when it has been told of: a flush that fails before tells nothing of it."""
         unflushed = self.cells[UNFLUSHED]
-        if not self.early:
-            return unflushed
-        return unflushed - sum(not (each.error or each.flags & 1) for each in self.early)
+        for each in self.early:
+            if not (each.error or each.flags & 1):
+                unflushed -= len(members_of(each))
+        return unflushed
 
     @property
     def long_reads(self) -> int:
@@ -187,8 +191,14 @@ class Transmission(Channel):
 
     @property
     def in_flight(self) -> int:
-        """Commands that are not finished."""
-        return self.cells[ROWS] + len(self.pending) + len(self.refused) + len(self.early)
+        """Commands that are not finished, and requests in merged ones."""
+        found = self.cells[ROWS] + len(self.pending) + len(self.refused) + len(self.early)
+        if self._merged:
+            unfinished = (*self.pending.values(), *self.refused, *self.early)
+            more = sum(len(members_of(each)) - 1 for each in unfinished)
+            self._merged = more > 0
+            found += more
+        return found
 
     @property
     def takes_rows(self) -> bool:
@@ -206,9 +216,10 @@ class Transmission(Channel):
         self.pending.update((request.cookie, request) for request in everything)
         self.cells[LARGE_BYTES] = 0
         for request in requests:
-            # Usual replies to merged reads are taken whole, whatever their length.
-            if isinstance(request, Merged) and _is_long_read(request):
-                self.cells[LONG_READS] += 1
+            if isinstance(request, Merged):
+                self._merged = True
+                if request.op == READ and request.length >= DIRECT_MIN_BYTES:
+                    self.cells[LONG_READS] += 1  # (As rows their replies are taken whole.)
         if self.cells[DIRECT_LEFT]:
             self._take_over_direct()
 
@@ -426,8 +437,8 @@ class Transmission(Channel):
         request = self.pending.get(cookie)
         if request is None:
             raise self._bad_reply(magic, cookie)
-        if isinstance(request, Merged):
-            self._rows.merging_did_not_pay()
+        if isinstance(request, Merged) and not self.sending:
+            self._rows.merging_did_not_pay()  # (While it is sending, no reply is usual.)
         return request
 
     def _parse_simple(self) -> bool:
@@ -476,7 +487,7 @@ class Transmission(Channel):
                 start += 16
                 del pending[cookie]
                 if not request.flags & 1:
-                    self.cells[UNFLUSHED] += 1
+                    self.cells[UNFLUSHED] += len(members_of(request)) if self._merged else 1
                 request.generation = self.generation
                 request.error = 0
                 finished.append(request)
@@ -537,7 +548,7 @@ class Transmission(Channel):
                     start += 16
                     del pending[cookie]
                     if not request.flags & 1:
-                        self.cells[UNFLUSHED] += 1
+                        self.cells[UNFLUSHED] += len(members_of(request)) if self._merged else 1
                     request.generation = self.generation
                     request.error = 0
                     finished.append(request)
@@ -771,7 +782,7 @@ class Transmission(Channel):
             if request.length >= DIRECT_MIN_BYTES:
                 self.cells[LONG_READS] -= 1
         elif error == 0 and op in _CHANGING and not request.flags & 1:
-            self.cells[UNFLUSHED] += 1
+            self.cells[UNFLUSHED] += len(members_of(request)) if self._merged else 1
         if error == errno.ESHUTDOWN:
             self.refused.append(request)
             return
@@ -794,10 +805,6 @@ class Transmission(Channel):
         if magic not in allowed:
             return ProtocolError(f"bad magic {magic:#x} in a reply")
         return ProtocolError(f"reply to cookie {cookie}, which no command in flight has")
-
-
-def _is_long_read(request: Request) -> bool:
-    return request.op == READ and request.length >= DIRECT_MIN_BYTES
 
 
 def command_flags(op: int, flags: int) -> int:

@@ -37,6 +37,7 @@ from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
+from bridge.datapath.merged import Merged, members_of
 from bridge.datapath.rows import Rows
 from bridge.datapath.turn import Turn
 from bridge.errors import BridgeError, ConnectionLost
@@ -324,9 +325,8 @@ class Twin:
         unanswered = self.connection.transmission.unanswered()
         if self.session.phase in (Phase.UP, Phase.LEAVING):
             sent = self.rows.sequence - self.first_sent
-            self.session.lost(
-                *(self.now, unanswered), stale_possible=False, answered=sent > len(unanswered)
-            )
+            owed = sum(len(members_of(each)) for each in unanswered)
+            self.session.lost(*(self.now, unanswered), stale_possible=False, answered=sent > owed)
         self.loop.turn.end()
         assert self.server.end is not None
         self.server.end.close()

@@ -38,6 +38,7 @@ from bridge.datapath.cells import READ_BYTES, WRITTEN_BYTES
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
+from bridge.datapath.merged import members_of
 from bridge.datapath.request import FLUSH, INTERNAL, READ, WRITE, Request
 from bridge.datapath.rows import Rows, ToServer, Usual
 from bridge.datapath.turn import Turn
@@ -458,10 +459,11 @@ class Twin:
         unanswered = self.connection.transmission.unanswered()
         if self.session.phase in (Phase.UP, Phase.LEAVING):
             sent = self.rows.sequence - self.first_sent
+            owed = sum(len(members_of(each)) for each in unanswered)
             self.session.lost(
                 *(self.now, unanswered),
                 stale_possible=stale,
-                answered=sent > len(unanswered),
+                answered=sent > owed,
                 blamed=self.connection.blamed,
             )
         self.connection.blamed = None
