@@ -16,9 +16,12 @@ def take_commands(
 def answers(channel: Channel, rows: Rows, start: int, end: int, /) -> tuple[int, bool]: ...
 def publish(queue: Queue, /) -> bool: ...
 
-Side = tuple[Resident] | tuple[Channel, int, Route, Rows, int, int]
-"""A cache; or a channel, its descriptor, the route and the rows, and where in the staging buffer
-what was received begins and ends."""
+Side = tuple[Resident] | tuple[Route, Rows, tuple[tuple[Channel, int, int, int], ...]]
+"""A cache; or the route, the rows, and of each connection to the server its channel, its
+descriptor, and where in the staging buffer what was received begins and ends."""
+Place = tuple[int, int, int, int, int, list[bytes | memoryview]]
+"""What is left of a connection: where in the staging buffer what was not taken begins and ends, how
+many bytes were received, flags, errno, what was not sent."""
 
 def new_turns(poll_max_ns: int, /) -> object: ...
 def turns(
@@ -39,11 +42,7 @@ def turns(
         int,
         int,
         list[tuple[int, int]],
-        list[bytes | memoryview],
-        int,
-        int,
-        int,
-        int,
+        tuple[Place, ...],
         int,
         int,
         int,

@@ -16,7 +16,7 @@ import mmap
 from array import array
 from collections.abc import Callable
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from bridge.datapath.request import Request
@@ -340,33 +340,55 @@ class Flushes(Protocol):
         FLUSH_SEEN."""
 
 
-class Route:
-    """Where commands go: the limits of the export, and the one channel that takes them."""
+class Outlet(NamedTuple):
+    """One connection to the server that takes usual commands."""
 
-    __slots__ = ("cells", "channel", "flush_later", "flushes", "rows", "shown", "wire")
+    channel: Channel
+    flush_later: Callable[[], None]
+    """Send the output of `channel` at the end of this turn."""
+    wire: Wire | None
+    """The same connection, as compiled turns have it; None: they do not."""
+
+
+class Route:
+    """Where commands go: the limits of the export, and the connections that take them."""
+
+    __slots__ = ("alone", "cells", "flushes", "outlets", "rows", "shown")
 
     def __init__(self) -> None:
         self.cells = cells(ROUTE_CELLS)
-        self.channel: Channel | None = None
-        """None: commands must go the general way."""
-        self.wire: Wire | None = None
-        """The connection of `channel`."""
+        self.outlets: tuple[Outlet, ...] = ()
+        """None of them: commands must go the general way."""
+        self.alone: Channel | None = None
+        """That of the one outlet there is; None: there are several, or none."""
         self.shown: Callable[[int], None] = _nobody
-        """The guest may know that `channel` has answered so much (UNFLUSHED): a turn has ended."""
-        self.flush_later: Callable[[], None] = _no_channel
-        """Send the output of `channel` at the end of this turn."""
+        """The guest may know that the channels have answered so much (UNFLUSHED, of all of them
+        together): a turn has ended."""
         self.flushes: Flushes | None = None
         """None: none is a row."""
         self.rows: Rows | None = None
         """What is usual on this route; None: nothing is."""
 
+    def lead(self, outlets: tuple[Outlet, ...]) -> None:
+        """From here on commands go there."""
+        self.outlets = outlets
+        self.alone = outlets[0].channel if len(outlets) == 1 else None
+
+    def least_busy(self) -> Outlet | None:
+        """Where the next commands go: to the connection with the fewest in flight that has sent all
+        that it was given."""
+        least: Outlet | None = None
+        for outlet in self.outlets:
+            channel = outlet.channel
+            if channel.sending or channel.is_closed:
+                continue
+            if least is None or channel.cells[ROWS] < least.channel.cells[ROWS]:
+                least = outlet
+        return least
+
 
 def _nobody(unflushed: int) -> None:
     raise AssertionError("answers without a session")
-
-
-def _no_channel() -> None:
-    raise AssertionError("output without a channel")
 
 
 class Resident:

@@ -14,12 +14,12 @@ which is the specification: whatever is done here, that would have done as well.
 Usual is: a split ring, with an in-flight region or without; a chain of header, data and status,
 direct or in an indirect table whose descriptors stand in their order, with data in up to
 MAX_SEGMENTS segments, each in one region; IN or OUT inside the disk; a hit in the cache, or one
-command on the one connection there is; a reply without an error, all of it received, a READ's in
-one chunk. Of what one look finds in a ring, small requests each of which begins where the one
-before ends are sent as one command (see `cells.ROW`); nothing waits for more of them. Without a
-cache also a FLUSH, a chain of header and status, while there is no other and nothing is known that
-could make it fail (`Flushes.may_be_row`). What cannot be true is not found out here: a guest or a
-server that breaks a rule is unusual.
+command on a connection; a reply without an error, all of it received, a READ's in one chunk. Of
+what one look finds in a ring, small requests each of which begins where the one before ends are
+sent as one command (see `cells.ROW`); nothing waits for more of them. Without a cache, and on the
+only connection, also a FLUSH, a chain of header and status, while there is no other and nothing is
+known that could make it fail (`Flushes.may_be_row`). What cannot be true is not found out here: a
+guest or a server that breaks a rule is unusual.
 
 Everything of the guest's is read once, into a local name, before it is looked at: the guest may
 change it meanwhile. Numbers are compared so that they would not wrap in 64 bits either. A chain is

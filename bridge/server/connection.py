@@ -282,6 +282,8 @@ class Connection:
 
     def unusual(self, *, ended: bool, errno: int) -> None:
         """See cells.Wire."""
+        if not self.alive:
+            return  # Another connection's end was this one's, too.
         try:
             if self.transmission.cells[DIRECT_LEFT]:
                 self.transmission.adopt_all()

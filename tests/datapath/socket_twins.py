@@ -128,6 +128,8 @@ class Server:
         self.outgoing = bytearray()
         self.merged: dict[int, list[int]] = {}
         """See `note_merged`."""
+        self.expands = True
+        """Merged commands count as those that they stand for."""
         self.end: socket.socket | None = None
 
     def connected(self, end: socket.socket) -> None:
@@ -158,7 +160,8 @@ class Server:
                 self.image[offset : offset + length] = data
             if kind == p.CMD_WRITE_ZEROES or kind == p.CMD_TRIM:
                 self.image[offset : offset + length] = bytes(length)
-            members = members_of_command(self.merged, (kind, flags, cookie, offset, length, data))
+            known = self.merged if self.expands else {}
+            members = members_of_command(known, (kind, flags, cookie, offset, length, data))
             self.log += [(*each[:2], *each[3:]) for each in members]
             self.commands += members
         # A compiled turn sends a flush in its place, the general path after all else.

@@ -55,6 +55,7 @@ class Guest:
             turns=turns,
         )
         self.server = self.twin.server
+        self.server.expands = False
 
     def put(
         self, slot: int, type_: int, block: int, n_bytes: int = BLOCK, cuts: tuple[int, ...] = ()

@@ -38,7 +38,7 @@ struct input {
 struct world {
     struct dp_queue queues[QUEUES];
     struct dp_region regions[REGIONS];
-    struct dp_channel channel;
+    struct dp_channel channel, other; /* `other`: of whole turns over two connections */
     struct dp_resident cache;
     uint64_t disk[DP_DISK_CELLS], route[DP_ROUTE_CELLS], rows[DP_ROWS_CELLS];
     uint64_t until; /* the sector where the last chain ends */
@@ -51,8 +51,8 @@ struct world {
     int calls;
     bool whole; /* long reads, too */
     bool turns; /* whole turns */
-    int ours, theirs, epoll_fd;
-    uint64_t start, end; /* in the staging buffer, between turns */
+    int ours[2], theirs[2], epoll_fd;
+    uint64_t start[2], end[2]; /* in the staging buffers, between turns */
     uint8_t *outgoing;   /* of the server, `staged` bytes */
 };
 
@@ -153,14 +153,25 @@ static void connect_server(struct world *world)
     struct epoll_event event = {.events = EPOLLIN};
     int ends[2];
 
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) < 0)
-        abort();
-    world->ours = ends[0];
-    world->theirs = ends[1];
     world->epoll_fd = epoll_create1(0);
-    event.data.fd = world->ours;
-    if (epoll_ctl(world->epoll_fd, EPOLL_CTL_ADD, world->ours, &event) < 0)
-        abort();
+    for (int index = 0; index < 2; index++) {
+        if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) < 0)
+            abort();
+        world->ours[index] = ends[0];
+        world->theirs[index] = ends[1];
+        event.data.fd = ends[0];
+        if (epoll_ctl(world->epoll_fd, EPOLL_CTL_ADD, ends[0], &event) < 0)
+            abort();
+    }
+}
+
+static void make_channel(struct dp_channel *channel, uint32_t number, bool structured)
+{
+    channel->cells = room(8 * DP_CHANNEL_CELLS);
+    channel->staging = room(STAGING_BYTES);
+    channel->staging_bytes = STAGING_BYTES;
+    channel->number = number;
+    channel->structured = structured;
 }
 
 static void make_world(struct world *world, struct input *input)
@@ -178,12 +189,9 @@ static void make_world(struct world *world, struct input *input)
             (struct dp_region){addresses[index], sizes[index], room(sizes[index])};
     for (unsigned number = 0; number < QUEUES; number++)
         make_queue(world, number, input);
-    world->channel.cells = room(8 * DP_CHANNEL_CELLS);
-    world->channel.staging = room(STAGING_BYTES);
-    world->channel.staging_bytes = STAGING_BYTES;
-    world->channel.number = 1;
     setup = take(input, 1);
-    world->channel.structured = setup & 1;
+    make_channel(&world->channel, 1, setup & 1);
+    make_channel(&world->other, 2, setup & 1);
     world->whole = setup & 2;
     world->turns = setup & 4;
     world->outgoing = room(STAGING_BYTES);
@@ -246,6 +254,8 @@ static void end_world(struct world *world)
     }
     free(world->channel.cells);
     free(world->channel.staging);
+    free(world->other.cells);
+    free(world->other.staging);
     free((void *)world->cache.head);
     free((void *)world->cache.granule_of);
     free((void *)world->cache.ready);
@@ -254,8 +264,10 @@ static void end_world(struct world *world)
     free(world->cache.data);
     free(world->outgoing);
     if (world->turns) {
-        close(world->ours);
-        close(world->theirs);
+        for (int index = 0; index < 2; index++) {
+            close(world->ours[index]);
+            close(world->theirs[index]);
+        }
         close(world->epoll_fd);
     }
 }
@@ -535,11 +547,14 @@ static int nobody_called(void *owner, uint32_t ring)
 static void serve(struct world *world)
 {
     static uint8_t got[1 << 20];
-    ssize_t size = read(world->theirs, got, sizeof got);
 
-    for (ssize_t at = 0; at + DP_COMMAND_BYTES <= size;) {
-        memcpy(world->sent[world->sent_count++ % COMMANDS], got + at, DP_COMMAND_BYTES);
-        at += DP_COMMAND_BYTES + (got[at + 7] ? (ssize_t)length_of(got + at) : 0);
+    for (int index = 0; index < 2; index++) {
+        ssize_t size = read(world->theirs[index], got, sizeof got);
+
+        for (ssize_t at = 0; at + DP_COMMAND_BYTES <= size;) {
+            memcpy(world->sent[world->sent_count++ % COMMANDS], got + at, DP_COMMAND_BYTES);
+            at += DP_COMMAND_BYTES + (got[at + 7] ? (ssize_t)length_of(got + at) : 0);
+        }
     }
 }
 
@@ -550,11 +565,10 @@ static void turn(struct world *world, struct input *input)
     struct dp_ring rings[QUEUES] = {{&world->queues[0], -1, 0}, {&world->queues[1], -1, 0}};
     uint64_t how = take(input, 1), size = world->staged;
     ssize_t sent;
-    int flags;
 
     if (how & 0x80 && size)
         size -= how % size;
-    sent = write(world->theirs, world->outgoing, size);
+    sent = write(world->theirs[how >> 6 & 1], world->outgoing, size);
     if (sent > 0) {
         memmove(world->outgoing, world->outgoing + sent, world->staged - (uint64_t)sent);
         world->staged -= (uint64_t)sent;
@@ -567,12 +581,15 @@ static void turn(struct world *world, struct input *input)
     turns.may_write = how & 2;
     if (how & 0x0C) {
         look_at_flushes(world);
-        turns.channel = &world->channel;
-        turns.socket_fd = world->ours;
+        turns.wires[0] = (struct dp_wire){&world->channel, world->ours[0], world->start[0],
+                                          world->end[0], 0, 0, 0};
+        turns.wires[1] = (struct dp_wire){&world->other, world->ours[1], world->start[1],
+                                          world->end[1], 0, 0, 0};
+        turns.wire_count = how & 0x20 ? 2 : 1;
+        if (turns.wire_count > 1)
+            world->channel.cells[DP_MAY_FLUSH] = 0;
         turns.route = world->route;
         turns.rows = world->rows;
-        turns.start = world->start;
-        turns.end = world->end;
     } else {
         turns.cache = &world->cache;
     }
@@ -580,14 +597,16 @@ static void turn(struct world *world, struct input *input)
     turns.wait = nothing_comes;
     turns.call = nobody_called;
     turns.owner = world;
-    flags = dp_turns(&turns);
+    dp_turns(&turns);
     if (turns.flushed > DP_TIMES)
         abort();
-    world->start = turns.start;
-    world->end = turns.end;
-    if (flags & DP_REPLY) {
-        world->start = world->end;
-        world->channel.cells[DP_DIRECT_LEFT] = 0;
+    for (uint32_t index = 0; index < turns.wire_count; index++) {
+        const struct dp_wire *wire = &turns.wires[index];
+
+        world->start[index] = wire->flags & DP_REPLY ? wire->end : wire->start;
+        world->end[index] = wire->end;
+        if (wire->flags & DP_REPLY)
+            wire->channel->cells[DP_DIRECT_LEFT] = 0;
     }
     serve(world);
 }

@@ -7,7 +7,7 @@
 #include <sys/epoll.h>
 
 /* (The system takes 1024 pieces at once.) */
-enum { DP_EVENTS = 64, DP_COMMANDS = 512, DP_PIECES = 1024, DP_TIMES = 64 };
+enum { DP_EVENTS = 64, DP_COMMANDS = 512, DP_PIECES = 1024, DP_TIMES = 64, DP_WIRES = 16 };
 
 /* Why `dp_turns` has ended: any of these together, or 0: nothing came, and the rings are armed. */
 enum {
@@ -15,9 +15,9 @@ enum {
     DP_OTHERS = 2,   /* `others`: events of descriptors that are not known here */
     DP_CHAIN = 4,    /* a chain that is not usual, or no place for it */
     DP_REPLY = 8,    /* a reply that is not usual, from `start` on */
-    DP_UNSENT = 16,  /* the socket did not take everything: see `sent_bytes` */
+    DP_UNSENT = 16,  /* the socket of `wire` did not take everything: see `sent_bytes` */
     DP_ENDED = 32,   /* the end of file */
-    DP_FAILED = 64,  /* the socket failed, with `error` */
+    DP_FAILED = 64,  /* a socket failed, with `error` */
     DP_RAISED = 128, /* a callback failed */
     DP_SOCKET = 256  /* with OTHERS: the socket has more to tell than that it can be read */
 };
@@ -31,6 +31,18 @@ struct dp_ring {
     uint32_t taken;
 };
 
+/* A connection to the server. */
+struct dp_wire {
+    struct dp_channel *channel;
+    int socket_fd;
+    uint64_t start, end; /* what stands in the staging buffer */
+
+    /* What came of it. */
+    int flags; /* REPLY, ENDED and FAILED, where that is so of this one */
+    int error;
+    uint64_t received_bytes;
+};
+
 struct dp_turns {
     int epoll_fd;
     struct dp_ring *rings;
@@ -39,12 +51,11 @@ struct dp_turns {
     uint64_t *disk;
     bool may_write; /* it is known already that something is not durable */
 
-    /* Commands go to a server: its channel, or NULL. */
-    struct dp_channel *channel;
-    int socket_fd;
+    /* Commands go to a server: the connections to it, if there are any. */
+    struct dp_wire wires[DP_WIRES];
+    uint32_t wire_count;
     const uint64_t *route;
     uint64_t *rows; /* the cells of `Rows` */
-    uint64_t start, end; /* what stands in the staging buffer */
 
     /* Or there is a cache, or NULL. */
     const struct dp_resident *cache;
@@ -69,16 +80,15 @@ struct dp_turns {
     uint32_t flushed;
     bool durable; /* all is, since the last of them, as far as `Disk` can know */
     bool flush_is_new; /* one was taken in the last turn */
-    uint64_t received_bytes;
     bool looked; /* every ring was looked at, and nothing was left there */
     bool cut_short; /* not every ring was looked at in this turn */
     uint64_t shown; /* what of UNFLUSHED was published before that was done last */
     struct epoll_event others[DP_EVENTS];
     uint32_t other_count;
     uint32_t command_count;
-    bool is_full; /* there may be more commands than fit at once */
+    bool is_full; /* there may be more commands than are sent at once */
+    struct dp_wire *wire; /* the commands are sent there */
     uint64_t sent_bytes;
-    int error;
 
     /* Room. */
     struct epoll_event events[DP_EVENTS];

@@ -18,7 +18,7 @@ struct state {
 
 /* Everything that one call holds. */
 struct held {
-    PyObject *keeps[RINGS_MAX + 1];
+    PyObject *keeps[RINGS_MAX + DP_WIRES];
     uint32_t count;
     Py_buffer disk, route, rows;
     bool has_disk, has_route, has_rows;
@@ -104,15 +104,41 @@ static int hold_rings(struct state *state, struct held *held, PyObject *rings)
     return count > 0;
 }
 
-/* `side` is (channel, descriptor, route, rows, start, end), or (resident,). As `hold_rings`. */
+/* Each of `places` is (channel, descriptor, start, end). As `hold_rings`. */
+static int hold_wires(struct dp_turns *turns, struct held *held, PyObject *places)
+{
+    Py_ssize_t count = PyTuple_Size(places);
+
+    if (count < 1 || count > DP_WIRES)
+        return count < 0 ? -1 : 0;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        struct dp_wire *wire = &turns->wires[index];
+        unsigned long long start, end;
+        struct holder *holder;
+        PyObject *channel;
+        int fd;
+
+        if (!PyArg_ParseTuple(PyTuple_GetItem(places, index), "OiKK", &channel, &fd, &start, &end))
+            return -1;
+        holder =
+            dp_native_of(channel, dp_channel_kind, dp_make_channel, &held->keeps[held->count++]);
+        if (!holder)
+            return PyErr_Occurred() ? -1 : 0;
+        *wire = (struct dp_wire){&holder->is.channel, fd, start, end, 0, 0, 0};
+        if (start > end || end > wire->channel->staging_bytes)
+            return 0;
+    }
+    turns->wire_count = (uint32_t)count;
+    return 1;
+}
+
+/* `side` is (route, rows, connections), or (resident,). As `hold_rings`. */
 static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
 {
-    PyObject *object, *route, *rows;
+    PyObject *route, *rows, *places;
     struct holder *holder;
-    unsigned long long start, end;
-    int fd;
 
-    turns->channel = NULL;
+    turns->wire_count = 0;
     turns->cache = NULL;
     if (PyTuple_Size(side) == 1) {
         holder = dp_native_of(PyTuple_GetItem(side, 0), dp_resident_kind, dp_make_resident,
@@ -120,24 +146,17 @@ static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
         turns->cache = holder ? &holder->is.resident : NULL;
         return holder ? 1 : PyErr_Occurred() ? -1 : 0;
     }
-    if (!PyArg_ParseTuple(side, "OiOOKK", &object, &fd, &route, &rows, &start, &end))
+    if (!PyArg_ParseTuple(side, "OOO!", &route, &rows, &PyTuple_Type, &places))
         return -1;
-    holder = dp_native_of(object, dp_channel_kind, dp_make_channel, &held->keeps[held->count++]);
-    if (!holder)
-        return PyErr_Occurred() ? -1 : 0;
     if (dp_borrow_cells(route, &held->route, 8 * DP_ROUTE_CELLS) < 0)
         return -1;
     held->has_route = true;
     if (dp_borrow_cells(rows, &held->rows, 8 * DP_ROWS_CELLS) < 0)
         return -1;
     held->has_rows = true;
-    turns->channel = &holder->is.channel;
-    turns->socket_fd = fd;
     turns->route = held->route.buf;
     turns->rows = held->rows.buf;
-    turns->start = start;
-    turns->end = end;
-    return start <= end && end <= turns->channel->staging_bytes;
+    return hold_wires(turns, held, places);
 }
 
 static void let_go(struct held *held)
@@ -247,25 +266,44 @@ static PyObject *times_of(const struct dp_turns *turns)
     return tuple;
 }
 
+/* What is left of the connections: see `compiled.py`. */
+static PyObject *places_of(const struct state *state, int flags)
+{
+    const struct dp_turns *turns = &state->turns;
+    PyObject *tuple = PyTuple_New((Py_ssize_t)turns->wire_count);
+
+    for (uint32_t index = 0; tuple && index < turns->wire_count; index++) {
+        const struct dp_wire *wire = &turns->wires[index];
+        bool has_unsent = flags & DP_UNSENT && wire == turns->wire;
+        PyObject *unsent = has_unsent ? unsent_of(state) : PyList_New(0), *place = NULL;
+
+        if (unsent)
+            place = Py_BuildValue("KKKiiN", (unsigned long long)wire->start,
+                                  (unsigned long long)wire->end,
+                                  (unsigned long long)wire->received_bytes, wire->flags, wire->error,
+                                  unsent);
+        if (!place || PyTuple_SetItem(tuple, (Py_ssize_t)index, place) < 0)
+            Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
 static PyObject *result_of(const struct state *state, int flags)
 {
     const struct dp_turns *turns = &state->turns;
-    PyObject *others = NULL, *unsent = NULL, *taken = taken_of(turns), *result = NULL;
+    PyObject *others = NULL, *places = NULL, *taken = taken_of(turns), *result = NULL;
     PyObject *times = times_of(turns);
 
-    if (taken && times && (others = others_of(turns)) &&
-        (unsent = flags & DP_UNSENT ? unsent_of(state) : PyList_New(0)))
-        result = Py_BuildValue("iOIIIOOKKKiKiiIOii", flags, taken, turns->reads, turns->writes,
-                               turns->naps, others, unsent, (unsigned long long)turns->start,
-                               (unsigned long long)turns->end,
-                               (unsigned long long)turns->received_bytes,
-                               (int)turns->looked, (unsigned long long)turns->shown, turns->error,
-                               (int)turns->worked, turns->flushes, times, (int)turns->durable,
+    if (taken && times && (others = others_of(turns)) && (places = places_of(state, flags)))
+        result = Py_BuildValue("iOIIIOOiKiIOii", flags, taken, turns->reads, turns->writes,
+                               turns->naps, others, places, (int)turns->looked,
+                               (unsigned long long)turns->shown, (int)turns->worked,
+                               turns->flushes, times, (int)turns->durable,
                                (int)turns->flush_is_new);
     Py_XDECREF(times);
     Py_XDECREF(taken);
     Py_XDECREF(others);
-    Py_XDECREF(unsent);
+    Py_XDECREF(places);
     return result;
 }
 
