@@ -171,6 +171,7 @@ class Server:
     def answer(self, index: int, how: str, count: int = 1) -> None:
         """Answer `count` commands from `index` on; the bytes are not sent yet. Those of one cookie
         get one answer."""
+        index %= len(self.commands)
         taken = self.commands[index : index + count]
         del self.commands[index : index + count]
         if len({cookie for _, _, cookie, *_ in taken}) == 1:

@@ -271,6 +271,7 @@ class Server:
     def answer(self, index: int, how: str, count: int = 1) -> None:
         """Answer `count` commands from `index` on; the bytes are not sent yet. Those of one cookie
         get one answer."""
+        index %= len(self.commands)
         taken = self.commands[index : index + count]
         del self.commands[index : index + count]
         self.answered += [each[2] for each in taken]
