@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.datapath.request import Request
     from bridge.datapath.rows import Rows
 
-ABI: Final = 7
+ABI: Final = 9
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -275,12 +275,19 @@ LONG_BYTES: Final = 32 << 10
 """From here on a payload is received straight into its buffers: by the general path."""
 
 
+SPAN_CELLS: Final = 3
+"""Of a write that is a row: its cookie, where it begins and where it ends."""
+MAX_SPANS: Final = 256
+SPANS_CELLS: Final = 1 + SPAN_CELLS * MAX_SPANS
+"""How many there are, then each of them."""
+
+
 class Channel:
     """One connection's transmission phase, flat."""
 
     __slots__ = (
         *("cells", "early", "has_payload", "held", "is_closed", "native", "number"),
-        *("output", "sending", "staging", "structured"),
+        *("output", "sending", "spans", "staging", "structured"),
     )
 
     cells: Cells[int]
@@ -296,6 +303,10 @@ class Channel:
     """Headers and payloads to be sent, in this order."""
     has_payload: bool
     """Something in the output is not a header."""
+    spans: Cells[int] | None
+    """What the writes change that are rows, on this channel and the others (see SPANS_CELLS): one
+    that overlaps another is not usual, as the two could pass each other. None: they cannot, this
+    channel is alone."""
     sending: bool
     """Part of the output was not taken by the socket: an answer may come too early."""
     staging: memoryview
@@ -340,6 +351,17 @@ class Flushes(Protocol):
         FLUSH_SEEN."""
 
 
+class Changes(Protocol):
+    """What keeps changes apart that overlap (see `server.changes`)."""
+
+    def adopt(self, request: Request) -> Request:
+        """The command for the guest's write `request`, which was a row beside others that it does
+        not overlap."""
+
+    def give_up(self, command: Request) -> Request:
+        """The request of a command that `adopt` has made, and that is done with."""
+
+
 class Outlet(NamedTuple):
     """One connection to the server that takes usual commands."""
 
@@ -353,7 +375,7 @@ class Outlet(NamedTuple):
 class Route:
     """Where commands go: the limits of the export, and the connections that take them."""
 
-    __slots__ = ("alone", "cells", "flushes", "outlets", "rows", "shown")
+    __slots__ = ("alone", "cells", "changes", "flushes", "outlets", "rows", "shown")
 
     def __init__(self) -> None:
         self.cells = cells(ROUTE_CELLS)
@@ -366,6 +388,8 @@ class Route:
         together): a turn has ended."""
         self.flushes: Flushes | None = None
         """None: none is a row."""
+        self.changes: Changes | None = None
+        """None: writes cannot pass each other."""
         self.rows: Rows | None = None
         """What is usual on this route; None: nothing is."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from bridge.datapath.cells import RowOwner
+from bridge.datapath.cells import Changes, RowOwner
 from bridge.datapath.request import Request
 
 FIRST_PAUSE: Final = 1 << 12
@@ -25,9 +25,13 @@ commands. Merging comes back in seconds even so.)"""
 class Merged(Request):
     """See the module's text. Its members are of one ring, and are abandoned together."""
 
-    __slots__ = ("_member_owner", "members")
+    __slots__ = ("_changes", "_member_owner", "members")
 
-    def __init__(self, members: list[Request], member_owner: RowOwner) -> None:
+    def __init__(
+        self, members: list[Request], member_owner: RowOwner, changes: Changes | None = None
+    ) -> None:
+        """`members`: requests that `member_owner` has adopted, or commands that `changes` has made
+        for them."""
         first = members[0]
         super().__init__(
             *(first.op, first.offset, sum(each.length for each in members)),
@@ -36,6 +40,7 @@ class Merged(Request):
         )
         self.members = members
         self._member_owner = member_owner
+        self._changes = changes
 
     def end(self) -> None:
         """Tell the members."""
@@ -43,11 +48,13 @@ class Merged(Request):
         # (Without a generation it was not the server that said so.)
         alone = self.error and self.generation and not self.is_abandoned
         for each in self.members:
-            if alone:
-                owner.submit_alone(each)
-            else:
+            if not alone:
                 each.generation = self.generation
                 owner.finish(each, self.error)
+            elif self._changes is not None and isinstance(each.owner, tuple):
+                owner.submit_alone(self._changes.give_up(each))
+            else:
+                owner.submit_alone(each)
 
 
 def _answered(merged: Merged) -> None:

@@ -37,11 +37,13 @@ from bridge.datapath.cells import (
     SEQUENCE,
     SEQUENCE_MASK,
     SIZE,
+    SPANS_CELLS,
     STOP_FLUSH,
     STOP_ROUTE,
     STOPPED,
     TOUCHED,
     Cells,
+    Changes,
     Channel,
     Queue,
     Resident,
@@ -55,7 +57,7 @@ from bridge.datapath.cells import (
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.flush_rows import FlushedDisk, FlushRows, TurnedFlushes
 from bridge.datapath.merged import FIRST_PAUSE, LAST_PAUSE, Merged
-from bridge.datapath.request import FLUSH, Request
+from bridge.datapath.request import FLUSH, WRITE, Request
 from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
 
 _CHANNEL_AT: Final = 4
@@ -115,6 +117,10 @@ class Rows:
         """Rows that became requests."""
         self.flushes: FlushRows | None = None
         """None: no row is a flush."""
+        self.spans: Cells[int] = cells(SPANS_CELLS)
+        """See `Channel.spans`."""
+        self.changes: Changes | None = None
+        """Where those go that were rows."""
 
     # Who takes part.
 
@@ -172,6 +178,7 @@ class Rows:
                 commands.append([request])
             else:
                 commands[-1].append(request)  # The numbers of a merged command follow one another.
+        self.spans[0] = 0
         for number, commands in by_channel.items():
             channel, owner = self._channels[number]
             channel.cells[ROWS] -= sum(map(len, commands))
@@ -188,7 +195,7 @@ class Rows:
         queue = self.queues[first.cookie >> HEAD_BITS & MAX_QUEUES - 1]
         assert queue is not None
         assert queue.owner is not None
-        merged = Merged(requests, queue.owner)
+        merged = Merged(requests, queue.owner, self.changes)
         merged.cookie = first.cookie
         return merged
 
@@ -205,6 +212,8 @@ class Rows:
         if request.op == FLUSH:
             assert self.flushes is not None
             request = self.flushes.adopt(request, self._channels[number][0])
+        elif request.op == WRITE and self.spans[0] and self.changes is not None:
+            request = self.changes.adopt(request)
         request.cookie = cookie
         self.adopted_total += 1
         return number, request.op == FLUSH or row[_COMMAND_BYTES_AT] > 0, request
@@ -434,6 +443,7 @@ class ToServer:
         self._wires: tuple[Wire, ...] = ()
         """Those of `side`."""
         self._flushes = rows.flushes = FlushRows(route)
+        rows.changes = route.changes
         route.rows = rows
 
     def tells(self, disk: FlushedDisk) -> None:

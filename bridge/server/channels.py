@@ -47,6 +47,9 @@ class Channel(Protocol):
     def wire(self) -> Wire | None:
         """Itself, where compiled turns may read and write; None: they may not."""
 
+    def is_one_of_several(self) -> None:
+        """Commands on it and on others could pass each other. It has none yet."""
+
     def flush_later(self) -> None:
         """Send the output at the end of this turn."""
 
@@ -128,6 +131,9 @@ class Channels:
         """A new generation begins."""
         self.generation += 1
         self.present = channels
+        if len(channels) > 1:
+            for channel in channels:
+                channel.is_one_of_several()
         self.given_up = False
         self.enter(Phase.UP)
 

@@ -121,6 +121,10 @@ class Connection:
         """See channels.Channel."""
         return self.transmission if self.transmission.takes_rows else None
 
+    def is_one_of_several(self) -> None:
+        """See channels.Channel."""
+        self.transmission.is_one_of_several()
+
     def changes(self) -> list[Request]:
         """See channels.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission

@@ -149,6 +149,7 @@ class Transmission(Channel):
         self.has_payload = False
         self.held = []
         self.sending = False
+        self.spans = None
         self.early = []
         self._merged = False
         """A merged command may be among what is not finished, beside rows."""
@@ -204,6 +205,11 @@ class Transmission(Channel):
     def takes_rows(self) -> bool:
         """The replies may be usual ones (see `usual`)."""
         return not self._extended
+
+    def is_one_of_several(self) -> None:
+        """See channels.Channel."""
+        self.spans = self._rows.spans
+        self.native = None
 
     def adopt_all(self) -> None:
         """From here on all that has no answer is in `pending`."""

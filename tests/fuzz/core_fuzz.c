@@ -40,6 +40,7 @@ struct world {
     struct dp_region regions[REGIONS];
     struct dp_channel channel, other; /* `other`: of whole turns over two connections */
     struct dp_resident cache;
+    uint64_t *spans;
     uint64_t disk[DP_DISK_CELLS], route[DP_ROUTE_CELLS], rows[DP_ROWS_CELLS];
     uint64_t until; /* the sector where the last chain ends */
     uint32_t last_type;
@@ -192,6 +193,9 @@ static void make_world(struct world *world, struct input *input)
     setup = take(input, 1);
     make_channel(&world->channel, 1, setup & 1);
     make_channel(&world->other, 2, setup & 1);
+    world->spans = room(8 * DP_SPANS_CELLS);
+    if (setup & 8)
+        world->channel.spans = world->other.spans = world->spans;
     world->whole = setup & 2;
     world->turns = setup & 4;
     world->outgoing = room(STAGING_BYTES);
@@ -256,6 +260,7 @@ static void end_world(struct world *world)
     free(world->channel.staging);
     free(world->other.cells);
     free(world->other.staging);
+    free(world->spans);
     free((void *)world->cache.head);
     free((void *)world->cache.granule_of);
     free((void *)world->cache.ready);

@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 7
+#define DP_ABI 9
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -122,7 +122,10 @@ enum {
     DP_LONG_BYTES = 32 << 10,
     DP_MERGED_BYTES = 128 << 10,
     DP_LARGE_IN_FLIGHT_BYTES = 64 << 20,
-    DP_COMMAND_BYTES = 28
+    DP_COMMAND_BYTES = 28,
+    DP_SPAN_CELLS = 3,
+    DP_MAX_SPANS = 256,
+    DP_SPANS_CELLS = 1 + DP_SPAN_CELLS * DP_MAX_SPANS
 };
 
 /* A row: `cells.ROW`. */
@@ -178,6 +181,7 @@ struct dp_channel {
     uint64_t staging_bytes;
     uint32_t number;
     bool structured;
+    uint64_t *spans; /* `cells.Channel.spans`, DP_SPANS_CELLS; NULL: this channel is alone */
 };
 
 /* What a cache has at hand. */
