@@ -349,6 +349,9 @@ class Steps:
 
     async def _no_space(self, rng: Random) -> None:
         self._for_a_while(rng, "no_space")
+        for _ in range(rng.choice((0, 1, 2))):
+            self._ask_adjacent(rng)
+        self._publish()
 
     async def _stall(self, rng: Random) -> None:
         self.world.count("stall")
