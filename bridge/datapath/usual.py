@@ -522,8 +522,8 @@ def take_commands(
         min(limits[WHOLE_WRITE_BYTES], MERGED_BYTES),
     )
     # The command that may be merged with what comes next: its type (-1: there is none), where it
-    # ends, how much longer it may be, its length, and its last head.
-    open_type, until, room_bytes, command_bytes, last = -1, 0, 0, 0, 0
+    # ends, its length, and its last head.
+    open_type, until, command_bytes, last = -1, 0, 0, 0
     # Its first head, its cookie, and where in the output its header is.
     leader, leading, place = 0, 0, 0
     many = queue.segments
@@ -587,8 +587,12 @@ def take_commands(
             armed = 1 if armed and (flat[NOT_ROWS] or flat[ROWS] + taken) else 0
             taken += 1
             continue
-        small = length < LONG_BYTES and not alone
-        joins = small and type_ == open_type and offset == until and length <= room_bytes
+        joins = (
+            offset == until
+            and type_ == open_type
+            and length < LONG_BYTES
+            and command_bytes + length <= most_bytes[type_]
+        )
         _pack_row(
             *(table, ROW_BYTES * head, offset, data_at, status_at, length, number),
             *(data_region, status_region, n_segments, type_, 0 if joins else length, 0),
@@ -596,17 +600,17 @@ def take_commands(
         if joins:
             merged += 1
             command_bytes += length
-            room_bytes -= length
             _pack_following(table, ROW_BYTES * last + _FOLLOWING_AT, head + 1)
             _pack_length(table, ROW_BYTES * leader + _COMMAND_BYTES_AT, command_bytes)
             began = offset + length - command_bytes
             output[place] = _pack_command(0x25609513, 0, type_, leading, began, command_bytes)
         else:
-            open_type = type_ if small else -1
-            command_bytes, room_bytes = length, most_bytes[type_] - length
+            open_type, command_bytes = type_, length
             leader, leading, place = head, cookie, len(output)
             output.append(_pack_command(0x25609513, 0, type_, cookie, offset, length))
-            alone -= alone > 0
+            if alone or length >= LONG_BYTES:
+                open_type = -1
+                alone -= alone > 0
         last, until = head, offset + length
         if spans is not None and type_:
             _note_span(spans, cookie, offset, length)
@@ -719,9 +723,10 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
         head = name & _HEAD_MASK
         if head > mask or cookies[head] != cookie:
             break
-        row = _unpack_row(table, ROW_BYTES * head)
-        offset, _, _, length, sent_on, _, _, _, op, command_bytes, _ = row
-        if sent_on != number or (op != FLUSH and not command_bytes):
+        offset, data_at, status_at, length, sent_on, data_in, status_in, pieces, op, whole, more = (
+            _unpack_row(table, ROW_BYTES * head)
+        )
+        if sent_on != number or (op != FLUSH and not whole):
             break
         if op == _OUT:
             if magic != 0x67446698 or error:
@@ -743,17 +748,16 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
                 payload = start + 28
                 if payload <= end:
                     chunk_bytes, at = _unpack_chunk(staging, start + 16)
-                    if chunk_bytes != command_bytes + 8 or at != offset:
+                    if chunk_bytes != whole + 8 or at != offset:
                         break
             elif magic != 0x67446698 or error:
                 break
-            stop = payload + command_bytes
+            stop = payload + whole
             if stop > end:
                 waits = True
                 break
             start = stop
         while True:  # for each request of the command
-            _, data_at, status_at, length, _, data_region, status_region, segments, _, _, more = row
             used_bytes = 1
             if op == _OUT:
                 writes += 1
@@ -761,18 +765,18 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
                     _forget_span(channel.spans, cookies[head])
             elif op == _IN:
                 used_bytes = length + 1
-                if segments == 1:
+                if pieces == 1:
                     stop = payload + length
-                    views[data_region][data_at : data_at + length] = staging[payload:stop]
+                    views[data_in][data_at : data_at + length] = staging[payload:stop]
                     payload = stop
                 else:
-                    for region, at, n_bytes in segments_of(many, head, segments):
+                    for region, at, n_bytes in segments_of(many, head, pieces):
                         views[region][at : at + n_bytes] = staging[payload : payload + n_bytes]
                         payload += n_bytes
-            if segments > 1:
-                of_several += segments
+            if pieces > 1:
+                of_several += pieces
             cookies[head] = 0
-            views[status_region][status_at] = 0
+            views[status_in][status_at] = 0
             if tracked:
                 halves[11 + 8 * head] = last_head
                 halves[6] = last_head = head
@@ -786,7 +790,9 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
             if not more:
                 break
             head = more - 1
-            row = _unpack_row(table, ROW_BYTES * head)
+            _, data_at, status_at, length, _, data_in, status_in, pieces, _, _, more = _unpack_row(
+                table, ROW_BYTES * head
+            )
     if queue is not None and answered:
         _pushed(queue, rows, used, answered, last_head, n_pushed)
         total += answered
