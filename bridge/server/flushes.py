@@ -26,6 +26,7 @@ import structlog
 from bridge.datapath.cells import BEFORE as ANSWERED_BEFORE
 from bridge.datapath.cells import FLUSH_ROW, SEEN
 from bridge.datapath.durability import BEFORE, ReportingDurability
+from bridge.datapath.merged import each_of
 from bridge.datapath.request import CHANGES, FLUSH, FUA, INTERNAL, REPEATED, Request
 from bridge.datapath.turn import Turn
 from bridge.server.changes import Outlived
@@ -53,8 +54,9 @@ class OnceMore:
         if command.error:
             self.done(command)
         else:
-            command.generation = 0  # The server has not answered what is sent now.
-            self._send(command)
+            for each in each_of([command]):
+                each.generation = 0  # The server has not answered what is sent now.
+                self._send(each)
 
 
 class Flushes:

@@ -22,6 +22,8 @@ from bridge.cache.cache import Cache
 from bridge.cache.file.cache_file import CacheFile
 from bridge.datapath.disk import Disk
 from bridge.datapath.durability import ReportingDurability
+from bridge.datapath.merged import Merged
+from bridge.datapath.rows import Rows
 from bridge.guest.remembered import Remembered
 from bridge.guest.ring import RunningRing
 from bridge.guest.virtio.blk import BlkEngine
@@ -51,6 +53,33 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 async def _nothing_checked(*_: Any, **__: Any) -> None:
     return None
+
+
+# The usual case.
+
+
+def failed_merged_command_succeeds(patch: Patch) -> None:
+    """The error of a command for several requests is none of theirs."""
+
+    def end(self: Merged) -> None:
+        for each in self.members:
+            each.generation = self.generation
+            self._member_owner.finish(each, 0)
+
+    patch.setattr(Merged, "end", end)
+
+
+def merged_data_in_another_order(patch: Patch) -> None:
+    """What one member reads is the data of another."""
+    real = Rows._command_of
+
+    def command_of(self: Rows, requests: list[Any]) -> Any:
+        command = real(self, requests)
+        if len(requests) > 1:
+            command.buffers.reverse()
+        return command
+
+    patch.setattr(Rows, "_command_of", command_of)
 
 
 # The guest's side.
@@ -426,6 +455,7 @@ BUGS: Final[dict[str, Bug]] = {
         *(durable_write_trusts_any_epoch, overlapping_changes_at_once, half_frame_again),
         *(loss_is_never_told, torn_cache_believed, generation_not_stored, generation_ignored),
         *(flush_believed_when_sent, flush_hides_a_loss),
+        *(failed_merged_command_succeeds, merged_data_in_another_order),
     )
 } | {
     f"cache{bug.__name__}": bug

@@ -229,7 +229,7 @@ static void take_of(struct dp_turns *turns, struct dp_ring *ring, uint32_t room,
         turns->cut_short |= taken.is_full;
     } else {
         taken = dp_take_commands(queue, turns->disk, turns->route, turns->wire->channel,
-                                 turns->sequence, turns->may_write, true,
+                                 turns->rows, turns->may_write, true,
                                  turns->commands + turns->command_count,
                                  room - turns->command_count, *pieces);
         *pieces -= pieces_of(turns, taken.reads + taken.writes + taken.flushes);
@@ -303,19 +303,21 @@ static size_t gather(struct dp_turns *turns, uint64_t *bytes)
     for (uint32_t index = 0; index < turns->command_count; index++) {
         struct dp_command *command = &turns->commands[index];
 
-        memcpy(header, command->header, DP_COMMAND_BYTES);
-        if (count && !turns->commands[index - 1].payload_bytes)
-            turns->pieces[count - 1].iov_len += DP_COMMAND_BYTES;
-        else
-            turns->pieces[count++] = (struct iovec){header, DP_COMMAND_BYTES};
-        header += DP_COMMAND_BYTES;
+        if (command->header_bytes) {
+            memcpy(header, command->header, DP_COMMAND_BYTES);
+            if (count && !turns->commands[index - 1].payload_bytes)
+                turns->pieces[count - 1].iov_len += DP_COMMAND_BYTES;
+            else
+                turns->pieces[count++] = (struct iovec){header, DP_COMMAND_BYTES};
+            header += DP_COMMAND_BYTES;
+        }
         for (uint32_t at = 0; at < command->segment_count; at++) {
             const struct dp_segment *segment = &dp_payload(command)[at];
 
             turns->pieces[count++] = (struct iovec){
                 command->queue->regions[segment->region].at + segment->at, segment->length};
         }
-        *bytes += DP_COMMAND_BYTES + command->payload_bytes;
+        *bytes += command->header_bytes + command->payload_bytes;
     }
     return count;
 }

@@ -57,7 +57,7 @@ struct dp_turns {
     struct dp_wire wires[DP_WIRES];
     uint32_t wire_count;
     const uint64_t *route;
-    uint64_t *sequence;
+    uint64_t *rows; /* the cells of `Rows` */
 
     /* Or there is a cache, or NULL. */
     const struct dp_resident *cache;

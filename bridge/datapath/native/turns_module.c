@@ -22,8 +22,8 @@ struct state {
 struct held {
     PyObject *keeps[RINGS_MAX + DP_WIRES];
     uint32_t count;
-    Py_buffer disk, route, sequence;
-    bool has_disk, has_route, has_sequence;
+    Py_buffer disk, route, rows;
+    bool has_disk, has_route, has_rows;
 };
 
 static void drop_turns(PyObject *capsule)
@@ -162,11 +162,11 @@ static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
     if (dp_borrow_cells(route, &held->route, 8 * DP_ROUTE_CELLS) < 0)
         return -1;
     held->has_route = true;
-    if (dp_borrow_cells(rows, &held->sequence, 8) < 0)
+    if (dp_borrow_cells(rows, &held->rows, 8 * DP_ROWS_CELLS) < 0)
         return -1;
-    held->has_sequence = true;
+    held->has_rows = true;
     turns->route = held->route.buf;
-    turns->sequence = held->sequence.buf;
+    turns->rows = held->rows.buf;
     return hold_wires(turns, held, places);
 }
 
@@ -178,8 +178,8 @@ static void let_go(struct held *held)
         PyBuffer_Release(&held->disk);
     if (held->has_route)
         PyBuffer_Release(&held->route);
-    if (held->has_sequence)
-        PyBuffer_Release(&held->sequence);
+    if (held->has_rows)
+        PyBuffer_Release(&held->rows);
 }
 
 static PyObject *others_of(const struct dp_turns *turns)
@@ -210,19 +210,20 @@ static PyObject *views_of(const struct state *state, const struct dp_command *co
 static int add_unsent(const struct state *state, const struct dp_command *command, uint64_t skip,
                       PyObject *list)
 {
+    uint64_t header_bytes = command->header_bytes;
     PyObject *views;
     int failed;
 
-    if (skip < DP_COMMAND_BYTES) {
+    if (skip < header_bytes) {
         if (dp_append(list, PyBytes_FromStringAndSize((const char *)command->header + skip,
-                                                      (Py_ssize_t)(DP_COMMAND_BYTES - skip))) < 0)
+                                                      (Py_ssize_t)(header_bytes - skip))) < 0)
             return -1;
-        skip = DP_COMMAND_BYTES;
+        skip = header_bytes;
     }
     if (!command->payload_bytes)
         return 0;
     views = views_of(state, command);
-    failed = views ? dp_append_payload(list, views, command, skip - DP_COMMAND_BYTES) : -1;
+    failed = views ? dp_append_payload(list, views, command, skip - header_bytes) : -1;
     Py_XDECREF(views);
     return failed;
 }
@@ -236,7 +237,7 @@ static PyObject *unsent_of(const struct state *state)
 
     for (uint32_t index = 0; list && index < turns->command_count; index++) {
         const struct dp_command *command = &turns->commands[index];
-        uint64_t bytes = DP_COMMAND_BYTES + (uint64_t)command->payload_bytes;
+        uint64_t bytes = (uint64_t)command->header_bytes + command->payload_bytes;
 
         if (skip >= bytes) {
             skip -= bytes;
