@@ -17,8 +17,10 @@ from tests.ceph.cluster import Cluster, install
 from tests.processes import short_directory
 from tests.torture import campaign, endurance
 from tests.torture.campaign import Plan
-from tests.torture.disk import PROFILES, Profile
+from tests.torture.disk import OTHERS, PROFILES, Profile
 from tests.torture.tally import Tally
+
+_ALL = (*PROFILES, *OTHERS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         choices=["endurance"],
         help="a compressed week instead: nothing grows",
     )
-    parser.add_argument("--disks", type=int, default=len(PROFILES), help="so many, at most")
+    parser.add_argument("--disks", type=int, default=len(_ALL), help="so many, at most")
     parser.add_argument("--ceph", action="store_true", help="one more disk, on a Ceph of one node")
     chosen = parser.parse_args(arguments)
     seed = chosen.seed or os.urandom(4).hex()
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         seed=seed,
         hours=1.0 if no_limit else chosen.hours or 0.0,
         kills=300 if no_limit else chosen.kills or 0,
-        profiles=PROFILES[: chosen.disks],
+        profiles=_ALL[: chosen.disks],
     )
     with _ceph() if chosen.ceph else nullcontext(()) as more:
         plan = replace(plan, profiles=(*plan.profiles, *more))

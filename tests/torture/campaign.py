@@ -14,6 +14,7 @@ import trio
 
 from tests.processes import short_directory
 from tests.sim.oracle import Violation
+from tests.torture.clients import missing
 from tests.torture.disk import PROFILES, Disk, Profile
 from tests.torture.faults import FAULTS, Fault, draw
 from tests.torture.pressure import clock_library
@@ -84,6 +85,9 @@ class Campaign:
         self._say(f"logs, and what happened when: {kept}")
 
     async def _torture(self, number: int, profile: Profile) -> None:
+        if why := await trio.to_thread.run_sync(missing, profile.client):
+            self.tally.left_out[f"disks of {profile.client}"] = why
+            return
         folder = self._folder / f"disk{number}"
         folder.mkdir()
         disk = Disk(number, profile, folder, self._plan.seed, self.tally, library=self._library)

@@ -11,17 +11,19 @@ from random import Random
 
 import trio
 
+from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
 from bridge.units import SECTOR_BYTES
 from tests.ceph.cluster import Cluster
 from tests.processes import bridge_argv, unix_uri
-from tests.torture.guest import Guest
+from tests.torture.clients import LIBBLKIO, BlkioClient, Driver
+from tests.torture.guest import LARGEST_SECTORS, Guest
 from tests.torture.oracle import DiskOracle
 from tests.torture.places import Place, small_place
 from tests.torture.pressure import JumpingClock
 from tests.torture.processes import Program
 from tests.torture.proxy import Proxy
 from tests.torture.servers import KINDS, create_rbd_image, server_argv
-from tests.torture.tally import Tally
+from tests.torture.tally import OWN, Tally
 
 MIB = 1 << 20
 REQUEST_TIMEOUT_S = 10
@@ -42,6 +44,8 @@ class Profile:
     size_bytes: int = 32 * MIB
     cache_bytes: int = 8 * MIB
     bug: str = ""
+    client: str = OWN
+    """Who makes the requests; another one is in `clients.py`."""
     cluster: Cluster | None = None
     """Of `rbd`."""
 
@@ -49,6 +53,7 @@ class Profile:
         words = [self.server, self.cache, self.engine, f"{self.queues} queues"]
         words += ["packed"] if self.packed else []
         words += ["proxy"] if self.proxied else []
+        words += [self.client] if self.client != OWN else []
         return " ".join(words)
 
 
@@ -62,6 +67,9 @@ PROFILES = (
     Profile("file", "off", engine="pure", queues=1, small_file_systems=True),
     Profile("plugin-lossy", "off", packed=True),
 )
+
+OTHERS = (Profile("plugin", "writeback", client=LIBBLKIO),)
+"""Disks of other people's front-ends."""
 
 
 class Disk:
@@ -103,13 +111,29 @@ class Disk:
             keeps_completed=profile.cache != "writeback" and not self.kind.loses_unflushed,
         )
         self.guest = Guest(
-            self.vhost,
+            self._driver,
             self.oracle,
             Random(f"{self._seed}/guest"),
             tally,
-            queues=profile.queues,
-            packed=profile.packed,
+            client=profile.client,
+            reconnects=profile.client != LIBBLKIO,
             discards=not (self.kind.trims_past_its_cache and self.has_cache),
+        )
+
+    def _driver(self) -> Driver:
+        """The front-end of one guest's."""
+        profile = self.profile
+        if profile.client == LIBBLKIO:
+            log = self.folder / "client.log"
+            return BlkioClient(self.number, log, self.vhost, self.folder, profile.queues)
+        return BlkDriver(
+            self.vhost,
+            num_queues=profile.queues,
+            queue_size=64,
+            request_bytes=LARGEST_SECTORS * SECTOR_BYTES,
+            segment_bytes=16384,
+            features=PACKED_FEATURES if profile.packed else FEATURES,
+            inflight=True,
         )
 
     def _make_files(self) -> None:
@@ -239,6 +263,7 @@ class Disk:
             argv[argv.index("bridge")] = "tests.torture.planted"
             self._environment["TORTURE_PLANTED_BUG"] = self.profile.bug
         self.bridge.start(argv, self._environment)
+        self.guest.bridge_begins()
 
     async def kill_bridge(self) -> None:
         """SIGKILL."""

@@ -21,6 +21,7 @@ from tests.torture.bridge_faults import (
     clock_jumps,
     memory_taken,
 )
+from tests.torture.clients import LIBBLKIO
 from tests.torture.disk import REQUEST_TIMEOUT_S, Disk
 from tests.torture.processes import Program
 from tests.torture.servers import ERROR_FILTER, FILTERS
@@ -288,6 +289,10 @@ def _cache_on_disk(disk: Disk) -> bool:
     return disk.has_cache and not disk.cache.can_be_filled
 
 
+def _can_pause(disk: Disk) -> bool:
+    return disk.profile.client != LIBBLKIO
+
+
 def _has_clock(disk: Disk) -> bool:
     return disk.clock is not None
 
@@ -317,7 +322,7 @@ FAULTS = (
     Fault("clock jumps", clock_jumps, 1, _has_clock),
     Fault("memory taken away", memory_taken, 1, _cache_on_disk),
     Fault("guest reset", guest_reset, 1, alone=True),
-    Fault("guest pauses", guest_pauses, 1, alone=True),
+    Fault("guest pauses", guest_pauses, 1, _can_pause, alone=True),
 )
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
-from pathlib import Path
 from random import Random
 
 import trio
 
 from bridge.errors import BridgeError, ConnectionLost, RequestError
-from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
 from bridge.spec.virtio_blk import F_DISCARD, F_WRITE_ZEROES
 from bridge.units import SECTOR_BYTES
 from tests.sim.oracle import Change, Violation
+from tests.torture.clients import Driver, MakeDriver
 from tests.torture.content import numbers_of, sectors_of
 from tests.torture.oracle import DiskOracle
 from tests.torture.tally import Tally
@@ -52,7 +51,7 @@ class Excuses:
 
 @dataclass(eq=False)
 class Under:
-    """A request under way: for those who look for one that hangs."""
+    """A request under way, or a start: for those who look for one that hangs."""
 
     kind: str
     began_tick: int
@@ -63,28 +62,24 @@ class Guest:
 
     def __init__(
         self,
-        vhost: Path,
+        make_driver: MakeDriver,
         oracle: DiskOracle,
         rng: Random,
         tally: Tally,
         *,
-        queues: int,
-        packed: bool,
+        client: str,
+        reconnects: bool,
         discards: bool,
     ) -> None:
-        self._vhost = vhost
+        """`make_driver`: of the front-end, at each start of a guest; `client` is its name.
+        `reconnects`: it goes on with another bridge."""
+        self._make_driver = make_driver
+        self._client = client
+        self._reconnects = reconnects
         self.oracle = oracle
         self._rng = rng
         self._tally = tally
         self._discards = discards
-        self._options = {
-            "num_queues": queues,
-            "queue_size": 64,
-            "request_bytes": LARGEST_SECTORS * SECTOR_BYTES,
-            "segment_bytes": 16384,
-            "features": PACKED_FEATURES if packed else FEATURES,
-            "inflight": True,
-        }
         self.excuses = Excuses()
         self.tick = 0
         """Seconds of this process's own time: it stands still while the campaign is stopped."""
@@ -93,7 +88,7 @@ class Guest:
         self.boots = 0
         self._flush_done = trio.Event()
         self._unanswered: set[Change] = set()
-        self._driver: BlkDriver | None = None
+        self._driver: Driver | None = None
         self._session: trio.CancelScope | None = None
         self._watch: trio.CancelScope | None = None
         self._last_flush_since = -1
@@ -108,7 +103,8 @@ class Guest:
         """Be a guest, and another one after each reset."""
         while True:
             with trio.CancelScope() as self._session:
-                driver = await self._boot()
+                with self._waiting("start of a guest"):
+                    driver = await self._boot()
                 try:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._stay_connected, driver)
@@ -121,9 +117,9 @@ class Guest:
                     self._unanswered.clear()
                     driver.close()
 
-    async def _boot(self) -> BlkDriver:
+    async def _boot(self) -> Driver:
         while True:
-            driver = BlkDriver(self._vhost, **self._options)  # type: ignore[arg-type]
+            driver = self._make_driver()
             try:
                 await driver.start()
             except BridgeError:
@@ -144,7 +140,12 @@ class Guest:
         while self._driver is not None:
             await trio.lowlevel.checkpoint()
 
-    async def _stay_connected(self, driver: BlkDriver) -> None:
+    def bridge_begins(self) -> None:
+        """A new bridge: a front-end that does not reconnect is replaced."""
+        if not self._reconnects and self._session is not None:
+            self._session.cancel()
+
+    async def _stay_connected(self, driver: Driver) -> None:
         """As QEMU does with `reconnect`."""
         while True:
             with trio.CancelScope() as self._watch, suppress(ConnectionLost):
@@ -154,7 +155,7 @@ class Guest:
                 if not self._watch.cancelled_caught:
                     await self._reconnect(driver)
 
-    async def _reconnect(self, driver: BlkDriver) -> None:
+    async def _reconnect(self, driver: Driver) -> None:
         while True:
             try:
                 await driver.reconnect()
@@ -286,10 +287,9 @@ class Guest:
 
     async def _done(self, kind: str, since: int, send: Callable[[], Awaitable[None]]) -> bool:
         """Send a request; whether it succeeded. Raises Violation if it fails without a reason."""
-        under = Under(kind, self.tick)
-        self.under_way.add(under)
         try:
-            await send()
+            with self._waiting(kind):
+                await send()
         except RequestError as error:
             if not self.excuses.has(kind, since):
                 raise Violation(
@@ -297,10 +297,19 @@ class Guest:
                 ) from error
             self._tally.errors[kind] += 1
             return False
+        self._tally.requests[kind] += 1
+        self._tally.clients[self._client] += 1
+        return True
+
+    @contextmanager
+    def _waiting(self, kind: str) -> Iterator[None]:
+        """Whoever looks for what hangs knows of it."""
+        under = Under(kind, self.tick)
+        self.under_way.add(under)
+        try:
+            yield
         finally:
             self.under_way.discard(under)
-        self._tally.requests[kind] += 1
-        return True
 
     def oldest_age_ticks(self) -> tuple[int, str]:
         """Age of the request that has waited longest, and its kind."""

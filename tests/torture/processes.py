@@ -16,7 +16,8 @@ _LOOK_EVERY_S = 0.05
 _LIBC = ctypes.CDLL(None)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Called in a new process: it is killed when the campaign ends."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -51,7 +52,7 @@ class Program:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **more_environment},
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     async def kill(self) -> None:

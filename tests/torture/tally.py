@@ -6,6 +6,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+OWN = "our own"
+"""The client that is this project's own front-end."""
+
 
 @dataclass
 class Tally:
@@ -15,6 +18,8 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter)
     """SIGKILLs that met a running process, by what it was."""
     requests: Counter[str] = field(default_factory=Counter)
+    clients: Counter[str] = field(default_factory=Counter)
+    """Requests that succeeded, by who made them."""
     errors: Counter[str] = field(default_factory=Counter)
     """Requests that failed while a fault explains it."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -33,10 +38,15 @@ class Tally:
         """A problem of that kind was found."""
         return any(re.search(pattern, problem) for problem in self.problems)
 
+    def _others(self) -> str:
+        return "".join(
+            f", {count} of {name}" for name, count in sorted(self.clients.items()) if name != OWN
+        )
+
     def line(self) -> str:
         """All of it in one line."""
         return (
-            f"{self.verified_bytes / 1e9:.2f} GB verified, {sum(self.requests.values())} requests "
-            f"({sum(self.errors.values())} failed with a reason), {self.killed} kills, "
-            f"{sum(self.faults.values())} faults"
+            f"{self.verified_bytes / 1e9:.2f} GB verified, {sum(self.requests.values())} requests"
+            f"{self._others()} ({sum(self.errors.values())} failed with a reason), "
+            f"{self.killed} kills, {sum(self.faults.values())} faults"
         )

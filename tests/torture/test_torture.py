@@ -238,6 +238,7 @@ def small(server: str, cache: str, bug: str = "") -> Profile:
     return Profile(server, cache, engine="pure", bug=bug, size_bytes=8 * MIB, cache_bytes=4 * MIB)
 
 
+HANGS = "(read|write|zeroes|discard|flush) hangs for"
 LOST = "the image has|the guest reads"
 
 
@@ -257,7 +258,7 @@ def planted(
         pytest.param(small("lying", "off"), "bridge killed", LOST, id="lying server"),
         pytest.param(small("lying", "writeback"), "bridge killed", LOST, id="lying, with a cache"),
         planted("cache_evicts_dirty", "bridge killed", LOST),
-        planted("recovered_forgotten", "bridge killed", "hangs for", cache="off"),
+        planted("recovered_forgotten", "bridge killed", HANGS, cache="off"),
         planted(
             "stop_without_flush", "guest pauses", "the guest's stop was answered, the image has"
         ),
