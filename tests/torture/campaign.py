@@ -14,9 +14,9 @@ import trio
 
 from tests.processes import short_directory
 from tests.sim.oracle import Violation
-from tests.torture.clients import missing
 from tests.torture.disk import PROFILES, Disk, Profile
 from tests.torture.faults import FAULTS, Fault, draw
+from tests.torture.front_ends import missing
 from tests.torture.pressure import clock_library
 from tests.torture.tally import Tally
 
@@ -112,7 +112,7 @@ class Campaign:
             self.tally.faults[fault.name] += 1
             self.tally.story.append(f"{self._ticks} disk {disk.number}: {fault.name}")
             await fault.happen(disk)
-            if fault.alone or disk.rng.random() >= _NO_RECOVERY:
+            if fault.alone or disk.has_to_recover or disk.rng.random() >= _NO_RECOVERY:
                 await disk.recovers()
         await disk.recovers()
 

@@ -10,7 +10,6 @@ Only numbers of writes are passed: content is made, and looked at, over there.
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
@@ -23,22 +22,12 @@ import trio
 from bridge.errors import BridgeError, ConnectionLost, RequestError
 from bridge.spec.virtio_blk import F_DISCARD, F_WRITE_ZEROES
 from bridge.units import SECTOR_BYTES
-from tests.peers import PeersMissing
-from tests.peers import setup as setup_peers
 from tests.sim.oracle import Violation
-from tests.tools import peer
 from tests.torture.content import TORN, numbers_of, sectors_of
 from tests.torture.processes import die_with_parent
 
-LIBBLKIO = "libblkio"
 _NONSENSE = b"\xff" * SECTOR_BYTES
 _LINE_BYTES = 65536
-_ROOT = Path(__file__).parents[2]
-_WHAT_BLKIO_NEEDS = (
-    "bridge/units.py",
-    "tests/torture/content.py",
-    "tests/torture/blkio_client.py",
-)
 
 
 class Driver(Protocol):
@@ -58,6 +47,9 @@ class Driver(Protocol):
     async def write_zeroes(
         self, ranges: Sequence[tuple[int, int]], *, unmap: bool = False
     ) -> None: ...
+
+
+MakeDriver = Callable[[], Driver]
 
 
 class _Reply:
@@ -200,34 +192,3 @@ class Client:
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line.decode().strip()
-
-
-class BlkioClient(Client):
-    """libblkio, from the chroot with newer peers. It does not reconnect to a new bridge."""
-
-    def __init__(self, disk: int, log: Path, vhost: Path, folder: Path, queues: int) -> None:
-        """`folder`: below /tmp, the chroot's own."""
-        super().__init__(disk, log)
-        self._arguments = [str(vhost), str(disk), str(queues)]
-        self._modules = folder / "modules"
-        for name in _WHAT_BLKIO_NEEDS:
-            target = self._modules / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(_ROOT / name, target)
-
-    def _launch(self, fd: int) -> list[str]:
-        program = ["python3", "-m", "tests.torture.blkio_client", str(fd), *self._arguments]
-        return peer("env", f"PYTHONPATH={self._modules}", *program)
-
-
-def missing(client: str) -> str:
-    """Why this machine cannot have disks of `client`; "" if it can."""
-    try:
-        if client == LIBBLKIO:
-            setup_peers()
-    except PeersMissing as error:
-        return str(error)
-    return ""
-
-
-MakeDriver = Callable[[], Driver]

@@ -15,7 +15,14 @@ from bridge.peers.blk_driver import FEATURES, PACKED_FEATURES, BlkDriver
 from bridge.units import SECTOR_BYTES
 from tests.ceph.cluster import Cluster
 from tests.processes import bridge_argv, unix_uri
-from tests.torture.clients import LIBBLKIO, BlkioClient, Driver
+from tests.torture.clients import Driver
+from tests.torture.front_ends import (
+    LIBBLKIO,
+    LINUX,
+    BlkioClient,
+    LinuxGuest,
+    build_machine,
+)
 from tests.torture.guest import LARGEST_SECTORS, Guest
 from tests.torture.oracle import DiskOracle
 from tests.torture.places import Place, small_place
@@ -45,7 +52,7 @@ class Profile:
     cache_bytes: int = 8 * MIB
     bug: str = ""
     client: str = OWN
-    """Who makes the requests; another one is in `clients.py`."""
+    """Who makes the requests; another one is in `front_ends.py`."""
     cluster: Cluster | None = None
     """Of `rbd`."""
 
@@ -68,7 +75,10 @@ PROFILES = (
     Profile("plugin-lossy", "off", packed=True),
 )
 
-OTHERS = (Profile("plugin", "writeback", client=LIBBLKIO),)
+OTHERS = (
+    Profile("plugin", "writeback", client=LIBBLKIO),
+    Profile("plugin-lossy", "writeback", client=LINUX),
+)
 """Disks of other people's front-ends."""
 
 
@@ -103,6 +113,7 @@ class Disk:
         self._stack = ExitStack()
         self.proxy = Proxy(self.nbd, Random(f"{self._seed}/proxy")) if profile.proxied else None
         self._make_files()
+        self._machine = build_machine(folder) if profile.client == LINUX else None
         self.oracle = DiskOracle(
             number,
             profile.size_bytes // SECTOR_BYTES,
@@ -123,8 +134,10 @@ class Disk:
     def _driver(self) -> Driver:
         """The front-end of one guest's."""
         profile = self.profile
+        log = self.folder / "client.log"
+        if self._machine is not None:
+            return LinuxGuest(self.number, log, self.vhost, self._machine, profile.queues)
         if profile.client == LIBBLKIO:
-            log = self.folder / "client.log"
             return BlkioClient(self.number, log, self.vhost, self.folder, profile.queues)
         return BlkDriver(
             self.vhost,
@@ -162,6 +175,11 @@ class Disk:
     def has_cache(self) -> bool:
         """The bridge has a cache file."""
         return self.profile.cache != "off"
+
+    @property
+    def has_to_recover(self) -> bool:
+        """No bridge may be killed before the guest can use it."""
+        return self._machine is not None and not self._machine.sure_to_reconnect
 
     @property
     def uri(self) -> str:

@@ -21,8 +21,8 @@ from tests.torture.bridge_faults import (
     clock_jumps,
     memory_taken,
 )
-from tests.torture.clients import LIBBLKIO
 from tests.torture.disk import REQUEST_TIMEOUT_S, Disk
+from tests.torture.front_ends import LIBBLKIO
 from tests.torture.processes import Program
 from tests.torture.servers import ERROR_FILTER, FILTERS
 
@@ -293,6 +293,10 @@ def _can_pause(disk: Disk) -> bool:
     return disk.profile.client != LIBBLKIO
 
 
+def _needs_no_recovery(disk: Disk) -> bool:
+    return not disk.has_to_recover
+
+
 def _has_clock(disk: Disk) -> bool:
     return disk.clock is not None
 
@@ -301,7 +305,7 @@ _FIRST_START = "cache's disk full at the first start"
 FAULTS = (
     Fault("server killed", server_killed, 3),
     Fault("bridge killed", bridge_killed, 3),
-    Fault("bridge killed again and again", bridge_killed_again),
+    Fault("bridge killed again and again", bridge_killed_again, 1, _needs_no_recovery),
     Fault("both killed", both_killed, 2, alone=True),
     Fault("host lost power", host_gone, 1, _has_image, alone=True),
     Fault("server stopped for a while", server_stopped),

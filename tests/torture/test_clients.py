@@ -6,8 +6,8 @@ import pytest
 
 from tests.torture import campaign
 from tests.torture.campaign import Plan
-from tests.torture.clients import LIBBLKIO
 from tests.torture.disk import MIB, Profile
+from tests.torture.front_ends import LIBBLKIO, LINUX
 
 LOST = "the image has|the guest reads"
 
@@ -16,15 +16,16 @@ def quiet(line: str) -> None:
     """What a campaign says on its way."""
 
 
-def small(client: str, *, server: str = "plugin", bug: str = "") -> Profile:
+def small(
+    client: str, *, server: str = "plugin", cache: str = "writeback", bug: str = ""
+) -> Profile:
     """A disk of this client's whose cache is smaller than it is."""
-    return Profile(
-        server, "writeback", client=client, bug=bug, size_bytes=8 * MIB, cache_bytes=4 * MIB
-    )
+    return Profile(server, cache, client=client, bug=bug, size_bytes=8 * MIB, cache_bytes=4 * MIB)
 
 
 CLIENTS = [
     pytest.param(LIBBLKIO, marks=pytest.mark.peers),
+    pytest.param(LINUX, marks=pytest.mark.qemu),
 ]
 
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -45,10 +46,14 @@ def test_killed_under_another_front_end_nothing_is_lost(client: str) -> None:
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize(
-    ("server", "bug"), [("lying", ""), ("plugin", "cache_evicts_dirty")], ids=["server", "bridge"]
+    ("server", "cache", "bug"),
+    [("lying", "off", ""), ("plugin", "writeback", "cache_evicts_dirty")],
+    ids=["server", "bridge"],
 )
-def test_planted_loss_is_found_under_another_front_end(client: str, server: str, bug: str) -> None:
-    profile = small(client, server=server, bug=bug)
+def test_planted_loss_is_found_under_another_front_end(
+    client: str, server: str, cache: str, bug: str
+) -> None:
+    profile = small(client, server=server, cache=cache, bug=bug)
     plan = Plan(seed="planted", hours=1, profiles=[profile], only=("bridge killed",))
     tally = campaign.run(plan, quiet)
     assert tally.has(LOST), tally.problems
