@@ -9,6 +9,7 @@ from tests.sim.oracle import Violation
 from tests.torture.disk import Disk
 from tests.torture.pressure import page_out
 
+_LEAST_SHARE = 0.4
 _JUMPS_S = (-86_400, -3_600, -1, 1, 60, 3_600, 10_000_000)
 
 
@@ -89,6 +90,22 @@ async def clock_jumps(disk: Disk) -> None:
     """The wall clock that the bridge sees jumps."""
     assert disk.clock is not None
     disk.clock.jump_to(disk.rng.choice(_JUMPS_S))
+
+
+async def memory_limited(disk: Disk) -> None:
+    """Server or bridge may have less memory than it uses. What the kernel cannot take from it, it
+    may kill it for, again and again."""
+    programs = [disk.server] if disk.has_to_recover else [disk.server, disk.bridge]
+    group = disk.rng.choice(programs).group
+    assert group is not None
+    disk.begin_flush_excuse()
+    before = group.at_limit
+    group.limit(int(group.usage_bytes * disk.rng.uniform(_LEAST_SHARE, 1)))
+    try:
+        await disk.sleep(1, 4)
+    finally:
+        disk.tally.times_at_limit += group.at_limit - before
+        group.unlimited()
 
 
 async def memory_taken(disk: Disk) -> None:

@@ -17,6 +17,7 @@ from tests.sim.oracle import Violation
 from tests.torture.disk import PROFILES, Disk, Profile
 from tests.torture.faults import FAULTS, Fault, draw
 from tests.torture.front_ends import missing
+from tests.torture.memory import Hierarchy, NoLimits
 from tests.torture.pressure import clock_library
 from tests.torture.tally import Tally
 
@@ -56,12 +57,17 @@ class Campaign:
         self._ticks = 0
         self._over = trio.Event()
         self._library: Path | None = None
+        self._limits: Hierarchy | None = None
 
     async def run(self) -> Tally:
         """All of it."""
         self._library = clock_library(self._folder)
         if self._library is None:
             self.tally.left_out["clock jumps"] = "there is no C compiler"
+        try:
+            self._limits = Hierarchy()
+        except NoLimits as error:
+            self.tally.left_out["memory limits"] = str(error)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._clock)
@@ -90,7 +96,15 @@ class Campaign:
             return
         folder = self._folder / f"disk{number}"
         folder.mkdir()
-        disk = Disk(number, profile, folder, self._plan.seed, self.tally, library=self._library)
+        disk = Disk(
+            number,
+            profile,
+            folder,
+            self._plan.seed,
+            self.tally,
+            library=self._library,
+            limits=self._limits,
+        )
         self.disks.append(disk)
         if profile.small_file_systems and not disk.storage.can_be_filled:
             self.tally.left_out["disks that are full"] = "only root may mount small file systems"

@@ -24,6 +24,7 @@ from tests.torture.front_ends import (
     build_machine,
 )
 from tests.torture.guest import LARGEST_SECTORS, Guest
+from tests.torture.memory import Hierarchy
 from tests.torture.oracle import DiskOracle
 from tests.torture.places import Place, small_place
 from tests.torture.pressure import JumpingClock
@@ -94,8 +95,9 @@ class Disk:
         tally: Tally,
         *,
         library: Path | None = None,
+        limits: Hierarchy | None = None,
     ) -> None:
-        """`folder`: where everything is. `library`: for clocks that jump."""
+        """`folder`: where everything is. `library`: for clocks that jump. `limits`: of memory."""
         self.number = number
         self.profile = profile
         self.kind = KINDS[profile.server]
@@ -105,8 +107,9 @@ class Disk:
         self.nbd = folder / "nbd"
         self.vhost = folder / "vhost"
         self.control = folder / "api"
-        self.server = Program("server", folder / "server.log")
-        self.bridge = Program("bridge", folder / "bridge.log")
+        groups = [limits and limits.group(f"{number}-{name}") for name in ("server", "bridge")]
+        self.server = Program("server", folder / "server.log", groups[0])
+        self.bridge = Program("bridge", folder / "bridge.log", groups[1])
         self.clock = JumpingClock(library, folder / "clock") if library else None
         self._environment = self.clock.environment if self.clock else {}
         self._seed = f"{seed}/{number}"
@@ -168,6 +171,9 @@ class Disk:
 
     def close(self) -> None:
         """Give files back; everything has ended before."""
+        for group in (self.server.group, self.bridge.group):
+            if group is not None:
+                group.remove()
         self.oracle.close()
         self._stack.close()
 
@@ -211,15 +217,22 @@ class Disk:
             self.close()
 
     def _bridge_ended(self, status: int) -> None:
-        """It never does: it waits for its server at the start, too."""
+        """It never does: it waits for its server at the start, too. The kernel may kill it."""
+        if self.bridge.was_out_of_memory(status):
+            self.tally.kills["bridge, out of memory"] += 1
+            self.begin_flush_excuse()
+            self.start_bridge()
+            return
         self.tally.problems.append(
             f"disk {self.number}: the bridge ended by itself ({status}): {self.bridge.said()}"
         )
 
     def _server_ended(self, status: int) -> None:
         """nbdkit 1.32 aborts when a client hangs up with parallel requests in flight."""
-        if self.kind.has_filters and status == -signal.SIGABRT:
-            self.tally.kills["server, by itself"] += 1
+        out_of_memory = self.server.was_out_of_memory(status)
+        if out_of_memory or (self.kind.has_filters and status == -signal.SIGABRT):
+            why = "out of memory" if out_of_memory else "by itself"
+            self.tally.kills[f"server, {why}"] += 1
             self._server_died()
             self.start_server()
         else:

@@ -19,6 +19,7 @@ from tests.torture.bridge_faults import (
     cache_disk_full,
     cache_disk_full_at_first_start,
     clock_jumps,
+    memory_limited,
     memory_taken,
 )
 from tests.torture.disk import REQUEST_TIMEOUT_S, Disk
@@ -297,6 +298,10 @@ def _needs_no_recovery(disk: Disk) -> bool:
     return not disk.has_to_recover
 
 
+def _has_limits(disk: Disk) -> bool:
+    return disk.bridge.group is not None
+
+
 def _has_clock(disk: Disk) -> bool:
     return disk.clock is not None
 
@@ -325,6 +330,7 @@ FAULTS = (
     Fault("bridge upgraded", bridge_upgraded),
     Fault("clock jumps", clock_jumps, 1, _has_clock),
     Fault("memory taken away", memory_taken, 1, _cache_on_disk),
+    Fault("memory limited", memory_limited, 1, _has_limits, alone=True),
     Fault("guest reset", guest_reset, 1, alone=True),
     Fault("guest pauses", guest_pauses, 1, _can_pause, alone=True),
 )

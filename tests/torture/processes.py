@@ -11,6 +11,8 @@ from pathlib import Path
 
 import trio
 
+from tests.torture.memory import MemoryGroup
+
 _PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_S = 0.05
 _LIBC = ctypes.CDLL(None)
@@ -24,9 +26,12 @@ def die_with_parent() -> None:
 class Program:
     """One process at a time, with one log for all of them."""
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, log: Path, group: MemoryGroup | None = None) -> None:
+        """`group`: of all of its processes."""
         self.name = name
         self.log = log
+        self.group = group
+        self._kills_seen = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -52,8 +57,20 @@ class Program:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **more_environment},
-                preexec_fn=die_with_parent,
+                preexec_fn=self._begin,
             )
+
+    def _begin(self) -> None:
+        die_with_parent()
+        if self.group is not None:
+            self.group.enter()
+
+    def was_out_of_memory(self, status: int) -> bool:
+        """It ended with `status` because the kernel killed it at its memory limit."""
+        if self.group is None or status != -signal.SIGKILL:
+            return False
+        seen, self._kills_seen = self._kills_seen, self.group.kills
+        return self._kills_seen > seen
 
     async def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""

@@ -28,6 +28,8 @@ class Tally:
     """Which fault began in which second."""
     problems: list[str] = field(default_factory=list)
     verified_bytes: int = 0
+    times_at_limit: int = 0
+    """How often the kernel had to take memory from a process because of its limit."""
 
     @property
     def killed(self) -> int:
@@ -48,5 +50,6 @@ class Tally:
         return (
             f"{self.verified_bytes / 1e9:.2f} GB verified, {sum(self.requests.values())} requests"
             f"{self._others()} ({sum(self.errors.values())} failed with a reason), "
-            f"{self.killed} kills, {sum(self.faults.values())} faults"
+            f"{self.killed} kills, {sum(self.faults.values())} faults, "
+            f"{self.times_at_limit} times at a memory limit"
         )
