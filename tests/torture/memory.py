@@ -30,8 +30,8 @@ class _Files:
     """Of the line that counts; "" if the file is a number."""
 
 
-_V2 = _Files("memory.max", "max", "memory.current", "memory.events", "memory.events", "max")
-_V1 = _Files(
+VERSION_2 = _Files("memory.max", "max", "memory.current", "memory.events", "memory.events", "max")
+_VERSION_1 = _Files(
     "memory.limit_in_bytes",
     "-1",
     "memory.usage_in_bytes",
@@ -126,7 +126,7 @@ def _mounted() -> tuple[Path, _Files]:
         _, place, kind, options, *_ = line.split()
         root = Path(place)
         if kind == "cgroup" and "memory" in options.split(","):
-            return root, _V1
+            return root, _VERSION_1
         if kind == "cgroup2" and "memory" in (root / "cgroup.subtree_control").read_text().split():
-            return root, _V2
+            return root, VERSION_2
     raise NoLimits("no hierarchy of control groups has the memory controller")

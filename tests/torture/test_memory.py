@@ -13,7 +13,7 @@ from tests.tiers import in_ci
 from tests.torture import campaign
 from tests.torture.campaign import Plan
 from tests.torture.disk import MIB, Profile
-from tests.torture.memory import Hierarchy, MemoryGroup, NoLimits
+from tests.torture.memory import VERSION_2, Hierarchy, MemoryGroup, NoLimits
 
 pytestmark = pytest.mark.root
 
@@ -65,6 +65,17 @@ def test_process_without_a_limit_any_more_is_not_killed(group: MemoryGroup) -> N
     group.unlimited()
     assert status_in(group, _NEEDS_MEMORY) == 0
     assert group.kills == 0
+
+
+def test_files_of_version_2_are_understood(directory: Path) -> None:
+    group = MemoryGroup(directory / "group", VERSION_2)
+    events = directory / "group" / "memory.events"
+    events.write_text("low 0\nhigh 0\nmax 169\noom 3\noom_kill 2\noom_group_kill 0\n")
+    assert (group.at_limit, group.kills) == (169, 2)
+    group.limit(4096)
+    assert (directory / "group" / "memory.max").read_text() == "4096"
+    group.unlimited()
+    assert (directory / "group" / "memory.max").read_text() == "max"
 
 
 @pytest.mark.nbdkit
