@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.datapath.request import Request
     from bridge.datapath.rows import Rows
 
-ABI: Final = 9
+ABI: Final = 10
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 

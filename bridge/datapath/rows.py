@@ -283,6 +283,8 @@ class Usual(Protocol):
     """Those of them that are writes."""
     is_armed: Callable[[], bool]
     """It is known already that something is not durable: `wrote` need not be called."""
+    wrote: Callable[[], None]
+    """Something is not durable: called before it is sent or published."""
     engine: Engine
     answers_at_once: bool
     """What is served is pushed, and to be published at the end of this turn."""
@@ -317,7 +319,8 @@ class Usual(Protocol):
         """Where they serve chains; None: not now."""
 
     def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
-        """So many chains were taken. There were writes only if it was `armed`."""
+        """So many chains were taken. If it was not armed, `wrote` was called before the first
+        write."""
 
     def turned(self, places: Sequence[Turned]) -> None:
         """So they have left the connections of `side`."""
@@ -378,7 +381,7 @@ class FromCache:
         self._side = (cache,)
         self._cache = cache
         self._counted = counted
-        self._wrote = wrote
+        self.wrote = wrote
 
     def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """See `Usual`. A flush has to look at all of the cache: none is usual."""
@@ -389,7 +392,7 @@ class FromCache:
             self._counted(reads, writes)
             if writes:
                 self.writes += writes
-                self._wrote()
+                self.wrote()
         return taken
 
     def tells(self, disk: FlushedDisk) -> None:
@@ -439,7 +442,7 @@ class ToServer:
         self._take_commands = rows.engine.take_commands
         self._route = route
         self._rows = rows
-        self._wrote = wrote
+        self.wrote = wrote
         self._wires: tuple[Wire, ...] = ()
         """Those of `side`."""
         self._flushes = rows.flushes = FlushRows(route)
@@ -487,7 +490,7 @@ class ToServer:
             if flat[FLUSHES]:
                 self._flushes.took(channel)
             elif writes:
-                self._wrote()
+                self.wrote()
         return taken
 
     def side(self) -> Side | None:

@@ -455,7 +455,7 @@ class Twin:
         flags = DEFAULT_FLAGS
         export = Export("", DISK_BYTES, flags, description, structured=self.structured)
         negotiated: Any = _Negotiated(ours, export)
-        self.lost: list[BridgeError] = []
+        self.lost: list[str] = []
         self.connection = Connection(
             negotiated,
             self.loop,
@@ -469,7 +469,7 @@ class Twin:
         self.loop.turn.end()
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
-        self.lost.append(error)
+        self.lost.append(str(error))
         self.session.leaving()
 
     def lose(self) -> None:
@@ -604,7 +604,7 @@ class Twin:
             "durable": (self.disk.is_durable, self.disk.flush_deadline_s, self.disk.unreported),
             "phase": (session.phase, session.resent_total, session.flushes_refused_total),
             "time": (session.next_deadline_s(), session.may_leave_writes),
-            "lost": [re.sub("cookie [0-9]+", "cookie", str(error)) for error in self.lost],
+            "lost": [re.sub("cookie [0-9]+", "cookie", error) for error in self.lost],
             "faults": self.faults,
             "bytes": (
                 self.engine.request_bytes[READ] + self.engine.limits[READ_BYTES],
@@ -653,6 +653,8 @@ class Twin:
                 ring.running.uses(gone)
                 ring.running.move(self.memory, self.areas(ring))
                 self.log(number, ring.is_logged)
+        if anew and not any(ring.running and ring.running.unanswered() for ring in self.rings):
+            self.check_given_up()
 
     def close(self) -> None:
         self.connection.close()
@@ -660,7 +662,8 @@ class Twin:
         os.close(self._high_fd)
 
     def check_given_up(self) -> None:
-        """No part has a view of a mapping before the last one."""
+        """No part has a view of memory that was mapped before: all that was the guest's is answered
+        or abandoned, whatever the server still has to answer."""
         former = self.given_up[:-2]
         del self.given_up[:-2]
         if not former:
@@ -766,7 +769,7 @@ class Script:
             for self.steps in range(steps):
                 self._step()
             self._finish()
-            self._both(Twin.check_given_up)
+            self._both(lambda twin: twin.move(anew=True, more=False))
         except AssertionError as error:
             raise AssertionError(f"seed {self.seed}, step {self.steps}: {error}") from error
         finally:
@@ -1027,7 +1030,9 @@ class Script:
         elif ring is None:
             return
         elif what == "stop":
-            self._both(lambda twin: twin.stop(number))
+            # (See `socket_twins`.)
+            if not self.twins[0].tracked or max(self.in_use) < 2:
+                self._both(lambda twin: twin.stop(number))
         elif what == "log":
             on = rng.random() < 0.5
             self._both(lambda twin: twin.log(number, on))

@@ -548,6 +548,13 @@ static int nobody_called(void *owner, uint32_t ring)
     return ring < QUEUES && ++world->calls % 64 ? 0 : -1;
 }
 
+static int nobody_armed(void *owner)
+{
+    struct world *world = owner;
+
+    return ++world->calls % 16 ? 0 : -1;
+}
+
 /* The commands that the server has got by now. */
 static void serve(struct world *world)
 {
@@ -601,6 +608,7 @@ static void turn(struct world *world, struct input *input)
     turns.until_ns = how & 0x10 ? UINT64_MAX : 0;
     turns.wait = nothing_comes;
     turns.call = nobody_called;
+    turns.begin_to_write = nobody_armed;
     turns.owner = world;
     dp_turns(&turns);
     if (turns.flushed > DP_TIMES)

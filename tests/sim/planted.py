@@ -317,6 +317,11 @@ def _plain(request: Any) -> Any:
     return request
 
 
+def connections_of_two_sessions(patch: Patch) -> None:
+    """Only the first connection's counters are looked at."""
+    patch.setattr("bridge.server.opening._difference", lambda exports: "")
+
+
 def no_grace(patch: Patch) -> None:
     """A new write does not wait for the old one of a lost connection."""
     patch.setattr(Changes, "_hold", _nothing)
@@ -371,6 +376,21 @@ def torn_cache_believed(patch: Patch) -> None:
 def fence_admits(patch: Patch) -> None:
     """The next session does not wait for what the last one has in flight."""
     patch.setattr(Fence, "_revoke", _nothing)
+
+
+def shared_session_admits(patch: Patch) -> None:
+    """In a session for migrations nothing keeps what a lost connection has left there from going
+    over a newer write."""
+    patch.setattr(Session, "_clients_before", lambda self, handle: [])
+
+
+def failed_session_is_kept(patch: Patch) -> None:
+    """A session whose flush has failed does not end before its idle members have left."""
+
+    def is_replaced_by(self: Session, name: Any) -> bool:
+        return self.is_open and name.client is not None and name.client == self.client
+
+    patch.setattr(Session, "is_replaced_by", is_replaced_by)
 
 
 def generation_not_stored(patch: Patch) -> None:
@@ -457,6 +477,7 @@ RARE: Final[dict[str, Bug]] = {
         *(stale_writes_not_expected, clean_mark_before_sync, fence_admits),
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
         *(flush_covers_what_came_later, flush_passes_durable_changes),
+        *(shared_session_admits, failed_session_is_kept, connections_of_two_sessions),
     )
 } | {
     f"cache{bug.__name__}": bug
@@ -468,7 +489,8 @@ RARE: Final[dict[str, Bug]] = {
         cache_bugs._growth_keeps_what_was_behind_the_end,
     )
 }
-"""Not found in the first few hundred programs: to be looked for by name. Other tests find them."""
+"""Not found in the first few hundred programs: to be looked for by name, with luck. Other tests
+find them, or a program of their own (`_FOUND_BY` in `test_sim`)."""
 
 
 def asserted() -> dict[str, Bug]:

@@ -474,6 +474,10 @@ class Steps:
 
         async def write(in_order: bool) -> None:
             await world.timeline.sleep(1)  # The server lets go of our session.
+            if not world.counts_writers:
+                # What a lost connection has left at the server is not kept from another host's
+                # writes (docs/durability.md): the operator waits.
+                await world.timeline.sleep(world.config.grace_s)
             if (in_order or kills) and world.server is not None:
                 world.write_elsewhere(first, count)
                 world.written_elsewhere = not in_order

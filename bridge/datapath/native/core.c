@@ -492,7 +492,7 @@ struct limits {
     uint64_t block_mask;
     uint64_t max_bytes[2]; /* of IN and OUT; 0: none at all */
     uint64_t merged_bytes[2];
-    bool can_flush;
+    bool may_write, can_flush;
 };
 
 static struct limits limits_of(const uint64_t *disk, const uint64_t *route, bool may_write,
@@ -503,14 +503,15 @@ static struct limits limits_of(const uint64_t *disk, const uint64_t *route, bool
         disk[DP_BLOCK_MASK] | route[DP_ALIGN_MASK],
         {
             whole ? route[DP_WHOLE_READ_BYTES] : least(route[DP_MAX_READ_BYTES], DP_LONG_BYTES - 1),
-            !disk[DP_MAY_WRITE] || !may_write ? 0
-            : whole                           ? route[DP_WHOLE_WRITE_BYTES]
-                                              : least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES),
+            !disk[DP_MAY_WRITE] ? 0
+            : whole             ? route[DP_WHOLE_WRITE_BYTES]
+                                : least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES),
         },
         {
             least(route[DP_WHOLE_READ_BYTES], DP_MERGED_BYTES),
             least(route[DP_WHOLE_WRITE_BYTES], DP_MERGED_BYTES),
         },
+        may_write,
         disk[DP_CAN_FLUSH] != 0,
     };
 }
@@ -545,7 +546,7 @@ static uint64_t command_at(const struct dp_queue *queue, uint32_t head,
     if (chain->length > limits->max_bytes[chain->type] ||
         !on_disk(chain->sector, chain->length, limits->capacity_bytes, limits->block_mask))
         return DP_STOP_RANGE;
-    return 0;
+    return chain->type == OUT && !limits->may_write ? DP_STOP_WRITE : 0;
 }
 
 /* Note `chain` in its row. `joins`: its command is that of another one. */

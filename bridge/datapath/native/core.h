@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 9
+#define DP_ABI 10
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {

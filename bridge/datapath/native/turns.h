@@ -50,6 +50,8 @@ struct dp_turns {
     uint32_t first_ring; /* another one in each turn */
     uint64_t *disk;
     bool may_write; /* it is known already that something is not durable */
+    /* Make that known, before the first write is taken; -1: it failed. */
+    int (*begin_to_write)(void *owner);
 
     /* Commands go to a server: the connections to it, if there are any. */
     struct dp_wire wires[DP_WIRES];

@@ -12,7 +12,9 @@ static const char TURNS[] = "bridge.Turns";
 struct state {
     struct dp_turns turns;
     struct dp_ring rings[RINGS_MAX];
-    PyObject *ring_objects; /* while it runs */
+    /* While it runs: */
+    PyObject *ring_objects;
+    PyObject *wrote; /* to be called before the first write */
     bool runs;
 };
 
@@ -69,6 +71,15 @@ static int call_driver(void *owner, uint32_t ring)
         PyErr_Occurred() ? NULL : PyTuple_GetItem(state->ring_objects, (Py_ssize_t)ring);
     PyObject *call = entry ? PyTuple_GetItem(entry, 2) : NULL;
     PyObject *result = call ? PyObject_CallNoArgs(call) : NULL;
+
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+static int begin_to_write(void *owner)
+{
+    struct state *state = owner;
+    PyObject *result = PyErr_Occurred() ? NULL : PyObject_CallNoArgs(state->wrote);
 
     Py_XDECREF(result);
     return result ? 0 : -1;
@@ -313,7 +324,8 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
     int ready, flags;
 
     turns->epoll_fd = (int)PyLong_AsLong(args[1]);
-    turns->may_write = PyObject_IsTrue(args[4]) > 0;
+    turns->may_write = Py_IsNone(args[4]);
+    state->wrote = args[4];
     turns->until_ns = PyLong_AsUnsignedLongLong(args[6]);
     turns->worked = PyObject_IsTrue(args[7]) > 0;
     if (PyErr_Occurred() || dp_borrow(args[3], &held->disk, 8 * DP_DISK_CELLS) < 0)
@@ -326,12 +338,13 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
         return ready < 0 ? NULL : Py_NewRef(Py_None);
     turns->wait = wait_for_events;
     turns->call = call_driver;
+    turns->begin_to_write = begin_to_write;
     turns->owner = state;
     flags = dp_turns(turns);
     return PyErr_Occurred() ? NULL : result_of(state, flags);
 }
 
-/* turns(state, epoll_fd, rings, disk, may_write, side, until_ns, worked) */
+/* turns(state, epoll_fd, rings, disk, wrote, side, until_ns, worked) */
 PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct held held = {0};
@@ -351,7 +364,7 @@ PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count
     state->runs = true;
     result = run(state, args, &held);
     state->runs = false;
-    state->ring_objects = NULL;
+    state->ring_objects = state->wrote = NULL;
     let_go(&held);
     return result;
 }
