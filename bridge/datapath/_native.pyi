@@ -16,9 +16,9 @@ def take_commands(
 def answers(channel: Channel, rows: Rows, start: int, end: int, /) -> tuple[int, bool]: ...
 def publish(queue: Queue, /) -> bool: ...
 
-Side = tuple[Resident] | tuple[Channel, int, Route, Rows, int, int]
-"""A cache; or a channel, its descriptor, the route and the rows, and where in the staging buffer
-what was received begins and ends."""
+Side = tuple[Resident] | tuple[Channel, int, Route, Rows, int, int, list[bytes | memoryview], bytes]
+"""A cache; or a channel, its descriptor, the route and the rows, where in the staging buffer what
+was received begins and ends, and the first two of what an earlier call had as `cells.Unsent`."""
 
 def new_turns(poll_max_ns: int, /) -> object: ...
 def turns(
@@ -39,7 +39,7 @@ def turns(
         int,
         int,
         list[tuple[int, int]],
-        list[bytes | memoryview],
+        tuple[list[bytes | memoryview], bytes, int],
         int,
         int,
         int,

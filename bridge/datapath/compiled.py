@@ -2,9 +2,9 @@
 
 One call is as many turns as fit into half a millisecond while everything is usual: it waits, takes
 replies, serves chains, sends, publishes and calls. It ends as soon as anything else has to be done,
-and this module has that done: what was counted is counted, what the socket did not take is left to
-the connection, a reply that is not usual is parsed where every reply can be. A chain that is not
-usual is still in its ring; a turn of the loop finds it there.
+and this module has that done: what was counted is counted, what the socket did not take is left
+with the connection, a reply that is not usual is parsed where every reply can be. A chain that is
+not usual is still in its ring; a turn of the loop finds it there.
 
 For everything outside, such a call is a turn in which the same things came, and it ends as turns do
 (see `turn`). If the last one was not usual to its end, it is the loop that goes on with it and ends
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from bridge.datapath import _native
-from bridge.datapath.cells import NEXT_USED, PUBLISHED
+from bridge.datapath.cells import NEXT_USED, PUBLISHED, Unsent
 from bridge.datapath.flush_rows import TurnedFlushes
 from bridge.datapath.rows import UsualRing
 from bridge.datapath.turn import Turn
@@ -87,7 +87,7 @@ class CompiledTurns:
             is_new = is_new and flags & _INCOMPLETE
             flushed = TurnedFlushes(flushes, took_ns, bool(durable), bool(is_new))
             usual.took(reads, writes, flushed)
-        usual.turned(start, end, n_bytes, unsent)
+        usual.turned(start, end, n_bytes, Unsent(*unsent))
         if n_bytes:
             self._turn.wanted = True  # The stages that count answers are to look.
         if looked:

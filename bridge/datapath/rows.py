@@ -43,6 +43,7 @@ from bridge.datapath.cells import (
     Resident,
     Route,
     RowOwner,
+    Unsent,
     cells,
     row_cookie,
     sequence_of,
@@ -61,7 +62,9 @@ _LAST_SEQUENCE: Final = SEQUENCE_MASK - MAX_HEADS
 _LAST_SEQUENCE_OF_TURNS: Final = SEQUENCE_MASK - (1 << 24)
 """The same for compiled turns, which are some thousand commands each."""
 
-Side = tuple[Resident] | tuple[Channel, int, Route, "Rows", int, int]
+Side = (
+    tuple[Resident] | tuple[Channel, int, Route, "Rows", int, int, list[bytes | memoryview], bytes]
+)
 """Where compiled turns serve chains (see `_native.pyi`)."""
 
 
@@ -260,7 +263,7 @@ class Usual(Protocol):
     def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """So many chains were taken. There were writes only if it was `armed`."""
 
-    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+    def turned(self, start: int, end: int, received: int, unsent: Unsent) -> None:
         """So much was received; this is what stands in the staging buffer, and what was not
         sent."""
 
@@ -346,7 +349,7 @@ class FromCache:
         self.writes += writes
         self._counted(reads, writes)
 
-    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+    def turned(self, start: int, end: int, received: int, unsent: Unsent) -> None:
         """See `Usual`. There is no connection here."""
 
     def shown(self, unflushed: int) -> None:
@@ -440,10 +443,10 @@ class ToServer:
         received = wire.received()
         if received is None:
             return None
-        fd, start, end = received
+        fd, start, end, unsent, commands = received
         self._flushes.begin_turns(channel)
         channel.cells[ARMED] = self.is_armed()
-        return channel, fd, route, rows, start, end
+        return channel, fd, route, rows, start, end, unsent, commands
 
     def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """See `Usual`."""
@@ -452,7 +455,7 @@ class ToServer:
         if self._route.channel is not None:
             self._flushes.turned(self._route.channel, flushes)
 
-    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+    def turned(self, start: int, end: int, received: int, unsent: Unsent) -> None:
         """See `Usual`."""
         assert self._route.wire is not None
         self._route.wire.turned(start, end, received, unsent)

@@ -50,6 +50,7 @@ struct world {
     bool whole; /* long reads, too */
     bool turns; /* whole turns */
     int ours, theirs, epoll_fd;
+    struct dp_output output; /* of the last turn */
     uint64_t start, end; /* in the staging buffer, between turns */
     uint8_t *outgoing;   /* of the server, `staged` bytes */
 };
@@ -516,10 +517,25 @@ static void serve(struct world *world)
     }
 }
 
-/* One turn, or a few; what it leaves is dropped, as on a connection that is lost. */
+/* What is unsent is as much as its commands say, and one of them is the first. */
+static void check_output(const struct dp_output *output)
+{
+    uint64_t n_bytes = 0;
+
+    for (uint32_t index = output->piece; index < output->piece_count; index++)
+        n_bytes += output->pieces[index].iov_len;
+    for (uint32_t index = output->command; index < output->command_count; index++)
+        n_bytes -= output->commands[index].n_bytes;
+    if (n_bytes || output->is_watched != (output->command < output->command_count))
+        abort();
+}
+
+/* One turn, or a few. What it leaves unsent is sent by the next one, or dropped, as on a connection
+ * that is lost. */
 static void turn(struct world *world, struct input *input)
 {
     static struct dp_turns turns;
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = world->ours};
     struct dp_ring rings[QUEUES] = {{&world->queues[0], -1, 0}, {&world->queues[1], -1, 0}};
     uint64_t how = take(input, 1), size = world->staged;
     ssize_t sent;
@@ -532,7 +548,9 @@ static void turn(struct world *world, struct input *input)
         memmove(world->outgoing, world->outgoing + sent, world->staged - (uint64_t)sent);
         world->staged -= (uint64_t)sent;
     }
-    memset(&turns, 0, offsetof(struct dp_turns, others));
+    memset(&turns, 0, offsetof(struct dp_turns, output));
+    memset(&turns.is_writable, 0,
+           offsetof(struct dp_turns, others) - offsetof(struct dp_turns, is_writable));
     turns.epoll_fd = world->epoll_fd;
     turns.rings = rings;
     turns.ring_count = how & 1 ? 1 : QUEUES;
@@ -549,13 +567,24 @@ static void turn(struct world *world, struct input *input)
     } else {
         turns.cache = &world->cache;
     }
+    turns.output = (struct dp_output){.is_callers = false};
+    if (turns.channel)
+        turns.output = world->output;
     turns.until_ns = how & 0x10 ? UINT64_MAX : 0;
     turns.wait = nothing_comes;
     turns.call = nobody_called;
     turns.owner = world;
     flags = dp_turns(&turns);
-    if (turns.flushed > DP_TIMES)
+    if (turns.flushed > DP_TIMES || world->channel.unsent_from)
         abort();
+    if (turns.channel) {
+        check_output(&turns.output);
+        world->output = turns.output;
+    }
+    if (turns.channel && dp_is_sending(&turns) && (flags & DP_FAILED || !(how & 0x20))) {
+        memset(&world->output, 0, sizeof world->output);
+        epoll_ctl(world->epoll_fd, EPOLL_CTL_MOD, world->ours, &event);
+    }
     world->start = turns.start;
     world->end = turns.end;
     if (flags & DP_REPLY) {

@@ -116,6 +116,12 @@ enum {
     DP_COMMAND_BYTES = 28
 };
 
+/* See `cells.sequence_of`. */
+static inline uint64_t dp_sequence_of(uint64_t cookie)
+{
+    return (cookie & ~(UINT64_C(1) << 63)) >> DP_NAME_BITS;
+}
+
 /* A row: `cells.ROW`. */
 struct dp_row {
     uint64_t offset;
@@ -166,6 +172,9 @@ struct dp_channel {
     uint64_t staging_bytes;
     uint32_t number;
     bool structured;
+    /* The number of the first command that was not sent to its end: an answer to that one, or to a
+     * later one, is not usual. 0: all was sent. Of compiled turns only. */
+    uint64_t unsent_from;
 };
 
 /* What a cache has at hand. */

@@ -1,7 +1,7 @@
 /* Turns of the loop as long as everything is usual: wait, receive, answer, take, send, publish.
  *
  * It does what `loop.Loop` does with the functions of `core.c`, and ends as soon as there is
- * anything else to do: another descriptor, a chain or reply that is not usual, a socket that is
+ * anything else to do: another descriptor, a chain or reply that is not usual, a socket that stays
  * full. It never blocks but in `wait`, and ends after `until_ns`.
  *
  * A turn in which something was not usual is left as it is, for the caller to go on with and to
@@ -147,13 +147,18 @@ static int handle_events(struct dp_turns *turns, int count)
 {
     int flags = 0;
 
+    turns->is_writable = false;
     for (int index = 0; index < count; index++) {
         const struct epoll_event *event = &turns->events[index];
         bool known = false;
 
         if (turns->channel && event->data.fd == turns->socket_fd) {
-            known = event->events == EPOLLIN;
-            flags |= known ? receive(turns) : DP_SOCKET;
+            known = !(event->events & ~(uint32_t)(EPOLLIN | EPOLLOUT));
+            turns->is_writable = event->events & EPOLLOUT;
+            if (!known)
+                flags |= DP_SOCKET;
+            else if (event->events & EPOLLIN)
+                flags |= receive(turns);
         }
         for (uint32_t ring = 0; ring < turns->ring_count && !known; ring++)
             known = event->data.fd == turns->rings[ring].kick_fd;
@@ -236,53 +241,26 @@ static int take(struct dp_turns *turns)
     return flags;
 }
 
-/* Gather the commands for one system call: headers that follow one another are one piece. */
-static size_t gather(struct dp_turns *turns, uint64_t *bytes)
+/* Send what is unsent; and when nothing is, serve the rings. Until then what is in them waits: for
+ * the same socket, whose server does not read. */
+static int serve(struct dp_turns *turns)
 {
-    size_t count = 0;
-    uint8_t *header = turns->headers;
+    int flags = 0;
 
-    *bytes = 0;
-    for (uint32_t index = 0; index < turns->command_count; index++) {
-        struct dp_command *command = &turns->commands[index];
-
-        memcpy(header, command->header, DP_COMMAND_BYTES);
-        if (count && !turns->commands[index - 1].payload_bytes)
-            turns->pieces[count - 1].iov_len += DP_COMMAND_BYTES;
-        else
-            turns->pieces[count++] = (struct iovec){header, DP_COMMAND_BYTES};
-        header += DP_COMMAND_BYTES;
-        for (uint32_t at = 0; at < command->segment_count; at++) {
-            const struct dp_segment *segment = &dp_payload(command)[at];
-
-            turns->pieces[count++] = (struct iovec){
-                command->queue->regions[segment->region].at + segment->at, segment->length};
+    if (dp_is_sending(turns)) {
+        flags = turns->is_writable ? dp_send_more(turns) : 0;
+        if (flags || dp_is_sending(turns)) {
+            turns->is_full = false;
+            turns->cut_short = true;
+            return flags;
         }
-        *bytes += DP_COMMAND_BYTES + command->payload_bytes;
     }
-    return count;
-}
-
-static int send_all(struct dp_turns *turns)
-{
-    struct msghdr message = {0};
-    uint64_t bytes;
-    ssize_t sent;
-
-    turns->sent_bytes = 0;
-    if (!turns->command_count)
-        return 0;
-    message.msg_iov = turns->pieces;
-    message.msg_iovlen = gather(turns, &bytes);
-    sent = sendmsg(turns->socket_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (sent < 0) {
-        if (errno == EAGAIN || errno == EINTR)
-            return DP_UNSENT;
-        turns->error = errno;
-        return DP_UNSENT | DP_FAILED;
-    }
-    turns->sent_bytes = (uint64_t)sent;
-    return turns->sent_bytes < bytes ? DP_UNSENT : 0;
+    /* With more than fits, again: nothing that can be taken is left before a publication. */
+    do {
+        flags |= take(turns);
+        flags |= turns->channel ? dp_send_taken(turns) : 0;
+    } while (!flags && turns->is_full && !dp_is_sending(turns));
+    return flags;
 }
 
 static int publish(struct dp_turns *turns)
@@ -323,6 +301,8 @@ static uint64_t window_ns(const struct dp_turns *turns)
 {
     uint64_t in_flight = 0;
 
+    if (dp_is_sending(turns))
+        return 0;
     if (awaits_payload(turns))
         return turns->long_poll_ns;
     for (uint32_t index = 0; index < turns->ring_count; index++)
@@ -339,8 +319,9 @@ static int nap(struct dp_turns *turns)
     int count = turns->wait(turns->owner, turns->events);
 
     turns->naps++;
-
     disarm(turns);
+    if (dp_is_sending(turns))
+        return count;
     if (now_ns() - began < turns->poll_max_ns) {
         *poll_ns = 2 * *poll_ns + least;
         if (*poll_ns > turns->poll_max_ns)
@@ -380,7 +361,20 @@ static void count_flushed(struct dp_turns *turns)
         cells[DP_MAY_FLUSH] = 0; /* There may be one more in flight. */
 }
 
-int dp_turns(struct dp_turns *turns)
+/* Before the loop waits: ask the drivers for kicks. True: there is something to do. */
+static bool is_woken(struct dp_turns *turns, uint64_t published)
+{
+    if (dp_is_sending(turns))
+        return false; /* What they have now has to wait. */
+    if (arm(turns)) {
+        disarm(turns);
+        return true;
+    }
+    looked(turns, published);
+    return false;
+}
+
+static int have_turns(struct dp_turns *turns)
 {
     bool had_work = turns->worked;
     uint64_t published = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
@@ -391,10 +385,12 @@ int dp_turns(struct dp_turns *turns)
     turns->reads = turns->writes = turns->flushes = turns->flushed = turns->naps = 0;
     turns->other_count = turns->command_count = 0;
     turns->durable = turns->flush_is_new = false;
-    turns->received_bytes = turns->sent_bytes = 0;
+    turns->received_bytes = turns->output.late_bytes = 0;
     turns->error = 0;
     turns->shown = 0;
     turns->looked = false;
+    if (dp_is_sending(turns))
+        turns->channel->unsent_from = turns->output.commands[turns->output.command].sequence;
     for (;;) {
         int flags;
 
@@ -404,13 +400,8 @@ int dp_turns(struct dp_turns *turns)
         flags = handle_events(turns, count > 0 ? count : 0);
         count = 0;
         /* The server may have closed: what it answered before is heard before a send fails. */
-        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED | DP_SOCKET))) {
-            /* With more than fits, again: nothing that can be taken is left before a publication. */
-            do {
-                flags |= take(turns);
-                flags |= turns->channel ? send_all(turns) : 0;
-            } while (!flags && turns->is_full);
-        }
+        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED | DP_SOCKET)))
+            flags |= serve(turns);
         if (!(flags & DP_INCOMPLETE)) {
             if (!turns->is_full && !turns->cut_short)
                 looked(turns, published);
@@ -431,18 +422,25 @@ int dp_turns(struct dp_turns *turns)
             return DP_BUDGET;
         if (now < idle_ns)
             continue;
-        if (arm(turns)) {
-            disarm(turns);
+        if (is_woken(turns, published))
             continue;
+        if (had_work) {
+            turns->worked = had_work = false;
+            count = nap(turns);
         }
-        looked(turns, published);
-        if (!had_work)
-            return 0;
-        turns->worked = had_work = false;
-        count = nap(turns);
         if (count < 0)
             return DP_RAISED;
         if (!count)
-            return 0;
+            /* A server that has not read anything for so long may not for longer. */
+            return dp_is_sending(turns) ? DP_UNSENT : 0;
     }
+}
+
+int dp_turns(struct dp_turns *turns)
+{
+    int flags = have_turns(turns);
+
+    if (turns->channel)
+        turns->channel->unsent_from = 0; /* It is for `answers` within turns. */
+    return flags;
 }

@@ -12,7 +12,11 @@ static const char TURNS[] = "bridge.Turns";
 struct state {
     struct dp_turns turns;
     struct dp_ring rings[RINGS_MAX];
-    PyObject *ring_objects; /* while it runs */
+    /* While it runs: */
+    PyObject *ring_objects;
+    PyObject *unsent; /* what the caller has left to be sent, in pieces */
+    Py_buffer pieces[DP_PIECES];
+    uint32_t piece_count;
     bool runs;
 };
 
@@ -104,24 +108,72 @@ static int hold_rings(struct state *state, struct held *held, PyObject *rings)
     return count > 0;
 }
 
-/* `side` is (channel, descriptor, route, rows, start, end), or (resident,). As `hold_rings`. */
-static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
+/* The pieces that are unsent, a list, and which commands they are of: the `commands` that an
+ * earlier call had for them. As `hold_rings`. */
+static int hold_unsent(struct state *state, PyObject *unsent, PyObject *commands)
 {
-    PyObject *object, *route, *rows;
+    struct dp_output *output = &state->turns.output;
+    Py_ssize_t count = PyList_Size(unsent), size = 0;
+    uint64_t n_bytes = 0;
+    char *from;
+
+    if (count < 0 || PyBytes_AsStringAndSize(commands, &from, &size) < 0)
+        return -1;
+    if (!count != !size)
+        return 0; /* They are not of an earlier call. */
+    if (count > DP_PIECES || size % (Py_ssize_t)sizeof output->commands[0] ||
+        size > (Py_ssize_t)sizeof output->commands)
+        return 0;
+    memcpy(output->commands, from, (size_t)size);
+    output->command_count = (uint32_t)((size_t)size / sizeof output->commands[0]);
+    for (uint32_t index = 0; index < output->command_count; index++)
+        n_bytes += output->commands[index].n_bytes;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        Py_buffer *piece = &state->pieces[state->piece_count];
+
+        if (PyObject_GetBuffer(PyList_GetItem(unsent, index), piece, PyBUF_SIMPLE) < 0)
+            return -1;
+        output->pieces[state->piece_count++] = (struct iovec){piece->buf, (size_t)piece->len};
+        n_bytes -= (uint64_t)piece->len;
+    }
+    output->piece_count = state->piece_count;
+    output->is_callers = output->is_watched = count > 0;
+    state->unsent = unsent;
+    return !n_bytes;
+}
+
+static void forget_output(struct dp_output *output)
+{
+    output->piece = output->piece_count = output->command = output->command_count = 0;
+    output->sent_bytes = output->late_bytes = 0;
+    output->is_callers = output->is_watched = false;
+}
+
+/* `side` is (channel, descriptor, route, rows, start, end, unsent, commands), or (resident,). As
+ * `hold_rings`. */
+static int hold_side(struct state *state, struct held *held, PyObject *side)
+{
+    struct dp_turns *turns = &state->turns;
+    PyObject *object, *route, *rows, *unsent, *commands;
     struct holder *holder;
     unsigned long long start, end;
-    int fd;
+    int fd, ready;
 
     turns->channel = NULL;
     turns->cache = NULL;
+    forget_output(&turns->output);
     if (PyTuple_Size(side) == 1) {
         holder = dp_native_of(PyTuple_GetItem(side, 0), dp_resident_kind, dp_make_resident,
                               &held->keeps[held->count++]);
         turns->cache = holder ? &holder->is.resident : NULL;
         return holder ? 1 : PyErr_Occurred() ? -1 : 0;
     }
-    if (!PyArg_ParseTuple(side, "OiOOKK", &object, &fd, &route, &rows, &start, &end))
+    if (!PyArg_ParseTuple(side, "OiOOKKOO", &object, &fd, &route, &rows, &start, &end, &unsent,
+                          &commands))
         return -1;
+    ready = hold_unsent(state, unsent, commands);
+    if (ready <= 0)
+        return ready;
     holder = dp_native_of(object, dp_channel_kind, dp_make_channel, &held->keeps[held->count++]);
     if (!holder)
         return PyErr_Occurred() ? -1 : 0;
@@ -140,8 +192,10 @@ static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
     return start <= end && end <= turns->channel->staging_bytes;
 }
 
-static void let_go(struct held *held)
+static void let_go(struct state *state, struct held *held)
 {
+    while (state->piece_count)
+        PyBuffer_Release(&state->pieces[--state->piece_count]);
     for (uint32_t index = 0; index < held->count; index++)
         Py_XDECREF(held->keeps[index]);
     if (held->has_disk)
@@ -197,13 +251,48 @@ static int add_unsent(const struct state *state, const struct dp_command *comman
     return failed;
 }
 
+/* Add what is left of a piece. */
+static int add_rest(PyObject *list, PyObject *piece, uint64_t skip)
+{
+    PyObject *view = PyMemoryView_FromObject(piece);
+    PyObject *from = view ? PyLong_FromUnsignedLongLong(skip) : NULL;
+    PyObject *slice = from ? PySlice_New(from, NULL, NULL) : NULL;
+    PyObject *rest = slice ? PyObject_GetItem(view, slice) : NULL;
+
+    Py_XDECREF(slice);
+    Py_XDECREF(from);
+    Py_XDECREF(view);
+    return dp_append(list, rest);
+}
+
+/* What the socket did not take of what the caller had left. */
+static PyObject *rest_of(const struct state *state)
+{
+    const struct dp_output *output = &state->turns.output;
+    PyObject *list = PyList_New(0);
+
+    for (uint32_t index = output->piece; list && index < output->piece_count; index++) {
+        PyObject *piece = PyList_GetItem(state->unsent, (Py_ssize_t)index);
+        uint64_t sent = (uint64_t)state->pieces[index].len - output->pieces[index].iov_len;
+
+        if ((sent ? add_rest(list, piece, sent) : PyList_Append(list, piece)) < 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
 /* What the socket did not take, in pieces. */
 static PyObject *unsent_of(const struct state *state)
 {
     const struct dp_turns *turns = &state->turns;
-    uint64_t skip = turns->sent_bytes;
-    PyObject *list = PyList_New(0);
+    uint64_t skip = turns->output.sent_bytes;
+    PyObject *list;
 
+    if (!dp_is_sending(turns))
+        return PyList_New(0);
+    if (turns->output.is_callers)
+        return rest_of(state);
+    list = PyList_New(0);
     for (uint32_t index = 0; list && index < turns->command_count; index++) {
         const struct dp_command *command = &turns->commands[index];
         uint64_t bytes = DP_COMMAND_BYTES + (uint64_t)command->payload_bytes;
@@ -217,6 +306,15 @@ static PyObject *unsent_of(const struct state *state)
         skip = 0;
     }
     return list;
+}
+
+/* Which commands that is: for a later call, which may go on with it; empty: it is left. */
+static PyObject *commands_of(const struct dp_output *output, int flags)
+{
+    uint32_t count = flags & DP_UNSENT ? 0 : output->command_count - output->command;
+
+    return PyBytes_FromStringAndSize((const char *)(output->commands + output->command),
+                                     (Py_ssize_t)(count * sizeof output->commands[0]));
 }
 
 static PyObject *taken_of(const struct dp_turns *turns)
@@ -250,18 +348,20 @@ static PyObject *result_of(const struct state *state, int flags)
 {
     const struct dp_turns *turns = &state->turns;
     PyObject *others = NULL, *unsent = NULL, *taken = taken_of(turns), *result = NULL;
-    PyObject *times = times_of(turns);
+    PyObject *times = times_of(turns), *commands = commands_of(&turns->output, flags);
 
-    if (taken && times && (others = others_of(turns)) &&
-        (unsent = flags & DP_UNSENT ? unsent_of(state) : PyList_New(0)))
-        result = Py_BuildValue("iOIIIOOKKKiKiiIOii", flags, taken, turns->reads, turns->writes,
-                               turns->naps, others, unsent, (unsigned long long)turns->start,
+    if (taken && times && commands && (others = others_of(turns)) && (unsent = unsent_of(state)))
+        result = Py_BuildValue("iOIIIO(OOK)KKKiKiiIOii", flags, taken, turns->reads,
+                               turns->writes, turns->naps, others, unsent, commands,
+                               (unsigned long long)turns->output.late_bytes,
+                               (unsigned long long)turns->start,
                                (unsigned long long)turns->end,
                                (unsigned long long)turns->received_bytes,
                                (int)turns->looked, (unsigned long long)turns->shown, turns->error,
                                (int)turns->worked, turns->flushes, times, (int)turns->durable,
                                (int)turns->flush_is_new);
     Py_XDECREF(times);
+    Py_XDECREF(commands);
     Py_XDECREF(taken);
     Py_XDECREF(others);
     Py_XDECREF(unsent);
@@ -282,7 +382,7 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
     held->has_disk = true;
     turns->disk = held->disk.buf;
     ready = hold_rings(state, held, args[2]);
-    ready = ready > 0 ? hold_side(turns, held, args[5]) : ready;
+    ready = ready > 0 ? hold_side(state, held, args[5]) : ready;
     if (ready <= 0)
         return ready < 0 ? NULL : Py_NewRef(Py_None);
     turns->wait = wait_for_events;
@@ -312,7 +412,7 @@ PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count
     state->runs = true;
     result = run(state, args, &held);
     state->runs = false;
-    state->ring_objects = NULL;
-    let_go(&held);
+    state->ring_objects = state->unsent = NULL;
+    let_go(state, &held);
     return result;
 }
