@@ -103,6 +103,12 @@ async def wait_for(child: subprocess.Popen[bytes], *, limit_s: float) -> int:
     return child.returncode
 
 
+def pause(child: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP, and wait until all of it stands still: it may be at work on the other processor."""
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
 @asynccontextmanager
 async def serving(uri: str, path: Path, *options: str) -> AsyncIterator[subprocess.Popen[bytes]]:
     """`nbd-bridge serve URI --socket-path PATH OPTIONS…`; it must end cleanly."""

@@ -16,9 +16,15 @@ def take_commands(
 def answers(channel: Channel, rows: Rows, start: int, end: int, /) -> tuple[int, bool]: ...
 def publish(queue: Queue, /) -> bool: ...
 
-Side = tuple[Resident] | tuple[Channel, int, Route, Rows, int, int, list[bytes | memoryview], bytes]
-"""A cache; or a channel, its descriptor, the route and the rows, where in the staging buffer what
-was received begins and ends, and the first two of what an earlier call had as `cells.Unsent`."""
+Pieces = list[bytes | memoryview]
+Wire = tuple[Channel, int, int, int, Pieces, bytes]
+Side = tuple[Resident] | tuple[Route, Rows, tuple[Wire, ...]]
+"""A cache; or the route, the rows, and of each connection to the server its channel, its
+descriptor, where in the staging buffer what was received begins and ends, and the first two of what
+an earlier call had as `cells.Unsent`."""
+Place = tuple[int, int, int, int, int, tuple[Pieces, bytes, int]]
+"""What is left of a connection: where in the staging buffer what was not taken begins and ends, how
+many bytes were received, flags, errno, and what was not sent (`cells.Unsent`)."""
 
 def new_turns(poll_max_ns: int, /) -> object: ...
 def turns(
@@ -39,11 +45,7 @@ def turns(
         int,
         int,
         list[tuple[int, int]],
-        tuple[list[bytes | memoryview], bytes, int],
-        int,
-        int,
-        int,
-        int,
+        tuple[Place, ...],
         int,
         int,
         int,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.datapath.request import Request
     from bridge.datapath.rows import Rows
 
-ABI: Final = 6
+ABI: Final = 8
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -253,12 +253,19 @@ LONG_BYTES: Final = 32 << 10
 """From here on a payload is received straight into its buffers: by the general path."""
 
 
+SPAN_CELLS: Final = 3
+"""Of a write that is a row: its cookie, where it begins and where it ends."""
+MAX_SPANS: Final = 256
+SPANS_CELLS: Final = 1 + SPAN_CELLS * MAX_SPANS
+"""How many there are, then each of them."""
+
+
 class Channel:
     """One connection's transmission phase, flat."""
 
     __slots__ = (
         *("cells", "early", "has_payload", "held", "is_closed", "native", "number"),
-        *("output", "sending", "staging", "structured"),
+        *("output", "sending", "spans", "staging", "structured"),
     )
 
     cells: Cells[int]
@@ -274,6 +281,10 @@ class Channel:
     """Headers and payloads to be sent, in this order."""
     has_payload: bool
     """Something in the output is not a header."""
+    spans: Cells[int] | None
+    """What the writes change that are rows, on this channel and the others (see SPANS_CELLS): one
+    that overlaps another is not usual, as the two could pass each other. None: they cannot, this
+    channel is alone."""
     sending: bool
     """Part of the output was not taken by the socket: an answer may come too early."""
     staging: memoryview
@@ -330,33 +341,65 @@ class Flushes(Protocol):
         FLUSH_SEEN."""
 
 
-class Route:
-    """Where commands go: the limits of the export, and the one channel that takes them."""
+class Changes(Protocol):
+    """What keeps changes apart that overlap (see `server.changes`)."""
 
-    __slots__ = ("cells", "channel", "flush_later", "flushes", "rows", "shown", "wire")
+    def adopt(self, request: Request) -> Request:
+        """The command for the guest's write `request`, which was a row beside others that it does
+        not overlap."""
+
+
+class Outlet(NamedTuple):
+    """One connection to the server that takes usual commands."""
+
+    channel: Channel
+    flush_later: Callable[[], None]
+    """Send the output of `channel` at the end of this turn."""
+    wire: Wire | None
+    """The same connection, as compiled turns have it; None: they do not."""
+
+
+class Route:
+    """Where commands go: the limits of the export, and the connections that take them."""
+
+    __slots__ = ("alone", "cells", "changes", "flushes", "outlets", "rows", "shown")
 
     def __init__(self) -> None:
         self.cells = cells(ROUTE_CELLS)
-        self.channel: Channel | None = None
-        """None: commands must go the general way."""
-        self.wire: Wire | None = None
-        """The connection of `channel`."""
+        self.outlets: tuple[Outlet, ...] = ()
+        """None of them: commands must go the general way."""
+        self.alone: Channel | None = None
+        """That of the one outlet there is; None: there are several, or none."""
         self.shown: Callable[[int], None] = _nobody
-        """The guest may know that `channel` has answered so much (UNFLUSHED): a turn has ended."""
-        self.flush_later: Callable[[], None] = _no_channel
-        """Send the output of `channel` at the end of this turn."""
+        """The guest may know that the channels have answered so much (UNFLUSHED, of all of them
+        together): a turn has ended."""
         self.flushes: Flushes | None = None
         """None: none is a row."""
+        self.changes: Changes | None = None
+        """None: writes cannot pass each other."""
         self.rows: Rows | None = None
         """What is usual on this route; None: nothing is."""
+
+    def lead(self, outlets: tuple[Outlet, ...]) -> None:
+        """From here on commands go there."""
+        self.outlets = outlets
+        self.alone = outlets[0].channel if len(outlets) == 1 else None
+
+    def least_busy(self) -> Outlet | None:
+        """Where the next commands go: to the connection with the fewest in flight that has sent all
+        that it was given."""
+        least: Outlet | None = None
+        for outlet in self.outlets:
+            channel = outlet.channel
+            if channel.sending or channel.is_closed:
+                continue
+            if least is None or channel.cells[ROWS] < least.channel.cells[ROWS]:
+                least = outlet
+        return least
 
 
 def _nobody(unflushed: int) -> None:
     raise AssertionError("answers without a session")
-
-
-def _no_channel() -> None:
-    raise AssertionError("output without a channel")
 
 
 class Resident:

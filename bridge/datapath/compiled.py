@@ -2,9 +2,9 @@
 
 One call is as many turns as fit into half a millisecond while everything is usual: it waits, takes
 replies, serves chains, sends, publishes and calls. It ends as soon as anything else has to be done,
-and this module has that done: what was counted is counted, what the socket did not take is left
-with the connection, a reply that is not usual is parsed where every reply can be. A chain that is
-not usual is still in its ring; a turn of the loop finds it there.
+and this module has that done: what was counted is counted, what the socket did not take is left to
+the connection, a reply that is not usual is parsed where every reply can be. A chain that is not
+usual is still in its ring; a turn of the loop finds it there.
 
 For everything outside, such a call is a turn in which the same things came, and it ends as turns do
 (see `turn`). If the last one was not usual to its end, it is the loop that goes on with it and ends
@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from bridge.datapath import _native
 from bridge.datapath.cells import NEXT_USED, PUBLISHED, Unsent
 from bridge.datapath.flush_rows import TurnedFlushes
-from bridge.datapath.rows import UsualRing
+from bridge.datapath.rows import Turned, UsualRing
 from bridge.datapath.turn import Turn
 
 # As in `native/turns.h`.
@@ -77,9 +77,8 @@ class CompiledTurns:
         )
         if found is None:
             return None
-        flags, taken, reads, writes, naps, ready, unsent = found[:7]
-        start, end, n_bytes, looked, shown, error, has_worked = found[7:14]
-        flushes, took_ns, durable, is_new = found[14:]
+        flags, taken, reads, writes, naps, ready, left = found[:7]
+        looked, shown, has_worked, flushes, took_ns, durable, is_new = found[7:]
         was_usual = bool(reads or writes or flushes or not flags & _CHAIN)
         if reads or writes or flushes or took_ns:
             for ring, count in zip(rings, taken, strict=True):
@@ -87,8 +86,9 @@ class CompiledTurns:
             is_new = is_new and flags & _INCOMPLETE
             flushed = TurnedFlushes(flushes, took_ns, bool(durable), bool(is_new))
             usual.took(reads, writes, flushed)
-        usual.turned(start, end, n_bytes, Unsent(*unsent))
-        if n_bytes:
+        places = [_turned(*place) for place in left]
+        usual.turned(places)
+        if any(place.received_bytes for place in places):
             self._turn.wanted = True  # The stages that count answers are to look.
         if looked:
             # For what Python's turns have published; `shown` is for what these have.
@@ -101,9 +101,21 @@ class CompiledTurns:
         for ring in rings:
             if ring.queue.cells[NEXT_USED] != ring.queue.cells[PUBLISHED]:
                 ring.publish_later()
-        if flags & (_REPLY | _ENDED | _FAILED):
-            usual.unusual(ended=bool(flags & _ENDED), errno=error)
+        usual.unusual(places)
         return Turns(not flags, bool(has_worked), flags == BUDGET, was_usual, naps, ready)
+
+
+def _turned(
+    start: int,
+    end: int,
+    received_bytes: int,
+    flags: int,
+    errno: int,
+    unsent: tuple[list[bytes | memoryview], bytes, int],
+) -> Turned:
+    is_unusual = bool(flags & (_REPLY | _ENDED | _FAILED))
+    ended = bool(flags & _ENDED)
+    return Turned(start, end, received_bytes, is_unusual, ended, errno, Unsent(*unsent))
 
 
 def _usual_rings(pollers: Sequence[object]) -> tuple[UsualRing, ...] | None:

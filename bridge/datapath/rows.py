@@ -13,7 +13,7 @@ state of the disk's two sides. `Disk` has the one that fits, or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from bridge.datapath.cells import (
@@ -33,24 +33,27 @@ from bridge.datapath.cells import (
     SEGMENTS,
     SEQUENCE_MASK,
     SIZE,
+    SPANS_CELLS,
     STOP_FLUSH,
     STOP_ROUTE,
     STOPPED,
     TOUCHED,
     Cells,
+    Changes,
     Channel,
     Queue,
     Resident,
     Route,
     RowOwner,
     Unsent,
+    Wire,
     cells,
     row_cookie,
     sequence_of,
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.flush_rows import FlushedDisk, FlushRows, TurnedFlushes
-from bridge.datapath.request import FLUSH, Request
+from bridge.datapath.request import FLUSH, WRITE, Request
 from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
 
 _CHANNEL_AT: Final = 4
@@ -62,10 +65,24 @@ _LAST_SEQUENCE: Final = SEQUENCE_MASK - MAX_HEADS
 _LAST_SEQUENCE_OF_TURNS: Final = SEQUENCE_MASK - (1 << 24)
 """The same for compiled turns, which are some thousand commands each."""
 
-Side = (
-    tuple[Resident] | tuple[Channel, int, Route, "Rows", int, int, list[bytes | memoryview], bytes]
-)
+_Place = tuple[Channel, int, int, int, list[bytes | memoryview], bytes]
+Side = tuple[Resident] | tuple[Route, "Rows", tuple[_Place, ...]]
 """Where compiled turns serve chains (see `_native.pyi`)."""
+
+
+class Turned(NamedTuple):
+    """What compiled turns have left of a connection."""
+
+    start: int
+    """Where in the staging buffer what was received and not taken begins."""
+    end: int
+    received_bytes: int
+    is_unusual: bool
+    """What stands there has to be taken in the general way, or the connection has ended, or failed
+    with `errno`."""
+    ended: bool
+    errno: int
+    unsent: Unsent
 
 
 def _never() -> bool:
@@ -96,6 +113,10 @@ class Rows:
         """Rows that became requests."""
         self.flushes: FlushRows | None = None
         """None: no row is a flush."""
+        self.spans: Cells[int] = cells(SPANS_CELLS)
+        """See `Channel.spans`."""
+        self.changes: Changes | None = None
+        """Where those go that were rows."""
 
     # Who takes part.
 
@@ -149,6 +170,7 @@ class Rows:
         for cookie in found:
             number, request = self._adopt(cookie)
             by_channel.setdefault(number, []).append(request)
+        self.spans[0] = 0
         for number, requests in by_channel.items():
             channel, owner = self._channels[number]
             channel.cells[ROWS] -= len(requests)
@@ -170,6 +192,8 @@ class Rows:
         if request.op == FLUSH:
             assert self.flushes is not None
             request = self.flushes.adopt(request, self._channels[number][0])
+        elif request.op == WRITE and self.spans[0] and self.changes is not None:
+            request = self.changes.adopt(request)
         request.cookie = cookie
         self.adopted_total += 1
         return number, request
@@ -263,16 +287,16 @@ class Usual(Protocol):
     def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """So many chains were taken. There were writes only if it was `armed`."""
 
-    def turned(self, start: int, end: int, received: int, unsent: Unsent) -> None:
-        """So much was received; this is what stands in the staging buffer, and what was not
-        sent."""
+    def turned(self, places: Sequence[Turned]) -> None:
+        """So they have left the connections of `side`."""
 
     def shown(self, unflushed: int) -> None:
         """The guest may know of so much (the cell UNFLUSHED) by now: turns have ended in which it
         was answered."""
 
-    def unusual(self, *, ended: bool, errno: int) -> None:
-        """The server sent something that is not usual, or the connection has ended."""
+    def unusual(self, places: Sequence[Turned]) -> None:
+        """The same; on some of them the server sent something that is not usual, or they have
+        ended."""
 
 
 class UsualRing(NamedTuple):
@@ -349,13 +373,13 @@ class FromCache:
         self.writes += writes
         self._counted(reads, writes)
 
-    def turned(self, start: int, end: int, received: int, unsent: Unsent) -> None:
+    def turned(self, places: Sequence[Turned]) -> None:
         """See `Usual`. There is no connection here."""
 
     def shown(self, unflushed: int) -> None:
         """See `Usual`."""
 
-    def unusual(self, *, ended: bool, errno: int) -> None:
+    def unusual(self, places: Sequence[Turned]) -> None:
         """See `Usual`."""
 
     def enter(self, queue: Queue, owner: RowOwner) -> bool:
@@ -384,7 +408,10 @@ class ToServer:
         self._route = route
         self._rows = rows
         self._wrote = wrote
+        self._wires: tuple[Wire, ...] = ()
+        """Those of `side`."""
         self._flushes = rows.flushes = FlushRows(route)
+        rows.changes = route.changes
         route.rows = rows
 
     def tells(self, disk: FlushedDisk) -> None:
@@ -404,19 +431,16 @@ class ToServer:
     def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """See `Usual`."""
         route, rows = self._route, self._rows
-        channel = route.channel
-        if (
-            channel is None
-            or channel.sending
-            or channel.is_closed
-            or rows.cells[0] > _LAST_SEQUENCE
-        ):
+        outlet = route.least_busy()
+        if outlet is None or rows.cells[0] > _LAST_SEQUENCE:
             queue.cells[STOPPED] = STOP_ROUTE
             return 0
+        channel = outlet.channel
         flat = channel.cells
         flat[MAY_FLUSH], flat[ARMED] = 0, self.is_armed()
         reads, writes = self._take_commands(queue, disk, route, channel, rows)
-        if flushes and queue.cells[STOPPED] == STOP_FLUSH and not flat[FLUSH_ROW]:
+        is_flush = queue.cells[STOPPED] == STOP_FLUSH and channel is route.alone
+        if flushes and is_flush and not flat[FLUSH_ROW]:
             self._flushes.look(channel)
             if flat[MAY_FLUSH]:
                 queue.cells[STOPPED] = 0
@@ -427,7 +451,7 @@ class ToServer:
         if taken:
             self.served += taken
             self.writes += writes
-            route.flush_later()
+            outlet.flush_later()
             if flat[FLUSHES]:
                 self._flushes.took(channel)
             elif writes:
@@ -437,40 +461,46 @@ class ToServer:
     def side(self) -> Side | None:
         """See `Usual`."""
         route, rows = self._route, self._rows
-        channel, wire = route.channel, route.wire
-        if channel is None or wire is None or rows.cells[0] > _LAST_SEQUENCE_OF_TURNS:
+        if not route.outlets or rows.cells[0] > _LAST_SEQUENCE_OF_TURNS:
             return None
-        received = wire.received()
-        if received is None:
-            return None
-        fd, start, end, unsent, commands = received
-        self._flushes.begin_turns(channel)
-        channel.cells[ARMED] = self.is_armed()
-        return channel, fd, route, rows, start, end, unsent, commands
+        wires: list[Wire] = []
+        places: list[_Place] = []
+        for channel, _, wire in route.outlets:
+            received = wire.received() if wire is not None else None
+            if wire is None or received is None:
+                return None
+            wires.append(wire)
+            places.append((channel, *received))
+        self._wires = tuple(wires)
+        for channel, *_ in places:
+            channel.cells[MAY_FLUSH], channel.cells[ARMED] = 0, self.is_armed()
+        if route.alone is not None:
+            self._flushes.begin_turns(route.alone)
+        return route, rows, tuple(places)
 
     def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
         """See `Usual`."""
         self.served += reads + writes + flushes.taken
         self.writes += writes
-        if self._route.channel is not None:
-            self._flushes.turned(self._route.channel, flushes)
+        if self._route.alone is not None:
+            self._flushes.turned(self._route.alone, flushes)
 
-    def turned(self, start: int, end: int, received: int, unsent: Unsent) -> None:
+    def turned(self, places: Sequence[Turned]) -> None:
         """See `Usual`."""
-        assert self._route.wire is not None
-        self._route.wire.turned(start, end, received, unsent)
-        if self._route.channel is not None:
-            self._flushes.go_on(self._route.channel)
+        for wire, place in zip(self._wires, places, strict=True):
+            wire.turned(place.start, place.end, place.received_bytes, place.unsent)
+        if self._route.alone is not None:
+            self._flushes.go_on(self._route.alone)
 
     def shown(self, unflushed: int) -> None:
         """See `Usual`."""
         self._route.shown(unflushed)
 
-    def unusual(self, *, ended: bool, errno: int) -> None:
+    def unusual(self, places: Sequence[Turned]) -> None:
         """See `Usual`."""
-        wire = self._route.wire
-        if wire is not None:
-            wire.unusual(ended=ended, errno=errno)
+        for wire, place in zip(self._wires, places, strict=True):
+            if place.is_unusual:
+                wire.unusual(ended=place.ended, errno=place.errno)
 
     def enter(self, queue: Queue, owner: RowOwner) -> bool:
         """See `Usual`."""

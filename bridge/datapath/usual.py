@@ -14,10 +14,10 @@ which is the specification: whatever is done here, that would have done as well.
 Usual is: a split ring, with an in-flight region or without; a chain of header, data and status,
 direct or in an indirect table whose descriptors stand in their order, with data in up to
 MAX_SEGMENTS segments, each in one region; IN or OUT inside the disk; a hit in the cache, or one
-command on the one connection there is; a reply without an error, all of it received, a READ's in
-one chunk. Without a cache also a FLUSH, a chain of header and status, while there is no other and
-nothing is known that could make it fail (`Flushes.may_be_row`). What cannot be true is not found
-out here: a guest or a server that breaks a rule is unusual.
+command on a connection; a reply without an error, all of it received, a READ's in one chunk.
+Without a cache, and on the only connection, also a FLUSH, a chain of header and status, while there
+is no other and nothing is known that could make it fail (`Flushes.may_be_row`). What cannot be true
+is not found out here: a guest or a server that breaks a rule is unusual.
 
 Everything of the guest's is read once, into a local name, before it is looked at: the guest may
 change it meanwhile. Numbers are compared so that they would not wrap in 64 bits either. A chain is
@@ -53,6 +53,7 @@ from bridge.datapath.cells import (
     MAX_READ_BYTES,
     MAX_ROW_SEGMENTS,
     MAX_SEGMENTS,
+    MAX_SPANS,
     MAX_WRITE_BYTES,
     MAY_FLUSH,
     MAY_WRITE,
@@ -76,6 +77,7 @@ from bridge.datapath.cells import (
     SIGNAL_ANYWAY,
     SIZE,
     SIZE_BYTES,
+    SPAN_CELLS,
     STOP_FLUSH,
     STOP_FORM,
     STOP_MISS,
@@ -505,6 +507,7 @@ def take_commands(
     taken = writes = pieces = read_bytes = written_bytes = 0
     flat = channel.cells
     in_flight, armed, flushes = flat[SEGMENTS], flat[ARMED], flat[FLUSHES]
+    spans = channel.spans
     while taken < count:
         head = avail[2 + (first + taken & mask)]
         if head > mask or cookies[head]:
@@ -540,6 +543,9 @@ def take_commands(
             if pieces > BATCH_PIECES or in_flight + len(segments) > MAX_ROW_SEGMENTS:
                 state[STOPPED] = STOP_ROOM
                 break
+            if spans is not None and type_ and (stop := _stop_of_span(spans, offset, length)):
+                state[STOPPED] = stop
+                break
             in_flight += len(segments)
         cookie = name | sequence << NAME_BITS | head
         sequence += 1
@@ -562,6 +568,8 @@ def take_commands(
             *(data_region, status_region, n_segments, type_),
         )
         output.append(_pack_command(0x25609513, 0, type_, cookie, offset, length))
+        if spans is not None and type_:
+            _note_span(spans, cookie, offset, length)
         at = SEGMENTS_BYTES * head
         for region, start, n_bytes in segments:
             _pack_segment(many, at, start, n_bytes, region)
@@ -599,6 +607,33 @@ def _stop_of_flush(disk: Cells[int], flat: Cells[int], pieces: int) -> int:
     if not flat[MAY_FLUSH] or flat[FLUSH_ROW]:
         return STOP_FLUSH
     return STOP_ROOM if pieces > BATCH_PIECES else 0
+
+
+def _stop_of_span(spans: Cells[int], offset: int, length: int) -> int:
+    """Why a write of these bytes may not be a row beside those that are; 0: it may."""
+    if spans[0] == MAX_SPANS:
+        return STOP_ROOM
+    for at in range(1, 1 + SPAN_CELLS * spans[0], SPAN_CELLS):
+        if offset < spans[at + 2] and spans[at + 1] < offset + length:
+            return STOP_WRITE
+    return 0
+
+
+def _note_span(spans: Cells[int], cookie: int, offset: int, length: int) -> None:
+    """A write is a row from here on."""
+    at = 1 + SPAN_CELLS * spans[0]
+    spans[at], spans[at + 1], spans[at + 2] = cookie, offset, offset + length
+    spans[0] += 1
+
+
+def _forget_span(spans: Cells[int], cookie: int) -> None:
+    """It is so no more. The last one takes its place."""
+    last = 1 + SPAN_CELLS * (spans[0] - 1)
+    for at in range(1, last + 1, SPAN_CELLS):
+        if spans[at] == cookie:
+            spans[at : at + SPAN_CELLS] = spans[last : last + SPAN_CELLS]
+            spans[0] -= 1
+            return
 
 
 def _note_flush(flat: Cells[int], cookie: int, armed: int) -> None:
@@ -654,6 +689,8 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
                 break
             start += 16
             writes += 1
+            if channel.spans is not None:
+                _forget_span(channel.spans, cookie)
             used_bytes = 1
         elif op == FLUSH:
             flat = channel.cells

@@ -5,6 +5,10 @@ are read, modified and written (`ordered`). Then those that overlap go one by on
 keep out of where the server may still do something old: what was left behind by lost connections,
 for a time (`GraceSpans`), and what unanswered commands of abandoned requests do. Otherwise they
 need not come here: that is what `fast_write_bytes` says.
+
+Writes that are rows keep out of each other's way by themselves (`datapath.cells.Channel.spans`).
+Before a change enters they become requests with a claim each, and while there is any claim no write
+is a row: two that overlap are never in flight, one here and one there.
 """
 
 from __future__ import annotations
@@ -39,11 +43,11 @@ class Change(Claim):
 
 
 class _ChangeCommand(Request):
-    """The command of a `Change`."""
+    """The command of a `Change`, or of a write that was a row (see `Changes.adopt`)."""
 
     __slots__ = ()
 
-    owner: tuple[Request, Change]
+    owner: tuple[Request, Claim]
 
 
 class Outlived:
@@ -73,6 +77,7 @@ class Changes:
         self, options: ClientOptions, turn: Turn, do: Callable[[Request], None], route: Route
     ) -> None:
         self._route = route
+        route.changes = self
         self._grace_s = options.stale_write_grace_s
         self._turn = turn
         self._do = do
@@ -82,6 +87,8 @@ class Changes:
         """What commands of abandoned requests, sent and not answered, may still change."""
         self.ordered = False
         """They could pass each other."""
+        self._in_parts = False
+        """That is so because blocks are read, modified and written."""
         self.stale_possible = False
         """The server may execute commands sent on connections that are lost."""
         self._fenced = False
@@ -90,9 +97,11 @@ class Changes:
         self.fast_write_bytes = 0
         """The longest write that may go at once, past all of this; 0: none may."""
 
-    def connected(self, *, ordered: bool, fenced: bool, write_bytes: int) -> None:
-        """How it is with the present server; it takes writes of so many bytes at once, 0: none."""
-        self.ordered = ordered
+    def connected(self, *, several: bool, in_parts: bool, fenced: bool, write_bytes: int) -> None:
+        """How it is with the present server: over `several` connections; with changes done
+        `in_parts`, as its blocks are large; it takes writes of so many bytes at once, 0: none."""
+        self.ordered = several or in_parts
+        self._in_parts = in_parts
         self._fenced = fenced
         self._most_bytes = write_bytes
         self._choose_way()
@@ -100,9 +109,13 @@ class Changes:
     def _choose_way(self) -> None:
         """After everything that decides whether changes have to come here."""
         self.fast_write_bytes = 0 if self.must_enter else self._most_bytes
+        usual_bytes = self.fast_write_bytes
+        if self.ordered and not (self._in_parts or self._grace or self._outlived):
+            # Rows keep out of each other's way, but not out of that of what is here.
+            usual_bytes = self._most_bytes if self._overlaps.is_empty else 0
         limits = self._route.cells
-        limits[MAX_WRITE_BYTES] = min(self.fast_write_bytes, SMALL_BYTES)
-        limits[WHOLE_WRITE_BYTES] = min(self.fast_write_bytes, WHOLE_BYTES)
+        limits[MAX_WRITE_BYTES] = min(usual_bytes, SMALL_BYTES)
+        limits[WHOLE_WRITE_BYTES] = min(usual_bytes, WHOLE_BYTES)
 
     @property
     def must_enter(self) -> bool:
@@ -116,9 +129,34 @@ class Changes:
 
     def enter(self, request: Request, block_bytes: int) -> None:
         """Do the change `request` on its whole blocks, now or when it may go."""
+        rows = self._route.rows
+        if rows is not None and rows.spans[0]:
+            rows.adopt_all()  # Writes that are rows and could pass it have claims then.
         change = Change(request, *cover(request.offset, request.length, block_bytes))
+        was_empty = self._overlaps.is_empty
         if self._overlaps.enter(change):
             self._begin(change)
+        if was_empty:
+            self._choose_way()
+
+    def adopt(self, request: Request) -> Request:
+        """See cells.Changes."""
+        claim = Claim(request.offset, request.offset + request.length)
+        self._overlaps.enter(claim)
+        self._choose_way()
+        op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
+        return _ChangeCommand(op, offset, length, buffers, self._adopted_done, 0, (request, claim))
+
+    def _adopted_done(self, inner: _ChangeCommand) -> None:
+        request, claim = inner.owner
+        request.generation = inner.generation
+        self._overlaps.withdraw(claim)
+        self._ended()
+        self._turn.finish(request, inner.error)
+
+    def _ended(self) -> None:
+        if self._overlaps.is_empty:
+            self._choose_way()
 
     def advance(self) -> bool:
         """See `Stage`: begin the changes that may go by now."""
@@ -141,6 +179,7 @@ class Changes:
         request, change = inner.owner
         request.generation = inner.generation
         self._overlaps.release(change)
+        self._ended()
         self._turn.finish(request, inner.error)
 
     def take_waiting(self) -> list[Request]:
@@ -151,6 +190,7 @@ class Changes:
         for claim in gone:
             if isinstance(claim, Change):
                 self._overlaps.release(claim)
+        self._ended()
         return [claim.request for claim in (*gone, *claims) if isinstance(claim, Change)]
 
     # What the server may still do.

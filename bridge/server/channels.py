@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
-from bridge.datapath.cells import UNFLUSHED, Route, Wire
+from bridge.datapath.cells import UNFLUSHED, Outlet, Route, Wire
 from bridge.datapath.cells import Channel as FlatChannel
 from bridge.datapath.durability import BEFORE
 from bridge.datapath.request import Request
@@ -46,6 +46,9 @@ class Channel(Protocol):
     @property
     def wire(self) -> Wire | None:
         """Itself, where compiled turns may read and write; None: they may not."""
+
+    def is_one_of_several(self) -> None:
+        """Commands on it and on others could pass each other. It has none yet."""
 
     def flush_later(self) -> None:
         """Send the output at the end of this turn."""
@@ -85,7 +88,7 @@ class Channels:
         self.answered_before = BEFORE
         """The same as `answered`, without the present channels."""
         self.route = Route()
-        """The same as `alone`, for usual commands, and how long they may be."""
+        """Where usual commands go, and how long they may be."""
 
     @property
     def fails(self) -> bool:
@@ -95,7 +98,7 @@ class Channels:
     @property
     def answered(self) -> int:
         """Changes answered that a FLUSH makes durable; what was before this process is one."""
-        flat = self.route.channel
+        flat = self.route.alone
         if flat is not None and not flat.early:  # the usual case
             return self.answered_before + flat.cells[UNFLUSHED]
         return self.answered_before + sum(channel.unflushed for channel in self.present)
@@ -128,6 +131,9 @@ class Channels:
         """A new generation begins."""
         self.generation += 1
         self.present = channels
+        if len(channels) > 1:
+            for channel in channels:
+                channel.is_one_of_several()
         self.given_up = False
         self.enter(Phase.UP)
 
@@ -143,12 +149,14 @@ class Channels:
             self.phase = phase
         if on_trial is not None:
             self.on_trial = on_trial
-        alone = self.phase is Phase.UP and not self.on_trial and len(self.present) == 1
-        self.alone = channel = self.present[0] if alone else None
-        self.route.channel = channel.flat if channel is not None else None
-        if channel is not None:
-            self.route.flush_later = channel.flush_later
-            self.route.wire = channel.wire if self.route.channel is not None else None
+        present = self.present if self.phase is Phase.UP and not self.on_trial else ()
+        self.alone = present[0] if len(present) == 1 else None
+        outlets = [
+            Outlet(channel.flat, channel.flush_later, channel.wire)
+            for channel in present
+            if channel.flat is not None
+        ]
+        self.route.lead(tuple(outlets) if len(outlets) == len(present) else ())
 
 
 def without_abandoned(requests: list[Request]) -> tuple[list[Request], list[Request]]:

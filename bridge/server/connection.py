@@ -124,6 +124,10 @@ class Connection:
         """See channels.Channel."""
         return self.transmission if self.transmission.takes_rows else None
 
+    def is_one_of_several(self) -> None:
+        """See channels.Channel."""
+        self.transmission.is_one_of_several()
+
     def changes(self) -> list[Request]:
         """See channels.Channel. What was refused is sent again with the next connection anyway."""
         transmission = self.transmission
@@ -293,6 +297,8 @@ class Connection:
 
     def unusual(self, *, ended: bool, errno: int) -> None:
         """See cells.Wire."""
+        if not self.alive:
+            return  # Another connection's end was this one's, too.
         try:
             if self.transmission.cells[DIRECT_LEFT]:
                 self.transmission.adopt_all()

@@ -128,14 +128,14 @@ class Flushes:
         """A FLUSH has no answer yet."""
         if self._flushing is not None:
             return True
-        flat = self._channels.route.channel
+        flat = self._channels.route.alone
         return flat is not None and flat.cells[FLUSH_ROW] != 0
 
     def may_be_row(self) -> bool:
         """See cells.Flushes."""
         durability = self.durability
         channels = self._channels
-        flat = channels.route.channel
+        flat = channels.route.alone
         if (
             self._asked
             or self._flushing is not None
@@ -160,10 +160,10 @@ class Flushes:
     def _send_row(self) -> None:
         """Others of this turn share its FLUSH."""
         route = self._channels.route
-        if route.channel is None or route.rows is None:
+        if route.alone is None or route.rows is None:
             return
-        if route.channel.held:
-            route.rows.send_held(route.channel)
+        if route.alone.held:
+            route.rows.send_held(route.alone)
         if self._asked and self._is_flushing:
             route.rows.adopt_all()
         if self._flushing is not None:

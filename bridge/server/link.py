@@ -246,7 +246,8 @@ class Link:
         limits[MAX_READ_BYTES] = min(self._max_read, LONG_BYTES - 1)
         limits[WHOLE_READ_BYTES] = min(self._max_read, WHOLE_BYTES)
         self._changes.connected(
-            ordered=len(channels) > 1 or export.min_block_bytes > SECTOR_BYTES,
+            several=len(channels) > 1,
+            in_parts=export.min_block_bytes > SECTOR_BYTES,
             fenced=export.volume.is_fenced,
             write_bytes=0 if reads_only else self._commands.payload_bytes,
         )

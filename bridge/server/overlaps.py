@@ -62,6 +62,11 @@ class Overlaps:
         self._held_stops: list[int] = []
 
     @property
+    def is_empty(self) -> bool:
+        """There is no claim."""
+        return not (self._pieces or self._wait)
+
+    @property
     def waiting(self) -> list[Claim]:
         """The claims that are not active yet, in order."""
         return list(self._wait)

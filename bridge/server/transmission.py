@@ -147,6 +147,7 @@ class Transmission(Channel):
         self.has_payload = False
         self.held = []
         self.sending = False
+        self.spans = None
         self.early = []
         self.refused: list[Request] = []
         """Refused with ESHUTDOWN: to be sent again elsewhere."""
@@ -193,6 +194,11 @@ class Transmission(Channel):
     def takes_rows(self) -> bool:
         """The replies may be usual ones (see `usual`)."""
         return not self._extended
+
+    def is_one_of_several(self) -> None:
+        """See channels.Channel."""
+        self.spans = self._rows.spans
+        self.native = None
 
     def adopt_all(self) -> None:
         """From here on all that has no answer is in `pending`."""

@@ -22,6 +22,7 @@ from bridge.peers.nbd_server import Faults, Server
 from bridge.peers.nbd_server_disk import MemoryDisk
 from tests.processes import (
     bridge_argv,
+    pause,
     process,
     serving,
     unix_uri,
@@ -445,7 +446,7 @@ async def test_cache_warm_interrupted_with_a_hung_server_is_one_line_and_leaves_
 ):
     async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
         child = await warming(directory)
-        server.send_signal(signal.SIGSTOP)
+        pause(server)
         child.send_signal(number)
         assert await wait_for(child, limit_s=HUNG_S) == 1
         server.kill()

@@ -24,7 +24,7 @@ from bridge.peers.shared_memory import SharedMemory
 from bridge.peers.split_driver import SplitDriver, write_chain
 from bridge.spec.virtio_blk import T_DISCARD, T_IN, T_OUT
 from bridge.spec.virtqueue import DESC_INDIRECT, DESC_WRITE
-from tests.processes import bridge_argv, process, unix_uri, wait_for
+from tests.processes import bridge_argv, pause, process, unix_uri, wait_for
 from tests.tools import HUNG_S, need
 
 QUEUES = 4
@@ -184,7 +184,7 @@ async def test_process_stays_small_while_the_server_answers_nothing(
     async with flooded(directory, cache) as (bridge, server, flood):
         segments = b"".join(struct.pack("<QII", 2048 * at, 2048, 0) for at in range(32))
         flood.memory.view(flood.base + DATA, len(segments))[:] = segments
-        server.send_signal(signal.SIGSTOP)
+        pause(server)
         try:
             flood.fill_rings(*[flood.table(type_, each) for each in lengths])
             assert await flood.most_bytes(bridge) < ALLOWED_BYTES

@@ -38,7 +38,7 @@ from bridge.server.uri import parse_uri
 from bridge.spec.nbd import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from tests.datapath.engines import BOTH, engine
 from tests.datapath.worlds import World
-from tests.processes import process, unix_uri, wait_for
+from tests.processes import pause, process, unix_uri, wait_for
 from tests.tools import HUNG_S, need, told
 from tests.turns import turn_of_the_loop
 
@@ -172,7 +172,7 @@ async def test_close_sends_no_further_reads(directory):
 async def test_close_with_a_hung_server_ends_in_time_and_keeps_dirty_data(directory):
     async with process(slow_nbdkit(directory), ready=directory / "nbd") as server:
         async with running(directory) as storage:
-            server.send_signal(signal.SIGSTOP)
+            pause(server)
             reads = [start(storage, PREFETCH, (32 << 20) + (n << 20), 1 << 20) for n in range(8)]
             for number in range(64):
                 assert await started(storage, WRITE, number << 16, 65536) == [0]
@@ -211,7 +211,7 @@ async def test_write_that_waits_for_room_is_never_done_once_it_is_abandoned(
     # One thread: hung up on with several requests at work, nbdkit 1.32 aborts.
     async with process([*slow_nbdkit(directory), "-t", "1"], ready=directory / "nbd") as nbdkit:
         async with running(directory) as storage:
-            nbdkit.send_signal(signal.SIGSTOP)
+            pause(nbdkit)
             ended, granule, buffer = [0], -1, bytearray()
             while ended:
                 granule += 1

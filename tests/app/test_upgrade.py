@@ -19,7 +19,7 @@ import trio
 
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
-from tests.processes import bridge_argv, process, unix_uri, wait_for
+from tests.processes import bridge_argv, pause, process, unix_uri, wait_for
 from tests.tools import HUNG_S, need, until
 
 PLUGIN = Path(__file__).parents[2] / "nbd_plugin" / "plugin.py"
@@ -243,7 +243,7 @@ async def test_upgrade_while_the_server_does_not_answer_is_refused_and_the_guest
 ) -> None:
     async with served(directory, monkeypatch, "memory", cache_mode="off") as bridge:
         async with await BlkDriver.connect(bridge.vhost) as guest:
-            bridge.server.send_signal(signal.SIGSTOP)
+            pause(bridge.server)
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(guest.write, 0, b"a" * 512)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from bridge.datapath.engine import Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.errors import ConfigError
+from tests.tiers import in_ci
 
 
 def engine(name: str) -> Engine:
@@ -16,7 +15,7 @@ def engine(name: str) -> Engine:
     try:
         return choose(name)
     except ConfigError as error:
-        if os.environ.get("CI"):
+        if in_ci():
             raise
         pytest.skip(str(error))
 

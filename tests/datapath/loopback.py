@@ -11,6 +11,7 @@ from bridge.datapath.cells import (
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     SIZE_BYTES,
+    Outlet,
     Resident,
     Route,
 )
@@ -40,8 +41,7 @@ class Loopback:
             Export("", len(data), DEFAULT_FLAGS, structured=True), turn, rows=self.rows
         )
         self.route = Route()
-        self.route.channel = self.transmission
-        self.route.flush_later = self._flush_later
+        self.route.lead((Outlet(self.transmission, self._flush_later, None),))
         self.route.cells[MAX_READ_BYTES] = LONG_BYTES - 1
         self.route.cells[MAX_WRITE_BYTES] = SMALL_BYTES
         self.route.cells[SIZE_BYTES] = len(data)

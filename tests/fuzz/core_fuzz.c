@@ -38,8 +38,9 @@ struct input {
 struct world {
     struct dp_queue queues[QUEUES];
     struct dp_region regions[REGIONS];
-    struct dp_channel channel;
+    struct dp_channel channel, other; /* `other`: of whole turns over two connections */
     struct dp_resident cache;
+    uint64_t *spans;
     uint64_t disk[DP_DISK_CELLS], route[DP_ROUTE_CELLS], sequence;
     struct dp_command *commands; /* of the last call: exactly as many as there is room for */
     uint8_t sent[COMMANDS][DP_COMMAND_BYTES];
@@ -49,9 +50,9 @@ struct world {
     int calls;
     bool whole; /* long reads, too */
     bool turns; /* whole turns */
-    int ours, theirs, epoll_fd;
-    struct dp_output output; /* of the last turn */
-    uint64_t start, end; /* in the staging buffer, between turns */
+    int ours[2], theirs[2], epoll_fd;
+    struct dp_output output; /* of the last turn, for the first of them */
+    uint64_t start[2], end[2]; /* in the staging buffers, between turns */
     uint8_t *outgoing;   /* of the server, `staged` bytes */
 };
 
@@ -152,14 +153,25 @@ static void connect_server(struct world *world)
     struct epoll_event event = {.events = EPOLLIN};
     int ends[2];
 
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) < 0)
-        abort();
-    world->ours = ends[0];
-    world->theirs = ends[1];
     world->epoll_fd = epoll_create1(0);
-    event.data.fd = world->ours;
-    if (epoll_ctl(world->epoll_fd, EPOLL_CTL_ADD, world->ours, &event) < 0)
-        abort();
+    for (int index = 0; index < 2; index++) {
+        if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) < 0)
+            abort();
+        world->ours[index] = ends[0];
+        world->theirs[index] = ends[1];
+        event.data.fd = ends[0];
+        if (epoll_ctl(world->epoll_fd, EPOLL_CTL_ADD, ends[0], &event) < 0)
+            abort();
+    }
+}
+
+static void make_channel(struct dp_channel *channel, uint32_t number, bool structured)
+{
+    channel->cells = room(8 * DP_CHANNEL_CELLS);
+    channel->staging = room(STAGING_BYTES);
+    channel->staging_bytes = STAGING_BYTES;
+    channel->number = number;
+    channel->structured = structured;
 }
 
 static void make_world(struct world *world, struct input *input)
@@ -177,12 +189,12 @@ static void make_world(struct world *world, struct input *input)
             (struct dp_region){addresses[index], sizes[index], room(sizes[index])};
     for (unsigned number = 0; number < QUEUES; number++)
         make_queue(world, number, input);
-    world->channel.cells = room(8 * DP_CHANNEL_CELLS);
-    world->channel.staging = room(STAGING_BYTES);
-    world->channel.staging_bytes = STAGING_BYTES;
-    world->channel.number = 1;
     setup = take(input, 1);
-    world->channel.structured = setup & 1;
+    make_channel(&world->channel, 1, setup & 1);
+    make_channel(&world->other, 2, setup & 1);
+    world->spans = room(8 * DP_SPANS_CELLS);
+    if (setup & 8)
+        world->channel.spans = world->other.spans = world->spans;
     world->whole = setup & 2;
     world->turns = setup & 4;
     world->outgoing = room(STAGING_BYTES);
@@ -245,6 +257,9 @@ static void end_world(struct world *world)
     }
     free(world->channel.cells);
     free(world->channel.staging);
+    free(world->other.cells);
+    free(world->other.staging);
+    free(world->spans);
     free((void *)world->cache.head);
     free((void *)world->cache.granule_of);
     free((void *)world->cache.ready);
@@ -253,8 +268,10 @@ static void end_world(struct world *world)
     free(world->cache.data);
     free(world->outgoing);
     if (world->turns) {
-        close(world->ours);
-        close(world->theirs);
+        for (int index = 0; index < 2; index++) {
+            close(world->ours[index]);
+            close(world->theirs[index]);
+        }
         close(world->epoll_fd);
     }
 }
@@ -506,18 +523,21 @@ static int nobody_called(void *owner, uint32_t ring)
 static void serve(struct world *world)
 {
     static uint8_t got[1 << 20];
-    ssize_t size = read(world->theirs, got, sizeof got);
 
-    for (ssize_t at = 0; at + DP_COMMAND_BYTES <= size;) {
-        uint32_t length;
+    for (int index = 0; index < 2; index++) {
+        ssize_t size = read(world->theirs[index], got, sizeof got);
 
-        memcpy(world->sent[world->sent_count++ % COMMANDS], got + at, DP_COMMAND_BYTES);
-        memcpy(&length, got + at + 24, 4);
-        at += DP_COMMAND_BYTES + (got[at + 7] ? (ssize_t)__builtin_bswap32(length) : 0);
+        for (ssize_t at = 0; at + DP_COMMAND_BYTES <= size;) {
+            uint32_t length;
+
+            memcpy(world->sent[world->sent_count++ % COMMANDS], got + at, DP_COMMAND_BYTES);
+            memcpy(&length, got + at + 24, 4);
+            at += DP_COMMAND_BYTES + (got[at + 7] ? (ssize_t)__builtin_bswap32(length) : 0);
+        }
     }
 }
 
-/* What is unsent is as much as its commands say, and one of them is the first. */
+/* What is unsent is as much as its commands say. */
 static void check_output(const struct dp_output *output)
 {
     uint64_t n_bytes = 0;
@@ -530,12 +550,22 @@ static void check_output(const struct dp_output *output)
         abort();
 }
 
-/* One turn, or a few. What it leaves unsent is sent by the next one, or dropped, as on a connection
- * that is lost. */
+/* Keep what is to be sent by the next turn that has one connection; with more it is dropped. */
+static void keep_output(struct world *world, const struct dp_turns *turns, bool keep)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = world->ours[0]};
+
+    world->output = turns->output;
+    if (keep || !turns->output.is_watched)
+        return;
+    memset(&world->output, 0, sizeof world->output);
+    epoll_ctl(world->epoll_fd, EPOLL_CTL_MOD, world->ours[0], &event);
+}
+
+/* One turn, or a few; what else it leaves is dropped, as on a connection that is lost. */
 static void turn(struct world *world, struct input *input)
 {
     static struct dp_turns turns;
-    struct epoll_event event = {.events = EPOLLIN, .data.fd = world->ours};
     struct dp_ring rings[QUEUES] = {{&world->queues[0], -1, 0}, {&world->queues[1], -1, 0}};
     uint64_t how = take(input, 1), size = world->staged;
     ssize_t sent;
@@ -543,14 +573,12 @@ static void turn(struct world *world, struct input *input)
 
     if (how & 0x80 && size)
         size -= how % size;
-    sent = write(world->theirs, world->outgoing, size);
+    sent = write(world->theirs[how >> 6 & 1], world->outgoing, size);
     if (sent > 0) {
         memmove(world->outgoing, world->outgoing + sent, world->staged - (uint64_t)sent);
         world->staged -= (uint64_t)sent;
     }
     memset(&turns, 0, offsetof(struct dp_turns, output));
-    memset(&turns.is_writable, 0,
-           offsetof(struct dp_turns, others) - offsetof(struct dp_turns, is_writable));
     turns.epoll_fd = world->epoll_fd;
     turns.rings = rings;
     turns.ring_count = how & 1 ? 1 : QUEUES;
@@ -558,18 +586,24 @@ static void turn(struct world *world, struct input *input)
     turns.may_write = how & 2;
     if (how & 0x0C) {
         look_at_flushes(world);
-        turns.channel = &world->channel;
-        turns.socket_fd = world->ours;
+        turns.wires[0] = (struct dp_wire){&world->channel, world->ours[0], world->start[0],
+                                          world->end[0], 0, 0, 0};
+        turns.wires[1] = (struct dp_wire){&world->other, world->ours[1], world->start[1],
+                                          world->end[1], 0, 0, 0};
+        turns.wire_count = how & 0x20 ? 2 : 1;
+        turns.wire = &turns.wires[0];
+        turns.output = world->output;
+        if (turns.wire_count > 1) {
+            world->channel.cells[DP_MAY_FLUSH] = 0;
+            keep_output(world, &turns, false);
+            memset(&turns.output, 0, sizeof turns.output);
+        }
         turns.route = world->route;
         turns.sequence = &world->sequence;
-        turns.start = world->start;
-        turns.end = world->end;
     } else {
         turns.cache = &world->cache;
+        memset(&turns.output, 0, sizeof turns.output);
     }
-    turns.output = (struct dp_output){.is_callers = false};
-    if (turns.channel)
-        turns.output = world->output;
     turns.until_ns = how & 0x10 ? UINT64_MAX : 0;
     turns.wait = nothing_comes;
     turns.call = nobody_called;
@@ -577,19 +611,18 @@ static void turn(struct world *world, struct input *input)
     flags = dp_turns(&turns);
     if (turns.flushed > DP_TIMES || world->channel.unsent_from)
         abort();
-    if (turns.channel) {
-        check_output(&turns.output);
-        world->output = turns.output;
+    if (turns.wire_count == 1) {
+        if (!(flags & DP_FAILED))
+            check_output(&turns.output);
+        keep_output(world, &turns, !(flags & DP_FAILED));
     }
-    if (turns.channel && dp_is_sending(&turns) && (flags & DP_FAILED || !(how & 0x20))) {
-        memset(&world->output, 0, sizeof world->output);
-        epoll_ctl(world->epoll_fd, EPOLL_CTL_MOD, world->ours, &event);
-    }
-    world->start = turns.start;
-    world->end = turns.end;
-    if (flags & DP_REPLY) {
-        world->start = world->end;
-        world->channel.cells[DP_DIRECT_LEFT] = 0;
+    for (uint32_t index = 0; index < turns.wire_count; index++) {
+        const struct dp_wire *wire = &turns.wires[index];
+
+        world->start[index] = wire->flags & DP_REPLY ? wire->end : wire->start;
+        world->end[index] = wire->end;
+        if (wire->flags & DP_REPLY)
+            wire->channel->cells[DP_DIRECT_LEFT] = 0;
     }
     serve(world);
 }

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from bridge.demo.servers import ServerProcess, bridge_command, nbdkit_command, running, start_server
+from tests.processes import pause
 from tests.tools import need
 
 MIB = 1 << 20
@@ -94,7 +95,7 @@ class Killable:
     def pause(self) -> None:
         """SIGSTOP: requests gather."""
         assert self._server is not None
-        self._server.process.send_signal(signal.SIGSTOP)
+        pause(self._server.process)
 
     def resume(self) -> None:
         """SIGCONT."""

@@ -53,7 +53,10 @@ class FakeChannel:
         self.unflushed = 0
         self.answered = False
 
-    flat = None
+    flat = wire = None
+
+    def is_one_of_several(self) -> None:
+        pass
 
     def flush_later(self) -> None:
         raise AssertionError("nothing is put into the output of this one")

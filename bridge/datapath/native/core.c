@@ -593,6 +593,44 @@ static void note_flush(uint64_t *cells, uint64_t cookie, uint64_t rows)
     cells[DP_FLUSHES]++;
 }
 
+/* Why a write of these bytes may not be a row beside those that are; 0: it may. */
+static uint64_t stop_of_span(const uint64_t *spans, uint64_t offset, uint64_t length)
+{
+    if (spans[0] >= DP_MAX_SPANS)
+        return DP_STOP_ROOM;
+    for (uint64_t index = 0; index < spans[0]; index++) {
+        const uint64_t *span = &spans[1 + DP_SPAN_CELLS * index];
+
+        if (offset < span[2] && span[1] < offset + length)
+            return DP_STOP_WRITE;
+    }
+    return 0;
+}
+
+static void note_span(uint64_t *spans, uint64_t cookie, uint64_t offset, uint64_t length)
+{
+    uint64_t *span = &spans[1 + DP_SPAN_CELLS * spans[0]++];
+
+    span[0] = cookie;
+    span[1] = offset;
+    span[2] = offset + length;
+}
+
+static void forget_span(uint64_t *spans, uint64_t cookie)
+{
+    uint64_t count = least(spans[0], DP_MAX_SPANS);
+
+    for (uint64_t index = 0; index < count; index++) {
+        uint64_t *span = &spans[1 + DP_SPAN_CELLS * index];
+
+        if (span[0] != cookie)
+            continue;
+        memmove(span, &spans[1 + DP_SPAN_CELLS * (count - 1)], 8 * DP_SPAN_CELLS);
+        spans[0] = count - 1;
+        return;
+    }
+}
+
 struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
                                  uint64_t *sequence, bool may_write, bool whole,
@@ -625,6 +663,12 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
         needed = 1 + (chain.type == OUT ? chain.count : 0);
         if (needed > pieces)
             break;
+        if (channel->spans && chain.type == OUT)
+            stop = stop_of_span(channel->spans, chain.sector << SECTOR_SHIFT, chain.length);
+        if (stop) {
+            state[DP_STOPPED] = stop;
+            break;
+        }
         pieces -= needed;
         cells[DP_SEGMENTS] += several;
         if (large)
@@ -635,6 +679,8 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
         if (queue->tracked)
             note_popped(queue, head, state[DP_COUNTER]++);
         put_row(queue, channel, head, cookie, &chain);
+        if (channel->spans && chain.type == OUT)
+            note_span(channel->spans, cookie, chain.sector << SECTOR_SHIFT, chain.length);
         fill_command(&out[done], queue, head, cookie, &chain);
         count_taken(&taken, disk, &chain);
         if (chain.type == FLUSH)
@@ -761,8 +807,11 @@ static void push_row(struct dp_queue *queue, const struct dp_channel *channel, u
     channel->cells[DP_ROWS]--;
     if (row->segments > 1)
         channel->cells[DP_SEGMENTS] -= least(channel->cells[DP_SEGMENTS], row->segments);
-    if (row->op == OUT)
+    if (row->op == OUT) {
         channel->cells[DP_UNFLUSHED]++;
+        if (channel->spans)
+            forget_span(channel->spans, cookie);
+    }
     if (row->op == FLUSH) {
         channel->cells[DP_FLUSH_ROW] = 0;
         channel->cells[DP_FLUSHED]++;

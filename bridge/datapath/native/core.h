@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 6
+#define DP_ABI 8
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -113,7 +113,10 @@ enum {
     DP_TURN_BYTES = 8 << 20,
     DP_LONG_BYTES = 32 << 10,
     DP_LARGE_IN_FLIGHT_BYTES = 64 << 20,
-    DP_COMMAND_BYTES = 28
+    DP_COMMAND_BYTES = 28,
+    DP_SPAN_CELLS = 3,
+    DP_MAX_SPANS = 256,
+    DP_SPANS_CELLS = 1 + DP_SPAN_CELLS * DP_MAX_SPANS
 };
 
 /* See `cells.sequence_of`. */
@@ -175,6 +178,7 @@ struct dp_channel {
     /* The number of the first command that was not sent to its end: an answer to that one, or to a
      * later one, is not usual. 0: all was sent. Of compiled turns only. */
     uint64_t unsent_from;
+    uint64_t *spans; /* `cells.Channel.spans`, DP_SPANS_CELLS; NULL: this channel is alone */
 };
 
 /* What a cache has at hand. */

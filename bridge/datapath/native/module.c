@@ -199,6 +199,21 @@ struct holder *dp_make_queue(PyObject *object)
     return holder;
 }
 
+/* `Channel.spans`: none, if this channel is alone. */
+static int hold_spans(struct holder *holder, PyObject *object, struct dp_channel *channel)
+{
+    PyObject *spans = PyObject_GetAttrString(object, "spans");
+    Py_buffer *view;
+
+    if (!spans || spans == Py_None) {
+        Py_XDECREF(spans);
+        return spans ? 0 : -1;
+    }
+    view = hold(holder, spans, 8 * DP_SPANS_CELLS, PyBUF_WRITABLE);
+    channel->spans = view ? view->buf : NULL;
+    return view ? 0 : -1;
+}
+
 struct holder *dp_make_channel(PyObject *object)
 {
     struct holder *holder = new_holder(FIXED_BUFFERS);
@@ -223,6 +238,10 @@ struct holder *dp_make_channel(PyObject *object)
     channel->staging_bytes = (uint64_t)staging->len;
     channel->number = (uint32_t)number;
     channel->structured = structured != 0;
+    if (hold_spans(holder, object, channel) < 0) {
+        drop(holder);
+        return NULL;
+    }
     return holder;
 }
 
@@ -687,7 +706,7 @@ static const struct {
     PLACE(SEGMENTS),       PLACE(MAX_ROW_SEGMENTS), PLACE(WHOLE_WRITE_BYTES),
     PLACE(STOP_RING),      PLACE(STOP_FORM),       PLACE(STOP_RANGE),     PLACE(STOP_MISS),
     PLACE(STOP_WRITE),     PLACE(STOP_ROOM),       PLACE(STOP_ROUTE),     PLACE(STOP_FLUSH),
-    PLACE(STOPS),
+    PLACE(STOPS),          PLACE(SPAN_CELLS),      PLACE(MAX_SPANS),      PLACE(SPANS_CELLS),
 };
 
 static int add_places(PyObject *module)

@@ -2,7 +2,8 @@
  *
  * What the socket does not take at once stays, and is sent as the socket takes more, while answers
  * are received. Only between two calls of `dp_turns` does the caller have it: then it is what the
- * general path would have left there, and may be sent by that as well.
+ * general path would have left there, and may be sent by that as well. (With several connections it
+ * always is: what comes next is for another one.)
  */
 #include "turns.h"
 
@@ -71,19 +72,26 @@ static void advance(struct dp_output *output, uint64_t n_bytes)
     }
 }
 
+static int failed(struct dp_turns *turns)
+{
+    turns->wire->error = errno;
+    turns->wire->flags |= DP_FAILED;
+    return DP_UNSENT | DP_FAILED;
+}
+
 /* Have the epoll tell when the socket takes more, exactly while something is unsent. */
 static int watch(struct dp_turns *turns)
 {
     bool sending = dp_is_sending(turns);
     struct epoll_event event = {.events = EPOLLIN | (sending ? EPOLLOUT : 0),
-                                .data.fd = turns->socket_fd};
+                                .data.fd = turns->wire->socket_fd};
 
+    if (sending && turns->wire_count > 1)
+        return DP_UNSENT;
     if (sending == turns->output.is_watched)
         return 0;
-    if (epoll_ctl(turns->epoll_fd, EPOLL_CTL_MOD, turns->socket_fd, &event) < 0) {
-        turns->error = errno;
-        return DP_UNSENT | DP_FAILED;
-    }
+    if (epoll_ctl(turns->epoll_fd, EPOLL_CTL_MOD, turns->wire->socket_fd, &event) < 0)
+        return failed(turns);
     turns->output.is_watched = sending;
     return 0;
 }
@@ -93,14 +101,12 @@ static int send_pieces(struct dp_turns *turns)
     struct dp_output *output = &turns->output;
     struct msghdr message = {.msg_iov = output->pieces + output->piece,
                              .msg_iovlen = output->piece_count - output->piece};
-    ssize_t sent = sendmsg(turns->socket_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t sent = sendmsg(turns->wire->socket_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
 
-    if (sent < 0 && errno != EAGAIN && errno != EINTR) {
-        turns->error = errno;
-        return DP_UNSENT | DP_FAILED;
-    }
+    if (sent < 0 && errno != EAGAIN && errno != EINTR)
+        return failed(turns);
     advance(output, sent < 0 ? 0 : (uint64_t)sent);
-    turns->channel->unsent_from =
+    turns->wire->channel->unsent_from =
         dp_is_sending(turns) ? output->commands[output->command].sequence : 0;
     return watch(turns);
 }

@@ -21,6 +21,7 @@
 enum {
     RECEIVES_PER_TURN = 8,
     STAGING_LONG_BYTES = 16 << 10, /* while long reads are in flight: see transmission.py */
+    SHARE = 8,                     /* commands that go to one of several connections at once */
     DEEP = 16,                     /* with so many in flight, waiting gathers a batch */
     LONG_TURN_NS = 5000000         /* as in loop.py */
 };
@@ -54,34 +55,34 @@ static void untouch(struct dp_turns *turns, const struct dp_answered *answered)
     }
 }
 
-static int take_answers(struct dp_turns *turns)
+static int take_answers(struct dp_turns *turns, struct dp_wire *wire)
 {
     struct dp_answered answered;
-    uint64_t *cells = turns->channel->cells, flushed = cells[DP_FLUSHED];
+    uint64_t *cells = wire->channel->cells, flushed = cells[DP_FLUSHED];
 
-    dp_answers(turns->channel, queue_of, turns, true, turns->start, turns->end, &answered);
-    turns->start = answered.start;
+    dp_answers(wire->channel, queue_of, turns, true, wire->start, wire->end, &answered);
+    wire->start = answered.start;
     if (cells[DP_FLUSHED] != flushed)
         cells[DP_FLUSH_TOOK_NS] = now_ns() - cells[DP_FLUSH_BEGAN_NS];
     untouch(turns, &answered);
-    return turns->end - turns->start >= 16 && !answered.waits ? DP_REPLY : 0;
+    return wire->end - wire->start >= 16 && !answered.waits ? DP_REPLY : 0;
 }
 
-static int not_received(struct dp_turns *turns, ssize_t got, bool *drained)
+static int not_received(struct dp_wire *wire, ssize_t got, bool *drained)
 {
     *drained = true;
     if (!got)
         return DP_ENDED;
     if (errno == EAGAIN || errno == EINTR)
         return 0;
-    turns->error = errno;
+    wire->error = errno;
     return DP_FAILED;
 }
 
 /* The same amid a long payload: into the guest's memory, and what comes after it. */
-static int receive_direct(struct dp_turns *turns, bool *drained)
+static int receive_direct(struct dp_turns *turns, struct dp_wire *wire, bool *drained)
 {
-    struct dp_channel *channel = turns->channel;
+    struct dp_channel *channel = wire->channel;
     uint64_t left = channel->cells[DP_DIRECT_LEFT], direct;
     struct iovec places[DP_MAX_SEGMENTS + 1];
     uint32_t count = dp_direct(channel, queue_of, turns, places);
@@ -92,54 +93,55 @@ static int receive_direct(struct dp_turns *turns, bool *drained)
     if (!count || channel->staging_bytes < STAGING_LONG_BYTES)
         return DP_REPLY;
     places[count] = (struct iovec){channel->staging, STAGING_LONG_BYTES};
-    got = recvmsg(turns->socket_fd, &message, MSG_DONTWAIT);
+    got = recvmsg(wire->socket_fd, &message, MSG_DONTWAIT);
     if (got <= 0)
-        return not_received(turns, got, drained);
+        return not_received(wire, got, drained);
     *drained = (uint64_t)got < left + STAGING_LONG_BYTES;
-    turns->received_bytes += (uint64_t)got;
+    wire->received_bytes += (uint64_t)got;
     direct = (uint64_t)got < left ? (uint64_t)got : left;
     dp_direct_received(channel, queue_of, turns, direct, &answered);
     untouch(turns, &answered);
-    turns->start = 0;
-    turns->end = (uint64_t)got - direct;
-    return take_answers(turns);
+    wire->start = 0;
+    wire->end = (uint64_t)got - direct;
+    return take_answers(turns, wire);
 }
 
 /* Receive once, and take the usual replies; the flags. `*drained`: there is no more for now. */
-static int receive_once(struct dp_turns *turns, bool *drained)
+static int receive_once(struct dp_turns *turns, struct dp_wire *wire, bool *drained)
 {
-    struct dp_channel *channel = turns->channel;
+    struct dp_channel *channel = wire->channel;
     uint64_t room;
     ssize_t got;
 
     if (channel->cells[DP_DIRECT_LEFT])
-        return receive_direct(turns, drained);
-    if (turns->start) {
-        memmove(channel->staging, channel->staging + turns->start, turns->end - turns->start);
-        turns->end -= turns->start;
-        turns->start = 0;
+        return receive_direct(turns, wire, drained);
+    if (wire->start) {
+        memmove(channel->staging, channel->staging + wire->start, wire->end - wire->start);
+        wire->end -= wire->start;
+        wire->start = 0;
     }
-    room = channel->staging_bytes - turns->end;
+    room = channel->staging_bytes - wire->end;
     if (channel->cells[DP_LONG_READS] && room > STAGING_LONG_BYTES)
         room = STAGING_LONG_BYTES;
     if (!room)
         return DP_REPLY;
-    got = recv(turns->socket_fd, channel->staging + turns->end, room, MSG_DONTWAIT);
+    got = recv(wire->socket_fd, channel->staging + wire->end, room, MSG_DONTWAIT);
     if (got <= 0)
-        return not_received(turns, got, drained);
+        return not_received(wire, got, drained);
     *drained = (uint64_t)got < room;
-    turns->end += (uint64_t)got;
-    turns->received_bytes += (uint64_t)got;
-    return take_answers(turns);
+    wire->end += (uint64_t)got;
+    wire->received_bytes += (uint64_t)got;
+    return take_answers(turns, wire);
 }
 
-static int receive(struct dp_turns *turns)
+static int receive(struct dp_turns *turns, struct dp_wire *wire)
 {
     bool drained = false;
     int flags = 0;
 
     for (int calls = 0; calls < RECEIVES_PER_TURN && !flags && !drained; calls++)
-        flags = receive_once(turns, &drained);
+        flags = receive_once(turns, wire, &drained);
+    wire->flags |= flags;
     return flags;
 }
 
@@ -152,14 +154,16 @@ static int handle_events(struct dp_turns *turns, int count)
         const struct epoll_event *event = &turns->events[index];
         bool known = false;
 
-        if (turns->channel && event->data.fd == turns->socket_fd) {
-            known = !(event->events & ~(uint32_t)(EPOLLIN | EPOLLOUT));
-            turns->is_writable = event->events & EPOLLOUT;
-            if (!known)
-                flags |= DP_SOCKET;
-            else if (event->events & EPOLLIN)
-                flags |= receive(turns);
-        }
+        for (uint32_t at = 0; at < turns->wire_count && !known; at++)
+            if (event->data.fd == turns->wires[at].socket_fd) {
+                known = !(event->events & ~(uint32_t)(EPOLLIN | EPOLLOUT));
+                turns->is_writable |= (event->events & EPOLLOUT) != 0;
+                if (!known)
+                    flags |= DP_SOCKET;
+                else if (event->events & EPOLLIN)
+                    flags |= receive(turns, &turns->wires[at]);
+                break;
+            }
         for (uint32_t ring = 0; ring < turns->ring_count && !known; ring++)
             known = event->data.fd == turns->rings[ring].kick_fd;
         if (!known && turns->other_count < DP_EVENTS) {
@@ -169,6 +173,36 @@ static int handle_events(struct dp_turns *turns, int count)
     }
     turns->worked |= count > 0;
     return flags;
+}
+
+/* What the connections have answered. */
+static uint64_t unflushed(const struct dp_turns *turns)
+{
+    uint64_t sum = 0;
+
+    for (uint32_t index = 0; index < turns->wire_count; index++)
+        sum += turns->wires[index].channel->cells[DP_UNFLUSHED];
+    return sum;
+}
+
+/* The one connection that there is, or NULL: only then are there flushes here. */
+static struct dp_channel *alone(const struct dp_turns *turns)
+{
+    return turns->wire_count == 1 ? turns->wires[0].channel : NULL;
+}
+
+/* Where the next commands go: as `Route.least_busy`. */
+static struct dp_wire *least_busy(struct dp_turns *turns)
+{
+    struct dp_wire *least = NULL;
+
+    for (uint32_t index = 0; index < turns->wire_count; index++) {
+        struct dp_wire *wire = &turns->wires[index];
+
+        if (!least || wire->channel->cells[DP_ROWS] < least->channel->cells[DP_ROWS])
+            least = wire;
+    }
+    return least;
 }
 
 static bool is_long_over(const struct dp_turns *turns)
@@ -189,13 +223,15 @@ static uint32_t pieces_of(struct dp_turns *turns, uint32_t count)
 }
 
 /* Take what the rings have. (What is sent is bounded by the socket. What is copied is not: in a
- * long turn the rings after this one are the first next time.) */
+ * long turn the rings after this one are the first next time.) With several connections this is
+ * asked again and again, for a few commands for one of them. */
 static int take(struct dp_turns *turns)
 {
-    uint32_t pieces = DP_PIECES;
+    uint32_t pieces = DP_PIECES, room = turns->wire_count > 1 ? SHARE : DP_COMMANDS;
     int flags = 0;
 
     turns->command_count = 0;
+    turns->wire = least_busy(turns);
     turns->is_full = false;
     turns->cut_short = false;
     turns->first_ring++;
@@ -211,14 +247,14 @@ static int take(struct dp_turns *turns)
         if (turns->cache) {
             taken = dp_take_hits(queue, turns->disk, turns->cache, turns->may_write);
         } else {
-            taken = dp_take_commands(queue, turns->disk, turns->route, turns->channel,
+            taken = dp_take_commands(queue, turns->disk, turns->route, turns->wire->channel,
                                      turns->sequence, turns->may_write, true,
                                      turns->commands + turns->command_count,
-                                     DP_COMMANDS - turns->command_count, pieces);
+                                     room - turns->command_count, pieces);
             pieces -= pieces_of(turns, taken.reads + taken.writes + taken.flushes);
             turns->is_full |= taken.is_full;
             if (taken.flushes) {
-                turns->channel->cells[DP_FLUSH_BEGAN_NS] = now_ns();
+                turns->wire->channel->cells[DP_FLUSH_BEGAN_NS] = now_ns();
                 turns->flush_is_new = true;
             }
             if (taken.writes)
@@ -258,7 +294,7 @@ static int serve(struct dp_turns *turns)
     /* With more than fits, again: nothing that can be taken is left before a publication. */
     do {
         flags |= take(turns);
-        flags |= turns->channel ? dp_send_taken(turns) : 0;
+        flags |= turns->wire ? dp_send_taken(turns) : 0;
     } while (!flags && turns->is_full && !dp_is_sending(turns));
     return flags;
 }
@@ -290,7 +326,10 @@ static void disarm(struct dp_turns *turns)
 
 static inline bool awaits_payload(const struct dp_turns *turns)
 {
-    return turns->channel && turns->channel->cells[DP_LONG_READS];
+    for (uint32_t index = 0; index < turns->wire_count; index++)
+        if (turns->wires[index].channel->cells[DP_LONG_READS])
+            return true;
+    return false;
 }
 
 /* How long to poll now. Long between the pieces of a long payload, as in `loop.Loop.linger`: not to
@@ -336,10 +375,12 @@ static int nap(struct dp_turns *turns)
  * when `published` was out. */
 static void looked(struct dp_turns *turns, uint64_t published)
 {
+    struct dp_channel *channel = alone(turns);
+
     turns->looked = true;
     turns->shown = published;
-    if (turns->channel) {
-        uint64_t *cells = turns->channel->cells;
+    if (channel) {
+        uint64_t *cells = channel->cells;
 
         if (cells[DP_SEEN] < cells[DP_BEFORE] + published)
             cells[DP_SEEN] = cells[DP_BEFORE] + published;
@@ -350,9 +391,10 @@ static void looked(struct dp_turns *turns, uint64_t published)
  * in flight by now may be for something that this one was too early for. */
 static void count_flushed(struct dp_turns *turns)
 {
-    uint64_t *cells = turns->channel->cells;
+    struct dp_channel *channel = alone(turns);
+    uint64_t *cells = channel ? channel->cells : NULL;
 
-    if (!cells[DP_FLUSHED])
+    if (!channel || !cells[DP_FLUSHED])
         return;
     turns->flush_ns[turns->flushed++] = cells[DP_FLUSH_TOOK_NS];
     cells[DP_FLUSHED] = 0;
@@ -377,7 +419,7 @@ static bool is_woken(struct dp_turns *turns, uint64_t published)
 static int have_turns(struct dp_turns *turns)
 {
     bool had_work = turns->worked;
-    uint64_t published = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
+    uint64_t published = unflushed(turns);
     /* What was not usual has just been done elsewhere: something may follow it as well. */
     uint64_t now = now_ns(), idle_ns = had_work ? now + window_ns(turns) : 0;
     int count = 0;
@@ -385,12 +427,12 @@ static int have_turns(struct dp_turns *turns)
     turns->reads = turns->writes = turns->flushes = turns->flushed = turns->naps = 0;
     turns->other_count = turns->command_count = 0;
     turns->durable = turns->flush_is_new = false;
-    turns->received_bytes = turns->output.late_bytes = 0;
-    turns->error = 0;
+    turns->output.late_bytes = 0;
     turns->shown = 0;
     turns->looked = false;
     if (dp_is_sending(turns))
-        turns->channel->unsent_from = turns->output.commands[turns->output.command].sequence;
+        turns->wire->channel->unsent_from =
+            turns->output.commands[turns->output.command].sequence;
     for (;;) {
         int flags;
 
@@ -406,9 +448,8 @@ static int have_turns(struct dp_turns *turns)
             if (!turns->is_full && !turns->cut_short)
                 looked(turns, published);
             flags |= publish(turns);
-            published = turns->channel ? turns->channel->cells[DP_UNFLUSHED] : 0;
-            if (turns->channel)
-                count_flushed(turns);
+            published = unflushed(turns);
+            count_flushed(turns);
         }
         now = now_ns();
         if (turns->worked) {
@@ -440,7 +481,7 @@ int dp_turns(struct dp_turns *turns)
 {
     int flags = have_turns(turns);
 
-    if (turns->channel)
-        turns->channel->unsent_from = 0; /* It is for `answers` within turns. */
+    for (uint32_t index = 0; index < turns->wire_count; index++)
+        turns->wires[index].channel->unsent_from = 0; /* It is for `answers` within turns. */
     return flags;
 }

@@ -7,7 +7,7 @@
 #include <sys/epoll.h>
 
 /* (The system takes 1024 pieces at once.) */
-enum { DP_EVENTS = 64, DP_COMMANDS = 512, DP_PIECES = 1024, DP_TIMES = 64 };
+enum { DP_EVENTS = 64, DP_COMMANDS = 512, DP_PIECES = 1024, DP_TIMES = 64, DP_WIRES = 16 };
 
 /* Why `dp_turns` has ended: any of these together, or 0: nothing came, and the rings are armed. */
 enum {
@@ -17,7 +17,7 @@ enum {
     DP_REPLY = 8,    /* a reply that is not usual, from `start` on */
     DP_UNSENT = 16,  /* what is unsent is left to the caller, who goes on with it */
     DP_ENDED = 32,   /* the end of file */
-    DP_FAILED = 64,  /* the socket failed, with `error` */
+    DP_FAILED = 64,  /* a socket failed, with `error` */
     DP_RAISED = 128, /* a callback failed */
     DP_SOCKET = 256  /* with OTHERS: the socket has more to tell than that it can be read */
 };
@@ -29,6 +29,18 @@ struct dp_ring {
     struct dp_queue *queue;
     int kick_fd; /* -1: none */
     uint32_t taken;
+};
+
+/* A connection to the server. */
+struct dp_wire {
+    struct dp_channel *channel;
+    int socket_fd;
+    uint64_t start, end; /* what stands in the staging buffer */
+
+    /* What came of it. */
+    int flags; /* REPLY, ENDED and FAILED, where that is so of this one */
+    int error;
+    uint64_t received_bytes;
 };
 
 /* A command that was not sent to its end. */
@@ -58,14 +70,11 @@ struct dp_turns {
     uint64_t *disk;
     bool may_write; /* it is known already that something is not durable */
 
-    /* Commands go to a server: its channel, or NULL. */
-    struct dp_channel *channel;
-    int socket_fd;
+    /* Commands go to a server: the connections to it, if there are any. */
+    struct dp_wire wires[DP_WIRES];
+    uint32_t wire_count;
     const uint64_t *route;
     uint64_t *sequence;
-    uint64_t start, end; /* what stands in the staging buffer */
-    struct dp_output output;
-    bool is_writable; /* in this turn the socket takes more */
 
     /* Or there is a cache, or NULL. */
     const struct dp_resident *cache;
@@ -90,15 +99,16 @@ struct dp_turns {
     uint32_t flushed;
     bool durable; /* all is, since the last of them, as far as `Disk` can know */
     bool flush_is_new; /* one was taken in the last turn */
-    uint64_t received_bytes;
     bool looked; /* every ring was looked at, and nothing was left there */
     bool cut_short; /* not every ring was looked at in this turn */
     uint64_t shown; /* what of UNFLUSHED was published before that was done last */
     struct epoll_event others[DP_EVENTS];
     uint32_t other_count;
     uint32_t command_count;
-    bool is_full; /* there may be more commands than fit at once */
-    int error;
+    bool is_full; /* there may be more commands than are sent at once */
+    struct dp_wire *wire; /* `output` is sent there */
+    struct dp_output output;
+    bool is_writable; /* in this turn the socket takes more */
 
     /* Room. */
     struct epoll_event events[DP_EVENTS];
@@ -114,8 +124,8 @@ static inline bool dp_is_sending(const struct dp_turns *turns)
     return turns->output.command < turns->output.command_count;
 }
 
-/* Send the commands that were taken, or what is unsent: as much as the socket takes. 0, or FAILED
- * and UNSENT. */
+/* Send the commands that were taken, or what is unsent: as much as the socket takes. 0, or UNSENT,
+ * perhaps with FAILED. */
 int dp_send_taken(struct dp_turns *turns);
 int dp_send_more(struct dp_turns *turns);
 

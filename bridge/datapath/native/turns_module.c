@@ -22,7 +22,7 @@ struct state {
 
 /* Everything that one call holds. */
 struct held {
-    PyObject *keeps[RINGS_MAX + 1];
+    PyObject *keeps[RINGS_MAX + DP_WIRES];
     uint32_t count;
     Py_buffer disk, route, sequence;
     bool has_disk, has_route, has_sequence;
@@ -149,17 +149,51 @@ static void forget_output(struct dp_output *output)
     output->is_callers = output->is_watched = false;
 }
 
-/* `side` is (channel, descriptor, route, rows, start, end, unsent, commands), or (resident,). As
- * `hold_rings`. */
+/* Each of `places` is (channel, descriptor, start, end, unsent, commands). As `hold_rings`. */
+static int hold_wires(struct state *state, struct held *held, PyObject *places)
+{
+    struct dp_turns *turns = &state->turns;
+    Py_ssize_t count = PyTuple_Size(places);
+
+    if (count < 1 || count > DP_WIRES)
+        return count < 0 ? -1 : 0;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        struct dp_wire *wire = &turns->wires[index];
+        unsigned long long start, end;
+        struct holder *holder;
+        PyObject *channel, *unsent, *commands;
+        int fd, ready;
+
+        if (!PyArg_ParseTuple(PyTuple_GetItem(places, index), "OiKKOO", &channel, &fd, &start, &end,
+                              &unsent, &commands))
+            return -1;
+        if (count > 1 && PyList_Size(unsent))
+            return 0;
+        ready = hold_unsent(state, unsent, commands);
+        if (ready <= 0)
+            return ready;
+        holder =
+            dp_native_of(channel, dp_channel_kind, dp_make_channel, &held->keeps[held->count++]);
+        if (!holder)
+            return PyErr_Occurred() ? -1 : 0;
+        *wire = (struct dp_wire){&holder->is.channel, fd, start, end, 0, 0, 0};
+        if (start > end || end > wire->channel->staging_bytes)
+            return 0;
+    }
+    turns->wire_count = (uint32_t)count;
+    turns->wire = &turns->wires[0];
+    return 1;
+}
+
+/* `side` is (route, rows, connections), or (resident,). As `hold_rings`. */
 static int hold_side(struct state *state, struct held *held, PyObject *side)
 {
     struct dp_turns *turns = &state->turns;
-    PyObject *object, *route, *rows, *unsent, *commands;
+    PyObject *route, *rows, *places;
     struct holder *holder;
-    unsigned long long start, end;
-    int fd, ready;
 
-    turns->channel = NULL;
+    turns->wire_count = 0;
+    turns->wire = NULL;
     turns->cache = NULL;
     forget_output(&turns->output);
     if (PyTuple_Size(side) == 1) {
@@ -168,28 +202,17 @@ static int hold_side(struct state *state, struct held *held, PyObject *side)
         turns->cache = holder ? &holder->is.resident : NULL;
         return holder ? 1 : PyErr_Occurred() ? -1 : 0;
     }
-    if (!PyArg_ParseTuple(side, "OiOOKKOO", &object, &fd, &route, &rows, &start, &end, &unsent,
-                          &commands))
+    if (!PyArg_ParseTuple(side, "OOO!", &route, &rows, &PyTuple_Type, &places))
         return -1;
-    ready = hold_unsent(state, unsent, commands);
-    if (ready <= 0)
-        return ready;
-    holder = dp_native_of(object, dp_channel_kind, dp_make_channel, &held->keeps[held->count++]);
-    if (!holder)
-        return PyErr_Occurred() ? -1 : 0;
     if (dp_borrow_cells(route, &held->route, 8 * DP_ROUTE_CELLS) < 0)
         return -1;
     held->has_route = true;
     if (dp_borrow_cells(rows, &held->sequence, 8) < 0)
         return -1;
     held->has_sequence = true;
-    turns->channel = &holder->is.channel;
-    turns->socket_fd = fd;
     turns->route = held->route.buf;
     turns->sequence = held->sequence.buf;
-    turns->start = start;
-    turns->end = end;
-    return start <= end && end <= turns->channel->staging_bytes;
+    return hold_wires(state, held, places);
 }
 
 static void let_go(struct state *state, struct held *held)
@@ -282,7 +305,7 @@ static PyObject *rest_of(const struct state *state)
 }
 
 /* What the socket did not take, in pieces. */
-static PyObject *unsent_of(const struct state *state)
+static PyObject *pieces_of(const struct state *state)
 {
     const struct dp_turns *turns = &state->turns;
     uint64_t skip = turns->output.sent_bytes;
@@ -344,27 +367,60 @@ static PyObject *times_of(const struct dp_turns *turns)
     return tuple;
 }
 
+/* See `cells.Unsent`. */
+static PyObject *unsent_of(const struct state *state, const struct dp_wire *wire, int flags)
+{
+    const struct dp_output *output = &state->turns.output;
+    PyObject *pieces, *commands;
+
+    if (wire != state->turns.wire)
+        return Py_BuildValue("[]yK", "", 0ULL);
+    pieces = pieces_of(state);
+    commands = pieces ? commands_of(output, flags) : NULL;
+    if (!commands) {
+        Py_XDECREF(pieces);
+        return NULL;
+    }
+    return Py_BuildValue("NNK", pieces, commands, (unsigned long long)output->late_bytes);
+}
+
+/* What is left of the connections: see `compiled.py`. */
+static PyObject *places_of(const struct state *state, int flags)
+{
+    const struct dp_turns *turns = &state->turns;
+    PyObject *tuple = PyTuple_New((Py_ssize_t)turns->wire_count);
+
+    for (uint32_t index = 0; tuple && index < turns->wire_count; index++) {
+        const struct dp_wire *wire = &turns->wires[index];
+        PyObject *unsent = unsent_of(state, wire, flags), *place = NULL;
+
+        if (unsent)
+            place = Py_BuildValue("KKKiiN", (unsigned long long)wire->start,
+                                  (unsigned long long)wire->end,
+                                  (unsigned long long)wire->received_bytes, wire->flags, wire->error,
+                                  unsent);
+        if (!place || PyTuple_SetItem(tuple, (Py_ssize_t)index, place) < 0)
+            Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
 static PyObject *result_of(const struct state *state, int flags)
 {
     const struct dp_turns *turns = &state->turns;
-    PyObject *others = NULL, *unsent = NULL, *taken = taken_of(turns), *result = NULL;
-    PyObject *times = times_of(turns), *commands = commands_of(&turns->output, flags);
+    PyObject *others = NULL, *places = NULL, *taken = taken_of(turns), *result = NULL;
+    PyObject *times = times_of(turns);
 
-    if (taken && times && commands && (others = others_of(turns)) && (unsent = unsent_of(state)))
-        result = Py_BuildValue("iOIIIO(OOK)KKKiKiiIOii", flags, taken, turns->reads,
-                               turns->writes, turns->naps, others, unsent, commands,
-                               (unsigned long long)turns->output.late_bytes,
-                               (unsigned long long)turns->start,
-                               (unsigned long long)turns->end,
-                               (unsigned long long)turns->received_bytes,
-                               (int)turns->looked, (unsigned long long)turns->shown, turns->error,
-                               (int)turns->worked, turns->flushes, times, (int)turns->durable,
+    if (taken && times && (others = others_of(turns)) && (places = places_of(state, flags)))
+        result = Py_BuildValue("iOIIIOOiKiIOii", flags, taken, turns->reads, turns->writes,
+                               turns->naps, others, places, (int)turns->looked,
+                               (unsigned long long)turns->shown, (int)turns->worked,
+                               turns->flushes, times, (int)turns->durable,
                                (int)turns->flush_is_new);
     Py_XDECREF(times);
-    Py_XDECREF(commands);
     Py_XDECREF(taken);
     Py_XDECREF(others);
-    Py_XDECREF(unsent);
+    Py_XDECREF(places);
     return result;
 }
 

@@ -1,0 +1,263 @@
+"""The usual case over several connections to one server, in either engine."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+from typing import Any
+
+import pytest
+
+from bridge.datapath.cells import ROWS
+from bridge.datapath.engine_names import COMPILED, PURE
+from bridge.datapath.loop import EPOLLIN, EPOLLOUT
+from bridge.datapath.rows import in_order
+from bridge.errors import BridgeError
+from bridge.server.channels import Phase
+from bridge.server.connection import Connection
+from tests.datapath.engines import engine
+from tests.datapath.socket_twins import (
+    HEADERS,
+    ROOM_BYTES,
+    STATUSES,
+    STRIDE,
+    TABLES,
+    Server,
+    Twin,
+    _Negotiated,
+)
+from tests.datapath.test_compiled import add, data
+
+CONNECTIONS = 3
+SLOTS = 16
+LENGTH = 4096
+READ, WRITE, FLUSH, WRITE_ZEROES = 0, 1, 4, 13
+AREA = 0x10000
+"""Of the disk: each slot has its own."""
+SHARED = 0x8000
+"""Where all slots write."""
+
+
+class Several(Twin):
+    """A data path with so many connections, each of which has a server for one image."""
+
+    def connect(self) -> None:
+        if not hasattr(self, "servers"):
+            self.servers = [self.server, *(Server(self.server.structured) for _ in range(2))]
+            for server in self.servers:
+                server.image = self.server.image
+        self.connections: list[Connection] = []
+        self.lost: list[BridgeError] = []
+        for server in self.servers:
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+            server.connected(theirs)
+            negotiated: Any = _Negotiated(ours, self.export)
+            self.connections.append(
+                Connection(
+                    negotiated,
+                    self.loop,
+                    lost=self._lost,
+                    generation=self.session.generation + 1,
+                    rows=self.rows,
+                )
+            )
+        self.connection = self.connections[0]
+        self.session.established(self.now, self.export, self.connections)
+        self.loop.turn.end()
+
+    def settle_loss(self) -> None:
+        unanswered = []
+        for connection in self.connections:
+            connection.close()
+            unanswered += connection.transmission.unanswered()
+        if self.session.phase in (Phase.UP, Phase.LEAVING):
+            self.session.lost(self.now, in_order(unanswered), stale_possible=False, answered=True)
+        self.loop.turn.end()
+        for server in self.servers:
+            assert server.end is not None
+            server.end.close()
+        self.connect()
+
+    def _look_at_socket(self) -> None:
+        for fd, (callback, events) in list(self.loop.callbacks.items()):
+            if fd in self.loop.callbacks:
+                callback(events & EPOLLOUT | EPOLLIN)
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        for server in self.servers:
+            assert server.end is not None
+            server.end.close()
+        self.loop.epoll.close()
+
+    def rows_of(self) -> list[int]:
+        """How many are in flight on each connection."""
+        return [connection.transmission.cells[ROWS] for connection in self.connections]
+
+
+def several(engine_name: str, *, structured: bool = True) -> Several:
+    twin = Several(
+        usual=True,
+        slots=0,
+        tracked=True,
+        structured=structured,
+        event_idx=True,
+        engine=engine(engine_name),
+        turns=engine_name == COMPILED,
+    )
+    twin.config.write(32, bytes([1]))
+    twin.engine.writeback_changed()
+    return twin
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+def test_requests_are_spread_over_the_connections(engine_name: str) -> None:
+    twin = several(engine_name)
+    for slot in range(SLOTS - 1):
+        add(twin, slot, 0, LENGTH)
+        if engine_name == PURE or slot == 7:
+            twin.turn()  # One look at a ring is for one connection there.
+    twin.turn()
+    assert twin.rows_of() == ([5, 5, 5] if engine_name == PURE else [8, 7, 0])
+    for server in twin.servers:
+        server.receive()
+        while server.commands:
+            server.answer(0, "whole")
+        server.send(1 << 30)
+    twin.turn()
+    assert [head for head, _ in twin.used()] == [STRIDE * slot for slot in range(SLOTS - 1)]
+    assert twin.rows_of() == [0, 0, 0]
+    for slot in range(SLOTS - 1):
+        assert data(twin, slot, LENGTH) == twin.server.image[LENGTH * slot : LENGTH * (slot + 1)]
+    assert not twin.rows.adopted_total
+    twin.close()
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+def test_writes_that_overlap_do_not_pass_each_other(engine_name: str) -> None:
+    """Rows, and a row and another request, whichever comes first."""
+    twin = several(engine_name)
+    twin.disk._arm_timer()  # Writes are usual in compiled turns.
+    first, second, zeroes, third = b"1" * LENGTH, b"2" * 512, bytes(1024), b"3" * LENGTH
+
+    _make_available(twin, 0, WRITE, SHARED, first)
+    _make_available(twin, 1, WRITE, AREA, first)
+    twin.turn()
+    assert sorted(twin.rows_of()) in ([0, 0, 2], [0, 1, 1])
+    _make_available(twin, 2, WRITE, SHARED + 512, second)
+    twin.turn()
+    # The two rows became requests, which hold their ranges; the third waits for one of them.
+    assert twin.rows_of() == [0, 0, 0]
+    assert _commands(twin) == [(SHARED, LENGTH), (AREA, LENGTH)]
+    _make_available(twin, 3, WRITE_ZEROES, SHARED, zeroes)
+    _make_available(twin, 4, WRITE, SHARED + 1024, third)
+    for expected in ([(SHARED + 512, 512), (SHARED + 1024, LENGTH)], [(SHARED, 1024)], []):
+        _serve(twin, random.Random(1), whole=True)
+        twin.turn()
+        assert sorted(_commands(twin)) == expected
+    assert len(twin.used()) == 5
+    assert twin.server.image[SHARED : SHARED + 1024 + LENGTH] == zeroes + third
+    assert twin.rows.spans[0] == 0
+    # And all is as before.
+    _make_available(twin, 5, WRITE, SHARED, first)
+    twin.turn()
+    assert sorted(twin.rows_of()) == [0, 0, 1]
+    twin.close()
+
+
+def _commands(twin: Several) -> list[tuple[int, int]]:
+    """What the servers have, and did not answer: offsets and lengths."""
+    for server in twin.servers:
+        server.receive()
+    return [(each[3], each[4]) for server in twin.servers for each in server.commands]
+
+
+@pytest.mark.parametrize("structured", [True, False])
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_request_is_answered_once_and_rightly(
+    seed: int, engine_name: str, structured: bool
+) -> None:
+    """In any order, in any pieces, and when the connections are lost amid all of that. What
+    overlaps, of rows and others, is done in the order in which it came."""
+    twin = several(engine_name, structured=structured)
+    rng = random.Random(seed)
+    calm = seed % 3 == 0
+    model = bytearray(twin.server.image)
+    free = set(range(SLOTS))
+    under_way: dict[int, tuple[int, int]] = {}
+    """Slot → type and length."""
+    taken = 0
+    for _ in range(300):
+        for slot in rng.sample(sorted(free), min(len(free), rng.choice([0, 1, 5, 16]))):
+            # (Zeroes that are in flight when the connections are lost may be written once more.)
+            weights = 50, 50, 2, 2 if calm else 0
+            (type_,) = rng.choices((READ, WRITE, FLUSH, WRITE_ZEROES), weights)
+            length = rng.choice([512, LENGTH, LENGTH, 0x7000])
+            offset = AREA * slot
+            if type_ == WRITE_ZEROES or (type_ == WRITE and rng.random() < 0.1):
+                offset, length = SHARED + 512 * rng.randrange(8), rng.choice([512, LENGTH])
+            sent = bytes(length) if type_ == WRITE_ZEROES else rng.randbytes(length)
+            if type_ in (WRITE, WRITE_ZEROES):
+                model[offset : offset + length] = sent
+            _make_available(twin, slot, type_, offset, sent)
+            free.remove(slot)
+            under_way[slot] = type_, length
+            taken += 1
+        twin.turn()
+        if not calm and rng.random() < 0.05:
+            server = rng.choice(twin.servers)
+            assert server.end is not None
+            server.end.shutdown(socket.SHUT_RDWR)
+        _serve(twin, rng)
+        twin.turn()
+        for head, used_bytes in twin.used():
+            slot = head // STRIDE
+            type_, length = under_way.pop(slot)
+            # After a loss a flush has to fail: the server may have lost what was not flushed.
+            assert twin.low[STATUSES + slot] == 0 or (type_ == FLUSH and not calm)
+            assert used_bytes == (1 if type_ != READ else length + 1)
+            if type_ == READ:
+                assert data(twin, slot, length) == model[AREA * slot : AREA * slot + length]
+            free.add(slot)
+        if not all(connection.alive for connection in twin.connections):
+            twin.settle_loss()
+    for _ in range(50):
+        _serve(twin, rng, whole=True)
+        twin.turn()
+    assert len(twin.used()) == len(under_way)
+    assert twin.server.image == model
+    assert not any(twin.rows_of())
+    usual = twin.disk.usual
+    assert usual is not None
+    if calm:
+        assert usual.served > taken / 2
+    twin.close()
+
+
+def _make_available(twin: Several, slot: int, type_: int, offset: int, content: bytes) -> None:
+    room = ROOM_BYTES * slot
+    twin.high[room : room + len(content)] = content
+    add(twin, slot, type_, 16 if type_ == WRITE_ZEROES else len(content))
+    at = HEADERS + 16 * slot + 8
+    twin.low[at : at + 8] = struct.pack("<Q", offset // 512)
+    if type_ == WRITE_ZEROES:
+        span = struct.pack("<QII", offset // 512, len(content) // 512, 0)
+        twin.high[room : room + 16] = span
+    elif type_ == FLUSH:
+        at = TABLES + 0x100 * slot
+        twin.low[at + 16 : at + 32] = struct.pack("=QIHH", STATUSES + slot, 1, 2, 0)
+        twin.low[16 * STRIDE * slot + 8 : 16 * STRIDE * slot + 12] = struct.pack("=I", 32)
+
+
+def _serve(twin: Several, rng: random.Random, *, whole: bool = False) -> None:
+    for server in rng.sample(twin.servers, len(twin.servers)):
+        server.receive()
+        while server.commands and (whole or rng.random() < 0.8):
+            server.answer(rng.randrange(len(server.commands)), "whole")
+        server.send(1 << 30 if whole else rng.choice([100, 5000, 40_000, 1 << 30, 1 << 30]))
