@@ -23,6 +23,8 @@ enum {
     STAGING_LONG_BYTES = 16 << 10, /* while long reads are in flight: see transmission.py */
     SHARE = 8,                     /* commands that go to one of several connections at once */
     DEEP = 16,                     /* with so many in flight, waiting gathers a batch */
+    BUSY_BYTES = 1 << 20,          /* with more of large requests, the servers have enough to do */
+    LONG_WRITE_BYTES = 256 << 10,  /* each, on average: it takes longer than to poll is worth */
     LONG_TURN_NS = 5000000         /* as in loop.py */
 };
 
@@ -332,15 +334,34 @@ static inline bool awaits_payload(const struct dp_turns *turns)
     return false;
 }
 
+/* Nobody waits for what would be seen a little sooner: the socket is full, the servers have enough to
+ * do, or what they do takes longer than polling does. The last is so of large writes, and of what
+ * their guest does when they are answered. */
+static bool is_busy(struct dp_turns *turns)
+{
+    uint64_t large = 0, rows = 0, reads = 0;
+
+    for (uint32_t index = 0; index < turns->wire_count; index++) {
+        const uint64_t *cells = turns->wires[index].channel->cells;
+
+        large += cells[DP_LARGE_BYTES];
+        rows += cells[DP_ROWS];
+        reads += cells[DP_LONG_READS];
+    }
+    if (rows)
+        turns->writes_are_long = !reads && large / rows >= LONG_WRITE_BYTES;
+    return turns->writes_are_long || large > BUSY_BYTES || dp_is_sending(turns);
+}
+
 /* How long to poll now. Long between the pieces of a long payload, as in `loop.Loop.linger`: not to
  * poll there costs a quarter of the throughput of a server that is near. Not while a batch gathers.
  * (Not to poll while others want the processor was tried: waking up costs more than that, and comes
  * later.) */
-static uint64_t window_ns(const struct dp_turns *turns)
+static uint64_t window_ns(struct dp_turns *turns)
 {
     uint64_t in_flight = 0;
 
-    if (dp_is_sending(turns))
+    if (is_busy(turns))
         return 0;
     if (awaits_payload(turns))
         return turns->long_poll_ns;
@@ -359,7 +380,7 @@ static int nap(struct dp_turns *turns)
 
     turns->naps++;
     disarm(turns);
-    if (dp_is_sending(turns))
+    if (is_busy(turns))
         return count;
     if (now_ns() - began < turns->poll_max_ns) {
         *poll_ns = 2 * *poll_ns + least;
