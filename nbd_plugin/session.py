@@ -21,6 +21,15 @@ Which connections form a session:
   client ID (a name that no other client uses): after a network failure the server may believe in
   the old connections for long.
 
+- `VOLUME@session=TOKEN,client=ID` joins that session if it is open: others are in it for a
+  migration, and may be the ones that write. Nothing tells yet whether the newcomer's guest comes
+  from one of them. Its first write does: from then on the connections of other clients that were
+  let in before its own are revoked, and that write waits for their requests in flight. So a client
+  that comes back names itself anew each time (`ID.1`, `ID.2`): it could not be told from its old
+  self.
+- A session whose flush has failed admits no more connections: the disk has to be opened anew. The
+  next one with its token ends it, whoever is still in it.
+
 Waiting is bounded by `fence_timeout`; then the newcomer is refused (EBUSY), or, with
 `fence=takeover`, the session that is in its way is revoked, drained and ended.
 
@@ -154,10 +163,32 @@ class Session:
             return False
         return self.is_open and self.shared and token == self.token
 
+    def is_replaced_by(self, name: ExportName) -> bool:
+        """Whether a connection of that name, which is not admitted, need not wait for the end."""
+        if not self.is_open:
+            return False
+        is_of_its_client = name.client is not None and name.client == self.client
+        has_failed = self.disk is not None and self.disk.failed
+        return is_of_its_client or (has_failed and self.shared and name.session == self.token)
+
     def note_write(self, handle: Handle) -> None:
-        """Store that this generation and client write, before their first write is executed."""
+        """Store that this generation and client write, before their first write is executed, and
+        end the rights of those that wrote before. Raises PluginError (ESHUTDOWN) for one of them.
+        """
         with self._mark:
+            handle.check_alive()
             if self.writer == handle.client or self.disk is None:
+                return
+            before = self._clients_before(handle)
+            for other in before:
+                other.revoked = True
+        # Not with the lock: what they have in flight may want it. As long as it takes: on the same
+        # storage this write would take as long.
+        while any(other.busy for other in before):
+            time.sleep(_DRAIN_POLL_S)
+        with self._mark:
+            handle.check_alive()
+            if self.writer == handle.client:
                 return
             seen = self.disk.seen(writing=True)
             self.disk.update_state(
@@ -166,6 +197,15 @@ class Session:
                 )
             )
             self.writer = handle.client
+
+    def _clients_before(self, handle: Handle) -> list[Handle]:
+        """The connections of other clients that were let in before any of this one's. Those without
+        a name cannot be told apart: they neither end others' rights nor lose their own."""
+        handles = list(self.handles)
+        if not handle.client:
+            return []
+        first = next((at for at, h in enumerate(handles) if h.client == handle.client), 0)
+        return [other for other in handles[:first] if other.client]
 
     def close_disk(self) -> None:
         """Remember the volume as it is now, after the last writer, and let go of it."""
@@ -207,7 +247,7 @@ class Fence:
             while (session := self._session) is not None:
                 if session.admits(name.session):
                     return self._join(session, name, deadline)
-                if session.is_open and name.client is not None and name.client == session.client:
+                if session.is_replaced_by(name):
                     self._break(session, deadline)
                     continue
                 if not self._changed.wait(deadline - time.monotonic()):

@@ -43,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="only what needs no more than Python packages and takes no longer than a moment",
     )
+    group.addoption("--rest", action="store_true", help="only what --fast leaves out")
     group.addoption(
         "--package", action="store_true", help="only the tests that install the Debian package"
     )
@@ -59,9 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config, items, lambda item: bool(item.get_closest_marker(tiers.PACKAGE)) != only_package
     )
     if config.getoption("fast"):
-        _leave_out(
-            config, items, lambda item: any(map(item.get_closest_marker, tiers.LEFT_OUT_BY_FAST))
-        )
+        _leave_out(config, items, tiers.is_left_out_by_fast)
+    if config.getoption("rest"):
+        _leave_out(config, items, lambda item: not tiers.is_left_out_by_fast(item))
     if hasattr(config, "workerinput"):
         items[:] = tiers.in_order(items)
 

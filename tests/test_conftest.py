@@ -22,6 +22,21 @@ def test_difference_between_two_pieces_of_a_disk_is_explained_in_a_few_lines() -
     assert len(str(caught.value)) < 2000
 
 
+def test_fast_and_rest_are_all_tests() -> None:
+    """CI runs one after the other."""
+
+    def collected(*options: str) -> set[str]:
+        argv = [sys.executable, "-m", "pytest", "-q", "-n0", "--collect-only", *options]
+        told = subprocess.check_output([*argv, "tests/guest"], text=True)
+        return {line for line in told.splitlines() if "::" in line}
+
+    fast, rest = collected("--fast"), collected("--rest")
+    assert fast
+    assert rest
+    assert not fast & rest
+    assert fast | rest == collected()
+
+
 @pytest.mark.parametrize("value", ["true", ""])
 def test_tests_know_whether_they_run_in_ci(value: str) -> None:
     """Although the variable is gone, so that pytest does not see it."""

@@ -35,7 +35,8 @@ PACKAGES = ("bridge", "nbd_plugin", "tests")
 TOP_LEVEL = (*PACKAGES, "deb", "docs", "docker", ".ci", ".github")
 
 OTHERS_OPTIONS = {
-    *("--fast", "--durations", "--follow", "--export", "--unix-socket", "--create", "--now"),
+    *("--fast", "--rest", "--durations", "--follow", "--export", "--unix-socket", "--create"),
+    "--now",
     *(
         "--profile",
         "--volumes",

@@ -114,6 +114,11 @@ def mark(items: list[pytest.Item]) -> None:
             item.add_marker(name)
 
 
+def is_left_out_by_fast(item: pytest.Item) -> bool:
+    """It needs more than Python packages, or takes long."""
+    return any(map(item.get_closest_marker, LEFT_OUT_BY_FAST))
+
+
 def unit_of(nodeid: str) -> str:
     """What one worker runs without another having a part in it: the test, or all of its file."""
     path = nodeid.partition("::")[0]

@@ -256,6 +256,11 @@ class _Collector:
             "NBD commands without an answer, and those that wait for a connection.",
             live.commands_in_flight,
         )
+        yield from self._counter(
+            "server_merged_requests",
+            "Requests that needed no command of their own: they went with the one before.",
+            client.rows.merged_total,
+        )
         yield from self._counter("server_outages", "Lost connections.", client.outages.total)
         yield from self._counter(
             "server_reconnects", "Connections made after the first.", client.reconnects_total

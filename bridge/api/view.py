@@ -100,7 +100,11 @@ class Server:
     """connected; leaving; down: reconnecting; failing: down for so long that requests fail."""
     connections: int
     in_flight: int
-    """NBD commands without an answer, and those that wait for a connection."""
+    """NBD commands without an answer, and those that wait for a connection. Each request that was
+    merged with others counts."""
+    merged_total: int
+    """Requests of the guest's that needed no command of their own: they went with the one before,
+    whose bytes theirs follow."""
     reconnects_total: int
     down_s: float
     """How long the present outage has lasted."""
@@ -276,6 +280,7 @@ class View:
             state=server_state(live),
             connections=live.connections,
             in_flight=live.commands_in_flight,
+            merged_total=client.rows.merged_total,
             reconnects_total=client.reconnects_total,
             down_s=client.outages.seconds(now),
             down_total_s=client.outages.seconds_total(now),

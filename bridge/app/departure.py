@@ -167,10 +167,9 @@ class Departure:
             return reason
         if is_shared(self._client.uri.export_name):
             # One number for all of the session: only who wrote last tells more.
-            writer = export.volume.writer
-            if writer is None:
+            if export.volume.writer is None:
                 return "others in the same session may have written the export since"
-            if writer != self._client.client_id:
+            if not export.volume.was_written_by(self._client.client_id):
                 return "another host wrote the export since"
         return ""
 

@@ -33,7 +33,8 @@ class _Pass(WriteOutWait):
     """The one in which it began."""
     writes_seen: int
     waiting: list[Request]
-    """Whose end this flush is: guests' flushes, and writes that have to be durable."""
+    """Whose end this flush is: guests' flushes, and writes that have to be durable. Empty when
+    they are finished: `AwaitedSlots` keeps the last pass, and would keep the guest's memory."""
 
     def __init__(self, flusher: Flusher, *, fua: bool) -> None:
         super().__init__(fua=fua)
@@ -196,7 +197,8 @@ class Flusher:
             self.due = retry_at if self.due is None else min(self.due, retry_at)
         else:
             self._retry_s = self._options.retry_s
-        for request in running.waiting:
+        finished, running.waiting = running.waiting, []
+        for request in finished:
             self._common.turn.finish(request, error)
         if self._durability.all_flushed:
             self._busy_ranges.flushed(self._durability.epoch)

@@ -205,14 +205,16 @@ class Index(Blocks):
         return empty
 
     def _unbind(self, slot: int) -> None:
-        """Take `slot` out of its chain."""
+        """Take `slot` out of its chain: that of its granule, as `load` and `bind` have it, whatever
+        the file held. Only a file that is changed while it is mapped leads to another one."""
         bucket = self.granule_of[slot] & self.bucket_mask
         at = self.head[bucket]
         if at == slot:
             self.head[bucket] = self.chain[slot]
         else:
-            while self.chain[at] != slot:
-                at = self.chain[at]
+            while (following := self.chain[at]) != slot:
+                assert following, f"slot {slot} is not in the chain of its granule"
+                at = following
             self.chain[at] = self.chain[slot]
         self.chain[slot] = 0
         # The fast path compares `granule_of` of whatever `head` names, so a stale number in a

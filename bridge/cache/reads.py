@@ -27,15 +27,17 @@ class _ReadOp:
         self.abandoned = False
 
     def abandon(self, error: int) -> None:
-        """Finish the request now: what it waits for may still come, and goes nowhere."""
+        """Finish the request now: what it waits for may still come, and goes nowhere. What still
+        knows this must not keep the guest's memory alive: a job on a stuck disk may last."""
         self.abandoned = True
         self.turn.finish(self.request, error)
+        del self.request
 
     def fetched(self, first: int, end: int, view: memoryview, error: int, not_kept: int) -> None:
         """Some blocks have come from the server."""
         if error:
             self.error = self.error or error
-        elif self.request.buffers and not self.abandoned:
+        elif not self.abandoned and self.request.buffers:
             request = self.request
             at = first << self.block_shift
             clip_start = max(at, request.offset)
@@ -215,6 +217,7 @@ class Reads:
             if outcome.error:
                 self._unreadable(op, slot, bits, start, end, outcome.error)
             else:
+                request = op.request
                 scatter(request.buffers, start - request.offset, data)
                 if index.valid(slot) & bits == bits:
                     index.found_resident(slot, bits)
@@ -291,6 +294,8 @@ class Reads:
 
     def go_on(self, op: _ReadOp, start: int, end: int) -> None:
         """The bytes `start` … `end` of `op` had to wait; try them again."""
+        if op.abandoned:
+            return
         self._walk(op, start, end)
         op.release()
 

@@ -244,6 +244,7 @@ class Writes:
             loading, self._for_load = self._for_load, set()
             for op in loading:
                 self._common.turn.finish(op.request, errno)
+                del op.request  # The job knows `op`: it must not keep the guest's memory alive.
 
     def _fail_for_room(self, errno: int) -> None:
         while self._for_room:

@@ -94,6 +94,8 @@ def _server(server: dict[str, Any]) -> str:
         text += f" for {duration(server['down_s'])}"
     if server["reason"]:
         text += f": {server['reason']}"
+    if server["merged_total"]:
+        text += f", {server['merged_total']} requests merged with the ones before"
     if server["outages_total"]:
         text += f" ({server['outages_total']} outages, {duration(server['down_total_s'])} in all)"
     return text

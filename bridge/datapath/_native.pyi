@@ -32,7 +32,7 @@ def turns(
     epoll_fd: int,
     rings: tuple[tuple[Queue, int, Callable[[], None], *tuple[object, ...]], ...],
     disk: Cells[int],
-    may_write: bool,
+    wrote: Callable[[], None] | None,
     side: Side,
     until_ns: int,
     worked: bool,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.datapath.request import Request
     from bridge.datapath.rows import Rows
 
-ABI: Final = 8
+ABI: Final = 10
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -82,11 +82,17 @@ has to wait for the cache. ROOM: too much in flight, or in one batch. ROUTE: no 
 it the usual way. FLUSH: a flush for which more has to be looked at, or waited for, than is
 usual."""
 
-ROW: Final = Struct("=QQQIIHHHBx")
+ROW: Final = Struct("=QQQIIHHHBxIHxx")
 """Offset on the disk, where in its region the data is, where in its region the status byte is,
 length of the data in bytes, number of the channel, regions of data and status, segments of the
-data, operation (`request.READ`, `WRITE` or `FLUSH`). Data of several segments: where each is stands
-in `Queue.segments`, and where the data is is 0 here. A FLUSH has no data: all of that is 0."""
+data, operation (`request.READ`, `WRITE` or `FLUSH`), length of the command in bytes, and 1 + the
+head of the next row of the same command, or 0. Data of several segments: where each is stands
+in `Queue.segments`, and where the data is is 0 here. A FLUSH has no data: all of that is 0.
+
+**A merged command** is one READ or WRITE for several rows of a queue, its *members*: each begins
+where the one before ends, and has the next number. The cookie of the first is the command's, and
+its row has the length of all; in the others that is 0, which says that they have no command of
+their own."""
 ROW_BYTES: Final = ROW.size
 
 SEGMENT: Final = Struct("=QIHxx")
@@ -100,6 +106,8 @@ MAX_ROW_SEGMENTS: Final = 1 << 16
 """In flight, of all queues: views of them take 13 MB when rows become requests."""
 BATCH_PIECES: Final = 4096
 """Headers and segments of payload that one batch of commands may have."""
+MERGED_BYTES: Final = 128 << 10
+"""Of a merged command, at most. Its reply has to fit into the staging buffer: it is taken whole."""
 
 HEAD_BITS: Final = 10
 QUEUE_BITS: Final = 8
@@ -132,6 +140,14 @@ class RowOwner(Protocol):
 
     def publish_later(self) -> None:
         """Something was pushed: publish it at the end of this turn."""
+
+    # Of requests that `adopt` has made, which were sent in a merged command:
+
+    def finish(self, request: Request, error: int) -> None:
+        """It has ended with `error`, 0 or an errno."""
+
+    def submit_alone(self, request: Request) -> None:
+        """Their command has failed: do this one by itself."""
 
 
 class Queue:
@@ -206,6 +222,12 @@ of the usual requests that were taken so far."""
 """What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
 nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES, WHOLE_WRITE_BYTES: the
 longest that compiled turns send as one command."""
+
+# Cells of `rows.Rows`.
+(SEQUENCE, MERGED, ALONE, ROWS_CELLS) = range(4)
+"""SEQUENCE: the number of the next command, of rows and requests alike. MERGED: requests so far
+that had no command of their own (see `ROW`). ALONE: so many chains are still to be sent each alone,
+because merging did not pay."""
 
 # Cells of a `Channel`.
 (
@@ -347,6 +369,9 @@ class Changes(Protocol):
     def adopt(self, request: Request) -> Request:
         """The command for the guest's write `request`, which was a row beside others that it does
         not overlap."""
+
+    def give_up(self, command: Request) -> Request:
+        """The request of a command that `adopt` has made, and that is done with."""
 
 
 class Outlet(NamedTuple):

@@ -73,7 +73,7 @@ class CompiledTurns:
             return None
         found = _native.turns(
             *(self._state, epoll_fd, rings, first.limits),
-            *(usual.is_armed(), side, round(until_s * 1e9), worked),
+            *(None if usual.is_armed() else usual.wrote, side, round(until_s * 1e9), worked),
         )
         if found is None:
             return None

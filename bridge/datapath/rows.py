@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from bridge.datapath.cells import (
+    ALONE,
     ARMED,
     FLUSH_ROW,
     FLUSHES,
@@ -24,13 +25,16 @@ from bridge.datapath.cells import (
     MAX_HEADS,
     MAX_QUEUES,
     MAY_FLUSH,
+    MERGED,
     NAME,
     NAME_BITS,
     NUMBER,
     ROW,
     ROW_BYTES,
     ROWS,
+    ROWS_CELLS,
     SEGMENTS,
+    SEQUENCE,
     SEQUENCE_MASK,
     SIZE,
     SPANS_CELLS,
@@ -53,10 +57,12 @@ from bridge.datapath.cells import (
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.flush_rows import FlushedDisk, FlushRows, TurnedFlushes
+from bridge.datapath.merged import FIRST_PAUSE, LAST_PAUSE, Merged
 from bridge.datapath.request import FLUSH, WRITE, Request
 from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
 
 _CHANNEL_AT: Final = 4
+_COMMAND_BYTES_AT: Final = 9
 """In a row: see `ROW`."""
 _LAST_SEQUENCE: Final = SEQUENCE_MASK - MAX_HEADS
 """From here on there are no more rows: the next batch might not have numbers that fit."""
@@ -101,9 +107,9 @@ class Rows:
 
     def __init__(self, engine: Engine = PURE_ENGINE) -> None:
         self.engine = engine
-        self.cells: Cells[int] = cells(1)
-        """The number of the next command, of rows and requests alike."""
-        self.cells[0] = 1
+        self.cells: Cells[int] = cells(ROWS_CELLS)
+        self.cells[SEQUENCE] = 1
+        self._pause = FIRST_PAUSE
         self.queues: list[Queue | None] = [None] * MAX_QUEUES
         self.touched: list[Queue] = []
         """Something was pushed in these that is not published."""
@@ -166,21 +172,37 @@ class Rows:
             for cookie in queue.cookies
             if cookie
         )
-        by_channel: dict[int, list[Request]] = {}
+        by_channel: dict[int, list[list[Request]]] = {}
         for cookie in found:
-            number, request = self._adopt(cookie)
-            by_channel.setdefault(number, []).append(request)
+            number, is_first, request = self._adopt(cookie)
+            commands = by_channel.setdefault(number, [])
+            if is_first:
+                commands.append([request])
+            else:
+                commands[-1].append(request)  # The numbers of a merged command follow one another.
         self.spans[0] = 0
-        for number, requests in by_channel.items():
+        for number, commands in by_channel.items():
             channel, owner = self._channels[number]
-            channel.cells[ROWS] -= len(requests)
+            channel.cells[ROWS] -= sum(map(len, commands))
             assert not channel.cells[ROWS]
             assert not channel.cells[FLUSH_ROW]
             channel.cells[SEGMENTS] = 0
-            owner.adopted(requests)
+            owner.adopted([self._command_of(requests) for requests in commands])
 
-    def _adopt(self, cookie: int) -> tuple[int, Request]:
-        """The number of the channel, and the request."""
+    def _command_of(self, requests: list[Request]) -> Request:
+        """The command that was sent for `requests`."""
+        first = requests[0]
+        if len(requests) == 1:
+            return first
+        queue = self.queues[first.cookie >> HEAD_BITS & MAX_QUEUES - 1]
+        assert queue is not None
+        assert queue.owner is not None
+        merged = Merged(requests, queue.owner, self.changes)
+        merged.cookie = first.cookie
+        return merged
+
+    def _adopt(self, cookie: int) -> tuple[int, bool, Request]:
+        """The number of the channel, whether a command begins there, and the request."""
         queue = self.queues[cookie >> HEAD_BITS & MAX_QUEUES - 1]
         head = cookie & MAX_HEADS - 1
         assert queue is not None
@@ -196,7 +218,19 @@ class Rows:
             request = self.changes.adopt(request)
         request.cookie = cookie
         self.adopted_total += 1
-        return number, request
+        return number, request.op == FLUSH or row[_COMMAND_BYTES_AT] > 0, request
+
+    # Merging.
+
+    @property
+    def merged_total(self) -> int:
+        """Requests that had no command of their own."""
+        return self.cells[MERGED]
+
+    def merging_did_not_pay(self) -> None:
+        """A merged command had no usual answer: merge nothing for a while, each time for longer."""
+        self.cells[ALONE] = self._pause
+        self._pause = min(2 * self._pause, LAST_PAUSE)
 
     # Flushes.
 
@@ -208,8 +242,8 @@ class Rows:
             queue = self.queues[cookie >> HEAD_BITS & MAX_QUEUES - 1]
             assert queue is not None
             head = cookie & MAX_HEADS - 1
-            cookie = queue.cells[NAME] | self.cells[0] << NAME_BITS | head
-            self.cells[0] += 1
+            cookie = queue.cells[NAME] | self.cells[SEQUENCE] << NAME_BITS | head
+            self.cells[SEQUENCE] += 1
             queue.cookies[head] = channel.cells[FLUSH_ROW] = cookie
             channel.held = [REQUEST.pack(REQUEST_MAGIC, 0, CMD_FLUSH, cookie, 0, 0)]
         channel.output += channel.held
@@ -229,7 +263,7 @@ class Rows:
     @property
     def sequence(self) -> int:
         """That of the next command."""
-        return self.cells[0]
+        return self.cells[SEQUENCE]
 
 
 def in_order(requests: list[Request]) -> list[Request]:
@@ -251,6 +285,8 @@ class Usual(Protocol):
     """Those of them that are writes."""
     is_armed: Callable[[], bool]
     """It is known already that something is not durable: `wrote` need not be called."""
+    wrote: Callable[[], None]
+    """Something is not durable: called before it is sent or published."""
     engine: Engine
     answers_at_once: bool
     """What is served is pushed, and to be published at the end of this turn."""
@@ -285,7 +321,8 @@ class Usual(Protocol):
         """Where they serve chains; None: not now."""
 
     def took(self, reads: int, writes: int, flushes: TurnedFlushes) -> None:
-        """So many chains were taken. There were writes only if it was `armed`."""
+        """So many chains were taken. If it was not armed, `wrote` was called before the first
+        write."""
 
     def turned(self, places: Sequence[Turned]) -> None:
         """So they have left the connections of `side`."""
@@ -346,7 +383,7 @@ class FromCache:
         self._side = (cache,)
         self._cache = cache
         self._counted = counted
-        self._wrote = wrote
+        self.wrote = wrote
 
     def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """See `Usual`. A flush has to look at all of the cache: none is usual."""
@@ -357,7 +394,7 @@ class FromCache:
             self._counted(reads, writes)
             if writes:
                 self.writes += writes
-                self._wrote()
+                self.wrote()
         return taken
 
     def tells(self, disk: FlushedDisk) -> None:
@@ -407,7 +444,7 @@ class ToServer:
         self._take_commands = rows.engine.take_commands
         self._route = route
         self._rows = rows
-        self._wrote = wrote
+        self.wrote = wrote
         self._wires: tuple[Wire, ...] = ()
         """Those of `side`."""
         self._flushes = rows.flushes = FlushRows(route)
@@ -426,13 +463,13 @@ class ToServer:
     @property
     def sequence(self) -> int:
         """See `Usual`."""
-        return self._rows.cells[0]
+        return self._rows.cells[SEQUENCE]
 
     def take(self, queue: Queue, disk: Cells[int], *, flushes: bool = True) -> int:
         """See `Usual`."""
         route, rows = self._route, self._rows
         outlet = route.least_busy()
-        if outlet is None or rows.cells[0] > _LAST_SEQUENCE:
+        if outlet is None or rows.cells[SEQUENCE] > _LAST_SEQUENCE:
             queue.cells[STOPPED] = STOP_ROUTE
             return 0
         channel = outlet.channel
@@ -455,13 +492,13 @@ class ToServer:
             if flat[FLUSHES]:
                 self._flushes.took(channel)
             elif writes:
-                self._wrote()
+                self.wrote()
         return taken
 
     def side(self) -> Side | None:
         """See `Usual`."""
         route, rows = self._route, self._rows
-        if not route.outlets or rows.cells[0] > _LAST_SEQUENCE_OF_TURNS:
+        if not route.outlets or rows.cells[SEQUENCE] > _LAST_SEQUENCE_OF_TURNS:
             return None
         wires: list[Wire] = []
         places: list[_Place] = []

@@ -14,10 +14,12 @@ which is the specification: whatever is done here, that would have done as well.
 Usual is: a split ring, with an in-flight region or without; a chain of header, data and status,
 direct or in an indirect table whose descriptors stand in their order, with data in up to
 MAX_SEGMENTS segments, each in one region; IN or OUT inside the disk; a hit in the cache, or one
-command on a connection; a reply without an error, all of it received, a READ's in one chunk.
-Without a cache, and on the only connection, also a FLUSH, a chain of header and status, while there
-is no other and nothing is known that could make it fail (`Flushes.may_be_row`). What cannot be true
-is not found out here: a guest or a server that breaks a rule is unusual.
+command on a connection; a reply without an error, all of it received, a READ's in one chunk. Of
+what one look finds in a ring, small requests each of which begins where the one before ends are
+sent as one command (see `cells.ROW`); nothing waits for more of them. Without a cache, and on the
+only connection, also a FLUSH, a chain of header and status, while there is no other and nothing is
+known that could make it fail (`Flushes.may_be_row`). What cannot be true is not found out here: a
+guest or a server that breaks a rule is unusual.
 
 Everything of the guest's is read once, into a local name, before it is looked at: the guest may
 change it meanwhile. Numbers are compared so that they would not wrap in 64 bits either. A chain is
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING, Final
 
 from bridge.datapath.cells import (
     ALIGN_MASK,
+    ALONE,
     ARMED,
     BATCH_PIECES,
     BLOCK_MASK,
@@ -49,6 +52,7 @@ from bridge.datapath.cells import (
     IN_FLIGHT,
     INDIRECT,
     LAST_HEAD,
+    LONG_BYTES,
     MAX_HEADS,
     MAX_READ_BYTES,
     MAX_ROW_SEGMENTS,
@@ -57,6 +61,8 @@ from bridge.datapath.cells import (
     MAX_WRITE_BYTES,
     MAY_FLUSH,
     MAY_WRITE,
+    MERGED,
+    MERGED_BYTES,
     NAME,
     NAME_BITS,
     NEXT_AVAIL,
@@ -74,6 +80,7 @@ from bridge.datapath.cells import (
     SEGMENT_BYTES,
     SEGMENTS,
     SEGMENTS_BYTES,
+    SEQUENCE,
     SIGNAL_ANYWAY,
     SIZE,
     SIZE_BYTES,
@@ -88,6 +95,8 @@ from bridge.datapath.cells import (
     STOPPED,
     TOUCHED,
     UNFLUSHED,
+    WHOLE_READ_BYTES,
+    WHOLE_WRITE_BYTES,
     WRITTEN_BYTES,
     Cells,
     Channel,
@@ -119,12 +128,17 @@ _unpack_three = Struct("=QIHHQIHHQIHH").unpack_from
 _unpack_header = Struct("<I4xQ").unpack_from
 _pack_row = ROW.pack_into
 _unpack_row = ROW.unpack_from
+_pack_following = Struct("=H").pack_into
+_pack_length = Struct("=I").pack_into
 _pack_segment = SEGMENT.pack_into
 _unpack_segment = SEGMENT.unpack_from
 _pack_command = Struct(">IHHQQI").pack
 _unpack_reply = Struct(">IIQ").unpack_from
 _unpack_chunk = Struct(">IQ").unpack_from
 
+_COMMAND_BYTES_AT: Final = 40
+_FOLLOWING_AT: Final = 44
+"""In a row: see `cells.ROW`."""
 _HEADER_BYTES: Final = 16
 _SECTOR_SHIFT: Final = 9
 _IN: Final = 0
@@ -502,7 +516,16 @@ def take_commands(
     max_read_bytes = limits[MAX_READ_BYTES]
     max_write_bytes = limits[MAX_WRITE_BYTES] if disk[MAY_WRITE] else 0
     name = state[NAME]
-    sequence = rows.cells[0]
+    sequence, merged, alone = rows.cells[SEQUENCE], rows.cells[MERGED], rows.cells[ALONE]
+    most_bytes = (
+        min(limits[WHOLE_READ_BYTES], MERGED_BYTES),
+        min(limits[WHOLE_WRITE_BYTES], MERGED_BYTES),
+    )
+    # The command that may be merged with what comes next: its type (-1: there is none), where it
+    # ends, its length, and its last head.
+    open_type, until, command_bytes, last = -1, 0, 0, 0
+    # Its first head, its cookie, and where in the output its header is.
+    leader, leading, place = 0, 0, 0
     many = queue.segments
     taken = writes = pieces = read_bytes = written_bytes = 0
     flat = channel.cells
@@ -555,7 +578,8 @@ def take_commands(
             tracked[16 + 16 * head] = 1
         cookies[head] = cookie
         if type_ == T_FLUSH:
-            where = 0, 0, status_at, 0, number, 0, status_region, 0, FLUSH
+            open_type = -1
+            where = 0, 0, status_at, 0, number, 0, status_region, 0, FLUSH, 0, 0
             _pack_row(table, ROW_BYTES * head, *where)
             channel.held.append(_pack_command(0x25609513, 0, CMD_FLUSH, cookie, 0, 0))
             _note_flush(flat, cookie, armed)
@@ -563,11 +587,31 @@ def take_commands(
             armed = 1 if armed and (flat[NOT_ROWS] or flat[ROWS] + taken) else 0
             taken += 1
             continue
+        joins = (
+            offset == until
+            and type_ == open_type
+            and length < LONG_BYTES
+            and command_bytes + length <= most_bytes[type_]
+        )
         _pack_row(
             *(table, ROW_BYTES * head, offset, data_at, status_at, length, number),
-            *(data_region, status_region, n_segments, type_),
+            *(data_region, status_region, n_segments, type_, 0 if joins else length, 0),
         )
-        output.append(_pack_command(0x25609513, 0, type_, cookie, offset, length))
+        if joins:
+            merged += 1
+            command_bytes += length
+            _pack_following(table, ROW_BYTES * last + _FOLLOWING_AT, head + 1)
+            _pack_length(table, ROW_BYTES * leader + _COMMAND_BYTES_AT, command_bytes)
+            began = offset + length - command_bytes
+            output[place] = _pack_command(0x25609513, 0, type_, leading, began, command_bytes)
+        else:
+            open_type, command_bytes = type_, length
+            leader, leading, place = head, cookie, len(output)
+            output.append(_pack_command(0x25609513, 0, type_, cookie, offset, length))
+            if alone or length >= LONG_BYTES:
+                open_type = -1
+                alone -= alone > 0
+        last, until = head, offset + length
         if spans is not None and type_:
             _note_span(spans, cookie, offset, length)
         at = SEGMENTS_BYTES * head
@@ -589,7 +633,7 @@ def take_commands(
     state[IN_FLIGHT] += taken
     if tracked:
         state[COUNTER] = counter
-    rows.cells[0] = sequence
+    rows.cells[SEQUENCE], rows.cells[MERGED], rows.cells[ALONE] = sequence, merged, alone
     flat[ROWS] += taken
     flat[SEGMENTS] = in_flight
     flat[ARMED] = armed
@@ -679,28 +723,23 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
         head = name & _HEAD_MASK
         if head > mask or cookies[head] != cookie:
             break
-        offset, data_at, status_at, length, sent_on, data_region, status_region, segments, op = (
+        offset, data_at, status_at, length, sent_on, data_in, status_in, pieces, op, whole, more = (
             _unpack_row(table, ROW_BYTES * head)
         )
-        if sent_on != number:
+        if sent_on != number or (op != FLUSH and not whole):
             break
         if op == _OUT:
             if magic != 0x67446698 or error:
                 break
-            start += 16
-            writes += 1
-            if channel.spans is not None:
-                _forget_span(channel.spans, cookie)
-            used_bytes = 1
+            payload = start = start + 16
         elif op == FLUSH:
             flat = channel.cells
             if magic != 0x67446698 or error or flat[FLUSH_ROW] != cookie:
                 break
-            start += 16
+            payload = start = start + 16
             flat[FLUSH_ROW] = 0
             flat[FLUSHED] += 1
             flat[COVERED] = flat[FLUSH_COVERS]
-            used_bytes = 1
         else:
             payload = start + 16
             if structured:
@@ -709,36 +748,51 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
                 payload = start + 28
                 if payload <= end:
                     chunk_bytes, at = _unpack_chunk(staging, start + 16)
-                    if chunk_bytes != length + 8 or at != offset:
+                    if chunk_bytes != whole + 8 or at != offset:
                         break
             elif magic != 0x67446698 or error:
                 break
-            stop = payload + length
+            stop = payload + whole
             if stop > end:
                 waits = True
                 break
-            if segments == 1:
-                views[data_region][data_at : data_at + length] = staging[payload:stop]
-            else:
-                for region, at, n_bytes in segments_of(many, head, segments):
-                    views[region][at : at + n_bytes] = staging[payload : payload + n_bytes]
-                    payload += n_bytes
             start = stop
-            used_bytes = length + 1
-        if segments > 1:
-            of_several += segments
-        cookies[head] = 0
-        views[status_region][status_at] = 0
-        if tracked:
-            halves[11 + 8 * head] = last_head
-            halves[6] = last_head = head
-            pushed[n_pushed] = head
-            n_pushed += 1
-        slot = (used & mask) << 1
-        elements[slot] = head
-        elements[slot + 1] = used_bytes
-        used += 1
-        answered += 1
+        while True:  # for each request of the command
+            used_bytes = 1
+            if op == _OUT:
+                writes += 1
+                if channel.spans is not None:
+                    _forget_span(channel.spans, cookies[head])
+            elif op == _IN:
+                used_bytes = length + 1
+                if pieces == 1:
+                    stop = payload + length
+                    views[data_in][data_at : data_at + length] = staging[payload:stop]
+                    payload = stop
+                else:
+                    for region, at, n_bytes in segments_of(many, head, pieces):
+                        views[region][at : at + n_bytes] = staging[payload : payload + n_bytes]
+                        payload += n_bytes
+            if pieces > 1:
+                of_several += pieces
+            cookies[head] = 0
+            views[status_in][status_at] = 0
+            if tracked:
+                halves[11 + 8 * head] = last_head
+                halves[6] = last_head = head
+                pushed[n_pushed] = head
+                n_pushed += 1
+            slot = (used & mask) << 1
+            elements[slot] = head
+            elements[slot + 1] = used_bytes
+            used += 1
+            answered += 1
+            if not more:
+                break
+            head = more - 1
+            _, data_at, status_at, length, _, data_in, status_in, pieces, _, _, more = _unpack_row(
+                table, ROW_BYTES * head
+            )
     if queue is not None and answered:
         _pushed(queue, rows, used, answered, last_head, n_pushed)
         total += answered

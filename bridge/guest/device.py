@@ -338,7 +338,7 @@ class BlkDevice:
                 ring = self._rings.pop(index)
                 bases[index] = self._close_ring(ring)
                 if ring.in_flight and ring.keeps_in_flight:
-                    self._remembered.leave(index, ring.in_flight)
+                    self._remembered.leave(index)
                 del self._setups[index]
         if bases and not self._rings:
             failure, is_late = await self._last_stop.bring_up_to_date(deadline_s)

@@ -26,8 +26,8 @@ class Remembered:
         self.loss_unreported = False
         self._config = config
         self._source: tuple[int, int, int] | None = None
-        self._left: dict[int, int] = {}
-        """How many requests of a stopped ring were left in the in-flight region `_left_in`."""
+        self._left: set[int] = set()
+        """The stopped rings of which requests were left in the in-flight region `_left_in`."""
         self._left_in: tuple[int, int, int] | None = None
 
     def create(self, num_queues: int, queue_size: int, *, packed: bool) -> tuple[int, int]:
@@ -81,9 +81,9 @@ class Remembered:
                 unflushed_on=self.unflushed_on,
             )
 
-    def leave(self, index: int, requests: int) -> None:
-        """So many requests of ring `index`, which stops, stay in the region."""
-        self._left[index] = requests
+    def leave(self, index: int) -> None:
+        """Requests of ring `index`, which stops, stay in the region."""
+        self._left.add(index)
         self._left_in = self._source
 
     def was_left(self, index: int) -> bool:
@@ -92,7 +92,7 @@ class Remembered:
 
     def starting(self, index: int) -> None:
         """Ring `index` is about to run; what it has left is executed again."""
-        self._left.pop(index, None)
+        self._left.discard(index)
         if self.region is None:
             self._left.clear()
         else:
@@ -100,8 +100,9 @@ class Remembered:
 
     @property
     def left_requests(self) -> int:
-        """How many requests stopped rings have left in the region."""
-        return sum(self._left.values())
+        """How many requests are in the region while no ring runs, whoever has left them there: a
+        process before this one did so where the front-end has not started the ring again."""
+        return 0 if self.region is None else self.region.in_flight
 
     def clear(self) -> None:
         """The driver has forgotten its requests in flight, and uses their memory again."""

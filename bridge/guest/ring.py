@@ -22,6 +22,7 @@ import trio
 
 from bridge.datapath.cells import NEXT_AVAIL, STOPPED, Queue
 from bridge.datapath.loop import EPOLLET, EPOLLIN, Loop
+from bridge.datapath.request import Request
 from bridge.datapath.rows import UsualRing
 from bridge.datapath.usual import segments_of
 from bridge.errors import ProtocolError
@@ -223,7 +224,7 @@ class RunningRing:
         """See rows.RowOwner. There are rows only while `_flat` is there."""
         flat = self._flat
         assert flat is not None
-        _, at, _, length, _, region, status_region, segments, _ = row
+        _, at, _, length, _, region, status_region, segments, *_ = row
         pieces = [(region, at, length)] if segments else []
         if segments > 1:
             pieces = segments_of(flat.segments, head, segments)
@@ -232,6 +233,14 @@ class RunningRing:
         views = flat.views
         buffers = [views[region][at : at + n_bytes] for region, at, n_bytes in pieces]
         return self._engine.adopt(self, head, cookie, row, buffers, views[status_region])
+
+    def finish(self, request: Request, error: int) -> None:
+        """See rows.RowOwner."""
+        self._turn.finish(request, error)
+
+    def submit_alone(self, request: Request) -> None:
+        """See rows.RowOwner."""
+        self._engine.submit_again(request)
 
     def _adopt_all(self) -> None:
         """Rows in flight become requests."""

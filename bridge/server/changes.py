@@ -148,11 +148,17 @@ class Changes:
         return _ChangeCommand(op, offset, length, buffers, self._adopted_done, 0, (request, claim))
 
     def _adopted_done(self, inner: _ChangeCommand) -> None:
-        request, claim = inner.owner
+        request = self.give_up(inner)
         request.generation = inner.generation
+        self._turn.finish(request, inner.error)
+
+    def give_up(self, command: Request) -> Request:
+        """See cells.Changes."""
+        assert isinstance(command, _ChangeCommand)
+        request, claim = command.owner
         self._overlaps.withdraw(claim)
         self._ended()
-        self._turn.finish(request, inner.error)
+        return request
 
     def _ended(self) -> None:
         if self._overlaps.is_empty:

@@ -22,6 +22,7 @@ import structlog
 import trio
 
 from bridge.datapath.loop import Loop
+from bridge.datapath.merged import members_of
 from bridge.datapath.request import Request
 from bridge.datapath.rows import Rows, sent_at
 from bridge.errors import BridgeError, ConnectionLost
@@ -345,12 +346,13 @@ class Client:
         )
         sent = self.rows.sequence - self._first_sent
         unanswered = self._take_unanswered()
+        owed = sum(len(members_of(each)) for each in unanswered)
         self.outages.lost(len(unanswered))
         self.link.lost(
             trio.current_time(),
             unanswered,
             stale_possible=not ended,
-            answered=sent > len(unanswered),
+            answered=sent > owed,
             blamed=blamed,
         )
         self._loop.turn.end()

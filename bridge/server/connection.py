@@ -369,8 +369,7 @@ class Connection:
         Not when the server wants to be left, nor when the network or its silence ends it.
         """
         if self.alive and not self.leaving:
-            self.transmission.adopt_all()
-            self.blamed = next(iter(self.transmission.pending.values()), None)
+            self.blamed = self.transmission.first_unanswered()
 
     def _fail_unexpectedly(self, error: Exception) -> None:
         """A bug of ours, in how a reply is read perhaps: it costs this connection, not the disk.

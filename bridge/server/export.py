@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bridge.server.volume_words import VolumeDescription
+from bridge.server.volume_words import VolumeDescription, VolumeName
 from bridge.spec.nbd import PAYLOAD_DEFAULT_MAX_BYTES, TransmissionFlags
 
 
@@ -95,6 +95,11 @@ class Export:
     def volume(self) -> VolumeDescription:
         """What our nbdkit plugin says of it, in words of its own; nothing from other servers."""
         return VolumeDescription(self.description)
+
+    @property
+    def is_fenced(self) -> bool:
+        """The server executes nothing of our lost connections once we have written on the next."""
+        return self.volume.is_fenced and VolumeName(self.name).tells_attempts_apart
 
     @property
     def sessions(self) -> tuple[int, int] | None:

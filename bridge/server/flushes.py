@@ -26,6 +26,7 @@ import structlog
 from bridge.datapath.cells import BEFORE as ANSWERED_BEFORE
 from bridge.datapath.cells import FLUSH_ROW, SEEN
 from bridge.datapath.durability import BEFORE, ReportingDurability
+from bridge.datapath.merged import each_of
 from bridge.datapath.request import CHANGES, FLUSH, FUA, INTERNAL, REPEATED, Request
 from bridge.datapath.turn import Turn
 from bridge.server.changes import Outlived
@@ -53,8 +54,9 @@ class OnceMore:
         if command.error:
             self.done(command)
         else:
-            command.generation = 0  # The server has not answered what is sent now.
-            self._send(command)
+            for each in each_of([command]):
+                each.generation = 0  # The server has not answered what is sent now.
+                self._send(each)
 
 
 class Flushes:
@@ -78,7 +80,8 @@ class Flushes:
         self._doubtful: set[Request] | None = None
         """The changes with FUA that it waits for; None: to be seen."""
         self._left: set[Request] = set()
-        """Those that had no answer when the last connection was lost."""
+        """Those that had no answer when the connection was lost on which that FLUSH was answered.
+        Both only while it is in doubt: a command in them keeps the guest's memory alive."""
         self._durable_changes = 0
         """Changes with FUA that have begun, and whose end was not told of."""
         self._row_is_new = False
@@ -250,14 +253,13 @@ class Flushes:
         if inner.generation != channels.generation or not channels.present:
             if self._is_in_doubt(self._left):
                 # The answers that are waited for will not come.
-                self._succeeded = self._flushing = None
+                self._flushing_ends()
                 self._asked[:0] = cast("list[Request]", inner.owner)
                 return True
         elif self.durability.sending_epoch == self._flushing_epoch:
             present = (each for channel in channels.present for each in channel.durable_changes())
             if self._is_in_doubt(set(present)):
                 return False
-        self._succeeded = None
         self._flushed(inner)
         return True
 
@@ -268,7 +270,14 @@ class Flushes:
 
     def connection_lost(self, unanswered: list[Request]) -> None:
         """These commands have no answer, and get none on that connection."""
-        self._left = {each for each in unanswered if each.flags & FUA and each.op in CHANGES}
+        flushing = self._flushing
+        if flushing is not None and flushing.generation:  # It has one.
+            self._left = {each for each in unanswered if each.flags & FUA and each.op in CHANGES}
+
+    def _flushing_ends(self) -> None:
+        """Nothing is to be heard any more of the FLUSH in flight."""
+        self._flushing = self._succeeded = self._doubtful = None
+        self._left = set()
 
     def _flushed(self, inner: Request) -> None:
         error = inner.error
@@ -276,7 +285,7 @@ class Flushes:
         # Not if a new connection came in the same turn as this answer, and a loss was told of.
         expected = self._flushing is inner
         if expected:
-            self._flushing = None
+            self._flushing_ends()
         for request in flushes:
             request.generation = inner.generation
             self._turn.finish(request, error)
@@ -329,7 +338,7 @@ class Flushes:
         flushing = self._flushing
         if flushing is None or flushing.owner:
             return None
-        self._flushing = self._succeeded = None
+        self._flushing_ends()
         return flushing
 
     def take_waiting(self) -> list[Request]:
@@ -337,7 +346,7 @@ class Flushes:
         flushes, self._asked = self._asked, []
         if self._succeeded is not None and self._is_in_doubt(self._left):
             flushes[:0] = cast("list[Request]", self._succeeded.owner)
-            self._succeeded = self._flushing = None
+            self._flushing_ends()
         self._note_reported(flushes)
         return flushes
 

@@ -248,7 +248,7 @@ class Link:
         self._changes.connected(
             several=len(channels) > 1,
             in_parts=export.min_block_bytes > SECTOR_BYTES,
-            fenced=export.volume.is_fenced,
+            fenced=export.is_fenced,
             write_bytes=0 if reads_only else self._commands.payload_bytes,
         )
         self._patience.connected(now)

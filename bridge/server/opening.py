@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 import trio
@@ -18,6 +18,7 @@ import trio
 from bridge.errors import BridgeError, ConfigError, ConnectionLost
 from bridge.server.client_options import ClientOptions
 from bridge.server.connecting import Negotiated, leave, negotiate
+from bridge.server.export import Export
 from bridge.server.inspection import is_listed_by_our_plugin
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeName
@@ -36,6 +37,7 @@ class Opening:
         self._name = VolumeName(uri.export_name)
         self.client_id = self._name.client or secrets.token_hex(8)
         """Our name towards our plugin, which tells by it which client wrote a volume last."""
+        self._attempts = 0
         self._takes_names = False
         self._plain_next = False
         self._names_refused = False
@@ -52,6 +54,7 @@ class Opening:
             await self._ask_for_readers_name()
         named = self._takes_names and not self._plain_next
         token = secrets.token_hex(8) if named else None
+        self._attempts += 1
         first = await self._first(token)
         if just_one():
             return [first]
@@ -116,11 +119,10 @@ class Opening:
             for each in found:
                 each.close()
             raise
-        sizes = {each.export.size_bytes for each in found}
-        if len(sizes) > 1:
+        if difference := _difference([each.export for each in found]):
             for each in found:
                 await leave(each)
-            raise ConnectionLost(f"{self._uri.server}: connections differ in size: {sorted(sizes)}")
+            raise ConnectionLost(f"{self._uri.server}: connections differ in {difference}")
         return found
 
     async def _negotiate(self, token: str | None, number: int) -> Negotiated:
@@ -145,6 +147,26 @@ class Opening:
             return self._name.for_reader()  # A reader is in no session.
         if token is None:
             return self._name.text
-        named = self._name.for_connection(token, client=self.client_id, number=number)
+        # In a session that is shared, what an earlier attempt has left there is another client's.
+        client = f"{self.client_id}.{self._attempts}" if self._name.is_shared else self.client_id
+        named = self._name.for_connection(token, client=client, number=number)
         # A server may refuse a name that is longer than the protocol's limit.
         return named if len(named.encode()) <= NAME_MAX_BYTES else self._name.text
+
+
+def _difference(exports: Sequence[Export]) -> str:
+    """What shows that the connections do not lead to one export at one time; "" if nothing does.
+
+    The first may be lost while the others are made. Of our plugin's those are in the next session
+    then, and between two sessions another host may have written; or they lead to a server that has
+    lost what the first one's had.
+    """
+    sizes = {each.size_bytes for each in exports}
+    if len(sizes) > 1:
+        return f"size: {sorted(sizes)}"
+    if len({each.volume.instance for each in exports}) > 1:
+        return "the server's instance"
+    sessions = {each.sessions[0] for each in exports if each.sessions and not each.read_only}
+    if len(sessions) > 1:
+        return f"session: {sorted(sessions)}"
+    return ""

@@ -27,12 +27,9 @@ class Outages:
         self._unanswered = 0
         self.total = 0
         """How many there were, the present one included."""
-        self._reason: Exception | None = None
-
-    @property
-    def reason(self) -> str:
-        """Why the last attempt to connect failed; "" while there is a connection."""
-        return "" if self._reason is None else str(self._reason) or repr(self._reason)
+        self.reason = ""
+        """Why the last attempt to connect failed; "" while there is a connection. Not the error:
+        its traceback has the requests of the reply that broke a rule, and so the guest's memory."""
 
     def seconds(self, now: float) -> float:
         """How long the present one has lasted; 0.0: there is none."""
@@ -44,7 +41,7 @@ class Outages:
 
     def begin(self, now: float, reason: Exception) -> None:
         """A connection was lost."""
-        self._reason = reason
+        self.reason = _text(reason)
         if self._began_s is not None:
             return
         self._began_s = self._reminded_s = now
@@ -58,7 +55,7 @@ class Outages:
 
     def failed(self, reason: Exception) -> bool:
         """An attempt to connect failed; True if for another reason than the last one."""
-        before, self._reason = self.reason, reason
+        before, self.reason = self.reason, _text(reason)
         return self.reason != before
 
     def remind(self, now: float) -> None:
@@ -71,7 +68,7 @@ class Outages:
             server=self._server,
             seconds=round(now - self._began_s),
             unanswered=self._unanswered,
-            reason=self._reason,
+            reason=self.reason,
         )
 
     def end(self, now: float, generation: int) -> None:
@@ -79,7 +76,7 @@ class Outages:
         seconds = self.seconds(now)
         self._ended_total_s += seconds
         self._began_s = None
-        self._reason = None
+        self.reason = ""
         _log.info(
             "reconnected",
             server=self._server,
@@ -87,3 +84,7 @@ class Outages:
             after_s=round(seconds, 1),
             sent_again=self._unanswered,
         )
+
+
+def _text(reason: Exception) -> str:
+    return str(reason) or repr(reason)

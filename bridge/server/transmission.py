@@ -45,6 +45,7 @@ from bridge.datapath.cells import (
     Channel,
     cells,
 )
+from bridge.datapath.merged import Merged, each_of, members_of
 from bridge.datapath.request import (
     BLOCK_STATUS,
     DISCARD,
@@ -112,6 +113,7 @@ class Transmission(Channel):
         "_direct_left",
         "_end",
         "_extended",
+        "_merged",
         "_rows",
         "_sequence",
         "_staging",
@@ -149,6 +151,8 @@ class Transmission(Channel):
         self.sending = False
         self.spans = None
         self.early = []
+        self._merged = False
+        """A merged command may be among what is not finished, beside rows."""
         self.refused: list[Request] = []
         """Refused with ESHUTDOWN: to be sent again elsewhere."""
         self.generation = generation
@@ -176,9 +180,10 @@ class Transmission(Channel):
         """WRITE and WRITE_ZEROES answered on this connection, those with FUA left out. What is in
         `early` counts when it has been told of: a flush that fails before tells nothing of it."""
         unflushed = self.cells[UNFLUSHED]
-        if not self.early:
-            return unflushed
-        return unflushed - sum(not (each.error or each.flags & 1) for each in self.early)
+        for each in self.early:
+            if not (each.error or each.flags & 1):
+                unflushed -= len(members_of(each))
+        return unflushed
 
     @property
     def long_reads(self) -> int:
@@ -187,8 +192,14 @@ class Transmission(Channel):
 
     @property
     def in_flight(self) -> int:
-        """Commands that are not finished."""
-        return self.cells[ROWS] + len(self.pending) + len(self.refused) + len(self.early)
+        """Commands that are not finished, and requests in merged ones."""
+        found = self.cells[ROWS] + len(self.pending) + len(self.refused) + len(self.early)
+        if self._merged:
+            unfinished = (*self.pending.values(), *self.refused, *self.early)
+            more = sum(len(members_of(each)) - 1 for each in unfinished)
+            self._merged = more > 0
+            found += more
+        return found
 
     @property
     def takes_rows(self) -> bool:
@@ -210,6 +221,11 @@ class Transmission(Channel):
         self.pending.clear()
         self.pending.update((request.cookie, request) for request in everything)
         self.cells[LARGE_BYTES] = 0
+        for request in requests:
+            if isinstance(request, Merged):
+                self._merged = True
+                if request.op == READ and request.length >= DIRECT_MIN_BYTES:
+                    self.cells[LONG_READS] += 1  # (As rows their replies are taken whole.)
         if self.cells[DIRECT_LEFT]:
             self._take_over_direct()
 
@@ -303,9 +319,10 @@ class Transmission(Channel):
         self.output.append(farewell)
 
     def unanswered(self) -> list[Request]:
-        """Take every request without an answer, in the order they were sent."""
+        """Take every request without an answer, in the order they were sent. Those of a merged
+        command are none any more."""
         self.adopt_all()
-        found = in_order([*self.refused, *self.pending.values()])
+        found = each_of(in_order([*self.refused, *self.pending.values()]))
         self.refused.clear()
         self.pending.clear()
         self._assemblies.clear()
@@ -313,6 +330,16 @@ class Transmission(Channel):
         self.held = []
         self.direct = []
         return found
+
+    def first_unanswered(self) -> Request | None:
+        """What was sent first of all that is pending, by itself or with others: the server may have
+        hung up for it."""
+        self.adopt_all()
+        first = next(iter(self.pending.values()), None)
+        if isinstance(first, Merged):
+            self._rows.merging_did_not_pay()
+            first = first.members[0]
+        return first
 
     def abandon(self) -> list[Request]:
         """The commands without an answer that are of abandoned requests.
@@ -416,6 +443,8 @@ class Transmission(Channel):
         request = self.pending.get(cookie)
         if request is None:
             raise self._bad_reply(magic, cookie)
+        if isinstance(request, Merged) and not self.sending:
+            self._rows.merging_did_not_pay()  # (While it is sending, no reply is usual.)
         return request
 
     def _parse_simple(self) -> bool:
@@ -464,7 +493,7 @@ class Transmission(Channel):
                 start += 16
                 del pending[cookie]
                 if not request.flags & 1:
-                    self.cells[UNFLUSHED] += 1
+                    self.cells[UNFLUSHED] += len(members_of(request)) if self._merged else 1
                 request.generation = self.generation
                 request.error = 0
                 finished.append(request)
@@ -525,7 +554,7 @@ class Transmission(Channel):
                     start += 16
                     del pending[cookie]
                     if not request.flags & 1:
-                        self.cells[UNFLUSHED] += 1
+                        self.cells[UNFLUSHED] += len(members_of(request)) if self._merged else 1
                     request.generation = self.generation
                     request.error = 0
                     finished.append(request)
@@ -759,7 +788,7 @@ class Transmission(Channel):
             if request.length >= DIRECT_MIN_BYTES:
                 self.cells[LONG_READS] -= 1
         elif error == 0 and op in _CHANGING and not request.flags & 1:
-            self.cells[UNFLUSHED] += 1
+            self.cells[UNFLUSHED] += len(members_of(request)) if self._merged else 1
         if error == errno.ESHUTDOWN:
             self.refused.append(request)
             return

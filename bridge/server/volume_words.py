@@ -9,6 +9,7 @@ The name of an export says who asks:
     VOLUME@readonly                           the volume, read-only, beside a writer
     VOLUME@session=TOKEN,client=ID,connection=N
                                               connection N of the session TOKEN of the client ID
+    VOLUME@session=TOKEN,client=ID.N          attempt N of the client ID to join the shared session
 
 An operator gives two bridges the same `@session=TOKEN` for a migration: such a session is shared.
 
@@ -81,6 +82,12 @@ class VolumeName:
         """It does not say yet who we are."""
         return self.is_plain or (self.is_shared and _CLIENT not in self.text)
 
+    @property
+    def tells_attempts_apart(self) -> bool:
+        """Our plugin can tell our connections from those that we have lost: of a session that is
+        shared it has to know the client, and which of its attempts it is."""
+        return not self.is_shared or self.may_name_client
+
     def for_reader(self) -> str:
         """The name of the same volume for one that only reads."""
         return self.without_session + _READER
@@ -148,8 +155,15 @@ class VolumeDescription:
 
     @property
     def writer(self) -> str | None:
-        """The client that wrote last."""
+        """The client that wrote last: one in a shared session has another name for each attempt to
+        connect, its own with a number."""
         return self.words.get("writer")
+
+    def was_written_by(self, client: str) -> bool:
+        """That client wrote last, whichever attempt to connect it was."""
+        writer = self.writer or ""
+        name, dot, attempt = writer.rpartition(".")
+        return writer == client or (name == client and bool(dot) and attempt.isdecimal())
 
     @property
     def identity(self) -> bytes:

@@ -19,6 +19,7 @@ from bridge.datapath.request import OP_NAMES
 from bridge.errors import RequestError
 from bridge.peers.blk_driver import BlkDriver
 from bridge.spec import nbd as p
+from bridge.spec.virtio_blk import T_IN
 from tests.api.bridges import Bridge, served
 from tests.tools import HUNG_S
 
@@ -47,6 +48,21 @@ async def scrape(bridge: Bridge) -> tuple[str, Samples]:
 
 def value(samples: Samples, name: str, **labels: str) -> float:
     return samples[f"nbd_bridge_{name}", frozenset({"disk": "vm0", **labels}.items())]
+
+
+async def test_merged_requests_are_counted(directory: Path) -> None:
+    async with served(directory) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            ring = guest.queues[0]
+            slots = {ring.submit(T_IN, 8 * block, 4096) for block in (1, 2)}
+            ring.kick()
+            while slots:
+                await ring.wait()
+                slots -= {slot for slot, _ in ring.poll()}
+            _, samples = await scrape(bridge)
+            assert value(samples, "server_merged_requests_total") == 1
+            status = await bridge.status()
+            assert status["server"]["merged_total"] == 1
 
 
 async def test_counters_are_those_of_what_happened(directory: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import random
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -154,6 +156,21 @@ def test_flush_is_sent_only_after_every_write_was_replied_to() -> None:
     rig.end_turn()
 
     assert rig.server.ops(FLUSH) == []
+
+
+@pytest.mark.parametrize("error", [0, EIO])
+def test_flush_that_has_ended_keeps_no_request(error: int) -> None:
+    """It knows its chain: the guest's memory could not be let go of."""
+    rig = Rig(fua_granules=0)
+    rig.write(0, b"a" * BLOCK)
+    flush = rig.start(FLUSH)
+    rig.server.answer()
+    rig.server.answer(error=error)
+    ended, request = flush.error, ref(flush.request)
+    del flush
+    gc.collect()
+
+    assert (ended, request()) == (error, None)
 
 
 def test_flush_of_few_dirty_blocks_is_fua_writes_alone() -> None:

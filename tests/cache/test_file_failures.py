@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+from weakref import ref
 
 from bridge.cache.file.cache_file import MappedImage
 from bridge.datapath.request import DISCARD, FLUSH, READ, WRITE
@@ -291,6 +293,35 @@ def test_cold_reads_have_private_copies_within_a_budget_and_the_rest_follows() -
     assert most == 2
     assert (whole.error, other.error) == (0, 0)
     assert whole.request.buffers[0] == rig.server.image
+
+
+def test_request_that_was_given_up_is_not_kept_by_the_job_of_a_stuck_disk() -> None:
+    """It knows its chain: the guest's memory could not be let go of."""
+    rig, cold = _cold_rig()
+    read = rig.start(READ, 0, BLOCK)
+    write = rig.start(WRITE, GRANULE + 512, data=b"w" * 512)
+    requests = [ref(read.request), ref(write.request)]
+
+    rig.refuse(EIO)
+    del read, write
+    gc.collect()
+
+    assert cold.jobs
+    assert [request() for request in requests] == [None, None]
+
+
+def test_part_of_a_read_that_waits_for_a_discard_goes_nowhere_when_it_was_given_up() -> None:
+    """The guest's memory is its own again, also when other blocks come from the page cache."""
+    rig, _ = _cold_rig()
+    rig.start(DISCARD, 2 * GRANULE, BLOCK)
+    write = rig.start(WRITE, 2 * GRANULE, data=b"n" * BLOCK)
+    read = rig.start(READ, 2 * GRANULE - BLOCK, 2 * BLOCK)
+    rig.refuse(EIO)
+    read.request.buffers[0][:] = b"w" * (2 * BLOCK)
+    rig.serve()
+
+    assert (write.error, read.error) == (0, EIO)
+    assert bytes(read.request.buffers[0]) == b"w" * (2 * BLOCK)
 
 
 def test_cold_reads_that_wait_for_memory_fail_when_the_cache_refuses() -> None:

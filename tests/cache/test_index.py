@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +55,47 @@ def test_slots_are_used_once_and_come_back(granules: list[int]) -> None:
     assert len(set(held.values())) == len(held)
     assert all(index.find(granule) == held.get(granule, 0) for granule in range(64))
     assert index.used == len(held)
+
+
+_word = st.tuples(st.integers(0, 40), st.integers(0, 0xFFFF), st.integers(0, 0xFFFF), st.booleans())
+
+
+@given(st.integers(1, 40), st.lists(_word, max_size=16))
+def test_whatever_a_file_holds_its_slots_are_found_and_can_be_dropped(
+    granules: int, words: list[tuple[int, int, int, bool]]
+) -> None:
+    geometry = Geometry(granules * GRANULE, BLOCK, GRANULE, 16)
+    header = new_header(geometry, Identity("", ""), bytes(16), 0)
+    image = MappedImage(bytearray(geometry.file_bytes), header)
+    for slot, (granule, valid, dirty, is_damaged) in enumerate(words, 1):
+        image.granule_of[slot] = granule
+        image.state[slot] = state_word(granule, valid, dirty) ^ is_damaged
+    index = Index(image)
+
+    index.load(skip_damaged=True)
+    held = list(index.used_slots())
+    found = [index.find(image.granule_of[slot]) for slot in held]
+    emptied = [index.drop(slot, 0xFFFF) for slot in reversed(held)]
+
+    assert found == held
+    assert all(emptied)
+    assert (index.used, index.valid_blocks, index.dirty_slots) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("becomes", [7, 8])
+def test_file_that_was_changed_while_it_is_mapped_ends_the_process_instead_of_its_turns(
+    becomes: int,
+) -> None:
+    """Nothing can be believed any more then; but the loop must not go round for ever."""
+    index = _index(64, 16)
+    for granule in (6, 7):
+        slot = index.take_free()
+        index.bind(slot, granule)
+        index.fill(slot, 1)
+    index.granule_of[index.find(6)] = becomes
+
+    with pytest.raises(AssertionError, match="is not in the chain"):
+        index.drop(1, 1)
 
 
 @given(st.integers(0, 0xFFFFFFFE), st.integers(0, 0xFFFFFFFF), st.integers(0, 63))

@@ -11,12 +11,14 @@ from bridge.datapath.cells import (
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
     SIZE_BYTES,
+    WHOLE_READ_BYTES,
+    WHOLE_WRITE_BYTES,
     Outlet,
     Resident,
     Route,
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
-from bridge.datapath.lanes import SMALL_BYTES
+from bridge.datapath.lanes import SMALL_BYTES, WHOLE_BYTES
 from bridge.datapath.request import Request
 from bridge.datapath.rows import FromCache, Rows, ToServer
 from bridge.datapath.turn import Turn
@@ -44,6 +46,7 @@ class Loopback:
         self.route.lead((Outlet(self.transmission, self._flush_later, None),))
         self.route.cells[MAX_READ_BYTES] = LONG_BYTES - 1
         self.route.cells[MAX_WRITE_BYTES] = SMALL_BYTES
+        self.route.cells[WHOLE_READ_BYTES] = self.route.cells[WHOLE_WRITE_BYTES] = WHOLE_BYTES
         self.route.cells[SIZE_BYTES] = len(data)
         self._flushing = False
         self._replies: list[bytes] = []

@@ -33,10 +33,12 @@ from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
+from bridge.datapath.cells import ALONE
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
+from bridge.datapath.merged import members_of
 from bridge.datapath.rows import Rows
 from bridge.datapath.turn import Turn
 from bridge.errors import BridgeError, ConnectionLost
@@ -71,12 +73,17 @@ from tests.datapath.twins import (
     Step,
     cut,
     difference,
+    group_of,
+    long_merged,
     look,
+    members_of_command,
+    note_merged,
     pass_time,
     resize,
     shuffled,
 )
 
+_ONE_TURN_BYTES = 48 << 10
 AVAIL, USED, TABLES, HEADERS, STATUSES = 0x1000, 0x2000, 0x3000, 0x6000, 0x7000
 
 
@@ -119,6 +126,10 @@ class Server:
         self.commands: list[tuple[int, int, int, int, int, bytes]] = []
         self.unparsed = b""
         self.outgoing = bytearray()
+        self.merged: dict[int, list[int]] = {}
+        """See `note_merged`."""
+        self.expands = True
+        """Merged commands count as those that they stand for."""
         self.end: socket.socket | None = None
 
     def connected(self, end: socket.socket) -> None:
@@ -145,19 +156,32 @@ class Server:
             if kind == p.CMD_FLUSH:
                 flushes.append((kind, flags, cookie, offset, length, data))
                 continue
-            self.log.append((kind, flags, offset, length, data))
             if kind == p.CMD_WRITE:
                 self.image[offset : offset + length] = data
             if kind == p.CMD_WRITE_ZEROES or kind == p.CMD_TRIM:
                 self.image[offset : offset + length] = bytes(length)
-            self.commands.append((kind, flags, cookie, offset, length, data))
+            known = self.merged if self.expands else {}
+            members = members_of_command(known, (kind, flags, cookie, offset, length, data))
+            self.log += [(*each[:2], *each[3:]) for each in members]
+            self.commands += members
         # A compiled turn sends a flush in its place, the general path after all else.
         self.commands += flushes
         self.log += [(*each[:2], *each[3:]) for each in flushes]
 
-    def answer(self, index: int, how: str) -> None:
-        """Answer the command at `index`; the bytes are not sent yet."""
-        kind, _, cookie, offset, length, _ = self.commands.pop(index)
+    def answer(self, index: int, how: str, count: int = 1) -> None:
+        """Answer `count` commands from `index` on; the bytes are not sent yet. Those of one cookie
+        get one answer."""
+        index %= len(self.commands)
+        taken = self.commands[index : index + count]
+        del self.commands[index : index + count]
+        if len({cookie for _, _, cookie, *_ in taken}) == 1:
+            kind, _, cookie, offset, _, _ = taken[0]
+            self._answer(kind, cookie, offset, sum(each[4] for each in taken), how)
+        else:
+            for kind, _, cookie, offset, length, _ in taken:
+                self._answer(kind, cookie, offset, length, how)
+
+    def _answer(self, kind: int, cookie: int, offset: int, length: int, how: str) -> None:
         if how == "error" or how == "shutdown":
             self.outgoing += (
                 p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 108 if how == "shutdown" else 5, cookie)
@@ -297,7 +321,7 @@ class Twin:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
         self.server.connected(theirs)
         negotiated: Any = _Negotiated(ours, self.export)
-        self.lost: list[BridgeError] = []
+        self.lost: list[str] = []
         self.connection = Connection(
             negotiated,
             self.loop,
@@ -311,7 +335,7 @@ class Twin:
         self.loop.turn.end()
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
-        self.lost.append(error)
+        self.lost.append(str(error))
         self.session.leaving()
 
     def lose(self) -> None:
@@ -324,9 +348,8 @@ class Twin:
         unanswered = self.connection.transmission.unanswered()
         if self.session.phase in (Phase.UP, Phase.LEAVING):
             sent = self.rows.sequence - self.first_sent
-            self.session.lost(
-                *(self.now, unanswered), stale_possible=False, answered=sent > len(unanswered)
-            )
+            owed = sum(len(members_of(each)) for each in unanswered)
+            self.session.lost(*(self.now, unanswered), stale_possible=False, answered=sent > owed)
         self.loop.turn.end()
         assert self.server.end is not None
         self.server.end.close()
@@ -378,6 +401,7 @@ class Twin:
         for _ in range(2):
             if self.compiled is None or not self._compiled_turn():
                 self._turn()
+        note_merged(self.server.merged, self.rows, self.connection)
 
     def _compiled_turn(self) -> bool:
         """False if something is left to be done."""
@@ -435,9 +459,9 @@ class Twin:
             "epoch": (session.durability.epoch, session.durability.unreported),
             "durable": (self.disk.is_durable, self.disk.flush_deadline_s, self.disk.unreported),
             "phase": (session.phase, session.resent_total, session.flushes_refused_total),
-            "lost": [str(error) for error in self.lost],
+            "lost": list(self.lost),
             "faults": self.faults,
-            "long": connection.transmission.long_reads,
+            "long": connection.transmission.long_reads - long_merged(connection),
         }
         if self.tracked:
             words = self.region.cast("Q")
@@ -503,6 +527,12 @@ class Script:
         self.free = list(range(SLOTS))
         self.in_use = [0] * SLOTS
         """How many chains of a slot were not used yet."""
+        self.whole = False
+        """All of what the server has to send is sent at once."""
+        self.ends = 0, 0
+        """Type and end (a sector) of the last chain."""
+        self.merging = not in_one_piece and self.cuts.random() < 0.6
+        """Chains go on where others have ended, and are merged."""
         self.spare = list(range(SLOTS, SLOTS + SPARE))
         self.avail_index = 0
         self.steps = 0
@@ -530,6 +560,8 @@ class Script:
         rng = self.rng
         for _ in range(rng.choice([0, 1, 1, 2, 6, 12])):
             self._add()
+        # (The next unusual answer does not end it for the rest of the script.)
+        self.twins[0].rows.cells[ALONE] = 0 if self.merging else 1 << 62
         self._server()
         if rng.random() < (0.02 if self.calm else 0.12):
             self._control()
@@ -633,6 +665,9 @@ class Script:
         if self.calm and rng.random() < 0.7:
             length = 4096
         sector = rng.randrange(DISK_BYTES // 4096) * 8
+        if self.merging and type_ < 2 and self.cuts.random() < 0.6:
+            type_, sector = self.ends
+        self.ends = type_ & 1, sector + length // 512
         if rng.random() < (0.01 if self.calm else 0.1):
             sector = rng.choice([1, 2047, 2048, 1 << 55, (1 << 64) - 1, rng.randrange(2048)])
         data = HIGH + ROOM_BYTES * slot + rng.choice([0, 0, 512])
@@ -679,17 +714,39 @@ class Script:
             if not commands:
                 break
             index = rng.randrange(len(commands)) if rng.random() < 0.5 else 0
+            index, count = group_of(commands, index)
+            if (count > 1 or self.whole) and len(self.twins[0].server.outgoing) > _ONE_TURN_BYTES:
+                break  # What is sent at once is to be received in one turn, by both.
             odd = rng.random() * (4 if self.calm else 1)
             how = "error" if odd < 0.02 else "chunks" if odd < 0.06 else "whole"
             if 0.998 < odd < 1:
                 how = "shutdown"
             if commands[index][3] + commands[index][4] > DISK_BYTES:
                 how = "error"
-            self._both(lambda twin, index=index, how=how: twin.server.answer(index, how))  # type: ignore[misc]
+            if count > 1:
+                self.whole = True
+                if how == "error":  # Its members would be sent once more: see `test_merged`.
+                    how = "chunks"
+            self._both(
+                lambda twin, index=index, how=how, count=count: twin.server.answer(  # type: ignore[misc]
+                    index, how, count
+                )
+            )
         if rng.random() < 0.003:
             self._both(lambda twin: twin.server.outgoing.extend(b"nonsense" * 4))
         n_bytes = rng.choice([0, 7, 1000, 5000, 40_000, 1 << 30, 1 << 30, 1 << 30])
+        if self.whole:  # An answer for several is not cut: else some would have come, and some not.
+            n_bytes = 1 << 30
         self._both(lambda twin: twin.server.send(n_bytes))
+        if self.whole:
+            self._send_rest()
+        self.whole = False
+
+    def _send_rest(self) -> None:
+        """What the sockets have not taken at once."""
+        while any(twin.server.outgoing and twin.connection.alive for twin in self.twins):
+            self._both(Twin.turn)
+            self._both(lambda twin: twin.server.send(1 << 30))
 
     def _control(self) -> None:
         rng = self.rng
@@ -713,10 +770,10 @@ class Script:
         elif ring is None:
             return
         elif what == "stop":
-            self._both(Twin.stop)
-            if not self.twins[0].tracked:
-                # Without a region what was in flight has failed, and what is left is popped again.
-                self._both(lambda twin: None)
+            # A region counts a head that is in flight twice once: with the index that follows from
+            # that, the next ring would pop chains again beside those that it has recovered.
+            if not self.twins[0].tracked or max(self.in_use) < 2:
+                self._both(Twin.stop)
         elif what == "log":
             on = rng.random() < 0.5
             self._both(lambda twin: twin.log(on))
@@ -737,9 +794,11 @@ class Script:
             if self.twins[0].ring is None:
                 self._both(Twin.start)
             self._both(lambda twin: twin.server.receive())
-            while self.twins[0].server.commands:
-                self._both(lambda twin: twin.server.answer(0, "whole"))
+            while commands := self.twins[0].server.commands:
+                _, count = group_of(commands, 0)
+                self._both(lambda twin, count=count: twin.server.answer(0, "whole", count))  # type: ignore[misc]
             self._both(lambda twin: twin.server.send(1 << 30))
+            self._send_rest()
             self._both(lambda twin: pass_time(twin, 1.0))
             self._turn()
         for twin in self.twins:
@@ -779,12 +838,16 @@ def main() -> None:
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     engine = choose(COMPILED if arguments.turns else PURE)
-    served = adopted = 0
+    served = adopted = merged = 0
     for seed in range(arguments.seed, arguments.seed + arguments.scripts):
         script = Script(seed, engine, turns=arguments.turns)
         served += script.run(arguments.steps)
         adopted += script.twins[0].rows.adopted_total
-    print(f"{arguments.scripts} scripts: {served} chains the usual way, {adopted} rows adopted")
+        merged += script.twins[0].rows.merged_total
+    print(
+        f"{arguments.scripts} scripts: {served} chains the usual way, {merged} of them merged, "
+        f"{adopted} rows adopted"
+    )
 
 
 if __name__ == "__main__":

@@ -152,6 +152,51 @@ def test_a_large_write_whose_connection_is_lost_while_it_is_sent_is_sent_again(t
     assert twin.connection.transmission.cells[LARGE_BYTES] == 0
 
 
+def test_the_first_write_since_all_was_durable_is_usual_however_large_it_is(twin: Twin) -> None:
+    """It is known that something is not durable before the server can have it."""
+    known: list[bool] = []
+    usual = twin.disk.usual
+    assert usual is not None
+    wrote = usual.wrote
+
+    def note() -> None:
+        twin.server.receive()
+        known.append(not twin.server.commands and twin.disk.is_durable)
+        wrote()
+
+    usual.wrote = note
+    add(twin, 1, 1, LARGE)
+    add(twin, 2, 1, LARGE)
+    twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
+    assert twin.connection.transmission.cells[ROWS] == 2
+    assert (known, twin.disk.is_durable) == ([True], False)
+
+
+@pytest.mark.parametrize("length", [LARGE, LENGTH])
+def test_a_write_beyond_the_disk_makes_nothing_volatile(twin: Twin, length: int) -> None:
+    add(twin, 8, 1, length)
+    twin.low[HEADERS + 16 * 8 + 8 : HEADERS + 16 * 8 + 16] = struct.pack("<Q", 1 << 40)
+    twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
+    assert twin.disk.is_durable
+    assert twin.disk.flush_deadline_s is None
+
+
+def test_a_write_is_not_taken_if_it_cannot_be_noted_that_there_is_one(twin: Twin) -> None:
+    usual = twin.disk.usual
+    assert usual is not None
+
+    def fail() -> None:
+        raise RuntimeError("as the test has it")
+
+    usual.wrote = fail
+    add(twin, 1, 1)
+    with pytest.raises(RuntimeError, match="as the test has it"):
+        twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
+    assert twin.connection.transmission.cells[ROWS] == 0
+    twin.server.receive()
+    assert twin.server.commands == []
+
+
 @pytest.mark.parametrize(("least", "usual"), [(LARGE, True), (LARGE - 512, False)])
 def test_a_write_that_is_longer_than_the_server_takes_is_not_usual(
     twin: Twin, least: int, usual: bool
@@ -328,7 +373,7 @@ def taken_by(world: World, until_ns: int, call: Callable[[], None]) -> tuple[int
     state = vars(world).setdefault("state", native.new_turns(0))
     rings = tuple((queue, -1, call) for queue in world.queues)
     with select.epoll() as epoll:
-        arguments = state, epoll.fileno(), rings, world.disk, True, (world.cache,), until_ns, False
+        arguments = state, epoll.fileno(), rings, world.disk, None, (world.cache,), until_ns, False
         found: tuple[int, ...] = native.turns(*arguments)[1]
     return found
 

@@ -96,6 +96,7 @@ def _commands(ring: Ring, engine: Engine) -> None:
     while queue.in_flight:
         server._answer()
     engine.publish(queue)
+    assert server.rows.merged_total == (0 if ring.only is None else 2)
 
 
 class _PlainRing(Ring):
@@ -106,12 +107,26 @@ class _PlainRing(Ring):
         return super().queue(life)
 
 
+class _Reads(_PlainRing):
+    only = 0
+
+
+class _Writes(_PlainRing):
+    only = 1
+
+
 @pytest.mark.parametrize("base", [0, 65533])
-@pytest.mark.parametrize("life_of_a_process", [_hits, _commands])
+@pytest.mark.parametrize(
+    ("life_of_a_process", "kind"),
+    [(_hits, _PlainRing), (_commands, _PlainRing), (_commands, _Reads), (_commands, _Writes)],
+)
 def test_death_after_any_compiled_store_loses_nothing_and_repeats_no_answer(
-    native: Any, life_of_a_process: Callable[[Ring, Engine], None], base: int
+    native: Any,
+    life_of_a_process: Callable[[Ring, Engine], None],
+    kind: type[_PlainRing],
+    base: int,
 ) -> None:
-    ring = _PlainRing(base)
+    ring = kind(base)
     for _ in range(3):
         ring.add()
     moments: list[tuple[int, _Moment]] = []
@@ -119,7 +134,7 @@ def test_death_after_any_compiled_store_loses_nothing_and_repeats_no_answer(
     life_of_a_process(ring, _engine(native))
     assert len(moments) > 30
     for number, (n_tokens, moment) in enumerate(moments):
-        later = _PlainRing(base)
+        later = kind(base)
         for _ in range(n_tokens):
             later.add()
         moment.return_to(later)

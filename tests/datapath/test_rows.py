@@ -44,10 +44,14 @@ class Owner:
         self.publications = 0
 
     def adopt(self, head: int, cookie: int, row: tuple[int, ...]) -> Request:
-        return Request(row[-1], row[0], row[3], [memoryview(bytearray(row[3]))], lambda _: None)
+        return Request(row[8], row[0], row[3], [memoryview(bytearray(row[3]))], lambda _: None)
 
     def publish_later(self) -> None:
         self.publications += 1
+
+    def finish(self, request: Request, error: int) -> None: ...
+
+    def submit_alone(self, request: Request) -> None: ...
 
 
 class World:

@@ -47,6 +47,7 @@ class Several(Twin):
             self.servers = [self.server, *(Server(self.server.structured) for _ in range(2))]
             for server in self.servers:
                 server.image = self.server.image
+                server.expands = False
         self.connections: list[Connection] = []
         self.lost: list[BridgeError] = []
         for server in self.servers:
@@ -237,6 +238,36 @@ def test_every_request_is_answered_once_and_rightly(
     assert usual is not None
     if calm:
         assert usual.served > taken / 2
+    twin.close()
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+def test_members_of_a_failed_write_give_up_their_ranges_and_are_done_one_by_one(
+    engine_name: str,
+) -> None:
+    twin = several(engine_name)
+    for slot in range(4):
+        add(twin, slot, 1, LENGTH)
+    twin.turn()
+    merged = [server for server in twin.servers if (server.receive(), server.commands)[1]]
+    assert [each[4] for each in merged[0].commands] == [4 * LENGTH]
+    add(twin, 5, 1, LENGTH)
+    at = HEADERS + 16 * 5 + 8
+    twin.low[at : at + 8] = struct.pack("<Q", 2 * LENGTH // 512)  # Over one of them.
+    merged[0].answer(0, "error")
+    merged[0].send(1 << 30)
+    twin.turn()
+    for _ in range(6):
+        for server in twin.servers:
+            server.receive()
+            for index, (_, _, _, offset, _, _) in reversed([*enumerate(server.commands)]):
+                server.answer(index, "error" if offset == LENGTH else "whole")
+            server.send(1 << 30)
+        twin.turn()
+    assert [head for head, _ in twin.used()] == [STRIDE * slot for slot in (0, 1, 2, 3, 5)]
+    assert [twin.low[STATUSES + slot] for slot in (0, 1, 2, 3, 5)] == [0, 1, 0, 0, 0]
+    assert twin.session._changes._overlaps.is_empty
+    assert not any(twin.rows_of())
     twin.close()
 
 

@@ -33,6 +33,9 @@ class Ring(Split):
     """A ring of writes and reads, each of a block of its own, some in several segments, and the
     disk."""
 
+    only: int | None = None
+    """All are reads (0) or writes (1): they are merged."""
+
     def __init__(self, base: int) -> None:
         super().__init__(base)
         self.image = bytearray(IMAGE_BYTES)
@@ -44,7 +47,8 @@ class Ring(Split):
 
     def add(self) -> int:
         self.n_tokens += 1
-        token, is_write = self.n_tokens, self.n_tokens % 2
+        token = self.n_tokens
+        is_write = token % 2 if self.only is None else self.only
         header = self.guest.alloc(struct.pack("<IIQ", is_write, 0, token))
         data = self.guest.alloc(bytes([token]) * 512 if is_write else 512)
         if not is_write:
@@ -85,6 +89,18 @@ class Ring(Split):
         else:
             scatter(writable, 0, self.image[sector * 512 : sector * 512 + 512])
         status_view[status_at] = 0
+
+
+class Reads(Ring):
+    """Of adjacent reads."""
+
+    only = 0
+
+
+class Writes(Ring):
+    """Of adjacent writes."""
+
+    only = 1
 
 
 class _Owner:
@@ -129,6 +145,7 @@ def commands(ring: Ring, life: Life) -> None:
     while queue.in_flight:
         server._answer()
     publish(queue)
+    assert rows.merged_total == (0 if ring.only is None else 2)
 
 
 def serve_the_rest(ring: Ring, queue: VirtQueue) -> None:
@@ -139,17 +156,20 @@ def serve_the_rest(ring: Ring, queue: VirtQueue) -> None:
 
 
 @pytest.mark.parametrize("base", [0, 65533])
-@pytest.mark.parametrize("life_of_a_process", [hits, commands])
+@pytest.mark.parametrize(
+    ("life_of_a_process", "kind"),
+    [(hits, Ring), (commands, Ring), (commands, Reads), (commands, Writes)],
+)
 def test_death_after_any_store_of_the_usual_case_loses_nothing_and_repeats_no_answer(
-    life_of_a_process: Callable[[Ring, Life], None], base: int
+    life_of_a_process: Callable[[Ring, Life], None], kind: type[Ring], base: int
 ) -> None:
-    ring, life = Ring(base), Life()
+    ring, life = kind(base), Life()
     for _ in range(3):
         ring.add()
     life_of_a_process(ring, life)
     assert life.made > 30
     for after in range(life.made):
-        ring = Ring(base)
+        ring = kind(base)
         for _ in range(3):
             ring.add()
         with pytest.raises(Died):

@@ -34,10 +34,19 @@ from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
-from bridge.datapath.cells import READ_BYTES, WRITTEN_BYTES
+from bridge.datapath.cells import (
+    ALONE,
+    LONG_BYTES,
+    MAX_HEADS,
+    READ_BYTES,
+    ROW,
+    ROW_BYTES,
+    WRITTEN_BYTES,
+)
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
+from bridge.datapath.merged import Merged, members_of
 from bridge.datapath.request import FLUSH, INTERNAL, READ, WRITE, Request
 from bridge.datapath.rows import Rows, ToServer, Usual
 from bridge.datapath.turn import Turn
@@ -196,6 +205,8 @@ class Server:
         self.commands: list[tuple[int, int, int, int, int, bytes]] = []
         self.unparsed = b""
         self.outgoing = bytearray()
+        self.merged: dict[int, list[int]] = {}
+        """See `note_merged`."""
         self.end = Socket()
         self.answered: list[int] = []
         """Cookies of this connection, some of whose commands have not come wholly."""
@@ -219,13 +230,15 @@ class Server:
                 break
             data = self.unparsed[28 : 28 + payload]
             self.unparsed = self.unparsed[28 + payload :]
-            self.log.append((kind, flags, offset, length, data))
             if kind == p.CMD_WRITE:
                 self.image[offset : offset + length] = data
             if kind == p.CMD_WRITE_ZEROES or kind == p.CMD_TRIM:
                 self.image[offset : offset + length] = bytes(length)
-            if cookie not in self.early:
-                self.commands.append((kind, flags, cookie, offset, length, data))
+            members = members_of_command(self.merged, (kind, flags, cookie, offset, length, data))
+            self.log += [(*each[:2], *each[3:]) for each in members]
+            if cookie in self.early:
+                continue
+            self.commands += members
 
     def answer_early(self, error: int) -> None:
         """Answer a write of which only a part has come."""
@@ -255,10 +268,21 @@ class Server:
             )
             self.outgoing += p.U64.pack(max(offset, 0)) + bytes(max(length, 1))
 
-    def answer(self, index: int, how: str) -> None:
-        """Answer the command at `index`; the bytes are not sent yet."""
-        kind, _, cookie, offset, length, _ = self.commands.pop(index)
-        self.answered.append(cookie)
+    def answer(self, index: int, how: str, count: int = 1) -> None:
+        """Answer `count` commands from `index` on; the bytes are not sent yet. Those of one cookie
+        get one answer."""
+        index %= len(self.commands)
+        taken = self.commands[index : index + count]
+        del self.commands[index : index + count]
+        self.answered += [each[2] for each in taken]
+        if len({cookie for _, _, cookie, *_ in taken}) == 1:
+            kind, _, cookie, offset, _, _ = taken[0]
+            self._answer(kind, cookie, offset, sum(each[4] for each in taken), how)
+        else:
+            for kind, _, cookie, offset, length, _ in taken:
+                self._answer(kind, cookie, offset, length, how)
+
+    def _answer(self, kind: int, cookie: int, offset: int, length: int, how: str) -> None:
         if how == "error" or how == "shutdown":
             self.outgoing += (
                 p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 108 if how == "shutdown" else 5, cookie)
@@ -431,7 +455,7 @@ class Twin:
         flags = DEFAULT_FLAGS
         export = Export("", DISK_BYTES, flags, description, structured=self.structured)
         negotiated: Any = _Negotiated(ours, export)
-        self.lost: list[BridgeError] = []
+        self.lost: list[str] = []
         self.connection = Connection(
             negotiated,
             self.loop,
@@ -445,7 +469,7 @@ class Twin:
         self.loop.turn.end()
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
-        self.lost.append(error)
+        self.lost.append(str(error))
         self.session.leaving()
 
     def lose(self) -> None:
@@ -458,10 +482,11 @@ class Twin:
         unanswered = self.connection.transmission.unanswered()
         if self.session.phase in (Phase.UP, Phase.LEAVING):
             sent = self.rows.sequence - self.first_sent
+            owed = sum(len(members_of(each)) for each in unanswered)
             self.session.lost(
                 *(self.now, unanswered),
                 stale_possible=stale,
-                answered=sent > len(unanswered),
+                answered=sent > owed,
                 blamed=self.connection.blamed,
             )
         self.connection.blamed = None
@@ -544,6 +569,7 @@ class Twin:
         self.loop.turn.end()
         while self.loop.turn.pending:
             self.loop.turn.end()
+        note_merged(self.server.merged, self.rows, self.connection)
 
     def used(self, number: int) -> list[tuple[int, int]]:
         """What was used in a ring since the last look, in the order of heads."""
@@ -578,13 +604,13 @@ class Twin:
             "durable": (self.disk.is_durable, self.disk.flush_deadline_s, self.disk.unreported),
             "phase": (session.phase, session.resent_total, session.flushes_refused_total),
             "time": (session.next_deadline_s(), session.may_leave_writes),
-            "lost": [re.sub("cookie [0-9]+", "cookie", str(error)) for error in self.lost],
+            "lost": [re.sub("cookie [0-9]+", "cookie", error) for error in self.lost],
             "faults": self.faults,
             "bytes": (
                 self.engine.request_bytes[READ] + self.engine.limits[READ_BYTES],
                 self.engine.request_bytes[WRITE] + self.engine.limits[WRITTEN_BYTES],
             ),
-            "long": connection.transmission.long_reads,
+            "long": connection.transmission.long_reads - long_merged(connection),
         }
         for number, ring in enumerate(self.rings):
             low = self.low[ring.at : ring.at + RING_BYTES]
@@ -627,6 +653,8 @@ class Twin:
                 ring.running.uses(gone)
                 ring.running.move(self.memory, self.areas(ring))
                 self.log(number, ring.is_logged)
+        if anew and not any(ring.running and ring.running.unanswered() for ring in self.rings):
+            self.check_given_up()
 
     def close(self) -> None:
         self.connection.close()
@@ -634,7 +662,8 @@ class Twin:
         os.close(self._high_fd)
 
     def check_given_up(self) -> None:
-        """No part has a view of a mapping before the last one."""
+        """No part has a view of memory that was mapped before: all that was the guest's is answered
+        or abandoned, whatever the server still has to answer."""
         former = self.given_up[:-2]
         del self.given_up[:-2]
         if not former:
@@ -648,6 +677,52 @@ class Twin:
 
 
 Step = Callable[[Twin], None]
+Command = tuple[int, int, int, int, int, bytes]
+"""As the server has it: type, flags, cookie, offset, length, payload."""
+
+
+def note_merged(found: dict[int, list[int]], rows: Rows, connection: Connection) -> None:
+    """Add the merged commands in flight: cookie → lengths of the requests that they are for."""
+    for queue in rows.queues:
+        if queue is None:
+            continue
+        for cookie in queue.cookies:
+            following = 1 + (cookie & MAX_HEADS - 1) if cookie else 0
+            lengths = []
+            while following:
+                row = ROW.unpack_from(queue.rows, ROW_BYTES * (following - 1))
+                lengths.append(row[3])
+                following = row[10]
+            if len(lengths) > 1:
+                found.setdefault(cookie, lengths)
+    for command in connection.transmission.pending.values():
+        if isinstance(command, Merged):
+            found[command.cookie] = [each.length for each in command.members]
+
+
+def members_of_command(merged: dict[int, list[int]], command: Command) -> list[Command]:
+    """The commands that the general path would have sent instead."""
+    kind, flags, cookie, offset, length, data = command
+    found, done = [], 0
+    for n_bytes in merged.get(cookie, [length]):
+        part = data[done : done + n_bytes]
+        found.append((kind, flags, cookie, offset + done, n_bytes, part))
+        done += n_bytes
+    assert done == length, "a command of another length than what it is for"
+    return found
+
+
+def group_of(commands: list[Command], index: int) -> tuple[int, int]:
+    """Where those with the cookie of the one at `index` begin, and how many there are."""
+    cookies = [each[2] for each in commands]
+    return cookies.index(cookies[index]), cookies.count(cookies[index])
+
+
+def long_merged(connection: Connection) -> int:
+    """Merged commands that are long reads only because they are merged."""
+    pending = connection.transmission.pending.values()
+    merged = (each for each in pending if isinstance(each, Merged) and each.op == READ)
+    return sum(each.length >= LONG_BYTES for each in merged)
 
 
 class Script:
@@ -678,6 +753,12 @@ class Script:
         self.free = list(range(SLOTS))
         self.in_use = [0] * SLOTS
         """How many chains of a slot were not used yet."""
+        self.whole = False
+        """All of what the server has to send is sent at once."""
+        self.ends = 0, 0
+        """Type and end (a sector) of the last chain."""
+        self.merging = not self.slow and self.cuts.random() < 0.6
+        """Chains go on where others have ended, and are merged."""
         self.spare = list(range(SLOTS, SLOTS + SPARE))
         self.avail_index = [0] * self.n_rings
         self.steps = 0
@@ -688,7 +769,7 @@ class Script:
             for self.steps in range(steps):
                 self._step()
             self._finish()
-            self._both(Twin.check_given_up)
+            self._both(lambda twin: twin.move(anew=True, more=False))
         except AssertionError as error:
             raise AssertionError(f"seed {self.seed}, step {self.steps}: {error}") from error
         finally:
@@ -706,6 +787,8 @@ class Script:
         rng = self.rng
         for _ in range(rng.choice([0, 1, 1, 2, 6, 12])):
             self._add()
+        # (The next unusual answer does not end it for the rest of the script.)
+        self.twins[0].rows.cells[ALONE] = 0 if self.merging else 1 << 62
         self._server()
         if rng.random() < (0.02 if self.calm else 0.12):
             self._control()
@@ -833,6 +916,9 @@ class Script:
         if self.calm and rng.random() < 0.7:
             length = 4096
         sector = rng.randrange(DISK_BYTES // 4096) * 8
+        if self.merging and type_ < 2 and self.cuts.random() < 0.6:
+            type_, sector = self.ends
+        self.ends = type_ & 1, sector + length // 512
         if rng.random() < (0.01 if self.calm else 0.1):
             sector = rng.choice([1, 2047, 2048, 1 << 55, (1 << 64) - 1, rng.randrange(2048)])
         data = HIGH + ROOM_BYTES * slot + rng.choice([0, 0, 512])
@@ -883,20 +969,34 @@ class Script:
             if not commands:
                 break
             index = rng.randrange(len(commands)) if rng.random() < 0.5 else 0
+            index, count = group_of(commands, index)
             odd = rng.random() * (4 if self.calm else 1)
             how = "error" if odd < 0.02 else "chunks" if odd < 0.06 else "whole"
             if 0.998 < odd < 1:
                 how = "shutdown"
             if commands[index][3] + commands[index][4] > DISK_BYTES:
                 how = "error"
-            self._both(lambda twin, index=index, how=how: twin.server.answer(index, how))  # type: ignore[misc]
+            if count > 1:
+                self.whole = True
+                if how == "error":  # Its members would be sent once more: see `test_merged`.
+                    how = "chunks"
+            self._both(
+                lambda twin, index=index, how=how, count=count: twin.server.answer(  # type: ignore[misc]
+                    index, how, count
+                )
+            )
         if rng.random() < 0.003:
             self._both(lambda twin: twin.server.outgoing.extend(b"nonsense" * 4))
         if self.hostile and rng.random() < 0.06:
             what = rng.choice(["again", "unknown", "other"])
+            if len({each[2] for each in commands}) < len(commands):
+                what = "unknown"  # What is right for one is not for all of a command.
             which = rng.choice([1 << 63 | rng.randrange(1 << 24), rng.randrange(1 << 64)])
             self._both(lambda twin: twin.server.lie(what, which))
         n_bytes = rng.choice([0, 7, 1000, 5000, 40_000, 1 << 30, 1 << 30, 1 << 30])
+        if self.whole:  # An answer for several is not cut: else some would have come, and some not.
+            n_bytes = 1 << 30
+        self.whole = False
         self._both(lambda twin: twin.server.send(n_bytes))
 
     def _control(self) -> None:
@@ -930,7 +1030,9 @@ class Script:
         elif ring is None:
             return
         elif what == "stop":
-            self._both(lambda twin: twin.stop(number))
+            # (See `socket_twins`.)
+            if not self.twins[0].tracked or max(self.in_use) < 2:
+                self._both(lambda twin: twin.stop(number))
         elif what == "log":
             on = rng.random() < 0.5
             self._both(lambda twin: twin.log(number, on))
@@ -956,8 +1058,9 @@ class Script:
                     self._both(lambda twin, number=number: twin.start(number))  # type: ignore[misc]
             self._both(lambda twin: setattr(twin.server.end, "room", 1 << 30))
             self._both(lambda twin: twin.server.receive())
-            while self.twins[0].server.commands:
-                self._both(lambda twin: twin.server.answer(0, "whole"))
+            while commands := self.twins[0].server.commands:
+                _, count = group_of(commands, 0)
+                self._both(lambda twin, count=count: twin.server.answer(0, "whole", count))  # type: ignore[misc]
             self._both(lambda twin: twin.server.send(1 << 30))
             self._both(lambda twin: pass_time(twin, 1.0))
             self._turn()
@@ -1022,12 +1125,16 @@ def main() -> None:
     arguments = parser.parse_args()
     Turn.checks_stages = True
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    served = adopted = 0
+    served = adopted = merged = 0
     for seed in range(arguments.seed, arguments.seed + arguments.scripts):
         script = Script(seed)
         served += script.run(arguments.steps)
         adopted += script.twins[0].rows.adopted_total
-    print(f"{arguments.scripts} scripts: {served} chains the usual way, {adopted} rows adopted")
+        merged += script.twins[0].rows.merged_total
+    print(
+        f"{arguments.scripts} scripts: {served} chains the usual way, {merged} of them merged, "
+        f"{adopted} rows adopted"
+    )
 
 
 if __name__ == "__main__":

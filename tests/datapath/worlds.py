@@ -23,6 +23,7 @@ from typing import Any
 
 from bridge.datapath.cells import (
     ALIGN_MASK,
+    ALONE,
     ARMED,
     BEFORE,
     BLOCK_MASK,
@@ -40,6 +41,7 @@ from bridge.datapath.cells import (
     MAX_WRITE_BYTES,
     MAY_FLUSH,
     MAY_WRITE,
+    MERGED,
     NEXT_AVAIL,
     NEXT_USED,
     NOT_ROWS,
@@ -53,6 +55,8 @@ from bridge.datapath.cells import (
     SIZE_BYTES,
     STOPPED,
     TOUCHED,
+    WHOLE_READ_BYTES,
+    WHOLE_WRITE_BYTES,
     Channel,
     Queue,
     Resident,
@@ -78,7 +82,7 @@ GRANULE_SHIFT, BLOCK_SHIFT, SLOTS = 13, 9, 8
 DISK_BYTES = 1 << 18
 
 
-_SEGMENTS_AT = 7
+_SEGMENTS_AT, _FOLLOWING_AT = 7, 10
 """In a row: see `ROW`."""
 
 
@@ -119,6 +123,8 @@ class World:
         self.route = Route()
         self.route.cells[MAX_READ_BYTES] = rng.choice([0x7FFF, 4096, 0]) if odd else 0x7FFF
         self.route.cells[MAX_WRITE_BYTES] = rng.choice([0x10000, 4096, 0]) if odd else 0x10000
+        for cell in (WHOLE_READ_BYTES, WHOLE_WRITE_BYTES):
+            self.route.cells[cell] = rng.choice([1 << 21, 12288, 0]) if odd else 1 << 21
         self.route.cells[SIZE_BYTES] = rng.choice([DISK_BYTES, 0x1900]) if odd else DISK_BYTES
         self.route.cells[ALIGN_MASK] = rng.choice([0, 511, 4095]) if odd else 0
         self.channel = self._channel(arena[staging_at:])
@@ -231,9 +237,15 @@ class Pair:
         self.commands: list[tuple[int, int, int, int]] = []
         """Type, cookie, offset and length of what has no answer."""
         self.served = dict.fromkeys(
-            ("take_hits", "take_commands", "several segments", "answers", "flushed", "publish"), 0
+            (
+                *("take_hits", "take_commands", "several segments", "merged", "answers"),
+                *("flushed", "publish"),
+            ),
+            0,
         )
         self.calls = 0
+        self.ends = 0, 0
+        """Type and end (a sector) of the last chain."""
         self.hostile = self.rng.random() < 0.6
         """Chains are broken, and garbage is written."""
 
@@ -290,14 +302,19 @@ class Pair:
         newest = max(self.worlds[0].queues[queue].cookies)
         looked = [self.rng.random() < each for each in (0.9, 0.3, 0.5)]
         seen = self.rng.randrange(1 << 20)
+        alone = self.rng.choice([0, 1, 3, 5]) if self.rng.random() < 0.1 else None
+        merged = self.worlds[0].rows.cells[MERGED]
         for world in self.worlds:
             world.queues[queue].cells[STOPPED] = 0
             flat = world.channel.cells
             flat[MAY_FLUSH], flat[NOT_ROWS], flat[ARMED] = looked
             flat[SEEN], flat[BEFORE], flat[FLUSHES] = seen, seen // 2, 0
+            if alone is not None:
+                world.rows.cells[ALONE] = alone
             arguments = world.queues[queue], world.disk, world.route, world.channel, world.rows
             results.append(world.engine.take_commands(*arguments))
         self.served["take_commands"] += sum(self._call("take_commands", results))
+        self.served["merged"] += self.worlds[0].rows.cells[MERGED] - merged
         ring = self.worlds[0].queues[queue]
         self.served["several segments"] += sum(
             ROW.unpack_from(ring.rows, ROW_BYTES * head)[_SEGMENTS_AT] > 1
@@ -410,6 +427,9 @@ class Pair:
         if length >= 4096:
             at &= ~7 if rng.random() < 0.9 else ~0
         sector = (granule << GRANULE_SHIFT - 9) + at
+        if rng.random() < 0.4:
+            type_, sector = self.ends  # Where the last one ended: see `ROW`.
+        self.ends = type_ & 1, sector + length // 512
         where = rng.choice([GUEST + STUFF_AT + 0x2000, GUEST + STUFF_AT + 0x2000, HIGH])
         if length == 512 and rng.random() < 0.5:
             where = TINY
@@ -505,24 +525,29 @@ class Pair:
             return
         _, cookie, _, _ = self.commands.pop(self.rng.randrange(len(self.commands)))
         for world in self.worlds:
+            if world.channel.cells[FLUSH_ROW] == cookie:
+                world.channel.cells[FLUSH_ROW] = 0
             for queue in world.queues:
-                for head, each in enumerate(queue.cookies):
-                    if each == cookie:
-                        queue.cookies[head] = 0
-                        queue.cells[IN_FLIGHT] -= 1
-                        if world.channel.cells[FLUSH_ROW] == cookie:
-                            world.channel.cells[FLUSH_ROW] = 0
-                        world.channel.cells[ROWS] -= 1
-                        segments = ROW.unpack_from(queue.rows, ROW_BYTES * head)[_SEGMENTS_AT]
-                        if segments > 1:
-                            world.channel.cells[SEGMENTS] -= segments
+                following = 1 + queue.cookies.index(cookie) if cookie in queue.cookies else 0
+                while following:  # for each request of the command
+                    head = following - 1
+                    row = ROW.unpack_from(queue.rows, ROW_BYTES * head)
+                    queue.cookies[head] = 0
+                    queue.cells[IN_FLIGHT] -= 1
+                    world.channel.cells[ROWS] -= 1
+                    if row[_SEGMENTS_AT] > 1:
+                        world.channel.cells[SEGMENTS] -= row[_SEGMENTS_AT]
+                    following = row[_FOLLOWING_AT]
 
     def _reply(self) -> bytes:
         rng = self.rng
         kind, cookie, offset, length = rng.choice(self.commands)
         odd = rng.random() if self.hostile else 1.0
-        if odd < 0.02:
+        if odd < 0.01:
             cookie ^= 1 << rng.randrange(64)
+        elif odd < 0.02:  # Of another row, which may have no command of its own.
+            cookies = [each for queue in self.worlds[0].queues for each in queue.cookies if each]
+            cookie = rng.choice(cookies or [cookie])
         error = rng.choice([1, 5, 0x10001]) if 0.02 < odd < 0.04 else 0
         magic = rng.randrange(1 << 32) if 0.04 < odd < 0.06 else 0x67446698
         if kind in (1, 3):

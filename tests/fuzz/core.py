@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.fuzz.target import CORPUS, VERSION_FILE, OtherVersion
 
 NAME = "core"
-VERSION = 1
+VERSION = 2
 """Raised by a change that alters what the bytes of a program mean."""
 
 _HERE = Path(__file__).parent

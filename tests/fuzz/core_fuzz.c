@@ -41,7 +41,9 @@ struct world {
     struct dp_channel channel, other; /* `other`: of whole turns over two connections */
     struct dp_resident cache;
     uint64_t *spans;
-    uint64_t disk[DP_DISK_CELLS], route[DP_ROUTE_CELLS], sequence;
+    uint64_t disk[DP_DISK_CELLS], route[DP_ROUTE_CELLS], rows[DP_ROWS_CELLS];
+    uint64_t until; /* the sector where the last chain ends */
+    uint32_t last_type;
     struct dp_command *commands; /* of the last call: exactly as many as there is room for */
     uint8_t sent[COMMANDS][DP_COMMAND_BYTES];
     uint32_t sent_count;
@@ -235,7 +237,7 @@ static void make_world(struct world *world, struct input *input)
     world->route[DP_MAX_READ_BYTES] = world->route[DP_MAX_WRITE_BYTES] = DP_SMALL_BYTES;
     world->route[DP_WHOLE_READ_BYTES] = world->route[DP_WHOLE_WRITE_BYTES] = DP_DISK_MAX;
     world->route[DP_SIZE_BYTES] = DISK_BYTES;
-    world->sequence = 1;
+    world->rows[DP_SEQUENCE] = 1;
 }
 
 static void end_world(struct world *world)
@@ -329,6 +331,12 @@ static void add_chain(struct world *world, struct dp_queue *queue, struct input 
 
     if (odd & 0x40)
         sector = sector << 55 | sector;
+    if ((odd & 3) == 3) { /* where the last one ended */
+        sector = world->until;
+        type = world->last_type;
+    }
+    world->until = sector + length / 512;
+    world->last_type = type;
     if ((what >> 24 & 7) == 7) { /* a flush */
         type = 4;
         links = 2;
@@ -391,7 +399,7 @@ static uint32_t read_payload(const struct dp_command *command)
 /* What is known before a look at the rings. */
 static void look_at_flushes(struct world *world)
 {
-    uint64_t *cells = world->channel.cells, known = world->sequence;
+    uint64_t *cells = world->channel.cells, known = world->rows[DP_SEQUENCE];
 
     cells[DP_MAY_FLUSH] = (known & 7) != 0;
     cells[DP_NOT_ROWS] = known >> 3 & 1;
@@ -400,25 +408,49 @@ static void look_at_flushes(struct world *world)
     cells[DP_FLUSHES] = cells[DP_FLUSHED] = 0;
 }
 
+static uint32_t length_of(const uint8_t *header)
+{
+    uint32_t length;
+
+    memcpy(&length, header + 24, 4);
+    return __builtin_bswap32(length);
+}
+
+static uint64_t merged_count; /* in all programs */
+
 static void commands(struct world *world, struct dp_queue *queue, struct input *input)
 {
     uint32_t space = (uint32_t)take(input, 1) % 65, pieces = 3 * space, used = 0;
     struct dp_command *out = room(space * sizeof *out);
     struct dp_taken taken;
-    uint32_t count;
+    uint64_t merged = world->rows[DP_MERGED];
+    uint32_t count, left = 0;
 
+    if (!(space & 15))
+        world->rows[DP_ALONE] = space >> 4;
     look_at_flushes(world);
-    taken = dp_take_commands(queue, world->disk, world->route, &world->channel, &world->sequence,
+    taken = dp_take_commands(queue, world->disk, world->route, &world->channel, world->rows,
                              true, world->whole, out, space, pieces);
     count = taken.reads + taken.writes + taken.flushes;
     if (count > space || taken.flushes > 1)
         abort();
     for (uint32_t index = 0; index < count; index++) {
         used += 1 + read_payload(&out[index]);
-        memcpy(world->sent[world->sent_count++ % COMMANDS], out[index].header, DP_COMMAND_BYTES);
+        if (out[index].header_bytes) {
+            const uint8_t *header = out[index].header;
+
+            if (left)
+                abort();
+            left = header[7] == 1 ? length_of(header) : 0;
+            memcpy(world->sent[world->sent_count++ % COMMANDS], header, DP_COMMAND_BYTES);
+        } else {
+            merged++;
+        }
+        left -= out[index].payload_bytes;
     }
-    if (used > pieces)
+    if (used > pieces || left || merged != world->rows[DP_MERGED])
         abort();
+    merged_count += merged;
     free(out);
 }
 
@@ -428,10 +460,8 @@ static void reply(struct world *world, struct input *input)
     uint64_t which = take(input, 1), odd = take(input, 1);
     const uint8_t *command = world->sent[which % COMMANDS];
     uint8_t header[28] = {0x67, 0x44, 0x66, 0x98};
-    uint32_t length, header_bytes = 16, payload;
+    uint32_t length = length_of(command), header_bytes = 16, payload;
 
-    memcpy(&length, command + 24, 4);
-    length = __builtin_bswap32(length);
     payload = command[7] ? 0 : length; /* 0: a READ */
     memcpy(header + 8, command + 8, 8);
     if (payload && world->channel.structured) {
@@ -519,6 +549,13 @@ static int nobody_called(void *owner, uint32_t ring)
     return ring < QUEUES && ++world->calls % 64 ? 0 : -1;
 }
 
+static int nobody_armed(void *owner)
+{
+    struct world *world = owner;
+
+    return ++world->calls % 16 ? 0 : -1;
+}
+
 /* The commands that the server has got by now. */
 static void serve(struct world *world)
 {
@@ -528,11 +565,8 @@ static void serve(struct world *world)
         ssize_t size = read(world->theirs[index], got, sizeof got);
 
         for (ssize_t at = 0; at + DP_COMMAND_BYTES <= size;) {
-            uint32_t length;
-
             memcpy(world->sent[world->sent_count++ % COMMANDS], got + at, DP_COMMAND_BYTES);
-            memcpy(&length, got + at + 24, 4);
-            at += DP_COMMAND_BYTES + (got[at + 7] ? (ssize_t)__builtin_bswap32(length) : 0);
+            at += DP_COMMAND_BYTES + (got[at + 7] ? (ssize_t)length_of(got + at) : 0);
         }
     }
 }
@@ -599,7 +633,7 @@ static void turn(struct world *world, struct input *input)
             memset(&turns.output, 0, sizeof turns.output);
         }
         turns.route = world->route;
-        turns.sequence = &world->sequence;
+        turns.rows = world->rows;
     } else {
         turns.cache = &world->cache;
         memset(&turns.output, 0, sizeof turns.output);
@@ -607,6 +641,7 @@ static void turn(struct world *world, struct input *input)
     turns.until_ns = how & 0x10 ? UINT64_MAX : 0;
     turns.wait = nothing_comes;
     turns.call = nobody_called;
+    turns.begin_to_write = nobody_armed;
     turns.owner = world;
     flags = dp_turns(&turns);
     if (turns.flushed > DP_TIMES || world->channel.unsent_from)
@@ -729,6 +764,10 @@ int main(int argc, char **argv)
             program[at] = (uint8_t)(state >> 56);
         }
         LLVMFuzzerTestOneInput(program, sizeof program);
+    }
+    if (argc > 3 && !merged_count) { /* by none of the files, either */
+        printf("nothing was merged\n");
+        return 1;
     }
     printf("no fault found\n");
     return 0;

@@ -598,6 +598,44 @@ async def test_inflight_requests_that_this_process_left_are_not_another_processs
     os.close(fd)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_inflight_what_a_dead_process_left_of_a_stopped_ring_does_not_migrate(
+    guest: DeviceGuest, autojump_clock: MockClock, restarted: bool
+) -> None:
+    """The front-end stopped one ring of two, the server did not answer in time, the process died,
+    and the next one was never asked to start that ring: it would be lost where the guest goes."""
+    fd, size = guest.device.create_inflight(2, 16)
+    guest.start(1)
+    guest.disk.hold = True
+    pending = guest.put(T_OUT, index=1, out=b"l" * 512)
+    guest.rings[1].kick_device()
+    await until(lambda: len(guest.disk.held) == 1)
+    base = await guest.device.stop_ring(1)
+    async with running_device(packed=guest.packed) as second:
+        second.fd, second.memory, second.rings, own = (
+            *(guest.fd, guest.memory, guest.rings),
+            (second.fd, second.memory),
+        )
+        await second.connect()
+        second.device.set_inflight(fd, 0, size, 2, 16)
+        log = os.memfd_create("log")
+        os.ftruncate(log, 4096)
+        second.device.set_log(log, 0, 4096)
+        os.close(log)
+        second.device.set_logging(True)
+        second.start(0)
+        if restarted:
+            second.start(1, base=base)
+            await until(lambda: pending.status == S_OK)
+            await second.device.stop_ring(1)
+            await second.device.stop_ring(0)
+        else:
+            with pytest.raises(LeftBehind, match="1 requests in time"):
+                await second.device.stop_ring(0)
+        second.fd, second.memory, second.rings = *own, {}
+    os.close(fd)
+
+
 async def test_disconnect_twice_and_before_anything_is_fine(guest: DeviceGuest) -> None:
     await guest.device.disconnected()
     await guest.device.disconnected()

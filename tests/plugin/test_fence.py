@@ -194,6 +194,56 @@ def test_new_session_of_the_same_client_replaces_its_live_looking_one(
         old.cut()
 
 
+def test_next_attempt_of_a_client_in_a_shared_session_writes_after_what_it_had_in_flight(
+    volumes: Path, stall: Stall
+) -> None:
+    """It was let in beside its own old connection, whose write then went over a newer one: in a
+    session for migrations others are let in at any time, and that it is no other was not asked."""
+    with serve(volumes) as server:
+        old = leave_write_behind(server, stall, "disk@session=s,client=c.1")
+        with coming_back_late(server, stall, "disk@session=s,client=c.2") as client:
+            assert client.read(0, 4096) == NEW
+            assert client.properties["generation"] == "2", "the session goes on"
+        old.cut()
+
+
+def test_next_process_in_a_shared_session_writes_after_what_the_last_one_had_in_flight(
+    volumes: Path, stall: Stall
+) -> None:
+    with serve(volumes) as server:
+        other = RawClient(str(server.socket), "disk@session=s,client=stands-by.1")
+        old = leave_write_behind(server, stall, "disk@session=s,client=killed.1")
+        old.cut()
+        with coming_back_late(server, stall, "disk@session=s,client=next.1") as client:
+            assert client.read(0, 4096) == NEW
+        other.close()
+
+
+def test_client_that_was_let_in_later_keeps_its_rights_until_it_writes_itself(
+    volumes: Path, stall: Stall
+) -> None:
+    """The target of a migration stands by while the source writes; then the guest is there."""
+    with serve(volumes) as server:
+        source, target = (
+            RawClient(str(server.socket), f"disk@session=s,client={name}.1")
+            for name in ("source", "target")
+        )
+        source.write(0, NEW)
+        assert target.read(0, 4096) == NEW
+        source.write(0, NEW)
+        target.write(0, NEW)
+        with pytest.raises(NbdError) as caught:
+            source.write(0, NEW)
+        assert caught.value.errno == errno.ESHUTDOWN
+        # It comes again, for a guest that has come back.
+        with RawClient(str(server.socket), "disk@session=s,client=source.2") as again:
+            again.write(0, NEW)
+            with pytest.raises(NbdError):
+                target.read(0, 4096)
+        source.close()
+        target.close()
+
+
 def test_read_only_export_opens_beside_a_writer(volumes: Path, stall: Stall) -> None:
     with (
         serve(volumes) as server,

@@ -57,18 +57,20 @@ def test_last_writer_is_stored_before_the_write_is_answered(volumes: Path) -> No
 
 def test_last_writer_of_a_shared_session_is_the_client_that_wrote_last(volumes: Path) -> None:
     """One number for all of it: only this tells whether another host wrote since."""
-    names = [f"disk@session=s,client={name}" for name in ("source", "target")] + ["disk@session=s"]
+    names = [f"disk@session=s{name}" for name in (",client=source.1", ",client=target.1", "")] + [
+        "disk@session=s,client=source.2"
+    ]
     with Nbdkit(f"file={volumes}/disk", "size=1M") as server:
-        source, target, nameless = (RawClient(str(server.socket), name) for name in names)
+        source, target, nameless, again = (RawClient(str(server.socket), name) for name in names)
         seen = []
-        for client in (source, target, source, source, nameless, target):
+        for client in (source, target, target, nameless, target, again):
             client.write(0, b"x" * 512)
             seen.append(visit(server, names[0]).get("writer"))
-        assert seen == ["source", "target", "source", "source", None, "target"]
+        assert seen == ["source.1", "target.1", "target.1", None, "target.1", "source.2"]
         server.kill()
     with Nbdkit(f"file={volumes}/disk") as server:
-        assert visit(server)["writer"] == "target"
-    for client in (source, target, nameless):
+        assert visit(server)["writer"] == "source.2"
+    for client in (source, target, nameless, again):
         client.cut()
 
 

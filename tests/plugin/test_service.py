@@ -63,6 +63,28 @@ def test_connection_that_outlives_two_sessions_can_close(service: Service) -> No
     assert not service._fences
 
 
+def test_session_whose_flush_failed_is_ended_by_the_next_connection_with_its_token(
+    service: Service,
+) -> None:
+    """It admits none any more, and a bridge that stood by for a migration, with nothing to ask,
+    never left it: the guest's own bridge waited for ever."""
+    standing_by, writer = (
+        service.open(f"v@session=s,client={name}.1", read_only=False) for name in ("other", "us")
+    )
+    assert writer.session is not None
+    writer.disk.failed = True
+    service.close(writer)
+    assert refused(service, "v@session=another").errno == errno.EBUSY
+    again = service.open("v@session=s,client=us.2", read_only=False)
+    assert again.session is not None
+    assert again.session.generation == writer.session.generation + 1
+    with pytest.raises(PluginError) as caught:
+        standing_by.check_alive()
+    assert caught.value.errno == errno.ESHUTDOWN
+    service.close(standing_by)
+    service.close(again)
+
+
 def test_busy_text_does_not_name_the_token(service: Service) -> None:
     handle = service.open("v@session=SECRET", read_only=False)
     for name in ("v", "v@session=other"):

@@ -850,14 +850,42 @@ class SizedPerConnection(MemoryDisk):
         self._size_bytes, self._told = size_bytes, 0
 
 
-async def test_connections_that_are_told_of_different_sizes_are_not_used() -> None:
-    server = Server({"": SizedPerConnection(1 << 20)})
+class DescribedPerConnection(ServerSettings):
+    """Each connection is told of the next number, as when the first one's session has ended before
+    the second one was let in."""
+
+    _told = 0
+
+    @property
+    def description(self) -> str:  # type: ignore[override]
+        DescribedPerConnection._told += 1
+        return self._text.format(DescribedPerConnection._told)
+
+    @description.setter
+    def description(self, text: str) -> None:
+        self._text = text
+
+
+@pytest.mark.parametrize(
+    ("disk", "description", "difference"),
+    [
+        (SizedPerConnection, "", "size: "),
+        (MemoryDisk, "nbd-bridge volume=v generation={} written=0 instance=one", "session: "),
+        (MemoryDisk, "nbd-bridge volume=v generation=1 written=0 instance={}", "instance"),
+    ],
+)
+async def test_connections_that_are_told_different_things_are_not_used(
+    disk: type[MemoryDisk], description: str, difference: str
+) -> None:
+    """Of two sessions only the first one's counters would be looked at, while writes go to the
+    second: another host's, in between, would not be noticed, and our own would look like it."""
+    server = Server({"": disk(1 << 20)}, DescribedPerConnection(description=description))
     options = replace(FAST, connections=2)
     with short_directory() as folder:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve_unix, folder / "s")
             async with running_client(unix_uri(folder / "s"), options, connect=False) as client:
-                with pytest.raises(ConnectionLost, match="connections differ in size: "):
+                with pytest.raises(ConnectionLost, match=f"connections differ in .*{difference}"):
                     await client.connect()
             nursery.cancel_scope.cancel()
 

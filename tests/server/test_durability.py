@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+from weakref import ref
 
 import pytest
 
@@ -657,6 +659,27 @@ def test_flush_in_doubt_is_asked_again_when_the_connection_is_lost() -> None:
     assert [op for op, _ in world.sent].count(FLUSH) == 1
     world.channels[0].answer_all()
     assert ended(world, flush)
+
+
+@pytest.mark.parametrize("in_doubt", [False, True])
+@pytest.mark.parametrize("lost", [False, True])
+def test_durable_change_that_has_ended_is_kept_by_no_flush(in_doubt: bool, lost: bool) -> None:
+    """It knows its chain: the guest's memory could not be let go of."""
+    world = World()
+    change = world.ask(WRITE, 3, flags=FUA)
+    if in_doubt:
+        world.ask(FLUSH)
+        world.channels[0].answer(world.pending[1])
+    if lost:
+        world.down()
+        world.up()
+    world.channels[0].answer_all()
+    ended, kept = [each.error for each in world.finished], ref(change)
+    del change
+    world.finished.clear()
+    gc.collect()
+
+    assert (set(ended), kept()) == ({0}, None)
 
 
 def test_flush_in_doubt_fails_with_everything_when_the_server_is_given_up() -> None:

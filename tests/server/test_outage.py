@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+from weakref import ref
+
 import structlog.testing
 
-from bridge.errors import ConnectionLost
+from bridge.errors import ConnectionLost, ProtocolError
 from bridge.server.outage import Outages
 
 
@@ -27,6 +30,28 @@ def test_outage_is_told_at_its_begin_each_minute_and_at_its_end() -> None:
     assert str(lines[0]["reason"]) == "reset"
     assert (lines[1]["seconds"], str(lines[1]["reason"])) == (60, "refused")
     assert (lines[3]["after_s"], lines[3]["sent_again"]) == (150.0, 3)
+
+
+class _Reply:
+    """What a parser has at hand."""
+
+
+def test_outage_keeps_nothing_of_the_reply_that_broke_a_rule() -> None:
+    """It knows its request, and that the guest's memory."""
+    outages = Outages("nbd://far")
+    kept: list[ref[_Reply]] = []
+
+    def parse() -> None:
+        reply = _Reply()
+        kept.append(ref(reply))
+        raise ProtocolError("nonsense")
+
+    try:
+        parse()
+    except ProtocolError as error:
+        outages.begin(0.0, error)
+    gc.collect()
+    assert (outages.reason, kept[0]()) == ("nonsense", None)
 
 
 def test_time_without_a_server_adds_up() -> None:

@@ -138,15 +138,33 @@ async def test_clients_of_a_shared_session_are_told_who_wrote_last(uri: str) -> 
     """Source and target of a migration: each finds out whether the other one wrote."""
     shared = uri.replace("///", "///@session=s")
     async with running_client(shared) as source, running_client(shared) as target:
-        writers = []
+        seen = []
         for writer in (source, target):
             assert await write(writer, 0, b"a" * 4096) == 0
             await source.leave(2, EIO)
             source.come_back()
             await until(lambda: source.connected)
-            writers.append(source.export.volume.words["writer"])
-        assert writers == [source.client_id, target.client_id]
+            volume = source.export.volume
+            seen.append([volume.was_written_by(each.client_id) for each in (source, target)])
+        assert seen == [[True, False], [False, True]]
         assert source.export.volume.words["generation"] == target.export.volume.words["generation"]
+
+
+async def test_client_of_a_shared_session_that_lost_its_connection_goes_on(uri: str) -> None:
+    """With its old connection there still, which the server takes for another client's; and with
+    one that stands by, and loses its rights to it."""
+    shared = uri.replace("///", "///@session=s")
+    options = replace(FAST, connections=2)
+    async with running_client(shared, options) as source, running_client(shared) as target:
+        for generation in range(1, 4):
+            assert await write(source, 0, bytes([generation]) * 4096) == 0
+            assert await read(target, 0, 4096) == bytes([generation]) * 4096
+            source._connections[0]._end_of_file()
+            await until(lambda generation=generation: source.generation == generation + 1)
+        assert await write(source, 0, b"s" * 4096) == 0
+        assert await write(target, 0, b"t" * 4096) == 0
+        assert target.generation > 1
+        assert await read(source, 0, 4096) == b"t" * 4096
 
 
 async def test_volume_in_use_can_be_looked_at() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bridge.peers.nbd_server_settings import DEFAULT_FLAGS
+from bridge.server.export import Export
 from bridge.server.volume_words import VolumeDescription, VolumeName
 from nbd_plugin.errors import PluginError
 from nbd_plugin.file_store import FileStore
@@ -34,6 +36,28 @@ def test_name_of_a_connection_is_what_the_plugin_takes_apart(
     assert VolumeName(sent).client == understood.client == "c"
     assert VolumeName(sent).is_shared
     assert VolumeName(sent).without_session == understood.volume
+
+
+@pytest.mark.parametrize(
+    ("name", "is_fenced"),
+    [("v", True), ("v@session=s", True), ("v@session=s,client=mine", False)],
+)
+def test_session_in_which_our_attempts_have_one_name_is_not_relied_on(
+    name: str, is_fenced: bool
+) -> None:
+    """The plugin lets the next attempt in beside what the last one has in flight."""
+    words = "nbd-bridge volume=v instance=i session=yes"
+    assert Export(name, 4096, DEFAULT_FLAGS, description=words).is_fenced == is_fenced
+
+
+@pytest.mark.parametrize(
+    ("writer", "is_ours"),
+    [("c", True), ("c.1", True), ("c.12", True), ("c.x", False), ("d.1", False), ("cc.1", False)],
+)
+def test_client_knows_its_own_writes_by_whichever_attempt(writer: str, is_ours: bool) -> None:
+    seen = VolumeDescription(f"nbd-bridge volume=v writer={writer}")
+    assert seen.was_written_by("c") == is_ours
+    assert not VolumeDescription("nbd-bridge volume=v").was_written_by("c")
 
 
 @pytest.mark.parametrize("name", ["", "vm1", "vm1@session=move"])

@@ -76,6 +76,7 @@ class Bridge(Process):
 
     def _gone(self) -> None:
         self.over.set()
+        self.world.bridge_knows(self)
 
     def _died(self) -> None:
         self.world.bridge_died(self)
@@ -104,9 +105,25 @@ def make_loop(**options: Any) -> SimLoop:
     return process.loop
 
 
+class SimStorage(Storage):
+    """One that says what it has been told of its connections."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._process = _current()
+
+    def disconnected(self) -> None:
+        super().disconnected()
+        self._process.world.loss_noticed(self._process)
+
+    def reconnected(self) -> None:
+        super().reconnected()
+        self._process.world.bridge_knows(self._process)
+
+
 def make_storage(*args: Any, **options: Any) -> Storage:
     """`bridge.app.serve.Storage`."""
-    storage = _current().storage = Storage(*args, **options)
+    storage = _current().storage = SimStorage(*args, **options)
     return storage
 
 

@@ -14,6 +14,8 @@ from unittest import mock
 
 from bridge.cache.blocks import TRANSITIONS, Blocks, Event, State
 from bridge.cache.file.layout import BITS
+from bridge.datapath.merged import Merged
+from bridge.datapath.rows import Rows
 from bridge.server.channels import Channels, Phase
 from bridge.server.flushes import Flushes
 from bridge.server.grace import GraceSpans
@@ -28,6 +30,7 @@ _STATES: Final = (
     *("session: commands on trial", "session: given up", "session: a flush is refused"),
     *("session: changes held for a grace time", "fence: joined", "fence: waited for"),
     *("fence: a session is broken", "fence: refused"),
+    *("merged: adopted", "merged: done", "merged: failed, done one by one"),
 )
 
 
@@ -38,7 +41,7 @@ FAULTS: Final = (
     *("ring stops", "reset", "write cache toggled", "front-end leaves", "grown", "left behind"),
     *("cache flush by hand", "cold read", "another host writes", "migration", "migrated"),
     *("a filter loses what it held", "the cache's disk is full", "servers that cannot flush"),
-    *("read-only disks", "resize asked for"),
+    *("read-only disks", "resize asked for", "left behind in a shared session"),
 )
 """What befalls programs, by the names under which they count it."""
 
@@ -76,6 +79,7 @@ def gathered(seen: Counter[str]) -> Iterator[None]:
         for of, name, watch in (
             *((Channels, "enter", _enter), (Flushes, "_refuse", _refuse)),
             *((GraceSpans, "hold", _hold), (Fence, "enter", _waits)),
+            *((Rows, "_command_of", _command), (Merged, "end", _end_merged)),
             (Fence, "_join", _called("fence: joined")),
             (Fence, "_break", _called("fence: a session is broken")),
             (Fence, "_break_or_refuse", _called("fence: refused")),
@@ -94,6 +98,22 @@ def _called(what: str) -> Callable[..., Callable[..., Any]]:
         return call
 
     return watch
+
+
+def _command(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    def command_of(self: Rows, requests: list[Any]) -> Any:
+        seen["merged: adopted"] += len(requests) > 1
+        return real(self, requests)
+
+    return command_of
+
+
+def _end_merged(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:
+    def end(self: Merged) -> None:
+        seen["merged: failed, done one by one" if self.error else "merged: done"] += 1
+        real(self)
+
+    return end
 
 
 def _waits(real: Callable[..., Any], seen: Counter[str]) -> Callable[..., Any]:

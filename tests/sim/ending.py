@@ -57,8 +57,9 @@ class Ending:
         network = self.world.network
         self.world.faults = Faults()
         network.line.refuses = network.line.hangs = False
-        for sock in network.open_sockets():
+        for sock in (*network.open_sockets(), *network.sockets.values()):
             if sock.silent:
+                # Also where the server has noticed the silence, and the bridge has not.
                 sock.reset()
         self.world.start_server()
         self.world.bridge_may_run()
@@ -75,7 +76,7 @@ class Ending:
         bridge = self.world.bridge
         if bridge is None or bridge.gone.is_set() or bridge.front_end is None:
             return False
-        if not bridge.front_end.connected:
+        if not bridge.front_end.connected or bridge.began_to_stop:
             return False
         assert bridge.storage is not None
         if bridge.front_end.is_busy:

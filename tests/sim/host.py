@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from random import Random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -174,6 +175,8 @@ def _patches() -> list[Any]:
             for name in ("awaited", "blocks", "dirty_ring", "eviction", "index")
         ),
         patch("bridge.cache.file.cache_file.os", _Os()),
+        # Whoever has the lock is in this process, and does nothing meanwhile.
+        patch("bridge.cache.file.locking.time", SimpleNamespace(sleep=_nothing)),
         patch("bridge.cache.file.cache_file.mmap", MAPS),
         patch("bridge.guest.virtio.memory.mmap", MAPS),
         patch("bridge.guest.virtio.inflight.mmap", MAPS),

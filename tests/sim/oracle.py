@@ -12,7 +12,6 @@ Without a cache the server may lose what no flush covers. The guest may see that
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable
 from math import inf
 
@@ -27,8 +26,8 @@ class Change:
     """A write, a discard or a write of zeroes by the guest, or by another host."""
 
     __slots__ = (
-        *("anything", "began", "done", "durable", "ended", "first_number", "kept", "number"),
-        *("promised", "torn", "visible"),
+        *("anything", "began", "done", "durable", "ended", "first_number", "kept", "known"),
+        *("number", "promised", "torn", "visible"),
     )
 
     def __init__(self, number: int, began: int, *, zeroes: bool, anything: bool) -> None:
@@ -37,6 +36,9 @@ class Change:
         self.began = began
         self.ended: float = inf
         self.done = False
+        self.known: float = 0
+        """Another host's: the guest's bridge had no connection then, and has had one only since
+        that moment. A read that was asked for before may be of what the cache had."""
         self.anything = anything
         """A discard: any content is right until something else is written."""
         self.torn = False
@@ -101,9 +103,12 @@ class Oracle:
     def allowed(self, at: int, since: float, mark: str = "visible") -> set[int] | None:
         """What sector `at` may hold for a read since `since` that ends now. None: anything."""
         changes = self.sectors[at]
+        is_read = mark == "visible"
         bound = -1
         for each in changes:
             if each.done and each.ended < since and each.began > bound and getattr(each, mark):
+                if is_read and each.known >= since:
+                    continue
                 bound = each.began
         found = set()
         for each in changes:
@@ -234,22 +239,6 @@ class Oracle:
             change = Change(number, 0, zeroes=not number, anything=False)
             change.ended, change.done, change.durable = 0, True, True
             self.sectors.append([change])
-
-    def prune(self) -> None:
-        """Nothing is in flight: forget what no read and no flush can find any more."""
-        since = self.now()
-        for at, changes in enumerate(self.sectors):
-            if len(changes) > 3:
-                bounds = [
-                    max((e.began for e in changes if e.done and getattr(e, mark)), default=-1)
-                    for mark in ("visible", "promised", "durable")
-                ]
-                bound = min(bounds)
-                kept: list[Change] = []
-                for each in changes:
-                    if each.ended >= bound or each.began == bound or each.ended > since:
-                        insort(kept, each, key=lambda c: c.began)
-                self.sectors[at] = kept
 
 
 def _name(number: int) -> str:

@@ -22,6 +22,8 @@ from bridge.cache.cache import Cache
 from bridge.cache.file.cache_file import CacheFile
 from bridge.datapath.disk import Disk
 from bridge.datapath.durability import ReportingDurability
+from bridge.datapath.merged import Merged
+from bridge.datapath.rows import Rows
 from bridge.guest.remembered import Remembered
 from bridge.guest.ring import RunningRing
 from bridge.guest.virtio.blk import BlkEngine
@@ -51,6 +53,33 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 async def _nothing_checked(*_: Any, **__: Any) -> None:
     return None
+
+
+# The usual case.
+
+
+def failed_merged_command_succeeds(patch: Patch) -> None:
+    """The error of a command for several requests is none of theirs."""
+
+    def end(self: Merged) -> None:
+        for each in self.members:
+            each.generation = self.generation
+            self._member_owner.finish(each, 0)
+
+    patch.setattr(Merged, "end", end)
+
+
+def merged_data_in_another_order(patch: Patch) -> None:
+    """What one member reads is the data of another."""
+    real = Rows._command_of
+
+    def command_of(self: Rows, requests: list[Any]) -> Any:
+        command = real(self, requests)
+        if len(requests) > 1:
+            command.buffers.reverse()
+        return command
+
+    patch.setattr(Rows, "_command_of", command_of)
 
 
 # The guest's side.
@@ -288,6 +317,11 @@ def _plain(request: Any) -> Any:
     return request
 
 
+def connections_of_two_sessions(patch: Patch) -> None:
+    """Only the first connection's counters are looked at."""
+    patch.setattr("bridge.server.opening._difference", lambda exports: "")
+
+
 def no_grace(patch: Patch) -> None:
     """A new write does not wait for the old one of a lost connection."""
     patch.setattr(Changes, "_hold", _nothing)
@@ -342,6 +376,21 @@ def torn_cache_believed(patch: Patch) -> None:
 def fence_admits(patch: Patch) -> None:
     """The next session does not wait for what the last one has in flight."""
     patch.setattr(Fence, "_revoke", _nothing)
+
+
+def shared_session_admits(patch: Patch) -> None:
+    """In a session for migrations nothing keeps what a lost connection has left there from going
+    over a newer write."""
+    patch.setattr(Session, "_clients_before", lambda self, handle: [])
+
+
+def failed_session_is_kept(patch: Patch) -> None:
+    """A session whose flush has failed does not end before its idle members have left."""
+
+    def is_replaced_by(self: Session, name: Any) -> bool:
+        return self.is_open and name.client is not None and name.client == self.client
+
+    patch.setattr(Session, "is_replaced_by", is_replaced_by)
 
 
 def generation_not_stored(patch: Patch) -> None:
@@ -406,6 +455,7 @@ BUGS: Final[dict[str, Bug]] = {
         *(durable_write_trusts_any_epoch, overlapping_changes_at_once, half_frame_again),
         *(loss_is_never_told, torn_cache_believed, generation_not_stored, generation_ignored),
         *(flush_believed_when_sent, flush_hides_a_loss),
+        *(failed_merged_command_succeeds, merged_data_in_another_order),
     )
 } | {
     f"cache{bug.__name__}": bug
@@ -427,6 +477,7 @@ RARE: Final[dict[str, Bug]] = {
         *(stale_writes_not_expected, clean_mark_before_sync, fence_admits),
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
         *(flush_covers_what_came_later, flush_passes_durable_changes),
+        *(shared_session_admits, failed_session_is_kept, connections_of_two_sessions),
     )
 } | {
     f"cache{bug.__name__}": bug
@@ -438,7 +489,8 @@ RARE: Final[dict[str, Bug]] = {
         cache_bugs._growth_keeps_what_was_behind_the_end,
     )
 }
-"""Not found in the first few hundred programs: to be looked for by name. Other tests find them."""
+"""Not found in the first few hundred programs: to be looked for by name, with luck. Other tests
+find them, or a program of their own (`_FOUND_BY` in `test_sim`)."""
 
 
 def asserted() -> dict[str, Bug]:

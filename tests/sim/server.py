@@ -273,6 +273,7 @@ class ServerPeer:
             self._connected = False
             if not self.server.is_plugin:
                 self._leave_behind()
+            self._take_long()
             self._end_if_idle()
 
     def _close(self) -> None:
@@ -280,6 +281,7 @@ class ServerPeer:
         if self._connected:
             self._connected = False
             self.sock.end()
+            self._take_long()
         self._end_if_idle()
 
     def hang_up(self) -> None:
@@ -307,6 +309,24 @@ class ServerPeer:
                     running.due_s = trio.current_time() + rng.random() * _LEFT_BEHIND_S
                     self.world.timeline.at(running.due_s, running.execute_late)
         self._running = [each for each in self._running if not each.cancelled]
+
+    @property
+    def may_take_long(self) -> bool:
+        """Nothing promises anything of a foreign server that executes what a lost connection has
+        left there later than the grace time."""
+        return self._connected or self.server.is_plugin
+
+    def _take_long(self) -> None:
+        """The storage behind nbdkit is slow with what a lost connection has in flight. In a session
+        that others are in, or join, nothing waits for that but the next writer."""
+        if not self.world.config.migrates:
+            return
+        rng = self.world.own_rng
+        for running in self._running:
+            if not running.executed and running.command.kind in _CHANGES and rng.random() < 0.7:
+                self.world.count("left behind in a shared session")
+                running.due_s = trio.current_time() + rng.random() * _LEFT_BEHIND_S
+                self.world.timeline.at(running.due_s, running._execute)
 
     def _end_if_idle(self) -> None:
         if not self._connected and not self._running and self in self.server.peers:
@@ -415,12 +435,12 @@ class _Running:
     def _execute(self) -> None:
         if self.cancelled or self.executed or trio.current_time() < self.due_s:
             return
-        if self.world.faults.stalls:
+        if self.world.faults.stalls and self.peer.may_take_long:
             self.due_s = trio.current_time() + 0.5
             self.world.timeline.at(self.due_s, self._execute)
             return
-        self._do()
-        self.world.timeline.after(self.world.reply_s(), self._end)
+        if self._do():
+            self.world.timeline.after(self.world.reply_s(), self._end)
 
     def _end(self) -> None:
         if self.cancelled:
@@ -430,20 +450,26 @@ class _Running:
                 content.answered = True
         self.peer.finished(self, self.error, self._data)
 
-    def _do(self) -> None:
-        self.executed = True
+    def _do(self) -> bool:
+        """Execute it; False if it waits for others."""
         handle = self.peer.handle
         try:
             if not self.error:
                 self._perform(handle)
+        except Waits as wait:
+            # Of the plugin's `note_write`: nothing is done yet.
+            self.due_s = trio.current_time() + wait.seconds
+            self.world.timeline.at(self.due_s, self._execute)
+            return False
         except PluginError as error:
             self.error = error.errno or errno.EIO
         except OSError as error:
             self.error = error.errno or errno.EIO
-        finally:
-            if handle is not None:
-                handle.busy.pop()
-                self.peer.server.changed()
+        self.executed = True
+        if handle is not None:
+            handle.busy.pop()
+            self.peer.server.changed()
+        return True
 
     def __repr__(self) -> str:
         command = self.command
@@ -466,6 +492,8 @@ class _Running:
         command, medium, world = self.command, self.world.medium, self.world
         first, count = command.offset // SECTOR, command.length // SECTOR
         fua = bool(command.flags & p.CMD_FLAG_FUA) or not world.config.flushes
+        if handle is not None and command.kind in _CHANGES:
+            self._enter_as_writer(handle)
         world.note("server executes", command=self)
         if command.kind in _CHANGES:
             world.check_space(command.kind)
@@ -491,17 +519,21 @@ class _Running:
         payload = self.command.payload
         return numbers_of(payload) if payload else [0] * count
 
+    def _enter_as_writer(self, handle: Handle) -> None:
+        """As nbd_plugin/plugin.py does. Raises Waits."""
+        handle.check_alive()
+        session = handle.session
+        if session is None:
+            raise PluginError("this export is read-only", errno.EROFS)
+        if session.writer != handle.client:
+            with seam(self.peer.server):
+                session.note_write(handle)
+
     def _perform_ours(self, handle: Handle, fua: bool) -> None:
         """As nbd_plugin/plugin.py does."""
         command, disk = self.command, handle.disk
         handle.check_alive()
         with seam(self.peer.server):
-            if command.kind in _CHANGES:
-                session = handle.session
-                if session is None:
-                    raise PluginError("this export is read-only", errno.EROFS)
-                if session.writer != handle.client:
-                    session.note_write(handle)
             if command.kind == p.CMD_READ:
                 room = bytearray(command.length)
                 disk.pread(memoryview(room), command.offset)

@@ -91,7 +91,21 @@ class Steps:
             self._ask(rng, (T_OUT, T_OUT, T_OUT, T_IN, T_IN))
             if rng.random() < 0.3:
                 self._publish()
+        if rng.random() < 0.4:
+            self._ask_adjacent(rng)
         self._publish()
+
+    def _ask_adjacent(self, rng: Random) -> None:
+        """Requests each of which begins where the one before ends: they may be one command."""
+        guest = self.world.guest
+        kind, queue = rng.choice((T_OUT, T_OUT, T_IN)), rng.randrange(len(guest.queues))
+        first, _ = self._range(rng)
+        for _ in range(rng.choice((2, 3, 5))):
+            count = min(rng.choice((1, 2, 8)), guest.sectors - first)
+            if count < 1 or (kind == T_OUT and self._overlaps(first, count)):
+                return
+            guest.submit(kind, first, count, queue, rng)
+            first += count
 
     async def _mixed(self, rng: Random) -> None:
         for _ in range(rng.choice((1, 3, 6))):
@@ -335,6 +349,9 @@ class Steps:
 
     async def _no_space(self, rng: Random) -> None:
         self._for_a_while(rng, "no_space")
+        for _ in range(rng.choice((0, 1, 2))):
+            self._ask_adjacent(rng)
+        self._publish()
 
     async def _stall(self, rng: Random) -> None:
         self.world.count("stall")
@@ -453,6 +470,10 @@ class Steps:
 
         async def write(in_order: bool) -> None:
             await world.timeline.sleep(1)  # The server lets go of our session.
+            if not world.counts_writers:
+                # What a lost connection has left at the server is not kept from another host's
+                # writes (docs/durability.md): the operator waits.
+                await world.timeline.sleep(world.config.grace_s)
             if (in_order or kills) and world.server is not None:
                 world.write_elsewhere(first, count)
                 world.written_elsewhere = not in_order

@@ -138,6 +138,9 @@ _FOUND_BY = {
     "durable_write_trusts_any_flush": 6,
     "failed_flush_spares_what_is_in_flight": 321,
     "no_grace": 202,
+    "shared_session_admits": 402140,
+    "connections_of_two_sessions": 302857,
+    "failed_session_is_kept": 403133,
 }
 """A program that finds each, in this version of the programs: `./run sim --planted` has others."""
 

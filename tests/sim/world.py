@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,7 +34,7 @@ from tests.sim.faults import Faults
 from tests.sim.guest import Asked, Guest
 from tests.sim.medium import Medium
 from tests.sim.network import Network
-from tests.sim.oracle import Oracle, Violation
+from tests.sim.oracle import Change, Oracle, Violation
 from tests.sim.process import CURRENT, Process
 from tests.sim.server import NbdServer
 from tests.sim.steps import Steps
@@ -58,6 +59,8 @@ class World:
         self.seed = seed
         self.config, self.script = script(seed)
         self.rng = Random(f"world {seed.number}")
+        self.own_rng = Random(f"slow {seed.number}")
+        """For what has come later than the programs of this version: theirs goes on as it did."""
         self.counts: Counter[str] = Counter()
         self._tell = tell
         self.timeline = Timeline()
@@ -103,6 +106,8 @@ class World:
         self._late: list[int] = []
         self._to_notice = 0
         """The generation of connections whose end will tell the bridge of a loss of power."""
+        self._unaware: list[tuple[Change, set[Bridge]]] = []
+        """What another host wrote, and the bridges that cannot know of it yet."""
         self.resetting = False
         """The guest has begun to reset the device."""
         self.engine = choose() if self.config.compiled else PURE_ENGINE
@@ -249,8 +254,21 @@ class World:
         self.faults.failing_flushes = failing
         self.oracle.end(change, done=True)
         change.durable = True
+        unaware = {each for each in (self.bridge, self.target) if each and not each.gone.is_set()}
+        if unaware:
+            change.known = inf
+            self._unaware.append((change, unaware))
         self.count("another host writes")
         self.note("another host has written", first=first, count=count, number=change.number)
+
+    def bridge_knows(self, bridge: Bridge) -> None:
+        """It has a new connection, or is gone: its cache has nothing older than what another host
+        has written."""
+        for change, unaware in self._unaware:
+            unaware.discard(bridge)
+            if not unaware:
+                change.known = self.oracle.now()
+        self._unaware = [each for each in self._unaware if each[1]]
 
     @property
     def counts_writers(self) -> bool:
@@ -363,14 +381,19 @@ class World:
         elif bridge.storage is not None and bridge.storage.client.connected:
             self._to_notice = bridge.storage.client.link.generation
 
+    def loss_noticed(self, bridge: Bridge) -> None:
+        """It has been told that its connections are lost, and has left word of that."""
+        if bridge is self.bridge and not bridge.dead:
+            self._to_notice = 0
+
     def bridge_died(self, bridge: Bridge) -> None:
         """It was killed."""
         if bridge is not self.bridge or bridge.has_moved:
             return
         client = None if bridge.storage is None else bridge.storage.client
         noticing, self._to_notice = self._to_notice, 0
-        if client is not None and client.connected and client.link.generation == noticing:
-            self.oracle.loss_unnoticed()  # before the end of the connection had come to it
+        if client is not None and client.link.generation == noticing:
+            self.oracle.loss_unnoticed()  # before it could act on the end of the connection
         self._front_end_lost(killed=True)
 
     def _bridge_ended(self) -> None:

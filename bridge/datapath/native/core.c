@@ -16,7 +16,7 @@ enum { SIMPLE_REPLY_BYTES = 16, DATA_CHUNK_BYTES = 28 };
 #define CHUNK_MAGIC UINT32_C(0x668E33EF)
 #define DONE_AND_OFFSET_DATA UINT32_C(0x10001)
 
-_Static_assert(sizeof(struct dp_row) == 40, "a row is as in cells.ROW");
+_Static_assert(sizeof(struct dp_row) == 48, "a row is as in cells.ROW");
 
 struct descriptor {
     uint64_t address;
@@ -491,7 +491,8 @@ struct limits {
     uint64_t capacity_bytes;
     uint64_t block_mask;
     uint64_t max_bytes[2]; /* of IN and OUT; 0: none at all */
-    bool can_flush;
+    uint64_t merged_bytes[2];
+    bool may_write, can_flush;
 };
 
 static struct limits limits_of(const uint64_t *disk, const uint64_t *route, bool may_write,
@@ -502,10 +503,15 @@ static struct limits limits_of(const uint64_t *disk, const uint64_t *route, bool
         disk[DP_BLOCK_MASK] | route[DP_ALIGN_MASK],
         {
             whole ? route[DP_WHOLE_READ_BYTES] : least(route[DP_MAX_READ_BYTES], DP_LONG_BYTES - 1),
-            !disk[DP_MAY_WRITE] || !may_write ? 0
-            : whole                           ? route[DP_WHOLE_WRITE_BYTES]
-                                              : least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES),
+            !disk[DP_MAY_WRITE] ? 0
+            : whole             ? route[DP_WHOLE_WRITE_BYTES]
+                                : least(route[DP_MAX_WRITE_BYTES], DP_SMALL_BYTES),
         },
+        {
+            least(route[DP_WHOLE_READ_BYTES], DP_MERGED_BYTES),
+            least(route[DP_WHOLE_WRITE_BYTES], DP_MERGED_BYTES),
+        },
+        may_write,
         disk[DP_CAN_FLUSH] != 0,
     };
 }
@@ -540,12 +546,12 @@ static uint64_t command_at(const struct dp_queue *queue, uint32_t head,
     if (chain->length > limits->max_bytes[chain->type] ||
         !on_disk(chain->sector, chain->length, limits->capacity_bytes, limits->block_mask))
         return DP_STOP_RANGE;
-    return 0;
+    return chain->type == OUT && !limits->may_write ? DP_STOP_WRITE : 0;
 }
 
-/* Note `chain` in its row. */
+/* Note `chain` in its row. `joins`: its command is that of another one. */
 static void put_row(const struct dp_queue *queue, const struct dp_channel *channel, uint32_t head,
-                    uint64_t cookie, const struct chain *chain)
+                    uint64_t cookie, const struct chain *chain, bool joins)
 {
     struct dp_row row = {
         .offset = chain->sector << SECTOR_SHIFT,
@@ -555,6 +561,7 @@ static void put_row(const struct dp_queue *queue, const struct dp_channel *chann
         .status_region = chain->status_region,
         .segments = chain->count,
         .op = (uint8_t)chain->type,
+        .command_bytes = joins ? 0 : (uint32_t)chain->length,
     };
 
     if (chain->count <= 1) {
@@ -573,12 +580,69 @@ static void fill_command(struct dp_command *command, const struct dp_queue *queu
 {
     put_command(command->header, chain->type == FLUSH ? NBD_FLUSH : chain->type, cookie,
                 chain->sector << SECTOR_SHIFT, (uint32_t)chain->length);
+    command->header_bytes = DP_COMMAND_BYTES;
     command->queue = queue;
     command->payload_bytes = chain->type == OUT ? (uint32_t)chain->length : 0;
     command->segment_count = chain->type == OUT ? chain->count : 0;
     if (chain->count)
         command->one = chain->segments[0];
     command->many = queue->segments + DP_MAX_SEGMENTS * (size_t)head;
+}
+
+/* The command that may be merged with what comes next. */
+struct merging {
+    struct dp_command *command; /* NULL: there is none */
+    uint32_t type;
+    uint64_t until, bytes, room_bytes;
+    uint32_t leader, last; /* heads */
+};
+
+static inline bool may_join(const struct merging *merging, const struct chain *chain)
+{
+    return merging->command && chain->type == merging->type &&
+           chain->sector << SECTOR_SHIFT == merging->until && chain->length < DP_LONG_BYTES &&
+           chain->length <= merging->room_bytes;
+}
+
+/* `chain` is taken as a part of the command that is there, with `command` for its payload. */
+static void join(struct merging *merging, const struct dp_queue *queue, uint32_t head,
+                 const struct chain *chain, struct dp_command *command)
+{
+    uint16_t following = (uint16_t)(head + 1);
+    uint32_t bytes, length;
+    uint8_t *row = queue->rows + sizeof(struct dp_row) * (size_t)merging->last;
+
+    memcpy(row + offsetof(struct dp_row, following), &following, sizeof following);
+    merging->bytes += chain->length;
+    merging->room_bytes -= chain->length;
+    merging->until += chain->length;
+    merging->last = head;
+    bytes = (uint32_t)merging->bytes;
+    row = queue->rows + sizeof(struct dp_row) * (size_t)merging->leader;
+    memcpy(row + offsetof(struct dp_row, command_bytes), &bytes, sizeof bytes);
+    length = htobe32(bytes);
+    memcpy(merging->command->header + DP_COMMAND_BYTES - 4, &length, 4);
+    command->header_bytes = 0;
+}
+
+/* `chain` is a command of its own, with which the next one may be merged. `*alone`: so many more
+ * are not. */
+static void begin_merging(struct merging *merging, const struct limits *limits, uint32_t head,
+                          const struct chain *chain, struct dp_command *command, uint64_t *alone)
+{
+    bool may = chain->type != FLUSH && chain->length < DP_LONG_BYTES && !*alone &&
+               chain->length < limits->merged_bytes[chain->type];
+
+    if (chain->type != FLUSH && *alone)
+        --*alone;
+    merging->command = may ? command : NULL;
+    if (!may)
+        return;
+    merging->type = chain->type;
+    merging->until = (chain->sector << SECTOR_SHIFT) + chain->length;
+    merging->bytes = chain->length;
+    merging->room_bytes = limits->merged_bytes[chain->type] - chain->length;
+    merging->leader = merging->last = head;
 }
 
 /* A flush is a row from here on, with `rows` before it. Whether the timer is armed then is as
@@ -633,7 +697,7 @@ static void forget_span(uint64_t *spans, uint64_t cookie)
 
 struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
-                                 uint64_t *sequence, bool may_write, bool whole,
+                                 uint64_t *rows, bool may_write, bool whole,
                                  struct dp_command *out, uint32_t room, uint32_t pieces)
 {
     struct dp_taken taken = {0};
@@ -641,6 +705,7 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
     uint64_t *state = queue->cells, *cells = channel->cells;
     uint64_t first = state[DP_NEXT_AVAIL];
     uint32_t count = available(queue), done = 0;
+    struct merging merging = {0};
     struct chain chain;
 
     if (queue->size > DP_MAX_HEADS || state[DP_NUMBER] >= DP_MAX_QUEUES) {
@@ -650,7 +715,7 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
     for (; done < count && done < room; done++) {
         uint32_t head = head_at(queue, first + done), needed, several;
         uint64_t stop = command_at(queue, head, &limits, cells, &chain), cookie;
-        bool large = !stop && is_large(chain.type, chain.length);
+        bool large = !stop && is_large(chain.type, chain.length), joins;
 
         several = !stop && chain.count > 1 ? chain.count : 0;
         if ((large && !within(cells[DP_LARGE_BYTES], chain.length, DP_LARGE_IN_FLIGHT_BYTES)) ||
@@ -675,13 +740,19 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
             cells[DP_LARGE_BYTES] += chain.length;
         if (is_long_read(chain.type, chain.length))
             cells[DP_LONG_READS]++;
-        cookie = state[DP_NAME] | (*sequence)++ << DP_NAME_BITS | head;
+        cookie = state[DP_NAME] | rows[DP_SEQUENCE]++ << DP_NAME_BITS | head;
         if (queue->tracked)
             note_popped(queue, head, state[DP_COUNTER]++);
-        put_row(queue, channel, head, cookie, &chain);
+        joins = may_join(&merging, &chain);
+        put_row(queue, channel, head, cookie, &chain, joins);
         if (channel->spans && chain.type == OUT)
             note_span(channel->spans, cookie, chain.sector << SECTOR_SHIFT, chain.length);
         fill_command(&out[done], queue, head, cookie, &chain);
+        rows[DP_MERGED] += joins;
+        if (joins)
+            join(&merging, queue, head, &chain, &out[done]);
+        else
+            begin_merging(&merging, &limits, head, &chain, &out[done], &rows[DP_ALONE]);
         count_taken(&taken, disk, &chain);
         if (chain.type == FLUSH)
             note_flush(cells, cookie, cells[DP_ROWS] + done);
@@ -739,7 +810,7 @@ struct found {
     const struct dp_segment *segments; /* `row.segments` of them */
 };
 
-/* The row that the reply with `cookie` is for; false: there is none, or it is not sound. */
+/* The row with `cookie`; false: there is none, or it is not sound. */
 static bool row_of(const struct dp_queue *queue, uint64_t cookie, const struct dp_channel *channel,
                    struct found *found)
 {
@@ -774,6 +845,36 @@ static void scatter(const struct dp_queue *queue, const struct found *found, con
     }
 }
 
+/* The cookie of the row that follows another one in a command. */
+static inline uint64_t cookie_after(uint64_t cookie, uint32_t following)
+{
+    uint64_t next = (cookie & ~(uint64_t)(DP_MAX_HEADS - 1)) + (UINT64_C(1) << DP_NAME_BITS);
+
+    return next | ((following - 1) & (DP_MAX_HEADS - 1));
+}
+
+/* How many rows the command of the row at `first` is for; 0: it is that of another one, or they are
+ * not sound. (Each has the number after that of the one before: this ends.) */
+static uint32_t rows_of(const struct dp_queue *queue, uint64_t cookie,
+                        const struct dp_channel *channel, const struct dp_row *first)
+{
+    uint64_t length = first->length;
+    uint32_t count = 1, following = first->following;
+    struct found next;
+
+    while (following) {
+        cookie = cookie_after(cookie, following);
+        if (!row_of(queue, cookie, channel, &next) || next.row.op != first->op ||
+            next.row.op == FLUSH || next.row.command_bytes || next.row.length >= DP_LONG_BYTES ||
+            next.row.offset != first->offset + length)
+            return 0;
+        length += next.row.length;
+        count++;
+        following = next.row.following;
+    }
+    return length == first->command_bytes ? count : 0;
+}
+
 /* How many bytes of the reply at `at` come before its payload: 0 if it is not the usual answer. */
 static uint64_t header_of(const struct dp_channel *channel, const struct dp_row *row,
                           const uint8_t *at, uint64_t here)
@@ -784,7 +885,7 @@ static uint64_t header_of(const struct dp_channel *channel, const struct dp_row 
         return big_32(at) == SIMPLE_MAGIC && !big_32(at + 4) ? SIMPLE_REPLY_BYTES : 0;
     if (big_32(at) != CHUNK_MAGIC || big_32(at + 4) != DONE_AND_OFFSET_DATA)
         return 0;
-    if (here >= DATA_CHUNK_BYTES && (big_32(at + 16) != (uint64_t)row->length + 8 ||
+    if (here >= DATA_CHUNK_BYTES && (big_32(at + 16) != (uint64_t)row->command_bytes + 8 ||
                                      big_64(at + 20) != row->offset))
         return 0;
     return DATA_CHUNK_BYTES;
@@ -823,10 +924,35 @@ static void push_row(struct dp_queue *queue, const struct dp_channel *channel, u
         channel->cells[DP_LARGE_BYTES] -= least(channel->cells[DP_LARGE_BYTES], row->length);
 }
 
-static inline bool may_push(const struct dp_queue *queue, uint64_t count)
+/* After `count` chains that are pushed, but not counted yet, `more` may be. */
+static inline bool may_push(const struct dp_queue *queue, uint64_t count, uint32_t more)
 {
-    return count < queue->cells[DP_IN_FLIGHT] &&
-           (!queue->tracked || queue->cells[DP_PUSHED] < queue->size);
+    return within(count, more, queue->cells[DP_IN_FLIGHT]) &&
+           (!queue->tracked || within(queue->cells[DP_PUSHED], more, queue->size));
+}
+
+/* A command has been answered: `found` is its first row, and those that follow are sound. The
+ * payload of a READ is at `payload`. How many chains that were. */
+static uint64_t push_command(struct dp_queue *queue, const struct dp_channel *channel,
+                             uint64_t cookie, struct found *found, const uint8_t *payload,
+                             uint64_t count)
+{
+    uint64_t began = count;
+
+    for (;;) {
+        uint32_t following = found->row.following;
+
+        if (found->row.op == IN) {
+            scatter(queue, found, payload, found->row.length);
+            payload += found->row.length;
+        }
+        push_row(queue, channel, cookie, &found->row, count++);
+        if (!following)
+            return count - began;
+        cookie = cookie_after(cookie, following);
+        if (!row_of(queue, cookie, channel, found))
+            return count - began;
+    }
 }
 
 /* Whether the rest of a payload is received where it belongs, with so much `missing`: as in
@@ -862,6 +988,7 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, b
         const uint8_t *reply = channel->staging + start;
         uint64_t cookie = big_64(reply + 8), header, payload;
         const struct dp_row *row = &found.row;
+        uint32_t rows;
         unsigned number = (unsigned)((cookie & NAME_MASK) >> DP_HEAD_BITS);
         bool is_long;
 
@@ -876,13 +1003,16 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, b
             if (!queue)
                 break;
         }
-        if (!row_of(queue, cookie, channel, &found) || !may_push(queue, count))
+        if (!row_of(queue, cookie, channel, &found))
+            break;
+        rows = rows_of(queue, cookie, channel, row);
+        if (!rows || !may_push(queue, count, rows))
             break;
         is_long = is_long_read(row->op, row->length);
         header = header_of(channel, row, reply, end - start);
         if (!header || (is_long && !whole))
             break;
-        payload = row->op == IN ? row->length : 0;
+        payload = row->op == IN ? row->command_bytes : 0;
         if (header + payload > end - start) {
             answered->waits = true;
             if (is_long && header <= end - start &&
@@ -892,9 +1022,8 @@ void dp_answers(struct dp_channel *channel, dp_queue_of queue_of, void *owner, b
             }
             break;
         }
-        scatter(queue, &found, reply + header, payload);
         start += header + payload;
-        push_row(queue, channel, cookie, row, count++);
+        count += push_command(queue, channel, cookie, &found, reply + header, count);
     }
     if (queue && count)
         pushed_some(queue, current, count, answered);
@@ -910,7 +1039,7 @@ static struct dp_queue *direct_queue(struct dp_channel *channel, dp_queue_of que
 
     if (!(cookie & ROW_COOKIE) || !queue || !row_of(queue, cookie, channel, found) ||
         found->row.op != IN || channel->cells[DP_DIRECT_LEFT] > found->row.length ||
-        !may_push(queue, 0))
+        found->row.following || !found->row.command_bytes || !may_push(queue, 0, 1))
         return NULL;
     return queue;
 }

@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 8
+#define DP_ABI 10
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -73,6 +73,14 @@ enum {
     DP_ROUTE_CELLS
 };
 
+/* Cells of `Rows`. */
+enum {
+    DP_SEQUENCE,
+    DP_MERGED,
+    DP_ALONE,
+    DP_ROWS_CELLS
+};
+
 /* Cells of a `Channel`. */
 enum {
     DP_UNFLUSHED,
@@ -112,6 +120,7 @@ enum {
     DP_WHOLE_BYTES = 2 << 20,
     DP_TURN_BYTES = 8 << 20,
     DP_LONG_BYTES = 32 << 10,
+    DP_MERGED_BYTES = 128 << 10,
     DP_LARGE_IN_FLIGHT_BYTES = 64 << 20,
     DP_COMMAND_BYTES = 28,
     DP_SPAN_CELLS = 3,
@@ -137,6 +146,9 @@ struct dp_row {
     uint16_t segments;
     uint8_t op;
     uint8_t unused;
+    uint32_t command_bytes; /* 0: the command is that of another row */
+    uint16_t following;     /* 1 + the head of the next row of the same command, or 0 */
+    uint16_t unused_too;
 };
 
 /* A piece of a request's data: `cells.SEGMENT`. */
@@ -204,9 +216,11 @@ struct dp_resident {
     void *owner;
 };
 
-/* A command to be sent: its header, and for a WRITE its payload, in the memory of its queue. */
+/* A request to be sent: the header of its command, and for a WRITE its payload, in the memory of
+ * its queue. */
 struct dp_command {
     uint8_t header[DP_COMMAND_BYTES];
+    uint32_t header_bytes;  /* 0: it is a part of the command before */
     uint32_t payload_bytes; /* 0: none */
     uint32_t segment_count;
     struct dp_segment one;         /* if that is 1 */
@@ -221,7 +235,7 @@ static inline const struct dp_segment *dp_payload(const struct dp_command *comma
 
 static inline bool dp_is_flush(const struct dp_command *command)
 {
-    return command->header[7] == 3; /* NBD_CMD_FLUSH */
+    return command->header_bytes && command->header[7] == 3; /* NBD_CMD_FLUSH */
 }
 
 struct dp_taken {
@@ -248,13 +262,13 @@ bool dp_queue_is_sound(const struct dp_queue *queue);
 struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk,
                              const struct dp_resident *cache, bool may_write);
 
-/* See `usual.take_commands`: at most `room` commands are put at `out`, with at most `pieces`
- * headers and segments of payload. With less room than chains there is no STOPPED: the rest is to
+/* See `usual.take_commands`: at most `room` requests are put at `out`, with at most `pieces`
+ * headers and segments of payload. `rows`: the cells of `Rows`. With less room than chains there is no STOPPED: the rest is to
  * be asked for again. `whole`: also large ones, up to WHOLE_READ_BYTES or WHOLE_WRITE_BYTES each
  * and DP_LARGE_IN_FLIGHT_BYTES together. */
 struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
                                  const uint64_t *route, struct dp_channel *channel,
-                                 uint64_t *sequence, bool may_write, bool whole,
+                                 uint64_t *rows, bool may_write, bool whole,
                                  struct dp_command *out, uint32_t room, uint32_t pieces);
 
 /* See `usual.answers`. `whole`: also long reads; of one whose payload is not all there the rest is

@@ -497,9 +497,10 @@ static int put_out(PyObject *queue, PyObject *channel, const struct dp_command *
     for (uint32_t index = 0; !failed && index < count; index++) {
         const struct dp_command *command = &commands[index];
 
-        failed = dp_append(dp_is_flush(command) ? held : output,
-                           PyBytes_FromStringAndSize((const char *)command->header,
-                                                     DP_COMMAND_BYTES));
+        if (command->header_bytes)
+            failed = dp_append(dp_is_flush(command) ? held : output,
+                               PyBytes_FromStringAndSize((const char *)command->header,
+                                                         DP_COMMAND_BYTES));
         if (!failed)
             failed = dp_append_payload(output, views, command, 0);
     }
@@ -529,7 +530,7 @@ static PyObject *take_commands(PyObject *module, PyObject *const *args, Py_ssize
         result = stopped(args[0]);
     } else if (dp_borrow(args[1], &disk, 8 * DP_DISK_CELLS) == 0) {
         if (dp_borrow_cells(args[2], &route, 8 * DP_ROUTE_CELLS) == 0) {
-            if (dp_borrow_cells(args[4], &rows, 8) == 0) {
+            if (dp_borrow_cells(args[4], &rows, 8 * DP_ROWS_CELLS) == 0) {
                 taken = dp_take_commands(&queue->is.queue, disk.buf, route.buf,
                                          &channel->is.channel, rows.buf, true, false, commands,
                                          DP_MAX_HEADS, DP_BATCH_PIECES);
@@ -707,6 +708,8 @@ static const struct {
     PLACE(STOP_RING),      PLACE(STOP_FORM),       PLACE(STOP_RANGE),     PLACE(STOP_MISS),
     PLACE(STOP_WRITE),     PLACE(STOP_ROOM),       PLACE(STOP_ROUTE),     PLACE(STOP_FLUSH),
     PLACE(STOPS),          PLACE(SPAN_CELLS),      PLACE(MAX_SPANS),      PLACE(SPANS_CELLS),
+    PLACE(SEQUENCE),       PLACE(MERGED),          PLACE(ALONE),          PLACE(ROWS_CELLS),
+    PLACE(MERGED_BYTES),
 };
 
 static int add_places(PyObject *module)

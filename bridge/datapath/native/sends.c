@@ -18,31 +18,36 @@ static void gather(struct dp_turns *turns)
     struct dp_output *output = &turns->output;
     struct iovec *pieces = output->pieces;
     uint8_t *header = turns->headers;
-    uint32_t count = 0;
+    uint32_t count = 0, commands = 0;
+    uint64_t cookie;
 
     for (uint32_t index = 0; index < turns->command_count; index++) {
         struct dp_command *command = &turns->commands[index];
-        uint64_t cookie;
 
-        memcpy(header, command->header, DP_COMMAND_BYTES);
-        memcpy(&cookie, header + 8, 8);
-        if (count && !turns->commands[index - 1].payload_bytes)
-            pieces[count - 1].iov_len += DP_COMMAND_BYTES;
-        else
-            pieces[count++] = (struct iovec){header, DP_COMMAND_BYTES};
-        header += DP_COMMAND_BYTES;
+        if (command->header_bytes) {
+            memcpy(header, command->header, DP_COMMAND_BYTES);
+            memcpy(&cookie, header + 8, 8);
+            if (count && !turns->commands[index - 1].payload_bytes)
+                pieces[count - 1].iov_len += DP_COMMAND_BYTES;
+            else
+                pieces[count++] = (struct iovec){header, DP_COMMAND_BYTES};
+            header += DP_COMMAND_BYTES;
+            output->commands[commands++].sequence = dp_sequence_of(be64toh(cookie));
+            output->commands[commands - 1].n_bytes = 0;
+        }
         for (uint32_t at = 0; at < command->segment_count; at++) {
             const struct dp_segment *segment = &dp_payload(command)[at];
 
             pieces[count++] = (struct iovec){
                 command->queue->regions[segment->region].at + segment->at, segment->length};
         }
-        output->commands[index] = (struct dp_unsent){
-            dp_sequence_of(be64toh(cookie)), DP_COMMAND_BYTES + (uint64_t)command->payload_bytes};
+        /* Without a header it is a part of the command before. */
+        output->commands[commands - 1].n_bytes +=
+            (uint64_t)command->header_bytes + command->payload_bytes;
     }
     output->piece = output->command = 0;
     output->piece_count = count;
-    output->command_count = turns->command_count;
+    output->command_count = commands;
     output->sent_bytes = 0;
     output->is_callers = false;
 }

@@ -224,6 +224,44 @@ static uint32_t pieces_of(struct dp_turns *turns, uint32_t count)
     return pieces;
 }
 
+/* Take what `ring` has, up to a chain that is not usual. */
+static void take_of(struct dp_turns *turns, struct dp_ring *ring, uint32_t room, uint32_t *pieces)
+{
+    struct dp_queue *queue = ring->queue;
+    struct dp_taken taken;
+
+    queue->cells[DP_STOPPED] = 0;
+    if (turns->cache) {
+        taken = dp_take_hits(queue, turns->disk, turns->cache, turns->may_write);
+        turns->cut_short |= taken.is_full;
+    } else {
+        taken = dp_take_commands(queue, turns->disk, turns->route, turns->wire->channel,
+                                 turns->rows, turns->may_write, true,
+                                 turns->commands + turns->command_count,
+                                 room - turns->command_count, *pieces);
+        *pieces -= pieces_of(turns, taken.reads + taken.writes + taken.flushes);
+        turns->is_full |= taken.is_full;
+        if (taken.flushes) {
+            turns->wire->channel->cells[DP_FLUSH_BEGAN_NS] = now_ns();
+            turns->flush_is_new = true;
+        }
+        if (taken.writes)
+            turns->durable = false;
+    }
+    ring->taken += taken.reads + taken.writes + taken.flushes;
+    turns->reads += taken.reads;
+    turns->writes += taken.writes;
+    turns->flushes += taken.flushes;
+    turns->worked |= taken.reads + taken.writes + taken.flushes > 0;
+}
+
+/* It stopped at the first write since all was durable, which may go on once that is known. */
+static inline bool begins_to_write(const struct dp_turns *turns, const struct dp_queue *queue)
+{
+    return queue->cells[DP_STOPPED] == DP_STOP_WRITE && !turns->may_write &&
+           turns->disk[DP_MAY_WRITE] && (turns->cache || turns->route[DP_WHOLE_WRITE_BYTES]);
+}
+
 /* Take what the rings have. (What is sent is bounded by the socket. What is copied is not: in a
  * long turn the rings after this one are the first next time.) With several connections this is
  * asked again and again, for a few commands for one of them. */
@@ -240,36 +278,19 @@ static int take(struct dp_turns *turns)
     for (uint32_t index = 0; index < turns->ring_count; index++) {
         struct dp_ring *ring = &turns->rings[(turns->first_ring + index) % turns->ring_count];
         struct dp_queue *queue = ring->queue;
-        struct dp_taken taken;
 
         if (__atomic_load_n(&queue->avail[1], __ATOMIC_RELAXED) ==
             (uint16_t)queue->cells[DP_NEXT_AVAIL])
             continue;
-        queue->cells[DP_STOPPED] = 0;
-        if (turns->cache) {
-            taken = dp_take_hits(queue, turns->disk, turns->cache, turns->may_write);
-        } else {
-            taken = dp_take_commands(queue, turns->disk, turns->route, turns->wire->channel,
-                                     turns->sequence, turns->may_write, true,
-                                     turns->commands + turns->command_count,
-                                     room - turns->command_count, pieces);
-            pieces -= pieces_of(turns, taken.reads + taken.writes + taken.flushes);
-            turns->is_full |= taken.is_full;
-            if (taken.flushes) {
-                turns->wire->channel->cells[DP_FLUSH_BEGAN_NS] = now_ns();
-                turns->flush_is_new = true;
-            }
-            if (taken.writes)
-                turns->durable = false;
+        take_of(turns, ring, room, &pieces);
+        if (begins_to_write(turns, queue)) {
+            if (turns->begin_to_write(turns->owner) < 0)
+                return flags | DP_CHAIN | DP_RAISED;
+            turns->may_write = true;
+            take_of(turns, ring, room, &pieces);
         }
-        ring->taken += taken.reads + taken.writes + taken.flushes;
-        turns->reads += taken.reads;
-        turns->writes += taken.writes;
-        turns->flushes += taken.flushes;
-        turns->worked |= taken.reads + taken.writes + taken.flushes > 0;
         if (queue->cells[DP_STOPPED])
             flags |= DP_CHAIN;
-        turns->cut_short |= turns->cache && taken.is_full;
         if (turns->cache && is_long_over(turns)) {
             turns->first_ring += index;
             turns->cut_short = true;

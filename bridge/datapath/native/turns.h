@@ -69,12 +69,14 @@ struct dp_turns {
     uint32_t first_ring; /* another one in each turn */
     uint64_t *disk;
     bool may_write; /* it is known already that something is not durable */
+    /* Make that known, before the first write is taken; -1: it failed. */
+    int (*begin_to_write)(void *owner);
 
     /* Commands go to a server: the connections to it, if there are any. */
     struct dp_wire wires[DP_WIRES];
     uint32_t wire_count;
     const uint64_t *route;
-    uint64_t *sequence;
+    uint64_t *rows; /* the cells of `Rows` */
 
     /* Or there is a cache, or NULL. */
     const struct dp_resident *cache;

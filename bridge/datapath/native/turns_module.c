@@ -17,6 +17,7 @@ struct state {
     PyObject *unsent; /* what the caller has left to be sent, in pieces */
     Py_buffer pieces[DP_PIECES];
     uint32_t piece_count;
+    PyObject *wrote; /* to be called before the first write */
     bool runs;
 };
 
@@ -24,8 +25,8 @@ struct state {
 struct held {
     PyObject *keeps[RINGS_MAX + DP_WIRES];
     uint32_t count;
-    Py_buffer disk, route, sequence;
-    bool has_disk, has_route, has_sequence;
+    Py_buffer disk, route, rows;
+    bool has_disk, has_route, has_rows;
 };
 
 static void drop_turns(PyObject *capsule)
@@ -73,6 +74,15 @@ static int call_driver(void *owner, uint32_t ring)
         PyErr_Occurred() ? NULL : PyTuple_GetItem(state->ring_objects, (Py_ssize_t)ring);
     PyObject *call = entry ? PyTuple_GetItem(entry, 2) : NULL;
     PyObject *result = call ? PyObject_CallNoArgs(call) : NULL;
+
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+static int begin_to_write(void *owner)
+{
+    struct state *state = owner;
+    PyObject *result = PyErr_Occurred() ? NULL : PyObject_CallNoArgs(state->wrote);
 
     Py_XDECREF(result);
     return result ? 0 : -1;
@@ -207,11 +217,11 @@ static int hold_side(struct state *state, struct held *held, PyObject *side)
     if (dp_borrow_cells(route, &held->route, 8 * DP_ROUTE_CELLS) < 0)
         return -1;
     held->has_route = true;
-    if (dp_borrow_cells(rows, &held->sequence, 8) < 0)
+    if (dp_borrow_cells(rows, &held->rows, 8 * DP_ROWS_CELLS) < 0)
         return -1;
-    held->has_sequence = true;
+    held->has_rows = true;
     turns->route = held->route.buf;
-    turns->sequence = held->sequence.buf;
+    turns->rows = held->rows.buf;
     return hold_wires(state, held, places);
 }
 
@@ -225,8 +235,8 @@ static void let_go(struct state *state, struct held *held)
         PyBuffer_Release(&held->disk);
     if (held->has_route)
         PyBuffer_Release(&held->route);
-    if (held->has_sequence)
-        PyBuffer_Release(&held->sequence);
+    if (held->has_rows)
+        PyBuffer_Release(&held->rows);
 }
 
 static PyObject *others_of(const struct dp_turns *turns)
@@ -257,19 +267,20 @@ static PyObject *views_of(const struct state *state, const struct dp_command *co
 static int add_unsent(const struct state *state, const struct dp_command *command, uint64_t skip,
                       PyObject *list)
 {
+    uint64_t header_bytes = command->header_bytes;
     PyObject *views;
     int failed;
 
-    if (skip < DP_COMMAND_BYTES) {
+    if (skip < header_bytes) {
         if (dp_append(list, PyBytes_FromStringAndSize((const char *)command->header + skip,
-                                                      (Py_ssize_t)(DP_COMMAND_BYTES - skip))) < 0)
+                                                      (Py_ssize_t)(header_bytes - skip))) < 0)
             return -1;
-        skip = DP_COMMAND_BYTES;
+        skip = header_bytes;
     }
     if (!command->payload_bytes)
         return 0;
     views = views_of(state, command);
-    failed = views ? dp_append_payload(list, views, command, skip - DP_COMMAND_BYTES) : -1;
+    failed = views ? dp_append_payload(list, views, command, skip - header_bytes) : -1;
     Py_XDECREF(views);
     return failed;
 }
@@ -318,7 +329,7 @@ static PyObject *pieces_of(const struct state *state)
     list = PyList_New(0);
     for (uint32_t index = 0; list && index < turns->command_count; index++) {
         const struct dp_command *command = &turns->commands[index];
-        uint64_t bytes = DP_COMMAND_BYTES + (uint64_t)command->payload_bytes;
+        uint64_t bytes = (uint64_t)command->header_bytes + command->payload_bytes;
 
         if (skip >= bytes) {
             skip -= bytes;
@@ -430,7 +441,8 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
     int ready, flags;
 
     turns->epoll_fd = (int)PyLong_AsLong(args[1]);
-    turns->may_write = PyObject_IsTrue(args[4]) > 0;
+    turns->may_write = Py_IsNone(args[4]);
+    state->wrote = args[4];
     turns->until_ns = PyLong_AsUnsignedLongLong(args[6]);
     turns->worked = PyObject_IsTrue(args[7]) > 0;
     if (PyErr_Occurred() || dp_borrow(args[3], &held->disk, 8 * DP_DISK_CELLS) < 0)
@@ -443,12 +455,13 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
         return ready < 0 ? NULL : Py_NewRef(Py_None);
     turns->wait = wait_for_events;
     turns->call = call_driver;
+    turns->begin_to_write = begin_to_write;
     turns->owner = state;
     flags = dp_turns(turns);
     return PyErr_Occurred() ? NULL : result_of(state, flags);
 }
 
-/* turns(state, epoll_fd, rings, disk, may_write, side, until_ns, worked) */
+/* turns(state, epoll_fd, rings, disk, wrote, side, until_ns, worked) */
 PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct held held = {0};
@@ -468,7 +481,7 @@ PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count
     state->runs = true;
     result = run(state, args, &held);
     state->runs = false;
-    state->ring_objects = state->unsent = NULL;
+    state->ring_objects = state->unsent = state->wrote = NULL;
     let_go(state, &held);
     return result;
 }

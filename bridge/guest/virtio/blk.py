@@ -370,7 +370,7 @@ class BlkEngine:
     ) -> BlkRequest:
         """The request that `start` would have made of a chain of `ring`, had it not been sent as
         `row` (see `cells.ROW`), with data in `buffers` and its status in `status_view`."""
-        offset, _, status_at, length, _, _, _, _, op = row
+        offset, _, status_at, length, _, _, _, _, op, *_ = row
         sector = offset // SECTOR_BYTES
         chain: Chain
         if op == FLUSH:
@@ -383,6 +383,12 @@ class BlkEngine:
         request = BlkRequest(ring, chain, op, offset, length, buffers, self._done, 0, used_bytes)
         self._unanswered[request] = sequence_of(cookie)
         return request
+
+    def submit_again(self, request: Request) -> None:
+        """A request that `adopt` has made has to be done anew: with others in one command it
+        failed."""
+        self._submit(request)
+        self._turn.want()
 
     def unanswered(self, ring: UsedRing) -> list[BlkRequest]:
         """The requests of `ring` that the target has and did not finish, oldest first."""

@@ -186,6 +186,20 @@ class InflightRegion:
         stops with nothing in flight leaves that as if it were fresh.)"""
         self._features[0] |= _USED
 
+    @property
+    def in_flight(self) -> int:
+        """How many requests are in flight, by all queues' marks."""
+        if self.packed:
+            header, entry = _PACKED_HEADER_BYTES, _PACKED_ENTRY_BYTES
+        else:
+            header, entry = _SPLIT_HEADER_BYTES, _SPLIT_ENTRY_BYTES
+        count = 0
+        for part in map(self.queue, range(self.num_queues)):
+            if part[8:10].cast("H")[0]:
+                marks = part[header : header + entry * self.queue_size : entry]
+                count += sum(map(bool, marks))
+        return count
+
     def clear(self) -> None:
         """Nothing is in flight, and nothing is remembered: as if the region were fresh."""
         self._features[0] = 0
