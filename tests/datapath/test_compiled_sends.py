@@ -151,6 +151,41 @@ def test_a_write_answered_too_early_waits_until_it_is_sent(twin: Twin) -> None:
     assert twin.used() == [(STRIDE, 1)]
 
 
+def test_requests_that_are_one_command_are_sent_in_parts_like_any_other(twin: Twin) -> None:
+    slots = range(1, 9)
+    for slot in slots:
+        add(twin, slot, 1, 4096)
+    assert run(twin)
+    assert twin.connection.has_unsent
+    drain(twin)
+    twin.server.receive()
+    assert len(twin.server.commands) == 1
+    serve(twin)
+    assert run(twin)
+    assert twin.used() == [(STRIDE * slot, 1) for slot in slots]
+    for slot in slots:
+        assert twin.server.image[4096 * slot : 4096 * (slot + 1)] == data(twin, slot, 4096)
+    assert not twin.rows.adopted_total
+
+
+def test_requests_that_are_one_command_wait_when_it_is_answered_too_early(twin: Twin) -> None:
+    slots = range(1, 9)
+    for slot in slots:
+        add(twin, slot, 1, 4096)
+    assert run(twin)
+    assert twin.connection.has_unsent
+    end = twin.server.end
+    assert end is not None
+    cookie = struct.unpack_from(">Q", end.recv(28, socket.MSG_PEEK), 8)[0]
+    end.send(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie))
+    twin.turn()
+    assert twin.used() == []
+    for _ in range(50):
+        twin.turn()
+        twin.server.receive()
+    assert twin.used() == [(STRIDE * slot, 1) for slot in slots]
+
+
 def test_a_server_that_does_not_read_leaves_the_rings_to_the_general_path(twin: Twin) -> None:
     leave_unsent(twin, 1)
     add(twin, 2, 1)
