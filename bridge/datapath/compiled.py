@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from bridge.datapath import _native
-from bridge.datapath.cells import NEXT_USED, PUBLISHED
+from bridge.datapath.cells import NEXT_USED, PUBLISHED, Unsent
 from bridge.datapath.flush_rows import TurnedFlushes
 from bridge.datapath.rows import Turned, UsualRing
 from bridge.datapath.turn import Turn
@@ -111,10 +111,11 @@ def _turned(
     received_bytes: int,
     flags: int,
     errno: int,
-    unsent: list[bytes | memoryview],
+    unsent: tuple[list[bytes | memoryview], bytes, int],
 ) -> Turned:
     is_unusual = bool(flags & (_REPLY | _ENDED | _FAILED))
-    return Turned(start, end, received_bytes, is_unusual, bool(flags & _ENDED), errno, unsent)
+    ended = bool(flags & _ENDED)
+    return Turned(start, end, received_bytes, is_unusual, ended, errno, Unsent(*unsent))
 
 
 def _usual_rings(pollers: Sequence[object]) -> tuple[UsualRing, ...] | None:

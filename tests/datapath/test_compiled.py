@@ -433,3 +433,20 @@ def test_what_was_pushed_before_a_queue_that_cannot_be_had_is_published() -> Non
     with pytest.raises(ValueError, match="released"):
         compiled.answers(channel, rows, 0, len(replies))
     assert rows.touched == [world.queues[0]]
+
+
+@pytest.mark.parametrize(("length", "polls"), [(LENGTH, True), (0x50000, False)])
+def test_nobody_polls_for_the_answer_to_a_long_write(twin: Twin, length: int, polls: bool) -> None:
+    make_volatile(twin)
+    module = import_module("bridge.datapath.compiled")
+    turns = module.CompiledTurns(twin.loop.turn, poll_max_s=1000.0)
+    add(twin, 0, 1, length)
+    found = turns.run(
+        twin.loop.epoll.fileno(), [twin.ring], time.perf_counter() + 0.05, worked=True
+    )
+    assert twin.connection.transmission.cells[ROWS] == 1
+    assert (found.used_up, found.naps) == ((True, 0) if polls else (False, 1))
+    for _ in range(50):
+        twin.turn()
+        serve(twin)
+    assert len(twin.used()) == 1
