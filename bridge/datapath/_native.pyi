@@ -36,6 +36,7 @@ def turns(
     side: Side,
     until_ns: int,
     worked: bool,
+    crowded: bool,
     /,
 ) -> (
     tuple[

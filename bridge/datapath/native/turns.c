@@ -355,9 +355,9 @@ static inline bool awaits_payload(const struct dp_turns *turns)
     return false;
 }
 
-/* Nobody waits for what would be seen a little sooner: the socket is full, the servers have enough to
- * do, or what they do takes longer than polling does. The last is so of large writes, and of what
- * their guest does when they are answered. */
+/* Nobody waits for what would be seen a little sooner: the socket is full; or others want the
+ * processor, and the servers have enough to do, or what they do takes longer than polling does. The
+ * last is so of large writes, and of what their guest does when they are answered. */
 static bool is_busy(struct dp_turns *turns)
 {
     uint64_t large = 0, rows = 0, reads = 0;
@@ -371,7 +371,8 @@ static bool is_busy(struct dp_turns *turns)
     }
     if (rows)
         turns->writes_are_long = !reads && large / rows >= LONG_WRITE_BYTES;
-    return turns->writes_are_long || large > BUSY_BYTES || dp_is_sending(turns);
+    return dp_is_sending(turns) ||
+           (turns->is_crowded && (turns->writes_are_long || large > BUSY_BYTES));
 }
 
 /* How long to poll now. Long between the pieces of a long payload, as in `loop.Loop.linger`: not to

@@ -86,6 +86,7 @@ struct dp_turns {
     /* How long to poll after the last work, while long reads are in flight, and at most. */
     uint64_t poll_ns, long_poll_ns, poll_max_ns;
     bool writes_are_long; /* those that were in flight last */
+    bool is_crowded;      /* others want the processor: see crowding.py */
 
     /* epoll_wait of up to a millisecond, with all that may run meanwhile; -1: it failed. */
     int (*wait)(void *owner, struct epoll_event *events);

@@ -445,6 +445,7 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
     state->wrote = args[4];
     turns->until_ns = PyLong_AsUnsignedLongLong(args[6]);
     turns->worked = PyObject_IsTrue(args[7]) > 0;
+    turns->is_crowded = PyObject_IsTrue(args[8]) > 0;
     if (PyErr_Occurred() || dp_borrow(args[3], &held->disk, 8 * DP_DISK_CELLS) < 0)
         return NULL;
     held->has_disk = true;
@@ -461,7 +462,7 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
     return PyErr_Occurred() ? NULL : result_of(state, flags);
 }
 
-/* turns(state, epoll_fd, rings, disk, wrote, side, until_ns, worked) */
+/* turns(state, epoll_fd, rings, disk, wrote, side, until_ns, worked, crowded) */
 PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct held held = {0};
@@ -469,7 +470,7 @@ PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count
     PyObject *result;
 
     (void)module;
-    if (dp_check_count(count, 8) < 0)
+    if (dp_check_count(count, 9) < 0)
         return NULL;
     state = PyCapsule_GetPointer(args[0], TURNS);
     if (!state)
