@@ -18,7 +18,7 @@ from typing import ClassVar, Final
 import structlog
 import trio
 
-from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Unsent, Wire
+from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Unsent, Wire, sequence_of
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import CHANGES, FUA, Request
 from bridge.datapath.rows import Rows
@@ -135,12 +135,17 @@ class Connection:
         unfinished = (*transmission.pending.values(), *transmission.early)
         return [request for request in unfinished if request.op in CHANGES]
 
-    def durable_changes(self) -> list[Request]:
+    @property
+    def sent_before_replies(self) -> int:
+        """See channels.Channel."""
+        return self.transmission.sent_before_replies
+
+    def durable_changes(self, before: int) -> list[Request]:
         """See channels.Channel. None of them is a row."""
         transmission = self.transmission
         unfinished = (*transmission.pending.values(), *transmission.early)
         durable = (each for each in unfinished if each.flags & FUA and each.op in CHANGES)
-        return [each for each in durable if each.cookie < transmission.sent_before_replies]
+        return [each for each in durable if sequence_of(each.cookie) < before]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
         """See silence.Silence.is_too_long."""

@@ -791,6 +791,7 @@ class Transmission(Channel):
             self.cells[UNFLUSHED] += len(members_of(request)) if self._merged else 1
         if error == errno.ESHUTDOWN:
             self.refused.append(request)
+            self._turn.want()  # A flush may have waited for it (see `flushes`).
             return
         request.generation = self.generation
         if op == WRITE and self.sending:
