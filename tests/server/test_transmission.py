@@ -637,7 +637,8 @@ def test_change_that_the_server_leaves_to_the_next_connection_wants_a_turn() -> 
     """A flush that has succeeded may have waited for it: it cannot have failed now."""
     transmission = machine("simple")
     change = Asked(transmission, WRITE, 0, 512, flags=FUA)
-    transmission._turn.wanted = False
-    feed(transmission, simple(change, 108), 1 << 30)
+    reply = simple(change, 108)
+    transmission.next_buffer()[: len(reply)] = reply
+    transmission.bytes_received(len(reply))
     assert transmission.refused == [change.request]
     assert transmission._turn.wanted
