@@ -7,6 +7,7 @@
   which flushes are; `fence`: the memory barrier that it and the rings need;
 - `engine`, `engine_names`: whether `usual` does that or the same in C, which is `native`, built as
   `_native`; `compiled`: whole turns in C;
+- `crowding`: whether others want the processor, so that polling is at their cost;
 - `buffers`: between a request's buffers and flat bytes;
 - `deadlines`: when something without a task of its own is called next;
 - `lanes`: large requests, some of them per turn;

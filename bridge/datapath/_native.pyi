@@ -16,12 +16,15 @@ def take_commands(
 def answers(channel: Channel, rows: Rows, start: int, end: int, /) -> tuple[int, bool]: ...
 def publish(queue: Queue, /) -> bool: ...
 
-Side = tuple[Resident] | tuple[Route, Rows, tuple[tuple[Channel, int, int, int], ...]]
+Pieces = list[bytes | memoryview]
+Wire = tuple[Channel, int, int, int, Pieces, bytes]
+Side = tuple[Resident] | tuple[Route, Rows, tuple[Wire, ...]]
 """A cache; or the route, the rows, and of each connection to the server its channel, its
-descriptor, and where in the staging buffer what was received begins and ends."""
-Place = tuple[int, int, int, int, int, list[bytes | memoryview]]
+descriptor, where in the staging buffer what was received begins and ends, and the first two of what
+an earlier call had as `cells.Unsent`."""
+Place = tuple[int, int, int, int, int, tuple[Pieces, bytes, int]]
 """What is left of a connection: where in the staging buffer what was not taken begins and ends, how
-many bytes were received, flags, errno, what was not sent."""
+many bytes were received, flags, errno, and what was not sent (`cells.Unsent`)."""
 
 def new_turns(poll_max_ns: int, /) -> object: ...
 def turns(
@@ -33,6 +36,7 @@ def turns(
     side: Side,
     until_ns: int,
     worked: bool,
+    crowded: bool,
     /,
 ) -> (
     tuple[

@@ -317,14 +317,26 @@ class Channel:
     """See `Queue`."""
 
 
+class Unsent(NamedTuple):
+    """What compiled turns have left of the output, because the socket was full."""
+
+    pieces: list[bytes | memoryview]
+    commands: bytes
+    """Which commands these are of: for the turns that go on with it. Empty: they do not, but the
+    general path does."""
+    late_bytes: int
+    """So much the socket took after it had been full."""
+
+
 class Wire(Protocol):
     """The connection of a channel, as compiled turns have it (see `compiled`)."""
 
-    def received(self) -> tuple[int, int, int] | None:
-        """Its descriptor, and where in the staging buffer what was received begins and ends; None:
-        something is not usual, and it has to be served in the general way."""
+    def received(self) -> tuple[int, int, int, list[bytes | memoryview], bytes] | None:
+        """Its descriptor, where in the staging buffer what was received begins and ends, and what
+        the last turns have left unsent (see `Unsent`); None: something is not usual, and it has to
+        be served in the general way."""
 
-    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+    def turned(self, start: int, end: int, received: int, unsent: Unsent) -> None:
         """So much was received; this is what stands in the staging buffer, and what was not
         sent."""
 

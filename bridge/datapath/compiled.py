@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from bridge.datapath import _native
-from bridge.datapath.cells import NEXT_USED, PUBLISHED
+from bridge.datapath.cells import NEXT_USED, PUBLISHED, Unsent
+from bridge.datapath.crowding import Crowding
 from bridge.datapath.flush_rows import TurnedFlushes
 from bridge.datapath.rows import Turned, UsualRing
 from bridge.datapath.turn import Turn
@@ -53,8 +54,10 @@ class Turns(NamedTuple):
 class CompiledTurns:
     """See the module's text."""
 
-    def __init__(self, turn: Turn, *, poll_max_s: float) -> None:
+    def __init__(self, turn: Turn, *, poll_max_s: float, crowding: Crowding | None = None) -> None:
+        """`crowding`: whether others want the processor; None: they never do."""
         self._turn = turn
+        self._crowding = crowding
         self._state = _native.new_turns(round(poll_max_s * 1e9))
 
     def run(
@@ -71,9 +74,11 @@ class CompiledTurns:
         side = usual.side()
         if side is None:
             return None
+        crowded = self._crowding is not None and self._crowding.look(until_s)
         found = _native.turns(
             *(self._state, epoll_fd, rings, first.limits),
-            *(None if usual.is_armed() else usual.wrote, side, round(until_s * 1e9), worked),
+            *(None if usual.is_armed() else usual.wrote, side, round(until_s * 1e9)),
+            *(worked, crowded),
         )
         if found is None:
             return None
@@ -111,10 +116,11 @@ def _turned(
     received_bytes: int,
     flags: int,
     errno: int,
-    unsent: list[bytes | memoryview],
+    unsent: tuple[list[bytes | memoryview], bytes, int],
 ) -> Turned:
     is_unusual = bool(flags & (_REPLY | _ENDED | _FAILED))
-    return Turned(start, end, received_bytes, is_unusual, bool(flags & _ENDED), errno, unsent)
+    ended = bool(flags & _ENDED)
+    return Turned(start, end, received_bytes, is_unusual, ended, errno, Unsent(*unsent))
 
 
 def _usual_rings(pollers: Sequence[object]) -> tuple[UsualRing, ...] | None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from bridge.datapath.crowding import Crowding
 from bridge.datapath.engine import Engine, choose
 from bridge.datapath.turn import Turn
 
@@ -83,7 +84,7 @@ def _compiled_turns(loop: Loop) -> CompiledTurns | None:
         return None
     from bridge.datapath.compiled import CompiledTurns  # Not in every installation.
 
-    return CompiledTurns(loop.turn, poll_max_s=loop.poll_max_s)
+    return CompiledTurns(loop.turn, poll_max_s=loop.poll_max_s, crowding=loop.crowding)
 
 
 class Loop:
@@ -108,6 +109,8 @@ class Loop:
         self._lingered = False
         """The polling window that was open last was one for long payloads."""
         self._worked = False
+        self.crowding = Crowding()
+        """Whether others want the processor."""
         self._compiled = _compiled_turns(self)
         self._general_left = 0
         self._idle_until_s = 0.0
@@ -165,6 +168,7 @@ class Loop:
         """Give the loop's own descriptors back; the registered ones stay open."""
         self._epoll.close()
         os.close(self._wake_fd)
+        self.crowding.close()
 
     async def run(self) -> None:
         """Run turns until cancelled."""

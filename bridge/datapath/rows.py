@@ -49,6 +49,7 @@ from bridge.datapath.cells import (
     Resident,
     Route,
     RowOwner,
+    Unsent,
     Wire,
     cells,
     row_cookie,
@@ -70,7 +71,8 @@ _LAST_SEQUENCE: Final = SEQUENCE_MASK - MAX_HEADS
 _LAST_SEQUENCE_OF_TURNS: Final = SEQUENCE_MASK - (1 << 24)
 """The same for compiled turns, which are some thousand commands each."""
 
-Side = tuple[Resident] | tuple[Route, "Rows", tuple[tuple[Channel, int, int, int], ...]]
+_Place = tuple[Channel, int, int, int, list[bytes | memoryview], bytes]
+Side = tuple[Resident] | tuple[Route, "Rows", tuple[_Place, ...]]
 """Where compiled turns serve chains (see `_native.pyi`)."""
 
 
@@ -86,7 +88,7 @@ class Turned(NamedTuple):
     with `errno`."""
     ended: bool
     errno: int
-    unsent: list[bytes | memoryview]
+    unsent: Unsent
 
 
 def _never() -> bool:
@@ -499,7 +501,7 @@ class ToServer:
         if not route.outlets or rows.cells[SEQUENCE] > _LAST_SEQUENCE_OF_TURNS:
             return None
         wires: list[Wire] = []
-        places: list[tuple[Channel, int, int, int]] = []
+        places: list[_Place] = []
         for channel, _, wire in route.outlets:
             received = wire.received() if wire is not None else None
             if wire is None or received is None:

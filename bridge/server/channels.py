@@ -56,8 +56,12 @@ class Channel(Protocol):
     def changes(self) -> list[Request]:
         """The commands that change the export and are not finished."""
 
-    def durable_changes(self) -> list[Request]:
-        """Those of them with FUA that were sent before the last replies were read."""
+    @property
+    def sent_before_replies(self) -> int:
+        """Commands from this number on were sent after the last replies had been read."""
+
+    def durable_changes(self, before: int) -> list[Request]:
+        """Those of them with FUA and a lower number than `before`."""
 
     def send(self, request: Request) -> None:
         """Send a command; it finishes, or is among the unanswered ones when the channel is lost."""

@@ -18,7 +18,7 @@ from typing import ClassVar, Final
 import structlog
 import trio
 
-from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Wire
+from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Unsent, Wire, sequence_of
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import CHANGES, FUA, Request
 from bridge.datapath.rows import Rows
@@ -51,6 +51,7 @@ class Connection:
         "_loop",
         "_lost",
         "_queued",
+        "_resumable",
         "_send",
         "_sendmsg",
         "_silence",
@@ -81,6 +82,8 @@ class Connection:
         self._closing = False
         self._idle: trio.Event | None = None
         self._unsent: list[bytes | memoryview] = []
+        self._resumable = b""
+        """Compiled turns have left what is unsent, and may go on with it: see cells.Unsent."""
         self._send = self._sock.send
         self._sendmsg = self._sock.sendmsg
         self.export = negotiated.export
@@ -132,12 +135,17 @@ class Connection:
         unfinished = (*transmission.pending.values(), *transmission.early)
         return [request for request in unfinished if request.op in CHANGES]
 
-    def durable_changes(self) -> list[Request]:
+    @property
+    def sent_before_replies(self) -> int:
+        """See channels.Channel."""
+        return self.transmission.sent_before_replies
+
+    def durable_changes(self, before: int) -> list[Request]:
         """See channels.Channel. None of them is a row."""
         transmission = self.transmission
         unfinished = (*transmission.pending.values(), *transmission.early)
         durable = (each for each in unfinished if each.flags & FUA and each.op in CHANGES)
-        return [each for each in durable if each.cookie < transmission.sent_before_replies]
+        return [each for each in durable if sequence_of(each.cookie) < before]
 
     def stalled(self, now: float, timeout_s: float) -> bool:
         """See silence.Silence.is_too_long."""
@@ -178,7 +186,9 @@ class Connection:
                 transmission.send_held()
             if self._unsent:
                 # The loop says when the socket takes more.
-                self._unsent += transmission.output
+                if transmission.output:
+                    self._unsent += transmission.output
+                    self._resumable = b""
                 transmission.output = []
                 return
             output = transmission.output
@@ -211,6 +221,7 @@ class Connection:
     def _push(self) -> None:
         """Send `_unsent` until the socket is full; then wait for EPOLLOUT."""
         unsent = self._unsent
+        self._resumable = b""
         try:
             while unsent:
                 sent = self._send_some(unsent)
@@ -267,22 +278,27 @@ class Connection:
         """See channels.Channel."""
         return self
 
-    def received(self) -> tuple[int, int, int] | None:
+    def received(self) -> tuple[int, int, int, list[bytes | memoryview], bytes] | None:
         """See cells.Wire."""
-        if not self.alive or self.leaving or self._idle is not None or self._unsent:
+        if not self.alive or self.leaving or self._idle is not None:
+            return None
+        if self._unsent and not self._resumable:
             return None
         received = self.transmission.received
-        return None if received is None else (self._fd, *received)
+        if received is None:
+            return None
+        return (self._fd, *received, self._unsent, self._resumable)
 
-    def turned(self, start: int, end: int, received: int, unsent: list[bytes | memoryview]) -> None:
+    def turned(self, start: int, end: int, received: int, unsent: Unsent) -> None:
         """See cells.Wire."""
         transmission = self.transmission
         transmission.turned(start, end, received)
-        if unsent:
+        self._silence.sent_bytes += unsent.late_bytes
+        self._unsent, self._resumable = unsent.pieces, unsent.commands
+        if bool(unsent.pieces) != transmission.sending:
             # At once: what is answered from here on may have been answered too early.
-            self._unsent = unsent
-            transmission.sending = True
-            self._loop.modify(self._fd, EPOLLIN | EPOLLOUT)
+            transmission.sending = bool(unsent.pieces)
+            self._loop.modify(self._fd, EPOLLIN | EPOLLOUT if unsent.pieces else EPOLLIN)
 
     def unusual(self, *, ended: bool, errno: int) -> None:
         """See cells.Wire."""
@@ -392,6 +408,7 @@ class Connection:
         self._loop.remove(self._fd)
         self._sock.close()
         self._unsent = []
+        self._resumable = b""
         self.transmission.output = []
         self.transmission.held = []
         if self._idle is not None:

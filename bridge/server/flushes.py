@@ -257,7 +257,12 @@ class Flushes:
                 self._asked[:0] = cast("list[Request]", inner.owner)
                 return True
         elif self.durability.sending_epoch == self._flushing_epoch:
-            present = (each for channel in channels.present for each in channel.durable_changes())
+            # The FLUSH was answered on one of the connections. What was sent on another one before
+            # that was read may have failed before it, though nothing came from there since.
+            before = max(channel.sent_before_replies for channel in channels.present)
+            present = (
+                each for channel in channels.present for each in channel.durable_changes(before)
+            )
             if self._is_in_doubt(set(present)):
                 return False
         self._flushed(inner)

@@ -367,7 +367,7 @@ class Transmission(Channel):
     def received(self) -> tuple[int, int] | None:
         """Where in the staging buffer what was received begins and ends; None: what comes next goes
         elsewhere, or something is not usual."""
-        if self.direct or self.sending or self.early or self.output:
+        if self.direct or self.early or self.output:
             return None
         return self._start, self._end
 
@@ -791,6 +791,7 @@ class Transmission(Channel):
             self.cells[UNFLUSHED] += len(members_of(request)) if self._merged else 1
         if error == errno.ESHUTDOWN:
             self.refused.append(request)
+            self._turn.want()  # A flush may have waited for it (see `flushes`).
             return
         request.generation = self.generation
         if op == WRITE and self.sending:

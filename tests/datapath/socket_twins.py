@@ -62,6 +62,7 @@ from tests.datapath.twins import (
     HIGH_BYTES,
     LOG_BYTES,
     LOW_BYTES,
+    ONE_TURN_BYTES,
     ROOM_BYTES,
     SIZE,
     SLOTS,
@@ -83,7 +84,6 @@ from tests.datapath.twins import (
     shuffled,
 )
 
-_ONE_TURN_BYTES = 48 << 10
 AVAIL, USED, TABLES, HEADERS, STATUSES = 0x1000, 0x2000, 0x3000, 0x6000, 0x7000
 
 
@@ -715,7 +715,7 @@ class Script:
                 break
             index = rng.randrange(len(commands)) if rng.random() < 0.5 else 0
             index, count = group_of(commands, index)
-            if (count > 1 or self.whole) and len(self.twins[0].server.outgoing) > _ONE_TURN_BYTES:
+            if (count > 1 or self.whole) and len(self.twins[0].server.outgoing) > ONE_TURN_BYTES:
                 break  # What is sent at once is to be received in one turn, by both.
             odd = rng.random() * (4 if self.calm else 1)
             how = "error" if odd < 0.02 else "chunks" if odd < 0.06 else "whole"
@@ -794,7 +794,9 @@ class Script:
             if self.twins[0].ring is None:
                 self._both(Twin.start)
             self._both(lambda twin: twin.server.receive())
-            while commands := self.twins[0].server.commands:
+            while (commands := self.twins[0].server.commands) and len(
+                self.twins[0].server.outgoing
+            ) <= ONE_TURN_BYTES:
                 _, count = group_of(commands, 0)
                 self._both(lambda twin, count=count: twin.server.answer(0, "whole", count))  # type: ignore[misc]
             self._both(lambda twin: twin.server.send(1 << 30))

@@ -373,8 +373,8 @@ def taken_by(world: World, until_ns: int, call: Callable[[], None]) -> tuple[int
     state = vars(world).setdefault("state", native.new_turns(0))
     rings = tuple((queue, -1, call) for queue in world.queues)
     with select.epoll() as epoll:
-        arguments = state, epoll.fileno(), rings, world.disk, None, (world.cache,), until_ns, False
-        found: tuple[int, ...] = native.turns(*arguments)[1]
+        arguments = state, epoll.fileno(), rings, world.disk, None, (world.cache,), until_ns
+        found: tuple[int, ...] = native.turns(*arguments, False, False)[1]
     return found
 
 
@@ -433,3 +433,36 @@ def test_what_was_pushed_before_a_queue_that_cannot_be_had_is_published() -> Non
     with pytest.raises(ValueError, match="released"):
         compiled.answers(channel, rows, 0, len(replies))
     assert rows.touched == [world.queues[0]]
+
+
+class Crowd:
+    """See `crowding.Crowding`."""
+
+    def __init__(self, *, is_there: bool) -> None:
+        self._is_there = is_there
+
+    def look(self, now_s: float) -> bool:
+        return self._is_there
+
+
+@pytest.mark.parametrize(
+    ("length", "crowded", "polls"),
+    [(LENGTH, True, True), (0x50000, False, True), (0x50000, True, False)],
+)
+def test_nobody_polls_for_the_answer_to_a_long_write_while_others_want_the_processor(
+    twin: Twin, length: int, crowded: bool, polls: bool
+) -> None:
+    make_volatile(twin)
+    module = import_module("bridge.datapath.compiled")
+    crowd = Crowd(is_there=crowded)
+    turns = module.CompiledTurns(twin.loop.turn, poll_max_s=1000.0, crowding=crowd)
+    add(twin, 0, 1, length)
+    found = turns.run(
+        twin.loop.epoll.fileno(), [twin.ring], time.perf_counter() + 0.05, worked=True
+    )
+    assert twin.connection.transmission.cells[ROWS] == 1
+    assert (found.used_up, found.naps) == ((True, 0) if polls else (False, 1))
+    for _ in range(50):
+        twin.turn()
+        serve(twin)
+    assert len(twin.used()) == 1

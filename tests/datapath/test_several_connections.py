@@ -16,6 +16,7 @@ from bridge.datapath.rows import in_order
 from bridge.errors import BridgeError
 from bridge.server.channels import Phase
 from bridge.server.connection import Connection
+from bridge.spec.nbd import CMD_FLUSH
 from tests.datapath.engines import engine
 from tests.datapath.socket_twins import (
     HEADERS,
@@ -169,6 +170,50 @@ def test_writes_that_overlap_do_not_pass_each_other(engine_name: str) -> None:
     twin.turn()
     assert sorted(twin.rows_of()) == [0, 0, 1]
     twin.close()
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+def test_flush_is_in_doubt_while_a_durable_write_is_in_flight_on_another_connection(
+    engine_name: str,
+) -> None:
+    """The server failed to make the write durable, dropped what it had, and then had nothing to
+    flush. From the connection of the write nothing came since it was sent."""
+    twin = several(engine_name)
+    _make_available(twin, 0, WRITE, 0, b"0" * LENGTH)
+    _answer_all(twin)
+    twin.config.write(32, bytes([0]))  # Writes are durable from here on.
+    twin.engine.writeback_changed()
+    _answer_all(twin)
+    assert len(twin.used()) == 1
+    for slot in range(1, 3):
+        _make_available(twin, slot, WRITE, AREA * slot, b"1" * LENGTH)
+    _make_available(twin, 3, FLUSH, 0, b"")
+    twin.turn()
+    for server in twin.servers:
+        server.receive()
+    (flushing,) = [
+        server for server in twin.servers if any(each[0] == CMD_FLUSH for each in server.commands)
+    ]
+    while flushing.commands:
+        flushing.answer(0, "whole")
+    flushing.send(1 << 30)
+    twin.turn()
+    assert all(head != 3 * STRIDE for head, _ in twin.used())
+    for server in twin.servers:
+        while server.commands:
+            server.answer(0, "error")
+        server.send(1 << 30)
+    twin.turn()
+    _answer_all(twin)
+    assert twin.low[STATUSES + 3] == 1
+    twin.close()
+
+
+def _answer_all(twin: Several) -> None:
+    for _ in range(6):
+        twin.turn()
+        _serve(twin, random.Random(1), whole=True)
+    twin.turn()
 
 
 def _commands(twin: Several) -> list[tuple[int, int]]:

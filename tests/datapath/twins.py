@@ -8,7 +8,9 @@ pieces, early, false and missing ones, errors, lost connections that leave write
 memory that is mapped anew, rings that pause, stop and go on. After every turn all that guest and
 server can see is compared, and in the end no part may have a view of memory that was given up.
 
-What is left open: the order of the used elements of one turn, and cookies.
+What is left open: the order of the used elements of one turn, cookies, and what is merged: a merged
+command counts as those that it stands for, which are all answered at once, and not with an error.
+(What becomes of that: `test_merged`. Where the socket does not take everything, nothing is merged.)
 
     python -m tests.datapath.twins --scripts 10000 --seed 1
 """
@@ -89,6 +91,7 @@ RING_BYTES = 0x8000
 """Where in low memory the next ring has the same."""
 AVAIL, USED, TABLES, HEADERS, STATUSES = 0x1000, 0x2000, 0x3000, 0x6000, 0x7000
 LOG_BYTES = 1 << 18
+ONE_TURN_BYTES = 48 << 10
 _descriptors = count(1 << 20)
 
 Descriptor = tuple[int, int, int, int]
@@ -970,6 +973,8 @@ class Script:
                 break
             index = rng.randrange(len(commands)) if rng.random() < 0.5 else 0
             index, count = group_of(commands, index)
+            if (count > 1 or self.whole) and self._waits_for_turn():
+                break
             odd = rng.random() * (4 if self.calm else 1)
             how = "error" if odd < 0.02 else "chunks" if odd < 0.06 else "whole"
             if 0.998 < odd < 1:
@@ -998,6 +1003,11 @@ class Script:
             n_bytes = 1 << 30
         self.whole = False
         self._both(lambda twin: twin.server.send(n_bytes))
+
+    def _waits_for_turn(self) -> bool:
+        """What is answered for several at once has to be received in one turn, by both."""
+        one = self.twins[0].server
+        return len(one.outgoing) + len(one.end.arrived) > ONE_TURN_BYTES
 
     def _control(self) -> None:
         rng = self.rng
@@ -1058,7 +1068,7 @@ class Script:
                     self._both(lambda twin, number=number: twin.start(number))  # type: ignore[misc]
             self._both(lambda twin: setattr(twin.server.end, "room", 1 << 30))
             self._both(lambda twin: twin.server.receive())
-            while commands := self.twins[0].server.commands:
+            while (commands := self.twins[0].server.commands) and not self._waits_for_turn():
                 _, count = group_of(commands, 0)
                 self._both(lambda twin, count=count: twin.server.answer(0, "whole", count))  # type: ignore[misc]
             self._both(lambda twin: twin.server.send(1 << 30))

@@ -50,6 +50,7 @@ def _build(compiler: str, program: Path, sanitizers: str, defines: tuple[str, ..
             *("-g", "-O1", "-D_GNU_SOURCE", f"-I{_NATIVE}"),
             *(f"-D{each}" for each in defines),
             *(str(_HERE / "core_fuzz.c"), str(_NATIVE / "core.c"), str(_NATIVE / "turns.c")),
+            str(_NATIVE / "sends.c"),
             *("-o", str(program)),
         ],
         capture_output=True,

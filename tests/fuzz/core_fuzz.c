@@ -53,6 +53,7 @@ struct world {
     bool whole; /* long reads, too */
     bool turns; /* whole turns */
     int ours[2], theirs[2], epoll_fd;
+    struct dp_output output; /* of the last turn, for the first of them */
     uint64_t start[2], end[2]; /* in the staging buffers, between turns */
     uint8_t *outgoing;   /* of the server, `staged` bytes */
 };
@@ -570,13 +571,39 @@ static void serve(struct world *world)
     }
 }
 
-/* One turn, or a few; what it leaves is dropped, as on a connection that is lost. */
+/* What is unsent is as much as its commands say. */
+static void check_output(const struct dp_output *output)
+{
+    uint64_t n_bytes = 0;
+
+    for (uint32_t index = output->piece; index < output->piece_count; index++)
+        n_bytes += output->pieces[index].iov_len;
+    for (uint32_t index = output->command; index < output->command_count; index++)
+        n_bytes -= output->commands[index].n_bytes;
+    if (n_bytes || output->is_watched != (output->command < output->command_count))
+        abort();
+}
+
+/* Keep what is to be sent by the next turn that has one connection; with more it is dropped. */
+static void keep_output(struct world *world, const struct dp_turns *turns, bool keep)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = world->ours[0]};
+
+    world->output = turns->output;
+    if (keep || !turns->output.is_watched)
+        return;
+    memset(&world->output, 0, sizeof world->output);
+    epoll_ctl(world->epoll_fd, EPOLL_CTL_MOD, world->ours[0], &event);
+}
+
+/* One turn, or a few; what else it leaves is dropped, as on a connection that is lost. */
 static void turn(struct world *world, struct input *input)
 {
     static struct dp_turns turns;
     struct dp_ring rings[QUEUES] = {{&world->queues[0], -1, 0}, {&world->queues[1], -1, 0}};
     uint64_t how = take(input, 1), size = world->staged;
     ssize_t sent;
+    int flags;
 
     if (how & 0x80 && size)
         size -= how % size;
@@ -585,7 +612,7 @@ static void turn(struct world *world, struct input *input)
         memmove(world->outgoing, world->outgoing + sent, world->staged - (uint64_t)sent);
         world->staged -= (uint64_t)sent;
     }
-    memset(&turns, 0, offsetof(struct dp_turns, others));
+    memset(&turns, 0, offsetof(struct dp_turns, output));
     turns.epoll_fd = world->epoll_fd;
     turns.rings = rings;
     turns.ring_count = how & 1 ? 1 : QUEUES;
@@ -598,21 +625,32 @@ static void turn(struct world *world, struct input *input)
         turns.wires[1] = (struct dp_wire){&world->other, world->ours[1], world->start[1],
                                           world->end[1], 0, 0, 0};
         turns.wire_count = how & 0x20 ? 2 : 1;
-        if (turns.wire_count > 1)
+        turns.wire = &turns.wires[0];
+        turns.output = world->output;
+        if (turns.wire_count > 1) {
             world->channel.cells[DP_MAY_FLUSH] = 0;
+            keep_output(world, &turns, false);
+            memset(&turns.output, 0, sizeof turns.output);
+        }
         turns.route = world->route;
         turns.rows = world->rows;
     } else {
         turns.cache = &world->cache;
+        memset(&turns.output, 0, sizeof turns.output);
     }
     turns.until_ns = how & 0x10 ? UINT64_MAX : 0;
     turns.wait = nothing_comes;
     turns.call = nobody_called;
     turns.begin_to_write = nobody_armed;
     turns.owner = world;
-    dp_turns(&turns);
-    if (turns.flushed > DP_TIMES)
+    flags = dp_turns(&turns);
+    if (turns.flushed > DP_TIMES || world->channel.unsent_from)
         abort();
+    if (turns.wire_count == 1) {
+        if (!(flags & DP_FAILED))
+            check_output(&turns.output);
+        keep_output(world, &turns, !(flags & DP_FAILED));
+    }
     for (uint32_t index = 0; index < turns.wire_count; index++) {
         const struct dp_wire *wire = &turns.wires[index];
 

@@ -46,6 +46,16 @@ async def test_connect_cancelled_leaves_no_socket() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_tcp_socket_takes_as_much_as_its_buffer_has_room_for() -> None:
+    server = Server({"": MemoryDisk(1 << 20)})
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(server.serve_tcp)
+        async with running_client(f"nbd://127.0.0.1:{port}") as client:
+            sock = client._connections[0]._sock
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == 0
+        nursery.cancel_scope.cancel()
+
+
 async def test_close_cancelled_closes_at_once_and_fails_requests_in_flight() -> None:
     async with served(faults=Faults(stall=True)) as (client, _, _d):
         waiter = start(client, READ, 0, 512, [memoryview(bytearray(512))])

@@ -68,7 +68,9 @@ class FakeChannel:
     def changes(self) -> list[Request]:
         return [each for each in self.pending if each.op in (WRITE, DISCARD, WRITE_ZEROES)]
 
-    def durable_changes(self) -> list[Request]:
+    sent_before_replies = 0
+
+    def durable_changes(self, before: int) -> list[Request]:
         return [each for each in self.changes() if each.flags & FUA]
 
     def send(self, request: Request) -> None:

@@ -631,3 +631,14 @@ def test_hole_in_answer_to_a_write_is_refused(kind: str) -> None:
 
     with pytest.raises(ProtocolError, match="a hole to a command that reads nothing"):
         feed(transmission, make(asked, DONE, HOLE, hole_payload(0, 4096)))
+
+
+def test_change_that_the_server_leaves_to_the_next_connection_wants_a_turn() -> None:
+    """A flush that has succeeded may have waited for it: it cannot have failed now."""
+    transmission = machine("simple")
+    change = Asked(transmission, WRITE, 0, 512, flags=FUA)
+    reply = simple(change, 108)
+    transmission.next_buffer()[: len(reply)] = reply
+    transmission.bytes_received(len(reply))
+    assert transmission.refused == [change.request]
+    assert transmission._turn.wanted

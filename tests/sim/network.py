@@ -30,6 +30,9 @@ class Peer(Protocol):
     def hung_up(self) -> None:
         """None will come any more."""
 
+    def given_up(self) -> None:
+        """The client has left a silent line, of which the server hears later."""
+
 
 class Line:
     """How the lines behave: the faults that the world sets."""
@@ -77,6 +80,8 @@ class SimSocket:
             return
         self.closed = True
         self._network.sockets.pop(self._fd, None)
+        if self.silent and self.peer is not None:
+            self.peer.given_up()
         self._later(self._hang_up)
 
     def _hang_up(self) -> None:

@@ -195,6 +195,13 @@ class Oracle:
                 if not each.visible:
                     each.promised = False
 
+    def operator_told(self) -> None:
+        """A bridge without a cache has ended, and said with its exit status and its last words that
+        what the guest wrote since its last flush may not be durable."""
+        for each in (each for changes in self.sectors for each in changes):
+            if not each.durable and each.ended != inf:
+                each.promised = False
+
     def guest_forgets(self, changes: Iterable[Change]) -> None:
         """The guest was reset: what it had in flight is over, done or not."""
         now = self.now()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Iterator, Mapping
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -150,6 +151,7 @@ class ServerPeer:
         self._alive = True
         """The process is, and the connection has not been closed by it."""
         self._connected = True
+        self._given_up = False
         self._forgets = False
         self._running: list[_Running] = []
         self._options = bytearray()
@@ -271,10 +273,16 @@ class ServerPeer:
         """See `network.Peer`."""
         if self._alive and self._connected:
             self._connected = False
-            if not self.server.is_plugin:
-                self._leave_behind()
+            if not (self.server.is_plugin or self._given_up):
+                self._leave_behind(self.world.rng)
             self._take_long()
             self._end_if_idle()
+
+    def given_up(self) -> None:
+        """See `network.Peer`. The grace time of what is in flight begins."""
+        if not self.server.is_plugin:
+            self._given_up = True
+            self._leave_behind(self.world.own_rng)
 
     def _close(self) -> None:
         """Close our end."""
@@ -297,9 +305,8 @@ class ServerPeer:
         self._running = [each for each in self._running if not each.cancelled]
         self._end_if_idle()
 
-    def _leave_behind(self) -> None:
+    def _leave_behind(self, rng: Random) -> None:
         """A foreign server may forget what a lost connection has in flight, or do it later."""
-        rng = self.world.rng
         for running in self._running:
             if not running.executed and running.command.kind in _CHANGES:
                 if rng.random() < 0.5:
@@ -311,10 +318,15 @@ class ServerPeer:
         self._running = [each for each in self._running if not each.cancelled]
 
     @property
+    def is_heard(self) -> bool:
+        """The client has not left the connection yet, as far as the line tells."""
+        return self._connected and not self.sock.closed
+
+    @property
     def may_take_long(self) -> bool:
         """Nothing promises anything of a foreign server that executes what a lost connection has
         left there later than the grace time."""
-        return self._connected or self.server.is_plugin
+        return (self._connected and not self._given_up) or self.server.is_plugin
 
     def _take_long(self) -> None:
         """The storage behind nbdkit is slow with what a lost connection has in flight. In a session
@@ -504,13 +516,13 @@ class _Running:
         elif command.kind in _CHANGES:
             if fua and world.fsync_fails():
                 medium.write(first, self._numbers(count), fua=False)
-                world.fsync_failed()
+                world.fsync_failed(heard=self.peer.is_heard)
                 raise OSError(errno.EIO, "flush failed")
             if command.kind != p.CMD_TRIM or world.rng.random() < 0.7:
                 self._made = medium.write(first, self._numbers(count), fua=fua)
         elif command.kind == p.CMD_FLUSH:
             if world.fsync_fails():
-                world.fsync_failed()
+                world.fsync_failed(heard=self.peer.is_heard)
                 raise OSError(errno.EIO, "flush failed")
             assert self._covered is not None
             medium.end_flush(self._covered)

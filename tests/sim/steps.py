@@ -35,6 +35,8 @@ class Steps:
     def __init__(self, world: World) -> None:
         self.world = world
         self._hot: tuple[int, int] | None = None
+        # Of the programs without a cache, where such requests are merged, every other one.
+        self._asks_adjacent = world.config.mode == OFF and world.seed.number % 2 == 1
 
     async def take(self, name: str, rng: Random) -> None:
         """One step, with all its choices from `rng`."""
@@ -91,14 +93,15 @@ class Steps:
             self._ask(rng, (T_OUT, T_OUT, T_OUT, T_IN, T_IN))
             if rng.random() < 0.3:
                 self._publish()
-        if rng.random() < 0.4:
-            self._ask_adjacent(rng)
+        if self._asks_adjacent and rng.random() < 0.6:
+            self._ask_adjacent(rng, (T_OUT, T_OUT, T_IN))
         self._publish()
 
-    def _ask_adjacent(self, rng: Random) -> None:
-        """Requests each of which begins where the one before ends: they may be one command."""
+    def _ask_adjacent(self, rng: Random, kinds: tuple[int, ...]) -> None:
+        """Requests each of which begins where the one before ends: they may be one command, where
+        there is no cache."""
         guest = self.world.guest
-        kind, queue = rng.choice((T_OUT, T_OUT, T_IN)), rng.randrange(len(guest.queues))
+        kind, queue = rng.choice(kinds), rng.randrange(len(guest.queues))
         first, _ = self._range(rng)
         for _ in range(rng.choice((2, 3, 5))):
             count = min(rng.choice((1, 2, 8)), guest.sectors - first)
@@ -349,9 +352,10 @@ class Steps:
 
     async def _no_space(self, rng: Random) -> None:
         self._for_a_while(rng, "no_space")
-        for _ in range(rng.choice((0, 1, 2))):
-            self._ask_adjacent(rng)
-        self._publish()
+        if self._asks_adjacent:
+            for _ in range(3):
+                self._ask_adjacent(rng, (T_OUT,))
+                self._publish()
 
     async def _stall(self, rng: Random) -> None:
         self.world.count("stall")

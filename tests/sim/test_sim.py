@@ -44,8 +44,12 @@ def test_programs_with_every_fault_keep_every_promise(chunk: int) -> None:
 def test_every_fault_happens_and_every_transition_is_exercised() -> None:
     result = campaign.run_some(range(1000, 1400))
     assert not result.failures
-    # A discard, or another loss, while a flush is under way: seen by campaigns only.
-    rare = {"block: drop: flushing → absent", "block: written_lost: flushing → dirty"}
+    # A discard, or another loss, while a flush is under way, and a full disk amid adjacent writes:
+    # seen by campaigns only.
+    rare = {
+        *("block: drop: flushing → absent", "block: written_lost: flushing → dirty"),
+        "merged: failed, done one by one",
+    }
     assert set(coverage.never(result.seen)) <= rare
     assert result.counts.keys() >= set(coverage.FAULTS)
 

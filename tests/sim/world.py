@@ -216,13 +216,16 @@ class World:
             return True
         return False
 
-    def fsync_failed(self) -> None:
-        """What was not durable may be gone; no later flush says so."""
+    def fsync_failed(self, *, heard: bool = True) -> None:
+        """What was not durable may be gone; no later flush says so. `heard`: there is a connection
+        for the answer."""
         self.count("flush fails at the server")
         self.excuse("flush")
         if self.rng.random() < 0.8:
             self.medium.lose()
-        if not self.config.plugin:
+        if not heard:
+            self.oracle.loss_unnoticed()
+        elif not self.config.plugin:
             self.power_lost()  # The answer may find no bridge, and the server says it once.
 
     def _server_lost(self, at: int, numbers: list[int]) -> None:
@@ -404,8 +407,14 @@ class World:
             # No message tells the next process that there is to be no write cache.
             self.guest.toggles += 1
             self.guest.writes_are_durable = False
-        if self.bridge.problem is not None and not self.config.keeps_in_flight:
+        problem = self.bridge.problem
+        if problem is not None and not self.config.keeps_in_flight:
             self.oracle.loss_unnoticed()  # The operator was told, and no process can know.
+        leaves_word = self.config.keeps_in_flight and self.config.plugin
+        told = problem is not None and "since its last flush may not be durable" in str(problem)
+        if (told and not leaves_word) or "so it does not know" in str(problem):
+            # Lost then or later: no process can know.
+            self.oracle.operator_told()
         self._front_end_lost(killed=False)
 
     def front_end_left(self, bridge: Bridge) -> None:

@@ -819,6 +819,8 @@ static bool row_of(const struct dp_queue *queue, uint64_t cookie, const struct d
 
     if (head >= queue->size || queue->cookies[head] != cookie)
         return false;
+    if (channel->unsent_from && dp_sequence_of(cookie) >= channel->unsent_from)
+        return false;
     memcpy(row, queue->rows + sizeof *row * (size_t)head, sizeof *row);
     if (row->channel != channel->number || row->op > FLUSH ||
         (row->op == FLUSH && (channel->cells[DP_FLUSH_ROW] != cookie || row->length)) ||

@@ -128,6 +128,12 @@ enum {
     DP_SPANS_CELLS = 1 + DP_SPAN_CELLS * DP_MAX_SPANS
 };
 
+/* See `cells.sequence_of`. */
+static inline uint64_t dp_sequence_of(uint64_t cookie)
+{
+    return (cookie & ~(UINT64_C(1) << 63)) >> DP_NAME_BITS;
+}
+
 /* A row: `cells.ROW`. */
 struct dp_row {
     uint64_t offset;
@@ -181,6 +187,9 @@ struct dp_channel {
     uint64_t staging_bytes;
     uint32_t number;
     bool structured;
+    /* The number of the first command that was not sent to its end: an answer to that one, or to a
+     * later one, is not usual. 0: all was sent. Of compiled turns only. */
+    uint64_t unsent_from;
     uint64_t *spans; /* `cells.Channel.spans`, DP_SPANS_CELLS; NULL: this channel is alone */
 };
 

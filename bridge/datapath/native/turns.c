@@ -1,7 +1,7 @@
 /* Turns of the loop as long as everything is usual: wait, receive, answer, take, send, publish.
  *
  * It does what `loop.Loop` does with the functions of `core.c`, and ends as soon as there is
- * anything else to do: another descriptor, a chain or reply that is not usual, a socket that is
+ * anything else to do: another descriptor, a chain or reply that is not usual, a socket that stays
  * full. It never blocks but in `wait`, and ends after `until_ns`.
  *
  * A turn in which something was not usual is left as it is, for the caller to go on with and to
@@ -23,6 +23,8 @@ enum {
     STAGING_LONG_BYTES = 16 << 10, /* while long reads are in flight: see transmission.py */
     SHARE = 8,                     /* commands that go to one of several connections at once */
     DEEP = 16,                     /* with so many in flight, waiting gathers a batch */
+    BUSY_BYTES = 1 << 20,          /* with more of large requests, the servers have enough to do */
+    LONG_WRITE_BYTES = 256 << 10,  /* each, on average: it takes longer than to poll is worth */
     LONG_TURN_NS = 5000000         /* as in loop.py */
 };
 
@@ -149,14 +151,19 @@ static int handle_events(struct dp_turns *turns, int count)
 {
     int flags = 0;
 
+    turns->is_writable = false;
     for (int index = 0; index < count; index++) {
         const struct epoll_event *event = &turns->events[index];
         bool known = false;
 
         for (uint32_t at = 0; at < turns->wire_count && !known; at++)
             if (event->data.fd == turns->wires[at].socket_fd) {
-                known = event->events == EPOLLIN;
-                flags |= known ? receive(turns, &turns->wires[at]) : DP_SOCKET;
+                known = !(event->events & ~(uint32_t)(EPOLLIN | EPOLLOUT));
+                turns->is_writable |= (event->events & EPOLLOUT) != 0;
+                if (!known)
+                    flags |= DP_SOCKET;
+                else if (event->events & EPOLLIN)
+                    flags |= receive(turns, &turns->wires[at]);
                 break;
             }
         for (uint32_t ring = 0; ring < turns->ring_count && !known; ring++)
@@ -293,56 +300,26 @@ static int take(struct dp_turns *turns)
     return flags;
 }
 
-/* Gather the commands for one system call: headers that follow one another are one piece. */
-static size_t gather(struct dp_turns *turns, uint64_t *bytes)
+/* Send what is unsent; and when nothing is, serve the rings. Until then what is in them waits: for
+ * the same socket, whose server does not read. */
+static int serve(struct dp_turns *turns)
 {
-    size_t count = 0;
-    uint8_t *header = turns->headers;
+    int flags = 0;
 
-    *bytes = 0;
-    for (uint32_t index = 0; index < turns->command_count; index++) {
-        struct dp_command *command = &turns->commands[index];
-
-        if (command->header_bytes) {
-            memcpy(header, command->header, DP_COMMAND_BYTES);
-            if (count && !turns->commands[index - 1].payload_bytes)
-                turns->pieces[count - 1].iov_len += DP_COMMAND_BYTES;
-            else
-                turns->pieces[count++] = (struct iovec){header, DP_COMMAND_BYTES};
-            header += DP_COMMAND_BYTES;
+    if (dp_is_sending(turns)) {
+        flags = turns->is_writable ? dp_send_more(turns) : 0;
+        if (flags || dp_is_sending(turns)) {
+            turns->is_full = false;
+            turns->cut_short = true;
+            return flags;
         }
-        for (uint32_t at = 0; at < command->segment_count; at++) {
-            const struct dp_segment *segment = &dp_payload(command)[at];
-
-            turns->pieces[count++] = (struct iovec){
-                command->queue->regions[segment->region].at + segment->at, segment->length};
-        }
-        *bytes += command->header_bytes + command->payload_bytes;
     }
-    return count;
-}
-
-static int send_all(struct dp_turns *turns)
-{
-    struct msghdr message = {0};
-    uint64_t bytes;
-    ssize_t sent;
-
-    turns->sent_bytes = 0;
-    if (!turns->command_count)
-        return 0;
-    message.msg_iov = turns->pieces;
-    message.msg_iovlen = gather(turns, &bytes);
-    sent = sendmsg(turns->wire->socket_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (sent < 0) {
-        if (errno == EAGAIN || errno == EINTR)
-            return DP_UNSENT;
-        turns->wire->error = errno;
-        turns->wire->flags |= DP_FAILED;
-        return DP_UNSENT | DP_FAILED;
-    }
-    turns->sent_bytes = (uint64_t)sent;
-    return turns->sent_bytes < bytes ? DP_UNSENT : 0;
+    /* With more than fits, again: nothing that can be taken is left before a publication. */
+    do {
+        flags |= take(turns);
+        flags |= turns->wire ? dp_send_taken(turns) : 0;
+    } while (!flags && turns->is_full && !dp_is_sending(turns));
+    return flags;
 }
 
 static int publish(struct dp_turns *turns)
@@ -378,14 +355,36 @@ static inline bool awaits_payload(const struct dp_turns *turns)
     return false;
 }
 
+/* Nobody waits for what would be seen a little sooner: the socket is full; or others want the
+ * processor, and the servers have enough to do, or what they do takes longer than polling does. The
+ * last is so of large writes, and of what their guest does when they are answered. */
+static bool is_busy(struct dp_turns *turns)
+{
+    uint64_t large = 0, rows = 0, reads = 0;
+
+    for (uint32_t index = 0; index < turns->wire_count; index++) {
+        const uint64_t *cells = turns->wires[index].channel->cells;
+
+        large += cells[DP_LARGE_BYTES];
+        rows += cells[DP_ROWS];
+        reads += cells[DP_LONG_READS];
+    }
+    if (rows)
+        turns->writes_are_long = !reads && large / rows >= LONG_WRITE_BYTES;
+    return dp_is_sending(turns) ||
+           (turns->is_crowded && (turns->writes_are_long || large > BUSY_BYTES));
+}
+
 /* How long to poll now. Long between the pieces of a long payload, as in `loop.Loop.linger`: not to
  * poll there costs a quarter of the throughput of a server that is near. Not while a batch gathers.
  * (Not to poll while others want the processor was tried: waking up costs more than that, and comes
  * later.) */
-static uint64_t window_ns(const struct dp_turns *turns)
+static uint64_t window_ns(struct dp_turns *turns)
 {
     uint64_t in_flight = 0;
 
+    if (is_busy(turns))
+        return 0;
     if (awaits_payload(turns))
         return turns->long_poll_ns;
     for (uint32_t index = 0; index < turns->ring_count; index++)
@@ -402,8 +401,9 @@ static int nap(struct dp_turns *turns)
     int count = turns->wait(turns->owner, turns->events);
 
     turns->naps++;
-
     disarm(turns);
+    if (is_busy(turns))
+        return count;
     if (now_ns() - began < turns->poll_max_ns) {
         *poll_ns = 2 * *poll_ns + least;
         if (*poll_ns > turns->poll_max_ns)
@@ -446,7 +446,20 @@ static void count_flushed(struct dp_turns *turns)
         cells[DP_MAY_FLUSH] = 0; /* There may be one more in flight. */
 }
 
-int dp_turns(struct dp_turns *turns)
+/* Before the loop waits: ask the drivers for kicks. True: there is something to do. */
+static bool is_woken(struct dp_turns *turns, uint64_t published)
+{
+    if (dp_is_sending(turns))
+        return false; /* What they have now has to wait. */
+    if (arm(turns)) {
+        disarm(turns);
+        return true;
+    }
+    looked(turns, published);
+    return false;
+}
+
+static int have_turns(struct dp_turns *turns)
 {
     bool had_work = turns->worked;
     uint64_t published = unflushed(turns);
@@ -457,9 +470,12 @@ int dp_turns(struct dp_turns *turns)
     turns->reads = turns->writes = turns->flushes = turns->flushed = turns->naps = 0;
     turns->other_count = turns->command_count = 0;
     turns->durable = turns->flush_is_new = false;
-    turns->sent_bytes = 0;
+    turns->output.late_bytes = 0;
     turns->shown = 0;
     turns->looked = false;
+    if (dp_is_sending(turns))
+        turns->wire->channel->unsent_from =
+            turns->output.commands[turns->output.command].sequence;
     for (;;) {
         int flags;
 
@@ -469,13 +485,8 @@ int dp_turns(struct dp_turns *turns)
         flags = handle_events(turns, count > 0 ? count : 0);
         count = 0;
         /* The server may have closed: what it answered before is heard before a send fails. */
-        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED | DP_SOCKET))) {
-            /* With more than fits, again: nothing that can be taken is left before a publication. */
-            do {
-                flags |= take(turns);
-                flags |= turns->wire ? send_all(turns) : 0;
-            } while (!flags && turns->is_full);
-        }
+        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED | DP_SOCKET)))
+            flags |= serve(turns);
         if (!(flags & DP_INCOMPLETE)) {
             if (!turns->is_full && !turns->cut_short)
                 looked(turns, published);
@@ -495,18 +506,25 @@ int dp_turns(struct dp_turns *turns)
             return DP_BUDGET;
         if (now < idle_ns)
             continue;
-        if (arm(turns)) {
-            disarm(turns);
+        if (is_woken(turns, published))
             continue;
+        if (had_work) {
+            turns->worked = had_work = false;
+            count = nap(turns);
         }
-        looked(turns, published);
-        if (!had_work)
-            return 0;
-        turns->worked = had_work = false;
-        count = nap(turns);
         if (count < 0)
             return DP_RAISED;
         if (!count)
-            return 0;
+            /* A server that has not read anything for so long may not for longer. */
+            return dp_is_sending(turns) ? DP_UNSENT : 0;
     }
+}
+
+int dp_turns(struct dp_turns *turns)
+{
+    int flags = have_turns(turns);
+
+    for (uint32_t index = 0; index < turns->wire_count; index++)
+        turns->wires[index].channel->unsent_from = 0; /* It is for `answers` within turns. */
+    return flags;
 }

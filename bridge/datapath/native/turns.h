@@ -15,7 +15,7 @@ enum {
     DP_OTHERS = 2,   /* `others`: events of descriptors that are not known here */
     DP_CHAIN = 4,    /* a chain that is not usual, or no place for it */
     DP_REPLY = 8,    /* a reply that is not usual, from `start` on */
-    DP_UNSENT = 16,  /* the socket of `wire` did not take everything: see `sent_bytes` */
+    DP_UNSENT = 16,  /* what is unsent is left to the caller, who goes on with it */
     DP_ENDED = 32,   /* the end of file */
     DP_FAILED = 64,  /* a socket failed, with `error` */
     DP_RAISED = 128, /* a callback failed */
@@ -43,6 +43,25 @@ struct dp_wire {
     uint64_t received_bytes;
 };
 
+/* A command that was not sent to its end. */
+struct dp_unsent {
+    uint64_t sequence;
+    uint64_t n_bytes;
+};
+
+/* What is being sent, in pieces: commands of this turn, or what the caller had left of earlier
+ * ones. The socket took the pieces before `piece`, and the commands before `command`. */
+struct dp_output {
+    struct iovec pieces[DP_PIECES];
+    struct dp_unsent commands[DP_COMMANDS];
+    uint32_t piece, piece_count;
+    uint32_t command, command_count;
+    bool is_callers;
+    bool is_watched;     /* the epoll tells when the socket takes more */
+    uint64_t sent_bytes; /* of this */
+    uint64_t late_bytes; /* in this call, after the socket had been full */
+};
+
 struct dp_turns {
     int epoll_fd;
     struct dp_ring *rings;
@@ -66,6 +85,8 @@ struct dp_turns {
     uint64_t until_ns;
     /* How long to poll after the last work, while long reads are in flight, and at most. */
     uint64_t poll_ns, long_poll_ns, poll_max_ns;
+    bool writes_are_long; /* those that were in flight last */
+    bool is_crowded;      /* others want the processor: see crowding.py */
 
     /* epoll_wait of up to a millisecond, with all that may run meanwhile; -1: it failed. */
     int (*wait)(void *owner, struct epoll_event *events);
@@ -89,16 +110,27 @@ struct dp_turns {
     uint32_t other_count;
     uint32_t command_count;
     bool is_full; /* there may be more commands than are sent at once */
-    struct dp_wire *wire; /* the commands are sent there */
-    uint64_t sent_bytes;
+    struct dp_wire *wire; /* `output` is sent there */
+    struct dp_output output;
+    bool is_writable; /* in this turn the socket takes more */
 
     /* Room. */
     struct epoll_event events[DP_EVENTS];
     struct dp_command commands[DP_COMMANDS];
     uint8_t headers[DP_COMMANDS * DP_COMMAND_BYTES];
-    struct iovec pieces[DP_PIECES];
 };
 
 int dp_turns(struct dp_turns *turns);
+
+/* Something is still to be sent. (See `sends.c`.) */
+static inline bool dp_is_sending(const struct dp_turns *turns)
+{
+    return turns->output.command < turns->output.command_count;
+}
+
+/* Send the commands that were taken, or what is unsent: as much as the socket takes. 0, or UNSENT,
+ * perhaps with FAILED. */
+int dp_send_taken(struct dp_turns *turns);
+int dp_send_more(struct dp_turns *turns);
 
 #endif

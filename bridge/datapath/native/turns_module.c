@@ -14,6 +14,9 @@ struct state {
     struct dp_ring rings[RINGS_MAX];
     /* While it runs: */
     PyObject *ring_objects;
+    PyObject *unsent; /* what the caller has left to be sent, in pieces */
+    Py_buffer pieces[DP_PIECES];
+    uint32_t piece_count;
     PyObject *wrote; /* to be called before the first write */
     bool runs;
 };
@@ -115,9 +118,51 @@ static int hold_rings(struct state *state, struct held *held, PyObject *rings)
     return count > 0;
 }
 
-/* Each of `places` is (channel, descriptor, start, end). As `hold_rings`. */
-static int hold_wires(struct dp_turns *turns, struct held *held, PyObject *places)
+/* The pieces that are unsent, a list, and which commands they are of: the `commands` that an
+ * earlier call had for them. As `hold_rings`. */
+static int hold_unsent(struct state *state, PyObject *unsent, PyObject *commands)
 {
+    struct dp_output *output = &state->turns.output;
+    Py_ssize_t count = PyList_Size(unsent), size = 0;
+    uint64_t n_bytes = 0;
+    char *from;
+
+    if (count < 0 || PyBytes_AsStringAndSize(commands, &from, &size) < 0)
+        return -1;
+    if (!count != !size)
+        return 0; /* They are not of an earlier call. */
+    if (count > DP_PIECES || size % (Py_ssize_t)sizeof output->commands[0] ||
+        size > (Py_ssize_t)sizeof output->commands)
+        return 0;
+    memcpy(output->commands, from, (size_t)size);
+    output->command_count = (uint32_t)((size_t)size / sizeof output->commands[0]);
+    for (uint32_t index = 0; index < output->command_count; index++)
+        n_bytes += output->commands[index].n_bytes;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        Py_buffer *piece = &state->pieces[state->piece_count];
+
+        if (PyObject_GetBuffer(PyList_GetItem(unsent, index), piece, PyBUF_SIMPLE) < 0)
+            return -1;
+        output->pieces[state->piece_count++] = (struct iovec){piece->buf, (size_t)piece->len};
+        n_bytes -= (uint64_t)piece->len;
+    }
+    output->piece_count = state->piece_count;
+    output->is_callers = output->is_watched = count > 0;
+    state->unsent = unsent;
+    return !n_bytes;
+}
+
+static void forget_output(struct dp_output *output)
+{
+    output->piece = output->piece_count = output->command = output->command_count = 0;
+    output->sent_bytes = output->late_bytes = 0;
+    output->is_callers = output->is_watched = false;
+}
+
+/* Each of `places` is (channel, descriptor, start, end, unsent, commands). As `hold_rings`. */
+static int hold_wires(struct state *state, struct held *held, PyObject *places)
+{
+    struct dp_turns *turns = &state->turns;
     Py_ssize_t count = PyTuple_Size(places);
 
     if (count < 1 || count > DP_WIRES)
@@ -126,11 +171,17 @@ static int hold_wires(struct dp_turns *turns, struct held *held, PyObject *place
         struct dp_wire *wire = &turns->wires[index];
         unsigned long long start, end;
         struct holder *holder;
-        PyObject *channel;
-        int fd;
+        PyObject *channel, *unsent, *commands;
+        int fd, ready;
 
-        if (!PyArg_ParseTuple(PyTuple_GetItem(places, index), "OiKK", &channel, &fd, &start, &end))
+        if (!PyArg_ParseTuple(PyTuple_GetItem(places, index), "OiKKOO", &channel, &fd, &start, &end,
+                              &unsent, &commands))
             return -1;
+        if (count > 1 && PyList_Size(unsent))
+            return 0;
+        ready = hold_unsent(state, unsent, commands);
+        if (ready <= 0)
+            return ready;
         holder =
             dp_native_of(channel, dp_channel_kind, dp_make_channel, &held->keeps[held->count++]);
         if (!holder)
@@ -140,17 +191,21 @@ static int hold_wires(struct dp_turns *turns, struct held *held, PyObject *place
             return 0;
     }
     turns->wire_count = (uint32_t)count;
+    turns->wire = &turns->wires[0];
     return 1;
 }
 
 /* `side` is (route, rows, connections), or (resident,). As `hold_rings`. */
-static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
+static int hold_side(struct state *state, struct held *held, PyObject *side)
 {
+    struct dp_turns *turns = &state->turns;
     PyObject *route, *rows, *places;
     struct holder *holder;
 
     turns->wire_count = 0;
+    turns->wire = NULL;
     turns->cache = NULL;
+    forget_output(&turns->output);
     if (PyTuple_Size(side) == 1) {
         holder = dp_native_of(PyTuple_GetItem(side, 0), dp_resident_kind, dp_make_resident,
                               &held->keeps[held->count++]);
@@ -167,11 +222,13 @@ static int hold_side(struct dp_turns *turns, struct held *held, PyObject *side)
     held->has_rows = true;
     turns->route = held->route.buf;
     turns->rows = held->rows.buf;
-    return hold_wires(turns, held, places);
+    return hold_wires(state, held, places);
 }
 
-static void let_go(struct held *held)
+static void let_go(struct state *state, struct held *held)
 {
+    while (state->piece_count)
+        PyBuffer_Release(&state->pieces[--state->piece_count]);
     for (uint32_t index = 0; index < held->count; index++)
         Py_XDECREF(held->keeps[index]);
     if (held->has_disk)
@@ -228,13 +285,48 @@ static int add_unsent(const struct state *state, const struct dp_command *comman
     return failed;
 }
 
-/* What the socket did not take, in pieces. */
-static PyObject *unsent_of(const struct state *state)
+/* Add what is left of a piece. */
+static int add_rest(PyObject *list, PyObject *piece, uint64_t skip)
 {
-    const struct dp_turns *turns = &state->turns;
-    uint64_t skip = turns->sent_bytes;
+    PyObject *view = PyMemoryView_FromObject(piece);
+    PyObject *from = view ? PyLong_FromUnsignedLongLong(skip) : NULL;
+    PyObject *slice = from ? PySlice_New(from, NULL, NULL) : NULL;
+    PyObject *rest = slice ? PyObject_GetItem(view, slice) : NULL;
+
+    Py_XDECREF(slice);
+    Py_XDECREF(from);
+    Py_XDECREF(view);
+    return dp_append(list, rest);
+}
+
+/* What the socket did not take of what the caller had left. */
+static PyObject *rest_of(const struct state *state)
+{
+    const struct dp_output *output = &state->turns.output;
     PyObject *list = PyList_New(0);
 
+    for (uint32_t index = output->piece; list && index < output->piece_count; index++) {
+        PyObject *piece = PyList_GetItem(state->unsent, (Py_ssize_t)index);
+        uint64_t sent = (uint64_t)state->pieces[index].len - output->pieces[index].iov_len;
+
+        if ((sent ? add_rest(list, piece, sent) : PyList_Append(list, piece)) < 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* What the socket did not take, in pieces. */
+static PyObject *pieces_of(const struct state *state)
+{
+    const struct dp_turns *turns = &state->turns;
+    uint64_t skip = turns->output.sent_bytes;
+    PyObject *list;
+
+    if (!dp_is_sending(turns))
+        return PyList_New(0);
+    if (turns->output.is_callers)
+        return rest_of(state);
+    list = PyList_New(0);
     for (uint32_t index = 0; list && index < turns->command_count; index++) {
         const struct dp_command *command = &turns->commands[index];
         uint64_t bytes = (uint64_t)command->header_bytes + command->payload_bytes;
@@ -248,6 +340,15 @@ static PyObject *unsent_of(const struct state *state)
         skip = 0;
     }
     return list;
+}
+
+/* Which commands that is: for a later call, which may go on with it; empty: it is left. */
+static PyObject *commands_of(const struct dp_output *output, int flags)
+{
+    uint32_t count = flags & DP_UNSENT ? 0 : output->command_count - output->command;
+
+    return PyBytes_FromStringAndSize((const char *)(output->commands + output->command),
+                                     (Py_ssize_t)(count * sizeof output->commands[0]));
 }
 
 static PyObject *taken_of(const struct dp_turns *turns)
@@ -277,6 +378,23 @@ static PyObject *times_of(const struct dp_turns *turns)
     return tuple;
 }
 
+/* See `cells.Unsent`. */
+static PyObject *unsent_of(const struct state *state, const struct dp_wire *wire, int flags)
+{
+    const struct dp_output *output = &state->turns.output;
+    PyObject *pieces, *commands;
+
+    if (wire != state->turns.wire)
+        return Py_BuildValue("[]yK", "", 0ULL);
+    pieces = pieces_of(state);
+    commands = pieces ? commands_of(output, flags) : NULL;
+    if (!commands) {
+        Py_XDECREF(pieces);
+        return NULL;
+    }
+    return Py_BuildValue("NNK", pieces, commands, (unsigned long long)output->late_bytes);
+}
+
 /* What is left of the connections: see `compiled.py`. */
 static PyObject *places_of(const struct state *state, int flags)
 {
@@ -285,8 +403,7 @@ static PyObject *places_of(const struct state *state, int flags)
 
     for (uint32_t index = 0; tuple && index < turns->wire_count; index++) {
         const struct dp_wire *wire = &turns->wires[index];
-        bool has_unsent = flags & DP_UNSENT && wire == turns->wire;
-        PyObject *unsent = has_unsent ? unsent_of(state) : PyList_New(0), *place = NULL;
+        PyObject *unsent = unsent_of(state, wire, flags), *place = NULL;
 
         if (unsent)
             place = Py_BuildValue("KKKiiN", (unsigned long long)wire->start,
@@ -328,12 +445,13 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
     state->wrote = args[4];
     turns->until_ns = PyLong_AsUnsignedLongLong(args[6]);
     turns->worked = PyObject_IsTrue(args[7]) > 0;
+    turns->is_crowded = PyObject_IsTrue(args[8]) > 0;
     if (PyErr_Occurred() || dp_borrow(args[3], &held->disk, 8 * DP_DISK_CELLS) < 0)
         return NULL;
     held->has_disk = true;
     turns->disk = held->disk.buf;
     ready = hold_rings(state, held, args[2]);
-    ready = ready > 0 ? hold_side(turns, held, args[5]) : ready;
+    ready = ready > 0 ? hold_side(state, held, args[5]) : ready;
     if (ready <= 0)
         return ready < 0 ? NULL : Py_NewRef(Py_None);
     turns->wait = wait_for_events;
@@ -344,7 +462,7 @@ static PyObject *run(struct state *state, PyObject *const *args, struct held *he
     return PyErr_Occurred() ? NULL : result_of(state, flags);
 }
 
-/* turns(state, epoll_fd, rings, disk, wrote, side, until_ns, worked) */
+/* turns(state, epoll_fd, rings, disk, wrote, side, until_ns, worked, crowded) */
 PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct held held = {0};
@@ -352,7 +470,7 @@ PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count
     PyObject *result;
 
     (void)module;
-    if (dp_check_count(count, 8) < 0)
+    if (dp_check_count(count, 9) < 0)
         return NULL;
     state = PyCapsule_GetPointer(args[0], TURNS);
     if (!state)
@@ -364,7 +482,7 @@ PyObject *dp_run_turns(PyObject *module, PyObject *const *args, Py_ssize_t count
     state->runs = true;
     result = run(state, args, &held);
     state->runs = false;
-    state->ring_objects = state->wrote = NULL;
-    let_go(&held);
+    state->ring_objects = state->unsent = state->wrote = NULL;
+    let_go(state, &held);
     return result;
 }
