@@ -54,6 +54,6 @@ def test_planted_loss_is_found_under_another_front_end(
     client: str, server: str, cache: str, bug: str
 ) -> None:
     profile = small(client, server=server, cache=cache, bug=bug)
-    plan = Plan(seed="planted", hours=1, profiles=[profile], only=("bridge killed",))
+    plan = Plan(seed="planted", hours=1, profiles=[profile], only=("server killed",))
     tally = campaign.run(plan, quiet)
     assert tally.has(LOST), tally.problems
