@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 10
+#define DP_ABI 11
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -70,6 +70,7 @@ enum {
     DP_ALIGN_MASK,
     DP_WHOLE_READ_BYTES,
     DP_WHOLE_WRITE_BYTES,
+    DP_ROW_SEGMENTS,
     DP_ROUTE_CELLS
 };
 
