@@ -415,8 +415,8 @@ class Route:
         self.alone = outlets[0].channel if len(outlets) == 1 else None
 
     def least_busy(self) -> Outlet | None:
-        """Where the next commands go: to the connection with the fewest in flight that has sent all
-        that it was given."""
+        """Where the next commands go: to the connection with the fewest rows that has sent all that
+        it was given."""
         least: Outlet | None = None
         for outlet in self.outlets:
             channel = outlet.channel

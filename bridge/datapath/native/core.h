@@ -1,8 +1,8 @@
 /* The usual case of a turn, compiled: see `usual` (the specification) and `cells` (the state).
  *
  * Plain C99 without Python. The functions work on rows, cells and views of memory that the caller
- * owns and keeps; they allocate nothing, keep nothing, log nothing and, but for `dp_turn`, call
- * nothing of the system's. What is not usual is left where it is, untouched, and told of.
+ * owns and keeps; they allocate nothing, keep nothing, log nothing and call nothing of the
+ * system's. What is not usual is left where it is, untouched, and told of.
  *
  * What a guest or a server may have written is read once, into a local, before it is looked at
  * (`fetch`). Every range is checked by `within`, which cannot wrap.
