@@ -23,10 +23,9 @@ Which connections form a session:
 
 - `VOLUME@session=TOKEN,client=ID` joins that session if it is open: others are in it for a
   migration, and may be the ones that write. Nothing tells yet whether the newcomer's guest comes
-  from one of them. Its first write does: from then on the connections of other clients that were
-  let in before its own are revoked, and that write waits for their requests in flight. So a client
-  that comes back names itself anew each time (`ID.1`, `ID.2`): it could not be told from its old
-  self.
+  from one of them. Its first write does: from then on the connections of the clients that came
+  before it are revoked, and that write waits for their requests in flight. So a client that comes
+  back names itself anew each time (`ID.1`, `ID.2`): it could not be told from its old self.
 - A session whose flush has failed admits no more connections: the disk has to be opened anew. The
   next one with its token ends it, whoever is still in it.
 
@@ -105,6 +104,7 @@ class Handle:
         "client",
         "connection",
         "disk",
+        "entered",
         "multi_conn",
         "peer",
         "read_only",
@@ -131,6 +131,8 @@ class Handle:
         self.read_only = session is None
         self.multi_conn = session is None or session.shared
         self.revoked = False
+        self.entered = 0
+        """When its client came into the session: see `Session.let_in`."""
         self.peer = b""
         """See `connections`."""
         self.busy: list[None] = []
@@ -155,6 +157,9 @@ class Session:
         self.writer: str | None = None
         """The client that wrote last, "" for one without a name; None: none yet."""
         self.handles: list[Handle] = []
+        self._clients_total = 0
+        self._ended: set[str] = set()
+        """Clients that have connections here, and no rights: a later one has written."""
         self._mark = threading.Lock()
 
     def admits(self, token: str | None) -> bool:
@@ -182,6 +187,7 @@ class Session:
             before = self._clients_before(handle)
             for other in before:
                 other.revoked = True
+                self._ended.add(other.client)
         # Not with the lock: what they have in flight may want it. As long as it takes: on the same
         # storage this write would take as long.
         while any(other.busy for other in before):
@@ -198,14 +204,29 @@ class Session:
             )
             self.writer = handle.client
 
+    def let_in(self, handle: Handle) -> None:
+        """Add a connection. All that its client has here came when the first of them did, even if
+        that one has left, and lose their rights together: it opens them while others open theirs.
+        """
+        with self._mark:
+            client = handle.client
+            known = [each.entered for each in self.handles if client and each.client == client]
+            if known:
+                handle.entered = known[0]
+                handle.revoked = client in self._ended
+            else:
+                self._clients_total += 1
+                handle.entered = self._clients_total
+                self._ended.discard(client)
+            self.handles.append(handle)
+
     def _clients_before(self, handle: Handle) -> list[Handle]:
-        """The connections of other clients that were let in before any of this one's. Those without
-        a name cannot be told apart: they neither end others' rights nor lose their own."""
-        handles = list(self.handles)
+        """The connections of other clients that came before this one. Those without a name cannot
+        be told apart: they neither end others' rights nor lose their own."""
         if not handle.client:
             return []
-        first = next((at for at, h in enumerate(handles) if h.client == handle.client), 0)
-        return [other for other in handles[:first] if other.client]
+        handles = list(self.handles)
+        return [each for each in handles if each.client and each.entered < handle.entered]
 
     def close_disk(self) -> None:
         """Remember the volume as it is now, after the last writer, and let go of it."""
@@ -290,7 +311,7 @@ class Fence:
             session.disk = disk
             session.is_open = True
             handle = Handle(self._volume, disk, session, name.connection, name.client)
-            session.handles.append(handle)
+            session.let_in(handle)
             self._changed.notify_all()
         return handle
 
@@ -301,7 +322,7 @@ class Fence:
             old = [h for h in session.handles if h.connection == name.connection]
             self._revoke(old, deadline)
         handle = Handle(self._volume, session.disk, session, name.connection, name.client)
-        session.handles.append(handle)
+        session.let_in(handle)
         return handle
 
     def _revoke(self, handles: list[Handle], deadline: float) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.datapath.request import Request
     from bridge.datapath.rows import Rows
 
-ABI: Final = 10
+ABI: Final = 11
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -103,7 +103,7 @@ MAX_SEGMENTS: Final = 128
 SEGMENTS_BYTES: Final = MAX_SEGMENTS * SEGMENT_BYTES
 """Of one head."""
 MAX_ROW_SEGMENTS: Final = 1 << 16
-"""In flight, of all queues: views of them take 13 MB when rows become requests."""
+"""In flight, of all queues and connections: views of them take 13 MB when rows become requests."""
 BATCH_PIECES: Final = 4096
 """Headers and segments of payload that one batch of commands may have."""
 MERGED_BYTES: Final = 128 << 10
@@ -217,11 +217,13 @@ of the usual requests that were taken so far."""
     ALIGN_MASK,
     WHOLE_READ_BYTES,
     WHOLE_WRITE_BYTES,
+    ROW_SEGMENTS,
     ROUTE_CELLS,
-) = range(7)
+) = range(8)
 """What is sent as it comes, at most `lanes.SMALL_BYTES`, of a read less than `LONG_BYTES`; 0 if
 nothing is. ALIGN_MASK: as BLOCK_MASK is, of the server. WHOLE_READ_BYTES, WHOLE_WRITE_BYTES: the
-longest that compiled turns send as one command."""
+longest that compiled turns send as one command. ROW_SEGMENTS: so many of `MAX_ROW_SEGMENTS` each
+connection may have."""
 
 # Cells of `rows.Rows`.
 (SEQUENCE, MERGED, ALONE, ROWS_CELLS) = range(4)
@@ -391,6 +393,7 @@ class Route:
 
     def __init__(self) -> None:
         self.cells = cells(ROUTE_CELLS)
+        self.cells[ROW_SEGMENTS] = MAX_ROW_SEGMENTS
         self.outlets: tuple[Outlet, ...] = ()
         """None of them: commands must go the general way."""
         self.alone: Channel | None = None
@@ -408,11 +411,12 @@ class Route:
     def lead(self, outlets: tuple[Outlet, ...]) -> None:
         """From here on commands go there."""
         self.outlets = outlets
+        self.cells[ROW_SEGMENTS] = MAX_ROW_SEGMENTS // max(len(outlets), 1)
         self.alone = outlets[0].channel if len(outlets) == 1 else None
 
     def least_busy(self) -> Outlet | None:
-        """Where the next commands go: to the connection with the fewest in flight that has sent all
-        that it was given."""
+        """Where the next commands go: to the connection with the fewest rows that has sent all that
+        it was given."""
         least: Outlet | None = None
         for outlet in self.outlets:
             channel = outlet.channel

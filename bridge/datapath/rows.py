@@ -159,6 +159,20 @@ class Rows:
         self.adopt_all()
         self._channels.pop(channel.number, None)
 
+    def oldest(self, channel: Channel) -> int:
+        """The cookie of the row that was sent first on `channel`; 0: there is none."""
+        number = channel.number if channel.cells[ROWS] else 0
+        return min(
+            (
+                cookie
+                for queue in self.queues
+                if number and queue is not None
+                for head, cookie in enumerate(queue.cookies)
+                if cookie and ROW.unpack_from(queue.rows, ROW_BYTES * head)[_CHANNEL_AT] == number
+            ),
+            default=0,
+        )
+
     # What is usual no more.
 
     def adopt_all(self) -> None:

@@ -55,7 +55,6 @@ from bridge.datapath.cells import (
     LONG_BYTES,
     MAX_HEADS,
     MAX_READ_BYTES,
-    MAX_ROW_SEGMENTS,
     MAX_SEGMENTS,
     MAX_SPANS,
     MAX_WRITE_BYTES,
@@ -74,6 +73,7 @@ from bridge.datapath.cells import (
     ROW,
     ROW_BYTES,
     ROW_COOKIE,
+    ROW_SEGMENTS,
     ROWS,
     SEEN,
     SEGMENT,
@@ -515,7 +515,7 @@ def take_commands(
     block_mask = disk[BLOCK_MASK] | limits[ALIGN_MASK]
     max_read_bytes = limits[MAX_READ_BYTES]
     max_write_bytes = limits[MAX_WRITE_BYTES] if disk[MAY_WRITE] else 0
-    name = state[NAME]
+    name, most_segments = state[NAME], limits[ROW_SEGMENTS]
     sequence, merged, alone = rows.cells[SEQUENCE], rows.cells[MERGED], rows.cells[ALONE]
     most_bytes = (
         min(limits[WHOLE_READ_BYTES], MERGED_BYTES),
@@ -563,7 +563,7 @@ def take_commands(
                 break
             n_segments = len(segments) or 1
             pieces += 1 + n_segments * type_
-            if pieces > BATCH_PIECES or in_flight + len(segments) > MAX_ROW_SEGMENTS:
+            if pieces > BATCH_PIECES or in_flight + len(segments) > most_segments:
                 state[STOPPED] = STOP_ROOM
                 break
             if spans is not None and type_ and (stop := _stop_of_span(spans, offset, length)):

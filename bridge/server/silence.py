@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from bridge.datapath.cells import FLUSH_ROW
 from bridge.datapath.request import FUA, READ, WRITE, Request
 from bridge.server.export import Export
 from bridge.server.transmission import Transmission
@@ -55,16 +56,20 @@ class Silence:
         server is asked for a few bytes: as long as it answers, it may take any time. One that
         never answered beside such a command gets ten times as long.
         """
+        # (Rows stay rows: once they were requests, writes on several connections would not be rows
+        # again before none is in flight.)
         transmission = self._transmission
-        transmission.adopt_all()
         pending = transmission.pending
-        oldest = next(iter(pending), 0)
+        oldest = transmission.oldest
+        flush_row = transmission.cells[FLUSH_ROW]
+        slow = {cookie for cookie, each in pending.items() if _may_be_slow(each)}
+        if flush_row:
+            slow.add(flush_row)
         received = transmission.received_bytes
         moved = received + self.sent_bytes
-        may_be_slow = any(map(_may_be_slow, pending.values()))
         if not oldest or moved != self._moved:
-            if received != self._received_then and oldest == self._oldest and may_be_slow:
-                self._answers_beside = self._answers_beside or _may_be_slow(pending[oldest])
+            if received != self._received_then and oldest == self._oldest and oldest in slow:
+                self._answers_beside = True
             self._received_then = received
             self._moved = moved
             self._moved_at = now
@@ -74,7 +79,7 @@ class Silence:
         if not oldest:
             return False
         quiet_s = now - max(self._moved_at, self._oldest_at)
-        if may_be_slow:
+        if slow:
             if quiet_s > timeout_s / 2 and not self._probing:
                 self._probe()
             return quiet_s > timeout_s * (1.5 if self._answers_beside else _PATIENCE)

@@ -44,6 +44,7 @@ from bridge.datapath.cells import (
     UNFLUSHED,
     Channel,
     cells,
+    sequence_of,
 )
 from bridge.datapath.merged import Merged, each_of, members_of
 from bridge.datapath.request import (
@@ -200,6 +201,12 @@ class Transmission(Channel):
             self._merged = more > 0
             found += more
         return found
+
+    @property
+    def oldest(self) -> int:
+        """The cookie of what was sent first of all that has no answer, rows as well; 0: nothing."""
+        found = (self._rows.oldest(self), next(iter(self.pending), 0))
+        return min(filter(None, found), key=sequence_of, default=0)
 
     @property
     def takes_rows(self) -> bool:

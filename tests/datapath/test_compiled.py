@@ -239,7 +239,7 @@ def test_a_long_payload_is_taken_over_amid_by_who_needs_the_requests(twin: Twin)
     twin.server.send(30_000)
     twin.turn()
     assert twin.connection.transmission.cells[DIRECT_LEFT]
-    assert not twin.connection.stalled(0.0, 60.0)  # A watchdog looks at all requests.
+    assert not twin.connection.changes()  # As after a flush that failed: it looks at all requests.
     assert not twin.connection.transmission.cells[DIRECT_LEFT]
     while twin.server.outgoing:
         twin.server.send(9000)
@@ -344,6 +344,42 @@ def test_an_answer_counts_as_shown_when_the_ring_was_looked_at_after_its_publica
         assert looked_and_shown() == (1, before)
         serve(twin)
     assert looked_and_shown() == (1, before + 1)
+
+
+def test_flush_that_is_found_when_the_server_has_hung_up_tells_of_nothing_just_published(
+    twin: Twin,
+) -> None:
+    """The hang-up ends the turns before they look at the ring: what a flush there knew is open. It
+    counted as one that tells of all losses, and the next one succeeded."""
+    make_volatile(twin)
+    assert not twin.session.durability.unreported
+    add(twin, 1, 1)
+    assert twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
+    serve(twin)
+    twin._turn()  # The answer is received in Python, and published.
+    add_flush(twin, 2)
+    assert twin.server.end is not None
+    twin.server.end.close()
+    assert twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
+    twin._turn()
+    assert not twin.connection.alive
+    twin.settle_loss()
+    assert twin.used() == [(STRIDE, 1), (STRIDE * 2, 1)]
+    assert twin.low[STATUSES + 2] == 1
+    add_flush(twin, 3)
+    for _ in range(50):
+        twin.turn()
+        serve(twin)
+    assert twin.used() == [(STRIDE * 3, 1)]
+    assert twin.low[STATUSES + 3] == 1
+
+
+def add_flush(twin: Twin, slot: int) -> None:
+    """The same for a flush."""
+    add(twin, slot, 4)
+    at = TABLES + 0x100 * slot
+    twin.low[at + 16 : at + 32] = struct.pack("=QIHH", STATUSES + slot, 1, 2, 0)
+    twin.low[16 * STRIDE * slot : 16 * STRIDE * slot + 16] = struct.pack("=QIHH", at, 32, 4, 0)
 
 
 # Several rings of a cached disk.

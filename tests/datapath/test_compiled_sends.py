@@ -197,7 +197,7 @@ def test_a_server_that_does_not_read_leaves_the_rings_to_the_general_path(twin: 
     assert [image(twin, slot) for slot in (1, 2)] == [data(twin, slot) for slot in (1, 2)]
 
 
-def test_turns_go_on_after_a_watchdog_has_looked(twin: Twin) -> None:
+def test_turns_go_on_after_all_requests_were_looked_at(twin: Twin) -> None:
     leave_unsent(twin, 1, 2)
     look(twin)
     assert twin.rows.adopted_total == 2

@@ -413,3 +413,30 @@ def test_bug_that_was_put_in_is_found(
     bug(monkeypatch)
     with pytest.raises(AssertionError):
         scenario(guest)
+
+
+def test_server_that_says_nothing_is_seen_though_all_that_it_owes_are_rows(guest: Guest) -> None:
+    stalled = guest.twin.connection.stalled
+    guest.write(0)
+    guest.send(1, T_OUT)
+    guest.turn()
+    assert not stalled(0.0, 60.0)
+    assert not stalled(60.0, 60.0)
+    assert stalled(61.0, 60.0)
+    assert guest.twin.rows.adopted_total == 0
+
+
+def test_flush_that_is_a_row_may_take_as_long_as_any_other(guest: Guest) -> None:
+    stalled = guest.twin.connection.stalled
+    guest.write(0)
+    guest.send(1, T_FLUSH)
+    guest.turn()
+    assert guest.has_row
+    assert not stalled(0.0, 60.0)
+    assert not stalled(61.0, 60.0)
+    assert guest.has_row
+    assert guest.turn() == [p.CMD_FLUSH, p.CMD_READ]
+    guest.answer(p.CMD_READ)
+    assert not stalled(70.0, 60.0)
+    assert not stalled(159.0, 60.0)
+    assert stalled(161.0, 60.0)

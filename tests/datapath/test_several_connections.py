@@ -141,6 +141,26 @@ def test_requests_are_spread_over_the_connections(engine_name: str) -> None:
 
 
 @pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+def test_writes_stay_usual_while_a_watchdog_looks_at_the_connections(engine_name: str) -> None:
+    """As long as there is always one in flight, they would not be so again."""
+    twin = several(engine_name)
+    for slot in range(SLOTS - 1):
+        add(twin, slot, 1, LENGTH)
+        twin.turn()
+        for server, connection in zip(twin.servers, twin.connections, strict=True):
+            assert not connection.stalled(float(slot), 60.0)
+            server.receive()
+            if len(server.commands) > 1:
+                server.answer(0, "whole")
+                server.send(1 << 30)
+    assert sum(twin.rows_of()) > 1
+    assert not twin.rows.adopted_total
+    assert twin.ring is not None
+    assert not twin.ring.general
+    twin.close()
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
 def test_writes_that_overlap_do_not_pass_each_other(engine_name: str) -> None:
     """Rows, and a row and another request, whichever comes first."""
     twin = several(engine_name)

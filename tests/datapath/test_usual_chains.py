@@ -304,21 +304,24 @@ def test_a_write_that_the_cache_stores_by_itself_is_answered(compiled_or_pure: E
     assert chains.rig.read(chains.status, 1) == b"\0"
 
 
+@pytest.mark.parametrize("connections", [1, 4])
 def test_segments_in_flight_have_a_bound_that_holds_until_they_are_answered(
-    compiled_or_pure: Engine,
+    compiled_or_pure: Engine, connections: int
 ) -> None:
-    """When a connection is lost, each becomes a view of 200 bytes."""
+    """When a connection is lost, each becomes a view of 200 bytes, those of all connections."""
     chains = Chains(size=1024)
     server = Loopback(Turn(), chains.image, engine=compiled_or_pure)
     assert server.rows.enter(chains.queue, _Owner())
     links = chains.chain(IN, 0, spread(MAX_SEGMENTS, 8))
     table = chains.rig.alloc(chains.table(links))
-    for head in range(MAX_ROW_SEGMENTS // MAX_SEGMENTS + 1):
+    most = MAX_ROW_SEGMENTS // MAX_SEGMENTS // connections
+    for head in range(most + 1):
         chains.rig.raw(head, table, 16 * len(links), DESC_INDIRECT)
         chains.rig.put_head(head)
+    server.route.lead(server.route.outlets * connections)
     arguments = chains.queue, chains.disk, server.route, server.transmission, server.rows
     taken = compiled_or_pure.take_commands(*arguments)
-    assert sum(taken) == MAX_ROW_SEGMENTS // MAX_SEGMENTS
+    assert sum(taken) == most
     assert chains.queue.cells[STOPPED] == STOP_ROOM
     server._flush()
     assert server.transmission.cells[SEGMENTS] == chains.queue.in_flight == 0

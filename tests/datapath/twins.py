@@ -1099,7 +1099,7 @@ def _write_through(twin: Twin, writeback: bool) -> None:
 
 
 def look(twin: Twin) -> None:
-    """What a watchdog does."""
+    """What a watchdog does, and who has to see all requests."""
     if twin.connection.alive:
         assert not twin.connection.stalled(0.0, 60.0)
         assert len(twin.connection.changes()) <= SLOTS + 64

@@ -237,6 +237,7 @@ static void make_world(struct world *world, struct input *input)
     world->route[DP_MAX_READ_BYTES] = world->route[DP_MAX_WRITE_BYTES] = DP_SMALL_BYTES;
     world->route[DP_WHOLE_READ_BYTES] = world->route[DP_WHOLE_WRITE_BYTES] = DP_DISK_MAX;
     world->route[DP_SIZE_BYTES] = DISK_BYTES;
+    world->route[DP_ROW_SEGMENTS] = DP_MAX_ROW_SEGMENTS;
     world->rows[DP_SEQUENCE] = 1;
 }
 

@@ -85,6 +85,39 @@ def test_session_whose_flush_failed_is_ended_by_the_next_connection_with_its_tok
     service.close(again)
 
 
+def enter(service: Service, *names: str) -> list[Handle]:
+    """Let clients into one session."""
+    return [service.open(f"v@session=s,client={name}", read_only=False) for name in names]
+
+
+def write(handle: Handle) -> None:
+    assert handle.session is not None
+    handle.session.note_write(handle)
+
+
+def test_client_that_writes_ends_all_connections_of_one_that_came_before(service: Service) -> None:
+    """Also those that it opened later: both went on to write."""
+    source, target, late = enter(service, "source.1", "target.1", "source.1")
+    write(source)
+    write(target)
+    for handle in (source, late, *enter(service, "source.1")):
+        with pytest.raises(PluginError) as caught:
+            write(handle)
+        assert caught.value.errno == errno.ESHUTDOWN
+    write(target)
+
+
+def test_client_whose_first_connection_has_left_came_when_that_one_did(service: Service) -> None:
+    """Its next write ended the rights of those that had come since, and stood by."""
+    source, target, late = enter(service, "source.1", "target.1", "source.1")
+    service.close(source)
+    write(late)
+    target.check_alive()
+    write(target)
+    with pytest.raises(PluginError):
+        late.check_alive()
+
+
 def test_busy_text_does_not_name_the_token(service: Service) -> None:
     handle = service.open("v@session=SECRET", read_only=False)
     for name in ("v", "v@session=other"):

@@ -719,7 +719,7 @@ struct dp_taken dp_take_commands(struct dp_queue *queue, uint64_t *disk,
 
         several = !stop && chain.count > 1 ? chain.count : 0;
         if ((large && !within(cells[DP_LARGE_BYTES], chain.length, DP_LARGE_IN_FLIGHT_BYTES)) ||
-            !within(cells[DP_SEGMENTS], several, DP_MAX_ROW_SEGMENTS))
+            !within(cells[DP_SEGMENTS], several, route[DP_ROW_SEGMENTS]))
             stop = stop ? stop : DP_STOP_ROOM;
         if (stop) {
             state[DP_STOPPED] = stop;

@@ -1,8 +1,8 @@
 /* The usual case of a turn, compiled: see `usual` (the specification) and `cells` (the state).
  *
  * Plain C99 without Python. The functions work on rows, cells and views of memory that the caller
- * owns and keeps; they allocate nothing, keep nothing, log nothing and, but for `dp_turn`, call
- * nothing of the system's. What is not usual is left where it is, untouched, and told of.
+ * owns and keeps; they allocate nothing, keep nothing, log nothing and call nothing of the
+ * system's. What is not usual is left where it is, untouched, and told of.
  *
  * What a guest or a server may have written is read once, into a local, before it is looked at
  * (`fetch`). Every range is checked by `within`, which cannot wrap.
@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 10
+#define DP_ABI 11
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -70,6 +70,7 @@ enum {
     DP_ALIGN_MASK,
     DP_WHOLE_READ_BYTES,
     DP_WHOLE_WRITE_BYTES,
+    DP_ROW_SEGMENTS,
     DP_ROUTE_CELLS
 };
 

@@ -485,7 +485,9 @@ static int have_turns(struct dp_turns *turns)
         flags = handle_events(turns, count > 0 ? count : 0);
         count = 0;
         /* The server may have closed: what it answered before is heard before a send fails. */
-        if (!(flags & (DP_REPLY | DP_ENDED | DP_FAILED | DP_SOCKET)))
+        if (flags & (DP_REPLY | DP_ENDED | DP_FAILED | DP_SOCKET))
+            turns->cut_short = true;
+        else
             flags |= serve(turns);
         if (!(flags & DP_INCOMPLETE)) {
             if (!turns->is_full && !turns->cut_short)
