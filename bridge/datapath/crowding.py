@@ -46,7 +46,12 @@ class Crowding:
         meant to be asked in every turn."""
         if now_s < self._next_s or self._fd < 0:
             return self._is_crowded
-        ran_s, waited_s = self._times_s()
+        try:
+            ran_s, waited_s = self._times_s()
+        except (OSError, ValueError):
+            self.close()  # Something else than what Linux says there.
+            self._is_crowded = False
+            return False
         ran, waited = ran_s - self._ran_s, waited_s - self._waited_s
         elapsed_s = now_s - self._looked_s
         # (What was long ago, as before an idle time, is no look.)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from bridge.datapath.crowding import Crowding
 
 
@@ -73,6 +75,18 @@ def test_where_the_system_does_not_tell_nobody_waits(tmp_path: Path) -> None:
     crowding = Crowding(str(tmp_path / "none"))
     assert not crowding.look(1.0)
     assert not crowding.look(2.0)
+    crowding.close()
+
+
+@pytest.mark.parametrize("text", ["", "1", "one two three", "1.5 2.5 3"])
+def test_what_is_no_times_is_not_asked_again(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "schedstat"
+    path.write_text(text)
+    crowding = Crowding(str(path))
+    assert not crowding.look(1.0)
+    path.write_text("1 1000000000000 1")
+    assert not crowding.look(2.0)
+    assert not crowding.look(2.06)
     crowding.close()
 
 
