@@ -41,14 +41,21 @@ class Setting:
         self.server = Server({"": self.disk}, ServerSettings(description=description))
         self.server.commands = []
         self._serving = trio.CancelScope()
+        self._served = trio.Event()
+        self._served.set()
 
     async def start_server(self) -> None:
-        self._serving = trio.CancelScope()
+        await self._served.wait()  # The one before may still listen.
+        self._serving, self._served = trio.CancelScope(), trio.Event()
         await self._nursery.start(self._serve)
 
     async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
-        with self._serving:
-            await self.server.serve_unix(self._socket, task_status=task_status)
+        served = self._served
+        try:
+            with self._serving:
+                await self.server.serve_unix(self._socket, task_status=task_status)
+        finally:
+            served.set()
 
     def stop_server(self) -> None:
         self.server.cut()
