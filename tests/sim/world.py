@@ -411,6 +411,8 @@ class World:
         if problem is not None and not self.config.keeps_in_flight:
             self.oracle.loss_unnoticed()  # The operator was told, and no process can know.
         leaves_word = self.config.keeps_in_flight and self.config.plugin
+        if "so it does not know" in str(problem):
+            self.excuse("flush")  # The next process tells the guest.
         told = problem is not None and "since its last flush may not be durable" in str(problem)
         if (told and not leaves_word) or "so it does not know" in str(problem):
             # Lost then or later: no process can know.
