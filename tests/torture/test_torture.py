@@ -268,7 +268,7 @@ def planted(
 )
 def test_planted_loss_is_found(profile: Profile, fault: str, found: str) -> None:
     # What is not to be found as a hang may be slow on a busy machine.
-    hung_ticks = 15 if "hangs" in found else 60
+    hung_ticks = 15 if "hangs" in found else 150
     plan = Plan(seed="planted", hours=1, profiles=[profile], only=(fault,), hung_ticks=hung_ticks)
     problems = campaign.run(plan, quiet).problems
     assert Tally(problems=problems).has(found), problems
