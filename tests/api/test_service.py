@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -67,7 +68,9 @@ async def test_flood_of_connections_is_refused_and_the_disk_goes_on(directory: P
                     assert (await bridge.status())["guest"]["requests_total"] == 2
                     return
                 except Exception as error:
-                    assert "too many" in str(error)  # noqa: PT017
+                    # Refused, or hung up on while it was still asking.
+                    if not re.search("too many|Broken pipe|reset by peer", str(error)):
+                        raise
                     await trio.sleep(0.01)
 
 
