@@ -109,8 +109,8 @@ class Loop:
         self._lingered = False
         """The polling window that was open last was one for long payloads."""
         self._worked = False
-        self.crowding = Crowding()
-        """Whether others want the processor."""
+        self.crowding = Crowding() if self.engine.has_turns else None
+        """Whether others want the processor; None: there are no compiled turns, which ask."""
         self._compiled = _compiled_turns(self)
         self._general_left = 0
         self._idle_until_s = 0.0
@@ -168,7 +168,8 @@ class Loop:
         """Give the loop's own descriptors back; the registered ones stay open."""
         self._epoll.close()
         os.close(self._wake_fd)
-        self.crowding.close()
+        if self.crowding is not None:
+            self.crowding.close()
 
     async def run(self) -> None:
         """Run turns until cancelled."""

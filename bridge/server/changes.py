@@ -145,12 +145,7 @@ class Changes:
         self._overlaps.enter(claim)
         self._choose_way()
         op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
-        return _ChangeCommand(op, offset, length, buffers, self._adopted_done, 0, (request, claim))
-
-    def _adopted_done(self, inner: _ChangeCommand) -> None:
-        request = self.give_up(inner)
-        request.generation = inner.generation
-        self._turn.finish(request, inner.error)
+        return _ChangeCommand(op, offset, length, buffers, self._done, 0, (request, claim))
 
     def give_up(self, command: Request) -> Request:
         """See cells.Changes."""
@@ -182,10 +177,8 @@ class Changes:
         self._do(_ChangeCommand(op, offset, length, buffers, done, request.flags, owner))
 
     def _done(self, inner: _ChangeCommand) -> None:
-        request, change = inner.owner
+        request = self.give_up(inner)
         request.generation = inner.generation
-        self._overlaps.release(change)
-        self._ended()
         self._turn.finish(request, inner.error)
 
     def take_waiting(self) -> list[Request]:

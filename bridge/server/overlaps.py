@@ -64,7 +64,7 @@ class Overlaps:
     @property
     def is_empty(self) -> bool:
         """There is no claim."""
-        return not (self._pieces or self._wait)
+        return not self._pieces  # One that waits has some, or a later one has taken them over.
 
     @property
     def waiting(self) -> list[Claim]:

@@ -435,10 +435,11 @@ static void looked(struct dp_turns *turns, uint64_t published)
 static void count_flushed(struct dp_turns *turns)
 {
     struct dp_channel *channel = alone(turns);
-    uint64_t *cells = channel ? channel->cells : NULL;
+    uint64_t *cells;
 
-    if (!channel || !cells[DP_FLUSHED])
+    if (!channel || !channel->cells[DP_FLUSHED])
         return;
+    cells = channel->cells;
     turns->flush_ns[turns->flushed++] = cells[DP_FLUSH_TOOK_NS];
     cells[DP_FLUSHED] = 0;
     turns->durable = !cells[DP_ARMED] && !cells[DP_FLUSH_ROW];
