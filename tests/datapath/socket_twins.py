@@ -69,6 +69,7 @@ from tests.datapath.twins import (
     SPARE,
     STRIDE,
     TABLE_AT,
+    Answers,
     Descriptor,
     LinkTarget,
     Step,
@@ -116,7 +117,7 @@ class Sockets:
     def wake(self) -> None: ...
 
 
-class Server:
+class Server(Answers):
     """Takes commands apart, and answers them when it is told to."""
 
     def __init__(self, structured: bool) -> None:
@@ -167,45 +168,6 @@ class Server:
         # A compiled turn sends a flush in its place, the general path after all else.
         self.commands += flushes
         self.log += [(*each[:2], *each[3:]) for each in flushes]
-
-    def answer(self, index: int, how: str, count: int = 1) -> None:
-        """Answer `count` commands from `index` on; the bytes are not sent yet. Those of one cookie
-        get one answer."""
-        index %= len(self.commands)
-        taken = self.commands[index : index + count]
-        del self.commands[index : index + count]
-        if len({cookie for _, _, cookie, *_ in taken}) == 1:
-            kind, _, cookie, offset, _, _ = taken[0]
-            self._answer(kind, cookie, offset, sum(each[4] for each in taken), how)
-        else:
-            for kind, _, cookie, offset, length, _ in taken:
-                self._answer(kind, cookie, offset, length, how)
-
-    def _answer(self, kind: int, cookie: int, offset: int, length: int, how: str) -> None:
-        if how == "error" or how == "shutdown":
-            self.outgoing += (
-                p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 108 if how == "shutdown" else 5, cookie)
-                if kind != p.CMD_READ or not self.structured
-                else p.CHUNK.pack(p.STRUCTURED_REPLY_MAGIC, 1, p.REPLY_TYPE_ERROR, cookie, 6)
-                + struct.pack(">IH", 108 if how == "shutdown" else 5, 0)
-            )
-        elif kind != p.CMD_READ:
-            self.outgoing += p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie)
-        elif not self.structured:
-            self.outgoing += p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie)
-            self.outgoing += self.image[offset : offset + length]
-        else:
-            middle = length // 2 if how == "chunks" else length
-            for start, stop, flags in ((0, middle, 0), (middle, length, 1)):
-                if start == stop:
-                    continue
-                flags = int(stop == length)
-                self.outgoing += p.CHUNK.pack(
-                    p.STRUCTURED_REPLY_MAGIC,
-                    *(flags, p.REPLY_TYPE_OFFSET_DATA, cookie, stop - start + 8),
-                )
-                self.outgoing += p.U64.pack(offset + start)
-                self.outgoing += self.image[offset + start : offset + stop]
 
     def send(self, n_bytes: int) -> None:
         assert self.end is not None
@@ -314,25 +276,29 @@ class Twin:
         """See link.Above."""
 
     def connect(self) -> None:
+        self.lost: list[str] = []
+        self.connection, self.fd = self.connection_to(self.server)
+        self.first_sent = self.rows.sequence
+        self.session.established(self.now, self.export, [self.connection])
+        self.loop.turn.end()
+
+    def connection_to(self, server: Server) -> tuple[Connection, int]:
+        """A new one, and its descriptor."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
         if self.roomy:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
-        self.server.connected(theirs)
+        server.connected(theirs)
         negotiated: Any = _Negotiated(ours, self.export)
-        self.lost: list[str] = []
-        self.connection = Connection(
+        connection = Connection(
             negotiated,
             self.loop,
             lost=self._lost,
             generation=self.session.generation + 1,
             rows=self.rows,
         )
-        self.fd = ours.fileno()
-        self.first_sent = self.rows.sequence
-        self.session.established(self.now, self.export, [self.connection])
-        self.loop.turn.end()
+        return connection, ours.fileno()
 
     def _lost(self, connection: Connection, error: BridgeError) -> None:
         self.lost.append(str(error))

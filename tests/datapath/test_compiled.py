@@ -85,6 +85,14 @@ def serve(twin: Twin) -> None:
     twin.server.send(1 << 30)
 
 
+def answer_too_early(twin: Twin) -> None:
+    """The server answers the first command, of which it has not taken more than the header."""
+    end = twin.server.end
+    assert end is not None
+    cookie = struct.unpack_from(">Q", end.recv(28, socket.MSG_PEEK), 8)[0]
+    end.send(struct.pack(">IIQ", 0x67446698, 0, cookie))
+
+
 def lose_connection(twin: Twin) -> None:
     """With nothing answered; and there is a new one."""
     assert twin.server.end is not None
@@ -302,10 +310,7 @@ def test_a_write_answered_before_all_of_it_is_sent_waits_until_it_is(twin: Twin)
     add(twin, 1, 1)
     twin.compiled.run(twin.loop.epoll.fileno(), [twin.ring], 0.0, worked=True)
     assert twin.connection.has_unsent
-    end = twin.server.end
-    assert end is not None
-    cookie = struct.unpack_from(">Q", end.recv(28, socket.MSG_PEEK), 8)[0]
-    end.send(struct.pack(">IIQ", 0x67446698, 0, cookie))
+    answer_too_early(twin)
     twin._turn()
     assert twin.connection.has_unsent
     assert twin.used() == []

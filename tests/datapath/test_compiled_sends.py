@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from time import perf_counter
 
@@ -14,7 +13,6 @@ import pytest
 from bridge.datapath.cells import ROWS
 from bridge.datapath.engine_names import COMPILED
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
-from bridge.spec import nbd as p
 from tests.datapath.engines import engine
 from tests.datapath.socket_twins import (
     ROOM_BYTES,
@@ -25,7 +23,15 @@ from tests.datapath.socket_twins import (
     _pause,
     look,
 )
-from tests.datapath.test_compiled import LENGTH, add, data, lose_connection, make_volatile, serve
+from tests.datapath.test_compiled import (
+    LENGTH,
+    add,
+    answer_too_early,
+    data,
+    lose_connection,
+    make_volatile,
+    serve,
+)
 
 _SLOTS = 8
 _SEEDS = 60
@@ -136,10 +142,7 @@ def test_a_command_that_is_sent_is_answered_while_the_next_is_not(twin: Twin) ->
 
 def test_a_write_answered_too_early_waits_until_it_is_sent(twin: Twin) -> None:
     leave_unsent(twin, 1)
-    end = twin.server.end
-    assert end is not None
-    cookie = struct.unpack_from(">Q", end.recv(28, socket.MSG_PEEK), 8)[0]
-    end.send(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie))
+    answer_too_early(twin)
     assert run(twin)
     assert not run(twin)  # The general path has it now.
     twin._turn()
@@ -174,10 +177,7 @@ def test_requests_that_are_one_command_wait_when_it_is_answered_too_early(twin: 
         add(twin, slot, 1, 4096)
     assert run(twin)
     assert twin.connection.has_unsent
-    end = twin.server.end
-    assert end is not None
-    cookie = struct.unpack_from(">Q", end.recv(28, socket.MSG_PEEK), 8)[0]
-    end.send(p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie))
+    answer_too_early(twin)
     twin.turn()
     assert twin.used() == []
     for _ in range(50):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import socket
 import struct
-from typing import Any
 
 import pytest
 
@@ -13,9 +12,7 @@ from bridge.datapath.cells import ROWS
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
 from bridge.datapath.rows import in_order
-from bridge.errors import BridgeError
 from bridge.server.channels import Phase
-from bridge.server.connection import Connection
 from bridge.spec.nbd import CMD_FLUSH
 from tests.datapath.engines import engine
 from tests.datapath.socket_twins import (
@@ -26,7 +23,6 @@ from tests.datapath.socket_twins import (
     TABLES,
     Server,
     Twin,
-    _Negotiated,
 )
 from tests.datapath.test_compiled import add, data
 
@@ -45,28 +41,16 @@ class Several(Twin):
 
     def connect(self) -> None:
         if not hasattr(self, "servers"):
-            self.servers = [self.server, *(Server(self.server.structured) for _ in range(2))]
+            self.servers = [
+                self.server,
+                *(Server(self.server.structured) for _ in range(CONNECTIONS - 1)),
+            ]
             for server in self.servers:
                 server.image = self.server.image
                 server.expands = False
-        self.connections: list[Connection] = []
-        self.lost: list[BridgeError] = []
-        for server in self.servers:
-            ours, theirs = socket.socketpair()
-            ours.setblocking(False)
-            theirs.setblocking(False)
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
-            server.connected(theirs)
-            negotiated: Any = _Negotiated(ours, self.export)
-            self.connections.append(
-                Connection(
-                    negotiated,
-                    self.loop,
-                    lost=self._lost,
-                    generation=self.session.generation + 1,
-                    rows=self.rows,
-                )
-            )
+        self.roomy = True
+        self.lost: list[str] = []
+        self.connections = [self.connection_to(server)[0] for server in self.servers]
         self.connection = self.connections[0]
         self.session.established(self.now, self.export, self.connections)
         self.loop.turn.end()

@@ -198,7 +198,57 @@ class Socket:
     def close(self) -> None: ...
 
 
-class Server:
+class Answers:
+    """How a server answers the commands that it has taken apart."""
+
+    image: bytearray
+    structured: bool
+    commands: list[tuple[int, int, int, int, int, bytes]]
+    """Kind, flags, cookie, offset, length and data of those without an answer."""
+    outgoing: bytearray
+
+    def answer(self, index: int, how: str, count: int = 1) -> list[int]:
+        """Answer `count` commands from `index` on; the bytes are not sent yet. Those of one cookie
+        get one answer. Their cookies."""
+        index %= len(self.commands)
+        taken = self.commands[index : index + count]
+        del self.commands[index : index + count]
+        if len({cookie for _, _, cookie, *_ in taken}) == 1:
+            kind, _, cookie, offset, _, _ = taken[0]
+            self._answer(kind, cookie, offset, sum(each[4] for each in taken), how)
+        else:
+            for kind, _, cookie, offset, length, _ in taken:
+                self._answer(kind, cookie, offset, length, how)
+        return [cookie for _, _, cookie, *_ in taken]
+
+    def _answer(self, kind: int, cookie: int, offset: int, length: int, how: str) -> None:
+        if how == "error" or how == "shutdown":
+            self.outgoing += (
+                p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 108 if how == "shutdown" else 5, cookie)
+                if kind != p.CMD_READ or not self.structured
+                else p.CHUNK.pack(p.STRUCTURED_REPLY_MAGIC, 1, p.REPLY_TYPE_ERROR, cookie, 6)
+                + struct.pack(">IH", 108 if how == "shutdown" else 5, 0)
+            )
+        elif kind != p.CMD_READ:
+            self.outgoing += p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie)
+        elif not self.structured:
+            self.outgoing += p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie)
+            self.outgoing += self.image[offset : offset + length]
+        else:
+            middle = length // 2 if how == "chunks" else length
+            for start, stop, flags in ((0, middle, 0), (middle, length, 1)):
+                if start == stop:
+                    continue
+                flags = int(stop == length)
+                self.outgoing += p.CHUNK.pack(
+                    p.STRUCTURED_REPLY_MAGIC,
+                    *(flags, p.REPLY_TYPE_OFFSET_DATA, cookie, stop - start + 8),
+                )
+                self.outgoing += p.U64.pack(offset + start)
+                self.outgoing += self.image[offset + start : offset + stop]
+
+
+class Server(Answers):
     """Takes commands apart, and answers them when it is told to."""
 
     def __init__(self, structured: bool) -> None:
@@ -271,45 +321,11 @@ class Server:
             )
             self.outgoing += p.U64.pack(max(offset, 0)) + bytes(max(length, 1))
 
-    def answer(self, index: int, how: str, count: int = 1) -> None:
-        """Answer `count` commands from `index` on; the bytes are not sent yet. Those of one cookie
-        get one answer."""
-        index %= len(self.commands)
-        taken = self.commands[index : index + count]
-        del self.commands[index : index + count]
-        self.answered += [each[2] for each in taken]
-        if len({cookie for _, _, cookie, *_ in taken}) == 1:
-            kind, _, cookie, offset, _, _ = taken[0]
-            self._answer(kind, cookie, offset, sum(each[4] for each in taken), how)
-        else:
-            for kind, _, cookie, offset, length, _ in taken:
-                self._answer(kind, cookie, offset, length, how)
-
-    def _answer(self, kind: int, cookie: int, offset: int, length: int, how: str) -> None:
-        if how == "error" or how == "shutdown":
-            self.outgoing += (
-                p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 108 if how == "shutdown" else 5, cookie)
-                if kind != p.CMD_READ or not self.structured
-                else p.CHUNK.pack(p.STRUCTURED_REPLY_MAGIC, 1, p.REPLY_TYPE_ERROR, cookie, 6)
-                + struct.pack(">IH", 108 if how == "shutdown" else 5, 0)
-            )
-        elif kind != p.CMD_READ:
-            self.outgoing += p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie)
-        elif not self.structured:
-            self.outgoing += p.SIMPLE_REPLY.pack(p.SIMPLE_REPLY_MAGIC, 0, cookie)
-            self.outgoing += self.image[offset : offset + length]
-        else:
-            middle = length // 2 if how == "chunks" else length
-            for start, stop, flags in ((0, middle, 0), (middle, length, 1)):
-                if start == stop:
-                    continue
-                flags = int(stop == length)
-                self.outgoing += p.CHUNK.pack(
-                    p.STRUCTURED_REPLY_MAGIC,
-                    *(flags, p.REPLY_TYPE_OFFSET_DATA, cookie, stop - start + 8),
-                )
-                self.outgoing += p.U64.pack(offset + start)
-                self.outgoing += self.image[offset + start : offset + stop]
+    def answer(self, index: int, how: str, count: int = 1) -> list[int]:
+        """See `Answers`."""
+        cookies = super().answer(index, how, count)
+        self.answered += cookies
+        return cookies
 
     def send(self, n_bytes: int) -> None:
         self.end.arrived += self.outgoing[:n_bytes]
