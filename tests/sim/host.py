@@ -21,6 +21,7 @@ from unittest import mock
 import structlog
 import trio
 import trio._core._run as trio_run
+from trio._util import NoPublicConstructor
 
 from bridge.cache.cache_options import Options
 from bridge.cache.cold import attempt
@@ -187,7 +188,18 @@ def _patches() -> list[Any]:
         ),
         patch("bridge.server.link.Random", lambda: Random(_here().rng.getrandbits(32))),
         patch("trio._core._run.unrolled_run", scheduler.steps),
-        patch.object(trio.CancelScope, "_might_change_registered_deadline", scheduler.registering),
+        patch("trio._core._run.current_time", timeline.now),
+        patch("trio._core.reschedule", timeline.reschedule),
+        *(
+            patch.object(trio.CancelScope, name, ours)
+            for name, ours in (
+                ("__enter__", scheduler.enter),
+                ("_close", scheduler.close),
+                ("_might_change_registered_deadline", scheduler.registering),
+            )
+        ),
+        # No class is one of trio's errors by registration: what an ABC looks for each time.
+        patch.object(NoPublicConstructor, "__subclasscheck__", type.__subclasscheck__, create=True),
     ]
 
 

@@ -54,7 +54,7 @@ class _Epoll:
 
     def _changed(self, fd: int) -> None:
         """A socket may be ready: the loop is woken for what is asked of it only."""
-        if any(each == fd for each, _ in self._ready()):
+        if self._events_of(fd, self._sockets.get(fd)):
             self._notify()
 
     def signal(self, fd: int) -> None:
@@ -62,13 +62,18 @@ class _Epoll:
             self._edges.append(fd)
             self._notify()
 
+    def _events_of(self, fd: int, sock: SimSocket | None) -> int:
+        if sock is None or sock.closed:
+            return 0
+        events = EPOLLIN if sock.inbox or sock.ended or sock.errno else 0
+        if self._wanted[fd] & EPOLLOUT and sock.writable:
+            events |= EPOLLOUT
+        return events
+
     def _ready(self) -> list[tuple[int, int]]:
         ready = []
         for fd, sock in self._sockets.items():
-            events = EPOLLIN if sock.inbox or sock.ended or sock.errno else 0
-            if self._wanted[fd] & EPOLLOUT and sock.writable:
-                events |= EPOLLOUT
-            if events and not sock.closed:
+            if events := self._events_of(fd, sock):
                 ready.append((fd, events))
         return ready
 

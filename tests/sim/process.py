@@ -207,11 +207,15 @@ class Process:
     def _detach_files(self) -> None:
         """What it has open of files leads nowhere, and their locks are free."""
         nowhere = os.open("/dev/null", os.O_RDWR)
+        device = os.stat(self.directory).st_dev
         for name in os.listdir("/proc/self/fd"):
+            fd = int(name)
             with suppress(OSError):
+                if os.fstat(fd).st_dev != device:
+                    continue  # Cheaper than its name.
                 if os.readlink(f"/proc/self/fd/{name}").startswith(self.directory + "/"):
-                    fcntl.flock(int(name), fcntl.LOCK_UN)  # Maps hold the file, too.
-                    os.dup2(nowhere, int(name), inheritable=False)
+                    fcntl.flock(fd, fcntl.LOCK_UN)  # Maps hold the file, too.
+                    os.dup2(nowhere, fd, inheritable=False)
         os.close(nowhere)
 
 
@@ -237,8 +241,8 @@ def _detach(made: mmap.mmap, fd: int, offset: int) -> None:
     flags = mmap.MAP_PRIVATE | _MAP_FIXED
     found = _libc.mmap(address, len(made), mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
     assert found == address, "cannot take a map away"
-    # A private page shows what others store in the file until it was stored to itself.
-    for at in range(0, min(len(made), os.fstat(fd).st_size - offset), mmap.PAGESIZE):
-        byte = ctypes.c_char.from_address(address + at)
-        byte.value = byte.value
     del anchor
+    # A private page shows what others store in the file until it was stored to itself.
+    there = max(0, min(len(made), os.fstat(fd).st_size - offset))
+    with memoryview(made) as view, view[: there : mmap.PAGESIZE] as of_each_page:
+        of_each_page[:] = bytes(of_each_page)

@@ -16,7 +16,7 @@ from outcome import Error, Value
 from trio import TrioInternalError
 from trio._core._ki import enable_ki_protection
 
-from tests.sim.timeline import Clock, Stuck
+from tests.sim.timeline import Clock, Stuck, now, reschedule
 
 _LOOK_EVERY = 256
 """Steps between two looks at real descriptors: an interrupt from the keyboard comes by one."""
@@ -39,20 +39,23 @@ def steps(
         runner.init_task = runner.spawn_impl(
             runner.init, (async_fn, args), None, "<init>", system_task=True
         )
+        runq = runner.runq
         while runner.tasks:
             left -= 1
-            is_idle = not runner.runq and not clock.jump(runner)
+            is_idle = not runq and not clock.jump(runner)
             if is_idle or not left:
                 # At the end of a run trio calls itself, by a descriptor as well.
                 left = _LOOK_EVERY
                 runner.io_manager.process_events((yield 0))
-                if not runner.runq:
+                if not runq:
                     raise Stuck("every task waits for another, and for no time")
-            batch = list(runner.runq)
-            runner.runq.clear()
-            if len(batch) > 1:
-                batch.sort(key=_age)
-                trio_run._r.shuffle(batch)
+            if len(runq) == 1:
+                _step(runner, runq.popleft())
+                continue
+            batch = list(runq)
+            runq.clear()
+            batch.sort(key=_age)
+            trio_run._r.shuffle(batch)
             while batch:
                 _step(runner, batch.pop())
     except TrioInternalError:
@@ -87,21 +90,53 @@ def _step(runner: trio_run.Runner, task: trio_run.Task) -> None:
     if outcome is not None:
         runner.task_exited(task, outcome)
     else:
-        task._schedule_points += 1
-        if type(message) is trio_run.WaitTaskRescheduled:
-            task._cancel_points += 1
+        if message is trio_run.CancelShieldedCheckpoint:
+            reschedule(task)
+        else:  # It waits: a `WaitTaskRescheduled` of trio's, or a `Bell`.
             task._abort_func = message.abort_func
             if runner.ki_pending and task is runner.main_task:
                 task._attempt_delivery_of_pending_ki()
-            task._attempt_delivery_of_any_pending_cancel()
-        else:
-            assert message is trio_run.CancelShieldedCheckpoint, message
-            runner.reschedule(task)
+            if task._cancel_status.effectively_cancelled:
+                task._attempt_delivery_of_any_pending_cancel()
     del _CONTEXT.task
 
 
 def _without_ours(traceback: TracebackType | None) -> TracebackType | None:
     return None if traceback is None else traceback.tb_next
+
+
+@enable_ki_protection
+def enter(scope: trio_run.CancelScope) -> trio_run.CancelScope:
+    """`CancelScope.__enter__`, of which a program has hundreds."""
+    task = _CONTEXT.task
+    if scope._has_been_entered:
+        raise RuntimeError("each CancelScope may only be used for a single 'with' block")
+    scope._has_been_entered = True
+    if scope._relative_deadline != inf:
+        scope._deadline = now() + scope._relative_deadline
+        scope._relative_deadline = inf
+    if now() >= scope._deadline:
+        scope._cancel(trio_run.CancelReason(source="deadline"))
+    scope._cancel_status = trio_run.CancelStatus(scope=scope, parent=task._cancel_status)
+    task._activate_cancel_status(scope._cancel_status)
+    _register(scope)
+    return scope
+
+
+_close_any = trio_run.CancelScope._close
+
+
+@enable_ki_protection
+def close(scope: trio_run.CancelScope, error: BaseException | None) -> BaseException | None:
+    """`CancelScope._close`: here the usual case, of a scope that nothing has left."""
+    status, task = scope._cancel_status, _CONTEXT.task
+    if error is not None or status is None or task._cancel_status is not status:
+        return _close_any(scope, error)
+    task._activate_cancel_status(status._parent)
+    status.close()
+    scope._cancel_status = None
+    _register(scope)
+    return None
 
 
 def registering(scope: trio_run.CancelScope) -> _Registering:
@@ -118,16 +153,20 @@ class _Registering:
     def __enter__(self) -> None:
         return None
 
-    @enable_ki_protection
     def __exit__(self, *_: object) -> None:
-        scope = self._scope
-        old = scope._registered_deadline
-        is_over = scope._cancel_status is None or scope._cancel_called
-        new = inf if is_over else scope._deadline
-        if old != new:
-            scope._registered_deadline = new
-            deadlines = _CONTEXT.runner.deadlines
-            if old != inf:
-                deadlines.remove(old, scope)
-            if new != inf:
-                deadlines.add(new, scope)
+        _register(self._scope)
+
+
+@enable_ki_protection
+def _register(scope: trio_run.CancelScope) -> None:
+    """The deadline of `scope` may have changed, or that it has one."""
+    old = scope._registered_deadline
+    is_over = scope._cancel_status is None or scope._cancel_called
+    new = inf if is_over else scope._deadline
+    if old != new:
+        scope._registered_deadline = new
+        deadlines = _CONTEXT.runner.deadlines
+        if old != inf:
+            deadlines.remove(old, scope)
+        if new != inf:
+            deadlines.add(new, scope)
