@@ -198,6 +198,10 @@ def _patches() -> list[Any]:
                 ("_might_change_registered_deadline", scheduler.registering),
             )
         ),
+        patch.object(
+            trio_run.Task, "_attempt_delivery_of_any_pending_cancel", scheduler.deliver_cancel
+        ),
+        patch.object(trio.Event, "wait", timeline.wait_for_event),
         # No class is one of trio's errors by registration: what an ABC looks for each time.
         patch.object(NoPublicConstructor, "__subclasscheck__", type.__subclasscheck__, create=True),
     ]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from math import inf
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+import trio
 import trio._core._run as trio_run
 from outcome import Error, Value
 from trio import TrioInternalError
@@ -117,8 +118,14 @@ def enter(scope: trio_run.CancelScope) -> trio_run.CancelScope:
         scope._relative_deadline = inf
     if now() >= scope._deadline:
         scope._cancel(trio_run.CancelReason(source="deadline"))
-    scope._cancel_status = trio_run.CancelStatus(scope=scope, parent=task._cancel_status)
-    task._activate_cancel_status(scope._cancel_status)
+    parent = task._cancel_status
+    status = scope._cancel_status = trio_run.CancelStatus(scope=scope, parent=None)
+    if parent is not None:
+        status._parent = parent
+        parent._children.add(status)
+    if scope._cancel_called or (parent is not None and parent.effectively_cancelled):
+        status.recalculate()
+    task._activate_cancel_status(status)
     _register(scope)
     return scope
 
@@ -128,15 +135,69 @@ _close_any = trio_run.CancelScope._close
 
 @enable_ki_protection
 def close(scope: trio_run.CancelScope, error: BaseException | None) -> BaseException | None:
-    """`CancelScope._close`: here the usual case, of a scope that nothing has left."""
+    """`CancelScope._close`: here the usual cases, of a scope that nothing has left."""
     status, task = scope._cancel_status, _CONTEXT.task
-    if error is not None or status is None or task._cancel_status is not status:
+    if (
+        status is None
+        or task._cancel_status is not status
+        or isinstance(error, BaseExceptionGroup)
+        or len(status._tasks) > 1
+        or status._children
+    ):
         return _close_any(scope, error)
-    task._activate_cancel_status(status._parent)
-    status.close()
+    parent = status._parent
+    task._activate_cancel_status(parent)
+    if (
+        isinstance(error, trio.Cancelled)
+        and status.effectively_cancelled
+        and not status.parent_cancellation_is_visible_to_us
+    ):
+        scope.cancelled_caught = True
+        error = None
+    if parent is not None:
+        parent._children.remove(status)
+        status._parent = None
     scope._cancel_status = None
     _register(scope)
-    return None
+    return error
+
+
+class _Cancels:
+    """The outcome of a wait that is cancelled: as `outcome.Error`."""
+
+    __slots__ = ("_error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def unwrap(self) -> None:
+        error = self._error
+        try:
+            raise error
+        finally:
+            del error, self  # As outcome does, so that there is no cycle.
+
+
+def deliver_cancel(task: trio_run.Task) -> None:
+    """`Task._attempt_delivery_of_any_pending_cancel`; the error is not raised twice."""
+    abort, status = task._abort_func, task._cancel_status
+    if abort is None or not status.effectively_cancelled:
+        return
+    reason = status._scope._cancel_reason
+
+    def error() -> BaseException:
+        if reason is None:
+            return trio.Cancelled._create(source="unknown", reason="misnesting")
+        return trio.Cancelled._create(
+            source=reason.source, reason=reason.reason, source_task=reason.source_task
+        )
+
+    def raise_cancel() -> NoReturn:
+        raise error()
+
+    task._abort_func = None
+    if abort(raise_cancel) is trio.lowlevel.Abort.SUCCEEDED:
+        reschedule(task, _Cancels(error()))
 
 
 def registering(scope: trio_run.CancelScope) -> _Registering:

@@ -58,6 +58,37 @@ def reschedule(task: trio.lowlevel.Task, next_send: Any = _DONE) -> None:
     task._runner.runq.append(task)
 
 
+@types.coroutine
+def _until(trap: Any) -> Generator[Any, Any, None]:
+    """`trio.lowlevel.wait_task_rescheduled(trap.abort_func)`, in one frame for three."""
+    (yield trap).unwrap()
+
+
+class _WaitsForEvent:
+    """What `wait_for_event` waits with."""
+
+    __slots__ = ("_task", "_tasks")
+
+    def __init__(self, task: trio.lowlevel.Task, tasks: set[trio.lowlevel.Task]) -> None:
+        self._task = task
+        self._tasks = tasks
+
+    def abort_func(self, _: object) -> trio.lowlevel.Abort:
+        """For the scheduler: the task is cancelled."""
+        self._tasks.remove(self._task)
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+async def wait_for_event(event: trio.Event) -> None:
+    """`trio.Event.wait`."""
+    if event._flag:
+        await _checkpoint()
+    else:
+        task = trio.lowlevel.current_task()
+        event._tasks.add(task)
+        await _until(_WaitsForEvent(task, event._tasks))
+
+
 class Bell:
     """What one task waits for, again and again; an event that is cheap."""
 
@@ -84,12 +115,8 @@ class Bell:
         if self._has_rung:
             self._has_rung = False
             return _checkpoint()
-        return self._ringing()
-
-    @types.coroutine
-    def _ringing(self) -> Generator[Any, Any, None]:
         self._task = trio.lowlevel.current_task()
-        (yield self).unwrap()  # As `trio.lowlevel.wait_task_rescheduled`, in one frame for three.
+        return _until(self)
 
     def abort_func(self, _: object) -> trio.lowlevel.Abort:
         """For the scheduler: the task is cancelled."""
