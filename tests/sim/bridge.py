@@ -38,13 +38,21 @@ WRITEBACK_AT = 32
 class CacheFlush(Process):
     """`nbd-bridge cache flush`, by an operator."""
 
-    def __init__(self, world: World, path: str, *, force: bool) -> None:
+    def __init__(self, world: World, path: str, *, force: bool, skip_damaged: bool = False) -> None:
         super().__init__(world)
         self._path = path
         self._force = force
+        self._skip_damaged = skip_damaged
 
     async def main(self) -> None:
-        await flush_file(self._path, None, moved=False, timeout_s=100, force=self._force)
+        await flush_file(
+            self._path,
+            None,
+            moved=False,
+            timeout_s=100,
+            force=self._force,
+            skip_damaged=self._skip_damaged,
+        )
 
 
 class Bridge(Process):

@@ -44,7 +44,7 @@ class Result:
         faults = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
         speed = self.programs / self.cpu_s if self.cpu_s else 0
         return (
-            f"{self.programs} programs ({speed:.0f} per second of a core), "
+            f"{self.programs} programs ({speed:.1f} per CPU second), "
             f"{len(self.failures)} failed; {faults}"
         )
 

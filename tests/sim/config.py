@@ -215,6 +215,11 @@ AMID_WRITES: Final = ("power lost amid writes", "cut amid writes", "flush fails 
 """Steps of programs without a cache, over a foreign server: the moment counts."""
 
 
+DAMAGES: Final = ("cache file damaged", "cache file removed")
+"""What befalls the cache file, in some programs, beside their other steps."""
+_DAMAGED: Final = 0.04
+
+
 def script(seed: Seed) -> tuple[Config, list[tuple[int, str, int]]]:
     """The program of a seed: its config, and its steps (number, name, a seed of its own)."""
     rng = Random(f"{VERSION} {seed.number}")
@@ -226,6 +231,11 @@ def script(seed: Seed) -> tuple[Config, list[tuple[int, str, int]]]:
     elif config.mode == OFF and not config.plugin and not config.read_only:
         chosen = [rng.choice(AMID_WRITES) if rng.random() < 0.15 else name for name in chosen]
     steps = [(at, name, rng.getrandbits(32)) for at, name in enumerate(chosen)]
+    # (From a generator of its own: the other steps, and their numbers, are what they were.)
+    later = Random(f"damage {seed.number}")
+    if config.mode != OFF and not config.migrates and later.random() < _DAMAGED:
+        step = (len(steps), later.choice(DAMAGES), later.getrandbits(32))
+        steps.insert(later.randrange(len(steps)), step)
     if seed.kept is not None:
         steps = [step for step in steps if step[0] in seed.kept]
     return config, steps

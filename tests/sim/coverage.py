@@ -41,6 +41,7 @@ FAULTS: Final = (
     *("ring stops", "reset", "write cache toggled", "front-end leaves", "grown", "left behind"),
     *("cache flush by hand", "cold read", "another host writes", "migration", "migrated"),
     *("a filter loses what it held", "the cache's disk is full", "servers that cannot flush"),
+    *("cache file damaged", "cache file removed", "intact part saved"),
     *("read-only disks", "resize asked for", "left behind in a shared session"),
 )
 """What befalls programs, by the names under which they count it."""

@@ -183,10 +183,17 @@ class Oracle:
     def server_lost(self, at: int, numbers: Iterable[int]) -> None:
         """The server no longer has these changes of sector `at`."""
         gone = set(numbers)
-        for each in self.sectors[at]:
-            if each.number in gone and not each.durable:
+        lost = [each for each in self.sectors[at] if each.number in gone and not each.durable]
+        for each in lost:
+            each.kept = False
+            each.visible = self._has_cache
+        for each in self.sectors[at] if self._has_cache else ():
+            # One that was in flight at the same time may have been overwritten in the cache, and
+            # have come to the server as a part of what is lost.
+            if not each.durable and any(
+                each.began < other.ended and other.began < each.ended for other in lost
+            ):
                 each.kept = False
-                each.visible = self._has_cache
 
     def loss_unnoticed(self) -> None:
         """What is lost by now, no process could have noticed."""

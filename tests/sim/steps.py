@@ -18,7 +18,7 @@ from bridge.spec.virtio_blk import (
     T_OUT,
     T_WRITE_ZEROES,
 )
-from tests.sim import host, migration
+from tests.sim import damage, host, migration
 from tests.sim.bridge import WRITEBACK_AT
 from tests.sim.guest import MAX_SECTORS
 
@@ -528,10 +528,7 @@ class Steps:
         came: list[tuple[int, int]] = []
         if world.server is not None:
             came = list(world.server.in_flight())
-            for sock in world.network.open_sockets():
-                if sock.in_transit_bytes:
-                    sock.silent = True  # What was under way in the network is gone.
-                    world.timeline.after(1, sock._disconnect_peer)
+            world.lose_what_is_under_way()
         for process in (world.bridge, world.target, *world.processes):
             if process is not None and process.directory == world.directory:
                 process.kill()
@@ -547,6 +544,12 @@ class Steps:
         world.oracle.host_lost(
             came, written_through=world.config.mode != WRITEBACK and not server_too
         )
+
+    async def _cache_file_damaged(self, rng: Random) -> None:
+        await damage.damage(self.world, rng)
+
+    async def _cache_file_removed(self, rng: Random) -> None:
+        await damage.remove(self.world, rng)
 
     async def _everything_at_once(self, rng: Random) -> None:
         actions: list[Callable[[Random], object]] = [

@@ -26,7 +26,7 @@ from bridge.datapath.engine import PURE_ENGINE, choose
 from bridge.errors import Remedy
 from bridge.guest.device import BlkDevice
 from bridge.spec.virtio_blk import T_IN
-from tests.sim import host
+from tests.sim import damage, host
 from tests.sim.bridge import Bridge, CacheFlush
 from tests.sim.config import Seed, script
 from tests.sim.ending import Ending
@@ -87,6 +87,10 @@ class World:
         self.write_cache_moves = False
         """Its write cache is to be as it was, also where no in-flight region remembers that."""
         self.default_directory = Path(self._root) / "default"
+        self.damaged: set[int] = set()
+        """Sectors of the damaged part of a cache file."""
+        self.has_no_file: Bridge | None = None
+        """That bridge's was removed."""
         self.region: tuple[int, int] | None = None
         """Descriptor and size of the in-flight region that the front-end keeps."""
         self.guest = Guest(self)
@@ -316,6 +320,10 @@ class World:
                 else:
                     # No other host wrote, which only the operator knows.
                     await self.flush_by_hand(problem.path, force=True)
+            elif problem is not None and self.damaged and problem.remedy is Remedy.BRING_INTACT:
+                await damage.save_intact(self, problem.path)
+            if self.has_no_file is bridge:
+                damage.ended_without_file(self, in_order=problem is None and not bridge.dead)
             before, self.before_next = self.before_next, None
             if before is not None and not self.is_calm:
                 await before(problem is None and not bridge.dead)
@@ -357,11 +365,21 @@ class World:
     async def flush_by_hand(self, path: str, *, force: bool) -> None:
         """An operator runs `nbd-bridge cache flush`."""
         self.count("cache flush by hand")
-        flush = CacheFlush(self, path, force=force)
-        self.processes.append(flush)
-        self._nursery.start_soon(flush.run)
-        await flush.gone.wait()
-        self.processes.remove(flush)
+        await self.run_by_hand(CacheFlush(self, path, force=force))
+
+    async def run_by_hand(self, process: Process) -> None:
+        """An operator runs that, and waits for its end."""
+        self.processes.append(process)
+        self._nursery.start_soon(process.run)
+        await process.gone.wait()
+        self.processes.remove(process)
+
+    def lose_what_is_under_way(self) -> None:
+        """What the bridges have sent, and the server has not received, never comes there."""
+        for sock in self.network.open_sockets():
+            if sock.in_transit_bytes:
+                sock.silent = True
+                self.timeline.after(1, sock._disconnect_peer)
 
     def bridge_may_run(self, yes: bool = True) -> None:
         """The operator's switch."""
