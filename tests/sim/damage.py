@@ -118,12 +118,15 @@ async def save_intact(world: World, path: str) -> None:
 
 
 def _begin_anew(world: World, *, written_through: bool) -> None:
-    """A new guest finds what the server has. Nothing tells the next bridge of a foreign server's
-    writes that were left behind: the operator waits for them."""
+    """A new guest finds what the server has. Of what the last process has left at a foreign server,
+    nothing tells the next one: the operator waits until that is executed, and durable there. (If it
+    were lost later, the next bridge would take that for another host's change, and hold back.)"""
     world.damaged.clear()
     world.reset_guest()
-    if world.server is not None and not world.config.plugin:
-        world.server.forget_the_dead()
+    if not world.config.plugin:
+        if world.server is not None:
+            world.server.forget_the_dead()
+        world.medium.end_flush(world.medium.begin_flush(answered_only=False))
     came = [] if world.server is None else list(world.server.in_flight())
     world.oracle.host_lost(came, written_through=written_through)
     world.written_elsewhere = False
