@@ -204,7 +204,7 @@ class World:
         channel.output = []
         channel.held = []
         channel.has_payload = channel.sending = channel.is_closed = False
-        channel.spans = self.rows.spans if self.rng.random() < 0.3 else None
+        channel.spans = self.route.spans if self.rng.random() < 0.3 else None
         owner: Any = None
         channel.number = self.rows.join(channel, owner)
         return channel
@@ -221,7 +221,7 @@ class World:
         ]
         found += [self.rows.cells, [self.rows.queues.index(each) for each in self.rows.touched]]
         found += [channel.has_payload, b"".join(channel.output), len(channel.output)]
-        found += [channel.held, self.rows.spans]
+        found += [channel.held, self.route.spans]
         for queue in self.queues:
             found += [queue.cells, queue.rows, queue.cookies, queue.pushed]
         return found
