@@ -56,7 +56,7 @@ from bridge.datapath.cells import (
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.flush_rows import FlushedDisk, FlushRows, TurnedFlushes
-from bridge.datapath.merged import FIRST_PAUSE, LAST_PAUSE, Merged
+from bridge.datapath.merged import FIRST_PAUSE, LAST_PAUSE, Merged, members_of
 from bridge.datapath.request import FLUSH, WRITE, Request
 from bridge.datapath.spans import forget_rows
 from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
@@ -109,6 +109,8 @@ class Rows:
         self.engine = engine
         self.cells: Cells[int] = cells(ROWS_CELLS)
         self.cells[SEQUENCE] = 1
+        self._unused = 0
+        """Numbers that no command has."""
         self._pause = FIRST_PAUSE
         self.queues: list[Queue | None] = [None] * MAX_QUEUES
         self.touched: list[Queue] = []
@@ -260,6 +262,7 @@ class Rows:
             head = cookie & MAX_HEADS - 1
             cookie = queue.cells[NAME] | self.cells[SEQUENCE] << NAME_BITS | head
             self.cells[SEQUENCE] += 1
+            self._unused += 1  # The one that it had.
             queue.cookies[head] = channel.cells[FLUSH_ROW] = cookie
             channel.held = [REQUEST.pack(REQUEST_MAGIC, 0, CMD_FLUSH, cookie, 0, 0)]
         channel.output += channel.held
@@ -274,12 +277,16 @@ class Rows:
                 queue.owner.publish_later()
         touched.clear()
 
-    # Numbers of commands.
+    # How many commands there were.
 
     @property
-    def sequence(self) -> int:
-        """That of the next command."""
-        return self.cells[SEQUENCE]
+    def commands(self) -> int:
+        """So many, each request in a merged one for itself."""
+        return self.cells[SEQUENCE] - 1 - self._unused
+
+    def some_answered(self, before: int, unanswered: Sequence[Request]) -> bool:
+        """Since there were so many `commands`, some but those `unanswered` were sent."""
+        return self.commands - before > sum(len(members_of(each)) for each in unanswered)
 
 
 def in_order(requests: list[Request]) -> list[Request]:
