@@ -156,6 +156,7 @@ class Opening:
 
 def _difference(exports: Sequence[Export]) -> str:
     """What shows that the connections do not lead to one export at one time; "" if nothing does.
+    (Raises nothing: numbers that cannot be were refused in the handshake.)
 
     The first may be lost while the others are made. Of our plugin's those are in the next session
     then, and between two sessions another host may have written; or they lead to a server that has
