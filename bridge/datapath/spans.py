@@ -27,25 +27,32 @@ def stop_of_span(spans: Cells[int], offset: int, length: int) -> int:
     return 0
 
 
-def note_span(spans: Cells[int], key: int, start: int, stop: int) -> None:
-    """A change of these bytes is in flight from here on, or waits. There has to be room."""
+def note_span(spans: Cells[int], key: int, start: int, stop: int) -> int:
+    """A change of these bytes is in flight from here on, or waits. There has to be room. Returns
+    its place, which it may not keep."""
     at = 1 + SPAN_CELLS * spans[0]
     spans[at], spans[at + 1], spans[at + 2] = key, start, stop
     spans[0] += 1
+    return at
 
 
-def forget_span(spans: Cells[int], key: int) -> None:
-    """It is so no more. The last one takes its place."""
+def forget_span(spans: Cells[int], key: int, place: int = 0) -> int:
+    """It is so no more. `place`: where it may be found. Returns where it was: the last one has that
+    place now; 0: it was nowhere."""
     last = 1 + SPAN_CELLS * (spans[0] - 1)
-    try:
-        at = spans.index(key, 1)
-        while at % SPAN_CELLS != 1:  # An offset that is the same number.
-            at = spans.index(key, at + 1)
-    except ValueError:
-        return
-    if at <= last:
-        spans[at : at + SPAN_CELLS] = spans[last : last + SPAN_CELLS]
-        spans[0] -= 1
+    at = place
+    if not 0 < at <= last or spans[at] != key:
+        try:
+            at = spans.index(key, 1)
+            while at % SPAN_CELLS != 1:  # An offset that is the same number.
+                at = spans.index(key, at + 1)
+        except ValueError:
+            return 0
+    if at > last:
+        return 0
+    spans[at : at + SPAN_CELLS] = spans[last : last + SPAN_CELLS]
+    spans[0] -= 1
+    return at
 
 
 def row_overlaps(spans: Cells[int], start: int, stop: int) -> bool:

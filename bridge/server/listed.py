@@ -17,8 +17,8 @@ class Listed:
         self._spans = spans
         self._left_out: dict[Claim, None] = {}
         self._next_key = 1
-        self._count = 0
-        """How many are in the table."""
+        self._places: dict[int, int] = {}
+        """Where in the table keys are, or were: a row that leaves it may have moved one."""
 
     @property
     def is_complete(self) -> bool:
@@ -39,16 +39,16 @@ class Listed:
         if claim in self._left_out:
             del self._left_out[claim]
         else:
-            forget_span(self._spans, claim.key)
-            self._count -= 1
+            place = forget_span(self._spans, claim.key, self._places.pop(claim.key))
+            if (moved := self._spans[place]) in self._places:
+                self._places[moved] = place
         # (Rows that were answered have made room, too.)
         while self._left_out and self._spans[0] < MAX_SPANS:
             self._note(self._left_out.popitem()[0])
 
     def _note(self, claim: Claim) -> None:
-        note_span(self._spans, claim.key, claim.start, claim.stop)
-        self._count += 1
+        self._places[claim.key] = note_span(self._spans, claim.key, claim.start, claim.stop)
 
     def row_overlaps(self, start: int, stop: int) -> bool:
         """Some of these bytes are those of a row."""
-        return self._spans[0] > self._count and row_overlaps(self._spans, start, stop)
+        return self._spans[0] > len(self._places) and row_overlaps(self._spans, start, stop)

@@ -72,3 +72,29 @@ def test_claims_beyond_the_tables_room_are_listed_as_others_leave(
     for claim in claims:
         listed.remove(claim)
     assert spans[0] == rows
+
+
+@given(st.lists(st.tuples(st.booleans(), _numbers), max_size=60))
+def test_claims_are_found_where_rows_that_left_have_moved_them(
+    steps: list[tuple[bool, int]],
+) -> None:
+    spans = cells(SPANS_CELLS)
+    listed = Listed(spans)
+    rows: set[int] = set()
+    claims: dict[int, Claim] = {}
+    for is_row, number in steps:
+        if is_row and number in rows:
+            rows.remove(number)
+            forget_span(spans, ROW_COOKIE | number)
+        elif is_row:
+            rows.add(number)
+            note_span(spans, ROW_COOKIE | number, number, number + 1)
+        elif number in claims:
+            listed.remove(claims.pop(number))
+        else:
+            claims[number] = Claim(100 + number, 101 + number)
+            listed.add(claims[number])
+        assert spans[0] == len(rows) + len(claims)
+        for each in range(13):
+            assert (stop_of_span(spans, each, 1) != 0) == (each in rows)
+            assert (stop_of_span(spans, 100 + each, 1) != 0) == (each in claims)
