@@ -372,6 +372,59 @@ def test_every_request_is_answered_once_and_rightly(
 
 
 @pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+@pytest.mark.parametrize("seed", range(4))
+def test_changes_stay_apart_whatever_fails(seed: int, engine_name: str) -> None:
+    """Writes that are merged, writes and zeroes that overlap, zeroes that are not the guest's;
+    errors and lost connections amid all of that."""
+    twin = several(engine_name)
+    rng = random.Random(seed)
+    free = set(range(SLOTS))
+    for _ in range(150):
+        at = SHARED + 512 * rng.randrange(64)
+        for slot in sorted(rng.sample(sorted(free), min(len(free), rng.choice([0, 1, 5, 16])))):
+            (type_,) = rng.choices((READ, WRITE, FLUSH, WRITE_ZEROES), (20, 60, 2, 4))
+            length = rng.choice([512, LENGTH, LENGTH, 2 * LENGTH])
+            goes_on = rng.random() < 0.6
+            offset = at if goes_on else SHARED + 512 * rng.randrange(200)
+            at += length if goes_on else 0
+            sent = bytes(length) if type_ == WRITE_ZEROES else rng.randbytes(length)
+            _make_available(twin, slot, type_, offset, sent)
+            free.remove(slot)
+        if rng.random() < 0.02:
+            offset = 512 * rng.randrange(300)
+            twin.session.submit(Request(ZEROES, offset, LENGTH, [], _ignore))
+        twin.turn()
+        _assert_changes_are_apart(twin)
+        if rng.random() < 0.03:
+            server = rng.choice(twin.servers)
+            assert server.end is not None
+            server.end.shutdown(socket.SHUT_RDWR)
+        _serve(twin, rng, errors=0.05)
+        twin.turn()
+        _assert_changes_are_apart(twin)
+        free |= {head // STRIDE for head, _ in twin.used()}
+        if not all(connection.alive for connection in twin.connections):
+            twin.settle_loss()
+    for _ in range(50):
+        _serve(twin, rng, whole=True)
+        twin.turn()
+        if not all(connection.alive for connection in twin.connections):
+            twin.settle_loss()
+    assert free | {head // STRIDE for head, _ in twin.used()} == set(range(SLOTS))
+    assert not any(twin.rows_of())
+    assert twin.session.in_flight == 0
+    assert twin.session.route.spans[0] == 0
+    usual = twin.disk.usual
+    assert usual is not None
+    assert usual.served > twin.rows.adopted_total > 0
+    assert twin.rows.merged_total > 0
+    twin.close()
+
+
+def _ignore(request: Request) -> None: ...
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
 def test_members_of_a_failed_write_give_up_their_ranges_and_are_done_one_by_one(
     engine_name: str,
 ) -> None:
@@ -430,9 +483,10 @@ def _assert_changes_are_apart(twin: Several) -> None:
     assert all(before[1] <= after[0] for before, after in pairwise(changes)), changes
 
 
-def _serve(twin: Several, rng: random.Random, *, whole: bool = False) -> None:
+def _serve(twin: Several, rng: random.Random, *, whole: bool = False, errors: float = 0) -> None:
     for server in rng.sample(twin.servers, len(twin.servers)):
         server.receive()
         while server.commands and (whole or rng.random() < 0.8):
-            server.answer(rng.randrange(len(server.commands)), "whole")
+            how = "error" if errors and rng.random() < errors else "whole"
+            server.answer(rng.randrange(len(server.commands)), how)
         server.send(1 << 30 if whole else rng.choice([100, 5000, 40_000, 1 << 30, 1 << 30]))
