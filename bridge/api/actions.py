@@ -117,7 +117,14 @@ class Actions:
     async def flush(self, timeout_s: float) -> Flushed:
         """Bring everything to the server, durable. What is cached stays."""
         with self._allowed():
-            return await self._flush(timeout_s)
+            flushed = await self._flush(timeout_s)
+            if self.live.loss_unreported:
+                # What is gone no flush brings back: the bridge's own succeed all the same.
+                raise HttpError(
+                    HTTPStatus.BAD_GATEWAY,
+                    "the server may have lost writes, which the guest learns from its next flush",
+                )
+            return flushed
 
     async def _flush(self, timeout_s: float) -> Flushed:
         live = self.live

@@ -4,7 +4,8 @@
 - `loop`, `turn`: one epoll under one trio task; the order of work in one turn;
 - `usual`: the usual case of a turn, in batches, over the flat state of `cells`; `rows`: what of it
   is in flight, and the way out of it; `merged`: commands for several of its requests; `flush_rows`:
-  which flushes are; `fence`: the memory barrier that it and the rings need;
+  which flushes are; `spans`: which bytes it has to keep away from; `fence`: the memory barrier that
+  it and the rings need;
 - `engine`, `engine_names`: whether `usual` does that or the same in C, which is `native`, built as
   `_native`; `compiled`: whole turns in C;
 - `crowding`: whether others want the processor, so that polling is at their cost;

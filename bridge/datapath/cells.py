@@ -278,7 +278,8 @@ LONG_BYTES: Final = 32 << 10
 
 
 SPAN_CELLS: Final = 3
-"""Of a write that is a row: its cookie, where it begins and where it ends."""
+"""Of a change: the cookie of a write that is a row, or a number below `ROW_COOKIE`; where it begins
+and where it ends."""
 MAX_SPANS: Final = 256
 SPANS_CELLS: Final = 1 + SPAN_CELLS * MAX_SPANS
 """How many there are, then each of them."""
@@ -306,9 +307,9 @@ class Channel:
     has_payload: bool
     """Something in the output is not a header."""
     spans: Cells[int] | None
-    """What the writes change that are rows, on this channel and the others (see SPANS_CELLS): one
-    that overlaps another is not usual, as the two could pass each other. None: they cannot, this
-    channel is alone."""
+    """What is being changed on this channel and the others (`Route.spans`): a write that overlaps
+    any of that is not usual, as the two could pass each other. None: they cannot, this channel is
+    alone."""
     sending: bool
     """Part of the output was not taken by the socket: an answer may come too early."""
     staging: memoryview
@@ -369,8 +370,8 @@ class Changes(Protocol):
     """What keeps changes apart that overlap (see `server.changes`)."""
 
     def adopt(self, request: Request) -> Request:
-        """The command for the guest's write `request`, which was a row beside others that it does
-        not overlap."""
+        """The command for the guest's write `request`, which was a row and overlaps no other change
+        in flight."""
 
     def give_up(self, command: Request) -> Request:
         """The request of a command that `adopt` has made, and that is done with."""
@@ -389,7 +390,7 @@ class Outlet(NamedTuple):
 class Route:
     """Where commands go: the limits of the export, and the connections that take them."""
 
-    __slots__ = ("alone", "cells", "changes", "flushes", "outlets", "rows", "shown")
+    __slots__ = ("alone", "cells", "changes", "flushes", "outlets", "rows", "shown", "spans")
 
     def __init__(self) -> None:
         self.cells = cells(ROUTE_CELLS)
@@ -407,6 +408,9 @@ class Route:
         """None: writes cannot pass each other."""
         self.rows: Rows | None = None
         """What is usual on this route; None: nothing is."""
+        self.spans = cells(SPANS_CELLS)
+        """Of the writes that are rows on one of several channels, and of the changes of the general
+        path (see `spans`)."""
 
     def lead(self, outlets: tuple[Outlet, ...]) -> None:
         """From here on commands go there."""

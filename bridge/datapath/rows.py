@@ -37,7 +37,6 @@ from bridge.datapath.cells import (
     SEQUENCE,
     SEQUENCE_MASK,
     SIZE,
-    SPANS_CELLS,
     STOP_FLUSH,
     STOP_ROUTE,
     STOPPED,
@@ -57,8 +56,9 @@ from bridge.datapath.cells import (
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.flush_rows import FlushedDisk, FlushRows, TurnedFlushes
-from bridge.datapath.merged import FIRST_PAUSE, LAST_PAUSE, Merged
+from bridge.datapath.merged import FIRST_PAUSE, LAST_PAUSE, Merged, members_of
 from bridge.datapath.request import FLUSH, WRITE, Request
+from bridge.datapath.spans import forget_rows
 from bridge.spec.nbd import CMD_FLUSH, REQUEST, REQUEST_MAGIC
 
 _CHANNEL_AT: Final = 4
@@ -109,6 +109,8 @@ class Rows:
         self.engine = engine
         self.cells: Cells[int] = cells(ROWS_CELLS)
         self.cells[SEQUENCE] = 1
+        self._unused = 0
+        """Numbers that no command has."""
         self._pause = FIRST_PAUSE
         self.queues: list[Queue | None] = [None] * MAX_QUEUES
         self.touched: list[Queue] = []
@@ -119,8 +121,6 @@ class Rows:
         """Rows that became requests."""
         self.flushes: FlushRows | None = None
         """None: no row is a flush."""
-        self.spans: Cells[int] = cells(SPANS_CELLS)
-        """See `Channel.spans`."""
         self.changes: Changes | None = None
         """Where those go that were rows."""
 
@@ -186,6 +186,10 @@ class Rows:
             for cookie in queue.cookies
             if cookie
         )
+        for channel, _ in self._channels.values():
+            if channel.spans is not None:
+                forget_rows(channel.spans)  # Before their changes are listed.
+                break
         by_channel: dict[int, list[list[Request]]] = {}
         for cookie in found:
             number, is_first, request = self._adopt(cookie)
@@ -194,7 +198,6 @@ class Rows:
                 commands.append([request])
             else:
                 commands[-1].append(request)  # The numbers of a merged command follow one another.
-        self.spans[0] = 0
         for number, commands in by_channel.items():
             channel, owner = self._channels[number]
             channel.cells[ROWS] -= sum(map(len, commands))
@@ -225,10 +228,11 @@ class Rows:
         queue.cookies[head] = 0
         request: Request = queue.owner.adopt(head, cookie, row)
         number = row[_CHANNEL_AT]
+        channel, _ = self._channels[number]
         if request.op == FLUSH:
             assert self.flushes is not None
-            request = self.flushes.adopt(request, self._channels[number][0])
-        elif request.op == WRITE and self.spans[0] and self.changes is not None:
+            request = self.flushes.adopt(request, channel)
+        elif request.op == WRITE and channel.spans is not None and self.changes is not None:
             request = self.changes.adopt(request)
         request.cookie = cookie
         self.adopted_total += 1
@@ -258,6 +262,7 @@ class Rows:
             head = cookie & MAX_HEADS - 1
             cookie = queue.cells[NAME] | self.cells[SEQUENCE] << NAME_BITS | head
             self.cells[SEQUENCE] += 1
+            self._unused += 1  # The one that it had.
             queue.cookies[head] = channel.cells[FLUSH_ROW] = cookie
             channel.held = [REQUEST.pack(REQUEST_MAGIC, 0, CMD_FLUSH, cookie, 0, 0)]
         channel.output += channel.held
@@ -272,12 +277,16 @@ class Rows:
                 queue.owner.publish_later()
         touched.clear()
 
-    # Numbers of commands.
+    # How many commands there were.
 
     @property
-    def sequence(self) -> int:
-        """That of the next command."""
-        return self.cells[SEQUENCE]
+    def commands(self) -> int:
+        """So many, each request in a merged one for itself."""
+        return self.cells[SEQUENCE] - 1 - self._unused
+
+    def some_answered(self, before: int, unanswered: Sequence[Request]) -> bool:
+        """Since there were so many `commands`, some but those `unanswered` were sent."""
+        return self.commands - before > sum(len(members_of(each)) for each in unanswered)
 
 
 def in_order(requests: list[Request]) -> list[Request]:

@@ -56,7 +56,6 @@ from bridge.datapath.cells import (
     MAX_HEADS,
     MAX_READ_BYTES,
     MAX_SEGMENTS,
-    MAX_SPANS,
     MAX_WRITE_BYTES,
     MAY_FLUSH,
     MAY_WRITE,
@@ -84,7 +83,6 @@ from bridge.datapath.cells import (
     SIGNAL_ANYWAY,
     SIZE,
     SIZE_BYTES,
-    SPAN_CELLS,
     STOP_FLUSH,
     STOP_FORM,
     STOP_MISS,
@@ -107,6 +105,7 @@ from bridge.datapath.cells import (
 from bridge.datapath.fence import WEAK_ORDER, fence
 from bridge.datapath.lanes import TURN_BYTES, WHOLE_BYTES
 from bridge.datapath.request import FLUSH
+from bridge.datapath.spans import forget_span, note_span, stop_of_span
 from bridge.spec.nbd import CMD_FLUSH
 from bridge.spec.virtio_blk import T_FLUSH
 from bridge.spec.virtqueue import (
@@ -566,7 +565,7 @@ def take_commands(
             if pieces > BATCH_PIECES or in_flight + len(segments) > most_segments:
                 state[STOPPED] = STOP_ROOM
                 break
-            if spans is not None and type_ and (stop := _stop_of_span(spans, offset, length)):
+            if spans is not None and type_ and (stop := stop_of_span(spans, offset, length)):
                 state[STOPPED] = stop
                 break
             in_flight += len(segments)
@@ -613,7 +612,7 @@ def take_commands(
                 alone -= alone > 0
         last, until = head, offset + length
         if spans is not None and type_:
-            _note_span(spans, cookie, offset, length)
+            note_span(spans, cookie, offset, offset + length)
         at = SEGMENTS_BYTES * head
         for region, start, n_bytes in segments:
             _pack_segment(many, at, start, n_bytes, region)
@@ -651,33 +650,6 @@ def _stop_of_flush(disk: Cells[int], flat: Cells[int], pieces: int) -> int:
     if not flat[MAY_FLUSH] or flat[FLUSH_ROW]:
         return STOP_FLUSH
     return STOP_ROOM if pieces > BATCH_PIECES else 0
-
-
-def _stop_of_span(spans: Cells[int], offset: int, length: int) -> int:
-    """Why a write of these bytes may not be a row beside those that are; 0: it may."""
-    if spans[0] == MAX_SPANS:
-        return STOP_ROOM
-    for at in range(1, 1 + SPAN_CELLS * spans[0], SPAN_CELLS):
-        if offset < spans[at + 2] and spans[at + 1] < offset + length:
-            return STOP_WRITE
-    return 0
-
-
-def _note_span(spans: Cells[int], cookie: int, offset: int, length: int) -> None:
-    """A write is a row from here on."""
-    at = 1 + SPAN_CELLS * spans[0]
-    spans[at], spans[at + 1], spans[at + 2] = cookie, offset, offset + length
-    spans[0] += 1
-
-
-def _forget_span(spans: Cells[int], cookie: int) -> None:
-    """It is so no more. The last one takes its place."""
-    last = 1 + SPAN_CELLS * (spans[0] - 1)
-    for at in range(1, last + 1, SPAN_CELLS):
-        if spans[at] == cookie:
-            spans[at : at + SPAN_CELLS] = spans[last : last + SPAN_CELLS]
-            spans[0] -= 1
-            return
 
 
 def _note_flush(flat: Cells[int], cookie: int, armed: int) -> None:
@@ -762,7 +734,7 @@ def answers(channel: Channel, rows: Rows, start: int, end: int) -> tuple[int, bo
             if op == _OUT:
                 writes += 1
                 if channel.spans is not None:
-                    _forget_span(channel.spans, cookies[head])
+                    forget_span(channel.spans, cookies[head])
             elif op == _IN:
                 used_bytes = length + 1
                 if pieces == 1:

@@ -9,8 +9,8 @@ From the wire upwards (the protocol's numbers and layouts: `bridge.spec.nbd`):
   dead, or slow?); `tls`, `tls_connection`: both over TLS;
 * `link`: what happens when the server goes away and comes back, sans-I/O. Its parts: `channels`
   (where commands go), `flushes`, `trial` with `suspects` (on what does the server hang up?),
-  `patience` (how long it is waited for), `changes` with `overlaps` and `grace` (which changes may
-  go now);
+  `patience` (how long it is waited for), `changes` with `overlaps`, `listed` and `grace` (which
+  changes may go now);
 * `commands`, `split`, `align`: how a request becomes commands that this server takes;
 * `client`: all of it behind `submit(request)`; `opening`: its connections, and the names that our
   nbdkit plugin understands; `inspection`: what a server offers, without using it;

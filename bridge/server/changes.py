@@ -6,9 +6,10 @@ keep out of where the server may still do something old: what was left behind by
 for a time (`GraceSpans`), and what unanswered commands of abandoned requests do. Otherwise they
 need not come here: that is what `fast_write_bytes` says.
 
-Writes that are rows keep out of each other's way by themselves (`datapath.cells.Channel.spans`).
-Before a change enters they become requests with a claim each, and while there is any claim no write
-is a row: two that overlap are never in flight, one here and one there.
+Writes that are rows keep out of each other's way by themselves, and out of that of the claims here,
+which are in the same table (`datapath.spans`): one that overlaps any of these is not usual, and
+comes here. A change that overlaps a row has all rows become requests, with a claim for each write.
+So two that overlap are never in flight, one here and one there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bridge.datapath.turn import Turn
 from bridge.server.align import cover
 from bridge.server.client_options import ClientOptions
 from bridge.server.grace import WHOLE_DISK, GraceSpans
+from bridge.server.listed import Listed
 from bridge.server.overlaps import Claim, Overlaps, Span
 
 _log = structlog.get_logger(__name__)
@@ -82,6 +84,7 @@ class Changes:
         self._turn = turn
         self._do = do
         self._overlaps = Overlaps()
+        self._listed = Listed(route.spans)
         self._grace = GraceSpans(self._overlaps)
         self._outlived: set[Claim] = set()
         """What commands of abandoned requests, sent and not answered, may still change."""
@@ -111,8 +114,8 @@ class Changes:
         self.fast_write_bytes = 0 if self.must_enter else self._most_bytes
         usual_bytes = self.fast_write_bytes
         if self.ordered and not (self._in_parts or self._grace or self._outlived):
-            # Rows keep out of each other's way, but not out of that of what is here.
-            usual_bytes = self._most_bytes if self._overlaps.is_empty else 0
+            # Rows keep out of each other's way, and out of that of claims that they know of.
+            usual_bytes = self._most_bytes if self._listed.is_complete else 0
         limits = self._route.cells
         limits[MAX_WRITE_BYTES] = min(usual_bytes, SMALL_BYTES)
         limits[WHOLE_WRITE_BYTES] = min(usual_bytes, WHOLE_BYTES)
@@ -130,20 +133,16 @@ class Changes:
     def enter(self, request: Request, block_bytes: int) -> None:
         """Do the change `request` on its whole blocks, now or when it may go."""
         rows = self._route.rows
-        if rows is not None and rows.spans[0]:
-            rows.adopt_all()  # Writes that are rows and could pass it have claims then.
         change = Change(request, *cover(request.offset, request.length, block_bytes))
-        was_empty = self._overlaps.is_empty
-        if self._overlaps.enter(change):
+        if rows is not None and self._listed.row_overlaps(change.start, change.stop):
+            rows.adopt_all()  # They have claims then, and it waits for one of these.
+        if self._enter(change):
             self._begin(change)
-        if was_empty:
-            self._choose_way()
 
     def adopt(self, request: Request) -> Request:
         """See cells.Changes."""
         claim = Claim(request.offset, request.offset + request.length)
-        self._overlaps.enter(claim)
-        self._choose_way()
+        self._enter(claim)
         op, offset, length, buffers = request.op, request.offset, request.length, request.buffers
         return _ChangeCommand(op, offset, length, buffers, self._done, 0, (request, claim))
 
@@ -151,12 +150,25 @@ class Changes:
         """See cells.Changes."""
         assert isinstance(command, _ChangeCommand)
         request, claim = command.owner
-        self._overlaps.withdraw(claim)
-        self._ended()
+        self._leave(claim)
         return request
 
-    def _ended(self) -> None:
-        if self._overlaps.is_empty:
+    def _enter(self, claim: Claim) -> bool:
+        """See `Overlaps.enter`."""
+        self._listed.add(claim)
+        if not self._listed.is_complete:
+            self._choose_way()
+        return self._overlaps.enter(claim)
+
+    def _leave(self, claim: Claim) -> None:
+        """It is over."""
+        self._overlaps.withdraw(claim)
+        self._unlist(claim)
+
+    def _unlist(self, claim: Claim) -> None:
+        was_complete = self._listed.is_complete
+        self._listed.remove(claim)
+        if not was_complete:
             self._choose_way()
 
     def advance(self) -> bool:
@@ -189,8 +201,10 @@ class Changes:
         for claim in gone:
             if isinstance(claim, Change):
                 self._overlaps.release(claim)
-        self._ended()
-        return [claim.request for claim in (*gone, *claims) if isinstance(claim, Change)]
+        taken = [claim for claim in (*gone, *claims) if isinstance(claim, Change)]
+        for change in taken:
+            self._unlist(change)
+        return [change.request for change in taken]
 
     # What the server may still do.
 
@@ -253,14 +267,14 @@ class Changes:
         if command.op in CHANGES:
             claim = Claim(command.offset, command.offset + command.length)
             self._outlived.add(claim)
-            self._overlaps.enter(claim)
+            self._enter(claim)
             self._choose_way()
         return Outlived(self, done, claim)
 
     def outlived_ended(self, claim: Claim) -> None:
         """The command that it was for has ended."""
         self._outlived.remove(claim)
-        self._overlaps.withdraw(claim)
+        self._leave(claim)
         self._choose_way()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
-from bridge.datapath.cells import UNFLUSHED, Outlet, Route, Wire
+from bridge.datapath.cells import UNFLUSHED, Cells, Outlet, Route, Wire
 from bridge.datapath.cells import Channel as FlatChannel
 from bridge.datapath.durability import BEFORE
 from bridge.datapath.request import Request
@@ -47,7 +47,7 @@ class Channel(Protocol):
     def wire(self) -> Wire | None:
         """Itself, where compiled turns may read and write; None: they may not."""
 
-    def is_one_of_several(self) -> None:
+    def is_one_of_several(self, spans: Cells[int]) -> None:
         """Commands on it and on others could pass each other. It has none yet."""
 
     def flush_later(self) -> None:
@@ -137,7 +137,7 @@ class Channels:
         self.present = channels
         if len(channels) > 1:
             for channel in channels:
-                channel.is_one_of_several()
+                channel.is_one_of_several(self.route.spans)
         self.given_up = False
         self.enter(Phase.UP)
 

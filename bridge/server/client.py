@@ -22,7 +22,6 @@ import structlog
 import trio
 
 from bridge.datapath.loop import Loop
-from bridge.datapath.merged import members_of
 from bridge.datapath.request import Request
 from bridge.datapath.rows import Rows, sent_at
 from bridge.errors import BridgeError, ConnectionLost
@@ -81,8 +80,8 @@ class Client:
         self._connections: list[Connection] = []
         self.rows = Rows(loop.engine)
         """The guest's requests in flight that were sent in the usual way."""
-        self._first_sent = 0
-        """The number of the first command that was sent on the present connections."""
+        self._commands_before = 0
+        """How many commands there were before the present connections."""
         self._broken = trio.Event()
         self._watch_now = trio.Event()
         """Something has begun that ends by the clock."""
@@ -274,7 +273,7 @@ class Client:
         if generation > 1 and self._above is not None:
             await self._examine(self._above, export, connections)
         self._connections = connections
-        self._first_sent = self.rows.sequence
+        self._commands_before = self.rows.commands
         self.link.established(trio.current_time(), export, connections)
         self._loop.turn.end()
 
@@ -344,15 +343,13 @@ class Client:
             key=sent_at,
             default=None,
         )
-        sent = self.rows.sequence - self._first_sent
         unanswered = self._take_unanswered()
-        owed = sum(len(members_of(each)) for each in unanswered)
         self.outages.lost(len(unanswered))
         self.link.lost(
             trio.current_time(),
             unanswered,
             stale_possible=not ended,
-            answered=sent > owed,
+            answered=self.rows.some_answered(self._commands_before, unanswered),
             blamed=blamed,
         )
         self._loop.turn.end()

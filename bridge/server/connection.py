@@ -18,7 +18,16 @@ from typing import ClassVar, Final
 import structlog
 import trio
 
-from bridge.datapath.cells import DIRECT_LEFT, LONG_READS, ROWS, Channel, Unsent, Wire, sequence_of
+from bridge.datapath.cells import (
+    DIRECT_LEFT,
+    LONG_READS,
+    ROWS,
+    Cells,
+    Channel,
+    Unsent,
+    Wire,
+    sequence_of,
+)
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT, Loop
 from bridge.datapath.request import CHANGES, FUA, Request
 from bridge.datapath.rows import Rows
@@ -124,9 +133,9 @@ class Connection:
         """See channels.Channel."""
         return self.transmission if self.transmission.takes_rows else None
 
-    def is_one_of_several(self) -> None:
+    def is_one_of_several(self, spans: Cells[int]) -> None:
         """See channels.Channel."""
-        self.transmission.is_one_of_several()
+        self.transmission.is_one_of_several(spans)
 
     def changes(self) -> list[Request]:
         """See channels.Channel. What was refused is sent again with the next connection anyway."""

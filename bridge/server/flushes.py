@@ -288,6 +288,10 @@ class Flushes:
         error = inner.error
         flushes = cast("list[Request]", inner.owner)
         # Not if a new connection came in the same turn as this answer, and a loss was told of.
+        # (Where an epoch has ended meanwhile, and something was lost with it, the guest's flushes
+        # have failed: see `_refuse`. Others succeed, which says nothing of what is lost, as if they
+        # had been sent after that: the cache and `Commands` look at the epoch, and who promises
+        # something to others looks at `unreported` as well.)
         expected = self._flushing is inner
         if expected:
             self._flushing_ends()

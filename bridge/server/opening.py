@@ -22,7 +22,7 @@ from bridge.server.export import Export
 from bridge.server.inspection import is_listed_by_our_plugin
 from bridge.server.uri import NbdUri
 from bridge.server.volume_words import VolumeName
-from bridge.spec.nbd import NAME_MAX_BYTES
+from bridge.spec.nbd import NAME_MAX_BYTES, TransmissionFlags
 
 _log = structlog.get_logger(__name__)
 
@@ -156,6 +156,7 @@ class Opening:
 
 def _difference(exports: Sequence[Export]) -> str:
     """What shows that the connections do not lead to one export at one time; "" if nothing does.
+    (Raises nothing: numbers that cannot be were refused in the handshake.)
 
     The first may be lost while the others are made. Of our plugin's those are in the next session
     then, and between two sessions another host may have written; or they lead to a server that has
@@ -164,9 +165,17 @@ def _difference(exports: Sequence[Export]) -> str:
     sizes = {each.size_bytes for each in exports}
     if len(sizes) > 1:
         return f"size: {sorted(sizes)}"
+    # (What the first one takes is sent on all of them: one that is only read would fail writes.)
+    if len({_what_it_takes(each) for each in exports}) > 1:
+        return "what may be asked of them"
     if len({each.volume.instance for each in exports}) > 1:
         return "the server's instance"
     sessions = {each.sessions[0] for each in exports if each.sessions and not each.read_only}
     if len(sessions) > 1:
         return f"session: {sorted(sessions)}"
     return ""
+
+
+def _what_it_takes(export: Export) -> tuple[TransmissionFlags, int, int, bool]:
+    blocks = export.min_block_bytes, export.max_payload_bytes
+    return export.flags, *blocks, export.extended

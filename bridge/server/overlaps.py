@@ -25,12 +25,14 @@ Span = tuple[int, int]
 class Claim:
     """One byte range that a request changes, or waits to change."""
 
-    __slots__ = ("active", "blockers", "followers", "pieces", "start", "stop", "taken")
+    __slots__ = ("active", "blockers", "followers", "key", "pieces", "start", "stop", "taken")
 
     def __init__(self, start: int, stop: int) -> None:
         assert start < stop
         self.start = start
         self.stop = stop
+        self.key = 0
+        """In `listed.Listed`."""
         self.active = False
         self.taken = False
         """It must no longer go; it only keeps its place until those before it are done."""

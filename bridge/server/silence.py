@@ -56,8 +56,7 @@ class Silence:
         server is asked for a few bytes: as long as it answers, it may take any time. One that
         never answered beside such a command gets ten times as long.
         """
-        # (Rows stay rows: once they were requests, writes on several connections would not be rows
-        # again before none is in flight.)
+        # (Rows stay rows: to make requests of them would cost more than all of this.)
         transmission = self._transmission
         pending = transmission.pending
         oldest = transmission.oldest

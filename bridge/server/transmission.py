@@ -42,6 +42,7 @@ from bridge.datapath.cells import (
     ROW_COOKIE,
     ROWS,
     UNFLUSHED,
+    Cells,
     Channel,
     cells,
     sequence_of,
@@ -213,9 +214,9 @@ class Transmission(Channel):
         """The replies may be usual ones (see `usual`)."""
         return not self._extended
 
-    def is_one_of_several(self) -> None:
+    def is_one_of_several(self, spans: Cells[int]) -> None:
         """See channels.Channel."""
-        self.spans = self._rows.spans
+        self.spans = spans
         self.native = None
 
     def adopt_all(self) -> None:

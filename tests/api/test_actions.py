@@ -65,6 +65,24 @@ async def test_flush_that_the_server_refuses_is_an_error_and_the_data_stays(
             await bridge.ask("POST", "/flush")
 
 
+async def test_flush_is_no_success_while_the_guest_has_not_heard_of_a_loss(
+    directory: Path,
+) -> None:
+    """The server has dropped the write with the first one, and has nothing to do in the second."""
+    async with served(directory) as bridge:
+        async with await BlkDriver.connect(bridge.vhost) as guest:
+            await guest.write(0, b"a" * 512)
+            bridge.server.faults.errors = {p.CMD_FLUSH: errno.EIO}
+            with pytest.raises(BridgeError, match="could not flush"):
+                await bridge.ask("POST", "/flush")
+            bridge.server.faults.errors = {}
+            with pytest.raises(BridgeError, match="may have lost writes"):
+                await bridge.ask("POST", "/flush")
+            with pytest.raises(RequestError):
+                await guest.flush()
+            await bridge.ask("POST", "/flush")
+
+
 async def test_flush_that_takes_too_long_says_so_and_goes_on(directory: Path) -> None:
     server = Server({"": MemoryDisk(SIZE_BYTES)}, faults=Faults())
     async with served(directory, cache=WRITEBACK, server=server) as bridge:

@@ -38,7 +38,6 @@ from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
-from bridge.datapath.merged import members_of
 from bridge.datapath.rows import Rows
 from bridge.datapath.turn import Turn
 from bridge.errors import BridgeError, ConnectionLost
@@ -278,7 +277,7 @@ class Twin:
     def connect(self) -> None:
         self.lost: list[str] = []
         self.connection, self.fd = self.connection_to(self.server)
-        self.first_sent = self.rows.sequence
+        self.commands_before = self.rows.commands
         self.session.established(self.now, self.export, [self.connection])
         self.loop.turn.end()
 
@@ -313,9 +312,8 @@ class Twin:
         self.connection.close()
         unanswered = self.connection.transmission.unanswered()
         if self.session.phase in (Phase.UP, Phase.LEAVING):
-            sent = self.rows.sequence - self.first_sent
-            owed = sum(len(members_of(each)) for each in unanswered)
-            self.session.lost(*(self.now, unanswered), stale_possible=False, answered=sent > owed)
+            answered = self.rows.some_answered(self.commands_before, unanswered)
+            self.session.lost(self.now, unanswered, stale_possible=False, answered=answered)
         self.loop.turn.end()
         assert self.server.end is not None
         self.server.end.close()

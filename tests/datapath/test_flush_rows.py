@@ -440,3 +440,15 @@ def test_flush_that_is_a_row_may_take_as_long_as_any_other(guest: Guest) -> None
     assert not stalled(70.0, 60.0)
     assert not stalled(159.0, 60.0)
     assert stalled(161.0, 60.0)
+
+
+def test_flush_on_which_the_server_hangs_up_is_not_taken_for_an_answered_one(guest: Guest) -> None:
+    """It has two numbers, if it waited for the end of its turn. A server that answers nothing is
+    down, and no command is to be blamed for that."""
+    twin = guest.twin
+    guest.send(0, T_FLUSH)
+    assert guest.turn() == [p.CMD_FLUSH]
+    unanswered = twin.connection.transmission.unanswered()
+    assert len(unanswered) == 1
+    assert not twin.rows.some_answered(twin.commands_before, unanswered)
+    assert twin.rows.some_answered(twin.commands_before, [])

@@ -399,7 +399,7 @@ def test_a_connection_that_answered_nothing_has_not_answered(guest: Guest) -> No
     transmission = guest.twin.connection.transmission
     guest.twin.lose()
     unanswered = transmission.unanswered()
-    assert len(unanswered) == guest.twin.rows.sequence - guest.twin.first_sent
+    assert len(unanswered) == guest.twin.rows.commands - guest.twin.commands_before
     assert [each.offset // BLOCK for each in unanswered] == [10, 11, 12, 13]
 
 

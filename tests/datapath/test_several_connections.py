@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 import socket
 import struct
+from itertools import pairwise
 
 import pytest
 
-from bridge.datapath.cells import ROWS
+from bridge.datapath.cells import MAX_SPANS, ROWS
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
+from bridge.datapath.request import WRITE_ZEROES as ZEROES
+from bridge.datapath.request import Request
 from bridge.datapath.rows import in_order
 from bridge.server.channels import Phase
-from bridge.spec.nbd import CMD_FLUSH
+from bridge.spec.nbd import CMD_FLUSH, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from tests.datapath.engines import engine
 from tests.datapath.socket_twins import (
     HEADERS,
@@ -126,7 +129,7 @@ def test_requests_are_spread_over_the_connections(engine_name: str) -> None:
 
 @pytest.mark.parametrize("engine_name", [PURE, COMPILED])
 def test_writes_stay_usual_while_a_watchdog_looks_at_the_connections(engine_name: str) -> None:
-    """As long as there is always one in flight, they would not be so again."""
+    """A look at what is unanswered would make requests of them, but not this one."""
     twin = several(engine_name)
     for slot in range(SLOTS - 1):
         add(twin, slot, 1, LENGTH)
@@ -159,7 +162,7 @@ def test_writes_that_overlap_do_not_pass_each_other(engine_name: str) -> None:
     twin.turn()
     # The two rows became requests, which hold their ranges; the third waits for one of them.
     assert twin.rows_of() == [0, 0, 0]
-    assert _commands(twin) == [(SHARED, LENGTH), (AREA, LENGTH)]
+    assert sorted(_commands(twin)) == [(SHARED, LENGTH), (AREA, LENGTH)]
     _make_available(twin, 3, WRITE_ZEROES, SHARED, zeroes)
     _make_available(twin, 4, WRITE, SHARED + 1024, third)
     for expected in ([(SHARED + 512, 512), (SHARED + 1024, LENGTH)], [(SHARED, 1024)], []):
@@ -168,11 +171,88 @@ def test_writes_that_overlap_do_not_pass_each_other(engine_name: str) -> None:
         assert sorted(_commands(twin)) == expected
     assert len(twin.used()) == 5
     assert twin.server.image[SHARED : SHARED + 1024 + LENGTH] == zeroes + third
-    assert twin.rows.spans[0] == 0
+    assert twin.session.route.spans[0] == 0
     # And all is as before.
     _make_available(twin, 5, WRITE, SHARED, first)
     twin.turn()
     assert sorted(twin.rows_of()) == [0, 0, 1]
+    twin.close()
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_writes_stay_usual_beside_changes_that_they_do_not_overlap(
+    engine_name: str, is_first: bool
+) -> None:
+    """Zeroes that the server has, and a write that waits for them; before rows or after some."""
+    twin = several(engine_name)
+    twin.disk._arm_timer()  # Writes are usual in compiled turns.
+    zeroes, data, short = bytes(1024), b"1" * LENGTH, b"2" * 512
+    if not is_first:
+        _make_available(twin, 9, WRITE, AREA * 9, data)
+    _make_available(twin, 0, WRITE_ZEROES, SHARED, zeroes)
+    twin.turn()
+    _make_available(twin, 1, WRITE, SHARED + 512, data)  # Waits for the zeroes.
+    twin.turn()
+    before = sum(twin.rows_of())
+    assert before == (not is_first)
+    for slot, offset in (2, AREA), (3, SHARED - 512), (4, SHARED + 512 + LENGTH):
+        _make_available(twin, slot, WRITE, offset, short)
+        twin.turn()
+    assert sum(twin.rows_of()) == before + 3
+    # That one would pass the write that waits: it waits, too.
+    _make_available(twin, 5, WRITE, SHARED + LENGTH, short)
+    twin.turn()
+    assert sum(twin.rows_of()) == before + 3
+    assert not twin.rows.adopted_total
+    assert (SHARED + LENGTH, 512) not in _commands(twin)
+    for expected in ([(SHARED + 512, LENGTH)], [(SHARED + LENGTH, 512)], []):
+        _serve(twin, random.Random(1), whole=True)
+        twin.turn()
+        assert _commands(twin) == expected
+    assert len(twin.used()) == 6 + before
+    assert twin.server.image[SHARED + LENGTH : SHARED + LENGTH + 512] == short
+    assert twin.session.route.spans[0] == 0
+    twin.close()
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+def test_no_write_is_a_row_while_the_table_lacks_a_change(engine_name: str) -> None:
+    twin = several(engine_name)
+    twin.disk._arm_timer()
+    ended: list[Request] = []
+    for slot in range(3):
+        _make_available(twin, slot, WRITE, AREA * slot, b"0" * 512)
+        twin.turn()
+    assert twin.rows_of() == [1, 1, 1]
+    for number in range(MAX_SPANS):
+        offset = 3 * AREA + 512 * number
+        twin.session.submit(Request(ZEROES, offset, 512, [], ended.append))
+    twin.turn()
+    assert twin.rows_of() == [1, 1, 1]
+    for server in twin.servers:  # The rows make room, of which nobody hears.
+        server.receive()
+        server.answer(0, "whole")
+        server.send(1 << 30)
+    twin.turn()
+    last = 3 * AREA + 512 * (MAX_SPANS - 1)
+    for slot, offset in (3, last), (4, 2 * AREA):
+        _make_available(twin, slot, WRITE, offset, b"1" * 512)
+        twin.turn()
+        assert twin.rows_of() == [0, 0, 0]
+    assert _commands(twin).count((last, 512)) == 1
+    for server in twin.servers:
+        server.answer(0, "whole")
+        server.send(1 << 30)
+    twin.turn()
+    _make_available(twin, 5, WRITE, AREA, b"1" * 512)
+    twin.turn()
+    assert sorted(twin.rows_of()) == [0, 0, 1]
+    _answer_all(twin)
+    assert len(ended) == MAX_SPANS
+    assert len(twin.used()) == 6
+    assert twin.server.image[last : last + 512] == b"1" * 512
+    assert twin.session.route.spans[0] == 0
     twin.close()
 
 
@@ -260,6 +340,7 @@ def test_every_request_is_answered_once_and_rightly(
             under_way[slot] = type_, length
             taken += 1
         twin.turn()
+        _assert_changes_are_apart(twin)
         if not calm and rng.random() < 0.05:
             server = rng.choice(twin.servers)
             assert server.end is not None
@@ -288,6 +369,59 @@ def test_every_request_is_answered_once_and_rightly(
     if calm:
         assert usual.served > taken / 2
     twin.close()
+
+
+@pytest.mark.parametrize("engine_name", [PURE, COMPILED])
+@pytest.mark.parametrize("seed", range(4))
+def test_changes_stay_apart_whatever_fails(seed: int, engine_name: str) -> None:
+    """Writes that are merged, writes and zeroes that overlap, zeroes that are not the guest's;
+    errors and lost connections amid all of that."""
+    twin = several(engine_name)
+    rng = random.Random(seed)
+    free = set(range(SLOTS))
+    for _ in range(150):
+        at = SHARED + 512 * rng.randrange(64)
+        for slot in sorted(rng.sample(sorted(free), min(len(free), rng.choice([0, 1, 5, 16])))):
+            (type_,) = rng.choices((READ, WRITE, FLUSH, WRITE_ZEROES), (20, 60, 2, 4))
+            length = rng.choice([512, LENGTH, LENGTH, 2 * LENGTH])
+            goes_on = rng.random() < 0.6
+            offset = at if goes_on else SHARED + 512 * rng.randrange(200)
+            at += length if goes_on else 0
+            sent = bytes(length) if type_ == WRITE_ZEROES else rng.randbytes(length)
+            _make_available(twin, slot, type_, offset, sent)
+            free.remove(slot)
+        if rng.random() < 0.02:
+            offset = 512 * rng.randrange(300)
+            twin.session.submit(Request(ZEROES, offset, LENGTH, [], _ignore))
+        twin.turn()
+        _assert_changes_are_apart(twin)
+        if rng.random() < 0.03:
+            server = rng.choice(twin.servers)
+            assert server.end is not None
+            server.end.shutdown(socket.SHUT_RDWR)
+        _serve(twin, rng, errors=0.05)
+        twin.turn()
+        _assert_changes_are_apart(twin)
+        free |= {head // STRIDE for head, _ in twin.used()}
+        if not all(connection.alive for connection in twin.connections):
+            twin.settle_loss()
+    for _ in range(50):
+        _serve(twin, rng, whole=True)
+        twin.turn()
+        if not all(connection.alive for connection in twin.connections):
+            twin.settle_loss()
+    assert free | {head // STRIDE for head, _ in twin.used()} == set(range(SLOTS))
+    assert not any(twin.rows_of())
+    assert twin.session.in_flight == 0
+    assert twin.session.route.spans[0] == 0
+    usual = twin.disk.usual
+    assert usual is not None
+    assert usual.served > twin.rows.adopted_total > 0
+    assert twin.rows.merged_total > 0
+    twin.close()
+
+
+def _ignore(request: Request) -> None: ...
 
 
 @pytest.mark.parametrize("engine_name", [PURE, COMPILED])
@@ -335,9 +469,24 @@ def _make_available(twin: Several, slot: int, type_: int, offset: int, content: 
         twin.low[16 * STRIDE * slot + 8 : 16 * STRIDE * slot + 12] = struct.pack("=I", 32)
 
 
-def _serve(twin: Several, rng: random.Random, *, whole: bool = False) -> None:
+def _assert_changes_are_apart(twin: Several) -> None:
+    """Of the changes that the servers have got and not answered no two overlap."""
+    changes: list[tuple[int, int]] = []
+    for server in twin.servers:
+        server.receive()
+        changes += [
+            (offset, offset + length)
+            for kind, _, _, offset, length, _ in server.commands
+            if kind in (CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM)
+        ]
+    changes.sort()
+    assert all(before[1] <= after[0] for before, after in pairwise(changes)), changes
+
+
+def _serve(twin: Several, rng: random.Random, *, whole: bool = False, errors: float = 0) -> None:
     for server in rng.sample(twin.servers, len(twin.servers)):
         server.receive()
         while server.commands and (whole or rng.random() < 0.8):
-            server.answer(rng.randrange(len(server.commands)), "whole")
+            how = "error" if errors and rng.random() < errors else "whole"
+            server.answer(rng.randrange(len(server.commands)), how)
         server.send(1 << 30 if whole else rng.choice([100, 5000, 40_000, 1 << 30, 1 << 30]))

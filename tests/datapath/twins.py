@@ -48,7 +48,7 @@ from bridge.datapath.cells import (
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.loop import EPOLLIN, EPOLLOUT
-from bridge.datapath.merged import Merged, members_of
+from bridge.datapath.merged import Merged
 from bridge.datapath.request import FLUSH, INTERNAL, READ, WRITE, Request
 from bridge.datapath.rows import Rows, ToServer, Usual
 from bridge.datapath.turn import Turn
@@ -483,7 +483,7 @@ class Twin:
             rows=self.rows,
         )
         self.fd = ours.fileno()
-        self.first_sent = self.rows.sequence
+        self.commands_before = self.rows.commands
         self.session.established(self.now, export, [self.connection])
         self.loop.turn.end()
 
@@ -500,12 +500,10 @@ class Twin:
         self.connection.close()
         unanswered = self.connection.transmission.unanswered()
         if self.session.phase in (Phase.UP, Phase.LEAVING):
-            sent = self.rows.sequence - self.first_sent
-            owed = sum(len(members_of(each)) for each in unanswered)
             self.session.lost(
                 *(self.now, unanswered),
                 stale_possible=stale,
-                answered=sent > owed,
+                answered=self.rows.some_answered(self.commands_before, unanswered),
                 blamed=self.connection.blamed,
             )
         self.connection.blamed = None

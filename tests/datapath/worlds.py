@@ -38,6 +38,7 @@ from bridge.datapath.cells import (
     IN_FLIGHT,
     INDIRECT,
     MAX_READ_BYTES,
+    MAX_SPANS,
     MAX_WRITE_BYTES,
     MAY_FLUSH,
     MAY_WRITE,
@@ -66,6 +67,7 @@ from bridge.datapath.cells import (
 from bridge.datapath.engine import Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.rows import Rows
+from bridge.datapath.spans import note_span
 
 GUEST = 0x7000_0000
 HIGH = (1 << 64) - 0x9000
@@ -127,7 +129,7 @@ class World:
             self.route.cells[cell] = rng.choice([1 << 21, 12288, 0]) if odd else 1 << 21
         self.route.cells[SIZE_BYTES] = rng.choice([DISK_BYTES, 0x1900]) if odd else DISK_BYTES
         self.route.cells[ALIGN_MASK] = rng.choice([0, 511, 4095]) if odd else 0
-        self.channel = self._channel(arena[staging_at:])
+        self.channel = self._channel(arena[staging_at:], seed)
 
     def _queue(self, number: int, tracked: memoryview) -> Queue:
         rng = self.rng
@@ -195,7 +197,7 @@ class World:
         self.opened.append((offset, zlib.crc32(stored)))
         return (offset >> 9) % 3 != 0
 
-    def _channel(self, staging: memoryview) -> Channel:
+    def _channel(self, staging: memoryview, seed: int) -> Channel:
         channel = Channel()
         channel.native = None
         channel.cells = cells(CHANNEL_CELLS)
@@ -204,7 +206,12 @@ class World:
         channel.output = []
         channel.held = []
         channel.has_payload = channel.sending = channel.is_closed = False
-        channel.spans = self.rows.spans if self.rng.random() < 0.3 else None
+        channel.spans = self.route.spans if self.rng.random() < 0.3 else None
+        # Changes of the general path, which stay; with the last number hardly any room is left.
+        own_rng = random.Random(f"changes {seed}")
+        for key in range(own_rng.choice([0, 0, 1, 5, MAX_SPANS - 2])):
+            start = 512 * own_rng.randrange(DISK_BYTES // 512)
+            note_span(self.route.spans, key, start, start + 4096)
         owner: Any = None
         channel.number = self.rows.join(channel, owner)
         return channel
@@ -221,7 +228,7 @@ class World:
         ]
         found += [self.rows.cells, [self.rows.queues.index(each) for each in self.rows.touched]]
         found += [channel.has_payload, b"".join(channel.output), len(channel.output)]
-        found += [channel.held, self.rows.spans]
+        found += [channel.held, self.route.spans]
         for queue in self.queues:
             found += [queue.cells, queue.rows, queue.cookies, queue.pushed]
         return found

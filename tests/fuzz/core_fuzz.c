@@ -28,7 +28,7 @@ enum { MISSING_BYTES = 0 };
 #endif
 
 enum { QUEUES = 2, REGIONS = 3, SLOTS = 6, BUCKETS = 8, GRANULE_SHIFT = 12, BLOCK_SHIFT = 9 };
-enum { STAGING_BYTES = 0x14000, DISK_BYTES = 1 << 17, COMMANDS = 64, DP_DISK_MAX = 0x18000 };
+enum { STAGING_BYTES = 0x14000, DISK_BYTES = 1 << 17, COMMANDS = 64, DP_DISK_MAX = 0x18000, CLAIM = 7 };
 
 struct input {
     const uint8_t *at;
@@ -41,6 +41,7 @@ struct world {
     struct dp_channel channel, other; /* `other`: of whole turns over two connections */
     struct dp_resident cache;
     uint64_t *spans;
+    uint64_t claims; /* of these, so many are of no row */
     uint64_t disk[DP_DISK_CELLS], route[DP_ROUTE_CELLS], rows[DP_ROWS_CELLS];
     uint64_t until; /* the sector where the last chain ends */
     uint32_t last_type;
@@ -197,6 +198,12 @@ static void make_world(struct world *world, struct input *input)
     world->spans = room(8 * DP_SPANS_CELLS);
     if (setup & 8)
         world->channel.spans = world->other.spans = world->spans;
+    if ((setup & 0x18) == 0x18) { /* a change of the general path's */
+        static const uint64_t claim[] = {1, CLAIM, 0x8000, 0x9000};
+
+        memcpy(world->spans, claim, sizeof claim);
+    }
+    world->claims = world->spans[0];
     world->whole = setup & 2;
     world->turns = setup & 4;
     world->outgoing = room(STAGING_BYTES);
@@ -663,6 +670,42 @@ static void turn(struct world *world, struct input *input)
     serve(world);
 }
 
+/* What is listed are the writes that are rows, and what was listed without them; and no two of
+ * these overlap. */
+static void check_spans(const struct world *world)
+{
+    const uint64_t *spans = world->spans + 1;
+    uint64_t count = world->spans[0], expected = world->claims, found = 0;
+
+    if (!world->channel.spans)
+        return;
+    for (int number = 0; number < QUEUES; number++) {
+        const struct dp_queue *queue = &world->queues[number];
+
+        for (uint32_t head = 0; head < queue->size; head++) {
+            struct dp_row row;
+
+            memcpy(&row, queue->rows + sizeof row * (size_t)head, sizeof row);
+            if (!queue->cookies[head] || row.op != 1)
+                continue;
+            expected++;
+            for (uint64_t index = 0; index < count; index++)
+                found += spans[3 * index] == queue->cookies[head] &&
+                         spans[3 * index + 1] == row.offset &&
+                         spans[3 * index + 2] == row.offset + row.length;
+        }
+    }
+    for (uint64_t one = 0; one < count; one++) {
+        found += spans[3 * one] == CLAIM;
+        for (uint64_t other = 0; other < one; other++)
+            if (spans[3 * one + 1] < spans[3 * other + 2] &&
+                spans[3 * other + 1] < spans[3 * one + 2])
+                abort();
+    }
+    if (count > DP_MAX_SPANS || count != expected || found != expected)
+        abort();
+}
+
 static void poke(struct world *world, struct dp_queue *queue, struct input *input)
 {
     uint64_t where = take(input, 3), value = take(input, 2);
@@ -731,6 +774,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         default: /* what the general path does with what was left */
             queue->cells[DP_NEXT_AVAIL] = queue->avail[1];
         }
+        check_spans(&world);
     }
     end_world(&world);
     return 0;

@@ -890,6 +890,34 @@ async def test_connections_that_are_told_different_things_are_not_used(
             nursery.cancel_scope.cancel()
 
 
+class ReadOnlyFromTheSecondOn(ServerSettings):
+    """As of a volume that another host has got before the second connection is made."""
+
+    _told = 0
+
+    @property
+    def flags(self) -> TransmissionFlags:  # type: ignore[override]
+        self._told += 1
+        return self._first if self._told == 1 else self._first | TransmissionFlags.READ_ONLY
+
+    @flags.setter
+    def flags(self, flags: TransmissionFlags) -> None:
+        self._first = flags
+
+
+async def test_connections_of_which_one_takes_no_writes_are_not_used() -> None:
+    """Some of the guest's writes would fail."""
+    server = Server({"": MemoryDisk(1 << 20)}, ReadOnlyFromTheSecondOn())
+    with short_directory() as folder:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve_unix, folder / "s")
+            uri, options = unix_uri(folder / "s"), replace(FAST, connections=2)
+            async with running_client(uri, options, connect=False) as client:
+                with pytest.raises(ConnectionLost, match="differ in what may be asked of them"):
+                    await client.connect()
+            nursery.cancel_scope.cancel()
+
+
 async def test_what_a_server_offers_is_told_without_using_it() -> None:
     disks = {name: MemoryDisk(1 << 20) for name in ("one", "two")}
     server = Server(disks, ServerSettings(description="a disk"))

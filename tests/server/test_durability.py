@@ -633,6 +633,24 @@ def test_flush_that_succeeds_beside_a_durable_change_that_fails_is_not_believed(
     channel.answer_all()
 
 
+def test_flush_of_ours_beside_a_durable_change_that_fails_leaves_the_loss_to_be_told() -> None:
+    """It succeeds, as if it had been sent after the loss, which is told all the same."""
+    world = World()
+    (channel,) = world.channels
+    world.ask(WRITE, 1)
+    channel.answer_all()
+    world.ask(WRITE, 3, flags=FUA)
+    ours = world.ask(FLUSH, flags=INTERNAL)
+    channel.answer(channel.pending[1])
+    channel.answer(channel.pending[0], EIO)
+    assert (ended(world, ours), ours.error) == (True, 0)
+    assert world.link.durability.unreported
+    assert world.ask(FLUSH).error == EIO
+    assert not world.link.durability.unreported
+    assert world.ask(FLUSH).error == -1
+    channel.answer_all()
+
+
 def test_flush_that_succeeds_beside_a_durable_change_that_succeeds_is_told_of_then() -> None:
     world = World()
     (channel,) = world.channels

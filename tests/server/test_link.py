@@ -15,6 +15,7 @@ from traceback import walk_stack
 import pytest
 
 from bridge.datapath.buffers import scatter
+from bridge.datapath.cells import Cells
 from bridge.datapath.lanes import TURN_BYTES, Job, Lane
 from bridge.datapath.request import (
     DISCARD,
@@ -55,7 +56,7 @@ class FakeChannel:
 
     flat = wire = None
 
-    def is_one_of_several(self) -> None:
+    def is_one_of_several(self, spans: Cells[int]) -> None:
         pass
 
     def flush_later(self) -> None:
@@ -759,6 +760,7 @@ def test_65536_overlapping_writes_all_fail_when_they_are_given_up(fail) -> None:
     assert {request.error for request in requests} == {errno.EIO}
     assert len(world.log) == MANY
     assert world.link.in_flight == 0
+    assert not world.link.route.spans[0]
 
 
 @pytest.mark.slow
@@ -1886,6 +1888,7 @@ class Simulation:
         assert self.lane.in_flight_bytes == 0
         assert not self.link._changes._outlived
         assert not self.link._changes._overlaps.waiting_count
+        assert not self.link.route.spans[0]
         for request, data, before in self.left_alone:
             assert request in self.ended, f"seed {self.seed}: abandoned {request} never ended"
             assert data == before, f"seed {self.seed}: {request} after it was abandoned"
