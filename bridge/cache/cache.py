@@ -247,7 +247,6 @@ class Cache:
 
     def _grown(self) -> None:
         self.size_bytes = self.index.geometry.disk_bytes
-        self._writes.set_limits()
         self._writeback.pace.set_limits()
 
     def next_deadline(self) -> float | None:

@@ -431,6 +431,25 @@ def _nobody(unflushed: int) -> None:
     raise AssertionError("answers without a session")
 
 
+# Cells of a `Resident`: of the whole cache.
+(
+    DIRTY_SLOTS,
+    DIRTY_BLOCKS,
+    CHANGES,
+    RING_HEAD,
+    RING_TAIL,
+    RING_GOAL,
+    HARD_SLOTS,
+    FLUSH_SLOTS,
+    BACKGROUND_SLOTS,
+    RESIDENT_CELLS,
+) = range(10)
+"""DIRTY_SLOTS, DIRTY_BLOCKS: how many slots have blocks that are neither absent nor clean, and how
+many such blocks there are. CHANGES: raised by every write that changes which blocks are dirty or
+sent, and by every discard. RING_HEAD, RING_TAIL, RING_GOAL: positions of `cache.dirty_ring`.
+HARD_SLOTS, FLUSH_SLOTS, BACKGROUND_SLOTS: see `cache.cache_options.DirtyLimits`."""
+
+
 class Resident:
     """What a cache has at hand, flat: see `cache.index` and `cache.blocks`."""
 
