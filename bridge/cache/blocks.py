@@ -227,9 +227,10 @@ class Blocks:
         if low != was:
             check = (low ^ self.granule_of[slot] * 0x9E3779B1) * 0x85EBCA6B >> 7 & LOW_MASK
             self.state[slot] = low | check << 32
-            self.cells[DIRTY_BLOCKS] += (low ^ was).bit_count()
+            cells = self.cells
+            cells[DIRTY_BLOCKS] += (low ^ was).bit_count()
             if was <= BITS:
-                self.cells[DIRTY_SLOTS] += 1
+                cells[DIRTY_SLOTS] += 1
         if self.sent[slot] & bits:
             self.sent[slot] &= ~bits
             self.covered[slot] &= ~bits

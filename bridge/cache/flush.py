@@ -83,6 +83,11 @@ class Flusher:
         """How many requests wait for a flush."""
         return len(self._next) + (len(self._pass.waiting) if self._pass is not None else 0)
 
+    @property
+    def is_armed(self) -> bool:
+        """A write has nothing to arm."""
+        return self.due is not None or not self.interval_s
+
     def arm(self) -> None:
         """Something was written: it is to be durable within the flush interval."""
         if self.due is None and self.interval_s:

@@ -55,6 +55,7 @@ class Writes:
         self._through = common.options.mode != WRITEBACK
         self._ready = common.index.ready
         self._cells = common.index.cells
+        self._ring = writeback.ring
         self._queued = writeback.ring.queued
         self._for_room: deque[WriteOp] = deque()
         self._for_load: set[WriteOp] = set()
@@ -123,6 +124,15 @@ class Writes:
         index.write_open(slot, bits)
         self._written(slot)
         return True
+
+    def may_open(self) -> bool:
+        """Until anything is called, or time has gone by, `open_blocks` of blocks that are `ready`
+        does no more than to change what is flat; unless much is dirty, which can be seen there."""
+        return (
+            not (self._through or self._for_room or self._busy_ranges)
+            and self._flusher.is_armed
+            and self._ring.is_marked(self._common.clock())
+        )
 
     def store_at_once(self, offset: int, length: int, buffers: list[memoryview]) -> bool:
         """Store a write that need not be durable; False if it has to wait, for whatever that is. It
@@ -433,9 +443,8 @@ class Writes:
             flusher.arm()
         if self._queued[slot]:
             return
-        writeback = self._writeback
-        writeback.enqueue(slot)
-        if cells[DIRTY_SLOTS] > cells[FLUSH_SLOTS] or writeback.pace.over_background():
+        self._ring.put(slot, self._common.clock())
+        if cells[DIRTY_SLOTS] > cells[FLUSH_SLOTS] or self._writeback.pace.over_background():
             self._pressed = self._common.turn.wanted = True
 
     def _partial(self, at: int, within: int, end: int, first: int, last: int) -> int:
