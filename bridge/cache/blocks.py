@@ -1,4 +1,5 @@
-"""The life of a cached block. Rule: everything that changes a block's state stands in this file.
+"""The life of a cached block. Rule: everything that changes a block's state stands in this file
+(and, for compiled code, `write_open` in `datapath/native/core.c`: `open_plain`).
 
 A block is in one `State`; an `Event` moves it to another, or to itself, as `TRANSITIONS` says. An
 event in a state that the table does not name is a bug of ours, and asserted. What is stored is

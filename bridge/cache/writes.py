@@ -111,6 +111,8 @@ class Writes:
         not all `ready` or the write has to wait.
 
         It is the caller's write that they are dirty for: the dirty mark comes before its data.
+        Compiled code does the same by itself (`open_plain` in `datapath/native/core.c`), where
+        `may_open`: a change here is one there.
         """
         index, cells = self._index, self._cells
         if (
