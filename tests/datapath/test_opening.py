@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import select
 import struct
+import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.index import Index
-from bridge.datapath.cells import BLOCK_MASK, CAPACITY_BYTES, MAY_WRITE, NEXT_AVAIL
+from bridge.datapath.cells import BLOCK_MASK, CAPACITY_BYTES, MAY_WRITE, NEXT_AVAIL, SIGNAL_ANYWAY
 from bridge.datapath.engine import Engine
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.request import DISCARD, FLUSH, WRITE
@@ -230,6 +233,32 @@ def test_whoever_called_anything_asks_again() -> None:
     guest.write(CLEAN * GRANULE + 2 * BLOCK, b"d" * BLOCK)
     assert guest.look() == 4
     assert guest.asked == ["may_open", "store", "may_open"]
+
+
+def test_compiled_turns_ask_once_in_a_call_and_after_the_first_write_was_told_of() -> None:
+    guest = Guest(engine(COMPILED))
+    native = import_module("bridge.datapath._native")
+    state = native.new_turns(0)
+    blocks = iter(range(1, 16))
+
+    def write() -> None:
+        """The next one, in the next turn of the same call."""
+        if (block := next(blocks, 0)) % 5:
+            guest.write(CLEAN * GRANULE + block * BLOCK, b"w" * BLOCK)
+            guest.chains.queue.cells[SIGNAL_ANYWAY] = 1
+
+    def wrote() -> None:
+        guest.asked.append("wrote")
+
+    for told, expected in ((None, ["may_open"]), (wrote, ["wrote", "may_open"])):
+        guest.asked.clear()
+        write()
+        with select.epoll() as epoll:
+            rings = ((guest.chains.queue, -1, write),)
+            arguments = state, epoll.fileno(), rings, guest.chains.disk, told, (guest.resident,)
+            until_ns = time.monotonic_ns() + 10**11
+            (served,) = native.turns(*arguments, until_ns, False, False)[1]
+        assert (served, guest.asked) == (4, expected)
 
 
 def test_error_of_what_is_asked_is_raised_and_nothing_is_opened() -> None:
