@@ -235,6 +235,18 @@ def test_whoever_called_anything_asks_again() -> None:
     assert guest.asked == ["may_open", "store", "may_open"]
 
 
+@pytest.mark.parametrize("why", [old, flushed], ids=lambda each: each.__name__)
+def test_what_python_has_opened_once_is_opened_without_it_from_there_on(
+    why: Callable[[Guest], None],
+) -> None:
+    guest = Guest(engine(COMPILED))
+    why(guest)
+    for granule in (CLEAN, 5, 7):
+        guest.write(granule * GRANULE, b"w" * BLOCK)
+    assert guest.look() == 3
+    assert guest.asked == ["may_open", "open_blocks", "may_open"]
+
+
 def test_compiled_turns_ask_once_in_a_call_and_after_the_first_write_was_told_of() -> None:
     guest = Guest(engine(COMPILED))
     native = import_module("bridge.datapath._native")
