@@ -1,4 +1,5 @@
-"""The life of a cached block. Rule: everything that changes a block's state stands in this file.
+"""The life of a cached block. Rule: everything that changes a block's state stands in this file
+(and, for compiled code, `write_open` in `datapath/native/core.c`: `open_plain`).
 
 A block is in one `State`; an `Event` moves it to another, or to itself, as `TRANSITIONS` says. An
 event in a state that the table does not name is a bug of ours, and asserted. What is stored is
@@ -35,6 +36,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, state_word
+from bridge.datapath.cells import DIRTY_BLOCKS, DIRTY_SLOTS, RESIDENT_CELLS, cells
 
 
 class State(Enum):
@@ -140,9 +142,20 @@ class Blocks:
         self.covered = zeroed("H", count)
         self._zeros = bytes(2 * count)
         self.valid_blocks = 0
-        self.dirty_slots = 0
-        self.dirty_blocks = 0
-        """All that are neither absent nor clean."""
+        self.cells = cells(RESIDENT_CELLS)
+        """Of the whole cache: the other parts keep their numbers here, too."""
+
+    # What is known of all.
+
+    @property
+    def dirty_slots(self) -> int:
+        """How many slots have blocks that are neither ABSENT nor CLEAN."""
+        return self.cells[DIRTY_SLOTS]
+
+    @property
+    def dirty_blocks(self) -> int:
+        """How many blocks are neither ABSENT nor CLEAN."""
+        return self.cells[DIRTY_BLOCKS]
 
     # What is known of a slot.
 
@@ -215,9 +228,10 @@ class Blocks:
         if low != was:
             check = (low ^ self.granule_of[slot] * 0x9E3779B1) * 0x85EBCA6B >> 7 & LOW_MASK
             self.state[slot] = low | check << 32
-            self.dirty_blocks += (low ^ was).bit_count()
+            cells = self.cells
+            cells[DIRTY_BLOCKS] += (low ^ was).bit_count()
             if was <= BITS:
-                self.dirty_slots += 1
+                cells[DIRTY_SLOTS] += 1
         if self.sent[slot] & bits:
             self.sent[slot] &= ~bits
             self.covered[slot] &= ~bits
@@ -239,9 +253,9 @@ class Blocks:
             )
             count = absent.bit_count()
             self.valid_blocks += count
-            self.dirty_blocks += count
+            self.cells[DIRTY_BLOCKS] += count
             if not dirty:
-                self.dirty_slots += 1
+                self.cells[DIRTY_SLOTS] += 1
         self.ready[slot] |= bits
         if keep_open:
             self.open[slot] |= bits
@@ -304,9 +318,10 @@ class Blocks:
         self.sent[slot] &= dirty
         self.covered[slot] &= dirty
         self.valid_blocks += valid.bit_count() - (word & BITS).bit_count()
-        self.dirty_blocks += dirty.bit_count() - was_dirty.bit_count()
-        if was_dirty and not dirty:
-            self.dirty_slots -= 1
+        if was_dirty != dirty:
+            self.cells[DIRTY_BLOCKS] -= (was_dirty ^ dirty).bit_count()
+            if not dirty:
+                self.cells[DIRTY_SLOTS] -= 1
         return not valid
 
     def skip(self, slot: int) -> None:
@@ -329,10 +344,10 @@ class Blocks:
         self.sent[slot] &= dirty
         self.open[slot] &= dirty
         self.covered[slot] &= dirty
-        self.dirty_blocks -= bits.bit_count()
+        self.cells[DIRTY_BLOCKS] -= bits.bit_count()
         if dirty:
             return False
-        self.dirty_slots -= 1
+        self.cells[DIRTY_SLOTS] -= 1
         return True
 
     # How blocks may be reached.

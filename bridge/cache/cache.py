@@ -109,7 +109,8 @@ class Cache:
         self._range_requests = RangeRequests(common, self._range_operations, self.submit)
         self.foreign = ForeignChanges(common, busy_ranges, fetcher)
         """Whether the export changed without us, and what is dropped then."""
-        self.hits = CacheHits(index, self._evictor, self._writes, self.stats)
+        ring = writeback.ring
+        self.hits = CacheHits(index, self._evictor, self._writes, ring, self.stats)
         """What can be asked before `submit`."""
         self.read_hit = self.hits.read_hit
         self.write_hit = self.hits.write_hit
@@ -247,7 +248,6 @@ class Cache:
 
     def _grown(self) -> None:
         self.size_bytes = self.index.geometry.disk_bytes
-        self._writes.set_limits()
         self._writeback.pace.set_limits()
 
     def next_deadline(self) -> float | None:

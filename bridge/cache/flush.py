@@ -17,13 +17,14 @@ from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
 from bridge.cache.wait import WriteOutWait
 from bridge.cache.writeback import Writeback
+from bridge.datapath.cells import CHANGES
 from bridge.datapath.request import FLUSH, Request
 
 
 class _Pass(WriteOutWait):
     """One flush in progress."""
 
-    __slots__ = ("answered", "covered", "epoch", "flusher", "waiting", "writes_seen")
+    __slots__ = ("answered", "changes_seen", "covered", "epoch", "flusher", "waiting")
 
     answered: int
     """How much had been when the FLUSH was sent."""
@@ -31,7 +32,8 @@ class _Pass(WriteOutWait):
     """The slots with blocks that the FLUSH covers."""
     epoch: int
     """The one in which it began."""
-    writes_seen: int
+    changes_seen: int
+    """The cell CHANGES, when it began."""
     waiting: list[Request]
     """Whose end this flush is: guests' flushes, and writes that have to be durable. Empty when
     they are finished: `AwaitedSlots` keeps the last pass, and would keep the guest's memory."""
@@ -51,6 +53,7 @@ class Flusher:
     def __init__(self, common: Common, writeback: Writeback, busy_ranges: BusyRanges) -> None:
         self._common = common
         self._index = common.index
+        self._cells = common.index.cells
         self._slots = common.slots
         self._upstream = common.upstream
         self._options = common.options
@@ -69,9 +72,6 @@ class Flusher:
         self._retry_s = common.options.retry_s
         self.due: float | None = None
         """When the timer fires; None: nothing was written since the last flush."""
-        self.writes = 0
-        """Raised by every write that changes which blocks are dirty or sent, and by every
-        discard."""
 
     @property
     def running(self) -> bool:
@@ -82,6 +82,11 @@ class Flusher:
     def waiting(self) -> int:
         """How many requests wait for a flush."""
         return len(self._next) + (len(self._pass.waiting) if self._pass is not None else 0)
+
+    @property
+    def is_armed(self) -> bool:
+        """A write has nothing to arm."""
+        return self.due is not None or not self.interval_s
 
     def arm(self) -> None:
         """Something was written: it is to be durable within the flush interval."""
@@ -98,7 +103,7 @@ class Flusher:
     def request(self, request: Request) -> None:
         """Finish `request` when everything completed until now is durable."""
         running = self._pass
-        if running is not None and running.writes_seen == self.writes:
+        if running is not None and running.changes_seen == self._cells[CHANGES]:
             running.waiting.append(request)
         elif running is not None:
             self._next.append(request)
@@ -135,7 +140,7 @@ class Flusher:
         fua = self._upstream.can_fua and few and self._durability.all_flushed
         running = self._pass = _Pass(self, fua=fua)
         running.epoch = self._durability.epoch
-        running.writes_seen = self.writes
+        running.changes_seen = self._cells[CHANGES]
         running.covered = []
         running.waiting = waiting
         self.due = None

@@ -7,6 +7,7 @@ stored.
 
 from __future__ import annotations
 
+from bridge.cache.dirty_ring import DirtyRing
 from bridge.cache.eviction import UP, Evictor
 from bridge.cache.index import Index
 from bridge.cache.upstream import Stats
@@ -20,9 +21,11 @@ from bridge.datapath.usual import places_of
 class CacheHits:
     """See `request.Hits`. What it touches is flat."""
 
-    def __init__(self, index: Index, evictor: Evictor, writes: Writes, stats: Stats) -> None:
+    def __init__(
+        self, index: Index, evictor: Evictor, writes: Writes, ring: DirtyRing, stats: Stats
+    ) -> None:
         self._stats = stats
-        self.resident = _resident(index, evictor, writes)
+        self.resident = _resident(index, evictor, writes, ring)
         """All that a hit touches; the usual case of a turn serves out of it by itself."""
 
     def read_hit(self, offset: int, length: int, buffers: list[memoryview], /) -> bool:
@@ -63,7 +66,7 @@ class CacheHits:
         self.resident.native = False
 
 
-def _resident(index: Index, evictor: Evictor, writes: Writes) -> Resident:
+def _resident(index: Index, evictor: Evictor, writes: Writes, ring: DirtyRing) -> Resident:
     """The flat state of these parts, for `datapath.usual`."""
     resident = Resident()
     resident.granule_shift = index.granule_shift
@@ -76,7 +79,12 @@ def _resident(index: Index, evictor: Evictor, writes: Writes) -> Resident:
     resident.data = index.data
     resident.touched = evictor.touched
     resident.up = UP
+    resident.cells = index.cells
+    resident.state = index.state
+    resident.sent, resident.covered = index.sent, index.covered
+    resident.queued, resident.ring = ring.queued, ring.slots
     resident.open_blocks = writes.open_blocks
+    resident.may_open = writes.may_open
     resident.store = writes.store_at_once
     resident.native = None
     return resident

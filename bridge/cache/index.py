@@ -14,6 +14,7 @@ from typing import Protocol
 from bridge.cache.blocks import Blocks, zeroed
 from bridge.cache.file.layout import BITS, DIRTY_SHIFT, LOW_MASK, Geometry, check_of
 from bridge.datapath.buffers import Bytes
+from bridge.datapath.cells import DIRTY_BLOCKS, DIRTY_SLOTS
 
 
 class Image(Protocol):
@@ -75,6 +76,7 @@ class Index(Blocks):
         granules, blocks_mask = self.geometry.granules, self.blocks_mask
         direct = granules <= mask + 1
         dirty_found: list[int] = []
+        dirty_blocks = 0
         self._next_unused = 1
         for slot, word, granule in self._words():
             low = word & LOW_MASK
@@ -99,8 +101,8 @@ class Index(Blocks):
             self.valid_blocks += valid.bit_count()
             if low > BITS:
                 dirty_found.append(slot)
-                self.dirty_blocks += (low >> DIRTY_SHIFT).bit_count()
-        self.dirty_slots = len(dirty_found)
+                dirty_blocks += (low >> DIRTY_SHIFT).bit_count()
+        self.cells[DIRTY_SLOTS], self.cells[DIRTY_BLOCKS] = len(dirty_found), dirty_blocks
         self._turn_free_around()
         return dirty_found
 

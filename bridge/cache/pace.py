@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bridge.cache.common import Common
 from bridge.cache.dirty_ring import DirtyRing
+from bridge.datapath.cells import BACKGROUND_SLOTS, FLUSH_SLOTS, HARD_SLOTS
 
 
 class Pace:
@@ -13,6 +14,7 @@ class Pace:
     def __init__(self, common: Common, ring: DirtyRing) -> None:
         self._common = common
         self._index = common.index
+        self._cells = common.index.cells
         self._options = common.options
         self._ring = ring
         self.set_limits()
@@ -21,10 +23,10 @@ class Pace:
 
     def set_limits(self) -> None:
         """Take the limits from the sizes of cache and disk, at the start and when that grows."""
-        index = self._index
-        self._limits = self._options.dirty_limits(
-            slots=index.slots, granules=index.geometry.granules
-        )
+        index, cells = self._index, self._cells
+        limits = self._options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
+        cells[BACKGROUND_SLOTS], cells[FLUSH_SLOTS] = limits.background, limits.flush
+        cells[HARD_SLOTS] = limits.hard
 
     def next_deadline(self) -> float | None:
         """When `goal` may have something to say."""
@@ -46,22 +48,23 @@ class Pace:
         goal = ring.due(now, self._options.writeback_age_s)
         if self.over_background():
             # The oldest go; what was written last may still grow into a longer run.
-            goal = max(goal, ring.tail - self._limits.background * 3 // 4)
+            goal = max(goal, ring.tail - self._cells[BACKGROUND_SLOTS] * 3 // 4)
         return goal
 
     def over_background(self) -> bool:
         """More stands in the ring than should wait for its age."""
-        return self._ring.resting > self._limits.background
+        return self._ring.resting > self._cells[BACKGROUND_SLOTS]
 
     def requests_allowed(self, *, awaited: bool) -> int:
         """How many write-outs may be in flight: all while a request waits for one, else few."""
-        options, limits = self._options, self._limits
+        options, cells = self._options, self._cells
         if awaited:
             return options.writeback_requests
-        above = self._index.dirty_slots - limits.background
+        background = cells[BACKGROUND_SLOTS]
+        above = self._index.dirty_slots - background
         if above <= 0:
             return options.background_requests
-        more = options.writeback_requests * above // max(1, limits.flush - limits.background)
+        more = options.writeback_requests * above // max(1, cells[FLUSH_SLOTS] - background)
         return min(options.writeback_requests, options.background_requests + more)
 
     def succeeded(self) -> None:

@@ -21,6 +21,7 @@ from bridge.cache.fetch import Fetcher
 from bridge.cache.flush import Flusher
 from bridge.cache.wait import WriteOutWait
 from bridge.cache.writeback import Writeback
+from bridge.datapath.cells import CHANGES
 from bridge.datapath.request import DISCARD, FLUSH, FUA, MAY_UNMAP, Request
 from bridge.datapath.turn import Outcome
 
@@ -238,7 +239,7 @@ class RangeOperations:
         # Reads of absent blocks waited, but a fetch may have been asked for before that.
         self._fetcher.overtaken_range(each.first, each.end)
         self._busy_ranges.remove(each)
-        self._flusher.writes += 1
+        self._index.cells[CHANGES] += 1
         self._flusher.arm()
         self._writeback.range_freed()
         if each.waiting:

@@ -47,7 +47,7 @@ class Writeback:
         self._busy_ranges = busy_ranges
         self._durability = common.durability
         self._run_blocks = max(1, options.writeback_run_bytes >> index.block_shift)
-        self.ring = DirtyRing(index.slots)
+        self.ring = DirtyRing(index.slots, index.cells)
         self.pace = Pace(common, self.ring)
         self._batch: list[int] = []
         self._batch_at = 0

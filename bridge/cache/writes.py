@@ -26,6 +26,7 @@ from bridge.cache.flush import Flusher
 from bridge.cache.waiting_writes import NO_SLOT, TOO_DIRTY, Wait, WaitReason, WriteOp
 from bridge.cache.writeback import Writeback
 from bridge.datapath.buffers import gather
+from bridge.datapath.cells import CHANGES, DIRTY_SLOTS, FLUSH_SLOTS, HARD_SLOTS
 from bridge.datapath.request import FUA, WRITE, Request
 from bridge.datapath.turn import Outcome
 
@@ -53,9 +54,9 @@ class Writes:
         self._flusher = flusher
         self._through = common.options.mode != WRITEBACK
         self._ready = common.index.ready
-        self._open = common.index.open
+        self._cells = common.index.cells
+        self._ring = writeback.ring
         self._queued = writeback.ring.queued
-        self.set_limits()
         self._for_room: deque[WriteOp] = deque()
         self._for_load: set[WriteOp] = set()
         self.fetched: list[WriteOp] = []
@@ -65,14 +66,6 @@ class Writes:
         self._refused = 0
         self._pressed = False
         """Much became dirty: to be looked at in this turn."""
-
-    def set_limits(self) -> None:
-        """Take the limits from the sizes of cache and disk, at the start and when that grows."""
-        index = self._index
-        options = self._common.options
-        limits = options.dirty_limits(slots=index.slots, granules=index.geometry.granules)
-        self._hard_slots = limits.hard
-        self._flush_slots = limits.flush
 
     @property
     def waiting(self) -> dict[str, int]:
@@ -118,19 +111,30 @@ class Writes:
         not all `ready` or the write has to wait.
 
         It is the caller's write that they are dirty for: the dirty mark comes before its data.
+        Compiled code does the same by itself (`open_plain` in `datapath/native/core.c`), where
+        `may_open`: a change here is one there.
         """
-        index = self._index
+        index, cells = self._index, self._cells
         if (
             bits & ~self._ready[slot]
             or self._through
             or self._for_room
             or self._busy_ranges
-            or (index.dirty_slots >= self._hard_slots and not index.dirty(slot))
+            or (cells[DIRTY_SLOTS] >= cells[HARD_SLOTS] and not index.dirty(slot))
         ):
             return False
         index.write_open(slot, bits)
         self._written(slot)
         return True
+
+    def may_open(self) -> bool:
+        """Until anything is called, or time has gone by, `open_blocks` of blocks that are `ready`
+        does no more than to change what is flat; unless much is dirty, which can be seen there."""
+        return (
+            not (self._through or self._for_room or self._busy_ranges)
+            and self._flusher.is_armed
+            and self._ring.is_marked(self._common.clock())
+        )
 
     def store_at_once(self, offset: int, length: int, buffers: list[memoryview]) -> bool:
         """Store a write that need not be durable; False if it has to wait, for whatever that is. It
@@ -170,7 +174,7 @@ class Writes:
             moved |= self._let_in()
         if self._pressed:
             self._pressed = False
-            if self._index.dirty_slots > self._flush_slots:
+            if self._cells[DIRTY_SLOTS] > self._cells[FLUSH_SLOTS]:
                 self._flusher.press()
             else:
                 self._writeback.tick_now()
@@ -231,7 +235,7 @@ class Writes:
 
     def _has_room(self, op: WriteOp) -> bool:
         """What `op` waits for may be there by now."""
-        return self._index.dirty_slots < self._hard_slots and (
+        return self._cells[DIRTY_SLOTS] < self._cells[HARD_SLOTS] and (
             not op.needs_slot or self._slots.available
         )
 
@@ -360,7 +364,7 @@ class Writes:
         valid = word & BITS
         dirty = word >> DIRTY_SHIFT & BITS
         partial = self._partial(at, within, end, first, last)
-        if not dirty and index.dirty_slots >= self._hard_slots:
+        if not dirty and self._cells[DIRTY_SLOTS] >= self._cells[HARD_SLOTS]:
             return TOO_DIRTY
         if partial & ~valid:
             return Wait(WaitReason.FETCH, granule_at, bits=partial & ~valid)
@@ -396,8 +400,8 @@ class Writes:
         slot = index.head[granule & index.bucket_mask]
         if index.granule_of[slot] != granule:
             slot = index.find(granule)
-        word = index.state[slot]
-        if not word >> DIRTY_SHIFT & BITS and index.dirty_slots >= self._hard_slots:
+        word, cells = index.state[slot], self._cells
+        if not word >> DIRTY_SHIFT & BITS and cells[DIRTY_SLOTS] >= cells[HARD_SLOTS]:
             return False
         slot = slot or self._slots.obtain(granule)
         if not slot:
@@ -435,15 +439,14 @@ class Writes:
 
     def _written(self, slot: int) -> None:
         """Something in `slot` is dirty now: it is to be sent some time, and flushed."""
-        flusher = self._flusher
-        flusher.writes += 1
+        flusher, cells = self._flusher, self._cells
+        cells[CHANGES] += 1
         if flusher.due is None:
             flusher.arm()
         if self._queued[slot]:
             return
-        writeback = self._writeback
-        writeback.enqueue(slot)
-        if self._index.dirty_slots > self._flush_slots or writeback.pace.over_background():
+        self._ring.put(slot, self._common.clock())
+        if cells[DIRTY_SLOTS] > cells[FLUSH_SLOTS] or self._writeback.pace.over_background():
             self._pressed = self._common.turn.wanted = True
 
     def _partial(self, at: int, within: int, end: int, first: int, last: int) -> int:
@@ -469,7 +472,7 @@ class Writes:
             self._slots.drop(slot, BITS)
         elif slot and index.dirty(slot):
             self._writeback.enqueue(slot)
-            self._flusher.writes += 1
+            self._cells[CHANGES] += 1
             self._flusher.arm()
         return error.errno or EIO
 

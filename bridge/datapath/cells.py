@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.datapath.request import Request
     from bridge.datapath.rows import Rows
 
-ABI: Final = 11
+ABI: Final = 13
 """Of this layout, which compiled code knows, too (`native/core.h`): another number whenever it
 changes."""
 
@@ -435,12 +435,32 @@ def _nobody(unflushed: int) -> None:
     raise AssertionError("answers without a session")
 
 
+# Cells of a `Resident`: of the whole cache.
+(
+    DIRTY_SLOTS,
+    DIRTY_BLOCKS,
+    CHANGES,
+    RING_HEAD,
+    RING_TAIL,
+    RING_GOAL,
+    HARD_SLOTS,
+    FLUSH_SLOTS,
+    BACKGROUND_SLOTS,
+    RESIDENT_CELLS,
+) = range(10)
+"""DIRTY_SLOTS, DIRTY_BLOCKS: how many slots have blocks that are neither absent nor clean, and how
+many such blocks there are. CHANGES: raised by every write that changes which blocks are dirty or
+sent, and by every discard. RING_HEAD, RING_TAIL, RING_GOAL: positions of `cache.dirty_ring`.
+HARD_SLOTS, FLUSH_SLOTS, BACKGROUND_SLOTS: see `cache.cache_options.DirtyLimits`."""
+
+
 class Resident:
     """What a cache has at hand, flat: see `cache.index` and `cache.blocks`."""
 
     __slots__ = (
-        *("block_shift", "bucket_mask", "data", "granule_of", "granule_shift", "head"),
-        *("native", "open", "open_blocks", "ready", "store", "touched", "up"),
+        *("block_shift", "bucket_mask", "cells", "covered", "data", "granule_of"),
+        *("granule_shift", "head", "may_open", "native", "open", "open_blocks", "queued"),
+        *("ready", "ring", "sent", "state", "store", "touched", "up"),
     )
 
     granule_shift: int
@@ -459,8 +479,21 @@ class Resident:
     """Slot → how often it was hit."""
     up: bytes
     """The next value of that."""
+    cells: Cells[int]
+    state: memoryview
+    """Slot → its state, 64 bits, in the cache file: see `cache.file.layout`."""
+    sent: memoryview
+    covered: memoryview
+    """Slot → blocks, 16 bits."""
+    queued: bytearray
+    """Slot → 1: it stands in the ring."""
+    ring: memoryview
+    """Slots, 32 bits."""
     open_blocks: Callable[[int, int], bool]
-    """Make clean blocks of a slot, all `ready`, open, marked dirty first; False: not now."""
+    """Make blocks of a slot, all `ready`, open, marked dirty first; False: not now."""
+    may_open: Callable[[], bool]
+    """Compiled code may do what `open_blocks` does, until it has called anything or waited: but not
+    what is beyond a limit, or has more dirty than should be."""
     store: Callable[[int, int, list[memoryview]], bool]
     """Store a write (offset, length, data) whose blocks are not there, or not at hand; False: that
     has to wait, and some of it may be stored. The data is only lent."""

@@ -12,6 +12,7 @@ import pytest
 import bridge
 from bridge.cache.blocks import TRANSITIONS, Blocks, Event, State
 from bridge.cache.file.layout import state_word
+from bridge.datapath.cells import DIRTY_BLOCKS, DIRTY_SLOTS
 
 SLOT = 1
 BLOCK = 3
@@ -59,8 +60,8 @@ def _blocks(state: State, *, beside: State | None = None) -> Blocks:
     if valid:
         blocks.state[SLOT] = state_word(7, valid, dirty)
     blocks.valid_blocks = valid.bit_count()
-    blocks.dirty_blocks = dirty.bit_count()
-    blocks.dirty_slots = int(bool(dirty))
+    blocks.cells[DIRTY_BLOCKS] = dirty.bit_count()
+    blocks.cells[DIRTY_SLOTS] = bool(dirty)
     return blocks
 
 

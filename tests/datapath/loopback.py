@@ -10,12 +10,14 @@ from bridge.datapath.cells import (
     LONG_BYTES,
     MAX_READ_BYTES,
     MAX_WRITE_BYTES,
+    RESIDENT_CELLS,
     SIZE_BYTES,
     WHOLE_READ_BYTES,
     WHOLE_WRITE_BYTES,
     Outlet,
     Resident,
     Route,
+    cells,
 )
 from bridge.datapath.engine import PURE_ENGINE, Engine
 from bridge.datapath.lanes import SMALL_BYTES, WHOLE_BYTES
@@ -123,6 +125,13 @@ def at_hand(data: Any, open_blocks: Callable[[int, int], bool] = lambda slot, bi
     resident.data = memoryview(data)
     resident.touched = bytearray(256)
     resident.up = bytes((1, 2, 3, 3))
+    resident.cells = cells(RESIDENT_CELLS)
+    resident.state = memoryview(bytearray(8 * 256)).cast("Q")
+    resident.sent = memoryview(bytearray(2 * 256)).cast("H")
+    resident.covered = memoryview(bytearray(2 * 256)).cast("H")
+    resident.queued = bytearray(256)
+    resident.ring = memoryview(bytearray(4 * 256)).cast("I")
+    resident.may_open = lambda: False
     resident.open_blocks = open_blocks
     resident.store = lambda offset, length, buffers: False
     return resident

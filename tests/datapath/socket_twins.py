@@ -33,7 +33,7 @@ from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
-from bridge.datapath.cells import ALONE
+from bridge.datapath.cells import ALONE, CHANGES
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
@@ -436,9 +436,13 @@ class Twin:
         if self.cache is not None:
             index = self.cache.index
             found["cache"] = bytes(self.image)
-            found["blocks"] = [bytes(each) for each in (index.ready, index.open, index.sent)]
-            found["counts"] = (index.dirty_slots, index.dirty_blocks, vars(self.cache.stats))
-            found["counts"] = repr(found["counts"])
+            ring, arrays = self.cache._writeback.ring, (index.ready, index.open, index.sent)
+            arrays = (*arrays, index.inflight, index.covered, ring.slots, ring.queued)
+            found["blocks"] = [bytes(each) for each in arrays]
+            counts = index.cells[:]
+            counts[CHANGES] = 0  # A write that had to wait may have opened its blocks twice.
+            marks = ring._marks, ring._marked_s
+            found["counts"] = repr((counts, marks, vars(self.cache.stats)))
         return found
 
     def log(self, on: bool) -> None:

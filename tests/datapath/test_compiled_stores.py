@@ -46,7 +46,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return module
 
 
-def _engine(native: Any) -> Engine:
+def native_engine(native: Any) -> Engine:
     return Engine(
         *(COMPILED, native.take_hits, native.take_commands, native.answers, native.publish)
     )
@@ -131,7 +131,7 @@ def test_death_after_any_compiled_store_loses_nothing_and_repeats_no_answer(
         ring.add()
     moments: list[tuple[int, _Moment]] = []
     native.on_store(lambda: moments.append((ring.n_tokens, _Moment(ring))))
-    life_of_a_process(ring, _engine(native))
+    life_of_a_process(ring, native_engine(native))
     assert len(moments) > 30
     for number, (n_tokens, moment) in enumerate(moments):
         later = kind(base)
@@ -180,7 +180,7 @@ def test_death_after_any_compiled_store_leaves_a_cache_file_that_says_what_the_s
                     differed += 1
 
     native.on_store(died)
-    served = _engine(native).take_hits(chains.queue, chains.disk, rig.cache.hits.resident)
+    served = native_engine(native).take_hits(chains.queue, chains.disk, rig.cache.hits.resident)
     died()
     assert served == (0, 1)
     assert differed

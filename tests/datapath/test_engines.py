@@ -28,7 +28,7 @@ def test_every_byte_is_the_same_after_every_call_of_either_engine(seed: int) -> 
 
 def test_the_calls_that_are_compared_serve_chains_of_every_kind() -> None:
     served: dict[str, int] = {}
-    for seed in range(20):
+    for seed in range(30):
         pair = Pair(seed, (PURE_ENGINE, PURE_ENGINE))
         pair.run(500)
         for name, count in pair.served.items():

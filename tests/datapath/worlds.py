@@ -1,7 +1,8 @@
 """The four functions of the usual case, by two engines, on copies of the same state.
 
 A `World` is all that the functions see, without anything around it: two rings in guest memory, with
-in-flight regions or without, the tables of rows, a cache, a channel with its staging buffer.
+in-flight regions or without, the tables of rows, a channel with its staging buffer, and a cache
+with all that is behind it, to which other things happen meanwhile (`world_cache`).
 `Pair` has one for each engine and does the same to both: chains of all kinds, most of them usual,
 many of them broken in one place or more, garbage anywhere in the guest's memory, indexes that
 jump, replies that are right, wrong, cut off, mixed up. After every call every byte is compared:
@@ -17,10 +18,10 @@ import random
 import struct
 import sys
 import time
-import zlib
 from itertools import pairwise
 from typing import Any
 
+from bridge.cache.file.layout import Geometry
 from bridge.datapath.cells import (
     ALIGN_MASK,
     ALONE,
@@ -29,6 +30,7 @@ from bridge.datapath.cells import (
     BLOCK_MASK,
     CAN_FLUSH,
     CAPACITY_BYTES,
+    CHANGES,
     CHANNEL_CELLS,
     DISK_CELLS,
     EVENT_IDX,
@@ -60,7 +62,6 @@ from bridge.datapath.cells import (
     WHOLE_WRITE_BYTES,
     Channel,
     Queue,
-    Resident,
     Route,
     cells,
 )
@@ -68,6 +69,7 @@ from bridge.datapath.engine import Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
 from bridge.datapath.rows import Rows
 from bridge.datapath.spans import note_span
+from tests.datapath.world_cache import DISK_BYTES, GRANULE_SHIFT, WorldCache, event
 
 GUEST = 0x7000_0000
 HIGH = (1 << 64) - 0x9000
@@ -80,8 +82,6 @@ RING_BYTES = 0x2000
 """Per ring, at the start of the main region; headers, tables and data come after."""
 STUFF_AT = 2 * RING_BYTES
 STAGING_BYTES = 0x14000
-GRANULE_SHIFT, BLOCK_SHIFT, SLOTS = 13, 9, 8
-DISK_BYTES = 1 << 18
 
 
 _SEGMENTS_AT, _FOLLOWING_AT = 7, 10
@@ -100,9 +100,12 @@ class World:
         self.rng = rng = random.Random(seed)
         main_at, high_at, tiny_at = 0, MAIN_BYTES, MAIN_BYTES + HIGH_BYTES
         tracked_at = tiny_at + TINY_BYTES + 64 & ~63
-        data_at = tracked_at + 0x1000
-        staging_at = data_at + (SLOTS << GRANULE_SHIFT)
-        self.arena = bytearray(rng.randbytes(data_at) + bytes(staging_at - data_at + STAGING_BYTES))
+        file_at = tracked_at + 0x1000
+        block_bytes = rng.choice([512, 512, 2048])
+        slots = rng.choice([7, 24, 32])
+        geometry = Geometry(DISK_BYTES, block_bytes, 1 << GRANULE_SHIFT, slots)
+        staging_at = file_at + geometry.file_bytes
+        self.arena = bytearray(rng.randbytes(file_at) + bytes(geometry.file_bytes + STAGING_BYTES))
         arena = memoryview(self.arena)
         self.main = arena[main_at : main_at + MAIN_BYTES]
         self.high = arena[high_at : high_at + HIGH_BYTES]
@@ -120,8 +123,8 @@ class World:
         self.disk[BLOCK_MASK] = rng.choice([511, 4095]) if odd else 511
         self.disk[MAY_WRITE] = not odd or rng.random() < 0.8
         self.disk[CAN_FLUSH] = not odd or rng.random() < 0.8
-        self.cache = self._cache(arena[data_at:staging_at])
-        self.opened: list[tuple[int, int]] = []
+        self.behind = WorldCache(rng, arena[file_at:staging_at], geometry)
+        self.cache = self.behind.resident
         self.route = Route()
         self.route.cells[MAX_READ_BYTES] = rng.choice([0x7FFF, 4096, 0]) if odd else 0x7FFF
         self.route.cells[MAX_WRITE_BYTES] = rng.choice([0x10000, 4096, 0]) if odd else 0x10000
@@ -159,44 +162,6 @@ class World:
         assert self.rows.enter(queue, owner)
         return queue
 
-    def _cache(self, data: memoryview) -> Resident:
-        rng = self.rng
-        cache = Resident()
-        cache.native = None
-        cache.granule_shift, cache.block_shift = GRANULE_SHIFT, BLOCK_SHIFT
-        cache.bucket_mask = 15
-        granules = [rng.randrange(DISK_BYTES >> GRANULE_SHIFT) for _ in range(SLOTS)]
-        if rng.random() < 0.6:
-            granules = list(range(granules[0] & 15, (granules[0] & 15) + SLOTS))
-        cache.head = memoryview(bytearray(64)).cast("I")
-        cache.granule_of = memoryview(bytearray(4 * SLOTS)).cast("I")
-        cache.ready = memoryview(bytearray(2 * SLOTS)).cast("H")
-        cache.open = memoryview(bytearray(2 * SLOTS)).cast("H")
-        cache.touched = bytearray(SLOTS)
-        for slot in range(1, SLOTS):
-            cache.granule_of[slot] = granules[slot]
-            cache.head[granules[slot] & 15] = slot
-            cache.ready[slot] = rng.choice([0xFFFF, 0xFFFF, rng.randrange(1 << 16)])
-            cache.open[slot] = cache.ready[slot] & rng.choice([0xFFFF, 0, rng.randrange(1 << 16)])
-        cache.data = data
-        cache.up = bytes((1, 2, 3, 3))
-        cache.open_blocks = self._open_blocks
-        cache.store = self._store
-        return cache
-
-    def _open_blocks(self, slot: int, bits: int) -> bool:
-        self.opened.append((slot, bits))
-        if bits & ~self.cache.ready[slot] or (slot + bits + len(self.opened)) % 5 == 0:
-            return False
-        self.cache.open[slot] |= bits
-        return True
-
-    def _store(self, offset: int, length: int, buffers: list[memoryview]) -> bool:
-        stored = b"".join(buffers)
-        assert len(stored) == length
-        self.opened.append((offset, zlib.crc32(stored)))
-        return (offset >> 9) % 3 != 0
-
     def _channel(self, staging: memoryview, seed: int) -> Channel:
         channel = Channel()
         channel.native = None
@@ -218,14 +183,8 @@ class World:
 
     def small(self) -> list[Any]:
         """All that is not in the arena."""
-        cache, channel = self.cache, self.channel
-        found: list[Any] = [
-            self.disk,
-            self.opened,
-            cache.touched,
-            cache.open.tobytes(),
-            channel.cells,
-        ]
+        channel = self.channel
+        found: list[Any] = [self.disk, channel.cells, self.behind.state()]
         found += [self.rows.cells, [self.rows.queues.index(each) for each in self.rows.touched]]
         found += [channel.has_payload, b"".join(channel.output), len(channel.output)]
         found += [channel.held, self.route.spans]
@@ -246,7 +205,7 @@ class Pair:
         self.served = dict.fromkeys(
             (
                 *("take_hits", "take_commands", "several segments", "merged", "answers"),
-                *("flushed", "publish"),
+                *("flushed", "publish", "opened"),
             ),
             0,
         )
@@ -260,7 +219,7 @@ class Pair:
         """Take so many steps. Raises AssertionError, which names the seed."""
         for self.calls in range(calls):
             what = self.rng.choice(
-                ["hits", "commands", "commands", "answers", "answers", "publish"]
+                ["hits"] * 2 + ["commands", "answers"] * 3 + ["publish", "events"]
             )
             queue = self.rng.randrange(2)
             getattr(self, f"_{what}")(queue)
@@ -297,11 +256,22 @@ class Pair:
     def _hits(self, queue: int) -> None:
         self._fill(queue)
         results = []
+        changes = self.worlds[0].cache.cells[CHANGES]
         for world in self.worlds:
             world.queues[queue].cells[STOPPED] = 0
             results.append(world.engine.take_hits(world.queues[queue], world.disk, world.cache))
         self.served["take_hits"] += sum(self._call("take_hits", results))
+        self.served["opened"] += self.worlds[0].cache.cells[CHANGES] - changes
         self._skip(queue)
+        if self.rng.random() < 0.8:
+            for world in self.worlds:
+                world.behind.end_turn()
+
+    def _events(self, _: int) -> None:
+        """Something happens to the cache."""
+        for each in [event(self.rng) for _ in range(self.rng.choice([1, 1, 3]))]:
+            for world in self.worlds:
+                world.behind.disturb(each)
 
     def _commands(self, queue: int) -> None:
         self._fill(queue)
@@ -428,7 +398,7 @@ class Pair:
         header_at = STUFF_AT + 0x1000 + 16 * (index & 63)
         type_ = rng.randrange(2) if rng.random() < 0.98 else 4
         cache = self.worlds[0].cache
-        granule = cache.granule_of[rng.randrange(SLOTS)]
+        granule = cache.granule_of[rng.randrange(1, len(cache.granule_of))]
         length = rng.choice([512, 1024, 4096, 4096, 4096, 4096, 4096, 8192, 0x9000])
         at = rng.randrange(1 << GRANULE_SHIFT - 9)
         if length >= 4096:

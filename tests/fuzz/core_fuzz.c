@@ -49,7 +49,6 @@ struct world {
     uint8_t sent[COMMANDS][DP_COMMAND_BYTES];
     uint32_t sent_count;
     uint64_t staged;
-    uint16_t *open;
     int calls;
     bool whole; /* long reads, too */
     bool turns; /* whole turns */
@@ -93,16 +92,104 @@ static void *room(size_t n_bytes)
     return found;
 }
 
+/* What a cache is found to hold, and what it counts. */
+static void check_cache(const struct dp_resident *cache)
+{
+    const uint64_t *cells = cache->cells;
+    uint64_t dirty_slots = 0, dirty_blocks = 0, queued = 0;
+
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        uint32_t valid = cache->state[slot] & 0xFFFF, dirty = cache->state[slot] >> 16 & 0xFFFF;
+        uint64_t check = (valid | dirty << 16) ^ cache->granule_of[slot] * UINT64_C(0x9E3779B1);
+        uint32_t in_ring = 0;
+
+        if (valid && cache->state[slot] >> 32 != (check * 0x85EBCA6B >> 7 & UINT32_MAX))
+            abort();
+        if (dirty & ~valid || cache->open[slot] & ~dirty || cache->sent[slot] & ~dirty ||
+            cache->covered[slot] & ~cache->sent[slot] || cache->open[slot] & cache->sent[slot])
+            abort();
+        dirty_slots += dirty > 0;
+        dirty_blocks += (uint64_t)__builtin_popcount(dirty);
+        for (uint64_t at = cells[DP_RING_HEAD]; at < cells[DP_RING_TAIL]; at++)
+            in_ring += cache->ring[at % cache->ring_slots] == slot;
+        if (in_ring != cache->queued[slot])
+            abort();
+        queued += in_ring;
+    }
+    if (dirty_slots != cells[DP_DIRTY_SLOTS] || dirty_blocks != cells[DP_DIRTY_BLOCKS] ||
+        queued != cells[DP_RING_TAIL] - cells[DP_RING_HEAD])
+        abort();
+}
+
+static void set_state(struct dp_resident *cache, uint32_t slot, uint32_t valid, uint32_t dirty)
+{
+    uint32_t was = cache->state[slot] >> 16 & 0xFFFF;
+    uint64_t low = valid | dirty << 16;
+    uint64_t check = (low ^ cache->granule_of[slot] * UINT64_C(0x9E3779B1)) * 0x85EBCA6B >> 7;
+
+    cache->state[slot] = low | check << 32;
+    cache->cells[DP_DIRTY_SLOTS] += (uint64_t)(dirty != 0) - (was != 0);
+    cache->cells[DP_DIRTY_BLOCKS] += (uint64_t)(__builtin_popcount(dirty) - __builtin_popcount(was));
+}
+
 static int open_blocks(void *owner, uint32_t slot, uint32_t bits)
 {
     struct world *world = owner;
+    struct dp_resident *cache = &world->cache;
     int result = ++world->calls % 4 - 1;
+    uint32_t low;
 
-    if (slot >= SLOTS)
+    if (slot >= SLOTS || bits & ~(uint32_t)cache->ready[slot] || cache->asked)
         abort();
-    if (result > 0)
-        world->open[slot] = (uint16_t)(world->open[slot] | bits);
-    return result > 0 ? 1 : result;
+    if (result <= 0)
+        return result;
+    low = (uint32_t)cache->state[slot];
+    set_state(cache, slot, low & 0xFFFF, low >> 16 | bits);
+    cache->sent[slot] &= (uint16_t)~bits;
+    cache->covered[slot] &= (uint16_t)~bits;
+    cache->open[slot] = (uint16_t)(cache->open[slot] | bits);
+    if (!cache->queued[slot]) {
+        cache->queued[slot] = 1;
+        cache->ring[cache->cells[DP_RING_TAIL]++ % cache->ring_slots] = slot;
+    }
+    return 1;
+}
+
+static int may_open(void *owner)
+{
+    struct world *world = owner;
+
+    if (world->cache.asked)
+        abort();
+    return ++world->calls % 16 ? world->calls % 3 > 0 : -1;
+}
+
+/* The oldest slots are sent, answered, or flushed. */
+static void write_out(struct world *world, uint64_t what)
+{
+    struct dp_resident *cache = &world->cache;
+    uint64_t *cells = cache->cells;
+
+    for (uint32_t slot = 1; slot < SLOTS; slot++) {
+        uint32_t low = (uint32_t)cache->state[slot];
+
+        if (what & 8)
+            cache->covered[slot] = cache->sent[slot];
+        if (what & 4) {
+            set_state(cache, slot, low & 0xFFFF, low >> 16 & ~(uint32_t)cache->covered[slot]);
+            cache->sent[slot] &= (uint16_t)~cache->covered[slot];
+            cache->covered[slot] = 0;
+        }
+    }
+    for (what &= 3; what-- && cells[DP_RING_HEAD] < cells[DP_RING_TAIL];) {
+        uint32_t slot = cache->ring[cells[DP_RING_HEAD]++ % cache->ring_slots];
+
+        cache->queued[slot] = 0;
+        cache->sent[slot] = (uint16_t)(cache->state[slot] >> 16);
+        cache->open[slot] = 0;
+    }
+    if (cells[DP_RING_GOAL] < cells[DP_RING_HEAD])
+        cells[DP_RING_GOAL] = cells[DP_RING_HEAD] + (what & 1);
 }
 
 static int store(void *owner, uint64_t offset, uint64_t length, const struct iovec *data,
@@ -118,7 +205,7 @@ static int store(void *owner, uint64_t offset, uint64_t length, const struct iov
             sum = (uint8_t)(sum + at[byte]);
         length -= data[index].iov_len;
     }
-    if (length || offset > DISK_BYTES)
+    if (length || offset > DISK_BYTES || world->cache.asked)
         abort();
     return ++world->calls % 3 - 1;
 }
@@ -177,13 +264,65 @@ static void make_channel(struct dp_channel *channel, uint32_t number, bool struc
     channel->structured = structured;
 }
 
-static void make_world(struct world *world, struct input *input)
+static void make_cache(struct world *world, uint32_t bucket, uint64_t setup)
 {
     static const uint8_t up[4] = {1, 2, 3, 3};
+    struct dp_resident *cache = &world->cache;
+    uint32_t *head = room(4 * BUCKETS), *granule_of = room(4 * SLOTS);
+    uint16_t *ready = room(2 * SLOTS);
+
+    *cache = (struct dp_resident){
+        .granule_shift = GRANULE_SHIFT,
+        .block_shift = BLOCK_SHIFT,
+        .bucket_mask = BUCKETS - 1,
+        .head = head,
+        .granule_of = granule_of,
+        .ready = ready,
+        .open = room(2 * SLOTS),
+        .touched = room(SLOTS),
+        .state = room(8 * SLOTS),
+        .sent = room(2 * SLOTS),
+        .covered = room(2 * SLOTS),
+        .queued = room(SLOTS),
+        .slots = SLOTS,
+        .cells = room(8 * DP_RESIDENT_CELLS),
+        .ring = room(4 * SLOTS),
+        .ring_slots = SLOTS,
+        .data = room(SLOTS << GRANULE_SHIFT),
+        .data_bytes = SLOTS << GRANULE_SHIFT,
+        .up = up,
+        .up_bytes = sizeof up,
+        .open_blocks = open_blocks,
+        .may_open = setup & 0x10 ? NULL : may_open,
+        .store = store,
+        .owner = world,
+    };
+    head[0] = bucket;
+    cache->cells[DP_RING_HEAD] = cache->cells[DP_RING_TAIL] = setup & 0x20 ? 0 : UINT32_MAX;
+    cache->cells[DP_HARD_SLOTS] = setup & 0x40 ? 3 : SLOTS;
+    cache->cells[DP_FLUSH_SLOTS] = setup & 0x40 ? 2 : SLOTS;
+    cache->cells[DP_BACKGROUND_SLOTS] = setup & 0x80 ? 1 : SLOTS;
+    for (uint32_t slot = 1; slot < SLOTS; slot++) {
+        granule_of[slot] = slot;
+        head[slot & (BUCKETS - 1)] = slot;
+        ready[slot] = 0xFF;
+        set_state(cache, slot, 0xFF, slot < 4 ? 0x0F : 0);
+        if (slot < 3)
+            cache->open[slot] = 0x0F;
+        if (slot == 3)
+            cache->sent[slot] = cache->covered[slot] = 0x0F;
+        if (slot < 2) {
+            cache->queued[slot] = 1;
+            cache->ring[cache->cells[DP_RING_TAIL]++ % cache->ring_slots] = slot;
+        }
+    }
+    check_cache(cache);
+}
+
+static void make_world(struct world *world, struct input *input)
+{
     static const uint64_t sizes[REGIONS] = {0x20000, 0x3001, 0x230};
     static const uint64_t addresses[REGIONS] = {0x100000, UINT64_MAX - 0x3000, 0x200};
-    uint32_t *head, *granule_of;
-    uint16_t *ready;
     uint64_t setup;
 
     memset(world, 0, sizeof *world);
@@ -209,35 +348,7 @@ static void make_world(struct world *world, struct input *input)
     world->outgoing = room(STAGING_BYTES);
     if (world->turns)
         connect_server(world);
-    head = room(4 * BUCKETS);
-    granule_of = room(4 * SLOTS);
-    ready = room(2 * SLOTS);
-    world->open = room(2 * SLOTS);
-    for (uint32_t slot = 1; slot < SLOTS; slot++) {
-        granule_of[slot] = slot;
-        head[slot & (BUCKETS - 1)] = slot;
-        ready[slot] = 0xFF;
-        world->open[slot] = 0x0F;
-    }
-    head[0] = (uint32_t)take(input, 1); /* stale, or no slot at all */
-    world->cache = (struct dp_resident){
-        .granule_shift = GRANULE_SHIFT,
-        .block_shift = BLOCK_SHIFT,
-        .bucket_mask = BUCKETS - 1,
-        .head = head,
-        .granule_of = granule_of,
-        .ready = ready,
-        .open = world->open,
-        .touched = room(SLOTS),
-        .slots = SLOTS,
-        .data = room(SLOTS << GRANULE_SHIFT),
-        .data_bytes = SLOTS << GRANULE_SHIFT,
-        .up = up,
-        .up_bytes = sizeof up,
-        .open_blocks = open_blocks,
-        .store = store,
-        .owner = world,
-    };
+    make_cache(world, (uint32_t)take(input, 1) /* stale, or no slot at all */, setup);
     world->disk[DP_CAPACITY_BYTES] = DISK_BYTES;
     world->disk[DP_BLOCK_MASK] = 511;
     world->disk[DP_MAY_WRITE] = world->disk[DP_CAN_FLUSH] = 1;
@@ -273,8 +384,14 @@ static void end_world(struct world *world)
     free((void *)world->cache.head);
     free((void *)world->cache.granule_of);
     free((void *)world->cache.ready);
-    free(world->open);
+    free(world->cache.open);
     free(world->cache.touched);
+    free(world->cache.state);
+    free(world->cache.sent);
+    free(world->cache.covered);
+    free(world->cache.queued);
+    free(world->cache.cells);
+    free(world->cache.ring);
     free(world->cache.data);
     free(world->outgoing);
     if (world->turns) {
@@ -652,6 +769,7 @@ static void turn(struct world *world, struct input *input)
     turns.begin_to_write = nobody_armed;
     turns.owner = world;
     flags = dp_turns(&turns);
+    check_cache(&world->cache);
     if (turns.flushed > DP_TIMES || world->channel.unsent_from)
         abort();
     if (turns.wire_count == 1) {
@@ -744,7 +862,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             add_chain(&world, queue, &input);
             break;
         case 6:
+            dp_ask_again(&world.cache);
             dp_take_hits(queue, world.disk, &world.cache, op >> 5 & 1);
+            check_cache(&world.cache);
             break;
         case 7:
         case 8:
@@ -773,6 +893,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             break;
         default: /* what the general path does with what was left */
             queue->cells[DP_NEXT_AVAIL] = queue->avail[1];
+            write_out(&world, op >> 4);
+            check_cache(&world.cache);
         }
         check_spans(&world);
     }

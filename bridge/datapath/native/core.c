@@ -30,6 +30,7 @@ _Static_assert(sizeof(struct descriptor) == 16, "virtio 1.3, 2.7.5");
 _Static_assert(sizeof(struct dp_segment) == 16, "a segment is as in cells.SEGMENT");
 
 enum { MAX_LINKS = DP_MAX_SEGMENTS + 2, MAX_PLACES = 64 };
+enum { BLOCKS_MASK = 0xFFFF, DIRTY_SHIFT = 16 }; /* of a slot's state */
 
 /* A usual chain, checked: what is in it is in guest memory. */
 struct chain {
@@ -72,6 +73,12 @@ static inline uint16_t load_16(const uint16_t *from)
 /* A store that is seen after all stores before it: also by a process that finds what this one left
  * behind. */
 static inline void store_16(uint16_t *to, uint16_t value)
+{
+    __atomic_store_n(to, value, __ATOMIC_RELEASE);
+    DP_STORED();
+}
+
+static inline void store_64(uint64_t *to, uint64_t value)
 {
     __atomic_store_n(to, value, __ATOMIC_RELEASE);
     DP_STORED();
@@ -293,10 +300,80 @@ static inline bool on_disk(uint64_t sector, uint64_t length, uint64_t capacity_b
            !((sector << SECTOR_SHIFT | length) & block_mask);
 }
 
+/* The state of a slot: its valid blocks, its dirty ones, and a check (cache/file/layout.py). */
+static inline uint64_t state_word(uint32_t granule, uint32_t low)
+{
+    uint64_t check = (low ^ granule * UINT64_C(0x9E3779B1)) * 0x85EBCA6B >> 7;
+
+    return low | check << 32;
+}
+
+/* See `Writes.open_blocks`, whose blocks `bits` of `slot` are, and `Blocks.write_open`: false if
+ * that is more than to change what is flat, and nothing was changed. */
+static bool open_plain(struct dp_resident *cache, uint32_t slot, uint16_t bits)
+{
+    uint64_t *cells = cache->cells, dirty_slots = cells[DP_DIRTY_SLOTS];
+    uint64_t tail = cells[DP_RING_TAIL], rests = cells[DP_RING_HEAD];
+    uint32_t was = (uint32_t)cache->state[slot];
+    uint32_t low = was | (was & bits) << DIRTY_SHIFT;
+
+    if (was <= BLOCKS_MASK) {
+        if (dirty_slots >= cells[DP_HARD_SLOTS])
+            return false;
+        dirty_slots += low != was;
+    }
+    if (!cache->queued[slot]) {
+        if (rests > tail || tail - rests >= cache->ring_slots)
+            return false;
+        if (rests < cells[DP_RING_GOAL])
+            rests = cells[DP_RING_GOAL];
+        if (dirty_slots > cells[DP_FLUSH_SLOTS] || tail + 1 > rests + cells[DP_BACKGROUND_SLOTS])
+            return false;
+    }
+    if (low != was) {
+        store_64(&cache->state[slot], state_word(cache->granule_of[slot], low));
+        /* A block calls itself dirty before anything is done to its data. */
+        __atomic_signal_fence(__ATOMIC_SEQ_CST);
+        cells[DP_DIRTY_BLOCKS] += (uint32_t)__builtin_popcount(low ^ was);
+        cells[DP_DIRTY_SLOTS] = dirty_slots;
+    }
+    if (cache->sent[slot] & bits) {
+        cache->sent[slot] &= (uint16_t)~bits;
+        cache->covered[slot] &= (uint16_t)~bits;
+    }
+    cache->open[slot] |= bits;
+    cells[DP_CHANGES]++;
+    if (!cache->queued[slot]) {
+        cache->queued[slot] = 1;
+        cache->ring[tail % cache->ring_slots] = slot;
+        cells[DP_RING_TAIL] = tail + 1;
+    }
+    return true;
+}
+
+/* Make blocks open that are ready: 1, or 0: not now, or -1: nothing can be done any more. */
+static int open_blocks(struct dp_resident *cache, uint32_t slot, uint16_t bits)
+{
+    if (!cache->open_blocks)
+        return 0;
+    if (cache->may_open && !cache->asked) {
+        int may = cache->may_open(cache->owner);
+
+        if (may < 0)
+            return may;
+        cache->asked = true;
+        cache->opens = may;
+    }
+    if (cache->asked && cache->opens && open_plain(cache, slot, bits))
+        return 1;
+    dp_ask_again(cache);
+    return cache->open_blocks(cache->owner, slot, bits);
+}
+
 /* The part of a request that is in one granule, of at most `length` bytes: whether it is a hit, -1:
  * nothing can be any more. A write's blocks are open then. */
-static int place_of(const struct dp_resident *cache, uint32_t type, uint64_t offset,
-                    uint64_t length, struct place *place)
+static int place_of(struct dp_resident *cache, uint32_t type, uint64_t offset, uint64_t length,
+                    struct place *place)
 {
     uint64_t granule_bytes = UINT64_C(1) << cache->granule_shift;
     uint64_t within_granule = offset & (granule_bytes - 1), granule = offset >> cache->granule_shift;
@@ -319,13 +396,13 @@ static int place_of(const struct dp_resident *cache, uint32_t type, uint64_t off
         return !(bits & ~(uint64_t)cache->ready[slot]);
     if (!(bits & ~(uint64_t)cache->open[slot]))
         return 1;
-    if (bits & ~(uint64_t)cache->ready[slot] || !cache->open_blocks)
+    if (bits & ~(uint64_t)cache->ready[slot])
         return 0;
-    return cache->open_blocks(cache->owner, slot, (uint32_t)bits);
+    return open_blocks(cache, slot, (uint16_t)bits);
 }
 
 /* Where `chain` is in the cache: in how many places; 0: it is no hit. */
-static uint32_t places_of(const struct chain *chain, const struct dp_resident *cache,
+static uint32_t places_of(const struct chain *chain, struct dp_resident *cache,
                           struct place places[MAX_PLACES])
 {
     uint64_t offset = chain->sector << SECTOR_SHIFT, left = chain->length;
@@ -378,7 +455,7 @@ static void copy_hit(const struct dp_queue *queue, const struct dp_resident *cac
 }
 
 /* Have a write stored whose blocks are not at hand. */
-static bool store(const struct dp_queue *queue, const struct dp_resident *cache,
+static bool store(const struct dp_queue *queue, struct dp_resident *cache,
                   const struct chain *chain)
 {
     struct iovec data[DP_MAX_SEGMENTS];
@@ -391,6 +468,7 @@ static bool store(const struct dp_queue *queue, const struct dp_resident *cache,
         data[index] =
             (struct iovec){in_region(queue, segment->region, segment->at), segment->length};
     }
+    dp_ask_again(cache);
     return cache->store(cache->owner, chain->sector << SECTOR_SHIFT, chain->length, data,
                         chain->count) > 0;
 }
@@ -398,7 +476,7 @@ static bool store(const struct dp_queue *queue, const struct dp_resident *cache,
 /* The chain at `head`, and where it is in the cache, in `*count` places, or, in none, a write that
  * has been stored; or why it cannot be served there. */
 static uint64_t hit_at(const struct dp_queue *queue, uint32_t head, const uint64_t *disk,
-                       const struct dp_resident *cache, bool may_write, struct chain *chain,
+                       struct dp_resident *cache, bool may_write, struct chain *chain,
                        struct place places[MAX_PLACES], uint32_t *count)
 {
     if (head >= queue->size || (queue->tracked && queue->cells[DP_PUSHED] >= queue->size))
@@ -429,8 +507,8 @@ static inline void count_taken(struct dp_taken *taken, uint64_t *disk, const str
     }
 }
 
-struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk,
-                             const struct dp_resident *cache, bool may_write)
+struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk, struct dp_resident *cache,
+                             bool may_write)
 {
     struct dp_taken taken = {0};
     uint64_t *state = queue->cells;

@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 
 /* Of the layout below and of `cells`: another number whenever either changes. */
-#define DP_ABI 11
+#define DP_ABI 13
 
 /* Cells of a `Queue`, in the order of `cells`. */
 enum {
@@ -106,6 +106,20 @@ enum {
     DP_FLUSHED,
     DP_COVERED,
     DP_CHANNEL_CELLS
+};
+
+/* Cells of a `Resident`. */
+enum {
+    DP_DIRTY_SLOTS,
+    DP_DIRTY_BLOCKS,
+    DP_CHANGES,
+    DP_RING_HEAD,
+    DP_RING_TAIL,
+    DP_RING_GOAL,
+    DP_HARD_SLOTS,
+    DP_FLUSH_SLOTS,
+    DP_BACKGROUND_SLOTS,
+    DP_RESIDENT_CELLS
 };
 
 enum {
@@ -202,15 +216,26 @@ struct dp_resident {
     const uint32_t *head; /* bucket_mask + 1 */
     const uint32_t *granule_of;
     const uint16_t *ready;
-    const uint16_t *open;
+    uint16_t *open;
     uint8_t *touched;
-    uint64_t slots; /* of the four arrays before */
+    uint64_t *state; /* in the cache file */
+    uint16_t *sent;
+    uint16_t *covered;
+    uint8_t *queued;
+    uint64_t slots; /* of the eight arrays before */
+    uint64_t *cells;
+    uint32_t *ring; /* ring_slots */
+    uint64_t ring_slots; /* at least 1 */
     uint8_t *data;
     uint64_t data_bytes;
     const uint8_t *up;
     uint32_t up_bytes;
-    /* Make clean blocks open: 1, or 0: not now, or -1: stop here. NULL: never. */
+    /* Make blocks open: 1, or 0: not now, or -1: stop here. NULL: never. */
     int (*open_blocks)(void *owner, uint32_t slot, uint32_t bits);
+    /* Whether that may be done here, where all is plain, until anything is called: likewise. NULL:
+     * it may not. `asked`: and it said `opens`. */
+    int (*may_open)(void *owner);
+    bool asked, opens;
     /* Store a write whose blocks are not there: as `open_blocks`. */
     int (*store)(void *owner, uint64_t offset, uint64_t length, const struct iovec *data,
                  uint32_t count);
@@ -259,9 +284,15 @@ typedef struct dp_queue *(*dp_queue_of)(void *owner, unsigned number);
 /* Sizes and alignments fit together. (The cells and rows are the caller's own, and right.) */
 bool dp_queue_is_sound(const struct dp_queue *queue);
 
+/* What `may_open` has said is over: time has gone by, or something was called. */
+static inline void dp_ask_again(struct dp_resident *cache)
+{
+    cache->asked = false;
+}
+
 /* See `usual.take_hits`. */
-struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk,
-                             const struct dp_resident *cache, bool may_write);
+struct dp_taken dp_take_hits(struct dp_queue *queue, uint64_t *disk, struct dp_resident *cache,
+                             bool may_write);
 
 /* See `usual.take_commands`: at most `room` requests are put at `out`, with at most `pieces`
  * headers and segments of payload. `rows`: the cells of `Rows`. With less room than chains there is no STOPPED: the rest is to

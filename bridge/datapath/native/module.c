@@ -9,7 +9,7 @@
 
 #include <string.h>
 
-enum { FIXED_BUFFERS = 10 };
+enum { FIXED_BUFFERS = 16 };
 
 const char dp_queue_kind[] = "bridge.Queue";
 const char dp_channel_kind[] = "bridge.Channel";
@@ -23,6 +23,7 @@ static void drop(struct holder *holder)
     for (Py_ssize_t index = 0; index < holder->buffer_count; index++)
         PyBuffer_Release(&holder->buffers[index]);
     Py_XDECREF(holder->open_blocks);
+    Py_XDECREF(holder->may_open);
     Py_XDECREF(holder->store);
     PyMem_Free(holder->regions);
     PyMem_Free(holder);
@@ -258,6 +259,17 @@ static int open_blocks(void *owner, uint32_t slot, uint32_t bits)
     return opened;
 }
 
+/* See dp_resident.may_open. */
+static int may_open(void *owner)
+{
+    struct holder *holder = owner;
+    PyObject *result = PyErr_Occurred() ? NULL : PyObject_CallNoArgs(holder->may_open);
+    int may = result ? PyObject_IsTrue(result) : -1;
+
+    Py_XDECREF(result);
+    return may;
+}
+
 /* See dp_resident.store. The views are of memory that is held by the queue, for this call only. */
 static int store(void *owner, uint64_t offset, uint64_t length, const struct iovec *data,
                  uint32_t count)
@@ -277,6 +289,39 @@ static int store(void *owner, uint64_t offset, uint64_t length, const struct iov
     Py_XDECREF(result);
     Py_XDECREF(views);
     return stored;
+}
+
+/* What is changed where clean blocks become dirty. */
+static int hold_states(struct holder *holder, PyObject *object, struct dp_resident *cache)
+{
+    Py_buffer *view;
+
+    cache->state = hold_attribute(holder, object, "state", 8 * cache->slots, PyBUF_WRITABLE);
+    if (!cache->state)
+        return -1;
+    cache->sent = hold_attribute(holder, object, "sent", 2 * cache->slots, PyBUF_WRITABLE);
+    if (!cache->sent)
+        return -1;
+    cache->covered = hold_attribute(holder, object, "covered", 2 * cache->slots, PyBUF_WRITABLE);
+    if (!cache->covered)
+        return -1;
+    cache->queued = hold_attribute(holder, object, "queued", cache->slots, PyBUF_WRITABLE);
+    if (!cache->queued)
+        return -1;
+    cache->cells =
+        hold_attribute(holder, object, "cells", 8 * DP_RESIDENT_CELLS, PyBUF_WRITABLE);
+    if (!cache->cells)
+        return -1;
+    view = hold(holder, PyObject_GetAttrString(object, "ring"), 4, PyBUF_WRITABLE);
+    if (!view)
+        return -1;
+    cache->ring = view->buf;
+    cache->ring_slots = (uint64_t)view->len / 4;
+    if ((uintptr_t)cache->state & 7) {
+        PyErr_SetString(PyExc_BufferError, "states that are not aligned");
+        return -1;
+    }
+    return 0;
 }
 
 static int fill_resident(struct holder *holder, PyObject *object)
@@ -308,7 +353,7 @@ static int fill_resident(struct holder *holder, PyObject *object)
     cache->ready = hold_attribute(holder, object, "ready", 2 * cache->slots, PyBUF_SIMPLE);
     if (!cache->ready)
         return -1;
-    cache->open = hold_attribute(holder, object, "open", 2 * cache->slots, PyBUF_SIMPLE);
+    cache->open = hold_attribute(holder, object, "open", 2 * cache->slots, PyBUF_WRITABLE);
     if (!cache->open)
         return -1;
     cache->touched = hold_attribute(holder, object, "touched", cache->slots, PyBUF_WRITABLE);
@@ -324,9 +369,13 @@ static int fill_resident(struct holder *holder, PyObject *object)
         return -1;
     cache->up = view->buf;
     cache->up_bytes = (uint32_t)view->len;
+    if (hold_states(holder, object, cache) < 0)
+        return -1;
     holder->open_blocks = PyObject_GetAttrString(object, "open_blocks");
-    holder->store = holder->open_blocks ? PyObject_GetAttrString(object, "store") : NULL;
+    holder->may_open = holder->open_blocks ? PyObject_GetAttrString(object, "may_open") : NULL;
+    holder->store = holder->may_open ? PyObject_GetAttrString(object, "store") : NULL;
     cache->open_blocks = open_blocks;
+    cache->may_open = may_open;
     cache->store = store;
     cache->owner = holder;
     return holder->store ? 0 : -1;
@@ -434,6 +483,7 @@ static PyObject *take_hits(PyObject *module, PyObject *const *args, Py_ssize_t c
     if (!queue || !cache) {
         result = stopped(args[0]);
     } else if (dp_borrow(args[1], &disk, 8 * DP_DISK_CELLS) == 0) {
+        dp_ask_again(&cache->is.resident);
         taken = dp_take_hits(&queue->is.queue, disk.buf, &cache->is.resident, true);
         PyBuffer_Release(&disk);
         if (!PyErr_Occurred())
@@ -709,7 +759,9 @@ static const struct {
     PLACE(STOP_WRITE),     PLACE(STOP_ROOM),       PLACE(STOP_ROUTE),     PLACE(STOP_FLUSH),
     PLACE(STOPS),          PLACE(SPAN_CELLS),      PLACE(MAX_SPANS),      PLACE(SPANS_CELLS),
     PLACE(SEQUENCE),       PLACE(MERGED),          PLACE(ALONE),          PLACE(ROWS_CELLS),
-    PLACE(MERGED_BYTES),
+    PLACE(MERGED_BYTES),   PLACE(DIRTY_SLOTS),     PLACE(DIRTY_BLOCKS),   PLACE(CHANGES),
+    PLACE(RING_HEAD),      PLACE(RING_TAIL),       PLACE(RING_GOAL),      PLACE(HARD_SLOTS),
+    PLACE(FLUSH_SLOTS),    PLACE(BACKGROUND_SLOTS), PLACE(RESIDENT_CELLS),
 };
 
 static int add_places(PyObject *module)

@@ -15,7 +15,7 @@ struct holder {
         struct dp_resident resident;
     } is;
     struct dp_region *regions;
-    PyObject *open_blocks, *store; /* of a Resident */
+    PyObject *open_blocks, *may_open, *store; /* of a Resident */
     Py_ssize_t buffer_count;
     Py_buffer buffers[]; /* those that are held */
 };

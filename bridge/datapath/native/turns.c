@@ -326,6 +326,8 @@ static int take(struct dp_turns *turns)
         if (begins_to_write(turns, queue)) {
             if (turns->begin_to_write(turns->owner) < 0)
                 return flags | DP_CHAIN | DP_RAISED;
+            if (turns->cache)
+                dp_ask_again(turns->cache);
             turns->may_write = true;
             take_of(turns, ring, room, &pieces);
         }
@@ -445,6 +447,8 @@ static int nap(struct dp_turns *turns)
     uint64_t *poll_ns = awaits_payload(turns) ? &turns->long_poll_ns : &turns->poll_ns;
     int count = turns->wait(turns->owner, turns->events);
 
+    if (turns->cache)
+        dp_ask_again(turns->cache);
     turns->naps++;
     disarm(turns);
     if (is_busy(turns))
@@ -519,6 +523,8 @@ static int have_turns(struct dp_turns *turns)
     turns->output.late_bytes = 0;
     turns->shown = 0;
     turns->looked = false;
+    if (turns->cache)
+        dp_ask_again(turns->cache);
     if (dp_is_sending(turns))
         turns->wire->channel->unsent_from =
             turns->output.commands[turns->output.command].sequence;

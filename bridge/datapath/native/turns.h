@@ -81,7 +81,7 @@ struct dp_turns {
     uint64_t *rows; /* the cells of `Rows` */
 
     /* Or there is a cache, or NULL. */
-    const struct dp_resident *cache;
+    struct dp_resident *cache;
 
     /* Nanoseconds of CLOCK_MONOTONIC. */
     uint64_t until_ns;
