@@ -9,9 +9,9 @@ hangs up again fails with EIO, and all else goes on.
 
 A server that hangs up on every command is down, and an outage is waited for.
 So no command is blamed without a **proof** that the server does answer: it has answered something
-since it first hung up, or a small read elsewhere, a **probe**, right before. If it hangs up on the
-probe, too, the trial is off. From then on the blamed command is sent after the others: perhaps
-they are answered.
+on a connection after the one on which it first hung up, or a small read elsewhere, a **probe**,
+right before. If it hangs up on the probe, too, the trial is off. From then on the blamed command is
+sent after the others: perhaps they are answered.
 
 After a verdict the server is known to hang up on some commands, and there may be many of the kind
 (the discards of a mkfs): for `_DISTRUST_S` one such end is enough for a trial.
@@ -33,7 +33,7 @@ class Suspects:
 
     def __init__(self) -> None:
         self.proven = False
-        """The server has answered something since it first hung up."""
+        """The server has answered something on a connection after the first that it ended."""
         self._first: ReferenceType[Request] | None = None
         """The blamed command. Not the request: it would keep the guest's memory alive. Not its
         `id`: another request has the same when this one is gone."""
@@ -63,9 +63,10 @@ class Suspects:
         is_same = self._first is not None and self._first() is blamed
         if not is_same and (answered or not self._losses):
             self.clear()
+        # What it answered before it first hung up says nothing of what it does now.
+        self.proven |= answered and self._first is not None
         self._first = ref(blamed)
         self._losses += 1
-        self.proven |= answered
         if self._sends_last is not None:
             self._sends_last = self._first
         if self._losses < _LOSSES and now >= self._distrust_until_s:

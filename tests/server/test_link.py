@@ -1029,6 +1029,24 @@ def test_server_that_hangs_up_on_everything_is_waited_for() -> None:
     assert {request.error for request in requests} == {0}
 
 
+@pytest.mark.parametrize("answers_meanwhile", [False, True])
+def test_what_a_server_answered_before_it_went_away_does_not_prove_that_it_answers(
+    answers_meanwhile: bool,
+) -> None:
+    """One that was stuck, and killed and started again each time, once failed a read."""
+    world = World()
+    world.ask(READ, 1)
+    world.channels[0].answer_all()
+    stuck = world.ask(READ, 8)
+    for _ in range(4):
+        world.down(hung_up=True)
+        world.up()
+        if answers_meanwhile:
+            for other in [each for each in world.channels[0].pending if each is not stuck]:
+                world.channels[0].answer(other)
+    assert stuck.error == (errno.EIO if answers_meanwhile else -1)
+
+
 def test_server_that_hangs_up_on_all_reads_still_takes_writes() -> None:
     world = Poisoned(READ)
     read = world.ask(READ, 4)
