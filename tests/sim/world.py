@@ -397,6 +397,8 @@ class World:
         noticing, self._to_notice = self._to_notice, 0
         if client is not None and client.link.generation == noticing:
             self.oracle.loss_unnoticed()  # before it could act on the end of the connection
+        if bridge.died_amid_copy and self.config.mode != OFF:
+            self.oracle.interrupted(each.change for each in self.guest.asked if each.change)
         self._front_end_lost(killed=True)
 
     def _bridge_ended(self) -> None:

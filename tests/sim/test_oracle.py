@@ -1,0 +1,81 @@
+"""What the oracle excuses, and that it excuses nothing beside it."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from tests.sim.medium import SECTOR, Medium, sector_bytes
+from tests.sim.oracle import Change, Oracle, Violation
+
+
+class Torn:
+    """A sector in a cache: a write that is complete, and one that a kill has interrupted."""
+
+    def __init__(self) -> None:
+        self.medium = Medium(1, Random(1), lost=lambda at, numbers: None)
+        self.oracle = Oracle(self.medium, has_cache=True)
+        self.old = self.oracle.begin(0, 1)
+        self.oracle.end(self.old, done=True)
+        self.new = self.oracle.begin(0, 1)
+        self.since = self.oracle.now()
+        """When a read in flight beside it was asked for."""
+
+    def mix(self, other: Change | None = None) -> bytes:
+        """The first bytes of one write, and the last ones of another."""
+        head, tail = sector_bytes((other or self.new).number), sector_bytes(self.old.number)
+        return head[:100] + tail[100:]
+
+
+def test_sector_that_is_torn_although_no_kill_interrupted_its_write_is_found() -> None:
+    torn = Torn()
+    with pytest.raises(Violation, match="nobody wrote"):
+        torn.oracle.judge_read(0, torn.mix(), torn.since)
+
+
+def test_sector_under_an_interrupted_write_is_old_new_or_of_both() -> None:
+    torn = Torn()
+    torn.oracle.interrupted([torn.new])
+    for found in (torn.mix(), sector_bytes(torn.old.number), sector_bytes(torn.new.number)):
+        torn.oracle.judge_read(0, found, torn.since)
+    torn.oracle.end(torn.new, done=True)
+    torn.oracle.judge_read(0, torn.mix(), torn.since)
+
+
+def test_torn_sector_with_a_byte_of_neither_write_is_found() -> None:
+    torn = Torn()
+    torn.oracle.interrupted([torn.new])
+    older = Change(77, 0, zeroes=False, anything=False)
+    with pytest.raises(Violation, match="alone"):
+        torn.oracle.judge_read(0, torn.mix(older), torn.since)
+
+
+def test_sector_that_is_torn_after_its_write_was_executed_again_is_found() -> None:
+    torn = Torn()
+    torn.oracle.interrupted([torn.new])
+    torn.oracle.end(torn.new, done=True)
+    with pytest.raises(Violation, match="nobody wrote"):
+        torn.oracle.judge_read(0, torn.mix(), torn.oracle.now())
+    torn.medium.write(0, [-1], fua=True)
+    with pytest.raises(Violation, match="nobody wrote"):
+        torn.oracle.flushed(torn.oracle.now())
+
+
+def test_write_that_was_answered_before_the_kill_was_not_interrupted() -> None:
+    torn = Torn()
+    torn.oracle.end(torn.new, done=True)
+    torn.oracle.interrupted([torn.new])
+    with pytest.raises(Violation, match="nobody wrote"):
+        torn.oracle.judge_read(0, torn.mix(), torn.since)
+
+
+def test_sectors_of_a_read_are_judged_one_by_one() -> None:
+    medium = Medium(3, Random(1), lost=lambda at, numbers: None)
+    oracle = Oracle(medium, has_cache=True)
+    interrupted = oracle.begin(1, 1)
+    oracle.interrupted([interrupted])
+    mixed = sector_bytes(1)[:100] + bytes(SECTOR - 100)
+    oracle.judge_read(0, bytes(SECTOR) + mixed + bytes(SECTOR), oracle.now())
+    with pytest.raises(Violation, match="sector 2"):
+        oracle.judge_read(0, bytes(SECTOR) + mixed + mixed, oracle.now())
