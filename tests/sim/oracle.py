@@ -199,12 +199,18 @@ class Oracle:
     # What happens to the guest and the server.
 
     def server_lost(self, at: int, numbers: Iterable[int]) -> None:
-        """The server no longer has these changes of sector `at`."""
+        """The server no longer has these changes of sector `at`.
+
+        Nor others, where there is a cache: of changes in flight at a time the server gets the last
+        one's data only, which answers all of them."""
         gone = set(numbers)
-        for each in self.sectors[at]:
-            if each.number in gone and not each.durable:
-                each.kept = False
-                each.visible = self._has_cache
+        lost = [each for each in self.sectors[at] if each.number in gone and not each.durable]
+        for each in self.sectors[at] if self._has_cache else ():
+            if any(each.began < other.ended and other.began < each.ended for other in lost):
+                each.kept = each.durable
+        for each in lost:
+            each.kept = False
+            each.visible = self._has_cache
 
     def loss_unnoticed(self) -> None:
         """What is lost by now, no process could have noticed."""

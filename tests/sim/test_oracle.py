@@ -79,3 +79,49 @@ def test_sectors_of_a_read_are_judged_one_by_one() -> None:
     oracle.judge_read(0, bytes(SECTOR) + mixed + bytes(SECTOR), oracle.now())
     with pytest.raises(Violation, match="sector 2"):
         oracle.judge_read(0, bytes(SECTOR) + mixed + mixed, oracle.now())
+
+
+class WrittenThrough:
+    """Two writes of a sector, of which the server gets the second; then it, and the host, lose
+    power. Without that it has zeroes."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        self.medium = Medium(1, Random(1), lost=lambda at, numbers: None)
+        self.oracle = Oracle(self.medium, has_cache=True)
+        first = self.oracle.begin(0, 1)
+        if not at_once:
+            self.oracle.end(first, done=True)
+        self.last = self.oracle.begin(0, 1)
+        for each in (first, self.last) if at_once else (self.last,):
+            self.oracle.end(each, done=True)
+
+    def host_loses_power(self) -> None:
+        self.oracle.host_lost([], written_through=True)
+
+
+def test_write_whose_block_went_to_the_server_with_newer_data_is_lost_with_that() -> None:
+    world = WrittenThrough(at_once=True)
+    world.oracle.server_lost(0, [world.last.number])
+    world.host_loses_power()
+
+
+def test_write_that_was_complete_before_the_lost_one_began_is_missed() -> None:
+    world = WrittenThrough(at_once=False)
+    world.oracle.server_lost(0, [world.last.number])
+    with pytest.raises(Violation, match="the server has"):
+        world.host_loses_power()
+
+
+def test_durable_write_is_missed_although_one_beside_it_is_lost() -> None:
+    world = WrittenThrough(at_once=True)
+    first = world.oracle.sectors[0][1]
+    first.durable = True
+    world.oracle.server_lost(0, [world.last.number])
+    with pytest.raises(Violation, match="lost power"):
+        world.host_loses_power()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_writes_that_the_server_has_not_lost_are_missed_when_the_host_has(at_once: bool) -> None:
+    with pytest.raises(Violation, match="the server has"):
+        WrittenThrough(at_once=at_once).host_loses_power()
