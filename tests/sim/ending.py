@@ -150,9 +150,8 @@ class Ending:
             self.world.bridge_may_run()
             await self._until_quiet()
             bridge, _ = await self._stop()
-        # Without a cache, a guest that cannot flush cannot be told of a loss either, not even of
-        # one that was none.
-        if bridge.problem is not None and (self.world.can_flush or self._may_stop_too_early):
+        # A guest that cannot flush cannot be told of a loss either, not even of one that was none.
+        if bridge.problem is not None and self.world.can_flush:
             raise Violation(f"the last stop failed: {bridge.problem}")
         self.world.over = True
         self.world._start_bridge.set()
