@@ -27,7 +27,7 @@ class Change:
 
     __slots__ = (
         *("anything", "began", "done", "durable", "ended", "first_number", "kept", "known"),
-        *("number", "promised", "torn", "visible"),
+        *("lost", "number", "promised", "torn", "visible"),
     )
 
     def __init__(self, number: int, began: int, *, zeroes: bool, anything: bool) -> None:
@@ -46,6 +46,8 @@ class Change:
         parts of it, in the latter case until it was executed again."""
         self.kept = True
         """The server has not lost it."""
+        self.lost: float = inf
+        """When it did."""
         self.visible = True
         self.promised = True
         self.durable = False
@@ -210,13 +212,14 @@ class Oracle:
                 each.kept = each.durable
         for each in lost:
             each.kept = False
+            each.lost = self.now()
             each.visible = self._has_cache
 
-    def loss_unnoticed(self) -> None:
-        """What is lost by now, no process could have noticed."""
+    def loss_unnoticed(self, since: float = 0) -> None:
+        """What was lost `since` then, no process could have noticed, or none that could say so."""
         for changes in self.sectors:
             for each in changes:
-                if not each.visible:
+                if not each.visible and each.lost > since:
                     each.promised = False
 
     def operator_told(self) -> None:

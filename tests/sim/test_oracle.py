@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from bridge.cache.cache_options import OFF
+from tests.sim.config import Seed, script
 from tests.sim.medium import SECTOR, Medium, sector_bytes
 from tests.sim.oracle import Change, Oracle, Violation
+from tests.sim.world import World
 
 
 class Torn:
@@ -125,3 +132,64 @@ def test_durable_write_is_missed_although_one_beside_it_is_lost() -> None:
 def test_writes_that_the_server_has_not_lost_are_missed_when_the_host_has(at_once: bool) -> None:
     with pytest.raises(Violation, match="the server has"):
         WrittenThrough(at_once=at_once).host_loses_power()
+
+
+@contextmanager
+def uncached(*, plugin: bool) -> Iterator[World]:
+    """A world without a cache, in which a complete write is at the server, not flushed."""
+    configs = ((number, script(Seed(number))[0]) for number in range(1000))
+    number = next(
+        number
+        for number, config in configs
+        if (config.mode, config.plugin, config.flushes) == (OFF, plugin, True)
+        and config.keeps_in_flight
+    )
+    world = World(Seed(number))
+    try:
+        change = world.oracle.begin(0, 1)
+        world.medium.write(0, [change.number], fua=False)
+        world.oracle.end(change, done=True)
+        yield world
+    finally:
+        world._give_back()
+
+
+def lose_power(world: World) -> None:
+    """The server has lost that write."""
+    world.medium._rng = SimpleNamespace(randrange=lambda kinds: 0)  # type: ignore[assignment]
+    assert world.medium.lose() == 1
+
+
+def bridge_dies(world: World, *, began: int, guest_came: bool) -> None:
+    bridge: Any = SimpleNamespace(
+        began=began, guest_came=guest_came, has_moved=False, storage=None, died_amid_copy=False
+    )
+    world.bridge = bridge
+    world.bridge_died(bridge)
+
+
+def test_loss_that_only_a_bridge_without_a_guest_heard_of_is_forgotten_with_it() -> None:
+    with uncached(plugin=False) as world:
+        began = world.oracle.now()
+        lose_power(world)
+        bridge_dies(world, began=began, guest_came=False)
+        world.oracle.flushed(world.oracle.now())
+
+
+@pytest.mark.parametrize(
+    ("plugin", "guest_came", "lost_before"),
+    [(False, True, False), (True, False, False), (False, False, True)],
+    ids=["the guest had come", "the plugin says it again", "the bridge before it had left word"],
+)
+def test_loss_that_the_next_bridge_can_know_of_is_to_be_told(
+    plugin: bool, guest_came: bool, lost_before: bool
+) -> None:
+    with uncached(plugin=plugin) as world:
+        if lost_before:
+            lose_power(world)
+        began = world.oracle.now()
+        if not lost_before:
+            lose_power(world)
+        bridge_dies(world, began=began, guest_came=guest_came)
+        with pytest.raises(Violation, match="a flush has succeeded"):
+            world.oracle.flushed(world.oracle.now())
