@@ -5,16 +5,17 @@ on one (it crashes on it, or closes what breaks a rule of its own), that would n
 nothing else would be answered. So after `_LOSSES` connections in a row that ended like that, with
 the same command first among the unanswered ones, or without any answer, the unanswered commands are
 put **on trial** on the next connection: each is sent alone, in order. The one on which the server
-hangs up again fails with EIO, and all else goes on.
+hangs up again, in two trials in a row, fails with EIO, and all else goes on. (Once is chance: a
+server may be killed at any moment.)
 
 A server that hangs up on every command is down, and an outage is waited for.
 So no command is blamed without a **proof** that the server does answer: it has answered something
-since it first hung up, or a small read elsewhere, a **probe**, right before. If it hangs up on the
-probe, too, the trial is off. From then on the blamed command is sent after the others: perhaps
-they are answered.
+on a connection after the one on which it first hung up, or a small read elsewhere, a **probe**,
+right before. If it hangs up on the probe, too, the trial is off. From then on the blamed command is
+sent after the others: perhaps they are answered.
 
 After a verdict the server is known to hang up on some commands, and there may be many of the kind
-(the discards of a mkfs): for `_DISTRUST_S` one such end is enough for a trial.
+(the discards of a mkfs): for `_DISTRUST_S` one such end is enough for a trial, and one trial.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ class Suspects:
 
     def __init__(self) -> None:
         self.proven = False
-        """The server has answered something since it first hung up."""
+        """The server has answered something on a connection after the first that it ended."""
         self._first: ReferenceType[Request] | None = None
         """The blamed command. Not the request: it would keep the guest's memory alive. Not its
         `id`: another request has the same when this one is gone."""
         self._sends_last: ReferenceType[Request] | None = None
         """The same where it is sent after all others; None: it is not."""
+        self._alone: ReferenceType[Request] | None = None
+        """The command on which it hung up in the last trial."""
         self._losses = 0
         self._distrust_until_s = 0.0
 
@@ -52,7 +55,7 @@ class Suspects:
     def clear(self) -> None:
         """A connection ended otherwise, or everything was failed: no command is suspected."""
         self.proven = False
-        self._sends_last = self._first = None
+        self._sends_last = self._first = self._alone = None
         self._losses = 0
 
     def hung_up(self, blamed: Request, now: float, *, answered: bool) -> bool:
@@ -63,9 +66,10 @@ class Suspects:
         is_same = self._first is not None and self._first() is blamed
         if not is_same and (answered or not self._losses):
             self.clear()
+        # What it answered before it first hung up says nothing of what it does now.
+        self.proven |= answered and self._first is not None
         self._first = ref(blamed)
         self._losses += 1
-        self.proven |= answered
         if self._sends_last is not None:
             self._sends_last = self._first
         if self._losses < _LOSSES and now >= self._distrust_until_s:
@@ -78,8 +82,14 @@ class Suspects:
         self.proven = False
         self._losses = 0
         self._sends_last = self._first
+        self._alone = None
 
-    def found(self, now: float) -> None:
-        """A command was blamed, rightly."""
+    def hung_up_alone(self, blamed: Request, now: float) -> bool:
+        """The server hung up on `blamed`, sent alone. True: that is its fault; False: try again."""
+        is_same = self._alone is not None and self._alone() is blamed
+        if not is_same and now >= self._distrust_until_s:
+            self._alone = ref(blamed)
+            return False
         self.clear()
         self._distrust_until_s = now + _DISTRUST_S
+        return True

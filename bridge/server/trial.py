@@ -116,8 +116,9 @@ class Trial:
         if blamed.done is _ignore:
             self._suspects.probe_failed()
             return False
-        self._suspects.found(now)
-        return True
+        is_found = self._suspects.hung_up_alone(blamed, now)
+        self._is_due = not is_found
+        return is_found
 
     # Commands of abandoned requests.
 

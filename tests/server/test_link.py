@@ -957,7 +957,7 @@ def test_many_commands_on_which_the_server_hangs_up_all_fail_soon() -> None:
     world.serve(1000)
     assert {request.error for request in poison} == {errno.EIO}
     assert {request.error for request in reads} == {0}
-    assert world.connections <= 4 + 2 * 50
+    assert world.connections <= 5 + 2 * 50
 
 
 def test_culprit_is_found_among_slow_commands_that_were_sent_before_it() -> None:
@@ -995,6 +995,10 @@ def test_culprit_is_sent_alone_and_what_comes_meanwhile_waits() -> None:
     world.channels[0].answer_present()
     assert world.sent == [(DISCARD, 4)]
     world.down(hung_up=True)
+    assert world.log == []  # Once more: the server may have been killed just then.
+    world.up(count=2)
+    assert world.sent == [(DISCARD, 4)]
+    world.down(hung_up=True)
     assert world.log == [(DISCARD, errno.EIO)]
     world.up(count=2)
     assert sorted(world.sent) == [(READ, 5), (WRITE, 6)]
@@ -1029,6 +1033,24 @@ def test_server_that_hangs_up_on_everything_is_waited_for() -> None:
         if world.link.in_flight:
             world.channels[0].answer_all()
     assert {request.error for request in requests} == {0}
+
+
+@pytest.mark.parametrize("answers_meanwhile", [False, True])
+def test_what_a_server_answered_before_it_went_away_does_not_prove_that_it_answers(
+    answers_meanwhile: bool,
+) -> None:
+    """One that was stuck, and killed and started again each time, once failed a read."""
+    world = World()
+    world.ask(READ, 1)
+    world.channels[0].answer_all()
+    stuck = world.ask(READ, 8)
+    for _ in range(5):
+        world.down(hung_up=True)
+        world.up()
+        if answers_meanwhile:
+            for other in [each for each in world.channels[0].pending if each is not stuck]:
+                world.channels[0].answer(other)
+    assert stuck.error == (errno.EIO if answers_meanwhile else -1)
 
 
 def test_server_that_hangs_up_on_all_reads_still_takes_writes() -> None:
@@ -1093,7 +1115,7 @@ def test_commands_on_trial_fail_once_with_everything_else(fail, probed) -> None:
 def test_failed_culprit_may_be_executed_late_and_is_kept_away_from() -> None:
     world = World(ClientOptions(stale_write_grace_s=GRACE_S))
     world.ask(WRITE, 4)
-    for _ in range(4):
+    for _ in range(5):
         if world.sent == [(READ, 0)]:
             world.channels[0].answer_present()
         world.down(stale_possible=True, hung_up=True)
@@ -1991,7 +2013,7 @@ def test_simulated_server_that_hangs_up_every_value_is_explained(volatile: bool)
         simulation = Simulation(seed, volatile=volatile, hangs_up=True)
         simulation.run(400)
         failed += simulation.failed_for_it
-    assert failed > 20  # Trials were held, and verdicts given.
+    assert failed > 5  # Trials were held, and verdicts given.
 
 
 @pytest.mark.parametrize("volatile", [False, True], ids=["keeps", "loses"])

@@ -48,3 +48,32 @@ def test_suspect_keeps_nothing_of_the_guest() -> None:
     del command
     gc.collect()
     assert kept() is None
+
+
+def test_server_that_hangs_up_once_on_a_command_alone_may_have_been_killed_just_then() -> None:
+    suspects = Suspects()
+    command, other = _command(), _command()
+    assert not suspects.hung_up_alone(command, 0)
+    assert not suspects.hung_up_alone(other, 1)
+    assert not suspects.hung_up_alone(command, 2)
+    assert suspects.hung_up_alone(command, 3)
+
+
+def test_trials_between_which_a_connection_ended_otherwise_are_not_in_a_row() -> None:
+    for ends in (Suspects.clear, Suspects.probe_failed):
+        suspects = Suspects()
+        command = _command()
+        assert not suspects.hung_up_alone(command, 0)
+        ends(suspects)
+        assert not suspects.hung_up_alone(command, 1)
+        assert suspects.hung_up_alone(command, 2)
+
+
+def test_after_a_verdict_one_trial_is_enough_for_a_minute() -> None:
+    suspects = Suspects()
+    commands = [_command() for _ in range(4)]
+    assert not suspects.hung_up_alone(commands[0], 0)
+    assert suspects.hung_up_alone(commands[0], 0)
+    assert suspects.hung_up_alone(commands[1], 59)
+    assert suspects.hung_up_alone(commands[2], 118)
+    assert not suspects.hung_up_alone(commands[3], 179)

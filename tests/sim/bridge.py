@@ -72,6 +72,9 @@ class Bridge(Process):
         """The guest is not here yet."""
         self.has_moved = False
         """The guest has gone on elsewhere."""
+        self.began = world.oracle.moment
+        self.guest_came = False
+        """A front-end has connected."""
         self.over = trio.Event()
         """It has ended, or is not the guest's any more."""
         self.called_upon = Bell()
@@ -261,7 +264,7 @@ class FrontEnd:
         for queue in guest.queues:
             if queue.running:
                 self.start(queue.index)
-        self.connected = True
+        self.connected = self.bridge.guest_came = True
         world.note("front-end connected")
         while True:
             while self._todo:

@@ -16,7 +16,7 @@ from bridge.peers.packed_driver import PackedDriver, write_packed_chain
 from bridge.peers.split_driver import Buffer, SplitDriver, write_chain
 from bridge.spec.virtio_blk import S_OK, SEGMENT, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES
 from bridge.spec.virtqueue import DESC_INDIRECT, DESC_WRITE
-from tests.sim.medium import SECTOR, numbers_of, sector_bytes
+from tests.sim.medium import SECTOR, sector_bytes
 from tests.sim.oracle import Change, Violation
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Guest:
         data = at + _DATA
         if asked.kind == T_IN and ok:
             oracle.now()
-            found = numbers_of(self.memory[data : data + asked.count * SECTOR])
+            found = self.memory[data : data + asked.count * SECTOR]
             oracle.judge_read(asked.first, found, asked.began)
         elif asked.kind == T_FLUSH:
             if ok:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import inf
 
-from tests.sim.medium import Medium
+from tests.sim.medium import SECTOR, Medium, numbers_of, sector_bytes
 
 
 class Violation(AssertionError):
@@ -27,7 +27,7 @@ class Change:
 
     __slots__ = (
         *("anything", "began", "done", "durable", "ended", "first_number", "kept", "known"),
-        *("number", "promised", "torn", "visible"),
+        *("lost", "number", "promised", "torn", "visible"),
     )
 
     def __init__(self, number: int, began: int, *, zeroes: bool, anything: bool) -> None:
@@ -42,9 +42,12 @@ class Change:
         self.anything = anything
         """A discard: any content is right until something else is written."""
         self.torn = False
-        """It was given up amid a sector, perhaps: the sectors may hold parts of it."""
+        """It was given up, or interrupted by a kill, amid a sector perhaps: the sectors may hold
+        parts of it, in the latter case until it was executed again."""
         self.kept = True
         """The server has not lost it."""
+        self.lost: float = inf
+        """When it did."""
         self.visible = True
         self.promised = True
         self.durable = False
@@ -116,20 +119,37 @@ class Oracle:
                 if each.anything:
                     return None
                 found.add(each.number)
-                if each.torn:
+                if each.torn and (not each.done or each.ended >= since):
                     found.add(-1)
         return found
 
-    def judge_read(self, first: int, numbers: list[int], since: int) -> None:
-        """The guest has read this, since the moment at which it asked."""
-        for at, number in enumerate(numbers, first):
+    def judge_read(self, first: int, data: bytes | memoryview, since: int) -> None:
+        """The guest has read `data`, since the moment at which it asked."""
+        for at, number in enumerate(numbers_of(data), first):
             self.checked += 1
             allowed = self.allowed(at, since)
-            if allowed is not None and number not in allowed:
+            if allowed is None:
+                continue
+            if number not in allowed:
                 raise Violation(
                     f"sector {at}: the guest reads {_name(number)}, may be {sorted(allowed)}; "
                     f"{self.sectors[at][-6:]}"
                 )
+            start = (at - first) * SECTOR
+            if number < 0 and not self._is_mix(at, data[start : start + SECTOR], allowed):
+                raise Violation(
+                    f"sector {at}: the guest reads what is not of {sorted(allowed)} alone; "
+                    f"{self.sectors[at][-6:]}"
+                )
+
+    def _is_mix(self, at: int, sector: bytes | memoryview, allowed: set[int]) -> bool:
+        """Each byte of a torn sector is one that it may have; or the server has what is torn."""
+        if sector == sector_bytes(-1):
+            return True
+        if all(each.number >= 0 for each in self.sectors[at]):
+            allowed = allowed - {-1}
+        contents = [sector_bytes(number) for number in allowed]
+        return all(any(each[k] == byte for each in contents) for k, byte in enumerate(sector))
 
     def flushed(self, since: int) -> None:
         """A flush submitted at `since` has succeeded."""
@@ -181,25 +201,25 @@ class Oracle:
     # What happens to the guest and the server.
 
     def server_lost(self, at: int, numbers: Iterable[int]) -> None:
-        """The server no longer has these changes of sector `at`."""
+        """The server no longer has these changes of sector `at`.
+
+        Nor others, where there is a cache: of changes in flight at a time the server gets the last
+        one's data only, which answers all of them."""
         gone = set(numbers)
         lost = [each for each in self.sectors[at] if each.number in gone and not each.durable]
+        for each in self.sectors[at] if self._has_cache else ():
+            if any(each.began < other.ended and other.began < each.ended for other in lost):
+                each.kept = each.durable
         for each in lost:
             each.kept = False
+            each.lost = self.now()
             each.visible = self._has_cache
-        for each in self.sectors[at] if self._has_cache else ():
-            # One that was in flight at the same time may have been overwritten in the cache, and
-            # have come to the server as a part of what is lost.
-            if not each.durable and any(
-                each.began < other.ended and other.began < each.ended for other in lost
-            ):
-                each.kept = False
 
-    def loss_unnoticed(self) -> None:
-        """What is lost by now, no process could have noticed."""
+    def loss_unnoticed(self, since: float = 0) -> None:
+        """What was lost `since` then, no process could have noticed, or none that could say so."""
         for changes in self.sectors:
             for each in changes:
-                if not each.visible:
+                if not each.visible and each.lost > since:
                     each.promised = False
 
     def operator_told(self) -> None:
@@ -208,6 +228,12 @@ class Oracle:
         for each in (each for changes in self.sectors for each in changes):
             if not each.durable and each.ended != inf:
                 each.promised = False
+
+    def interrupted(self, changes: Iterable[Change]) -> None:
+        """The bridge was killed while it copied a sector of one of these. Those without an answer
+        are executed again (docs/durability.md, "What cannot be promised")."""
+        for each in changes:
+            each.torn = each.torn or each.ended == inf
 
     def guest_forgets(self, changes: Iterable[Change]) -> None:
         """The guest was reset: what it had in flight is over, done or not."""

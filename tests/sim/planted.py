@@ -20,6 +20,7 @@ from bridge.app.serve import _GuestsSide, _Serving
 from bridge.app.storage import Storage
 from bridge.cache.cache import Cache
 from bridge.cache.file.cache_file import CacheFile
+from bridge.cache.writes import Writes
 from bridge.datapath.disk import Disk
 from bridge.datapath.durability import ReportingDurability
 from bridge.datapath.merged import Merged
@@ -100,6 +101,17 @@ def lost_call(patch: Patch) -> None:
     """The driver is not called."""
     patch.setattr(RunningRing, "call", _nothing)
     patch.setattr("bridge.guest.ring._signal", lambda fd: True)
+
+
+def write_through_answers_at_once(patch: Patch) -> None:
+    """A cache that is to write through answers a write before the server has it."""
+    real = Writes.__init__
+
+    def init(self: Writes, *args: Any) -> None:
+        real(self, *args)
+        self._through = False
+
+    patch.setattr(Writes, "__init__", init)
 
 
 def recovered_out_of_order(patch: Patch) -> None:
@@ -456,6 +468,7 @@ BUGS: Final[dict[str, Bug]] = {
         *(loss_is_never_told, torn_cache_believed, generation_not_stored, generation_ignored),
         *(flush_believed_when_sent, flush_hides_a_loss),
         *(failed_merged_command_succeeds, merged_data_in_another_order),
+        write_through_answers_at_once,
     )
 } | {
     f"cache{bug.__name__}": bug

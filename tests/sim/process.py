@@ -34,6 +34,9 @@ _OTHERS = (_CODE + "datapath/fence.py", _CODE + "peers/")
 """What is not of this process, or has a lock that the guest's driver takes as well: only here they
 are in the same one. A guest publishes while its device is about to sleep, in the device's task."""
 
+_COPIES = _CODE + "datapath/buffers.py"
+"""Where data is copied piece by piece: a kill between two may tear a sector."""
+
 _OUTER_TRACE = sys.gettrace()
 """Of a debugger, or of what measures coverage: it goes on after a kill."""
 
@@ -84,6 +87,8 @@ class Process:
         """Where it may have files."""
         self.dead = False
         """Killed: nothing that its tasks do counts."""
+        self.died_amid_copy = False
+        """It was killed while it copied data."""
         self.maps: list[tuple[mmap.mmap, int, int]] = []
         """What it has mapped, with a descriptor of the file and the offset in it."""
         self.terminated = trio.Event()
@@ -184,6 +189,7 @@ class Process:
         """Killed at a line of its code."""
         name = frame.f_code.co_filename.removeprefix(_CODE)
         self.world.note("killed", at=f"{name}:{frame.f_lineno}")
+        self.died_amid_copy = frame.f_code.co_filename == _COPIES
         self._die()
         self._scope.cancel()
         if not frame.f_code.co_flags & _WAITS:

@@ -415,7 +415,16 @@ class World:
         noticing, self._to_notice = self._to_notice, 0
         if client is not None and client.link.generation == noticing:
             self.oracle.loss_unnoticed()  # before it could act on the end of the connection
+        self._forget_with(bridge)
+        if bridge.died_amid_copy and self.config.mode != OFF:
+            self.oracle.interrupted(each.change for each in self.guest.asked if each.change)
         self._front_end_lost(killed=True)
+
+    def _forget_with(self, bridge: Bridge) -> None:
+        """It is gone. If no guest has come to it, there was no in-flight region for what it heard
+        of, and a foreign server says it once (docs/durability.md)."""
+        if not (self.config.plugin or bridge.guest_came):
+            self.oracle.loss_unnoticed(bridge.began)
 
     def _bridge_ended(self) -> None:
         """It has ended in order, or given up at its start."""
@@ -425,6 +434,7 @@ class World:
             # No message tells the next process that there is to be no write cache.
             self.guest.toggles += 1
             self.guest.writes_are_durable = False
+        self._forget_with(self.bridge)
         problem = self.bridge.problem
         if problem is not None and not self.config.keeps_in_flight:
             self.oracle.loss_unnoticed()  # The operator was told, and no process can know.
