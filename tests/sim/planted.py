@@ -20,6 +20,7 @@ from bridge.app.serve import _GuestsSide, _Serving
 from bridge.app.storage import Storage
 from bridge.cache.cache import Cache
 from bridge.cache.file.cache_file import CacheFile
+from bridge.cache.foreign import ForeignChanges
 from bridge.datapath.disk import Disk
 from bridge.datapath.durability import ReportingDurability
 from bridge.datapath.merged import Merged
@@ -409,6 +410,17 @@ def generation_ignored(patch: Patch) -> None:
     patch.setattr("bridge.cache.foreign.ForeignChanges.drop_clean", lambda self: 0)
 
 
+def samples_come_first(patch: Patch) -> None:
+    """After a reconnect each new comparison is sent before what had no answer: it takes the blame
+    for a command on which the server hangs up."""
+
+    def check(self: ForeignChanges, done: Callable[[int], None]) -> None:
+        self._sample_asked.append(done)
+        self._begin_sample()
+
+    patch.setattr(ForeignChanges, "check_sample", check)
+
+
 def failed_flush_forgotten_by_the_plugin(patch: Patch) -> None:
     """A second flush after a failed one succeeds, as the kernel's does."""
     patch.setattr(FileDisk, "_note_failure", _nothing)
@@ -478,6 +490,7 @@ RARE: Final[dict[str, Bug]] = {
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
         *(flush_covers_what_came_later, flush_passes_durable_changes),
         *(shared_session_admits, failed_session_is_kept, connections_of_two_sessions),
+        samples_come_first,
     )
 } | {
     f"cache{bug.__name__}": bug
