@@ -34,6 +34,7 @@ class Suspects:
     def __init__(self) -> None:
         self.proven = False
         """The server has answered something since it first hung up."""
+        self._has_hung_up = False
         self._first: ReferenceType[Request] | None = None
         """The blamed command. Not the request: it would keep the guest's memory alive. Not its
         `id`: another request has the same when this one is gone."""
@@ -51,7 +52,7 @@ class Suspects:
 
     def clear(self) -> None:
         """A connection ended otherwise, or everything was failed: no command is suspected."""
-        self.proven = False
+        self.proven = self._has_hung_up = False
         self._sends_last = self._first = None
         self._losses = 0
 
@@ -65,7 +66,9 @@ class Suspects:
             self.clear()
         self._first = ref(blamed)
         self._losses += 1
-        self.proven |= answered
+        # What it answered before it hung up for the first time is no proof: it may be stuck since.
+        self.proven |= answered and self._has_hung_up
+        self._has_hung_up = True
         if self._sends_last is not None:
             self._sends_last = self._first
         if self._losses < _LOSSES and now >= self._distrust_until_s:

@@ -1029,6 +1029,22 @@ def test_server_that_hangs_up_on_everything_is_waited_for() -> None:
     assert {request.error for request in requests} == {0}
 
 
+def test_server_that_is_stuck_and_lost_again_and_again_fails_no_request() -> None:
+    """It had answered much before, which was believed to show that only one request was at fault:
+    whoever restarts a stuck server until it is well gave the guest an error."""
+    world = World()
+    world.ask(READ, 1)
+    world.channels[0].answer_all()
+    stuck = world.ask(READ, 4)
+    for _ in range(5):
+        world.down(hung_up=True)
+        world.up()
+    assert stuck.error == -1
+    for _ in range(2):  # The probe, and what waits for it.
+        world.channels[0].answer_all()
+    assert stuck.error == 0
+
+
 def test_server_that_hangs_up_on_all_reads_still_takes_writes() -> None:
     world = Poisoned(READ)
     read = world.ask(READ, 4)

@@ -35,6 +35,7 @@ from bridge.server.flushes import Flushes
 from bridge.server.link import Link
 from bridge.server.overlaps import Overlaps
 from bridge.server.split import Split
+from bridge.server.suspects import Suspects
 from nbd_plugin.file_disk import FileDisk
 from nbd_plugin.service import Service
 from nbd_plugin.session import Fence, Session
@@ -421,6 +422,18 @@ def samples_come_first(patch: Patch) -> None:
     patch.setattr(ForeignChanges, "check_sample", check)
 
 
+def old_answers_prove(patch: Patch) -> None:
+    """A server that answered before it hung up for the first time is believed to be well since."""
+    real = Suspects.hung_up
+
+    def hung_up(self: Suspects, blamed: Any, now: float, *, answered: bool) -> bool:
+        result = real(self, blamed, now, answered=answered)
+        self.proven |= answered
+        return result
+
+    patch.setattr(Suspects, "hung_up", hung_up)
+
+
 def failed_flush_forgotten_by_the_plugin(patch: Patch) -> None:
     """A second flush after a failed one succeeds, as the kernel's does."""
     patch.setattr(FileDisk, "_note_failure", _nothing)
@@ -490,7 +503,7 @@ RARE: Final[dict[str, Bug]] = {
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
         *(flush_covers_what_came_later, flush_passes_durable_changes),
         *(shared_session_admits, failed_session_is_kept, connections_of_two_sessions),
-        samples_come_first,
+        *(samples_come_first, old_answers_prove),
     )
 } | {
     f"cache{bug.__name__}": bug

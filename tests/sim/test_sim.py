@@ -199,6 +199,7 @@ _FOUND_BY = {
     "connections_of_two_sessions": 302857,
     "failed_session_is_kept": 403133,
     "samples_come_first": 624493,
+    "old_answers_prove": 704819,
 }
 """A program that finds each, in this version of the programs: `./run sim --planted` has others."""
 
