@@ -434,6 +434,11 @@ def old_answers_prove(patch: Patch) -> None:
     patch.setattr(Suspects, "hung_up", hung_up)
 
 
+def loss_is_told_without_end(patch: Patch) -> None:
+    """A flush that has failed for a loss does not count as having told of it."""
+    patch.setattr(ReportingDurability, "reported", _nothing)
+
+
 def failed_flush_forgotten_by_the_plugin(patch: Patch) -> None:
     """A second flush after a failed one succeeds, as the kernel's does."""
     patch.setattr(FileDisk, "_note_failure", _nothing)
@@ -503,7 +508,7 @@ RARE: Final[dict[str, Bug]] = {
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
         *(flush_covers_what_came_later, flush_passes_durable_changes),
         *(shared_session_admits, failed_session_is_kept, connections_of_two_sessions),
-        *(samples_come_first, old_answers_prove),
+        *(samples_come_first, old_answers_prove, loss_is_told_without_end),
     )
 } | {
     f"cache{bug.__name__}": bug

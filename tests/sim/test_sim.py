@@ -200,6 +200,7 @@ _FOUND_BY = {
     "failed_session_is_kept": 403133,
     "samples_come_first": 624493,
     "old_answers_prove": 704819,
+    "loss_is_told_without_end": 632996,
 }
 """A program that finds each, in this version of the programs: `./run sim --planted` has others."""
 
