@@ -21,6 +21,7 @@ from bridge.app.storage import Storage
 from bridge.cache.cache import Cache
 from bridge.cache.file.cache_file import CacheFile
 from bridge.cache.foreign import ForeignChanges
+from bridge.cache.writes import Writes
 from bridge.datapath.disk import Disk
 from bridge.datapath.durability import ReportingDurability
 from bridge.datapath.merged import Merged
@@ -439,6 +440,11 @@ def loss_is_told_without_end(patch: Patch) -> None:
     patch.setattr(ReportingDurability, "reported", _nothing)
 
 
+def evicted_writes_race(patch: Patch) -> None:
+    """Writes whose fetched blocks were evicted all fetch them again at once."""
+    patch.setattr(Writes, "_fetch_again", Writes.go_on)
+
+
 def failed_flush_forgotten_by_the_plugin(patch: Patch) -> None:
     """A second flush after a failed one succeeds, as the kernel's does."""
     patch.setattr(FileDisk, "_note_failure", _nothing)
@@ -508,7 +514,7 @@ RARE: Final[dict[str, Bug]] = {
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
         *(flush_covers_what_came_later, flush_passes_durable_changes),
         *(shared_session_admits, failed_session_is_kept, connections_of_two_sessions),
-        *(samples_come_first, old_answers_prove, loss_is_told_without_end),
+        *(samples_come_first, old_answers_prove, loss_is_told_without_end, evicted_writes_race),
     )
 } | {
     f"cache{bug.__name__}": bug

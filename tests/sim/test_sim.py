@@ -201,6 +201,7 @@ _FOUND_BY = {
     "samples_come_first": 624493,
     "old_answers_prove": 704819,
     "loss_is_told_without_end": 632996,
+    "evicted_writes_race": 800593,
 }
 """A program that finds each, in this version of the programs: `./run sim --planted` has others."""
 
