@@ -601,7 +601,7 @@ static void keep_output(struct world *world, const struct dp_turns *turns, bool 
 static void turn(struct world *world, struct input *input)
 {
     static struct dp_turns turns;
-    struct dp_ring rings[QUEUES] = {{&world->queues[0], -1, 0}, {&world->queues[1], -1, 0}};
+    struct dp_ring rings[QUEUES] = {{&world->queues[0], -1, 0, 0}, {&world->queues[1], -1, 0, 0}};
     uint64_t how = take(input, 1), size = world->staged;
     ssize_t sent;
     int flags;

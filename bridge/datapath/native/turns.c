@@ -25,7 +25,9 @@ enum {
     DEEP = 16,                     /* with so many in flight, waiting gathers a batch */
     BUSY_BYTES = 1 << 20,          /* with more of large requests, the servers have enough to do */
     LONG_WRITE_BYTES = 256 << 10,  /* each, on average: it takes longer than to poll is worth */
-    LONG_TURN_NS = 5000000         /* as in loop.py */
+    LONG_TURN_NS = 5000000,        /* as in loop.py */
+    NEXT_NS = 2000,                /* until then a driver amid adjacent requests makes another */
+    ADJACENT_NS = 40000            /* to wait for all of them */
 };
 
 static uint64_t now_ns(void)
@@ -224,6 +226,39 @@ static uint32_t pieces_of(struct dp_turns *turns, uint32_t count)
     return pieces;
 }
 
+/* Only what one look at a ring finds becomes one command. A driver that was told of many answers
+ * makes its next requests one by one: while it goes on like that, wait for as many as there were. */
+static void await_adjacent(const struct dp_turns *turns, const struct dp_ring *ring)
+{
+    const struct dp_queue *queue = ring->queue;
+    uint16_t taken = (uint16_t)queue->cells[DP_NEXT_AVAIL], seen = taken, available;
+    uint64_t now, began, until;
+
+    if (turns->is_crowded || !turns->poll_max_ns)
+        return;
+    now = began = now_ns();
+    until = began + NEXT_NS;
+    while (queue->cells[DP_IN_FLIGHT] + (uint16_t)(seen - taken) < ring->adjacent &&
+           now < until && now - began < ADJACENT_NS) {
+        available = __atomic_load_n(&queue->avail[1], __ATOMIC_RELAXED);
+        now = now_ns();
+        if (available != seen)
+            until = now + NEXT_NS;
+        seen = available;
+    }
+}
+
+/* `merged` of those taken last from `ring` were adjacent. */
+static void note_adjacent(struct dp_ring *ring, uint64_t merged)
+{
+    uint64_t in_flight = ring->queue->cells[DP_IN_FLIGHT];
+
+    if (!merged || in_flight < ring->adjacent)
+        ring->adjacent -= (ring->adjacent + 7) / 8;
+    else
+        ring->adjacent = in_flight;
+}
+
 /* Take what `ring` has, up to a chain that is not usual. */
 static void take_of(struct dp_turns *turns, struct dp_ring *ring, uint32_t room, uint32_t *pieces)
 {
@@ -235,10 +270,15 @@ static void take_of(struct dp_turns *turns, struct dp_ring *ring, uint32_t room,
         taken = dp_take_hits(queue, turns->disk, turns->cache, turns->may_write);
         turns->cut_short |= taken.is_full;
     } else {
+        uint64_t merged = turns->rows[DP_MERGED];
+
+        if (ring->adjacent)
+            await_adjacent(turns, ring);
         taken = dp_take_commands(queue, turns->disk, turns->route, turns->wire->channel,
                                  turns->rows, turns->may_write, true,
                                  turns->commands + turns->command_count,
                                  room - turns->command_count, *pieces);
+        note_adjacent(ring, turns->rows[DP_MERGED] - merged);
         *pieces -= pieces_of(turns, taken.reads + taken.writes + taken.flushes);
         turns->is_full |= taken.is_full;
         if (taken.flushes) {
@@ -387,8 +427,13 @@ static uint64_t window_ns(struct dp_turns *turns)
         return 0;
     if (awaits_payload(turns))
         return turns->long_poll_ns;
-    for (uint32_t index = 0; index < turns->ring_count; index++)
-        in_flight += turns->rings[index].queue->cells[DP_IN_FLIGHT];
+    for (uint32_t index = 0; index < turns->ring_count; index++) {
+        const struct dp_ring *ring = &turns->rings[index];
+        uint64_t now = ring->queue->cells[DP_IN_FLIGHT];
+
+        /* (Those of one command are all answered at once.) */
+        in_flight += now > ring->adjacent ? now : ring->adjacent;
+    }
     return in_flight < DEEP ? turns->poll_ns : 0;
 }
 

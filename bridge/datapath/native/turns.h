@@ -29,6 +29,8 @@ struct dp_ring {
     struct dp_queue *queue;
     int kick_fd; /* -1: none */
     uint32_t taken;
+    /* So many requests were in flight when some were adjacent; ever less since. */
+    uint64_t adjacent;
 };
 
 /* A connection to the server. */

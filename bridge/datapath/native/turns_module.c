@@ -104,13 +104,15 @@ static int hold_rings(struct state *state, struct held *held, PyObject *rings)
         PyObject *kick = queue ? PyTuple_GetItem(entry, 1) : NULL;
         long kick_fd = kick ? PyLong_AsLong(kick) : -1;
         struct holder *holder;
+        uint64_t adjacent;
 
         if (PyErr_Occurred())
             return -1;
         holder = dp_native_of(queue, dp_queue_kind, dp_make_queue, &held->keeps[held->count++]);
         if (!holder)
             return PyErr_Occurred() ? -1 : 0;
-        state->rings[index] = (struct dp_ring){&holder->is.queue, (int)kick_fd, 0};
+        adjacent = state->rings[index].queue == &holder->is.queue ? state->rings[index].adjacent : 0;
+        state->rings[index] = (struct dp_ring){&holder->is.queue, (int)kick_fd, 0, adjacent};
     }
     state->turns.rings = state->rings;
     state->turns.ring_count = (uint32_t)count;
