@@ -6,6 +6,7 @@ Clean blocks are copies: they are dropped when another host wrote. Dirty blocks 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
@@ -13,7 +14,9 @@ from bridge.cache.fetch import Fetcher
 from bridge.cache.file.layout import BITS
 from bridge.cache.sample import Sample, check_sample, compare
 from bridge.datapath.request import Request
+from bridge.datapath.turn import Outcome
 
+_COUNT = 64
 _THOROUGH_COUNT = 256
 """Blocks compared before dirty data goes out: a small cache wholly, and a few seconds at worst."""
 
@@ -27,6 +30,10 @@ class ForeignChanges:
         self._image = common.image
         self._busy_ranges = busy_ranges
         self._fetcher = fetcher
+        self._samples = False
+        """A sample is being compared, or about to be."""
+        self._sample_asked: list[Callable[[int], None]] = []
+        """Who is to be told of the next one."""
 
     def foreign_change(self, generation: int, written: int, identity: bytes) -> str:
         """Why the export is not what this cache left behind, "" if it is.
@@ -56,17 +63,38 @@ class ForeignChanges:
             self._image.save_header(export_generation=generation, export_identity=identity)
         return dropped
 
-    def check_sample(self, done: Callable[[int], None], *, count: int = 64) -> None:
-        """Compare about `count` clean cached blocks with the server; if any differs drop all clean
-        blocks. `done(differences)`, -1 if the server did not answer."""
+    def check_sample(self, done: Callable[[int], None]) -> None:
+        """Compare some clean cached blocks with the server; if any differs drop all clean blocks.
+        `done(differences)`, -1 if the server did not answer.
+
+        Later in this turn: after a reconnect what had no answer is sent again first, so that a
+        server that hangs up on some of it is found out (see `bridge.server.suspects`). If a sample
+        is being compared, its reads are sent again, too: the next one begins when it ends.
+        """
+        self._sample_asked.append(done)
+        if not self._samples:
+            self._samples = True
+            self._common.turn.finish(Outcome(self._begin_sample))
+
+    def _begin_sample(self, _: Outcome | None = None) -> None:
+        asked, self._sample_asked = self._sample_asked, []
         check_sample(
             self,
             self._common.upstream,
-            done,
-            count,
+            partial(self._sampled, asked),
+            _COUNT,
             witness=self._witness,
             discarded=self._image.header.discarded,
         )
+
+    def _sampled(self, asked: list[Callable[[int], None]], differing: int) -> None:
+        self._samples = bool(self._sample_asked) and differing >= 0
+        if self._samples:
+            self._begin_sample()
+        else:  # If the server answers nothing, it does not answer the next one either.
+            asked, self._sample_asked = asked + self._sample_asked, []
+        for done in asked:
+            done(differing)
 
     def check_before_writing(self, done: Callable[[int], None]) -> None:
         """Before dirty data of an earlier run goes to the server: the same, and more thoroughly.
@@ -77,12 +105,10 @@ class ForeignChanges:
 
         self._compare(self._common.upstream.submit, done, _THOROUGH_COUNT)
 
-    def check_server(
-        self, submit: Callable[[Request], None], done: Callable[[int], None], *, count: int = 64
-    ) -> None:
+    def check_server(self, submit: Callable[[Request], None], done: Callable[[int], None]) -> None:
         """The same for the server that has just come back, to which `submit` leads: before anything
         goes there, and while the guest waits. What is being discarded proves nothing."""
-        self._compare(submit, done, count, only_zeroes=False)
+        self._compare(submit, done, _COUNT, only_zeroes=False)
 
     def _compare(
         self,

@@ -61,6 +61,10 @@ class Writes:
         self._for_load: set[WriteOp] = set()
         self.fetched: list[WriteOp] = []
         """Writes whose partly covered blocks have come, or could not be had."""
+        self._evicted: deque[WriteOp] = deque()
+        """Writes whose blocks have come, and were gone before they could be used: evicted for what
+        others had fetched. They fetch them again one after the other, or that would go on."""
+        self._fetches_again: WriteOp | None = None
         self.written_out: list[WriteOp] = []
         """Writes that had to reach the server, all of whose blocks were replied to."""
         self._refused = 0
@@ -165,6 +169,9 @@ class Writes:
             for op in fetched:
                 self._after_fetch(op)
             moved = True
+        while self._evicted and self._fetches_again is None:
+            self._fetch_again(self._evicted.popleft())
+            moved = True
         if self.written_out:
             written_out, self.written_out[:] = list(self.written_out), []
             for op in written_out:
@@ -191,7 +198,14 @@ class Writes:
         op.done_bytes, wait = self._store(op.request, op.done_bytes)
         self._stored(op, wait)
 
+    def _fetch_again(self, op: WriteOp) -> None:
+        self.go_on(op)
+        if op.fetches:
+            self._fetches_again = op
+
     def _after_fetch(self, op: WriteOp) -> None:
+        if op is self._fetches_again:
+            self._fetches_again = None
         if op.error or op.request.is_abandoned:
             self._common.turn.finish(op.request, op.error or ECANCELED)
             return
@@ -203,6 +217,9 @@ class Writes:
                 wait = Wait(WaitReason.FAILED, error=op.not_kept)
             elif not self._slots.available:
                 wait = NO_SLOT  # Asking the server again would not help before.
+            else:
+                self._evicted.append(op)
+                return
         self._stored(op, wait)
 
     def _after_write_out(self, op: WriteOp) -> None:

@@ -6,10 +6,12 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableSequence
 from contextlib import asynccontextmanager
 from errno import EIO
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import trio
@@ -26,7 +28,14 @@ from bridge.cache.file.layout import HEADER_AREA_BYTES
 from bridge.cache.file.opening import open_file
 from bridge.cli.wording import explain
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Request
+from bridge.datapath.request import (
+    DISCARD,
+    FLUSH,
+    PREFETCH,
+    READ,
+    WRITE,
+    Request,
+)
 from bridge.datapath.turn import Turn
 from bridge.errors import ConfigError
 from bridge.peers.nbd_server import Faults, Server
@@ -358,6 +367,40 @@ async def test_write_back_on_which_the_server_hangs_up_stays_dirty_and_fails_the
                     await trio.sleep(0.001)
             assert flush == [0]
             assert disk.data[:4096] == b"w" * 4096
+            await storage.close(10)
+
+
+class FlushSecond(Random):
+    """One other command is executed before a flush, and the rest after it: a server with threads,
+    which dies of the flush."""
+
+    def shuffle(self, commands: MutableSequence[Any]) -> None:
+        commands.sort(key=lambda command: command.kind == CMD_FLUSH)
+        if len(commands) > 2:
+            commands.insert(1, commands.pop())
+
+
+async def test_flush_on_which_the_server_hangs_up_fails_although_each_connection_compares_first(
+    directory,
+):
+    """Each new comparison was blamed for the flush, and was another one the next time: the bridge
+    connected again without a pause and without an end, and the guest's flush had no answer."""
+    faults = Faults(reorder=FlushSecond())
+    async with own_server(directory, faults):
+        async with running(directory) as storage:
+            for number in range(8):
+                assert start(storage, WRITE, number << 20, 4096) == [0]
+            assert await ended(start(storage, FLUSH, 0, 0)) == 0
+            # Nothing is dirty after that, so that it is compared beside the other commands.
+            assert await ended(start(storage, DISCARD, 9 << 20, 4096)) == 0
+            faults.hangs_up_on = CMD_FLUSH
+            flush = start(storage, FLUSH, 0, 0)
+            with trio.fail_after(HUNG_S):
+                while not flush and storage.client.generation < 10:
+                    await trio.sleep(0.001)
+            assert flush == [EIO]
+            faults.hangs_up_on = None
+            assert await ended(start(storage, FLUSH, 0, 0)) == 0
             await storage.close(10)
 
 

@@ -951,3 +951,22 @@ def test_buffers_of_a_request_are_cut_right_however_many_there_are() -> None:
         start = dice.randrange(5000)
         length = dice.randrange(1, 5000 - start + 1)
         assert b"".join(slices(buffers, start, length)) == data[start : start + length]
+
+
+def test_writes_that_evict_what_the_others_have_fetched_all_come_to_their_end() -> None:
+    """Each covers two blocks in part. In a full cache the second block of one took the place of the
+    first one of another, for ever."""
+    rig = Rig(granules=16, slots=3)
+    data = b"w" * 2 * BLOCK
+    at = [granule * GRANULE + BLOCK // 2 for granule in range(8)]
+    writes = [rig.start(WRITE, offset, data=data) for offset in at]
+    for _ in range(50):
+        # The first block of each, then the last one of each, then the rest.
+        for block in (0, 2, 1):
+            for request in list(rig.server.pending):
+                if request.offset // BLOCK % (GRANULE // BLOCK) == block:
+                    rig.server.answer(rig.server.pending.index(request))
+    assert [write.error for write in writes] == [0] * 8
+    assert rig.flush() == 0
+    for offset in at:
+        assert rig.server.image[offset : offset + len(data)] == data

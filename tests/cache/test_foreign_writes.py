@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 
 import pytest
@@ -78,6 +79,43 @@ def test_sample_that_is_the_same_keeps_everything() -> None:
 
     assert results == [0]
     assert rig.cache.index.valid_blocks == 8 * 16
+
+
+def test_sample_that_is_asked_for_while_one_is_compared_begins_when_that_one_ends() -> None:
+    """After each of many reconnects: the reads of the first one are all that is sent again."""
+    rig = Rig()
+    rig.prefetch(0, 8 * GRANULE)
+    first: list[int] = []
+    later: list[int] = []
+
+    rig.check_sample(first.append)
+    reads = len(rig.server.pending)
+    for _ in range(3):
+        rig.check_sample(later.append)
+    assert len(rig.server.pending) == reads
+    for _ in range(reads):
+        rig.server.answer()
+    rig.server.image[:] = b"z" * len(rig.server.image)
+    assert (first, later) == ([0], [])
+    rig.serve()
+
+    assert len(later) == 3
+    assert min(later) > 0
+    assert rig.cache.index.valid_blocks == 0
+
+
+def test_sample_of_which_nothing_is_answered_is_followed_by_none() -> None:
+    rig = Rig()
+    rig.prefetch(0, GRANULE)
+    results: list[int] = []
+    rig.check_sample(results.append)
+    rig.check_sample(results.append)
+    while rig.server.pending:
+        rig.server.answer(error=errno.EIO)
+    assert results == [-1, -1]
+    rig.check_sample(results.append)
+    rig.serve()
+    assert results == [-1, -1, 0]
 
 
 @pytest.mark.parametrize("used", [1, 4, 16])

@@ -40,6 +40,19 @@ def test_same_command_is_put_on_trial_after_three_losses() -> None:
     assert losses == [False, False, True]
 
 
+def test_what_was_answered_before_the_first_loss_proves_nothing() -> None:
+    suspects = Suspects()
+    command = _command()
+    suspects.hung_up(command, 0, answered=True)
+    suspects.hung_up(command, 0, answered=False)
+    assert not suspects.proven
+    suspects.hung_up(command, 0, answered=True)
+    assert suspects.proven
+    suspects.clear()
+    suspects.hung_up(command, 0, answered=True)
+    assert not suspects.proven
+
+
 def test_suspect_keeps_nothing_of_the_guest() -> None:
     suspects = Suspects()
     command = _command()

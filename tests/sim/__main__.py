@@ -18,7 +18,6 @@ import trio
 
 from tests.sim import campaign, coverage, planted
 from tests.sim.config import OtherVersion, Seed
-from tests.sim.host import simulated
 from tests.sim.world import World
 
 _SAY_EVERY_S = 30.0
@@ -77,7 +76,7 @@ def trace(seed: Seed) -> BaseException | None:
         text = event.pop("event", "")
         tell(trio.current_time() - began_s, f"  {level}", {"says": text, **event})
 
-    with simulated(log=log):
+    with campaign.programs(log=log):
         world = World(seed, tell=tell)
         try:
             world.run()

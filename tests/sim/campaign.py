@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.sim import coverage
 from tests.sim.config import Seed, script
@@ -49,14 +50,27 @@ class Result:
         )
 
 
+@contextmanager
+def programs(
+    seen: Counter[str] | None = None, *, log: Callable[[str, dict[str, Any]], None] | None = None
+) -> Iterator[None]:
+    """Programs can run within, all in the same way: what gathers their coverage runs lines of the
+    product, and a process may be killed at any of them. `log` gets what the bridges log."""
+    with simulated(log=log), coverage.gathered(Counter() if seen is None else seen):
+        with _collected_by_program():
+            yield
+
+
 def failure_of(seed: Seed) -> str:
-    """Run one program within `simulated`: how it fails, "" if it does not."""
+    """Run one program within `programs`: how it fails, "" if it does not."""
     try:
         World(seed).run()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         return describe(error)
+    finally:
+        gc.collect(0)
     return ""
 
 
@@ -76,7 +90,7 @@ def run_some(
     """These programs, in this process. `plant` puts a bug into the simulated product."""
     result = Result()
     began = time.process_time()
-    with simulated(), coverage.gathered(result.seen), _collected_by_program():
+    with programs(result.seen):
         plant()
         for number in numbers:
             world = World(Seed(number))
@@ -139,7 +153,7 @@ def run_many(
 
 def shrink(seed: Seed, *, plant: Callable[[], object] = lambda: None) -> Seed:
     """A shorter program that fails in the same way: with the same kind of error."""
-    with simulated():
+    with programs():
         plant()
         kind = failure_of(seed).partition(":")[0]
         if not kind:

@@ -38,7 +38,7 @@ from bridge.errors import ConfigError
 from tests.sim import bridge, scheduler, timeline, volume
 from tests.sim.medium import SECTOR, numbers_of
 from tests.sim.network import SimSocket
-from tests.sim.process import CURRENT, MAPS
+from tests.sim.process import CURRENT, MAPS, observing
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -216,7 +216,8 @@ def simulated(*, log: Callable[[str, dict[str, Any]], None] | None = None) -> It
     def tell(_: object, method: str, event: dict[str, Any]) -> Any:
         current = CURRENT.get(None)
         if log is not None and not (current is not None and current.dead):
-            log(method, event)
+            with observing():
+                log(method, event)
         raise structlog.DropEvent
 
     with ExitStack() as stack:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable
 from random import Random
 from typing import Any, Protocol
@@ -15,10 +16,13 @@ from typing import Any, Protocol
 import trio
 
 from bridge.errors import ConnectionLost
+from tests.sim.oracle import Violation
 from tests.sim.timeline import Bell, Timeline
 
 _FIRST_FD = 1 << 20
 """Above every real descriptor."""
+_MOST_CONNECTS = 300
+"""In a second: a server that hangs up is connected to at once for a while, to find out why."""
 
 
 class Peer(Protocol):
@@ -218,6 +222,10 @@ class SimSocket:
         self._network.timeline.after(until_s, self._disconnect_peer)
 
 
+def _spins() -> None:
+    raise Violation(f"more than {_MOST_CONNECTS} connections are asked for in a second")
+
+
 class Network:
     """Between the processes of the hosts and one server."""
 
@@ -231,6 +239,8 @@ class Network:
         """Those that a process has open."""
         self._lines: list[SimSocket] = []
         self._next_fd = _FIRST_FD
+        self._connects: deque[float] = deque()
+        """When the last ones were asked for."""
 
     def delay_s(self) -> float:
         """Of one message, one way."""
@@ -246,6 +256,7 @@ class Network:
 
     async def connect(self, owner: object) -> SimSocket:
         """As `connecting._connect`. Raises ConnectionLost."""
+        self._count_connect()
         await self.timeline.sleep(2 * self.delay_s())
         if self.line.hangs:
             await trio.sleep_forever()
@@ -259,6 +270,13 @@ class Network:
         self.sockets[sock.fileno()] = sock
         self._lines = [*self.open_sockets(), sock]
         return sock
+
+    def _count_connect(self) -> None:
+        """Its own errors a client survives: this one is raised elsewhere."""
+        now = self.timeline.clock.current_time()
+        self._connects.append(now)
+        if len(self._connects) > _MOST_CONNECTS and now - self._connects.popleft() < 1:
+            self.timeline.after(0, _spins)
 
     def process_died(self, owner: object) -> None:
         """Its kernel closes what it had open; what it had sent still arrives."""

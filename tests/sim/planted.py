@@ -20,6 +20,7 @@ from bridge.app.serve import _GuestsSide, _Serving
 from bridge.app.storage import Storage
 from bridge.cache.cache import Cache
 from bridge.cache.file.cache_file import CacheFile
+from bridge.cache.foreign import ForeignChanges
 from bridge.cache.writes import Writes
 from bridge.datapath.disk import Disk
 from bridge.datapath.durability import ReportingDurability
@@ -35,6 +36,7 @@ from bridge.server.flushes import Flushes
 from bridge.server.link import Link
 from bridge.server.overlaps import Overlaps
 from bridge.server.split import Split
+from bridge.server.suspects import Suspects
 from nbd_plugin.file_disk import FileDisk
 from nbd_plugin.service import Service
 from nbd_plugin.session import Fence, Session
@@ -421,6 +423,39 @@ def generation_ignored(patch: Patch) -> None:
     patch.setattr("bridge.cache.foreign.ForeignChanges.drop_clean", lambda self: 0)
 
 
+def samples_come_first(patch: Patch) -> None:
+    """After a reconnect each new comparison is sent before what had no answer: it takes the blame
+    for a command on which the server hangs up."""
+
+    def check(self: ForeignChanges, done: Callable[[int], None]) -> None:
+        self._sample_asked.append(done)
+        self._begin_sample()
+
+    patch.setattr(ForeignChanges, "check_sample", check)
+
+
+def old_answers_prove(patch: Patch) -> None:
+    """A server that answered before it hung up for the first time is believed to be well since."""
+    real = Suspects.hung_up
+
+    def hung_up(self: Suspects, blamed: Any, now: float, *, answered: bool) -> bool:
+        result = real(self, blamed, now, answered=answered)
+        self.proven |= answered
+        return result
+
+    patch.setattr(Suspects, "hung_up", hung_up)
+
+
+def loss_is_told_without_end(patch: Patch) -> None:
+    """A flush that has failed for a loss does not count as having told of it."""
+    patch.setattr(ReportingDurability, "reported", _nothing)
+
+
+def evicted_writes_race(patch: Patch) -> None:
+    """Writes whose fetched blocks were evicted all fetch them again at once."""
+    patch.setattr(Writes, "_fetch_again", Writes.go_on)
+
+
 def failed_flush_forgotten_by_the_plugin(patch: Patch) -> None:
     """A second flush after a failed one succeeds, as the kernel's does."""
     patch.setattr(FileDisk, "_note_failure", _nothing)
@@ -491,6 +526,7 @@ RARE: Final[dict[str, Bug]] = {
         *(failed_flush_forgotten_by_the_plugin, failed_flush_keeps_the_instance),
         *(flush_covers_what_came_later, flush_passes_durable_changes),
         *(shared_session_admits, failed_session_is_kept, connections_of_two_sessions),
+        *(samples_come_first, old_answers_prove, loss_is_told_without_end, evicted_writes_race),
     )
 } | {
     f"cache{bug.__name__}": bug

@@ -9,16 +9,19 @@ import mmap
 import os
 import subprocess
 import sys
+from contextvars import copy_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from bridge.datapath.disk import Disk
+from bridge.errors import BridgeError
 from tests.sim import bounds, campaign, coverage, planted
 from tests.sim.__main__ import main, trace
 from tests.sim.config import AMID_WRITES, STEPS, VERSION, OtherVersion, Seed, script
-from tests.sim.host import simulated
-from tests.sim.process import CURRENT, _detach
+from tests.sim.process import CURRENT, Killed, Process, _detach, observing
 from tests.sim.world import World
 
 _CHUNKS = 10
@@ -69,7 +72,7 @@ def test_guest_migrates_to_another_bridge_and_goes_on_there() -> None:
 
 def _told(seed: Seed) -> list[str]:
     lines = []
-    with simulated():
+    with campaign.programs():
         world = World(seed, tell=lambda *what: lines.append(f"{what}"))
         world.run()
     return lines
@@ -91,6 +94,56 @@ def test_seed_replays_exactly_also_in_another_process() -> None:
     )
     assert there
     assert there == again
+
+
+_KILLED_AT_LINES = (28, 79, 105)
+"""Programs in which bridges are killed at a line."""
+
+
+@pytest.mark.parametrize("number", _KILLED_AT_LINES)
+def test_trace_of_a_program_that_kills_at_a_line_is_the_one_of_the_campaign(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once was another one: what printed it, and what counts transitions, runs lines, too."""
+    heard: list[tuple[object, ...]] = []
+    real = World.note
+
+    def note(self: World, event: str, **fields: object) -> None:
+        heard.append((self.timeline.clock.current_time(), event, str(fields.get("at"))))
+        real(self, event, **fields)
+
+    monkeypatch.setattr(World, "note", note)
+    result = campaign.run_some([number])
+    in_campaign, heard = heard, []
+    error = trace(Seed(number))
+    assert any(event == "killed" for _, event, _ in in_campaign)
+    assert heard == in_campaign
+    assert [why for _, why in result.failures] == (
+        [] if error is None else [campaign.describe(error)]
+    )
+
+
+def test_lines_that_an_observer_runs_kill_no_process(tmp_path: Path) -> None:
+    """An error of the product's that is printed, say."""
+    world: Any = SimpleNamespace(
+        directory=str(tmp_path),
+        is_calm=False,
+        note=lambda *_, **__: None,
+        network=SimpleNamespace(process_died=lambda _: None),
+    )
+    process = Process(world)
+
+    def run() -> None:
+        CURRENT.set(process)
+        process.kill_after_lines(1)
+        with observing():
+            assert str(BridgeError("told"))
+        assert not process.dead
+        with pytest.raises(Killed):
+            str(BridgeError("its own"))
+
+    copy_context().run(run)
+    assert process.dead
 
 
 def test_trace_tells_what_the_guest_did_and_what_the_server_executed(
@@ -145,6 +198,10 @@ _FOUND_BY = {
     "shared_session_admits": 402140,
     "connections_of_two_sessions": 302857,
     "failed_session_is_kept": 403133,
+    "samples_come_first": 624493,
+    "old_answers_prove": 704819,
+    "loss_is_told_without_end": 632996,
+    "evicted_writes_race": 800593,
 }
 """A program that finds each, in this version of the programs: `./run sim --planted` has others."""
 

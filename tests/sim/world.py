@@ -35,7 +35,7 @@ from tests.sim.guest import Asked, Guest
 from tests.sim.medium import Medium
 from tests.sim.network import Network
 from tests.sim.oracle import Change, Oracle, Violation
-from tests.sim.process import CURRENT, Process
+from tests.sim.process import CURRENT, Process, observing
 from tests.sim.server import NbdServer
 from tests.sim.steps import Steps
 from tests.sim.timeline import Timeline
@@ -160,7 +160,8 @@ class World:
     def note(self, event: str, **fields: Any) -> None:
         """For the trace."""
         if self._tell is not None:
-            self._tell(trio.current_time() - self._began_s, event, fields)
+            with observing():
+                self._tell(trio.current_time() - self._began_s, event, fields)
 
     def count(self, fault: str) -> None:
         """This fault has happened."""
