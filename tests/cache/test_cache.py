@@ -23,7 +23,7 @@ from bridge.datapath.request import (
     Request,
 )
 
-from .fakes import BLOCK, EIO, GRANULE, Rig
+from .fakes import BLOCK, EIO, GRANULE, FakeServer, Rig
 
 
 def test_read_of_absent_block_fetches_it_once() -> None:
@@ -688,6 +688,39 @@ def test_flush_without_any_connection_fails_at_once_and_keeps_dirty_data() -> No
     rig.server.fails = 0
     assert rig.flush() == 0
     assert rig.server.image[7 * GRANULE :][:BLOCK] == b"a" * BLOCK
+
+
+class Gone(FakeServer):
+    """No connection any more, and a limit to how often that may be tried."""
+
+    tries = 0
+
+    def submit(self, request: Request) -> None:
+        if self.fails:
+            self.tries += 1
+            assert self.tries < 50, "sent and refused without end"
+        super().submit(request)
+
+
+def test_block_that_is_refused_while_another_of_its_slot_is_in_flight_is_not_sent_without_end() -> (
+    None
+):
+    """A guest that stopped while the server was slow kept the bridge busy until a reply came."""
+    rig = Rig(server=Gone(64 * GRANULE))
+    rig.start(WRITE, 0, data=b"1" * BLOCK)
+    rig.tick(6.0)
+    rig.start(WRITE, 0, data=b"2" * BLOCK)
+    rig.start(WRITE, 2 * BLOCK, data=b"3" * BLOCK)
+    rig.server.fails = EIO
+    flush = rig.start(FLUSH)
+    assert flush.error is None  # The first write-out is in flight.
+    rig.serve()
+    assert flush.value == EIO
+
+    rig.server.fails = 0
+    assert rig.flush() == 0
+    assert rig.server.image[:BLOCK] == b"2" * BLOCK
+    assert rig.server.image[2 * BLOCK : 3 * BLOCK] == b"3" * BLOCK
 
 
 def test_reads_that_fail_at_once_do_not_pile_up_on_the_stack() -> None:
