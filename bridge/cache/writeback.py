@@ -388,8 +388,8 @@ class Writeback:
                 self.enqueue(slot)
             else:
                 self._arrived(slot, bits, stable)
-            # With an error not while it waits for another reply: where there is no connection any
-            # more, it would be sent, refused and deferred again without end until that comes.
+            # With an error not while it waits for another reply: where what is sent is refused at
+            # once, it would be sent, refused and deferred again without end until that comes.
             is_rewritten = bool(self._index.inflight[slot] & ~self._index.sent[slot])
             if slot in self._deferred and not (error and is_rewritten):
                 self._deferred.remove(slot)
