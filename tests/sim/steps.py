@@ -176,6 +176,7 @@ class Steps:
         if front_end is not None:
             self.world.count("front-end leaves")
             self._without_region()
+            self.world.excuse("flush")  # As in `_stop_rings`.
 
             async def leave() -> None:
                 raise migration.HangsUp
