@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from bridge.cache.common import Common
 from bridge.cache.range_operations import RangeOperations
@@ -101,13 +101,17 @@ class RangeRequests:
             self._take_step(op)
 
     def _take_step(self, op: _RangeOp) -> None:
+        if op.request.is_abandoned and not op.error:
+            op.error = errno.ECANCELED
         step = None if op.error else next(op.steps, None)
         if step is None:
             self._common.turn.finish(op.request, op.error)
         elif step.op == WRITE:
-            length = step.end_byte - step.start
+            start, length = step.start, step.end_byte - step.start
+            # The request comes first: a write that has to wait is not done once that is abandoned.
+            owner = op.request, op
             self._submit(
-                Request(WRITE, step.start, length, [ZEROES[:length]], self._written, step.flags, op)
+                Request(WRITE, start, length, [ZEROES[:length]], self._written, step.flags, owner)
             )
         else:
             shift = self._index.block_shift
@@ -117,8 +121,7 @@ class RangeRequests:
             )
 
     def _written(self, write: Request) -> None:
-        op = write.owner
-        assert isinstance(op, _RangeOp)
+        _, op = cast("tuple[Request, _RangeOp]", write.owner)
         op.error = write.error
         self._next_step(op)
 

@@ -863,6 +863,28 @@ def test_write_zeroes_into_the_cache_let_the_turn_end() -> None:
     assert ended == [0]
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 1024 * GRANULE // BLOCK])
+def test_zeroes_are_not_stored_once_their_request_is_abandoned(blocks: int) -> None:
+    """The guest was told that they failed, and may go on elsewhere: what would become dirty here is
+    older than what it writes there."""
+    rig = Rig(granules=4096, slots=4096, dirty_hard_ratio=1.0)
+    rig.server.can_write_zeroes = False
+    at = BLOCK // 2
+    request = Request(WRITE_ZEROES, at, blocks * BLOCK, [], lambda _: None)
+    ended: list[int] = []
+    rig.cache.submit(request)
+    rig.turn.end()
+    dirty = rig.cache.index.dirty_slots
+    request.abandon(lambda request: ended.append(request.error), memoryview(b""))
+
+    rig.serve()
+    while rig.turn.pending:
+        rig.turn.end()
+
+    assert ended == [errno.ECANCELED]
+    assert rig.cache.index.dirty_slots == dirty < 200
+
+
 class _Counted:
     """A number that counts how often it is compared."""
 

@@ -24,9 +24,11 @@ _OF_STORAGE_DAEMON = {
     "features_refused": "SET_FEATURES with bit",
     "features_parts": "4 bytes at 20 differ",
     "used_length": "a read that failed claims",
+    "session_stop": "the ring stopped at",
 }
 """What qemu-storage-daemon 10 does not keep: it accepts any feature, gives the beginning of the
-configuration space for each part, and says that a failed read wrote its data."""
+configuration space for each part, says that a failed read wrote its data, and on a busy machine may
+have stopped a ring before what was popped there is answered."""
 
 
 def by_verdict(findings: list[Finding], verdict: Verdict) -> dict[str, str]:
