@@ -13,7 +13,9 @@ the cache keeps nothing that it could send again after the server lost power.
 from __future__ import annotations
 
 from collections import deque
-from typing import Final, Protocol
+from collections.abc import Callable
+from errno import ECANCELED
+from typing import Final, Protocol, Self
 
 from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
@@ -34,6 +36,16 @@ class WaitsForRange(Protocol):
 
     def range_freed(self) -> None:
         """Try again."""
+
+
+class RequestOutcome(Outcome):
+    """The end of what is done for `request`."""
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: Request, done: Callable[[Self], None]) -> None:
+        super().__init__(done)
+        self.request = request
 
 
 class RangeOperation(WriteOutWait):
@@ -61,7 +73,7 @@ class RangeOperation(WriteOutWait):
         end: int,
         end_byte: int,
         flags: int,
-        outcome: Outcome,
+        outcome: RequestOutcome,
     ) -> None:
         """`op` on the blocks `first` … `end`, up to the byte `end_byte`; the request's `flags`."""
         super().__init__(fua=False)
@@ -119,7 +131,7 @@ class RangeOperations:
         return len(self._busy_ranges)
 
     def start(
-        self, op: int, first: int, end: int, end_byte: int, flags: int, outcome: Outcome
+        self, op: int, first: int, end: int, end_byte: int, flags: int, outcome: RequestOutcome
     ) -> None:
         """Discard or zero the blocks `first` … `end`, up to the byte `end_byte`; then finish
         `outcome`.
@@ -131,6 +143,10 @@ class RangeOperations:
 
     def begin(self, each: RangeOperation) -> None:
         """Start `each`, after any other one on its range."""
+        if each.outcome.request.is_abandoned:
+            # The guest has gone on: what it has written there meanwhile is newer.
+            self._common.turn.finish(each.outcome, ECANCELED)
+            return
         before = self._busy_ranges.overlapping(each.first, each.end)
         if before is not None:
             before.waiting.append(each)

@@ -13,10 +13,9 @@ from itertools import chain
 from typing import Final, NamedTuple, cast
 
 from bridge.cache.common import Common
-from bridge.cache.range_operations import RangeOperations
+from bridge.cache.range_operations import RangeOperations, RequestOutcome
 from bridge.datapath.buffers import ZEROES
 from bridge.datapath.request import DISCARD, FUA, WRITE, WRITE_ZEROES, Request
-from bridge.datapath.turn import Outcome
 
 _ZEROES_BYTES = 256 * 1024
 """One write of zero bytes; the same memory for all."""
@@ -36,17 +35,16 @@ class _Step(NamedTuple):
     flags: int
 
 
-class _RangeOp(Outcome):
+class _RangeOp(RequestOutcome):
     """A request that is done when every step is; the first error ends it. It is the outcome of its
     own steps."""
 
-    __slots__ = ("request", "steps", "taken")
+    __slots__ = ("steps", "taken")
 
     def __init__(
         self, request: Request, steps: Iterator[_Step], done: Callable[[_RangeOp], None]
     ) -> None:
-        super().__init__(done)
-        self.request = request
+        super().__init__(request, done)
         self.steps = steps
         self.taken = 0
 

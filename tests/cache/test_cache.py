@@ -885,6 +885,25 @@ def test_zeroes_are_not_stored_once_their_request_is_abandoned(blocks: int) -> N
     assert rig.cache.index.dirty_slots == dirty < 200
 
 
+@pytest.mark.parametrize("op", [DISCARD, WRITE_ZEROES])
+def test_an_abandoned_discard_that_has_to_wait_is_not_done_later(op: int) -> None:
+    """While the server says nothing the guest starts anew: what it writes then must stay."""
+    rig = Rig()
+    rig.start(op, 0, 8 * GRANULE)
+    request = Request(op, 6 * GRANULE, 8 * GRANULE, [], lambda _: None)
+    ended: list[int] = []
+    rig.cache.submit(request)
+    rig.turn.end()
+    request.abandon(lambda request: ended.append(request.error), memoryview(b""))
+
+    written = rig.start(WRITE, 9 * GRANULE, data=b"new!" * 1024)
+    rig.serve()
+
+    assert written.value == 0
+    assert ended == [errno.ECANCELED]
+    assert rig.read(9 * GRANULE, BLOCK) == b"new!" * 1024
+
+
 class _Counted:
     """A number that counts how often it is compared."""
 
