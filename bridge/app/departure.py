@@ -107,6 +107,7 @@ class Departure:
             return None
         cache = opened.cache
         if not cache.index.dirty_slots and not self._late:
+            self.may_be_written_elsewhere()
             return None
         self.is_away = True
         # The mark comes first: if the process dies from here on, the next one finds it. The gate
@@ -118,7 +119,10 @@ class Departure:
         await self._client.leave(min(_LEAVE_S, self._client.options.close_timeout_s), EIO)
         if not cache.index.dirty_slots:
             file.save_header(frozen=False)  # the last answers came after all
-        return self._what_is_left() if self._is_frozen else None
+        if self._is_frozen:
+            return self._what_is_left()
+        self.may_be_written_elsewhere()
+        return None
 
     @property
     def _is_frozen(self) -> bool:

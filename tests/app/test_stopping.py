@@ -447,6 +447,32 @@ async def test_return_to_a_shared_session_depends_on_the_last_writer(
         assert world.changes() == 0
 
 
+@pytest.mark.parametrize("dirty", [True, False])
+async def test_return_to_a_shared_session_after_a_flush_that_was_late_believes_nothing_clean(
+    world: World, autojump_clock: MockClock, dirty: bool
+) -> None:
+    """The stop was answered: at the limit nothing was left here but the answer to come."""
+    world.counts(5, 4)
+    async with world.bridge(export="vm@session=s") as bridge:
+        await bridge.do(T_IN, 4096, room=BLOCK)
+        assert await bridge.do(T_FLUSH) == S_OK
+        if dirty:  # As a write with FUA its answer is enough.
+            await bridge.do(T_OUT, out=block("o"))
+        else:
+            segment = (2048).to_bytes(8, "little") + (128).to_bytes(4, "little") + bytes(4)
+            await bridge.do(T_DISCARD, out=segment)
+        world.faults.delay_s = DRAIN_S + 1
+        await bridge.stop()
+        assert bridge.storage.departure.is_away == dirty
+        world.faults.delay_s = 0
+        world.image.data[:] = b"t" * SIZE_BYTES
+        bridge.start()
+        read = bridge.put(T_IN, 4096, room=BLOCK)
+        while read.status == UNANSWERED:
+            await trio.sleep(1)
+        assert read.data == block("t")
+
+
 async def test_source_killed_after_the_freeze_leaves_data_that_the_next_start_finds(
     world: World, autojump_clock: MockClock, tmp_path: Path
 ) -> None:
