@@ -71,8 +71,8 @@ class Departure:
         self._client.abandon()
         if self._cache is not None:
             for request in requests:
-                # A write is no longer stored; these have no such point. (With an error: it was
-                # not begun, and has ended.)
+                # A write is no longer stored; these may be at the server. (With an error: it was
+                # not begun, or not sent, and has ended.)
                 if request.op in (DISCARD, WRITE_ZEROES) and not request.error:
                     self._late.add(request)
                     request.done = self._late.discard

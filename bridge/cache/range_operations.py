@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from errno import ECANCELED
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, cast
 
 from bridge.cache.busy_ranges import BusyRanges
 from bridge.cache.common import Common
@@ -220,16 +220,15 @@ class RangeOperations:
             flags = each.flags & FUA if self._upstream.can_fua else 0
         each.epoch = self._durability.epoch
         self._busy_ranges.note(each.first, each.end, each.epoch)
-        self._upstream.submit(
-            Request(each.op, offset, length, [], self._replied, flags, owner=each)
-        )
+        # The request comes first: what is not sent yet is not to be once that is abandoned.
+        owner = each.outcome.request, each
+        self._upstream.submit(Request(each.op, offset, length, [], self._replied, flags, owner))
 
     def _replied(self, request: Request) -> None:
-        each = request.owner
-        assert isinstance(each, RangeOperation)
+        _, each = cast("tuple[Request, RangeOperation]", request.owner)
         if not request.flags & FUA:
             self._durability.acknowledged()
-        elif request.error:
+        elif request.error not in (0, ECANCELED):
             self._writeback.flush_failed()
         if request.error or request.flags & FUA or not self._upstream.can_flush:
             self._end(each, request.error)

@@ -577,6 +577,33 @@ async def test_discard_that_is_late_is_not_sent_after_the_stop(
         assert world.changes() == 3
 
 
+@pytest.mark.parametrize("mode", [OFF, WRITEBACK])
+@pytest.mark.parametrize("sent", [False, True])
+async def test_discard_of_a_guest_that_is_gone_does_not_follow_it_when_the_server_is_back(
+    world: World, autojump_clock: MockClock, mode: str, sent: bool
+) -> None:
+    """The next guest has read there what would be gone then."""
+    async with world.bridge(mode=mode) as bridge:
+        assert await bridge.do(T_OUT, out=block("d")) == S_OK
+        assert await bridge.do(T_FLUSH) == S_OK
+        before = world.changes()
+        segment = bytes(8) + (8).to_bytes(4, "little") + bytes(4)
+        if sent:
+            world.faults.leave_writes_behind = world.faults.stall = True
+            await bridge.begin(T_DISCARD, out=segment)
+            world.faults.leave_writes_behind = world.faults.stall = False
+            before += 1
+        world.go_away()
+        if not sent:
+            await bridge.begin(T_DISCARD, out=segment)
+        await bridge.device.disconnected()
+        world.come_back()
+        await trio.sleep(100)
+        assert bridge.storage.client.connected
+        assert world.changes() == before
+        assert world.image.data[:BLOCK] == block("d")
+
+
 async def test_discards_that_had_not_begun_when_the_guest_stopped_are_not_waited_for(
     world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
