@@ -64,6 +64,8 @@ def ended_without_file(world: World, *, in_order: bool) -> None:
     world.has_no_file = None
     if in_order:
         world.oracle.judge_whole_image("a bridge without its cache file has stopped in order")
+    else:
+        world.lose_what_is_under_way()  # (It may have been killed while it was stopping.)
     _begin_anew(world, written_through=world.config.mode != WRITEBACK)
 
 

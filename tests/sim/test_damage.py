@@ -76,6 +76,11 @@ def _written_through(*, at_once: bool) -> Oracle:
     return oracle
 
 
+def test_bridge_without_its_file_that_is_killed_while_it_stops_may_have_sent_something() -> None:
+    """What was under way then came to the server after the guest had begun anew."""
+    assert campaign.run_some([2203865]).failures == []
+
+
 def test_write_that_was_overwritten_in_the_cache_is_lost_with_what_overwrote_it() -> None:
     _written_through(at_once=True).host_lost([], written_through=True)
     with pytest.raises(Violation, match="the host has lost power"):
