@@ -45,6 +45,8 @@ class Departure:
         """Abandoned discards that the cache has not come to the end of."""
         self.is_away = False
         """Nothing is sent, and the session was left: see `stop_sending`."""
+        self._was_away = False
+        """The guest has left, and may have been elsewhere since."""
         self._go: Callable[[], None] = _go_nowhere
         self._refusal: BridgeError | None = None
         self._refused = trio.Event()
@@ -63,6 +65,10 @@ class Departure:
         A session that is ours alone excludes that. One that is shared for migration does not, and
         has one number for all of it: the clean blocks here must not be believed afterwards.
         """
+        self._was_away = True
+        self._drop_what_is_not_certain()
+
+    def _drop_what_is_not_certain(self) -> None:
         if self._cache is not None and is_shared(self._client.uri.export_name):
             self._cache.foreign.drop_clean()
 
@@ -141,6 +147,9 @@ class Departure:
     def starting(self, go: Callable[[], None]) -> bool:
         """The guest starts a ring. False if it has to wait until `go` is called: the session was
         left and has to be entered again first, and no other host may have written meanwhile."""
+        if self._was_away:
+            self._was_away = False
+            self._drop_what_is_not_certain()  # An operator may have warmed the cache meanwhile.
         if not self.is_away:
             return True
         self._go = go

@@ -38,6 +38,7 @@ from bridge.cli.cache_show import text_of
 from bridge.cli.wording import explain
 from bridge.datapath.disk import Disk
 from bridge.datapath.loop import Loop
+from bridge.datapath.request import PREFETCH, Request
 from bridge.errors import BridgeError, ConfigError, LeftBehind
 from bridge.guest.virtio.blk_config import DiskGeometry
 from bridge.peers.nbd_server import Server
@@ -468,6 +469,28 @@ async def test_return_to_a_shared_session_after_a_flush_that_was_late_believes_n
         world.image.data[:] = b"t" * SIZE_BYTES
         bridge.start()
         read = bridge.put(T_IN, 4096, room=BLOCK)
+        while read.status == UNANSWERED:
+            await trio.sleep(1)
+        assert read.data == block("t")
+
+
+async def test_what_was_fetched_while_the_guest_was_elsewhere_is_not_believed_in_a_shared_session(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """An operator warms the cache of a bridge whose guest runs at another host."""
+    world.counts(5, 4)
+    async with world.bridge(export="vm@session=s") as bridge:
+        await bridge.stop()
+        fetched: list[int] = []
+        bridge.storage.target.submit(
+            Request(PREFETCH, 0, BLOCK, [], lambda request: fetched.append(request.error))
+        )
+        bridge.loop.turn.want()
+        await settled()
+        assert fetched == [0]
+        world.image.data[:] = b"t" * SIZE_BYTES
+        bridge.start()
+        read = bridge.put(T_IN, 0, room=BLOCK)
         while read.status == UNANSWERED:
             await trio.sleep(1)
         assert read.data == block("t")
