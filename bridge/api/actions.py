@@ -21,6 +21,7 @@ from bridge.api.http import HttpError
 from bridge.api.live import Live
 from bridge.api.view import Safety, Settings, View, Warming, guest_state, safety
 from bridge.app import logs
+from bridge.app.cache_ownership import is_shared
 from bridge.cache.cache_options import WRITEBACK
 from bridge.cache.warm import Warmer
 from bridge.errors import BridgeError
@@ -215,6 +216,11 @@ class Actions:
                 raise _conflict("there is no cache")
             if self._warmer is not None:
                 raise _conflict("the cache is being warmed already: wait, or cancel that first")
+            if not live.rings and is_shared(live.storage.client.uri.export_name):
+                raise _conflict(
+                    "the guest may be at another host and write in this session: its cache can be "
+                    "warmed once it runs here"
+                )
             if offset >= cache.size_bytes:
                 raise HttpError(
                     HTTPStatus.BAD_REQUEST, f"offset: the disk has {cache.size_bytes} bytes"

@@ -60,6 +60,7 @@ async def served(
     directory: Path,
     *,
     cache: str = OFF,
+    export: str = "",
     slow_s: float = 1.0,
     flush_interval_s: float = 60.0,
     server: Server | None = None,
@@ -82,7 +83,7 @@ async def served(
     async with trio.open_nursery() as nursery:
         await nursery.start(server.serve_unix, directory / "nbd")
         async with trio.open_nursery() as serving:
-            serving.start_soon(serve_disk, unix_uri(directory / "nbd"), settings)
+            serving.start_soon(serve_disk, unix_uri(directory / "nbd", export), settings)
             with trio.fail_after(HUNG_S):
                 while not bridge.vhost.exists():
                     await trio.sleep(0.01)

@@ -200,6 +200,19 @@ async def test_warming_can_be_cancelled_and_is_one_at_a_time(directory: Path) ->
         bridge.server.faults.delay_s = 0
 
 
+async def test_cache_is_not_warmed_before_the_guest_runs_where_its_session_is_shared(
+    directory: Path,
+) -> None:
+    """What another host's guest writes after that would be read from here once it has migrated."""
+    name = "vm@session=s"
+    server = Server({name: MemoryDisk(SIZE_BYTES)})
+    async with served(directory, cache=WRITEBACK, server=server, export=name) as bridge:
+        with pytest.raises(BridgeError, match="once it runs here"):
+            await bridge.ask("POST", "/cache/warm")
+        async with await BlkDriver.connect(bridge.vhost):
+            await bridge.ask("POST", "/cache/warm")
+
+
 async def test_warming_past_the_end_of_the_disk_is_refused(directory: Path) -> None:
     async with served(directory, cache=WRITEBACK) as bridge:
         with pytest.raises(ConfigError, match=f"the disk has {SIZE_BYTES} bytes"):
