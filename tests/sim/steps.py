@@ -496,7 +496,8 @@ class Steps:
         if bridge is None or not world.bridge_serves or not world.counts_writers:
             return
         assert bridge.storage is not None
-        cache = bridge.storage._cache
+        cache, client = bridge.storage._cache, bridge.storage.client
+        before = client.link.generation
         first, count = self._range(rng)
         self._cut_some(rng, all_of_them=True)
         world.network.line.refuses = True
@@ -513,7 +514,9 @@ class Steps:
         def decide() -> None:
             # A guest that wrote meanwhile is held back: the operator has to decide.
             if bridge is world.bridge and bridge.storage is not None:
-                if bridge.storage.client.connected:
+                if client.connected and client.link.generation == before and not world.over:
+                    world.timeline.after(30, decide)  # It has not noticed that it is cut off.
+                elif client.connected:
                     world.written_elsewhere = False
                 else:
                     world.excuse("any")
