@@ -21,6 +21,7 @@ from typing import Protocol, cast
 
 from bridge.cache.index import Index
 from bridge.cache.upstream import Upstream
+from bridge.datapath.buffers import Bytes
 from bridge.datapath.request import READ, Request
 from bridge.units import SECTOR_BYTES
 
@@ -124,19 +125,25 @@ def _read_of(index: Index, slot: int, bit: int, done: Callable[[Request], None])
     offset += bit.bit_length() - 1 << index.block_shift
     length = min(index.block_bytes, index.geometry.disk_bytes - offset)
     buffer = memoryview(bytearray(length))
-    return Request(READ, offset, length, [buffer], done, owner=(slot, bit, buffer))
+    content = bytes(_content(index, slot, bit, length))
+    return Request(READ, offset, length, [buffer], done, owner=(slot, bit, content))
 
 
 def _is_changed(
     index: Index, request: Request, discarded: tuple[int, int], *, only_zeroes: bool
 ) -> bool:
     """Whether what was read from the server proves that it was changed there."""
-    slot, bit, buffer = cast("tuple[int, int, memoryview]", request.owner)
-    if not _clean(index, slot) & bit:
-        return False  # not any more
-    at = (slot << index.granule_shift) + (bit.bit_length() - 1 << index.block_shift)
-    ours = index.data[at : at + request.length]
+    slot, bit, ours = cast("tuple[int, int, bytes]", request.owner)
+    (buffer,) = request.buffers
     if ours == buffer:
+        return False
+    # Guests go on meanwhile: the slot may be another granule's by now, and what was written,
+    # flushed and is clean again may be newer than what the server has read.
+    if (
+        index.granule_of[slot] != request.offset >> index.granule_shift
+        or not _clean(index, slot) & bit
+        or _content(index, slot, bit, request.length) != ours
+    ):
         return False
     block = request.offset >> index.block_shift
     if discarded[0] <= block < discarded[1]:
@@ -144,7 +151,13 @@ def _is_changed(
     return True
 
 
-def _differ_by_zeroes(one: memoryview, other: memoryview) -> bool:
+def _content(index: Index, slot: int, bit: int, length: int) -> Bytes:
+    """The first `length` bytes of a block."""
+    at = (slot << index.granule_shift) + (bit.bit_length() - 1 << index.block_shift)
+    return index.data[at : at + length]
+
+
+def _differ_by_zeroes(one: bytes, other: memoryview) -> bool:
     """Each sector is the same in both, or zeroes in one of them."""
     for at in range(0, len(one), SECTOR_BYTES):
         a, b = one[at : at + SECTOR_BYTES], other[at : at + SECTOR_BYTES]
