@@ -35,8 +35,9 @@ _OTHERS = (_CODE + "datapath/fence.py", _CODE + "peers/")
 """What is not of this process, or has a lock that the guest's driver takes as well: only here they
 are in the same one. A guest publishes while its device is about to sleep, in the device's task."""
 
-_COPIES = _CODE + "datapath/buffers.py"
-"""Where data is copied piece by piece: a kill between two may tear a sector."""
+_COPIES = {_CODE + "datapath/buffers.py": "", _CODE + "datapath/usual.py": "_copy"}
+"""Where data is copied piece by piece, in the function of that name or ("") anywhere: a kill between
+two pieces may tear a sector."""
 
 _OUTER_TRACE = sys.gettrace()
 """Of a debugger, or of what measures coverage: it goes on after a kill."""
@@ -207,7 +208,8 @@ class Process:
         """Killed at a line of its code."""
         name = frame.f_code.co_filename.removeprefix(_CODE)
         self.world.note("killed", at=f"{name}:{frame.f_lineno}")
-        self.died_amid_copy = frame.f_code.co_filename == _COPIES
+        copies = _COPIES.get(frame.f_code.co_filename)
+        self.died_amid_copy = copies is not None and copies in ("", frame.f_code.co_name)
         self._die()
         self._scope.cancel()
         if not frame.f_code.co_flags & _WAITS:
