@@ -36,8 +36,8 @@ _OTHERS = (_CODE + "datapath/fence.py", _CODE + "peers/")
 are in the same one. A guest publishes while its device is about to sleep, in the device's task."""
 
 _COPIES = {_CODE + "datapath/buffers.py": "", _CODE + "datapath/usual.py": "_copy"}
-"""Where data is copied piece by piece, in the function of that name or ("") anywhere: a kill between
-two pieces may tear a sector."""
+"""Where data is copied piece by piece, in the function of that name or ("") anywhere: a kill
+between two pieces may tear a sector."""
 
 _OUTER_TRACE = sys.gettrace()
 """Of a debugger, or of what measures coverage: it goes on after a kill."""
