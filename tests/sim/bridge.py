@@ -72,7 +72,8 @@ class Bridge(Process):
         """The guest is not here yet."""
         self.has_moved = False
         """The guest has gone on elsewhere."""
-        self.began = world.oracle.moment
+        self.alone_since: float = world.oracle.moment
+        """No front-end is connected, since that moment of the oracle's; inf: one is."""
         self.guest_came = False
         """A front-end has connected."""
         self.over = trio.Event()
@@ -208,6 +209,7 @@ async def serve_front_ends(device: BlkDevice, listener: object, **options: objec
             bridge.world.note("front-end is hung up on")
         finally:
             bridge.front_end = None
+            bridge.alone_since = bridge.world.oracle.now()
             with trio.CancelScope(shield=True):
                 with suppress(LeftBehind):
                     await device.disconnected()
@@ -265,6 +267,7 @@ class FrontEnd:
             if queue.running:
                 self.start(queue.index)
         self.connected = self.bridge.guest_came = True
+        self.bridge.alone_since = inf
         world.note("front-end connected")
         while True:
             while self._todo:

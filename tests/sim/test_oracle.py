@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -160,9 +161,9 @@ def lose_power(world: World) -> None:
     assert world.medium.lose() == 1
 
 
-def bridge_dies(world: World, *, began: int, guest_came: bool) -> None:
+def bridge_dies(world: World, *, alone_since: float) -> None:
     bridge: Any = SimpleNamespace(
-        began=began, guest_came=guest_came, has_moved=False, storage=None, died_amid_copy=False
+        alone_since=alone_since, has_moved=False, storage=None, died_amid_copy=False
     )
     world.bridge = bridge
     world.bridge_died(bridge)
@@ -172,17 +173,17 @@ def test_loss_that_only_a_bridge_without_a_guest_heard_of_is_forgotten_with_it()
     with uncached(plugin=False) as world:
         began = world.oracle.now()
         lose_power(world)
-        bridge_dies(world, began=began, guest_came=False)
+        bridge_dies(world, alone_since=began)
         world.oracle.flushed(world.oracle.now())
 
 
 @pytest.mark.parametrize(
-    ("plugin", "guest_came", "lost_before"),
+    ("plugin", "has_guest", "lost_before"),
     [(False, True, False), (True, False, False), (False, False, True)],
-    ids=["the guest had come", "the plugin says it again", "the bridge before it had left word"],
+    ids=["the guest is there", "the plugin says it again", "the bridge before it had left word"],
 )
 def test_loss_that_the_next_bridge_can_know_of_is_to_be_told(
-    plugin: bool, guest_came: bool, lost_before: bool
+    plugin: bool, has_guest: bool, lost_before: bool
 ) -> None:
     with uncached(plugin=plugin) as world:
         if lost_before:
@@ -190,6 +191,6 @@ def test_loss_that_the_next_bridge_can_know_of_is_to_be_told(
         began = world.oracle.now()
         if not lost_before:
             lose_power(world)
-        bridge_dies(world, began=began, guest_came=guest_came)
+        bridge_dies(world, alone_since=inf if has_guest else began)
         with pytest.raises(Violation, match="a flush has succeeded"):
             world.oracle.flushed(world.oracle.now())

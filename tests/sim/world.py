@@ -422,10 +422,10 @@ class World:
         self._front_end_lost(killed=True)
 
     def _forget_with(self, bridge: Bridge) -> None:
-        """It is gone. If no guest has come to it, there was no in-flight region for what it heard
-        of, and a foreign server says it once (docs/durability.md)."""
-        if not (self.config.plugin or bridge.guest_came):
-            self.oracle.loss_unnoticed(bridge.began)
+        """It is gone. While it had no guest, there was no in-flight region for what it heard of,
+        and a foreign server says it once (docs/durability.md)."""
+        if not self.config.plugin:
+            self.oracle.loss_unnoticed(bridge.alone_since)
 
     def _bridge_ended(self) -> None:
         """It has ended in order, or given up at its start."""
@@ -435,7 +435,8 @@ class World:
             # No message tells the next process that there is to be no write cache.
             self.guest.toggles += 1
             self.guest.writes_are_durable = False
-        self._forget_with(self.bridge)
+        if not self.bridge.guest_came:  # Else its end tells the operator.
+            self._forget_with(self.bridge)
         problem = self.bridge.problem
         if problem is not None and not self.config.keeps_in_flight:
             self.oracle.loss_unnoticed()  # The operator was told, and no process can know.
