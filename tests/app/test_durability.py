@@ -118,6 +118,8 @@ async def write_and_kill(
         if flush:
             await guest.flush()
             await made.flushed()
+            # The region says so a turn after the guest was told; by now it does.
+            await guest.read(0, len(DATA))
         bridge.kill()
         bridge.wait()
     return guest
