@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 SETTLE_S = 3000.0
 """Once faults have stopped, everything is answered by then: a silent server is given up after ten
 times the request timeout."""
-_POWER = "server loses power"
+_LOSES = ("server loses power", "flush fails at the server")
+"""Faults with which the server's content may become an older one."""
 _SOON_S = 0.9
 """For a read, with no fault, from a server and a network that are fast: below the timers that would
 hide a lost kick."""
@@ -88,10 +89,10 @@ class Ending:
             # (docs/durability.md, row 12). The operator decides.
             self.world.count("held back after a migration")
             bridge.terminate()
-        elif not self.world.config.plugin and counts["host loses power"] and counts[_POWER]:
+        elif not self.world.config.plugin and any(counts[each] for each in _LOSES):
             # What a dead process had not flushed was read by the next one, and was lost then
             # ("What cannot be promised"). The operator decides.
-            self.world.count("held back after a loss of power")
+            self.world.count("held back after a loss")
             bridge.terminate()
 
     def _is_quiet(self) -> bool:
