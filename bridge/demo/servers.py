@@ -24,6 +24,9 @@ _START_LIMIT_S = 20.0
 _STOP_LIMIT_S = 20.0
 _LOOK_EVERY_S = 0.02
 
+_ACCEPTS = 1 << 16
+"""__SO_ACCEPTCON, of the flags in /proc/net/unix."""
+
 
 class ServerFailed(BridgeError):
     """A server process did not start, died, or did not stop cleanly; with its last log lines."""
@@ -105,7 +108,7 @@ async def start_server(
     server = ServerProcess(name, _start(command, log_path), socket, log_path)
     try:
         with trio.fail_after(_START_LIMIT_S):
-            while _socket_identity(socket) in (None, before):
+            while _socket_identity(socket) in (None, before) or not _is_listening(socket):
                 if server.process.poll() is not None:
                     raise ServerFailed(f"{name} did not start: {server.said()}")
                 await trio.sleep(_LOOK_EVERY_S)
@@ -126,6 +129,19 @@ def _socket_identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return (status.st_ino, status.st_ctime_ns) if stat.S_ISSOCK(status.st_mode) else None
+
+
+def _is_listening(path: Path) -> bool:
+    """A socket that was just made refuses connections for a moment. (proc(5): flags, path.)"""
+    try:
+        lines = Path("/proc/net/unix").read_bytes().splitlines()
+    except OSError:
+        return True  # It cannot be told here.
+    for line in lines[1:]:
+        words = line.split(maxsplit=7)
+        if len(words) == 8 and words[7] == os.fsencode(path) and int(words[3], 16) & _ACCEPTS:
+            return True
+    return False
 
 
 @asynccontextmanager

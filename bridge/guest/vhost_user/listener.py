@@ -47,8 +47,8 @@ class Listener:
         umask = os.umask(0o177)
         try:
             sock.bind(name)
+            sock.listen(_BACKLOG)  # At once: who waits for the file connects then.
             _give(name, mode, gid)
-            sock.listen(_BACKLOG)
             status = os.stat(name)
         except OSError as error:
             sock.close()
