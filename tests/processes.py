@@ -15,6 +15,7 @@ from pathlib import Path
 
 import trio
 
+from bridge.demo.servers import is_listening
 from tests.tools import HUNG_S
 
 
@@ -80,15 +81,7 @@ def _is_ready(ready: Path | int) -> bool:
     if isinstance(ready, int):
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", ready)) == 0
-    return _is_listening(ready)
-
-
-def _is_listening(path: Path) -> bool:
-    """A socket's file is there a moment before the process listens (proc(5), __SO_ACCEPTCON)."""
-    if not path.is_socket():
-        return path.exists()
-    table = Path("/proc/net/unix").read_text().splitlines()
-    return any(line.split()[3] == "00010000" and line.endswith(f" {path}") for line in table[1:])
+    return is_listening(ready) if ready.is_socket() else ready.exists()
 
 
 async def wait_for(child: subprocess.Popen[bytes], *, limit_s: float) -> int:

@@ -108,7 +108,7 @@ async def start_server(
     server = ServerProcess(name, _start(command, log_path), socket, log_path)
     try:
         with trio.fail_after(_START_LIMIT_S):
-            while _socket_identity(socket) in (None, before) or not _is_listening(socket):
+            while _socket_identity(socket) in (None, before) or not is_listening(socket):
                 if server.process.poll() is not None:
                     raise ServerFailed(f"{name} did not start: {server.said()}")
                 await trio.sleep(_LOOK_EVERY_S)
@@ -131,8 +131,8 @@ def _socket_identity(path: Path) -> tuple[int, int] | None:
     return (status.st_ino, status.st_ctime_ns) if stat.S_ISSOCK(status.st_mode) else None
 
 
-def _is_listening(path: Path) -> bool:
-    """A socket that was just made refuses connections for a moment. (proc(5): flags, path.)"""
+def is_listening(path: Path) -> bool:
+    """It takes connections: a moment after its file is there (proc(5): flags, path)."""
     try:
         lines = Path("/proc/net/unix").read_bytes().splitlines()
     except OSError:

@@ -17,7 +17,7 @@ import trio
 from bridge.app import listening
 from bridge.app.listening import gid_of, open_listener, passed_sockets, socket_path_of
 from bridge.app.settings import DiskSettings
-from bridge.demo.servers import _is_listening
+from bridge.demo.servers import is_listening
 from bridge.errors import ConfigError
 from bridge.guest.vhost_user.listener import Listener
 from bridge.peers.blk_driver import BlkDriver
@@ -235,7 +235,7 @@ def test_demo_waits_for_a_socket_that_listens(directory: Path) -> None:
     path = directory / "socket"
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(str(path))
-        assert not _is_listening(path)
+        assert not is_listening(path)
         made.listen()
-        assert _is_listening(path)
-    assert not _is_listening(path)
+        assert is_listening(path)
+    assert not is_listening(path)
