@@ -149,11 +149,15 @@ class Bridge:
 
     async def do(self, *args: Any, **options: Any) -> int:
         """A request and its status."""
+        return (await self.ask(*args, **options)).status
+
+    async def ask(self, *args: Any, **options: Any) -> PendingRequest:
+        """A request that is answered."""
         pending = self.put(*args, **options)
         with trio.fail_after(60):
             while pending.status == UNANSWERED:
                 await trio.sleep(0.1)
-        return pending.status
+        return pending
 
     async def stop(self, index: int = 0) -> int:
         """GET_VRING_BASE."""
@@ -468,10 +472,7 @@ async def test_return_to_a_shared_session_after_a_flush_that_was_late_believes_n
         world.faults.delay_s = 0
         world.image.data[:] = b"t" * SIZE_BYTES
         bridge.start()
-        read = bridge.put(T_IN, 4096, room=BLOCK)
-        while read.status == UNANSWERED:
-            await trio.sleep(1)
-        assert read.data == block("t")
+        assert (await bridge.ask(T_IN, 4096, room=BLOCK)).data == block("t")
 
 
 async def test_what_was_fetched_while_the_guest_was_elsewhere_is_not_believed_in_a_shared_session(
@@ -490,10 +491,7 @@ async def test_what_was_fetched_while_the_guest_was_elsewhere_is_not_believed_in
         assert fetched == [0]
         world.image.data[:] = b"t" * SIZE_BYTES
         bridge.start()
-        read = bridge.put(T_IN, 0, room=BLOCK)
-        while read.status == UNANSWERED:
-            await trio.sleep(1)
-        assert read.data == block("t")
+        assert (await bridge.ask(T_IN, 0, room=BLOCK)).data == block("t")
 
 
 async def test_source_killed_after_the_freeze_leaves_data_that_the_next_start_finds(

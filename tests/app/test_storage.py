@@ -28,14 +28,7 @@ from bridge.cache.file.layout import HEADER_AREA_BYTES
 from bridge.cache.file.opening import open_file
 from bridge.cli.wording import explain
 from bridge.datapath.loop import Loop
-from bridge.datapath.request import (
-    DISCARD,
-    FLUSH,
-    PREFETCH,
-    READ,
-    WRITE,
-    Request,
-)
+from bridge.datapath.request import DISCARD, FLUSH, PREFETCH, READ, WRITE, Request
 from bridge.datapath.turn import Turn
 from bridge.errors import ConfigError
 from bridge.peers.nbd_server import Faults, Server

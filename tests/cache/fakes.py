@@ -27,6 +27,19 @@ BLOCK = 4096
 GRANULE = 65536
 
 
+def execute(request: Request, image: mmap.mmap | bytearray) -> None:
+    """Do what `request` asks of a server that holds `image`."""
+    at, length = request.offset, request.length
+    if request.op == READ:
+        for buffer in request.buffers:
+            buffer[:] = image[at : at + len(buffer)]
+            at += len(buffer)
+    elif request.op == WRITE:
+        image[at : at + length] = b"".join(bytes(each) for each in request.buffers)
+    elif request.op in (DISCARD, WRITE_ZEROES):
+        image[at : at + length] = bytes(length)
+
+
 class FakeServer:
     """Keeps requests in `pending` until told; `image` is what it holds."""
 
@@ -64,15 +77,8 @@ class FakeServer:
     def answer(self, index: int = 0, error: int = 0) -> None:
         """Execute and answer one request."""
         request = self.pending.pop(index)
-        at, length = request.offset, request.length
-        if not error and request.op == READ:
-            for buffer in request.buffers:
-                buffer[:] = self.image[at : at + len(buffer)]
-                at += len(buffer)
-        elif not error and request.op == WRITE:
-            self.image[at : at + length] = b"".join(bytes(each) for each in request.buffers)
-        elif not error and request.op in (DISCARD, WRITE_ZEROES):
-            self.image[at : at + length] = bytes(length)
+        if not error:
+            execute(request, self.image)
         request.generation = self.generation
         finish(request, error)
 

@@ -33,7 +33,7 @@ from bridge.cache.cache import Cache
 from bridge.cache.cache_options import Options
 from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
-from bridge.datapath.cells import ALONE, CHANGES
+from bridge.datapath.cells import ALONE
 from bridge.datapath.disk import Disk
 from bridge.datapath.engine import PURE_ENGINE, Engine, choose
 from bridge.datapath.engine_names import COMPILED, PURE
@@ -79,6 +79,7 @@ from tests.datapath.twins import (
     look,
     members_of_command,
     note_merged,
+    parts_of,
     pass_time,
     resize,
     shuffled,
@@ -434,15 +435,7 @@ class Twin:
             ]
             found["tracked index"] = self.region.cast("H")[7]
         if self.cache is not None:
-            index = self.cache.index
-            found["cache"] = bytes(self.image)
-            ring, arrays = self.cache._writeback.ring, (index.ready, index.open, index.sent)
-            arrays = (*arrays, index.inflight, index.covered, ring.slots, ring.queued)
-            found["blocks"] = [bytes(each) for each in arrays]
-            counts = index.cells[:]
-            counts[CHANGES] = 0  # A write that had to wait may have opened its blocks twice.
-            marks = ring._marks, ring._marked_s
-            found["counts"] = repr((counts, marks, vars(self.cache.stats)))
+            found |= parts_of(self.cache, self.image)
         return found
 
     def log(self, on: bool) -> None:

@@ -643,15 +643,7 @@ class Twin:
                 ]
                 found[f"tracked index of {number}"] = ring.region.cast("H")[7]
         if self.cache is not None:
-            index = self.cache.index
-            found["cache"] = bytes(self.image)
-            ring, arrays = self.cache._writeback.ring, (index.ready, index.open, index.sent)
-            arrays = (*arrays, index.inflight, index.covered, ring.slots, ring.queued)
-            found["blocks"] = [bytes(each) for each in arrays]
-            counts = index.cells[:]
-            counts[CHANGES] = 0  # A write that had to wait may have opened its blocks twice.
-            marks = ring._marks, ring._marked_s
-            found["counts"] = repr((counts, marks, vars(self.cache.stats)))
+            found |= parts_of(self.cache, self.image)
         return found
 
     def log(self, number: int, on: bool) -> None:
@@ -1135,6 +1127,19 @@ def _pause(twin: Twin, number: int, on: bool) -> None:
 def resize(twin: Twin, size_bytes: int) -> None:
     twin.config.resize(size_bytes)
     twin.engine.geometry_changed()
+
+
+def parts_of(cache: Cache, image: Any) -> dict[str, Any]:
+    """What both twins' caches have to have alike; `image` is the cache file."""
+    index, ring = cache.index, cache._writeback.ring
+    arrays = index.ready, index.open, index.sent, index.inflight, index.covered
+    counts = index.cells[:]
+    counts[CHANGES] = 0  # A write that had to wait may have opened its blocks twice.
+    return {
+        "cache": bytes(image),
+        "blocks": [bytes(each) for each in (*arrays, ring.slots, ring.queued)],
+        "counts": repr((counts, ring._marks, ring._marked_s, vars(cache.stats))),
+    }
 
 
 def difference(one: Any, other: Any) -> str:

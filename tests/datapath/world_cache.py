@@ -16,6 +16,7 @@ from bridge.cache.file.cache_file import MappedImage
 from bridge.cache.file.layout import Geometry, Identity, new_header
 from bridge.datapath.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
 from bridge.datapath.turn import Turn
+from tests.cache.fakes import execute
 
 GRANULE_SHIFT = 13
 DISK_BYTES = 1 << 18
@@ -79,15 +80,8 @@ class _Server:
         if not self.pending:
             return
         request = self.pending.pop(number % len(self.pending))
-        at, length = request.offset, request.length
-        if not error and request.op == READ:
-            for buffer in request.buffers:
-                buffer[:] = self.image[at : at + len(buffer)]
-                at += len(buffer)
-        elif not error and request.op == WRITE:
-            self.image[at : at + length] = b"".join(request.buffers)
-        elif not error and request.op in (DISCARD, WRITE_ZEROES):
-            self.image[at : at + length] = bytes(length)
+        if not error:
+            execute(request, self.image)
         request.generation = self.generation
         self._turn.finish(request, error)
 

@@ -35,9 +35,12 @@ _OTHERS = (_CODE + "datapath/fence.py", _CODE + "peers/")
 """What is not of this process, or has a lock that the guest's driver takes as well: only here they
 are in the same one. A guest publishes while its device is about to sleep, in the device's task."""
 
-_COPIES = {_CODE + "datapath/buffers.py": "", _CODE + "datapath/usual.py": "_copy"}
-"""Where data is copied piece by piece, in the function of that name or ("") anywhere: a kill
-between two pieces may tear a sector."""
+
+def _copies(code: CodeType) -> bool:
+    """Data is copied piece by piece there: a kill between two may tear a sector."""
+    file = code.co_filename.removeprefix(_CODE)
+    return file == "datapath/buffers.py" or (file, code.co_name) == ("datapath/usual.py", "_copy")
+
 
 _OUTER_TRACE = sys.gettrace()
 """Of a debugger, or of what measures coverage: it goes on after a kill."""
@@ -208,8 +211,7 @@ class Process:
         """Killed at a line of its code."""
         name = frame.f_code.co_filename.removeprefix(_CODE)
         self.world.note("killed", at=f"{name}:{frame.f_lineno}")
-        copies = _COPIES.get(frame.f_code.co_filename)
-        self.died_amid_copy = copies is not None and copies in ("", frame.f_code.co_name)
+        self.died_amid_copy = _copies(frame.f_code)
         self._die()
         self._scope.cancel()
         if not frame.f_code.co_flags & _WAITS:
