@@ -53,7 +53,7 @@ def ending_signals() -> Iterator[trio.MemoryReceiveChannel[signal.Signals]]:
     finally:
         for number in ending:
             signal.signal(number, _Late.note if _Late.are_passed_on else signal.SIG_IGN)
-        send.close()
+        # (The channel stays open: one that came before may be on its way there.)
 
 
 class _Late:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -197,6 +198,25 @@ async def test_serve_signals_that_keep_coming_do_not_change_the_exit_status(star
             await trio.to_thread.run_sync(partial(_bombard, child))
         assert child.returncode == 0
     assert not (directory / "vhost").exists()
+
+
+_LAST_SIGNAL = """
+import os, signal, trio
+from bridge.app.signals import ending_signals
+
+async def main():
+    with ending_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    await trio.lowlevel.checkpoint()
+
+trio.run(main)
+"""
+
+
+def test_signal_that_comes_right_before_they_are_ignored_ends_nothing() -> None:
+    """Told of in trio's next turn, it found a closed channel: internal error, status 1."""
+    done = subprocess.run([sys.executable, "-c", _LAST_SIGNAL], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def _bombard(child: subprocess.Popen[bytes]) -> None:
